@@ -1,0 +1,48 @@
+# `make demo` and `make test` do everything from a fresh machine with Python 3.11 or 3.12, make and g++.
+
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
+	if command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; \
+	then echo $$p; break; fi; done)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+export DS_ACCELERATOR ?=
+ifeq ($(DS_ACCELERATOR),)
+unexport DS_ACCELERATOR
+endif
+
+.PHONY: help setup demo test drills lint types check bench clean
+
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP)  ## make .venv with everything the demo and the tests need
+
+# A stamp newer than what it was made from: a second call costs nothing.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found: install one, or say make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP)  ## train SeTformer on handwritten digits: 2 ranks, ZeRO-2, bf16, a few minutes
+	$(BIN)/setformer demo
+
+test: $(STAMP)  ## run the tests (about ten minutes on 2 cores)
+	$(BIN)/python -m pytest -m "not drill"
+
+drills: $(STAMP)  ## run the long drills too
+	$(BIN)/python -m pytest -m drill --timeout 3600
+
+lint: $(STAMP)  ## ruff: lint and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## mypy, strict
+	$(BIN)/mypy
+
+check: lint types test  ## all that CI runs
+
+clean:  ## remove .venv and caches, keep runs
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

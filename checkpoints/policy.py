@@ -1,0 +1,57 @@
+"""Which checkpoints stay: a pure function, tested without a disk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from checkpoints.config import CheckpointConfig
+
+KEEP_TAG = "keep"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What the policy knows of a folder.
+
+    Attributes:
+        step: optimizer steps done.
+        sound: manifest readable and sizes right.
+        metrics: as in the manifest.
+        tags: as in the manifest; `KEEP_TAG` is never deleted.
+    """
+
+    step: int
+    sound: bool = True
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    tags: Sequence[str] = ()
+
+
+def best_first(candidates: Iterable[Candidate], config: CheckpointConfig) -> list[Candidate]:
+    """Return those with a finite value of the metric, best first; among equals the later step first."""
+    sign = -1.0 if config.best_mode == "max" else 1.0
+    having = [c for c in candidates if math.isfinite(c.metrics.get(config.best_metric, math.nan))]
+    return sorted(having, key=lambda c: (sign * c.metrics[config.best_metric], -c.step))
+
+
+def steps_to_delete(candidates: Iterable[Candidate], newest_saved: int, config: CheckpointConfig) -> list[int]:
+    """Return the steps that may go, oldest first.
+
+    Checkpoints beyond the one just saved are of an abandoned branch or damaged: they are neither counted nor
+    touched, or else a run that fell back to an older step would delete its own new checkpoints.
+    Unsound folders count for nothing and go once they are older than all that stays for being new.
+
+    Args:
+        candidates: all folders.
+        newest_saved: step of the checkpoint just committed; it always stays.
+        config: how many stay.
+    """
+    within = [c for c in candidates if c.step <= newest_saved]
+    sound = sorted((c for c in within if c.sound), key=lambda c: -c.step)
+    last = {newest_saved, *(c.step for c in sound[: config.keep_last])}
+    best = {c.step for c in best_first(sound, config)[: config.keep_best]}
+    tagged = {c.step for c in sound if KEEP_TAG in c.tags}
+    stays = last | best | tagged
+    old = [c for c in within if c.step not in stays and (c.sound or c.step < min(last))]
+    return sorted(c.step for c in old)

@@ -1,0 +1,1 @@
+"""Run pages: runs/*.toml, one page each."""

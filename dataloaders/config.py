@@ -1,0 +1,121 @@
+"""The `[data]` table: where the shards are, what is done to each image, what damage is borne.
+
+Everything here changes what a sample looks like or whether it counts; nothing here names ranks, micro batches
+or devices, so a config means the same data on every machine. `workers` and `prefetch` change speed alone.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+import pydantic
+
+from setformer_dist.core.config import FrozenConfig
+
+# TOML has arrays, not tuples; strict mode would refuse them.
+_Triple = Annotated[tuple[float, float, float], pydantic.Field(strict=False)]
+_Range = Annotated[tuple[float, float], pydantic.Field(strict=False)]
+
+# Channel statistics of ImageNet's training images, as timm and torchvision use them.
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class AugmentConfig(FrozenConfig):
+    """What is done to training images, each drawn from (seed, epoch, sample id).
+
+    Attributes:
+        crop: "resized" (random area and aspect ratio, then resized to the image size), "pad" (zero padding and
+            a random window; for images already at the image size) or "none" (as in evaluation).
+        pad: pixels added on each side by crop = "pad".
+        scale: smallest and largest share of the image's area that crop = "resized" takes.
+        ratio: smallest and largest width / height of that crop.
+        flip: whether to mirror half of the images left to right.
+        randaugment_ops: RandAugment operations per image (Cubuk et al. 2019); 0 is off.
+        randaugment_magnitude: strength of those operations, 0 to 30.
+        color_jitter: largest relative change of brightness, contrast and saturation; 0 is off.
+        erasing: probability that a rectangle is replaced by the mean colour; 0 is off.
+        mixup: alpha of the Beta distribution of mixup; 0 is off.
+        cutmix: alpha of the Beta distribution of cutmix; 0 is off. With both on, each group draws one.
+        mix_prob: probability that a group of samples is mixed at all.
+        mix_group: consecutive positions of the global order that mix among themselves; must divide the micro
+            batch, so that who mixes with whom does not depend on ranks.
+        smoothing: label smoothing of the training targets.
+    """
+
+    crop: Literal["resized", "pad", "none"] = "resized"
+    pad: int = pydantic.Field(default=4, ge=1)
+    scale: _Range = (0.08, 1.0)
+    ratio: _Range = (3 / 4, 4 / 3)
+    flip: bool = True
+    randaugment_ops: int = pydantic.Field(default=0, ge=0, le=14)
+    randaugment_magnitude: int = pydantic.Field(default=9, ge=0, le=30)
+    color_jitter: float = pydantic.Field(default=0.0, ge=0.0, le=1.0)
+    erasing: float = pydantic.Field(default=0.0, ge=0.0, le=1.0)
+    mixup: float = pydantic.Field(default=0.0, ge=0.0)
+    cutmix: float = pydantic.Field(default=0.0, ge=0.0)
+    mix_prob: float = pydantic.Field(default=1.0, ge=0.0, le=1.0)
+    mix_group: int = pydantic.Field(default=2, ge=2)
+    smoothing: float = pydantic.Field(default=0.0, ge=0.0, lt=1.0)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether any sample can be mixed with another."""
+        return self.mix_prob > 0 and (self.mixup > 0 or self.cutmix > 0)
+
+    @pydantic.model_validator(mode="after")
+    def _ranges(self) -> Self:
+        low, high = self.scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"scale = [{low}, {high}] must satisfy 0 < first <= second <= 1")
+        low, high = self.ratio
+        if not 0 < low <= high:
+            raise ValueError(f"ratio = [{low}, {high}] must satisfy 0 < first <= second")
+        return self
+
+
+class DataConfig(FrozenConfig):
+    """The data of a run.
+
+    Attributes:
+        root: folder that holds the packed splits.
+        train: sub-folder of `root` with the training shards.
+        val: sub-folder of `root` with the validation shards.
+        image_size: height and width of the images the model sees, in pixels.
+        eval_crop: share of the resized image's side that the centre crop of evaluation keeps; an image that is
+            already image_size x image_size is taken as it is.
+        interpolation: how images are resized (antialiased).
+        mean: channel means that normalisation subtracts, in units of the full range 0 to 1.
+        std: channel deviations that normalisation divides by, in the same units.
+        workers: processes that read and decode; 0 does it in the training process.
+        prefetch: micro batches that each worker prepares ahead.
+        max_bad_share: largest share of damaged training samples borne before the run stops; `SPARED` of them
+            are borne in any case (see `dataloaders.damage`).
+        bad_validation: what a damaged validation sample does: stop the run, or count with weight 0.
+        augment: what is done to training images.
+    """
+
+    root: str
+    train: str = "train"
+    val: str = "val"
+    image_size: int = pydantic.Field(default=224, ge=1)
+    eval_crop: float = pydantic.Field(default=0.875, gt=0.0, le=1.0)
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    mean: _Triple = _IMAGENET_MEAN
+    std: _Triple = _IMAGENET_STD
+    workers: int = pydantic.Field(default=0, ge=0)
+    prefetch: int = pydantic.Field(default=2, ge=1)
+    max_bad_share: float = pydantic.Field(default=1e-3, ge=0.0, le=1.0)
+    bad_validation: Literal["raise", "zero_weight"] = "raise"
+    augment: AugmentConfig = AugmentConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _possible(self) -> Self:
+        if min(self.std) <= 0:
+            raise ValueError(f"std = {list(self.std)} must be positive, as images are divided by it")
+        if self.augment.crop == "pad" and self.augment.pad >= self.image_size:
+            raise ValueError(
+                f"augment.pad = {self.augment.pad} must be smaller than image_size = {self.image_size}, "
+                "or a crop can miss the image altogether"
+            )
+        return self

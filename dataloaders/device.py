@@ -1,0 +1,67 @@
+"""From a micro batch of bytes on the CPU to what a model and a loss take, on the device.
+
+    uint8 -> device -> float, normalised -> mixup or cutmix -> model
+    labels -> device -> one-hot, smoothed -> the same mixing  -> loss
+
+m = micro batch, C = classes, S = image size.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dataloaders.config import DataConfig
+from setformer_dist.core.batch import MicroBatch, MixSpec
+
+
+class Prepare:
+    """Makes images and soft targets of a micro batch.
+
+    Args:
+        config: gives mean, std and label smoothing.
+        num_classes: C.
+        device: where to.
+        dtype: of the images; normalisation and mixing are computed in float32 all the same.
+    """
+
+    def __init__(
+        self, config: DataConfig, num_classes: int, device: torch.device | str, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self._num_classes = num_classes
+        self._device = torch.device(device)
+        self._dtype = dtype
+        self._smoothing = config.augment.smoothing
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (config.mean, config.std))
+        # (x / 255 - mean) / std as one multiply-add
+        self._scale = (1 / (255 * std)).to(self._device)
+        self._shift = (-mean / std).to(self._device)
+
+    def __call__(self, batch: MicroBatch, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return images (m, 3, S, S) of the dtype and targets (m, C) float32, rows summing to 1.
+
+        Smoothing and mixing are for training alone; evaluation gets hard one-hot targets.
+        """
+        images = batch.images.to(self._device, non_blocking=True).float() * self._scale + self._shift
+        targets = self._one_hot(batch.labels, self._smoothing if train else 0.0)
+        if train and batch.mix is not None:
+            images, targets = _mix(images, targets, batch.mix)
+        return images.to(self._dtype), targets
+
+    def _one_hot(self, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
+        rest = smoothing / self._num_classes
+        targets = torch.full((len(labels), self._num_classes), rest, device=self._device)
+        return targets.scatter_(1, labels.to(self._device).view(-1, 1), 1.0 - smoothing + rest)
+
+
+def _mix(images: torch.Tensor, targets: torch.Tensor, mix: MixSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    partner, lam, box = (part.to(images.device, non_blocking=True) for part in (mix.partner, mix.lam, mix.box))
+    y0, y1, x0, x1 = box.view(-1, 4, 1, 1, 1).unbind(1)
+    rows = torch.arange(images.shape[-2], device=images.device).view(1, 1, -1, 1)
+    columns = torch.arange(images.shape[-1], device=images.device).view(1, 1, 1, -1)
+    inside = (rows >= y0) & (rows < y1) & (columns >= x0) & (columns < x1)
+    # A group that mixes has either a rectangle (cutmix: pixels are the one's or the other's) or none (mixup).
+    is_cut = y1 > y0
+    own = torch.where(is_cut, (~inside).float(), lam.view(-1, 1, 1, 1))
+    mixed = images * own + images[partner] * (1 - own)
+    share = lam.view(-1, 1)
+    return mixed, targets * share + targets[partner] * (1 - share)

@@ -1,0 +1,174 @@
+"""The composition root: every part of a run is built here, in plain sight, and handed to the trainer."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+
+from checkpoints.identity import Identity, digest_json, digest_shapes
+from checkpoints.manager import CheckpointManager
+from dataloaders import Prepare, ShardDataset, ShardEvalStream, ShardTrainStream, check_same_classes, open_split
+from launch.config import ResolvedRun
+from setformer_dist.core.fragments import Fragment
+from setformer_dist.core.store import SavedState
+from setformer_dist.engine.comm import CommMeter, TorchCollectives
+from setformer_dist.engine.deepspeed_engine import DTYPES, initialize, supported_dtypes
+from setformer_dist.engine.ema import Ema
+from setformer_dist.engine.master import MasterState
+from setformer_dist.engine.metrics import RunRecord, peak_flops
+from setformer_dist.engine.optim import Schedule
+from setformer_dist.engine.trainer import Best, Costs, Parts, Trainer
+from setformer_dist.engine.zero import check_precision
+from setformer_dist.models.build import build_model
+from setformer_dist.models.measure import multiply_adds
+
+VERSIONS_OF = ("setformer_dist", "torch", "deepspeed", "timm", "safetensors")
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The packed data of a run."""
+
+    train: ShardDataset
+    val: ShardDataset
+
+
+def open_splits(run: ResolvedRun) -> Splits:
+    """Open training and validation shards and check that they speak of the same classes.
+
+    Raises:
+        DataError: a folder is missing, empty or damaged, or the class maps differ.
+    """
+    root = Path(run.config.data.root)
+    splits = Splits(open_split(root / run.config.data.train), open_split(root / run.config.data.val))
+    check_same_classes(splits.train, splits.val)
+    return splits
+
+
+def check_device(run: ResolvedRun) -> None:
+    """Refuse a precision that this device does not compute.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    accelerator = get_accelerator()
+    check_precision(run.config.precision, run.config.zero, supported_dtypes(), accelerator.device_name())
+
+
+def identity_of(run: ResolvedRun, model: nn.Module, classes: tuple[str, ...]) -> Identity:
+    """Return what the run's checkpoints belong to."""
+    c = run.config
+    return Identity(
+        model=c.model.name,
+        model_args=json.dumps({**c.model.args, "image_size": c.data.image_size}, sort_keys=True),
+        parameters=digest_shapes({n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in model.named_parameters()}),
+        config_hash=run.identity_hash(),
+        stage=c.zero.stage,
+        world_size=run.plan.world_size,
+        classes=digest_json(list(classes)),
+        versions={name: importlib.metadata.version(name) for name in VERSIONS_OF},
+    )
+
+
+class RunStore:
+    """The engine's CheckpointStore: a CheckpointManager that knows whose checkpoints it keeps.
+
+    trainer.json also holds the config and the class names, so that a checkpoint serves evaluation alone.
+    """
+
+    def __init__(self, manager: CheckpointManager, run: ResolvedRun, identity: Identity, classes: tuple[str, ...]) -> None:
+        self._manager = manager
+        self._run = run
+        self._identity = identity
+        self._classes = classes
+
+    def due(self, step: int) -> bool:
+        """Return whether the config wants a checkpoint after this many steps."""
+        return self._run.config.checkpoint.due(step)
+
+    def save(
+        self, step: int, fragments: Iterable[Fragment], trainer: dict[str, Any], metrics: Mapping[str, float]
+    ) -> Path:
+        """Make a checkpoint durable."""
+        state = {**trainer, "config": self._run.as_json(), "classes": list(self._classes)}
+        return self._manager.save(step, fragments, state, self._identity, metrics)
+
+    def newest(self) -> SavedState | None:
+        """Return the newest checkpoint that verifies.
+
+        Raises:
+            CheckpointError: it is of another model.
+        """
+        found = self._manager.newest()
+        if found is not None:
+            found.identity.check_same_model(self._identity)
+        return found
+
+    def load(self, saved: SavedState, fragments: Iterable[Fragment]) -> None:
+        """Fill the fragments."""
+        assert hasattr(saved, "load_into")
+        self._manager.load(saved, fragments)  # type: ignore[arg-type]  # what `newest` returned
+
+
+def compose(run: ResolvedRun, splits: Splits, comm: TorchCollectives) -> Trainer:
+    """Build a run on this rank. Collective."""
+    c = run.config
+    ranks, plan, classes = comm.ranks, run.plan, splits.train.classes
+    device = torch.device(get_accelerator().current_device_name())
+
+    stream = ShardTrainStream(splits.train, c.data, c.run.seed, ranks, plan.global_size, plan.micro)
+    validation = ShardEvalStream(splits.val, c.data, ranks, plan.micro)
+    schedule_steps = c.schedule.total_steps(stream.steps_per_epoch)
+
+    model = build_model(c.model, len(classes), c.data.image_size, c.run.seed)
+    costs = Costs(
+        tokens=first_stage_tokens(model, c.data.image_size),
+        multiply_adds=multiply_adds(model, c.data.image_size, c.data.image_size),
+        peak_flops=peak_flops(device_label()),
+    )
+    identity = identity_of(run, model, classes)
+    engine = initialize(model, c.optim, run.deepspeed_json())
+    master = MasterState(engine)
+    meter = CommMeter()
+    meter.install()
+
+    manager = CheckpointManager(c.folder / "checkpoints", comm, c.checkpoint)
+    parts = Parts(
+        engine=engine,
+        master=master,
+        ema=Ema(master, c.ema) if c.ema.decay else None,
+        plan=plan,
+        stream=stream,
+        validation=validation,
+        prepare=Prepare(c.data, len(classes), device, DTYPES[c.precision.dtype]),
+        schedule=Schedule(engine.optimizer, c.schedule, stream.steps_per_epoch),
+        store=RunStore(manager, run, identity, classes),
+        comm=comm,
+        meter=meter,
+        record=RunRecord(c.folder, ranks.is_main),
+        costs=costs,
+    )
+    best = Best(c.checkpoint.best_metric, c.checkpoint.best_mode)
+    return Trainer(parts, c.eval, best, schedule_steps, c.run.log_every, c.run.seed)
+
+
+def first_stage_tokens(model: nn.Module, image_size: int) -> int:
+    """Return the tokens of the first stage at this image size, from timm's feature_info."""
+    info: Any = getattr(model, "feature_info", None)
+    reduction = info[0]["reduction"] if info else 1
+    return int(-(-image_size // reduction)) ** 2
+
+
+def device_label() -> str:
+    """Return the device's name: the GPU's model, or "cpu"."""
+    if get_accelerator().device_name() == "cuda":
+        return str(torch.cuda.get_device_name())
+    return str(get_accelerator().device_name())

@@ -1,0 +1,196 @@
+"""The config of a run: one TOML page, and what follows from it once the ranks and the data are known.
+
+    page.toml + overrides -> RunConfig (frozen; what the user said)
+    RunConfig + ranks     -> DeepSpeed's JSON, batch plan
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from checkpoints.config import CheckpointConfig
+from dataloaders.config import DataConfig
+from setformer_dist.core import config as base
+from setformer_dist.core.config import FrozenConfig
+from setformer_dist.core.errors import ConfigError
+from setformer_dist.engine.batch_plan import BatchConfig, BatchPlan, solve
+from setformer_dist.engine.ema import EmaConfig
+from setformer_dist.engine.evaluate import EvalConfig
+from setformer_dist.engine.optim import OptimConfig, ScheduleConfig
+from setformer_dist.engine.zero import PrecisionConfig, ZeroConfig, deepspeed_config
+from setformer_dist.models.build import ModelConfig
+
+
+class RunTable(FrozenConfig):
+    """Who the run is.
+
+    Attributes:
+        name: its folder below `out`.
+        out: folder of all runs.
+        seed: of weights, order, augmentation and everything else that is drawn.
+        log_every: optimizer steps between two lines of metrics.jsonl.
+        threads: compute threads per rank; 0 shares the cores among this machine's ranks. Part of the run's
+            identity on CPUs, where another number of threads adds in another order.
+        timeout_minutes: how long a rank waits for the others before it gives up.
+    """
+
+    name: str
+    out: str = "runs"
+    seed: int = pydantic.Field(default=0, ge=0)
+    log_every: int = pydantic.Field(default=10, gt=0)
+    threads: int = pydantic.Field(default=0, ge=0)
+    timeout_minutes: float = pydantic.Field(default=10.0, gt=0)
+
+    @pydantic.field_validator("name")
+    @classmethod
+    def _folder_name(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
+            raise ValueError("must be a folder name of letters, digits, dots, dashes and underscores")
+        return value
+
+
+class RunConfig(FrozenConfig):
+    """One run, as its page says it."""
+
+    run: RunTable
+    model: ModelConfig
+    data: DataConfig
+    batch: BatchConfig
+    schedule: ScheduleConfig
+    optim: OptimConfig = OptimConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    zero: ZeroConfig = ZeroConfig()
+    ema: EmaConfig = EmaConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    deepspeed: dict[str, Any] = {}
+
+    @pydantic.model_validator(mode="after")
+    def _possible(self) -> RunConfig:
+        if self.ema.decay == 0 and self.checkpoint.best_metric.startswith("ema_"):
+            raise ValueError(
+                f"checkpoint.best_metric = {self.checkpoint.best_metric!r} needs averaged weights: set ema.decay"
+            )
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.run.out) / self.run.name
+
+
+# Keys that may change between a run and its continuation, because they do not change what is computed.
+FREE_KEYS = (
+    "run.name",
+    "run.out",
+    "run.log_every",
+    "run.timeout_minutes",
+    "data.root",
+    "data.train",
+    "data.val",
+    "data.workers",
+    "data.prefetch",
+    "data.max_bad_share",
+    "data.bad_validation",
+    "eval",
+    "checkpoint",
+)
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """A run on a given number of ranks."""
+
+    config: RunConfig
+    plan: BatchPlan
+
+    def deepspeed_json(self) -> dict[str, Any]:
+        """Return DeepSpeed's own config."""
+        c = self.config
+        return deepspeed_config(c.precision, c.zero, self.plan, c.optim.clip_norm, c.deepspeed)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the whole config with every default, and the solved batch arithmetic."""
+        return {
+            **self.config.model_dump(mode="json"),
+            "resolved": {
+                "world_size": self.plan.world_size,
+                "micro_batch": self.plan.micro,
+                "accumulation": self.plan.accumulation,
+            },
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """Return the part of the config that a continuation must share."""
+        return {key: value for key, value in flatten(self.as_json()).items() if not _is_free(key)}
+
+    def identity_hash(self) -> str:
+        """Return the hash of `identity`."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+
+def load_run(page: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a page and its overrides.
+
+    Raises:
+        ConfigError: naming the page, the key and the repair.
+    """
+    return base.load(RunConfig, page, overrides)
+
+
+def resolve(config: RunConfig, world_size: int) -> ResolvedRun:
+    """Solve the batch arithmetic for a number of ranks.
+
+    Raises:
+        ConfigError: there is no solution.
+    """
+    augment = config.data.augment
+    return ResolvedRun(config, solve(config.batch, world_size, augment.mix_group if augment.mixes else 1))
+
+
+def check_folder(run: ResolvedRun) -> None:
+    """Refuse a run folder that holds a run of another config.
+
+    Raises:
+        ConfigError: naming the keys that differ.
+    """
+    path = run.config.folder / "config.json"
+    if not path.exists():
+        return
+    try:
+        there = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise ConfigError(f"{path} is damaged: move the folder away, or give this run another run.name") from None
+    theirs = {key: value for key, value in flatten(there).items() if not _is_free(key)}
+    ours = flatten(json.loads(json.dumps(run.identity())))
+    differing = sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
+    if differing:
+        shown = ", ".join(f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here" for key in differing[:4])
+        more = f", and {len(differing) - 4} more" if len(differing) > 4 else ""
+        raise ConfigError(
+            f"run folder {run.config.folder} holds a run of another config ({shown}{more}): "
+            "give this run another run.name, or move the folder away"
+        )
+
+
+def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested tables as one level of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)

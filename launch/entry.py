@@ -1,0 +1,119 @@
+"""What each rank executes: `python -m launch.entry PAGE [KEY=VALUE ...]` under RANK and WORLD_SIZE.
+
+`setformer train` starts it through launch/local.py. DeepSpeed's own launcher starts it just as well:
+
+    deepspeed --num_accelerators 2 --module launch.entry configs/runs/demo.toml data.root=...
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from launch.compose import check_device, compose, open_splits
+from launch.config import ResolvedRun, check_folder, load_run, resolve
+from launch.doctor import check_package_origins
+from launch.local import log_file, usable_cores
+from launch.outcome import finish
+from setformer_dist.core.errors import LaunchError, SetformerError
+from setformer_dist.core.files import write_json
+from setformer_dist.core.ranks import RankInfo
+from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
+from setformer_dist.engine.deepspeed_engine import quiet_deepspeed
+
+log = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one rank; return its exit code (0, an error's, or 128 + the signal that stopped it)."""
+    parser = argparse.ArgumentParser(prog="launch.entry", description=__doc__)
+    parser.add_argument("page", type=Path, help="the run's TOML page")
+    parser.add_argument("overrides", nargs="*", help="dotted overrides, such as optim.lr=1e-3")
+    parser.add_argument("--local_rank", type=int, default=None, help="given by DeepSpeed's launcher")
+    arguments = parser.parse_args(argv)
+    try:
+        return run_rank(arguments.page, arguments.overrides)
+    except SetformerError as error:
+        log.error("%s", error)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except Exception:
+        log.exception("this rank failed")
+        raise
+
+
+def run_rank(page: Path, overrides: Sequence[str]) -> int:
+    """Build and run the training of one rank; return 0, or 128 + signal.
+
+    Raises:
+        SetformerError: whatever the user can repair.
+    """
+    ranks = RankInfo.from_env()
+    quiet_deepspeed()
+    check_package_origins()
+    config = load_run(page, overrides)
+    run = resolve(config, ranks.world_size)
+    check_device(run)
+    splits = open_splits(run)
+    torch.set_num_threads(config.run.threads or max(1, usable_cores() // ranks.local_world_size))
+    check_folder(run)
+    connect(ranks, timeout_minutes=config.run.timeout_minutes)
+    try:
+        comm = TorchCollectives(ranks)
+        check_agreement(run, splits.train.fingerprint, comm)
+        claim_folder(run, comm)
+        log_to_file(run, ranks)
+        outcome = compose(run, splits, comm).run()
+    finally:
+        disconnect()
+    if ranks.is_main:
+        finish(run, splits, outcome)
+    return 0 if outcome.signum is None else 128 + outcome.signum
+
+
+def check_agreement(run: ResolvedRun, fingerprint: str, comm: TorchCollectives) -> None:
+    """Check that all ranks run the same config on the same data, before any of them can wait in vain.
+
+    Raises:
+        LaunchError: naming the ranks that differ.
+    """
+    views = comm.gather_json([run.identity_hash(), fingerprint])
+    for what, index in (("config", 0), ("training data", 1)):
+        odd = [rank for rank, view in enumerate(views) if view[index] != views[0][index]]
+        if odd:
+            raise LaunchError(
+                f"ranks {', '.join(map(str, odd))} have another {what} than rank 0: "
+                "every host must see the same page, overrides and shards"
+            )
+
+
+def claim_folder(run: ResolvedRun, comm: TorchCollectives) -> None:
+    """Rank 0 makes the run's folder and writes what is run there."""
+    folder = run.config.folder
+    if comm.ranks.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", run.as_json())
+        write_json(folder / "deepspeed.json", run.deepspeed_json())
+    comm.barrier()
+
+
+def log_to_file(run: ResolvedRun, ranks: RankInfo) -> None:
+    """Send this rank's log to its file in the run's folder."""
+    folder = run.config.folder / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(log_file(folder, ranks.rank))
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,396 @@
+"""Start all ranks of one host and stand by them: they begin together and end together.
+
+What `run_local` promises: no rank outlives it, even if it is killed with SIGKILL; the first rank that fails is
+named with its log; a stop signal reaches all ranks at the same moment and leaves them time for a checkpoint.
+
+    terminal <-- rank 0 (its stdout and stderr untouched, so that progress bars work)
+    log_dir/rank-00000.log   header per start, by us; lines, by rank 0's own logging
+    log_dir/rank-00001.log   header per start, stdout and stderr of rank 1
+
+Each rank is a session of its own, so Ctrl-C in a terminal reaches the supervisor alone. torch is not imported
+here: the supervisor starts in a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import math
+import os
+import re
+import select
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from setformer_dist.core.errors import LaunchError, RankFailedError
+
+ENTRY_MODULE = "launch.entry"
+LOG_DIR_VARIABLE = "SETFORMER_LOG_DIR"
+HOST = "127.0.0.1"
+
+_log = logging.getLogger(__name__)
+_PR_SET_PDEATHSIG = 1
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_TICK_S = 0.5  # longest time between two looks at the ranks; signals wake the loop at once
+_ECHO_S = 0.3  # how long to wait for others to fail after the first, to tell a cause from its echoes
+_FAILURE_GRACE_S = 10.0
+_ERROR_LINE = re.compile(r"^[\w.]*(Error|Exception|Interrupt|Exit)\b|\b(ERROR|CRITICAL|FATAL)\b|Segmentation fault")
+_TAIL_BYTES = 64 * 1024
+
+
+def log_file(log_dir: Path, rank: int) -> Path:
+    """Return a rank's log file."""
+    return log_dir / f"rank-{rank:05d}.log"
+
+
+def run_local(
+    command_args: Sequence[str],
+    ranks: int,
+    log_dir: Path,
+    threads_per_rank: int | None = None,
+    port: int | None = None,
+    *,
+    module: str = ENTRY_MODULE,
+    grace_s: float = 60.0,
+    env: Mapping[str, str] | None = None,
+) -> int:
+    """Run `python -m module *command_args` on every rank of this host until all have ended.
+
+    Args:
+        command_args: arguments for each rank.
+        ranks: processes to start.
+        log_dir: folder for one log file per rank; made if missing, logs are appended to.
+        threads_per_rank: OMP_NUM_THREADS; by default the user's, or the cores divided by the ranks.
+        port: TCP port at which rank 0 is met; by default a free one.
+        module: what each rank runs.
+        grace_s: seconds that ranks have for a checkpoint after a stop signal.
+        env: added to the environment of each rank.
+
+    Returns:
+        0, or 128 + signal number when a stop signal ended the run (130 for Ctrl-C, 143 for SIGTERM).
+
+    Raises:
+        LaunchError: a bad number of ranks, or a port in use.
+        RankFailedError: a rank ended with an error; the message names it, its log and its last error line.
+    """
+    if ranks < 1:
+        raise LaunchError(f"{ranks} ranks cannot be started: give 1 or more")
+    base = rank_environment(ranks, choose_port(port), threads_per_rank, os.environ)
+    base |= {LOG_DIR_VARIABLE: str(log_dir), **(env or {})}
+    log_dir.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", module, *command_args]
+    with _signals() as received:
+        group = _Group([], grace_s, received)
+        try:
+            for rank in range(ranks):
+                group.members.append(_start(command, rank, base, log_dir))
+                if received.stop:
+                    break
+            return group.supervise()
+        finally:
+            group.kill()
+
+
+def rank_environment(ranks: int, port: int, threads_per_rank: int | None, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment that all ranks share; what the user has set stays."""
+    made = dict(environ)
+    made |= {
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": HOST,
+        "MASTER_PORT": str(port),
+    }
+    # DeepSpeed's launcher sets LOCAL_SIZE; where it equals WORLD_SIZE each rank leaves 69 MB in /dev/shm for ever.
+    made.pop("LOCAL_SIZE", None)
+    if threads_per_rank is not None:
+        made["OMP_NUM_THREADS"] = str(threads_per_rank)
+    else:
+        made.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // ranks)))
+    if not has_gpu(environ):
+        made.setdefault("DS_ACCELERATOR", "cpu")
+    return made
+
+
+def usable_cores() -> int:
+    """Return the cores this process may use: its affinity, and the container's share where there is one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, math.ceil(int(quota) / int(period)))  # "max" is no number: no limit
+    return max(1, cores)
+
+
+def has_gpu(environ: Mapping[str, str]) -> bool:
+    """Whether this host seems to have a GPU that the user did not hide; found without importing torch."""
+    if environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    device_files = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
+    return device_files or shutil.which("nvidia-smi") is not None
+
+
+def choose_port(port: int | None) -> int:
+    """Return a free TCP port, or the given one if nobody listens there.
+
+    Raises:
+        LaunchError: the port is taken or not a port.
+    """
+    if port is not None and not 0 < port < 2**16:
+        raise LaunchError(f"{port} is not a TCP port: give 1 to 65535, or none to have a free one chosen")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free to listen on
+        try:
+            probe.bind(("", port or 0))
+        except OSError as error:
+            raise LaunchError(
+                f"port {port} cannot be used ({error.strerror}): another job runs there; give another port, "
+                "or none to have a free one chosen"
+            ) from None
+        found = probe.getsockname()[1]
+    assert isinstance(found, int)
+    return found
+
+
+@dataclass
+class _Received:
+    """Stop signals in order of arrival, and the pipe on which any signal wakes the loop."""
+
+    wake: socket.socket | None
+    stop: list[int] = field(default_factory=list)
+
+    def wait(self, seconds: float) -> None:
+        if self.wake is None:
+            time.sleep(min(seconds, 0.05))
+            return
+        ready, _, _ = select.select([self.wake], [], [], seconds)
+        if ready:
+            self.wake.recv(4096)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[_Received]:
+    """Collect stop signals instead of dying of them. Only the main thread can; elsewhere the loop polls."""
+    if threading.current_thread() is not threading.main_thread():
+        yield _Received(None)
+        return
+    wake, wake_write = socket.socketpair()
+    wake.setblocking(False)
+    wake_write.setblocking(False)
+    received = _Received(wake)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if number != signal.SIGCHLD:
+            received.stop.append(number)
+
+    # What is ignored stays ignored: nohup ignores SIGHUP, a shell in the background SIGINT.
+    mine = [s for s in (*_STOP_SIGNALS, signal.SIGCHLD) if s == signal.SIGCHLD or _heeded(s)]
+    before: dict[int, Any] = {number: signal.signal(number, note) for number in mine}
+    fd_before = signal.set_wakeup_fd(wake_write.fileno(), warn_on_full_buffer=False)
+    try:
+        yield received
+    finally:
+        signal.set_wakeup_fd(fd_before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        wake.close()
+        wake_write.close()
+
+
+def _heeded(number: int) -> bool:
+    return signal.getsignal(number) is not signal.SIG_IGN
+
+
+@dataclass
+class _Member:
+    """One rank's process. `log_start` is where this start begins in its log."""
+
+    rank: int
+    process: subprocess.Popen[bytes]
+    log: Path
+    log_start: int
+    ended_at: float | None = None
+
+    @property
+    def failed(self) -> bool:
+        return self.process.returncode not in (None, 0)
+
+    def kill(self) -> None:
+        # Its whole session: loader workers go with their rank.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def _start(command: Sequence[str], rank: int, base: Mapping[str, str], log_dir: Path) -> _Member:
+    path = log_file(log_dir, rank)
+    env = {**base, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    with path.open("ab") as log:
+        log.write(_header(command, rank, base).encode())
+        log.flush()
+        start = log.tell()
+        output = None if rank == 0 else log
+        process = subprocess.Popen(
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            preexec_fn=_die_with_parent(),
+        )
+    return _Member(rank, process, path, start)
+
+
+def _header(command: Sequence[str], rank: int, base: Mapping[str, str]) -> str:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return f"\n=== rank {rank} of {base['WORLD_SIZE']}, {now}: {shlex.join(command)}\n"
+
+
+def _die_with_parent() -> Callable[[], None] | None:
+    """Return what a child does before exec, so that the kernel kills it when the supervisor dies."""
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None)
+    parent = os.getpid()
+
+    def arm() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # the supervisor died between fork and prctl: nobody will tell us
+            os._exit(1)
+
+    return arm
+
+
+class _Group:
+    """All ranks of this host, from the first start to the last end."""
+
+    def __init__(self, members: list[_Member], grace_s: float, received: _Received) -> None:
+        self.members = members
+        self._grace_s = grace_s
+        self._received = received
+
+    def supervise(self) -> int:
+        """Return when all ranks have ended well or were stopped.
+
+        Raises:
+            RankFailedError: one failed by itself; by then all others have ended too.
+        """
+        while not self._received.stop:
+            self._reap()
+            if any(m.failed for m in self.members):
+                self._fail()
+            if not self._running():
+                return 0
+            self._received.wait(_TICK_S)
+        return self._stop()
+
+    def kill(self) -> None:
+        """Kill whatever is left, with all children, and wait for it."""
+        for member in self.members:
+            member.kill()
+        for member in self.members:
+            member.process.wait()
+
+    def _reap(self) -> None:
+        for member in self.members:
+            if member.ended_at is None and member.process.poll() is not None:
+                member.ended_at = time.monotonic()
+
+    def _running(self) -> list[_Member]:
+        return [m for m in self.members if m.ended_at is None]
+
+    def _terminate(self) -> None:
+        for member in self._running():
+            member.process.terminate()
+
+    def _wait(self, seconds: float, until: Callable[[], bool] = lambda: False) -> None:
+        limit = time.monotonic() + seconds
+        while self._running() and not until():
+            left = limit - time.monotonic()
+            if left <= 0:
+                return
+            self._received.wait(min(left, _TICK_S))
+            self._reap()
+
+    def _stop(self) -> int:
+        """Hand a stop signal on to all ranks as SIGTERM, once; a second Ctrl-C ends the waiting."""
+        first = self._received.stop[0]
+        self._reap()
+        self._terminate()
+        _log.warning(
+            "%s: ranks have %.0f s for a checkpoint; Ctrl-C once more ends at once",
+            signal.Signals(first).name,
+            self._grace_s,
+        )
+        self._wait(self._grace_s, until=lambda: signal.SIGINT in self._received.stop[1:])
+        for member in self._running():
+            _log.warning("rank %d did not end in time and is killed", member.rank)
+        self.kill()
+        for member in self.members:
+            if member.process.returncode not in (
+                0,
+                128 + first,
+                128 + signal.SIGTERM,
+                -signal.SIGTERM,
+                -signal.SIGKILL,
+            ):
+                _log.warning("%s while stopping", self._describe(member))
+        return 128 + first
+
+    def _fail(self) -> None:
+        """End all other ranks and raise an error that names the first that failed."""
+        self._wait(_ECHO_S)
+        failed = sorted((m for m in self.members if m.failed), key=lambda m: m.ended_at or 0.0)
+        self._terminate()
+        self._wait(min(self._grace_s, _FAILURE_GRACE_S), until=lambda: bool(self._received.stop))
+        self.kill()
+        others = [str(m.rank) for m in failed[1:]]
+        echo = f" (then rank {', '.join(others)} failed too)" if others else ""
+        raise RankFailedError(f"{self._describe(failed[0])}{echo}")
+
+    def _describe(self, member: _Member) -> str:
+        code = member.process.returncode
+        line = last_error_line(member.log, member.log_start)
+        said = f": {line}" if line else ": it wrote nothing there, see the terminal" if member.rank == 0 else ""
+        return f"rank {member.rank} {_ending(code)}, log {member.log}{said}"
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    hint = " (by the kernel if memory ran out: see dmesg)" if -code == signal.SIGKILL else ""
+    return f"was ended by {name}{hint}"
+
+
+def last_error_line(path: Path, start: int = 0) -> str:
+    """Return the last line of a log that looks like an error, or else its last line, or "".
+
+    Args:
+        path: log file.
+        start: byte at which to begin, so that earlier starts do not speak.
+    """
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(start, size - _TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    lines = [line.strip() for line in lines if line.strip()]
+    errors = [line for line in lines if _ERROR_LINE.search(line)]
+    return (errors or lines or [""])[-1]

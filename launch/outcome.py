@@ -1,0 +1,56 @@
+"""What rank 0 leaves behind when training ends: summary.json and report.html in the run's folder."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from launch.compose import Splits
+from launch.config import ResolvedRun
+from launch.infer import classified_samples, load_trained
+from setformer_dist.core.files import write_json
+from setformer_dist.engine.trainer import Outcome
+from setformer_dist.models.measure import parameters
+from setformer_dist.report.html import write_report
+
+log = logging.getLogger(__name__)
+
+
+def summary(run: ResolvedRun, outcome: Outcome) -> dict[str, Any]:
+    """Return the headline figures of a run."""
+    c = run.config
+    state = outcome.state
+    return {
+        "name": c.run.name,
+        "model": c.model.name,
+        "finished": outcome.signum is None,
+        "steps": state.step,
+        "evaluation": state.evaluation,
+        "best": {"metric": state.best.metric, "value": state.best.value, "step": state.best.step},
+        "images_per_s": round(outcome.images_per_s, 1),
+        "seconds": round(state.seconds, 1),
+        "substitutions": state.substitutions,
+        "ranks": run.plan.world_size,
+        "zero_stage": c.zero.stage,
+        "dtype": c.precision.dtype,
+        "global_batch": run.plan.global_size,
+    }
+
+
+def finish(run: ResolvedRun, splits: Splits, outcome: Outcome) -> None:
+    """Write the summary, and for a run that came to its end the report."""
+    folder: Path = run.config.folder
+    figures = summary(run, outcome)
+    if outcome.signum is not None:
+        write_json(folder / "summary.json", figures)
+        return
+    trained = load_trained(folder / "checkpoints")
+    figures |= {
+        "parameters": parameters(trained.model),
+        "checkpoint": str(trained.checkpoint.path),
+        "report": str(folder / "report.html"),
+    }
+    write_json(folder / "summary.json", figures)
+    write_report(folder, folder / "report.html", classified_samples(trained, splits.val))
+    log.info("report %s", folder / "report.html")

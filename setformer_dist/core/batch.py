@@ -1,0 +1,101 @@
+"""The value that the loaders hand to the engine, and the protocols by which the two meet.
+
+`dataloaders` implements them, `setformer_dist.engine` uses them; neither imports the other.
+
+Letters: m = micro batch (samples of one rank in one accumulation step), H, W = height, width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class MixSpec:
+    """How mixup or cutmix combines each sample of a micro batch with a partner of its fixed group.
+
+    Drawn from (seed, epoch, group index), so it depends on neither ranks nor micro batch.
+
+    Attributes:
+        partner: (m,) int64, index within the micro batch of the sample mixed in.
+        lam: (m,) float32, share of the sample itself in image and label.
+        box: (m, 4) int64, y0, y1, x0, x1 of the pasted rectangle; all zero for mixup.
+    """
+
+    partner: torch.Tensor
+    lam: torch.Tensor
+    box: torch.Tensor
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one rank computes in one accumulation step.
+
+    Attributes:
+        images: (m, 3, H, W) uint8, on the CPU; normalisation happens on the device.
+        labels: (m,) int64.
+        weights: (m,) float32; 0 marks filling that must not count (evaluation only).
+        sample_ids: (m,) int64, position in the data set, for proofs of order.
+        mix: mixup or cutmix of this micro batch, or None.
+        step: optimizer step since the start of the run that this micro batch belongs to (training only).
+        substitutions: one line for each sample that was damaged and replaced.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    weights: torch.Tensor
+    sample_ids: torch.Tensor
+    mix: MixSpec | None = None
+    step: int = -1
+    substitutions: list[str] = field(default_factory=list)
+
+
+class TrainStream(Protocol):
+    """Endless training samples, cut by global order; its whole position is the optimizer step."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one epoch, equal on all ranks by construction."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the data set: changes when any sample's bytes, label or place change."""
+        ...
+
+    def micro_batches(self, first_step: int) -> Iterator[MicroBatch]:
+        """Yield `accumulation` micro batches per optimizer step, endlessly, from `first_step` on."""
+        ...
+
+    def state(self, next_step: int) -> dict[str, Any]:
+        """Return the cursor at an optimizer step, JSON-able and equal on all ranks."""
+        ...
+
+    def check_state(self, state: dict[str, Any]) -> int:
+        """Return the optimizer step to go on from; raise DataError if the cursor is of other data or order."""
+        ...
+
+    def close(self) -> None:
+        """End worker processes."""
+        ...
+
+
+class EvalStream(Protocol):
+    """Each sample of a split exactly once over all ranks, the same number of micro batches on each."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the split."""
+        ...
+
+    def micro_batches(self) -> Iterator[MicroBatch]:
+        """Yield this rank's share; filling has weight 0."""
+        ...
+
+    def close(self) -> None:
+        """End worker processes."""
+        ...

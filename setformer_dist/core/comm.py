@@ -1,0 +1,49 @@
+"""The few collective operations that packages outside the engine need, as a protocol.
+
+The engine implements it over torch.distributed; one process alone uses `Alone`.
+Values travel as JSON, so nothing that arrives can run code.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from setformer_dist.core.ranks import RankInfo
+
+
+class Collectives(Protocol):
+    """Operations over all ranks; every rank must call them in the same order."""
+
+    @property
+    def ranks(self) -> RankInfo:
+        """This process's place."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        ...
+
+    def broadcast_json(self, value: Any) -> Any:
+        """Return rank 0's value (JSON-able) on every rank."""
+        ...
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """Return every rank's value (JSON-able), by rank, on every rank."""
+        ...
+
+
+class Alone:
+    """One process and nobody to talk to."""
+
+    ranks = RankInfo()
+
+    def barrier(self) -> None:
+        """Return at once."""
+
+    def broadcast_json(self, value: Any) -> Any:
+        """Return the value."""
+        return value
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """Return the value as the only rank's."""
+        return [value]

@@ -1,0 +1,170 @@
+"""The base of all configs and the way from a TOML page to a frozen, checked value.
+
+    page.toml --(extends: one other page)--> dict --(dotted overrides)--> pydantic model, frozen, no unknown keys
+
+A wrong key, type or value becomes one ConfigError that names the place and the nearest known key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+
+from setformer_dist.core.errors import ConfigError
+
+
+class FrozenConfig(pydantic.BaseModel):
+    """Frozen; unknown keys are errors; no silent conversion (a string is never read as a number)."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+
+
+ConfigT = TypeVar("ConfigT", bound=pydantic.BaseModel)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a page and the one page it may extend (`extends = "other.toml"`, relative to the page).
+
+    Raises:
+        ConfigError: a file is missing or not TOML, or the extended page extends another.
+    """
+    page = _read_page(path)
+    parent = page.pop("extends", None)
+    if parent is None:
+        return page
+    base = _read_page(path.parent / str(parent))
+    if "extends" in base:
+        raise ConfigError(f"{path}: extends {parent!r}, which itself extends a page: only one level is allowed")
+    return merge(base, page)
+
+
+def _read_page(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError:
+        near = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
+        known = f"; pages there: {', '.join(near)}" if near else ""
+        raise ConfigError(f"config page {path} does not exist{known}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"config page {path} is a directory: name a .toml file in it") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config page {path} is not valid TOML: {error}") from None
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with `over` laid on top, table by table."""
+    merged = dict(base)
+    for key, value in over.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            merged[key] = merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """Read one dotted override, `optim.lr=1e-3`, into a nested table.
+
+    The value is TOML (number, boolean, list, quoted string); what is not TOML is taken as a plain string.
+
+    Raises:
+        ConfigError: there is no `=` or no key.
+    """
+    key, sign, value_text = text.partition("=")
+    parts = key.strip().split(".")
+    if not sign or not all(parts):
+        raise ConfigError(f"override {text!r} is not of the form table.key=value, such as optim.lr=1e-3")
+    try:
+        value: Any = tomllib.loads(f"value = {value_text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = value_text
+    for part in reversed(parts):
+        value = {part: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def build(model: type[ConfigT], table: Mapping[str, Any], source: str) -> ConfigT:
+    """Validate a table.
+
+    Raises:
+        ConfigError: with every fault, each with its place and, for an unknown key, the nearest known one.
+    """
+    try:
+        return model.model_validate(dict(table))
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"{source}: {readable(error, model)}") from None
+
+
+def load(model: type[ConfigT], path: Path, overrides: Iterable[str] = ()) -> ConfigT:
+    """Read a page, lay the overrides on top, validate."""
+    table = read_toml(path)
+    for text in overrides:
+        table = merge(table, parse_override(text))
+    return build(model, table, str(path))
+
+
+def readable(error: pydantic.ValidationError, model: type[pydantic.BaseModel] | None = None) -> str:
+    """Return pydantic's faults as one line; with the model, unknown keys get a suggestion."""
+    return "; ".join(_explain(model or FrozenConfig, fault) for fault in error.errors())
+
+
+def _explain(model: type[pydantic.BaseModel], fault: Any) -> str:
+    place = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return f"unknown key {place!r}{_nearest(model, fault['loc'])}"
+    if fault["type"] == "missing":
+        return f"key {place!r} is missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    if not place:
+        return str(message)
+    if fault["type"] == "value_error":
+        return f"{place}: {message}"
+    return f"{place} = {fault['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _nearest(model: type[pydantic.BaseModel], loc: tuple[str | int, ...]) -> str:
+    """Suggest a known key: first among the siblings, then anywhere in the config."""
+    key = str(loc[-1])
+    siblings = _keys_at(model, loc[:-1])
+    close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)
+    prefix = ".".join(str(part) for part in loc[:-1])
+    if close:
+        return f": did you mean {prefix + '.' if prefix else ''}{close[0]}?"
+    elsewhere = {path.rsplit(".", 1)[-1]: path for path in all_keys(model)}
+    close = difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.6)
+    if close:
+        return f": did you mean {elsewhere[close[0]]}?"
+    return f": known keys here are {', '.join(sorted(siblings))}"
+
+
+def _keys_at(model: type[pydantic.BaseModel], loc: Iterable[str | int]) -> list[str]:
+    current: type[pydantic.BaseModel] = model
+    for part in loc:
+        field = current.model_fields.get(str(part))
+        inner = _inner_model(field.annotation) if field else None
+        if inner is None:
+            return []
+        current = inner
+    return list(current.model_fields)
+
+
+def _inner_model(annotation: Any) -> type[pydantic.BaseModel] | None:
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, pydantic.BaseModel)), None)
+
+
+def all_keys(model: type[pydantic.BaseModel], prefix: str = "") -> list[str]:
+    """Return every dotted key of a config model."""
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        inner = _inner_model(field.annotation)
+        path = f"{prefix}{name}"
+        keys += all_keys(inner, f"{path}.") if inner else [path]
+    return keys

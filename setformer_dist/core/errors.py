@@ -1,0 +1,47 @@
+"""Errors a user can repair. Each message names the thing, the place and the repair in one sentence.
+
+The command line prints such an error as one line and exits with the class's `exit_code`; anything else that
+escapes is a defect of ours and shows its traceback.
+"""
+
+
+class SetformerError(Exception):
+    """Base of all errors that a user can repair."""
+
+    exit_code = 1
+
+
+class ConfigError(SetformerError):
+    """A config, an override or a combination of options that cannot run."""
+
+    exit_code = 2
+
+
+class DataError(SetformerError):
+    """A data set that is missing, damaged, or not what the run expects."""
+
+    exit_code = 3
+
+
+class CheckpointError(SetformerError):
+    """A checkpoint that is missing, damaged, or belongs to another model or run."""
+
+    exit_code = 4
+
+
+class LaunchError(SetformerError):
+    """Processes that could not be started or connected: ports, ranks, devices, packages."""
+
+    exit_code = 5
+
+
+class RankFailedError(SetformerError):
+    """A rank ended with an error; its own log says why."""
+
+    exit_code = 6
+
+
+class TrainingError(SetformerError):
+    """Training that cannot go on, such as a loss that is not finite."""
+
+    exit_code = 7

@@ -1,0 +1,15 @@
+"""The training engine: one loop over optimizer steps, DeepSpeed underneath, checkpoints and metrics beside it.
+
+    trainer.py    the loop: knows steps, schedule, evaluation, checkpoints, signals
+    step.py       one optimizer step: forward, backward, update
+    zero.py       typed config -> DeepSpeed's JSON
+    master.py     every ZeRO stage seen as fragments of fp32 masters and optimizer states
+    optim.py      parameter groups, AdamW, learning-rate schedule
+    ema.py        an average of the weights as one more fragment state
+    evaluate.py   one pass over a split, each sample once
+    metrics.py    the clock of a step, metrics.jsonl, TensorBoard
+    comm.py       torch.distributed behind the Collectives protocol, and what it costs
+    signals.py    SIGTERM and Ctrl-C as a wish to stop at the next step
+
+Only zero.py, master.py and comm.py know DeepSpeed's insides.
+"""

@@ -1,0 +1,97 @@
+"""Global batch = micro batch × accumulation × ranks: the one equation, solved in this one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pydantic
+
+from setformer_dist.core.config import FrozenConfig
+from setformer_dist.core.errors import ConfigError
+
+
+class BatchConfig(FrozenConfig):
+    """How many samples make an optimizer step, and how many of them a rank computes at once.
+
+    Attributes:
+        global_size: samples per optimizer step over all ranks; part of the run's identity.
+        micro: samples per rank and accumulation step; "auto" takes the largest that divides, up to max_micro.
+        max_micro: bound for "auto", by memory.
+    """
+
+    global_size: int = pydantic.Field(gt=0)
+    micro: int | Literal["auto"] = "auto"
+    max_micro: int = pydantic.Field(default=128, gt=0)
+
+    @pydantic.field_validator("micro")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value <= 0:
+            raise ValueError('must be a positive number of samples, or "auto"')
+        return value
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """A solution of global = micro × accumulation × ranks."""
+
+    global_size: int
+    micro: int
+    accumulation: int
+    world_size: int
+
+
+def possible_micros(global_size: int, world_size: int) -> list[int]:
+    """Return every micro batch that solves the equation on this many ranks, ascending."""
+    if global_size % world_size:
+        return []
+    per_rank = global_size // world_size
+    return [micro for micro in range(1, per_rank + 1) if per_rank % micro == 0]
+
+
+def solve(config: BatchConfig, world_size: int, multiple_of: int = 1) -> BatchPlan:
+    """Solve the equation for a number of ranks.
+
+    Args:
+        config: the global batch, and the micro batch or its bound.
+        world_size: ranks that share the data.
+        multiple_of: the micro batch must be a multiple of this (the group of mixup and cutmix).
+
+    Raises:
+        ConfigError: there is no solution; the message lists the possible ones.
+    """
+    micros = [m for m in possible_micros(config.global_size, world_size) if m % multiple_of == 0]
+    if config.global_size < world_size:
+        raise ConfigError(
+            f"batch.global_size = {config.global_size} is fewer samples per step than the {world_size} ranks: "
+            f"use at most {config.global_size} ranks or a larger global batch"
+        )
+    if not micros:
+        worlds = [w for w in range(1, 257) if any(m % multiple_of == 0 for m in possible_micros(config.global_size, w))]
+        group = f" in groups of {multiple_of} (data.augment.mix_group)" if multiple_of > 1 else ""
+        raise ConfigError(
+            f"batch.global_size = {config.global_size} cannot be shared by {world_size} ranks{group}: "
+            f"possible numbers of ranks are {_listed(worlds)}"
+        )
+    if config.micro == "auto":
+        fitting = [m for m in micros if m <= config.max_micro]
+        if not fitting:
+            raise ConfigError(
+                f"batch.max_micro = {config.max_micro} is below every possible micro batch for global_size "
+                f"{config.global_size} on {world_size} ranks: possible ones are {_listed(micros)}"
+            )
+        micro = fitting[-1]
+    else:
+        micro = config.micro
+        if micro not in micros:
+            raise ConfigError(
+                f"batch.micro = {micro} does not solve global_size {config.global_size} = micro × accumulation × "
+                f"{world_size} ranks: possible micro batches are {_listed(micros)}"
+            )
+    return BatchPlan(config.global_size, micro, config.global_size // (micro * world_size), world_size)
+
+
+def _listed(values: list[int]) -> str:
+    shown = [str(v) for v in values]
+    return ", ".join(shown if len(shown) <= 12 else [*shown[:6], "…", *shown[-5:]])

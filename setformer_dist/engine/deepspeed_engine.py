@@ -1,0 +1,47 @@
+"""A DeepSpeed engine made from our typed configs; the one call of `deepspeed.initialize`."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+
+from setformer_dist.engine.optim import OptimConfig, adamw, parameter_groups
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def quiet_deepspeed() -> None:
+    """Keep DeepSpeed's and PyTorch's routine chatter out of the terminal; warnings still come."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\..*|deepspeed\..*")
+
+
+def supported_dtypes() -> set[str]:
+    """Return which of "fp32", "bf16", "fp16" DeepSpeed's accelerator computes here."""
+    accelerator = get_accelerator()
+    names = {"fp32"}
+    if accelerator.is_bf16_supported():
+        names.add("bf16")
+    if accelerator.is_fp16_supported():
+        names.add("fp16")
+    return names
+
+
+def initialize(model: nn.Module, optim: OptimConfig, deepspeed_json: dict[str, Any]) -> Any:
+    """Return a DeepSpeed engine with AdamW over the model's parameter groups.
+
+    Args:
+        model: on the CPU, in fp32.
+        optim: see `OptimConfig`.
+        deepspeed_json: see `zero.deepspeed_config`.
+    """
+    quiet_deepspeed()
+    optimizer = adamw(parameter_groups(model, optim), optim)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_json, dist_init_required=False)
+    return engine

@@ -1,0 +1,96 @@
+"""One pass over a split: every sample counts once, sums travel, means are made at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import pydantic
+import torch
+import torch.nn.functional as F
+
+from setformer_dist.core.batch import EvalStream, MicroBatch
+from setformer_dist.core.config import FrozenConfig
+from setformer_dist.core.errors import DataError
+from setformer_dist.engine.comm import TorchCollectives
+
+
+class EvalConfig(FrozenConfig):
+    """Periodic evaluation.
+
+    Attributes:
+        every_epochs: evaluate after every so many epochs; 0 turns it off. The end of the run always evaluates.
+        every_steps: evaluate after every so many optimizer steps as well; 0 turns it off.
+    """
+
+    every_epochs: int = pydantic.Field(default=1, ge=0)
+    every_steps: int = pydantic.Field(default=0, ge=0)
+
+
+class Prepare(Protocol):
+    """Turns a micro batch into normalised images on the device and soft targets."""
+
+    def __call__(self, batch: MicroBatch, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return images (m, 3, H, W) in the compute dtype and targets (m, classes) fp32."""
+        ...
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Means over a split. `samples` counts what was scored; `left_out` what was damaged and allowed to be."""
+
+    loss: float
+    top1: float
+    top5: float
+    samples: int
+    left_out: int
+
+    def as_dict(self, prefix: str = "") -> dict[str, float]:
+        """Return the figures with a prefix before each name."""
+        return {f"{prefix}loss": self.loss, f"{prefix}top1": self.top1, f"{prefix}top5": self.top5}
+
+
+@torch.no_grad()
+def evaluate(
+    model: Callable[[torch.Tensor], Any],
+    stream: EvalStream,
+    prepare: Prepare,
+    comm: TorchCollectives,
+    progress: Callable[[int], None] | None = None,
+) -> EvalResult:
+    """Score a split. Collective: every rank runs the same number of micro batches.
+
+    Args:
+        model: in evaluation mode; images (m, 3, H, W) -> logits (m, classes).
+        stream: this rank's share of the split.
+        prepare: see `Prepare`.
+        comm: sums over the ranks.
+        progress: called with the number of samples done on this rank.
+
+    Raises:
+        DataError: the samples counted over all ranks are not the split's.
+    """
+    sums = torch.zeros(5, dtype=torch.float64)
+    for batch in stream.micro_batches():
+        images, _ = prepare(batch, train=False)
+        logits = model(images).float()
+        sums += _scores(logits.cpu(), batch).double()
+        if progress is not None:
+            progress(len(batch.labels))
+    loss, top1, top5, count, damaged = comm.sum(sums.tolist())
+    if round(count + damaged) != stream.num_samples:
+        raise DataError(f"evaluation counted {count + damaged:.0f} samples of {stream.num_samples}: this is a defect")
+    if count == 0:
+        raise DataError("evaluation had no sample that decodes: run `setformer data pack` on the split again")
+    return EvalResult(loss / count, top1 / count, top5 / count, round(count), round(damaged))
+
+
+def _scores(logits: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+    """Return sums of (loss, top-1 hits, top-5 hits, samples that count, damaged samples), shape (5,)."""
+    weights = batch.weights
+    loss = F.cross_entropy(logits, batch.labels, reduction="none")
+    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
+    top1, top5 = ranked[:, 0].float(), ranked.any(dim=1).float()
+    damaged = torch.tensor(float(len(batch.substitutions)))
+    return torch.stack([(loss * weights).sum(), (top1 * weights).sum(), (top5 * weights).sum(), weights.sum(), damaged])

@@ -1,0 +1,189 @@
+"""Every ZeRO stage seen as fragments: for each parameter, the elements of fp32 master and states this rank holds.
+
+    stage 0, fp32        the parameters themselves, whole on every rank
+    stage 0, bf16/fp16   whole fp32 masters beside them (DeepSpeed's FP16_UnfusedOptimizer)
+    stages 1 and 2       param._hp_mapping: an address within a flat partition per parameter group
+    stage 3              each parameter's own partition; rank r holds [r·p, (r+1)·p), zero-padded at the end
+
+Checkpoints, the EMA, and later overwrites of references are loops over these. This file and zero.py are the
+only ones that know how DeepSpeed lays out memory (written against 0.19.8).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+from torch import nn
+
+from setformer_dist.core.fragments import Fragment
+
+OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
+_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+class _Layout(Protocol):
+    def views(self, state: str) -> Iterator[tuple[nn.Parameter, int, torch.Tensor]]:
+        """Yield (parameter, start, live 1-D view of what this rank holds of `state`)."""
+        ...
+
+    def refresh(self) -> None:
+        """Bring the parameters that compute up to date with the masters."""
+        ...
+
+
+class MasterState:
+    """The fp32 masters and optimizer states of a DeepSpeed engine, as live fragments.
+
+    Optimizer states exist from the start on (zeros at step 0), and DeepSpeed's dummy optimizer step at
+    stage 0 in low precision, which would leave Adam one step ahead and the masters once decayed, is undone.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._names = {p: n for n, p in engine.module.named_parameters() if p.requires_grad}
+        self._shapes = {p: tuple(getattr(p, "ds_shape", p.shape)) for p in self._names}
+        optimizer = engine.optimizer
+        self._scaler = getattr(optimizer, "loss_scaler", getattr(optimizer, "loss_scale_config", None))
+        self._adam: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+        if isinstance(optimizer, FP16_UnfusedOptimizer):
+            _undo_dummy_step(optimizer)
+        self._create_states()
+        self._layout = _layout_of(engine)
+
+    def fragments(self, *states: str) -> list[Fragment]:
+        """Return all that this rank holds of the states ("param", "exp_avg", "exp_avg_sq"), as live views."""
+        return [
+            Fragment(self._names[p], state, start, self._shapes[p], view)
+            for state in states
+            for p, start, view in self._layout.views(state)
+            if view.numel()
+        ]
+
+    def refresh(self) -> None:
+        """Bring the parameters that compute up to date after masters were written. Collective."""
+        self._layout.refresh()
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Updates Adam has made."""
+        return int(next(iter(self._adam.state.values()))["step"].item()) if self._adam.state else 0
+
+    @optimizer_steps.setter
+    def optimizer_steps(self, steps: int) -> None:
+        for state in self._adam.state.values():
+            state["step"].fill_(steps)
+
+    def loss_scale(self) -> dict[str, float]:
+        """Return the state of fp16's dynamic loss scaling; empty where the loss is not scaled."""
+        return {key: getattr(self._scaler, key) for key in _SCALER_STATE if hasattr(self._scaler, key)}
+
+    def set_loss_scale(self, state: dict[str, float]) -> None:
+        """Put back what `loss_scale` returned."""
+        for key, value in state.items():
+            setattr(self._scaler, key, value)
+
+    def _create_states(self) -> None:
+        for group in self._adam.param_groups:
+            for p in group["params"]:
+                if p.numel() and not self._adam.state.get(p):
+                    self._adam.state[p] = {
+                        "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                        **{
+                            state: torch.zeros_like(p, memory_format=torch.preserve_format)
+                            for state in OPTIMIZER_STATES
+                        },
+                    }
+
+
+def _undo_dummy_step(optimizer: FP16_UnfusedOptimizer) -> None:
+    """Undo the zero-gradient step of initialize_optimizer_states: drop Adam's state, take the masters anew."""
+    optimizer.optimizer.state.clear()
+    optimizer.refresh_fp32_params()
+
+
+def _layout_of(engine: Any) -> _Layout:
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
+        return _Stage3(engine)
+    if stage in (1, 2):
+        return _Stage12(engine)
+    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
+        return _Stage0LowPrecision(engine.optimizer)
+    return _Stage0(engine)
+
+
+class _Stage0:
+    def __init__(self, engine: Any) -> None:
+        self._adam = engine.optimizer
+
+    def views(self, state: str) -> Iterator[tuple[nn.Parameter, int, torch.Tensor]]:
+        for group in self._adam.param_groups:
+            for p in group["params"]:
+                tensor = p.data if state == "param" else self._adam.state[p][state]
+                yield p, 0, tensor.view(-1)
+
+    def refresh(self) -> None:
+        """Nothing: the parameters are the masters."""
+
+
+class _Stage0LowPrecision:
+    def __init__(self, optimizer: FP16_UnfusedOptimizer) -> None:
+        self._optimizer = optimizer
+
+    def views(self, state: str) -> Iterator[tuple[nn.Parameter, int, torch.Tensor]]:
+        for low_group, master_group in zip(self._optimizer.fp16_groups, self._optimizer.fp32_groups, strict=True):
+            for low, master in zip(low_group, master_group, strict=True):
+                tensor = master.data if state == "param" else self._optimizer.optimizer.state[master][state]
+                yield low, 0, tensor.view(-1)
+
+    def refresh(self) -> None:
+        for low_group, master_group in zip(self._optimizer.fp16_groups, self._optimizer.fp32_groups, strict=True):
+            for low, master in zip(low_group, master_group, strict=True):
+                low.data.copy_(master.data)
+
+
+class _Stage12:
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._optimizer = engine.optimizer
+
+    def views(self, state: str) -> Iterator[tuple[nn.Parameter, int, torch.Tensor]]:
+        for p in self._engine.module.parameters():
+            mapping = getattr(p, "_hp_mapping", None)
+            if mapping is None:  # this parameter lies wholly in other ranks' partitions
+                continue
+            flat = self._optimizer.optimizer.param_groups[mapping.param_group_index]["params"][0]
+            tensor = flat.data if state == "param" else self._optimizer.optimizer.state[flat][state]
+            address = mapping.hp_fragment_address
+            yield p, mapping.lp_fragment_address.start, tensor.narrow(0, address.start, address.numel)
+
+    def refresh(self) -> None:
+        self._optimizer.update_lp_params()
+
+
+class _Stage3:
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._optimizer = engine.optimizer
+
+    def views(self, state: str) -> Iterator[tuple[nn.Parameter, int, torch.Tensor]]:
+        for p in self._engine.module.parameters():
+            if not p.requires_grad:
+                continue
+            partition = p.ds_tensor.ds_numel
+            start = self._optimizer._get_param_partition_rank(p) * partition
+            real = max(0, min(partition, p.ds_numel - start))
+            if not real:  # all padding here
+                continue
+            held = safe_get_local_fp32_param(p) if state == "param" else safe_get_local_optimizer_state(p, state)
+            yield p, start, held.data.view(-1)[:real]
+
+    def refresh(self) -> None:
+        self._optimizer._partition_all_parameters()
+        for sub_group in range(len(self._optimizer.fp32_partitioned_groups_flat)):
+            self._optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
+        if self._optimizer.persistent_parameters:
+            self._optimizer.persistent_parameters[0].all_gather(self._optimizer.persistent_parameters)

@@ -1,0 +1,148 @@
+"""Where a step's time goes, and the run's record.
+
+    runs/<run>/metrics.jsonl   one JSON object a line, kind "train" or "eval"; after a resume steps may repeat,
+                               and the last line of a step counts
+    runs/<run>/tensorboard/    the same figures for TensorBoard
+
+Only rank 0 writes.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch.utils.tensorboard import SummaryWriter
+
+from setformer_dist.engine.comm import CommMeter
+
+SECTIONS = ("data", "forward", "backward", "optimizer", "communication", "checkpoint", "evaluation", "other")
+
+# Dense bf16 peak without sparsity, in FLOP/s, by a part of the device's name (vendors' data sheets).
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A40": 150e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "V100": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Return the device's bf16 peak in FLOP/s, or None where it is not known."""
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in device_name), None)
+
+
+class StepClock:
+    """Adds up seconds by section since the last `take`. What collectives cost is taken out of the other sections.
+
+    On a device that runs asynchronously (a GPU) the sections are measured by events on its stream.
+    """
+
+    def __init__(self, meter: CommMeter | None) -> None:
+        self._meter = meter
+        self._seconds = dict.fromkeys(SECTIONS, 0.0)
+        self._events: list[tuple[str, Any, Any]] = []
+        self._asynchronous = not get_accelerator().is_synchronized_device()
+        self._comm_seen = meter.seconds if meter else 0.0
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def section(self, name: str) -> Iterator[None]:
+        """Count the time spent inside under `name`."""
+        host_only = name in ("data", "checkpoint", "evaluation")
+        if self._asynchronous and not host_only:
+            begin, end = (get_accelerator().Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._events.append((name, begin, end))
+            return
+        comm = self._meter.seconds if self._meter else 0.0
+        start = time.perf_counter()
+        yield
+        spent = time.perf_counter() - start
+        if self._meter and not host_only:
+            spent -= self._meter.seconds - comm
+        self._seconds[name] += spent
+        if self._meter and host_only:
+            self._comm_seen += self._meter.seconds - comm  # evaluation's own collectives stay in evaluation
+
+    def take(self) -> tuple[dict[str, float], float]:
+        """Return (seconds by section, wall seconds) since the last call, and start anew."""
+        if self._events:
+            get_accelerator().synchronize()
+            for name, begin, end in self._events:
+                self._seconds[name] += begin.elapsed_time(end) / 1000
+            self._events.clear()
+        if self._meter:
+            self._seconds["communication"] += self._meter.seconds - self._comm_seen
+            self._comm_seen = self._meter.seconds
+        now = time.perf_counter()
+        wall = now - self._start
+        seconds = dict(self._seconds)
+        seconds["other"] = max(0.0, wall - sum(seconds.values()))
+        self._seconds = dict.fromkeys(SECTIONS, 0.0)
+        self._start = now
+        return seconds, wall
+
+
+def peak_memory_mib() -> float:
+    """Return this process's peak memory: of the device on GPUs, resident on CPUs; MiB."""
+    if get_accelerator().device_name() == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return float(torch.accelerator.memory.max_memory_allocated() / 2**20)
+
+
+class RunRecord:
+    """Writes metrics.jsonl and TensorBoard on rank 0, nothing elsewhere."""
+
+    def __init__(self, folder: Path, is_main: bool) -> None:
+        self._file = None
+        self._board: Any = None
+        if is_main:
+            self._file = (folder / "metrics.jsonl").open("ab")
+            if self._file.tell() and not _ends_with_newline(folder / "metrics.jsonl"):
+                self._file.write(b"\n")  # the last process died within a line
+            self._board = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Append one line and the same figures to TensorBoard; on disk before it returns."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n")
+        self._file.flush()
+        for name, value in _flatten(values):
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flush and close."""
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, 2)
+        return file.read(1) == b"\n"
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)):
+            yield f"{prefix}{name}", float(value)

@@ -1,0 +1,75 @@
+"""What rank 0 shows while a run goes on: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+LINE_EVERY_S = 15.0
+
+
+class RunProgress:
+    """Steps, loss, images/s and time left; silent on all ranks but 0."""
+
+    def __init__(self, total_steps: int, first_step: int, visible: bool) -> None:
+        self._console = Console(stderr=True, quiet=not visible)
+        self._total = total_steps
+        self._step = first_step
+        self._text = ""
+        self._last_line = time.monotonic()
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        if visible and self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("[bold]train"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(elapsed_when_finished=False),
+                console=self._console,
+                transient=False,
+            )
+            self._task = self._bar.add_task("train", total=total_steps, completed=first_step, text="")
+
+    def __enter__(self) -> RunProgress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, step: int) -> None:
+        """Say that `step` optimizer steps are done."""
+        self._step = step
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=step)
+
+    def figures(self, loss: float, images_per_s: float) -> None:
+        """Show the latest loss and speed."""
+        self._text = f"loss {loss:.4f} · {images_per_s:,.0f} images/s"
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, text=self._text)
+        elif time.monotonic() - self._last_line >= LINE_EVERY_S:
+            self._last_line = time.monotonic()
+            self._console.print(f"step {self._step}/{self._total} · {self._text}", highlight=False)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(text, highlight=False)

@@ -1,0 +1,80 @@
+"""One optimizer step through DeepSpeed: forward, backward and update of `accumulation` micro batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from setformer_dist.core.batch import MicroBatch
+from setformer_dist.core.seeding import Purpose, sample_keys, torch_seed
+from setformer_dist.engine.evaluate import Prepare
+from setformer_dist.engine.metrics import StepClock
+
+
+def soft_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean over samples of −Σ_c targets_c · log softmax(logits)_c, in fp32.
+
+    Args:
+        logits: (m, classes), any float dtype.
+        targets: (m, classes) fp32, rows sum to 1.
+    """
+    return F.cross_entropy(logits.float(), targets)
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one optimizer step left on this rank.
+
+    Attributes:
+        loss: sum over this rank's micro batches of their mean losses, on the device, shape ().
+        substitutions: damaged samples that were replaced, one line each.
+    """
+
+    loss: torch.Tensor
+    substitutions: list[str]
+
+
+class TrainStep:
+    """Runs optimizer steps. Knows DeepSpeed's engine and the clock, not the schedule nor checkpoints."""
+
+    def __init__(
+        self, engine: Any, prepare: Prepare, clock: StepClock, accumulation: int, seed: int, rank: int
+    ) -> None:
+        self._engine = engine
+        self._prepare = prepare
+        self._clock = clock
+        self._accumulation = accumulation
+        self._seed = seed
+        self._rank = rank
+        self._set_sample_keys = getattr(engine.module, "set_sample_keys", None)
+
+    def __call__(self, step: int, batches: Iterator[MicroBatch]) -> StepOutcome:
+        """Run optimizer step `step` (0-based) on the next micro batches of the stream."""
+        # What a model still draws from torch's own generator is a function of the step, so a resumed run
+        # draws the same without any generator state in the checkpoint.
+        torch.manual_seed(torch_seed(Purpose.DROP_PATH, self._seed, step, self._rank))
+        losses: list[torch.Tensor] = []
+        substitutions: list[str] = []
+        for _ in range(self._accumulation):
+            with self._clock.section("data"):
+                batch = next(batches)
+                images, targets = self._prepare(batch, train=True)
+            substitutions += batch.substitutions
+            self._key_drop_path(step, batch, images.device)
+            with self._clock.section("forward"):
+                loss = soft_cross_entropy(self._engine(images), targets)
+            with self._clock.section("backward"):
+                self._engine.backward(loss)
+            with self._clock.section("optimizer"):
+                self._engine.step()
+            losses.append(loss.detach())
+        return StepOutcome(torch.stack(losses).sum(), substitutions)
+
+    def _key_drop_path(self, step: int, batch: MicroBatch, device: torch.device) -> None:
+        if self._set_sample_keys is not None:
+            keys = sample_keys(Purpose.DROP_PATH, self._seed, step, batch.sample_ids.numpy())
+            self._set_sample_keys(torch.from_numpy(keys).to(device))

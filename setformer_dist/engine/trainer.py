@@ -1,0 +1,321 @@
+"""The loop over optimizer steps: schedule, evaluation, checkpoints, metrics, signals.
+
+Everything is a function of the step: the samples (stream), the learning rate (schedule), the randomness
+(step.py). So a run that resumes at step k does what an uninterrupted one would have done from step k on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from setformer_dist.core.batch import EvalStream, TrainStream
+from setformer_dist.core.errors import TrainingError
+from setformer_dist.core.fragments import Fragment
+from setformer_dist.core.store import CheckpointStore, SavedState
+from setformer_dist.engine.batch_plan import BatchPlan
+from setformer_dist.engine.comm import CommMeter, TorchCollectives
+from setformer_dist.engine.ema import Ema
+from setformer_dist.engine.evaluate import EvalConfig, EvalResult, Prepare, evaluate
+from setformer_dist.engine.master import OPTIMIZER_STATES, MasterState
+from setformer_dist.engine.metrics import RunRecord, StepClock, peak_memory_mib
+from setformer_dist.engine.optim import Schedule
+from setformer_dist.engine.progress import RunProgress
+from setformer_dist.engine.signals import StopRequest
+from setformer_dist.engine.step import TrainStep
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one image costs, for images/s, tokens/s and model-FLOPs utilisation.
+
+    Attributes:
+        tokens: tokens of the first stage.
+        multiply_adds: of one forward pass.
+        peak_flops: of one device, where known.
+    """
+
+    tokens: int
+    multiply_adds: int
+    peak_flops: float | None
+
+
+@dataclass(frozen=True)
+class Best:
+    """Best value of the watched metric so far."""
+
+    metric: str
+    mode: str
+    value: float | None = None
+    step: int = 0
+
+    def improved_by(self, value: float) -> bool:
+        """Return whether a value beats the best so far."""
+        if self.value is None:
+            return True
+        return value > self.value if self.mode == "max" else value < self.value
+
+
+@dataclass
+class RunState:
+    """What changes while a run goes on; `as_dict` is what trainer.json holds of it."""
+
+    step: int
+    best: Best
+    evaluation: dict[str, float] = field(default_factory=dict)
+    substitutions: int = 0
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return JSON."""
+        return {
+            "best": {"metric": self.best.metric, "value": self.best.value, "step": self.best.step},
+            "evaluation": self.evaluation,
+            "substitutions": self.substitutions,
+            "seconds": self.seconds,
+        }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of `Trainer.run` ended.
+
+    Attributes:
+        state: the run's state at the end.
+        signum: the signal that stopped it, or None when it ran to its end.
+        images_per_s: mean over this call's training steps, without evaluation and checkpoints.
+        resumed_from: step of the checkpoint this call started from, or None.
+    """
+
+    state: RunState
+    signum: int | None
+    images_per_s: float
+    resumed_from: int | None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All that a trainer works with, made by the composition root."""
+
+    engine: Any
+    master: MasterState
+    ema: Ema | None
+    plan: BatchPlan
+    stream: TrainStream
+    validation: EvalStream
+    prepare: Prepare
+    schedule: Schedule
+    store: CheckpointStore
+    comm: TorchCollectives
+    meter: CommMeter
+    record: RunRecord
+    costs: Costs
+
+
+class Trainer:
+    """Runs training from wherever the newest checkpoint left it to the last step."""
+
+    def __init__(
+        self, parts: Parts, evaluation: EvalConfig, best: Best, total_steps: int, log_every: int, seed: int
+    ) -> None:
+        self._p = parts
+        self._evaluation = evaluation
+        self._total_steps = total_steps
+        self._log_every = log_every
+        self._clock = StepClock(parts.meter)
+        self._step = TrainStep(
+            parts.engine, parts.prepare, self._clock, parts.plan.accumulation, seed, parts.comm.ranks.rank
+        )
+        self._state = RunState(step=0, best=best)
+        self._main = parts.comm.ranks.is_main
+        self._train_seconds = 0.0
+        self._train_steps = 0
+        self._pending: list[torch.Tensor] = []
+        self._pending_substitutions: list[str] = []
+
+    def run(self) -> Outcome:
+        """Train to the end, or to a signal. Collective; the same step on all ranks.
+
+        Raises:
+            TrainingError: the loss is not finite.
+            SetformerError: from the stream or the store.
+        """
+        saved = self._resume()
+        started = time.perf_counter() - self._state.seconds
+        signum: int | None = None
+        with (
+            contextlib.closing(self._p.record),
+            StopRequest() as stop,
+            RunProgress(self._total_steps, self._state.step, self._main) as progress,
+        ):
+            if saved is not None:
+                progress.say(f"resumed at step {saved.step} from {saved.path}")
+            batches = self._p.stream.micro_batches(self._state.step)
+            self._clock.take()
+            while self._state.step < self._total_steps and signum is None:
+                lr = self._p.schedule.apply(self._state.step)
+                outcome = self._step(self._state.step, batches)
+                with self._clock.section("optimizer"):
+                    if self._p.ema is not None:
+                        self._p.ema.update(self._state.step)
+                self._pending.append(outcome.loss)
+                self._pending_substitutions += outcome.substitutions
+                self._state.step += 1
+                self._state.seconds = time.perf_counter() - started
+                progress.advance(self._state.step)
+                if self._state.step % self._log_every == 0 or self._state.step == self._total_steps:
+                    self._log(lr, progress)
+                signum = self._agree_to_stop(stop)
+                self._after_step(progress, stopping=signum is not None)
+            self._state.seconds = time.perf_counter() - started
+        images = self._train_steps * self._p.plan.global_size
+        speed = images / self._train_seconds if self._train_seconds else 0.0
+        return Outcome(self._state, signum, speed, saved.step if saved else None)
+
+    # Checkpoints.
+
+    def _fragments(self) -> list[Fragment]:
+        averaged = self._p.ema.fragments() if self._p.ema is not None else []
+        return [*self._p.master.fragments("param", *OPTIMIZER_STATES), *averaged]
+
+    def _resume(self) -> SavedState | None:
+        saved = self._p.store.newest()
+        if saved is None:
+            return None
+        trainer = saved.trainer
+        step = self._p.stream.check_state(trainer["stream"])
+        self._p.store.load(saved, self._fragments())
+        self._p.master.optimizer_steps = trainer["optimizer_steps"]
+        self._p.master.set_loss_scale(trainer["loss_scale"])
+        self._p.master.refresh()
+        run = trainer["run"]
+        best = self._state.best
+        if run["best"]["metric"] == best.metric:
+            best = Best(best.metric, best.mode, run["best"]["value"], run["best"]["step"])
+        self._state = RunState(step, best, run["evaluation"], run["substitutions"], run["seconds"])
+        return saved
+
+    def _save(self, evaluation: dict[str, float]) -> None:
+        with self._clock.section("checkpoint"):
+            trainer = {
+                "stream": self._p.stream.state(self._state.step),
+                "optimizer_steps": self._p.master.optimizer_steps,
+                "loss_scale": self._p.master.loss_scale(),
+                "run": self._state.as_dict(),
+            }
+            path = self._p.store.save(self._state.step, self._fragments(), trainer, evaluation)
+            log.info("checkpoint %s", path)
+
+    # After each step.
+
+    def _agree_to_stop(self, stop: StopRequest) -> int | None:
+        """Return the signal if any rank got one; all ranks stop at the same step."""
+        return int(self._p.comm.max(stop.signum or 0)) or None
+
+    def _after_step(self, progress: RunProgress, stopping: bool) -> None:
+        step = self._state.step
+        at_end = step == self._total_steps
+        measured: dict[str, float] = {}
+        improved = False
+        if at_end or (self._evaluation_due(step) and not stopping):
+            with self._clock.section("evaluation"):
+                measured = self._evaluate(progress)
+            improved = self._take_best(measured)
+        if at_end or stopping or improved or self._p.store.due(step):
+            self._save(measured)
+
+    def _evaluation_due(self, step: int) -> bool:
+        config = self._evaluation
+        by_step = config.every_steps > 0 and step % config.every_steps == 0
+        return by_step or (
+            config.every_epochs > 0 and step % (config.every_epochs * self._p.stream.steps_per_epoch) == 0
+        )
+
+    def _evaluate(self, progress: RunProgress) -> dict[str, float]:
+        result = self._score()
+        measured: dict[str, float] = result.as_dict()
+        text = f"step {self._state.step}: top-1 {result.top1:.2%}, loss {result.loss:.4f}"
+        if self._p.ema is not None:
+            with self._p.ema.swapped_in():
+                averaged = self._score()
+            measured |= averaged.as_dict("ema_")
+            text += f" · averaged weights: top-1 {averaged.top1:.2%}, loss {averaged.loss:.4f}"
+        self._state.evaluation = measured
+        left_out = {"left_out": result.left_out} if result.left_out else {}
+        self._p.record.write("eval", self._state.step, {**measured, "samples": result.samples, **left_out})
+        progress.say(f"{text} ({result.samples} validation images)")
+        log.info(text)
+        return measured
+
+    def _score(self) -> EvalResult:
+        self._p.engine.eval()
+        try:
+            return evaluate(self._p.engine, self._p.validation, self._p.prepare, self._p.comm)
+        finally:
+            self._p.engine.train()
+
+    def _take_best(self, measured: dict[str, float]) -> bool:
+        best = self._state.best
+        value = measured.get(best.metric)
+        if value is None or not best.improved_by(value):
+            return False
+        self._state.best = Best(best.metric, best.mode, value, self._state.step)
+        return True
+
+    # Metrics.
+
+    def _log(self, lr: float, progress: RunProgress) -> None:
+        """Reduce what gathered since the last line and write it."""
+        steps = len(self._pending)
+        total = float(torch.stack(self._pending).sum())
+        loss_sum, substituted = self._p.comm.sum([total, float(len(self._pending_substitutions))])
+        loss = loss_sum / (steps * self._p.plan.accumulation * self._p.plan.world_size)
+        seconds, wall = self._clock.take()
+        for line in self._pending_substitutions:
+            log.warning("%s", line)
+        self._state.substitutions += round(substituted)
+        self._pending.clear()
+        self._pending_substitutions = []
+        training = wall - seconds["checkpoint"] - seconds["evaluation"]
+        self._train_seconds += training
+        self._train_steps += steps
+        images_per_s = steps * self._p.plan.global_size / training
+        progress.figures(loss, images_per_s)
+        values = {
+            "epoch": self._state.step / self._p.stream.steps_per_epoch,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": self._gradient_norm(),
+            "images_per_s": images_per_s,
+            "tokens_per_s": images_per_s * self._p.costs.tokens,
+            "memory_mib": peak_memory_mib(),
+            "mfu": self._utilisation(images_per_s),
+            "substitutions": self._state.substitutions,
+            "seconds": {name: value / steps for name, value in seconds.items()},
+        }
+        self._p.record.write("train", self._state.step, values)
+        log.info("step %d loss %.6f lr %.3g %.0f images/s", self._state.step, loss, lr, images_per_s)
+        if not math.isfinite(loss) and not self._p.master.loss_scale().get("cur_iter"):
+            raise TrainingError(
+                f"the loss is not finite at step {self._state.step}: lower optim.lr or optim.clip_norm, or lengthen "
+                "the warm-up; the newest checkpoint is from before and stays"
+            )
+
+    def _gradient_norm(self) -> float | None:
+        norm = self._p.engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def _utilisation(self, images_per_s: float) -> float | None:
+        costs = self._p.costs
+        if costs.peak_flops is None:
+            return None
+        # A multiply-add is two operations; the backward pass costs two forward passes.
+        return images_per_s * 6 * costs.multiply_adds / (costs.peak_flops * self._p.plan.world_size)

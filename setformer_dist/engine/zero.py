@@ -1,0 +1,139 @@
+"""Typed configs of precision and ZeRO, and DeepSpeed's JSON made from them.
+
+What is not named here passes through the page's [deepspeed] table; what is named must be set here, so that
+two places never disagree.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pydantic
+
+from setformer_dist.core.config import FrozenConfig, merge
+from setformer_dist.core.errors import ConfigError
+from setformer_dist.engine.batch_plan import BatchPlan
+
+
+class PrecisionConfig(FrozenConfig):
+    """Compute dtype of weights and activations; masters and optimizer states are fp32 always.
+
+    Attributes:
+        dtype: "fp32", "bf16" or "fp16" (with loss scaling; needs a device that supports it).
+        grad_accum: dtype in which gradients accumulate and travel; "auto" is the compute dtype.
+        loss_scale: fp16 only; 0 scales dynamically.
+    """
+
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    grad_accum: Literal["auto", "fp32"] = "auto"
+    loss_scale: float = pydantic.Field(default=0.0, ge=0)
+
+
+class ZeroConfig(FrozenConfig):
+    """DeepSpeed ZeRO (Rajbhandari et al. 2020).
+
+    Attributes:
+        stage: 0 replicates; 1 shards optimizer states, 2 also gradients, 3 also parameters.
+        offload_optimizer: keep optimizer states in host memory (GPU only).
+        overlap_comm: overlap the reduction of gradients with the backward pass.
+        bucket_mib: size of the reduction and gather buckets.
+    """
+
+    stage: Literal[0, 1, 2, 3] = 2
+    offload_optimizer: bool = False
+    overlap_comm: bool = False
+    bucket_mib: int = pydantic.Field(default=256, gt=0)
+
+    @pydantic.model_validator(mode="after")
+    def _possible(self) -> ZeroConfig:
+        if self.offload_optimizer and self.stage == 0:
+            raise ValueError("zero: offload_optimizer needs stage 1, 2 or 3, since stage 0 shards nothing")
+        return self
+
+
+# Keys of DeepSpeed's that we set from our own config; a [deepspeed] table that names one contradicts it.
+OWNED_KEYS = {
+    "train_batch_size": "batch.global_size",
+    "train_micro_batch_size_per_gpu": "batch.micro",
+    "gradient_accumulation_steps": "batch",
+    "gradient_clipping": "optim.clip_norm",
+    "optimizer": "optim",
+    "scheduler": "schedule",
+    "bf16": "precision.dtype",
+    "fp16": "precision.dtype",
+    "data_types": "precision.grad_accum",
+}
+
+
+def deepspeed_config(
+    precision: PrecisionConfig,
+    zero: ZeroConfig,
+    plan: BatchPlan,
+    clip_norm: float,
+    extra: dict[str, Any],
+) -> dict[str, Any]:
+    """Return the JSON for `deepspeed.initialize`.
+
+    Raises:
+        ConfigError: `extra` names a key that our config owns.
+    """
+    for key in extra:
+        if key in OWNED_KEYS:
+            raise ConfigError(f"deepspeed.{key} is set by this program: use {OWNED_KEYS[key]} instead")
+    if "stage" in extra.get("zero_optimization", {}):
+        raise ConfigError("deepspeed.zero_optimization.stage is set by this program: use zero.stage instead")
+    config: dict[str, Any] = {
+        "train_batch_size": plan.global_size,
+        "train_micro_batch_size_per_gpu": plan.micro,
+        "gradient_accumulation_steps": plan.accumulation,
+        "gradient_clipping": clip_norm,
+        "steps_per_print": 1_000_000_000,  # our metrics print
+        "zero_optimization": _zero_section(zero),
+    }
+    if precision.dtype == "bf16":
+        config["bf16"] = {"enabled": True}
+    if precision.dtype == "fp16":
+        config["fp16"] = {"enabled": True, "loss_scale": precision.loss_scale}
+    if precision.dtype != "fp32" and precision.grad_accum == "fp32":
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return merge(config, extra)
+
+
+def _zero_section(zero: ZeroConfig) -> dict[str, Any]:
+    elements = zero.bucket_mib * 2**20 // 4
+    section: dict[str, Any] = {
+        "stage": zero.stage,
+        "overlap_comm": zero.overlap_comm,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": elements,
+        "allgather_bucket_size": elements,
+    }
+    if zero.offload_optimizer:
+        section["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    return section
+
+
+def check_precision(precision: PrecisionConfig, zero: ZeroConfig, supported: set[str], device: str) -> None:
+    """Refuse a dtype that the device cannot compute.
+
+    Args:
+        precision: the run's.
+        zero: the run's.
+        supported: dtypes the accelerator supports, of "fp32", "bf16", "fp16".
+        device: its name, for the message.
+
+    Raises:
+        ConfigError: the dtype is not supported, or the combination has no DeepSpeed optimizer.
+    """
+    if precision.dtype not in supported:
+        usable = ", ".join(sorted(supported))
+        raise ConfigError(
+            f"precision.dtype = {precision.dtype!r}: this {device} does not compute {precision.dtype} "
+            f"(DeepSpeed's accelerator says so); use one of {usable}"
+        )
+    if precision.dtype != "fp32" and precision.grad_accum == "fp32" and zero.stage == 0:
+        raise ConfigError(
+            "precision.grad_accum = 'fp32' with zero.stage = 0 has no DeepSpeed optimizer: use zero.stage = 1, 2 or 3"
+        )
+    if zero.offload_optimizer and device == "cpu":
+        raise ConfigError("zero.offload_optimizer: there is nothing to offload from on a CPU; set it to false")

@@ -1,0 +1,75 @@
+"""A model from the `[model]` table: any name that timm knows, ours included."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import pydantic
+import timm
+import torch
+from torch import nn
+
+import setformer_dist.models  # noqa: F401 — registers our models with timm
+from setformer_dist.core.config import FrozenConfig, readable
+from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.seeding import Purpose, torch_seed
+
+
+class ModelConfig(FrozenConfig):
+    """Which model, and what differs from its registered shape.
+
+    Attributes:
+        name: as in `timm.create_model`.
+        drop_path: stochastic depth of the last block; earlier blocks rise to it linearly.
+        activation_checkpointing: recompute activations in the backward pass: less memory, about a third more work.
+        args: further arguments of `timm.create_model`, such as embed_dim, depths, stem_strides or
+            [model.args.attn] with epsilon, iterations, references …
+    """
+
+    name: str = "setformer_tiny"
+    drop_path: float = pydantic.Field(default=0.0, ge=0, lt=1)
+    activation_checkpointing: bool = False
+    args: dict[str, Any] = {}
+
+    @pydantic.field_validator("name")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if not timm.is_model(value):
+            close = difflib.get_close_matches(value, [*timm.list_models("setformer*"), *timm.list_models()], n=1)
+            raise ValueError(f"no model {value!r}{f': did you mean {close[0]}?' if close else ''}")
+        return value
+
+
+def build_model(config: ModelConfig, num_classes: int, image_size: int, seed: int) -> nn.Module:
+    """Return the model with weights drawn from the seed alone.
+
+    Args:
+        config: see `ModelConfig`.
+        num_classes: classes of the data set.
+        image_size: passed on as `img_size` to models that fix their input size; others take any size.
+        seed: the run's.
+
+    Raises:
+        ConfigError: an argument is unknown to the model or impossible.
+    """
+    torch.manual_seed(torch_seed(Purpose.INIT, seed))
+    arguments = {"num_classes": num_classes, "drop_path_rate": config.drop_path, **config.args}
+    if _fixes_input_size(config.name):
+        arguments.setdefault("img_size", image_size)
+    try:
+        model: nn.Module = timm.create_model(config.name, **arguments)
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"model.args of {config.name}: {readable(error)}") from None
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(f"model {config.name} cannot be built with model.args = {config.args}: {error}") from None
+    if config.activation_checkpointing:
+        switch: Any = model.set_grad_checkpointing
+        switch(True)
+    return model
+
+
+def _fixes_input_size(name: str) -> bool:
+    """Whether timm marks the architecture as bound to its input size (ViT, Swin with absolute windows)."""
+    pretrained = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    return bool(pretrained is not None and pretrained.fixed_input_size) or name.startswith(("swin", "vit"))

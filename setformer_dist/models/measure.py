@@ -1,0 +1,124 @@
+"""What a model costs, measured on fake tensors: real operators, no memory, no arithmetic, a second or two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def parameters(model: nn.Module) -> int:
+    """Return the number of trained parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def multiply_adds(model: nn.Module, height: int, width: int) -> int:
+    """Return the multiply-adds of one image's forward pass: matrix products and convolutions."""
+    mode = FakeTensorMode()
+    weights = _fake_weights(model, mode, None)
+    was_training = model.training
+    model.eval()
+    with mode, FlopCounterMode(display=False) as counter, torch.no_grad():
+        torch.func.functional_call(model, weights, (torch.empty(1, 3, height, width),))
+    model.train(was_training)
+    return int(counter.get_total_flops()) // 2
+
+
+def _fake_weights(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """Return fake tensors in place of all parameters and buffers, in `dtype` where one is given."""
+    fakes = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        with mode:
+            fakes[name] = torch.empty(tensor.shape, dtype=kind, requires_grad=tensor.requires_grad)
+    return fakes
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank.
+
+    Attributes:
+        parameters: weights the model computes with.
+        gradients: as they accumulate.
+        masters: fp32 masters (beside the weights, where these are of low precision), Adam's two states, EMA.
+        activations: kept for the backward pass of one micro batch.
+    """
+
+    parameters: int
+    gradients: int
+    masters: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.parameters + self.gradients + self.masters + self.activations
+
+
+def predict_memory(
+    model: nn.Module,
+    dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    stage: int,
+    world_size: int,
+    ema: bool,
+    images: tuple[int, int, int],
+) -> Memory:
+    """Predict a rank's memory under ZeRO (Rajbhandari et al. 2020, section 3) and AdamW.
+
+    Args:
+        model: with its activation checkpointing set as in the run.
+        dtype: of weights and activations.
+        grad_dtype: of accumulated gradients.
+        stage: ZeRO's.
+        world_size: ranks that share.
+        ema: whether an average of the weights is kept.
+        images: (micro batch, height, width).
+    """
+    count = parameters(model)
+
+    def share(from_stage: int) -> int:
+        return -(-count // world_size) if stage >= from_stage else count
+
+    master_bytes = 8 + 4 * ema + (4 if dtype != torch.float32 or stage in (1, 2) else 0)
+    return Memory(
+        parameters=share(3) * dtype.itemsize,
+        gradients=share(2) * grad_dtype.itemsize,
+        masters=share(1) * master_bytes,
+        activations=_saved_bytes(model, dtype, images),
+    )
+
+
+def _saved_bytes(model: nn.Module, dtype: torch.dtype, images: tuple[int, int, int]) -> int:
+    """Return the bytes that autograd keeps from one forward pass, each storage once, weights left out."""
+    mode = FakeTensorMode()
+    fakes = _fake_weights(model, mode, dtype)
+    weights = {fake.untyped_storage()._cdata for fake in fakes.values()}
+    count, height, width = images
+    was_training = model.training
+    model.train()
+    with mode, _saved_storages() as kept:
+        out = torch.func.functional_call(model, fakes, (torch.empty(count, 3, height, width, dtype=dtype),))
+        total = sum(size for key, (size, _) in kept.items() if key not in weights)
+        del out
+    model.train(was_training)
+    return total
+
+
+@contextmanager
+def _saved_storages() -> Iterator[dict[int, tuple[int, torch.UntypedStorage]]]:
+    kept: dict[int, tuple[int, torch.UntypedStorage]] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = (storage.nbytes(), storage)  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept

@@ -1,0 +1,149 @@
+"""Kernel maps and position filters: pure functions from features to similarities.
+
+All similarities here stay within [-1, 1] because every vector is first brought to unit length; the transport
+plan relies on that bound.
+
+Letters: h = heads, n = tokens, m = references, k = anchors, d = channels of one head, q = side of the
+reference grid (m = q * q). A leading `...` stands for any batch dimensions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+
+def unit(x: torch.Tensor) -> torch.Tensor:
+    """Bring vectors to unit length; a zero vector stays zero.
+
+    Args:
+        x: (..., d).
+    """
+    # The square sum is taken in the tensor's own dtype: bf16 reductions accumulate in fp32 inside the kernel.
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True).clamp_min(1e-12))
+
+
+def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
+    """Return fp64 as it is and anything narrower as fp32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def gaussian(cosine: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Gaussian kernel of unit vectors from their dot product.
+
+    exp((t - 1) / sigma^2) = exp(-|x - y|^2 / (2 sigma^2)) for |x| = |y| = 1 (Mialon et al., ICLR 2021).
+
+    Args:
+        cosine: dot products t, any shape.
+        sigma: width of the kernel, in units of the feature length.
+
+    Returns:
+        Same shape, values in (0, 1].
+    """
+    return torch.exp((cosine - 1.0) * (1.0 / sigma**2))
+
+
+class _InverseSquareRoot(torch.autograd.Function):
+    """V diag(1 / (sqrt(lambda) + ridge)) V^T of a symmetric matrix, with a gradient free of eigenvector gaps.
+
+    Autograd through `eigh` divides by differences of eigenvalues, which is infinite for equal ones (anchors
+    start nearly orthogonal, so equal eigenvalues are the rule). The derivative of a matrix function needs only
+    the divided differences of the scalar function, here -1 / (e_i e_j (s_i + s_j)) with s = sqrt(lambda) and
+    e = s + ridge.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, matrix: torch.Tensor, ridge: float) -> torch.Tensor:
+        values, vectors = torch.linalg.eigh(matrix)
+        # The floor keeps s_i + s_j above zero for a rank-deficient matrix (two equal anchors).
+        root = values.clamp_min(torch.finfo(matrix.dtype).eps).sqrt()
+        ctx.save_for_backward(root, vectors)
+        ctx.ridge = ridge
+        inverse: torch.Tensor = (vectors / (root + ridge).unsqueeze(-2)) @ vectors.mT
+        return inverse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        root, vectors = ctx.saved_tensors
+        e = root + ctx.ridge
+        differences = -1.0 / (e.unsqueeze(-1) * e.unsqueeze(-2) * (root.unsqueeze(-1) + root.unsqueeze(-2)))
+        inner = vectors.mT @ (0.5 * (grad + grad.mT)) @ vectors
+        return vectors @ (differences * inner) @ vectors.mT, None
+
+
+def inverse_square_root(matrix: torch.Tensor, ridge: float = 0.0) -> torch.Tensor:
+    """Inverse square root of symmetric positive semidefinite matrices, differentiable once.
+
+    Args:
+        matrix: (..., k, k), fp32 or fp64.
+        ridge: added to the root of every eigenvalue before the reciprocal; bounds the result by 1 / ridge
+            (1e-2 in the code of Mialon et al.).
+
+    Returns:
+        (..., k, k), symmetric.
+    """
+    root: torch.Tensor = _InverseSquareRoot.apply(matrix, ridge)
+    return root
+
+
+def nystrom(x_hnd: torch.Tensor, anchors_hkd: torch.Tensor, sigma: float, ridge: float = 1e-2) -> torch.Tensor:
+    """Nyström features of the Gaussian kernel: k(z, z)^(-1/2) k(z, x), of length at most 1.
+
+    Their dot products approximate the Gaussian kernel between the x, exactly so on the anchors (ridge = 0).
+
+    Args:
+        x_hnd: (h, n, d), unit vectors.
+        anchors_hkd: (h, k, d), any length; brought to unit length here.
+        sigma: width of the Gaussian.
+        ridge: see `inverse_square_root`.
+
+    Returns:
+        (h, n, k) in the dtype of x. The k x k root is computed in at least fp32.
+    """
+    anchors = unit(anchors_hkd)
+    wide = at_least_fp32(anchors)
+    with torch.autocast(x_hnd.device.type, enabled=False):
+        root_hkk = inverse_square_root(gaussian(wide @ wide.mT, sigma), ridge).to(x_hnd.dtype)
+    kernel_hnk = gaussian(x_hnd @ anchors.to(x_hnd.dtype).mT, sigma)
+    return kernel_hnk @ root_hkk
+
+
+def log_position_filter(n: int, m: int, tau: float, device: torch.device | None = None) -> torch.Tensor:
+    """Logarithm of the 1-D position filter, -((i/n - j/m) / tau)^2 with indices from 0.
+
+    Args:
+        n: tokens along one axis.
+        m: references along it.
+        tau: width, as a share of the axis.
+        device: where to build it.
+
+    Returns:
+        (n, m), fp32.
+    """
+    tokens = torch.arange(n, device=device, dtype=torch.float32) / n
+    references = torch.arange(m, device=device, dtype=torch.float32) / m
+    return -((tokens.unsqueeze(1) - references) / tau).square()
+
+
+def log_separable_filter(
+    grid: tuple[int, int], side: int, tau: float, device: torch.device | None = None
+) -> torch.Tensor:
+    """Logarithm of the 2-D filter: the sum over rows and columns of the 1-D one.
+
+    Args:
+        grid: token rows and columns, H x W; any numbers, no multiples needed.
+        side: q, references per axis.
+        tau: width, as a share of the axis.
+        device: where to build it.
+
+    Returns:
+        (H * W, q * q), fp32, both in row-major order.
+    """
+    height, width = grid
+    rows = log_position_filter(height, side, tau, device)
+    columns = log_position_filter(width, side, tau, device)
+    joint = rows[:, None, :, None] + columns[None, :, None, :]
+    return joint.reshape(height * width, side * side)

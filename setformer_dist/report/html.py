@@ -1,0 +1,171 @@
+"""Writes the report: reads a run folder, draws its curves, fills the template.
+
+run_folder/metrics.jsonl, config.json, summary.json + images  -->  one .html file
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from markupsafe import Markup
+from PIL import Image
+
+from setformer_dist.report import figures
+from setformer_dist.report.rows import Row, RunRecord, finite, read_run
+
+_TEMPLATE = "report.html.j2"
+_EVAL_COLUMNS = ("loss", "top1", "top5", "ema_loss", "ema_top1", "ema_top5", "samples")
+# Headline figures in the order of the page: key in summary.json to label.
+_TILES = {
+    "top1": "top-1 accuracy",
+    "ema_top1": "top-1 accuracy, EMA",
+    "top5": "top-5 accuracy",
+    "ema_top5": "top-5 accuracy, EMA",
+    "images_per_s": "images per second",
+    "mfu": "model FLOP utilisation",
+    "seconds": "time",
+    "epochs": "epochs",
+    "steps": "steps",
+    "parameters": "parameters",
+    "ranks": "ranks",
+    "stage": "ZeRO stage",
+    "dtype": "number format",
+}
+_SHARES = ("top1", "top5", "mfu", "share", "accuracy")
+_MEGA, _KILO = 1e6, 1e3
+
+
+@dataclass(frozen=True)
+class ClassifiedImage:
+    """An image and what the model said of it.
+
+    Attributes:
+        image: (3, H, W) uint8, RGB, on the CPU.
+        true_class: its label's name.
+        predicted_class: the most probable class's name.
+        probability: of the predicted class, 0 to 1.
+    """
+
+    image: torch.Tensor
+    true_class: str
+    predicted_class: str
+    probability: float
+
+
+def write_report(run_folder: Path, out: Path, samples: Sequence[ClassifiedImage] = ()) -> None:
+    """Write one self-contained HTML file about a run; what the run did not record is left out.
+
+    Args:
+        run_folder: holds metrics.jsonl, config.json and summary.json, as far as there are any.
+        out: file to write, replaced in one move.
+        samples: classified images to show, in this order.
+
+    Raises:
+        DataError: the run folder does not exist, or its config or summary is damaged.
+    """
+    text = render(read_run(run_folder), samples)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f".{out.name}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(out)
+
+
+def render(run: RunRecord, samples: Sequence[ClassifiedImage]) -> str:
+    """Return the page."""
+    template = resources.files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    curves = [
+        figures.loss_figure(run.train, run.evals),
+        figures.accuracy_figure(run.evals),
+        figures.rate_figure(run.train),
+        figures.speed_figure(run.train),
+    ]
+    return environment.from_string(template).render(
+        name=run.name,
+        lead=_lead(run),
+        tiles=[{"label": label, "value": show(key, run.summary[key])} for key, label in _shown(run.summary)],
+        figures=[Markup(curve) for curve in curves if curve],
+        split_figure=Markup(figures.split_figure(run.train)),
+        split=_split_table(run.train),
+        images=[_image(sample) for sample in samples],
+        right=sum(sample.true_class == sample.predicted_class for sample in samples),
+        evals=[_eval_row(row) for row in run.evals],
+        eval_columns=_EVAL_COLUMNS,
+        facts=[
+            {"label": key.replace("_", " "), "value": show(key, value)}
+            for key, value in run.summary.items()
+            if key not in _TILES
+        ],
+        config=json.dumps(run.config, indent=2, ensure_ascii=False) if run.config else "",
+    )
+
+
+def _lead(run: RunRecord) -> str:
+    steps = [row["step"] for row in (*run.train, *run.evals)]
+    if not steps:
+        return "This run has recorded no step yet."
+    return f"SeTformer run, recorded up to step {max(steps):,}, evaluated {len(run.evals)} times."
+
+
+def _shown(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(key, label) for key, label in _TILES.items() if summary.get(key) is not None]
+
+
+def show(key: str, value: Any) -> str:
+    """Return a figure as people read it: shares in percent, long times in hours, large counts with M."""
+    number = finite(value)
+    if number is None:
+        return value if isinstance(value, str) else json.dumps(value)
+    if key.endswith(_SHARES) and 0 <= number <= 1:
+        return f"{100 * number:.2f} %"
+    if key.endswith("seconds"):
+        return _duration(number)
+    if key == "parameters" and number >= _MEGA:
+        return f"{number / _MEGA:.1f} M"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{number:,.0f}" if number >= _KILO else f"{number:.4g}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.3g} s"
+
+
+def _split_table(train: Sequence[Row]) -> list[dict[str, str]]:
+    steps, parts = figures.split(train)
+    means = {name: sum(values) / len(steps) for name, values in parts.items()} if steps else {}
+    total = sum(means.values()) or 1.0
+    return [
+        {"name": name, "milliseconds": f"{1000 * mean:,.1f}", "share": f"{100 * mean / total:.1f} %"}
+        for name, mean in means.items()
+    ]
+
+
+def _eval_row(row: Row) -> list[str]:
+    cells = [show(key, row[key]) if row.get(key) is not None else "" for key in _EVAL_COLUMNS]
+    return [f"{row['step']:,}", *cells]
+
+
+def _image(sample: ClassifiedImage) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    Image.fromarray(sample.image.permute(1, 2, 0).contiguous().numpy()).save(buffer, "PNG", optimize=True)
+    return {
+        "source": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(),
+        "true_class": sample.true_class,
+        "predicted_class": sample.predicted_class,
+        "probability": f"{100 * sample.probability:.0f} %",
+        "right": sample.true_class == sample.predicted_class,
+    }

@@ -1,0 +1,98 @@
+"""Reading what a run left: metrics.jsonl, config.json, summary.json.
+
+A run that was interrupted has written some steps twice and perhaps a torn line: the last line for a step wins,
+and what is not JSON is passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from setformer_dist.core.errors import DataError
+
+METRICS = "metrics.jsonl"
+CONFIG = "config.json"
+SUMMARY = "summary.json"
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """All that a report shows of a run besides its images.
+
+    Attributes:
+        name: the run folder's name.
+        train: one row per logged step, by step; see `launch` for the keys.
+        evals: one row per evaluation, by step; accuracies are shares between 0 and 1.
+        config: resolved config, or {}.
+        summary: headline figures, or {}.
+    """
+
+    name: str
+    train: Sequence[Row]
+    evals: Sequence[Row]
+    config: Mapping[str, Any]
+    summary: Mapping[str, Any]
+
+
+def read_run(run_folder: Path) -> RunRecord:
+    """Read a run folder; a file that is missing counts as empty.
+
+    Raises:
+        DataError: the folder does not exist, or config or summary is not a JSON object.
+    """
+    if not run_folder.is_dir():
+        raise DataError(f"run folder {run_folder} does not exist: name the folder of a run, such as runs/<name>")
+    rows = read_metrics(run_folder / METRICS)
+    return RunRecord(
+        name=run_folder.resolve().name,
+        train=rows["train"],
+        evals=rows["eval"],
+        config=_read_object(run_folder / CONFIG),
+        summary=_read_object(run_folder / SUMMARY),
+    )
+
+
+def read_metrics(path: Path) -> dict[str, list[Row]]:
+    """Return the rows of kind "train" and "eval", each sorted by step and with one row per step."""
+    by_kind: dict[str, dict[int, Row]] = {"train": {}, "eval": {}}
+    text = path.read_text(errors="replace") if path.exists() else ""
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and row.get("kind") in by_kind and isinstance(row.get("step"), int):
+            by_kind[row["kind"]][row["step"]] = row
+    return {kind: [rows[step] for step in sorted(rows)] for kind, rows in by_kind.items()}
+
+
+def series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:
+    """Return steps and values of the rows that have a finite number under a key."""
+    pairs = [(row["step"], number) for row in rows if (number := finite(row.get(key))) is not None]
+    return [step for step, _ in pairs], [value for _, value in pairs]
+
+
+def finite(value: Any) -> float | None:
+    """Return the value as a float if it is a finite number, else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON ({error}): delete it or write it anew") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path} holds no JSON object: delete it or write it anew")
+    return value

@@ -1,0 +1,1 @@
+"""Helpers for tests that ship with the package: functions run on N gloo ranks."""

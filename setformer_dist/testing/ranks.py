@@ -1,0 +1,102 @@
+"""Run a function on N gloo ranks as an ordinary test: spawned processes, a file to meet at, a hard time limit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+_MAIN = """
+import importlib, json, sys
+from pathlib import Path
+module, name, args, out = sys.argv[1:5]
+function = getattr(importlib.import_module(module), name)
+result = function(*json.loads(args))
+Path(out).write_text(json.dumps(result))
+"""
+
+
+class RanksFailedError(AssertionError):
+    """A rank failed or the time limit passed; the message holds every rank's output."""
+
+
+def run_ranks(
+    function: Any, world_size: int, *args: Any, timeout: float = 120.0, env: dict[str, str] | None = None
+) -> list[Any]:
+    """Run `function(*args)` in `world_size` processes with RANK and the rest set; return their results by rank.
+
+    Args:
+        function: at the top level of an importable module; arguments and result must go through JSON.
+        world_size: number of processes.
+        args: JSON-able arguments.
+        timeout: seconds until all processes are killed.
+        env: added to each process's environment.
+
+    Raises:
+        RanksFailedError: a process exits with an error, or the time is up.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        processes = []
+        files = []
+        for rank in range(world_size):
+            out = Path(folder) / f"result-{rank}.json"
+            environment = {
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "LOCAL_WORLD_SIZE": str(world_size),
+                "SETFORMER_RENDEZVOUS": f"file://{folder}/meet",
+                "OMP_NUM_THREADS": "1",
+                "DS_ACCELERATOR": "cpu",
+                "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+                **(env or {}),
+            }
+            log = (Path(folder) / f"log-{rank}.txt").open("w+b")
+            files.append((out, log))
+            command = [
+                sys.executable,
+                "-c",
+                _MAIN,
+                function.__module__,
+                function.__name__,
+                json.dumps(args),
+                str(out),
+            ]
+            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+        try:
+            _wait(processes, timeout)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        if any(p.returncode for p in processes):
+            raise RanksFailedError(_outputs(processes, files))
+        return [json.loads(out.read_text()) for out, _ in files]
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], timeout: float) -> None:
+    """Return when all ended, one failed, or the time is up."""
+    limit = time.monotonic() + timeout
+    while time.monotonic() < limit:
+        codes = [p.poll() for p in processes]
+        if all(c is not None for c in codes):
+            return
+        if any(c for c in codes):
+            time.sleep(1.0)  # let the others say what they saw
+            return
+        time.sleep(0.02)
+
+
+def _outputs(processes: list[subprocess.Popen[bytes]], files: list[Any]) -> str:
+    parts = []
+    for rank, (process, (_, log)) in enumerate(zip(processes, files, strict=True)):
+        log.seek(0)
+        text = log.read().decode(errors="replace")[-4000:]
+        parts.append(f"--- rank {rank}, exit code {process.returncode}\n{text}")
+    return "\n".join(parts)

@@ -1,0 +1,114 @@
+"""What the ranks of the distributed tests run; at module top level, so that spawned processes can import it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import timm
+import torch
+
+from setformer_dist.core.ranks import RankInfo
+from setformer_dist.engine.batch_plan import BatchConfig, solve
+from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
+from setformer_dist.engine.deepspeed_engine import DTYPES, initialize
+from setformer_dist.engine.ema import Ema, EmaConfig
+from setformer_dist.engine.master import MasterState
+from setformer_dist.engine.optim import OptimConfig
+from setformer_dist.engine.step import soft_cross_entropy
+from setformer_dist.engine.zero import PrecisionConfig, ZeroConfig, deepspeed_config
+
+OPTIM = OptimConfig(lr=1e-3, clip_norm=1.0)
+
+
+def small_model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=48, depth=2, num_heads=3, num_classes=10
+    )
+
+
+def samples(step: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randn(count, 3, 16, 16, generator=generator)
+    labels = torch.randint(0, 10, (count,), generator=generator)
+    return images, torch.nn.functional.one_hot(labels, 10).float()
+
+
+class Trainee:
+    """A DeepSpeed engine with fragments and EMA, on the samples above."""
+
+    def __init__(self, stage: int, dtype: str, grad_accum: str = "auto", micro: int = 4) -> None:
+        self.ranks = RankInfo.from_env()
+        connect(self.ranks, os.environ["SETFORMER_RENDEZVOUS"])
+        self.comm = TorchCollectives(self.ranks)
+        self.plan = solve(BatchConfig(global_size=16, micro=micro), self.ranks.world_size)
+        json = deepspeed_config(
+            PrecisionConfig(dtype=dtype, grad_accum=grad_accum), ZeroConfig(stage=stage), self.plan, OPTIM.clip_norm, {}
+        )
+        self.dtype = DTYPES[dtype]
+        self.engine = initialize(small_model(), OPTIM, json)
+        self.master = MasterState(self.engine)
+        self.ema = Ema(self.master, EmaConfig(decay=0.9))
+
+    def step(self, step: int) -> float:
+        images, targets = samples(step, self.plan.global_size)
+        total = 0.0
+        for a in range(self.plan.accumulation):
+            first = (a * self.ranks.world_size + self.ranks.rank) * self.plan.micro
+            part = slice(first, first + self.plan.micro)
+            loss = soft_cross_entropy(self.engine(images[part].to(self.dtype)), targets[part])
+            self.engine.backward(loss)
+            self.engine.step()
+            total += loss.item()
+        self.ema.update(step)
+        return self.comm.sum([total])[0] / (self.plan.accumulation * self.plan.world_size)
+
+    def held(self) -> list[Any]:
+        return [*self.master.fragments("param", "exp_avg", "exp_avg_sq"), *self.ema.fragments()]
+
+
+def losses_of(stage: int, dtype: str, grad_accum: str, steps: int) -> list[float]:
+    trainee = Trainee(stage, dtype, grad_accum)
+    losses = [trainee.step(k) for k in range(steps)]
+    disconnect()
+    return losses
+
+
+def rewind(stage: int, dtype: str, grad_accum: str) -> dict[str, Any]:
+    """Run 4 steps, remember all fragments, run 3, write the fragments back, run the 3 again."""
+    trainee = Trainee(stage, dtype, grad_accum)
+    before = [trainee.step(k) for k in range(4)]
+    kept = [f.tensor.clone() for f in trainee.held()]
+    steps = trainee.master.optimizer_steps
+    first = [trainee.step(k) for k in range(4, 7)]
+    for fragment, tensor in zip(trainee.held(), kept, strict=True):
+        fragment.tensor.copy_(tensor)
+    trainee.master.optimizer_steps = steps
+    trainee.master.refresh()
+    second = [trainee.step(k) for k in range(4, 7)]
+    cover = trainee.comm.gather_json([[f.name, f.state, f.start, f.end, f.full_numel] for f in trainee.held()])
+    disconnect()
+    return {"before": before, "first": first, "second": second, "steps": steps, "cover": cover}
+
+
+def ema_round_trip(stage: int, dtype: str) -> dict[str, Any]:
+    trainee = Trainee(stage, dtype)
+    for k in range(3):
+        trainee.step(k)
+    images, _ = samples(99, 8)
+    trainee.engine.eval()
+    with torch.no_grad():
+        plain = trainee.engine(images.to(trainee.dtype)).float()
+        with trainee.ema.swapped_in():
+            averaged = trainee.engine(images.to(trainee.dtype)).float()
+        again = trainee.engine(images.to(trainee.dtype)).float()
+    trainee.engine.train()
+    after = trainee.step(3)
+    disconnect()
+    return {
+        "same": bool((plain == again).all()),
+        "differs": bool((plain != averaged).any()),
+        "after": after,
+        "averaged": averaged.sum().item(),
+    }

@@ -1,0 +1,295 @@
+"""Packing: reproducible, whole or absent, and plain WebDataset."""
+
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+from typer.testing import CliRunner
+
+from dataloaders import PackOptions, open_split, pack_image_folder
+from dataloaders.packing import _write_shard
+from launch.cli_data import app
+from setformer_dist.core.errors import ConfigError, DataError
+
+CLASSES = ("ant", "bee", "cow.boy")
+
+
+def image_bytes(number, size=(12, 10), form="JPEG", mode="RGB"):
+    pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(out, form, quality=90)
+    return out.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """20 images: per class six JPEG, in the second class also a PNG and a PNG that calls itself JPEG."""
+    source = tmp_path / "photos"
+    for label, name in enumerate(CLASSES):
+        (source / name).mkdir(parents=True)
+        for i in range(6):
+            (source / name / f"img.{i}.JPEG").write_bytes(image_bytes(10 * label + i, (12 + i, 10 + label)))
+    (source / "bee" / "real.png").write_bytes(image_bytes(91, form="PNG"))
+    (source / "bee" / "false.jpg").write_bytes(image_bytes(92, form="PNG"))
+    (source / "bee" / "notes.txt").write_text("no image")
+    (source / "bee" / "._img.0.JPEG").write_bytes(b"what macOS leaves in archives")
+    return source
+
+
+def contents(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def in_tar(folder, path, top=""):
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as tar:
+        tar.add(folder, arcname=top or ".")
+    return path
+
+
+def test_original_bytes_labels_and_sizes_come_back(folder, tmp_path):
+    result = pack_image_folder(folder, tmp_path / "out", PackOptions(samples_per_shard=6))
+    assert not result.rejected
+    assert result.notes == ["1 files that are no images were passed over"]
+    split = open_split(tmp_path / "out")
+    assert split.classes == CLASSES
+    assert split.num_samples == 20
+    assert [shard.samples for shard in split.index.shards] == [6, 6, 6, 2]
+    originals = sorted(p for p in folder.glob("*/*") if p.suffix != ".txt" and not p.name.startswith("."))
+    for i, path in enumerate(originals):
+        sample = split.read(i)
+        assert sample.bytes == path.read_bytes()
+        assert split.classes[sample.label] == path.parent.name
+        assert "." not in sample.key
+        with Image.open(path) as image:
+            assert split.size(i) == (image.height, image.width)
+
+
+@pytest.mark.parametrize("shuffle", [None, 3])
+def test_same_bytes_whatever_workers_and_moment(folder, tmp_path, shuffle):
+    for name, workers in (("a", 0), ("b", 0), ("c", 2)):
+        options = PackOptions(samples_per_shard=7, workers=workers, shuffle_seed=shuffle)
+        pack_image_folder(folder, tmp_path / name, options)
+        os.utime(folder / "ant" / "img.0.JPEG", (1, 1))
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c")
+
+
+def test_directory_tar_and_tar_gz_pack_alike(folder, tmp_path):
+    pack_image_folder(folder, tmp_path / "dir")
+    pack_image_folder(in_tar(folder, tmp_path / "x.tar"), tmp_path / "tar")
+    nested = pack_image_folder(in_tar(folder, tmp_path / "x.tar.gz", top="train"), tmp_path / "gz")
+    assert contents(tmp_path / "dir") == contents(tmp_path / "tar") == contents(tmp_path / "gz")
+    assert "class folders were found in train" in nested.notes
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dir", "gz", "photos", "tar", "x.tar", "x.tar.gz"]
+
+
+def test_shuffle_packs_the_same_samples_in_another_order(folder, tmp_path):
+    pack_image_folder(folder, tmp_path / "sorted")
+    pack_image_folder(folder, tmp_path / "mixed", PackOptions(shuffle_seed=1))
+    one, other = open_split(tmp_path / "sorted"), open_split(tmp_path / "mixed")
+    bytes_of = [[split.read(i).bytes for i in range(20)] for split in (one, other)]
+    assert bytes_of[0] != bytes_of[1]
+    assert sorted(bytes_of[0]) == sorted(bytes_of[1])
+    assert one.fingerprint != other.fingerprint
+
+
+def test_shards_are_cut_by_size(tmp_path):
+    (tmp_path / "s" / "a").mkdir(parents=True)
+    for i in range(5):
+        (tmp_path / "s" / "a" / f"{i}.bmp").write_bytes(image_bytes(i, (500, 270), form="BMP"))  # 0.39 MiB
+    pack_image_folder(tmp_path / "s", tmp_path / "out", PackOptions(mib_per_shard=1))
+    assert [shard.samples for shard in open_split(tmp_path / "out").index.shards] == [2, 2, 1]
+
+
+def test_stock_webdataset_reads_the_shards(folder, tmp_path):
+    pack_image_folder(folder, tmp_path / "out", PackOptions(samples_per_shard=8))
+    split = open_split(tmp_path / "out")
+    urls = [str(tmp_path / "out" / shard.name) for shard in split.index.shards]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil"))
+    assert len(samples) == split.num_samples
+    for i, sample in enumerate(samples):
+        ours = split.read(i)
+        assert sample["__key__"] == ours.key
+        assert sample["cls"] == ours.label
+        (suffix,) = {"jpg", "png"} & set(sample)
+        assert np.array_equal(np.asarray(sample[suffix]), np.asarray(Image.open(io.BytesIO(ours.bytes))))
+
+
+def test_tar_listing_is_regular(folder, tmp_path):
+    pack_image_folder(folder, tmp_path / "out")
+    with tarfile.open(tmp_path / "out" / "shard-000000.tar") as tar:
+        members = tar.getmembers()
+    assert {(m.mtime, m.uid, m.gid, m.uname, m.mode) for m in members} == {(0, 0, 0, "", 0o644)}
+    stems = [m.name.split(".")[0] for m in members]
+    assert stems == sorted(stems)
+    assert {m.name.split(".", 1)[1] for m in members} == {"jpg", "png", "cls"}
+
+
+def test_splits_are_chosen_by_name(folder, tmp_path):
+    (tmp_path / "both" / "set").mkdir(parents=True)
+    folder.rename(tmp_path / "both" / "set" / "train")
+    (tmp_path / "both" / "set" / "test" / "bee").mkdir(parents=True)
+    (tmp_path / "both" / "set" / "test" / "bee" / "0.jpg").write_bytes(image_bytes(5))
+    with pytest.raises(DataError, match=r"several splits \(test, train\).*--split"):
+        pack_image_folder(tmp_path / "both", tmp_path / "out")
+    with pytest.raises(DataError, match="no folder 'val'"):
+        pack_image_folder(tmp_path / "both", tmp_path / "out", PackOptions(split="val"))
+    pack_image_folder(tmp_path / "both", tmp_path / "train", PackOptions(split="train"))
+    options = PackOptions(split="test", classes_from=tmp_path / "train")
+    result = pack_image_folder(in_tar(tmp_path / "both", tmp_path / "both.tar"), tmp_path / "test", options)
+    assert result.index.classes == CLASSES
+    assert result.notes[1:] == ["2 classes of the class map have no images, the first 'ant'"]
+    assert open_split(tmp_path / "test").read(0).label == 1
+
+
+def test_class_map_from_a_file(folder, tmp_path):
+    lines, listed = tmp_path / "classes.txt", tmp_path / "classes.json"
+    lines.write_text("cow.boy\nant\nbee\n")
+    listed.write_text(json.dumps(["cow.boy", "ant", "bee"]))
+    for name, path in (("a", lines), ("b", listed)):
+        pack_image_folder(folder, tmp_path / name, PackOptions(classes_file=path))
+        assert open_split(tmp_path / name).read(0).label == 1
+    for text, fault in (("ant\nbee\n", "'cow.boy' is not"), ("ant\nant\n", "twice"), ("\n", "must hold")):
+        lines.write_text(text)
+        with pytest.raises(DataError, match=fault):
+            pack_image_folder(folder, tmp_path / "c", PackOptions(classes_file=lines))
+    with pytest.raises(ConfigError, match="not both"):
+        PackOptions(classes_file=lines, classes_from=tmp_path)
+
+
+def test_damaged_images_fail_the_packing_by_name_or_are_left_out(folder, tmp_path):
+    whole = (folder / "ant" / "img.1.JPEG").read_bytes()
+    (folder / "ant" / "img.1.JPEG").write_bytes(whole[: len(whole) // 2])
+    (folder / "bee" / "empty.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"2 of 21 images do not decode(.|\n)*ant/img.1.JPEG(.|\n)*bee/empty.png"):
+        pack_image_folder(folder, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["photos"]
+    result = pack_image_folder(folder, tmp_path / "out", PackOptions(skip_bad=True, samples_per_shard=4))
+    assert [name for name, _ in result.rejected] == ["ant/img.1.JPEG", "bee/empty.png"]
+    split = open_split(tmp_path / "out")
+    assert split.num_samples == 19
+    assert [row[0] for row in split.index.options["rejected"]] == ["ant/img.1.JPEG", "bee/empty.png"]
+
+
+def test_without_strict_only_headers_are_read(folder, tmp_path):
+    path = folder / "ant" / "img.1.JPEG"
+    path.write_bytes(path.read_bytes()[:-40])
+    pack_image_folder(folder, tmp_path / "out", PackOptions(strict=False))
+    assert open_split(tmp_path / "out").num_samples == 20
+
+
+def test_destination_in_use_is_refused_and_force_replaces_only_our_files(folder, tmp_path):
+    out = tmp_path / "out"
+    pack_image_folder(folder, out)
+    before = contents(out)
+    with pytest.raises(DataError, match="not empty"):
+        pack_image_folder(folder, out)
+    pack_image_folder(folder, out, PackOptions(force=True, samples_per_shard=5))
+    assert len(open_split(out).index.shards) == 4
+    (out / "thesis.tex").write_text("years of work")
+    with pytest.raises(DataError, match=r"thesis\.tex"):
+        pack_image_folder(folder, out, PackOptions(force=True))
+    assert (out / "thesis.tex").exists()
+    assert contents(out) != before
+
+
+def test_nothing_to_pack(tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        pack_image_folder(tmp_path / "none", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no images"):
+        pack_image_folder(tmp_path / "empty", tmp_path / "out")
+    (tmp_path / "empty" / "loose.jpg").write_bytes(image_bytes(0))
+    with pytest.raises(DataError, match="none in a class folder"):
+        pack_image_folder(tmp_path / "empty", tmp_path / "out")
+    (tmp_path / "text.tar").write_text("this is no archive")
+    with pytest.raises(DataError, match="not a whole tar"):
+        pack_image_folder(tmp_path / "text.tar", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_cut_archive_is_refused(folder, tmp_path):
+    packed = in_tar(folder, tmp_path / "x.tar.gz")
+    packed.write_bytes(packed.read_bytes()[:-200])
+    with pytest.raises(DataError, match="not a whole tar"):
+        pack_image_folder(packed, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_failure_half_way_leaves_nothing(folder, tmp_path, monkeypatch):
+    written = []
+
+    def fails_at_third(plan, on_progress):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(plan.path)
+        return _write_shard(plan, on_progress)
+
+    monkeypatch.setattr("dataloaders.packing._write_shard", fails_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        pack_image_folder(folder, tmp_path / "out", PackOptions(samples_per_shard=5))
+    assert len(written) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["photos"]
+
+
+_PACK = """
+import sys
+from pathlib import Path
+from dataloaders import PackOptions, pack_image_folder
+if __name__ == "__main__":
+    options = PackOptions(samples_per_shard=20, workers=int(sys.argv[3]))
+    pack_image_folder(Path(sys.argv[1]), Path(sys.argv[2]), options)
+"""
+
+
+@pytest.mark.parametrize(("how", "workers"), [(signal.SIGKILL, 2), (signal.SIGINT, 2)])
+def test_killed_packing_leaves_nothing_that_opens(tmp_path, how, workers):
+    (tmp_path / "s" / "a").mkdir(parents=True)
+    data = image_bytes(0, (600, 600), form="PNG")
+    for i in range(500):
+        (tmp_path / "s" / "a" / f"{i}.png").write_bytes(data)
+    out, work = tmp_path / "out", tmp_path / ".out.partial"
+    command = [sys.executable, "-c", _PACK, str(tmp_path / "s"), str(out), str(workers)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not list(work.glob("shard-000001.tar")):
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(how)
+    process.wait(timeout=30)
+    process.stderr.close()
+    assert not out.exists()
+    with pytest.raises(DataError, match="does not exist"):
+        open_split(out)
+    if how == signal.SIGINT:
+        assert not work.exists()
+        return
+    with pytest.raises(DataError, match="no index"):
+        open_split(work)
+    # The next packing clears what the killed one left; its helpers must not write on.
+    for path in sorted((tmp_path / "s" / "a").iterdir())[30:]:
+        path.unlink()
+    pack_image_folder(tmp_path / "s", out)
+    assert open_split(out).num_samples == 30
+    assert not work.exists()
+
+
+def test_command_line(folder, tmp_path):
+    run = CliRunner().invoke(app, ["pack", str(folder), str(tmp_path / "out"), "--workers", "0"])
+    assert run.exit_code == 0, run.output
+    assert "packed 20 images of 3 classes into 1 shards" in run.output
+    run = CliRunner().invoke(app, ["pack", str(folder), str(tmp_path / "out"), "--workers", "0"])
+    assert isinstance(run.exception, DataError)
+    help_text = CliRunner().invoke(app, ["pack", "--help"]).output
+    assert "setformer data pack" in help_text
+    assert "--classes-from" in help_text

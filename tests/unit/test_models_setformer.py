@@ -1,0 +1,389 @@
+"""All registered SeTformers: shapes, timm's method set, sizes, costs, drop path, numerics of a step."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import timm
+import torch
+from timm.models._features import FeatureGetterNet
+from timm.optim import param_groups_layer_decay
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import setformer_dist.models  # noqa: F401  (registers the models)
+from setformer_dist.core.errors import ConfigError
+from setformer_dist.models import cost
+from setformer_dist.models.setformer import SeTformer, SetformerConfig, keyed_uniform
+
+NAMES = ["setformer_nano", "setformer_mini", "setformer_tiny", "setformer_small", "setformer_base"]
+# Published sizes in millions of parameters, 1000 classes (Mini, Tiny, Base; Small is the one that fits best).
+SIZES = {"setformer_mini": 16.4, "setformer_tiny": 22.7, "setformer_small": 35.5, "setformer_base": 57.15}
+# A small model of three stages for what does not depend on size.
+SMALL = {"embed_dim": 16, "depths": (1, 2, 1), "num_heads": (1, 2, 4), "num_classes": 7}
+
+
+def on_meta(name: str, **kwargs) -> SeTformer:
+    with torch.device("meta"):
+        model = timm.create_model(name, **kwargs)
+    return model
+
+
+def small(**kwargs) -> SeTformer:
+    torch.manual_seed(0)
+    return timm.create_model("setformer_nano", **{**SMALL, **kwargs})
+
+
+def test_names_are_registered_with_timm():
+    assert sorted(timm.list_models("setformer*")) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [(32, 32), (45, 77)])
+def test_shapes_on_even_and_odd_sizes(name, size):
+    model = on_meta(name, num_classes=11).eval()
+    image = torch.empty(2, 3, *size, device="meta")
+    features = model.forward_features(image)
+    reduction = model.config.reductions[-1]
+    assert features.shape == (2, -(-size[0] // reduction), -(-size[1] // reduction), model.num_features)
+    assert model.forward_head(features, pre_logits=True).shape == (2, model.num_features)
+    assert model(image).shape == (2, 11)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (8, 8), (5, 33), (37, 23)])
+def test_any_size_runs_and_is_finite(size):
+    output = small()(torch.randn(2, 3, *size))
+    assert output.shape == (2, 7)
+    assert torch.isfinite(output).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pretrained_cfg_names_real_layers(name):
+    model = on_meta(name)
+    cfg = model.pretrained_cfg
+    assert model.get_submodule(cfg["classifier"]) is model.get_classifier()
+    assert model.get_submodule(cfg["first_conv"]).in_channels == 3
+    assert cfg["num_classes"] == model.num_classes
+    features = model.forward_features(torch.empty(1, *cfg["input_size"], device="meta"))
+    assert features.shape[1:3] == cfg["pool_size"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("out_indices", [None, (0, 2), (-1,)])
+def test_features_only(name, out_indices):
+    kwargs = {} if out_indices is None else {"out_indices": out_indices}
+    model = on_meta(name, features_only=True, **kwargs).eval()
+    assert isinstance(model, FeatureGetterNet)
+    outputs = model(torch.empty(1, 3, 97, 64, device="meta"))
+    channels, reductions = model.feature_info.channels(), model.feature_info.reduction()
+    assert len(outputs) == len(channels)
+    for y, width, reduction in zip(outputs, channels, reductions, strict=True):
+        assert y.shape == (1, width, -(-97 // reduction), -(-64 // reduction))
+
+
+def test_features_only_drops_what_it_does_not_need_and_keeps_the_values():
+    whole, pruned = small().eval(), small(features_only=True, out_indices=(0, 1)).eval()
+    image = torch.randn(2, 3, 20, 20)
+    _, intermediates = whole.forward_intermediates(image)
+    for ours, theirs in zip(pruned(image), intermediates, strict=False):
+        torch.testing.assert_close(ours, theirs)
+    assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in whole.parameters()) / 2
+
+
+def test_forward_intermediates_agrees_with_forward_features():
+    model = small().eval()
+    image = torch.randn(2, 3, 19, 26)
+    final, intermediates = model.forward_intermediates(image, norm=True, output_fmt="NHWC")
+    torch.testing.assert_close(final, model.forward_features(image))
+    torch.testing.assert_close(intermediates[-1], final)
+    assert [y.shape[-1] for y in intermediates] == [info["num_chs"] for info in model.feature_info]
+    early = model.forward_intermediates(image, indices=[1], stop_early=True, intermediates_only=True)
+    torch.testing.assert_close(early[0].permute(0, 2, 3, 1), intermediates[1])
+    assert len(model.forward_intermediates(image, indices=2, intermediates_only=True)) == 2
+
+
+def test_reset_classifier():
+    model = small().eval()
+    image = torch.randn(2, 3, 16, 16)
+    model.reset_classifier(3)
+    assert (model.num_classes, model.get_classifier().out_features) == (3, 3)
+    assert model(image).shape == (2, 3)
+    model.reset_classifier(0)
+    assert isinstance(model.get_classifier(), nn.Identity)
+    assert model(image).shape == (2, model.num_features)
+    model.reset_classifier(0, "")
+    torch.testing.assert_close(model(image), model.forward_features(image))
+
+
+def test_created_without_classifier_or_pooling_and_with_other_channels():
+    assert small(num_classes=0)(torch.randn(2, 3, 16, 16)).shape == (2, 64)
+    assert small(num_classes=0, global_pool="")(torch.randn(2, 3, 16, 16)).shape == (2, 2, 2, 64)
+    assert small(in_chans=1)(torch.randn(2, 1, 16, 16)).shape == (2, 7)
+
+
+def test_overrides_reach_the_layers():
+    model = timm.create_model(
+        "setformer_nano",
+        stem_strides=[1, 2],
+        attn={"epsilon": 0.2, "references": 9},
+        drop_path_rate=0.1,
+        num_classes=10,
+        embed_dim=32,
+        depths=[1, 1],
+        num_heads=[2, 4],
+        mlp_ratio=4,
+    )
+    attention = model.stages[1].blocks[0].attn
+    assert (attention.config.epsilon, attention.config.references) == (0.2, 9)
+    assert attention.references.shape == (4, 9, 16)
+    assert model.stages[0].blocks[0].mlp.fc1.out_features == 128
+    assert model.forward_features(torch.randn(1, 3, 16, 16)).shape == (1, 4, 4, 64)
+    assert max(model.drop_path.rates) == 0.1
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"attn": {"reference": 9}}, "did you mean attn.references"),
+        ({"attn": {"references": 10}}, "not a square: use 9 or 16"),
+        ({"attn": {"anchors": 4}}, "anchors = 4 has no use with kernel = 'similarity'"),
+        ({"attn": {"kernel": "linear"}}, "attn.kernel"),
+        ({"embed_dims": 32}, "did you mean embed_dim"),
+        ({"num_heads": (5, 2, 4)}, "5 heads do not divide a stage of 48 channels"),
+        ({"depths": (1, 1)}, "one positive number per stage"),
+        ({"stem_strides": (2,)}, "must be two positive numbers"),
+        ({"embed_dim": 33}, "must be even"),
+    ],
+)
+def test_impossible_shapes_are_refused_with_the_repair(kwargs, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        timm.create_model("setformer_nano", **kwargs)
+
+
+# --------------------------------------------------------------------------------------------------------- sizes
+
+
+@pytest.mark.parametrize("name", list(SIZES))
+def test_published_parameter_counts(name):
+    count = sum(p.numel() for p in on_meta(name, num_classes=1000).parameters())
+    assert count == pytest.approx(SIZES[name] * 1e6, rel=0.01)
+
+
+def test_base_multiply_adds_at_224():
+    assert cost.multiply_adds(on_meta("setformer_base").config, 224, 224) == pytest.approx(10.4e9, rel=0.05)
+
+
+SHAPES = [
+    {},
+    {"attn": {"kernel": "nystrom", "anchors": 3, "reference_sets": 1}},
+    {"attn": {"kernel": "gaussian", "position_filter": "none", "references": 10}},
+    {"layer_scale": 1e-3, "stem_strides": (1, 3), "in_chans": 4, "mlp_ratio": 2.5},
+]
+
+
+@pytest.mark.parametrize(
+    "model", [*[on_meta(name) for name in NAMES], *[small(**kwargs) for kwargs in SHAPES]], ids=lambda m: ""
+)
+def test_parameters_equal_the_formula(model):
+    assert cost.parameters(model.config) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "size"),
+    [
+        *[(name, {}, (64, 96)) for name in NAMES],
+        ("setformer_base", {}, (224, 224)),
+        *[("setformer_nano", kwargs, (33, 50)) for kwargs in SHAPES],
+    ],
+)
+def test_counted_multiply_adds_equal_the_formula(name, kwargs, size):
+    model = on_meta(name, **kwargs).eval()
+    image = torch.empty(1, model.in_chans, *size, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(image)
+    assert counter.get_total_flops() / 2 == pytest.approx(
+        cost.multiply_adds(model.config, *size), rel=0.02
+    )
+
+
+def test_the_formula_counts_the_rounds_that_the_counter_cannot_see():
+    """With a small epsilon the rounds are sums of exponentials, which the counter leaves out."""
+    model = on_meta("setformer_nano", attn={"epsilon": 0.01, "iterations": 50}).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.empty(1, 3, 32, 32, device="meta"))
+    config = model.config
+    unseen = sum(
+        config.attn.reference_sets * depth * 2 * 50 * (32 // r) ** 2 * config.attn.references * heads
+        for depth, r, heads in zip(config.depths, config.reductions, config.num_heads, strict=True)
+    )
+    total = counter.get_total_flops() / 2 + unseen
+    assert total == pytest.approx(cost.multiply_adds(config, 32, 32), rel=0.02)
+
+
+# ----------------------------------------------------------------------------------- optimizer groups, checkpoints
+
+
+@pytest.mark.parametrize("kwargs", [{}, SHAPES[1], SHAPES[3]])
+def test_no_weight_decay_names_all_but_the_matrices(kwargs):
+    model = small(**kwargs)
+    names = {name for name, _ in model.named_parameters()}
+    exempt = model.no_weight_decay()
+    assert exempt <= names
+    for name, parameter in model.named_parameters():
+        special = name.endswith(("references", "anchors")) or parameter.ndim == 1
+        assert (name in exempt) == special, name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_group_matcher_covers_every_parameter_in_order_of_depth(name):
+    model = on_meta(name)
+    groups = param_groups_layer_decay(model, layer_decay=0.5, no_weight_decay_list=model.no_weight_decay())
+    by_parameter = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    scale = {n: by_parameter[id(p)] for n, p in model.named_parameters()}
+    assert scale["head.fc.weight"] == scale["norm.weight"] == 1.0
+    depths = model.config.depths
+    order = [scale[f"stages.{i}.blocks.{j}.attn.references"] for i, d in enumerate(depths) for j in range(d)]
+    assert all(a < b for a, b in zip(order, order[1:], strict=False))
+    assert scale["stem.conv1.weight"] < order[0]
+    assert len(timm.models.group_parameters(model, model.group_matcher(coarse=True))) >= len(depths) + 1
+
+
+def step(model: SeTformer, image: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    output = model(image)
+    output.square().sum().backward()
+    return output.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("keyed", [True, False])
+def test_activation_checkpointing_changes_neither_output_nor_gradient(keyed):
+    model = small(drop_path_rate=0.5).train()
+    model.set_sample_keys(torch.arange(4) if keyed else None)
+    image = torch.randn(4, 3, 16, 16)
+    torch.manual_seed(5)
+    output, grads = step(model, image)
+    model.set_grad_checkpointing()
+    torch.manual_seed(5)
+    again, grads_again = step(model, image)
+    torch.testing.assert_close(output, again, atol=0, rtol=0)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, grads_again[name], atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_checkpointing_keeps_the_draw_of_the_first_pass_when_the_keys_change_before_backward():
+    model = small(drop_path_rate=0.5).train()
+    image = torch.randn(4, 3, 16, 16)
+    model.set_sample_keys(torch.arange(4))
+    _, grads = step(model, image)
+    model.set_grad_checkpointing()
+    model.zero_grad()
+    output = model(image)
+    model.set_sample_keys(torch.arange(4) + 1000)
+    output.square().sum().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(grads[name], p.grad, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_every_parameter_gets_a_gradient():
+    for kwargs in SHAPES:
+        model = small(**kwargs)
+        _, grads = step(model, torch.randn(2, model.in_chans, 24, 24))
+        for name, grad in grads.items():
+            assert torch.isfinite(grad).all(), name
+            assert grad.abs().max() > 0, name
+
+
+def test_the_model_has_no_buffers_and_no_batch_norm():
+    model = small()
+    assert not list(model.buffers())
+    assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+def test_weights_are_a_function_of_the_generator_state():
+    first, second = small().state_dict(), small().state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# ------------------------------------------------------------------------------------------------------ drop path
+
+
+def test_drop_path_is_a_function_of_the_sample_not_of_the_batch():
+    model = small(drop_path_rate=0.6).train()
+    images, keys = torch.randn(8, 3, 16, 16), torch.randint(-(2**62), 2**62, (8,))
+    model.set_sample_keys(keys)
+    whole = model(images)
+    order = torch.tensor([5, 0, 7, 2, 1, 6, 3, 4])
+    parts = []
+    for index in order.split(3):
+        model.set_sample_keys(keys[index])
+        parts.append(model(images[index]))
+    torch.testing.assert_close(torch.cat(parts), whole[order], atol=1e-5, rtol=1e-5)
+    model.set_sample_keys(keys + 1)
+    assert not torch.allclose(model(images), whole, atol=1e-3)
+
+
+def test_drop_path_drops_the_share_it_is_told_to_and_keeps_the_mean():
+    model = small(drop_path_rate=0.4).train()
+    model.set_sample_keys(torch.arange(20_000))
+    factors = model.drop_path(20_000, torch.device("cpu"), torch.float32)
+    assert factors.shape == (8, 20_000)
+    dropped = (factors == 0).float().mean(1)
+    expected = torch.tensor(model.drop_path.rates)
+    assert (dropped - expected).abs().max() < 0.015
+    torch.testing.assert_close(factors.mean(1), torch.ones(8), atol=0.03, rtol=0)
+    together = ((factors[-1] == 0) & (factors[-2] == 0)).float().mean()
+    assert together == pytest.approx(0.16, abs=0.015)  # branches are independent
+
+
+def test_keyed_uniform_is_uniform_and_mixes_neighbouring_keys():
+    u = keyed_uniform(torch.arange(-20_000, 20_000), 2)
+    assert u.min() >= 0
+    assert u.max() < 1
+    histogram = torch.histc(u, bins=20, min=0, max=1) / u.numel()
+    assert (histogram - 0.05).abs().max() < 0.003
+    assert torch.corrcoef(torch.stack([u[0, :-1], u[0, 1:], u[1, :-1]])).triu(1).abs().max() < 0.02
+
+
+def test_drop_path_is_off_in_evaluation_and_refuses_keys_of_another_batch():
+    model = small(drop_path_rate=0.5)
+    model.set_sample_keys(torch.arange(3))
+    image = torch.randn(2, 3, 16, 16)
+    model.eval()
+    torch.testing.assert_close(model(image), model(image))
+    model.train()
+    with pytest.raises(ConfigError, match="3 sample keys were set for a batch of 2"):
+        model(image)
+
+
+# --------------------------------------------------------------------------------------------------------- dtypes
+
+
+@pytest.mark.parametrize("kernel", ["similarity", "gaussian", "nystrom"])
+def test_bf16_module_and_autocast_train_finitely_and_stay_close_to_fp32(kernel):
+    model = small(attn={"kernel": kernel}, drop_path_rate=0.2)
+    model.set_sample_keys(torch.arange(4))
+    image = torch.randn(4, 3, 16, 16)
+    exact, _ = step(model, image)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed, grads = step(model, image)
+    rounded, rounded_grads = step(model.bfloat16(), image.bfloat16())
+    assert rounded.dtype == torch.bfloat16
+    for output in (mixed, rounded):
+        assert (output.float() - exact).abs().max() < 0.05 * exact.abs().max() + 0.02
+    assert all(torch.isfinite(g).all() for g in [*grads.values(), *rounded_grads.values()])
+
+
+def test_a_few_steps_learn_a_batch_by_heart():
+    model = small().train()
+    images, labels = torch.randn(16, 3, 16, 16), torch.arange(16) % 7
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    losses = []
+    for _ in range(40):
+        loss = nn.functional.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 1.7
+    assert losses[-1] < 0.3
