@@ -35,7 +35,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import setformer_dist.models  # noqa: F401  (registers the models)
-from setformer_dist.models.setformer import Block, SeTformer
+from setformer_dist.models.setformer import Block, SetAttention, SeTformer
 
 NET: dict[str, Any] = {
     "embed_dim": 72,
@@ -112,6 +112,8 @@ VARIANTS: dict[str, Variant] = {
     "tau 0.1": Variant({"tau": 0.1}),
     "epsilon 0.5": Variant({"epsilon": 0.5}),
     "3 iterations": Variant({"iterations": 3}),
+    "9 references": Variant({"references": 9}),
+    "25 references": Variant({"references": 25}),
 }
 
 
@@ -121,12 +123,13 @@ def build(variant: Variant) -> SeTformer:
     assert isinstance(model, SeTformer)
     if variant.replace is not None:
         for block in [module for module in model.modules() if isinstance(module, Block)]:
+            assert isinstance(block.attn, SetAttention)
             attention = variant.replace(block.norm1.normalized_shape[0], block.attn.num_heads)
             for layer in attention.modules():
                 if isinstance(layer, nn.Linear):
                     nn.init.trunc_normal_(layer.weight, std=0.02)
                     nn.init.zeros_(layer.bias)
-            block.attn = attention  # type: ignore[assignment]
+            block.attn = attention
     return model
 
 

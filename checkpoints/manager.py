@@ -27,7 +27,7 @@ from checkpoints.identity import Identity, digest_json
 from checkpoints.manifest import FileRecord, Manifest, hash_faults, read_manifest, size_faults
 from checkpoints.policy import Candidate, best_first, steps_to_delete
 from checkpoints.reader import Checkpoint, Entry, Skipped, list_checkpoints, verify
-from checkpoints.writer import delete_checkpoint, fragment_key, publish, write_json, write_rank_file
+from checkpoints.writer import delete_checkpoint, fragment_key, publish, sync_folder, write_json, write_rank_file
 from setformer_dist.core.comm import Collectives
 from setformer_dist.core.errors import CheckpointError
 from setformer_dist.core.fragments import Fragment
@@ -120,7 +120,9 @@ class CheckpointManager:
 
     def _prepare(self, step: int) -> bool:
         """Rank 0: make room; tell whether the step is there already and sound."""
-        self.root.mkdir(parents=True, exist_ok=True)
+        if not self.root.exists():
+            self.root.mkdir(parents=True)
+            sync_folder(self.root.parent)
         for leftover in layout.leftovers(self.root):
             shutil.rmtree(leftover)
         folder = layout.step_folder(self.root, step)

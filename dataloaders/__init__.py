@@ -16,6 +16,7 @@ from dataloaders.packing import PackOptions, PackResult, pack_image_folder
 from dataloaders.shards import RawSample, ShardDataset, check_same_classes, open_split
 from dataloaders.streams import ShardEvalStream, ShardTrainStream
 from dataloaders.transforms import decode_for_eval
+from dataloaders.verify import verify_split
 
 __all__ = [
     "AugmentConfig",
@@ -31,4 +32,5 @@ __all__ = [
     "decode_for_eval",
     "open_split",
     "pack_image_folder",
+    "verify_split",
 ]

@@ -14,11 +14,13 @@ import numpy.typing as npt
 import PIL.Image
 import simplejpeg
 
+from setformer_dist.core.errors import DataError
+
 _JPEG_START = b"\xff\xd8"
 
 
-class UndecodableError(Exception):
-    """Bytes that are not a whole image; the message says why. The reader turns it into one of our errors."""
+class UndecodableError(DataError):
+    """Bytes that are not a whole image; the message says why, and the reader adds which image it is."""
 
 
 def is_jpeg(data: bytes) -> bool:
@@ -50,7 +52,7 @@ def decode(data: bytes, min_height: int = 0, min_width: int = 0) -> npt.NDArray[
     # PIL's plugins raise nearly anything on damaged bytes (OSError, ValueError, SyntaxError, struct.error,
     # DecompressionBombError …): whatever it is, this sample has no pixels.
     except Exception as error:  # noqa: BLE001
-        raise UndecodableError(f"{type(error).__name__}: {error}") from None
+        raise UndecodableError(f"it is not a whole image: {error}") from None
 
 
 def _decode_by_pil(data: bytes) -> npt.NDArray[np.uint8]:
@@ -74,7 +76,7 @@ def image_size(data: bytes) -> tuple[int, int]:
         with PIL.Image.open(io.BytesIO(data)) as image:
             return image.height, image.width
     except Exception as error:  # noqa: BLE001  (as above)
-        raise UndecodableError(f"{type(error).__name__}: {error}") from None
+        raise UndecodableError(f"it is not a whole image: {error}") from None
 
 
 def suffix_for(data: bytes, named: str) -> str:

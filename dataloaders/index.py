@@ -194,14 +194,14 @@ def _why_not_a_split(folder: Path) -> str:
         return f"data folder {folder} is empty: fill it with {pack}"
     if any(entry.name.endswith(".tar") for entry in entries):
         return f"data folder {folder} has shards but no {INDEX_NAME}, so it is not whole: make it anew with {pack}"
+    if any((entry / INDEX_NAME).is_file() for entry in entries):
+        names = ", ".join(sorted(entry.name for entry in entries if (entry / INDEX_NAME).is_file()))
+        return f"data folder {folder} holds no shards itself, but packed splits ({names}): name one of them"
     if _has_images(folder):
         return (
             f"data folder {folder} holds images, not shards: pack it with "
             f"`setformer data pack {folder} {folder.with_name(folder.name + '-packed')}`"
         )
-    if any((entry / INDEX_NAME).is_file() for entry in entries):
-        names = ", ".join(sorted(entry.name for entry in entries if (entry / INDEX_NAME).is_file()))
-        return f"data folder {folder} holds no shards itself, but packed splits ({names}): name one of them"
     return f"data folder {folder} has no {INDEX_NAME}: make it with {pack}"
 
 

@@ -23,6 +23,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -133,7 +134,7 @@ def pack_image_folder(
     options = options or PackOptions()
     source, destination = Path(source), Path(os.path.abspath(destination))  # noqa: PTH100  (keep links as they are)
     _check_destination(destination, options.force)
-    with _work_folder(destination) as work:
+    with _work_folder(destination) as work, _explained(destination):
         scratch = work / ".scratch"
         scratch.mkdir()
         found = find_images(source, options.split, scratch)
@@ -147,6 +148,19 @@ def pack_image_folder(
         index = _write_index(work, classes, shards, rejected, options)
         _commit(work, destination)
     return PackResult(index, rejected, found.notes + _empty_classes(index))
+
+
+@contextmanager
+def _explained(destination: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # a full disk, above all
+        raise DataError(f"packing into {destination} failed, nothing was kept: {error}") from None
+    except BrokenProcessPool:
+        raise DataError(
+            f"packing into {destination} failed, nothing was kept: a process died, perhaps for want of memory; "
+            "take fewer --workers"
+        ) from None
 
 
 def _check_destination(destination: Path, force: bool) -> None:

@@ -45,7 +45,9 @@ def lean_start() -> Iterator[None]:
     # First, as it would lift the signal mask when it starts by itself.
     resource_tracker.ensure_running()
     main = sys.modules["__main__"]
-    hidden: dict[str, Any] = {name: main.__dict__.pop(name) for name in ("__spec__", "__file__") if name in main.__dict__}
+    hidden: dict[str, Any] = {
+        name: main.__dict__.pop(name) for name in ("__spec__", "__file__") if name in main.__dict__
+    }
     main.__spec__ = None
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_SIGNALS)  # inherited by server and helpers
     try:

@@ -13,11 +13,12 @@ import json
 import lzma
 import os
 import shutil
+import stat
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, NoReturn
 
 from dataloaders.index import IMAGE_SUFFIXES
 from setformer_dist.core.errors import DataError
@@ -125,22 +126,41 @@ def _stretches(source: Path, scratch: Path) -> Iterator[Stretch]:
         yield from _in_directory(source)
         return
     try:
-        with tarfile.open(_plain_tar(source, scratch), "r:") as tar:
-            for member in tar:
-                if member.isfile() and _is_visible(member.name):
-                    name = PurePosixPath(member.name.removeprefix("./")).as_posix()
-                    yield Stretch(str(tar.name), member.offset_data, member.size, name)
+        yield from _in_tar(_plain_tar(source, scratch))
     except (tarfile.TarError, EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise DataError(f"source {source} is not a whole tar of images ({error}): fetch it again") from None
 
 
+def _in_tar(path: Path) -> Iterator[Stretch]:
+    seen: dict[str, tuple[int, int]] = {}
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            if member.isfile():
+                seen[member.name] = member.offset_data, member.size
+            elif not member.islnk() or member.linkname not in seen:
+                continue
+            # A hard link is an image that the tar holds once, under the first of its names.
+            offset, size = seen[member.linkname if member.islnk() else member.name]
+            if _is_visible(member.name):
+                yield Stretch(str(path), offset, size, PurePosixPath(member.name.removeprefix("./")).as_posix())
+
+
 def _in_directory(source: Path) -> Iterator[Stretch]:
-    for folder, folders, names in os.walk(source, followlinks=True):
+    for folder, folders, names in os.walk(source, followlinks=True, onerror=_refuse):
         folders[:] = sorted(name for name in folders if _is_visible(name))
-        for name in names:
+        for name in filter(_is_visible, names):
             path = Path(folder) / name
-            if _is_visible(name):
-                yield Stretch(str(path), 0, path.stat().st_size, path.relative_to(source).as_posix())
+            try:
+                facts = path.stat()
+            except OSError as error:
+                _refuse(error)
+            if stat.S_ISREG(facts.st_mode):
+                yield Stretch(str(path), 0, facts.st_size, path.relative_to(source).as_posix())
+
+
+def _refuse(error: OSError) -> NoReturn:
+    """Stop at what cannot be read: os.walk would pass over it in silence, and images would be missing."""
+    raise DataError(f"{error.filename} in the source cannot be read ({error.strerror}): repair or remove it")
 
 
 def _is_visible(name: str) -> bool:

@@ -85,7 +85,8 @@ class _Readers:
             if "DataLoader worker" not in str(error):
                 raise
             raise DataError(
-                f"a data reader process died ({error}): if memory ran out, lower data.workers or data.prefetch"
+                f"a data reader process died ({error}): if memory or /dev/shm ran out, lower data.workers "
+                "or data.prefetch"
             ) from None
         finally:
             if self._answers is answers:

@@ -1,4 +1,4 @@
-"""`setformer data`: making the shards that training reads."""
+"""`setformer data`: making and checking the shards that training reads."""
 
 from __future__ import annotations
 
@@ -7,16 +7,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dataloaders import PackOptions, PackResult, pack_image_folder
+from dataloaders import PackOptions, PackResult, pack_image_folder, verify_split
 
-app = typer.Typer(help="Pack images into shards.", no_args_is_help=True)
-
-
-@app.callback()
-def _group() -> None:
-    """Pack images into shards."""
+app = typer.Typer(help="Pack images into shards, and check them.", no_args_is_help=True)
 
 
 _PACK_HELP = """Pack an image folder into WebDataset shards and an index.
@@ -76,6 +71,24 @@ def pack(
             on_progress=lambda done: progress.advance(task, done),
         )
     _report(console, dest, result)
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="A packed split.")]) -> None:
+    """Read every shard of FOLDER and compare it with the hash it was packed with.
+
+    Example: setformer data verify packed/train
+    """
+    console = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(f"reading {folder}", total=None)
+        shards = verify_split(
+            folder,
+            on_start=lambda total: progress.update(task, total=total),
+            on_progress=lambda done: progress.advance(task, done),
+        )
+    console.print(f"{shards} shards in {folder} are whole", markup=False, highlight=False, soft_wrap=True)
 
 
 def _report(console: Console, dest: Path, result: PackResult) -> None:

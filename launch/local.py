@@ -357,13 +357,13 @@ class _Group:
         self.kill()
         others = [str(m.rank) for m in failed[1:]]
         echo = f" (then rank {', '.join(others)} failed too)" if others else ""
-        raise RankFailedError(f"{self._describe(failed[0])}{echo}")
+        raise RankFailedError(f"{self._describe(failed[0], *failed[1:])}{echo}")
 
-    def _describe(self, member: _Member) -> str:
-        code = member.process.returncode
-        line = last_error_line(member.log, member.log_start)
-        said = f": {line}" if line else ": it wrote nothing there, see the terminal" if member.rank == 0 else ""
-        return f"rank {member.rank} {_ending(code)}, log {member.log}{said}"
+    def _describe(self, member: _Member, *echoes: _Member) -> str:
+        """Say how a rank ended and its last words; rank 0 may have spoken to the terminal only, so ask others too."""
+        lines = [last_error_line(m.log, m.log_start) for m in (member, *echoes)]
+        said = next((f": {line}" for line in lines if line), ", which is empty")
+        return f"rank {member.rank} {_ending(member.process.returncode)}, log {member.log}{said}"
 
 
 def _ending(code: int) -> str:

@@ -11,7 +11,7 @@ only ones that know how DeepSpeed lays out memory (written against 0.19.8).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -50,7 +50,8 @@ class MasterState:
         self._adam: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
         if isinstance(optimizer, FP16_UnfusedOptimizer):
             _undo_dummy_step(optimizer)
-        self._create_states()
+        grouped = [p for group in self._adam.param_groups for p in group["params"]]
+        self._create_states(getattr(optimizer, "fp32_partitioned_groups_flat", grouped))
         self._layout = _layout_of(engine)
 
     def fragments(self, *states: str) -> list[Fragment]:
@@ -85,17 +86,13 @@ class MasterState:
         for key, value in state.items():
             setattr(self._scaler, key, value)
 
-    def _create_states(self) -> None:
-        for group in self._adam.param_groups:
-            for p in group["params"]:
-                if p.numel() and not self._adam.state.get(p):
-                    self._adam.state[p] = {
-                        "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                        **{
-                            state: torch.zeros_like(p, memory_format=torch.preserve_format)
-                            for state in OPTIMIZER_STATES
-                        },
-                    }
+    def _create_states(self, masters: Iterable[torch.Tensor]) -> None:
+        for p in masters:
+            if p.numel() and not self._adam.state.get(p):
+                self._adam.state[p] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                    **{state: torch.zeros_like(p, memory_format=torch.preserve_format) for state in OPTIMIZER_STATES},
+                }
 
 
 def _undo_dummy_step(optimizer: FP16_UnfusedOptimizer) -> None:

@@ -20,16 +20,16 @@ def parameters(config: SetformerConfig) -> int:
     for i, (width, depth, heads) in enumerate(zip(config.widths, config.depths, config.num_heads, strict=True)):
         if i:
             total += 9 * width * (width // 2) + 2 * width  # downsampling convolution without bias, norm
-        total += depth * _block_parameters(width, heads, config)
+        total += depth * _block_parameters(width, heads, config.attn.of_stage(i), config)
     last = config.widths[-1]
     return total + 2 * last + (last + 1) * config.num_classes
 
 
-def _block_parameters(width: int, heads: int, config: SetformerConfig) -> int:
-    hidden, attn = int(width * config.mlp_ratio), config.attn
+def _block_parameters(width: int, heads: int, attn: SetAttentionConfig, config: SetformerConfig) -> int:
+    hidden = int(width * config.mlp_ratio)
     features = heads * _feature_width(width // heads, attn)
     maps = (width + 1) * width + (features + 1) * width
-    references = attn.reference_sets * attn.references * features
+    references = attn.reference_sets * attn.references_of(0) * features
     anchors = features * (width // heads) if attn.kernel == "nystrom" else 0
     mlp = (width + 1) * hidden + (hidden + 1) * width
     scales = 0 if config.layer_scale is None else 2 * width
@@ -54,21 +54,23 @@ def multiply_adds(config: SetformerConfig, height: int, width: int) -> int:
         if i:
             grid = _strided(grid, 2)
             total += 9 * dim * (dim // 2) * grid[0] * grid[1]
-        total += depth * _block_multiply_adds(grid[0] * grid[1], dim, heads, config)
+        attention = _attention_multiply_adds(grid[0] * grid[1], dim, heads, config.attn.of_stage(i))
+        mlp = 2 * grid[0] * grid[1] * dim * int(dim * config.mlp_ratio)
+        total += depth * (attention + mlp)
     return total + config.widths[-1] * config.num_classes
 
 
-def _block_multiply_adds(n: int, width: int, heads: int, config: SetformerConfig) -> int:
-    attn, d = config.attn, width // heads
+def _attention_multiply_adds(n: int, width: int, heads: int, attn: SetAttentionConfig) -> int:
+    d, m = width // heads, attn.references_of(0)
     k = _feature_width(d, attn)
     maps = n * width * width + n * heads * k * width
     # Similarity with each set, gathering, scattering: all n * m * k per head.
-    transport = (attn.reference_sets + 2) * n * attn.references * heads * k
+    transport = (attn.reference_sets + 2) * n * m * heads * k
     # A round multiplies by the n x m kernel twice (or does as many sums of exponentials).
-    rounds = 2 * attn.iterations * n * attn.references * heads
+    rounds = 2 * attn.iterations * n * m * heads
     # Kernel with the anchors, times the root; anchors with themselves, and the two products of the root.
     nystrom = heads * (n * k * d + n * k * k + k * k * d + k**3) if attn.kernel == "nystrom" else 0
-    return maps + transport + attn.reference_sets * rounds + nystrom + 2 * n * width * int(width * config.mlp_ratio)
+    return maps + transport + attn.reference_sets * rounds + nystrom
 
 
 def _feature_width(d: int, attn: SetAttentionConfig) -> int:

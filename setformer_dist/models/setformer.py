@@ -17,7 +17,7 @@ k = anchors, d = channels of one head.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import pydantic
 import torch
@@ -30,12 +30,9 @@ from torch.utils.checkpoint import checkpoint
 
 from setformer_dist.core.config import FrozenConfig, build, merge
 from setformer_dist.core.errors import ConfigError
-from setformer_dist.ops.set_attention import SetAttentionConfig, set_attention
+from setformer_dist.ops.set_attention import IntTuple, SetAttentionConfig, set_attention
 
 # ------------------------------------------------------------------------------------------------ configuration
-
-# Config pages hold lists where Python code writes tuples; both are welcome.
-IntTuple = Annotated[tuple[int, ...], pydantic.BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 
 
 class SetformerConfig(FrozenConfig):
@@ -79,6 +76,9 @@ class SetformerConfig(FrozenConfig):
             raise ValueError(f"stem_strides {self.stem_strides} must be two positive numbers")
         if self.embed_dim % 2:
             raise ValueError(f"embed_dim = {self.embed_dim} must be even: the stem's first layer has half of it")
+        m = self.attn.references
+        if not isinstance(m, int) and len(m) != len(self.depths):
+            raise ValueError(f"attn.references {m} must be one number, or one for each of {len(self.depths)} stages")
         for width, heads in zip(self.widths, self.num_heads, strict=True):
             if heads < 1 or width % heads:
                 raise ValueError(
@@ -198,12 +198,12 @@ class SetAttention(nn.Module):
     """
 
     def __init__(self, dim: int, num_heads: int, config: SetAttentionConfig) -> None:
-        """Build for `dim` channels split over `num_heads` heads."""
+        """Build for `dim` channels split over `num_heads` heads; `config` as `of_stage` returns it."""
         super().__init__()
         self.num_heads = num_heads
         self.config = config
         width = dim // num_heads
-        m, k = config.references, width
+        m, k = config.references_of(0), width
         self.anchors: nn.Parameter | None = None
         if config.kernel == "nystrom":
             k = config.anchors or width
@@ -255,11 +255,12 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each on a normed input and added to it."""
 
-    def __init__(self, dim: int, num_heads: int, config: SetformerConfig) -> None:
-        """Build for `dim` channels."""
+    def __init__(self, stage: int, config: SetformerConfig) -> None:
+        """Build a block of stage `stage`, counted from 0."""
         super().__init__()
+        dim = config.widths[stage]
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = SetAttention(dim, num_heads, config.attn)
+        self.attn: nn.Module = SetAttention(dim, config.num_heads[stage], config.attn.of_stage(stage))
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, config.mlp_ratio)
         scale = config.layer_scale
@@ -289,7 +290,7 @@ class Stage(nn.Module):
         dim = config.widths[index]
         self.grad_checkpointing = False
         self.downsample = Downsample(dim // 2) if index else nn.Identity()
-        self.blocks = nn.ModuleList(Block(dim, config.num_heads[index], config) for _ in range(config.depths[index]))
+        self.blocks = nn.ModuleList(Block(index, config) for _ in range(config.depths[index]))
 
     def forward(self, x: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
         """(B, H, W, C_in) -> (B, H', W', C); keep: (2 * blocks, B) drop path factors, or None."""
@@ -513,7 +514,7 @@ def _create(variant: str, pretrained: bool, shape: Mapping[str, Any], **override
     """Build a variant: its shape, overridden field by field, `attn` included."""
     attn = overrides.get("attn")
     if isinstance(attn, SetAttentionConfig):
-        overrides["attn"] = attn.model_dump()
+        overrides["attn"] = attn.model_dump(exclude_unset=True)
     fields = merge(shape, overrides)
     depths = fields["depths"]
     model = build_model_with_cfg(
@@ -549,7 +550,7 @@ def setformer_mini(pretrained: bool = False, **overrides: Any) -> nn.Module:
         "depths": (3, 4, 6, 5),
         "num_heads": (2, 4, 8, 16),
         "mlp_ratio": 3.0,
-        "attn": {"references": 16},
+        "attn": {"references": (49, 25, 16, 9)},
     }
     return _create("setformer_mini", pretrained, shape, **overrides)
 
@@ -562,7 +563,7 @@ def setformer_tiny(pretrained: bool = False, **overrides: Any) -> nn.Module:
         "depths": (3, 4, 18, 5),
         "num_heads": (2, 4, 8, 16),
         "mlp_ratio": 3.0,
-        "attn": {"references": 9},
+        "attn": {"references": (49, 25, 9, 9)},
     }
     return _create("setformer_tiny", pretrained, shape, **overrides)
 
@@ -576,7 +577,7 @@ def setformer_small(pretrained: bool = False, **overrides: Any) -> nn.Module:
         "num_heads": (3, 6, 12, 24),
         "mlp_ratio": 2.0,
         "layer_scale": 1e-5,
-        "attn": {"references": 16},
+        "attn": {"references": (49, 25, 9, 9)},
     }
     return _create("setformer_small", pretrained, shape, **overrides)
 
@@ -590,6 +591,6 @@ def setformer_base(pretrained: bool = False, **overrides: Any) -> nn.Module:
         "num_heads": (4, 8, 16, 32),
         "mlp_ratio": 2.0,
         "layer_scale": 1e-5,
-        "attn": {"references": 25},
+        "attn": {"references": (49, 49, 25, 25)},
     }
     return _create("setformer_base", pretrained, shape, **overrides)

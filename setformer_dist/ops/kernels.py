@@ -9,6 +9,7 @@ reference grid (m = q * q). A leading `...` stands for any batch dimensions.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +29,13 @@ def unit(x: torch.Tensor) -> torch.Tensor:
 def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
     """Return fp64 as it is and anything narrower as fp32."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which products keep their dtype; nothing to do on devices without autocast (meta)."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def gaussian(cosine: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -101,14 +109,13 @@ def nystrom(x_hnd: torch.Tensor, anchors_hkd: torch.Tensor, sigma: float, ridge:
         ridge: see `inverse_square_root`.
 
     Returns:
-        (h, n, k) in the dtype of x. The k x k root is computed in at least fp32.
+        (h, n, k) in the dtype of x. The work is done in at least fp32: the root has entries up to 1 / ridge of
+        both signs, whose products bf16 would drown in rounding.
     """
-    anchors = unit(anchors_hkd)
-    wide = at_least_fp32(anchors)
-    with torch.autocast(x_hnd.device.type, enabled=False):
-        root_hkk = inverse_square_root(gaussian(wide @ wide.mT, sigma), ridge).to(x_hnd.dtype)
-    kernel_hnk = gaussian(x_hnd @ anchors.to(x_hnd.dtype).mT, sigma)
-    return kernel_hnk @ root_hkk
+    with no_autocast(x_hnd.device):
+        x, anchors = at_least_fp32(x_hnd), unit(at_least_fp32(anchors_hkd))
+        root_hkk = inverse_square_root(gaussian(anchors @ anchors.mT, sigma), ridge)
+        return (gaussian(x @ anchors.mT, sigma) @ root_hkk).to(x_hnd.dtype)
 
 
 def log_position_filter(n: int, m: int, tau: float, device: torch.device | None = None) -> torch.Tensor:

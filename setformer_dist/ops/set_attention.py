@@ -14,7 +14,7 @@ Letters: h = heads, b = images, n = tokens of one image, m = references, k = anc
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import pydantic
 import torch
@@ -23,12 +23,15 @@ from setformer_dist.core.config import FrozenConfig
 from setformer_dist.ops.kernels import at_least_fp32, gaussian, log_separable_filter, nystrom, unit
 from setformer_dist.ops.sinkhorn import transport_plan
 
+# Config pages hold lists where Python code writes tuples; both are welcome.
+IntTuple = Annotated[tuple[int, ...], pydantic.BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+
 
 class SetAttentionConfig(FrozenConfig):
     """Choices of one SeT attention layer. The defaults are those of docs/ablation.md.
 
     Attributes:
-        references: m, size of a reference set of one head.
+        references: m, size of a reference set of one head; one number, or one for each stage of a model.
         epsilon: entropy of the transport, in units of the similarity (which lies within [-1, 1]).
         iterations: Sinkhorn rounds; with epsilon >= 0.1, 5 leave the rows of random features within 0.3 % of
             their sum (before renormalisation).
@@ -42,7 +45,7 @@ class SetAttentionConfig(FrozenConfig):
         renormalise: divide by the row (column) sums after the filter, so that weights sum to 1 exactly.
     """
 
-    references: int = pydantic.Field(default=16, ge=1)
+    references: int | IntTuple = 16
     epsilon: float = pydantic.Field(default=0.1, gt=0)
     iterations: int = pydantic.Field(default=5, ge=1)
     kernel: Literal["similarity", "gaussian", "nystrom"] = "similarity"
@@ -55,16 +58,26 @@ class SetAttentionConfig(FrozenConfig):
 
     @pydantic.model_validator(mode="after")
     def _possible(self) -> SetAttentionConfig:
-        if self.position_filter == "separable" and math.isqrt(self.references) ** 2 != self.references:
-            below = math.isqrt(self.references) ** 2
-            raise ValueError(
-                f"position_filter = 'separable' lays the references on a square grid, but references = "
-                f"{self.references} is not a square: use {max(below, 1)} or {(math.isqrt(below) + 1) ** 2}, "
-                "or position_filter = 'none'"
-            )
+        for m in (self.references,) if isinstance(self.references, int) else self.references:
+            if m < 1:
+                raise ValueError(f"references = {m} must be at least 1")
+            if self.position_filter == "separable" and math.isqrt(m) ** 2 != m:
+                side = math.isqrt(m)
+                raise ValueError(
+                    f"position_filter = 'separable' lays the references on a square grid, but references = "
+                    f"{m} is not a square: use {side**2} or {(side + 1) ** 2}, or position_filter = 'none'"
+                )
         if self.anchors and self.kernel != "nystrom":
             raise ValueError(f"anchors = {self.anchors} has no use with kernel = {self.kernel!r}: leave it out")
         return self
+
+    def of_stage(self, index: int) -> SetAttentionConfig:
+        """Return the choices of one stage, with a single number of references."""
+        return self.model_copy(update={"references": self.references_of(index)})
+
+    def references_of(self, index: int) -> int:
+        """Return m of a stage, counted from 0."""
+        return self.references if isinstance(self.references, int) else self.references[index]
 
 
 def set_attention(

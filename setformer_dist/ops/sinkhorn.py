@@ -10,7 +10,8 @@ Two ways to the same plan, proved equal by the tests, gradients included:
   same again plus one product of rank 2 L. It needs |s| / epsilon <= 20, so that fp32 cannot overflow.
 
 Both update rows first and columns last, as in Mialon et al. (ICLR 2021): columns sum to 1/m exactly, rows up to
-convergence. Both compute in fp32 (fp64 for fp64 input) whatever the compute dtype or autocast around them.
+convergence. Both compute in fp32 (fp64 for fp64 input) whatever the compute dtype or autocast around them; where
+torch is told to round fp32 products to TF32 on a GPU, those of the scaling follow it.
 
 Letters: z = batch (heads x samples), n = tokens, m = references, L = iterations.
 """
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from setformer_dist.ops.kernels import at_least_fp32
+from setformer_dist.ops.kernels import at_least_fp32, no_autocast
 
 # exp(20) bounds the entries of G, exp(+-40) the scalings and their products: far inside fp32's exp(+-87).
 MAX_EXPONENT = 20.0
@@ -50,7 +51,7 @@ def sinkhorn_log(similarity: torch.Tensor, epsilon: float, iterations: int) -> t
 
     The similarity may have any size. The gradient is plain autograd through the iterations.
     """
-    with torch.autocast(similarity.device.type, enabled=False):
+    with no_autocast(similarity.device):
         exponent = at_least_fp32(similarity) / epsilon
         n, m = exponent.shape[-2:]
         column = torch.zeros_like(exponent[..., :1, :])
@@ -84,7 +85,7 @@ class _Scaling(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, similarity_znm: torch.Tensor, epsilon: float, iterations: int) -> torch.Tensor:
         z, n, m = similarity_znm.shape
-        with torch.autocast(similarity_znm.device.type, enabled=False):
+        with no_autocast(similarity_znm.device):
             kernel = torch.exp(similarity_znm * (1.0 / epsilon))
             # Vectors lie as rows and multiply from the left, by a transposed copy where needed: measured 5 times
             # faster on the CPU than a product with a column.
@@ -107,7 +108,7 @@ class _Scaling(torch.autograd.Function):
         kernel, kernel_t, rows, columns = ctx.saved_tensors
         n, m = kernel.shape[-2:]
         iterations = rows.shape[1]
-        with torch.autocast(kernel.device.type, enabled=False):
+        with no_autocast(kernel.device):
             direct = grad_plan * kernel * rows[:, -1].unsqueeze(-1) * columns[:, -1:]
             df: torch.Tensor | float = direct.sum(-1).unsqueeze(1)
             dg = direct.sum(-2, keepdim=True)

@@ -37,9 +37,11 @@ _TILES = {
     "steps": "steps",
     "parameters": "parameters",
     "ranks": "ranks",
-    "stage": "ZeRO stage",
+    "zero_stage": "ZeRO stage",
     "dtype": "number format",
+    "global_batch": "images per optimizer step",
 }
+_IN_LEAD = ("name", "model", "finished")
 _SHARES = ("top1", "top5", "mfu", "share", "accuracy")
 _MEGA, _KILO = 1e6, 1e3
 
@@ -89,10 +91,11 @@ def render(run: RunRecord, samples: Sequence[ClassifiedImage]) -> str:
         figures.rate_figure(run.train),
         figures.speed_figure(run.train),
     ]
+    summary = _flat(run.summary)
     return environment.from_string(template).render(
         name=run.name,
         lead=_lead(run),
-        tiles=[{"label": label, "value": show(key, run.summary[key])} for key, label in _shown(run.summary)],
+        tiles=[{"label": label, "value": show(key, summary[key])} for key, label in _shown(summary)],
         figures=[Markup(curve) for curve in curves if curve],
         split_figure=Markup(figures.split_figure(run.train)),
         split=_split_table(run.train),
@@ -102,8 +105,8 @@ def render(run: RunRecord, samples: Sequence[ClassifiedImage]) -> str:
         eval_columns=_EVAL_COLUMNS,
         facts=[
             {"label": key.replace("_", " "), "value": show(key, value)}
-            for key, value in run.summary.items()
-            if key not in _TILES
+            for key, value in summary.items()
+            if key not in _TILES and key not in _IN_LEAD
         ],
         config=json.dumps(run.config, indent=2, ensure_ascii=False) if run.config else "",
     )
@@ -113,7 +116,21 @@ def _lead(run: RunRecord) -> str:
     steps = [row["step"] for row in (*run.train, *run.evals)]
     if not steps:
         return "This run has recorded no step yet."
-    return f"SeTformer run, recorded up to step {max(steps):,}, evaluated {len(run.evals)} times."
+    model = run.summary.get("model", "SeTformer run")
+    state = "interrupted at" if run.summary.get("finished") is False else "recorded up to"
+    return f"{model}, {state} step {max(steps):,}, evaluated {len(run.evals)} times."
+
+
+def _flat(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the summary with its tables opened; the latest evaluation speaks for the run, so without prefix."""
+    flat: dict[str, Any] = {}
+    for key, value in summary.items():
+        if isinstance(value, Mapping):
+            prefix = "" if key == "evaluation" else f"{key}_"
+            flat |= {f"{prefix}{inner}": part for inner, part in value.items()}
+        else:
+            flat[key] = value
+    return flat
 
 
 def _shown(summary: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -186,33 +186,45 @@ def write_for_ever(root: Path, first: int, announce: int, numel: int) -> None:
         os.write(announce, step.to_bytes(8, "little"))
 
 
+def read_steps(pipe: int, count: int) -> int:
+    """Wait for that many announcements, the writer being alive, and return the last, or 0 for none."""
+    data = b""
+    while len(data) < 8 * count:
+        data += os.read(pipe, 8 * count - len(data))
+    return int.from_bytes(data[-8:], "little")
+
+
 @pytest.mark.parametrize(("numel", "rounds"), [(64, 60), (300_000, 30)])
 def test_a_writer_killed_at_any_instant_loses_nothing(tmp_path, numel, rounds):
     chance = random.Random(numel)
-    newest_seen, announced, torn = 0, 0, 0
+    began = time.monotonic()
+    save(tmp_path, 1, numel=numel)
+    one_save_s = time.monotonic() - began  # instants are drawn from the time that saving takes on this machine
+    newest_seen = announced = 1
+    torn = 0
     for _ in range(rounds):
         read, write = os.pipe()
         child = in_child(lambda first=newest_seen + 1, end=write: write_for_ever(tmp_path, first, end, numel))
         os.close(write)
-        time.sleep(chance.uniform(0, 0.06))
+        announced = max(announced, read_steps(read, chance.randrange(3)))
+        time.sleep(chance.uniform(0, 1.5 * one_save_s))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
         with os.fdopen(read, "rb") as pipe:
-            data = pipe.read()
-        announced = int.from_bytes(data[-8:], "little") if data else announced
+            rest = pipe.read()
+        announced = max(announced, int.from_bytes(rest[-8:], "little"))
         torn += bool(layout.leftovers(tmp_path))
-        checkpoint = manager(tmp_path).newest()
-        if checkpoint is None:
-            assert announced == 0
-            continue
+        found = manager(tmp_path)
+        checkpoint = found.newest()
+        assert found.skipped == []  # nothing half-written ever shows under a checkpoint's name
         # What a finished save announced is there; at most the one that was being written is there besides.
         assert announced <= checkpoint.step <= max(announced, newest_seen) + 1
         assert checkpoint.step >= newest_seen
         assert_holds(checkpoint, numel)
         newest_seen = checkpoint.step
-    assert newest_seen > rounds // 4  # the writers did write
-    assert torn > 0  # and some died in the middle
+    assert newest_seen > rounds // 2  # the writers did write
+    assert torn > rounds // 10  # and many died in the middle
 
 
 def test_a_full_disk_on_one_rank_is_told_to_all_and_the_last_checkpoint_stays(tmp_path):
@@ -252,7 +264,7 @@ def test_a_root_that_is_a_file_is_an_error_on_all_ranks(tmp_path):
     root.write_text("")
 
     def work(comm):
-        with pytest.raises(CheckpointError, match="File exists"):
+        with pytest.raises(CheckpointError, match="NotADirectoryError"):
             CheckpointManager(root, comm, KEEP_TWO).save(1, [], {}, IDENTITY, {})
 
     run_on_threads(2, work)

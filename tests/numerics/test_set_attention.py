@@ -305,9 +305,7 @@ def test_constant_values_come_back_unchanged():
     for kernel, position_filter, sets, _ in COMBINATIONS:
         if kernel == "nystrom":
             continue
-        config = SetAttentionConfig(
-            references=9, kernel=kernel, position_filter=position_filter, reference_sets=sets
-        )
+        config = SetAttentionConfig(references=9, kernel=kernel, position_filter=position_filter, reference_sets=sets)
         named = operands(config, n=20)
         named["x_hbnd"] = torch.full((2, 2, 20, 3), 0.7).double()
         output = set_attention(grid=(4, 5), config=config, **named)

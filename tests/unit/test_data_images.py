@@ -1,6 +1,7 @@
 """Decoding, augmentation, mixing and what reaches the model."""
 
 import io
+import itertools
 import math
 import os
 import tarfile
@@ -179,14 +180,19 @@ def test_random_boxes_keep_to_image_area_and_ratio(height, width):
 
 
 def test_scaled_decoding_shows_the_same_crop():
-    """A large JPEG decoded at a fraction of its size gives nearly the pixels of the whole decoding."""
+    """A large JPEG decoded at a fraction of its size gives nearly the pixels of the whole decoding.
+
+    Nearly: the crop then begins on a pixel of the smaller image, up to a quarter of an output pixel away.
+    """
     data = encoded(smooth(1600, 2000), quality=95)
     transform = transform_of(size=64, crop="resized", flip=False)
     shrunk = draws_of(transform, data, 1600, 2000, 20)
     whole = draws_of(transform, encoded(decode(data), "PNG", compress_level=0), 1600, 2000, 20)
     differences = [(a.int() - b.int()).abs().float().mean().item() for a, b in zip(shrunk, whole, strict=True)]
-    assert max(differences) < 2.0
+    others = [(a.int() - b.int()).abs().float().mean().item() for a, b in itertools.pairwise(whole)]
+    assert max(differences) < 4.0
     assert max(differences) > 0.0  # else nothing was scaled and the test shows nothing
+    assert np.mean(others) > 20  # what another crop looks like
 
 
 def test_each_augmentation_changes_images_and_keeps_their_form():
@@ -278,7 +284,7 @@ def test_prepare_normalises_and_smooths():
         ({"augment": {"scale": [0.5, 0.2]}}, "augment: scale"),
         ({"augment": {"mixupp": 0.2}}, "did you mean augment.mixup"),
         ({"augment": {"smoothing": 1.0}}, "augment.smoothing = 1.0"),
-        ({"mean": [0.5, 0.5]}, "data: mean"),
+        ({"mean": [0.5, 0.5]}, "mean.2"),
         ({"workers": -1}, "workers = -1"),
         ({"workers": "4"}, "workers = '4'"),
     ],

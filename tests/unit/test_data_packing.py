@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from dataloaders import PackOptions, open_split, pack_image_folder
 from dataloaders.packing import _write_shard
 from launch.cli_data import app
 from setformer_dist.core.errors import ConfigError, DataError
+
+SHARED = Path(os.environ.get("SETFORMER_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
 CLASSES = ("ant", "bee", "cow.boy")
 
@@ -225,6 +228,39 @@ def test_cut_archive_is_refused(folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_hard_links_in_a_tar_are_images_too(folder, tmp_path):
+    os.link(folder / "ant" / "img.0.JPEG", folder / "ant" / "linked.jpg")
+    pack_image_folder(in_tar(folder, tmp_path / "x.tar"), tmp_path / "tar")
+    pack_image_folder(folder, tmp_path / "dir")
+    assert open_split(tmp_path / "tar").num_samples == 21
+    assert contents(tmp_path / "dir") == contents(tmp_path / "tar")
+
+
+def test_what_cannot_be_read_is_not_passed_over(folder, tmp_path):
+    (folder / "ant" / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"gone\.jpg in the source cannot be read"):
+        pack_image_folder(folder, tmp_path / "out")
+
+
+def test_full_disk_is_one_sentence_and_leaves_nothing(folder, tmp_path, monkeypatch):
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DataError, match=r"nothing was kept: .*No space left"):
+        pack_image_folder(folder, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["photos"]
+
+
+def test_two_packings_into_one_destination_do_not_mix(folder, tmp_path):
+    def pack_again(total):
+        with pytest.raises(DataError, match="another process is packing"):
+            pack_image_folder(folder, tmp_path / "out")
+
+    pack_image_folder(folder, tmp_path / "out", on_start=pack_again)
+    assert open_split(tmp_path / "out").num_samples == 20
+
+
 def test_failure_half_way_leaves_nothing(folder, tmp_path, monkeypatch):
     written = []
 
@@ -284,12 +320,26 @@ def test_killed_packing_leaves_nothing_that_opens(tmp_path, how, workers):
     assert not work.exists()
 
 
+def test_cifar10_packs_whole(tmp_path):
+    archive = SHARED / "cifar10_test.tar.gz"
+    if not archive.exists():
+        pytest.skip(f"{archive.name} is absent: set SETFORMER_SHARED_DATA")
+    result = pack_image_folder(archive, tmp_path / "val")
+    assert result.notes == ["class folders were found in test"]
+    split = open_split(tmp_path / "val")
+    assert split.classes[0] == "airplane"
+    assert np.bincount(split.index.columns["label"]).tolist() == [1000] * 10
+    assert set(split.index.columns["width"].tolist()) == {32}
+
+
 def test_command_line(folder, tmp_path):
     run = CliRunner().invoke(app, ["pack", str(folder), str(tmp_path / "out"), "--workers", "0"])
     assert run.exit_code == 0, run.output
     assert "packed 20 images of 3 classes into 1 shards" in run.output
     run = CliRunner().invoke(app, ["pack", str(folder), str(tmp_path / "out"), "--workers", "0"])
     assert isinstance(run.exception, DataError)
+    run = CliRunner().invoke(app, ["verify", str(tmp_path / "out")])
+    assert "1 shards in" in run.output
     help_text = CliRunner().invoke(app, ["pack", "--help"]).output
     assert "setformer data pack" in help_text
     assert "--classes-from" in help_text

@@ -66,10 +66,13 @@ elif what in ("train", "deaf", "worker"):
 """
 
 SUPERVISOR = """
-import sys
+import signal, sys
 from pathlib import Path
 from launch.local import run_local
 folder, what, grace = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+# Whoever runs the tests in the background has these ignored, and run_local would leave them so.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_IGN if "nohup" in sys.argv else signal.SIG_DFL)
 sys.exit(run_local([str(folder), what], 2, folder / "logs", module="rank_program", grace_s=grace))
 """
 
@@ -85,8 +88,8 @@ def run(folder, what, ranks=2, **options):
     return run_local([str(folder), what], ranks, folder / "logs", module="rank_program", **options)
 
 
-def supervise(folder, what, grace=20.0):
-    return subprocess.Popen([sys.executable, "-c", SUPERVISOR, str(folder), what, str(grace)])
+def supervise(folder, what, grace=20.0, *more):
+    return subprocess.Popen([sys.executable, "-c", SUPERVISOR, str(folder), what, str(grace), *more])
 
 
 def wait_for(condition, seconds=20.0):
@@ -156,9 +159,8 @@ def test_a_killed_rank_is_reported_by_its_signal(folder):
 
 
 def test_a_module_that_does_not_exist_is_an_error_of_the_rank(tmp_path):
-    with pytest.raises(RankFailedError, match="ended with exit code 1"):
+    with pytest.raises(RankFailedError, match=r"ended with exit code 1.*No module named no_such_module"):
         run_local([], 2, tmp_path, module="no_such_module")
-    assert last_error_line(log_file(tmp_path, 1)).endswith("No module named no_such_module")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
@@ -171,6 +173,16 @@ def test_a_stop_signal_reaches_all_ranks_at_once_and_leaves_time(folder, number,
     assert abs(times[0] - times[1]) < 0.5
     assert all((folder / f"saved-{rank}").exists() for rank in range(2))
     assert not any(alive(pid) for pid in members)
+
+
+def test_a_signal_that_is_ignored_stays_ignored(folder):
+    process = supervise(folder, "train", 20.0, "nohup")
+    pids(folder)
+    process.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.terminate()
+    assert process.wait(20) == 143
 
 
 def test_a_second_ctrl_c_kills_at_once(folder):
