@@ -200,3 +200,6 @@ def main() -> None:
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
+
+if __name__ == "__main__":
+    main()
