@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -81,7 +82,7 @@ class CheckpointManager:
             identity = identity.model_copy(update={"world_size": self._comm.ranks.world_size})
             manifest = Manifest(step, _now(), identity, tuple(_records(records)), dict(metrics), tuple(tags))
             self._on_main("commit", lambda: self._commit(manifest, trainer))
-        except CheckpointError:
+        except BaseException:  # a peer's death in the middle of a collective included
             self._discard(step)
             raise
         self._apply_policy(step)
@@ -173,14 +174,16 @@ class CheckpointManager:
         publish(folder, layout.step_folder(self.root, manifest.step))
 
     def _discard(self, step: int) -> None:
-        """Remove this rank's part of what was begun; rank 0 sweeps the folder."""
+        """Remove what was begun. No waiting: all ranks have ended their part, and a peer may be gone by now."""
         folder = layout.temporary_folder(self.root, step)
         ranks = self._comm.ranks
-        with contextlib.suppress(OSError):
-            (folder / layout.rank_file(ranks.rank, ranks.world_size)).unlink(missing_ok=True)
-        self._comm.barrier()
         if ranks.is_main:
             shutil.rmtree(folder, ignore_errors=True)
+            return
+        # Where storage turns out not to be shared, rank 0 cannot reach this.
+        with contextlib.suppress(OSError):
+            (folder / layout.rank_file(ranks.rank, ranks.world_size)).unlink(missing_ok=True)
+            folder.rmdir()
 
     def _apply_policy(self, step: int) -> None:
         """Rank 0: delete what may go. A failure costs space, not the run, so it only warns."""
@@ -256,7 +259,11 @@ class CheckpointManager:
 
 
 def _describe(error: Exception) -> str:
-    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, CheckpointError):
+        return str(error)
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    repair = " (make room there, or lower checkpoint.keep_last and checkpoint.keep_best)" if full else ""
+    return f"{type(error).__name__}: {error}{repair}"
 
 
 def _records(values: Iterable[Any]) -> list[FileRecord]:

@@ -35,6 +35,9 @@ from setformer_dist.core.batch import MicroBatch, MixSpec
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.ranks import RankInfo
 
+# How torch's DataLoader words the death of a worker, in a RuntimeError.
+_DEATHS = ("exited unexpectedly", "killed by signal")
+
 
 class Loading(Protocol):
     """Answers requests, in any process."""
@@ -82,8 +85,8 @@ class _Readers:
         except StopIteration:
             return
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
+            if not any(words in str(error) for words in _DEATHS):
+                raise  # a defect within a reader, with its traceback
             raise DataError(
                 f"a data reader process died ({error}): if memory or /dev/shm ran out, lower data.workers "
                 "or data.prefetch"

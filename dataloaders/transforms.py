@@ -113,7 +113,7 @@ class TrainTransform:
         box = random_box(height, width, self._config.augment)
         shrink = _decode_shrink(box, self._size)
         pixels = decode(data, -(-height // shrink), -(-width // shrink)) if shrink > 1 else decode(data)
-        # The decoder may shrink less than allowed (not a JPEG: never), and the index may be of another size.
+        # What is no JPEG comes whole, so the decoded size says by how much it was shrunk.
         top, left, box_height, box_width = _scaled(box, (height, width), pixels.shape[:2])
         window = _to_tensor(pixels[top : top + box_height, left : left + box_width])
         how = _INTERPOLATION[self._config.interpolation]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,7 +78,14 @@ def train(
         run = config.resolve(config.load_run(page, chosen), ranks)
         _load("launch.dryrun").dry_run(run, Console())
         return
-    code = run_local([str(page), *chosen], ranks, _run_folder(page, chosen) / "logs", port=port, grace_s=grace)
+    folder = _run_folder(page, chosen)
+    existed = folder.exists()
+    try:
+        code = run_local([str(page), *chosen], ranks, folder / "logs", port=port, grace_s=grace)
+    except SetformerError:
+        if not existed and not (folder / "config.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # no run began: leave nothing
+        raise
     if code:
         raise typer.Exit(code)
 
@@ -195,11 +203,13 @@ def main() -> None:
     try:
         app()
     except SetformerError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if str(error):  # empty where a rank has told the user already
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
+
 
 if __name__ == "__main__":
     main()

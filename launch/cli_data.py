@@ -16,7 +16,7 @@ app = typer.Typer(help="Pack images into shards, and check them.", no_args_is_he
 
 _PACK_HELP = """Pack an image folder into WebDataset shards and an index.
 
-SOURCE is a directory of class folders (<class>/image.jpg), or a tar or tar.gz of one. Image bytes are kept as they
+SOURCE is a directory of class folders (CLASS/image.jpg), or a tar or tar.gz of one. Image bytes are kept as they
 are. DEST holds one split; give training and validation the same class map with --classes-from.
 
 Examples:
@@ -42,9 +42,9 @@ def pack(
     mib_per_shard: Annotated[int, typer.Option(help="Most MiB of images in one shard.")] = 512,
     workers: Annotated[int, typer.Option(help="Processes; 0 packs in this one. Same result.")] = 2,
     strict: Annotated[bool, typer.Option(help="Decode every image, or only look at headers.")] = True,
-    skip_bad: Annotated[bool, typer.Option(help="Leave damaged images out instead of failing.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave damaged images out instead of failing.")] = False,
     shuffle: Annotated[int | None, typer.Option(metavar="SEED", help="Mix the samples by this seed.")] = None,
-    force: Annotated[bool, typer.Option(help="Replace a packed split at DEST.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a packed split at DEST.")] = False,
 ) -> None:
     """Pack an image folder; the long help is `_PACK_HELP`."""
     options = PackOptions(

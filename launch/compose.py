@@ -27,7 +27,6 @@ from setformer_dist.engine.metrics import RunRecord, peak_flops
 from setformer_dist.engine.optim import Schedule
 from setformer_dist.engine.trainer import Best, Costs, Parts, Trainer
 from setformer_dist.engine.zero import check_precision
-from setformer_dist.models.build import build_model
 from setformer_dist.models.measure import multiply_adds
 
 VERSIONS_OF = ("setformer_dist", "torch", "deepspeed", "timm", "safetensors")
@@ -84,7 +83,9 @@ class RunStore:
     trainer.json also holds the config and the class names, so that a checkpoint serves evaluation alone.
     """
 
-    def __init__(self, manager: CheckpointManager, run: ResolvedRun, identity: Identity, classes: tuple[str, ...]) -> None:
+    def __init__(
+        self, manager: CheckpointManager, run: ResolvedRun, identity: Identity, classes: tuple[str, ...]
+    ) -> None:
         self._manager = manager
         self._run = run
         self._identity = identity
@@ -118,8 +119,8 @@ class RunStore:
         self._manager.load(saved, fragments)  # type: ignore[arg-type]  # what `newest` returned
 
 
-def compose(run: ResolvedRun, splits: Splits, comm: TorchCollectives) -> Trainer:
-    """Build a run on this rank. Collective."""
+def compose(run: ResolvedRun, splits: Splits, model: nn.Module, comm: TorchCollectives) -> Trainer:
+    """Build a run on this rank around a model fresh from its seed. Collective."""
     c = run.config
     ranks, plan, classes = comm.ranks, run.plan, splits.train.classes
     device = torch.device(get_accelerator().current_device_name())
@@ -128,7 +129,6 @@ def compose(run: ResolvedRun, splits: Splits, comm: TorchCollectives) -> Trainer
     validation = ShardEvalStream(splits.val, c.data, ranks, plan.micro)
     schedule_steps = c.schedule.total_steps(stream.steps_per_epoch)
 
-    model = build_model(c.model, len(classes), c.data.image_size, c.run.seed)
     costs = Costs(
         tokens=first_stage_tokens(model, c.data.image_size),
         multiply_adds=multiply_adds(model, c.data.image_size, c.data.image_size),

@@ -1,7 +1,7 @@
 """The config of a run: one TOML page, and what follows from it once the ranks and the data are known.
 
-    page.toml + overrides -> RunConfig (frozen; what the user said)
-    RunConfig + ranks     -> DeepSpeed's JSON, batch plan
+page.toml + overrides -> RunConfig (frozen; what the user said)
+RunConfig + ranks     -> DeepSpeed's JSON, batch plan
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pydantic
 from checkpoints.config import CheckpointConfig
 from dataloaders.config import DataConfig
 from setformer_dist.core import config as base
-from setformer_dist.core.config import FrozenConfig
+from setformer_dist.core.config import FrozenConfig, all_keys
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.engine.batch_plan import BatchConfig, BatchPlan, solve
 from setformer_dist.engine.ema import EmaConfig
@@ -71,7 +71,7 @@ class RunConfig(FrozenConfig):
     ema: EmaConfig = EmaConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    deepspeed: dict[str, Any] = {}
+    deepspeed: dict[str, Any] = pydantic.Field(default_factory=dict)
 
     @pydantic.model_validator(mode="after")
     def _possible(self) -> RunConfig:
@@ -190,6 +190,11 @@ def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def all_flat_keys(model: type[pydantic.BaseModel] = RunConfig) -> list[str]:
+    """Return every dotted key a page may hold."""
+    return all_keys(model)
 
 
 def _is_free(key: str) -> bool:

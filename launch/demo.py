@@ -74,8 +74,8 @@ def _text(figures: dict[str, object], data: Path) -> str:
     return "\n".join(
         (
             f"[bold]{top1:.2%}[/] of {HELD_OUT} held-out digits are read right.",
-            f"{figures['model']}, {figures['parameters']:,} parameters, trained by DeepSpeed ZeRO-{figures['zero_stage']} "
-            f"in {figures['dtype']} on {figures['ranks']} ranks",
+            f"{figures['model']}, {figures['parameters']:,} parameters, trained by DeepSpeed "
+            f"ZeRO-{figures['zero_stage']} in {figures['dtype']} on {figures['ranks']} ranks",
             f"at {figures['images_per_s']} images/s, {figures['seconds']} s in all.",
             "",
             f"run folder   {Path('runs') / 'demo'}",

@@ -26,9 +26,7 @@ def predict_costs(run: ResolvedRun, num_classes: int) -> tuple[nn.Module, dict[s
     dtype = DTYPES[c.precision.dtype]
     grad_dtype = torch.float32 if c.precision.grad_accum == "fp32" else dtype
     images = (run.plan.micro, size, size)
-    memory = predict_memory(
-        model, dtype, grad_dtype, c.zero.stage, run.plan.world_size, c.ema.decay > 0, images
-    )
+    memory = predict_memory(model, dtype, grad_dtype, c.zero.stage, run.plan.world_size, c.ema.decay > 0, images)
     costs = {
         "parameters": parameters(model),
         "multiply_adds": multiply_adds(model, size, size),
@@ -67,7 +65,8 @@ def dry_run(run: ResolvedRun, console: Console) -> None:
     table.add_row("parameters", f"{costs['parameters'] / 1e6:.2f} M")
     table.add_row("multiply-adds", f"{costs['multiply_adds'] / 1e9:.3f} G per image of {size}×{size}")
     table.add_row(
-        "batch", f"{plan.global_size} = {plan.micro} per rank × {plan.accumulation} accumulated × {plan.world_size} ranks"
+        "batch",
+        f"{plan.global_size} = {plan.micro} per rank × {plan.accumulation} accumulated × {plan.world_size} ranks",
     )
     for name, value in costs["memory"].items():
         table.add_row(f"memory per rank: {name.replace('_', ' ')}", f"{value / 2**20:,.1f} MiB")

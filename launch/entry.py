@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,15 +20,21 @@ import torch
 from launch.compose import check_device, compose, open_splits
 from launch.config import ResolvedRun, check_folder, load_run, resolve
 from launch.doctor import check_package_origins
-from launch.local import log_file, usable_cores
+from launch.local import LOG_DIR_VARIABLE, log_file, usable_cores
 from launch.outcome import finish
-from setformer_dist.core.errors import LaunchError, SetformerError
+from setformer_dist.core.errors import LaunchError, RankFailedError, SetformerError
 from setformer_dist.core.files import write_json
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
 from setformer_dist.engine.deepspeed_engine import quiet_deepspeed
+from setformer_dist.models.build import build_model
 
 log = logging.getLogger(__name__)
+
+# What gloo and NCCL say when a peer is gone.
+_LOST_PEER = re.compile(
+    r"Connection (closed|reset|refused)|Broken pipe|Timed out waiting|NCCL.*(remote|abort|time)", re.I
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,10 +47,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run_rank(arguments.page, arguments.overrides)
     except SetformerError as error:
-        log.error("%s", error)
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if logging.getLogger().handlers:
+            log.error("%s", error)
+        # Rank 0 speaks to the user; of the others only the log file hears, and launch/local.py quotes it.
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except RuntimeError as error:
+        if not _LOST_PEER.search(str(error)):
+            log.exception("this rank failed")
+            raise
+        log.exception("this rank lost another one")
+        if LOG_DIR_VARIABLE not in os.environ:  # no supervisor that names the rank to blame
+            print("error: another rank is gone; its log says why", file=sys.stderr, flush=True)
+        return RankFailedError.exit_code
     except Exception:
         log.exception("this rank failed")
         raise
@@ -62,15 +78,17 @@ def run_rank(page: Path, overrides: Sequence[str]) -> int:
     run = resolve(config, ranks.world_size)
     check_device(run)
     splits = open_splits(run)
+    model = build_model(config.model, len(splits.train.classes), config.data.image_size, config.run.seed)
     torch.set_num_threads(config.run.threads or max(1, usable_cores() // ranks.local_world_size))
     check_folder(run)
     connect(ranks, timeout_minutes=config.run.timeout_minutes)
     try:
         comm = TorchCollectives(ranks)
         check_agreement(run, splits.train.fingerprint, comm)
+        trainer = compose(run, splits, model, comm)
         claim_folder(run, comm)
         log_to_file(run, ranks)
-        outcome = compose(run, splits, comm).run()
+        outcome = trainer.run()
     finally:
         disconnect()
     if ranks.is_main:

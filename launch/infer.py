@@ -135,7 +135,9 @@ def predict(trained: Trained, images: Iterable[Path], top: int) -> list[Predicti
     return found
 
 
-def classified_samples(trained: Trained, split: ShardDataset, count: int = 24, pool: int = 400) -> list[ClassifiedImage]:
+def classified_samples(
+    trained: Trained, split: ShardDataset, count: int = 24, pool: int = 400
+) -> list[ClassifiedImage]:
     """Classify samples spread over a split and return some, the wrong ones first.
 
     Args:

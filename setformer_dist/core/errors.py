@@ -36,9 +36,19 @@ class LaunchError(SetformerError):
 
 
 class RankFailedError(SetformerError):
-    """A rank ended with an error; its own log says why."""
+    """A rank ended with an error; its own log says why.
+
+    Args:
+        message: which rank, how, where to read on; empty where the rank has told the user itself.
+        exit_code: the rank's own, where it is one of ours.
+    """
 
     exit_code = 6
+
+    def __init__(self, message: str, exit_code: int | None = None) -> None:
+        super().__init__(message)
+        if exit_code is not None:
+            self.exit_code = exit_code
 
 
 class TrainingError(SetformerError):

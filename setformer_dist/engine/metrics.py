@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -110,20 +110,27 @@ class RunRecord:
     """Writes metrics.jsonl and TensorBoard on rank 0, nothing elsewhere."""
 
     def __init__(self, folder: Path, is_main: bool) -> None:
-        self._file = None
+        self._folder = folder
+        self._is_main = is_main
+        self._file: BinaryIO | None = None
         self._board: Any = None
-        if is_main:
-            self._file = (folder / "metrics.jsonl").open("ab")
-            if self._file.tell() and not _ends_with_newline(folder / "metrics.jsonl"):
-                self._file.write(b"\n")  # the last process died within a line
-            self._board = SummaryWriter(str(folder / "tensorboard"))
+
+    def _open(self) -> BinaryIO:
+        """Open on the first line, so that a run that never begins leaves nothing."""
+        path = self._folder / "metrics.jsonl"
+        self._file = path.open("ab")
+        if self._file.tell() and not _ends_with_newline(path):
+            self._file.write(b"\n")  # the last process died within a line
+        self._board = SummaryWriter(str(self._folder / "tensorboard"))
+        return self._file
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Append one line and the same figures to TensorBoard; on disk before it returns."""
-        if self._file is None:
+        if not self._is_main:
             return
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n")
-        self._file.flush()
+        file = self._file or self._open()
+        file.write(json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n")
+        file.flush()
         for name, value in _flatten(values):
             self._board.add_scalar(f"{kind}/{name}", value, step)
 

@@ -30,7 +30,7 @@ class ModelConfig(FrozenConfig):
     name: str = "setformer_tiny"
     drop_path: float = pydantic.Field(default=0.0, ge=0, lt=1)
     activation_checkpointing: bool = False
-    args: dict[str, Any] = {}
+    args: dict[str, Any] = pydantic.Field(default_factory=dict)
 
     @pydantic.field_validator("name")
     @classmethod

@@ -2,7 +2,7 @@
 
 Enough for whatever communicates by JSON alone (checkpoints, decisions of rank 0), and thousands of times
 quicker to start than processes. Values pass through JSON text, as they do between processes, and a rank that
-gives up breaks the barrier, so that the others fail instead of waiting.
+gives up is noticed by all that wait for it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,41 @@ from setformer_dist.core.ranks import RankInfo
 T = TypeVar("T")
 
 
+class PeerGoneError(RuntimeError):
+    """A collective cannot complete, because a rank has ended."""
+
+
 class _Shared:
+    """Slots for values and a meeting point.
+
+    Unlike `threading.Barrier`, a meeting that was complete stays so for those that wake up late, even if a rank
+    has given up since: between processes a finished collective does not fail afterwards either.
+    """
+
     def __init__(self, ranks: int, timeout_s: float) -> None:
-        self.barrier = threading.Barrier(ranks, timeout=timeout_s)
         self.slots: list[str] = ["null"] * ranks
+        self._timeout_s = timeout_s
+        self._changed = threading.Condition()
+        self._arrived = 0
+        self._meetings = 0
+        self._given_up = False
+
+    def meet(self) -> None:
+        with self._changed:
+            mine = self._meetings
+            self._arrived += 1
+            if self._arrived == len(self.slots):
+                self._arrived = 0
+                self._meetings += 1
+                self._changed.notify_all()
+            in_time = self._changed.wait_for(lambda: self._given_up or self._meetings > mine, self._timeout_s)
+            if self._meetings == mine:
+                raise PeerGoneError("another rank has given up" if in_time else "another rank did not come in time")
+
+    def give_up(self) -> None:
+        with self._changed:
+            self._given_up = True
+            self._changed.notify_all()
 
 
 class ThreadCollectives:
@@ -34,7 +65,7 @@ class ThreadCollectives:
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        self._shared.barrier.wait()
+        self._shared.meet()
 
     def gather_json(self, value: Any) -> list[Any]:
         """Return every rank's value, by rank."""
@@ -55,7 +86,7 @@ def run_on_threads(ranks: int, work: Callable[[ThreadCollectives], T], timeout_s
     Args:
         ranks: how many.
         work: called with the rank's collectives.
-        timeout_s: longest wait at a barrier.
+        timeout_s: longest wait for the other ranks.
 
     Raises:
         Exception: the first rank's error, after all ranks have ended.
@@ -66,14 +97,14 @@ def run_on_threads(ranks: int, work: Callable[[ThreadCollectives], T], timeout_s
         try:
             return work(ThreadCollectives(rank, shared))
         except BaseException:
-            shared.barrier.abort()
+            shared.give_up()
             raise
 
     with ThreadPoolExecutor(ranks) as pool:
         futures = [pool.submit(one, rank) for rank in range(ranks)]
     errors = [error for future in futures if (error := future.exception()) is not None]
-    # A broken barrier is the echo of somebody else's error: show that one.
-    errors.sort(key=lambda error: isinstance(error, threading.BrokenBarrierError))
+    # A missing peer is the echo of somebody else's error: show that one.
+    errors.sort(key=lambda error: isinstance(error, PeerGoneError))
     if errors:
         raise errors[0]
     return [future.result() for future in futures]

@@ -280,6 +280,19 @@ def test_damage_replaces_one_place_and_leaves_all_others(whole, split, how):
     assert replaced == 6  # three samples, two epochs of seven steps, none of them in a dropped tail
 
 
+def test_a_stand_in_is_not_the_same_picture_twice_in_an_epoch(split):
+    """It takes the random choices of the place it fills, so its own appearance in the epoch looks different."""
+    for sample in (5, 33, 71):
+        damage_bytes(split, sample)
+    looks = {}
+    for one in steps_of(train(split, max_bad_share=1.0), 7):
+        for sample, image in zip(one.sample_ids.tolist(), one.images, strict=True):
+            looks.setdefault(sample, []).append(image)
+    twice = [images for images in looks.values() if len(images) > 1]
+    assert twice
+    assert not any(torch.equal(images[0], images[1]) for images in twice)
+
+
 @pytest.mark.parametrize(("world", "micro", "workers"), [(2, 6, 0), (3, 2, 0), (4, 3, 0), (1, 4, 2)])
 def test_replacement_does_not_depend_on_ranks_or_workers(split, world, micro, workers):
     for sample in (5, 33, 71, 72, 73):

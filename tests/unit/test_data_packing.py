@@ -296,13 +296,13 @@ def test_killed_packing_leaves_nothing_that_opens(tmp_path, how, workers):
     out, work = tmp_path / "out", tmp_path / ".out.partial"
     command = [sys.executable, "-c", _PACK, str(tmp_path / "s"), str(out), str(workers)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 150
     while not list(work.glob("shard-000001.tar")):
         assert process.poll() is None, process.stderr.read().decode()
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(how)
-    process.wait(timeout=30)
+    process.wait(timeout=60)
     process.stderr.close()
     assert not out.exists()
     with pytest.raises(DataError, match="does not exist"):

@@ -54,7 +54,7 @@ elif what == "echo":  # rank 1 fails, rank 0 notices a moment later, as over a b
         say("failing", "")
         os._exit(3)
     while not (folder / "failing-1").exists(): time.sleep(0.001)
-    time.sleep(0.05)
+    time.sleep(0.2)
     raise ConnectionError("peer closed")
 elif what == "killed":
     if rank == 0:

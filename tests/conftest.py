@@ -1,0 +1,32 @@
+"""Shared data for tests: the digits, packed once per session; real data where it is present."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from dataloaders.packing import pack_image_folder
+from launch.demo import write_digits
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with train/ and val/ shards of the handwritten digits, and images/ they were made from."""
+    folder = tmp_path_factory.mktemp("digits")
+    write_digits(folder / "images")
+    pack_image_folder(folder / "images" / "train", folder / "train")
+    pack_image_folder(folder / "images" / "val", folder / "val")
+    return folder
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """Folder of the real data sets; the test is skipped where it is absent."""
+    folder = Path(os.environ.get("SETFORMER_SHARED_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"real data is not here: {folder} (set SETFORMER_SHARED_DATA)")
+    return folder

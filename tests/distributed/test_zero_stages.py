@@ -1,0 +1,85 @@
+"""ZeRO 0-3 on two gloo ranks: the same losses as each other and as plain PyTorch; fragments cover and restore."""
+
+import pytest
+
+from setformer_dist.testing.ranks import RanksFailedError, run_ranks
+from tests.distributed import workers
+
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def plain() -> list[float]:
+    losses: list[float] = run_ranks(workers.plain_pytorch, 1, STEPS)[0]
+    return losses
+
+
+@pytest.fixture(scope="module")
+def stage_losses() -> dict[int, list[float]]:
+    return {stage: run_ranks(workers.losses_of, 2, stage, "fp32", "auto", STEPS)[0] for stage in (0, 1, 2, 3)}
+
+
+def test_stages_agree_with_each_other_to_1e_6(stage_losses: dict[int, list[float]]) -> None:
+    for stage in (1, 2, 3):
+        assert stage_losses[stage] == pytest.approx(stage_losses[0], rel=1e-6, abs=0)
+
+
+def test_stages_agree_with_plain_pytorch_to_1e_5(stage_losses: dict[int, list[float]], plain: list[float]) -> None:
+    assert min(plain) < max(plain) - 0.05  # something is learnt, so agreement means something
+    for losses in stage_losses.values():
+        assert losses == pytest.approx(plain, rel=1e-5, abs=0)
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "grad_accum"),
+    [
+        (0, "fp32", "auto"),
+        (0, "bf16", "auto"),
+        (1, "bf16", "fp32"),
+        (2, "bf16", "auto"),
+        (3, "bf16", "fp32"),
+        (3, "fp32", "auto"),
+    ],
+)
+def test_fragments_cover_restore_and_swap(stage: int, dtype: str, grad_accum: str) -> None:
+    results = run_ranks(workers.round_trip, 2, stage, dtype, grad_accum)
+    for result in results:
+        assert result["first"] == result["second"]  # bit by bit
+        assert result["steps"] == 3
+        assert result["same_at_start"]
+        assert result["swap_restores"]
+        assert result["swap_changes"]
+    _assert_covered(results[0]["cover"], replicated=stage == 0)
+
+
+def _assert_covered(cover: list[list[list[object]]], replicated: bool) -> None:
+    """Every element of every state is held exactly once over the ranks (by each rank where replicated)."""
+    pieces: dict[tuple[object, ...], list[tuple[int, int]]] = {}
+    for rank_pieces in cover[:1] if replicated else cover:
+        for name, state, start, end, full in rank_pieces:
+            pieces.setdefault((name, state, full), []).append((start, end))  # type: ignore[arg-type]
+    assert {key[1] for key in pieces} == {"param", "exp_avg", "exp_avg_sq", "ema"}
+    for (_, _, full), held in pieces.items():
+        position = 0
+        for start, end in sorted(held):
+            assert start == position
+            position = end
+        assert position == full
+
+
+def test_bf16_stage_0_takes_no_dummy_step() -> None:
+    stage_0 = run_ranks(workers.losses_of, 2, 0, "bf16", "auto", 4)[0]
+    stage_1 = run_ranks(workers.losses_of, 2, 1, "bf16", "auto", 4)[0]
+    assert stage_0 == pytest.approx(stage_1, rel=1e-6)
+
+
+def fail_on_rank_1() -> None:
+    import os  # noqa: PLC0415
+
+    if os.environ["RANK"] == "1":
+        raise ValueError("rank 1 has had enough")
+
+
+def test_a_failing_rank_is_shown_with_its_output() -> None:
+    with pytest.raises(RanksFailedError, match="rank 1 has had enough"):
+        run_ranks(fail_on_rank_1, 2)

@@ -1,0 +1,113 @@
+"""The command line as a user starts it, and what it left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+DEMO = str(ROOT / "configs" / "runs" / "demo.toml")
+
+# A short run of the demo's page: 1 epoch of 22 steps, every loss on record.
+SHORT = (
+    "schedule.epochs=1",
+    "schedule.warmup_epochs=0.2",
+    "run.log_every=1",
+    "eval.every_epochs=0",
+    "checkpoint.every_steps=5",
+)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error_lines(self) -> list[str]:
+        return [line for line in self.err.splitlines() if line.startswith("error: ")]
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "launch.cli", *words]
+
+
+def environment() -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    return {**kept, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+
+
+def setformer(*words: str, timeout: float = 150, cwd: Path = ROOT) -> Ended:
+    done = subprocess.run(
+        command(*words), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+    )
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def start(*words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(*words), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def train_words(data: Path, out: Path, *overrides: str, ranks: int = 2) -> list[str]:
+    return ["train", DEMO, f"data.root={data}", f"run.out={out}", *SHORT, *overrides, "--ranks", str(ranks)]
+
+
+def losses(run_folder: Path) -> dict[tuple[str, int], tuple[float, float | None]]:
+    """Return every loss of a run by kind and step; the last line of a step counts."""
+    found: dict[tuple[str, int], tuple[float, float | None]] = {}
+    for line in (run_folder / "metrics.jsonl").read_text().splitlines():
+        row: dict[str, Any] = json.loads(line) if line.strip().endswith("}") else {}
+        if row:
+            found[row["kind"], row["step"]] = (row["loss"], row.get("ema_loss"))
+    return found
+
+
+def wait_for(path: Path, process: subprocess.Popen[str], timeout: float = 90) -> None:
+    limit = time.monotonic() + timeout
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < limit, f"{path} did not come"
+        time.sleep(0.05)
+
+
+def children(pid: int) -> list[int]:
+    """Return all descendants of a process."""
+    found: list[int] = []
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        found += [int(child), *children(int(child))]
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def assert_gone(pids: list[int], timeout: float = 10) -> None:
+    limit = time.monotonic() + timeout
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() < limit, f"left behind: {[pid for pid in pids if alive(pid)]}"
+        time.sleep(0.05)
+
+
+def kill_ranks(process: subprocess.Popen[str]) -> None:
+    """kill -9 every rank of a run, and what they started."""
+    for pid in children(process.pid):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue

@@ -1,0 +1,155 @@
+"""A user's mistake: one clear sentence, a non-zero exit code, no traceback, nothing half-written."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+from dataloaders.packing import PackOptions, pack_image_folder
+from tests.integration.commands import Ended, losses, setformer, train_words
+
+
+def assert_one_sentence(ended: Ended, code: int, *parts: str) -> None:
+    assert ended.code == code, ended.err
+    assert "Traceback" not in ended.err
+    assert len(ended.error_lines) == 1, ended.err
+    for part in parts:
+        assert part in ended.error_lines[0]
+
+
+@pytest.fixture
+def copy(digits: Path, tmp_path: Path) -> Path:
+    """A copy of the packed digits to damage."""
+    target = tmp_path / "data"
+    for split in ("train", "val"):
+        shutil.copytree(digits / split, target / split)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "parts"),
+    [
+        ("optim.lrr=1", 2, ["unknown key 'optim.lrr': did you mean optim.lr?"]),
+        ("optim.lr=fast", 2, ["optim.lr = 'fast': input should be a valid number"]),
+        ("batch.micro=7", 2, ["batch.micro = 7", "possible micro batches are 1, 2, 4, 8, 16, 32"]),
+        ("batch.global_size=1", 2, ["fewer samples per step than the 2 ranks"]),
+        ("batch.global_size=4096", 2, ["4096", "1437"]),
+        ("precision.dtype=fp16", 2, ["this cpu does not compute fp16"]),
+        ("data.root=/no/such/folder", 3, ["/no/such/folder/train does not exist", "setformer data pack"]),
+        ("model.args.attn.epsilonn=1", 2, ["unknown key", "did you mean attn.epsilon?"]),
+    ],
+)
+def test_config_mistakes(digits: Path, tmp_path: Path, override: str, code: int, parts: list[str]) -> None:
+    words = train_words(digits, tmp_path)
+    words.insert(-2, override)
+    assert_one_sentence(setformer(*words), code, *parts)
+    assert not (tmp_path / "demo").exists()
+
+
+def test_missing_page() -> None:
+    assert_one_sentence(setformer("train", "configs/runs/nosuch.toml"), 2, "does not exist; pages there:", "demo.toml")
+
+
+def test_empty_data_folder(digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    ended = setformer(*train_words(tmp_path / "data", tmp_path / "runs"))
+    assert_one_sentence(ended, 3, str(tmp_path / "data" / "train"), "setformer data pack")
+
+
+def test_raw_images_instead_of_shards(digits: Path, tmp_path: Path) -> None:
+    ended = setformer(*train_words(digits / "images", tmp_path / "runs"))
+    assert_one_sentence(ended, 3, "setformer data pack")
+
+
+def test_a_shard_cut_short(copy: Path, tmp_path: Path) -> None:
+    shard = copy / "train" / "shard-000000.tar"
+    with shard.open("r+b") as file:
+        file.truncate(shard.stat().st_size - 1000)
+    assert_one_sentence(setformer(*train_words(copy, tmp_path / "runs")), 3, "shard-000000.tar", "pack")
+
+
+def damage_images(split: Path, count: int) -> None:
+    """Overwrite the middle of the first `count` PNG files of a shard; its size stays."""
+    shard = split / "shard-000000.tar"
+    data = bytearray(shard.read_bytes())
+    place = -1
+    for _ in range(count):
+        place = data.index(b"\x89PNG", place + 1)
+        data[place + 40 : place + 60] = bytes(20)
+    shard.write_bytes(data)
+
+
+def test_an_image_that_does_not_decode_is_named_replaced_and_counted(copy: Path, tmp_path: Path) -> None:
+    damage_images(copy / "train", 1)
+    out = tmp_path / "runs"
+    ended = setformer(*train_words(copy, out, "data.max_bad_share=0.01"))
+    assert ended.code == 0, ended.err
+    logs = "".join(log.read_text() for log in (out / "demo" / "logs").iterdir())
+    assert "shard-000000.tar" in logs
+    assert '"substitutions": 1' in (out / "demo" / "metrics.jsonl").read_text()
+    assert losses(out / "demo")
+
+
+def test_too_many_damaged_images_stop_the_run(copy: Path, tmp_path: Path) -> None:
+    damage_images(copy / "train", 400)
+    ended = setformer(*train_words(copy, tmp_path / "runs", "data.max_bad_share=0.01"))
+    assert_one_sentence(ended, 3, "max_bad_share")
+
+
+def test_a_damaged_validation_image_stops_the_evaluation(copy: Path, tmp_path: Path) -> None:
+    damage_images(copy / "val", 1)
+    ended = setformer(*train_words(copy, tmp_path / "runs", "schedule.epochs=1", "eval.every_steps=2"))
+    assert_one_sentence(ended, 3, "shard-000000.tar", "bad_validation")
+
+
+def test_class_maps_that_differ(digits: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(digits / "train", data / "train")
+    images = tmp_path / "images"
+    shutil.copytree(digits / "images" / "val", images)
+    (images / "7").rename(images / "seven")
+    pack_image_folder(images, data / "val", PackOptions())
+    assert_one_sentence(setformer(*train_words(data, tmp_path / "runs")), 3, "seven", "7")
+
+
+def test_a_run_folder_of_another_config_and_a_checkpoint_of_another_model(digits: Path, tmp_path: Path) -> None:
+    assert setformer(*train_words(digits, tmp_path)).code == 0
+    other = setformer(*train_words(digits, tmp_path, "optim.lr=0.1"))
+    assert_one_sentence(other, 2, "holds a run of another config", "optim.lr is 0.003 there and 0.1 here", "run.name")
+    (tmp_path / "demo" / "config.json").unlink()
+    wider = setformer(*train_words(digits, tmp_path, "model.args.embed_dim=96"))
+    assert_one_sentence(wider, 4, "of another model", "embed_dim")
+
+
+def test_port_in_use(digits: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        ended = setformer(*train_words(digits, tmp_path), "--port", str(port))
+    assert_one_sentence(ended, 5, f"port {port}")
+    assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "part"),
+    [
+        (["eval", "/no/such/run"], 4, "/no/such/run"),
+        (["ckpt", "ls", "/no/such/run"], 4, "holds no checkpoints"),
+        (["predict", "/no/such/run", "x.png"], 4, "/no/such/run"),
+        (["eval", "/no/such/run", "--weights", "best"], 2, "not one of plain, ema, auto"),
+        (["data", "pack", "/no/such/images", "/tmp/never"], 3, "/no/such/images"),
+    ],
+)
+def test_other_commands(words: list[str], code: int, part: str) -> None:
+    assert_one_sentence(setformer(*words), code, part)
+
+
+def test_help_everywhere() -> None:
+    for words in (["train"], ["eval"], ["predict"], ["doctor"], ["demo"], ["data", "pack"], ["ckpt", "ls"]):
+        ended = setformer(*words, "--help")
+        assert ended.code == 0
+        assert "xample" in ended.out or words == ["doctor"], words

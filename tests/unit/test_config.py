@@ -1,0 +1,95 @@
+from pathlib import Path
+
+import pytest
+
+from launch.config import FREE_KEYS, RunConfig, all_flat_keys, check_folder, load_run, resolve
+from setformer_dist.core.config import merge, parse_override, read_toml
+from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.files import write_json
+
+PAGES = Path(__file__).parent.parent.parent / "configs" / "runs"
+DEMO = PAGES / "demo.toml"
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("optim.lrr=1", "unknown key 'optim.lrr': did you mean optim.lr?"),
+        ("lr=1", "unknown key 'lr': did you mean optim.lr?"),
+        ("optim.lr=fast", "optim.lr = 'fast': input should be a valid number"),
+        ("run.seed=1.5", "run.seed = 1.5: input should be a valid integer"),
+        ("zero.stage=4", "zero.stage = 4: input should be 0, 1, 2 or 3"),
+        ("schedule.steps=10", "give either epochs or steps"),
+        ("checkpoint.best_metric=ema_top1 ema.decay=0", "needs averaged weights: set ema.decay"),
+        ("model.name=setformer_tinny", "did you mean setformer_tiny?"),
+        ("batch.micro=0", "must be a positive number of samples"),
+        ("run.name=a/b", "must be a folder name"),
+    ],
+)
+def test_a_bad_key_is_named_with_the_repair(override: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_run(DEMO, override.split(" "))
+    assert sentence in str(error.value)
+
+
+def test_a_string_is_not_read_as_a_number() -> None:
+    with pytest.raises(ConfigError, match="valid number"):
+        load_run(DEMO, ['optim.lr="0.1"'])
+
+
+@pytest.mark.parametrize("text", ["optim.lr", "=3", "optim..lr=3"])
+def test_an_override_of_another_form_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not of the form"):
+        parse_override(text)
+
+
+def test_override_values_are_toml_or_plain_text() -> None:
+    assert parse_override("a.b=1e-3") == {"a": {"b": 1e-3}}
+    assert parse_override("a=[1, 2]") == {"a": [1, 2]}
+    assert parse_override("data.root=/some/where") == {"data": {"root": "/some/where"}}
+
+
+def test_merge_goes_table_by_table() -> None:
+    assert merge({"a": {"x": 1, "y": 2}}, {"a": {"y": 3}}) == {"a": {"x": 1, "y": 3}}
+
+
+def test_one_extends_is_followed_and_two_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text("[a]\nx = 1\ny = 1\n")
+    (tmp_path / "page.toml").write_text('extends = "base.toml"\n[a]\ny = 2\n')
+    assert read_toml(tmp_path / "page.toml") == {"a": {"x": 1, "y": 2}}
+    (tmp_path / "third.toml").write_text('extends = "page.toml"\n')
+    with pytest.raises(ConfigError, match="only one level"):
+        read_toml(tmp_path / "third.toml")
+
+
+def test_a_missing_page_names_its_neighbours(tmp_path: Path) -> None:
+    (tmp_path / "there.toml").write_text("")
+    with pytest.raises(ConfigError, match=r"does not exist; pages there: there\.toml"):
+        read_toml(tmp_path / "absent.toml")
+
+
+def test_configs_are_frozen() -> None:
+    config = load_run(DEMO)
+    with pytest.raises(ValueError, match="frozen"):
+        config.optim.lr = 1.0  # type: ignore[misc]
+
+
+def test_free_keys_exist() -> None:
+    keys = all_flat_keys(RunConfig)
+    for free in FREE_KEYS:
+        assert any(key == free or key.startswith(f"{free}.") for key in keys), free
+
+
+def test_a_run_folder_of_another_config_is_refused(tmp_path: Path) -> None:
+    run = resolve(load_run(DEMO, [f"run.out={tmp_path}"]), 2)
+    run.config.folder.mkdir()
+    write_json(run.config.folder / "config.json", run.as_json())
+    check_folder(run)
+    check_folder(resolve(load_run(DEMO, [f"run.out={tmp_path}", "eval.every_epochs=1", "data.workers=1"]), 2))
+    with pytest.raises(ConfigError, match=r"optim\.lr is 0\.003 there and 0\.1 here"):
+        check_folder(resolve(load_run(DEMO, [f"run.out={tmp_path}", "optim.lr=0.1"]), 2))
+    with pytest.raises(ConfigError, match=r"resolved\.world_size is 2 there and 1 here"):
+        check_folder(resolve(load_run(DEMO, [f"run.out={tmp_path}"]), 1))
+    (run.config.folder / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="is damaged"):
+        check_folder(run)

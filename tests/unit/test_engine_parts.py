@@ -1,0 +1,150 @@
+import math
+
+import pytest
+import torch
+
+from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.seeding import Purpose, derive_key, generator, sample_keys
+from setformer_dist.engine.batch_plan import BatchPlan
+from setformer_dist.engine.ema import EmaConfig
+from setformer_dist.engine.optim import OptimConfig, Schedule, ScheduleConfig, adamw, parameter_groups
+from setformer_dist.engine.step import soft_cross_entropy
+from setformer_dist.engine.trainer import Best
+from setformer_dist.engine.zero import PrecisionConfig, ZeroConfig, check_precision, deepspeed_config
+from setformer_dist.models.build import ModelConfig, build_model
+
+PLAN = BatchPlan(64, 8, 4, 2)
+
+
+def schedule(**kwargs: object) -> tuple[Schedule, torch.optim.Optimizer]:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    config = ScheduleConfig.model_validate(
+        {"steps": 100, "warmup_steps": 10, "warmup_lr": 0.0, "min_lr": 0.1, **kwargs}
+    )
+    return Schedule(optimizer, config, steps_per_epoch=20), optimizer
+
+
+def test_schedule_is_the_stated_function_of_the_step() -> None:
+    lr, _ = schedule()
+    assert [lr.apply(k) for k in (0, 5)] == pytest.approx([0.0, 0.5])
+    for k in (10, 40, 99):
+        cosine = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (k - 10) / 90))
+        assert lr.apply(k) == pytest.approx(cosine)
+
+
+def test_schedule_does_not_depend_on_the_steps_before() -> None:
+    lr, _ = schedule()
+    fresh, _ = schedule()
+    for k in range(50):
+        lr.apply(k)
+    assert lr.apply(50) == fresh.apply(50)
+
+
+def test_a_warm_up_as_long_as_the_run_is_refused() -> None:
+    with pytest.raises(ConfigError, match="does not fit"):
+        schedule(warmup_steps=100)
+
+
+def test_norms_biases_and_references_do_not_decay() -> None:
+    model = build_model(ModelConfig(name="setformer_nano"), 10, 16, 0)
+    groups = parameter_groups(model, OptimConfig(weight_decay=0.1))
+    free = {id(p) for g in groups if g["weight_decay"] == 0 for p in g["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1 or "references" in name:
+            assert id(parameter) in free, name
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+    assert adamw(groups, OptimConfig()).param_groups
+
+
+def test_layer_decay_scales_the_learning_rate() -> None:
+    model = build_model(ModelConfig(name="setformer_nano"), 10, 16, 0)
+    groups = parameter_groups(model, OptimConfig(layer_decay=0.5))
+    scales = {g["lr_scale"] for g in groups}
+    assert max(scales) == 1.0
+    assert min(scales) < 0.5
+
+
+def test_ema_decay_warms_up() -> None:
+    config = EmaConfig(decay=0.9)
+    assert config.decay_at(0) == pytest.approx(0.1)
+    assert config.decay_at(1000) == 0.9
+    assert EmaConfig(decay=0.9, warmup=False).decay_at(0) == 0.9
+
+
+def test_best_by_mode() -> None:
+    assert Best("top1", "max", 0.5, 1).improved_by(0.6)
+    assert not Best("loss", "min", 0.5, 1).improved_by(0.6)
+    assert Best("top1", "max").improved_by(0.0)
+
+
+def test_soft_cross_entropy_is_its_formula() -> None:
+    logits, targets = torch.randn(4, 7, dtype=torch.float64), torch.rand(4, 7, dtype=torch.float64).softmax(1)
+    expected = -(targets * logits.float().log_softmax(1)).sum(1).mean()
+    assert soft_cross_entropy(logits, targets.float()).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_sample_keys_depend_on_the_sample_not_its_neighbours() -> None:
+    ids = torch.arange(1000).numpy()
+    whole = sample_keys(Purpose.DROP_PATH, 1, 2, ids)
+    assert (whole[10:20] == sample_keys(Purpose.DROP_PATH, 1, 2, ids[10:20])).all()
+    assert len(set(whole.tolist())) == 1000
+    assert (whole != sample_keys(Purpose.DROP_PATH, 1, 3, ids)).all()
+
+
+def test_keys_and_streams_are_fixed_for_ever() -> None:
+    assert derive_key(Purpose.ORDER, 0, 0) == 0x85A903F28A7E8466FD8790C6926CEE16
+    assert generator(Purpose.ORDER, 3, 4).integers(0, 100, 5).tolist() == [59, 39, 93, 54, 37]
+    assert derive_key(Purpose.ORDER, 0, 1) != derive_key(Purpose.AUGMENT, 0, 1)
+
+
+def test_deepspeed_json_states_the_equation() -> None:
+    json = deepspeed_config(PrecisionConfig(dtype="bf16", grad_accum="fp32"), ZeroConfig(stage=2), PLAN, 1.0, {})
+    assert json["train_batch_size"] == 64
+    assert json["train_micro_batch_size_per_gpu"] * json["gradient_accumulation_steps"] * 2 == 64
+    assert json["bf16"]["enabled"]
+    assert json["data_types"]["grad_accum_dtype"] == "fp32"
+    assert json["gradient_clipping"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("extra", "use"),
+    [
+        ({"train_batch_size": 3}, "use batch.global_size instead"),
+        ({"bf16": {"enabled": True}}, "use precision.dtype instead"),
+        ({"zero_optimization": {"stage": 1}}, "use zero.stage instead"),
+    ],
+)
+def test_deepspeed_keys_of_ours_do_not_pass_through(extra: dict[str, object], use: str) -> None:
+    with pytest.raises(ConfigError, match=use):
+        deepspeed_config(PrecisionConfig(), ZeroConfig(), PLAN, 1.0, extra)
+
+
+def test_other_deepspeed_keys_pass_through() -> None:
+    extra = {"zero_optimization": {"round_robin_gradients": True}, "flops_profiler": {"enabled": False}}
+    json = deepspeed_config(PrecisionConfig(), ZeroConfig(stage=2), PLAN, 1.0, extra)
+    assert json["zero_optimization"]["round_robin_gradients"]
+    assert json["zero_optimization"]["stage"] == 2
+    assert json["flops_profiler"] == {"enabled": False}
+
+
+def test_precision_the_device_does_not_compute_is_refused_with_the_reason() -> None:
+    with pytest.raises(ConfigError, match="this cpu does not compute fp16"):
+        check_precision(PrecisionConfig(dtype="fp16"), ZeroConfig(), {"fp32", "bf16"}, "cpu")
+    with pytest.raises(ConfigError, match="has no DeepSpeed optimizer"):
+        check_precision(PrecisionConfig(dtype="bf16", grad_accum="fp32"), ZeroConfig(stage=0), {"fp32", "bf16"}, "cpu")
+    with pytest.raises(ConfigError, match="nothing to offload"):
+        check_precision(PrecisionConfig(), ZeroConfig(offload_optimizer=True), {"fp32"}, "cpu")
+
+
+def test_same_seed_same_weights() -> None:
+    first, second, other = (build_model(ModelConfig(name="setformer_nano"), 10, 16, seed) for seed in (0, 0, 1))
+    pairs = list(zip(first.parameters(), second.parameters(), other.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b, _ in pairs)
+    assert any(not torch.equal(a, c) for a, _, c in pairs)
+
+
+def test_unknown_model_arguments_are_named() -> None:
+    with pytest.raises(ConfigError, match="epsilonn"):
+        build_model(ModelConfig(name="setformer_nano", args={"attn": {"epsilonn": 1}}), 10, 16, 0)
+    with pytest.raises(ConfigError, match="no_such"):
+        build_model(ModelConfig(name="vit_tiny_patch16_224", args={"no_such": 1}), 10, 16, 0)

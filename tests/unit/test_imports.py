@@ -1,0 +1,60 @@
+"""Imports go one way (docs/architecture.md), and no import of ours hides inside a function."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+OURS = ("setformer_dist", "dataloaders", "checkpoints", "launch")
+
+FORBIDDEN = {
+    "setformer_dist/core": (
+        "setformer_dist.engine", "setformer_dist.models", "setformer_dist.ops", "dataloaders", "checkpoints", "launch",
+        "torch.distributed",
+    ),
+    "setformer_dist/ops": ("setformer_dist.engine", "setformer_dist.models", "dataloaders", "checkpoints", "launch"),
+    "setformer_dist/models": ("setformer_dist.engine", "dataloaders", "checkpoints", "launch", "torch.distributed"),
+    "setformer_dist/engine": ("dataloaders", "checkpoints", "launch", "setformer_dist.models"),
+    "setformer_dist/report": ("setformer_dist.engine", "dataloaders", "checkpoints", "launch"),
+    "dataloaders": ("setformer_dist.engine", "setformer_dist.models", "checkpoints", "launch", "torch.distributed"),
+    "checkpoints": ("setformer_dist.engine", "setformer_dist.models", "dataloaders", "launch", "torch.distributed"),
+}  # fmt: skip
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("folder", FORBIDDEN)
+def test_imports_go_one_way(folder: str) -> None:
+    files = sorted((ROOT / folder).rglob("*.py"))
+    assert files
+    for path in files:
+        for name in imports(ast.parse(path.read_text())):
+            for forbidden in FORBIDDEN[folder]:
+                assert f"{name}.".startswith(f"{forbidden}.") is False, f"{path} imports {name}"
+
+
+def test_no_import_of_ours_inside_a_function() -> None:
+    for package in OURS:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            for function in ast.walk(ast.parse(path.read_text())):
+                if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+                    hidden = [name for name in imports(function) if name.split(".")[0] in OURS]
+                    assert not hidden, f"{path}: {function.name} imports {hidden}"
+
+
+def test_no_pickle_on_any_load_path() -> None:
+    for package in OURS:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            text = path.read_text()
+            assert not {"pickle", "torch.load"} & set(imports(ast.parse(text))), path
+            assert "torch.load(" not in text, path
+            assert "allow_pickle=True" not in text, path
