@@ -35,7 +35,8 @@ app.add_typer(ckpt, name="ckpt")
 
 Page = Annotated[Path, typer.Argument(help="The run's TOML page.", show_default=False)]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Dotted overrides, such as optim.lr=1e-3.", show_default=False)
+    list[str] | None,
+    typer.Argument(help="Dotted overrides, such as optim.lr=1e-3; ~key takes one away.", show_default=False),
 ]
 CheckpointPath = Annotated[
     Path, typer.Argument(help="A run folder, its checkpoints folder, or one step's folder.", show_default=False)
@@ -94,7 +95,7 @@ def _run_folder(page: Path, overrides: list[str]) -> Path:
     """Return the run's folder without reading more of the page than its name; ranks check the rest."""
     table = base.read_toml(page)
     for text in overrides:
-        table = base.merge(table, base.parse_override(text))
+        table = base.apply_override(table, text)
     run = table.get("run")
     if not isinstance(run, dict) or not isinstance(run.get("name"), str):
         raise ConfigError(f"{page}: key 'run.name' is missing: give the run a name")

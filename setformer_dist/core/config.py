@@ -90,6 +90,24 @@ def parse_override(text: str) -> dict[str, Any]:
     return value
 
 
+def apply_override(table: Mapping[str, Any], text: str) -> dict[str, Any]:
+    """Lay one override on a table: `a.b=value` sets, `~a.b` takes what the page says of a.b away.
+
+    Raises:
+        ConfigError: not of either form, or nothing there to take away.
+    """
+    if not text.startswith("~"):
+        return merge(table, parse_override(text))
+    key, _, rest = text[1:].partition(".")
+    inner = table.get(key)
+    if key not in table or (rest and not isinstance(inner, Mapping)):
+        raise ConfigError(f"override {text!r}: the page says nothing of {key!r}, so there is nothing to take away")
+    if rest:
+        assert isinstance(inner, Mapping)
+        return {**table, key: apply_override(inner, f"~{rest}")}
+    return {name: value for name, value in table.items() if name != key}
+
+
 def build(model: type[ConfigT], table: Mapping[str, Any], source: str) -> ConfigT:
     """Validate a table.
 
@@ -106,7 +124,7 @@ def load(model: type[ConfigT], path: Path, overrides: Iterable[str] = ()) -> Con
     """Read a page, lay the overrides on top, validate."""
     table = read_toml(path)
     for text in overrides:
-        table = merge(table, parse_override(text))
+        table = apply_override(table, text)
     return build(model, table, str(path))
 
 

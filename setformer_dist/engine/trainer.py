@@ -10,12 +10,13 @@ import contextlib
 import logging
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from setformer_dist.core.batch import EvalStream, TrainStream
+from setformer_dist.core.batch import EvalStream, MicroBatch, TrainStream
 from setformer_dist.core.errors import TrainingError
 from setformer_dist.core.fragments import Fragment
 from setformer_dist.core.store import CheckpointStore, SavedState
@@ -66,13 +67,19 @@ class Best:
 
 @dataclass
 class RunState:
-    """What changes while a run goes on; `as_dict` is what trainer.json holds of it."""
+    """What changes while a run goes on; `as_dict` is what trainer.json holds of it.
+
+    `seconds` is the wall time of the run over all its interruptions; `train_seconds` of that, spent on
+    `train_steps` logged steps without evaluation and checkpoints.
+    """
 
     step: int
     best: Best
     evaluation: dict[str, float] = field(default_factory=dict)
     substitutions: int = 0
     seconds: float = 0.0
+    train_steps: int = 0
+    train_seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON."""
@@ -81,6 +88,8 @@ class RunState:
             "evaluation": self.evaluation,
             "substitutions": self.substitutions,
             "seconds": self.seconds,
+            "train_steps": self.train_steps,
+            "train_seconds": self.train_seconds,
         }
 
 
@@ -91,7 +100,7 @@ class Outcome:
     Attributes:
         state: the run's state at the end.
         signum: the signal that stopped it, or None when it ran to its end.
-        images_per_s: mean over this call's training steps, without evaluation and checkpoints.
+        images_per_s: mean over the run's training steps, without evaluation and checkpoints.
         resumed_from: step of the checkpoint this call started from, or None.
     """
 
@@ -136,8 +145,7 @@ class Trainer:
         )
         self._state = RunState(step=0, best=best)
         self._main = parts.comm.ranks.is_main
-        self._train_seconds = 0.0
-        self._train_steps = 0
+        self._started = time.perf_counter()
         self._pending: list[torch.Tensor] = []
         self._pending_substitutions: list[str] = []
 
@@ -149,10 +157,11 @@ class Trainer:
             SetformerError: from the stream or the store.
         """
         saved = self._resume()
-        started = time.perf_counter() - self._state.seconds
-        signum: int | None = None
+        self._started = time.perf_counter() - self._state.seconds
         with (
             contextlib.closing(self._p.record),
+            contextlib.closing(self._p.stream),
+            contextlib.closing(self._p.validation),
             StopRequest() as stop,
             RunProgress(self._total_steps, self._state.step, self._main) as progress,
         ):
@@ -160,25 +169,32 @@ class Trainer:
                 progress.say(f"resumed at step {saved.step} from {saved.path}")
             batches = self._p.stream.micro_batches(self._state.step)
             self._clock.take()
-            while self._state.step < self._total_steps and signum is None:
-                lr = self._p.schedule.apply(self._state.step)
-                outcome = self._step(self._state.step, batches)
-                with self._clock.section("optimizer"):
-                    if self._p.ema is not None:
-                        self._p.ema.update(self._state.step)
-                self._pending.append(outcome.loss)
-                self._pending_substitutions += outcome.substitutions
-                self._state.step += 1
-                self._state.seconds = time.perf_counter() - started
-                progress.advance(self._state.step)
-                if self._state.step % self._log_every == 0 or self._state.step == self._total_steps:
-                    self._log(lr, progress)
-                signum = self._agree_to_stop(stop)
-                self._after_step(progress, stopping=signum is not None)
-            self._state.seconds = time.perf_counter() - started
-        images = self._train_steps * self._p.plan.global_size
-        speed = images / self._train_seconds if self._train_seconds else 0.0
+            signum = self.train_until(self._total_steps, batches, stop, progress)
+        images = self._state.train_steps * self._p.plan.global_size
+        speed = images / self._state.train_seconds if images else 0.0
         return Outcome(self._state, signum, speed, saved.step if saved else None)
+
+    def train_until(
+        self, last_step: int, batches: Iterator[MicroBatch], stop: StopRequest, progress: RunProgress
+    ) -> int | None:
+        """Run optimizer steps up to `last_step`, with all that comes with them; return a signal that ended it."""
+        signum: int | None = None
+        while self._state.step < last_step and signum is None:
+            lr = self._p.schedule.apply(self._state.step)
+            outcome = self._step(self._state.step, batches)
+            if self._p.ema is not None:
+                with self._clock.section("optimizer"):
+                    self._p.ema.update(self._state.step)
+            self._pending.append(outcome.loss)
+            self._pending_substitutions += outcome.substitutions
+            self._state.step += 1
+            self._state.seconds = time.perf_counter() - self._started
+            progress.advance(self._state.step)
+            if self._state.step % self._log_every == 0 or self._state.step == self._total_steps:
+                self._log(lr, progress)
+            signum = self._agree_to_stop(stop)
+            self._after_step(progress, stopping=signum is not None)
+        return signum
 
     # Checkpoints.
 
@@ -200,7 +216,7 @@ class Trainer:
         best = self._state.best
         if run["best"]["metric"] == best.metric:
             best = Best(best.metric, best.mode, run["best"]["value"], run["best"]["step"])
-        self._state = RunState(step, best, run["evaluation"], run["substitutions"], run["seconds"])
+        self._state = RunState(step, **{**run, "best": best})
         return saved
 
     def _save(self, evaluation: dict[str, float]) -> None:
@@ -285,8 +301,8 @@ class Trainer:
         self._pending.clear()
         self._pending_substitutions = []
         training = wall - seconds["checkpoint"] - seconds["evaluation"]
-        self._train_seconds += training
-        self._train_steps += steps
+        self._state.train_seconds += training
+        self._state.train_steps += steps
         images_per_s = steps * self._p.plan.global_size / training
         progress.figures(loss, images_per_s)
         values = {

@@ -43,6 +43,13 @@ def test_an_override_of_another_form_is_refused(text: str) -> None:
         parse_override(text)
 
 
+def test_a_tilde_takes_a_key_away() -> None:
+    config = load_run(DEMO, ["~schedule.epochs", "~schedule.warmup_epochs", "schedule.steps=7"])
+    assert (config.schedule.steps, config.schedule.epochs, config.schedule.warmup_epochs) == (7, None, None)
+    with pytest.raises(ConfigError, match="nothing to take away"):
+        load_run(DEMO, ["~schedule.nosuch"])
+
+
 def test_override_values_are_toml_or_plain_text() -> None:
     assert parse_override("a.b=1e-3") == {"a": {"b": 1e-3}}
     assert parse_override("a=[1, 2]") == {"a": [1, 2]}

@@ -1,0 +1,1 @@
+"""Measurements: each prints a table, writes JSON, names the machine, compares with its peers in one run."""

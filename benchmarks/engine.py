@@ -1,0 +1,187 @@
+"""What training through our loop costs, against DeepSpeed alone and against bare PyTorch DDP.
+
+    python -m benchmarks.engine [--page configs/runs/demo.toml] [--ranks 2] [--blocks 12]
+
+For each ZeRO stage, on the same model and the same batches of our stream:
+  ours       the trainer's loop with everything in it: clock, metrics, agreement to stop, drop-path keys
+  DeepSpeed  forward, backward and step of the same engine object and nothing else
+  DDP        torch's DistributedDataParallel with fused AdamW and clipping, no DeepSpeed at all
+Ours and DeepSpeed take turns in blocks of steps in the same processes, so that noise of the machine hits both;
+the overhead is the median over pairs of neighbouring blocks. Averaging of weights is off, since DDP has none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.machine import describe
+from dataloaders import Prepare, ShardTrainStream
+from launch.compose import compose, open_splits
+from launch.config import ResolvedRun, load_run, resolve
+from launch.demo import prepare_data
+from setformer_dist.core.batch import MicroBatch
+from setformer_dist.core.ranks import RankInfo
+from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
+from setformer_dist.engine.metrics import peak_memory_mib
+from setformer_dist.engine.optim import adamw, parameter_groups
+from setformer_dist.engine.progress import RunProgress
+from setformer_dist.engine.signals import StopRequest
+from setformer_dist.engine.step import soft_cross_entropy
+from setformer_dist.engine.trainer import Trainer
+from setformer_dist.models.build import build_model
+from setformer_dist.testing.ranks import run_ranks
+
+STEPS = 10  # per block
+
+
+def prepare(page: str, overrides: list[str]) -> tuple[ResolvedRun, TorchCollectives]:
+    """Join the ranks and resolve the run."""
+    ranks = RankInfo.from_env()
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
+    run = resolve(load_run(Path(page), overrides), ranks.world_size)
+    connect(ranks, os.environ["SETFORMER_RENDEZVOUS"])
+    return run, TorchCollectives(ranks)
+
+
+def timed(comm: TorchCollectives, work: Any) -> float:
+    """Return the wall seconds of a piece of work that all ranks do."""
+    comm.barrier()
+    start = time.perf_counter()
+    work()
+    comm.barrier()
+    return time.perf_counter() - start
+
+
+def ours_and_deepspeed(page: str, overrides: list[str], blocks: int) -> dict[str, Any]:
+    """Take turns between our loop and DeepSpeed alone; return seconds of each block and peak memory."""
+    run, comm = prepare(page, overrides)
+    run.config.folder.mkdir(parents=True, exist_ok=True)
+    splits = open_splits(run)
+    c = run.config
+    trainer: Trainer = compose(run, splits, build_model(c.model, len(splits.train.classes), c.data.image_size, 0), comm)
+    parts = trainer._p
+    ours: list[float] = []
+    bare: list[float] = []
+    with StopRequest() as stop, RunProgress(1_000_000, 0, visible=False) as progress:
+        batches = parts.stream.micro_batches(0)
+        trainer.train_until(STEPS, batches, stop, progress)
+        for block in range(blocks):
+            target = STEPS * (block + 2)
+            ours.append(timed(comm, lambda t=target: trainer.train_until(t, batches, stop, progress)))
+            bare.append(timed(comm, lambda: deepspeed_steps(parts, batches)))
+    parts.stream.close()
+    memory = comm.gather_json(peak_memory_mib())
+    disconnect()
+    return {"ours": ours, "deepspeed": bare, "memory_mib": memory}
+
+
+def deepspeed_steps(parts: Any, batches: Iterator[MicroBatch]) -> None:
+    """Run STEPS optimizer steps with nothing but DeepSpeed."""
+    for _ in range(STEPS * parts.plan.accumulation):
+        images, targets = parts.prepare(next(batches), train=True)
+        parts.engine.backward(soft_cross_entropy(parts.engine(images), targets))
+        parts.engine.step()
+
+
+def ddp(page: str, overrides: list[str], blocks: int) -> dict[str, Any]:
+    """Return seconds of each block and peak memory of a bare DDP loop."""
+    run, comm = prepare(page, overrides)
+    splits = open_splits(run)
+    c = run.config
+    stream = ShardTrainStream(splits.train, c.data, c.run.seed, comm.ranks, run.plan.global_size, run.plan.micro)
+    make = Prepare(c.data, len(splits.train.classes), "cpu", torch.float32)
+    model = build_model(c.model, len(splits.train.classes), c.data.image_size, 0)
+    optimizer = adamw(parameter_groups(model, c.optim), c.optim)
+    parallel = DistributedDataParallel(model)
+    batches = stream.micro_batches(0)
+
+    def steps() -> None:
+        for _ in range(STEPS):
+            for micro in range(run.plan.accumulation):
+                images, targets = make(next(batches), train=True)
+                parallel.require_backward_grad_sync = micro == run.plan.accumulation - 1
+                (soft_cross_entropy(parallel(images), targets) / run.plan.accumulation).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), c.optim.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    steps()
+    seconds = [timed(comm, steps) for _ in range(blocks)]
+    stream.close()
+    memory = comm.gather_json(peak_memory_mib())
+    disconnect()
+    return {"ddp": seconds, "memory_mib": memory}
+
+
+def main() -> None:
+    """Measure, print, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--page", default="configs/runs/demo.toml")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--blocks", type=int, default=12, help="pairs of blocks per stage")
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out/engine.json"))
+    arguments = parser.parse_args()
+    console = Console()
+    data = Path("runs/demo-data")
+    prepare_data(data, console)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        common = [
+            f"data.root={data}", f"run.out={folder}", "precision.dtype=fp32", "ema.decay=0",
+            "eval.every_epochs=0", "checkpoint.every_steps=1000000", "schedule.epochs=1000",
+        ]  # fmt: skip
+        base = run_ranks(ddp, arguments.ranks, arguments.page, common, arguments.blocks, timeout=600)[0]
+        per_ddp = statistics.median(base["ddp"]) / STEPS
+        rows.append({"loop": "DDP", "stage": None, "steps_per_s": 1 / per_ddp, "memory_mib": max(base["memory_mib"])})
+        for stage in arguments.stages:
+            words = [*common, f"zero.stage={stage}", f"run.name=stage{stage}"]
+            found = run_ranks(
+                ours_and_deepspeed, arguments.ranks, arguments.page, words, arguments.blocks, timeout=900
+            )[0]
+            ratios = [a / b for a, b in zip(found["ours"], found["deepspeed"], strict=True)]
+            rows.append(
+                {
+                    "loop": "ours",
+                    "stage": stage,
+                    "steps_per_s": STEPS / statistics.median(found["ours"]),
+                    "deepspeed_steps_per_s": STEPS / statistics.median(found["deepspeed"]),
+                    "overhead": statistics.median(ratios) - 1,
+                    "overhead_quartiles": [q - 1 for q in statistics.quantiles(ratios, n=4)[::2]],
+                    "memory_mib": max(found["memory_mib"]),
+                }
+            )
+    report(rows, per_ddp, arguments, console)
+
+
+def report(rows: list[dict[str, Any]], per_ddp: float, arguments: argparse.Namespace, console: Console) -> None:
+    """Print the table and write the JSON."""
+    table = Table("loop", "steps/s", "against DDP", "over DeepSpeed alone", "peak MiB per rank", title=describe())
+    for row in rows:
+        name = "bare DDP" if row["stage"] is None else f"ours, ZeRO-{row['stage']}"
+        low, high = row.get("overhead_quartiles", (0.0, 0.0))
+        over = f"{row['overhead']:+.1%} (quartiles {low:+.1%} to {high:+.1%})" if "overhead" in row else ""
+        speed = row["steps_per_s"]
+        table.add_row(name, f"{speed:.2f}", f"{speed * per_ddp:.2f}×", over, f"{row['memory_mib']:.0f}")
+    console.print(table)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    result = {"machine": describe(), "page": arguments.page, "ranks": arguments.ranks, "rows": rows}
+    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    console.print(f"written to {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
