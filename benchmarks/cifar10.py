@@ -62,8 +62,8 @@ def measure_speed(packed: Path, out: Path, rounds: int) -> dict[str, dict[str, f
             folder = out / f"{NAMES[name]}-speed-{turn}"
             if not (folder / "summary.json").exists():
                 setformer(
-                    "train", page, f"data.root={packed}", f"run.out={out}", f"run.name={folder.name}",
-                    "~schedule.epochs", "~schedule.warmup_epochs", "schedule.steps=60", "eval.every_epochs=0", "--ranks", "2",
+                    "train", page, f"data.root={packed}", f"run.out={out}", f"run.name={folder.name}", "--ranks", "2",
+                    "~schedule.epochs", "~schedule.warmup_epochs", "schedule.steps=60", "eval.every_epochs=0",
                 )  # fmt: skip
             train = [row for row in rows_of(folder) if row["kind"] == "train" and row["step"] > 20]
             speeds[name].append(statistics.median(row["images_per_s"] for row in train))

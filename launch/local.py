@@ -53,6 +53,8 @@ _PR_SET_PDEATHSIG = 1
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _TICK_S = 0.5  # longest time between two looks at the ranks; signals wake the loop at once
 _ECHO_S = 1.0  # how long to wait for others to fail after the first, to tell a cause from its echoes
+_CAUSE_S = 10.0  # how long to wait for the cause where so far ranks only say that they lost another one
+_LOST_A_PEER = 2  # the least telling kind of failure, see `_blame`
 _FAILURE_GRACE_S = 10.0
 _ERROR_LINE = re.compile(r"^[\w.]*(Error|Exception|Interrupt|Exit)\b|\b(ERROR|CRITICAL|FATAL)\b|Segmentation fault")
 _TAIL_BYTES = 64 * 1024
@@ -360,30 +362,34 @@ class _Group:
     def _fail(self) -> None:
         """End all other ranks and raise an error that names the one to blame."""
         self._wait(_ECHO_S)
+        if all(_blame(m)[0] == _LOST_A_PEER for m in self.members if m.failed):
+            # Somebody went away and has not ended yet: its end says more than that others noticed.
+            self._wait(_CAUSE_S, until=lambda: any(_blame(m)[0] != _LOST_A_PEER for m in self.members if m.failed))
+        failed = sorted((m for m in self.members if m.failed), key=_blame)
         self._terminate()
         self._wait(min(self._grace_s, _FAILURE_GRACE_S), until=lambda: bool(self._received.stop))
-        failed = sorted((m for m in self.members if m.failed), key=_blame)
         self.kill()
         culprit, others = failed[0], [str(m.rank) for m in failed[1:]]
         code = culprit.process.returncode
-        if code in _USER_CODES:
-            # Rank 0 has told the user itself, on the terminal; what another rank said is in its log alone.
-            said = last_error_line(culprit.log, culprit.log_start).removeprefix("error: ")
-            raise RankFailedError("" if culprit.rank == 0 else f"{said} (rank {culprit.rank}, log {culprit.log})", code)
+        said = last_error_line(culprit.log, culprit.log_start).removeprefix("error: ")
+        if code in _USER_CODES and culprit.rank == 0:
+            raise RankFailedError("", code)  # it has told the user itself, on the terminal
+        if code in _USER_CODES and said:
+            raise RankFailedError(f"{said} (rank {culprit.rank}, log {culprit.log})", code)
         echo = f" (then rank {', '.join(others)} failed too)" if others else ""
-        raise RankFailedError(f"{self._describe(culprit)}{echo}")
+        raise RankFailedError(f"{self._describe(culprit, *failed[1:])}{echo}")
 
-    def _describe(self, member: _Member) -> str:
-        code = member.process.returncode
-        line = last_error_line(member.log, member.log_start)
-        said = f": {line}" if line else ": it wrote nothing there, see the terminal" if member.rank == 0 else ""
-        return f"rank {member.rank} {_ending(code)}, log {member.log}{said}"
+    def _describe(self, member: _Member, *echoes: _Member) -> str:
+        """Say how a rank ended and its last words; rank 0 may have spoken to the terminal only, so ask others too."""
+        lines = [last_error_line(m.log, m.log_start) for m in (member, *echoes)]
+        said = next((f": {line}" for line in lines if line), ", which is empty")
+        return f"rank {member.rank} {_ending(member.process.returncode)}, log {member.log}{said}"
 
 
 def _blame(member: _Member) -> tuple[int, float]:
     """Order failed ranks: a stated mistake (rank 0's first), then a death, then the loss of a peer; by time."""
     code = member.process.returncode
-    kind = 0 if code in _USER_CODES else 2 if code == RankFailedError.exit_code else 1
+    kind = 0 if code in _USER_CODES else _LOST_A_PEER if code == RankFailedError.exit_code else 1
     return kind, member.rank if kind == 0 else member.ended_at or 0.0
 
 
