@@ -1,23 +1,23 @@
 """`setformer`: one command for packing, training, evaluation and looking at what came out.
 
-The supervisor that `setformer train` becomes should start at once and stay small, so what needs torch or
-DeepSpeed is imported when its command runs (`--help` takes 0.3 s instead of 5 s).
+The supervisor that `setformer train` becomes starts at once and stays small: what needs torch or DeepSpeed is
+imported by the command that needs it (launch/lazy.py).
 """
 
 from __future__ import annotations
 
-import importlib
 import logging
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
 from launch import cli_data
+from launch.lazy import load
 from launch.local import run_local
 from setformer_dist.core import config as base
 from setformer_dist.core.errors import ConfigError, SetformerError
@@ -42,11 +42,6 @@ CheckpointPath = Annotated[
     Path, typer.Argument(help="A run folder, its checkpoints folder, or one step's folder.", show_default=False)
 ]
 WeightsOption = Annotated[str, typer.Option(help="plain, ema, or auto: whichever scored better in the run.")]
-
-
-def _load(module: str) -> Any:
-    """Import a module that costs seconds, only for the command that needs it."""
-    return importlib.import_module(module)
 
 
 @app.command()
@@ -75,9 +70,9 @@ def train(
     """
     chosen = overrides or []
     if dry_run:
-        config = _load("launch.config")
+        config = load("launch.config")
         run = config.resolve(config.load_run(page, chosen), ranks)
-        _load("launch.dryrun").dry_run(run, Console())
+        load("launch.dryrun").dry_run(run, Console())
         return
     folder = _run_folder(page, chosen)
     existed = folder.exists()
@@ -118,7 +113,7 @@ def evaluate(
 
         setformer eval runs/demo/checkpoints/step-00000500 --data data/digits --split val --weights ema
     """
-    infer = _load("launch.infer")
+    infer = load("launch.infer")
     trained = infer.load_trained(checkpoint, _weights(weights))
     result = infer.evaluate_checkpoint(trained, infer.open_named_split(trained, data, split), batch)
     left_out = f", {result.left_out} damaged ones left out" if result.left_out else ""
@@ -141,7 +136,7 @@ def predict(
 
         setformer predict runs/demo some/digit.png another/digit.png --top 3
     """
-    infer = _load("launch.infer")
+    infer = load("launch.infer")
     trained = infer.load_trained(checkpoint, _weights(weights))
     for found in infer.predict(trained, images, top):
         ranked = ", ".join(f"{n} {p:.1%}" for n, p in zip(found.classes, found.probabilities, strict=True))
@@ -165,7 +160,7 @@ def ckpt_ls(
 
         setformer ckpt ls runs/demo --verify
     """
-    if _load("launch.listing").list_folder(folder, verify, Console()):
+    if load("launch.listing").list_folder(folder, verify, Console()):
         raise typer.Exit(4)
 
 
@@ -174,7 +169,7 @@ def doctor(
     run_folder: Annotated[Path, typer.Option(help="Where runs will be written.")] = Path("runs"),
 ) -> None:
     """Say whether the main job can run here, and what is missing; exit code non-zero if it cannot."""
-    checks = _load("launch.doctor")
+    checks = load("launch.doctor")
     raise typer.Exit(checks.render(checks.diagnose(run_folder)))
 
 
@@ -189,7 +184,7 @@ def demo(
 
         setformer demo --ranks 2
     """
-    code = _load("launch.demo").run_demo(ranks, data, Console())
+    code = load("launch.demo").run_demo(ranks, data, Console())
     if code:
         raise typer.Exit(code)
 

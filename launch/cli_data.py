@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dataloaders import PackOptions, PackResult, pack_image_folder, verify_split
+from launch.lazy import load
 
 app = typer.Typer(help="Pack images into shards, and check them.", no_args_is_help=True)
 
@@ -47,7 +47,8 @@ def pack(
     force: Annotated[bool, typer.Option("--force", help="Replace a packed split at DEST.")] = False,
 ) -> None:
     """Pack an image folder; the long help is `_PACK_HELP`."""
-    options = PackOptions(
+    packing = load("dataloaders.packing")
+    options = packing.PackOptions(
         samples_per_shard=samples_per_shard,
         mib_per_shard=mib_per_shard,
         workers=workers,
@@ -63,7 +64,7 @@ def pack(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(f"looking for images in {source}", total=None)
-        result = pack_image_folder(
+        result = packing.pack_image_folder(
             source,
             dest,
             options,
@@ -83,7 +84,7 @@ def verify(folder: Annotated[Path, typer.Argument(help="A packed split.")]) -> N
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(f"reading {folder}", total=None)
-        shards = verify_split(
+        shards = load("dataloaders.verify").verify_split(
             folder,
             on_start=lambda total: progress.update(task, total=total),
             on_progress=lambda done: progress.advance(task, done),
@@ -91,7 +92,7 @@ def verify(folder: Annotated[Path, typer.Argument(help="A packed split.")]) -> N
     console.print(f"{shards} shards in {folder} are whole", markup=False, highlight=False, soft_wrap=True)
 
 
-def _report(console: Console, dest: Path, result: PackResult) -> None:
+def _report(console: Console, dest: Path, result: Any) -> None:
     for note in result.notes:
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     for name, reason in result.rejected:
