@@ -220,20 +220,6 @@ def train(
     return model
 
 
-def step_seconds(variant: Variant, args: argparse.Namespace) -> float:
-    """Return the least processor time of a step out of several: other programs disturb it little."""
-    torch.manual_seed(0)
-    model = build(variant)
-    optimizer = optimizer_of(model, args)
-    images, labels = torch.randn(args.batch, 3, 32, 32), torch.randint(0, 10, (args.batch,))
-    seconds = []
-    for _ in range(8):
-        start = time.process_time()
-        update(model, optimizer, images, labels)
-        seconds.append(time.process_time() - start)
-    return min(seconds)
-
-
 @torch.no_grad()
 def top1(model: SeTformer, test_set: tuple[torch.Tensor, torch.Tensor]) -> float:
     """Return the share of test images classified right, in percent."""
@@ -273,17 +259,16 @@ def summarise(results: dict[str, dict[str, Any]]) -> list[tuple[str, int, float,
     ]
 
 
-def write_report(results: dict[str, dict[str, Any]], step_s: dict[str, float], setting: str, out: Path) -> str:
+def write_report(results: dict[str, dict[str, Any]], setting: str, out: Path) -> str:
     """Write table and plot; return the table."""
     rows = summarise(results)
     text = io.StringIO()
     print(f"{setting}\n", file=text)
-    print("| variant | parameters | CPU ms/step | runs | top-1, % | each |\n|---|---|---|---|---|---|", file=text)
+    print("| variant | parameters | runs | top-1, % | each |\n|---|---|---|---|---|", file=text)
     for name, parameters, mean, error, scores in rows:
         spread = "" if math.isnan(error) else f" ± {error:.1f}"
         each = ", ".join(f"{score:.1f}" for score in scores)
-        cost = f"{parameters / 1e3:.0f}k | {step_s[name] * 1e3:.0f}"
-        print(f"| {name} | {cost} | {len(scores)} | {mean:.1f}{spread} | {each} |", file=text)
+        print(f"| {name} | {parameters / 1e3:.0f}k | {len(scores)} | {mean:.1f}{spread} | {each} |", file=text)
     (out / "ablation.md").write_text(text.getvalue())
     figure = matplotlib.figure.Figure(figsize=(8, 0.4 * len(rows) + 1.2), layout="constrained")
     axes = figure.add_subplot()
@@ -334,8 +319,7 @@ def main() -> None:
             partial.write_text(json.dumps({"shape": shape, "machine": machine(), "results": results}, indent=1))
             partial.replace(file)
             print(f"{name}, seed {seed}: {score:.2f} %, {time.perf_counter() - start:.0f} s", flush=True)
-    step_s = {name: step_seconds(VARIANTS[name], args) for name, *_ in summarise(results)}
-    print(write_report(results, step_s, setting, args.out))
+    print(write_report(results, setting, args.out))
 
 
 if __name__ == "__main__":
