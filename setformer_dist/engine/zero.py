@@ -94,8 +94,11 @@ def deepspeed_config(
         config["bf16"] = {"enabled": True}
     if precision.dtype == "fp16":
         config["fp16"] = {"enabled": True, "loss_scale": precision.loss_scale}
-    if precision.dtype != "fp32" and precision.grad_accum == "fp32":
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    if precision.dtype != "fp32":
+        # timm's models are written for model.to(dtype): a mask left in fp32 would make its sums fp32 as well.
+        config["data_types"] = {"buffer_dtype": precision.dtype}
+        if precision.grad_accum == "fp32":
+            config["data_types"]["grad_accum_dtype"] = "fp32"
     return merge(config, extra)
 
 

@@ -17,6 +17,7 @@ from setformer_dist.engine.master import MasterState
 from setformer_dist.engine.optim import OptimConfig, parameter_groups
 from setformer_dist.engine.step import soft_cross_entropy
 from setformer_dist.engine.zero import PrecisionConfig, ZeroConfig, deepspeed_config
+from setformer_dist.models.build import ModelConfig, build_model
 
 OPTIM = OptimConfig(lr=1e-3, clip_norm=1.0)
 
@@ -38,7 +39,9 @@ def samples(step: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 class Trainee:
     """A DeepSpeed engine with fragments and EMA, on the samples above."""
 
-    def __init__(self, stage: int, dtype: str, grad_accum: str = "auto", micro: int = 4) -> None:
+    def __init__(
+        self, stage: int, dtype: str, grad_accum: str = "auto", micro: int = 4, model: ModelConfig | None = None
+    ) -> None:
         self.ranks = RankInfo.from_env()
         connect(self.ranks, os.environ["SETFORMER_RENDEZVOUS"])
         self.comm = TorchCollectives(self.ranks)
@@ -47,7 +50,8 @@ class Trainee:
             PrecisionConfig(dtype=dtype, grad_accum=grad_accum), ZeroConfig(stage=stage), self.plan, OPTIM.clip_norm, {}
         )
         self.dtype = DTYPES[dtype]
-        self.engine = initialize(small_model(), OPTIM, json)
+        module = small_model() if model is None else build_model(model, 10, 16, 0)
+        self.engine = initialize(module, OPTIM, json)
         self.master = MasterState(self.engine)
         self.ema = Ema(self.master, EmaConfig(decay=0.9))
 
@@ -66,6 +70,22 @@ class Trainee:
 
     def held(self) -> list[Any]:
         return [*self.master.fragments("param", "exp_avg", "exp_avg_sq"), *self.ema.fragments()]
+
+
+def checkpointed_losses(stage: int, activation_checkpointing: bool) -> list[float]:
+    """Three steps of a SeTformer with stochastic depth, with or without recomputed activations."""
+    trainee = Trainee(
+        stage,
+        "fp32",
+        model=ModelConfig(name="setformer_nano", drop_path=0.3, activation_checkpointing=activation_checkpointing),
+    )
+    losses = []
+    for k in range(3):
+        first = trainee.ranks.rank * trainee.plan.micro
+        trainee.engine.module.set_sample_keys(torch.arange(first, first + trainee.plan.micro) + 1000 * k)
+        losses.append(trainee.step(k))
+    disconnect()
+    return losses
 
 
 def losses_of(stage: int, dtype: str, grad_accum: str, steps: int) -> list[float]:

@@ -34,8 +34,7 @@ def copy(digits: Path, tmp_path: Path) -> Path:
     [
         ("optim.lrr=1", 2, ["unknown key 'optim.lrr': did you mean optim.lr?"]),
         ("optim.lr=fast", 2, ["optim.lr = 'fast': input should be a valid number"]),
-        ("batch.micro=7", 2, ["batch.micro = 7", "possible micro batches are 1, 2, 4, 8, 16, 32"]),
-        ("batch.global_size=1", 2, ["fewer samples per step than the 2 ranks"]),
+        ("batch.micro=7", 2, ["batch.micro = 7", "possible micro batches are 1, 2, 4, 8, 16, 32, 64"]),
         ("batch.global_size=4096", 2, ["4096", "1437"]),
         ("precision.dtype=fp16", 2, ["this cpu does not compute fp16"]),
         ("data.root=/no/such/folder", 3, ["/no/such/folder/train does not exist", "setformer data pack"]),
@@ -43,9 +42,13 @@ def copy(digits: Path, tmp_path: Path) -> Path:
     ],
 )
 def test_config_mistakes(digits: Path, tmp_path: Path, override: str, code: int, parts: list[str]) -> None:
-    words = train_words(digits, tmp_path)
-    words.insert(-2, override)
-    assert_one_sentence(setformer(*words), code, *parts)
+    assert_one_sentence(setformer(*train_words(digits, tmp_path, override, ranks=1)), code, *parts)
+    assert not (tmp_path / "demo").exists()
+
+
+def test_more_ranks_than_samples_per_step(digits: Path, tmp_path: Path) -> None:
+    ended = setformer(*train_words(digits, tmp_path, "batch.global_size=1", ranks=2))
+    assert_one_sentence(ended, 2, "fewer samples per step than the 2 ranks")
     assert not (tmp_path / "demo").exists()
 
 
@@ -53,14 +56,14 @@ def test_missing_page() -> None:
     assert_one_sentence(setformer("train", "configs/runs/nosuch.toml"), 2, "does not exist; pages there:", "demo.toml")
 
 
-def test_empty_data_folder(digits: Path, tmp_path: Path) -> None:
+def test_empty_data_folder(tmp_path: Path) -> None:
     (tmp_path / "data" / "train").mkdir(parents=True)
-    ended = setformer(*train_words(tmp_path / "data", tmp_path / "runs"))
+    ended = setformer(*train_words(tmp_path / "data", tmp_path / "runs", ranks=1))
     assert_one_sentence(ended, 3, str(tmp_path / "data" / "train"), "setformer data pack")
 
 
 def test_raw_images_instead_of_shards(digits: Path, tmp_path: Path) -> None:
-    ended = setformer(*train_words(digits / "images", tmp_path / "runs"))
+    ended = setformer(*train_words(digits / "images", tmp_path / "runs", ranks=1))
     assert_one_sentence(ended, 3, "setformer data pack")
 
 
@@ -68,7 +71,7 @@ def test_a_shard_cut_short(copy: Path, tmp_path: Path) -> None:
     shard = copy / "train" / "shard-000000.tar"
     with shard.open("r+b") as file:
         file.truncate(shard.stat().st_size - 1000)
-    assert_one_sentence(setformer(*train_words(copy, tmp_path / "runs")), 3, "shard-000000.tar", "pack")
+    assert_one_sentence(setformer(*train_words(copy, tmp_path / "runs", ranks=1)), 3, "shard-000000.tar", "pack")
 
 
 def damage_images(split: Path, count: int) -> None:
@@ -112,15 +115,17 @@ def test_class_maps_that_differ(digits: Path, tmp_path: Path) -> None:
     shutil.copytree(digits / "images" / "val", images)
     (images / "7").rename(images / "seven")
     pack_image_folder(images, data / "val", PackOptions())
-    assert_one_sentence(setformer(*train_words(data, tmp_path / "runs")), 3, "label 7 is '7' in", "--classes-from")
+    assert_one_sentence(
+        setformer(*train_words(data, tmp_path / "runs", ranks=1)), 3, "label 7 is '7' in", "--classes-from"
+    )
 
 
 def test_a_run_folder_of_another_config_and_a_checkpoint_of_another_model(digits: Path, tmp_path: Path) -> None:
-    assert setformer(*train_words(digits, tmp_path)).code == 0
-    other = setformer(*train_words(digits, tmp_path, "optim.lr=0.1"))
+    assert setformer(*train_words(digits, tmp_path, ranks=1)).code == 0
+    other = setformer(*train_words(digits, tmp_path, "optim.lr=0.1", ranks=1))
     assert_one_sentence(other, 2, "holds a run of another config", "optim.lr is 0.003 there and 0.1 here", "run.name")
     (tmp_path / "demo" / "config.json").unlink()
-    wider = setformer(*train_words(digits, tmp_path, "model.args.embed_dim=96"))
+    wider = setformer(*train_words(digits, tmp_path, "model.args.embed_dim=96", ranks=1))
     assert_one_sentence(wider, 4, "of another model", "embed_dim")
 
 

@@ -1,4 +1,7 @@
+import json
 import math
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +10,7 @@ from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.seeding import Purpose, derive_key, generator, sample_keys
 from setformer_dist.engine.batch_plan import BatchPlan
 from setformer_dist.engine.ema import EmaConfig
+from setformer_dist.engine.metrics import RunRecord, StepClock, peak_flops
 from setformer_dist.engine.optim import OptimConfig, Schedule, ScheduleConfig, adamw, parameter_groups
 from setformer_dist.engine.step import soft_cross_entropy
 from setformer_dist.engine.trainer import Best
@@ -148,3 +152,36 @@ def test_unknown_model_arguments_are_named() -> None:
         build_model(ModelConfig(name="setformer_nano", args={"attn": {"epsilonn": 1}}), 10, 16, 0)
     with pytest.raises(ConfigError, match="no_such"):
         build_model(ModelConfig(name="vit_tiny_patch16_224", args={"no_such": 1}), 10, 16, 0)
+
+
+def test_peaks_are_known_by_part_of_the_name() -> None:
+    assert peak_flops("NVIDIA H200") == 989e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_flops("cpu") is None
+
+
+def test_clock_splits_a_step_and_leaves_the_rest_as_other() -> None:
+    clock = StepClock(None)
+    clock.take()
+    with clock.section("forward"):
+        time.sleep(0.02)
+    time.sleep(0.01)
+    seconds, wall = clock.take()
+    assert seconds["forward"] >= 0.02
+    assert seconds["other"] >= 0.01
+    assert sum(seconds.values()) == pytest.approx(wall)
+
+
+def test_record_survives_a_torn_line(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "st')
+    record = RunRecord(tmp_path, is_main=True)
+    record.write("train", 3, {"loss": 1.0, "seconds": {"data": 0.5}})
+    record.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 3
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path, is_main=False)
+    record.write("train", 3, {"loss": 1.0})
+    record.close()
+    assert not list(tmp_path.iterdir())
