@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.commands import (
+from setformer_dist.testing.commands import (
     DEMO,
     ROOT,
     SHORT,

@@ -1,4 +1,4 @@
-"""The command line as a user starts it, and what it left behind."""
+"""The command line as a user starts it, and what it left behind; for tests and benchmarks in a checkout."""
 
 from __future__ import annotations
 
@@ -35,19 +35,23 @@ class Ended:
 
     @property
     def error_lines(self) -> list[str]:
+        """Return the lines that begin with "error:"."""
         return [line for line in self.err.splitlines() if line.startswith("error: ")]
 
 
 def command(*words: str) -> list[str]:
+    """Return the words that run `setformer` in this environment."""
     return [sys.executable, "-m", "launch.cli", *words]
 
 
 def environment() -> dict[str, str]:
+    """Return this process's environment without a rank's place, with the checkout's packages first."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     return {**kept, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
 
 
 def setformer(*words: str, timeout: float = 150, cwd: Path = ROOT) -> Ended:
+    """Run `setformer words` to its end."""
     done = subprocess.run(
         command(*words), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
     )
@@ -55,12 +59,14 @@ def setformer(*words: str, timeout: float = 150, cwd: Path = ROOT) -> Ended:
 
 
 def start(*words: str) -> subprocess.Popen[str]:
+    """Start `setformer words`."""
     return subprocess.Popen(
         command(*words), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
 def train_words(data: Path, out: Path, *overrides: str, ranks: int = 2) -> list[str]:
+    """Return the words of a short training of the demo's page."""
     return ["train", DEMO, f"data.root={data}", f"run.out={out}", *SHORT, *overrides, "--ranks", str(ranks)]
 
 
@@ -75,6 +81,7 @@ def losses(run_folder: Path) -> dict[tuple[str, int], tuple[float, float | None]
 
 
 def wait_for(path: Path, process: subprocess.Popen[str], timeout: float = 90) -> None:
+    """Wait until a file is there, while the process runs."""
     limit = time.monotonic() + timeout
     while not path.exists():
         assert process.poll() is None, process.communicate()[1]
@@ -91,6 +98,7 @@ def children(pid: int) -> list[int]:
 
 
 def alive(pid: int) -> bool:
+    """Return whether a process runs (a zombie does not)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
@@ -98,6 +106,7 @@ def alive(pid: int) -> bool:
 
 
 def assert_gone(pids: list[int], timeout: float = 10) -> None:
+    """Wait until none of the processes runs."""
     limit = time.monotonic() + timeout
     while any(alive(pid) for pid in pids):
         assert time.monotonic() < limit, f"left behind: {[pid for pid in pids if alive(pid)]}"
