@@ -12,7 +12,7 @@ ifeq ($(DS_ACCELERATOR),)
 unexport DS_ACCELERATOR
 endif
 
-.PHONY: help setup demo test drills lint types check bench clean
+.PHONY: help setup demo test drills lint types check clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,7 +32,7 @@ demo: $(STAMP)  ## train SeTformer on handwritten digits: 2 ranks, ZeRO-2, bf16,
 test: $(STAMP)  ## run the tests (about ten minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not drill"
 
-drills: $(STAMP)  ## run the long drills too
+drills: $(STAMP)  ## run the long drills: kill and resume under every stage and precision
 	$(BIN)/python -m pytest -m drill --timeout 3600
 
 lint: $(STAMP)  ## ruff: lint and format

@@ -44,6 +44,12 @@ def pack(source: Path, packed: Path) -> None:
         setformer("data", "pack", str(source / "cifar10_test.tar.gz"), str(packed / "val"), *words)
 
 
+def finished(folder: Path) -> bool:
+    """Return whether a run came to its end."""
+    path = folder / "summary.json"
+    return path.exists() and bool(json.loads(path.read_text())["finished"])
+
+
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     """Return a run's records, the last one of each kind and step."""
     found = {}
@@ -60,7 +66,7 @@ def measure_speed(packed: Path, out: Path, rounds: int) -> dict[str, dict[str, f
     for turn in range(rounds):
         for name, page in PAGES.items():
             folder = out / f"{NAMES[name]}-speed-{turn}"
-            if not (folder / "summary.json").exists():
+            if not finished(folder):
                 setformer(
                     "train", page, f"data.root={packed}", f"run.out={out}", f"run.name={folder.name}", "--ranks", "2",
                     "~schedule.epochs", "~schedule.warmup_epochs", "schedule.steps=60", "eval.every_epochs=0",
@@ -108,7 +114,7 @@ def main() -> None:
     pack(arguments.data, arguments.packed)
     results: dict[str, Any] = {"machine": describe(), "models": {}}
     for name, page in PAGES.items():
-        if not (arguments.out / NAMES[name] / "summary.json").exists():
+        if not finished(arguments.out / NAMES[name]):
             setformer("train", page, f"data.root={arguments.packed}", f"run.out={arguments.out}", "--ranks", "2")
         results["models"][name] = json.loads((arguments.out / NAMES[name] / "summary.json").read_text())
     for name, figures in measure_speed(arguments.packed, arguments.out, arguments.rounds).items():

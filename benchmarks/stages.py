@@ -47,7 +47,9 @@ def measure(data: Path, dtype: str, stage: int, steps: int) -> dict[str, Any]:
         process = start(*words(data, killed, dtype, stage, steps))
         wait_for(killed / "demo" / "checkpoints" / "step-00000010" / "manifest.json", process)
         kill_ranks(process)
-        process.communicate()
+        _, err = process.communicate()
+        if not process.returncode:
+            sys.exit(f"the run ended before it could be killed: {err}")
         must(setformer(*words(data, killed, dtype, stage, steps)))
         first, second = losses(whole / "demo"), losses(killed / "demo")
     return {

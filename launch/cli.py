@@ -20,11 +20,11 @@ from launch import cli_data
 from launch.lazy import load
 from launch.local import run_local
 from setformer_dist.core import config as base
-from setformer_dist.core.errors import ConfigError, SetformerError
+from setformer_dist.core.errors import ConfigError, RankFailedError, SetformerError
 
 app = typer.Typer(
     name="setformer",
-    help="Train SeTformer with DeepSpeed, on streamed shards, from one CPU machine to many GPU nodes.",
+    help="Train SeTformer with DeepSpeed, on streamed shards, from one CPU machine to many GPUs.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -78,8 +78,9 @@ def train(
     existed = folder.exists()
     try:
         code = run_local([str(page), *chosen], ranks, folder / "logs", port=port, grace_s=grace)
-    except SetformerError:
-        if not existed and not (folder / "config.json").exists():
+    except SetformerError as error:
+        names_a_log = isinstance(error, RankFailedError) and str(error)
+        if not existed and not names_a_log and not (folder / "config.json").exists():
             shutil.rmtree(folder, ignore_errors=True)  # no run began: leave nothing
         raise
     if code:
@@ -168,7 +169,12 @@ def ckpt_ls(
 def doctor(
     run_folder: Annotated[Path, typer.Option(help="Where runs will be written.")] = Path("runs"),
 ) -> None:
-    """Say whether the main job can run here, and what is missing; exit code non-zero if it cannot."""
+    """Say whether the main job can run here, and what is missing; exit code non-zero if it cannot.
+
+    Example:
+
+        setformer doctor --run-folder runs
+    """
     checks = load("launch.doctor")
     raise typer.Exit(checks.render(checks.diagnose(run_folder)))
 

@@ -14,12 +14,13 @@ from rich.panel import Panel
 
 from dataloaders.packing import pack_image_folder
 from launch.local import run_local
-from setformer_dist.core.errors import LaunchError
+from setformer_dist.core.errors import ConfigError, LaunchError
 from setformer_dist.core.seeding import Purpose, generator
 
 PAGE = Path(__file__).parent.parent / "configs" / "runs" / "demo.toml"
 SIZE = 16  # pixels; the originals are 8×8 with 17 grey levels
 HELD_OUT = 360
+OURS = ("images", "train", "val")
 
 
 def write_digits(folder: Path) -> None:
@@ -46,8 +47,12 @@ def prepare_data(data: Path, console: Console) -> None:
     """Make and pack the digits unless they are there."""
     if (data / "val" / "index.json").exists() and (data / "train" / "index.json").exists():
         return
-    shutil.rmtree(data, ignore_errors=True)
     source = data / "images"
+    foreign = [path.name for path in data.iterdir() if path.name not in OURS] if data.is_dir() else []
+    if foreign:
+        raise ConfigError(f"--data {data} holds {foreign[0]!r}, which is not the demo's: name an empty or a new folder")
+    for name in OURS:
+        shutil.rmtree(data / name, ignore_errors=True)
     console.print("writing 1,797 handwritten digits as PNG files and packing them into shards …")
     write_digits(source)
     pack_image_folder(source / "train", data / "train")

@@ -41,7 +41,6 @@ REQUIRED: Mapping[str, str] = {
     "pillow": "11",
     "matplotlib": "3.9",
     "jinja2": "3.1",
-    "psutil": "6",
 }
 # Distribution to what it is for; each is a `pip install` away and a run does without.
 OPTIONAL: Mapping[str, str] = {
@@ -49,7 +48,7 @@ OPTIONAL: Mapping[str, str] = {
     "ray": "sweeps, scheduling and the reference refresh service",
     "pot": "comparison of the transport plans with POT",
     "webdataset": "comparison of the loader with WebDataset's own",
-    "ffcv": "FFCV's own loading engine",
+    "ffcv": "FFCV's own loading engine (needs OpenCV and libturbojpeg to build; nothing here uses it yet)",
     "hypothesis": "the tests",
     "pytest": "the tests",
 }

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from dataloaders import open_split
 from launch.config import ResolvedRun
@@ -19,15 +18,15 @@ from setformer_dist.models.build import build_model
 from setformer_dist.models.measure import multiply_adds, parameters, predict_memory
 
 
-def predict_costs(run: ResolvedRun, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the model and its predicted costs on one rank: counts and bytes."""
+def predict_costs(run: ResolvedRun, num_classes: int) -> dict[str, Any]:
+    """Return predicted costs on one rank: counts and bytes."""
     c, size = run.config, run.config.data.image_size
     model = build_model(c.model, num_classes, size, c.run.seed)
     dtype = DTYPES[c.precision.dtype]
     grad_dtype = torch.float32 if c.precision.grad_accum == "fp32" else dtype
     images = (run.plan.micro, size, size)
     memory = predict_memory(model, dtype, grad_dtype, c.zero.stage, run.plan.world_size, c.ema.decay > 0, images)
-    costs = {
+    return {
         "parameters": parameters(model),
         "multiply_adds": multiply_adds(model, size, size),
         "memory": {
@@ -38,7 +37,6 @@ def predict_costs(run: ResolvedRun, num_classes: int) -> tuple[nn.Module, dict[s
             "total": memory.total,
         },
     }
-    return model, costs
 
 
 def classes_of(run: ResolvedRun) -> tuple[int, str]:
@@ -53,7 +51,7 @@ def classes_of(run: ResolvedRun) -> tuple[int, str]:
 def dry_run(run: ResolvedRun, console: Console) -> None:
     """Print the resolved config, DeepSpeed's JSON, and the predicted costs."""
     num_classes, source = classes_of(run)
-    _, costs = predict_costs(run, num_classes)
+    costs = predict_costs(run, num_classes)
     console.rule("resolved config", align="left")
     console.print_json(json.dumps(run.as_json()))
     console.rule("DeepSpeed config", align="left")

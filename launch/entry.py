@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from launch.compose import check_device, compose, open_splits
+from checkpoints.identity import digest_json
+from launch.compose import Splits, check_device, compose, open_splits
 from launch.config import ResolvedRun, check_folder, load_run, resolve
 from launch.doctor import check_package_origins
 from launch.local import LOG_DIR_VARIABLE, log_file, usable_cores
@@ -83,9 +84,10 @@ def run_rank(page: Path, overrides: Sequence[str]) -> int:
     check_folder(run)
     connect(ranks, timeout_minutes=config.run.timeout_minutes)
     try:
-        comm = TorchCollectives(ranks)
-        check_agreement(run, splits.train.fingerprint, comm)
+        comm = TorchCollectives(ranks, config.run.timeout_minutes)
+        check_agreement(run, splits, comm)
         trainer = compose(run, splits, model, comm)
+        trainer.resume()
         claim_folder(run, comm)
         log_to_file(run, ranks)
         outcome = trainer.run()
@@ -96,14 +98,14 @@ def run_rank(page: Path, overrides: Sequence[str]) -> int:
     return 0 if outcome.signum is None else 128 + outcome.signum
 
 
-def check_agreement(run: ResolvedRun, fingerprint: str, comm: TorchCollectives) -> None:
+def check_agreement(run: ResolvedRun, splits: Splits, comm: TorchCollectives) -> None:
     """Check that all ranks run the same config on the same data, before any of them can wait in vain.
 
     Raises:
         LaunchError: naming the ranks that differ.
     """
-    views = comm.gather_json([run.identity_hash(), fingerprint])
-    for what, index in (("config", 0), ("training data", 1)):
+    views = comm.gather_json([digest_json(run.as_json()), splits.train.fingerprint, splits.val.fingerprint])
+    for index, what in enumerate(("config", "training data", "validation data")):
         odd = [rank for rank, view in enumerate(views) if view[index] != views[0][index]]
         if odd:
             raise LaunchError(

@@ -71,8 +71,17 @@ def load_trained(path: Path, weights: Weights = "auto") -> Trained:
     if chosen == "ema" and not config.ema.decay:
         raise CheckpointError(f"checkpoint {checkpoint.path} holds no averaged weights: the run had ema.decay = 0")
     model = build_model(config.model, len(classes), config.data.image_size, config.run.seed)
-    model.load_state_dict(checkpoint.read_full("ema" if chosen == "ema" else "param"), strict=False)
+    _fill(model, checkpoint.read_full("ema" if chosen == "ema" else "param"), checkpoint)
     return Trained(model.eval(), config, classes, checkpoint, chosen)
+
+
+def _fill(model: nn.Module, weights: dict[str, torch.Tensor], checkpoint: Checkpoint) -> None:
+    """Load every parameter; buffers are constants of the architecture and not in checkpoints."""
+    result = model.load_state_dict(weights, strict=False)
+    parameters = {name for name, _ in model.named_parameters()}
+    wrong = [*(name for name in result.missing_keys if name in parameters), *result.unexpected_keys]
+    if wrong:
+        raise CheckpointError(f"checkpoint {checkpoint.path} and its own config disagree about {', '.join(wrong[:4])}")
 
 
 def _choose(weights: Weights, config: RunConfig, state: dict[str, Any]) -> str:
@@ -97,7 +106,9 @@ def evaluate_checkpoint(trained: Trained, split: ShardDataset, micro_batch: int)
     connect(ranks)
     stream = ShardEvalStream(split, trained.config.data, ranks, micro_batch)
     try:
-        return evaluate(trained.model, stream, trained.prepare(), TorchCollectives(ranks))
+        result = evaluate(trained.model, stream, trained.prepare(), TorchCollectives(ranks))
+        assert result is not None  # nobody gives up here
+        return result
     finally:
         stream.close()
         disconnect()
@@ -147,16 +158,23 @@ def classified_samples(
         pool: samples classified, spread evenly.
     """
     step = max(1, split.num_samples // pool)
-    scored = []
+    pixels, labels = [], []
     for index in range(0, split.num_samples, step):
-        sample = split.read(index)
-        pixels = decode_for_eval(sample.bytes, trained.config.data)
-        probabilities = trained.probabilities(pixels.unsqueeze(0))[0]
-        predicted = int(probabilities.argmax())
-        entry = ClassifiedImage(
-            pixels, trained.classes[sample.label], trained.classes[predicted], float(probabilities[predicted])
-        )
-        scored.append(entry)
+        try:
+            sample = split.read(index)
+            pixels.append(decode_for_eval(sample.bytes, trained.config.data))
+        except DataError:  # damaged: evaluation has counted it
+            continue
+        labels.append(sample.label)
+    scored = []
+    for first in range(0, len(pixels), 64):
+        images = torch.stack(pixels[first : first + 64])
+        best = trained.probabilities(images).max(dim=1)
+        for image, label, probability, predicted in zip(
+            images, labels[first : first + 64], best.values.tolist(), best.indices.tolist(), strict=True
+        ):
+            names = trained.classes
+            scored.append(ClassifiedImage(image, names[label], names[predicted], probability))
     wrong = [entry for entry in scored if entry.true_class != entry.predicted_class][: count // 3]
     right = [entry for entry in scored if entry.true_class == entry.predicted_class]
     right = right[:: max(1, len(right) // (count - len(wrong)))][: count - len(wrong)]

@@ -419,5 +419,6 @@ def last_error_line(path: Path, start: int = 0) -> str:
     except OSError:
         return ""
     lines = [line.strip() for line in lines if line.strip()]
-    errors = [line for line in lines if _ERROR_LINE.search(line)]
+    told = [line for line in lines if line.startswith("error: ")]  # how our own ranks explain themselves
+    errors = told or [line for line in lines if _ERROR_LINE.search(line)]
     return (errors or lines or [""])[-1]

@@ -61,6 +61,8 @@ def solve(config: BatchConfig, world_size: int, multiple_of: int = 1) -> BatchPl
     Raises:
         ConfigError: there is no solution; the message lists the possible ones.
     """
+    if world_size < 1:
+        raise ConfigError(f"{world_size} ranks cannot share a batch: give 1 or more")
     micros = [m for m in possible_micros(config.global_size, world_size) if m % multiple_of == 0]
     if config.global_size < world_size:
         raise ConfigError(

@@ -38,6 +38,13 @@ def connect(ranks: RankInfo, init_method: str | None = None, timeout_minutes: fl
     """
     if dist.is_initialized():
         return
+    devices = get_accelerator().device_count()
+    if get_accelerator().device_name() != "cpu":
+        if ranks.local_rank >= devices:
+            raise LaunchError(
+                f"{ranks.local_world_size} ranks on a host with {devices} devices: start at most {devices}"
+            )
+        get_accelerator().set_device(ranks.local_rank)
     deepspeed_ops["deepspeed_shm_comm"] = False
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if init_method is None and "MASTER_PORT" not in os.environ:
@@ -70,11 +77,11 @@ def disconnect() -> None:
 class TorchCollectives:
     """The Collectives protocol over torch.distributed, on CPU tensors."""
 
-    def __init__(self, ranks: RankInfo) -> None:
+    def __init__(self, ranks: RankInfo, timeout_minutes: float = 10.0) -> None:
         self._ranks = ranks
         self._group: dist.ProcessGroup | None = None
         if dist.get_backend() != "gloo":
-            group = dist.new_group(backend="gloo")
+            group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
             assert isinstance(group, dist.ProcessGroup)
             self._group = group
 
@@ -173,10 +180,6 @@ class CommMeter:
     def install(self) -> None:
         """Put the meter in place of the backend (DeepSpeed's one global, `deepspeed.comm.comm.cdb`)."""
         deepspeed_comm.cdb = self
-
-    def remove(self) -> None:
-        """Put the backend back."""
-        deepspeed_comm.cdb = self._backend
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._backend, name)

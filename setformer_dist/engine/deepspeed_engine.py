@@ -7,10 +7,13 @@ import warnings
 from typing import Any
 
 import deepspeed
+import pydantic
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfigError
 from torch import nn
 
+from setformer_dist.core.errors import ConfigError
 from setformer_dist.engine.optim import OptimConfig, adamw, parameter_groups
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,8 +43,16 @@ def initialize(model: nn.Module, optim: OptimConfig, deepspeed_json: dict[str, A
         model: on the CPU, in fp32.
         optim: see `OptimConfig`.
         deepspeed_json: see `zero.deepspeed_config`.
+
+    Raises:
+        ConfigError: DeepSpeed does not take a key or a value of its config.
     """
     quiet_deepspeed()
     optimizer = adamw(parameter_groups(model, optim), optim)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_json, dist_init_required=False)
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=deepspeed_json, dist_init_required=False
+        )
+    except (DeepSpeedConfigError, pydantic.ValidationError) as error:
+        raise ConfigError(f"DeepSpeed refuses its config: {' '.join(str(error).split())}") from None
     return engine

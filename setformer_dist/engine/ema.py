@@ -53,16 +53,17 @@ class Ema:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Let the model compute with the average for a while; the masters come back bit by bit. Collective."""
+        """Let the model compute with the average for a while; the masters come back bit by bit. Collective.
+
+        After an error inside nothing is put back: that takes all ranks, and the others may be elsewhere.
+        """
         masters = [f.tensor for f in self._master.fragments("param")]
         kept = [m.clone() for m in masters]
-        try:
-            _write(masters, self._average)
-            self._master.refresh()
-            yield
-        finally:
-            _write(masters, kept)
-            self._master.refresh()
+        _write(masters, self._average)
+        self._master.refresh()
+        yield
+        _write(masters, kept)
+        self._master.refresh()
 
 
 @torch.no_grad()

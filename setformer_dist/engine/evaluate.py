@@ -57,8 +57,8 @@ def evaluate(
     stream: EvalStream,
     prepare: Prepare,
     comm: TorchCollectives,
-    progress: Callable[[int], None] | None = None,
-) -> EvalResult:
+    given_up: Callable[[], bool] | None = None,
+) -> EvalResult | None:
     """Score a split. Collective: every rank runs the same number of micro batches.
 
     Args:
@@ -66,18 +66,21 @@ def evaluate(
         stream: this rank's share of the split.
         prepare: see `Prepare`.
         comm: sums over the ranks.
-        progress: called with the number of samples done on this rank.
+        given_up: asked before each micro batch, must answer the same on all ranks.
+
+    Returns:
+        The means, or None when given up.
 
     Raises:
         DataError: the samples counted over all ranks are not the split's.
     """
     sums = torch.zeros(5, dtype=torch.float64)
     for batch in stream.micro_batches():
+        if given_up is not None and given_up():
+            return None
         images, _ = prepare(batch, train=False)
         logits = model(images).float()
         sums += _scores(logits.cpu(), batch).double()
-        if progress is not None:
-            progress(len(batch.labels))
     loss, top1, top5, count, damaged = comm.sum(sums.tolist())
     if round(count + damaged) != stream.num_samples:
         raise DataError(f"evaluation counted {count + damaged:.0f} samples of {stream.num_samples}: this is a defect")

@@ -46,17 +46,18 @@ def peak_flops(device_name: str) -> float | None:
 
 
 class StepClock:
-    """Adds up seconds by section since the last `take`. What collectives cost is taken out of the other sections.
+    """Adds up seconds by section since the last `take`.
 
-    On a device that runs asynchronously (a GPU) the sections are measured by events on its stream.
+    On a CPU what collectives cost is taken out of the other sections. A device that runs asynchronously (a GPU) is
+    measured by events on its stream; there collectives overlap with the computation and are not told apart.
     """
 
     def __init__(self, meter: CommMeter | None) -> None:
-        self._meter = meter
+        self._asynchronous = not get_accelerator().is_synchronized_device()
+        self._meter = None if self._asynchronous else meter
         self._seconds = dict.fromkeys(SECTIONS, 0.0)
         self._events: list[tuple[str, Any, Any]] = []
-        self._asynchronous = not get_accelerator().is_synchronized_device()
-        self._comm_seen = meter.seconds if meter else 0.0
+        self._comm_seen = self._meter.seconds if self._meter else 0.0
         self._start = time.perf_counter()
 
     @contextmanager
@@ -70,6 +71,8 @@ class StepClock:
             end.record()
             self._events.append((name, begin, end))
             return
+        if self._asynchronous and name != "data":
+            get_accelerator().synchronize()  # what the device still computes belongs to the sections before
         comm = self._meter.seconds if self._meter else 0.0
         start = time.perf_counter()
         yield
@@ -125,7 +128,7 @@ class RunRecord:
         return self._file
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Append one line and the same figures to TensorBoard; on disk before it returns."""
+        """Append one line, and the same figures to TensorBoard; the line survives a death of this process."""
         if not self._is_main:
             return
         file = self._file or self._open()

@@ -26,11 +26,6 @@ class StopRequest:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)  # type: ignore[arg-type]
 
-    @property
-    def wanted(self) -> bool:
-        """Whether this process was asked to stop."""
-        return self.signum is not None
-
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is not None:
             signal.signal(signum, signal.SIG_DFL)

@@ -60,6 +60,8 @@ class Best:
 
     def improved_by(self, value: float) -> bool:
         """Return whether a value beats the best so far."""
+        if not math.isfinite(value):
+            return False
         if self.value is None:
             return True
         return value > self.value if self.mode == "max" else value < self.value
@@ -70,7 +72,9 @@ class RunState:
     """What changes while a run goes on; `as_dict` is what trainer.json holds of it.
 
     `seconds` is the wall time of the run over all its interruptions; `train_seconds` of that, spent on
-    `train_steps` logged steps without evaluation and checkpoints.
+    `train_steps` logged steps without evaluation and checkpoints. `pending_losses` are those of the steps since the
+    last line of metrics, means over all ranks; `evaluation_owed` says that a stop came before the evaluation that
+    was due at this step. So a resumed run writes the lines that an uninterrupted one writes.
     """
 
     step: int
@@ -80,6 +84,8 @@ class RunState:
     seconds: float = 0.0
     train_steps: int = 0
     train_seconds: float = 0.0
+    pending_losses: list[float] = field(default_factory=list)
+    evaluation_owed: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON."""
@@ -90,6 +96,8 @@ class RunState:
             "seconds": self.seconds,
             "train_steps": self.train_steps,
             "train_seconds": self.train_seconds,
+            "pending_losses": self.pending_losses,
+            "evaluation_owed": self.evaluation_owed,
         }
 
 
@@ -146,8 +154,10 @@ class Trainer:
         self._state = RunState(step=0, best=best)
         self._main = parts.comm.ranks.is_main
         self._started = time.perf_counter()
-        self._pending: list[torch.Tensor] = []
-        self._pending_substitutions: list[str] = []
+        self._unreduced: list[torch.Tensor] = []
+        self._unreported: list[str] = []
+        self._steps_timed = 0
+        self._resumed: SavedState | None = None
 
     def run(self) -> Outcome:
         """Train to the end, or to a signal. Collective; the same step on all ranks.
@@ -156,7 +166,7 @@ class Trainer:
             TrainingError: the loss is not finite.
             SetformerError: from the stream or the store.
         """
-        saved = self._resume()
+        saved = self._resumed
         self._started = time.perf_counter() - self._state.seconds
         with (
             contextlib.closing(self._p.record),
@@ -169,7 +179,10 @@ class Trainer:
                 progress.say(f"resumed at step {saved.step} from {saved.path}")
             batches = self._p.stream.micro_batches(self._state.step)
             self._clock.take()
-            signum = self.train_until(self._total_steps, batches, stop, progress)
+            signum = self._pay_owed_evaluation(stop, progress)
+            if signum is None:
+                signum = self.train_until(self._total_steps, batches, stop, progress)
+            self._state.seconds = time.perf_counter() - self._started
         images = self._state.train_steps * self._p.plan.global_size
         speed = images / self._state.train_seconds if images else 0.0
         return Outcome(self._state, signum, speed, saved.step if saved else None)
@@ -185,15 +198,15 @@ class Trainer:
             if self._p.ema is not None:
                 with self._clock.section("optimizer"):
                     self._p.ema.update(self._state.step)
-            self._pending.append(outcome.loss)
-            self._pending_substitutions += outcome.substitutions
+            self._unreduced.append(outcome.loss)
+            self._unreported += outcome.substitutions
+            self._steps_timed += 1
             self._state.step += 1
             self._state.seconds = time.perf_counter() - self._started
             progress.advance(self._state.step)
             if self._state.step % self._log_every == 0 or self._state.step == self._total_steps:
                 self._log(lr, progress)
-            signum = self._agree_to_stop(stop)
-            self._after_step(progress, stopping=signum is not None)
+            signum = self._after_step(stop, progress)
         return signum
 
     # Checkpoints.
@@ -202,10 +215,15 @@ class Trainer:
         averaged = self._p.ema.fragments() if self._p.ema is not None else []
         return [*self._p.master.fragments("param", *OPTIMIZER_STATES), *averaged]
 
-    def _resume(self) -> SavedState | None:
+    def resume(self) -> None:
+        """Take over the newest checkpoint that verifies, if there is one. Collective; call it before `run`.
+
+        Raises:
+            SetformerError: the checkpoint is of another model, or its cursor of other data.
+        """
         saved = self._p.store.newest()
         if saved is None:
-            return None
+            return
         trainer = saved.trainer
         step = self._p.stream.check_state(trainer["stream"])
         self._p.store.load(saved, self._fragments())
@@ -217,9 +235,11 @@ class Trainer:
         if run["best"]["metric"] == best.metric:
             best = Best(best.metric, best.mode, run["best"]["value"], run["best"]["step"])
         self._state = RunState(step, **{**run, "best": best})
-        return saved
+        self._resumed = saved
 
     def _save(self, evaluation: dict[str, float]) -> None:
+        self._reduce_losses()
+        self._refuse_infinity(self._state.pending_losses)
         with self._clock.section("checkpoint"):
             trainer = {
                 "stream": self._p.stream.state(self._state.step),
@@ -233,20 +253,34 @@ class Trainer:
     # After each step.
 
     def _agree_to_stop(self, stop: StopRequest) -> int | None:
-        """Return the signal if any rank got one; all ranks stop at the same step."""
+        """Return the signal if any rank got one; all ranks stop at the same place."""
         return int(self._p.comm.max(stop.signum or 0)) or None
 
-    def _after_step(self, progress: RunProgress, stopping: bool) -> None:
+    def _after_step(self, stop: StopRequest, progress: RunProgress) -> int | None:
+        """Evaluate and save where that is due; return a signal that any rank got."""
+        signum = self._agree_to_stop(stop)
         step = self._state.step
-        at_end = step == self._total_steps
-        measured: dict[str, float] = {}
+        measured: dict[str, float] | None = {}
         improved = False
-        if at_end or (self._evaluation_due(step) and not stopping):
-            with self._clock.section("evaluation"):
-                measured = self._evaluate(progress)
-            improved = self._take_best(measured)
-        if at_end or stopping or improved or self._p.store.due(step):
-            self._save(measured)
+        if step == self._total_steps or self._evaluation_due(step):
+            measured = None if signum else self._evaluate(stop, progress)
+            self._state.evaluation_owed = measured is None
+            signum = signum or self._agree_to_stop(stop)
+            improved = self._take_best(measured or {})
+        if step == self._total_steps or signum or improved or self._p.store.due(step):
+            self._save(measured or {})
+        return signum
+
+    def _pay_owed_evaluation(self, stop: StopRequest, progress: RunProgress) -> int | None:
+        """Evaluate at the step where a stop came in between; return a signal that comes again."""
+        if not self._state.evaluation_owed:
+            return None
+        measured = self._evaluate(stop, progress)
+        if measured is None:
+            return self._agree_to_stop(stop)
+        self._state.evaluation_owed = False
+        self._take_best(measured)
+        return None
 
     def _evaluation_due(self, step: int) -> bool:
         config = self._evaluation
@@ -255,15 +289,21 @@ class Trainer:
             config.every_epochs > 0 and step % (config.every_epochs * self._p.stream.steps_per_epoch) == 0
         )
 
-    def _evaluate(self, progress: RunProgress) -> dict[str, float]:
-        result = self._score()
-        measured: dict[str, float] = result.as_dict()
-        text = f"step {self._state.step}: top-1 {result.top1:.2%}, loss {result.loss:.4f}"
-        if self._p.ema is not None:
-            with self._p.ema.swapped_in():
-                averaged = self._score()
-            measured |= averaged.as_dict("ema_")
-            text += f" · averaged weights: top-1 {averaged.top1:.2%}, loss {averaged.loss:.4f}"
+    def _evaluate(self, stop: StopRequest, progress: RunProgress) -> dict[str, float] | None:
+        """Score the weights and their average; None if a signal came before the end, the same on all ranks."""
+        with self._clock.section("evaluation"):
+            result = self._score(stop)
+            if result is None:
+                return None
+            measured: dict[str, float] = result.as_dict()
+            text = f"step {self._state.step}: top-1 {result.top1:.2%}, loss {result.loss:.4f}"
+            if self._p.ema is not None:
+                with self._p.ema.swapped_in():
+                    averaged = self._score(stop)
+                if averaged is None:
+                    return None
+                measured |= averaged.as_dict("ema_")
+                text += f" · averaged weights: top-1 {averaged.top1:.2%}, loss {averaged.loss:.4f}"
         self._state.evaluation = measured
         left_out = {"left_out": result.left_out} if result.left_out else {}
         self._p.record.write("eval", self._state.step, {**measured, "samples": result.samples, **left_out})
@@ -271,10 +311,16 @@ class Trainer:
         log.info(text)
         return measured
 
-    def _score(self) -> EvalResult:
+    def _score(self, stop: StopRequest) -> EvalResult | None:
         self._p.engine.eval()
         try:
-            return evaluate(self._p.engine, self._p.validation, self._p.prepare, self._p.comm)
+            return evaluate(
+                self._p.engine,
+                self._p.validation,
+                self._p.prepare,
+                self._p.comm,
+                given_up=lambda: self._agree_to_stop(stop) is not None,
+            )
         finally:
             self._p.engine.train()
 
@@ -288,18 +334,42 @@ class Trainer:
 
     # Metrics.
 
-    def _log(self, lr: float, progress: RunProgress) -> None:
-        """Reduce what gathered since the last line and write it."""
-        steps = len(self._pending)
-        total = float(torch.stack(self._pending).sum())
-        loss_sum, substituted = self._p.comm.sum([total, float(len(self._pending_substitutions))])
-        loss = loss_sum / (steps * self._p.plan.accumulation * self._p.plan.world_size)
-        seconds, wall = self._clock.take()
-        for line in self._pending_substitutions:
+    def _reduce_losses(self) -> None:
+        """Turn the losses of the last steps into means over all ranks, step by step; report damaged samples.
+
+        Step by step, because a sum over several steps would depend on where a checkpoint cut it.
+        """
+        if not self._unreduced:
+            return
+        local = torch.stack(self._unreduced).double().tolist()
+        *losses, substituted = self._p.comm.sum([*local, float(len(self._unreported))])
+        parts = self._p.plan.accumulation * self._p.plan.world_size
+        self._state.pending_losses += [loss / parts for loss in losses]
+        for line in self._unreported:
             log.warning("%s", line)
         self._state.substitutions += round(substituted)
-        self._pending.clear()
-        self._pending_substitutions = []
+        self._unreduced.clear()
+        self._unreported.clear()
+
+    def _refuse_infinity(self, losses: list[float]) -> None:
+        """Stop before anything that is not finite reaches a checkpoint.
+
+        Raises:
+            TrainingError: a loss is not finite; in fp16 DeepSpeed skips such steps and lowers the loss scale.
+        """
+        if not all(map(math.isfinite, losses)) and not self._p.engine.fp16_enabled():
+            raise TrainingError(
+                f"the loss is not finite near step {self._state.step}: lower optim.lr or optim.clip_norm, or lengthen "
+                "the warm-up; the newest checkpoint is from before and stays"
+            )
+
+    def _log(self, lr: float, progress: RunProgress) -> None:
+        """Write a line about the steps since the last one."""
+        self._reduce_losses()
+        losses = self._state.pending_losses
+        loss = math.fsum(losses) / len(losses)
+        seconds, wall = self._clock.take()
+        steps, self._steps_timed = self._steps_timed, 0
         training = wall - seconds["checkpoint"] - seconds["evaluation"]
         self._state.train_seconds += training
         self._state.train_steps += steps
@@ -319,11 +389,8 @@ class Trainer:
         }
         self._p.record.write("train", self._state.step, values)
         log.info("step %d loss %.6f lr %.3g %.0f images/s", self._state.step, loss, lr, images_per_s)
-        if not math.isfinite(loss) and not self._p.master.loss_scale().get("cur_iter"):
-            raise TrainingError(
-                f"the loss is not finite at step {self._state.step}: lower optim.lr or optim.clip_norm, or lengthen "
-                "the warm-up; the newest checkpoint is from before and stays"
-            )
+        self._refuse_infinity(losses)
+        self._state.pending_losses = []
 
     def _gradient_norm(self) -> float | None:
         norm = self._p.engine.get_global_grad_norm()

@@ -34,21 +34,13 @@ class ZeroConfig(FrozenConfig):
 
     Attributes:
         stage: 0 replicates; 1 shards optimizer states, 2 also gradients, 3 also parameters.
-        offload_optimizer: keep optimizer states in host memory (GPU only).
         overlap_comm: overlap the reduction of gradients with the backward pass.
         bucket_mib: size of the reduction and gather buckets.
     """
 
     stage: Literal[0, 1, 2, 3] = 2
-    offload_optimizer: bool = False
     overlap_comm: bool = False
     bucket_mib: int = pydantic.Field(default=256, gt=0)
-
-    @pydantic.model_validator(mode="after")
-    def _possible(self) -> ZeroConfig:
-        if self.offload_optimizer and self.stage == 0:
-            raise ValueError("zero: offload_optimizer needs stage 1, 2 or 3, since stage 0 shards nothing")
-        return self
 
 
 # Keys of DeepSpeed's that we set from our own config; a [deepspeed] table that names one contradicts it.
@@ -62,6 +54,10 @@ OWNED_KEYS = {
     "bf16": "precision.dtype",
     "fp16": "precision.dtype",
     "data_types": "precision.grad_accum",
+    "zero_optimization.stage": "zero.stage",
+    "zero_optimization.overlap_comm": "zero.overlap_comm",
+    "zero_optimization.reduce_bucket_size": "zero.bucket_mib",
+    "zero_optimization.allgather_bucket_size": "zero.bucket_mib",
 }
 
 
@@ -77,11 +73,12 @@ def deepspeed_config(
     Raises:
         ConfigError: `extra` names a key that our config owns.
     """
-    for key in extra:
+    nested = extra.get("zero_optimization", {})
+    if not isinstance(nested, dict):
+        raise ConfigError(f"deepspeed.zero_optimization = {nested!r} is not a table of DeepSpeed's keys")
+    for key in (*extra, *(f"zero_optimization.{name}" for name in nested)):
         if key in OWNED_KEYS:
             raise ConfigError(f"deepspeed.{key} is set by this program: use {OWNED_KEYS[key]} instead")
-    if "stage" in extra.get("zero_optimization", {}):
-        raise ConfigError("deepspeed.zero_optimization.stage is set by this program: use zero.stage instead")
     config: dict[str, Any] = {
         "train_batch_size": plan.global_size,
         "train_micro_batch_size_per_gpu": plan.micro,
@@ -111,8 +108,6 @@ def _zero_section(zero: ZeroConfig) -> dict[str, Any]:
         "reduce_bucket_size": elements,
         "allgather_bucket_size": elements,
     }
-    if zero.offload_optimizer:
-        section["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     return section
 
 
@@ -138,5 +133,3 @@ def check_precision(precision: PrecisionConfig, zero: ZeroConfig, supported: set
         raise ConfigError(
             "precision.grad_accum = 'fp32' with zero.stage = 0 has no DeepSpeed optimizer: use zero.stage = 1, 2 or 3"
         )
-    if zero.offload_optimizer and device == "cpu":
-        raise ConfigError("zero.offload_optimizer: there is nothing to offload from on a CPU; set it to false")

@@ -63,10 +63,26 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int, seed: in
         raise ConfigError(f"model.args of {config.name}: {readable(error)}") from None
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"model {config.name} cannot be built with model.args = {config.args}: {error}") from None
+    _refuse_running_statistics(model, config.name)
     if config.activation_checkpointing:
         switch: Any = model.set_grad_checkpointing
         switch(True)
     return model
+
+
+def _refuse_running_statistics(model: nn.Module, name: str) -> None:
+    """Refuse state that training changes outside the parameters: ranks would not share it, nor checkpoints hold it.
+
+    Raises:
+        ConfigError: naming the first such buffer.
+    """
+    saved = set(model.state_dict())
+    running = [n for n, b in model.named_buffers() if n in saved and b.is_floating_point() and "running" in n]
+    if running:
+        raise ConfigError(
+            f"model {name} keeps running statistics ({running[0]} …), which neither ranks nor checkpoints share: "
+            "choose a model with layer or group norms"
+        )
 
 
 def _fixes_input_size(name: str) -> bool:

@@ -114,7 +114,7 @@ def assert_gone(pids: list[int], timeout: float = 10) -> None:
 
 
 def kill_ranks(process: subprocess.Popen[str]) -> None:
-    """kill -9 every rank of a run, and what they started."""
+    """Kill every rank of a run, and what it started, with SIGKILL."""
     for pid in children(process.pid):
         try:
             os.kill(pid, signal.SIGKILL)

@@ -24,7 +24,7 @@ def test_the_newest_and_the_best_stay():
 
 
 def test_a_smaller_loss_is_better():
-    config = CheckpointConfig(keep_last=1, keep_best=1, best_metric="top1", best_mode="min")
+    config = CheckpointConfig(keep_last=1, keep_best=1, best_metric="loss")
     assert steps_to_delete(having(0.5, 0.1, 0.2, 0.3), 4, config) == [1, 3]
 
 

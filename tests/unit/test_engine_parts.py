@@ -79,6 +79,7 @@ def test_best_by_mode() -> None:
     assert Best("top1", "max", 0.5, 1).improved_by(0.6)
     assert not Best("loss", "min", 0.5, 1).improved_by(0.6)
     assert Best("top1", "max").improved_by(0.0)
+    assert not Best("loss", "min").improved_by(math.nan)
 
 
 def test_soft_cross_entropy_is_its_formula() -> None:
@@ -116,6 +117,8 @@ def test_deepspeed_json_states_the_equation() -> None:
         ({"train_batch_size": 3}, "use batch.global_size instead"),
         ({"bf16": {"enabled": True}}, "use precision.dtype instead"),
         ({"zero_optimization": {"stage": 1}}, "use zero.stage instead"),
+        ({"zero_optimization": {"overlap_comm": True}}, "use zero.overlap_comm instead"),
+        ({"zero_optimization": 2}, "is not a table"),
     ],
 )
 def test_deepspeed_keys_of_ours_do_not_pass_through(extra: dict[str, object], use: str) -> None:
@@ -136,8 +139,6 @@ def test_precision_the_device_does_not_compute_is_refused_with_the_reason() -> N
         check_precision(PrecisionConfig(dtype="fp16"), ZeroConfig(), {"fp32", "bf16"}, "cpu")
     with pytest.raises(ConfigError, match="has no DeepSpeed optimizer"):
         check_precision(PrecisionConfig(dtype="bf16", grad_accum="fp32"), ZeroConfig(stage=0), {"fp32", "bf16"}, "cpu")
-    with pytest.raises(ConfigError, match="nothing to offload"):
-        check_precision(PrecisionConfig(), ZeroConfig(offload_optimizer=True), {"fp32"}, "cpu")
 
 
 def test_same_seed_same_weights() -> None:
@@ -145,6 +146,11 @@ def test_same_seed_same_weights() -> None:
     pairs = list(zip(first.parameters(), second.parameters(), other.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b, _ in pairs)
     assert any(not torch.equal(a, c) for a, _, c in pairs)
+
+
+def test_models_with_running_statistics_are_refused() -> None:
+    with pytest.raises(ConfigError, match="running"):
+        build_model(ModelConfig(name="resnet10t"), 10, 32, 0)
 
 
 def test_unknown_model_arguments_are_named() -> None:
