@@ -146,14 +146,12 @@ def test_a_stop_between_two_metric_lines_and_before_an_evaluation_changes_no_lin
     whole = setformer(*train_words(digits, tmp_path / "whole", *overrides, ranks=1))
     assert whole.code == 0, whole.err
     words = train_words(digits, tmp_path / "stopped", *overrides, ranks=1)
-    stops = 0
-    while stops < 3:
+    for stop in range(stops):
         process = start(*words)
         wait_for(tmp_path / "stopped" / "demo" / "logs" / "rank-00000.log", process)
-        time.sleep(8 + stops)
+        time.sleep(4 + stop)  # anywhere: before, between or after the steps
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
-        stops += 1
     ended = setformer(*words)
     assert ended.code == 0, ended.err
     assert losses(tmp_path / "stopped" / "demo") == losses(tmp_path / "whole" / "demo")

@@ -14,8 +14,8 @@ from setformer_dist.core.config import build
 from setformer_dist.core.errors import ConfigError
 
 
-def having(*top1: float) -> list[Candidate]:
-    return [Candidate(step, metrics={"top1": value}) for step, value in enumerate(top1, start=1)]
+def having(*values: float, metric: str = "top1") -> list[Candidate]:
+    return [Candidate(step, metrics={metric: value}) for step, value in enumerate(values, start=1)]
 
 
 def test_the_newest_and_the_best_stay():
@@ -25,7 +25,7 @@ def test_the_newest_and_the_best_stay():
 
 def test_a_smaller_loss_is_better():
     config = CheckpointConfig(keep_last=1, keep_best=1, best_metric="loss")
-    assert steps_to_delete(having(0.5, 0.1, 0.2, 0.3), 4, config) == [1, 3]
+    assert steps_to_delete(having(0.5, 0.1, 0.2, 0.3, metric="loss"), 4, config) == [1, 3]
 
 
 def test_a_value_that_is_not_finite_is_never_the_best():
