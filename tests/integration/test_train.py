@@ -141,17 +141,25 @@ def test_a_signal_becomes_a_checkpoint_and_a_clean_exit(
     assert shm_files() == shared
 
 
-def test_a_stop_between_two_metric_lines_and_before_an_evaluation_changes_no_line(digits: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stops", [1, pytest.param(4, marks=pytest.mark.drill)])
+def test_a_stop_between_two_metric_lines_and_before_an_evaluation_changes_no_line(
+    digits: Path, tmp_path: Path, stops: int
+) -> None:
     overrides = ("run.log_every=7", "eval.every_steps=4", "schedule.epochs=2", "checkpoint.every_steps=1000")
     whole = setformer(*train_words(digits, tmp_path / "whole", *overrides, ranks=1))
     assert whole.code == 0, whole.err
     words = train_words(digits, tmp_path / "stopped", *overrides, ranks=1)
-    for stop in range(stops):
+    metrics = tmp_path / "stopped" / "demo" / "metrics.jsonl"
+    for _ in range(stops):
+        before = metrics.stat().st_size if metrics.exists() else 0
         process = start(*words)
-        wait_for(tmp_path / "stopped" / "demo" / "logs" / "rank-00000.log", process)
-        time.sleep(4 + stop)  # anywhere: before, between or after the steps
-        process.send_signal(signal.SIGTERM)
+        wait_for(metrics, process)
+        while metrics.stat().st_size == before:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)  # the steps after the line, or the evaluation, are cut short
         process.communicate(timeout=60)
+        assert process.returncode == 143
     ended = setformer(*words)
     assert ended.code == 0, ended.err
     assert losses(tmp_path / "stopped" / "demo") == losses(tmp_path / "whole" / "demo")
