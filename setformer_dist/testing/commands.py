@@ -50,7 +50,7 @@ def environment() -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
 
 
-def setformer(*words: str, timeout: float = 150, cwd: Path = ROOT) -> Ended:
+def setformer(*words: str, timeout: float = 280, cwd: Path = ROOT) -> Ended:
     """Run `setformer words` to its end."""
     done = subprocess.run(
         command(*words), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
@@ -80,7 +80,7 @@ def losses(run_folder: Path) -> dict[tuple[str, int], tuple[float, float | None]
     return found
 
 
-def wait_for(path: Path, process: subprocess.Popen[str], timeout: float = 90) -> None:
+def wait_for(path: Path, process: subprocess.Popen[str], timeout: float = 150) -> None:
     """Wait until a file is there, while the process runs."""
     limit = time.monotonic() + timeout
     while not path.exists():
