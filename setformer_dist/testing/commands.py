@@ -59,10 +59,21 @@ def setformer(*words: str, timeout: float = 280, cwd: Path = ROOT) -> Ended:
 
 
 def start(*words: str) -> subprocess.Popen[str]:
-    """Start `setformer words`."""
+    """Start `setformer words`; it heeds Ctrl-C even where this process does not (a shell's background job)."""
     return subprocess.Popen(
-        command(*words), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command(*words),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_ctrl_c,
     )
+
+
+def heed_ctrl_c() -> None:
+    """Take SIGINT's default back, which a background job inherits as ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def train_words(data: Path, out: Path, *overrides: str, ranks: int = 2) -> list[str]:

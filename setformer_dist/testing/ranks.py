@@ -80,6 +80,15 @@ def run_ranks(
         return [json.loads(out.read_text()) for out, _ in files]
 
 
+def _module_of(function: Any) -> str:
+    """Return the name by which another process can import the function's module."""
+    if function.__module__ != "__main__":
+        return str(function.__module__)
+    spec = sys.modules["__main__"].__spec__  # started with `python -m`
+    assert spec is not None, "a script's functions cannot be imported: start it with python -m"
+    return spec.name
+
+
 def _wait(processes: list[subprocess.Popen[bytes]], timeout: float) -> None:
     """Return when all ended, one failed, or the time is up."""
     limit = time.monotonic() + timeout

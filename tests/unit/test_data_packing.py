@@ -21,6 +21,7 @@ from dataloaders import PackOptions, open_split, pack_image_folder
 from dataloaders.packing import _write_shard
 from launch.cli_data import app
 from setformer_dist.core.errors import ConfigError, DataError
+from setformer_dist.testing.commands import heed_ctrl_c
 
 SHARED = Path(os.environ.get("SETFORMER_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
@@ -295,7 +296,7 @@ def test_killed_packing_leaves_nothing_that_opens(tmp_path, how, workers):
         (tmp_path / "s" / "a" / f"{i}.png").write_bytes(data)
     out, work = tmp_path / "out", tmp_path / ".out.partial"
     command = [sys.executable, "-c", _PACK, str(tmp_path / "s"), str(out), str(workers)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c)
     deadline = time.monotonic() + 150
     while not list(work.glob("shard-000001.tar")):
         assert process.poll() is None, process.stderr.read().decode()
