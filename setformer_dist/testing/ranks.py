@@ -63,7 +63,7 @@ def run_ranks(
                 sys.executable,
                 "-c",
                 _MAIN,
-                function.__module__,
+                _module_of(function),
                 function.__name__,
                 json.dumps(args),
                 str(out),
