@@ -142,7 +142,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         common = [
             f"data.root={data}", f"run.out={folder}", "precision.dtype=fp32", "ema.decay=0",
-            "eval.every_epochs=0", "checkpoint.every_steps=1000000", "schedule.epochs=1000",
+            "eval.every_epochs=0", "checkpoint.every_steps=1000000", "schedule.epochs=1000", "run.log_every=10",
         ]  # fmt: skip
         base = run_ranks(ddp, arguments.ranks, arguments.page, common, arguments.blocks, timeout=600)[0]
         per_ddp = statistics.median(base["ddp"]) / STEPS
