@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## train SeTformer on handwritten digits: 2 ranks, ZeRO-2, bf16, a few minutes
 	$(BIN)/setformer demo
 
-test: $(STAMP)  ## run the tests (about ten minutes on 2 cores)
+test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest -m "not drill"
 
 drills: $(STAMP)  ## run the long drills: kill and resume under every stage and precision

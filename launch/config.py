@@ -19,7 +19,7 @@ import pydantic
 from checkpoints.config import CheckpointConfig
 from dataloaders.config import DataConfig
 from setformer_dist.core import config as base
-from setformer_dist.core.config import FrozenConfig, all_keys
+from setformer_dist.core.config import FrozenConfig
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.engine.batch_plan import BatchConfig, BatchPlan, solve
 from setformer_dist.engine.ema import EmaConfig
@@ -190,11 +190,6 @@ def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def all_flat_keys(model: type[pydantic.BaseModel] = RunConfig) -> list[str]:
-    """Return every dotted key a page may hold."""
-    return all_keys(model)
 
 
 def _is_free(key: str) -> bool:

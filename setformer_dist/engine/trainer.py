@@ -109,13 +109,11 @@ class Outcome:
         state: the run's state at the end.
         signum: the signal that stopped it, or None when it ran to its end.
         images_per_s: mean over the run's training steps, without evaluation and checkpoints.
-        resumed_from: step of the checkpoint this call started from, or None.
     """
 
     state: RunState
     signum: int | None
     images_per_s: float
-    resumed_from: int | None
 
 
 @dataclass(frozen=True)
@@ -185,7 +183,7 @@ class Trainer:
             self._state.seconds = time.perf_counter() - self._started
         images = self._state.train_steps * self._p.plan.global_size
         speed = images / self._state.train_seconds if images else 0.0
-        return Outcome(self._state, signum, speed, saved.step if saved else None)
+        return Outcome(self._state, signum, speed)
 
     def train_until(
         self, last_step: int, batches: Iterator[MicroBatch], stop: StopRequest, progress: RunProgress

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.config import FREE_KEYS, RunConfig, all_flat_keys, check_folder, load_run, resolve
-from setformer_dist.core.config import merge, parse_override, read_toml
+from launch.config import FREE_KEYS, RunConfig, check_folder, load_run, resolve
+from setformer_dist.core.config import all_keys, merge, parse_override, read_toml
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.files import write_json
 
@@ -82,7 +82,7 @@ def test_configs_are_frozen() -> None:
 
 
 def test_free_keys_exist() -> None:
-    keys = all_flat_keys(RunConfig)
+    keys = all_keys(RunConfig)
     for free in FREE_KEYS:
         assert any(key == free or key.startswith(f"{free}.") for key in keys), free
 
