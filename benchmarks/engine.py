@@ -1,6 +1,6 @@
 """What training through our loop costs, against DeepSpeed alone and against bare PyTorch DDP.
 
-    python -m benchmarks.engine [--page configs/runs/demo.toml] [--ranks 2] [--blocks 12]
+    python -m benchmarks.engine [--page configs/runs/demo.toml] [--data DIR] [--ranks 2] [--blocks 12]
 
 For each ZeRO stage, on the same model and the same batches of our stream:
   ours       the trainer's loop with everything in it: clock, metrics, agreement to stop, drop-path keys
@@ -130,14 +130,16 @@ def main() -> None:
     """Measure, print, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", default="configs/runs/demo.toml")
+    parser.add_argument("--data", type=Path, help="packed data of the page; by default the demo's digits")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--blocks", type=int, default=12, help="pairs of blocks per stage")
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out/engine.json"))
     arguments = parser.parse_args()
     console = Console()
-    data = Path("runs/demo-data")
-    prepare_data(data, console)
+    data = arguments.data or Path("runs/demo-data")
+    if arguments.data is None:
+        prepare_data(data, console)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         common = [

@@ -24,6 +24,7 @@ from launch.doctor import check_package_origins
 from launch.local import LOG_DIR_VARIABLE, log_file, usable_cores
 from launch.outcome import finish
 from setformer_dist.core.errors import LaunchError, RankFailedError, SetformerError
+from setformer_dist.core.exits import leave
 from setformer_dist.core.files import write_json
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
@@ -136,4 +137,4 @@ def log_to_file(run: ResolvedRun, ranks: RankInfo) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

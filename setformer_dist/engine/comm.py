@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -123,10 +123,21 @@ class TorchCollectives:
 
     def max(self, value: float) -> float:
         """Return the largest value of all ranks."""
+        return self.max_later(value)()
+
+    def max_later(self, value: float) -> Callable[[], float]:
+        """Begin to find the largest value of all ranks; the call that is returned waits for it."""
         largest = torch.tensor([float(value)], dtype=torch.float64)
+        work = None
         if self._ranks.world_size > 1:
-            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._group)
-        return float(largest)
+            work = dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+
+        def found() -> float:
+            if work is not None:
+                work.wait()
+            return float(largest)
+
+        return found
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Return the sums over all ranks, in fp64."""

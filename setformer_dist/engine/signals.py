@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a wish to stop: the loop ends at the next optimizer step, all ranks at the same one."""
+"""SIGTERM and Ctrl-C as a wish to stop: the loop ends one or two optimizer steps later, all ranks at the same one."""
 
 from __future__ import annotations
 

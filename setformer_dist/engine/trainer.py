@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,6 +135,11 @@ class Parts:
     costs: Costs
 
 
+def _nobody() -> float:
+    """No rank got a signal: none was asked yet."""
+    return 0.0
+
+
 class Trainer:
     """Runs training from wherever the newest checkpoint left it to the last step."""
 
@@ -156,6 +161,7 @@ class Trainer:
         self._unreported: list[str] = []
         self._steps_timed = 0
         self._resumed: SavedState | None = None
+        self._stop_answer: Callable[[], float] = _nobody
 
     def run(self) -> Outcome:
         """Train to the end, or to a signal. Collective; the same step on all ranks.
@@ -205,6 +211,8 @@ class Trainer:
             if self._state.step % self._log_every == 0 or self._state.step == self._total_steps:
                 self._log(lr, progress)
             signum = self._after_step(stop, progress)
+        self._stop_answer()
+        self._stop_answer = _nobody
         return signum
 
     # Checkpoints.
@@ -254,9 +262,14 @@ class Trainer:
         """Return the signal if any rank got one; all ranks stop at the same place."""
         return int(self._p.comm.max(stop.signum or 0)) or None
 
+    def _agreed_a_step_ago(self, stop: StopRequest) -> int | None:
+        """Return the signal that any rank had a step ago, and ask again: nobody waits for the answer."""
+        answer, self._stop_answer = self._stop_answer, self._p.comm.max_later(stop.signum or 0)
+        return int(answer()) or None
+
     def _after_step(self, stop: StopRequest, progress: RunProgress) -> int | None:
         """Evaluate and save where that is due; return a signal that any rank got."""
-        signum = self._agree_to_stop(stop)
+        signum = self._agreed_a_step_ago(stop)
         step = self._state.step
         measured: dict[str, float] | None = {}
         improved = False

@@ -14,10 +14,12 @@ from typing import Any
 _MAIN = """
 import importlib, json, sys
 from pathlib import Path
+from setformer_dist.core.exits import leave
 module, name, args, out = sys.argv[1:5]
 function = getattr(importlib.import_module(module), name)
 result = function(*json.loads(args))
 Path(out).write_text(json.dumps(result))
+leave(0)
 """
 
 
