@@ -35,7 +35,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import setformer_dist.models  # noqa: F401  (registers the models)
-from setformer_dist.models.setformer import Block, SetAttention, SeTformer
+from setformer_dist.models.setformer import Block, SeTformer
 
 NET: dict[str, Any] = {
     "embed_dim": 72,
@@ -59,24 +59,6 @@ START: dict[str, Any] = {
 }
 
 
-class SoftmaxAttention(nn.Module):
-    """Ordinary multi-head attention with query, key, value and output maps: the baseline above."""
-
-    def __init__(self, dim: int, num_heads: int) -> None:
-        """Build for `dim` channels."""
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.output = nn.Linear(dim, dim)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, H, W, C) -> (B, H, W, C)."""
-        b, rows, columns, dim = x.shape
-        qkv = self.qkv(x).view(b, rows * columns, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
-        return self.output(y.transpose(1, 2).reshape(b, rows, columns, dim))
-
-
 class MeanAttention(nn.Module):
     """Every token receives the mean of all: the baseline below."""
 
@@ -86,9 +68,9 @@ class MeanAttention(nn.Module):
         self.input = nn.Linear(dim, dim)
         self.output = nn.Linear(dim, dim)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, H, W, C) -> (B, H, W, C)."""
-        return self.output(self.input(x).mean((1, 2), keepdim=True)).expand_as(x)
+    def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """(b, n, c) -> (b, n, c)."""
+        return self.output(self.input(x).mean(1, keepdim=True)).expand_as(x)
 
 
 @dataclass(frozen=True)
@@ -96,7 +78,8 @@ class Variant:
     """One row of the table: a change of the start, or another attention in its place."""
 
     attn: dict[str, Any] = field(default_factory=dict)
-    replace: Callable[[int, int], nn.Module] | None = None
+    attention: str = "set"
+    replace: Callable[[int], nn.Module] | None = None
 
 
 VARIANTS: dict[str, Variant] = {
@@ -104,8 +87,8 @@ VARIANTS: dict[str, Variant] = {
     "one reference set": Variant({"reference_sets": 1}),
     "no filter": Variant({"position_filter": "none"}),
     "one reference set, no filter": Variant({"reference_sets": 1, "position_filter": "none"}),
-    "softmax (q, k, v, o)": Variant(replace=SoftmaxAttention),
-    "mean of all tokens": Variant(replace=lambda dim, heads: MeanAttention(dim)),
+    "softmax (q, k, v, o)": Variant(attention="softmax"),
+    "mean of all tokens": Variant(replace=MeanAttention),
     "not renormalised": Variant({"renormalise": False}),
     "gaussian kernel": Variant({"kernel": "gaussian"}),
     "nystrom kernel": Variant({"kernel": "nystrom"}),
@@ -119,12 +102,11 @@ VARIANTS: dict[str, Variant] = {
 
 def build(variant: Variant) -> SeTformer:
     """Return the model of a variant, from torch's generator."""
-    model = timm.create_model("setformer_nano", **NET, attn={**START, **variant.attn})
+    model = timm.create_model("setformer_nano", **NET, attn={**START, **variant.attn}, attention=variant.attention)
     assert isinstance(model, SeTformer)
     if variant.replace is not None:
         for block in [module for module in model.modules() if isinstance(module, Block)]:
-            assert isinstance(block.attn, SetAttention)
-            attention = variant.replace(block.norm1.normalized_shape[0], block.attn.num_heads)
+            attention = variant.replace(block.norm1.normalized_shape[0])
             for layer in attention.modules():
                 if isinstance(layer, nn.Linear):
                     nn.init.trunc_normal_(layer.weight, std=0.02)

@@ -23,8 +23,9 @@ class ModelConfig(FrozenConfig):
         name: as in `timm.create_model`.
         drop_path: stochastic depth of the last block; earlier blocks rise to it linearly.
         activation_checkpointing: recompute activations in the backward pass: less memory, about a third more work.
-        args: further arguments of `timm.create_model`, such as embed_dim, depths, stem_strides or
-            [model.args.attn] with epsilon, iterations, references …
+        args: further arguments of `timm.create_model`, such as embed_dim, depths, stem_strides, attention ("set",
+            "soft", "soft_norm", "cast", "softmax"), or the tables of their choices: [model.args.attn] with epsilon,
+            iterations, references …, [model.args.soft], [model.args.cast].
     """
 
     name: str = "setformer_tiny"
@@ -36,7 +37,8 @@ class ModelConfig(FrozenConfig):
     @classmethod
     def _known(cls, value: str) -> str:
         if not timm.is_model(value):
-            close = difflib.get_close_matches(value, [*timm.list_models("setformer*"), *timm.list_models()], n=1)
+            ours = [*timm.list_models("setformer_*"), *timm.list_models("soft_*")]
+            close = difflib.get_close_matches(value, [*ours, *timm.list_models()], n=1)
             raise ValueError(f"no model {value!r}{f': did you mean {close[0]}?' if close else ''}")
         return value
 
@@ -81,7 +83,7 @@ def _refuse_running_statistics(model: nn.Module, name: str) -> None:
     if running:
         raise ConfigError(
             f"model {name} keeps running statistics ({running[0]} …), which neither ranks nor checkpoints share: "
-            "choose a model with layer or group norms"
+            "choose a model with layer or group norms (soft_*: conv_norm = 'layer')"
         )
 
 

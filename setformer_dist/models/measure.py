@@ -19,12 +19,23 @@ def parameters(model: nn.Module) -> int:
 
 def multiply_adds(model: nn.Module, height: int, width: int) -> int:
     """Return the multiply-adds of one image's forward pass: matrix products and convolutions."""
+    return multiply_adds_of(model, (3, height, width))
+
+
+def multiply_adds_of(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> int:
+    """Return the multiply-adds of one sample's forward pass.
+
+    Args:
+        model: in fp32.
+        shape: of the sample, without the batch.
+        dtype: of the sample; integers are token ids.
+    """
     mode = FakeTensorMode()
     weights = _fake_weights(model, mode, None)
     was_training = model.training
     model.eval()
     with mode, FlopCounterMode(display=False) as counter, torch.no_grad():
-        torch.func.functional_call(model, weights, (torch.empty(1, 3, height, width),))
+        torch.func.functional_call(model, weights, (torch.ones(1, *shape, dtype=dtype),))
     model.train(was_training)
     return int(counter.get_total_flops()) // 2
 
@@ -68,7 +79,8 @@ def predict_memory(
     stage: int,
     world_size: int,
     ema: bool,
-    images: tuple[int, int, int],
+    batch: tuple[int, ...],
+    batch_dtype: torch.dtype | None = None,
 ) -> Memory:
     """Predict a rank's memory under ZeRO (Rajbhandari et al. 2020, section 3) and AdamW.
 
@@ -79,7 +91,8 @@ def predict_memory(
         stage: ZeRO's.
         world_size: ranks that share.
         ema: whether an average of the weights is kept.
-        images: (micro batch, height, width).
+        batch: shape of a micro batch, such as (m, 3, height, width).
+        batch_dtype: of the micro batch; None is that of the weights.
     """
     count = parameters(model)
 
@@ -91,20 +104,19 @@ def predict_memory(
         parameters=share(3) * dtype.itemsize,
         gradients=share(2) * grad_dtype.itemsize,
         masters=share(1) * master_bytes,
-        activations=_saved_bytes(model, dtype, images),
+        activations=_saved_bytes(model, dtype, batch, batch_dtype or dtype),
     )
 
 
-def _saved_bytes(model: nn.Module, dtype: torch.dtype, images: tuple[int, int, int]) -> int:
+def _saved_bytes(model: nn.Module, dtype: torch.dtype, batch: tuple[int, ...], batch_dtype: torch.dtype) -> int:
     """Return the bytes that autograd keeps from one forward pass, each storage once, weights left out."""
     mode = FakeTensorMode()
     fakes = _fake_weights(model, mode, dtype)
     weights = {fake.untyped_storage()._cdata for fake in fakes.values()}
-    count, height, width = images
     was_training = model.training
     model.train()
     with mode, _saved_storages() as kept:
-        out = torch.func.functional_call(model, fakes, (torch.empty(count, 3, height, width, dtype=dtype),))
+        out = torch.func.functional_call(model, fakes, (torch.ones(batch, dtype=batch_dtype),))
         total = sum(size for key, (size, _) in kept.items() if key not in weights)
         del out
     model.train(was_training)

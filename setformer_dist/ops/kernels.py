@@ -3,8 +3,8 @@
 All similarities here stay within [-1, 1] because every vector is first brought to unit length; the transport
 plan relies on that bound.
 
-Letters: h = heads, n = tokens, m = references, k = anchors, d = channels of one head, q = side of the
-reference grid (m = q * q). A leading `...` stands for any batch dimensions.
+Letters: h = heads, n = tokens, m = references, k = anchors, d = channels of one head, a = axes of a
+place. A leading `...` stands for any batch dimensions.
 """
 
 from __future__ import annotations
@@ -118,39 +118,27 @@ def nystrom(x_hnd: torch.Tensor, anchors_hkd: torch.Tensor, sigma: float, ridge:
         return (gaussian(x @ anchors.mT, sigma) @ root_hkk).to(x_hnd.dtype)
 
 
-def log_position_filter(n: int, m: int, tau: float, device: torch.device | None = None) -> torch.Tensor:
-    """Logarithm of the 1-D position filter, -((i/n - j/m) / tau)^2 with indices from 0.
+def line_places(count: int, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
+    """Places i / count of tokens or references on a line, counted from 0; (count, 1)."""
+    return (torch.arange(count, device=device, dtype=dtype) / count).unsqueeze(1)
+
+
+def grid_places(grid: tuple[int, int], dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
+    """Places on a grid of any rows and columns, row-major; (rows * columns, 2)."""
+    rows, columns = (torch.arange(side, device=device, dtype=dtype) / side for side in grid)
+    return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).view(-1, 2)
+
+
+def log_filter(positions_bna: torch.Tensor, places_ma: torch.Tensor, tau: float) -> torch.Tensor:
+    """Logarithm of the position filter, -|p_i - q_j|^2 / tau^2: over two axes, the sum of those over each.
 
     Args:
-        n: tokens along one axis.
-        m: references along it.
-        tau: width, as a share of the axis.
-        device: where to build it.
+        positions_bna: places of the tokens, (..., n, a) within [0, 1).
+        places_ma: places of the references, (m, a).
+        tau: width, as a share of an axis.
 
     Returns:
-        (n, m), fp32.
+        (..., n, m).
     """
-    tokens = torch.arange(n, device=device, dtype=torch.float32) / n
-    references = torch.arange(m, device=device, dtype=torch.float32) / m
-    return -((tokens.unsqueeze(1) - references) / tau).square()
-
-
-def log_separable_filter(
-    grid: tuple[int, int], side: int, tau: float, device: torch.device | None = None
-) -> torch.Tensor:
-    """Logarithm of the 2-D filter: the sum over rows and columns of the 1-D one.
-
-    Args:
-        grid: token rows and columns, H x W; any numbers, no multiples needed.
-        side: q, references per axis.
-        tau: width, as a share of the axis.
-        device: where to build it.
-
-    Returns:
-        (H * W, q * q), fp32, both in row-major order.
-    """
-    height, width = grid
-    rows = log_position_filter(height, side, tau, device)
-    columns = log_position_filter(width, side, tau, device)
-    joint = rows[:, None, :, None] + columns[None, :, None, :]
-    return joint.reshape(height * width, side * side)
+    apart = (positions_bna.unsqueeze(-2) - places_ma) / tau
+    return -apart.square().sum(-1)

@@ -1,4 +1,4 @@
-"""SeT attention as pure functions: tokens are transported to m references and back, never to each other.
+"""SeT attention: tokens are transported to m references and back, never to each other.
 
     tokens x --kernel map--> similarity (n x m) --Sinkhorn--> plan T --filter, renormalise--> G, S
     output = S (G^T x):  G gathers the tokens into m references, S scatters them back to n tokens
@@ -8,20 +8,34 @@ The n x n matrix is never formed; the cost is linear in n. Equations: Shajari et
 for vision and language" (AAAI 2024); plan and kernel: Mialon et al. (ICLR 2021). How the m references return to n
 tokens is not in the paper; docs/ablation.md says what was tried.
 
-Letters: h = heads, b = images, n = tokens of one image, m = references, k = anchors, d = channels of one head.
+    set_reference   for reading and proofs; any epsilon
+    set_fast        PyTorch without an autograd graph; CPUs, and devices without Triton
+    set_triton      fused; neither the kernel matrix nor the plan ever reaches the device's memory
+
+Letters: b = images, h = heads, n = tokens of one image, m = references, k = anchors, d = channels of one head.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Annotated, Literal
 
 import pydantic
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from setformer_dist.core.config import FrozenConfig
-from setformer_dist.ops.kernels import at_least_fp32, gaussian, log_separable_filter, nystrom, unit
-from setformer_dist.ops.sinkhorn import transport_plan
+from setformer_dist.core.errors import ConfigError
+from setformer_dist.ops import set_reference
+from setformer_dist.ops.kernels import at_least_fp32, grid_places, line_places, nystrom, unit
+from setformer_dist.ops.set_op import set_attention_op
+from setformer_dist.ops.set_problem import SetProblem
+from setformer_dist.ops.sinkhorn import working_dtype
+
+log = logging.getLogger(__name__)
+
+Implementation = Literal["auto", "reference", "fast", "triton"]
 
 # Config pages hold lists where Python code writes tuples; both are welcome.
 IntTuple = Annotated[tuple[int, ...], pydantic.BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
@@ -38,11 +52,16 @@ class SetAttentionConfig(FrozenConfig):
         kernel: similarity of unit vectors as it is, its Gaussian kernel, or Nyström features of that kernel.
         sigma: width of the Gaussian (kernels "gaussian" and "nystrom").
         anchors: k per head of the Nyström map; 0 means as many as the head has channels.
+        tolerance: stop the rounds of a head and image once its largest relative error of a row sum is below;
+            0 runs all rounds. Needs gradient = "implicit".
+        gradient: "exact" differentiates the rounds that are run, "implicit" the fixed point they approach; the two
+            agree as far as the rounds have converged.
         position_filter: multiply the plan by a Gaussian of the distance between a token's place and its
-            reference's place on a sqrt(m) x sqrt(m) grid, or not.
-        tau: width of that Gaussian as a share of the image side.
+            reference's: on a line ("linear", places j/m), on a sqrt(m) x sqrt(m) grid ("separable"), or "none".
+        tau: width of that Gaussian as a share of the line or the image side.
         reference_sets: 1 set gathers and scatters, or 2: one gathers, another scatters.
         renormalise: divide by the row (column) sums after the filter, so that weights sum to 1 exactly.
+        implementation: "auto" takes the fastest that this device, dtype and epsilon allow; a name forces one.
     """
 
     references: int | IntTuple = 16
@@ -51,10 +70,13 @@ class SetAttentionConfig(FrozenConfig):
     kernel: Literal["similarity", "gaussian", "nystrom"] = "similarity"
     sigma: float = pydantic.Field(default=0.6, gt=0)
     anchors: int = pydantic.Field(default=0, ge=0)
-    position_filter: Literal["none", "separable"] = "separable"
+    tolerance: float = pydantic.Field(default=0.0, ge=0)
+    gradient: Literal["exact", "implicit"] = "exact"
+    position_filter: Literal["none", "linear", "separable"] = "separable"
     tau: float = pydantic.Field(default=0.25, gt=0)
     reference_sets: Literal[1, 2] = 2
     renormalise: bool = True
+    implementation: Implementation = "auto"
 
     @pydantic.model_validator(mode="after")
     def _possible(self) -> SetAttentionConfig:
@@ -65,10 +87,15 @@ class SetAttentionConfig(FrozenConfig):
                 side = math.isqrt(m)
                 raise ValueError(
                     f"position_filter = 'separable' lays the references on a square grid, but references = "
-                    f"{m} is not a square: use {side**2} or {(side + 1) ** 2}, or position_filter = 'none'"
+                    f"{m} is not a square: use {max(side, 1) ** 2} or {(side + 1) ** 2}, or position_filter = 'none'"
                 )
         if self.anchors and self.kernel != "nystrom":
             raise ValueError(f"anchors = {self.anchors} has no use with kernel = {self.kernel!r}: leave it out")
+        if self.tolerance and self.gradient == "exact":
+            raise ValueError(
+                f"tolerance = {self.tolerance} stops the rounds by their error, which only gradient = 'implicit' "
+                "can differentiate: set it, or tolerance = 0"
+            )
         return self
 
     def of_stage(self, index: int) -> SetAttentionConfig:
@@ -81,83 +108,222 @@ class SetAttentionConfig(FrozenConfig):
 
 
 def set_attention(
-    x_hbnd: torch.Tensor,
+    x_bhnd: torch.Tensor,
     references_hmd: torch.Tensor,
-    grid: tuple[int, int],
     config: SetAttentionConfig,
     *,
     return_references_hmd: torch.Tensor | None = None,
     anchors_hkd: torch.Tensor | None = None,
+    grid: tuple[int, int] | None = None,
+    mask_bn: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Transport tokens to the references and back.
 
     Args:
-        x_hbnd: (h, b, n, d) tokens, any float dtype; all matrix products but the Sinkhorn run in it.
+        x_bhnd: (b, h, n, d) tokens, any float dtype and strides; the work is done in at least fp32.
         references_hmd: (h, m, d), or (h, m, k) with the Nyström kernel; any length, brought to unit length here.
-        grid: token rows and columns, n = rows * columns.
         config: the operator's choices.
         return_references_hmd: the second set; given if and only if config.reference_sets == 2.
         anchors_hkd: (h, k, d); given if and only if the kernel is "nystrom".
+        grid: token rows and columns, n = rows * columns; needed by the separable filter.
+        mask_bn: True for valid tokens; masked ones take no part and get 0. The linear filter counts valid tokens only,
+            so that padding changes nothing. An image without any valid token gets 0.
 
     Returns:
-        (h, b, n, d), or (h, b, n, k) with the Nyström kernel.
+        (b, h, n, d), or (b, h, n, k) with the Nyström kernel, in the dtype of x.
+
+    Raises:
+        ConfigError: an argument is missing, too many or of the wrong shape, or the implementation that
+            `config.implementation` forces cannot compute it.
     """
-    assert (return_references_hmd is not None) == (config.reference_sets == 2)
-    features, values = _feature_map(x_hbnd, config, anchors_hkd)
-    gather_plan = _plan(features, references_hmd, config)
-    scatter_plan = gather_plan if return_references_hmd is None else _plan(features, return_references_hmd, config)
-    gather, scatter = _weights(gather_plan, scatter_plan, grid, config)
-    # The weights are rounded to the compute dtype only now, at their final scale (rows or columns sum to 1).
-    pooled_hbmd = gather.to(values.dtype).mT @ values
-    return scatter.to(values.dtype) @ pooled_hbmd
-
-
-def _feature_map(
-    x_hbnd: torch.Tensor, config: SetAttentionConfig, anchors_hkd: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what is compared with the references (unit length at most) and what is transported."""
-    features = unit(x_hbnd)
-    if config.kernel != "nystrom":
-        return features, x_hbnd
-    assert anchors_hkd is not None
-    h, b, n, d = x_hbnd.shape
-    features = nystrom(features.reshape(h, b * n, d), anchors_hkd, config.sigma).view(h, b, n, -1)
-    # The kernel map of Mialon et al. keeps the length of x beside its direction.
-    return features, features * torch.linalg.vector_norm(x_hbnd, dim=-1, keepdim=True).to(features.dtype)
-
-
-def _plan(features_hbnd: torch.Tensor, references_hmd: torch.Tensor, config: SetAttentionConfig) -> torch.Tensor:
-    """Return the transport plan (h, b, n, m) of every head and image, marginals 1/n and 1/m."""
-    h, b, n, d = features_hbnd.shape
-    # One product per head over the tokens of all images: h large products instead of h * b small ones.
-    references = unit(references_hmd).to(features_hbnd.dtype)
-    similarity = (features_hbnd.reshape(h, b * n, d) @ references.mT).view(h, b, n, -1)
-    if config.kernel == "gaussian":
-        similarity = gaussian(at_least_fp32(similarity), config.sigma)
-    return transport_plan(similarity, config.epsilon, config.iterations)
-
-
-def _weights(
-    gather_plan: torch.Tensor, scatter_plan: torch.Tensor, grid: tuple[int, int], config: SetAttentionConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn plans into weights: columns of the first and rows of the second sum to 1 (with renormalise)."""
-    n, m = gather_plan.shape[-2:]
-    if config.position_filter == "none":
-        gather, scatter = gather_plan, scatter_plan
+    _check(x_bhnd, references_hmd, return_references_hmd, anchors_hkd, grid, mask_bn, config)
+    whole = None
+    if mask_bn is not None:
+        whole = mask_bn[:, None, :, None]
+        x_bhnd = torch.where(whole, x_bhnd, 0.0)  # padding may hold anything, NaN included
+        mask_bn = mask_bn | ~mask_bn.any(-1, keepdim=True)
+    features = None
+    if anchors_hkd is not None:
+        features, x_bhnd = _nystrom_map(x_bhnd, anchors_hkd, config)
+    positions, places = _places(x_bhnd, references_hmd.shape[1], grid, mask_bn, config)
+    references = unit(at_least_fp32(references_hmd))
+    back = None if return_references_hmd is None else unit(at_least_fp32(return_references_hmd))
+    tensors = (x_bhnd, features, references, back, positions, places, mask_bn)
+    problem = _problem(config)
+    implementation = choose_implementation(x_bhnd, config)
+    if implementation == "reference":
+        y = set_reference.forward(*tensors, problem)
     else:
-        side = math.isqrt(m)
-        log_filter = log_separable_filter(grid, side, config.tau, gather_plan.device).to(gather_plan.dtype)
-        if config.renormalise:
-            # Any factor per column (row) cancels in the renormalisation; taking the largest entry as 1 keeps
-            # a narrow filter on a coarse grid from underflowing to a column (row) of zeros.
-            gather = gather_plan * torch.exp(log_filter - log_filter.amax(0, keepdim=True))
-            scatter = scatter_plan * torch.exp(log_filter - log_filter.amax(1, keepdim=True))
-        else:
-            gather, scatter = gather_plan * torch.exp(log_filter), scatter_plan * torch.exp(log_filter)
-    if not config.renormalise:
-        return gather * m, scatter * n
-    tiny = torch.finfo(gather.dtype).tiny
-    return (
-        gather / gather.sum(-2, keepdim=True).clamp_min(tiny),
-        scatter / scatter.sum(-1, keepdim=True).clamp_min(tiny),
+        p = problem
+        y, _ = set_attention_op(
+            *tensors, p.epsilon, p.sigma, p.tau, p.iterations, p.tolerance, p.implicit, p.renormalise, implementation
+        )
+    return y if whole is None else torch.where(whole, y, 0.0)
+
+
+def marginal_error(
+    x_bhnd: torch.Tensor,
+    references_hmd: torch.Tensor,
+    config: SetAttentionConfig,
+    *,
+    anchors_hkd: torch.Tensor | None = None,
+    mask_bn: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return how far the plan is from its marginals after the config's rounds: max over tokens |n (row sum) - 1|.
+
+    A metric, without gradient; columns are exact by construction. Arguments as those of `set_attention`.
+
+    Returns:
+        (b, h), fp32 (fp64 for fp64).
+    """
+    with torch.no_grad():
+        mask = None if mask_bn is None else mask_bn | ~mask_bn.any(-1, keepdim=True)
+        x = x_bhnd if mask is None else torch.where(mask[:, None, :, None], x_bhnd, 0.0)
+        features = unit(at_least_fp32(x)) if anchors_hkd is None else _nystrom_map(x, anchors_hkd, config)[0]
+        logs = set_reference.plan_of(
+            at_least_fp32(features), unit(at_least_fp32(references_hmd)), mask, _problem(config)
+        )
+        count = x.shape[2] if mask is None else mask.sum(-1).view(-1, 1, 1)
+        errors = (logs.exp().sum(-1) * count - 1.0).abs()
+        return (errors if mask is None else errors.masked_fill(~mask.unsqueeze(1), 0.0)).amax(-1)
+
+
+def _problem(config: SetAttentionConfig) -> SetProblem:
+    return SetProblem(
+        epsilon=config.epsilon,
+        sigma=config.sigma if config.kernel == "gaussian" else 0.0,
+        tau=config.tau,
+        iterations=config.iterations,
+        tolerance=config.tolerance,
+        implicit=config.gradient == "implicit",
+        renormalise=config.renormalise,
     )
+
+
+def _nystrom_map(
+    x_bhnd: torch.Tensor, anchors_hkd: torch.Tensor, config: SetAttentionConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (features, values), both (b, h, n, k)."""
+    b, h, n, d = x_bhnd.shape
+    flat = unit(x_bhnd).transpose(0, 1).reshape(h, b * n, d)
+    features = nystrom(flat, anchors_hkd, config.sigma).view(h, b, n, -1).transpose(0, 1)
+    # The kernel map of Mialon et al. keeps the length of x beside its direction.
+    values = features * torch.linalg.vector_norm(x_bhnd, dim=-1, keepdim=True).to(features.dtype)
+    return features, values
+
+
+def _places(
+    x_bhnd: torch.Tensor,
+    m: int,
+    grid: tuple[int, int] | None,
+    mask_bn: torch.Tensor | None,
+    config: SetAttentionConfig,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return places of tokens (b or 1, n, axes) and of references (m, axes) within [0, 1), counted from 0."""
+    dtype, device = torch.promote_types(x_bhnd.dtype, torch.float32), x_bhnd.device
+    if config.position_filter == "none":
+        return None, None
+    if config.position_filter == "separable":
+        assert grid is not None
+        side = math.isqrt(m)
+        return grid_places(grid, dtype, device).unsqueeze(0), grid_places((side, side), dtype, device)
+    if mask_bn is None:
+        return line_places(x_bhnd.shape[2], dtype, device).unsqueeze(0), line_places(m, dtype, device)
+    order = (mask_bn.cumsum(-1) - 1).to(dtype)
+    return (order / mask_bn.sum(-1, keepdim=True)).unsqueeze(-1), line_places(m, dtype, device)
+
+
+# ------------------------------------------------------------------------------------------ choice and validation
+
+
+def choose_implementation(x: torch.Tensor, config: SetAttentionConfig) -> str:
+    """Return the implementation for these tokens: the forced one, or the fastest that can compute it.
+
+    Raises:
+        ConfigError: the forced one cannot.
+    """
+    wanted = config.implementation
+    reasons = {"triton": _no_triton(x, config), "fast": _no_fast(x, config), "reference": None}
+    if wanted == "auto":
+        chosen = next(name for name, reason in reasons.items() if reason is None)
+        if x.device.type == "cuda" and chosen != "triton":
+            _say_once(f"SeT attention runs as {chosen!r}: {reasons['triton']}")
+        return chosen
+    reason = reasons[wanted]
+    if reason is not None:
+        raise ConfigError(f"implementation = {wanted!r} cannot compute this: {reason}; set implementation = 'auto'")
+    return wanted
+
+
+def _no_fast(x: torch.Tensor, config: SetAttentionConfig) -> str | None:
+    if working_dtype(x.dtype, config.epsilon) is None:
+        return f"epsilon = {config.epsilon} is below 0.01, where only logarithms are safe"
+    return None
+
+
+def _no_triton(x: torch.Tensor, config: SetAttentionConfig) -> str | None:
+    if x.device.type != "cuda":
+        return f"device {x.device.type!r} has no Triton kernels"
+    return "not yet"
+
+
+_said: set[str] = set()
+
+
+def _say_once(text: str) -> None:
+    if not torch.compiler.is_compiling() and text not in _said:
+        _said.add(text)
+        log.warning("%s", text)
+
+
+def _check(
+    x: torch.Tensor,
+    references: torch.Tensor,
+    back: torch.Tensor | None,
+    anchors: torch.Tensor | None,
+    grid: tuple[int, int] | None,
+    mask: torch.Tensor | None,
+    config: SetAttentionConfig,
+) -> None:
+    """Refuse what does not fit, naming the argument, what it is and what it should be."""
+    if x.ndim != 4 or not x.dtype.is_floating_point or 0 in x.shape:
+        raise ConfigError(f"x has shape {tuple(x.shape)} and dtype {x.dtype}: expected floats (b, h, n, d), none empty")
+    b, h, n, d = x.shape
+    if (anchors is not None) != (config.kernel == "nystrom"):
+        raise ConfigError(
+            f"anchors are {_given(anchors)}, but kernel = {config.kernel!r}: give them with 'nystrom' only"
+        )
+    if anchors is not None and (anchors.ndim != 3 or anchors.shape[0] != h or anchors.shape[2] != d):
+        raise ConfigError(f"anchors have shape {tuple(anchors.shape)}: expected ({h}, k, {d})")
+    width = d if anchors is None else anchors.shape[1]
+    m = config.references_of(0)
+    for name, tensor in (("references", references), ("return_references", back)):
+        if tensor is not None and tuple(tensor.shape) != (h, m, width):
+            raise ConfigError(f"{name} have shape {tuple(tensor.shape)}: expected (h, m, d) = ({h}, {m}, {width})")
+    if (back is not None) != (config.reference_sets == 2):
+        raise ConfigError(
+            f"return_references are {_given(back)}, but reference_sets = {config.reference_sets}: "
+            "give them with reference_sets = 2 only"
+        )
+    if config.position_filter == "separable" and grid is None:
+        raise ConfigError("position_filter = 'separable' needs grid = (rows, columns) of the tokens: got None")
+    if grid is not None and grid[0] * grid[1] != n:
+        raise ConfigError(f"grid is {grid[0]} x {grid[1]} = {grid[0] * grid[1]} tokens, but x has n = {n}")
+    if mask is not None:
+        _check_mask(mask, b, n)
+
+
+def _given(tensor: torch.Tensor | None) -> str:
+    return "missing" if tensor is None else "given"
+
+
+def _check_mask(mask: torch.Tensor, b: int, n: int) -> None:
+    if mask.dtype != torch.bool or tuple(mask.shape) != (b, n):
+        raise ConfigError(
+            f"mask has shape {tuple(mask.shape)} and dtype {mask.dtype}: "
+            f"expected ({b}, {n}) of torch.bool, True for valid tokens"
+        )
+    # On a device the look at the mask would wait for it, and a compiler or a fake tensor has none to look at.
+    looks = mask.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(mask, FakeTensor)
+    if looks and not bool(mask.any()):
+        raise ConfigError("mask leaves no token of any image: expected at least one True")

@@ -5,15 +5,15 @@
 Two ways to the same plan, proved equal by the tests, gradients included:
 
 * `sinkhorn_log` iterates on potentials with logsumexp: right for any similarity and any epsilon, slow.
-* `sinkhorn_scaling` iterates on scalings, u = (1/n) / (G v), v = (1/m) / (G^T u) with G = exp(s / epsilon): two
-  matrix-vector products per iteration instead of n * m exponentials, and a backward of its own that costs the
-  same again plus one product of rank 2 L. It needs |s| / epsilon <= 20, so that fp32 cannot overflow.
+* `sinkhorn_scaling` iterates on scalings, u = a / (K v), v = (1/m) / (K^T u) with K = exp(s / epsilon): two
+  matrix-vector products a round instead of n * m exponentials, and an adjoint of its own. It needs |s| <= 1, for
+  which fp32 is wide enough down to epsilon = 0.05 and fp64 down to 0.01 (`working_dtype`).
 
 Both update rows first and columns last, as in Mialon et al. (ICLR 2021): columns sum to 1/m exactly, rows up to
-convergence. Both compute in fp32 (fp64 for fp64 input) whatever the compute dtype or autocast around them; where
-torch is told to round fp32 products to TF32 on a GPU, those of the scaling follow it.
+convergence. Both compute in at least fp32 whatever the compute dtype or autocast around them.
 
-Letters: z = batch (heads x samples), n = tokens, m = references, L = iterations.
+Letters: z = batch (heads x images), n = tokens, m = references, L = rounds; a = wanted row sums, 1/n or with masked
+tokens 1/(number of valid ones) and 0.
 """
 
 from __future__ import annotations
@@ -26,101 +26,212 @@ from torch.autograd.function import once_differentiable
 
 from setformer_dist.ops.kernels import at_least_fp32, no_autocast
 
-# exp(20) bounds the entries of G, exp(+-40) the scalings and their products: far inside fp32's exp(+-87).
-MAX_EXPONENT = 20.0
+# exp(20) bounds the entries of K in fp32, exp(100) in fp64; scalings and their products stay within their squares.
+MAX_EXPONENT = {torch.float32: 20.0, torch.float64: 100.0}
 
 
-def transport_plan(similarity: torch.Tensor, epsilon: float, iterations: int) -> torch.Tensor:
-    """Return the plan after `iterations` rounds, by scaling where that is safe and by logarithms elsewhere.
+def working_dtype(dtype: torch.dtype, epsilon: float) -> torch.dtype | None:
+    """Return the dtype in which scalings of this epsilon are safe for such inputs, None where only logarithms are."""
+    for wide, largest in MAX_EXPONENT.items():
+        if epsilon * largest >= 1.0 - 1e-9:
+            return torch.promote_types(wide, torch.promote_types(dtype, torch.float32))
+    return None
+
+
+def transport_plan(
+    similarity: torch.Tensor, epsilon: float, iterations: int, tolerance: float = 0.0, *, implicit: bool = False
+) -> torch.Tensor:
+    """Return the plan, by scalings where they are safe and by logarithms elsewhere.
 
     Args:
         similarity: (..., n, m), within [-1, 1], any float dtype.
         epsilon: strength of the entropy, in units of the similarity.
-        iterations: rounds L >= 1; a round sets the row sums, then the column sums.
+        iterations: rounds L >= 1, at most; a round sets the row sums, then the column sums.
+        tolerance: stop once the largest relative error of a row sum is below; 0 runs all rounds. Scalings only.
+        implicit: differentiate at the fixed point instead of through the rounds. Scalings only.
 
     Returns:
         (..., n, m), fp32 (fp64 for fp64), non-negative; columns sum to 1/m.
     """
-    if epsilon * MAX_EXPONENT >= 1.0:
-        return sinkhorn_scaling(similarity, epsilon, iterations)
-    return sinkhorn_log(similarity, epsilon, iterations)
+    dtype = working_dtype(similarity.dtype, epsilon)
+    if dtype is None:
+        return sinkhorn_log(similarity, epsilon, iterations)
+    return sinkhorn_scaling(similarity.to(dtype), epsilon, iterations, tolerance, implicit=implicit).to(
+        at_least_fp32(similarity[:0]).dtype
+    )
+
+
+# --------------------------------------------------------------------------------------------------- logarithms
+
+
+def log_plan(exponent: torch.Tensor, iterations: int, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Logarithm of the plan from s / epsilon, by potentials; plain autograd through the rounds.
+
+    Args:
+        exponent: (..., n, m), any size.
+        iterations: rounds.
+        mask: broadcasts to (..., n), True for valid tokens, at least one per problem; None means all.
+
+    Returns:
+        (..., n, m). Masked tokens keep a finite row that no column sum has seen.
+    """
+    n, m = exponent.shape[-2:]
+    hidden: torch.Tensor | float = 0.0
+    log_n: torch.Tensor | float = math.log(n)
+    if mask is not None:
+        hidden = torch.zeros(mask.shape, dtype=exponent.dtype, device=mask.device).masked_fill(~mask, -math.inf)
+        hidden = hidden.unsqueeze(-1)
+        log_n = mask.sum(-1).to(exponent.dtype).log()[..., None, None]
+    row = column = torch.zeros_like(exponent[..., :1, :])
+    for _ in range(iterations):
+        row = -log_n - torch.logsumexp(exponent + column, dim=-1, keepdim=True)
+        column = -math.log(m) - torch.logsumexp(exponent + row + hidden, dim=-2, keepdim=True)
+    return exponent + row + column
 
 
 def sinkhorn_log(similarity: torch.Tensor, epsilon: float, iterations: int) -> torch.Tensor:
-    """Plan by iterations on log scalings; see `transport_plan` for arguments and result.
-
-    The similarity may have any size. The gradient is plain autograd through the iterations.
-    """
+    """Plan by iterations on potentials; see `transport_plan`. The similarity may have any size."""
     with no_autocast(similarity.device):
-        exponent = at_least_fp32(similarity) / epsilon
-        n, m = exponent.shape[-2:]
-        column = torch.zeros_like(exponent[..., :1, :])
-        row = column
-        for _ in range(iterations):
-            row = -math.log(n) - torch.logsumexp(exponent + column, dim=-1, keepdim=True)
-            column = -math.log(m) - torch.logsumexp(exponent + row, dim=-2, keepdim=True)
-        return torch.exp(exponent + row + column)
+        return torch.exp(log_plan(at_least_fp32(similarity) / epsilon, iterations))
 
 
-def sinkhorn_scaling(similarity: torch.Tensor, epsilon: float, iterations: int) -> torch.Tensor:
-    """Plan by matrix scaling; see `transport_plan` for arguments and result.
+# ----------------------------------------------------------------------------------------------------- scalings
 
-    Needs |similarity| / epsilon <= MAX_EXPONENT. Differentiable once.
-    """
+
+def sinkhorn_scaling(
+    similarity: torch.Tensor, epsilon: float, iterations: int, tolerance: float = 0.0, *, implicit: bool = False
+) -> torch.Tensor:
+    """Plan by matrix scaling in the dtype that is given (at least fp32); see `transport_plan`. Differentiable once."""
     shape = similarity.shape
     flat = at_least_fp32(similarity).reshape(-1, shape[-2], shape[-1])
-    plan: torch.Tensor = _Scaling.apply(flat, epsilon, iterations)
+    plan: torch.Tensor = _Scaling.apply(flat, epsilon, iterations, tolerance, implicit)
     return plan.view(shape)
 
 
 class _Scaling(torch.autograd.Function):
-    """Unrolled scaling iterations; the backward is the exact derivative of the unrolled loop.
-
-    With potentials f = log u, g = log v and M = s / epsilon, each half round is a (negative) logsumexp, whose
-    derivative is a softmax: G scaled by a row vector and a column vector. The gradient of M is therefore
-    P * dP minus G times a sum of 2 L outer products, which is one matrix product of inner size 2 L; only G and
-    the vectors of each round are kept, never a second n x m matrix per round.
-    """
+    """Keeps K and the v of each round; the gradient of s is P * dP less what goes through the rounds."""
 
     @staticmethod
-    def forward(ctx: Any, similarity_znm: torch.Tensor, epsilon: float, iterations: int) -> torch.Tensor:
-        z, n, m = similarity_znm.shape
+    def forward(
+        ctx: Any, similarity_znm: torch.Tensor, epsilon: float, iterations: int, tolerance: float, implicit: bool
+    ) -> torch.Tensor:
+        a = 1.0 / similarity_znm.shape[1]
         with no_autocast(similarity_znm.device):
             kernel = torch.exp(similarity_znm * (1.0 / epsilon))
-            # Vectors lie as rows and multiply from the left, by a transposed copy where needed: measured 5 times
-            # faster on the CPU than a product with a column.
-            kernel_t = kernel.mT.contiguous()
-            v = kernel.new_ones(z, 1, m)
-            rows, columns = [], [v]
-            for _ in range(iterations):
-                u = (1.0 / n) / torch.bmm(v, kernel_t)
-                v = (1.0 / m) / torch.bmm(u, kernel)
-                rows.append(u)
-                columns.append(v)
-            plan = kernel * u.mT * v
-        ctx.epsilon = epsilon
-        ctx.save_for_backward(kernel, kernel_t, torch.cat(rows, 1), torch.cat(columns, 1))
+            rounds = scaling_rounds(kernel, a, iterations, tolerance)
+            plan = kernel * last_rows(kernel, rounds, a).mT * rounds[:, -1:]
+        ctx.epsilon, ctx.implicit = epsilon, implicit
+        ctx.save_for_backward(kernel, rounds, plan)
         return plan
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_plan: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        kernel, kernel_t, rows, columns = ctx.saved_tensors
-        n, m = kernel.shape[-2:]
-        iterations = rows.shape[1]
+    def backward(ctx: Any, grad_plan: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+        kernel, rounds, plan = ctx.saved_tensors
         with no_autocast(kernel.device):
-            direct = grad_plan * kernel * rows[:, -1].unsqueeze(-1) * columns[:, -1:]
-            df: torch.Tensor | float = direct.sum(-1).unsqueeze(1)
-            dg = direct.sum(-2, keepdim=True)
-            left, right = [], []
-            for step in range(iterations, 0, -1):
-                u = rows[:, step - 1 : step]
-                v, v_before = columns[:, step : step + 1], columns[:, step - 1 : step]
-                y = v * dg * m
-                x = u * (df - u * torch.bmm(y, kernel_t)) * n
-                dg = -v_before * torch.bmm(x, kernel)
-                df = 0.0
-                left += [u, x]
-                right += [y, v_before]
-            outer = torch.bmm(torch.cat(left, 1).mT, torch.cat(right, 1))
-            return (direct - kernel * outer) * (1.0 / ctx.epsilon), None, None
+            direct = grad_plan * plan
+            adjoint = implicit_adjoint if ctx.implicit else unrolled_adjoint
+            df, dg = direct.sum(-1).unsqueeze(1), direct.sum(-2, keepdim=True)
+            left, right = adjoint(kernel, rounds, df, dg, 1.0 / kernel.shape[1])
+            grad = (direct - kernel * torch.bmm(left.mT, right)) * (1.0 / ctx.epsilon)
+        return grad, None, None, None, None
+
+
+def scaling_rounds(
+    kernel: torch.Tensor, row_sums: torch.Tensor | float, iterations: int, tolerance: float = 0.0
+) -> torch.Tensor:
+    """Run Sinkhorn on K; return the v before the first round and after each.
+
+    With a tolerance a problem keeps its v once it has converged, so it does not depend on what shares its batch.
+
+    Args:
+        kernel: K (z, n, m), positive.
+        row_sums: a, one number or (z, 1, n).
+        iterations: L.
+        tolerance: largest relative error of a row sum that is good enough; 0 runs all rounds.
+
+    Returns:
+        (z, L + 1, m).
+    """
+    z, _, m = kernel.shape
+    v = kernel.new_ones(z, 1, m)
+    every = [v]
+    u_before: torch.Tensor | None = None
+    for _ in range(iterations):
+        # Vectors lie as rows and multiply from the left: on a CPU a product with a column takes twice as long.
+        u = row_sums / torch.bmm(v, kernel.mT)
+        after = (1.0 / m) / torch.bmm(u, kernel)
+        if tolerance > 0:
+            if u_before is not None:
+                # After the round before, the rows summed to a u_before / u.
+                errors = torch.where(u > 0, u_before / u - 1.0, 0.0)
+                done = errors.abs().amax(-1, keepdim=True) <= tolerance
+                if bool(done.all()):
+                    break
+                after, u = torch.where(done, v, after), torch.where(done, u_before, u)
+            u_before = u
+        v = after
+        every.append(v)
+    every += [v] * (iterations + 1 - len(every))
+    return torch.cat(every, 1)
+
+
+def last_rows(kernel: torch.Tensor, rounds: torch.Tensor, row_sums: torch.Tensor | float) -> torch.Tensor:
+    """Return u of the last round, (z, 1, n)."""
+    return row_sums / torch.bmm(rounds[:, -2:-1], kernel.mT)
+
+
+def unrolled_adjoint(
+    kernel: torch.Tensor, rounds: torch.Tensor, df: torch.Tensor, dg: torch.Tensor, row_sums: torch.Tensor | float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Carry gradients of the last potentials back through the rounds, exactly.
+
+    With f = log u and g = log v a half round is a negative logsumexp, whose derivative is K scaled by a row and a
+    column vector: one outer product each. So the gradient of s / epsilon is the direct one less K times a matrix of
+    rank 2 L. The rows of all rounds are computed again, by one product K [v_0 ... v_(L-1)].
+
+    Args:
+        kernel: K (z, n, m).
+        rounds: of `scaling_rounds`, without a tolerance.
+        df: gradient of f after the last round, (z, 1, n).
+        dg: gradient of g after the last round, (z, 1, m).
+        row_sums: a.
+
+    Returns:
+        left (z, 2 L, n), right (z, 2 L, m): K * left^T right is to be taken from the direct gradient.
+    """
+    m = kernel.shape[-1]
+    inverse_kv = torch.bmm(rounds[:, :-1], kernel.mT).reciprocal_()
+    u_all = inverse_kv * row_sums
+    left, right = [], []
+    for step in range(rounds.shape[1] - 1, 0, -1):
+        u, v, v_before = u_all[:, step - 1 : step], rounds[:, step : step + 1], rounds[:, step - 1 : step]
+        y = v * dg * m
+        x = (df - u * torch.bmm(y, kernel.mT)) * inverse_kv[:, step - 1 : step]
+        dg = -v_before * torch.bmm(x, kernel)
+        df = torch.zeros_like(df)
+        left += [u, x]
+        right += [y, v_before]
+    return torch.cat(left, 1), torch.cat(right, 1)
+
+
+def implicit_adjoint(
+    kernel: torch.Tensor, rounds: torch.Tensor, df: torch.Tensor, dg: torch.Tensor, row_sums: torch.Tensor | float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `unrolled_adjoint`, by the implicit function theorem at the fixed point; its cost knows no rounds.
+
+    alpha and beta solve  diag(P 1) alpha + P beta = df,  P^T alpha + diag(P^T 1) beta = dg. The system is singular
+    along (1, -1), a gauge that P does not feel; a rank-one term takes it out of the m x m system for beta, which is
+    solved in fp64.
+    """
+    u, v = last_rows(kernel, rounds, row_sums), rounds[:, -1:]
+    plan = kernel * u.mT * v
+    a = plan.sum(-1).unsqueeze(1)
+    inverse_a = torch.where(a > 0, 1.0 / a, 0.0)
+    weighted = plan * inverse_a.mT
+    m = plan.shape[-1]
+    schur = torch.diag_embed(plan.sum(-2)) - torch.bmm(plan.mT, weighted)
+    right_side = dg - torch.bmm(df, weighted)
+    beta = torch.linalg.solve(schur.double() + 1.0 / m**2, right_side.double().mT).mT.to(kernel.dtype)
+    alpha = (df - torch.bmm(beta, plan.mT)) * inverse_a
+    return torch.cat([alpha * u, u], 1), torch.cat([v, beta * v], 1)

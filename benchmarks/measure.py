@@ -1,0 +1,97 @@
+"""Time, peak memory and the limits of the machine, the same way in every benchmark."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def wait() -> None:
+    """Let the device finish."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(work: Callable[[], Any], budget_s: float = 1.0, repeats: int = 30) -> float:
+    """Return the median time of a piece of work: after one call to warm up, as often as the budget allows."""
+    work()
+    wait()
+    found: list[float] = []
+    end = time.perf_counter() + budget_s
+    while not found or (len(found) < repeats and time.perf_counter() < end):
+        start = time.perf_counter()
+        work()
+        wait()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+def matmul_limit() -> float:
+    """Return the FLOP/s of one large fp32 product (bf16 on a GPU)."""
+    n, dtype = (2048, torch.float32) if DEVICE == "cpu" else (8192, torch.bfloat16)
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / seconds(lambda: a @ b)
+
+
+def bandwidth_limit() -> float:
+    """Return the bytes/s of a copy far larger than the caches, read and written."""
+    a = torch.empty(1 << (27 if DEVICE == "cpu" else 30), dtype=torch.float32, device=DEVICE)
+    b = torch.empty_like(a)
+    return 2 * 4 * a.numel() / seconds(lambda: b.copy_(a))
+
+
+def peak_bytes(work: Callable[[], Any]) -> int:
+    """Return how much the memory of this process (of the device on a GPU) rises during a piece of work.
+
+    On a CPU the rise of the resident set, which the kernel tracks; call it in a process that `measured_apart` began,
+    where every large block is mapped afresh and given back at once, and after a first call of the same work.
+    """
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        wait()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _status("VmRSS")
+    work()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def measured_apart(module: str, arguments: dict[str, Any]) -> Any:
+    """Run `python -m module --apart JSON` in a process of its own and return the JSON that it prints last."""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "32768", "MALLOC_TRIM_THRESHOLD_": "0"}
+    command = [sys.executable, "-m", module, "--apart", json.dumps(arguments)]
+    ended = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """Return the exponent p of values ~ sizes^p: the slope of a line through the logarithms."""
+    x, y = [math.log(s) for s in sizes], [math.log(v) for v in values]
+    return statistics.linear_regression(x, y).slope
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Write the JSON of a benchmark."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")

@@ -1,0 +1,299 @@
+"""What our image models share: keyed stochastic depth, small layers, and timm's method set over stages.
+
+Letters: B = images, H, W = token rows and columns, C = channels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.models import build_model_with_cfg
+from timm.models._features import feature_take_indices
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from setformer_dist.core.config import FrozenConfig, merge
+from setformer_dist.core.errors import ConfigError
+
+
+class DropPath(nn.Module):
+    """Stochastic depth of the whole model: one draw per sample and branch, made before the first block.
+
+    With sample keys the draw is a pure function of (key, branch): it does not depend on which rank holds the
+    sample, on the micro batch, or on recomputation. Without keys it comes from torch's generator.
+    """
+
+    def __init__(self, rates: Sequence[float]) -> None:
+        """Set the share of samples dropped by each branch, in model order."""
+        super().__init__()
+        self.rates = tuple(rates)
+        self.keys: torch.Tensor | None = None
+
+    def forward(self, batch: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor | None:
+        """Return (branches, batch) factors, 0 or 1 / (1 - rate), or None where nothing is dropped."""
+        if not self.training or not any(self.rates):
+            return None
+        if self.keys is None:
+            uniform = torch.rand(len(self.rates), batch, device=device)
+        else:
+            if self.keys.numel() != batch:
+                raise ConfigError(
+                    f"{self.keys.numel()} sample keys were set for a batch of {batch}: set one key per sample"
+                )
+            uniform = keyed_uniform(self.keys.to(device), len(self.rates))
+        rate = torch.tensor(self.rates, device=device).unsqueeze(1)
+        return ((uniform >= rate) / (1.0 - rate)).to(dtype)
+
+
+def drop_path_rates(depths: Sequence[int], last: float) -> list[float]:
+    """Return the rate of each branch (two per block), rising linearly from 0 to `last`."""
+    blocks = sum(depths)
+    return [last * (i // 2) / max(blocks - 1, 1) for i in range(2 * blocks)]
+
+
+def keyed_uniform(keys: torch.Tensor, streams: int) -> torch.Tensor:
+    """Return numbers in [0, 1) that depend on (key, stream) alone.
+
+    The key and the stream are mixed by the finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014); int64
+    products wrap around on every device, and a logical shift is an arithmetic one with the sign bits masked.
+
+    Args:
+        keys: (b,) int64, any values.
+        streams: s.
+
+    Returns:
+        (s, b) fp32 with 24 random bits.
+    """
+    stream = torch.arange(1, streams + 1, device=keys.device, dtype=torch.int64).unsqueeze(1)
+    x = keys.unsqueeze(0) + stream * -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685  # 0x94D049BB133111EB
+    x = x ^ ((x >> 31) & 0x1FFFFFFFF)
+    return ((x >> 40) & 0xFFFFFF).float() * 2.0**-24
+
+
+def conv_tokens(x_bhwc: torch.Tensor, conv: nn.Conv2d) -> torch.Tensor:
+    """Apply a convolution to channels-last tokens; the permutations are views, not copies."""
+    y_bchw: torch.Tensor = conv(x_bhwc.permute(0, 3, 1, 2))
+    return y_bchw.permute(0, 2, 3, 1).contiguous()
+
+
+def scale_branch(y: torch.Tensor, keep_2b: torch.Tensor | None, index: int) -> torch.Tensor:
+    """Multiply a branch's output by its drop path factor of each sample; no factors leave it as it is."""
+    if keep_2b is None:
+        return y
+    return y * keep_2b[index].to(y.dtype).view(-1, *(1,) * (y.ndim - 1))
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module], x: torch.Tensor, keep: torch.Tensor | None, *, recompute: bool
+) -> torch.Tensor:
+    """Apply blocks of `forward(x, keep_2b)` one after the other.
+
+    Args:
+        blocks: of one stage.
+        x: tokens, in the blocks' layout.
+        keep: (2 * blocks, B) drop path factors, or None.
+        recompute: recompute each block in the backward pass instead of keeping its activations.
+    """
+    for i, block in enumerate(blocks):
+        keep_2b = None if keep is None else keep[2 * i : 2 * i + 2]
+        if recompute and torch.is_grad_enabled():
+            # The factors are arguments, so that recomputation sees those of the first pass.
+            x = checkpoint(block, x, keep_2b, use_reentrant=False)
+        else:
+            x = block(x, keep_2b)
+    return x
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them."""
+
+    def __init__(self, dim: int, ratio: float, approximate: str = "none") -> None:
+        """Build for `dim` channels and a hidden layer `ratio` times as wide; `approximate` as in torch's GELU."""
+        super().__init__()
+        self.fc1 = nn.Linear(dim, int(dim * ratio))
+        self.fc2 = nn.Linear(int(dim * ratio), dim)
+        self.approximate = approximate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., C) -> (..., C)."""
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))  # type: ignore[no-any-return]
+
+
+def init_linear(module: nn.Module) -> None:
+    """Truncated normal weights and zero biases in linear layers (NAT); convolutions keep torch's default."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+# ------------------------------------------------------------------------------------------------- timm's methods
+
+
+class Pyramid(nn.Module, ABC):
+    """A classifier made of a stem and stages, each with fewer tokens: what timm and our engine ask of it.
+
+    A subclass sets `stages`, `norm`, `head`, `drop_path`, `widths`, `num_classes`, `num_features` and `global_pool`,
+    calls its stages in `_stages` and puts the last one's output together in `_final`.
+    """
+
+    stages: nn.ModuleList
+    norm: nn.Module
+    drop_path: DropPath
+    widths: tuple[int, ...]
+    num_features: int
+
+    def set_sample_keys(self, keys: torch.Tensor | None) -> None:
+        """Make drop path a function of these keys for the coming forward passes; None goes back to torch's RNG.
+
+        Args:
+            keys: (B,) int64, one per sample of the next batch.
+        """
+        self.drop_path.keys = keys
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the parameters that must not decay: all but the weights of linear layers and convolutions.
+
+        Named by the layer that holds them, not by their shape, which ZeRO stage 3 hides.
+        """
+        names: set[str] = set()
+        for prefix, module in self.named_modules():
+            for name, _ in module.named_parameters(recurse=False):
+                matrix = isinstance(module, nn.Linear | nn.Conv2d) and name == "weight"
+                if not matrix:
+                    names.add(f"{prefix}.{name}" if prefix else name)
+        return names
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return timm's patterns that order the parameters by depth, for layer decay."""
+        if coarse:
+            return {"stem": r"^stem", "blocks": [(r"^stages\.(\d+)", None), (r"^norm", (99999,))]}
+        return {
+            "stem": r"^stem",
+            "blocks": [
+                (r"^stages\.(\d+)\.(?:downsample|position|class_token)", (0,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^norm", (99999,)),
+            ],
+        }
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
+
+    def forward_features(self, image: torch.Tensor) -> torch.Tensor:
+        """(B, in_chans, height, width) -> normed tokens of the last stage, as `forward_head` takes them."""
+        maps, token = self._stages(image, len(self.stages))
+        return self._final(self.norm(maps[-1]), None if token is None else self.norm(token))
+
+    @abstractmethod
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Pool and classify the tokens; without the classifier where `pre_logits`."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """(B, in_chans, height, width) -> (B, num_classes)."""
+        return self.forward_head(self.forward_features(image))
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return the outputs of chosen stages, and unless `intermediates_only` the final features before them.
+
+        Args:
+            x: (B, in_chans, height, width).
+            indices: stages; an int means the last so many, None all.
+            norm: apply the final norm to the last stage's output (the only one it is made for).
+            stop_early: leave out the stages behind the last one asked for.
+            output_fmt: "NCHW" or "NHWC", of the intermediates.
+            intermediates_only: leave out the final features.
+        """
+        assert output_fmt in ("NCHW", "NHWC"), f"output_fmt {output_fmt!r} must be NCHW or NHWC"
+        take, last = feature_take_indices(len(self.stages), indices)
+        maps, token = self._stages(x, last + 1 if stop_early else len(self.stages))
+        complete = len(maps) == len(self.widths)
+        normed = self.norm(maps[-1]) if complete else maps[-1]
+        chosen = [normed if norm and i == len(self.widths) - 1 else maps[i] for i in sorted(take)]
+        if output_fmt == "NCHW":
+            chosen = [y.permute(0, 3, 1, 2).contiguous() for y in chosen]
+        return (
+            chosen if intermediates_only else (self._final(normed, None if token is None else self.norm(token)), chosen)
+        )
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove the stages behind the last one asked for, and what they fed; return the stages kept."""
+        take, last = feature_take_indices(len(self.stages), indices)
+        shortened = last < len(self.stages) - 1
+        self.stages = self.stages[: last + 1]
+        if prune_norm or shortened:
+            self.norm = nn.Identity()
+        if shortened:
+            self.num_features = self.head_hidden_size = self.widths[last]
+        if prune_head or shortened:
+            self.reset_classifier(0, "")
+        return list(take)
+
+    @abstractmethod
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier; 0 classes remove it, `global_pool = ""` removes the pooling too."""
+
+    @abstractmethod
+    def _stages(self, image: torch.Tensor, count: int) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """Return the (B, H, W, C) outputs of the first `count` stages, and the last one's (B, 1, C) class token."""
+
+    @abstractmethod
+    def _final(self, map_bhwc: torch.Tensor, token_b1c: torch.Tensor | None) -> torch.Tensor:
+        """Put a stage's output together as `forward_features` returns it."""
+
+
+# ------------------------------------------------------------------------------------------------- entry points
+
+
+def pretrained_cfg(size: int, classes: int, **fields: Any) -> dict[str, Any]:
+    """Describe a model to timm; there are no weights to download."""
+    return {
+        "url": "",
+        "num_classes": classes,
+        "input_size": (3, size, size),
+        "pool_size": (size // 32, size // 32),
+        "fixed_input_size": False,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        **fields,
+    }
+
+
+def create(
+    model: type[Pyramid], variant: str, pretrained: bool, shape: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> nn.Module:
+    """Build a registered variant: its shape, overridden field by field, tables of choices included."""
+    tables = {
+        name: value.model_dump(exclude_unset=True) if isinstance(value, FrozenConfig) else value
+        for name, value in overrides.items()
+    }
+    fields = merge(shape, tables)
+    built = build_model_with_cfg(
+        model,
+        variant,
+        pretrained,
+        feature_cfg={"out_indices": tuple(range(len(fields["depths"]))), "feature_cls": "getter"},
+        **fields,
+    )
+    assert isinstance(built, nn.Module)
+    return built

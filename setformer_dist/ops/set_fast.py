@@ -1,0 +1,331 @@
+"""SeT attention in plain PyTorch without an autograd graph: few heads at a time, so that n x m matrices stay in cache.
+
+Sinkhorn runs on scalings of K = exp(s / epsilon) (ops/sinkhorn.py): u = a / (K v), v = (1/m) / (K^T u).
+
+    gather   pooled_j = sum_i Gw_ij u_i x_i / N_j        Gw = K F (F: position filter)
+    scatter       y_i = sum_j Ww_ij v_j pooled_j / D_i   Ww = K F, of the second set's K where there is one
+    with `renormalise` N and D are the sums of the weights before them, otherwise 1 / (m v_j) and a_i / u_i.
+
+The backward is derived by hand. It keeps only the v of each round, (rounds + 1) * m numbers per head, and computes
+everything else again; the rows of all rounds are one product, K [v_0 ... v_(L-1)]. Either it is the exact derivative
+of the rounds that were run, or the implicit one at the fixed point. Peak memory beyond inputs and outputs: a few
+n x m matrices of one chunk.
+
+Letters: z = chunk of heads and images, n = tokens, m = references, k = features, d = values, L = rounds, s = sets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from setformer_dist.ops.kernels import log_filter, no_autocast
+from setformer_dist.ops.set_problem import SetProblem
+from setformer_dist.ops.sinkhorn import implicit_adjoint, last_rows, scaling_rounds, unrolled_adjoint
+
+# Numbers in one n x m matrix of a chunk: 1 MiB of fp32, so that a handful stay within the caches of two cores.
+CHUNK = {"cpu": 1 << 18}
+CHUNK_ELSEWHERE = 1 << 26
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of one call; see `set_reference.forward` for their meaning."""
+
+    x_bhnd: torch.Tensor
+    features_bhnk: torch.Tensor | None
+    gather_hmk: torch.Tensor
+    scatter_hmk: torch.Tensor | None
+    positions_bna: torch.Tensor | None
+    places_ma: torch.Tensor | None
+    mask_bn: torch.Tensor | None
+
+    def chunks(self) -> Iterator[tuple[slice, slice]]:
+        """Yield (images, heads) of each chunk: many images where they are small, a part of the heads otherwise."""
+        b, h, n, _ = self.x_bhnd.shape
+        one = n * self.gather_hmk.shape[1]
+        heads = max(1, CHUNK.get(self.x_bhnd.device.type, CHUNK_ELSEWHERE) // one)
+        if heads >= h:
+            images = heads // h
+            for i in range(0, b, images):
+                yield slice(i, i + images), slice(0, h)
+        else:
+            for i in range(b):
+                for j in range(0, h, heads):
+                    yield slice(i, i + 1), slice(j, j + heads)
+
+
+class _Chunk:
+    """Inputs of one chunk, flattened over images and heads, in the working dtype."""
+
+    def __init__(self, inputs: Inputs, images: slice, heads: slice, dtype: torch.dtype, filters: _Filters) -> None:
+        x = inputs.x_bhnd[images, heads]
+        self.b, self.h, self.n, self.d = x.shape
+        self.x = x.reshape(-1, self.n, self.d).to(dtype)
+        self.inverse_length: torch.Tensor | None = None
+        if inputs.features_bhnk is None:
+            self.inverse_length = self.x.square().sum(-1, keepdim=True).clamp_min_(1e-12).rsqrt_()
+            self.features = self.x * self.inverse_length
+        else:
+            self.features = inputs.features_bhnk[images, heads].flatten(0, 1).to(dtype)
+        self.references = [r[heads].to(dtype) for r in (inputs.gather_hmk, inputs.scatter_hmk) if r is not None]
+        self.m = self.references[0].shape[1]
+        self.row_sums = self._row_sums(inputs.mask_bn, images)
+        self.filters = filters.of(images, self.h)
+
+    def _row_sums(self, mask_bn: torch.Tensor | None, images: slice) -> torch.Tensor | float:
+        """a: 1 / n for valid tokens, 0 for the others; (z, 1, n), or one number without a mask."""
+        if mask_bn is None:
+            return 1.0 / self.n
+        mask = mask_bn[images].to(self.x.dtype)
+        share = mask / mask.sum(-1, keepdim=True)
+        return share.unsqueeze(1).repeat_interleave(self.h, 0)
+
+    def each(self, references_hmk: torch.Tensor) -> torch.Tensor:
+        """Repeat one reference set for each image; (z, m, k)."""
+        if self.b == 1:
+            return references_hmk
+        return references_hmk.repeat(self.b, 1, 1)
+
+
+class _Filters:
+    """exp of the position filter, the largest entry of each column (gather) or row (scatter) being 1.
+
+    Any factor per column (row) cancels in the renormalisation; so a narrow filter on a coarse grid does not underflow
+    to columns (rows) of zeros. Without renormalisation both are the filter itself.
+    """
+
+    def __init__(self, inputs: Inputs, problem: SetProblem, dtype: torch.dtype) -> None:
+        self._inputs, self._problem, self._dtype = inputs, problem, dtype
+        shared = inputs.positions_bna is not None and inputs.positions_bna.shape[0] == 1 and inputs.mask_bn is None
+        self._shared = self._make(slice(0, 1)) if shared else None
+
+    def of(self, images: slice, heads: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the (gather, scatter) filters of a chunk, each (z or 1, n, m), or None."""
+        if self._inputs.positions_bna is None:
+            return None
+        if self._shared is not None:
+            return self._shared
+        gather, scatter = self._make(images)
+        return gather.repeat_interleave(heads, 0), scatter.repeat_interleave(heads, 0)
+
+    def _make(self, images: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        positions, places = self._inputs.positions_bna, self._inputs.places_ma
+        assert positions is not None
+        assert places is not None
+        mask = None if self._inputs.mask_bn is None else self._inputs.mask_bn[images]
+        chosen = positions[images] if positions.shape[0] > 1 else positions
+        if mask is not None:
+            chosen = chosen.expand(mask.shape[0], -1, -1)
+        logs = log_filter(chosen.to(self._dtype), places.to(self._dtype), self._problem.tau)
+        if not self._problem.renormalise:
+            same = logs.exp_()
+            return same, same
+        valid = logs
+        if mask is not None:
+            valid = logs.masked_fill(~mask.unsqueeze(-1), -math.inf)
+        return torch.exp(valid - valid.amax(-2, keepdim=True)), torch.exp(logs - logs.amax(-1, keepdim=True))
+
+
+def _kernel(chunk: _Chunk, references_hmk: torch.Tensor, problem: SetProblem) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return K = exp(s / epsilon) and, for the Gaussian kernel, s itself (otherwise K again); (z, n, m)."""
+    s = torch.bmm(chunk.features, chunk.each(references_hmk).mT)
+    if problem.sigma > 0:
+        s = s.sub_(1.0).mul_(1.0 / problem.sigma**2).exp_()
+        return torch.exp(s * (1.0 / problem.epsilon)), s
+    kernel = s.mul_(1.0 / problem.epsilon).exp_()
+    return kernel, kernel
+
+
+def forward(inputs: Inputs, problem: SetProblem, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return y (b, h, n, d) in the dtype of x, and the v of every round (s, b, h, L + 1, m) for `backward`."""
+    b, h, _, _ = inputs.x_bhnd.shape
+    sets = 1 if inputs.scatter_hmk is None else 2
+    y = torch.empty_like(inputs.x_bhnd)
+    rounds = inputs.x_bhnd.new_empty((sets, b, h, problem.iterations + 1, inputs.gather_hmk.shape[1]), dtype=dtype)
+    with torch.no_grad(), no_autocast(y.device):
+        filters = _Filters(inputs, problem, dtype)
+        for images, heads in inputs.chunks():
+            chunk = _Chunk(inputs, images, heads, dtype, filters)
+            y_z, rounds_z = _chunk_forward(chunk, problem)
+            y[images, heads] = y_z.view(chunk.b, chunk.h, chunk.n, chunk.d)
+            for index, every in enumerate(rounds_z):
+                rounds[index, images, heads] = every.view(chunk.b, chunk.h, -1, chunk.m)
+    return y, rounds
+
+
+def _chunk_forward(chunk: _Chunk, problem: SetProblem) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    kernel, _ = _kernel(chunk, chunk.references[0], problem)
+    rounds = [scaling_rounds(kernel, chunk.row_sums, problem.iterations, problem.tolerance)]
+    gather = _Gather(chunk, kernel, rounds[0], problem)
+    pooled = gather.pooled()
+    if len(chunk.references) == 2:
+        kernel, _ = _kernel(chunk, chunk.references[1], problem)
+        rounds.append(scaling_rounds(kernel, chunk.row_sums, problem.iterations, problem.tolerance))
+    return _Scatter(chunk, kernel, rounds[-1], problem).tokens(pooled), rounds
+
+
+class _Gather:
+    """Tokens into references."""
+
+    def __init__(self, chunk: _Chunk, kernel: torch.Tensor, rounds: torch.Tensor, problem: SetProblem) -> None:
+        self.chunk = chunk
+        self.u = last_rows(kernel, rounds, chunk.row_sums)
+        self.weights = kernel if chunk.filters is None else kernel * chunk.filters[0]
+        tiny = torch.finfo(kernel.dtype).tiny
+        if problem.renormalise:
+            self.inverse_sum = torch.bmm(self.u, self.weights).clamp_min_(tiny).reciprocal_().mT
+        else:
+            self.inverse_sum = (rounds[:, -1:] * chunk.m).mT
+
+    def pooled(self) -> torch.Tensor:
+        """(z, m, d)."""
+        return torch.bmm(self.weights.mT, self.chunk.x * self.u.mT).mul_(self.inverse_sum)
+
+
+class _Scatter:
+    """References back to tokens."""
+
+    def __init__(self, chunk: _Chunk, kernel: torch.Tensor, rounds: torch.Tensor, problem: SetProblem) -> None:
+        self.v = rounds[:, -1:]
+        self.weights = kernel if chunk.filters is None else kernel * chunk.filters[1]
+        tiny = torch.finfo(kernel.dtype).tiny
+        if problem.renormalise:
+            self.inverse_sum = torch.bmm(self.v, self.weights.mT).clamp_min_(tiny).reciprocal_().mT
+        else:
+            self.inverse_sum = last_rows(kernel, rounds, 1.0).mT
+
+    def tokens(self, pooled_zmd: torch.Tensor) -> torch.Tensor:
+        """(z, n, d)."""
+        return torch.bmm(self.weights, pooled_zmd * self.v.mT).mul_(self.inverse_sum)
+
+
+# ------------------------------------------------------------------------------------------------------ backward
+
+
+@dataclass
+class Gradients:
+    """Of x, features and both reference sets; None where the input was None."""
+
+    x: torch.Tensor
+    features: torch.Tensor | None
+    gather: torch.Tensor
+    scatter: torch.Tensor | None
+
+
+def backward(
+    grad_y: torch.Tensor, inputs: Inputs, rounds: torch.Tensor, problem: SetProblem, dtype: torch.dtype
+) -> Gradients:
+    """Return the gradients of everything that `forward` got.
+
+    Args:
+        grad_y: (b, h, n, d).
+        inputs: as `forward` got them.
+        rounds: what it returned.
+        problem: likewise.
+        dtype: likewise.
+    """
+
+    def like(t: torch.Tensor | None) -> torch.Tensor | None:
+        return None if t is None else torch.zeros_like(t, dtype=dtype, memory_format=torch.contiguous_format)
+
+    dx = torch.empty_like(inputs.x_bhnd)
+    dfeatures = None if inputs.features_bhnk is None else torch.empty_like(inputs.features_bhnk)
+    sums = [like(inputs.gather_hmk), like(inputs.scatter_hmk)]
+    with torch.no_grad(), no_autocast(dx.device):
+        filters = _Filters(inputs, problem, dtype)
+        for images, heads in inputs.chunks():
+            chunk = _Chunk(inputs, images, heads, dtype, filters)
+            e = grad_y[images, heads].reshape(-1, chunk.n, chunk.d).to(dtype)
+            rounds_z = [r[images, heads].flatten(0, 1) for r in rounds]
+            dx_z, df_z, references = _chunk_backward(chunk, e, rounds_z, problem)
+            if dfeatures is not None:
+                dfeatures[images, heads] = df_z.view(chunk.b, chunk.h, chunk.n, -1).to(dfeatures.dtype)
+            dx[images, heads] = dx_z.view(chunk.b, chunk.h, chunk.n, chunk.d).to(dx.dtype)
+            for total, one in zip(sums, references, strict=False):
+                assert total is not None
+                total[heads] += one.view(chunk.b, chunk.h, chunk.m, -1).sum(0)
+    gather, scatter = (None if s is None else s.to(inputs.gather_hmk.dtype) for s in sums)
+    assert gather is not None
+    return Gradients(dx, dfeatures, gather, scatter)
+
+
+def _chunk_backward(
+    chunk: _Chunk, grad_y: torch.Tensor, rounds: list[torch.Tensor], problem: SetProblem
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Return (dx, dfeatures, one gradient for each reference set), all flattened over z."""
+    kernel, s = _kernel(chunk, chunk.references[0], problem)
+    gather = _Gather(chunk, kernel, rounds[0], problem)
+    pooled = gather.pooled()
+    back_kernel, back_s = (kernel, s) if len(rounds) == 1 else _kernel(chunk, chunk.references[1], problem)
+    scatter = _Scatter(chunk, back_kernel, rounds[-1], problem)
+
+    e = grad_y * scatter.inverse_sum
+    dpooled = torch.bmm(scatter.weights.mT, e).mul_(scatter.v.mT)
+    direct_back = torch.bmm(e, (pooled * scatter.v.mT).mT)
+    if problem.renormalise:
+        # The sum that divides y_i takes e_i . y_i away from every weight of row i.
+        y = torch.bmm(scatter.weights, pooled * scatter.v.mT).mul_(scatter.inverse_sum)
+        direct_back -= (e * y).sum(-1, keepdim=True) * scatter.v
+    direct_back *= scatter.weights
+
+    t = dpooled * gather.inverse_sum
+    dx = torch.bmm(gather.weights, t).mul_(gather.u.mT)
+    direct = torch.bmm(chunk.x * gather.u.mT, t.mT)
+    if problem.renormalise:
+        direct -= gather.u.mT * (t * pooled).sum(-1).unsqueeze(1)
+    direct *= gather.weights
+
+    # What u and v of each plan get: renormalised, gathering does not see its v and scattering not its u.
+    whole = not problem.renormalise
+    df, dg = direct.sum(-1).unsqueeze(1), direct.sum(-2, keepdim=True) if whole else None
+    dg_back, df_back = direct_back.sum(-2, keepdim=True), direct_back.sum(-1).unsqueeze(1) if whole else None
+    adjoint = implicit_adjoint if problem.implicit else unrolled_adjoint
+    if len(rounds) == 1:
+        dg_all = dg_back if dg is None else dg + dg_back
+        df_all = df if df_back is None else df + df_back
+        plans = [(kernel, s, direct.add_(direct_back), df_all, dg_all)]
+    else:
+        plans = [
+            (kernel, s, direct, df, torch.zeros_like(dg_back) if dg is None else dg),
+            (back_kernel, back_s, direct_back, torch.zeros_like(df) if df_back is None else df_back, dg_back),
+        ]
+    dfeatures: torch.Tensor | None = None
+    dreferences = []
+    for (k, similarity, d_exponent, d_f, d_g), every, r in zip(plans, rounds, chunk.references, strict=True):
+        ds = _through_rounds(adjoint, k, similarity, d_exponent, d_f, d_g, every, chunk, problem)
+        part = torch.bmm(ds, chunk.each(r))
+        dfeatures = part if dfeatures is None else dfeatures.add_(part)
+        dreferences.append(torch.bmm(ds.mT, chunk.features))
+    assert dfeatures is not None
+    if chunk.inverse_length is not None:
+        along = (dfeatures * chunk.features).sum(-1, keepdim=True)
+        dx += (dfeatures - chunk.features * along) * chunk.inverse_length
+    return dx, dfeatures, dreferences
+
+
+_Adjoint = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | float], tuple[torch.Tensor, torch.Tensor]
+]
+
+
+def _through_rounds(
+    adjoint: _Adjoint,
+    kernel: torch.Tensor,
+    s: torch.Tensor,
+    direct: torch.Tensor,
+    df: torch.Tensor,
+    dg: torch.Tensor,
+    rounds: torch.Tensor,
+    chunk: _Chunk,
+    problem: SetProblem,
+) -> torch.Tensor:
+    """Return the gradient of the similarity, (z, n, m): the direct one less what goes through u and v."""
+    left, right = adjoint(kernel, rounds, df, dg, chunk.row_sums)
+    d_exponent = direct.sub_(torch.bmm(left.mT, right).mul_(kernel))
+    if problem.sigma > 0:
+        d_exponent *= s * (1.0 / problem.sigma**2)
+    return d_exponent.mul_(1.0 / problem.epsilon)

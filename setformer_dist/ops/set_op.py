@@ -1,0 +1,174 @@
+"""SeT attention as PyTorch operators: `torch.ops.setformer.set_attention` and its backward.
+
+Registered with fake kernels, autograd and a formula for the FLOP counter, so torch.compile, activation checkpointing
+and ZeRO-3 see one opaque operator instead of a loop, and `torch.library.opcheck` accepts both. The implementation
+("fast" or "triton") is an argument: it was chosen before (set_attention.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from setformer_dist.ops import set_fast
+from setformer_dist.ops.set_problem import SetProblem
+from setformer_dist.ops.sinkhorn import working_dtype
+
+Maybe = torch.Tensor | None
+
+
+@torch.library.custom_op("setformer::set_attention", mutates_args=())
+def set_attention_op(
+    x: torch.Tensor,
+    features: torch.Tensor | None,
+    gather: torch.Tensor,
+    scatter: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    places: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    epsilon: float,
+    sigma: float,
+    tau: float,
+    iterations: int,
+    tolerance: float,
+    implicit: bool,
+    renormalise: bool,
+    implementation: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (y, what the backward needs of the rounds); the tensors are those of `set_reference.forward`."""
+    inputs = set_fast.Inputs(x, features, gather, scatter, positions, places, mask)
+    problem = SetProblem(epsilon, sigma, tau, iterations, tolerance, implicit, renormalise)
+    return set_fast.forward(inputs, problem, _working(x, epsilon))
+
+
+@torch.library.custom_op("setformer::set_attention_backward", mutates_args=())
+def set_attention_backward_op(
+    grad_y: torch.Tensor,
+    rounds: torch.Tensor,
+    x: torch.Tensor,
+    features: torch.Tensor | None,
+    gather: torch.Tensor,
+    scatter: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    places: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    epsilon: float,
+    sigma: float,
+    tau: float,
+    iterations: int,
+    tolerance: float,
+    implicit: bool,
+    renormalise: bool,
+    implementation: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of x, features, gather and scatter; empty tensors stand for inputs that were None."""
+    inputs = set_fast.Inputs(x, features, gather, scatter, positions, places, mask)
+    problem = SetProblem(epsilon, sigma, tau, iterations, tolerance, implicit, renormalise)
+    found = set_fast.backward(grad_y, inputs, rounds, problem, _working(x, epsilon))
+    return found.x, _or_empty(found.features, x), found.gather, _or_empty(found.scatter, x)
+
+
+def _working(x: torch.Tensor, epsilon: float) -> torch.dtype:
+    dtype = working_dtype(x.dtype, epsilon)
+    assert dtype is not None, f"epsilon = {epsilon} is below what scalings hold: take the reference"
+    return dtype
+
+
+def _or_empty(tensor: Maybe, x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(0) if tensor is None else tensor
+
+
+@set_attention_op.register_fake
+def _fake(
+    x: torch.Tensor,
+    features: Maybe,
+    gather: torch.Tensor,
+    scatter: Maybe,
+    positions: Maybe,
+    places: Maybe,
+    mask: Maybe,
+    epsilon: float,
+    sigma: float,
+    tau: float,
+    iterations: int,
+    tolerance: float,
+    implicit: bool,
+    renormalise: bool,
+    implementation: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    b, h = x.shape[:2]
+    sets = 1 if scatter is None else 2
+    dtype = torch.float32 if implementation == "triton" and x.dtype != torch.float64 else _working(x, epsilon)
+    return torch.empty_like(x), x.new_empty((sets, b, h, iterations + 1, gather.shape[1]), dtype=dtype)
+
+
+@set_attention_backward_op.register_fake
+def _fake_backward(
+    grad_y: torch.Tensor,
+    rounds: torch.Tensor,
+    x: torch.Tensor,
+    features: Maybe,
+    gather: torch.Tensor,
+    scatter: Maybe,
+    *rest: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (
+        torch.empty_like(x),
+        x.new_empty(0) if features is None else torch.empty_like(features),
+        torch.empty_like(gather, memory_format=torch.contiguous_format),
+        x.new_empty(0) if scatter is None else torch.empty_like(scatter, memory_format=torch.contiguous_format),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    ctx.save_for_backward(output[1], *inputs[:7])
+    ctx.rest = inputs[7:]
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad_y: torch.Tensor | None, _: torch.Tensor | None) -> tuple[Any, ...]:
+    nothing = (None,) * (5 + len(ctx.rest))
+    if grad_y is None:
+        return (None, None, *nothing)
+    rounds, *tensors = ctx.saved_tensors
+    dx, dfeatures, dgather, dscatter = torch.ops.setformer.set_attention_backward(grad_y, rounds, *tensors, *ctx.rest)
+    features, scatter = tensors[1], tensors[3]
+    return (
+        dx,
+        None if features is None else dfeatures,
+        dgather,
+        None if scatter is None else dscatter,
+        *(None,) * (3 + len(ctx.rest)),
+    )
+
+
+set_attention_op.register_autograd(_differentiate, setup_context=_setup)
+
+
+def _products(x: Any, features: Any, gather: Any, scatter: Any, iterations: int) -> tuple[int, int, int, int]:
+    """Return (n m b h, features, values, sets) from shapes."""
+    b, h, n, d = x
+    m, k = gather[1], gather[2]
+    return b * h * n * m, k, d, 1 if scatter is None else 2
+
+
+@register_flop_formula(torch.ops.setformer.set_attention)
+def _flops(
+    x: Any, features: Any, gather: Any, scatter: Any, positions: Any, places: Any, mask: Any,
+    epsilon: float, sigma: float, tau: float, iterations: int, *rest: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    """Similarity with each set, two products a round, gathering, scattering; exponentials are not counted."""
+    pairs, k, d, sets = _products(x, features, gather, scatter, iterations)
+    return 2 * pairs * (sets * k + 2 * d + 2 * iterations * sets)
+
+
+@register_flop_formula(torch.ops.setformer.set_attention_backward)
+def _backward_flops(
+    grad_y: Any, rounds: Any, x: Any, features: Any, gather: Any, scatter: Any, positions: Any, places: Any, mask: Any,
+    epsilon: float, sigma: float, tau: float, iterations: int, *rest: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    """What is run: the forward's similarities and pooling again, their gradients, the adjoint of the rounds."""
+    pairs, k, d, sets = _products(x, features, gather, scatter, iterations)
+    return 2 * pairs * (3 * sets * k + 6 * d + 5 * iterations * sets)

@@ -1,0 +1,398 @@
+"""Every implementation of SeT attention against the reference, and what holds for all of them."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from setformer_dist.core.errors import ConfigError
+from setformer_dist.ops import set_attention as module
+from setformer_dist.ops.kernels import unit
+from setformer_dist.ops.set_attention import SetAttentionConfig, marginal_error, set_attention
+from setformer_dist.ops.sinkhorn import log_plan, transport_plan
+
+CASES = [
+    {"kernel": kernel, "position_filter": nearness, "reference_sets": sets, "renormalise": renormalise}
+    for kernel, nearness, sets, renormalise in itertools.product(
+        ["similarity", "gaussian", "nystrom"], ["none", "linear", "separable"], [1, 2], [True, False]
+    )
+]
+
+
+def name_of(case: dict) -> str:
+    return "-".join(str(value) for value in case.values())
+
+
+def operands(config: SetAttentionConfig, b=3, h=2, n=30, d=6, dtype=torch.float64, masked=False, seed=0):
+    """Tensors of one call; every second case has strides as a model's view of (b, n, h d) has."""
+    rng = torch.Generator().manual_seed(seed)
+    draw = functools.partial(torch.randn, generator=rng)
+    k = config.anchors or d
+    m = config.references_of(0)
+    tensors = {
+        "x_bhnd": draw(b, n, h, d).to(dtype).transpose(1, 2),
+        "references_hmd": draw(h, m, k).to(dtype),
+        "return_references_hmd": draw(h, m, k).to(dtype) if config.reference_sets == 2 else None,
+        "anchors_hkd": draw(h, k, d).to(dtype) if config.kernel == "nystrom" else None,
+    }
+    mask = torch.rand(b, n, generator=rng) > 0.3 if masked else None
+    grid = next((r, n // r) for r in range(math.isqrt(n), 0, -1) if n % r == 0)
+    return tensors, {"mask_bn": mask, "grid": grid}
+
+
+def run(config: SetAttentionConfig, tensors, extra, scale=1.0):
+    """Return the output and the gradients of all tensors under one fixed upstream gradient of this scale."""
+    leaves = {name: t.detach().clone().requires_grad_() for name, t in tensors.items() if t is not None}
+    y = set_attention(config=config, **leaves, **extra)
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).mul(scale).to(y.dtype)
+    return y.detach(), dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), upstream), strict=True))
+
+
+def assert_same(found, wanted, tolerance):
+    """Compare output and gradients, each relative to its largest entry."""
+    assert found[1].keys() == wanted[1].keys()
+    for name, value in {"output": found[0], **found[1]}.items():
+        expected = wanted[0] if name == "output" else wanted[1][name]
+        scale = max(float(expected.abs().max()), 1e-6)
+        assert float((value.double() - expected.double()).abs().max()) / scale < tolerance, name
+
+
+def variant(config: SetAttentionConfig, **changes) -> SetAttentionConfig:
+    return SetAttentionConfig(**{**config.model_dump(), **changes})
+
+
+# --------------------------------------------------------------------------------- equal to the reference
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_fast_equals_reference_in_fp64(case, masked):
+    config = SetAttentionConfig(references=9, iterations=4, anchors=5 if case["kernel"] == "nystrom" else 0, **case)
+    tensors, extra = operands(config, masked=masked)
+    wanted = run(variant(config, implementation="reference"), tensors, extra)
+    assert_same(run(variant(config, implementation="fast"), tensors, extra), wanted, 1e-11)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+@pytest.mark.parametrize("epsilon", [0.02, 0.1, 0.5])
+def test_fast_in_lower_precision(dtype, tolerance, epsilon):
+    config = SetAttentionConfig(references=16, epsilon=epsilon)
+    tensors, extra = operands(config, n=64, d=16, dtype=dtype)
+    exact = {name: None if t is None else t.double() for name, t in tensors.items()}
+    wanted = run(variant(config, implementation="reference"), exact, extra)
+    # At epsilon = 0.02 a rounding of the similarity by 2^-24 counts fifty times.
+    assert_same(run(variant(config, implementation="fast"), tensors, extra), wanted, tolerance * max(1, 0.1 / epsilon))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 40), st.sampled_from([1, 3, 24, 32])),
+    side=st.integers(1, 7),
+    epsilon=st.floats(0.01, 2.0),
+    nearness=st.sampled_from(["none", "linear", "separable"]),
+    sets=st.sampled_from([1, 2]),
+    masked=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_any_shape_equals_the_reference(shape, side, epsilon, nearness, sets, masked, seed):
+    b, h, n, d = shape
+    config = SetAttentionConfig(
+        references=side**2, epsilon=epsilon, position_filter=nearness, reference_sets=sets, iterations=3
+    )
+    tensors, extra = operands(config, b, h, n, d, masked=masked, seed=seed)
+    if masked and not extra["mask_bn"].any():
+        extra["mask_bn"][0, 0] = True
+    wanted = run(variant(config, implementation="reference"), tensors, extra)
+    assert_same(run(variant(config, implementation="fast"), tensors, extra), wanted, 1e-8)
+
+
+# ---------------------------------------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize("gradient", ["exact", "implicit"])
+@pytest.mark.parametrize("sets", [1, 2])
+def test_gradcheck(gradient, sets):
+    iterations = 400 if gradient == "implicit" else 3
+    config = SetAttentionConfig(
+        references=4, epsilon=0.4, iterations=iterations, gradient=gradient, reference_sets=sets, tau=0.5
+    )
+    tensors, extra = operands(config, b=2, h=2, n=6, d=3, masked=True)
+    names = [name for name, t in tensors.items() if t is not None]
+    leaves = [tensors[name].clone().requires_grad_() for name in names]
+
+    def function(*values):
+        return set_attention(config=config, **dict(zip(names, values, strict=True)), **extra)
+
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+
+
+def test_implicit_gradient_is_the_unrolled_one_at_convergence_and_near_it_before():
+    """The stated error: at epsilon 0.1 the largest relative error is below 20 times the marginal error."""
+    config = SetAttentionConfig(references=16, epsilon=0.1, iterations=60)
+    tensors, extra = operands(config, n=64, d=16, dtype=torch.float32)
+    wanted = run(variant(config, implementation="reference"), tensors, extra)
+    assert_same(run(variant(config, gradient="implicit"), tensors, extra), wanted, 1e-5)
+    few = variant(config, iterations=3)
+    left = float(marginal_error(tensors["x_bhnd"], tensors["references_hmd"], few).max())
+    assert 1e-5 < left < 0.2  # so that there is something to bound
+    wanted = run(variant(few, implementation="reference"), tensors, extra)
+    assert_same(run(variant(few, gradient="implicit"), tensors, extra), wanted, 20 * left)
+
+
+def test_the_gradient_keeps_nothing_that_grows_with_tokens_times_rounds():
+    def kept(iterations: int, n: int) -> int:
+        config = SetAttentionConfig(references=16, iterations=iterations)
+        tensors, extra = operands(config, n=n, dtype=torch.float32)
+        leaves = {name: t.clone().requires_grad_() for name, t in tensors.items() if t is not None}
+        sizes: list[int] = []
+        pack = lambda t: sizes.append(t.numel()) or t  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            set_attention(config=config, **leaves, **extra)
+        return sum(sizes)
+
+    b, h, m, sets = 3, 2, 16, 2
+    assert kept(50, 400) - kept(5, 400) == kept(50, 100) - kept(5, 100) == 45 * sets * b * h * m
+
+
+def test_rounds_end_at_the_tolerance_whatever_shares_the_batch():
+    config = SetAttentionConfig(references=9, epsilon=0.05, iterations=500, tolerance=1e-4, gradient="implicit")
+    tensors, extra = operands(config, b=4, n=64, d=8, dtype=torch.float32)
+    converged = variant(config, tolerance=0.0)
+    wanted, _ = run(converged, tensors, extra)
+    together, _ = run(config, tensors, extra)
+    assert float((together - wanted).abs().max()) < 1e-3
+    assert not torch.equal(together, wanted)  # it did stop before
+    alone, _ = run(config, {**tensors, "x_bhnd": tensors["x_bhnd"][2:3]}, extra)
+    torch.testing.assert_close(alone[0], together[2], atol=1e-6, rtol=1e-5)
+
+
+def test_marginal_error_is_that_of_the_plan():
+    config = SetAttentionConfig(references=9, iterations=2, reference_sets=1)
+    tensors, _ = operands(config)
+    found = marginal_error(tensors["x_bhnd"], tensors["references_hmd"], config)
+    plan = transport_plan(unit(tensors["x_bhnd"]) @ unit(tensors["references_hmd"]).mT, 0.1, 2)
+    torch.testing.assert_close(found, (plan.sum(-1) * 30 - 1).abs().amax(-1))
+    more = marginal_error(tensors["x_bhnd"], tensors["references_hmd"], variant(config, iterations=99))
+    assert float((more / found).max()) < 1e-4
+
+
+# ------------------------------------------------------------------------------------------------- safety
+
+
+def weights_sum(config: SetAttentionConfig, x: torch.Tensor, references: torch.Tensor, **extra) -> torch.Tensor:
+    """The sum of each row of the n x n attention matrix: what comes back of a channel of ones.
+
+    The operator's values are its features, so the ones go in as an extra channel through the plan's own pieces.
+    """
+    plan = log_plan((unit(x) @ unit(references).mT) / config.epsilon, config.iterations)
+    gather, scatter = torch.softmax(plan, -2), torch.softmax(plan, -1)
+    return (scatter @ gather.mT).sum(-1)
+
+
+DANGERS = {
+    "alike": lambda x, r: (torch.ones_like(x), r),
+    "zero": lambda x, r: (torch.zeros_like(x), r),
+    "huge": lambda x, r: ((x.double() * 3e4 / x.abs().max()).to(x.dtype), r),
+    "tiny": lambda x, r: (x * 1e-6, r),
+    "far reference": lambda x, r: (x.abs() + 1, torch.cat([-torch.ones_like(r[:, :1]), r[:, 1:].abs() + 1], 1)),
+    "equal references": lambda x, r: (x, torch.ones_like(r)),
+    "one token": lambda x, r: (x[:, :, :1], r),
+    "fewer tokens than references": lambda x, r: (x[:, :, :3], r),
+}
+
+
+@pytest.mark.parametrize("danger", DANGERS)
+@pytest.mark.parametrize("epsilon", [0.01, 0.05, 0.1, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("iterations", [1, 5, 30])
+def test_nothing_breaks_where_training_may_go(danger, epsilon, dtype, iterations):
+    config = SetAttentionConfig(
+        references=9, epsilon=epsilon, iterations=iterations, position_filter="linear", reference_sets=1
+    )
+    tensors, _ = operands(config, n=40, d=8, dtype=dtype)
+    x, r = DANGERS[danger](tensors["x_bhnd"], tensors["references_hmd"])
+    # The gradient of the references is as large as the tokens: beyond fp16 unless what comes from above is small.
+    y, gradients = run(config, {"x_bhnd": x, "references_hmd": r}, {}, 1e-5 if danger == "huge" else 1.0)
+    assert torch.isfinite(y).all()
+    assert all(torch.isfinite(g).all() for g in gradients.values())
+    # Rows of weights that sum to 1 cannot leave the range of the values.
+    low, high = x.amin(2, keepdim=True).float(), x.amax(2, keepdim=True).float()
+    slack = 2 * torch.finfo(dtype).eps * x.abs().amax().float() + 1e-30
+    assert (y.float() >= low - slack).all()
+    assert (y.float() <= high + slack).all()
+
+
+@pytest.mark.parametrize("implementation", ["reference", "fast"])
+def test_rows_sum_to_one(implementation):
+    """Constant values come back unchanged: the stated bound is 1e-6 in fp32, 1e-14 in fp64."""
+    for dtype, bound in ((torch.float32, 2e-6), (torch.float64, 1e-14)):
+        for epsilon in (0.01, 0.1):
+            config = SetAttentionConfig(references=9, epsilon=epsilon, implementation=implementation)
+            tensors, extra = operands(config, n=30, dtype=dtype)
+            constant = torch.full_like(tensors["x_bhnd"], 0.7)
+            y = set_attention(config=config, **{**tensors, "x_bhnd": constant}, **extra)
+            assert float((y - 0.7).abs().max()) < bound
+
+
+# -------------------------------------------------------------------------------------------------- masks
+
+
+@pytest.mark.parametrize("nearness", ["none", "linear"])
+def test_padding_changes_nothing_and_may_hold_anything(nearness):
+    config = SetAttentionConfig(references=9, position_filter=nearness)
+    tensors, _ = operands(config, b=2, n=20)
+    plain, gradients = run(config, tensors, {})
+    longer = torch.full((2, 2, 33, 6), math.nan).double()
+    longer[:, :, :20] = tensors["x_bhnd"]
+    mask = torch.arange(33).expand(2, 33) < 20
+    leaves = {name: t.clone().requires_grad_() for name, t in {**tensors, "x_bhnd": longer}.items() if t is not None}
+    y = set_attention(config=config, **leaves, mask_bn=mask)
+    torch.testing.assert_close(y[:, :, :20], plain)
+    assert (y[:, :, 20:] == 0).all()
+    upstream = torch.randn(plain.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    y[:, :, :20].backward(upstream)
+    torch.testing.assert_close(leaves["x_bhnd"].grad[:, :, :20], gradients["x_bhnd"])
+    assert (leaves["x_bhnd"].grad[:, :, 20:] == 0).all()
+
+
+@pytest.mark.parametrize("implementation", ["reference", "fast"])
+def test_an_image_without_tokens_gives_zeros_and_leaves_the_others(implementation):
+    config = SetAttentionConfig(references=9, position_filter="linear", implementation=implementation)
+    tensors, _ = operands(config, b=3)
+    mask = torch.ones(3, 30, dtype=torch.bool)
+    mask[1] = False
+    y, gradients = run(config, tensors, {"mask_bn": mask})
+    assert (y[1] == 0).all()
+    assert all(torch.isfinite(g).all() for g in gradients.values())
+    assert (gradients["x_bhnd"][1] == 0).all()
+    plain, _ = run(config, tensors, {})
+    torch.testing.assert_close(y[[0, 2]], plain[[0, 2]])
+
+
+# ---------------------------------------------------------------------------------------- a PyTorch operator
+
+
+def op_arguments(masked=False, requires_grad=True, **changes):
+    config = SetAttentionConfig(references=9, **changes)
+    tensors, extra = operands(config, masked=masked, n=12)
+    x = tensors["x_bhnd"].detach().requires_grad_(requires_grad)
+    positions, places = module._places(x, 9, extra["grid"], extra["mask_bn"], config)
+    r = unit(tensors["references_hmd"]).requires_grad_(requires_grad)
+    s = unit(tensors["return_references_hmd"]).requires_grad_(requires_grad) if config.reference_sets == 2 else None
+    return (x, None, r, s, positions, places, extra["mask_bn"], 0.1, 0.0, 0.25, 3, 0.0, False, True, "fast")
+
+
+@pytest.mark.parametrize("sets", [1, 2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_opcheck(sets, masked):
+    arguments = op_arguments(masked, reference_sets=sets, position_filter="linear")
+    torch.library.opcheck(torch.ops.setformer.set_attention.default, arguments)
+    y, rounds = torch.ops.setformer.set_attention(
+        *op_arguments(masked, False, reference_sets=sets, position_filter="linear")
+    )
+    plain = op_arguments(masked, False, reference_sets=sets, position_filter="linear")
+    torch.library.opcheck(torch.ops.setformer.set_attention_backward.default, (torch.ones_like(y), rounds, *plain))
+
+
+def test_compiles_without_a_graph_break():
+    config = SetAttentionConfig(references=9)
+    tensors, extra = operands(config, n=12, dtype=torch.float32)
+    compiled = torch.compile(set_attention, fullgraph=True, backend="aot_eager")
+    leaves = {name: t.clone().requires_grad_() for name, t in tensors.items() if t is not None}
+    y = compiled(config=config, **leaves, **extra)
+    wanted, gradients = run(config, tensors, extra)
+    torch.testing.assert_close(y, wanted)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)))
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(leaf.grad, gradients[name])
+
+
+def test_activation_checkpointing_recomputes_the_same():
+    config = SetAttentionConfig(references=9)
+    tensors, extra = operands(config, n=12)
+    leaves = {name: t.clone().requires_grad_() for name, t in tensors.items() if t is not None}
+    y = checkpoint(functools.partial(set_attention, config=config, **extra), use_reentrant=False, **leaves)
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    y.backward(upstream)
+    for name, gradient in run(config, tensors, extra)[1].items():
+        torch.testing.assert_close(leaves[name].grad, gradient, rtol=0, atol=0)
+
+
+def test_products_are_counted():
+    config = SetAttentionConfig(references=9, iterations=3)
+    tensors, extra = operands(config, b=2, h=2, n=12, d=6)
+    with FlopCounterMode(display=False) as counter:
+        set_attention(config=config, **tensors, **extra)
+    assert counter.get_total_flops() == 2 * 2 * 2 * 12 * 9 * (2 * 6 + 2 * 6 + 2 * 3 * 2)
+
+
+def test_the_work_is_done_in_fp32_under_autocast():
+    config = SetAttentionConfig(references=9)
+    tensors, extra = operands(config, dtype=torch.float32)
+    plain = run(config, tensors, extra)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = run(config, tensors, extra)
+    assert_same(mixed, plain, 1e-12)
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"x_bhnd": torch.zeros(2, 30, 6)}, r"x has shape \(2, 30, 6\).*expected floats \(b, h, n, d\)"),
+        ({"x_bhnd": torch.zeros(2, 2, 0, 6)}, "none empty"),
+        ({"references_hmd": torch.zeros(2, 8, 6)}, r"references have shape \(2, 8, 6\): expected .* \(2, 9, 6\)"),
+        ({"return_references_hmd": None}, "return_references are missing, but reference_sets = 2"),
+        ({"anchors_hkd": torch.zeros(2, 5, 6)}, "anchors are given, but kernel = 'similarity'"),
+        ({"grid": None}, "needs grid"),
+        ({"grid": (4, 7)}, "grid is 4 x 7 = 28 tokens, but x has n = 30"),
+        ({"mask_bn": torch.ones(3, 29, dtype=torch.bool)}, r"mask has shape \(3, 29\).*expected \(3, 30\)"),
+        ({"mask_bn": torch.ones(3, 30)}, "torch.bool"),
+        ({"mask_bn": torch.zeros(3, 30, dtype=torch.bool)}, "mask leaves no token"),
+    ],
+)
+def test_bad_arguments_are_named(changes, words):
+    config = SetAttentionConfig(references=9)
+    tensors, extra = operands(config, dtype=torch.float32)
+    with pytest.raises(ConfigError, match=words):
+        set_attention(config=config, **{**tensors, **extra, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"epsilon": -0.1}, "epsilon"),
+        ({"iterations": 0}, "iterations"),
+        ({"references": 10}, "not a square: use 9 or 16"),
+        ({"tolerance": 1e-3}, "gradient = 'implicit'"),
+    ],
+)
+def test_bad_choices_are_named(changes, words):
+    with pytest.raises(ValueError, match=words):
+        SetAttentionConfig(**changes)
+
+
+def test_a_forced_implementation_refuses_what_it_cannot_compute():
+    tensors, extra = operands(SetAttentionConfig(references=9), dtype=torch.float32)
+    with pytest.raises(ConfigError, match=r"'fast' cannot compute this: epsilon = 0.005"):
+        set_attention(config=SetAttentionConfig(references=9, epsilon=0.005, implementation="fast"), **tensors, **extra)
+    with pytest.raises(ConfigError, match="'triton' cannot compute this: device 'cpu'"):
+        set_attention(config=SetAttentionConfig(references=9, implementation="triton"), **tensors, **extra)
+
+
+def test_epsilon_below_the_scalings_takes_the_reference():
+    config = SetAttentionConfig(references=9, epsilon=0.004)
+    tensors, extra = operands(config, dtype=torch.float32)
+    y, gradients = run(config, tensors, extra)
+    wanted = run(variant(config, implementation="reference"), tensors, extra)
+    assert_same((y, gradients), wanted, 1e-9)
