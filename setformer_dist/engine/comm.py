@@ -147,6 +147,20 @@ class TorchCollectives:
         return [float(v) for v in total]
 
 
+class TensorSums:
+    """`ops.kmeans.Across` over torch.distributed: sums and maxima of tensors over all ranks, element by element."""
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the sums, in a tensor of its own."""
+        dist.all_reduce(values := values.clone())
+        return values
+
+    def max(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the largest values, in a tensor of its own."""
+        dist.all_reduce(values := values.clone(), op=dist.ReduceOp.MAX)
+        return values
+
+
 class _TimedWork:
     """A running collective; waiting for it counts as communication."""
 

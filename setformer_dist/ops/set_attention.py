@@ -9,8 +9,9 @@ for vision and language" (AAAI 2024); plan and kernel: Mialon et al. (ICLR 2021)
 tokens is not in the paper; docs/ablation.md says what was tried.
 
     set_reference   for reading and proofs; any epsilon
-    set_fast        PyTorch without an autograd graph; CPUs, and devices without Triton
-    set_triton      fused; neither the kernel matrix nor the plan ever reaches the device's memory
+    set_fast        PyTorch without an autograd graph; any device
+    set_cpu         "cpp": fused C++ for CPUs, built at first use
+    set_triton      fused for GPUs; neither the kernel matrix nor the plan ever reaches the device's memory
 
 Letters: b = images, h = heads, n = tokens of one image, m = references, k = anchors, d = channels of one head.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from typing import Annotated, Literal
 
 import pydantic
@@ -27,15 +29,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from setformer_dist.core.config import FrozenConfig
 from setformer_dist.core.errors import ConfigError
-from setformer_dist.ops import set_reference
+from setformer_dist.ops import set_cpu, set_reference
 from setformer_dist.ops.kernels import at_least_fp32, grid_places, line_places, nystrom, unit
-from setformer_dist.ops.set_op import set_attention_op
+from setformer_dist.ops.set_fast import Inputs
+from setformer_dist.ops.set_op import TRITON, set_attention_op
 from setformer_dist.ops.set_problem import SetProblem
 from setformer_dist.ops.sinkhorn import working_dtype
 
 log = logging.getLogger(__name__)
 
-Implementation = Literal["auto", "reference", "fast", "triton"]
+Implementation = Literal["auto", "reference", "fast", "cpp", "triton"]
 
 # Config pages hold lists where Python code writes tuples; both are welcome.
 IntTuple = Annotated[tuple[int, ...], pydantic.BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
@@ -150,7 +153,7 @@ def set_attention(
     back = None if return_references_hmd is None else unit(at_least_fp32(return_references_hmd))
     tensors = (x_bhnd, features, references, back, positions, places, mask_bn)
     problem = _problem(config)
-    implementation = choose_implementation(x_bhnd, config)
+    implementation = choose_implementation(Inputs(*tensors), problem, config.implementation)
     if implementation == "reference":
         y = set_reference.forward(*tensors, problem)
     else:
@@ -236,35 +239,52 @@ def _places(
 # ------------------------------------------------------------------------------------------ choice and validation
 
 
-def choose_implementation(x: torch.Tensor, config: SetAttentionConfig) -> str:
-    """Return the implementation for these tokens: the forced one, or the fastest that can compute it.
+def choose_implementation(inputs: Inputs, problem: SetProblem, wanted: str = "auto") -> str:
+    """Return what `set_op` calls the implementation, or "reference".
+
+    Args:
+        inputs: the tensors; their device, dtypes and shapes are looked at.
+        problem: the numbers.
+        wanted: "auto" takes the fastest that can compute it; a name forces one.
 
     Raises:
         ConfigError: the forced one cannot.
     """
-    wanted = config.implementation
-    reasons = {"triton": _no_triton(x, config), "fast": _no_fast(x, config), "reference": None}
+    no_scalings = _no_scalings(inputs, problem)
     if wanted == "auto":
-        chosen = next(name for name, reason in reasons.items() if reason is None)
-        if x.device.type == "cuda" and chosen != "triton":
-            _say_once(f"SeT attention runs as {chosen!r}: {reasons['triton']}")
+        if inputs.x_bhnd.device.type == "cpu":
+            return "reference" if no_scalings else "cpu"
+        reason = _no_triton(inputs, problem)
+        if reason is None:
+            return "triton"
+        chosen = "reference" if no_scalings else "fast"
+        _say_once(f"SeT attention runs as {chosen!r}: {reason}")
         return chosen
+    reasons = {"reference": None, "fast": no_scalings, "cpp": no_scalings, "triton": None}
     reason = reasons[wanted]
+    if wanted == "triton":
+        reason = _no_triton(inputs, problem)
+    elif wanted == "cpp" and not torch.compiler.is_compiling():
+        reason = reason or set_cpu.supports(inputs, problem)
     if reason is not None:
         raise ConfigError(f"implementation = {wanted!r} cannot compute this: {reason}; set implementation = 'auto'")
     return wanted
 
 
-def _no_fast(x: torch.Tensor, config: SetAttentionConfig) -> str | None:
-    if working_dtype(x.dtype, config.epsilon) is None:
-        return f"epsilon = {config.epsilon} is below 0.01, where only logarithms are safe"
+def _no_scalings(inputs: Inputs, problem: SetProblem) -> str | None:
+    if working_dtype(inputs.x_bhnd.dtype, problem.epsilon) is None:
+        return f"epsilon = {problem.epsilon} is below 0.01, where only logarithms are safe"
     return None
 
 
-def _no_triton(x: torch.Tensor, config: SetAttentionConfig) -> str | None:
-    if x.device.type != "cuda":
-        return f"device {x.device.type!r} has no Triton kernels"
-    return "not yet"
+def _no_triton(inputs: Inputs, problem: SetProblem) -> str | None:
+    device = inputs.x_bhnd.device.type
+    if TRITON is None:
+        return "this PyTorch has no Triton"
+    if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"device {device!r} has no Triton kernels"
+    reason: str | None = TRITON.why_not(inputs, problem)
+    return reason
 
 
 _said: set[str] = set()

@@ -1,20 +1,30 @@
 """SeT attention as PyTorch operators: `torch.ops.setformer.set_attention` and its backward.
 
 Registered with fake kernels, autograd and a formula for the FLOP counter, so torch.compile, activation checkpointing
-and ZeRO-3 see one opaque operator instead of a loop, and `torch.library.opcheck` accepts both. The implementation
-("fast" or "triton") is an argument: it was chosen before (set_attention.py).
+and ZeRO-3 see one opaque operator instead of a loop, and `torch.library.opcheck` accepts both. The implementation is an
+argument, "triton", "cpp", "fast" or "cpu": the C++ kernel where this machine has a compiler, otherwise "fast". Which
+one fits the device and the numbers was found before (set_attention.py).
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from setformer_dist.ops import set_fast
+from setformer_dist.ops import set_cpu, set_fast
 from setformer_dist.ops.set_problem import SetProblem
 from setformer_dist.ops.sinkhorn import working_dtype
+
+try:
+    from setformer_dist.ops import set_triton as _set_triton
+except ImportError:  # a PyTorch without Triton
+    _set_triton = None  # type: ignore[assignment]
+
+# The module of the Triton kernels, or None.
+TRITON: Any = _set_triton
 
 Maybe = torch.Tensor | None
 
@@ -40,7 +50,11 @@ def set_attention_op(
     """Return (y, what the backward needs of the rounds); the tensors are those of `set_reference.forward`."""
     inputs = set_fast.Inputs(x, features, gather, scatter, positions, places, mask)
     problem = SetProblem(epsilon, sigma, tau, iterations, tolerance, implicit, renormalise)
-    return set_fast.forward(inputs, problem, _working(x, epsilon))
+    if implementation == "triton":
+        y, potentials = TRITON.forward(inputs, problem)
+        return y, potentials
+    y, rounds = _by_scalings(implementation, inputs, problem).forward(inputs, problem, _working(x, epsilon))
+    return y, rounds
 
 
 @torch.library.custom_op("setformer::set_attention_backward", mutates_args=())
@@ -66,8 +80,19 @@ def set_attention_backward_op(
     """Return the gradients of x, features, gather and scatter; empty tensors stand for inputs that were None."""
     inputs = set_fast.Inputs(x, features, gather, scatter, positions, places, mask)
     problem = SetProblem(epsilon, sigma, tau, iterations, tolerance, implicit, renormalise)
-    found = set_fast.backward(grad_y, inputs, rounds, problem, _working(x, epsilon))
+    if implementation == "triton":
+        found = TRITON.backward(grad_y, inputs, rounds, problem)
+    else:
+        chosen = _by_scalings(implementation, inputs, problem)
+        found = chosen.backward(grad_y, inputs, rounds, problem, _working(x, epsilon))
     return found.x, _or_empty(found.features, x), found.gather, _or_empty(found.scatter, x)
+
+
+def _by_scalings(implementation: str, inputs: set_fast.Inputs, problem: SetProblem) -> ModuleType:
+    """Return the module of an implementation by scalings; both keep the same numbers for the backward."""
+    if implementation == "cpu":
+        return set_fast if set_cpu.supports(inputs, problem) else set_cpu
+    return set_cpu if implementation == "cpp" else set_fast
 
 
 def _working(x: torch.Tensor, epsilon: float) -> torch.dtype:
@@ -98,10 +123,14 @@ def _fake(
     renormalise: bool,
     implementation: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs = set_fast.Inputs(x, features, gather, scatter, positions, places, mask)
+    if implementation == "triton":
+        problem = SetProblem(epsilon, sigma, tau, iterations, tolerance, implicit, renormalise)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return torch.empty_like(x), x.new_empty(TRITON.potentials_shape(inputs, problem), dtype=wide)
     b, h = x.shape[:2]
-    sets = 1 if scatter is None else 2
-    dtype = torch.float32 if implementation == "triton" and x.dtype != torch.float64 else _working(x, epsilon)
-    return torch.empty_like(x), x.new_empty((sets, b, h, iterations + 1, gather.shape[1]), dtype=dtype)
+    shape = (1 if scatter is None else 2, b, h, iterations + 1, gather.shape[1])
+    return torch.empty_like(x), x.new_empty(shape, dtype=_working(x, epsilon))
 
 
 @set_attention_backward_op.register_fake

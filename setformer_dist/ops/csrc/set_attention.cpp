@@ -1,0 +1,812 @@
+// SeT attention on CPUs, forward and backward, one head of one image at a time (set_fast.py has the mathematics).
+//
+// A head's tokens pass in tiles that stay in the nearest cache; a pass does all that can be done while its tile is
+// there: both halves of a Sinkhorn round, and gathering in the last one. K = exp(s / epsilon) is kept between passes,
+// the plan never is. Per thread: in the forward one n x m matrix, in the backward two, three with two reference sets.
+// Rows beyond n and columns beyond m fill up to multiples of PAD: such tokens have row sums of 0 like masked ones,
+// such references have v = 0.
+//
+// Letters: n = tokens, m = references, k = features, d = values, L = rounds; u, v, a as in sinkhorn.py.
+
+#include <ATen/Parallel.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <new>
+
+#include "vectors.h"
+
+namespace setformer {
+
+constexpr long TILE = 32;  // tokens; K of a tile and what goes with it fit into 32 KiB for m = 49
+
+enum Type : int64_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
+
+// These two are mirrored in set_cpu.py, field by field; absent tensors have no data.
+struct Tokens {
+  void* data;
+  int64_t type;
+  int64_t image_stride, head_stride, token_stride, stride;
+};
+
+struct Call {
+  int64_t images, heads, tokens, references, features, values, axes, rounds;
+  int64_t two_sets, renormalise, own_places;  // own_places: every image has its own positions
+  double epsilon, sigma, tau;
+  Tokens x, compared, y, grad_x, grad_compared;  // y: the output, or in the backward its gradient
+  void *gather, *scatter;                        // (h, m, k), from here on contiguous and in the working dtype
+  void *positions, *places;                      // (b or 1, n, axes), (m, axes)
+  uint8_t* mask;                                 // (b, n)
+  void* scalings;                                // v of all rounds, (sets, b, h, L + 1, m)
+  void *grad_gather, *grad_scatter;              // (b, h, m, k), one for each image
+};
+
+template <class T>
+class Array {
+ public:
+  Array() = default;
+  explicit Array(long size) : data_(static_cast<T*>(::operator new(size * sizeof(T), ALIGNMENT))) {}
+  operator T*() const { return data_.get(); }
+
+ private:
+  static constexpr std::align_val_t ALIGNMENT{64};
+  struct Free {
+    void operator()(T* data) const { ::operator delete(data, ALIGNMENT); }
+  };
+  std::unique_ptr<T, Free> data_;
+};
+
+struct Tile {
+  long first, count, rows;  // rows: count, padded
+};
+
+template <class Body>
+void for_tiles(long tokens, const Body& body) {
+  for (long first = 0; first < tokens; first += TILE) {
+    const long count = std::min(TILE, tokens - first);
+    body(Tile{first, count, padded(count)});
+  }
+}
+
+// ------------------------------------------------------------------------------------------- tokens in and out
+
+// Fetch a row of the tile after this one while this one is worked on.
+template <class From>
+inline void prefetch(const From* from, long width) {
+  for (long byte = 0; byte < width * static_cast<long>(sizeof(From)); byte += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(from) + byte);
+  }
+}
+
+template <class From, class To>
+inline void copy_row(const From* from, long width, To* to) {
+  long c = 0;
+  if constexpr (std::is_same_v<From, To>) {
+    using Unaligned = typename Vectors<To>::Unaligned;
+    for (; c + LANES<To> <= width; c += LANES<To>) {
+      *reinterpret_cast<Unaligned*>(to + c) = *reinterpret_cast<const Unaligned*>(from + c);
+    }
+  }
+  for (; c < width; ++c) to[c] = static_cast<To>(from[c]);
+}
+
+template <class T, class From>
+void read_rows(const From* from, const Tokens& tokens, Tile tile, long width, T* out) {
+  const long stride = padded(width);
+  std::fill_n(out + tile.count * stride, (tile.rows - tile.count) * stride, T(0));
+  for (long t = 0; t < tile.count; ++t, from += tokens.token_stride) {
+    T* row = out + t * stride;
+    if (tokens.stride == 1) {
+      prefetch(from + TILE * tokens.token_stride, width);
+      copy_row(from, width, row);
+    } else {
+      for (long c = 0; c < width; ++c) row[c] = static_cast<T>(from[c * tokens.stride]);
+    }
+    std::fill(row + width, row + stride, T(0));
+  }
+}
+
+template <class T, class To>
+void write_rows(To* to, const Tokens& tokens, Tile tile, long width, const T* rows) {
+  for (long t = 0; t < tile.count; ++t, to += tokens.token_stride, rows += padded(width)) {
+    if (tokens.stride == 1) {
+      copy_row(rows, width, to);
+    } else {
+      for (long c = 0; c < width; ++c) to[c * tokens.stride] = static_cast<To>(rows[c]);
+    }
+  }
+}
+
+// Call body(pointer to the tile's first number, in the tensor's own type).
+template <class Body>
+void in_own_type(const Tokens& tokens, long image, long head, Tile tile, const Body& body) {
+  const long offset = image * tokens.image_stride + head * tokens.head_stride + tile.first * tokens.token_stride;
+  switch (tokens.type) {
+    case FLOAT32: body(static_cast<float*>(tokens.data) + offset); break;
+    case FLOAT64: body(static_cast<double*>(tokens.data) + offset); break;
+    case BFLOAT16: body(static_cast<c10::BFloat16*>(tokens.data) + offset); break;
+    default: body(static_cast<c10::Half*>(tokens.data) + offset); break;
+  }
+}
+
+template <class T>
+void read(const Tokens& tokens, long image, long head, Tile tile, long width, T* out) {
+  in_own_type(tokens, image, head, tile, [&](auto* from) { read_rows<T>(from, tokens, tile, width, out); });
+}
+
+template <class T>
+void write(const Tokens& tokens, long image, long head, Tile tile, long width, const T* rows) {
+  in_own_type(tokens, image, head, tile, [&](auto* to) { write_rows<T>(to, tokens, tile, width, rows); });
+}
+
+// ------------------------------------------------------------------------------------------------ position filter
+
+// exp of the position filter of one image, computed where it is used: that is faster than to read it from memory.
+// With `renormalise` the largest entry of each column (gather) or row (scatter) is 1: the factors cancel, and a narrow
+// filter on a coarse grid does not underflow to columns of zeros.
+template <class T>
+class Filter {
+ public:
+  explicit Filter(const Call& call)
+      : call_(call),
+        n_(padded(call.tokens)),
+        m_(padded(call.references)),
+        places_(call.axes * m_),
+        positions_(call.axes * n_),
+        gather_columns_(m_),
+        scatter_columns_(m_),
+        gather_rows_(n_),
+        scatter_rows_(n_) {
+    const T* places = static_cast<const T*>(call.places);
+    std::fill_n(places_ + 0, call.axes * m_, T(0));
+    for (long j = 0; j < m_; ++j) {
+      scatter_columns_[j] = j < call.references ? T(0) : NOWHERE;
+      for (long axis = 0; j < call.references && axis < call.axes; ++axis) {
+        places_[axis * m_ + j] = places[j * call.axes + axis] / T(call.tau);
+      }
+    }
+  }
+
+  void prepare(long image) {
+    const bool own = call_.own_places || call_.mask;
+    if (image_ == image || (image_ >= 0 && !own)) return;
+    image_ = image;
+    const long skipped = call_.own_places ? image * call_.tokens : 0;
+    const T* places = static_cast<const T*>(call_.positions) + skipped * call_.axes;
+    const uint8_t* mask = call_.mask ? call_.mask + image * call_.tokens : nullptr;
+    for (long i = 0; i < n_; ++i) {
+      const long token = std::min(i, call_.tokens - 1);
+      for (long axis = 0; axis < call_.axes; ++axis) {
+        positions_[axis * n_ + i] = places[token * call_.axes + axis] / T(call_.tau);
+      }
+      gather_rows_[i] = i < call_.tokens && (!mask || mask[i]) ? T(0) : NOWHERE;
+      scatter_rows_[i] = T(0);
+    }
+    std::copy_n(scatter_columns_ + 0, m_, gather_columns_ + 0);
+    if (call_.renormalise) find_largest();
+  }
+
+  // out = K times the filter, for a tile.
+  void gather(const T* kernel, Tile tile, T* out) const { choose(kernel, tile, gather_rows_, gather_columns_, out); }
+  void scatter(const T* kernel, Tile tile, T* out) const { choose(kernel, tile, scatter_rows_, scatter_columns_, out); }
+
+ private:
+  static constexpr int L = LANES<T>;
+  static constexpr T NOWHERE = -1e30;
+
+  // -|p_i - q_j|^2 / tau^2 for L references from j on, and more. AXES: their number, 0 where it is not known here.
+  template <int AXES = 0>
+  Vector<T> logarithm(long i, long j, Vector<T> more) const {
+    const long axes = AXES ? AXES : call_.axes;
+    for (long axis = 0; axis < axes; ++axis) {
+      const Vector<T> apart = vec(places_ + axis * m_ + j) - positions_[axis * n_ + i];
+      more -= apart * apart;
+    }
+    return more;
+  }
+
+  void choose(const T* kernel, Tile tile, const T* rows, const T* columns, T* out) const {
+    switch (call_.axes) {
+      case 1: apply<1>(kernel, tile, rows, columns, out); break;
+      case 2: apply<2>(kernel, tile, rows, columns, out); break;
+      default: apply<0>(kernel, tile, rows, columns, out); break;
+    }
+  }
+
+  template <int AXES>
+  void apply(const T* kernel, Tile tile, const T* rows, const T* columns, T* out) const {
+    for (long t = 0; t < tile.rows; ++t) {
+      const long i = tile.first + t;
+      for (long j = 0; j < m_; j += L) {
+        const Vector<T> log = logarithm<AXES>(i, j, vec(columns + j) + rows[i]);
+        vec(out + t * m_ + j) = vec(kernel + t * m_ + j) * exponential<T>(log);
+      }
+    }
+  }
+
+  void find_largest() {
+    Array<T> highest(m_);
+    std::fill_n(highest + 0, m_, NOWHERE);
+    for (long first = 0; first < n_; first += L) {
+      Vector<T> nearest[L];
+      std::fill_n(nearest, L, Vector<T>{} + NOWHERE);
+      for (long j = 0; j < m_; j += L) {
+        for (int r = 0; r < L; ++r) {
+          const Vector<T> log = logarithm(first + r, j, vec(scatter_columns_ + j));
+          nearest[r] = larger<T>(nearest[r], log);
+          vec(highest + j) = larger<T>(vec(highest + j), log + gather_rows_[first + r]);
+        }
+      }
+      vec(scatter_rows_ + first) = -joined<T>(nearest, larger<T>);
+    }
+    for (long j = 0; j < call_.references; ++j) gather_columns_[j] = -highest[j];
+  }
+
+  const Call& call_;
+  const long n_, m_;
+  long image_ = -1;
+  Array<T> places_, positions_;  // (axes, m), (axes, n), over tau
+  Array<T> gather_columns_, scatter_columns_, gather_rows_, scatter_rows_;  // added to the logarithm
+};
+
+// ---------------------------------------------------------------------------------------------------------- a head
+
+// One reference set of one head and its transport plan.
+template <class T>
+struct Plan {
+  long set;
+  const T* given;        // (m, k)
+  T* scalings;           // (L + 1, m), where the caller keeps them
+  T* kernel;             // (n, m)
+  Array<T> references;   // (m, k)
+  Array<T> transposed;   // (k, m)
+  Array<T> v;            // (L + 1, m), padded with 0
+  Array<T> inverse_kv;   // (L, n), 1 / (K v) before each round; the backward's
+};
+
+template <class T>
+class Head {
+ public:
+  Head(const Call& call, bool backward);
+  void forward(long image, long head);
+  void backward(long image, long head);
+
+ private:
+  static constexpr int L = LANES<T>;
+  static constexpr T TINY = std::numeric_limits<T>::min();
+
+  void begin(long image, long head);
+  void start(Plan<T>& plan);
+  void solve(Plan<T>& plan, bool gathers);
+  void revisit(Plan<T>& plan, bool gathers);
+  void read_features(Tile tile);
+  void similarity(const Plan<T>& plan, Tile tile, T* out, bool only_similarity = false);
+  const T* gather_weights(const Plan<T>& plan, Tile tile);
+  const T* scatter_weights(const Plan<T>& plan, Tile tile);
+  void gather(const Plan<T>& plan, Tile tile, const T* u);
+  void begin_gathering();
+  void finish_gathering(const Plan<T>& plan);
+  void weigh_pooled(const T* v);
+  void scatter(const Plan<T>& plan);
+  void scatter_backward(const Plan<T>& plan);
+  void pooled_backward(const T* v);
+  void gather_backward(const Plan<T>& plan, bool adds);
+  void rounds_backward(Plan<T>& plan, T* grad_references);
+  void round_backward(const Plan<T>& plan, Tile tile, long round, const T* y, T* x);
+  void similarity_backward(const Plan<T>& plan, Tile tile);
+  void features_backward(const Plan<T>& plan, Tile tile);
+
+  T* tile_of(T* matrix, Tile tile) const { return matrix + tile.first * m_; }
+  T* last_v(const Plan<T>& plan) const { return plan.v + call_.rounds * m_; }
+  T* last_inverse_kv(const Plan<T>& plan) const { return plan.inverse_kv + (call_.rounds - 1) * n_; }
+
+  const Call& call_;
+  const long n_, m_, k_, d_, m_rows_;  // padded; m_rows_: references padded as little as rows of a block need
+  long image_ = 0, head_ = 0;
+  std::unique_ptr<Filter<T>> filter_;
+
+  Plan<T> plans_[2];
+  Array<T> kernels_[2];
+  Array<T> row_sums_, inverse_length_;                    // (n): a, 1 / |x|
+  Array<T> values_, features_, weights_, tile_, ds_, output_;  // one tile each: x, f, W, (m), ds, (k or d)
+  Array<T> u_, sums_, ones_;                              // numbers of a tile's tokens; 1 for real references
+  Array<T> columns_, pooled_sums_, pooled_, pooled_v_;    // (m), (m), (m, d), (m, d)
+
+  // Of the backward: gradients of s / epsilon (n, m), of features (n, k), of f = log u (n) and g = log v (m) ...
+  Array<T> direct_, grad_features_, df_, df_scatter_, dg_, dg_scatter_;
+  // ... what weighs each reference on its way back, and x and y, v of each round.
+  Array<T> pooled_v_transposed_, grad_pooled_, grad_pooled_transposed_, along_pooled_, left_, right_, x_;
+  Array<T> grad_references_;
+};
+
+template <class T>
+Head<T>::Head(const Call& call, bool backward)
+    : call_(call),
+      n_(padded(call.tokens)),
+      m_(padded(call.references)),
+      k_(padded(call.features)),
+      d_(padded(call.values)),
+      m_rows_((call.references + 7) / 8 * 8),
+      filter_(call.axes ? std::make_unique<Filter<T>>(call) : nullptr) {
+  const long rounds = call.rounds, sets = call.two_sets ? 2 : 1;
+  for (long set = 0; set < sets; ++set) {
+    Plan<T>& plan = plans_[set];
+    plan.set = set;
+    // In the forward the second set begins when the first is done: one matrix serves both.
+    if (set == 0 || backward) kernels_[set] = Array<T>(n_ * m_);
+    plan.kernel = kernels_[backward ? set : 0];
+    plan.references = Array<T>(m_ * k_);
+    plan.transposed = Array<T>(k_ * m_);
+    plan.v = Array<T>((rounds + 1) * m_);
+    if (backward) plan.inverse_kv = Array<T>(rounds * n_);
+  }
+  for (Array<T>* tokens : {&row_sums_, &inverse_length_}) *tokens = Array<T>(n_);
+  for (Array<T>* numbers : {&u_, &sums_}) *numbers = Array<T>(TILE);
+  values_ = Array<T>(TILE * d_);
+  features_ = Array<T>(TILE * k_);
+  output_ = Array<T>(TILE * std::max(k_, d_));
+  for (Array<T>* tile : {&weights_, &tile_, &ds_}) *tile = Array<T>(TILE * m_);
+  for (Array<T>* row : {&ones_, &columns_, &pooled_sums_}) *row = Array<T>(m_);
+  for (Array<T>* matrix : {&pooled_, &pooled_v_}) *matrix = Array<T>(m_ * d_);
+  for (long j = 0; j < m_; ++j) ones_[j] = j < call.references;
+  if (!backward) return;
+  direct_ = Array<T>(n_ * m_);
+  grad_features_ = Array<T>(call.two_sets ? n_ * k_ : 0);
+  for (Array<T>* tokens : {&df_, &df_scatter_}) *tokens = Array<T>(n_);
+  for (Array<T>* row : {&dg_, &dg_scatter_, &along_pooled_}) *row = Array<T>(m_);
+  for (Array<T>* matrix : {&pooled_v_transposed_, &grad_pooled_, &grad_pooled_transposed_}) {
+    *matrix = Array<T>(m_ * d_);
+  }
+  left_ = Array<T>(2 * rounds * TILE);
+  right_ = Array<T>(2 * rounds * m_);
+  x_ = Array<T>(rounds * n_);
+  grad_references_ = Array<T>(m_ * k_);
+}
+
+template <class T>
+void Head<T>::begin(long image, long head) {
+  image_ = image;
+  head_ = head;
+  const uint8_t* mask = call_.mask ? call_.mask + image * call_.tokens : nullptr;
+  const long valid = mask ? std::count_if(mask, mask + call_.tokens, [](uint8_t m) { return m != 0; }) : call_.tokens;
+  for (long i = 0; i < n_; ++i) {
+    row_sums_[i] = i < call_.tokens && (!mask || mask[i]) ? T(1) / T(valid) : T(0);
+  }
+  if (filter_) filter_->prepare(image);
+}
+
+// Take up the references of this head.
+template <class T>
+void Head<T>::start(Plan<T>& plan) {
+  const long m = call_.references, k = call_.features;
+  plan.given = static_cast<const T*>(plan.set ? call_.scatter : call_.gather) + head_ * m * k;
+  plan.scalings = static_cast<T*>(call_.scalings) +
+                  ((plan.set * call_.images + image_) * call_.heads + head_) * (call_.rounds + 1) * m;
+  std::fill_n(plan.references + 0, m_ * k_, T(0));
+  std::fill_n(plan.transposed + 0, k_ * m_, T(0));
+  for (long j = 0; j < m; ++j) {
+    for (long p = 0; p < k; ++p) {
+      plan.references[j * k_ + p] = plan.transposed[p * m_ + j] = plan.given[j * k + p];
+    }
+  }
+  std::fill_n(plan.v + 0, (call_.rounds + 1) * m_, T(0));
+}
+
+// Features of a tile: given ones, or x of unit length.
+template <class T>
+void Head<T>::read_features(Tile tile) {
+  if (call_.compared.data) {
+    read<T>(call_.compared, image_, head_, tile, call_.features, features_);
+    return;
+  }
+  read<T>(call_.x, image_, head_, tile, call_.features, features_);
+  T* inverse = inverse_length_ + tile.first;
+  dot_rows<T>(features_, features_, k_, tile.rows, k_, inverse);
+  for (long t = 0; t < tile.rows; ++t) inverse[t] = T(1) / std::sqrt(std::max(inverse[t], T(1e-12)));
+  for (long t = 0; t < tile.rows; ++t) {
+    for (long c = 0; c < k_; c += L) vec(features_ + t * k_ + c) *= inverse[t];
+  }
+}
+
+// K of a tile whose features are read, or with `only_similarity` the Gaussian kernel s that K is made of.
+template <class T>
+void Head<T>::similarity(const Plan<T>& plan, Tile tile, T* out, bool only_similarity) {
+  multiply<T>(features_, k_, 1, plan.transposed, m_, tile.rows, call_.features, m_, out, m_);
+  const T scale = 1.0 / call_.epsilon, narrow = call_.sigma > 0 ? 1.0 / (call_.sigma * call_.sigma) : 0.0;
+  for (long i = 0; i < tile.rows * m_; i += L) {
+    Vector<T> s = vec(out + i);
+    if (call_.sigma > 0) s = exponential<T>((s - T(1)) * narrow);
+    vec(out + i) = only_similarity ? s : exponential<T>(s * scale);
+  }
+}
+
+// K of a tile times the position filter.
+template <class T>
+const T* Head<T>::gather_weights(const Plan<T>& plan, Tile tile) {
+  const T* kernel = tile_of(plan.kernel, tile);
+  if (!filter_) return kernel;
+  filter_->gather(kernel, tile, weights_);
+  return weights_;
+}
+
+template <class T>
+const T* Head<T>::scatter_weights(const Plan<T>& plan, Tile tile) {
+  const T* kernel = tile_of(plan.kernel, tile);
+  if (!filter_) return kernel;
+  filter_->scatter(kernel, tile, weights_);
+  return weights_;
+}
+
+// --------------------------------------------------------------------------------------------------------- forward
+
+template <class T>
+void Head<T>::forward(long image, long head) {
+  begin(image, head);
+  solve(plans_[0], true);
+  if (call_.two_sets) solve(plans_[1], false);
+  scatter(plans_[call_.two_sets ? 1 : 0]);
+}
+
+// Run the rounds of Sinkhorn; both halves of a round in one pass over K, the last one with gathering.
+template <class T>
+void Head<T>::solve(Plan<T>& plan, bool gathers) {
+  const long m = call_.references;
+  start(plan);
+  std::copy_n(ones_ + 0, m_, plan.v + 0);
+  std::copy_n(ones_ + 0, m, plan.scalings);
+  if (gathers) begin_gathering();
+  for (long round = 1; round <= call_.rounds; ++round) {
+    T* v = plan.v + round * m_;
+    std::fill_n(columns_ + 0, m_, T(0));
+    for_tiles(call_.tokens, [&](Tile tile) {
+      T* kernel = tile_of(plan.kernel, tile);
+      if (round == 1) {
+        read_features(tile);
+        similarity(plan, tile, kernel);
+      }
+      dot_row<T>(kernel, m_, v - m_, tile.rows, m_, u_);
+      for (long t = 0; t < tile.rows; t += L) vec(u_ + t) = vec(row_sums_ + tile.first + t) / vec(u_ + t);
+      add_rows<T>(kernel, m_, u_, tile.rows, m_, columns_);
+      if (gathers && round == call_.rounds) gather(plan, tile, u_);
+    });
+    for (long j = 0; j < m; ++j) v[j] = (T(1) / T(m)) / columns_[j];
+    std::copy_n(v, m, plan.scalings + round * m);
+  }
+  if (gathers) finish_gathering(plan);
+}
+
+template <class T>
+void Head<T>::begin_gathering() {
+  std::fill_n(pooled_ + 0, m_ * d_, T(0));
+  std::fill_n(pooled_sums_ + 0, m_, T(0));
+}
+
+template <class T>
+void Head<T>::gather(const Plan<T>& plan, Tile tile, const T* u) {
+  read<T>(call_.x, image_, head_, tile, call_.values, values_);
+  for (long t = 0; t < tile.rows; ++t) {
+    for (long c = 0; c < d_; c += L) vec(values_ + t * d_ + c) *= u[t];
+  }
+  const T* w = gather_weights(plan, tile);
+  add_rows<T>(w, m_, u, tile.rows, m_, pooled_sums_);
+  accumulate<T>(w, m_, values_, d_, tile.rows, m_rows_, d_, pooled_, d_);
+}
+
+// Divide by the sums, of which only the factors stay that the backward needs.
+template <class T>
+void Head<T>::finish_gathering(const Plan<T>& plan) {
+  const T* v = last_v(plan);
+  for (long j = 0; j < m_; ++j) {
+    T& sum = pooled_sums_[j];
+    sum = call_.renormalise ? T(1) / std::max(sum, TINY) : v[j] * T(call_.references);
+    if (j >= call_.references) sum = T(0);
+    for (long c = 0; c < d_; ++c) pooled_[j * d_ + c] = j < call_.references ? pooled_[j * d_ + c] * sum : T(0);
+  }
+}
+
+template <class T>
+void Head<T>::weigh_pooled(const T* v) {
+  for (long j = 0; j < m_; ++j) {
+    for (long c = 0; c < d_; c += L) vec(pooled_v_ + j * d_ + c) = vec(pooled_ + j * d_ + c) * v[j];
+  }
+}
+
+template <class T>
+void Head<T>::scatter(const Plan<T>& plan) {
+  const T* v = last_v(plan);
+  weigh_pooled(v);
+  for_tiles(call_.tokens, [&](Tile tile) {
+    const T* w = scatter_weights(plan, tile);
+    if (call_.renormalise) {
+      dot_row<T>(w, m_, v, tile.rows, m_, sums_);
+    } else {
+      dot_row<T>(tile_of(plan.kernel, tile), m_, v - m_, tile.rows, m_, sums_);
+    }
+    multiply<T>(w, m_, 1, pooled_v_, d_, tile.rows, call_.references, d_, output_, d_);
+    for (long t = 0; t < tile.rows; ++t) {
+      const T inverse = T(1) / std::max(sums_[t], TINY);
+      for (long c = 0; c < d_; c += L) vec(output_ + t * d_ + c) *= inverse;
+    }
+    write<T>(call_.y, image_, head_, tile, call_.values, output_);
+  });
+}
+
+// -------------------------------------------------------------------------------------------------------- backward
+
+template <class T>
+void transpose(const T* from, long rows, long columns, T* to) {
+  for (long r = 0; r < rows; ++r) {
+    for (long c = 0; c < columns; ++c) to[c * rows + r] = from[r * columns + c];
+  }
+}
+
+template <class T>
+void Head<T>::backward(long image, long head) {
+  begin(image, head);
+  const long size = call_.references * call_.features, place = (image * call_.heads + head) * size;
+  T* grad_gather = static_cast<T*>(call_.grad_gather) + place;
+  Plan<T>& back = plans_[call_.two_sets ? 1 : 0];
+  revisit(plans_[0], true);
+  if (call_.two_sets) revisit(back, false);
+  scatter_backward(back);
+  if (call_.two_sets) {
+    std::copy_n(df_scatter_ + 0, n_, df_ + 0);
+    std::copy_n(dg_scatter_ + 0, m_, dg_ + 0);
+    rounds_backward(back, static_cast<T*>(call_.grad_scatter) + place);
+    std::fill_n(df_scatter_ + 0, n_, T(0));
+    std::fill_n(dg_scatter_ + 0, m_, T(0));
+  }
+  gather_backward(plans_[0], !call_.two_sets);
+  rounds_backward(plans_[0], grad_gather);
+}
+
+// Compute K and the rows of all rounds again.
+template <class T>
+void Head<T>::revisit(Plan<T>& plan, bool gathers) {
+  start(plan);
+  for (long round = 0; round <= call_.rounds; ++round) {
+    std::copy_n(plan.scalings + round * call_.references, call_.references, plan.v + round * m_);
+  }
+  if (gathers) begin_gathering();
+  for_tiles(call_.tokens, [&](Tile tile) {
+    T* kernel = tile_of(plan.kernel, tile);
+    read_features(tile);
+    similarity(plan, tile, kernel);
+    for (long round = 0; round < call_.rounds; ++round) {
+      T* inverse = plan.inverse_kv + round * n_ + tile.first;
+      dot_row<T>(kernel, m_, plan.v + round * m_, tile.rows, m_, inverse);
+      for (long t = 0; t < tile.rows; t += L) vec(inverse + t) = T(1) / vec(inverse + t);
+    }
+    if (!gathers) return;
+    const T* inverse = last_inverse_kv(plan) + tile.first;
+    for (long t = 0; t < tile.rows; t += L) vec(u_ + t) = vec(row_sums_ + tile.first + t) * vec(inverse + t);
+    gather(plan, tile, u_);
+  });
+  if (gathers) finish_gathering(plan);
+}
+
+// From grad y to the gradients of pooled, of the weights' exponents, and of f and g. With q_ij = dy_i . v_j pooled_j
+// and D_i the sum of row i's weights:  direct_ij = W_ij (q_ij / D_i - v_j sum_j W_ij q_ij / D_i^2).
+template <class T>
+void Head<T>::scatter_backward(const Plan<T>& plan) {
+  const T* v = last_v(plan);
+  weigh_pooled(v);
+  transpose<T>(pooled_v_, m_, d_, pooled_v_transposed_);
+  std::fill_n(grad_pooled_ + 0, m_ * d_, T(0));
+  std::fill_n(dg_scatter_ + 0, m_, T(0));
+  for_tiles(call_.tokens, [&](Tile tile) {
+    T *direct = tile_of(direct_, tile), *df = df_scatter_ + tile.first;
+    const T* w = scatter_weights(plan, tile);
+    read<T>(call_.y, image_, head_, tile, call_.values, values_);
+    multiply<T>(values_, d_, 1, pooled_v_transposed_, m_, tile.rows, call_.values, m_, direct, m_);
+    if (call_.renormalise) dot_row<T>(w, m_, v, tile.rows, m_, sums_);
+    dot_rows<T>(w, direct, m_, tile.rows, m_, u_);
+    for (long t = 0; t < tile.rows; ++t) {
+      const T inverse = call_.renormalise ? T(1) / std::max(sums_[t], TINY) : last_inverse_kv(plan)[tile.first + t];
+      const T along = call_.renormalise ? u_[t] * inverse * inverse : T(0);
+      df[t] = call_.renormalise ? T(0) : u_[t] * inverse;
+      for (long j = 0; j < m_; j += L) {
+        Vector<T>& q = vec(direct + t * m_ + j);
+        q = vec(w + t * m_ + j) * (q * inverse - vec(v + j) * along);
+        vec(dg_scatter_ + j) += q;
+      }
+      for (long c = 0; c < d_; c += L) vec(values_ + t * d_ + c) *= inverse;
+    }
+    accumulate<T>(w, m_, values_, d_, tile.rows, m_rows_, d_, grad_pooled_, d_);
+  });
+  pooled_backward(v);
+}
+
+// From the gradient of pooled to that of the sums before its division, t_j = v_j dpooled_j / N_j.
+template <class T>
+void Head<T>::pooled_backward(const T* v) {
+  for (long j = 0; j < m_; ++j) {
+    const T scale = v[j] * pooled_sums_[j];
+    T along = 0;
+    for (long c = 0; c < d_; ++c) {
+      T& t = grad_pooled_[j * d_ + c];
+      t = j < call_.references ? t * scale : T(0);
+      along += t * pooled_[j * d_ + c];
+    }
+    along_pooled_[j] = call_.renormalise ? along : T(0);
+  }
+  transpose<T>(grad_pooled_, m_, d_, grad_pooled_transposed_);
+}
+
+// direct_ij = u_i W_ij (x_i . t_j - t_j . pooled_j), on top of what scattering has left where the plan is the same.
+template <class T>
+void Head<T>::gather_backward(const Plan<T>& plan, bool adds) {
+  std::copy_n(dg_scatter_ + 0, m_, dg_ + 0);
+  for_tiles(call_.tokens, [&](Tile tile) {
+    T *direct = tile_of(direct_, tile), *df = df_ + tile.first;
+    const T* w = gather_weights(plan, tile);
+    read<T>(call_.x, image_, head_, tile, call_.values, values_);
+    multiply<T>(values_, d_, 1, grad_pooled_transposed_, m_, tile.rows, call_.values, m_, tile_, m_);
+    for (long t = 0; t < tile.rows; ++t) {
+      const T u = row_sums_[tile.first + t] * last_inverse_kv(plan)[tile.first + t];
+      for (long j = 0; j < m_; j += L) {
+        Vector<T>& q = vec(tile_ + t * m_ + j);
+        q = vec(w + t * m_ + j) * u * (q - vec(along_pooled_ + j));
+        vec(direct + t * m_ + j) = adds ? vec(direct + t * m_ + j) + q : q;
+        if (!call_.renormalise) vec(dg_ + j) += q;
+      }
+    }
+    dot_row<T>(tile_, m_, ones_, tile.rows, m_, df);
+    for (long t = 0; t < tile.rows; t += L) vec(df + t) += vec(df_scatter_ + tile.first + t);
+  });
+}
+
+// Carry df and dg back through the rounds (sinkhorn.unrolled_adjoint), a pass for each; the last one goes on to the
+// gradients of references and tokens.
+template <class T>
+void Head<T>::rounds_backward(Plan<T>& plan, T* grad_references) {
+  const long m = call_.references;
+  for (long round = call_.rounds; round >= 1; --round) {
+    T *y = right_ + 2 * (round - 1) * m_, *v_before = y + m_;
+    for (long j = 0; j < m_; ++j) y[j] = plan.v[round * m_ + j] * dg_[j] * T(m);
+    std::copy_n(plan.v + (round - 1) * m_, m_, v_before);
+    if (round == 1) break;
+    std::fill_n(columns_ + 0, m_, T(0));
+    for_tiles(call_.tokens, [&](Tile tile) {
+      T* x = x_ + (round - 1) * n_ + tile.first;
+      round_backward(plan, tile, round, y, x);
+      add_rows<T>(tile_of(plan.kernel, tile), m_, x, tile.rows, m_, columns_);
+    });
+    for (long j = 0; j < m_; ++j) dg_[j] = -v_before[j] * columns_[j];
+    std::fill_n(df_ + 0, n_, T(0));
+  }
+  std::fill_n(grad_references_ + 0, m_ * k_, T(0));
+  for_tiles(call_.tokens, [&](Tile tile) {
+    round_backward(plan, tile, 1, right_, x_ + tile.first);
+    similarity_backward(plan, tile);
+    T* df = plan.set ? grad_features_ + tile.first * k_ : output_ + 0;
+    multiply<T>(ds_, m_, 1, plan.references, k_, tile.rows, m, k_, df, k_);
+    accumulate<T>(ds_, m_, features_, k_, tile.rows, m_rows_, k_, grad_references_, k_);
+    if (plan.set == 0) features_backward(plan, tile);
+  });
+  for (long j = 0; j < m; ++j) {
+    std::copy_n(grad_references_ + j * k_, call_.features, grad_references + j * call_.features);
+  }
+}
+
+// x = (df - u K y) / (K v)
+template <class T>
+void Head<T>::round_backward(const Plan<T>& plan, Tile tile, long round, const T* y, T* x) {
+  dot_row<T>(tile_of(plan.kernel, tile), m_, y, tile.rows, m_, sums_);
+  const T *inverse = plan.inverse_kv + (round - 1) * n_ + tile.first, *a = row_sums_ + tile.first;
+  const T* df = df_ + tile.first;
+  for (long t = 0; t < tile.rows; t += L) {
+    vec(x + t) = (vec(df + t) - vec(a + t) * vec(inverse + t) * vec(sums_ + t)) * vec(inverse + t);
+  }
+}
+
+// From the direct gradient of s / epsilon to the whole one of s; reads the tile's features.
+template <class T>
+void Head<T>::similarity_backward(const Plan<T>& plan, Tile tile) {
+  for (long round = 0; round < call_.rounds; ++round) {
+    const T* inverse = plan.inverse_kv + round * n_ + tile.first;
+    T *u = left_ + 2 * round * TILE, *x = u + TILE;
+    for (long t = 0; t < tile.rows; t += L) vec(u + t) = vec(row_sums_ + tile.first + t) * vec(inverse + t);
+    std::copy_n(x_ + round * n_ + tile.first, tile.rows, x);
+  }
+  multiply<T>(left_, 1, TILE, right_, m_, tile.rows, 2 * call_.rounds, m_, tile_, m_);
+  const T *direct = tile_of(direct_, tile), *kernel = tile_of(plan.kernel, tile);
+  const T scale = 1.0 / call_.epsilon;
+  for (long i = 0; i < tile.rows * m_; i += L) {
+    vec(ds_ + i) = (vec(direct + i) - vec(kernel + i) * vec(tile_ + i)) * scale;
+  }
+  read_features(tile);
+  if (call_.sigma > 0) {
+    similarity(plan, tile, tile_, true);
+    const T narrow = 1.0 / (call_.sigma * call_.sigma);
+    for (long i = 0; i < tile.rows * m_; i += L) vec(ds_ + i) *= vec(tile_ + i) * narrow;
+  }
+}
+
+// Write the gradients of x and of features, once those of both plans are known.
+template <class T>
+void Head<T>::features_backward(const Plan<T>& plan, Tile tile) {
+  T* df = output_;
+  if (call_.two_sets) {
+    const T* other = grad_features_ + tile.first * k_;
+    for (long i = 0; i < tile.rows * k_; i += L) vec(df + i) += vec(other + i);
+  }
+  if (call_.compared.data) write<T>(call_.grad_compared, image_, head_, tile, call_.features, df);
+  const T* w = gather_weights(plan, tile);
+  multiply<T>(w, m_, 1, grad_pooled_, d_, tile.rows, call_.references, d_, values_, d_);
+  if (!call_.compared.data) dot_rows<T>(df, features_, k_, tile.rows, k_, sums_);
+  for (long t = 0; t < tile.rows; ++t) {
+    const T u = row_sums_[tile.first + t] * last_inverse_kv(plan)[tile.first + t];
+    for (long c = 0; c < d_; c += L) {
+      Vector<T>& dx = vec(values_ + t * d_ + c);
+      dx *= u;
+      if (call_.compared.data) continue;
+      const long i = t * k_ + c;  // here features are x of unit length, and k = d
+      dx += (vec(df + i) - vec(features_ + i) * sums_[t]) * inverse_length_[tile.first + t];
+    }
+  }
+  write<T>(call_.grad_x, image_, head_, tile, call_.values, values_);
+}
+
+// ------------------------------------------------------------------------------------------------------ whole calls
+
+template <class T>
+void run(const Call& call, bool backward) {
+  at::parallel_for(0, call.images * call.heads, 1, [&](long first, long last) {
+    Head<T> head(call, backward);
+    for (long i = first; i < last; ++i) {
+      if (backward) {
+        head.backward(i / call.heads, i % call.heads);
+      } else {
+        head.forward(i / call.heads, i % call.heads);
+      }
+    }
+  });
+}
+
+// Add the images' gradients of a reference set into those of the first image, always in the same order.
+template <class T>
+void sum_images(const Call& call, void* gradients) {
+  if (!gradients) return;
+  const long size = call.references * call.features;
+  at::parallel_for(0, call.heads, 1, [&](long first, long last) {
+    T* total = static_cast<T*>(gradients);
+    for (long image = 1; image < call.images; ++image) {
+      const T* one = total + image * call.heads * size;
+      for (long i = first * size; i < last * size; ++i) total[i] += one[i];
+    }
+  });
+}
+
+template <class T>
+void dispatch(const Call& call, bool backward) {
+  run<T>(call, backward);
+  if (!backward) return;
+  sum_images<T>(call, call.grad_gather);
+  sum_images<T>(call, call.grad_scatter);
+}
+
+}  // namespace setformer
+
+// Return 0, or 1 where memory is short.
+extern "C" int setformer_set_attention(const setformer::Call* call, int wide, int backward) {
+  try {
+    wide ? setformer::dispatch<double>(*call, backward) : setformer::dispatch<float>(*call, backward);
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+// exp of `count` numbers (a multiple of 16, aligned to 64 bytes), for the tests of its accuracy.
+extern "C" void setformer_exponential(void* numbers, int64_t count, int wide) {
+  using namespace setformer;
+  float* narrow_ = static_cast<float*>(numbers);
+  double* wide_ = static_cast<double*>(numbers);
+  for (int64_t i = 0; !wide && i < count; i += LANES<float>) vec(narrow_ + i) = exponential<float>(vec(narrow_ + i));
+  for (int64_t i = 0; wide && i < count; i += LANES<double>) vec(wide_ + i) = exponential<double>(vec(wide_ + i));
+}

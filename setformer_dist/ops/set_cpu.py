@@ -1,0 +1,272 @@
+"""SeT attention by a C++ kernel for CPUs (csrc/set_attention.cpp): the same functions as set_fast.py, fused.
+
+`forward` and `backward` take and give what those of `set_fast` do, so one may run forward by this and backward by that.
+`supports` says whether they can compute a problem; nobody asks them otherwise. The first question of a process builds
+the kernel for this very CPU, which takes seconds, and keeps it in PyTorch's folder for extensions:
+
+    $TORCH_EXTENSIONS_DIR or ~/.cache/torch_extensions
+      setformer_cpu/set_attention-<hash of source, flags, compiler, CPU and PyTorch>.so
+
+A file is built aside and renamed into place, under a lock that the system takes from a builder that dies: ranks that
+start together wait for one of them, and none ever waits for a dead one or loads half a file. Where there is no
+compiler, `supports` says so, once aloud, and `set_fast` does the work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from setformer_dist.ops.set_fast import Gradients, Inputs
+from setformer_dist.ops.set_problem import SetProblem
+
+log = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent / "csrc"
+# No -ffast-math: sums keep their order, and NaN of the inputs stays NaN.
+FLAGS = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
+BUILD_SECONDS = 300
+OFF = "SETFORMER_NO_CPP"
+
+_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+# ------------------------------------------------------------------------------------------------------- the build
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | str:
+    """Return the kernel, built if need be, or the reason why there is none, which is also logged."""
+    try:
+        return ctypes.CDLL(str(_built()))
+    except subprocess.CalledProcessError as error:
+        reason = f"the compiler failed: {_last_line(error.stderr)}"
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = f"the kernel cannot be built here: {error}"
+    text = "SeT attention runs on PyTorch's operators, several times slower than its own kernel: %s; %s"
+    log.warning(text, reason, f"set CXX to a C++20 compiler, or {OFF}=1 to do without")
+    return reason
+
+
+def _built() -> Path:
+    """Return the file of the kernel for this machine, building it if it is not there."""
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    include, libraries = (Path(torch.__file__).parent / name for name in ("include", "lib"))
+    sources = sorted(SOURCES.glob("*.*"))
+    identity = [*(s.read_text() for s in sources), *FLAGS, *compiler, _cpu(), torch.__version__, str(libraries)]
+    key = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
+    folder = _folder()
+    target = folder / f"set_attention-{key}.so"
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{key}.lock").open("w") as lock, tempfile.TemporaryDirectory(dir=folder) as aside:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            made = Path(aside) / target.name
+            where = ["-isystem", str(include), f"-L{libraries}", "-lc10", "-ltorch_cpu", "-o", str(made)]
+            command = [*compiler, *FLAGS, str(SOURCES / "set_attention.cpp"), *where]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
+            made.replace(target)
+    return target
+
+
+def _folder() -> Path:
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+    return Path(root) / "setformer_cpu"
+
+
+def _cpu() -> str:
+    """Name the CPU as far as compiled code depends on it: a home folder may be shared by machines of many kinds."""
+    facts = [platform.machine(), platform.processor()]
+    described = Path("/proc/cpuinfo")
+    if described.exists():
+        first = described.read_text().split("\n\n")[0].splitlines()
+        names = ("model name", "flags", "Features", "CPU implementer", "CPU part")
+        facts += [line for line in first if line.startswith(names)]
+    return "\n".join(facts)
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return next((line for line in lines if "error" in line), lines[-1] if lines else "it said nothing")
+
+
+# -------------------------------------------------------------------------------------------------------- the call
+
+
+class _Tokens(ctypes.Structure):
+    """`Tokens` of the C++ file: a tensor (b, h, n, d) of any strides."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("type", ctypes.c_int64),
+        ("strides", ctypes.c_int64 * 4),
+    )
+
+
+class _Call(ctypes.Structure):
+    """`Call` of the C++ file, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("images", "heads", "tokens", "references", "features", "values")),
+        *((name, ctypes.c_int64) for name in ("axes", "rounds", "two_sets", "renormalise", "own_places")),
+        *((name, ctypes.c_double) for name in ("epsilon", "sigma", "tau")),
+        *((name, _Tokens) for name in ("x", "compared", "y", "grad_x", "grad_compared")),
+        *((name, ctypes.c_void_p) for name in ("gather", "scatter", "positions", "places", "mask", "scalings")),
+        *((name, ctypes.c_void_p) for name in ("grad_gather", "grad_scatter")),
+    )
+
+
+def _tokens(tensor: torch.Tensor | None) -> _Tokens:
+    if tensor is None:
+        return _Tokens()
+    return _Tokens(tensor.data_ptr(), _TYPES[tensor.dtype], tensor.stride())
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _run(inputs: Inputs, problem: SetProblem, dtype: torch.dtype, backward: bool, **more: Any) -> None:
+    """Call the kernel; `more` are the remaining fields of `_Call`, tensors that the caller holds."""
+    library = _library()
+    assert isinstance(library, ctypes.CDLL), library
+
+    def plain(tensor: torch.Tensor | None, as_type: torch.dtype = dtype) -> torch.Tensor | None:
+        return None if tensor is None else tensor.detach().to(as_type).contiguous()
+
+    small = {
+        "gather": plain(inputs.gather_hmk),
+        "scatter": plain(inputs.scatter_hmk),
+        "positions": plain(inputs.positions_bna),
+        "places": plain(inputs.places_ma),
+        "mask": plain(inputs.mask_bn, torch.uint8),
+    }
+    b, h, n, d = inputs.x_bhnd.shape
+    positions = inputs.positions_bna
+    call = _Call(
+        images=b,
+        heads=h,
+        tokens=n,
+        references=inputs.gather_hmk.shape[1],
+        features=inputs.gather_hmk.shape[2],
+        values=d,
+        axes=0 if positions is None else positions.shape[2],
+        rounds=problem.iterations,
+        two_sets=inputs.scatter_hmk is not None,
+        renormalise=problem.renormalise,
+        own_places=positions is not None and positions.shape[0] > 1,
+        epsilon=problem.epsilon,
+        sigma=problem.sigma,
+        tau=problem.tau,
+        x=_tokens(inputs.x_bhnd),
+        compared=_tokens(inputs.features_bhnk),
+        **{name: _pointer(tensor) for name, tensor in small.items()},
+        **more,
+    )
+    if library.setformer_set_attention(ctypes.byref(call), int(dtype == torch.float64), int(backward)):
+        raise MemoryError(f"no memory for SeT attention of {n} tokens and {call.references} references")
+
+
+def supports(inputs: Inputs, problem: SetProblem) -> str | None:
+    """Return why this kernel cannot compute the problem, or None where it can. Builds it if asked for the first time.
+
+    Args:
+        inputs: the tensors; only their devices, dtypes and shapes are looked at.
+        problem: the numbers.
+    """
+    if inputs.x_bhnd.device.type != "cpu":
+        return f"device {inputs.x_bhnd.device.type!r} is not a CPU"
+    if problem.tolerance > 0:
+        return f"tolerance = {problem.tolerance} stops rounds early, which only the PyTorch implementation does"
+    if problem.implicit:
+        return "gradient = 'implicit' is for the PyTorch implementation"
+    for tensor in (inputs.x_bhnd, inputs.features_bhnk):
+        if tensor is not None and tensor.dtype not in _TYPES:
+            return f"dtype {tensor.dtype} is none of {', '.join(map(str, _TYPES))}"
+    if os.environ.get(OFF, "0") not in ("", "0"):
+        return f"{OFF} is set"
+    library = _library()
+    return library if isinstance(library, str) else None
+
+
+def forward(inputs: Inputs, problem: SetProblem, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return y (b, h, n, d) in the dtype of x, and the v of every round (s, b, h, L + 1, m) for `backward`.
+
+    Args:
+        inputs: as those of `set_fast.forward`; `supports` has accepted them.
+        problem: likewise.
+        dtype: in which to work, fp32 or fp64 (`sinkhorn.working_dtype`).
+    """
+    b, h, _, _ = inputs.x_bhnd.shape
+    sets = 1 if inputs.scatter_hmk is None else 2
+    y = torch.empty_like(inputs.x_bhnd)
+    rounds = inputs.x_bhnd.new_empty((sets, b, h, problem.iterations + 1, inputs.gather_hmk.shape[1]), dtype=dtype)
+    _run(inputs, problem, dtype, False, y=_tokens(y), scalings=_pointer(rounds))
+    return y, rounds
+
+
+def backward(
+    grad_y: torch.Tensor, inputs: Inputs, rounds: torch.Tensor, problem: SetProblem, dtype: torch.dtype
+) -> Gradients:
+    """Return the gradients of everything that `forward` got.
+
+    Args:
+        grad_y: (b, h, n, d), of any strides.
+        inputs: as `forward` got them.
+        rounds: what it returned.
+        problem: likewise.
+        dtype: likewise.
+    """
+    b = inputs.x_bhnd.shape[0]
+    features, scatter = inputs.features_bhnk, inputs.scatter_hmk
+    grad_x = torch.empty_like(inputs.x_bhnd)
+    grad_features = None if features is None else torch.empty_like(features)
+    sums = [None if r is None else r.new_empty((b, *r.shape), dtype=dtype) for r in (inputs.gather_hmk, scatter)]
+    rounds = rounds.contiguous()
+    _run(
+        inputs,
+        problem,
+        dtype,
+        True,
+        y=_tokens(grad_y),
+        scalings=_pointer(rounds),
+        grad_x=_tokens(grad_x),
+        grad_compared=_tokens(grad_features),
+        grad_gather=_pointer(sums[0]),
+        grad_scatter=_pointer(sums[1]),
+    )
+    # The kernel leaves the sum over images in the place of the first.
+    gather, back = (None if s is None else s[0].to(inputs.gather_hmk.dtype) for s in sums)
+    assert gather is not None
+    return Gradients(grad_x, grad_features, gather, back)
+
+
+def exponential(numbers: torch.Tensor) -> torch.Tensor:
+    """Return exp of each number as the kernel computes it, for numbers below 88 (fp32) or 709 (fp64).
+
+    Args:
+        numbers: fp32 or fp64, on the CPU.
+    """
+    library = _library()
+    assert isinstance(library, ctypes.CDLL), library
+    padded = numbers.new_zeros(-(-numbers.numel() // 16) * 16)
+    padded[: numbers.numel()] = numbers.flatten()
+    assert padded.data_ptr() % 64 == 0
+    library.setformer_exponential(
+        ctypes.c_void_p(padded.data_ptr()), ctypes.c_int64(padded.numel()), int(numbers.dtype == torch.float64)
+    )
+    return padded[: numbers.numel()].view_as(numbers)

@@ -1,0 +1,249 @@
+"""The Triton kernels against the reference; run by test_set_triton.py in a process of its own.
+
+Every buffer starts as NaN, so a number that no kernel wrote is seen.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from setformer_dist.ops import set_reference, set_triton
+from setformer_dist.ops.kernels import at_least_fp32, unit
+from setformer_dist.ops.set_fast import Gradients, Inputs
+from setformer_dist.ops.set_problem import SetProblem
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The widest dtype that the kernels have; on a GPU, its products are sums of three of TF32.
+WIDE = torch.float32 if DEVICE == "cuda" else torch.float64
+# Largest error relative to the largest number, against the reference; and between two ways to the same number.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5}[WIDE]
+# Interpreting is slow: small heads are enough, as no program sees more than one.
+HEADS = 2
+
+
+@pytest.fixture(autouse=True)
+def buffers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Fill what is allocated with NaN; return the sizes."""
+    sizes: list[int] = []
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poisoned(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_floating_point():
+            sizes.append(tensor.numel())
+            tensor.fill_(torch.nan)
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poisoned(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poisoned(empty_like(*a, **k)))
+    return sizes
+
+
+def problem(
+    epsilon: float = 0.1, sigma: float = 0.0, tau: float = 0.3, iterations: int = 3, renormalise: bool = True
+) -> SetProblem:
+    return SetProblem(epsilon, sigma, tau, iterations, renormalise=renormalise)
+
+
+def inputs(
+    n: int = 7, m: int = 9, d: int = 16, k: int = 0, sets: int = 2, axes: int = 2, masked: bool = False,
+    b: int = 1, dtype: torch.dtype = WIDE,
+) -> Inputs:  # fmt: skip
+    generator = torch.Generator().manual_seed(n + 7 * m + 31 * d)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    wide = at_least_fp32(torch.empty(0, dtype=dtype)).dtype  # references come in at least fp32
+    references = [unit(normal(HEADS, m, k or d)).to(wide) for _ in range(sets)]
+    mask = None
+    if masked:
+        mask = torch.rand(b, n, generator=generator) < 0.7
+        mask[:, n // 2] = True
+    found = (
+        normal(b, HEADS, n, d).to(dtype),
+        (0.9 * unit(normal(b, HEADS, n, k))).to(dtype) if k else None,
+        references[0],
+        references[1] if sets == 2 else None,
+        torch.rand(b, n, axes, generator=generator) if axes else None,
+        torch.rand(m, axes, generator=generator) if axes else None,
+        mask,
+    )
+    return Inputs(*(None if t is None else t.to(DEVICE) for t in found))
+
+
+def gradient_of(x: torch.Tensor) -> torch.Tensor:
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(DEVICE, x.dtype)
+
+
+def by_triton(given: Inputs, p: SetProblem, dy: torch.Tensor, splits: int | None) -> tuple[torch.Tensor, Gradients]:
+    assert set_triton.why_not(given, p) is None
+    y, potentials = set_triton.forward(given, p, splits)
+    assert potentials.shape == set_triton.potentials_shape(given, p)
+    assert not potentials.isnan().any()
+    return y, set_triton.backward(dy, given, potentials, p, splits)
+
+
+def by_reference(given: Inputs, p: SetProblem, dy: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """Return y and gradients in fp64, with 0 at masked tokens."""
+    tensors = (given.x_bhnd, given.features_bhnk, given.gather_hmk, given.scatter_hmk)
+    leaves = [None if t is None else t.detach().double().requires_grad_() for t in tensors]
+    y = set_reference.forward(*leaves, given.positions_bna, given.places_ma, given.mask_bn, p)
+    if given.mask_bn is not None:
+        y = y.masked_fill(~given.mask_bn[:, None, :, None], 0.0)
+    y.backward(dy.double())
+    return y.detach(), [None if t is None else t.grad for t in leaves]
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float, at_least: float = 0.0) -> None:
+    bound = tolerance * max(float(expected.abs().max()), at_least)
+    assert float((found.double() - expected).abs().max()) <= bound  # NaN fails, too
+
+
+def assert_same(given: Inputs, p: SetProblem, splits: int | None = 1, tolerance: float | None = None) -> None:
+    dtype = given.x_bhnd.dtype
+    tolerance = TOLERANCE[dtype] if tolerance is None else tolerance
+    dy = gradient_of(given.x_bhnd)
+    y, gradients = by_triton(given, p, dy, splits)
+    expected_y, expected = by_reference(given, p, dy)
+    assert y.dtype == gradients.x.dtype == dtype
+    assert gradients.gather.dtype == given.gather_hmk.dtype
+    assert_near(y, expected_y, tolerance)
+    found = (gradients.x, gradients.features, gradients.gather, gradients.scatter)
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            # Where every exact gradient is zero (n = 1), rounding is measured against that of y.
+            assert_near(one, other, tolerance, at_least=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "d", "splits"),
+    [(1, 1, 16, 1), (1, 9, 24, 2), (7, 1, 8, 1), (7, 49, 24, 1), (40, 9, 64, 4), (197, 49, 32, 2), (33, 9, 7, None)],
+)
+def test_any_sizes(n: int, m: int, d: int, splits: int | None) -> None:
+    assert_same(inputs(n, m, d, masked=n > 1), problem(), splits)
+
+
+OPTIONS = list(itertools.product((1, 2), (0, 1, 2), (True, False)))
+
+
+@pytest.mark.parametrize(("sets", "axes", "renormalise"), OPTIONS)
+def test_any_options(sets: int, axes: int, renormalise: bool) -> None:
+    index = OPTIONS.index((sets, axes, renormalise))
+    p = problem(
+        epsilon=(0.1, 0.01, 0.5)[index % 3], sigma=(0.0, 0.6)[index // 2 % 2], iterations=1 + index % 4,
+        renormalise=renormalise,
+    )  # fmt: skip
+    given = inputs(n=20, k=(0, 11)[index // 3 % 2], sets=sets, axes=axes, masked=index % 4 == 0)
+    assert_same(given, p, splits=1 + index % 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sigma", [0.0, 0.6])
+def test_narrow_dtypes(dtype: torch.dtype, sigma: float) -> None:
+    assert_same(inputs(n=50, m=9, d=24, masked=True, dtype=dtype), problem(sigma=sigma), splits=2)
+
+
+def test_small_epsilon_in_fp32_and_bf16() -> None:
+    # exp(100) is far beyond fp32: only logarithms carry this. An exponent is off by 2^-9 / epsilon at most in bf16.
+    assert_same(inputs(n=40, dtype=torch.float32), problem(epsilon=0.01), tolerance=2e-4)
+    assert_same(inputs(n=40, dtype=torch.bfloat16), problem(epsilon=0.01), tolerance=0.2)
+
+
+def test_many_images_with_positions_of_their_own_and_any_layout() -> None:
+    given = inputs(n=18, b=3, k=5, masked=True)
+    x = given.x_bhnd.transpose(1, 2).contiguous().transpose(1, 2)
+    features = given.features_bhnk
+    assert features is not None
+    odd = Inputs(x, features.mT.contiguous().mT, *list(vars(given).values())[2:])
+    assert_same(odd, problem(), splits=2)
+    assert set_triton.forward(odd, problem())[0].stride() == x.stride()
+    whole = torch.ones((), dtype=x.dtype, device=DEVICE).expand(x.shape)
+    _, found = by_triton(odd, problem(), whole, 1)
+    assert_near(found.x, by_reference(odd, problem(), whole)[1][0], TOLERANCE[WIDE])  # type: ignore[arg-type]
+
+
+def test_masked_tokens_are_never_read_and_an_image_may_have_no_others() -> None:
+    given = inputs(n=20, b=2, masked=True)
+    assert given.mask_bn is not None
+    expected, expected_gradients = by_triton(given, problem(), gradient_of(given.x_bhnd), 2)
+    hidden = ~given.mask_bn[:, None, :, None]
+    dirty = Inputs(given.x_bhnd.masked_fill(hidden, torch.nan), *list(vars(given).values())[1:])
+    dy = gradient_of(given.x_bhnd).masked_fill(hidden, torch.nan)
+    y, gradients = by_triton(dirty, problem(), dy, 2)
+    assert torch.equal(y, expected)
+    assert torch.equal(gradients.x, expected_gradients.x)
+    assert (gradients.x.masked_select(hidden) == 0).all()
+
+
+@pytest.mark.parametrize("p", [problem(), problem(epsilon=0.01, sigma=0.6, renormalise=False)])
+def test_an_image_with_no_valid_token_gets_zeros_and_disturbs_no_other(p: SetProblem) -> None:
+    given = inputs(n=20, b=2, sets=1, masked=True)
+    assert given.mask_bn is not None
+    assert given.positions_bna is not None
+    dy = gradient_of(given.x_bhnd)
+    second = Inputs(given.x_bhnd[1:], None, given.gather_hmk, None, given.positions_bna[1:], given.places_ma,
+                    given.mask_bn[1:].clone())  # fmt: skip
+    expected, expected_gradients = by_triton(second, p, dy[1:], 1)
+    given.mask_bn[0] = False
+    y, gradients = by_triton(given, p, dy, 1)
+    assert (y[0] == 0).all()
+    assert (gradients.x[0] == 0).all()
+    assert torch.equal(y[1:], expected)
+    assert torch.equal(gradients.x[1:], expected_gradients.x)
+    assert torch.equal(gradients.gather, expected_gradients.gather)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 1e30), (torch.float16, 6e4), (torch.float32, 1e-30)])
+def test_tokens_of_any_length(dtype: torch.dtype, size: float) -> None:
+    given = inputs(n=20, axes=0, dtype=dtype)
+    x = torch.where(given.x_bhnd < 0, -size, size).to(dtype)
+    x[0, 1, :] = x[0, 1, :1].clone()
+    if dtype != torch.float16:  # whose range the gradient 1 / 1e-6 of the unit vector of zero leaves
+        x[0, 0, 3] = 0.0
+    y, gradients = by_triton(Inputs(x, *list(vars(given).values())[1:]), problem(0.01), gradient_of(x), 1)
+    torch.testing.assert_close(y[0, 1], x[0, 1], rtol=0.02, atol=0)  # tokens all alike come back
+    assert float(y.double().abs().max()) <= 1.02 * float(x.double().abs().max())  # rows of weights sum to 1
+    assert gradients.x.isfinite().all()
+    assert gradients.gather.isfinite().all()
+
+
+def test_a_narrow_filter_on_a_coarse_grid_does_not_vanish() -> None:
+    given = inputs(n=30, m=4, dtype=torch.float32)
+    ones = Inputs(torch.full_like(given.x_bhnd, 0.7), *list(vars(given).values())[1:])
+    y, gradients = by_triton(ones, problem(tau=0.01), gradient_of(given.x_bhnd), 2)
+    torch.testing.assert_close(y, ones.x_bhnd, atol=1e-4, rtol=0)
+    assert gradients.x.isfinite().all()
+
+
+def test_splits_change_rounding_only_and_repeats_change_nothing() -> None:
+    given, p = inputs(n=70, m=33, sets=1), problem(iterations=2)
+    dy = gradient_of(given.x_bhnd)
+    y, gradients = by_triton(given, p, dy, 1)
+    other, others = by_triton(given, p, dy, 8)  # 5 tiles: three splits have nothing to do
+    assert_near(other, y, ROUNDING)
+    assert_near(others.x, gradients.x, ROUNDING)
+    assert_near(others.gather, gradients.gather, ROUNDING)
+    again, agains = by_triton(given, p, dy, 8)
+    assert torch.equal(again, other)
+    assert torch.equal(agains.x, others.x)
+    assert torch.equal(agains.gather, others.gather)
+
+
+def test_nothing_of_the_size_of_the_plan_is_allocated(buffers: list[int]) -> None:
+    given = inputs(n=300, m=49, d=16, sets=1, dtype=torch.bfloat16)
+    buffers.clear()
+    by_triton(given, problem(iterations=1), gradient_of(given.x_bhnd), 1)
+    assert max(buffers) == given.x_bhnd.numel()
+
+
+def test_what_the_kernels_cannot_do_is_said() -> None:
+    given = inputs()
+    assert "implicit" in str(set_triton.why_not(given, SetProblem(0.1, 0.0, 1.0, 3, implicit=True)))
+    assert "16384" in str(set_triton.why_not(inputs(m=200, d=65), problem()))
+    whole = Inputs(given.x_bhnd.long(), *list(vars(given).values())[1:])
+    assert "int64" in str(set_triton.why_not(whole, problem()))

@@ -1,0 +1,41 @@
+"""The Triton kernels, each test in a process of its own: on the GPU where there is one, otherwise interpreted.
+
+Triton decides when it is imported whether its functions are compiled or interpreted, so this process, which may have
+imported it, cannot.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent
+
+
+def run(*command: str, **environment: str) -> str:
+    """Run Python; return what it printed."""
+    result = subprocess.run(
+        [sys.executable, *command], cwd=FOLDER.parent.parent, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_kernels_equal_the_reference() -> None:
+    environment = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    printed = run(
+        "-m", "pytest", "-x", "-o", "addopts=", "--durations=3", str(FOLDER / "set_triton_cases.py"), **environment
+    )
+    assert " passed" in printed
+    assert "skipped" not in printed
+
+
+def test_kernels_compile_for_hopper_without_one() -> None:
+    printed = run("-m", "tests.numerics.set_triton_compiles", "bfloat16", TRITON_INTERPRET="0")
+    for kernel in ("rounds", "gather", "scatter", "scatter_adjoint", "adjoint_rounds", "gradients"):
+        assert f"{kernel} compiled" in printed
