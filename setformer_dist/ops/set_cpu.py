@@ -36,7 +36,8 @@ log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
 # No -ffast-math: sums keep their order, and NaN of the inputs stays NaN.
-FLAGS = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
+ARITHMETIC = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+FLAGS = ("-std=c++20", *ARITHMETIC, "-fopenmp", "-fPIC", "-fvisibility=hidden", "-shared")
 BUILD_SECONDS = 300
 OFF = "SETFORMER_NO_CPP"
 

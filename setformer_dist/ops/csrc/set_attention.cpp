@@ -9,8 +9,6 @@
 // Letters: n = tokens, m = references, k = features, d = values, L = rounds; u, v, a as in sinkhorn.py.
 
 #include <ATen/Parallel.h>
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
 
 #include <algorithm>
 #include <cmath>
@@ -18,242 +16,11 @@
 #include <memory>
 #include <new>
 
+#include "filter.h"
+#include "tokens.h"
 #include "vectors.h"
 
 namespace setformer {
-
-constexpr long TILE = 32;  // tokens; K of a tile and what goes with it fit into 32 KiB for m = 49
-
-enum Type : int64_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
-
-// These two are mirrored in set_cpu.py, field by field; absent tensors have no data.
-struct Tokens {
-  void* data;
-  int64_t type;
-  int64_t image_stride, head_stride, token_stride, stride;
-};
-
-struct Call {
-  int64_t images, heads, tokens, references, features, values, axes, rounds;
-  int64_t two_sets, renormalise, own_places;  // own_places: every image has its own positions
-  double epsilon, sigma, tau;
-  Tokens x, compared, y, grad_x, grad_compared;  // y: the output, or in the backward its gradient
-  void *gather, *scatter;                        // (h, m, k), from here on contiguous and in the working dtype
-  void *positions, *places;                      // (b or 1, n, axes), (m, axes)
-  uint8_t* mask;                                 // (b, n)
-  void* scalings;                                // v of all rounds, (sets, b, h, L + 1, m)
-  void *grad_gather, *grad_scatter;              // (b, h, m, k), one for each image
-};
-
-template <class T>
-class Array {
- public:
-  Array() = default;
-  explicit Array(long size) : data_(static_cast<T*>(::operator new(size * sizeof(T), ALIGNMENT))) {}
-  operator T*() const { return data_.get(); }
-
- private:
-  static constexpr std::align_val_t ALIGNMENT{64};
-  struct Free {
-    void operator()(T* data) const { ::operator delete(data, ALIGNMENT); }
-  };
-  std::unique_ptr<T, Free> data_;
-};
-
-struct Tile {
-  long first, count, rows;  // rows: count, padded
-};
-
-template <class Body>
-void for_tiles(long tokens, const Body& body) {
-  for (long first = 0; first < tokens; first += TILE) {
-    const long count = std::min(TILE, tokens - first);
-    body(Tile{first, count, padded(count)});
-  }
-}
-
-// ------------------------------------------------------------------------------------------- tokens in and out
-
-// Fetch a row of the tile after this one while this one is worked on.
-template <class From>
-inline void prefetch(const From* from, long width) {
-  for (long byte = 0; byte < width * static_cast<long>(sizeof(From)); byte += 64) {
-    __builtin_prefetch(reinterpret_cast<const char*>(from) + byte);
-  }
-}
-
-template <class From, class To>
-inline void copy_row(const From* from, long width, To* to) {
-  long c = 0;
-  if constexpr (std::is_same_v<From, To>) {
-    using Unaligned = typename Vectors<To>::Unaligned;
-    for (; c + LANES<To> <= width; c += LANES<To>) {
-      *reinterpret_cast<Unaligned*>(to + c) = *reinterpret_cast<const Unaligned*>(from + c);
-    }
-  }
-  for (; c < width; ++c) to[c] = static_cast<To>(from[c]);
-}
-
-template <class T, class From>
-void read_rows(const From* from, const Tokens& tokens, Tile tile, long width, T* out) {
-  const long stride = padded(width);
-  std::fill_n(out + tile.count * stride, (tile.rows - tile.count) * stride, T(0));
-  for (long t = 0; t < tile.count; ++t, from += tokens.token_stride) {
-    T* row = out + t * stride;
-    if (tokens.stride == 1) {
-      prefetch(from + TILE * tokens.token_stride, width);
-      copy_row(from, width, row);
-    } else {
-      for (long c = 0; c < width; ++c) row[c] = static_cast<T>(from[c * tokens.stride]);
-    }
-    std::fill(row + width, row + stride, T(0));
-  }
-}
-
-template <class T, class To>
-void write_rows(To* to, const Tokens& tokens, Tile tile, long width, const T* rows) {
-  for (long t = 0; t < tile.count; ++t, to += tokens.token_stride, rows += padded(width)) {
-    if (tokens.stride == 1) {
-      copy_row(rows, width, to);
-    } else {
-      for (long c = 0; c < width; ++c) to[c * tokens.stride] = static_cast<To>(rows[c]);
-    }
-  }
-}
-
-// Call body(pointer to the tile's first number, in the tensor's own type).
-template <class Body>
-void in_own_type(const Tokens& tokens, long image, long head, Tile tile, const Body& body) {
-  const long offset = image * tokens.image_stride + head * tokens.head_stride + tile.first * tokens.token_stride;
-  switch (tokens.type) {
-    case FLOAT32: body(static_cast<float*>(tokens.data) + offset); break;
-    case FLOAT64: body(static_cast<double*>(tokens.data) + offset); break;
-    case BFLOAT16: body(static_cast<c10::BFloat16*>(tokens.data) + offset); break;
-    default: body(static_cast<c10::Half*>(tokens.data) + offset); break;
-  }
-}
-
-template <class T>
-void read(const Tokens& tokens, long image, long head, Tile tile, long width, T* out) {
-  in_own_type(tokens, image, head, tile, [&](auto* from) { read_rows<T>(from, tokens, tile, width, out); });
-}
-
-template <class T>
-void write(const Tokens& tokens, long image, long head, Tile tile, long width, const T* rows) {
-  in_own_type(tokens, image, head, tile, [&](auto* to) { write_rows<T>(to, tokens, tile, width, rows); });
-}
-
-// ------------------------------------------------------------------------------------------------ position filter
-
-// exp of the position filter of one image, computed where it is used: that is faster than to read it from memory.
-// With `renormalise` the largest entry of each column (gather) or row (scatter) is 1: the factors cancel, and a narrow
-// filter on a coarse grid does not underflow to columns of zeros.
-template <class T>
-class Filter {
- public:
-  explicit Filter(const Call& call)
-      : call_(call),
-        n_(padded(call.tokens)),
-        m_(padded(call.references)),
-        places_(call.axes * m_),
-        positions_(call.axes * n_),
-        gather_columns_(m_),
-        scatter_columns_(m_),
-        gather_rows_(n_),
-        scatter_rows_(n_) {
-    const T* places = static_cast<const T*>(call.places);
-    std::fill_n(places_ + 0, call.axes * m_, T(0));
-    for (long j = 0; j < m_; ++j) {
-      scatter_columns_[j] = j < call.references ? T(0) : NOWHERE;
-      for (long axis = 0; j < call.references && axis < call.axes; ++axis) {
-        places_[axis * m_ + j] = places[j * call.axes + axis] / T(call.tau);
-      }
-    }
-  }
-
-  void prepare(long image) {
-    const bool own = call_.own_places || call_.mask;
-    if (image_ == image || (image_ >= 0 && !own)) return;
-    image_ = image;
-    const long skipped = call_.own_places ? image * call_.tokens : 0;
-    const T* places = static_cast<const T*>(call_.positions) + skipped * call_.axes;
-    const uint8_t* mask = call_.mask ? call_.mask + image * call_.tokens : nullptr;
-    for (long i = 0; i < n_; ++i) {
-      const long token = std::min(i, call_.tokens - 1);
-      for (long axis = 0; axis < call_.axes; ++axis) {
-        positions_[axis * n_ + i] = places[token * call_.axes + axis] / T(call_.tau);
-      }
-      gather_rows_[i] = i < call_.tokens && (!mask || mask[i]) ? T(0) : NOWHERE;
-      scatter_rows_[i] = T(0);
-    }
-    std::copy_n(scatter_columns_ + 0, m_, gather_columns_ + 0);
-    if (call_.renormalise) find_largest();
-  }
-
-  // out = K times the filter, for a tile.
-  void gather(const T* kernel, Tile tile, T* out) const { choose(kernel, tile, gather_rows_, gather_columns_, out); }
-  void scatter(const T* kernel, Tile tile, T* out) const { choose(kernel, tile, scatter_rows_, scatter_columns_, out); }
-
- private:
-  static constexpr int L = LANES<T>;
-  static constexpr T NOWHERE = -1e30;
-
-  // -|p_i - q_j|^2 / tau^2 for L references from j on, and more. AXES: their number, 0 where it is not known here.
-  template <int AXES = 0>
-  Vector<T> logarithm(long i, long j, Vector<T> more) const {
-    const long axes = AXES ? AXES : call_.axes;
-    for (long axis = 0; axis < axes; ++axis) {
-      const Vector<T> apart = vec(places_ + axis * m_ + j) - positions_[axis * n_ + i];
-      more -= apart * apart;
-    }
-    return more;
-  }
-
-  void choose(const T* kernel, Tile tile, const T* rows, const T* columns, T* out) const {
-    switch (call_.axes) {
-      case 1: apply<1>(kernel, tile, rows, columns, out); break;
-      case 2: apply<2>(kernel, tile, rows, columns, out); break;
-      default: apply<0>(kernel, tile, rows, columns, out); break;
-    }
-  }
-
-  template <int AXES>
-  void apply(const T* kernel, Tile tile, const T* rows, const T* columns, T* out) const {
-    for (long t = 0; t < tile.rows; ++t) {
-      const long i = tile.first + t;
-      for (long j = 0; j < m_; j += L) {
-        const Vector<T> log = logarithm<AXES>(i, j, vec(columns + j) + rows[i]);
-        vec(out + t * m_ + j) = vec(kernel + t * m_ + j) * exponential<T>(log);
-      }
-    }
-  }
-
-  void find_largest() {
-    Array<T> highest(m_);
-    std::fill_n(highest + 0, m_, NOWHERE);
-    for (long first = 0; first < n_; first += L) {
-      Vector<T> nearest[L];
-      std::fill_n(nearest, L, Vector<T>{} + NOWHERE);
-      for (long j = 0; j < m_; j += L) {
-        for (int r = 0; r < L; ++r) {
-          const Vector<T> log = logarithm(first + r, j, vec(scatter_columns_ + j));
-          nearest[r] = larger<T>(nearest[r], log);
-          vec(highest + j) = larger<T>(vec(highest + j), log + gather_rows_[first + r]);
-        }
-      }
-      vec(scatter_rows_ + first) = -joined<T>(nearest, larger<T>);
-    }
-    for (long j = 0; j < call_.references; ++j) gather_columns_[j] = -highest[j];
-  }
-
-  const Call& call_;
-  const long n_, m_;
-  long image_ = -1;
-  Array<T> places_, positions_;  // (axes, m), (axes, n), over tau
-  Array<T> gather_columns_, scatter_columns_, gather_rows_, scatter_rows_;  // added to the logarithm
-};
-
-// ---------------------------------------------------------------------------------------------------------- a head
 
 // One reference set of one head and its transport plan.
 template <class T>
@@ -792,8 +559,10 @@ void dispatch(const Call& call, bool backward) {
 
 }  // namespace setformer
 
+#define PUBLIC extern "C" __attribute__((visibility("default")))
+
 // Return 0, or 1 where memory is short.
-extern "C" int setformer_set_attention(const setformer::Call* call, int wide, int backward) {
+PUBLIC int setformer_set_attention(const setformer::Call* call, int wide, int backward) {
   try {
     wide ? setformer::dispatch<double>(*call, backward) : setformer::dispatch<float>(*call, backward);
     return 0;
@@ -803,7 +572,7 @@ extern "C" int setformer_set_attention(const setformer::Call* call, int wide, in
 }
 
 // exp of `count` numbers (a multiple of 16, aligned to 64 bytes), for the tests of its accuracy.
-extern "C" void setformer_exponential(void* numbers, int64_t count, int wide) {
+PUBLIC void setformer_exponential(void* numbers, int64_t count, int wide) {
   using namespace setformer;
   float* narrow_ = static_cast<float*>(numbers);
   double* wide_ = static_cast<double*>(numbers);

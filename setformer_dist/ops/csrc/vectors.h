@@ -71,7 +71,7 @@ constexpr double inverse_factorial(int n) { return n < 2 ? 1.0 : inverse_factori
 // exp(x) = 2^n exp(r), |r| <= ln 2 / 2, by Taylor's sum, whose rest is below the rounding of T. Below LOWEST it is 0,
 // so that no denormal numbers slow down what follows; above 88 (709 in fp64) it has no meaning. NaN stays NaN.
 template <class T>
-inline Vector<T> exponential(Vector<T> x) {
+__attribute__((always_inline)) inline Vector<T> exponential(Vector<T> x) {
   using N = ExpNumbers<T>;
   using Bits = typename Vectors<T>::Bits;
   constexpr T LOG2E = 1.4426950408889634073599L;
