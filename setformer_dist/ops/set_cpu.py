@@ -1,108 +1,22 @@
 """SeT attention by a C++ kernel for CPUs (csrc/set_attention.cpp): the same functions as set_fast.py, fused.
 
 `forward` and `backward` take and give what those of `set_fast` do, so one may run forward by this and backward by that.
-`supports` says whether they can compute a problem; nobody asks them otherwise. The first question of a process builds
-the kernel for this very CPU, which takes seconds, and keeps it in PyTorch's folder for extensions:
-
-    $TORCH_EXTENSIONS_DIR or ~/.cache/torch_extensions
-      setformer_cpu/set_attention-<hash of source, flags, compiler, CPU and PyTorch>.so
-
-A file is built aside and renamed into place, under a lock that the system takes from a builder that dies: ranks that
-start together wait for one of them, and none ever waits for a dead one or loads half a file. Where there is no
-compiler, `supports` says so, once aloud, and `set_fast` does the work.
+`supports` says whether they can compute a problem; nobody asks them otherwise (cpp.py
+builds the kernel).
 """
 
 from __future__ import annotations
 
 import ctypes
-import fcntl
-import functools
-import hashlib
-import logging
-import os
-import platform
-import shlex
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from setformer_dist.ops import cpp
 from setformer_dist.ops.set_fast import Gradients, Inputs
 from setformer_dist.ops.set_problem import SetProblem
 
-log = logging.getLogger(__name__)
-
-SOURCES = Path(__file__).parent / "csrc"
-# No -ffast-math: sums keep their order, and NaN of the inputs stays NaN.
-ARITHMETIC = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
-FLAGS = ("-std=c++20", *ARITHMETIC, "-fopenmp", "-fPIC", "-fvisibility=hidden", "-shared")
-BUILD_SECONDS = 300
-OFF = "SETFORMER_NO_CPP"
-
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-
-
-# ------------------------------------------------------------------------------------------------------- the build
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | str:
-    """Return the kernel, built if need be, or the reason why there is none, which is also logged."""
-    try:
-        return ctypes.CDLL(str(_built()))
-    except subprocess.CalledProcessError as error:
-        reason = f"the compiler failed: {_last_line(error.stderr)}"
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = f"the kernel cannot be built here: {error}"
-    text = "SeT attention runs on PyTorch's operators, several times slower than its own kernel: %s; %s"
-    log.warning(text, reason, f"set CXX to a C++20 compiler, or {OFF}=1 to do without")
-    return reason
-
-
-def _built() -> Path:
-    """Return the file of the kernel for this machine, building it if it is not there."""
-    compiler = shlex.split(os.environ.get("CXX", "g++"))
-    include, libraries = (Path(torch.__file__).parent / name for name in ("include", "lib"))
-    sources = sorted(SOURCES.glob("*.*"))
-    identity = [*(s.read_text() for s in sources), *FLAGS, *compiler, _cpu(), torch.__version__, str(libraries)]
-    key = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
-    folder = _folder()
-    target = folder / f"set_attention-{key}.so"
-    if target.exists():
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{key}.lock").open("w") as lock, tempfile.TemporaryDirectory(dir=folder) as aside:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            made = Path(aside) / target.name
-            where = ["-isystem", str(include), f"-L{libraries}", "-lc10", "-ltorch_cpu", "-o", str(made)]
-            command = [*compiler, *FLAGS, str(SOURCES / "set_attention.cpp"), *where]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
-            made.replace(target)
-    return target
-
-
-def _folder() -> Path:
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
-    return Path(root) / "setformer_cpu"
-
-
-def _cpu() -> str:
-    """Name the CPU as far as compiled code depends on it: a home folder may be shared by machines of many kinds."""
-    facts = [platform.machine(), platform.processor()]
-    described = Path("/proc/cpuinfo")
-    if described.exists():
-        first = described.read_text().split("\n\n")[0].splitlines()
-        names = ("model name", "flags", "Features", "CPU implementer", "CPU part")
-        facts += [line for line in first if line.startswith(names)]
-    return "\n".join(facts)
-
-
-def _last_line(text: str) -> str:
-    lines = [line for line in text.splitlines() if line.strip()]
-    return next((line for line in lines if "error" in line), lines[-1] if lines else "it said nothing")
 
 
 # -------------------------------------------------------------------------------------------------------- the call
@@ -143,7 +57,7 @@ def _pointer(tensor: torch.Tensor | None) -> int | None:
 
 def _run(inputs: Inputs, problem: SetProblem, dtype: torch.dtype, backward: bool, **more: Any) -> None:
     """Call the kernel; `more` are the remaining fields of `_Call`, tensors that the caller holds."""
-    library = _library()
+    library = cpp.library()
     assert isinstance(library, ctypes.CDLL), library
 
     def plain(tensor: torch.Tensor | None, as_type: torch.dtype = dtype) -> torch.Tensor | None:
@@ -198,9 +112,7 @@ def supports(inputs: Inputs, problem: SetProblem) -> str | None:
     for tensor in (inputs.x_bhnd, inputs.features_bhnk):
         if tensor is not None and tensor.dtype not in _TYPES:
             return f"dtype {tensor.dtype} is none of {', '.join(map(str, _TYPES))}"
-    if os.environ.get(OFF, "0") not in ("", "0"):
-        return f"{OFF} is set"
-    library = _library()
+    library = cpp.library()
     return library if isinstance(library, str) else None
 
 
@@ -262,7 +174,7 @@ def exponential(numbers: torch.Tensor) -> torch.Tensor:
     Args:
         numbers: fp32 or fp64, on the CPU.
     """
-    library = _library()
+    library = cpp.library()
     assert isinstance(library, ctypes.CDLL), library
     padded = numbers.new_zeros(-(-numbers.numel() // 16) * 16)
     padded[: numbers.numel()] = numbers.flatten()

@@ -18,12 +18,14 @@ tokens 1/(number of valid ones) and 0.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from setformer_dist.ops import cpp
 from setformer_dist.ops.kernels import at_least_fp32, no_autocast
 
 # exp(20) bounds the entries of K in fp32, exp(100) in fp64; scalings and their products stay within their squares.
@@ -109,32 +111,59 @@ def sinkhorn_scaling(
 
 
 class _Scaling(torch.autograd.Function):
-    """Keeps K and the v of each round; the gradient of s is P * dP less what goes through the rounds."""
+    """Keeps s, the plan and the v of each round; the gradient of s is P * dP less what goes through the rounds."""
 
     @staticmethod
     def forward(
         ctx: Any, similarity_znm: torch.Tensor, epsilon: float, iterations: int, tolerance: float, implicit: bool
     ) -> torch.Tensor:
-        a = 1.0 / similarity_znm.shape[1]
         with no_autocast(similarity_znm.device):
-            kernel = torch.exp(similarity_znm * (1.0 / epsilon))
-            rounds = scaling_rounds(kernel, a, iterations, tolerance)
-            plan = kernel * last_rows(kernel, rounds, a).mT * rounds[:, -1:]
+            plan, rounds = _plan_and_rounds(similarity_znm, epsilon, iterations, tolerance)
         ctx.epsilon, ctx.implicit = epsilon, implicit
-        ctx.save_for_backward(kernel, rounds, plan)
+        ctx.save_for_backward(similarity_znm, rounds, plan)
         return plan
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_plan: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
-        kernel, rounds, plan = ctx.saved_tensors
-        with no_autocast(kernel.device):
+        similarity, rounds, plan = ctx.saved_tensors
+        with no_autocast(similarity.device):
+            kernel = torch.exp(similarity * (1.0 / ctx.epsilon))
             direct = grad_plan * plan
             adjoint = implicit_adjoint if ctx.implicit else unrolled_adjoint
             df, dg = direct.sum(-1).unsqueeze(1), direct.sum(-2, keepdim=True)
             left, right = adjoint(kernel, rounds, df, dg, 1.0 / kernel.shape[1])
             grad = (direct - kernel * torch.bmm(left.mT, right)) * (1.0 / ctx.epsilon)
         return grad, None, None, None, None
+
+
+def _plan_and_rounds(
+    similarity_znm: torch.Tensor, epsilon: float, iterations: int, tolerance: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the plan and the v of every round: in C++ on CPUs that have it, each problem within the caches."""
+    n = similarity_znm.shape[1]
+    if similarity_znm.device.type == "cpu" and tolerance == 0:
+        library = cpp.library()
+        if not isinstance(library, str):
+            return _plans_in_cpp(library, similarity_znm, epsilon, iterations)
+    kernel = torch.exp(similarity_znm * (1.0 / epsilon))
+    rounds = scaling_rounds(kernel, 1.0 / n, iterations, tolerance)
+    return kernel * last_rows(kernel, rounds, 1.0 / n).mT * rounds[:, -1:], rounds
+
+
+def _plans_in_cpp(
+    library: ctypes.CDLL, similarity_znm: torch.Tensor, epsilon: float, iterations: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    z, n, m = similarity_znm.shape
+    similarity = similarity_znm.detach().contiguous()
+    plan = torch.empty_like(similarity)
+    rounds = similarity.new_empty(z, iterations + 1, m)
+    sizes = [ctypes.c_int64(size) for size in (z, n, m, iterations)]
+    wide = ctypes.c_int(similarity.dtype == torch.float64)
+    places = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (similarity, rounds, plan)]
+    if library.setformer_plans(places[0], *sizes, ctypes.c_double(epsilon), wide, *places[1:]):
+        raise MemoryError(f"no memory for a transport plan of {n} x {m}")
+    return plan, rounds
 
 
 def scaling_rounds(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from setformer_dist.ops import set_cpu, set_fast, set_reference
+from setformer_dist.ops import cpp, set_cpu, set_fast, set_reference
 from setformer_dist.ops.kernels import unit
 from setformer_dist.ops.set_fast import Gradients, Inputs
 from setformer_dist.ops.set_problem import SetProblem
@@ -249,8 +249,8 @@ def test_supports_names_what_is_left_to_others(monkeypatch):
     assert "implicit" in str(set_cpu.supports(inputs, SetProblem(0.1, 0.0, 0.25, 5, implicit=True)))
     elsewhere = Inputs(inputs.x_bhnd.to("meta"), *list(vars(inputs).values())[1:])
     assert "meta" in str(set_cpu.supports(elsewhere, PLAIN))
-    monkeypatch.setenv(set_cpu.OFF, "1")
-    assert set_cpu.OFF in str(set_cpu.supports(inputs, PLAIN))
+    monkeypatch.setenv(cpp.OFF, "1")
+    assert cpp.OFF in str(set_cpu.supports(inputs, PLAIN))
 
 
 ASK = """

@@ -17,6 +17,7 @@
 #include <new>
 
 #include "filter.h"
+#include "plan.h"
 #include "tokens.h"
 #include "vectors.h"
 
@@ -565,6 +566,27 @@ void dispatch(const Call& call, bool backward) {
 PUBLIC int setformer_set_attention(const setformer::Call* call, int wide, int backward) {
   try {
     wide ? setformer::dispatch<double>(*call, backward) : setformer::dispatch<float>(*call, backward);
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+// Plans of `problems` similarities (problems, n, m), with the v of every round (problems, rounds + 1, m); returns as above.
+PUBLIC int setformer_plans(
+    const void* similarity, int64_t problems, int64_t n, int64_t m, int64_t rounds, double epsilon, int wide,
+    void* scalings, void* plan) {
+  using namespace setformer;
+  try {
+    if (wide) {
+      plans<double>(
+          static_cast<const double*>(similarity), problems, n, m, rounds, epsilon, static_cast<double*>(scalings),
+          static_cast<double*>(plan));
+    } else {
+      plans<float>(
+          static_cast<const float*>(similarity), problems, n, m, rounds, epsilon, static_cast<float*>(scalings),
+          static_cast<float*>(plan));
+    }
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;
