@@ -3,7 +3,8 @@
     python -m benchmarks.attention [--tokens 196 784 3136 12544 50176] [--threads 2] [--picture FILE.png]
 
 Batch 2, 4 heads of 32 channels, m = 49 references, 5 rounds; fp32 on a CPU, bf16 on a GPU. "SeT" is the paper's
-operator (one reference set, no filter), "SeT default" ours (two sets, separable filter). Gradients are the exact ones
+operator (one reference set, no filter) by the fused kernel (C++ or Triton), "SeT default" ours (two sets, separable
+filter). Gradients are the exact ones
 of what was computed. Quadratic operators stop at --quadratic tokens.
 
 Besides times: the exponent with which time and memory grow from 784 tokens on; memory as a multiple of inputs and
@@ -45,7 +46,8 @@ from setformer_dist.ops.soft_attention import pool_grid, soft_attention
 BATCH, HEADS, WIDTH, REFERENCES = 2, 4, 32, 49
 DTYPE = torch.float32 if DEVICE == "cpu" else torch.bfloat16
 QUADRATIC = ("SDPA",)
-PLAIN = SetAttentionConfig(references=REFERENCES, reference_sets=1, position_filter="none")
+FUSED = "cpp" if DEVICE == "cpu" else "triton"
+PLAIN = SetAttentionConfig(references=REFERENCES, reference_sets=1, position_filter="none", implementation=FUSED)
 Operator = Callable[..., torch.Tensor]
 
 
@@ -77,18 +79,16 @@ def operators() -> dict[str, tuple[int, Operator]]:
 
         return operator
 
-    found = {
+    return {
         "SDPA": (3, F.scaled_dot_product_attention),
         "SeT": (1, set_of(PLAIN)),
-        "SeT default": (1, set_of(SetAttentionConfig(references=REFERENCES))),
+        "SeT default": (1, set_of(SetAttentionConfig(references=REFERENCES, implementation=FUSED))),
+        "SeT in PyTorch": (1, set_of(PLAIN.model_copy(update={"implementation": "fast"}))),
         "SeT reference": (1, set_of(PLAIN.model_copy(update={"implementation": "reference"}))),
         "SOFT": (2, soft),
         "CAST": (3, cast),
         "linear": (3, linear_attention),
     }
-    if DEVICE == "cuda":
-        found["SeT in PyTorch"] = (1, set_of(PLAIN.model_copy(update={"implementation": "fast"})))
-    return found
 
 
 def work(name: str, n: int) -> tuple[Callable[[], Any], Callable[[], Any], int]:

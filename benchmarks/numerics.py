@@ -25,10 +25,12 @@ from rich.table import Table
 from benchmarks.machine import describe
 from benchmarks.measure import DEVICE, write
 from setformer_dist.core.errors import ConfigError
-from setformer_dist.ops.kernels import unit
+from setformer_dist.ops import set_reference
+from setformer_dist.ops.kernels import at_least_fp32, grid_places, unit
 from setformer_dist.ops.set_attention import SetAttentionConfig, set_attention
+from setformer_dist.ops.set_problem import SetProblem
 
-IMPLEMENTATIONS = ("reference", "fast", "triton")
+IMPLEMENTATIONS = ("reference", "fast", "cpp", "triton")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 EPSILONS = (0.01, 0.05, 0.1, 0.5)
 
@@ -64,6 +66,17 @@ def run(implementation: str, epsilon: float, tensors: list[torch.Tensor]) -> lis
     return [y.detach(), *torch.autograd.grad(y, (x, gather, scatter), upstream)]
 
 
+def rows_of(implementation: str, epsilon: float, x: torch.Tensor, *sets: torch.Tensor) -> torch.Tensor:
+    """Return what becomes of values that are all 1, for the plans of these tokens."""
+    gather, scatter = (unit(at_least_fp32(s)) for s in sets)
+    dtype = gather.dtype
+    positions, places = (grid_places((side, side), dtype, x.device) for side in (28, 7))
+    tensors = (torch.ones_like(x), unit(at_least_fp32(x)).to(x.dtype), gather, scatter, positions[None], places, None)
+    if implementation == "reference":
+        return set_reference.forward(*tensors, SetProblem(epsilon, 0.0, 0.25, 5))
+    return torch.ops.setformer.set_attention(*tensors, epsilon, 0.0, 0.25, 5, 0.0, False, True, implementation)[0]
+
+
 def row(implementation: str, dtype: torch.dtype, epsilon: float) -> dict[str, Any]:
     """Measure one implementation in one dtype.
 
@@ -76,7 +89,7 @@ def row(implementation: str, dtype: torch.dtype, epsilon: float) -> dict[str, An
     found = run(implementation, epsilon, tensors)
     wanted = run("reference", epsilon, [t.double() for t in tensors])
     errors = [float((f.double() - w).abs().max() / w.abs().max()) for f, w in zip(found, wanted, strict=True)]
-    constant = run(implementation, epsilon, [torch.full_like(tensors[0], 0.75), *tensors[1:]])[0]
+    constant = rows_of(implementation, epsilon, *tensors)
     return {
         "implementation": implementation,
         "dtype": str(dtype).removeprefix("torch."),
@@ -84,7 +97,7 @@ def row(implementation: str, dtype: torch.dtype, epsilon: float) -> dict[str, An
         "pot": against_pot(implementation, dtype, epsilon) if epsilon >= 0.1 else None,
         "output": errors[0],
         "gradient": max(errors[1:]),
-        "rows": float((constant.double() - 0.75).abs().max() / 0.75),
+        "rows": float((constant.double() - 1.0).abs().max()),
     }
 
 
@@ -94,21 +107,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out/numerics.json"))
     arguments = parser.parse_args()
     console = Console(width=120)
-    rows, refused = [], {}
+    rows: list[dict[str, Any]] = []
+    refused: dict[str, str] = {}
     for implementation in IMPLEMENTATIONS:
         for dtype in DTYPES:
             for epsilon in EPSILONS:
                 try:
                     rows.append(row(implementation, dtype, epsilon))
                 except ConfigError as error:
-                    refused[implementation] = str(error)
+                    refused[f"{implementation}, {str(dtype).removeprefix('torch.')}, {epsilon}"] = str(error)
     table = Table("implementation", "dtype", "ε", "against POT", "output", "worst gradient", "rows", title=describe())
     for r in rows:
         figures = ["" if r[k] is None else f"{r[k]:.1e}" for k in ("pot", "output", "gradient", "rows")]
         table.add_row(r["implementation"], r["dtype"], str(r["epsilon"]), *figures)
     console.print(table)
-    for name, reason in refused.items():
-        console.print(f"{name}: not measured, {reason}")
+    for reason in dict.fromkeys(refused.values()):
+        names = [name for name, why in refused.items() if why == reason]
+        console.print(f"{len(names)} not measured ({names[0]} …): {reason}")
     write(arguments.out, {"machine": describe(), "rows": rows, "refused": refused})
     console.print(f"written to {arguments.out}")
 

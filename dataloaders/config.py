@@ -1,4 +1,4 @@
-"""The `[data]` table: where the shards are, what is done to each image, what damage is borne.
+"""The `[data]` table: images (where the shards are, what is done to each image, what damage is borne) or tokens.
 
 Everything here changes what a sample looks like or whether it counts; nothing here names ranks, micro batches
 or devices, so a config means the same data on every machine. `workers` and `prefetch` change speed alone.
@@ -109,6 +109,11 @@ class DataConfig(FrozenConfig):
     bad_validation: Literal["raise", "zero_weight"] = "raise"
     augment: AugmentConfig = AugmentConfig()
 
+    @property
+    def group(self) -> int:
+        """Samples that a micro batch must hold a multiple of."""
+        return self.augment.mix_group if self.augment.mixes else 1
+
     @pydantic.model_validator(mode="after")
     def _possible(self) -> Self:
         if min(self.std) <= 0:
@@ -119,3 +124,44 @@ class DataConfig(FrozenConfig):
                 "or a crop can miss the image altogether"
             )
         return self
+
+
+class TokenConfig(FrozenConfig):
+    """The token sequences of a run.
+
+    Attributes:
+        kind: says that the data are token sequences and not images.
+        root: folder that holds the packed splits.
+        train: sub-folder of `root` with the training split.
+        val: sub-folder of `root` with the validation split.
+        length: tokens to which sequences are padded and cut; 0 is what the split was packed with.
+        smoothing: label smoothing of the training targets.
+    """
+
+    kind: Literal["tokens"] = "tokens"
+    root: str
+    train: str = "train"
+    val: str = "val"
+    length: int = pydantic.Field(default=0, ge=0)
+    smoothing: float = pydantic.Field(default=0.0, ge=0.0, lt=1.0)
+
+    @property
+    def group(self) -> int:
+        """Samples that a micro batch must hold a multiple of: nothing is mixed here."""
+        return 1
+
+
+def _kind_of(data: object) -> str:
+    kind = data.get("kind", "images") if isinstance(data, dict) else getattr(data, "kind", "images")
+    return str(kind)
+
+
+# A page without data.kind speaks of images, as all did before there were tokens.
+AnyDataConfig = Annotated[
+    Annotated[DataConfig, pydantic.Tag("images")] | Annotated[TokenConfig, pydantic.Tag("tokens")],
+    pydantic.Discriminator(
+        _kind_of,
+        custom_error_type="data_kind",
+        custom_error_message='kind must be "tokens", or left out for images',
+    ),
+]

@@ -13,7 +13,6 @@ fails the packing with a list of all such, so that damage is found by the one wh
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -33,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dataloaders.decode import UndecodableError, decode, image_size, suffix_for
+from dataloaders.folders import check_destination, commit_folder, work_folder
 from dataloaders.index import ARRAYS_NAME, COLUMNS, INDEX_NAME, Index, ShardFacts, read_table, write_index
 from dataloaders.processes import begin_helper, helper_context, lean_start
 from dataloaders.sources import LabelledImage, find_images, read_class_map
@@ -133,8 +133,8 @@ def pack_image_folder(
     """
     options = options or PackOptions()
     source, destination = Path(source), Path(os.path.abspath(destination))  # noqa: PTH100  (keep links as they are)
-    _check_destination(destination, options.force)
-    with _work_folder(destination) as work, _explained(destination):
+    check_destination(destination, options.force, _is_ours)
+    with work_folder(destination) as work, _explained(destination):
         scratch = work / ".scratch"
         scratch.mkdir()
         found = find_images(source, options.split, scratch)
@@ -146,7 +146,7 @@ def pack_image_folder(
         _check_rejects(rejected, options, len(found.images))
         shutil.rmtree(scratch)
         index = _write_index(work, classes, shards, rejected, options)
-        _commit(work, destination)
+        commit_folder(work, destination, INDEX_NAME)
     return PackResult(index, rejected, found.notes + _empty_classes(index))
 
 
@@ -163,51 +163,8 @@ def _explained(destination: Path) -> Iterator[None]:
         ) from None
 
 
-def _check_destination(destination: Path, force: bool) -> None:
-    if not destination.exists():
-        return
-    if not destination.is_dir():
-        raise DataError(f"destination {destination} is a file: name a folder")
-    names = [entry.name for entry in destination.iterdir()]
-    if not names:
-        return
-    if not force:
-        raise DataError(f"destination {destination} is not empty: name another folder, or replace it with --force")
-    foreign = sorted(name for name in names if not _is_ours(name))
-    if foreign:
-        raise DataError(
-            f"destination {destination} holds {foreign[0]!r}, which no packing wrote: --force replaces packed "
-            "splits only"
-        )
-
-
 def _is_ours(name: str) -> bool:
     return name in (INDEX_NAME, ARRAYS_NAME) or re.fullmatch(r"shard-\d{6}\.tar", name) is not None
-
-
-@contextmanager
-def _work_folder(destination: Path) -> Iterator[Path]:
-    """Yield a folder beside the destination, locked; it is gone afterwards, renamed or removed."""
-    work = destination.with_name(f".{destination.name}.partial")
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = os.open(work, os.O_RDONLY)
-    except OSError as error:
-        raise DataError(f"destination {destination} cannot be written: {error}") from None
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DataError(f"another process is packing into {destination}: wait for it") from None
-        for entry in work.iterdir():  # of a packing that was killed
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        try:
-            yield work
-        finally:
-            if work.exists():
-                shutil.rmtree(work)
-    finally:
-        os.close(lock)
 
 
 def _class_map(images: list[LabelledImage], options: PackOptions) -> tuple[str, ...]:
@@ -387,24 +344,6 @@ def _write_index(
     }
     keys = [key for shard in packed for key in shard.keys]
     return write_index(work, classes, tuple(shard.facts for shard in packed), columns, keys, said)
-
-
-def _commit(work: Path, destination: Path) -> None:
-    """Give the whole folder its name; an old split loses its index first, so it is never taken for the new one."""
-    _sync_folder(work)
-    if destination.exists():
-        (destination / INDEX_NAME).unlink(missing_ok=True)
-        shutil.rmtree(destination)
-    work.rename(destination)
-    _sync_folder(destination.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
 
 
 def _empty_classes(index: Index) -> list[str]:

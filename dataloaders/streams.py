@@ -39,6 +39,27 @@ from setformer_dist.core.ranks import RankInfo
 _DEATHS = ("exited unexpectedly", "killed by signal")
 
 
+def train_requests(cut: Cut, seed: int, first_step: int) -> Iterator[Request]:
+    """Yield one rank's `accumulation` requests per optimizer step, endlessly, from `first_step` on."""
+    known_epoch, step = -1, first_step
+    order = np.empty(0, np.int64)
+    while True:
+        epoch, step_in_epoch = cut.place(step)
+        if epoch != known_epoch:
+            order, known_epoch = epoch_order(cut.num_samples, seed, epoch), epoch
+        for accumulation_step in range(cut.accumulation):
+            first = cut.first_position(step_in_epoch, accumulation_step)
+            yield Request(order[first : first + cut.micro_batch].copy(), epoch, first, step)
+        step += 1
+
+
+def evaluation_requests(num_samples: int, ranks: RankInfo, micro_batch: int) -> Iterator[Request]:
+    """Yield one rank's share of a split: as many requests as on every other rank, the last ones short or empty."""
+    share = np.array(evaluation_share(num_samples, ranks.rank, ranks.world_size), dtype=np.int64)
+    for batch in range(evaluation_batches(num_samples, ranks.world_size, micro_batch)):
+        yield Request(share[batch * micro_batch : (batch + 1) * micro_batch])
+
+
 class Loading(Protocol):
     """Answers requests, in any process."""
 
@@ -184,7 +205,7 @@ class ShardTrainStream:
             DataError: the data cannot be read, or too much of it is damaged (`dataloaders.damage`).
         """
         damage = DamageCount(self._max_bad_share)
-        for loaded in self._readers.answers(lambda: self._requests(first_step)):
+        for loaded in self._readers.answers(lambda: train_requests(self._cut, self._seed, first_step)):
             damage.add(loaded.request.epoch, len(loaded.samples), loaded.bad)
             yield MicroBatch(
                 images=loaded.images,
@@ -195,19 +216,6 @@ class ShardTrainStream:
                 step=loaded.request.step,
                 substitutions=[line for _, line in loaded.bad],
             )
-
-    def _requests(self, first_step: int) -> Iterator[Request]:
-        cut, known_epoch = self._cut, -1
-        order = np.empty(0, np.int64)
-        step = first_step
-        while True:
-            epoch, step_in_epoch = cut.place(step)
-            if epoch != known_epoch:
-                order, known_epoch = epoch_order(cut.num_samples, self._seed, epoch), epoch
-            for accumulation_step in range(cut.accumulation):
-                first = cut.first_position(step_in_epoch, accumulation_step)
-                yield Request(order[first : first + cut.micro_batch].copy(), epoch, first, step)
-            step += 1
 
     def state(self, next_step: int) -> dict[str, Any]:
         """Return the cursor before an optimizer step, JSON-able and equal on all ranks."""
@@ -259,7 +267,8 @@ class ShardEvalStream:
         Raises:
             DataError: the data cannot be read, or a sample is damaged and the config does not bear it.
         """
-        for loaded in self._readers.answers(self._requests):
+        requests = functools.partial(evaluation_requests, self.num_samples, self._ranks, self._micro_batch)
+        for loaded in self._readers.answers(requests):
             weights = torch.from_numpy((loaded.samples >= 0).astype(np.float32))
             for place, _ in loaded.bad:
                 weights[place] = 0.0
@@ -270,12 +279,6 @@ class ShardEvalStream:
                 sample_ids=torch.from_numpy(loaded.samples),
                 substitutions=[line for _, line in loaded.bad],
             )
-
-    def _requests(self) -> Iterator[Request]:
-        world, size = self._ranks.world_size, self._micro_batch
-        share = np.array(evaluation_share(self.num_samples, self._ranks.rank, world), dtype=np.int64)
-        for batch in range(evaluation_batches(self.num_samples, world, size)):
-            yield Request(share[batch * size : (batch + 1) * size])
 
     def close(self) -> None:
         """End the reader processes."""

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from launch import cli_data
+from launch import cli_data, cli_lra
 from launch.lazy import load
 from launch.local import run_local
 from setformer_dist.core import config as base
@@ -31,6 +31,7 @@ app = typer.Typer(
 )
 ckpt = typer.Typer(help="Look at checkpoints.", no_args_is_help=True)
 app.add_typer(cli_data.app, name="data")
+app.add_typer(cli_lra.app, name="lra")
 app.add_typer(ckpt, name="ckpt")
 
 Page = Annotated[Path, typer.Argument(help="The run's TOML page.", show_default=False)]
@@ -177,6 +178,22 @@ def doctor(
     """
     checks = load("launch.doctor")
     raise typer.Exit(checks.render(checks.diagnose(run_folder)))
+
+
+@app.command()
+def models(
+    pattern: Annotated[str, typer.Argument(help="Of names, such as 'soft_*'.", show_default=False)] = "",
+    size: Annotated[int | None, typer.Option(help="Image side to count for; by default each model's own.")] = None,
+) -> None:
+    """List the architectures of this package with parameters and multiply-adds.
+
+    Examples:
+
+        setformer models
+
+        setformer models "setformer_*" --size 768
+    """
+    load("launch.models").list_models(pattern, size, Console())
 
 
 @app.command()

@@ -15,8 +15,8 @@ from torch import nn
 
 from checkpoints.identity import Identity, digest_json, digest_shapes
 from checkpoints.manager import CheckpointManager
-from dataloaders import Prepare, ShardDataset, ShardEvalStream, ShardTrainStream, check_same_classes, open_split
 from launch.config import ResolvedRun
+from launch.inputs import Split, check_splits, inputs_of
 from setformer_dist.core.fragments import Fragment
 from setformer_dist.core.store import SavedState
 from setformer_dist.engine.comm import CommMeter, TorchCollectives
@@ -27,7 +27,7 @@ from setformer_dist.engine.metrics import RunRecord, peak_flops
 from setformer_dist.engine.optim import Schedule
 from setformer_dist.engine.trainer import Best, Costs, Parts, Trainer
 from setformer_dist.engine.zero import check_precision
-from setformer_dist.models.measure import multiply_adds
+from setformer_dist.models.measure import multiply_adds_of
 
 VERSIONS_OF = ("setformer_dist", "torch", "deepspeed", "timm", "safetensors")
 
@@ -36,19 +36,20 @@ VERSIONS_OF = ("setformer_dist", "torch", "deepspeed", "timm", "safetensors")
 class Splits:
     """The packed data of a run."""
 
-    train: ShardDataset
-    val: ShardDataset
+    train: Split
+    val: Split
 
 
 def open_splits(run: ResolvedRun) -> Splits:
-    """Open training and validation shards and check that they speak of the same classes.
+    """Open training and validation data and check that they speak of the same classes.
 
     Raises:
         DataError: a folder is missing, empty or damaged, or the class maps differ.
     """
-    root = Path(run.config.data.root)
-    splits = Splits(open_split(root / run.config.data.train), open_split(root / run.config.data.val))
-    check_same_classes(splits.train, splits.val)
+    data = run.config.data
+    inputs = inputs_of(data)
+    splits = Splits(inputs.open(data.root, data.train), inputs.open(data.root, data.val))
+    check_splits(splits.train, splits.val)
     return splits
 
 
@@ -62,12 +63,12 @@ def check_device(run: ResolvedRun) -> None:
     check_precision(run.config.precision, run.config.zero, supported_dtypes(), accelerator.device_name())
 
 
-def identity_of(run: ResolvedRun, model: nn.Module, classes: tuple[str, ...]) -> Identity:
-    """Return what the run's checkpoints belong to."""
+def identity_of(run: ResolvedRun, model: nn.Module, classes: tuple[str, ...], told: dict[str, Any]) -> Identity:
+    """Return what the run's checkpoints belong to; `told` is what the model was told about its inputs."""
     c = run.config
     return Identity(
         model=c.model.name,
-        model_args=json.dumps({**c.model.args, "image_size": c.data.image_size}, sort_keys=True),
+        model_args=json.dumps({**c.model.args, **told}, sort_keys=True),
         parameters=digest_shapes({n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in model.named_parameters()}),
         config_hash=run.identity_hash(),
         stage=c.zero.stage,
@@ -80,16 +81,22 @@ def identity_of(run: ResolvedRun, model: nn.Module, classes: tuple[str, ...]) ->
 class RunStore:
     """The engine's CheckpointStore: a CheckpointManager that knows whose checkpoints it keeps.
 
-    trainer.json also holds the config and the class names, so that a checkpoint serves evaluation alone.
+    trainer.json also holds the config, the class names and what the model was told about its inputs, so that a
+    checkpoint serves evaluation alone.
     """
 
     def __init__(
-        self, manager: CheckpointManager, run: ResolvedRun, identity: Identity, classes: tuple[str, ...]
+        self,
+        manager: CheckpointManager,
+        run: ResolvedRun,
+        identity: Identity,
+        classes: tuple[str, ...],
+        told: dict[str, Any],
     ) -> None:
         self._manager = manager
         self._run = run
         self._identity = identity
-        self._classes = classes
+        self._about = {"config": run.as_json(), "classes": list(classes), "inputs": told}
 
     def due(self, step: int) -> bool:
         """Return whether the config wants a checkpoint after this many steps."""
@@ -99,8 +106,7 @@ class RunStore:
         self, step: int, fragments: Iterable[Fragment], trainer: dict[str, Any], metrics: Mapping[str, float]
     ) -> Path:
         """Make a checkpoint durable."""
-        state = {**trainer, "config": self._run.as_json(), "classes": list(self._classes)}
-        return self._manager.save(step, fragments, state, self._identity, metrics)
+        return self._manager.save(step, fragments, {**trainer, **self._about}, self._identity, metrics)
 
     def newest(self) -> SavedState | None:
         """Return the newest checkpoint that verifies.
@@ -124,17 +130,19 @@ def compose(run: ResolvedRun, splits: Splits, model: nn.Module, comm: TorchColle
     c = run.config
     ranks, plan, classes = comm.ranks, run.plan, splits.train.classes
     device = torch.device(get_accelerator().current_device_name())
+    inputs = inputs_of(c.data)
 
-    stream = ShardTrainStream(splits.train, c.data, c.run.seed, ranks, plan.global_size, plan.micro)
-    validation = ShardEvalStream(splits.val, c.data, ranks, plan.micro)
+    stream = inputs.train_stream(splits.train, c.run.seed, ranks, plan)
+    validation = inputs.eval_stream(splits.val, ranks, plan.micro)
     schedule_steps = c.schedule.total_steps(stream.steps_per_epoch)
 
     costs = Costs(
-        tokens=first_stage_tokens(model, c.data.image_size),
-        multiply_adds=multiply_adds(model, c.data.image_size, c.data.image_size),
+        tokens=inputs.tokens(model, splits.train),
+        multiply_adds=multiply_adds_of(model, inputs.shape(splits.train), inputs.dtype or torch.float32),
         peak_flops=peak_flops(device_label()),
     )
-    identity = identity_of(run, model, classes)
+    told = inputs.told(splits.train)
+    identity = identity_of(run, model, classes, told)
     engine = initialize(model, c.optim, run.deepspeed_json())
     master = MasterState(engine)
     meter = CommMeter()
@@ -148,9 +156,9 @@ def compose(run: ResolvedRun, splits: Splits, model: nn.Module, comm: TorchColle
         plan=plan,
         stream=stream,
         validation=validation,
-        prepare=Prepare(c.data, len(classes), device, DTYPES[c.precision.dtype]),
+        prepare=inputs.prepare(len(classes), device, DTYPES[c.precision.dtype]),
         schedule=Schedule(engine.optimizer, c.schedule, stream.steps_per_epoch),
-        store=RunStore(manager, run, identity, classes),
+        store=RunStore(manager, run, identity, classes, told),
         comm=comm,
         meter=meter,
         record=RunRecord(c.folder, ranks.is_main),
@@ -158,13 +166,6 @@ def compose(run: ResolvedRun, splits: Splits, model: nn.Module, comm: TorchColle
     )
     best = Best(c.checkpoint.best_metric, c.checkpoint.best_mode)
     return Trainer(parts, c.eval, best, schedule_steps, c.run.log_every, c.run.seed)
-
-
-def first_stage_tokens(model: nn.Module, image_size: int) -> int:
-    """Return the tokens of the first stage at this image size, from timm's feature_info."""
-    info: Any = getattr(model, "feature_info", None)
-    reduction = info[0]["reduction"] if info else 1
-    return int(-(-image_size // reduction)) ** 2
 
 
 def device_label() -> str:

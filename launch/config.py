@@ -17,7 +17,7 @@ from typing import Any
 import pydantic
 
 from checkpoints.config import CheckpointConfig
-from dataloaders.config import DataConfig
+from dataloaders.config import AnyDataConfig
 from setformer_dist.core import config as base
 from setformer_dist.core.config import FrozenConfig
 from setformer_dist.core.errors import ConfigError
@@ -62,7 +62,7 @@ class RunConfig(FrozenConfig):
 
     run: RunTable
     model: ModelConfig
-    data: DataConfig
+    data: AnyDataConfig
     batch: BatchConfig
     schedule: ScheduleConfig
     optim: OptimConfig = OptimConfig()
@@ -152,8 +152,7 @@ def resolve(config: RunConfig, world_size: int) -> ResolvedRun:
     Raises:
         ConfigError: there is no solution.
     """
-    augment = config.data.augment
-    return ResolvedRun(config, solve(config.batch, world_size, augment.mix_group if augment.mixes else 1))
+    return ResolvedRun(config, solve(config.batch, world_size, config.data.group))
 
 
 def check_folder(run: ResolvedRun) -> None:

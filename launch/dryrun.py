@@ -3,32 +3,52 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
-from dataloaders import open_split
+from dataloaders.config import TokenConfig
 from launch.config import ResolvedRun
+from launch.inputs import inputs_of
 from setformer_dist.core.errors import DataError
 from setformer_dist.engine.deepspeed_engine import DTYPES
 from setformer_dist.models.build import build_model
-from setformer_dist.models.measure import multiply_adds, parameters, predict_memory
+from setformer_dist.models.measure import multiply_adds_of, parameters, predict_memory
 
 
-def predict_costs(run: ResolvedRun, num_classes: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Known:
+    """The model of a run on its data, and what one sample is to it."""
+
+    model: nn.Module
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    source: str
+
+
+def predict_costs(run: ResolvedRun, known: _Known) -> dict[str, Any]:
     """Return predicted costs on one rank: counts and bytes."""
-    c, size = run.config, run.config.data.image_size
-    model = build_model(c.model, num_classes, size, c.run.seed)
+    c, model = run.config, known.model
     dtype = DTYPES[c.precision.dtype]
     grad_dtype = torch.float32 if c.precision.grad_accum == "fp32" else dtype
-    images = (run.plan.micro, size, size)
-    memory = predict_memory(model, dtype, grad_dtype, c.zero.stage, run.plan.world_size, c.ema.decay > 0, images)
+    memory = predict_memory(
+        model,
+        dtype,
+        grad_dtype,
+        c.zero.stage,
+        run.plan.world_size,
+        c.ema.decay > 0,
+        (run.plan.micro, *known.shape),
+        known.dtype,
+    )
     return {
         "parameters": parameters(model),
-        "multiply_adds": multiply_adds(model, size, size),
+        "multiply_adds": multiply_adds_of(model, known.shape, known.dtype or torch.float32),
         "memory": {
             "parameters": memory.parameters,
             "gradients": memory.gradients,
@@ -39,29 +59,43 @@ def predict_costs(run: ResolvedRun, num_classes: int) -> dict[str, Any]:
     }
 
 
-def classes_of(run: ResolvedRun) -> tuple[int, str]:
-    """Return the number of classes and where it is known from; 1000 where the data is not there yet."""
-    folder = Path(run.config.data.root) / run.config.data.train
+def know(run: ResolvedRun) -> _Known:
+    """Build the model for the data, or for images of 1000 classes where these are not there yet.
+
+    Raises:
+        DataError: token sequences are not there: their vocabulary and length are not known otherwise.
+    """
+    c = run.config
+    inputs = inputs_of(c.data)
     try:
-        return len(open_split(folder).classes), str(folder)
+        split = inputs.open(c.data.root, c.data.train)
     except DataError:
-        return 1000, f"assumed, since {folder} holds no packed data"
+        if isinstance(c.data, TokenConfig):
+            raise
+        model = build_model(c.model, 1000, c.data.image_size, c.run.seed)
+        source = f"1000 classes (assumed, since {Path(c.data.root) / c.data.train} holds no packed data)"
+        return _Known(model, (3, c.data.image_size, c.data.image_size), None, source)
+    source = f"{len(split.classes)} classes ({Path(c.data.root) / c.data.train})"
+    model = inputs.build_model(c.model, len(split.classes), inputs.told(split), c.run.seed)
+    return _Known(model, inputs.shape(split), inputs.dtype, source)
 
 
 def dry_run(run: ResolvedRun, console: Console) -> None:
     """Print the resolved config, DeepSpeed's JSON, and the predicted costs."""
-    num_classes, source = classes_of(run)
-    costs = predict_costs(run, num_classes)
+    known = know(run)
+    costs = predict_costs(run, known)
     console.rule("resolved config", align="left")
     console.print_json(json.dumps(run.as_json()))
     console.rule("DeepSpeed config", align="left")
     console.print_json(json.dumps(run.deepspeed_json()))
     console.rule("predicted", align="left")
     table = Table(show_header=False, box=None)
-    plan, size = run.plan, run.config.data.image_size
-    table.add_row("model", f"{run.config.model.name}, {num_classes} classes ({source})")
+    plan = run.plan
+    table.add_row("model", f"{run.config.model.name}, {known.source}")
     table.add_row("parameters", f"{costs['parameters'] / 1e6:.2f} M")
-    table.add_row("multiply-adds", f"{costs['multiply_adds'] / 1e9:.3f} G per image of {size}×{size}")
+    table.add_row(
+        "multiply-adds", f"{costs['multiply_adds'] / 1e9:.3f} G per sample of {'×'.join(map(str, known.shape))}"
+    )
     table.add_row(
         "batch",
         f"{plan.global_size} = {plan.micro} per rank × {plan.accumulation} accumulated × {plan.world_size} ranks",

@@ -21,6 +21,7 @@ from checkpoints.identity import digest_json
 from launch.compose import Splits, check_device, compose, open_splits
 from launch.config import ResolvedRun, check_folder, load_run, resolve
 from launch.doctor import check_package_origins
+from launch.inputs import inputs_of
 from launch.local import LOG_DIR_VARIABLE, log_file, usable_cores
 from launch.outcome import finish
 from setformer_dist.core.errors import LaunchError, RankFailedError, SetformerError
@@ -29,7 +30,6 @@ from setformer_dist.core.files import write_json
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
 from setformer_dist.engine.deepspeed_engine import quiet_deepspeed
-from setformer_dist.models.build import build_model
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,9 @@ def run_rank(page: Path, overrides: Sequence[str]) -> int:
     run = resolve(config, ranks.world_size)
     check_device(run)
     splits = open_splits(run)
-    model = build_model(config.model, len(splits.train.classes), config.data.image_size, config.run.seed)
+    inputs = inputs_of(config.data)
+    classes, told = splits.train.classes, inputs.told(splits.train)
+    model = inputs.build_model(config.model, len(classes), told, config.run.seed)
     torch.set_num_threads(config.run.threads or max(1, usable_cores() // ranks.local_world_size))
     check_folder(run)
     connect(ranks, timeout_minutes=config.run.timeout_minutes)

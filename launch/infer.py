@@ -11,15 +11,16 @@ import torch
 from torch import nn
 
 from checkpoints.reader import Checkpoint, open_checkpoint
-from dataloaders import Prepare, ShardDataset, ShardEvalStream, decode_for_eval, open_split
+from dataloaders import ShardDataset, decode_for_eval
+from dataloaders.config import DataConfig
 from launch.config import RunConfig
+from launch.inputs import Split, inputs_of
 from setformer_dist.core import config as base
 from setformer_dist.core.batch import MicroBatch
-from setformer_dist.core.errors import CheckpointError, DataError
+from setformer_dist.core.errors import CheckpointError, ConfigError, DataError
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
-from setformer_dist.engine.evaluate import EvalResult, evaluate
-from setformer_dist.models.build import build_model
+from setformer_dist.engine.evaluate import EvalResult, Prepare, evaluate
 from setformer_dist.report.html import ClassifiedImage
 
 Weights = Literal["plain", "ema", "auto"]
@@ -36,8 +37,8 @@ class Trained:
     weights: str
 
     def prepare(self) -> Prepare:
-        """Return the way from a micro batch to images, in fp32 on the CPU."""
-        return Prepare(self.config.data, len(self.classes), "cpu", torch.float32)
+        """Return the way from a micro batch to what the model takes, in fp32 where the model is."""
+        return inputs_of(self.config.data).prepare(len(self.classes), _device_of(self.model), torch.float32)
 
     @torch.no_grad()
     def probabilities(self, images: torch.Tensor) -> torch.Tensor:
@@ -47,7 +48,11 @@ class Trained:
         batch = MicroBatch(images=images, labels=zeros, weights=torch.ones(count), sample_ids=zeros)
         inputs, _ = self.prepare()(batch, train=False)
         logits: torch.Tensor = self.model(inputs)
-        return logits.float().softmax(dim=1)
+        return logits.float().softmax(dim=1).cpu()
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def load_trained(path: Path, weights: Weights = "auto") -> Trained:
@@ -70,7 +75,8 @@ def load_trained(path: Path, weights: Weights = "auto") -> Trained:
     chosen = _choose(weights, config, state)
     if chosen == "ema" and not config.ema.decay:
         raise CheckpointError(f"checkpoint {checkpoint.path} holds no averaged weights: the run had ema.decay = 0")
-    model = build_model(config.model, len(classes), config.data.image_size, config.run.seed)
+    inputs = inputs_of(config.data)
+    model = inputs.build_model(config.model, len(classes), state.get("inputs", {}), config.run.seed)
     _fill(model, checkpoint.read_full("ema" if chosen == "ema" else "param"), checkpoint)
     return Trained(model.eval(), config, classes, checkpoint, chosen)
 
@@ -91,8 +97,8 @@ def _choose(weights: Weights, config: RunConfig, state: dict[str, Any]) -> str:
     return "ema" if config.ema.decay and scores.get("ema_top1", -1.0) > scores.get("top1", 0.0) else "plain"
 
 
-def evaluate_checkpoint(trained: Trained, split: ShardDataset, micro_batch: int) -> EvalResult:
-    """Score a split with one process.
+def evaluate_checkpoint(trained: Trained, split: Split, micro_batch: int) -> EvalResult:
+    """Score a split with one process, where the model is.
 
     Raises:
         DataError: the split's classes are not the model's.
@@ -104,7 +110,7 @@ def evaluate_checkpoint(trained: Trained, split: ShardDataset, micro_batch: int)
         )
     ranks = RankInfo()
     connect(ranks)
-    stream = ShardEvalStream(split, trained.config.data, ranks, micro_batch)
+    stream = inputs_of(trained.config.data).eval_stream(split, ranks, micro_batch)
     try:
         result = evaluate(trained.model, stream, trained.prepare(), TorchCollectives(ranks))
         assert result is not None  # nobody gives up here
@@ -127,8 +133,12 @@ def predict(trained: Trained, images: Iterable[Path], top: int) -> list[Predicti
     """Classify image files.
 
     Raises:
+        ConfigError: the model does not take images.
         DataError: a file is missing or does not decode.
     """
+    data_config = trained.config.data
+    if not isinstance(data_config, DataConfig):
+        raise ConfigError(f"{trained.checkpoint.path} is a model of token sequences: name a checkpoint of images")
     found = []
     for path in images:
         try:
@@ -136,7 +146,7 @@ def predict(trained: Trained, images: Iterable[Path], top: int) -> list[Predicti
         except OSError as error:
             raise DataError(f"image {path} cannot be read: {error.strerror}") from None
         try:
-            pixels = decode_for_eval(data, trained.config.data)
+            pixels = decode_for_eval(data, data_config)
         except DataError as error:
             raise DataError(f"image {path}: {error}") from None
         probabilities = trained.probabilities(pixels.unsqueeze(0))[0]
@@ -146,10 +156,8 @@ def predict(trained: Trained, images: Iterable[Path], top: int) -> list[Predicti
     return found
 
 
-def classified_samples(
-    trained: Trained, split: ShardDataset, count: int = 24, pool: int = 400
-) -> list[ClassifiedImage]:
-    """Classify samples spread over a split and return some, the wrong ones first.
+def classified_samples(trained: Trained, split: Split, count: int = 24, pool: int = 400) -> list[ClassifiedImage]:
+    """Classify images spread over a split and return some, the wrong ones first; none where the data are no images.
 
     Args:
         trained: the model.
@@ -157,12 +165,15 @@ def classified_samples(
         count: pictures returned.
         pool: samples classified, spread evenly.
     """
+    data_config = trained.config.data
+    if not (isinstance(split, ShardDataset) and isinstance(data_config, DataConfig)):
+        return []
     step = max(1, split.num_samples // pool)
     pixels, labels = [], []
     for index in range(0, split.num_samples, step):
         try:
             sample = split.read(index)
-            pixels.append(decode_for_eval(sample.bytes, trained.config.data))
+            pixels.append(decode_for_eval(sample.bytes, data_config))
         except DataError:  # damaged: evaluation has counted it
             continue
         labels.append(sample.label)
@@ -181,7 +192,7 @@ def classified_samples(
     return [*wrong, *right]
 
 
-def open_named_split(trained: Trained, root: str | None, split: str | None) -> ShardDataset:
+def open_named_split(trained: Trained, root: str | None, split: str | None) -> Split:
     """Open a split by the run's own config, or below another root or of another name."""
     data = trained.config.data
-    return open_split(Path(root or data.root) / (split or data.val))
+    return inputs_of(data).open(root or data.root, split or data.val)

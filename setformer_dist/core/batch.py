@@ -2,7 +2,8 @@
 
 `dataloaders` implements them, `setformer_dist.engine` uses them; neither imports the other.
 
-Letters: m = micro batch (samples of one rank in one accumulation step), H, W = height, width.
+Letters: m = micro batch (samples of one rank in one accumulation step), H, W = height, width, n = tokens,
+s = sequences of a sample.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class MicroBatch:
     """What one rank computes in one accumulation step.
 
     Attributes:
-        images: (m, 3, H, W) uint8, on the CPU; normalisation happens on the device.
+        images: what the model is to see, on the CPU: (m, 3, H, W) uint8 pixels, which are normalised on the device, or
+            token ids, (m, n) or (m, s, n) int32 with 0 for padding.
         labels: (m,) int64.
         weights: (m,) float32; 0 marks filling that must not count (evaluation only).
         sample_ids: (m,) int64, position in the data set, for proofs of order.

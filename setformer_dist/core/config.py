@@ -134,9 +134,10 @@ def readable(error: pydantic.ValidationError, model: type[pydantic.BaseModel] | 
 
 
 def _explain(model: type[pydantic.BaseModel], fault: Any) -> str:
-    place = ".".join(str(part) for part in fault["loc"])
+    keys, siblings = _place(model, fault["loc"])
+    place = ".".join(keys)
     if fault["type"] == "extra_forbidden":
-        return f"unknown key {place!r}{_nearest(model, fault['loc'])}"
+        return f"unknown key {place!r}{_nearest(model, keys, siblings)}"
     if fault["type"] == "missing":
         return f"key {place!r} is missing"
     message = fault["msg"].removeprefix("Value error, ")
@@ -144,45 +145,67 @@ def _explain(model: type[pydantic.BaseModel], fault: Any) -> str:
         return str(message)
     if fault["type"] == "value_error":
         return f"{place}: {message}"
+    if isinstance(fault["input"], dict):
+        return f"{place}: {message[0].lower()}{message[1:]}"
     return f"{place} = {fault['input']!r}: {message[0].lower()}{message[1:]}"
 
 
-def _nearest(model: type[pydantic.BaseModel], loc: tuple[str | int, ...]) -> str:
+def _nearest(model: type[pydantic.BaseModel], keys: list[str], siblings: list[str]) -> str:
     """Suggest a known key: first among the siblings, then anywhere in the config."""
-    key = str(loc[-1])
-    siblings = _keys_at(model, loc[:-1])
+    key = keys[-1]
     close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)
-    prefix = ".".join(str(part) for part in loc[:-1])
     if close:
-        return f": did you mean {prefix + '.' if prefix else ''}{close[0]}?"
-    elsewhere = {path.rsplit(".", 1)[-1]: path for path in all_keys(model)}
+        return f": did you mean {'.'.join([*keys[:-1], close[0]])}?"
+    elsewhere = {path.rsplit(".", 1)[-1]: path for path in all_keys(model) if path != ".".join(keys)}
     close = difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.6)
     if close:
         return f": did you mean {elsewhere[close[0]]}?"
     return f": known keys here are {', '.join(sorted(siblings))}"
 
 
-def _keys_at(model: type[pydantic.BaseModel], loc: Iterable[str | int]) -> list[str]:
-    current: type[pydantic.BaseModel] = model
-    for part in loc:
-        field = current.model_fields.get(str(part))
-        inner = _inner_model(field.annotation) if field else None
-        if inner is None:
-            return []
-        current = inner
-    return list(current.model_fields)
+def _place(model: type[pydantic.BaseModel], loc: tuple[str | int, ...]) -> tuple[list[str], list[str]]:
+    """Return the keys that lead to a fault, and the keys known beside the last of them.
+
+    Where a table is one of several kinds, pydantic puts the kind's tag into `loc`, which is no key of the page's.
+    """
+    keys: list[str] = []
+    siblings: list[str] = list(model.model_fields)
+    known: dict[str, Any] = dict(model.model_fields)
+    kinds: dict[str, type[pydantic.BaseModel]] = {}
+    for part in map(str, loc):
+        if part in kinds and part not in known:
+            known = dict(kinds[part].model_fields)
+            continue
+        keys.append(part)
+        siblings = list(known)
+        kinds = inner_models(known[part].annotation) if part in known else {}
+        known = dict(kinds[""].model_fields) if "" in kinds else {}
+    return keys, siblings
 
 
-def _inner_model(annotation: Any) -> type[pydantic.BaseModel] | None:
-    candidates = [annotation, *getattr(annotation, "__args__", ())]
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, pydantic.BaseModel)), None)
+def inner_models(annotation: Any) -> dict[str, type[pydantic.BaseModel]]:
+    """Return the models that a field's type names, by their tag in a tagged union, "" for one without a tag."""
+    found: dict[str, type[pydantic.BaseModel]] = {}
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        marks = getattr(candidate, "__metadata__", ())
+        plain = candidate.__origin__ if marks else candidate
+        if isinstance(plain, type) and issubclass(plain, pydantic.BaseModel):
+            found[next((mark.tag for mark in marks if isinstance(mark, pydantic.Tag)), "")] = plain
+    return found
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return a suggestion for a word that is not known: "did you mean …?", or all that are known."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+    return f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
 
 
 def all_keys(model: type[pydantic.BaseModel], prefix: str = "") -> list[str]:
-    """Return every dotted key of a config model."""
+    """Return every dotted key of a config model, of every kind where a table is one of several."""
     keys: list[str] = []
     for name, field in model.model_fields.items():
-        inner = _inner_model(field.annotation)
+        inner = inner_models(field.annotation)
         path = f"{prefix}{name}"
-        keys += all_keys(inner, f"{path}.") if inner else [path]
-    return keys
+        keys += [key for kind in inner.values() for key in all_keys(kind, f"{path}.")] if inner else [path]
+    return list(dict.fromkeys(keys))

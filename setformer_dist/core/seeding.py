@@ -27,6 +27,8 @@ class Purpose(enum.IntEnum):
     INIT = 6
     PACK = 7
     KMEANS = 8
+    LISTOPS = 9
+    PATHFINDER = 10
 
 
 def derive_key(purpose: Purpose, *numbers: int) -> int:

@@ -60,7 +60,16 @@ def _built() -> Path:
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     include, libraries = (Path(torch.__file__).parent / name for name in ("include", "lib"))
     sources = sorted(SOURCES.glob("*.*"))
-    identity = [*(s.read_text() for s in sources), *FLAGS, *compiler, _cpu(), torch.__version__, str(libraries)]
+    version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, text=True, timeout=60).stdout
+    identity = [
+        version,
+        *(s.read_text() for s in sources),
+        *FLAGS,
+        *compiler,
+        _cpu(),
+        torch.__version__,
+        str(libraries),
+    ]
     key = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
     folder = _folder()
     target = folder / f"set_attention-{key}.so"

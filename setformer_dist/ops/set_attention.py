@@ -71,12 +71,12 @@ class SetAttentionConfig(FrozenConfig):
     epsilon: float = pydantic.Field(default=0.1, gt=0)
     iterations: int = pydantic.Field(default=5, ge=1)
     kernel: Literal["similarity", "gaussian", "nystrom"] = "similarity"
-    sigma: float = pydantic.Field(default=0.6, gt=0)
+    sigma: float = pydantic.Field(default=0.6, ge=0.01)
     anchors: int = pydantic.Field(default=0, ge=0)
     tolerance: float = pydantic.Field(default=0.0, ge=0)
     gradient: Literal["exact", "implicit"] = "exact"
     position_filter: Literal["none", "linear", "separable"] = "separable"
-    tau: float = pydantic.Field(default=0.25, gt=0)
+    tau: float = pydantic.Field(default=0.25, ge=0.01)
     reference_sets: Literal[1, 2] = 2
     renormalise: bool = True
     implementation: Implementation = "auto"
@@ -172,13 +172,15 @@ def marginal_error(
     anchors_hkd: torch.Tensor | None = None,
     mask_bn: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return how far the plan is from its marginals after the config's rounds: max over tokens |n (row sum) - 1|.
+    """Return how far the plan is from its marginals after all the config's rounds: max over tokens |n (row sum) - 1|.
 
     A metric, without gradient; columns are exact by construction. Arguments as those of `set_attention`.
 
     Returns:
         (b, h), fp32 (fp64 for fp64).
     """
+    one_set = config.model_copy(update={"reference_sets": 1, "position_filter": "none"})
+    _check(x_bhnd, references_hmd, None, anchors_hkd, None, mask_bn, one_set)
     with torch.no_grad():
         mask = None if mask_bn is None else mask_bn | ~mask_bn.any(-1, keepdim=True)
         x = x_bhnd if mask is None else torch.where(mask[:, None, :, None], x_bhnd, 0.0)
@@ -208,11 +210,12 @@ def _nystrom_map(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (features, values), both (b, h, n, k)."""
     b, h, n, d = x_bhnd.shape
-    flat = unit(x_bhnd).transpose(0, 1).reshape(h, b * n, d)
+    x = at_least_fp32(x_bhnd)  # fp16 squares overflow from 256 on, and its zero vectors have no inverse length
+    flat = unit(x).transpose(0, 1).reshape(h, b * n, d)
     features = nystrom(flat, anchors_hkd, config.sigma).view(h, b, n, -1).transpose(0, 1)
     # The kernel map of Mialon et al. keeps the length of x beside its direction.
-    values = features * torch.linalg.vector_norm(x_bhnd, dim=-1, keepdim=True).to(features.dtype)
-    return features, values
+    values = features * torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return features.to(x_bhnd.dtype), values.to(x_bhnd.dtype)
 
 
 def _places(
@@ -250,18 +253,18 @@ def choose_implementation(inputs: Inputs, problem: SetProblem, wanted: str = "au
     Raises:
         ConfigError: the forced one cannot.
     """
-    no_scalings = _no_scalings(inputs, problem)
+    no_scalings, no_reference = _no_scalings(inputs, problem), _no_reference(problem)
     if wanted == "auto":
-        if inputs.x_bhnd.device.type == "cpu":
-            return "reference" if no_scalings else "cpu"
-        reason = _no_triton(inputs, problem)
+        on_cpu = inputs.x_bhnd.device.type == "cpu"
+        reason = no_scalings if on_cpu else _no_triton(inputs, problem)
         if reason is None:
-            return "triton"
+            return "cpu" if on_cpu else "triton"
+        if no_scalings and no_reference:
+            raise ConfigError(f"nothing computes this: {no_scalings}, and {no_reference}; raise epsilon to 0.01")
         chosen = "reference" if no_scalings else "fast"
         _say_once(f"SeT attention runs as {chosen!r}: {reason}")
         return chosen
-    reasons = {"reference": None, "fast": no_scalings, "cpp": no_scalings, "triton": None}
-    reason = reasons[wanted]
+    reason = {"reference": no_reference, "fast": no_scalings, "cpp": no_scalings}.get(wanted)
     if wanted == "triton":
         reason = _no_triton(inputs, problem)
     elif wanted == "cpp" and not torch.compiler.is_compiling():
@@ -269,6 +272,12 @@ def choose_implementation(inputs: Inputs, problem: SetProblem, wanted: str = "au
     if reason is not None:
         raise ConfigError(f"implementation = {wanted!r} cannot compute this: {reason}; set implementation = 'auto'")
     return wanted
+
+
+def _no_reference(problem: SetProblem) -> str | None:
+    if problem.implicit or problem.tolerance > 0:
+        return "the reference runs all rounds and differentiates them: gradient = 'implicit' is not for it"
+    return None
 
 
 def _no_scalings(inputs: Inputs, problem: SetProblem) -> str | None:

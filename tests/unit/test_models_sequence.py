@@ -159,7 +159,10 @@ def test_only_matrices_decay() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"attention": {"kind": "set", "attn": {"references": 9, "position_filter": "separable"}}}, "needs the grid of an image"),
+        (
+            {"attention": {"kind": "set", "attn": {"references": 9, "position_filter": "separable"}}},
+            "needs the grid of an image",
+        ),
         ({"attention": {"kind": "soft", "soft": {"sampling": "conv"}}}, "needs the grid of an image"),
         ({"attention": {"kind": "softmaxx"}}, "softmaxx"),
         ({"num_heads": 5}, "do not divide dim = 64"),

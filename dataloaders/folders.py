@@ -1,0 +1,93 @@
+"""A folder that appears whole or not at all: work goes on beside it, and a rename gives it its name.
+
+    .train.partial/     locked while somebody works in it; what a killed process left there is thrown away
+    train/              the folder above, renamed
+
+What is in the folder is its packer's; so is the index, whose presence says that the folder is whole.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from setformer_dist.core.errors import DataError
+
+
+def check_destination(destination: Path, force: bool, is_ours: Callable[[str], bool]) -> None:
+    """Refuse a destination that holds anything, unless it is to be replaced and all in it is ours.
+
+    Args:
+        destination: folder that is to appear.
+        force: replace what is there.
+        is_ours: whether a file of this name can have been written by us.
+
+    Raises:
+        DataError: the destination is in use.
+    """
+    if not destination.exists():
+        return
+    if not destination.is_dir():
+        raise DataError(f"destination {destination} is a file: name a folder")
+    names = [entry.name for entry in destination.iterdir()]
+    if not names:
+        return
+    if not force:
+        raise DataError(f"destination {destination} is not empty: name another folder, or replace it with --force")
+    foreign = sorted(name for name in names if not is_ours(name))
+    if foreign:
+        raise DataError(
+            f"destination {destination} holds {foreign[0]!r}, which no packing wrote: --force replaces packed "
+            "splits only"
+        )
+
+
+@contextmanager
+def work_folder(destination: Path) -> Iterator[Path]:
+    """Yield a folder beside the destination, locked; it is gone afterwards, renamed or removed.
+
+    Raises:
+        DataError: it cannot be written, or another process is at work there.
+    """
+    work = destination.with_name(f".{destination.name}.partial")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        lock = os.open(work, os.O_RDONLY)
+    except OSError as error:
+        raise DataError(f"destination {destination} cannot be written: {error}") from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DataError(f"another process is packing into {destination}: wait for it") from None
+        for entry in work.iterdir():  # of a packing that was killed
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        try:
+            yield work
+        finally:
+            if work.exists():
+                shutil.rmtree(work)
+    finally:
+        os.close(lock)
+
+
+def commit_folder(work: Path, destination: Path, index_name: str) -> None:
+    """Give the whole folder its name; an old one loses its index first, so it is never taken for the new one."""
+    _sync_folder(work)
+    if destination.exists():
+        (destination / index_name).unlink(missing_ok=True)
+        shutil.rmtree(destination)
+    work.rename(destination)
+    _sync_folder(destination.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

@@ -1,0 +1,8 @@
+"""Long Range Arena (Tay et al., ICLR 2021): its six tasks as packed token splits, made or read here.
+
+    listops, pathfinder, pathx     generated from a seed
+    image                          read from CIFAR-10 as an ImageFolder
+    text, retrieval                read from the public files of IMDB and AAN
+
+Everything ends as `dataloaders.tokens.TokenSplit`: a folder per split that the ordinary streams read.
+"""
