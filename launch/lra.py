@@ -11,6 +11,7 @@ all see the same samples in the same order. A run that came to its end is not re
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -31,7 +32,7 @@ from launch.config import ResolvedRun, check_folder, load_run, resolve
 from launch.infer import evaluate_checkpoint, load_trained
 from launch.local import run_local
 from setformer_dist.core.config import nearest
-from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.files import write_json
 from setformer_dist.models.attention import AttentionKind
 
@@ -40,6 +41,7 @@ KINDS: tuple[str, ...] = get_args(AttentionKind)
 
 # Samples scored at once on the test split.
 _TEST_BATCH = 64
+DATA_NAME = "data.json"
 
 
 @dataclass(frozen=True)
@@ -140,17 +142,36 @@ def compare(comparison: Comparison, console: Console) -> int:
     splits = open_task(comparison.task, comparison.root)
     for kind in comparison.kinds:  # before the first run, not hours later
         check_folder(comparison.resolved(kind))
+        check_data(comparison.folder / kind, splits)
     rows = []
     for kind in comparison.kinds:
         folder = comparison.folder / kind
         if not finished(folder):
             console.print(f"[bold]{comparison.task.title}[/], attention {kind}: {folder}")
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / DATA_NAME, trained_on(splits))
             code = run_local(comparison.words(kind), comparison.ranks, folder / "logs")
             if code:
                 return code
         rows.append(row_of(folder, kind, splits["test"]))
     report(comparison, rows, splits["test"], console)
     return 0
+
+
+def trained_on(splits: dict[str, TokenSplit]) -> dict[str, str]:
+    """Return the fingerprints of what a run trains on and is validated on."""
+    return {name: splits[name].fingerprint for name in ("train", "val")}
+
+
+def check_data(folder: Path, splits: dict[str, TokenSplit]) -> None:
+    """Refuse a run that has begun on other data: its figures would stand beside those of these.
+
+    Raises:
+        DataError: naming the folder.
+    """
+    path = folder / DATA_NAME
+    if path.exists() and json.loads(path.read_text()) != trained_on(splits):
+        raise DataError(f"{folder} was begun on other data than are prepared now: remove it, or give another --out")
 
 
 def finished(folder: Path) -> bool:
@@ -178,14 +199,15 @@ def row_of(folder: Path, kind: str, test: TokenSplit) -> Row:
 def test_accuracy(folder: Path, test: TokenSplit) -> float:
     """Return the share of the test split that the last weights get right, from test.json where it was found before."""
     path = folder / "test.json"
+    steps = json.loads((folder / "summary.json").read_text())["steps"]
     if path.exists():
         known = json.loads(path.read_text())
-        if known["fingerprint"] == test.fingerprint:
+        if known["fingerprint"] == test.fingerprint and known["steps"] == steps:
             return float(known["top1"])
     trained = load_trained(folder, "plain")
     trained.model.to(get_accelerator().current_device_name())
     result = evaluate_checkpoint(trained, test, _TEST_BATCH)
-    write_json(path, {"fingerprint": test.fingerprint, **result.as_dict(), "samples": result.samples})
+    write_json(path, {"fingerprint": test.fingerprint, "steps": steps, **result.as_dict(), "samples": result.samples})
     return result.top1
 
 
@@ -193,7 +215,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
     """Return the lines of a run's metrics, the last one of each kind and step, in order of steps."""
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for line in (folder / "metrics.jsonl").read_text().splitlines():
-        if line.endswith("}"):  # a killed process may leave half a line
+        with contextlib.suppress(json.JSONDecodeError):  # a killed process may leave half a line
             record = json.loads(line)
             found[record["kind"], record["step"]] = record
     return sorted(found.values(), key=lambda record: record["step"])

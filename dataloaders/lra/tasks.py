@@ -164,6 +164,8 @@ def prepare(
     folder = root / task.folder
     if not how.force and all((folder / name / TOKENS_NAME).is_file() for name in SPLITS):
         return open_task(task, root)
+    for name in SPLITS:  # or splits of two seeds would stand side by side if this process died in between
+        (folder / name / TOKENS_NAME).unlink(missing_ok=True)
     made = {}
     for part in _parts(task, how):
         on_start(part.split, part.count)

@@ -67,6 +67,11 @@ def test_attentions_side_by_side(root: Path, tmp_path: Path) -> None:
     assert rows[:2] == results["rows"]
     # Another page is another run, not these.
     assert_one_sentence(compare(root, tmp_path, "set", "optim.lr=0.1", ranks=2), 2, "optim.lr is 0.002 there")
+    # So are other data: their figures must not stand beside these.
+    task = replace(task_named("listops", short=True), counts=(200, 37, 45))
+    prepare(task, tmp_path / "other", Preparation(seed=1))
+    other = compare(tmp_path / "other", tmp_path, "set", ranks=2)
+    assert_one_sentence(other, 3, "listops-short/set was begun on other data", "remove it, or give another --out")
 
 
 def test_tokens_through_the_ordinary_engine_resume_exactly(root: Path, tmp_path: Path) -> None:
