@@ -176,7 +176,7 @@ def _differentiate(ctx: Any, grad_y: torch.Tensor | None, _: torch.Tensor | None
 set_attention_op.register_autograd(_differentiate, setup_context=_setup)
 
 
-def _products(x: Any, features: Any, gather: Any, scatter: Any, iterations: int) -> tuple[int, int, int, int]:
+def _products(x: Any, gather: Any, scatter: Any) -> tuple[int, int, int, int]:
     """Return (n m b h, features, values, sets) from shapes."""
     b, h, n, d = x
     m, k = gather[1], gather[2]
@@ -189,7 +189,7 @@ def _flops(
     epsilon: float, sigma: float, tau: float, iterations: int, *rest: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
     """Similarity with each set, two products a round, gathering, scattering; exponentials are not counted."""
-    pairs, k, d, sets = _products(x, features, gather, scatter, iterations)
+    pairs, k, d, sets = _products(x, gather, scatter)
     return 2 * pairs * (sets * k + 2 * d + 2 * iterations * sets)
 
 
@@ -199,5 +199,5 @@ def _backward_flops(
     epsilon: float, sigma: float, tau: float, iterations: int, *rest: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
     """What is run: the forward's similarities and pooling again, their gradients, the adjoint of the rounds."""
-    pairs, k, d, sets = _products(x, features, gather, scatter, iterations)
+    pairs, k, d, sets = _products(x, gather, scatter)
     return 2 * pairs * (3 * sets * k + 6 * d + 5 * iterations * sets)

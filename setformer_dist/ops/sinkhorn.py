@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from setformer_dist.core.errors import ConfigError
 from setformer_dist.ops import cpp
 from setformer_dist.ops.kernels import at_least_fp32, no_autocast
 
@@ -54,9 +55,14 @@ def transport_plan(
 
     Returns:
         (..., n, m), fp32 (fp64 for fp64), non-negative; columns sum to 1/m.
+
+    Raises:
+        ConfigError: a tolerance or the implicit gradient with an epsilon below 0.01.
     """
     dtype = working_dtype(similarity.dtype, epsilon)
     if dtype is None:
+        if tolerance > 0 or implicit:
+            raise ConfigError(f"epsilon = {epsilon} leaves only logarithms: tolerance and implicit need at least 0.01")
         return sinkhorn_log(similarity, epsilon, iterations)
     return sinkhorn_scaling(similarity.to(dtype), epsilon, iterations, tolerance, implicit=implicit).to(
         at_least_fp32(similarity[:0]).dtype

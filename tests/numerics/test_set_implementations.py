@@ -427,6 +427,11 @@ def test_a_forced_implementation_refuses_what_it_cannot_compute():
         set_attention(config=SetAttentionConfig(references=9, implementation="triton"), **tensors, **extra)
 
 
+def test_a_plan_by_logarithms_refuses_a_tolerance():
+    with pytest.raises(ConfigError, match=r"epsilon = 0.005 leaves only logarithms"):
+        transport_plan(torch.zeros(4, 3), 0.005, 5, tolerance=1e-3, implicit=True)
+
+
 def test_epsilon_below_the_scalings_takes_the_reference():
     config = SetAttentionConfig(references=9, epsilon=0.004)
     tensors, extra = operands(config, dtype=torch.float32)
