@@ -13,21 +13,25 @@ What this package promises:
 from dataloaders.config import AugmentConfig, DataConfig
 from dataloaders.device import Prepare
 from dataloaders.packing import PackOptions, PackResult, pack_image_folder
-from dataloaders.shards import RawSample, ShardDataset, check_same_classes, open_split
+from dataloaders.shards import ShardDataset, check_same_classes, open_split
+from dataloaders.source import Boxes, DamagedSampleError, Source, Stored
 from dataloaders.streams import ShardEvalStream, ShardTrainStream
 from dataloaders.transforms import decode_for_eval
 from dataloaders.verify import verify_split
 
 __all__ = [
     "AugmentConfig",
+    "Boxes",
+    "DamagedSampleError",
     "DataConfig",
     "PackOptions",
     "PackResult",
     "Prepare",
-    "RawSample",
     "ShardDataset",
     "ShardEvalStream",
     "ShardTrainStream",
+    "Source",
+    "Stored",
     "check_same_classes",
     "decode_for_eval",
     "open_split",

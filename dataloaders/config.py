@@ -1,7 +1,8 @@
 """The `[data]` table: images (where the shards are, what is done to each image, what damage is borne) or tokens.
 
 Everything here changes what a sample looks like or whether it counts; nothing here names ranks, micro batches
-or devices, so a config means the same data on every machine. `workers` and `prefetch` change speed alone.
+or devices, so a config means the same data on every machine. `workers`, `threads`, `prefetch` and `cache` change
+speed alone.
 """
 
 from __future__ import annotations
@@ -74,20 +75,74 @@ class AugmentConfig(FrozenConfig):
         return self
 
 
+class MixtureEntry(FrozenConfig):
+    """One data set of a mixture.
+
+    Attributes:
+        root: as `DataConfig.root`.
+        train: as `DataConfig.train`.
+        weight: its share of the samples, relative to the other entries.
+    """
+
+    root: str
+    train: str = "train"
+    weight: float = pydantic.Field(default=1.0, gt=0.0)
+
+
+class ResolutionStage(FrozenConfig):
+    """From this place of the run on, training images have this size.
+
+    Attributes:
+        epoch: first epoch; give this or `step`.
+        step: first optimizer step.
+        image_size: height and width in pixels.
+    """
+
+    epoch: int | None = pydantic.Field(default=None, ge=0)
+    step: int | None = pydantic.Field(default=None, ge=0)
+    image_size: int = pydantic.Field(ge=1)
+
+    @pydantic.model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.epoch is None) == (self.step is None):
+            raise ValueError("a resolution stage begins at an epoch or at a step: give exactly one of the two")
+        return self
+
+
 class DataConfig(FrozenConfig):
     """The data of a run.
 
     Attributes:
-        root: folder that holds the packed splits.
-        train: sub-folder of `root` with the training shards.
-        val: sub-folder of `root` with the validation shards.
+        root: folder that holds the splits, or the URL of one (http, https, or any that fsspec knows).
+        train: the training split below `root`: a folder (packed, of foreign WebDataset shards, or of class folders),
+            a .beton file, or a pattern of shards such as "train-{0000..0146}.tar" or "train-*.tar".
+        val: the validation split below `root`, likewise.
+        engine: who reads and decodes: "native" (this package) or "ffcv" (FFCV's loader, for .beton alone).
+        access: "random" reads each sample by its place; "sequential" reads shards from end to end, for storage that
+            cannot do otherwise (pipes, object stores without range requests).
+        cache: folder for shards fetched from a URL, and for indexes of folders that cannot be written; "" keeps
+            nothing but indexes, those in the user's cache folder.
+        cache_gib: GiB that `cache` may hold; the shards used longest ago go first.
+        read_timeout: seconds that a read from a URL, or a wait for a reader, may take.
+        order: "full" permutes all samples; "block" permutes shards, then samples within blocks of `block_shards`
+            shards, for storage where random reads are dear.
+        block_shards: shards per block of order = "block".
+        epoch_end: what becomes of the samples of an epoch that fill no batch: "drop" leaves them out (others each
+            epoch), "wrap" lets batches cross the border of epochs, so that none is left out.
+        mixture: several data sets, each with a weight, in place of `root`/`train` for training.
         image_size: height and width of the images the model sees, in pixels.
         eval_crop: share of the resized image's side that the centre crop of evaluation keeps; an image that is
             already image_size x image_size is taken as it is.
         interpolation: how images are resized (antialiased).
         mean: channel means that normalisation subtracts, in units of the full range 0 to 1.
         std: channel deviations that normalisation divides by, in the same units.
-        workers: processes that read and decode; 0 does it in the training process.
+        resolutions: stages of progressive resizing; before the first, and without any, `image_size` holds.
+        aspect_buckets: shapes (width / height) of training images, such as [0.75, 1.0, 1.33]; each batch has one
+            shape, of about image_size x image_size pixels in all, and holds images that are near to it. Empty: square.
+        bucket_multiple: sides of bucketed images are multiples of this, in pixels.
+        workers: processes that read and decode; 0 does it within the training process.
+        threads: threads that decode within the training process, or within each worker; 0 decodes only when a batch
+            is asked for.
         prefetch: micro batches that each worker prepares ahead.
         max_bad_share: largest share of damaged training samples borne before the run stops; `SPARED` of them
             are borne in any case (see `dataloaders.damage`).
@@ -95,15 +150,28 @@ class DataConfig(FrozenConfig):
         augment: what is done to training images.
     """
 
-    root: str
+    root: str = ""
     train: str = "train"
     val: str = "val"
+    engine: Literal["native", "ffcv"] = "native"
+    access: Literal["random", "sequential"] = "random"
+    cache: str = ""
+    cache_gib: float = pydantic.Field(default=64.0, gt=0.0)
+    read_timeout: float = pydantic.Field(default=60.0, gt=0.0)
+    order: Literal["full", "block"] = "full"
+    block_shards: int = pydantic.Field(default=64, ge=1)
+    epoch_end: Literal["drop", "wrap"] = "drop"
+    mixture: Annotated[tuple[MixtureEntry, ...], pydantic.Field(strict=False)] = ()
     image_size: int = pydantic.Field(default=224, ge=1)
+    resolutions: Annotated[tuple[ResolutionStage, ...], pydantic.Field(strict=False)] = ()
+    aspect_buckets: Annotated[tuple[float, ...], pydantic.Field(strict=False)] = ()
+    bucket_multiple: int = pydantic.Field(default=32, ge=1)
     eval_crop: float = pydantic.Field(default=0.875, gt=0.0, le=1.0)
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     mean: _Triple = _IMAGENET_MEAN
     std: _Triple = _IMAGENET_STD
     workers: int = pydantic.Field(default=0, ge=0)
+    threads: int = pydantic.Field(default=0, ge=0)
     prefetch: int = pydantic.Field(default=2, ge=1)
     max_bad_share: float = pydantic.Field(default=1e-3, ge=0.0, le=1.0)
     bad_validation: Literal["raise", "zero_weight"] = "raise"
@@ -116,6 +184,8 @@ class DataConfig(FrozenConfig):
 
     @pydantic.model_validator(mode="after")
     def _possible(self) -> Self:
+        if not self.root and not all(entry.root for entry in self.mixture):
+            raise ValueError("root is missing: name the folder or the URL of the data")
         if min(self.std) <= 0:
             raise ValueError(f"std = {list(self.std)} must be positive, as images are divided by it")
         if self.augment.crop == "pad" and self.augment.pad >= self.image_size:

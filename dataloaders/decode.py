@@ -28,11 +28,11 @@ def is_jpeg(data: bytes) -> bool:
     return data[:2] == _JPEG_START
 
 
-def decode(data: bytes, min_height: int = 0, min_width: int = 0) -> npt.NDArray[np.uint8]:
+def decode(data: bytes | npt.NDArray[np.uint8], min_height: int = 0, min_width: int = 0) -> npt.NDArray[np.uint8]:
     """Decode an image.
 
     Args:
-        data: the file's bytes.
+        data: the file's bytes; pixels are returned as they are.
         min_height: allow a JPEG to be decoded at 1/2, 1/4 or 1/8 of its size if no lower than this; 0 forbids.
         min_width: likewise for the width.
 
@@ -42,6 +42,8 @@ def decode(data: bytes, min_height: int = 0, min_width: int = 0) -> npt.NDArray[
     Raises:
         UndecodableError: the bytes are not a whole image.
     """
+    if isinstance(data, np.ndarray):
+        return data
     try:
         if not is_jpeg(data):
             return _decode_by_pil(data)

@@ -41,7 +41,7 @@ class Prepare:
 
         Smoothing and mixing are for training alone; evaluation gets hard one-hot targets.
         """
-        images = batch.images.to(self._device, non_blocking=True).float() * self._scale + self._shift
+        images = batch.inputs.to(self._device, non_blocking=True).float() * self._scale + self._shift
         targets = self._one_hot(batch.labels, self._smoothing if train else 0.0)
         if train and batch.mix is not None:
             images, targets = _mix(images, targets, batch.mix)

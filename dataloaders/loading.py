@@ -17,7 +17,7 @@ from dataloaders.config import DataConfig
 from dataloaders.damage import candidates
 from dataloaders.decode import UndecodableError
 from dataloaders.mixing import MixArrays, draw_mix
-from dataloaders.shards import DamagedSampleError, ShardDataset, smallest_and_largest
+from dataloaders.source import DamagedSampleError, Source
 from dataloaders.transforms import TrainTransform, decode_for_eval, kept_random_state
 from setformer_dist.core.errors import DataError, SetformerError
 from setformer_dist.core.seeding import Purpose, torch_seed
@@ -69,11 +69,11 @@ def failed(request: Request, error: SetformerError) -> Loaded:
 class TrainLoading:
     """Answers training requests: reads, decodes, augments, replaces what is damaged."""
 
-    def __init__(self, dataset: ShardDataset, config: DataConfig, seed: int) -> None:
+    def __init__(self, dataset: Source, config: DataConfig, seed: int) -> None:
         self.dataset = dataset
         self._config = config
         self._seed = seed
-        self._transform = TrainTransform(config, *smallest_and_largest(dataset), str(dataset.folder))
+        self._transform = TrainTransform(config, *dataset.extent(), dataset.name)
 
     def __getitem__(self, request: Request) -> Loaded:
         size, count = self._config.image_size, len(request.samples)
@@ -103,12 +103,12 @@ class TrainLoading:
                 pixels = self._pixels(stand_in, epoch, sample)
             except (UndecodableError, DamagedSampleError):
                 continue
-            return pixels, stand_in, f"{reason}; replaced by sample {stand_in} ({self.dataset.index.key(stand_in)})"
+            return pixels, stand_in, f"{reason}; replaced by sample {stand_in} ({self.dataset.key(stand_in)})"
         raise DataError(f"{reason}, and so is every stand-in tried: restore the shards")
 
     def _pixels(self, sample: int, epoch: int, place_of: int) -> torch.Tensor:
         """Read and augment a sample with the random choices of the sample whose place it takes."""
-        data = self.dataset.read_bytes(sample)
+        data = self.dataset.read(sample).image
         height, width = self.dataset.size(sample)
         torch.default_generator.manual_seed(torch_seed(Purpose.AUGMENT, self._seed, epoch, place_of))
         return self._transform(data, height, width)
@@ -117,7 +117,7 @@ class TrainLoading:
 class EvalLoading:
     """Answers evaluation requests; fills up to `micro_batch` with black images."""
 
-    def __init__(self, dataset: ShardDataset, config: DataConfig, micro_batch: int) -> None:
+    def __init__(self, dataset: Source, config: DataConfig, micro_batch: int) -> None:
         self.dataset = dataset
         self._config = config
         self._micro_batch = micro_batch
@@ -130,7 +130,7 @@ class EvalLoading:
         for place, sample in enumerate(request.samples.tolist()):
             delivered[place] = sample
             try:
-                images[place] = decode_for_eval(self.dataset.read_bytes(sample), self._config)
+                images[place] = decode_for_eval(self.dataset.read(sample).image, self._config)
             except (UndecodableError, DamagedSampleError) as error:
                 line = _reason(self.dataset, sample, error)
                 if self._config.bad_validation == "raise":
@@ -147,7 +147,7 @@ class EvalLoading:
         return Loaded(request, images, delivered, bad)
 
 
-def _reason(dataset: ShardDataset, sample: int, error: Exception) -> str:
+def _reason(dataset: Source, sample: int, error: Exception) -> str:
     if isinstance(error, DamagedSampleError):
         return str(error)
     return f"{dataset.place(sample)} is damaged ({error})"

@@ -12,7 +12,6 @@ import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import numpy.typing as npt
 import torch
 
 from dataloaders.index import INDEX_NAME, Index, ShardFacts, read_index
+from dataloaders.source import DamagedSampleError, Stored
 from setformer_dist.core.errors import DataError
 
 # Open files kept per process; the usual limit of a process is 1024, and ImageNet has more shards than that.
@@ -31,22 +31,8 @@ _MAX_OPEN = 128
 _RETRY_WAITS = (0.1, 0.5, 2.0, 5.0)
 
 
-class DamagedSampleError(DataError):
-    """One sample whose bytes are not what the index says, or do not decode."""
-
-
-@dataclass(frozen=True)
-class RawSample:
-    """A sample as stored: the image's bytes, its label, its key and the shard's name."""
-
-    bytes: bytes
-    label: int
-    key: str
-    shard: str
-
-
 class ShardDataset:
-    """A split's samples by number. Cheap to send to another process: it reopens the folder there.
+    """A split's samples by number (`Source`). Cheap to send to another process: it reopens the folder there.
 
     Attributes:
         folder: of the shards.
@@ -79,6 +65,34 @@ class ShardDataset:
         """Identity of the split: changes when any sample's bytes, label or place change."""
         return self.index.fingerprint
 
+    @property
+    def name(self) -> str:
+        """The folder."""
+        return str(self.folder)
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """Nothing besides image and label."""
+        return frozenset()
+
+    @property
+    def shards(self) -> npt.NDArray[np.int32]:
+        """(N,) number of the shard that holds each sample."""
+        return self._shard
+
+    def sizes(self) -> npt.NDArray[np.int32]:
+        """Return (N, 2) stored heights and widths."""
+        return np.stack([self._height, self._width], axis=1)
+
+    def extent(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return the smallest and the largest (height, width), each number over all samples by itself."""
+        small = int(self._height.min()), int(self._width.min())
+        return small, (int(self._height.max()), int(self._width.max()))
+
+    def key(self, sample: int) -> str:
+        """Return a sample's key, as it is in the shard."""
+        return self.index.key(sample)
+
     def size(self, sample: int) -> tuple[int, int]:
         """Return a sample's stored (height, width) in pixels."""
         return int(self._height[sample]), int(self._width[sample])
@@ -92,23 +106,17 @@ class ShardDataset:
         shard = self.folder / self.index.shards[int(self._shard[sample])].name
         return f"sample {sample} ({self.index.key(sample)}) of {shard}"
 
-    def read(self, sample: int) -> RawSample:
+    def read(self, sample: int) -> Stored:
         """Return a sample.
 
         Raises:
             DamagedSampleError: its bytes do not have the checksum of the index.
             DataError: the shard cannot be read, or is shorter than when it was opened.
         """
-        data = self.read_bytes(sample)
-        shard = self.index.shards[int(self._shard[sample])].name
-        return RawSample(data, int(self._label[sample]), self.index.key(sample), shard)
-
-    def read_bytes(self, sample: int) -> bytes:
-        """Return a sample's image bytes; raises as `read`."""
         data = self._pread(int(self._shard[sample]), int(self._size[sample]), int(self._offset[sample]), sample)
         if zlib.crc32(data) != int(self._crc32[sample]):
             raise DamagedSampleError(f"{self.place(sample)}: its bytes do not have the checksum of the index")
-        return data
+        return Stored(data)
 
     def _pread(self, shard: int, size: int, offset: int, sample: int) -> bytes:
         """Read with retries: a failing disk or network is not the sample's fault, so it never substitutes."""
@@ -209,10 +217,3 @@ def check_same_classes(train: ShardDataset, val: ShardDataset) -> None:
 
 def _named(name: str | None) -> str:
     return "no class" if name is None else repr(name)
-
-
-def smallest_and_largest(dataset: ShardDataset) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return the smallest and largest (height, width) of a split, each number over all images by itself."""
-    height, width = dataset.index.columns["height"], dataset.index.columns["width"]
-    small = int(np.min(height)), int(np.min(width))
-    return small, (int(np.max(height)), int(np.max(width)))

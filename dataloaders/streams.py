@@ -208,7 +208,7 @@ class ShardTrainStream:
         for loaded in self._readers.answers(lambda: train_requests(self._cut, self._seed, first_step)):
             damage.add(loaded.request.epoch, len(loaded.samples), loaded.bad)
             yield MicroBatch(
-                images=loaded.images,
+                inputs=loaded.images,
                 labels=self._dataset.labels(loaded.samples),
                 weights=torch.ones(len(loaded.samples)),
                 sample_ids=torch.from_numpy(loaded.samples),
@@ -273,7 +273,7 @@ class ShardEvalStream:
             for place, _ in loaded.bad:
                 weights[place] = 0.0
             yield MicroBatch(
-                images=loaded.images,
+                inputs=loaded.images,
                 labels=self._dataset.labels(loaded.samples),
                 weights=weights,
                 sample_ids=torch.from_numpy(loaded.samples),

@@ -360,7 +360,7 @@ class TokenTrainStream:
         """Yield `accumulation` micro batches per optimizer step, endlessly, from `first_step` on."""
         for request in train_requests(self._cut, self._seed, first_step):
             yield MicroBatch(
-                images=self._split.batch(request.samples, self._length),
+                inputs=self._split.batch(request.samples, self._length),
                 labels=self._split.labels(request.samples),
                 weights=torch.ones(len(request.samples)),
                 sample_ids=torch.from_numpy(request.samples),
@@ -415,7 +415,7 @@ class TokenEvalStream:
             samples = np.full(self._micro_batch, -1, np.int64)
             samples[: len(request.samples)] = request.samples
             yield MicroBatch(
-                images=self._split.batch(samples, self._length),
+                inputs=self._split.batch(samples, self._length),
                 labels=self._split.labels(samples),
                 weights=torch.from_numpy((samples >= 0).astype(np.float32)),
                 sample_ids=torch.from_numpy(samples),
@@ -445,4 +445,4 @@ class TokenPrepare:
         rest = smoothing / self._num_classes
         targets = torch.full((len(batch.labels), self._num_classes), rest, device=self._device)
         labels = batch.labels.to(self._device, non_blocking=True).view(-1, 1)
-        return batch.images.to(self._device, non_blocking=True), targets.scatter_(1, labels, 1.0 - smoothing + rest)
+        return batch.inputs.to(self._device, non_blocking=True), targets.scatter_(1, labels, 1.0 - smoothing + rest)

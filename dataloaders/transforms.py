@@ -42,7 +42,7 @@ def kept_random_state() -> Iterator[None]:
         torch.set_rng_state(state)
 
 
-def decode_for_eval(data: bytes, config: DataConfig) -> torch.Tensor:
+def decode_for_eval(data: bytes | npt.NDArray[np.uint8], config: DataConfig) -> torch.Tensor:
     """Return an image as evaluation sees it, (3, S, S) uint8: shorter side resized to S / eval_crop, centre cut.
 
     An image of S x S is taken as it is. The resize is antialiased; against timm's (PIL's) the mean difference
@@ -90,7 +90,7 @@ class TrainTransform:
                 'to their size or augment.crop = "resized"'
             )
 
-    def __call__(self, data: bytes, height: int, width: int) -> torch.Tensor:
+    def __call__(self, data: bytes | npt.NDArray[np.uint8], height: int, width: int) -> torch.Tensor:
         """Return (3, S, S) uint8 of an image stored as `height` x `width`.
 
         Raises:
@@ -109,7 +109,7 @@ class TrainTransform:
             image = step(image)
         return image
 
-    def _resized_crop(self, data: bytes, height: int, width: int) -> torch.Tensor:
+    def _resized_crop(self, data: bytes | npt.NDArray[np.uint8], height: int, width: int) -> torch.Tensor:
         box = random_box(height, width, self._config.augment)
         shrink = _decode_shrink(box, self._size)
         pixels = decode(data, -(-height // shrink), -(-width // shrink)) if shrink > 1 else decode(data)

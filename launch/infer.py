@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -45,7 +46,7 @@ class Trained:
         """Return class probabilities (k, classes) of images (k, 3, S, S) uint8."""
         count = len(images)
         zeros = torch.zeros(count, dtype=torch.int64)
-        batch = MicroBatch(images=images, labels=zeros, weights=torch.ones(count), sample_ids=zeros)
+        batch = MicroBatch(inputs=images, labels=zeros, weights=torch.ones(count), sample_ids=zeros)
         inputs, _ = self.prepare()(batch, train=False)
         logits: torch.Tensor = self.model(inputs)
         return logits.float().softmax(dim=1).cpu()
@@ -172,11 +173,10 @@ def classified_samples(trained: Trained, split: Split, count: int = 24, pool: in
     pixels, labels = [], []
     for index in range(0, split.num_samples, step):
         try:
-            sample = split.read(index)
-            pixels.append(decode_for_eval(sample.bytes, data_config))
+            pixels.append(decode_for_eval(split.read(index).image, data_config))
         except DataError:  # damaged: evaluation has counted it
             continue
-        labels.append(sample.label)
+        labels.append(int(split.labels(np.array([index]))))
     scored = []
     for first in range(0, len(pixels), 64):
         images = torch.stack(pixels[first : first + 64])

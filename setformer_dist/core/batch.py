@@ -3,7 +3,7 @@
 `dataloaders` implements them, `setformer_dist.engine` uses them; neither imports the other.
 
 Letters: m = micro batch (samples of one rank in one accumulation step), H, W = height, width, n = tokens,
-s = sequences of a sample.
+s = sequences of a sample, k = boxes of an image.
 """
 
 from __future__ import annotations
@@ -33,11 +33,26 @@ class MixSpec:
 
 
 @dataclass(frozen=True)
+class Annotations:
+    """What is marked in the images of a micro batch, moved with every crop, resize and flip.
+
+    Attributes:
+        masks: (m, H, W) uint8, the class of each pixel, 255 where it does not count; None for data without masks.
+        boxes: one (k, 4) float32 per image, x0, y0, x1, y1 in pixels of the input; None for data without boxes.
+        box_labels: one (k,) int64 per image, aligned with `boxes`.
+    """
+
+    masks: torch.Tensor | None = None
+    boxes: tuple[torch.Tensor, ...] | None = None
+    box_labels: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """What one rank computes in one accumulation step.
 
     Attributes:
-        images: what the model is to see, on the CPU: (m, 3, H, W) uint8 pixels, which are normalised on the device, or
+        inputs: what the model is to see, on the CPU: (m, 3, H, W) uint8 pixels, which are normalised on the device, or
             token ids, (m, n) or (m, s, n) int32 with 0 for padding.
         labels: (m,) int64.
         weights: (m,) float32; 0 marks filling that must not count (evaluation only).
@@ -45,15 +60,17 @@ class MicroBatch:
         mix: mixup or cutmix of this micro batch, or None.
         step: optimizer step since the start of the run that this micro batch belongs to (training only).
         substitutions: one line for each sample that was damaged and replaced.
+        annotations: masks or boxes, for data that have them.
     """
 
-    images: torch.Tensor
+    inputs: torch.Tensor
     labels: torch.Tensor
     weights: torch.Tensor
     sample_ids: torch.Tensor
     mix: MixSpec | None = None
     step: int = -1
     substitutions: list[str] = field(default_factory=list)
+    annotations: Annotations | None = None
 
 
 class TrainStream(Protocol):

@@ -214,22 +214,22 @@ def test_changed_bytes_are_found_on_reading(split, change):
     dataset = open_split(split)
     with pytest.raises(DataError, match=r"sample 33 \(000000033-.*shard-000001\.tar.*checksum"):
         dataset.read(33)
-    assert dataset.read(32).label == 1
+    assert dataset.labels(np.array([32])).tolist() == [1]
 
 
 def test_a_damaged_tar_header_loses_nothing(split):
     dataset = open_split(split)
-    before = [dataset.read(i).bytes for i in range(COUNT)]
+    before = [dataset.read(i).image for i in range(COUNT)]
     with (split / "shard-000002.tar").open("r+b") as file:
         file.seek(int(dataset.index.columns["offset"][45]) - 512)
         file.write(bytes(512))
-    assert [open_split(split).read(i).bytes for i in range(COUNT)] == before
+    assert [open_split(split).read(i).image for i in range(COUNT)] == before
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_damage_is_never_delivered(split, seed):
     """Overwrite random stretches of shards: every sample is either delivered as packed or refused."""
-    before = [open_split(split).read(i).bytes for i in range(COUNT)]
+    before = [open_split(split).read(i).image for i in range(COUNT)]
     numbers = random.Random(seed)
     for _ in range(12):
         path = split / f"shard-{numbers.randrange(5):06d}.tar"
@@ -240,7 +240,7 @@ def test_random_damage_is_never_delivered(split, seed):
     dataset, refused = open_split(split), 0
     for i in range(COUNT):
         try:
-            assert dataset.read(i).bytes == before[i]
+            assert dataset.read(i).image == before[i]
         except DataError:
             refused += 1
     assert refused > 0
@@ -266,7 +266,7 @@ def test_damage_replaces_one_place_and_leaves_all_others(whole, split, how):
     replaced = 0
     for one, other in zip(steps_of(train(whole), 14), steps_of(train(split), 14), strict=True):
         hit = torch.tensor([sample in bad for sample in one.sample_ids.tolist()])
-        assert torch.equal(one.images[~hit], other.images[~hit])
+        assert torch.equal(one.inputs[~hit], other.inputs[~hit])
         assert torch.equal(one.sample_ids[~hit], other.sample_ids[~hit])
         assert not set(other.sample_ids.tolist()) & bad
         assert len(other.substitutions) == int(hit.sum())
@@ -286,7 +286,7 @@ def test_a_stand_in_is_not_the_same_picture_twice_in_an_epoch(split):
         damage_bytes(split, sample)
     looks = {}
     for one in steps_of(train(split, max_bad_share=1.0), 7):
-        for sample, image in zip(one.sample_ids.tolist(), one.images, strict=True):
+        for sample, image in zip(one.sample_ids.tolist(), one.inputs, strict=True):
             looks.setdefault(sample, []).append(image)
     twice = [images for images in looks.values() if len(images) > 1]
     assert twice
@@ -306,7 +306,7 @@ def test_replacement_does_not_depend_on_ranks_or_workers(split, world, micro, wo
             slots[one.step, i % accumulation, rank] = one
     for step, other in enumerate(expected):
         parts = [slots[key] for key in sorted(slots) if key[0] == step]
-        assert torch.equal(torch.cat([p.images for p in parts]), other.images)
+        assert torch.equal(torch.cat([p.inputs for p in parts]), other.inputs)
         assert torch.equal(torch.cat([p.sample_ids for p in parts]), other.sample_ids)
         assert [line for p in parts for line in p.substitutions] == other.substitutions
 

@@ -91,7 +91,7 @@ def assemble(data, config, world, micro, steps, batch=24, seed=5, split="train")
         offsets = [torch.full((micro,), micro * slot) for slot in sorted(slots)]
         joined.append(
             (
-                torch.cat([p.images for p in parts]),
+                torch.cat([p.inputs for p in parts]),
                 torch.cat([p.labels for p in parts]),
                 torch.cat([p.sample_ids for p in parts]),
                 torch.cat([p.mix.partner + o for p, o in zip(parts, offsets, strict=True)]),
@@ -125,7 +125,7 @@ def test_pixels_do_not_depend_on_workers(data, reference, workers):
     taken = take(stream, 0, 8)
     stream.close()
     for step, expected in ((0, reference[0]), (1, reference[1]), (3, reference[2])):
-        images = torch.cat([one.images for one in taken[2 * step : 2 * step + 2]])
+        images = torch.cat([one.inputs for one in taken[2 * step : 2 * step + 2]])
         assert torch.equal(images, expected[0])
 
 
@@ -144,7 +144,7 @@ def test_resumption_at_any_step_is_the_uninterrupted_run(data, augment):
         for one, other in zip(take(again, first, 2), expected[2 * step :], strict=False):
             assert one.step == other.step
             assert torch.equal(one.sample_ids, other.sample_ids)
-            assert torch.equal(one.images, other.images)
+            assert torch.equal(one.inputs, other.inputs)
 
 
 def test_epochs_and_seeds_draw_other_pixels(data):
@@ -153,7 +153,7 @@ def test_epochs_and_seeds_draw_other_pixels(data):
     for seed, steps in ((1, 4), (1, 8), (2, 4)):
         stream = ShardTrainStream(dataset, config_of(data), seed, RankInfo(), 24, 24)
         for one in take(stream, 0, steps)[-4:]:
-            for sample, image in zip(one.sample_ids.tolist(), one.images, strict=True):
+            for sample, image in zip(one.sample_ids.tolist(), one.inputs, strict=True):
                 by_sample.setdefault(sample, []).append(image)
     repeated = [images for images in by_sample.values() if len(images) == 3]
     assert len(repeated) > 50
@@ -180,7 +180,7 @@ def test_labels_belong_to_the_samples(data):
     dataset = open_split(data / "train")
     stream = ShardTrainStream(dataset, config_of(data), 1, RankInfo(), 24, 8)
     for one in take(stream, 0, 12):
-        assert one.labels.tolist() == [dataset.read(i).label for i in one.sample_ids.tolist()]
+        assert one.labels.tolist() == dataset.labels(one.sample_ids.numpy()).tolist()
 
 
 def test_a_second_iteration_ends_the_first(data):
@@ -204,7 +204,7 @@ def test_evaluation_counts_each_sample_once_with_equal_batches(data, world, micr
         taken = list(stream.micro_batches())
         batches.add(len(taken))
         for one in taken:
-            assert one.images.shape == (micro, 3, 16, 16)
+            assert one.inputs.shape == (micro, 3, 16, 16)
             assert one.sample_ids[one.weights == 0].tolist() == [-1] * int((one.weights == 0).sum())
             seen += one.sample_ids[one.weights == 1].tolist()
     assert len(batches) == 1
@@ -217,7 +217,7 @@ def test_evaluation_with_workers_is_the_same_and_can_be_repeated(data):
     stream = ShardEvalStream(open_split(data / "train"), config_of(data, workers=2), RankInfo(), 16)
     for _ in range(2):
         for one, other in zip(stream.micro_batches(), expected, strict=True):
-            assert torch.equal(one.images, other.images)
+            assert torch.equal(one.inputs, other.inputs)
             assert torch.equal(one.sample_ids, other.sample_ids)
     stream.close()
 
@@ -226,8 +226,8 @@ def test_images_already_at_size_are_evaluated_as_they_are(data):
     dataset = open_split(data / "val")
     stream = ShardEvalStream(dataset, config_of(data), RankInfo(), 30)
     (one,) = stream.micro_batches()
-    for i, image in enumerate(one.images):
-        stored = np.asarray(Image.open(io.BytesIO(dataset.read(i).bytes)).convert("RGB"))
+    for i, image in enumerate(one.inputs):
+        stored = np.asarray(Image.open(io.BytesIO(dataset.read(i).image)).convert("RGB"))
         assert np.array_equal(image.permute(1, 2, 0).numpy(), stored)
 
 

@@ -188,7 +188,7 @@ def taken(split: TokenSplit, ranks: int, micro: int, first_step: int, steps: int
         assert all(batch.step == first_step + step for batch in batches)
         ids = torch.cat([batch.sample_ids for batch in batches])
         assert torch.equal(torch.cat([batch.labels for batch in batches]), split.labels(ids.numpy()))
-        found.append((ids.tolist(), torch.cat([batch.images for batch in batches])))
+        found.append((ids.tolist(), torch.cat([batch.inputs for batch in batches])))
     return found
 
 
@@ -227,8 +227,8 @@ def test_evaluation_counts_each_sample_once(split: TokenSplit, ranks: int, micro
     assert len({len(share) for share in shares}) == 1
     counted: list[int] = []
     for batch in (batch for share in shares for batch in share):
-        assert batch.images.shape == (micro, 20)
-        assert bool((batch.images[:, 0] > 0).all())  # no sequence of nothing, filling included
+        assert batch.inputs.shape == (micro, 20)
+        assert bool((batch.inputs[:, 0] > 0).all())  # no sequence of nothing, filling included
         assert torch.equal(batch.weights > 0, batch.sample_ids >= 0)
         counted += batch.sample_ids[batch.sample_ids >= 0].tolist()
     assert sorted(counted) == list(range(COUNT))
@@ -236,7 +236,7 @@ def test_evaluation_counts_each_sample_once(split: TokenSplit, ranks: int, micro
 
 def test_length_cuts_and_cannot_grow(split: TokenSplit) -> None:
     stream = TokenEvalStream(split, config(split.folder, length=8), RankInfo(), 4)
-    assert next(stream.micro_batches()).images.shape == (4, 8)
+    assert next(stream.micro_batches()).inputs.shape == (4, 8)
     with pytest.raises(ConfigError, match=r"data.length = 21 is more than the 20 tokens"):
         TokenEvalStream(split, config(split.folder, length=21), RankInfo(), 4)
 
@@ -245,7 +245,7 @@ def test_prepare_makes_ids_and_targets(split: TokenSplit) -> None:
     batch = next(TokenTrainStream(split, config(split.folder), 3, RankInfo(), 12, 12).micro_batches(0))
     prepare = TokenPrepare(config(split.folder, smoothing=0.3), 3, "cpu")
     ids, targets = prepare(batch, train=True)
-    assert torch.equal(ids, batch.images)
+    assert torch.equal(ids, batch.inputs)
     assert targets.sum(1).tolist() == pytest.approx([1.0] * 12)
     assert targets.gather(1, batch.labels[:, None]).flatten().tolist() == pytest.approx([0.8] * 12)
     hard = prepare(batch, train=False)[1]

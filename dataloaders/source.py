@@ -1,0 +1,121 @@
+"""What every container of samples looks like to the loaders: samples by number, nothing else.
+
+`dataloaders.opening.open_source` returns one: packed WebDataset shards, shards that others made, a .beton file, an
+image folder, local or behind a URL. Streams, augmentation, damage and benchmarks know this protocol alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from setformer_dist.core.errors import DataError
+
+
+class DamagedSampleError(DataError):
+    """One sample whose bytes are not what they were packed as, or do not decode."""
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """Boxes of an image: (k, 4) float32 x0, y0, x1, y1 in stored pixels, and (k,) int64 classes."""
+
+    corners: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A sample as stored.
+
+    Attributes:
+        image: an image file's bytes (JPEG, PNG, ...), or (H, W, 3) uint8 pixels where the container holds raw ones.
+        mask: a PNG file's bytes, one byte per pixel: its class, 255 where it does not count; None without.
+        boxes: None without.
+    """
+
+    image: bytes | npt.NDArray[np.uint8]
+    mask: bytes | None = None
+    boxes: Boxes | None = None
+
+
+class Source(Protocol):
+    """A split's samples by number, 0 to num_samples - 1.
+
+    May be pickled between our own processes (it opens its files anew there) and read by several threads at once.
+    """
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the split."""
+        ...
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; a label is a position in it."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the split: changes when any sample's bytes, label or place change."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """The folder, file or URL, for messages."""
+        ...
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """What each sample has besides image and label: "mask", "boxes"."""
+        ...
+
+    @property
+    def shards(self) -> npt.NDArray[np.int32]:
+        """(N,) number of the file that holds each sample, never falling: reads within one are near each other."""
+        ...
+
+    def labels(self, samples: npt.NDArray[np.int64]) -> torch.Tensor:
+        """Return the labels of samples, (k,) int64; 0 where the number is -1 (filling)."""
+        ...
+
+    def size(self, sample: int) -> tuple[int, int]:
+        """Return a sample's stored (height, width) in pixels."""
+        ...
+
+    def extent(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return the smallest and the largest (height, width), each number over all samples by itself."""
+        ...
+
+    def sizes(self) -> npt.NDArray[np.int32]:
+        """Return (N, 2) stored heights and widths."""
+        ...
+
+    def key(self, sample: int) -> str:
+        """Return a sample's key within its shard."""
+        ...
+
+    def place(self, sample: int) -> str:
+        """Name a sample for a message: number, key, file."""
+        ...
+
+    def read(self, sample: int) -> Stored:
+        """Return a sample, its bytes checked against the checksum where the container has one.
+
+        Raises:
+            DamagedSampleError: the bytes are not what they were packed as.
+            DataError: the storage does not deliver, after retries.
+        """
+        ...
+
+    def close(self) -> None:
+        """Close files and connections; a later read opens them again."""
+        ...
+
+    def __getstate__(self) -> Any:
+        """Return what another process needs to open the same."""
+        ...
