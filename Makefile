@@ -12,7 +12,7 @@ ifeq ($(DS_ACCELERATOR),)
 unexport DS_ACCELERATOR
 endif
 
-.PHONY: help setup demo test drills lint types check clean
+.PHONY: help setup ffcv demo test drills lint types check clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $(STAMP)
+
+ffcv: $(STAMP)  ## build FFCV, for data.engine = "ffcv"; installs system packages where apt-get and root are there
+	$(BIN)/python -m launch.build_ffcv
 
 demo: $(STAMP)  ## train SeTformer on handwritten digits: 2 ranks, ZeRO-2, bf16, a few minutes
 	$(BIN)/setformer demo

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,8 +134,9 @@ def main() -> None:
         for name in arguments.models:
             try:
                 rows.append(row(name, size, batch, arguments.threads, arguments.budget))
-            except torch.OutOfMemoryError:
-                console.print(f"{name} at {size} does not fit with a batch of {batch}", style="yellow")
+            except (torch.OutOfMemoryError, subprocess.CalledProcessError) as error:
+                # The process that measures memory may also have been ended by the system for want of it.
+                console.print(f"{name} at {size} does not fit with a batch of {batch}: {error}", style="yellow")
                 continue
             console.print(f"{size} {name}: {rows[-1]['training']:.2f} images/s", style="dim")
     report(rows, console)

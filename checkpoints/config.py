@@ -1,4 +1,4 @@
-"""When a checkpoint is due and which ones stay."""
+"""When a checkpoint is due, how it is written, and which ones stay."""
 
 from __future__ import annotations
 
@@ -15,14 +15,31 @@ class CheckpointConfig(FrozenConfig):
     Attributes:
         every_steps: optimizer steps between two checkpoints.
         keep_last: newest checkpoints that stay.
+        keep_every: checkpoints whose step is a multiple of this stay too; 0 keeps none for that.
         keep_best: checkpoints that stay for their metric, besides the newest; 0 keeps none for that.
         best_metric: name of the metric, as evaluation reports it, that ranks checkpoints.
+        asynchronous: a save holds training up only while the state is copied to host memory; threads write it.
+        max_in_flight: copies that may wait to be written at the same time; a save that would make one more waits.
+        on_disk_full: "stop" ends the run with an error when a checkpoint finds no room; "continue" warns and goes
+            on with the previous one. The last checkpoint of a run must always find room.
+        write_timeout_minutes: how long rank 0 waits for the other ranks' files before it gives a checkpoint up.
+        allow_changes: what may differ between a run and its continuation although it changes what is computed.
+            "global_batch" goes on at the sample where the run stopped, which must be the start of a step of the
+            new size: no sample is lost or repeated, but later steps hold other samples than without the change,
+            and schedules go by the new step. "data" goes on at the same step on other data: which of its samples
+            were seen is not known. The model can never differ.
     """
 
     every_steps: int = Field(default=1000, ge=1)
     keep_last: int = Field(default=3, ge=1)
+    keep_every: int = Field(default=0, ge=0)
     keep_best: int = Field(default=1, ge=0)
     best_metric: Literal["top1", "top5", "loss", "ema_top1", "ema_top5", "ema_loss"] = "top1"
+    asynchronous: bool = True
+    max_in_flight: int = Field(default=1, ge=1)
+    on_disk_full: Literal["stop", "continue"] = "stop"
+    write_timeout_minutes: float = Field(default=10.0, gt=0)
+    allow_changes: tuple[Literal["global_batch", "data"], ...] = Field(default=(), strict=False)
 
     @property
     def best_mode(self) -> Literal["max", "min"]:

@@ -6,7 +6,11 @@ runs/<run>/checkpoints/
     rank-00001-of-00002.safetensors
     trainer.json                        whatever the engine needs besides tensors
     manifest.json                       written last, removed first
-  .tmp-step-00001300/                   being written; a leftover of a killed run is swept by the next save
+  .tmp-step-00001300-5f0c21aa/          being written by the attempt of that name; swept by a later save
+    rank-00001-of-00002.done.json       a rank's word that its file is durable, or that it could not be written
+  aside/
+    step-00001100-5f0c21aa/             did not verify at a resume; kept for inspection, never counted
+    step-00001100-5f0c21aa.reason.txt   why
 """
 
 from __future__ import annotations
@@ -16,8 +20,9 @@ from pathlib import Path
 
 MANIFEST = "manifest.json"
 TRAINER = "trainer.json"
+ASIDE = "aside"
 
-_STEP_FOLDER = re.compile(r"step-(\d{8,})")
+_STEP_FOLDER = re.compile(r"step-(\d{8,15})")
 _TEMPORARY = ".tmp-"
 
 
@@ -26,14 +31,29 @@ def step_folder(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
-def temporary_folder(root: Path, step: int) -> Path:
-    """Return where the checkpoint of a step is written before it is renamed into place."""
-    return root / f"{_TEMPORARY}step-{step:08d}"
+def temporary_folder(root: Path, step: int, attempt: str) -> Path:
+    """Return where one attempt to save a step writes, before the folder is renamed into place."""
+    return root / f"{_TEMPORARY}step-{step:08d}-{attempt}"
+
+
+def aside_folder(root: Path, name: str, attempt: str) -> Path:
+    """Return where a folder that did not verify is kept."""
+    return root / ASIDE / f"{name}-{attempt}"
+
+
+def reason_file(aside: Path) -> Path:
+    """Return where it is written why a folder was put aside."""
+    return aside.with_name(f"{aside.name}.reason.txt")
 
 
 def rank_file(rank: int, world_size: int) -> str:
     """Return the name of the file that one rank writes."""
     return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def done_file(rank: int, world_size: int) -> str:
+    """Return the name of a rank's word about its file."""
+    return f"rank-{rank:05d}-of-{world_size:05d}.done.json"
 
 
 def step_of(folder: Path) -> int | None:
@@ -53,3 +73,9 @@ def step_folders(root: Path) -> list[Path]:
 def leftovers(root: Path) -> list[Path]:
     """Return folders that a killed writer left behind."""
     return sorted(root.glob(f"{_TEMPORARY}*")) if root.is_dir() else []
+
+
+def put_aside(root: Path) -> list[Path]:
+    """Return the folders that were put aside, oldest first."""
+    folders = [path for path in (root / ASIDE).glob("step-*") if path.is_dir()]
+    return sorted(folders, key=lambda path: (path.stat().st_mtime_ns, path.name))

@@ -1,15 +1,16 @@
-"""The manifest: what a checkpoint consists of, with sizes and hashes, protected by a hash of its own.
+"""The manifest: what a checkpoint consists of, with sizes and digests, protected by a hash of its own.
 
 A folder is a checkpoint if and only if its manifest can be read and every file in it is as the manifest says.
-Everything here reads JSON and bytes; nothing that is read can run code.
+Everything here reads JSON and bytes; nothing that is read can run code, lead out of the folder, or make the reader
+allocate more than the files' own sizes.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,20 +18,26 @@ from typing import Any
 import pydantic
 
 from checkpoints import layout
+from checkpoints.digest import Seen, algorithm_of, file_digest, read_small
+from checkpoints.errors import DamagedError
 from checkpoints.identity import Identity, digest_json
+from checkpoints.strictjson import parse
 from setformer_dist.core.config import FrozenConfig
 from setformer_dist.core.errors import CheckpointError
 
 FORMAT = "setformer_dist checkpoint"
-VERSION = 1
+VERSION = 2  # 1: files carry "sha256" in place of "digest"
+READABLE = (1, 2)
+MAX_BYTES = 64 << 20  # of a manifest: a rank's line takes some 120 bytes
+_MAX_STEP = 10**15 - 1
 
 
 class FileRecord(FrozenConfig):
-    """One file of a checkpoint: its name within the folder, bytes, and sha256 in hexadecimal."""
+    """One file of a checkpoint: its name within the folder, bytes, and digest (see digest.py)."""
 
     name: str
-    size: int
-    sha256: str
+    size: int = pydantic.Field(ge=0, lt=2**62)
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,10 @@ class Manifest:
         """Bytes of all files."""
         return sum(record.size for record in self.files)
 
+    def record(self, name: str) -> FileRecord:
+        """Return the record of a file that the manifest lists."""
+        return next(record for record in self.files if record.name == name)
+
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able value with the hash over all the rest."""
         body: dict[str, Any] = {
@@ -78,43 +89,79 @@ class Manifest:
         """Check and read what `to_json` made.
 
         Raises:
-            CheckpointError: it is not a manifest, is damaged, or of a later version.
+            DamagedError: it is not a manifest, or is damaged.
+            CheckpointError: it is of a later version.
         """
         if not isinstance(value, dict) or value.get("format") != FORMAT:
-            raise CheckpointError(f"{source} is not a manifest of {FORMAT}")
-        if value.get("version") != VERSION:
-            raise CheckpointError(
-                f"{source} has format version {value.get('version')!r}, this program reads {VERSION}: "
-                "use the setformer_dist that wrote it"
-            )
+            raise DamagedError(f"{source} is not a manifest of {FORMAT}")
         body = {key: part for key, part in value.items() if key != "sha256"}
         if digest_json(body) != value.get("sha256"):
-            raise CheckpointError(f"{source} does not match its own hash")
+            raise DamagedError(f"{source} does not match its own hash")
+        version = value.get("version")
+        if type(version) is not int or version not in READABLE:
+            raise CheckpointError(
+                f"{source} has format version {version!r}, this program reads {', '.join(map(str, READABLE))}: "
+                "use the setformer_dist that wrote it"
+            )
         try:
-            return cls(
-                step=int(body["step"]),
+            manifest = cls(
+                step=_whole(body["step"]),
                 created=str(body["created"]),
                 identity=Identity.model_validate(body["identity"]),
-                files=tuple(FileRecord.model_validate(record) for record in body["files"]),
-                metrics={k: math.nan if v is None else float(v) for k, v in body["metrics"].items()},
-                tags=tuple(body["tags"]),
+                files=tuple(_record(record, version) for record in body["files"]),
+                metrics={str(k): math.nan if v is None else float(v) for k, v in body["metrics"].items()},
+                tags=tuple(map(str, body["tags"])),
             )
-        except (KeyError, TypeError, ValueError, AttributeError, pydantic.ValidationError) as error:
-            raise CheckpointError(f"{source} has an unexpected content: {error}") from None
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:  # pydantic's are ValueErrors
+            raise DamagedError(f"{source} has an unexpected content: {error}") from None
+        faults = _list_faults(manifest)
+        if faults:
+            raise DamagedError(f"{source} has an unexpected content: {'; '.join(faults)}")
+        return manifest
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= _MAX_STEP:
+        raise ValueError("step is not a number of steps")
+    return value
+
+
+def _record(value: dict[str, Any], version: int) -> FileRecord:
+    if version == 1:
+        value = {"name": value["name"], "size": value["size"], "digest": f"sha256:{value['sha256']}"}
+    return FileRecord.model_validate(value)
+
+
+def _list_faults(manifest: Manifest) -> list[str]:
+    """Return what is impossible about the list of files, before anything is sized by it."""
+    faults = []
+    world_size = manifest.identity.world_size
+    for record in manifest.files:
+        if Path(record.name).name != record.name or "\0" in record.name:
+            faults.append(f"{record.name!r} is not a plain file name")
+        if algorithm_of(record.digest) is None:
+            faults.append(f"{record.name} has a digest of no known kind: {record.digest[:40]!r}")
+    names = sorted(record.name for record in manifest.files)
+    if len(names) != world_size + 1 or names != sorted(
+        [*(layout.rank_file(rank, world_size) for rank in range(world_size)), layout.TRAINER]
+    ):
+        faults.append(f"the manifest lists {len(names)} files, not those of {world_size} ranks")
+    return faults
 
 
 def read_manifest(folder: Path) -> Manifest:
     """Read a checkpoint folder's manifest.
 
     Raises:
-        CheckpointError: there is none, or it cannot be trusted.
+        DamagedError: there is none, or it cannot be trusted.
+        CheckpointError: it is of a later version, or cannot be read.
     """
     path = folder / layout.MANIFEST
+    if not path.exists() and not path.is_symlink():
+        raise DamagedError(f"{folder} has no {layout.MANIFEST}: it was never finished or is being deleted")
     try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no {layout.MANIFEST}: it was never finished or is being deleted") from None
-    except (OSError, ValueError) as error:
+        value = parse(read_small(path, MAX_BYTES), str(path))
+    except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     manifest = Manifest.from_json(value, str(path))
     if layout.step_of(folder) not in (None, manifest.step):
@@ -123,33 +170,71 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def size_faults(folder: Path, manifest: Manifest) -> list[str]:
-    """Return one line for each file that is missing, outside the folder, or of another size. Cheap."""
+    """Return one line for each file that is missing, no plain file, of another size, or not listed. Cheap."""
     faults = []
-    names = [record.name for record in manifest.files]
-    expected = [layout.rank_file(r, manifest.identity.world_size) for r in range(manifest.identity.world_size)]
-    if sorted(names) != sorted([*expected, layout.TRAINER]):
-        faults.append(f"the manifest lists {len(names)} files, not those of {len(expected)} ranks")
+    try:
+        found = {entry.name: entry for entry in os.scandir(folder)}
+    except OSError as error:
+        return [f"the folder cannot be read: {error}"]
     for record in manifest.files:
-        path = folder / record.name
-        if Path(record.name).name != record.name:
-            faults.append(f"{record.name!r} is not a plain file name")
-        elif not path.is_file():
+        entry = found.get(record.name)
+        if entry is None:
             faults.append(f"{record.name} is missing")
-        elif (size := path.stat().st_size) != record.size:
+        elif not entry.is_file(follow_symlinks=False):
+            faults.append(f"{record.name} is {'a link' if entry.is_symlink() else 'not a plain file'}")
+        elif (size := entry.stat(follow_symlinks=False).st_size) != record.size:
             faults.append(f"{record.name} has {size} bytes, not {record.size}")
-    return faults
+    listed = {layout.MANIFEST, *(record.name for record in manifest.files)}
+    # .nfs…: what an NFS client calls a file that was deleted while somebody reads it.
+    extra = sorted(name for name in found if name not in listed and not name.startswith(".nfs"))
+    return faults + [f"{name} does not belong there" for name in extra]
 
 
-def hash_faults(folder: Path, records: tuple[FileRecord, ...]) -> list[str]:
-    """Return one line for each file whose bytes are not those that were written. Reads them all."""
-    faults = []
-    for record in records:
+@dataclass(frozen=True)
+class Examined:
+    """What reading files in full has shown: faults, one line each, and what each file was while it was read."""
+
+    faults: list[str]
+    seen: dict[str, Seen]
+
+
+def examine_files(
+    folder: Path,
+    manifest: Manifest,
+    records: Iterable[FileRecord],
+    workers: int = 1,
+    advance: Callable[[int], None] | None = None,
+) -> Examined:
+    """Compare files with their digests, reading all their bytes.
+
+    Args:
+        folder: of the checkpoint.
+        manifest: of the checkpoint.
+        records: those of the manifest's files that are to be read.
+        workers: files that are read at the same time.
+        advance: told the number of bytes after each piece read, from any thread.
+    """
+
+    def examine(record: FileRecord) -> tuple[str | None, Seen | None]:
+        algorithm = algorithm_of(record.digest)
+        assert algorithm is not None  # a manifest with another does not come to be
         try:
-            with (folder / record.name).open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            found, seen = file_digest(folder / record.name, algorithm, advance)
+        except DamagedError as error:
+            return str(error), None
         except OSError as error:
-            faults.append(f"{record.name} cannot be read: {error}")
-            continue
-        if found != record.sha256:
-            faults.append(f"{record.name} is damaged (its sha256 differs)")
-    return faults
+            return f"{record.name} cannot be read: {error}", None
+        if found == record.digest:
+            return None, seen
+        other = next((r.name for r in manifest.files if r.digest == found and r.name != record.name), None)
+        swapped = f": it holds what belongs into {other}" if other else f" (its {algorithm} differs)"
+        return f"{record.name} is damaged{swapped}", None
+
+    chosen = list(records)
+    if workers > 1 and len(chosen) > 1:
+        with ThreadPoolExecutor(min(workers, len(chosen))) as pool:
+            answers = list(pool.map(examine, chosen))
+    else:
+        answers = [examine(record) for record in chosen]
+    faults = [fault for fault, _ in answers if fault is not None]
+    return Examined(faults, {r.name: seen for r, (_, seen) in zip(chosen, answers, strict=True) if seen is not None})

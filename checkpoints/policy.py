@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from checkpoints.config import CheckpointConfig
 
 KEEP_TAG = "keep"
+ASIDE_KEPT = 3  # folders that did not verify and stay for inspection, the newest ones
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def steps_to_delete(candidates: Iterable[Candidate], newest_saved: int, config: 
     last = {newest_saved, *(c.step for c in sound[: config.keep_last])}
     best = {c.step for c in best_first(sound, config)[: config.keep_best]}
     tagged = {c.step for c in sound if KEEP_TAG in c.tags}
-    stays = last | best | tagged
+    nth = {c.step for c in sound if config.keep_every and c.step % config.keep_every == 0}
+    stays = last | best | tagged | nth
     old = [c for c in within if c.step not in stays and (c.sound or c.step < min(last))]
     return sorted(c.step for c in old)

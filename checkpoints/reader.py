@@ -1,33 +1,42 @@
 """Reading a checkpoint: any ranges of any parameter, from whichever rank files hold them.
 
 A reader never asks how many ranks wrote or under which ZeRO stage: the keys of the rank files say which
-elements they hold, and that is enough to fill any other division of the same parameters.
+elements they hold, and that is enough to fill any other division of the same parameters. It reads the headers of
+all rank files, and of their tensors just the bytes of the ranges asked for.
+
+What is read is what was verified: `verified` notes of every file its inode, size and time of change while its
+bytes were hashed, and a file that is another one, or was written to, when it is read or after, is refused.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from checkpoints import layout
 from checkpoints.config import CheckpointConfig
+from checkpoints.digest import Seen, digest_of, read_small
+from checkpoints.errors import DamagedError
 from checkpoints.identity import Identity
-from checkpoints.manifest import Manifest, hash_faults, read_manifest, size_faults
+from checkpoints.manifest import Manifest, examine_files, read_manifest, size_faults
 from checkpoints.policy import Candidate, best_first
+from checkpoints.rankfile import Piece, RankFile, open_rank_file
+from checkpoints.strictjson import parse
 from setformer_dist.core.errors import CheckpointError
 from setformer_dist.core.fragments import Fragment
 
 _NAMED = 3  # parameters that an error message names before it only counts
+_MAX_TRAINER = 256 << 20  # bytes of trainer.json
+_SCRATCH = 4 << 20  # bytes read at a time where values must be converted
 
 
 @dataclass(frozen=True)
@@ -47,37 +56,33 @@ class Entry:
     fault: str | None
 
 
-@dataclass(frozen=True)
-class _Piece:
-    start: int
-    end: int
-    file: str
-    key: str
-
-
 class _RankFiles:
     """All rank files of a checkpoint, opened, and an index of what they hold."""
 
-    def __init__(self, folder: Path, manifest: Manifest, stack: contextlib.ExitStack) -> None:
+    def __init__(self, folder: Path, world_size: int, seen: Mapping[str, Seen], stack: contextlib.ExitStack) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.pieces: dict[tuple[str, str], list[_Piece]] = defaultdict(list)
+        self.pieces: dict[tuple[str, str], list[tuple[Piece, RankFile]]] = defaultdict(list)
         self._folder = folder
-        self._files: dict[str, Any] = {}
-        for rank in range(manifest.identity.world_size):
-            name = layout.rank_file(rank, manifest.identity.world_size)
-            self._files[name] = stack.enter_context(safe_open(folder / name, framework="pt"))
-            self._index(name)
-        for pieces in self.pieces.values():
-            pieces.sort(key=lambda piece: (piece.start, -piece.end))
+        self._files: list[RankFile] = []
+        for rank in range(world_size):
+            name = layout.rank_file(rank, world_size)
+            file = stack.enter_context(open_rank_file(folder / name))
+            if seen.get(name, file.seen) != file.seen:
+                raise DamagedError(f"{name} is not the file that was verified")
+            self._files.append(file)
+            self._index(file)
+        for (name, state), held in self.pieces.items():
+            held.sort(key=lambda found: found[0].start)
+            for (first, _), (second, _) in itertools.pairwise(held):
+                if second.start < first.end:
+                    raise DamagedError(f"{folder} holds elements of {state} of {name} twice")
 
-    def _index(self, file: str) -> None:
-        handle = self._files[file]
-        for name, shape in json.loads(handle.metadata()["shapes"]).items():
-            if self.shapes.setdefault(name, tuple(shape)) != tuple(shape):
-                raise CheckpointError(f"{self._folder}: rank files disagree about the shape of {name}")
-        for key in handle.keys():  # noqa: SIM118 — a safetensors file, not a dict
-            name, state, start, end = key.rsplit("|", 3)
-            self.pieces[name, state].append(_Piece(int(start), int(end), file, key))
+    def _index(self, file: RankFile) -> None:
+        for name, shape in file.shapes.items():
+            if self.shapes.setdefault(name, shape) != shape:
+                raise DamagedError(f"{self._folder}: rank files disagree about the shape of {name}")
+        for piece in file.pieces:
+            self.pieces[piece.name, piece.state].append((piece, file))
 
     @property
     def states(self) -> set[str]:
@@ -86,12 +91,10 @@ class _RankFiles:
     def fill(self, name: str, state: str, start: int, out: torch.Tensor) -> None:
         """Copy elements [start, start + out.numel()) into `out`, whatever its device and dtype."""
         position, end = start, start + out.numel()
-        for piece in self.pieces[name, state]:
+        for piece, file in self.pieces.get((name, state), ()):
             if piece.start <= position < piece.end:
                 stop = min(end, piece.end)
-                view = self._files[piece.file].get_slice(piece.key)
-                values = view[position - piece.start : stop - piece.start]
-                out[position - start : stop - start].copy_(values)
+                _read(file, piece, position, out[position - start : stop - start])
                 position = stop
             if position >= end:
                 return
@@ -102,18 +105,40 @@ class _RankFiles:
             )
 
     def dtype(self, name: str, state: str) -> torch.dtype:
-        piece = self.pieces[name, state][0]
-        values = self._files[piece.file].get_slice(piece.key)[0:0]
-        assert isinstance(values, torch.Tensor)
-        return values.dtype
+        return self.pieces[name, state][0][0].dtype
+
+    def check_unchanged(self) -> None:
+        for file in self._files:
+            file.check_unchanged()
+
+
+def _read(file: RankFile, piece: Piece, position: int, out: torch.Tensor) -> None:
+    """Read elements from `position` on into `out`: straight to where it lies if it is what the file holds."""
+    offset = piece.offset + (position - piece.start) * piece.dtype.itemsize
+    if out.device.type == "cpu" and out.dtype == piece.dtype and out.is_contiguous():
+        file.read_into(offset, out.view(torch.uint8).numpy().data)
+        return
+    step = _SCRATCH // piece.dtype.itemsize
+    scratch = torch.empty(min(step, out.numel()), dtype=piece.dtype)
+    for first in range(0, out.numel(), step):
+        values = scratch[: min(step, out.numel() - first)]
+        file.read_into(offset + first * piece.dtype.itemsize, values.view(torch.uint8).numpy().data)
+        out[first : first + len(values)].copy_(values)
 
 
 class Checkpoint:
-    """A verified checkpoint folder. Made by `CheckpointManager.newest` and `open_checkpoint`."""
+    """A verified checkpoint folder. Made by `CheckpointManager.newest`, `verified` and `open_checkpoint`.
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    Args:
+        path: the folder.
+        manifest: its manifest.
+        seen: what each file was while it was verified.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, seen: Mapping[str, Seen]) -> None:
         self.path = path
         self.manifest = manifest
+        self._seen = dict(seen)
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.path)!r})"
@@ -136,9 +161,31 @@ class Checkpoint:
     @cached_property
     def trainer(self) -> dict[str, Any]:
         """The engine's state besides tensors, as it was given to `save`."""
-        value = json.loads((self.path / layout.TRAINER).read_bytes())
-        assert isinstance(value, dict)
+        record = self.manifest.record(layout.TRAINER)
+        try:
+            data = read_small(self.path / layout.TRAINER, _MAX_TRAINER)
+        except OSError as error:
+            raise CheckpointError(f"{self.path / layout.TRAINER} cannot be read: {error}") from error
+        # Hashed again, because these are the bytes that are parsed; format version 1 has another hash.
+        if len(data) != record.size or digest_of(data, record.digest.partition(":")[0]) != record.digest:
+            raise DamagedError(f"{self.path / layout.TRAINER} is not the file that was verified")
+        value = parse(data, str(self.path / layout.TRAINER))
+        if not isinstance(value, dict):
+            raise DamagedError(f"{self.path / layout.TRAINER} is not an object")
         return value
+
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every parameter by name, from the headers alone."""
+        with self._open() as files:
+            return dict(files.shapes)
+
+    def states(self) -> dict[str, int]:
+        """Return the number of elements held of each state, from the headers alone."""
+        counts: dict[str, int] = defaultdict(int)
+        with self._open() as files:
+            for (_, state), held in files.pieces.items():
+                counts[state] += sum(piece.end - piece.start for piece, _ in held)
+        return dict(sorted(counts.items()))
 
     def load_into(self, fragments: Iterable[Fragment]) -> None:
         """Fill each fragment's tensor in place, converting to its dtype and device.
@@ -155,6 +202,7 @@ class Checkpoint:
             for fragment in wanted:
                 # detach: a live view of a parameter that requires a gradient refuses writes in place.
                 files.fill(fragment.name, fragment.state, fragment.start, fragment.tensor.detach())
+            files.check_unchanged()
 
     def read_full(self, state: str = "param", fallback: str | None = None) -> dict[str, torch.Tensor]:
         """Assemble whole tensors on the CPU, in fp32 where they are floating point.
@@ -169,21 +217,33 @@ class Checkpoint:
         Raises:
             CheckpointError: a parameter has neither state, or a part of one is missing.
         """
-        full: dict[str, torch.Tensor] = {}
+        return dict(self.iterate_full(state, fallback))
+
+    def iterate_full(self, state: str = "param", fallback: str | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield what `read_full` returns, one parameter at a time."""
         with self._open() as files:
             for name, shape in files.shapes.items():
                 chosen = next((s for s in (state, fallback) if s and files.pieces.get((name, s))), None)
                 if chosen is None and 0 not in shape:
                     raise self._no_state(files, state, name)
-                full[name] = self._assemble(files, name, chosen, shape)
-        return full
+                yield name, self._assemble(files, name, chosen, shape)
+            files.check_unchanged()
 
-    @staticmethod
-    def _assemble(files: _RankFiles, name: str, state: str | None, shape: tuple[int, ...]) -> torch.Tensor:
+    def _assemble(self, files: _RankFiles, name: str, state: str | None, shape: tuple[int, ...]) -> torch.Tensor:
         if state is None:
             return torch.empty(shape)
+        numel = math.prod(shape)
+        held = sum(piece.end - piece.start for piece, _ in files.pieces[name, state])
+        if held < numel:  # before as much is allocated as the header only speaks of
+            first = 0
+            for piece, _ in files.pieces[name, state]:
+                first = piece.end if piece.start == first else first
+            raise CheckpointError(
+                f"{self.path} lacks elements {first} to {numel} of {state} of {name}: it was written by a run that "
+                "did not save all ranks; use another checkpoint"
+            )
         dtype = files.dtype(name, state)
-        flat = torch.empty(math.prod(shape), dtype=torch.float32 if dtype.is_floating_point else dtype)
+        flat = torch.empty(numel, dtype=torch.float32 if dtype.is_floating_point else dtype)
         files.fill(name, state, 0, flat)
         return flat.reshape(shape)
 
@@ -191,8 +251,8 @@ class Checkpoint:
     def _open(self) -> Iterator[_RankFiles]:
         with contextlib.ExitStack() as stack:
             try:
-                files = _RankFiles(self.path, self.manifest, stack)
-            except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+                files = _RankFiles(self.path, self.identity.world_size, self._seen, stack)
+            except OSError as error:
                 raise CheckpointError(f"{self.path} cannot be read: {error}") from error
             yield files
 
@@ -222,17 +282,42 @@ class Checkpoint:
         )
 
 
-def verify(folder: Path) -> Manifest:
-    """Check manifest, sizes and hashes of a folder.
+def check_rank_files(folder: Path, world_size: int) -> None:
+    """Check that the headers of all rank files fit their files and each other; reads headers only.
 
     Raises:
-        CheckpointError: with every fault found.
+        DamagedError: they do not.
+    """
+    with contextlib.ExitStack() as stack:
+        _RankFiles(folder, world_size, {}, stack)
+
+
+def verified(folder: Path, workers: int = 1, advance: Callable[[int], None] | None = None) -> Checkpoint:
+    """Check manifest, sizes and digests of a folder.
+
+    Args:
+        folder: of a checkpoint.
+        workers: files read at the same time.
+        advance: told the number of bytes after each piece read, from any thread.
+
+    Raises:
+        CheckpointError: with every fault found; a DamagedError where it is the bytes that are wrong.
     """
     manifest = read_manifest(folder)
-    faults = size_faults(folder, manifest) or hash_faults(folder, manifest.files)
+    faults = size_faults(folder, manifest)
+    seen: dict[str, Seen] = {}
+    if not faults:
+        examined = examine_files(folder, manifest, manifest.files, workers, advance)
+        faults, seen = examined.faults, examined.seen
     if faults:
-        raise CheckpointError(f"{folder} does not verify: {'; '.join(faults)}")
-    return manifest
+        raise DamagedError(f"{folder} does not verify: {'; '.join(faults)}")
+    check_rank_files(folder, manifest.identity.world_size)
+    return Checkpoint(folder, manifest, seen)
+
+
+def verify(folder: Path) -> Manifest:
+    """Check manifest, sizes and digests of a folder and return the manifest; raises as `verified` does."""
+    return verified(folder).manifest
 
 
 def list_checkpoints(root: Path, hashes: bool = False) -> list[Entry]:
@@ -247,12 +332,35 @@ def list_checkpoints(root: Path, hashes: bool = False) -> list[Entry]:
         manifest: Manifest | None = None
         fault: str | None = None
         try:
-            manifest = verify(folder) if hashes else read_manifest(folder)
+            if folder.is_symlink():
+                raise DamagedError(f"{folder} is a link, and links are not followed")
+            manifest = read_manifest(folder)
             fault = "; ".join(size_faults(folder, manifest)) or None
+            if hashes and fault is None:
+                verified(folder)
         except CheckpointError as error:
             fault = str(error)
         entries.append(Entry(folder, manifest, fault))
     return entries
+
+
+def candidates(entries: Iterable[Entry]) -> list[Candidate]:
+    """Return what the retention policy needs to know of a listing."""
+    found = []
+    for entry in entries:
+        step = layout.step_of(entry.path)
+        assert step is not None
+        manifest = entry.manifest
+        if manifest is None:
+            found.append(Candidate(step, sound=False))
+        else:
+            found.append(Candidate(step, entry.fault is None, manifest.metrics, manifest.tags))
+    return found
+
+
+def checkpoints_folder(path: Path) -> Path:
+    """Return the `checkpoints` folder of a run, or the path itself where it is such a folder."""
+    return path / "checkpoints" if (path / "checkpoints").is_dir() else path
 
 
 def open_checkpoint(path: Path, best_by: CheckpointConfig | None = None) -> Checkpoint:
@@ -267,17 +375,19 @@ def open_checkpoint(path: Path, best_by: CheckpointConfig | None = None) -> Chec
         CheckpointError: there is none there, or none verifies; all reasons are named.
     """
     if layout.step_of(path) is not None or (path / layout.MANIFEST).exists():
-        return Checkpoint(path, verify(path))
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        return verified(path)
+    root = checkpoints_folder(path)
     skipped = []
     for entry in _in_order(list_checkpoints(root), best_by):
         try:
-            return Checkpoint(entry.path, verify(entry.path))
+            return verified(entry.path)
         except CheckpointError as error:
             skipped.append(str(error))
     if skipped:
         raise CheckpointError(f"no checkpoint in {root} verifies: {'; '.join(skipped)}")
-    raise CheckpointError(f"{path} holds no checkpoint: name a run folder or one of its step folders")
+    aside = len(layout.put_aside(root))
+    more = f"; {aside} that did not verify are in {root / layout.ASIDE}" if aside else ""
+    raise CheckpointError(f"{path} holds no checkpoint: name a run folder or one of its step folders{more}")
 
 
 def _in_order(entries: list[Entry], best_by: CheckpointConfig | None) -> list[Entry]:

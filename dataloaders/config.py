@@ -129,7 +129,9 @@ class DataConfig(FrozenConfig):
         block_shards: shards per block of order = "block".
         epoch_end: what becomes of the samples of an epoch that fill no batch: "drop" leaves them out (others each
             epoch), "wrap" lets batches cross the border of epochs, so that none is left out.
-        mixture: several data sets, each with a weight, in place of `root`/`train` for training.
+        mixture: several data sets of the same classes, each with a weight, in place of `root`/`train` for training.
+            Each walks epochs of its own, so nothing is left out of them whatever `epoch_end` says; an epoch of the
+            run is as many samples as all have together.
         image_size: height and width of the images the model sees, in pixels.
         eval_crop: share of the resized image's side that the centre crop of evaluation keeps; an image that is
             already image_size x image_size is taken as it is.
@@ -142,8 +144,9 @@ class DataConfig(FrozenConfig):
         bucket_multiple: sides of bucketed images are multiples of this, in pixels.
         workers: processes that read and decode; 0 does it within the training process.
         threads: threads that decode within the training process, or within each worker; 0 decodes only when a batch
-            is asked for.
-        prefetch: micro batches that each worker prepares ahead.
+            is asked for. One hides loading behind a step that computes on the same cores; beside a GPU give each
+            rank the cores it has but one.
+        prefetch: micro batches that the threads, or each worker, prepare ahead.
         max_bad_share: largest share of damaged training samples borne before the run stops; `SPARED` of them
             are borne in any case (see `dataloaders.damage`).
         bad_validation: what a damaged validation sample does: stop the run, or count with weight 0.
@@ -171,7 +174,7 @@ class DataConfig(FrozenConfig):
     mean: _Triple = _IMAGENET_MEAN
     std: _Triple = _IMAGENET_STD
     workers: int = pydantic.Field(default=0, ge=0)
-    threads: int = pydantic.Field(default=0, ge=0)
+    threads: int = pydantic.Field(default=1, ge=0)
     prefetch: int = pydantic.Field(default=2, ge=1)
     max_bad_share: float = pydantic.Field(default=1e-3, ge=0.0, le=1.0)
     bad_validation: Literal["raise", "zero_weight"] = "raise"
@@ -193,6 +196,22 @@ class DataConfig(FrozenConfig):
                 f"augment.pad = {self.augment.pad} must be smaller than image_size = {self.image_size}, "
                 "or a crop can miss the image altogether"
             )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _possible_sizes(self) -> Self:
+        if self.augment.crop == "pad" and (self.resolutions or self.aspect_buckets):
+            raise ValueError(
+                'augment.crop = "pad" keeps images as large as they are stored, so it goes with neither resolutions '
+                'nor aspect_buckets: set augment.crop = "resized"'
+            )
+        if self.aspect_buckets and (self.mixture or self.order == "block"):
+            other = "mixture" if self.mixture else 'order = "block"'
+            raise ValueError(f"aspect_buckets makes batches by shape, {other} makes them otherwise: leave one out")
+        if not all(aspect > 0 for aspect in self.aspect_buckets):
+            raise ValueError(f"aspect_buckets = {list(self.aspect_buckets)} must be positive: they are width / height")
+        if len(set(self.aspect_buckets)) < len(self.aspect_buckets):
+            raise ValueError(f"aspect_buckets = {list(self.aspect_buckets)} names a shape twice: leave one out")
         return self
 
 

@@ -1,7 +1,8 @@
 """What a damaged training sample does: it is replaced, named and counted, and never changes a count.
 
-The replacement is a function of (seed, epoch, sample id) and the data alone: a keyed sequence of candidates, of
-which the first whole one is taken. All other positions of the stream hold what they would have held.
+The replacement is a function of (seed, epoch, sample id) and the data alone: a keyed sequence of candidates out of
+the same data set, of which the first whole one is taken. All other positions of the stream hold what they would have
+held.
 
 A run stops when damage is no longer an accident. Counted on each rank over the samples it saw since the epoch
 began (or since it resumed within it):
@@ -24,12 +25,12 @@ MAX_IN_ROW = 100
 _MAX_CANDIDATES = 30
 
 
-def candidates(num_samples: int, seed: int, epoch: int, sample: int) -> Iterator[int]:
-    """Yield the samples that may stand in for a damaged one, best first."""
+def candidates(among: range, seed: int, epoch: int, sample: int) -> Iterator[int]:
+    """Yield the samples, out of some in a row, that may stand in for a damaged one, best first."""
     random = generator(Purpose.SUBSTITUTE, seed, epoch, sample)
     for _ in range(_MAX_CANDIDATES):
         # From raw words, which numpy promises for ever; the bias of the remainder is below N / 2^64.
-        yield int(random.bit_generator.random_raw() % num_samples)
+        yield among[int(random.bit_generator.random_raw() % len(among))]
 
 
 class DamageCount:

@@ -3,7 +3,7 @@
     uint8 -> device -> float, normalised -> mixup or cutmix -> model
     labels -> device -> one-hot, smoothed -> the same mixing  -> loss
 
-m = micro batch, C = classes, S = image size.
+m = micro batch, C = classes, H, W = height, width of the images.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Prepare:
         self._shift = (-mean / std).to(self._device)
 
     def __call__(self, batch: MicroBatch, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return images (m, 3, S, S) of the dtype and targets (m, C) float32, rows summing to 1.
+        """Return images (m, 3, H, W) of the dtype and targets (m, C) float32, rows summing to 1.
 
         Smoothing and mixing are for training alone; evaluation gets hard one-hot targets.
         """

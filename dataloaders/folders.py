@@ -1,6 +1,7 @@
 """A folder that appears whole or not at all: work goes on beside it, and a rename gives it its name.
 
-    .train.partial/     locked while somebody works in it; what a killed process left there is thrown away
+    .train.partial/     locked while somebody works in it; what a killed process left there is thrown away, save what
+                        its packer can go on with
     train/              the folder above, renamed
 
 What is in the folder is its packer's; so is the index, whose presence says that the folder is whole.
@@ -46,14 +47,24 @@ def check_destination(destination: Path, force: bool, is_ours: Callable[[str], b
         )
 
 
+def work_name(destination: Path) -> Path:
+    """Return the folder in which work for a destination goes on."""
+    return destination.with_name(f".{destination.name}.partial")
+
+
 @contextmanager
-def work_folder(destination: Path) -> Iterator[Path]:
+def work_folder(destination: Path, keep: Callable[[Path, str], bool] = lambda work, name: False) -> Iterator[Path]:
     """Yield a folder beside the destination, locked; it is gone afterwards, renamed or removed.
+
+    Args:
+        destination: folder that is to appear.
+        keep: whether a file of this name is of use to the next work for the same destination: such files are left
+            where they are, by those who were killed and by those who failed.
 
     Raises:
         DataError: it cannot be written, or another process is at work there.
     """
-    work = destination.with_name(f".{destination.name}.partial")
+    work = work_name(destination)
     try:
         work.mkdir(parents=True, exist_ok=True)
         lock = os.open(work, os.O_RDONLY)
@@ -64,15 +75,22 @@ def work_folder(destination: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise DataError(f"another process is packing into {destination}: wait for it") from None
-        for entry in work.iterdir():  # of a packing that was killed
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        _clear(work, keep)
         try:
             yield work
         finally:
             if work.exists():
-                shutil.rmtree(work)
+                _clear(work, keep)
+                if not any(work.iterdir()):
+                    work.rmdir()
     finally:
         os.close(lock)
+
+
+def _clear(work: Path, keep: Callable[[Path, str], bool]) -> None:
+    useless = [entry for entry in work.iterdir() if not keep(work, entry.name)]
+    for entry in useless:
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def commit_folder(work: Path, destination: Path, index_name: str) -> None:

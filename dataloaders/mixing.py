@@ -1,10 +1,10 @@
 """Who mixes with whom: mixup (Zhang et al. 2018) and cutmix (Yun et al. 2019) within fixed groups.
 
-Position p of an epoch's order belongs to group p // g. A group's choice (mix at all, which of the two, how much,
-with which neighbour, which rectangle) is drawn from (seed, epoch, group), and g divides the micro batch, so a
-group is never cut apart and the choice depends on neither ranks nor micro batch.
+Position p of the run (step x global batch + place in the batch) belongs to group p // g. A group's choice (mix at
+all, which of the two, how much, with which neighbour, which rectangle) is drawn from (seed, group), and g divides the
+micro batch, so a group is never cut apart and the choice depends on neither ranks nor micro batch.
 
-m = micro batch, g = group, S = image size.
+m = micro batch, g = group, H, W = height, width of the images.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def check_groups(augment: AugmentConfig, micro_batch: int) -> None:
 
 
 def draw_mix(
-    augment: AugmentConfig, size: int, seed: int, epoch: int, first_position: int, count: int
+    augment: AugmentConfig, shape: tuple[int, int], seed: int, first_position: int, count: int
 ) -> MixArrays | None:
-    """Draw the mixing of the `count` positions from `first_position` on; None if nothing ever mixes."""
+    """Draw the mixing of the `count` positions from `first_position` on, images (H, W); None if nothing ever mixes."""
     if not augment.mixes:
         return None
     group = augment.mix_group
@@ -47,7 +47,7 @@ def draw_mix(
     box = np.zeros((count, 4), dtype=np.int64)
     for start in range(0, count, group):
         members = np.arange(group)
-        shift, share, rectangle = _draw_group(augment, size, seed, epoch, (first_position + start) // group)
+        shift, share, rectangle = _draw_group(augment, shape, seed, (first_position + start) // group)
         partner[start : start + group] = start + (members + shift) % group
         lam[start : start + group] = share
         box[start : start + group] = rectangle
@@ -55,10 +55,10 @@ def draw_mix(
 
 
 def _draw_group(
-    augment: AugmentConfig, size: int, seed: int, epoch: int, group: int
+    augment: AugmentConfig, shape: tuple[int, int], seed: int, group: int
 ) -> tuple[int, float, tuple[int, int, int, int]]:
     """Return (how far on in the group the partner is, own share, rectangle)."""
-    random = generator(Purpose.MIX, seed, epoch, group)
+    random = generator(Purpose.MIX, seed, group)
     nothing = (0, 0, 0, 0)
     whether, which = random.random(2).tolist()
     if whether >= augment.mix_prob:
@@ -69,19 +69,18 @@ def _draw_group(
     share = float(random.beta(alpha, alpha))
     if not cut:
         return shift, share, nothing
-    rectangle = _rectangle(size, share, *random.random(2).tolist())
+    rectangle = _rectangle(shape, share, *random.random(2).tolist())
     y0, y1, x0, x1 = rectangle
     # At the border the rectangle loses area, and on whole pixels too: the label follows what is really pasted.
-    return shift, 1.0 - (y1 - y0) * (x1 - x0) / size**2, rectangle
+    return shift, 1.0 - (y1 - y0) * (x1 - x0) / (shape[0] * shape[1]), rectangle
 
 
-def _rectangle(size: int, share: float, y_draw: float, x_draw: float) -> tuple[int, int, int, int]:
-    """Return y0, y1, x0, x1 of a square of area (1 - share) S^2 about a random centre, cut at the border."""
-    half = int(size * math.sqrt(1.0 - share)) / 2
-    y, x = int(y_draw * size), int(x_draw * size)
-    return (
-        max(0, math.ceil(y - half)),
-        min(size, math.ceil(y + half)),
-        max(0, math.ceil(x - half)),
-        min(size, math.ceil(x + half)),
-    )
+def _rectangle(shape: tuple[int, int], share: float, y_draw: float, x_draw: float) -> tuple[int, int, int, int]:
+    """Return y0, y1, x0, x1 of a rectangle of area (1 - share) H W about a random centre, cut at the border."""
+    y0, y1 = _stretch(shape[0], share, y_draw)
+    return y0, y1, *_stretch(shape[1], share, x_draw)
+
+
+def _stretch(length: int, share: float, draw: float) -> tuple[int, int]:
+    half, centre = int(length * math.sqrt(1.0 - share)) / 2, int(draw * length)
+    return max(0, math.ceil(centre - half)), min(length, math.ceil(centre + half))

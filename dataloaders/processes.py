@@ -31,7 +31,7 @@ _HELD_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 def helper_context() -> ForkServerContext:
     """Return the multiprocessing context of helper processes; its server imports our readers beforehand."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dataloaders.loading", "dataloaders.packing"])
+    context.set_forkserver_preload(["dataloaders.readers", "dataloaders.packing"])
     return context
 
 

@@ -1,16 +1,15 @@
-"""One packed split, opened: `read(i)` is one `pread`, checked against the index.
+"""Tar shards with an index, opened: `read(i)` is one read at a known place, checked against the index.
 
 Opening compares every shard's size with the index, so a shard cut short is found before the first step and not
-hours later. Reading checks byte count and crc32, so flipped bits in a shard are found even where they would
-still decode.
+hours later. Reading checks byte count and, where the index has it, crc32, so flipped bits in a shard are found even
+where they would still decode.
 """
 
 from __future__ import annotations
 
-import os
+import json
 import time
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
@@ -20,35 +19,45 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dataloaders.arrays import CHUNK_SHIFT, num_chunks
 from dataloaders.index import INDEX_NAME, Index, ShardFacts, read_index
-from dataloaders.source import DamagedSampleError, Stored
+from dataloaders.source import Boxes, DamagedSampleError, Source, Stored
+from dataloaders.storage import LocalFolder, MissingError, Storage, UnreadableError, all_facts
 from setformer_dist.core.errors import DataError
 
-# Open files kept per process; the usual limit of a process is 1024, and ImageNet has more shards than that.
-_MAX_OPEN = 128
+_NO_BOXES = Boxes(np.empty((0, 4), np.float32), np.empty(0, np.int64))
 
-# Waits in seconds before each further try of a read that failed (network storage hiccups), about 8 s in all.
-_RETRY_WAITS = (0.1, 0.5, 2.0, 5.0)
+# (offset, size, crc32 or None) of one part of each sample.
+_Place = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any] | None]
 
 
 class ShardDataset:
-    """A split's samples by number (`Source`). Cheap to send to another process: it reopens the folder there.
+    """A split's samples by number (`Source`). Cheap to send to another process: it opens the index anew there.
+
+    Args:
+        storage: of the shards, or their folder.
+        index: what the index says.
+        sleep: waits so many seconds between tries of a read, where `storage` is a folder.
 
     Attributes:
-        folder: of the shards.
+        storage: where the shards are.
         index: what the index says.
     """
 
-    def __init__(self, folder: Path, index: Index, sleep: Callable[[float], None] = time.sleep) -> None:
-        self.folder = folder
+    def __init__(self, storage: Path | Storage, index: Index, sleep: Callable[[float], None] = time.sleep) -> None:
+        self.storage: Storage = LocalFolder(storage, sleep) if isinstance(storage, Path) else storage
         self.index = index
-        self._sleep = sleep
-        self._files: OrderedDict[int, int] = OrderedDict()
         # Plain columns in locals of this object: attribute and dict look-ups cost as much as the read itself.
         columns = index.columns
-        self._shard, self._offset, self._size = columns["shard"], columns["offset"], columns["size"]
-        self._label, self._crc32 = columns["label"], columns["crc32"]
+        self._shard, self._label = columns["shard"], columns["label"]
+        self._image: _Place = columns["offset"], columns["size"], columns.get("crc32")
+        self._further: dict[str, _Place] = {
+            part: (columns[f"{part}_offset"], columns[f"{part}_size"], columns.get(f"{part}_crc32"))
+            for part in index.parts
+        }
         self._height, self._width = columns["height"], columns["width"]
+        self._names = [shard.name for shard in index.shards]
+        self._sure = bytearray(num_chunks(len(index))) if index.chunks else bytearray(b"\1" * num_chunks(len(index)))
 
     @property
     def num_samples(self) -> int:
@@ -67,27 +76,27 @@ class ShardDataset:
 
     @property
     def name(self) -> str:
-        """The folder."""
-        return str(self.folder)
+        """The folder or URL."""
+        return self.storage.name
 
     @property
     def parts(self) -> frozenset[str]:
-        """Nothing besides image and label."""
-        return frozenset()
+        """What samples have besides image and label."""
+        return self.index.parts
 
     @property
     def shards(self) -> npt.NDArray[np.int32]:
-        """(N,) number of the shard that holds each sample."""
+        """(N,) number of the shard that holds each sample, never falling."""
         return self._shard
 
     def sizes(self) -> npt.NDArray[np.int32]:
         """Return (N, 2) stored heights and widths."""
+        self._make_sure(range(len(self._sure)))
         return np.stack([self._height, self._width], axis=1)
 
     def extent(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Return the smallest and the largest (height, width), each number over all samples by itself."""
-        small = int(self._height.min()), int(self._width.min())
-        return small, (int(self._height.max()), int(self._width.max()))
+        return self.index.extent
 
     def key(self, sample: int) -> str:
         """Return a sample's key, as it is in the shard."""
@@ -95,16 +104,17 @@ class ShardDataset:
 
     def size(self, sample: int) -> tuple[int, int]:
         """Return a sample's stored (height, width) in pixels."""
+        self._make_sure((sample >> CHUNK_SHIFT,))
         return int(self._height[sample]), int(self._width[sample])
 
     def labels(self, samples: npt.NDArray[np.int64]) -> torch.Tensor:
         """Return the labels of samples, (k,) int64; 0 where the number is -1 (filling)."""
+        self._make_sure(np.unique(samples[samples >= 0] >> CHUNK_SHIFT).tolist())
         return torch.from_numpy(np.where(samples >= 0, self._label[samples], 0))
 
     def place(self, sample: int) -> str:
         """Name a sample for a message: number, key, shard."""
-        shard = self.folder / self.index.shards[int(self._shard[sample])].name
-        return f"sample {sample} ({self.index.key(sample)}) of {shard}"
+        return f"sample {sample} ({self.index.key(sample)}) of {self.storage.shown(self._names[self._shard[sample]])}"
 
     def read(self, sample: int) -> Stored:
         """Return a sample.
@@ -113,67 +123,71 @@ class ShardDataset:
             DamagedSampleError: its bytes do not have the checksum of the index.
             DataError: the shard cannot be read, or is shorter than when it was opened.
         """
-        data = self._pread(int(self._shard[sample]), int(self._size[sample]), int(self._offset[sample]), sample)
-        if zlib.crc32(data) != int(self._crc32[sample]):
+        if not self._sure[sample >> CHUNK_SHIFT]:
+            self._make_sure((sample >> CHUNK_SHIFT,))
+        image = self._bytes(sample, self._image)
+        if not self._further:
+            return Stored(image)
+        mask = self._bytes(sample, self._further["mask"]) if "mask" in self._further else b""
+        boxes = self._boxes(sample, self._further["boxes"]) if "boxes" in self._further else None
+        return Stored(image, mask or None, boxes)
+
+    def _bytes(self, sample: int, place: _Place) -> bytes:
+        offsets, sizes, checksums = place
+        size = int(sizes[sample])
+        if not size:
+            return b""
+        try:
+            data = self.storage.read(self._names[self._shard[sample]], int(offsets[sample]), size)
+        except UnreadableError as error:
+            raise DataError(f"{self.place(sample)} {error.what}") from None
+        if checksums is not None and zlib.crc32(data) != checksums[sample]:
             raise DamagedSampleError(f"{self.place(sample)}: its bytes do not have the checksum of the index")
-        return Stored(data)
+        return data
 
-    def _pread(self, shard: int, size: int, offset: int, sample: int) -> bytes:
-        """Read with retries: a failing disk or network is not the sample's fault, so it never substitutes."""
-        trouble = ""
-        for wait in (*_RETRY_WAITS, None):
-            try:
-                data = os.pread(self._file(shard), size, offset)
-                if len(data) == size:
-                    return data
-                trouble = f"{len(data)} of {size} bytes at offset {offset}"
-            except OSError as error:
-                trouble = str(error)
-            self._forget(shard)
-            if wait is not None:
-                self._sleep(wait)
-        raise DataError(
-            f"{self.place(sample)} cannot be read after {len(_RETRY_WAITS) + 1} tries ({trouble}): check the "
-            "storage, or restore the shard"
-        )
+    def _boxes(self, sample: int, place: _Place) -> Boxes:
+        data = self._bytes(sample, place)
+        if not data:
+            return _NO_BOXES
+        try:
+            table = json.loads(data)
+            corners = np.array(table["boxes"], np.float32).reshape(-1, 4)
+            labels = np.array(table["labels"], np.int64).reshape(-1)
+            if len(corners) != len(labels):
+                raise ValueError(f"{len(corners)} boxes have {len(labels)} labels")
+        except (ValueError, KeyError, TypeError) as error:
+            raise DamagedSampleError(f"{self.place(sample)}: its boxes are no table of boxes ({error})") from None
+        return Boxes(corners, labels)
 
-    def _file(self, shard: int) -> int:
-        file = self._files.get(shard)
-        if file is None:
-            if len(self._files) >= _MAX_OPEN:
-                os.close(self._files.popitem(last=False)[1])
-            file = os.open(self.folder / self.index.shards[shard].name, os.O_RDONLY | os.O_CLOEXEC)
-            self._files[shard] = file
-        else:
-            self._files.move_to_end(shard)
-        return file
+    def _make_sure(self, chunks: Any) -> None:
+        """Check the rows of chunks of the index that were not touched before."""
+        for chunk in chunks:
+            if not self._sure[chunk]:
+                self.index.check_chunk(chunk)
+                self._sure[chunk] = 1
 
-    def _forget(self, shard: int) -> None:
-        file = self._files.pop(shard, None)
-        if file is not None:
-            os.close(file)
+    def expect(self, shards: npt.NDArray[np.integer[Any]]) -> None:
+        """Say which shards reads will come to, in this order; storage that fetches whole shards does so ahead."""
+        expect = getattr(self.storage, "expect", None)
+        if expect is not None:
+            expect([self._names[shard] for shard in shards.tolist()])
 
     def close(self) -> None:
-        """Close the shard files; a later read opens them again."""
-        while self._files:
-            os.close(self._files.popitem()[1])
-
-    def __del__(self) -> None:
-        self.close()
+        """Close files and connections; a later read opens them again."""
+        self.storage.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "fingerprint": self.fingerprint}
+        return {"storage": self.storage, "index": self.index.place, "fingerprint": self.fingerprint}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._files = OrderedDict()
-        index = read_index(state["folder"])
+        index = read_index(Path(state["index"]))
         if index.fingerprint != state["fingerprint"]:
-            raise DataError(f"data folder {state['folder']} was packed anew while it was in use: start again")
-        self.__init__(state["folder"], index)  # type: ignore[misc]
+            raise DataError(f"data folder {state['storage'].name} was packed anew while it was in use: start again")
+        self.__init__(state["storage"], index)  # type: ignore[misc]
 
 
 def open_split(folder: Path) -> ShardDataset:
-    """Open a packed split.
+    """Open a packed split in a local folder.
 
     Raises:
         DataError: the folder is missing, empty, not packed, of another version, or a shard is missing or does
@@ -181,27 +195,32 @@ def open_split(folder: Path) -> ShardDataset:
     """
     folder = Path(folder)
     index = read_index(folder)
-    for shard in index.shards:
-        _check_size(folder, shard)
-    return ShardDataset(folder, index)
+    storage = LocalFolder(folder)
+    check_shards(storage, index.shards)
+    return ShardDataset(storage, index)
 
 
-def _check_size(folder: Path, shard: ShardFacts) -> None:
-    path = folder / shard.name
+def check_shards(storage: Storage, shards: tuple[ShardFacts, ...]) -> None:
+    """Check that every shard is there with the size the index says.
+
+    Raises:
+        DataError: naming the first that is not.
+    """
     try:
-        size = path.stat().st_size
-    except OSError as error:
+        sizes = [facts.size for facts in all_facts(storage, [shard.name for shard in shards])]
+    except MissingError as error:
         raise DataError(
-            f"shard {path} that {INDEX_NAME} names cannot be opened ({error.strerror}): restore the file or pack "
-            "the split again"
+            f"shard {error.shown} that {INDEX_NAME} names {error.what}: restore the file or pack the split again"
         ) from None
-    if size != shard.size:
-        raise DataError(
-            f"shard {path} has {size} bytes, {INDEX_NAME} says {shard.size}: restore the file or pack the split again"
-        )
+    for shard, size in zip(shards, sizes, strict=True):
+        if size not in (shard.size, -1):
+            raise DataError(
+                f"shard {storage.shown(shard.name)} has {size} bytes, {INDEX_NAME} says {shard.size}: restore the file "
+                "or pack the split again"
+            )
 
 
-def check_same_classes(train: ShardDataset, val: ShardDataset) -> None:
+def check_same_classes(train: Source, val: Source) -> None:
     """Check that a label means the same class in both splits.
 
     Raises:
@@ -210,8 +229,8 @@ def check_same_classes(train: ShardDataset, val: ShardDataset) -> None:
     for label, (ours, theirs) in enumerate(zip_longest(train.classes, val.classes)):
         if ours != theirs:
             raise DataError(
-                f"label {label} is {_named(ours)} in {train.folder} but {_named(theirs)} in {val.folder}: pack "
-                f"the latter with `--classes-from {train.folder}`"
+                f"label {label} is {_named(ours)} in {train.name} but {_named(theirs)} in {val.name}: pack "
+                f"the latter with `--classes-from {train.name}`"
             )
 
 

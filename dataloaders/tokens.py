@@ -35,7 +35,7 @@ import torch
 from dataloaders.config import TokenConfig
 from dataloaders.folders import check_destination, commit_folder, work_folder
 from dataloaders.index import durable_write, fingerprint_of
-from dataloaders.order import Cut, cursor_at, step_of_cursor
+from dataloaders.order import Cut, FullOrder, SetPlan, cursor_at, step_of_cursor
 from dataloaders.streams import evaluation_requests, train_requests
 from setformer_dist.core.batch import MicroBatch
 from setformer_dist.core.errors import ConfigError, DataError
@@ -344,12 +344,13 @@ class TokenTrainStream:
         self._split = split
         self._seed = seed
         self._length = batch_length(split, config)
-        self._cut = Cut(split.num_samples, global_batch, micro_batch, ranks.rank, ranks.world_size)
+        self._cut = Cut(global_batch, micro_batch, ranks.rank, ranks.world_size)
+        self._plan = SetPlan(FullOrder(split.num_samples, seed), global_batch)
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one epoch, equal on all ranks."""
-        return self._cut.steps_per_epoch
+        return self._plan.steps_per_epoch
 
     @property
     def fingerprint(self) -> str:
@@ -358,7 +359,7 @@ class TokenTrainStream:
 
     def micro_batches(self, first_step: int) -> Iterator[MicroBatch]:
         """Yield `accumulation` micro batches per optimizer step, endlessly, from `first_step` on."""
-        for request in train_requests(self._cut, self._seed, first_step):
+        for request in train_requests(self._plan, self._cut, first_step):
             yield MicroBatch(
                 inputs=self._split.batch(request.samples, self._length),
                 labels=self._split.labels(request.samples),
@@ -369,7 +370,7 @@ class TokenTrainStream:
 
     def state(self, next_step: int) -> dict[str, Any]:
         """Return the cursor before an optimizer step, JSON-able and equal on all ranks."""
-        return cursor_at(self._cut, self._seed, self.fingerprint, next_step).to_json()
+        return cursor_at(self._plan, self._seed, self.fingerprint, next_step).to_json()
 
     def check_state(self, state: dict[str, Any]) -> int:
         """Return the optimizer step to go on from.
@@ -377,7 +378,7 @@ class TokenTrainStream:
         Raises:
             DataError: the cursor is of other data, order, seed or global batch.
         """
-        return step_of_cursor(state, self._cut, self._seed, self.fingerprint)
+        return step_of_cursor(state, self._plan, self._seed, self.fingerprint)
 
     def close(self) -> None:
         """Do nothing: there are no reader processes."""

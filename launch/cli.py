@@ -10,15 +10,15 @@ import logging
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from launch import cli_data, cli_lra
+from launch import cli_ckpt, cli_data, cli_lra, cli_runs
 from launch.lazy import load
-from launch.local import run_local
+from launch.supervise import restart_config, run_supervised
 from setformer_dist.core import config as base
 from setformer_dist.core.errors import ConfigError, RankFailedError, SetformerError
 
@@ -29,10 +29,10 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-ckpt = typer.Typer(help="Look at checkpoints.", no_args_is_help=True)
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_lra.app, name="lra")
-app.add_typer(ckpt, name="ckpt")
+app.add_typer(cli_runs.app, name="runs")
+app.add_typer(cli_ckpt.app, name="ckpt")
 
 Page = Annotated[Path, typer.Argument(help="The run's TOML page.", show_default=False)]
 Overrides = Annotated[
@@ -52,11 +52,17 @@ def train(
     ranks: Annotated[int, typer.Option("--ranks", "-n", help="Processes on this machine.")] = 1,
     port: Annotated[int | None, typer.Option(help="Port at which rank 0 is met; by default a free one.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print config and predicted costs, then stop.")] = False,
-    grace: Annotated[float, typer.Option(help="Seconds for a last checkpoint after Ctrl-C or SIGTERM.")] = 60.0,
+    grace: Annotated[
+        float, typer.Option(help="Seconds for a last checkpoint after Ctrl-C, SIGTERM or SIGUSR1.")
+    ] = 60.0,
+    restarts: Annotated[
+        int | None, typer.Option(help="Restarts after deaths and hangs within restart.window_minutes; 0 for none.")
+    ] = None,
 ) -> None:
     """Train, or go on with, the run that a page describes.
 
-    The same command again continues from the newest checkpoint that verifies.
+    The same command again continues from the newest checkpoint that verifies. A rank that dies or hangs ends the
+    others, and all start again by themselves (the page's [restart] table); Ctrl-C, SIGTERM and SIGUSR1 save first.
 
     Examples:
 
@@ -75,10 +81,15 @@ def train(
         run = config.resolve(config.load_run(page, chosen), ranks)
         load("launch.dryrun").dry_run(run, Console())
         return
-    folder = _run_folder(page, chosen)
+    table = _page_table(page, chosen)
+    folder = _run_folder(page, table)
+    policy = restart_config(table.get("restart"), str(page))
+    if restarts is not None:
+        policy = policy.model_copy(update={"limit": restarts})
     existed = folder.exists()
     try:
-        code = run_local([str(page), *chosen], ranks, folder / "logs", port=port, grace_s=grace)
+        say = Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print
+        code = run_supervised([str(page), *chosen], ranks, folder, policy, port=port, grace_s=grace, say=say)
     except SetformerError as error:
         names_a_log = isinstance(error, RankFailedError) and str(error)
         if not existed and not names_a_log and not (folder / "config.json").exists():
@@ -88,11 +99,15 @@ def train(
         raise typer.Exit(code)
 
 
-def _run_folder(page: Path, overrides: list[str]) -> Path:
-    """Return the run's folder without reading more of the page than its name; ranks check the rest."""
+def _page_table(page: Path, overrides: list[str]) -> dict[str, Any]:
     table = base.read_toml(page)
     for text in overrides:
         table = base.apply_override(table, text)
+    return table
+
+
+def _run_folder(page: Path, table: dict[str, Any]) -> Path:
+    """Return the run's folder without checking more of the page than its name; ranks check the rest."""
     run = table.get("run")
     if not isinstance(run, dict) or not isinstance(run.get("name"), str):
         raise ConfigError(f"{page}: key 'run.name' is missing: give the run a name")
@@ -151,21 +166,6 @@ def _weights(text: str) -> str:
     return text
 
 
-@ckpt.command("ls")
-def ckpt_ls(
-    folder: Annotated[Path, typer.Argument(help="A run folder or its checkpoints folder.", show_default=False)],
-    verify: Annotated[bool, typer.Option("--verify", help="Hash every file, not only sizes.")] = False,
-) -> None:
-    """List the checkpoints of a run and whether they verify; exit code 4 if one does not.
-
-    Example:
-
-        setformer ckpt ls runs/demo --verify
-    """
-    if load("launch.listing").list_folder(folder, verify, Console()):
-        raise typer.Exit(4)
-
-
 @app.command()
 def doctor(
     run_folder: Annotated[Path, typer.Option(help="Where runs will be written.")] = Path("runs"),
@@ -210,6 +210,28 @@ def demo(
     code = load("launch.demo").run_demo(ranks, data, Console())
     if code:
         raise typer.Exit(code)
+
+
+@app.command()
+def drill(
+    faults: Annotated[int, typer.Option(help="Faults to make.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of the faults: which, when, where.")] = 0,
+    ranks: Annotated[int, typer.Option("--ranks", "-n", help="Processes of the run.")] = 2,
+    out: Annotated[Path, typer.Option(help="Folder for all of it.")] = Path("runs/drill"),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the faults to this file.")] = None,
+) -> None:
+    """Make random faults in a real small training, and check that nothing is lost.
+
+    Kills ranks and the launcher, suspends ranks, sends SIGTERM and SIGUSR1, damages checkpoints and fills the disk
+    (where a small one can be mounted, which takes root). Exit code 8 if anything was lost.
+
+    Examples:
+
+        setformer drill --faults 10
+
+        setformer drill --faults 100 --seed 7 --json drill.json
+    """
+    load("launch.drill").run_drill(out, faults, seed, ranks, Console(), json_file)
 
 
 def main() -> None:

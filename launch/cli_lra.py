@@ -100,6 +100,8 @@ Examples:
   setformer lra prepare text --source aclImdb
 
   setformer lra prepare pathx --workers 16 --root /data/lra
+
+Data that are there are kept if they are the same; of another seed or other parameters they need --force.
 """
 
 
@@ -111,25 +113,32 @@ def prepare(
     short: Short = False,
     seed: Annotated[int, typer.Option(help="Of what is generated or mixed.")] = 0,
     workers: Annotated[int, typer.Option(help="Processes; 0 works in this one. Same data.")] = 2,
-    force: Annotated[bool, typer.Option("--force", help="Make it again where it is there already.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Make it again, whatever is there.")] = False,
 ) -> None:
     """Generate a task, or read it from its public files, and pack its splits."""
     tasks = load("dataloaders.lra.tasks")
     chosen = tasks.task_named(task, short)
     how = tasks.Preparation(source=source, seed=seed, workers=workers, force=force)
     console = Console()
+    made: list[str] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task(chosen.title, total=None)
+
+        def begin(split: str, total: int | None) -> None:
+            made.append(split)
+            progress.reset(bar, total=total, description=f"{chosen.title}, {split}")
+
         splits = tasks.prepare(
             chosen,
             root,
             how,
-            on_start=lambda split, total: progress.reset(bar, total=total, description=f"{chosen.title}, {split}"),
+            on_start=begin,
             on_sample=lambda: progress.advance(bar),
         )
     sizes = ", ".join(f"{name} {split.num_samples:,}" for name, split in splits.items())
-    console.print(f"{chosen.title} is in {root / chosen.folder}: {sizes}", highlight=False, soft_wrap=True)
+    state = "is" if made else "was already"
+    console.print(f"{chosen.title} {state} in {root / chosen.folder}: {sizes}", highlight=False, soft_wrap=True)
 
 
 _STATS_HELP = """Print the statistics of a prepared task, for ListOps beside the published ones.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 from collections.abc import Iterable, Mapping
@@ -17,16 +18,21 @@ from checkpoints.identity import Identity, digest_json, digest_shapes
 from checkpoints.manager import CheckpointManager
 from launch.config import ResolvedRun
 from launch.inputs import Split, check_splits, inputs_of
+from setformer_dist.core.errors import CheckpointError, ConfigError
 from setformer_dist.core.fragments import Fragment
+from setformer_dist.core.heartbeat import Heartbeat
 from setformer_dist.core.store import SavedState
 from setformer_dist.engine.comm import CommMeter, TorchCollectives
 from setformer_dist.engine.deepspeed_engine import DTYPES, initialize, supported_dtypes
 from setformer_dist.engine.ema import Ema
+from setformer_dist.engine.evaluate import Watch
+from setformer_dist.engine.guard import Guard, leave_out_bad_updates
 from setformer_dist.engine.master import MasterState
 from setformer_dist.engine.metrics import RunRecord, peak_flops
 from setformer_dist.engine.optim import Schedule
 from setformer_dist.engine.trainer import Best, Costs, Parts, Trainer
 from setformer_dist.engine.zero import check_precision
+from setformer_dist.models.attention import set_attentions, watched_marginals
 from setformer_dist.models.measure import multiply_adds_of
 
 VERSIONS_OF = ("setformer_dist", "torch", "deepspeed", "timm", "safetensors")
@@ -48,7 +54,7 @@ def open_splits(run: ResolvedRun) -> Splits:
     """
     data = run.config.data
     inputs = inputs_of(data)
-    splits = Splits(inputs.open(data.root, data.train), inputs.open(data.root, data.val))
+    splits = Splits(inputs.open_train(), inputs.open(data.root, data.val))
     check_splits(splits.train, splits.val)
     return splits
 
@@ -78,6 +84,10 @@ def identity_of(run: ResolvedRun, model: nn.Module, classes: tuple[str, ...], to
     )
 
 
+# Which entries of the stream's cursor each of `checkpoint.allow_changes` lets differ.
+_CURSOR_CHANGES = {"global_batch": "global_batch", "fingerprint": "data", "num_samples": "data"}
+
+
 class RunStore:
     """The engine's CheckpointStore: a CheckpointManager that knows whose checkpoints it keeps.
 
@@ -92,8 +102,10 @@ class RunStore:
         identity: Identity,
         classes: tuple[str, ...],
         told: dict[str, Any],
+        cursor: dict[str, Any],
     ) -> None:
         self._manager = manager
+        self._cursor = cursor
         self._run = run
         self._identity = identity
         self._about = {"config": run.as_json(), "classes": list(classes), "inputs": told}
@@ -105,8 +117,20 @@ class RunStore:
     def save(
         self, step: int, fragments: Iterable[Fragment], trainer: dict[str, Any], metrics: Mapping[str, float]
     ) -> Path:
-        """Make a checkpoint durable."""
-        return self._manager.save(step, fragments, {**trainer, **self._about}, self._identity, metrics)
+        """Begin a checkpoint; when this returns the fragments may change."""
+        return self._manager.begin(step, fragments, {**trainer, **self._about}, self._identity, metrics)
+
+    def failed(self) -> bool:
+        """Return whether a save has failed on this rank since the last `finish`."""
+        return self._manager.failed()
+
+    def finish(self, last: bool = False) -> None:
+        """Wait until what was begun is durable; raise on all ranks if it failed on any."""
+        self._manager.finish(last)
+
+    def close(self) -> None:
+        """Wait for this rank's own writing after an error."""
+        self._manager.close()
 
     def newest(self) -> SavedState | None:
         """Return the newest checkpoint that verifies.
@@ -117,7 +141,27 @@ class RunStore:
         found = self._manager.newest()
         if found is not None:
             found.identity.check_same_model(self._identity)
+            found.trainer["stream"] = self._continued(found.trainer["stream"])
         return found
+
+    def _continued(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """Return a saved cursor of the stream with what the config allows to differ as it is in this run.
+
+        Raises:
+            CheckpointError: something differs that is not allowed to.
+        """
+        allowed = self._run.config.checkpoint.allow_changes
+        for name, change in _CURSOR_CHANGES.items():
+            ours, theirs = self._cursor.get(name), saved.get(name)
+            if ours == theirs:
+                continue
+            if change not in allowed:
+                raise CheckpointError(
+                    f"the checkpoint was written with {name} = {theirs!r}, this run has {ours!r}: set it back, or see "
+                    f"what checkpoint.allow_changes = [{change!r}] does to the order of samples"
+                )
+            saved = {**saved, name: ours}
+        return saved
 
     def load(self, saved: SavedState, fragments: Iterable[Fragment]) -> None:
         """Fill the fragments."""
@@ -129,6 +173,7 @@ def compose(run: ResolvedRun, splits: Splits, model: nn.Module, comm: TorchColle
     """Build a run on this rank around a model fresh from its seed. Collective."""
     c = run.config
     ranks, plan, classes = comm.ranks, run.plan, splits.train.classes
+    watch = watch_of(run, model)
     device = torch.device(get_accelerator().current_device_name())
     inputs = inputs_of(c.data)
 
@@ -158,14 +203,35 @@ def compose(run: ResolvedRun, splits: Splits, model: nn.Module, comm: TorchColle
         validation=validation,
         prepare=inputs.prepare(len(classes), device, DTYPES[c.precision.dtype]),
         schedule=Schedule(engine.optimizer, c.schedule, stream.steps_per_epoch),
-        store=RunStore(manager, run, identity, classes, told),
+        store=RunStore(manager, run, identity, classes, told, stream.state(0)),
         comm=comm,
         meter=meter,
         record=RunRecord(c.folder, ranks.is_main),
         costs=costs,
+        guard=Guard(c.guard, c.folder, comm),
+        heartbeat=Heartbeat.from_env(),
+        watch=watch,
     )
+    if c.guard.nonfinite == "skip" and c.zero.stage == 0 and c.precision.dtype == "fp32":
+        leave_out_bad_updates(engine.optimizer)
     best = Best(c.checkpoint.best_metric, c.checkpoint.best_mode)
-    return Trainer(parts, c.eval, best, schedule_steps, c.run.log_every, c.run.seed)
+    return Trainer(parts, c.eval, best, schedule_steps, c.run.log_every, c.run.seed, c.run.record_samples)
+
+
+def watch_of(run: ResolvedRun, model: nn.Module) -> Watch | None:
+    """Return what collects the marginal errors of evaluations, None where they are not asked for.
+
+    Raises:
+        ConfigError: they are, of a model that has none.
+    """
+    if not run.config.eval.marginal_error:
+        return None
+    if not set_attentions(model):
+        raise ConfigError(
+            f"eval.marginal_error = true, but {run.config.model.name} has no SeT attention in this config, and only "
+            "its plans have marginals: leave the key out, or take a model with attention.kind = 'set'"
+        )
+    return functools.partial(watched_marginals, model)
 
 
 def device_label() -> str:

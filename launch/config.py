@@ -18,12 +18,14 @@ import pydantic
 
 from checkpoints.config import CheckpointConfig
 from dataloaders.config import AnyDataConfig
+from launch.restarts import RestartConfig
 from setformer_dist.core import config as base
 from setformer_dist.core.config import FrozenConfig
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.engine.batch_plan import BatchConfig, BatchPlan, solve
 from setformer_dist.engine.ema import EmaConfig
 from setformer_dist.engine.evaluate import EvalConfig
+from setformer_dist.engine.guard import GuardConfig
 from setformer_dist.engine.optim import OptimConfig, ScheduleConfig
 from setformer_dist.engine.zero import PrecisionConfig, ZeroConfig, deepspeed_config
 from setformer_dist.models.build import ModelConfig
@@ -37,9 +39,10 @@ class RunTable(FrozenConfig):
         out: folder of all runs.
         seed: of weights, order, augmentation and everything else that is drawn.
         log_every: optimizer steps between two lines of metrics.jsonl.
-        threads: compute threads per rank; 0 shares the cores among this machine's ranks. Part of the run's
-            identity on CPUs, where another number of threads adds in another order.
+        threads: compute threads per rank; 0 shares the cores among this machine's ranks. On CPUs another number adds
+            in another order, so losses then agree to rounding only.
         timeout_minutes: how long a rank waits for the others before it gives up.
+        record_samples: write the sample ids of every optimizer step to samples.jsonl, as a proof of order.
     """
 
     name: str
@@ -48,6 +51,7 @@ class RunTable(FrozenConfig):
     log_every: int = pydantic.Field(default=10, gt=0)
     threads: int = pydantic.Field(default=0, ge=0)
     timeout_minutes: float = pydantic.Field(default=10.0, gt=0)
+    record_samples: bool = False
 
     @pydantic.field_validator("name")
     @classmethod
@@ -71,6 +75,8 @@ class RunConfig(FrozenConfig):
     ema: EmaConfig = EmaConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    restart: RestartConfig = RestartConfig()
+    guard: GuardConfig = GuardConfig()
     deepspeed: dict[str, Any] = pydantic.Field(default_factory=dict)
 
     @pydantic.model_validator(mode="after")
@@ -87,12 +93,20 @@ class RunConfig(FrozenConfig):
         return Path(self.run.out) / self.run.name
 
 
-# Keys that may change between a run and its continuation, because they do not change what is computed.
+# Keys that may change between a run and its continuation, because they do not change what is computed: the order of
+# samples knows neither ranks nor micro batch, and any ZeRO stage reads what any other wrote. (Losses then agree to
+# rounding; bit by bit where ranks, stage and threads stay the same.)
 FREE_KEYS = (
     "run.name",
     "run.out",
     "run.log_every",
     "run.timeout_minutes",
+    "run.record_samples",
+    "run.threads",
+    "batch.micro",
+    "batch.max_micro",
+    "zero",
+    "resolved",
     "data.root",
     "data.train",
     "data.val",
@@ -107,7 +121,12 @@ FREE_KEYS = (
     "data.bad_validation",
     "eval",
     "checkpoint",
+    "restart",
 )
+
+
+# Keys that each of `checkpoint.allow_changes` lets differ besides.
+_ALLOWED_KEYS = {"global_batch": "batch.global_size", "data": "data."}
 
 
 @dataclass(frozen=True)
@@ -175,7 +194,9 @@ def check_folder(run: ResolvedRun) -> None:
         raise ConfigError(f"{path} is damaged: move the folder away, or give this run another run.name") from None
     theirs = {key: value for key, value in flatten(there).items() if not _is_free(key)}
     ours = flatten(json.loads(json.dumps(run.identity())))
+    allowed = tuple(_ALLOWED_KEYS[change] for change in run.config.checkpoint.allow_changes)
     differing = sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
+    differing = [key for key in differing if not key.startswith(allowed)]
     if differing:
         shown = ", ".join(f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here" for key in differing[:4])
         more = f", and {len(differing) - 4} more" if len(differing) > 4 else ""

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.panel import Panel
 
 from dataloaders.packing import pack_image_folder
-from launch.local import run_local
+from launch.restarts import RestartConfig
+from launch.supervise import run_supervised
 from setformer_dist.core.errors import ConfigError, LaunchError
 from setformer_dist.core.seeding import Purpose, generator
 
@@ -63,7 +64,7 @@ def run_demo(ranks: int, data: Path, console: Console) -> int:
     """Prepare, train, print the summary; return the exit code."""
     prepare_data(data, console)
     folder = Path("runs") / "demo"
-    code = run_local([str(PAGE), f"data.root={data}"], ranks, folder / "logs")
+    code = run_supervised([str(PAGE), f"data.root={data}"], ranks, folder, RestartConfig())
     if code:
         return code
     figures = json.loads((folder / "summary.json").read_text())

@@ -22,6 +22,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
+from launch.lazy import load
 from launch.local import has_gpu, usable_cores
 from setformer_dist.core.errors import LaunchError
 
@@ -48,7 +49,6 @@ OPTIONAL: Mapping[str, str] = {
     "ray": "sweeps, scheduling and the reference refresh service",
     "pot": "comparison of the transport plans with POT",
     "webdataset": "comparison of the loader with WebDataset's own",
-    "ffcv": "FFCV's own loading engine (needs OpenCV and libturbojpeg to build; nothing here uses it yet)",
     "hypothesis": "the tests",
     "pytest": "the tests",
 }
@@ -98,6 +98,7 @@ def diagnose(run_folder: Path) -> list[Finding]:
         _origins(),
         *(_required(name, lowest) for name, lowest in REQUIRED.items()),
         *(_optional(name, purpose) for name, purpose in OPTIONAL.items()),
+        _ffcv(),
         *_accelerator(),
         _host(),
         *_space(run_folder),
@@ -210,6 +211,14 @@ def _required(name: str, lowest: str) -> Finding:
 def _optional(name: str, purpose: str) -> Finding:
     found = _version(name)
     return Finding(name, found) if found else Finding(name, "missing", "note", f"pip install {name}: for {purpose}")
+
+
+def _ffcv() -> Finding:
+    check = load("dataloaders.ffcv_check")  # late: it brings torch along
+    trouble = check.ffcv_trouble()
+    if trouble:
+        return Finding("ffcv", trouble, "note", f'for data.engine = "ffcv": {check.REPAIR}')
+    return Finding("ffcv", f'{check.FFCV_VERSION}; data.engine = "ffcv" can be used')
 
 
 def _program(name: str, purpose: str) -> Finding:

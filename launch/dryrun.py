@@ -68,7 +68,7 @@ def know(run: ResolvedRun) -> _Known:
     c = run.config
     inputs = inputs_of(c.data)
     try:
-        split = inputs.open(c.data.root, c.data.train)
+        split = inputs.open_train()
     except DataError:
         if isinstance(c.data, TokenConfig):
             raise

@@ -8,9 +8,12 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
+import importlib.metadata
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +21,8 @@ from pathlib import Path
 import torch
 
 from checkpoints.identity import digest_json
+from dataloaders.index import INDEX_FORMAT
+from dataloaders.order import CURSOR_FORMAT, ORDER_ID
 from launch.compose import Splits, check_device, compose, open_splits
 from launch.config import ResolvedRun, check_folder, load_run, resolve
 from launch.doctor import check_package_origins
@@ -46,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="dotted overrides, such as optim.lr=1e-3")
     parser.add_argument("--local_rank", type=int, default=None, help="given by DeepSpeed's launcher")
     arguments = parser.parse_args(argv)
+    write_stacks_when_asked()
     try:
         return run_rank(arguments.page, arguments.overrides)
     except SetformerError as error:
@@ -65,6 +71,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:
         log.exception("this rank failed")
         raise
+
+
+def write_stacks_when_asked() -> None:
+    """Let the supervisor have the stacks of all threads in this rank's log (SIGUSR2), also while the rank hangs."""
+    folder, rank = os.environ.get(LOG_DIR_VARIABLE), os.environ.get("RANK")
+    if folder is None or rank is None:
+        return
+    log = os.open(log_file(Path(folder), int(rank)), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    faulthandler.register(signal.SIGUSR2, file=log, all_threads=True)
 
 
 def run_rank(page: Path, overrides: Sequence[str]) -> int:
@@ -104,17 +119,35 @@ def run_rank(page: Path, overrides: Sequence[str]) -> int:
 def check_agreement(run: ResolvedRun, splits: Splits, comm: TorchCollectives) -> None:
     """Check that all ranks run the same config on the same data, before any of them can wait in vain.
 
+    Where a run that resumes goes on is checked as well, but by those who read it: one checkpoint is chosen for all
+    ranks, and each refuses a cursor that does not have the sha256 of its manifest.
+
     Raises:
-        LaunchError: naming the ranks that differ.
+        LaunchError: naming what differs, and on which ranks.
     """
-    views = comm.gather_json([digest_json(run.as_json()), splits.train.fingerprint, splits.val.fingerprint])
-    for index, what in enumerate(("config", "training data", "validation data")):
-        odd = [rank for rank, view in enumerate(views) if view[index] != views[0][index]]
+    mine = facts_of(run, splits)
+    views = comm.gather_json(mine)
+    for what in mine:
+        odd = [rank for rank, view in enumerate(views) if view.get(what) != views[0][what]]
         if odd:
+            theirs, ours = views[odd[0]].get(what), views[0][what]
             raise LaunchError(
-                f"ranks {', '.join(map(str, odd))} have another {what} than rank 0: "
-                "every host must see the same page, overrides and shards"
+                f"ranks {', '.join(map(str, odd))} have another {what} than rank 0 ({theirs}, not {ours}): every host "
+                "must see the same page, overrides, data and version of setformer_dist"
             )
+
+
+def facts_of(run: ResolvedRun, splits: Splits) -> dict[str, str]:
+    """Return what the samples and the steps of a run follow from, by name."""
+    return {
+        "version": importlib.metadata.version("setformer_dist"),
+        "rule of samples": f"{ORDER_ID}, cursor {CURSOR_FORMAT}, index {INDEX_FORMAT}",
+        "seed": str(run.config.run.seed),
+        "global batch": str(run.plan.global_size),
+        "training data": splits.train.fingerprint[:16],
+        "validation data": splits.val.fingerprint[:16],
+        "config": digest_json(run.as_json())[:16],
+    }
 
 
 def claim_folder(run: ResolvedRun, comm: TorchCollectives) -> None:

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from checkpoints.reader import Checkpoint, open_checkpoint
-from dataloaders import ShardDataset, decode_for_eval
+from dataloaders import decode_for_eval
 from dataloaders.config import DataConfig
 from launch.config import RunConfig
-from launch.inputs import Split, inputs_of
+from launch.inputs import Split, images_of, inputs_of
 from setformer_dist.core import config as base
 from setformer_dist.core.batch import MicroBatch
 from setformer_dist.core.errors import CheckpointError, ConfigError, DataError
@@ -167,16 +167,17 @@ def classified_samples(trained: Trained, split: Split, count: int = 24, pool: in
         pool: samples classified, spread evenly.
     """
     data_config = trained.config.data
-    if not (isinstance(split, ShardDataset) and isinstance(data_config, DataConfig)):
+    if not isinstance(data_config, DataConfig):
         return []
+    source = images_of(split)
     step = max(1, split.num_samples // pool)
     pixels, labels = [], []
     for index in range(0, split.num_samples, step):
         try:
-            pixels.append(decode_for_eval(split.read(index).image, data_config))
+            pixels.append(decode_for_eval(source.read(index).image, data_config))
         except DataError:  # damaged: evaluation has counted it
             continue
-        labels.append(int(split.labels(np.array([index]))))
+        labels.append(int(source.labels(np.array([index]))))
     scored = []
     for first in range(0, len(pixels), 64):
         images = torch.stack(pixels[first : first + 64])

@@ -1,4 +1,4 @@
-"""What a run reads, behind one interface: images from shards, or token sequences. The one place that tells them apart.
+"""What a run reads, behind one interface: images, or token sequences. The one place that tells them apart.
 
 All else (trainer, checkpoints, evaluation) sees streams of micro batches, a `Prepare`, and classes.
 """
@@ -7,14 +7,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
 
 from dataloaders import Prepare as ImagePrepare
-from dataloaders import ShardDataset, ShardEvalStream, ShardTrainStream, check_same_classes, open_split
+from dataloaders import ShardEvalStream, ShardTrainStream, Source, check_same_classes
 from dataloaders.config import DataConfig, TokenConfig
+from dataloaders.ffcv_check import load_ffcv_engine
+from dataloaders.mixture import MixtureSource
+from dataloaders.opening import open_source
+from dataloaders.resolution import bucket_shape
 from dataloaders.tokens import (
     TokenEvalStream,
     TokenPrepare,
@@ -24,7 +28,7 @@ from dataloaders.tokens import (
     open_token_split,
 )
 from setformer_dist.core.batch import EvalStream, TrainStream
-from setformer_dist.core.errors import DataError
+from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.engine.batch_plan import BatchPlan
 from setformer_dist.engine.evaluate import Prepare
@@ -55,6 +59,10 @@ class Inputs(Protocol):
 
     def open(self, root: str, name: str) -> Split:
         """Open a split and check it; raises DataError."""
+        ...
+
+    def open_train(self) -> Split:
+        """Open what is trained on; raises DataError."""
         ...
 
     def told(self, split: Split) -> dict[str, Any]:
@@ -93,31 +101,46 @@ class Inputs(Protocol):
 
 @dataclass(frozen=True)
 class ImageInputs:
-    """Images from packed shards."""
+    """Images from any container that `dataloaders.opening` knows."""
 
     config: DataConfig
 
-    def open(self, root: str, name: str) -> ShardDataset:
-        """Open packed shards."""
-        return open_split(Path(root) / name)
+    def open(self, root: str, name: str) -> Source:
+        """Open images."""
+        return open_source(root, name, self.config)
+
+    def open_train(self) -> Source:
+        """Open the training images: one set, or those of the mixture."""
+        mixture = self.config.mixture
+        if not mixture:
+            return self.open(self.config.root, self.config.train)
+        sources = [self.open(entry.root, entry.train) for entry in mixture]
+        return MixtureSource(sources, [entry.weight for entry in mixture])
 
     def told(self, split: Split) -> dict[str, Any]:
         """Return the image size."""
         return {"image_size": self.config.image_size}
 
     def build_model(self, config: ModelConfig, num_classes: int, told: dict[str, Any], seed: int) -> nn.Module:
-        """Build for the image size."""
-        return build_model(config, num_classes, self.config.image_size, seed)
+        """Build for the image size, and check that the model takes all others that training will show it."""
+        model = build_model(config, num_classes, self.config.image_size, seed)
+        _check_shapes(model, config.name, self.config)
+        return model
 
     def train_stream(self, split: Split, seed: int, ranks: RankInfo, plan: BatchPlan) -> TrainStream:
         """Return augmented images."""
-        assert isinstance(split, ShardDataset)
-        return ShardTrainStream(split, self.config, seed, ranks, plan.global_size, plan.micro)
+        return self._streams()[0](images_of(split), self.config, seed, ranks, plan.global_size, plan.micro)
 
     def eval_stream(self, split: Split, ranks: RankInfo, micro_batch: int) -> EvalStream:
         """Return images as they are."""
-        assert isinstance(split, ShardDataset)
-        return ShardEvalStream(split, self.config, ranks, micro_batch)
+        return self._streams()[1](images_of(split), self.config, ranks, micro_batch)
+
+    def _streams(self) -> tuple[type[ShardTrainStream], type[ShardEvalStream]]:
+        """Return the streams of the engine that the config names."""
+        if self.config.engine == "native":
+            return ShardTrainStream, ShardEvalStream
+        engine = load_ffcv_engine()
+        return engine.FfcvTrainStream, engine.FfcvEvalStream
 
     def prepare(self, num_classes: int, device: torch.device | str, dtype: torch.dtype) -> Prepare:
         """Normalise, mix."""
@@ -139,6 +162,38 @@ class ImageInputs:
         return int(-(-self.config.image_size // reduction)) ** 2
 
 
+def images_of(split: Split) -> Source:
+    """Return a split of images as what it is."""
+    assert not isinstance(split, TokenSplit)
+    return cast(Source, split)
+
+
+def _check_shapes(model: nn.Module, name: str, config: DataConfig) -> None:
+    """Refuse a model that is made for one image size where training changes it, before the step that does.
+
+    Raises:
+        ConfigError: naming the size.
+    """
+    if not (config.resolutions or config.aspect_buckets):
+        return
+    sides = {config.image_size, *(stage.image_size for stage in config.resolutions)}
+    shapes = {(side, side) for side in sides}
+    if config.aspect_buckets:
+        shapes = {bucket_shape(side, a, config.bucket_multiple) for side in sides for a in config.aspect_buckets}
+    was_training = model.training
+    model.eval()
+    for shape in sorted(shapes):
+        try:
+            with torch.no_grad():
+                model(torch.zeros(1, 3, *shape))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise ConfigError(
+                f"model {name} does not take images of {shape[0]} x {shape[1]}, which data.resolutions or "
+                f"data.aspect_buckets ask for ({str(error).splitlines()[0]}): choose other sizes or another model"
+            ) from None
+    model.train(was_training)
+
+
 @dataclass(frozen=True)
 class TokenInputs:
     """Token sequences from packed splits."""
@@ -148,6 +203,10 @@ class TokenInputs:
     def open(self, root: str, name: str) -> TokenSplit:
         """Open packed tokens."""
         return open_token_split(Path(root) / name)
+
+    def open_train(self) -> TokenSplit:
+        """Open the training tokens."""
+        return self.open(self.config.root, self.config.train)
 
     def told(self, split: Split) -> dict[str, Any]:
         """Return vocabulary, length, number of sequences and whether there is padding."""
@@ -206,9 +265,8 @@ def check_splits(train: Split, val: Split) -> None:
     Raises:
         DataError: naming what differs.
     """
-    if isinstance(train, ShardDataset) and isinstance(val, ShardDataset):
-        check_same_classes(train, val)
     if not (isinstance(train, TokenSplit) and isinstance(val, TokenSplit)):
+        check_same_classes(images_of(train), images_of(val))
         return
     ours, theirs = vars(train.facts), vars(val.facts)
     for name, a in ours.items():

@@ -1,31 +1,39 @@
-"""`setformer ckpt ls`: the checkpoints of a run as a table."""
+"""`setformer ckpt ls` and `show`: the checkpoints of a run as a table, and one of them in full."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from checkpoints.reader import list_checkpoints
+from checkpoints import layout
+from checkpoints.reader import Entry, checkpoints_folder, list_checkpoints, open_checkpoint
 from setformer_dist.core.errors import CheckpointError
 
 
-def list_folder(folder: Path, verify: bool, console: Console) -> int:
+def list_folder(folder: Path, verify: bool, console: Console, as_json: bool = False) -> int:
     """Print the table; return how many checkpoints do not verify.
 
     Args:
         folder: a run's folder or its checkpoints folder.
         verify: hash every file instead of comparing sizes.
         console: where to.
+        as_json: print a JSON list instead.
 
     Raises:
         CheckpointError: there is no checkpoint there.
     """
-    root = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    root = checkpoints_folder(folder)
     entries = list_checkpoints(root, hashes=verify) if root.is_dir() else []
     if not entries:
         raise CheckpointError(f"{folder} holds no checkpoints: name a run's folder, such as runs/demo")
+    faulty = sum(entry.fault is not None for entry in entries)
+    if as_json:
+        print(json.dumps([_line(entry) for entry in entries], indent=2))
+        return faulty
     table = Table("step", "written", "ranks", "ZeRO", "MiB", "metrics", "state")
     for entry in entries:
         manifest = entry.manifest
@@ -43,4 +51,62 @@ def list_folder(folder: Path, verify: bool, console: Console) -> int:
             f"[red]{entry.fault}" if entry.fault else "[green]verified" if verify else "complete",
         )
     console.print(table)
-    return sum(entry.fault is not None for entry in entries)
+    if aside := layout.put_aside(root):
+        console.print(f"{len(aside)} that did not verify at a resume: {root / layout.ASIDE}")
+    return faulty
+
+
+def _line(entry: Entry) -> dict[str, Any]:
+    manifest = entry.manifest
+    about = {}
+    if manifest is not None:
+        about = {
+            "step": manifest.step,
+            "created": manifest.created,
+            "ranks": manifest.identity.world_size,
+            "stage": manifest.identity.stage,
+            "bytes": manifest.size,
+            "metrics": manifest.to_json()["metrics"],
+            "tags": list(manifest.tags),
+        }
+    return {"path": str(entry.path), "fault": entry.fault, **about}
+
+
+def show(path: Path, console: Console, as_json: bool = False) -> None:
+    """Print all that a checkpoint says about itself, after verifying it.
+
+    Raises:
+        CheckpointError: nothing there verifies.
+    """
+    checkpoint = open_checkpoint(path)
+    shapes, states = checkpoint.parameters(), checkpoint.states()
+    manifest = checkpoint.manifest
+    value: dict[str, Any] = {
+        "path": str(checkpoint.path),
+        "step": checkpoint.step,
+        "created": manifest.created,
+        "identity": checkpoint.identity.model_dump(),
+        "bytes": manifest.size,
+        "files": {record.name: record.digest for record in manifest.files},
+        "metrics": manifest.to_json()["metrics"],
+        "tags": list(manifest.tags),
+        "parameters": len(shapes),
+        "elements": states,
+        "trainer": {key: part for key, part in checkpoint.trainer.items() if key not in ("config", "classes")},
+    }
+    if as_json:
+        print(json.dumps(value, indent=2))
+        return
+    table = Table(show_header=False, box=None)
+    for key in ("path", "step", "created", "tags"):
+        table.add_row(key, str(value[key] or "none"))
+    identity = checkpoint.identity
+    table.add_row("model", f"{identity.model} {identity.model_args}")
+    table.add_row("written by", f"{identity.world_size} ranks, ZeRO stage {identity.stage}, {identity.versions}")
+    table.add_row("size", f"{manifest.size / 2**20:.1f} MiB in {len(manifest.files)} files, verified")
+    table.add_row("parameters", f"{len(shapes)} of {states.get('param', 0):,} elements")
+    table.add_row("states", ", ".join(f"{state} {count:,}" for state, count in states.items()))
+    table.add_row("metrics", ", ".join(f"{k} {v:.4f}" for k, v in sorted(manifest.metrics.items())) or "none")
+    for key, part in value["trainer"].items():
+        table.add_row(key, json.dumps(part)[:200])
+    console.print(table, highlight=False)

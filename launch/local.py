@@ -1,7 +1,8 @@
 """Start all ranks of one host and stand by them: they begin together and end together.
 
 What `run_local` promises: no rank outlives it, even if it is killed with SIGKILL; the first rank that fails is
-named with its log; a stop signal reaches all ranks at the same moment and leaves them time for a checkpoint.
+named with its log; a rank that gives no sign of life is found, its stack written to its log; a stop signal reaches
+all ranks at the same moment and leaves them time for a checkpoint. Whether to start again is `launch.supervise`'s.
 
     terminal <-- rank 0 (its stdout and stderr untouched, so that progress bars work)
     log_dir/rank-00000.log   header per start, by us; lines, by rank 0's own logging
@@ -33,16 +34,18 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from setformer_dist.core.errors import (
     CheckpointError,
     ConfigError,
     DataError,
     LaunchError,
+    PassingError,
     RankFailedError,
     TrainingError,
 )
+from setformer_dist.core.heartbeat import FD_VARIABLE, START, Beat, Pulse
 
 ENTRY_MODULE = "launch.entry"
 LOG_DIR_VARIABLE = "SETFORMER_LOG_DIR"
@@ -50,7 +53,12 @@ HOST = "127.0.0.1"
 
 _log = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# What asks a run to save and stop; job schedulers warn with SIGUSR1 (Slurm: --signal=USR1@120).
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+_STACKS_SIGNAL = signal.SIGUSR2  # launch/entry.py answers it with the stacks of all threads
+_STACKS_S = 2.0  # how long ranks that hang have to write their stacks
+# A scheduler signals every process of a job, and we hand on what we get: repeats this soon after are no second wish.
+_REPEAT_S = 2.0
 _TICK_S = 0.5  # longest time between two looks at the ranks; signals wake the loop at once
 _ECHO_S = 1.0  # how long to wait for others to fail after the first, to tell a cause from its echoes
 _CAUSE_S = 10.0  # how long to wait for the cause where so far ranks only say that they lost another one
@@ -58,8 +66,46 @@ _LOST_A_PEER = 2  # the least telling kind of failure, see `_blame`
 _FAILURE_GRACE_S = 10.0
 _ERROR_LINE = re.compile(r"^[\w.]*(Error|Exception|Interrupt|Exit)\b|\b(ERROR|CRITICAL|FATAL)\b|Segmentation fault")
 _TAIL_BYTES = 64 * 1024
-# Exit codes by which a rank says that it has explained itself in one sentence.
+# Exit codes by which a rank says that it has explained itself in one sentence, and that a user must do something.
 _USER_CODES = {e.exit_code for e in (ConfigError, DataError, CheckpointError, LaunchError, TrainingError)}
+
+
+class AttemptError(RankFailedError):
+    """An attempt that ended by itself and not well.
+
+    Attributes:
+        how: "killed" (a signal that nobody asked for), "error" (any other end) or "hang".
+        step: optimizer step the ranks were at; -1 before the first.
+        mistake: whether the rank has named something that a user must repair.
+        log: of the rank to blame.
+        log_start: byte where this attempt begins in it.
+    """
+
+    def __init__(self, message: str, how: str, step: int, log: Path, log_start: int, code: int | None = None) -> None:
+        super().__init__(message, code)
+        self.how = how
+        self.step = step
+        self.mistake = code is not None
+        self.log = log
+        self.log_start = log_start
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Seconds without a sign of life after which a rank counts as hanging; 0 waits for ever.
+
+    Attributes:
+        step: while it trains.
+        start: before its first step.
+    """
+
+    step: float = 0.0
+    start: float = 0.0
+
+    def exceeded_by(self, beat: Beat) -> bool:
+        """Return whether a rank's last sign of life is too long ago."""
+        limit = self.start if beat.phase == START else self.step
+        return limit > 0 and beat.age > limit
 
 
 def log_file(log_dir: Path, rank: int) -> Path:
@@ -77,6 +123,8 @@ def run_local(
     module: str = ENTRY_MODULE,
     grace_s: float = 60.0,
     env: Mapping[str, str] | None = None,
+    patience: Patience | None = None,
+    received: Received | None = None,
 ) -> int:
     """Run `python -m module *command_args` on every rank of this host until all have ended.
 
@@ -89,13 +137,15 @@ def run_local(
         module: what each rank runs.
         grace_s: seconds that ranks have for a checkpoint after a stop signal.
         env: added to the environment of each rank.
+        patience: when a rank counts as hanging; by default never.
+        received: stop signals that the caller collects; by default they are collected here.
 
     Returns:
         0, or 128 + signal number when a stop signal ended the run (130 for Ctrl-C, 143 for SIGTERM).
 
     Raises:
         LaunchError: a bad number of ranks, or a port in use.
-        RankFailedError: a rank ended with an error; the message names it, its log and its last error line.
+        AttemptError: a rank ended with an error or hung; the message names it, its log and its last error line.
     """
     if ranks < 1:
         raise LaunchError(f"{ranks} ranks cannot be started: give 1 or more")
@@ -103,16 +153,18 @@ def run_local(
     base |= {LOG_DIR_VARIABLE: str(log_dir), **(env or {})}
     log_dir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", module, *command_args]
-    with _signals() as received:
-        group = _Group([], grace_s, received)
+    with contextlib.nullcontext(received) if received else stop_signals() as signals:
+        group = _Group([], grace_s, signals, patience or Patience())
         try:
             for rank in range(ranks):
                 group.members.append(_start(command, rank, base, log_dir))
-                if received.stop:
+                if signals.stop:
                     break
             return group.supervise()
         finally:
             group.kill()
+            for member in group.members:
+                member.pulse.close()
 
 
 def rank_environment(ranks: int, port: int, threads_per_rank: int | None, environ: Mapping[str, str]) -> dict[str, str]:
@@ -175,13 +227,25 @@ def choose_port(port: int | None) -> int:
 
 
 @dataclass
-class _Received:
+class Received:
     """Stop signals in order of arrival, and the pipe on which any signal wakes the loop."""
 
     wake: socket.socket | None
     stop: list[int] = field(default_factory=list)
+    first_at: float = 0.0
+    forced: bool = False  # a second wish came, which does not wait for a checkpoint
+
+    def note(self, number: int) -> None:
+        """Take a stop signal."""
+        now = time.monotonic()
+        if not self.stop:
+            self.first_at = now
+        elif number == signal.SIGINT or now - self.first_at > _REPEAT_S:
+            self.forced = True
+        self.stop.append(number)
 
     def wait(self, seconds: float) -> None:
+        """Sleep, but wake up at any signal."""
         if self.wake is None:
             time.sleep(min(seconds, 0.05))
             return
@@ -189,21 +253,27 @@ class _Received:
         if ready:
             self.wake.recv(4096)
 
+    def wait_for_stop(self, seconds: float) -> None:
+        """Sleep until a stop signal comes."""
+        limit = time.monotonic() + seconds
+        while not self.stop and (left := limit - time.monotonic()) > 0:
+            self.wait(left)
+
 
 @contextlib.contextmanager
-def _signals() -> Iterator[_Received]:
+def stop_signals() -> Iterator[Received]:
     """Collect stop signals instead of dying of them. Only the main thread can; elsewhere the loop polls."""
     if threading.current_thread() is not threading.main_thread():
-        yield _Received(None)
+        yield Received(None)
         return
     wake, wake_write = socket.socketpair()
     wake.setblocking(False)
     wake_write.setblocking(False)
-    received = _Received(wake)
+    received = Received(wake)
 
     def note(number: int, frame: FrameType | None) -> None:
         if number != signal.SIGCHLD:
-            received.stop.append(number)
+            received.note(number)
 
     # What is ignored stays ignored: nohup ignores SIGHUP, a shell in the background SIGINT.
     mine = [s for s in (*_STOP_SIGNALS, signal.SIGCHLD) if s == signal.SIGCHLD or _heeded(s)]
@@ -231,6 +301,7 @@ class _Member:
     process: subprocess.Popen[bytes]
     log: Path
     log_start: int
+    pulse: Pulse
     ended_at: float | None = None
 
     @property
@@ -245,7 +316,8 @@ class _Member:
 
 def _start(command: Sequence[str], rank: int, base: Mapping[str, str], log_dir: Path) -> _Member:
     path = log_file(log_dir, rank)
-    env = {**base, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    pulse = Pulse()
+    env = {**base, "RANK": str(rank), "LOCAL_RANK": str(rank), FD_VARIABLE: str(pulse.fileno())}
     with path.open("ab") as log:
         log.write(_header(command, rank, base).encode())
         log.flush()
@@ -258,9 +330,10 @@ def _start(command: Sequence[str], rank: int, base: Mapping[str, str], log_dir: 
             stdout=output,
             stderr=output,
             start_new_session=True,
+            pass_fds=(pulse.fileno(),),
             preexec_fn=_die_with_parent(),
         )
-    return _Member(rank, process, path, start)
+    return _Member(rank, process, path, start, pulse)
 
 
 def _header(command: Sequence[str], rank: int, base: Mapping[str, str]) -> str:
@@ -286,25 +359,33 @@ def _die_with_parent() -> Callable[[], None] | None:
 class _Group:
     """All ranks of this host, from the first start to the last end."""
 
-    def __init__(self, members: list[_Member], grace_s: float, received: _Received) -> None:
+    def __init__(self, members: list[_Member], grace_s: float, received: Received, patience: Patience) -> None:
         self.members = members
         self._grace_s = grace_s
         self._received = received
+        self._patience = patience
 
     def supervise(self) -> int:
         """Return when all ranks have ended well or were stopped.
 
         Raises:
-            RankFailedError: one failed by itself; by then all others have ended too.
+            AttemptError: one failed by itself; by then all others have ended too.
         """
         while not self._received.stop:
             self._reap()
             if any(m.failed for m in self.members):
-                self._fail()
+                return self._fail()
             if not self._running():
                 return 0
+            hanging = [m for m in self._running() if self._patience.exceeded_by(m.pulse.read())]
+            if hanging:
+                self._give_up_on(hanging)
             self._received.wait(_TICK_S)
         return self._stop()
+
+    def step(self) -> int:
+        """Return the optimizer step that the ranks are at, or were; -1 before the first."""
+        return max((m.pulse.read().step for m in self.members), default=-1)
 
     def kill(self) -> None:
         """Kill whatever is left, with all children, and wait for it."""
@@ -312,6 +393,7 @@ class _Group:
             member.kill()
         for member in self.members:
             member.process.wait()
+            self._reap()
 
     def _reap(self) -> None:
         for member in self.members:
@@ -340,44 +422,73 @@ class _Group:
         self._reap()
         self._terminate()
         _log.warning(
-            "%s: ranks have %.0f s for a checkpoint; Ctrl-C once more ends at once",
+            "%s: ranks have %.0f s for a checkpoint; Ctrl-C (or any signal once more) ends at once",
             signal.Signals(first).name,
             self._grace_s,
         )
-        self._wait(self._grace_s, until=lambda: signal.SIGINT in self._received.stop[1:])
+        self._wait(self._grace_s, until=lambda: self._received.forced)
         for member in self._running():
             _log.warning("rank %d did not end in time and is killed", member.rank)
         self.kill()
         for member in self.members:
-            if member.process.returncode not in (
-                0,
-                128 + first,
-                128 + signal.SIGTERM,
-                -signal.SIGTERM,
-                -signal.SIGKILL,
-            ):
+            if not (member.process.returncode in (0, -signal.SIGKILL) or _stopped_by(member)):
                 _log.warning("%s while stopping", self._describe(member))
         return 128 + first
 
-    def _fail(self) -> None:
-        """End all other ranks and raise an error that names the one to blame."""
+    def _give_up_on(self, hanging: list[_Member]) -> NoReturn:
+        """Have the stacks of all ranks written to their logs, and end them."""
+        beats = {m.rank: m.pulse.read() for m in self.members}
+        stopped = [m.rank for m in self._running() if _process_state(m.process.pid) == "T"]
+        # In lock-step all wait for the one that is behind: it is the one to blame.
+        behind = min(hanging, key=lambda m: (m.rank not in stopped, beats[m.rank].step, beats[m.rank].count))
+        for member in self._running():
+            with contextlib.suppress(ProcessLookupError):
+                member.process.send_signal(_STACKS_SIGNAL)
+        self._wait(_STACKS_S)
+        beat = beats[behind.rank]
+        where = "before its first step" if beat.phase == START else f"in {beat.phase!r} of step {beat.step}"
+        why = f" (rank {', '.join(map(str, stopped))} is suspended by SIGSTOP)" if stopped else ""
+        step = self.step()
+        self.kill()
+        raise AttemptError(
+            f"rank {behind.rank} gave no sign of life for {beat.age:.0f} s {where}{why}: the stacks of all ranks are "
+            f"in {behind.log.parent}",
+            "hang",
+            step,
+            behind.log,
+            behind.log_start,
+        )
+
+    def _fail(self) -> int:
+        """End all other ranks and raise an error that names the one to blame.
+
+        Returns:
+            128 + signal if no rank failed but some were told to stop, by somebody who signalled them and not us.
+        """
         self._wait(_ECHO_S)
         if all(_blame(m)[0] == _LOST_A_PEER for m in self.members if m.failed):
             # Somebody went away and has not ended yet: its end says more than that others noticed.
             self._wait(_CAUSE_S, until=lambda: any(_blame(m)[0] != _LOST_A_PEER for m in self.members if m.failed))
         failed = sorted((m for m in self.members if m.failed), key=_blame)
+        asked = next((signum for m in failed if (signum := _stopped_by(m))), None)
+        if asked is not None and all(_stopped_by(m) or _blame(m)[0] == _LOST_A_PEER for m in failed):
+            self._terminate()
+            self._wait(self._grace_s, until=lambda: self._received.forced)
+            self.kill()
+            return 128 + asked
         self._terminate()
         self._wait(min(self._grace_s, _FAILURE_GRACE_S), until=lambda: bool(self._received.stop))
         self.kill()
         culprit, others = failed[0], [str(m.rank) for m in failed[1:]]
         code = culprit.process.returncode
+        facts = ("killed" if code < 0 else "error", self.step(), culprit.log, culprit.log_start)
         said = last_error_line(culprit.log, culprit.log_start).removeprefix("error: ")
         if code in _USER_CODES and culprit.rank == 0:
-            raise RankFailedError("", code)  # it has told the user itself, on the terminal
+            raise AttemptError("", *facts, code)  # it has told the user itself, on the terminal
         if code in _USER_CODES and said:
-            raise RankFailedError(f"{said} (rank {culprit.rank}, log {culprit.log})", code)
+            raise AttemptError(f"{said} (rank {culprit.rank}, log {culprit.log})", *facts, code)
         echo = f" (then rank {', '.join(others)} failed too)" if others else ""
-        raise RankFailedError(f"{self._describe(culprit, *failed[1:])}{echo}")
+        raise AttemptError(f"{self._describe(culprit, *failed[1:])}{echo}", *facts)
 
     def _describe(self, member: _Member, *echoes: _Member) -> str:
         """Say how a rank ended and its last words; rank 0 may have spoken to the terminal only, so ask others too."""
@@ -389,8 +500,23 @@ class _Group:
 def _blame(member: _Member) -> tuple[int, float]:
     """Order failed ranks: a stated mistake (rank 0's first), then a death, then the loss of a peer; by time."""
     code = member.process.returncode
-    kind = 0 if code in _USER_CODES else _LOST_A_PEER if code == RankFailedError.exit_code else 1
+    said = code in (*_USER_CODES, PassingError.exit_code)
+    kind = 0 if said else _LOST_A_PEER if code == RankFailedError.exit_code else 1
     return kind, member.rank if kind == 0 else member.ended_at or 0.0
+
+
+def _stopped_by(member: _Member) -> int | None:
+    """Return the stop signal that a rank ended for, with or without a checkpoint; None if it ended otherwise."""
+    code = member.process.returncode
+    return next((number for number in _STOP_SIGNALS if code in (-number, 128 + number)), None)
+
+
+def _process_state(pid: int) -> str:
+    """Return a process's state as the kernel names it ("R", "S", "T" for stopped), or "" where it cannot be told."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (OSError, IndexError):
+        return ""
 
 
 def _ending(code: int) -> str:
@@ -404,6 +530,18 @@ def _ending(code: int) -> str:
     return f"was ended by {name}{hint}"
 
 
+def last_lines(path: Path, start: int = 0, count: int = 12) -> list[str]:
+    """Return the last lines of a log that are not empty, from byte `start` on; none if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(start, size - _TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return []
+    return [line.rstrip() for line in lines if line.strip()][-count:]
+
+
 def last_error_line(path: Path, start: int = 0) -> str:
     """Return the last line of a log that looks like an error, or else its last line, or "".
 
@@ -411,14 +549,7 @@ def last_error_line(path: Path, start: int = 0) -> str:
         path: log file.
         start: byte at which to begin, so that earlier starts do not speak.
     """
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(start, size - _TAIL_BYTES))
-            lines = file.read().decode(errors="replace").splitlines()
-    except OSError:
-        return ""
-    lines = [line.strip() for line in lines if line.strip()]
+    lines = [line.strip() for line in last_lines(path, start, count=1000)]
     told = [line for line in lines if line.startswith("error: ")]  # how our own ranks explain themselves
     errors = told or [line for line in lines if _ERROR_LINE.search(line)]
     return (errors or lines or [""])[-1]

@@ -7,6 +7,7 @@
 
 Every run is one call of the ordinary trainer on the page of the task; page, seed and batch are the same for all, so
 all see the same samples in the same order. A run that came to its end is not repeated; one that was stopped goes on.
+The table holds every attention that was trained by the same page, overrides and data, whichever were asked for now.
 """
 
 from __future__ import annotations
@@ -154,8 +155,24 @@ def compare(comparison: Comparison, console: Console) -> int:
             if code:
                 return code
         rows.append(row_of(folder, kind, splits["test"]))
+    for kind in KINDS:
+        if kind not in comparison.kinds and _trained_alike(comparison, kind, splits):
+            rows.append(row_of(comparison.folder / kind, kind, splits["test"]))
     report(comparison, rows, splits["test"], console)
     return 0
+
+
+def _trained_alike(comparison: Comparison, kind: str, splits: dict[str, TokenSplit]) -> bool:
+    """Return whether an attention was trained to the end by the same page, overrides, ranks and data."""
+    folder = comparison.folder / kind
+    if not finished(folder):
+        return False
+    try:
+        check_folder(comparison.resolved(kind))
+        check_data(folder, splits)
+    except (ConfigError, DataError):
+        return False
+    return True
 
 
 def trained_on(splits: dict[str, TokenSplit]) -> dict[str, str]:

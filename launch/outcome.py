@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
 from launch.compose import Splits
 from launch.config import ResolvedRun
 from launch.infer import classified_samples, load_trained
+from setformer_dist.core import ledger
 from setformer_dist.core.files import write_json
 from setformer_dist.engine.trainer import Outcome
 from setformer_dist.models.measure import parameters
@@ -21,6 +23,7 @@ def summary(run: ResolvedRun, outcome: Outcome) -> dict[str, Any]:
     """Return the headline figures of a run."""
     c = run.config
     state = outcome.state
+    account = ledger.account(ledger.read_events(c.folder), now=time.time())
     return {
         "name": c.run.name,
         "model": c.model.name,
@@ -30,6 +33,11 @@ def summary(run: ResolvedRun, outcome: Outcome) -> dict[str, Any]:
         "best": {"metric": state.best.metric, "value": state.best.value, "step": state.best.step},
         "images_per_s": round(outcome.images_per_s, 1),
         "seconds": round(state.seconds, 1),
+        "goodput": round(account.goodput, 4),
+        "attempts": account.attempts,
+        "failures": len(account.failures),
+        "steps_lost": account.steps_lost,
+        "wall": {f"{kind}_seconds": round(spent, 1) for kind, spent in ledger.kinds_by_size(account)},
         "substitutions": state.substitutions,
         "ranks": run.plan.world_size,
         "zero_stage": c.zero.stage,

@@ -23,6 +23,12 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep indexes of foreign data out of the user's cache folder, in this process and all that it starts."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def shared_data() -> Path:
     """Folder of the real data sets; the test is skipped where it is absent."""

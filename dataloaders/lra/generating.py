@@ -15,12 +15,14 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from dataloaders.processes import begin_helper, helper_context, lean_start
+from setformer_dist.core.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,9 @@ def accepted_samples(make: MakeChunk, chunk: int, workers: int) -> Generator[Sam
         make: makes a chunk; a picklable function of its arguments alone.
         chunk: candidates made at once.
         workers: processes; 0 works in this one. Does not change what is yielded.
+
+    Raises:
+        DataError: one of the processes died.
     """
     seen: set[bytes] = set()
     for made in _chunks(make, chunk, workers):
@@ -91,6 +96,11 @@ def _chunks(make: MakeChunk, chunk: int, workers: int) -> Iterator[Chunk]:
             made = pending.popleft().result()
             pending.append(submit())
             yield made
+    except BrokenProcessPool:
+        raise DataError(
+            f"one of the {workers} processes that make samples was killed, most likely for want of memory: give "
+            "fewer --workers (0 works in one process; the data are the same)"
+        ) from None
     except GeneratorExit:
         # The consumer has enough. Chunks that were begun are finished: a process killed between two of them may leave
         # the queue locked for the others.

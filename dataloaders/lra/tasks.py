@@ -87,10 +87,17 @@ _FULL = (
     Task("pathx", "Path-X", replace(_PATHS, task="Path-X", length=128**2), (160_000, 20_000, 20_000), pathfinder.PATHX),
 )
 
-# Shallow trees; 16 x 16 images; the first bytes of texts; snakes of two dashes and no distractors.
+# Shallow trees; 16 x 16 images; the first bytes of texts; snakes of two dashes in four greys, no distractors.
 _SHALLOW = listops.ListOpsConfig(max_depth=4, max_args=5, operator_share=0.4, longer_than=7, shorter_than=65)
 _SMALL = pathfinder.PathfinderConfig(
-    window=12, contour_length=2, seed_distance=2.5, marker_radius=1.0, thickness=1.0, contrast=0.6, distractors=0
+    window=12,
+    contour_length=2,
+    seed_distance=2.5,
+    marker_radius=1.0,
+    thickness=1.0,
+    contrast=0.6,
+    distractors=0,
+    levels=4,
 )
 _SMALL_X = replace(_SMALL, window=24, contour_length=5, seed_distance=5.0, continuity=1.8)
 
@@ -147,7 +154,7 @@ def prepare(
     on_start: OnStart = lambda split, total: None,
     on_sample: OnSample = lambda: None,
 ) -> dict[str, TokenSplit]:
-    """Generate or read a task and pack its splits; those that are there already are kept, unless `how.force`.
+    """Generate or read a task and pack its splits; what is there already and is the same is kept.
 
     Args:
         task: which.
@@ -157,13 +164,14 @@ def prepare(
         on_sample: told of each sample packed.
 
     Raises:
-        DataError: the source is missing or not of the format, or the destination is in use.
+        DataError: the source is missing or not of the format, the destination is in use, or, without `how.force`,
+            it holds the task of another seed or other parameters.
     """
     if task.needs and how.source is None:
         raise DataError(f"{task.title} is read from public files: give --source, {task.needs}")
     folder = root / task.folder
     if not how.force and all((folder / name / TOKENS_NAME).is_file() for name in SPLITS):
-        return open_task(task, root)
+        return _same(open_task(task, root), task, how, folder)
     for name in SPLITS:  # or splits of two seeds would stand side by side if this process died in between
         (folder / name / TOKENS_NAME).unlink(missing_ok=True)
     made = {}
@@ -177,6 +185,33 @@ def prepare(
         if part.count is not None and found != part.count:
             raise DataError(f"{task.title} has {found} samples for {part.split} where {part.count} are needed")
     return made
+
+
+def _same(splits: dict[str, TokenSplit], task: Task, how: Preparation, folder: Path) -> dict[str, TokenSplit]:
+    """Return the splits that are there if they are what would be made now, as far as the options tell.
+
+    Raises:
+        DataError: they are not; the first difference is named.
+    """
+    counts = how.counts or (task.counts if task.generated else None) or (None,) * len(SPLITS)
+    for (name, split), count in zip(splits.items(), counts, strict=True):
+        asked: dict[str, Any] = {"length": task.facts.length}
+        there: dict[str, Any] = {"length": split.facts.length}
+        if task.generated is not None:
+            asked |= {"seed": how.seed, **task.generated.as_json()}
+            there |= {"seed": split.options.get("seed"), **split.options.get("generator", {})}
+        elif task.name == "image":
+            asked["seed"], there["seed"] = how.seed, split.options.get("seed")
+        if count is not None:
+            asked["samples"], there["samples"] = count, split.num_samples
+        differing = [key for key, value in asked.items() if there.get(key) != value]
+        if differing:
+            key = differing[0]
+            raise DataError(
+                f"{folder} holds {task.title} with {key} = {there.get(key)} in {name}, not {asked[key]}: give --force "
+                "to make it again, or another --root"
+            )
+    return splits
 
 
 def _told(samples: Iterable[TokenSample], on_sample: OnSample) -> Iterator[TokenSample]:

@@ -55,3 +55,9 @@ class TrainingError(SetformerError):
     """Training that cannot go on, such as a loss that is not finite."""
 
     exit_code = 7
+
+
+class PassingError(SetformerError):
+    """What comes from outside the run and may pass: a process that died, storage that hangs. Worth another start."""
+
+    exit_code = 9

@@ -29,7 +29,7 @@ class SavedState(Protocol):
 
 
 class CheckpointStore(Protocol):
-    """Saves and finds checkpoints of one run. Every method is collective."""
+    """Saves and finds checkpoints of one run. Every method is collective, except where it says so."""
 
     def due(self, step: int) -> bool:
         """Return whether the policy wants a checkpoint after this many optimizer steps."""
@@ -38,7 +38,26 @@ class CheckpointStore(Protocol):
     def save(
         self, step: int, fragments: Iterable[Fragment], trainer: dict[str, Any], metrics: Mapping[str, float]
     ) -> Path:
-        """Make a checkpoint durable; return its folder."""
+        """Begin a checkpoint; when this returns the fragments may change. Return its folder to be."""
+        ...
+
+    def failed(self) -> bool:
+        """Return whether a save has failed on this rank since the last `finish`. Not collective; does not wait."""
+        ...
+
+    def finish(self, last: bool = False) -> None:
+        """Wait until what was begun is durable.
+
+        Args:
+            last: no other checkpoint will follow.
+
+        Raises:
+            CheckpointError: on all ranks, if a save failed on any and the config does not bear it.
+        """
+        ...
+
+    def close(self) -> None:
+        """Wait for this rank's own writing after an error. Not collective."""
         ...
 
     def newest(self) -> SavedState | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import pydantic
@@ -22,10 +23,13 @@ class EvalConfig(FrozenConfig):
     Attributes:
         every_epochs: evaluate after every so many epochs; 0 turns it off. The end of the run always evaluates.
         every_steps: evaluate after every so many optimizer steps as well; 0 turns it off.
+        marginal_error: report also how far the plans of SeT attention are from their marginals, largest and mean over
+            blocks, heads and images of the first micro batch of every rank; for models with SeT attention.
     """
 
     every_epochs: int = pydantic.Field(default=1, ge=0)
     every_steps: int = pydantic.Field(default=0, ge=0)
+    marginal_error: bool = False
 
 
 class Prepare(Protocol):
@@ -36,19 +40,35 @@ class Prepare(Protocol):
         ...
 
 
+# Opens a context that collects one tensor (k m, ...) of non-negative errors for each thing that a forward pass of m
+# samples (of k sequences) meets.
+Watch = Callable[[], AbstractContextManager[list[torch.Tensor]]]
+
+
 @dataclass(frozen=True)
 class EvalResult:
-    """Means over a split. `samples` counts what was scored; `left_out` what was damaged and allowed to be."""
+    """Means over a split.
+
+    Attributes:
+        loss: cross entropy.
+        top1: share of samples whose class is the most probable.
+        top5: share of samples whose class is among the five most probable.
+        samples: what was scored.
+        left_out: what was damaged and allowed to be.
+        watched: figures of `evaluate`'s watch by name; empty without one.
+    """
 
     loss: float
     top1: float
     top5: float
     samples: int
     left_out: int
+    watched: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self, prefix: str = "") -> dict[str, float]:
         """Return the figures with a prefix before each name."""
-        return {f"{prefix}loss": self.loss, f"{prefix}top1": self.top1, f"{prefix}top5": self.top5}
+        figures = {"loss": self.loss, "top1": self.top1, "top5": self.top5, **self.watched}
+        return {f"{prefix}{name}": value for name, value in figures.items()}
 
 
 @torch.no_grad()
@@ -58,6 +78,7 @@ def evaluate(
     prepare: Prepare,
     comm: TorchCollectives,
     given_up: Callable[[], bool] | None = None,
+    watch: Watch | None = None,
 ) -> EvalResult | None:
     """Score a split. Collective: every rank runs the same number of micro batches.
 
@@ -67,6 +88,7 @@ def evaluate(
         prepare: see `Prepare`.
         comm: sums over the ranks.
         given_up: asked before each micro batch, must answer the same on all ranks.
+        watch: collects marginal errors during the first micro batch; given on all ranks or on none.
 
     Returns:
         The means, or None when given up.
@@ -75,18 +97,36 @@ def evaluate(
         DataError: the samples counted over all ranks are not the split's.
     """
     sums = torch.zeros(5, dtype=torch.float64)
-    for batch in stream.micro_batches():
+    errors: list[torch.Tensor] = []
+    for index, batch in enumerate(stream.micro_batches()):
         if given_up is not None and given_up():
             return None
         images, _ = prepare(batch, train=False)
-        logits = model(images).float()
+        with nullcontext([]) if watch is None or index else watch() as collected:
+            logits = model(images).float()
+        errors += [_of_real_samples(tensor, batch) for tensor in collected]
         sums += _scores(logits.cpu(), batch).double()
     loss, top1, top5, count, damaged = comm.sum(sums.tolist())
     if round(count + damaged) != stream.num_samples:
         raise DataError(f"evaluation counted {count + damaged:.0f} samples of {stream.num_samples}: this is a defect")
     if count == 0:
         raise DataError("evaluation had no sample that decodes: run `setformer data pack` on the split again")
-    return EvalResult(loss / count, top1 / count, top5 / count, round(count), round(damaged))
+    watched = {} if watch is None else _over_ranks(errors, comm)
+    return EvalResult(loss / count, top1 / count, top5 / count, round(count), round(damaged), watched)
+
+
+def _of_real_samples(errors: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+    """Return the errors of samples that count, flat, on the CPU; a sample may have several rows, one per sequence."""
+    counts = batch.weights > 0
+    return errors.cpu().double()[counts.repeat_interleave(errors.shape[0] // len(counts))].flatten()
+
+
+def _over_ranks(errors: list[torch.Tensor], comm: TorchCollectives) -> dict[str, float]:
+    """Return the largest and the mean over all ranks, of which some may have nothing."""
+    flat = torch.cat([torch.zeros(0, dtype=torch.float64), *errors])
+    total, count = comm.sum([float(flat.sum()), float(flat.numel())])
+    largest = comm.max(float(flat.max()) if flat.numel() else 0.0)
+    return {"marginal_error_max": largest, "marginal_error_mean": total / max(count, 1.0)}
 
 
 def _scores(logits: torch.Tensor, batch: MicroBatch) -> torch.Tensor:

@@ -82,9 +82,10 @@ class MasterState:
         return {key: getattr(self._scaler, key) for key in _SCALER_STATE if hasattr(self._scaler, key)}
 
     def set_loss_scale(self, state: dict[str, float]) -> None:
-        """Put back what `loss_scale` returned."""
+        """Put back what `loss_scale` returned, perhaps under another stage, of which some scale and some do not."""
         for key, value in state.items():
-            setattr(self._scaler, key, value)
+            if hasattr(self._scaler, key):
+                setattr(self._scaler, key, value)
 
     def _create_states(self, masters: Iterable[torch.Tensor]) -> None:
         for p in masters:

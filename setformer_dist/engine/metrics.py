@@ -1,7 +1,8 @@
 """Where a step's time goes, and the run's record.
 
-    runs/<run>/metrics.jsonl   one JSON object a line, kind "train" or "eval"; after a resume steps may repeat,
+    runs/<run>/metrics.jsonl   one JSON object a line, kind "train", "eval" or "guard"; after a resume steps may repeat,
                                and the last line of a step counts
+    runs/<run>/samples.jsonl   with run.record_samples: the sample ids of every optimizer step
     runs/<run>/tensorboard/    the same figures for TensorBoard
 
 Only rank 0 writes.
@@ -10,18 +11,24 @@ Only rank 0 writes.
 from __future__ import annotations
 
 import json
+import logging
 import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch.utils.tensorboard import SummaryWriter
 
+from setformer_dist.core import ledger
+from setformer_dist.core.heartbeat import Heartbeat
 from setformer_dist.engine.comm import CommMeter
+
+log = logging.getLogger(__name__)
 
 SECTIONS = ("data", "forward", "backward", "optimizer", "communication", "checkpoint", "evaluation", "other")
 
@@ -52,7 +59,8 @@ class StepClock:
     measured by events on its stream; there collectives overlap with the computation and are not told apart.
     """
 
-    def __init__(self, meter: CommMeter | None) -> None:
+    def __init__(self, meter: CommMeter | None, heartbeat: Heartbeat | None = None) -> None:
+        self._heartbeat = heartbeat
         self._asynchronous = not get_accelerator().is_synchronized_device()
         self._meter = None if self._asynchronous else meter
         self._seconds = dict.fromkeys(SECTIONS, 0.0)
@@ -62,7 +70,9 @@ class StepClock:
 
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
-        """Count the time spent inside under `name`."""
+        """Count the time spent inside under `name`, and let the supervisor know that it begins."""
+        if self._heartbeat is not None:
+            self._heartbeat.beat(name)
         host_only = name in ("data", "checkpoint", "evaluation")
         if self._asynchronous and not host_only:
             begin, end = (get_accelerator().Event(enable_timing=True) for _ in range(2))
@@ -115,27 +125,43 @@ class RunRecord:
     def __init__(self, folder: Path, is_main: bool) -> None:
         self._folder = folder
         self._is_main = is_main
-        self._file: BinaryIO | None = None
+        self._file: FileIO | None = None
         self._board: Any = None
 
-    def _open(self) -> BinaryIO:
+    def _open(self) -> FileIO:
         """Open on the first line, so that a run that never begins leaves nothing."""
         path = self._folder / "metrics.jsonl"
-        self._file = path.open("ab")
+        self._file = path.open("ab", buffering=0)  # a line is one write
         if self._file.tell() and not _ends_with_newline(path):
             self._file.write(b"\n")  # the last process died within a line
         self._board = SummaryWriter(str(self._folder / "tensorboard"))
         return self._file
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Append one line, and the same figures to TensorBoard; the line survives a death of this process."""
+        """Append one line, and the same figures to TensorBoard; the line survives a death of this process.
+
+        A full disk costs the line, and a warning, but not the run.
+        """
         if not self._is_main:
             return
-        file = self._file or self._open()
-        file.write(json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n")
-        file.flush()
-        for name, value in _flatten(values):
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+        try:
+            file = self._file or self._open()
+            file.write(json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n")
+            for name, value in _flatten(values):
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+        except OSError as error:
+            log.warning("metrics of step %d could not be written: %s", step, error)
+
+    def write_samples(self, step: int, ids: list[int]) -> None:
+        """Append the sample ids of one optimizer step, in the order of the stream, to samples.jsonl."""
+        if self._is_main:
+            with (self._folder / "samples.jsonl").open("ab") as file:
+                file.write(json.dumps({"step": step, "ids": ids}).encode() + b"\n")
+
+    def note(self, event: str, **values: Any) -> None:
+        """Append an event to the run's ledger (`core.ledger`)."""
+        if self._is_main:
+            ledger.record(self._folder, event, **values)
 
     def close(self) -> None:
         """Flush and close."""

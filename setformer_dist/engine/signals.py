@@ -1,17 +1,24 @@
-"""SIGTERM and Ctrl-C as a wish to stop: the loop ends one or two optimizer steps later, all ranks at the same one."""
+"""SIGTERM, Ctrl-C and SIGUSR1 as a wish to stop: the loop ends a step or two later, all ranks at the same one."""
 
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType, TracebackType
 
 
 class StopRequest:
-    """Remembers the first SIGTERM or SIGINT while it is active; a second one kills, as users expect."""
+    """Remembers the first stop signal while it is active; a second one kills, as users expect.
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    SIGUSR1 is what job schedulers send ahead of the end (Slurm: `--signal=USR1@120`). They signal every process of a
+    job, and so does our supervisor: repeats within `REPEAT_S` seconds are the same wish.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    REPEAT_S = 2.0
 
     def __init__(self) -> None:
+        self._at = 0.0
         self.signum: int | None = None
         self._previous: dict[signal.Signals, object] = {}
 
@@ -27,7 +34,10 @@ class StopRequest:
             signal.signal(signum, handler)  # type: ignore[arg-type]
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         if self.signum is not None:
+            if now - self._at < self.REPEAT_S:
+                return
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
-        self.signum = signum
+        self.signum, self._at = signum, now

@@ -40,10 +40,12 @@ class StepOutcome:
     Attributes:
         loss: sum over this rank's micro batches of their mean losses, on the device, shape ().
         substitutions: damaged samples that were replaced, one line each.
+        sample_ids: of this rank's micro batches, in order.
     """
 
     loss: torch.Tensor
     substitutions: list[str]
+    sample_ids: list[int]
 
 
 class TrainStep:
@@ -67,11 +69,13 @@ class TrainStep:
         seed_generators(torch_seed(Purpose.DROP_PATH, self._seed, step, self._rank))
         losses: list[torch.Tensor] = []
         substitutions: list[str] = []
+        sample_ids: list[int] = []
         for _ in range(self._accumulation):
             with self._clock.section("data"):
                 batch = next(batches)
                 images, targets = self._prepare(batch, train=True)
             substitutions += batch.substitutions
+            sample_ids += batch.sample_ids.tolist()
             self._key_drop_path(step, batch, images.device)
             with self._clock.section("forward"):
                 loss = soft_cross_entropy(self._engine(images), targets)
@@ -80,7 +84,7 @@ class TrainStep:
             with self._clock.section("optimizer"):
                 self._engine.step()
             losses.append(loss.detach())
-        return StepOutcome(torch.stack(losses).sum(), substitutions)
+        return StepOutcome(torch.stack(losses).sum(), substitutions, sample_ids)
 
     def _key_drop_path(self, step: int, batch: MicroBatch, device: torch.device) -> None:
         if self._set_sample_keys is not None:

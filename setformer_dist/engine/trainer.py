@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,11 +20,13 @@ import torch
 from setformer_dist.core.batch import EvalStream, MicroBatch, TrainStream
 from setformer_dist.core.errors import TrainingError
 from setformer_dist.core.fragments import Fragment
+from setformer_dist.core.heartbeat import Heartbeat
 from setformer_dist.core.store import CheckpointStore, SavedState
 from setformer_dist.engine.batch_plan import BatchPlan
 from setformer_dist.engine.comm import CommMeter, TorchCollectives
 from setformer_dist.engine.ema import Ema
-from setformer_dist.engine.evaluate import EvalConfig, EvalResult, Prepare, evaluate
+from setformer_dist.engine.evaluate import EvalConfig, EvalResult, Prepare, Watch, evaluate
+from setformer_dist.engine.guard import Guard, Trouble
 from setformer_dist.engine.master import OPTIMIZER_STATES, MasterState
 from setformer_dist.engine.metrics import RunRecord, StepClock, peak_memory_mib
 from setformer_dist.engine.optim import Schedule
@@ -32,6 +35,13 @@ from setformer_dist.engine.signals import StopRequest
 from setformer_dist.engine.step import TrainStep
 
 log = logging.getLogger(__name__)
+
+# Phases in which a rank computes by itself; in all others it may wait for the others.
+_BUSY = ("data", "forward", "backward", "optimizer")
+# What a rank without a signal says of itself when a save has failed; less than any signal.
+_SAVE_FAILED = 0.5
+# A rank is a straggler when these take longer than the middle rank's by more than this share.
+_SLOWER = 0.1
 
 
 @dataclass(frozen=True)
@@ -133,6 +143,17 @@ class Parts:
     meter: CommMeter
     record: RunRecord
     costs: Costs
+    guard: Guard
+    heartbeat: Heartbeat
+    watch: Watch | None = None
+
+
+class _RewindError(Exception):
+    """All ranks go back to the newest checkpoint; raised on all of them at the same place."""
+
+    def __init__(self, trouble: Trouble) -> None:
+        super().__init__(f"step {trouble.step}")
+        self.trouble = trouble
 
 
 def _nobody() -> float:
@@ -144,13 +165,21 @@ class Trainer:
     """Runs training from wherever the newest checkpoint left it to the last step."""
 
     def __init__(
-        self, parts: Parts, evaluation: EvalConfig, best: Best, total_steps: int, log_every: int, seed: int
+        self,
+        parts: Parts,
+        evaluation: EvalConfig,
+        best: Best,
+        total_steps: int,
+        log_every: int,
+        seed: int,
+        record_samples: bool = False,
     ) -> None:
         self._p = parts
         self._evaluation = evaluation
         self._total_steps = total_steps
         self._log_every = log_every
-        self._clock = StepClock(parts.meter)
+        self._record_samples = record_samples
+        self._clock = StepClock(parts.meter, parts.heartbeat)
         self._step = TrainStep(
             parts.engine, parts.prepare, self._clock, parts.plan.accumulation, seed, parts.comm.ranks.rank
         )
@@ -159,6 +188,7 @@ class Trainer:
         self._started = time.perf_counter()
         self._unreduced: list[torch.Tensor] = []
         self._unreported: list[str] = []
+        self._samples_seen: dict[int, list[int]] = {}
         self._steps_timed = 0
         self._resumed: SavedState | None = None
         self._stop_answer: Callable[[], float] = _nobody
@@ -167,13 +197,14 @@ class Trainer:
         """Train to the end, or to a signal. Collective; the same step on all ranks.
 
         Raises:
-            TrainingError: the loss is not finite.
+            TrainingError: the loss is not finite, or leaps, and the guard does not bear it (`engine.guard`).
             SetformerError: from the stream or the store.
         """
         saved = self._resumed
         self._started = time.perf_counter() - self._state.seconds
         with (
             contextlib.closing(self._p.record),
+            contextlib.closing(self._p.store),
             contextlib.closing(self._p.stream),
             contextlib.closing(self._p.validation),
             StopRequest() as stop,
@@ -181,12 +212,18 @@ class Trainer:
         ):
             if saved is not None:
                 progress.say(f"resumed at step {saved.step} from {saved.path}")
-            batches = self._p.stream.micro_batches(self._state.step)
+            self._p.heartbeat.step = self._state.step
+            self._p.record.note("began", step=self._state.step)
             self._clock.take()
             signum = self._pay_owed_evaluation(stop, progress)
-            if signum is None:
-                signum = self.train_until(self._total_steps, batches, stop, progress)
+            while signum is None and self._state.step < self._total_steps:
+                batches = self._p.stream.micro_batches(self._state.step)
+                try:
+                    signum = self.train_until(self._total_steps, batches, stop, progress)
+                except _RewindError as rewind:
+                    self._rewind(rewind.trouble, progress)
             self._state.seconds = time.perf_counter() - self._started
+            self._p.record.note("spent", step=self._state.step, seconds=self._clock.take()[0])
         images = self._state.train_steps * self._p.plan.global_size
         speed = images / self._state.train_seconds if images else 0.0
         return Outcome(self._state, signum, speed)
@@ -197,13 +234,13 @@ class Trainer:
         """Run optimizer steps up to `last_step`, with all that comes with them; return a signal that ended it."""
         signum: int | None = None
         while self._state.step < last_step and signum is None:
+            self._p.heartbeat.step = self._state.step
             lr = self._p.schedule.apply(self._state.step)
-            outcome = self._step(self._state.step, batches)
-            if self._p.ema is not None:
-                with self._clock.section("optimizer"):
-                    self._p.ema.update(self._state.step)
-            self._unreduced.append(outcome.loss)
-            self._unreported += outcome.substitutions
+            if self._p.guard.passes_over(self._state.step):
+                self._pass_over(batches)
+            else:
+                self._do_step(batches)
+            self._p.heartbeat.warm = True
             self._steps_timed += 1
             self._state.step += 1
             self._state.seconds = time.perf_counter() - self._started
@@ -214,6 +251,50 @@ class Trainer:
         self._stop_answer()
         self._stop_answer = _nobody
         return signum
+
+    def _do_step(self, batches: Iterator[MicroBatch]) -> None:
+        step = self._state.step
+        outcome = self._step(step, batches)
+        if self._p.ema is not None:
+            with self._clock.section("optimizer"):
+                self._p.ema.update(step)
+        self._unreduced.append(outcome.loss)
+        self._unreported += outcome.substitutions
+        self._samples_seen[step] = outcome.sample_ids
+
+    def _pass_over(self, batches: Iterator[MicroBatch]) -> None:
+        """Let a step's samples go by without an update."""
+        with self._clock.section("data"):
+            for _ in range(self._p.plan.accumulation):
+                next(batches)
+        self._unreduced.append(torch.tensor(math.nan))
+
+    def _rewind(self, trouble: Trouble, progress: RunProgress) -> None:
+        """Go back to the newest checkpoint, on all ranks.
+
+        Raises:
+            TrainingError: there is none.
+        """
+        reached = self._state.step
+        saved = self._p.store.newest()
+        if saved is None:
+            raise TrainingError(
+                f"the loss is {trouble.loss:.4g} at step {trouble.step} ({trouble.why}), and there is no checkpoint to "
+                "go back to: save earlier (checkpoint.every_steps), or lower optim.lr"
+            )
+        self._unreduced.clear()
+        self._samples_seen.clear()
+        self._stop_answer()  # all ranks have asked
+        self._stop_answer = _nobody
+        self._take_over(saved)
+        self._p.record.note("spent", step=reached, seconds=self._clock.take()[0])
+        self._p.record.note("rewound", step=self._state.step, reached=reached)
+        self._steps_timed = 0
+        progress.advance(self._state.step)
+        progress.say(
+            f"loss {trouble.loss:.4g} at step {trouble.step} ({trouble.why}): back to step {self._state.step}, "
+            f"step {trouble.step} will be passed over"
+        )
 
     # Checkpoints.
 
@@ -227,9 +308,14 @@ class Trainer:
         Raises:
             SetformerError: the checkpoint is of another model, or its cursor of other data.
         """
+        self._p.guard.load()
         saved = self._p.store.newest()
         if saved is None:
             return
+        self._take_over(saved)
+        self._resumed = saved
+
+    def _take_over(self, saved: SavedState) -> None:
         trainer = saved.trainer
         step = self._p.stream.check_state(trainer["stream"])
         self._p.store.load(saved, self._fragments())
@@ -241,20 +327,19 @@ class Trainer:
         if run["best"]["metric"] == best.metric:
             best = Best(best.metric, best.mode, run["best"]["value"], run["best"]["step"])
         self._state = RunState(step, **{**run, "best": best})
-        self._resumed = saved
+        self._p.guard.take_back(trainer.get("guard", {}))
 
     def _save(self, evaluation: dict[str, float]) -> None:
         self._reduce_losses()
-        self._refuse_infinity(self._state.pending_losses)
         with self._clock.section("checkpoint"):
             trainer = {
                 "stream": self._p.stream.state(self._state.step),
                 "optimizer_steps": self._p.master.optimizer_steps,
                 "loss_scale": self._p.master.loss_scale(),
                 "run": self._state.as_dict(),
+                "guard": self._p.guard.state(),
             }
-            path = self._p.store.save(self._state.step, self._fragments(), trainer, evaluation)
-            log.info("checkpoint %s", path)
+            self._p.store.save(self._state.step, self._fragments(), trainer, evaluation)
 
     # After each step.
 
@@ -263,9 +348,19 @@ class Trainer:
         return int(self._p.comm.max(stop.signum or 0)) or None
 
     def _agreed_a_step_ago(self, stop: StopRequest) -> int | None:
-        """Return the signal that any rank had a step ago, and ask again: nobody waits for the answer."""
-        answer, self._stop_answer = self._stop_answer, self._p.comm.max_later(stop.signum or 0)
-        return int(answer()) or None
+        """Return the signal that any rank had a step ago, and ask again: nobody waits for the answer.
+
+        The same question carries whether a save has failed meanwhile; then all ranks look into it at this step.
+
+        Raises:
+            CheckpointError: a save has failed on some rank, and the config does not bear it.
+        """
+        wish = stop.signum or (_SAVE_FAILED if self._p.store.failed() else 0)
+        answer, self._stop_answer = self._stop_answer, self._p.comm.max_later(wish)
+        told = answer()
+        if told == _SAVE_FAILED:
+            self._p.store.finish()
+        return int(told) or None
 
     def _after_step(self, stop: StopRequest, progress: RunProgress) -> int | None:
         """Evaluate and save where that is due; return a signal that any rank got."""
@@ -280,6 +375,9 @@ class Trainer:
             improved = self._take_best(measured or {})
         if step == self._total_steps or signum or improved or self._p.store.due(step):
             self._save(measured or {})
+        if step == self._total_steps or signum:
+            with self._clock.section("checkpoint"):
+                self._p.store.finish(last=True)
         return signum
 
     def _pay_owed_evaluation(self, stop: StopRequest, progress: RunProgress) -> int | None:
@@ -330,10 +428,15 @@ class Trainer:
                 self._p.validation,
                 self._p.prepare,
                 self._p.comm,
-                given_up=lambda: self._agree_to_stop(stop) is not None,
+                given_up=lambda: self._given_up(stop),
+                watch=self._p.watch,
             )
         finally:
             self._p.engine.train()
+
+    def _given_up(self, stop: StopRequest) -> bool:
+        self._p.heartbeat.beat("evaluation")
+        return self._agree_to_stop(stop) is not None
 
     def _take_best(self, measured: dict[str, float]) -> bool:
         best = self._state.best
@@ -355,30 +458,51 @@ class Trainer:
         local = torch.stack(self._unreduced).double().tolist()
         *losses, substituted = self._p.comm.sum([*local, float(len(self._unreported))])
         parts = self._p.plan.accumulation * self._p.plan.world_size
-        self._state.pending_losses += [loss / parts for loss in losses]
+        means = [loss / parts for loss in losses]
+        first = self._state.step - len(means)
+        self._state.pending_losses += means
         for line in self._unreported:
             log.warning("%s", line)
         self._state.substitutions += round(substituted)
         self._unreduced.clear()
         self._unreported.clear()
+        if not self._p.engine.fp16_enabled():  # there DeepSpeed leaves bad steps out and lowers the loss scale
+            self._judge(first, means)
+        if self._record_samples:
+            self._write_samples(first, len(means))
+        self._samples_seen.clear()
 
-    def _refuse_infinity(self, losses: list[float]) -> None:
-        """Stop before anything that is not finite reaches a checkpoint.
+    def _write_samples(self, first: int, steps: int) -> None:
+        """Write which samples each of the last steps took, in the order of the stream; collective."""
+        for step in range(first, first + steps):
+            parts = self._p.comm.gather_json(self._samples_seen.get(step, []))
+            micro = self._p.plan.micro
+            slots = range(0, len(parts[0]), micro)
+            self._p.record.write_samples(step, [i for at in slots for part in parts for i in part[at : at + micro]])
+
+    def _judge(self, first: int, means: list[float]) -> None:
+        """Have the guard look at the losses of the last steps, before anything that came of a bad one is kept.
 
         Raises:
-            TrainingError: a loss is not finite; in fp16 DeepSpeed skips such steps and lowers the loss scale.
+            TrainingError: a bad step that the guard does not bear.
+            _RewindError: one that all ranks go back for.
         """
-        if not all(map(math.isfinite, losses)) and not self._p.engine.fp16_enabled():
-            raise TrainingError(
-                f"the loss is not finite near step {self._state.step}: lower optim.lr or optim.clip_norm, or lengthen "
-                "the warm-up; the newest checkpoint is from before and stays"
-            )
+        while (trouble := self._p.guard.judge(first, means)) is not None:
+            ids = self._p.comm.gather_json(self._samples_seen.get(trouble.step, []))
+            values = {**vars(trouble), "sample_ids": [sample for part in ids for sample in part]}
+            self._p.record.write("guard", trouble.step, values)
+            log.warning("bad step: %s", values)
+            self._p.guard.remember(trouble)
+            if trouble.action == "rollback":
+                raise _RewindError(trouble)
+            means = means[trouble.step + 1 - first :]
+            first = trouble.step + 1
 
     def _log(self, lr: float, progress: RunProgress) -> None:
         """Write a line about the steps since the last one."""
         self._reduce_losses()
-        losses = self._state.pending_losses
-        loss = math.fsum(losses) / len(losses)
+        losses = [loss for loss in self._state.pending_losses if math.isfinite(loss)]
+        loss = math.fsum(losses) / len(losses) if losses else math.nan
         seconds, wall = self._clock.take()
         steps, self._steps_timed = self._steps_timed, 0
         training = wall - seconds["checkpoint"] - seconds["evaluation"]
@@ -388,7 +512,7 @@ class Trainer:
         progress.figures(loss, images_per_s)
         values = {
             "epoch": self._state.step / self._p.stream.steps_per_epoch,
-            "loss": loss,
+            "loss": loss if losses else None,
             "lr": lr,
             "grad_norm": self._gradient_norm(),
             "images_per_s": images_per_s,
@@ -398,10 +522,30 @@ class Trainer:
             "substitutions": self._state.substitutions,
             "seconds": {name: value / steps for name, value in seconds.items()},
         }
+        values |= self._slowest_rank(seconds, steps)
         self._p.record.write("train", self._state.step, values)
+        self._p.record.note("spent", step=self._state.step, seconds=seconds)
         log.info("step %d loss %.6f lr %.3g %.0f images/s", self._state.step, loss, lr, images_per_s)
-        self._refuse_infinity(losses)
         self._state.pending_losses = []
+
+    def _slowest_rank(self, seconds: dict[str, float], steps: int) -> dict[str, Any]:
+        """Name the rank that the others waited for, if one was slower than the middle one by a tenth; collective."""
+        ranks = self._p.comm.ranks
+        mine = [seconds[phase] / steps for phase in _BUSY]
+        table = [0.0] * (len(mine) * ranks.world_size)
+        table[ranks.rank * len(mine) : (ranks.rank + 1) * len(mine)] = mine
+        if ranks.world_size == 1:
+            return {}
+        table = self._p.comm.sum(table)
+        by_rank = [table[at : at + len(mine)] for at in range(0, len(table), len(mine))]
+        totals = [sum(row) for row in by_rank]
+        usual = statistics.median_low(totals)
+        slowest = max(range(len(totals)), key=totals.__getitem__)
+        if totals[slowest] <= (1 + _SLOWER) * usual:
+            return {}
+        typical = [statistics.median_low(column) for column in zip(*by_rank, strict=True)]
+        phase = max(range(len(mine)), key=lambda at: by_rank[slowest][at] - typical[at])
+        return {"straggler": {"rank": slowest, "phase": _BUSY[phase], "seconds": totals[slowest] - usual}}
 
     def _gradient_norm(self) -> float | None:
         norm = self._p.engine.get_global_grad_norm()

@@ -16,7 +16,9 @@ landmarks, k = anchors.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import pydantic
@@ -28,7 +30,7 @@ from setformer_dist.core.config import FrozenConfig
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.ops.cast_attention import Assignment, cast_attention
 from setformer_dist.ops.kernels import at_least_fp32
-from setformer_dist.ops.set_attention import IntTuple, SetAttentionConfig, set_attention
+from setformer_dist.ops.set_attention import IntTuple, SetAttentionConfig, marginal_error, set_attention
 from setformer_dist.ops.soft_attention import pool_grid, pool_sequence, soft_attention
 
 AttentionKind = Literal["set", "soft", "soft_norm", "cast", "softmax"]
@@ -220,6 +222,7 @@ class SetAttention(nn.Module):
         references: (h, m, d) parameter, the set that gathers.
         return_references: (h, m, d) parameter, the set that scatters, or None with one set.
         anchors: (h, k, d) parameter of the Nyström map, or None.
+        watcher: told the marginal error of each forward pass, (b, h); None costs nothing (`watched_marginals`).
     """
 
     def __init__(self, dim: int, num_heads: int, config: SetAttentionConfig) -> None:
@@ -227,6 +230,7 @@ class SetAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.config = config
+        self.watcher: Callable[[torch.Tensor], None] | None = None
         width = dim // num_heads
         m, k = config.references_of(0), width
         self.anchors: nn.Parameter | None = None
@@ -251,8 +255,11 @@ class SetAttention(nn.Module):
         self, x_bnc: torch.Tensor, grid: Grid | None = None, mask_bn: torch.Tensor | None = None
     ) -> torch.Tensor:
         """(b, n, c) -> (b, n, c)."""
+        x_bhnd = split_heads(self.input(x_bnc), self.num_heads)
+        if self.watcher is not None:
+            self.watcher(self._marginal_error(x_bhnd, mask_bn))
         y_bhnd = set_attention(
-            split_heads(self.input(x_bnc), self.num_heads),
+            x_bhnd,
             self.references,
             self.config,
             return_references_hmd=self.return_references,
@@ -261,6 +268,44 @@ class SetAttention(nn.Module):
             mask_bn=mask_bn,
         )
         return self.output(merge_heads(y_bhnd))  # type: ignore[no-any-return]
+
+    def _marginal_error(self, x_bhnd: torch.Tensor, mask_bn: torch.Tensor | None) -> torch.Tensor:
+        """Return (b, h), the larger of both sets' plans."""
+        sets = [self.references, *([] if self.return_references is None else [self.return_references])]
+        errors = [
+            marginal_error(x_bhnd, references, self.config, anchors_hkd=self.anchors, mask_bn=mask_bn)
+            for references in sets
+        ]
+        return torch.stack(errors).amax(0)
+
+
+@contextlib.contextmanager
+def watched_marginals(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collect the marginal errors of every SeT attention of a model while the context is open.
+
+    They are computed within the forward passes, where the parameters are whole even if ZeRO-3 cuts them in between.
+
+    Args:
+        model: any; without SeT attention nothing is collected.
+
+    Yields:
+        A list that grows by one tensor (b, h) per SeT layer and forward pass, fp32 or wider: for each image (or
+        sequence) and head the largest |n (row sum) - 1| that the layer's rounds leave.
+    """
+    found: list[torch.Tensor] = []
+    layers = set_attentions(model)
+    for layer in layers:
+        layer.watcher = found.append
+    try:
+        yield found
+    finally:
+        for layer in layers:
+            layer.watcher = None
+
+
+def set_attentions(model: nn.Module) -> list[SetAttention]:
+    """Return the SeT attention layers of a model, first block first."""
+    return [module for module in model.modules() if isinstance(module, SetAttention)]
 
 
 class SoftAttention(nn.Module):

@@ -43,6 +43,14 @@ class ModelConfig(FrozenConfig):
         return value
 
 
+def timm_arguments(config: ModelConfig, num_classes: int, image_size: int) -> dict[str, Any]:
+    """Return the arguments with which `timm.create_model` makes the architecture, besides what only training needs."""
+    arguments = {"num_classes": num_classes, **config.args}
+    if _fixes_input_size(config.name):
+        arguments.setdefault("img_size", image_size)
+    return arguments
+
+
 def build_model(config: ModelConfig, num_classes: int, image_size: int, seed: int) -> nn.Module:
     """Return the model with weights drawn from the seed alone.
 
@@ -56,9 +64,7 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int, seed: in
         ConfigError: an argument is unknown to the model or impossible.
     """
     torch.manual_seed(torch_seed(Purpose.INIT, seed))
-    arguments = {"num_classes": num_classes, "drop_path_rate": config.drop_path, **config.args}
-    if _fixes_input_size(config.name):
-        arguments.setdefault("img_size", image_size)
+    arguments = {"drop_path_rate": config.drop_path, **timm_arguments(config, num_classes, image_size)}
     try:
         model: nn.Module = timm.create_model(config.name, **arguments)
     except pydantic.ValidationError as error:

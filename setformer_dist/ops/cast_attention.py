@@ -63,8 +63,7 @@ def cast_attention(
         mask_bn: bool, True for valid tokens; the others take no part and their output is 0.
 
     Returns:
-        (b, h, n, d) in the dtype of v. On a GPU the contributions to a token of several clusters are added in no fixed
-        order, unless torch.use_deterministic_algorithms is on.
+        (b, h, n, d) in the dtype of v, the same to the last bit every time, on GPUs too.
 
     Raises:
         ConfigError: shapes that do not fit, a mask that is not boolean, clusters too small to hold all tokens.
@@ -161,17 +160,38 @@ def single_assignment(affinity_bnc: torch.Tensor, size: int, mask_bn: torch.Tens
 
 def gather_members(x_bhnd: torch.Tensor, clusters: Clusters) -> torch.Tensor:
     """Return (b, h, c, k, d): the tokens of each cluster."""
-    b, h, _, d = x_bhnd.shape
-    _, c, k = clusters.token_bck.shape
-    return x_bhnd.gather(2, clusters.token_bck.view(b, 1, c * k, 1).expand(b, h, c * k, d)).view(b, h, c, k, d)
+    (b, h, _, d), (_, c, k) = x_bhnd.shape, clusters.token_bck.shape
+    taken_bhpd = _taken(x_bhnd, clusters.token_bck.flatten(1), x_bhnd.device.type != "cpu")
+    return taken_bhpd.reshape(b, h, c, k, d)
 
 
 def scatter_members(y_bhckd: torch.Tensor, clusters: Clusters, n: int) -> torch.Tensor:
     """Return (b, h, n, d): for each token the sum over its places; the inverse of gathering where it has one."""
-    b, h, c, k, d = y_bhckd.shape
-    y = y_bhckd.masked_fill(~clusters.member_bck[:, None, :, :, None], 0).view(b, h, c * k, d)
-    index = clusters.token_bck.view(b, 1, c * k, 1).expand(b, h, c * k, d)
-    return y.new_zeros(b, h, n, d).scatter_add(2, index, y)
+    y_bhpd = y_bhckd.masked_fill(~clusters.member_bck[:, None, :, :, None], 0).flatten(2, 3)
+    return _added(y_bhpd, clusters.token_bck.flatten(1), n, y_bhpd.device.type != "cpu")
+
+
+# A token in several clusters adds up several numbers, here and in the gradient of taking it. On a GPU scatter_add does
+# so by atomics, in any order; index_put sorts first. On a CPU it is index_put that has no order.
+
+
+def _taken(x_bhnd: torch.Tensor, token_bp: torch.Tensor, sorts: bool) -> torch.Tensor:
+    """Return (b, h, p, d): the tokens of each of p places."""
+    b, h, _, d = x_bhnd.shape
+    if not sorts:
+        return x_bhnd.gather(2, token_bp[:, None, :, None].expand(b, h, -1, d))
+    image_b1 = torch.arange(b, device=x_bhnd.device).unsqueeze(1)
+    return x_bhnd.transpose(1, 2)[image_b1, token_bp].transpose(1, 2)
+
+
+def _added(y_bhpd: torch.Tensor, token_bp: torch.Tensor, n: int, sorts: bool) -> torch.Tensor:
+    """Return (b, h, n, d): for each token the sum over its places."""
+    b, h, _, d = y_bhpd.shape
+    if not sorts:
+        return y_bhpd.new_zeros(b, h, n, d).scatter_add(2, token_bp[:, None, :, None].expand(b, h, -1, d), y_bhpd)
+    image_b1 = torch.arange(b, device=y_bhpd.device).unsqueeze(1)
+    sums_bnhd = y_bhpd.new_zeros(b, n, h, d).index_put((image_b1, token_bp), y_bhpd.transpose(1, 2), accumulate=True)
+    return sums_bnhd.transpose(1, 2)
 
 
 # ----------------------------------------------------------------------------------------------------- attention

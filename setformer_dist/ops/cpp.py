@@ -2,10 +2,12 @@
 
     $TORCH_EXTENSIONS_DIR or ~/.cache/torch_extensions
       setformer_cpu/set_attention-<hash of source, flags, compiler, CPU and PyTorch>.so
+      setformer_cpu/set_attention-<the same>.failed   what the compiler said, if it failed within the last day
 
 A file is built aside and renamed into place, under a lock that the system takes from a builder that dies: ranks that
-start together wait for one of them, and none ever waits for a dead one or loads half a file. Where there is no
-compiler, that is said once, and PyTorch does the work.
+start together wait for one of them, and none ever waits for a dead one or loads half a file. A build that fails is
+tried once, not by one rank after the other; another compiler, flag or source is another build. Where there is no
+kernel, that is said once, and PyTorch does the work.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import platform
 import shlex
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -31,6 +34,8 @@ SOURCES = Path(__file__).parent / "csrc"
 ARITHMETIC = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 FLAGS = ("-std=c++20", *ARITHMETIC, "-fopenmp", "-fPIC", "-fvisibility=hidden", "-shared")
 BUILD_SECONDS = 300
+# How long a failure is believed: its cause may have been a full disk.
+FAILURE_SECONDS = 24 * 3600
 OFF = "SETFORMER_NO_CPP"
 
 
@@ -46,6 +51,8 @@ def _loaded() -> ctypes.CDLL | str:
     """Return the kernel, built if need be, or the reason why there is none, which is also logged."""
     try:
         return ctypes.CDLL(str(_built()))
+    except _BuildFailedError as error:
+        reason = str(error)
     except subprocess.CalledProcessError as error:
         reason = f"the compiler failed: {_last_line(error.stderr)}"
     except (OSError, subprocess.SubprocessError) as error:
@@ -55,8 +62,18 @@ def _loaded() -> ctypes.CDLL | str:
     return reason
 
 
+class _BuildFailedError(Exception):
+    """This build failed, now or in another process."""
+
+
 def _built() -> Path:
-    """Return the file of the kernel for this machine, building it if it is not there."""
+    """Return the file of the kernel for this machine, building it if it is not there.
+
+    Raises:
+        _BuildFailedError: the compiler cannot; on record for the others.
+        OSError: there is no compiler, or no place for the file.
+        subprocess.SubprocessError: the compiler does not even tell its version.
+    """
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     include, libraries = (Path(torch.__file__).parent / name for name in ("include", "lib"))
     sources = sorted(SOURCES.glob("*.*"))
@@ -81,10 +98,32 @@ def _built() -> Path:
         if not target.exists():
             made = Path(aside) / target.name
             where = ["-isystem", str(include), f"-L{libraries}", "-lc10", "-ltorch_cpu", "-o", str(made)]
-            command = [*compiler, *FLAGS, str(SOURCES / "set_attention.cpp"), *where]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
+            _compile([*compiler, *FLAGS, str(SOURCES / "set_attention.cpp"), *where], target.with_suffix(".failed"))
             made.replace(target)
     return target
+
+
+def _compile(command: list[str], record: Path) -> None:
+    """Run the compiler, unless the same has failed lately; a failure is recorded, whole or not at all.
+
+    Raises:
+        _BuildFailedError: with what the compiler said.
+    """
+    if record.exists() and time.time() - record.stat().st_mtime < FAILURE_SECONDS:
+        raise _BuildFailedError(f"{record.read_text()} (as {record} remembers: remove it to try again)")
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
+    except subprocess.CalledProcessError as error:
+        said = f"the compiler failed: {_last_line(error.stderr)}"
+    except subprocess.TimeoutExpired:
+        said = f"the compiler was not done after {BUILD_SECONDS} s"
+    else:
+        record.unlink(missing_ok=True)
+        return
+    aside = record.with_suffix(f".{os.getpid()}")
+    aside.write_text(said)
+    aside.replace(record)
+    raise _BuildFailedError(said)
 
 
 def _folder() -> Path:

@@ -258,6 +258,9 @@ def choose_implementation(inputs: Inputs, problem: SetProblem, wanted: str = "au
         on_cpu = inputs.x_bhnd.device.type == "cpu"
         reason = no_scalings if on_cpu else _no_triton(inputs, problem)
         if reason is None:
+            slower = set_cpu.unsuitable(inputs, problem) if on_cpu else None
+            if slower is not None:  # a kernel that cannot be built speaks for itself (cpp.py)
+                _say_once(f"SeT attention runs as 'fast': {slower}")
             return "cpu" if on_cpu else "triton"
         if no_scalings and no_reference:
             raise ConfigError(f"nothing computes this: {no_scalings}, and {no_reference}; raise epsilon to 0.01")

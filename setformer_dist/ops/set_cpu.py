@@ -96,8 +96,8 @@ def _run(inputs: Inputs, problem: SetProblem, dtype: torch.dtype, backward: bool
         raise MemoryError(f"no memory for SeT attention of {n} tokens and {call.references} references")
 
 
-def supports(inputs: Inputs, problem: SetProblem) -> str | None:
-    """Return why this kernel cannot compute the problem, or None where it can. Builds it if asked for the first time.
+def unsuitable(inputs: Inputs, problem: SetProblem) -> str | None:
+    """Return why this kernel computes no such problem, on whatever machine; None where it does.
 
     Args:
         inputs: the tensors; only their devices, dtypes and shapes are looked at.
@@ -112,6 +112,19 @@ def supports(inputs: Inputs, problem: SetProblem) -> str | None:
     for tensor in (inputs.x_bhnd, inputs.features_bhnk):
         if tensor is not None and tensor.dtype not in _TYPES:
             return f"dtype {tensor.dtype} is none of {', '.join(map(str, _TYPES))}"
+    return None
+
+
+def supports(inputs: Inputs, problem: SetProblem) -> str | None:
+    """Return why this kernel cannot compute the problem, or None where it can. Builds it if asked for the first time.
+
+    Args:
+        inputs: as those of `unsuitable`.
+        problem: likewise.
+    """
+    reason = unsuitable(inputs, problem)
+    if reason is not None:
+        return reason
     library = cpp.library()
     return library if isinstance(library, str) else None
 

@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch.nn import functional as F
 
 from setformer_dist.ops.kernels import log_filter, no_autocast
 from setformer_dist.ops.set_problem import SetProblem
-from setformer_dist.ops.sinkhorn import implicit_adjoint, last_rows, scaling_rounds, unrolled_adjoint
+from setformer_dist.ops.sinkhorn import implicit_adjoint, last_rows, product, scaling_rounds, unrolled_adjoint
 
 # Numbers in one n x m matrix of a chunk: 1 MiB of fp32, so that a handful stay within the caches of two cores.
 CHUNK = {"cpu": 1 << 18}
@@ -43,15 +44,20 @@ class Inputs:
     places_ma: torch.Tensor | None
     mask_bn: torch.Tensor | None
 
-    def chunks(self) -> Iterator[tuple[slice, slice]]:
-        """Yield (images, heads) of each chunk: many images where they are small, a part of the heads otherwise."""
+    def chunks(self) -> Iterator[tuple[slice | list[int], slice]]:
+        """Yield (images, heads) of each chunk: many images where they are small, a part of the heads otherwise.
+
+        A single head that could have had company comes as a pair with itself: the library divides a single product
+        among threads, and adds up in another order than in a batch.
+        """
         b, h, n, _ = self.x_bhnd.shape
         one = n * self.gather_hmk.shape[1]
         heads = max(1, CHUNK.get(self.x_bhnd.device.type, CHUNK_ELSEWHERE) // one)
         if heads >= h:
             images = heads // h
             for i in range(0, b, images):
-                yield slice(i, i + images), slice(0, h)
+                alone = heads > 1 and h == 1 and min(images, b - i) == 1
+                yield [i, i] if alone else slice(i, i + images), slice(0, h)
         else:
             for i in range(b):
                 for j in range(0, h, heads):
@@ -61,7 +67,9 @@ class Inputs:
 class _Chunk:
     """Inputs of one chunk, flattened over images and heads, in the working dtype."""
 
-    def __init__(self, inputs: Inputs, images: slice, heads: slice, dtype: torch.dtype, filters: _Filters) -> None:
+    def __init__(
+        self, inputs: Inputs, images: slice | list[int], heads: slice, dtype: torch.dtype, filters: _Filters
+    ) -> None:
         x = inputs.x_bhnd[images, heads]
         self.b, self.h, self.n, self.d = x.shape
         self.x = x.reshape(-1, self.n, self.d).to(dtype)
@@ -76,13 +84,13 @@ class _Chunk:
         self.row_sums = self._row_sums(inputs.mask_bn, images)
         self.filters = filters.of(images, self.h)
 
-    def _row_sums(self, mask_bn: torch.Tensor | None, images: slice) -> torch.Tensor | float:
+    def _row_sums(self, mask_bn: torch.Tensor | None, images: slice | list[int]) -> torch.Tensor | float:
         """a: 1 / n for valid tokens, 0 for the others; (z, 1, n), or one number without a mask."""
         if mask_bn is None:
             return 1.0 / self.n
-        mask = mask_bn[images].to(self.x.dtype)
-        share = mask / mask.sum(-1, keepdim=True)
-        return share.unsqueeze(1).repeat_interleave(self.h, 0)
+        mask = _of(mask_bn, images).to(self.x.dtype)
+        share = (mask / mask.sum(-1, keepdim=True)).unsqueeze(1)
+        return share if mask.shape[0] == 1 else share.repeat_interleave(self.h, 0)
 
     def each(self, references_hmk: torch.Tensor) -> torch.Tensor:
         """Repeat one reference set for each image; (z, m, k)."""
@@ -100,10 +108,11 @@ class _Filters:
 
     def __init__(self, inputs: Inputs, problem: SetProblem, dtype: torch.dtype) -> None:
         self._inputs, self._problem, self._dtype = inputs, problem, dtype
-        shared = inputs.positions_bna is not None and inputs.positions_bna.shape[0] == 1 and inputs.mask_bn is None
+        alike = [t is None or t.shape[0] == 1 for t in (inputs.positions_bna, inputs.mask_bn)]
+        shared = inputs.positions_bna is not None and all(alike)
         self._shared = self._make(slice(0, 1)) if shared else None
 
-    def of(self, images: slice, heads: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def of(self, images: slice | list[int], heads: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return the (gather, scatter) filters of a chunk, each (z or 1, n, m), or None."""
         if self._inputs.positions_bna is None:
             return None
@@ -112,12 +121,12 @@ class _Filters:
         gather, scatter = self._make(images)
         return gather.repeat_interleave(heads, 0), scatter.repeat_interleave(heads, 0)
 
-    def _make(self, images: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    def _make(self, images: slice | list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         positions, places = self._inputs.positions_bna, self._inputs.places_ma
         assert positions is not None
         assert places is not None
-        mask = None if self._inputs.mask_bn is None else self._inputs.mask_bn[images]
-        chosen = positions[images] if positions.shape[0] > 1 else positions
+        mask = None if self._inputs.mask_bn is None else _of(self._inputs.mask_bn, images)
+        chosen = _of(positions, images)
         if mask is not None:
             chosen = chosen.expand(mask.shape[0], -1, -1)
         logs = log_filter(chosen.to(self._dtype), places.to(self._dtype), self._problem.tau)
@@ -130,9 +139,41 @@ class _Filters:
         return torch.exp(valid - valid.amax(-2, keepdim=True)), torch.exp(logs - logs.amax(-1, keepdim=True))
 
 
+def _of(tensor: torch.Tensor, images: slice | list[int]) -> torch.Tensor:
+    """Return the rows of some images, of a tensor that has one for each or one for all."""
+    return tensor if tensor.shape[0] == 1 else tensor[images]
+
+
+def _filled_up(inputs: Inputs) -> Inputs:
+    """Fill up with masked tokens to a multiple of four, so that all n x m matrices begin alike in memory.
+
+    `sinkhorn.product` says what hangs on it; it would have to copy them.
+    """
+    n = inputs.x_bhnd.shape[2]
+    more = -n % 4
+    if not more or inputs.x_bhnd.device.type != "cpu":
+        return inputs
+
+    def rows(t: torch.Tensor | None) -> torch.Tensor | None:
+        return None if t is None else F.pad(t, (0, 0, 0, more))
+
+    mask = inputs.mask_bn
+    if mask is None:
+        mask = torch.ones(1, n, dtype=torch.bool)
+    x = rows(inputs.x_bhnd)
+    assert x is not None
+    return replace(
+        inputs,
+        x_bhnd=x,
+        features_bhnk=rows(inputs.features_bhnk),
+        positions_bna=rows(inputs.positions_bna),
+        mask_bn=F.pad(mask, (0, more)),
+    )
+
+
 def _kernel(chunk: _Chunk, references_hmk: torch.Tensor, problem: SetProblem) -> tuple[torch.Tensor, torch.Tensor]:
     """Return K = exp(s / epsilon) and, for the Gaussian kernel, s itself (otherwise K again); (z, n, m)."""
-    s = torch.bmm(chunk.features, chunk.each(references_hmk).mT)
+    s = product(chunk.features, chunk.each(references_hmk).mT)
     if problem.sigma > 0:
         s = s.sub_(1.0).mul_(1.0 / problem.sigma**2).exp_()
         return torch.exp(s * (1.0 / problem.epsilon)), s
@@ -142,16 +183,17 @@ def _kernel(chunk: _Chunk, references_hmk: torch.Tensor, problem: SetProblem) ->
 
 def forward(inputs: Inputs, problem: SetProblem, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Return y (b, h, n, d) in the dtype of x, and the v of every round (s, b, h, L + 1, m) for `backward`."""
-    b, h, _, _ = inputs.x_bhnd.shape
+    b, h, n, _ = inputs.x_bhnd.shape
     sets = 1 if inputs.scatter_hmk is None else 2
     y = torch.empty_like(inputs.x_bhnd)
     rounds = inputs.x_bhnd.new_empty((sets, b, h, problem.iterations + 1, inputs.gather_hmk.shape[1]), dtype=dtype)
     with torch.no_grad(), no_autocast(y.device):
+        inputs = _filled_up(inputs)
         filters = _Filters(inputs, problem, dtype)
         for images, heads in inputs.chunks():
             chunk = _Chunk(inputs, images, heads, dtype, filters)
             y_z, rounds_z = _chunk_forward(chunk, problem)
-            y[images, heads] = y_z.view(chunk.b, chunk.h, chunk.n, chunk.d)
+            y[images, heads] = y_z.view(chunk.b, chunk.h, chunk.n, chunk.d)[:, :, :n].to(y.dtype)
             for index, every in enumerate(rounds_z):
                 rounds[index, images, heads] = every.view(chunk.b, chunk.h, -1, chunk.m)
     return y, rounds
@@ -177,13 +219,13 @@ class _Gather:
         self.weights = kernel if chunk.filters is None else kernel * chunk.filters[0]
         tiny = torch.finfo(kernel.dtype).tiny
         if problem.renormalise:
-            self.inverse_sum = torch.bmm(self.u, self.weights).clamp_min_(tiny).reciprocal_().mT
+            self.inverse_sum = product(self.u, self.weights).clamp_min_(tiny).reciprocal_().mT
         else:
             self.inverse_sum = (rounds[:, -1:] * chunk.m).mT
 
     def pooled(self) -> torch.Tensor:
         """(z, m, d)."""
-        return torch.bmm(self.weights.mT, self.chunk.x * self.u.mT).mul_(self.inverse_sum)
+        return product(self.weights.mT, self.chunk.x * self.u.mT).mul_(self.inverse_sum)
 
 
 class _Scatter:
@@ -194,13 +236,13 @@ class _Scatter:
         self.weights = kernel if chunk.filters is None else kernel * chunk.filters[1]
         tiny = torch.finfo(kernel.dtype).tiny
         if problem.renormalise:
-            self.inverse_sum = torch.bmm(self.v, self.weights.mT).clamp_min_(tiny).reciprocal_().mT
+            self.inverse_sum = product(self.v, self.weights.mT).clamp_min_(tiny).reciprocal_().mT
         else:
             self.inverse_sum = last_rows(kernel, rounds, 1.0).mT
 
     def tokens(self, pooled_zmd: torch.Tensor) -> torch.Tensor:
         """(z, n, d)."""
-        return torch.bmm(self.weights, pooled_zmd * self.v.mT).mul_(self.inverse_sum)
+        return product(self.weights, pooled_zmd * self.v.mT).mul_(self.inverse_sum)
 
 
 # ------------------------------------------------------------------------------------------------------ backward
@@ -235,7 +277,10 @@ def backward(
     dx = torch.empty_like(inputs.x_bhnd)
     dfeatures = None if inputs.features_bhnk is None else torch.empty_like(inputs.features_bhnk)
     sums = [like(inputs.gather_hmk), like(inputs.scatter_hmk)]
+    n = inputs.x_bhnd.shape[2]
     with torch.no_grad(), no_autocast(dx.device):
+        inputs = _filled_up(inputs)
+        grad_y = F.pad(grad_y, (0, 0, 0, inputs.x_bhnd.shape[2] - n))
         filters = _Filters(inputs, problem, dtype)
         for images, heads in inputs.chunks():
             chunk = _Chunk(inputs, images, heads, dtype, filters)
@@ -243,11 +288,12 @@ def backward(
             rounds_z = [r[images, heads].flatten(0, 1) for r in rounds]
             dx_z, df_z, references = _chunk_backward(chunk, e, rounds_z, problem)
             if dfeatures is not None:
-                dfeatures[images, heads] = df_z.view(chunk.b, chunk.h, chunk.n, -1).to(dfeatures.dtype)
-            dx[images, heads] = dx_z.view(chunk.b, chunk.h, chunk.n, chunk.d).to(dx.dtype)
+                dfeatures[images, heads] = df_z.view(chunk.b, chunk.h, chunk.n, -1)[:, :, :n].to(dfeatures.dtype)
+            dx[images, heads] = dx_z.view(chunk.b, chunk.h, chunk.n, chunk.d)[:, :, :n].to(dx.dtype)
             for total, one in zip(sums, references, strict=False):
                 assert total is not None
-                total[heads] += one.view(chunk.b, chunk.h, chunk.m, -1).sum(0)
+                each = one.view(chunk.b, chunk.h, chunk.m, -1)
+                total[heads] += each[0] if isinstance(images, list) else each.sum(0)
     gather, scatter = (None if s is None else s.to(inputs.gather_hmk.dtype) for s in sums)
     assert gather is not None
     return Gradients(dx, dfeatures, gather, scatter)
@@ -264,17 +310,17 @@ def _chunk_backward(
     scatter = _Scatter(chunk, back_kernel, rounds[-1], problem)
 
     e = grad_y * scatter.inverse_sum
-    dpooled = torch.bmm(scatter.weights.mT, e).mul_(scatter.v.mT)
-    direct_back = torch.bmm(e, (pooled * scatter.v.mT).mT)
+    dpooled = product(scatter.weights.mT, e).mul_(scatter.v.mT)
+    direct_back = product(e, (pooled * scatter.v.mT).mT)
     if problem.renormalise:
         # The sum that divides y_i takes e_i . y_i away from every weight of row i.
-        y = torch.bmm(scatter.weights, pooled * scatter.v.mT).mul_(scatter.inverse_sum)
+        y = product(scatter.weights, pooled * scatter.v.mT).mul_(scatter.inverse_sum)
         direct_back -= (e * y).sum(-1, keepdim=True) * scatter.v
     direct_back *= scatter.weights
 
     t = dpooled * gather.inverse_sum
-    dx = torch.bmm(gather.weights, t).mul_(gather.u.mT)
-    direct = torch.bmm(chunk.x * gather.u.mT, t.mT)
+    dx = product(gather.weights, t).mul_(gather.u.mT)
+    direct = product(chunk.x * gather.u.mT, t.mT)
     if problem.renormalise:
         direct -= gather.u.mT * (t * pooled).sum(-1).unsqueeze(1)
     direct *= gather.weights
@@ -297,9 +343,9 @@ def _chunk_backward(
     dreferences = []
     for (k, similarity, d_exponent, d_f, d_g), every, r in zip(plans, rounds, chunk.references, strict=True):
         ds = _through_rounds(adjoint, k, similarity, d_exponent, d_f, d_g, every, chunk, problem)
-        part = torch.bmm(ds, chunk.each(r))
+        part = product(ds, chunk.each(r))
         dfeatures = part if dfeatures is None else dfeatures.add_(part)
-        dreferences.append(torch.bmm(ds.mT, chunk.features))
+        dreferences.append(product(ds.mT, chunk.features))
     assert dfeatures is not None
     if chunk.inverse_length is not None:
         along = (dfeatures * chunk.features).sum(-1, keepdim=True)
@@ -325,7 +371,7 @@ def _through_rounds(
 ) -> torch.Tensor:
     """Return the gradient of the similarity, (z, n, m): the direct one less what goes through u and v."""
     left, right = adjoint(kernel, rounds, df, dg, chunk.row_sums)
-    d_exponent = direct.sub_(torch.bmm(left.mT, right).mul_(kernel))
+    d_exponent = direct.sub_(product(left.mT, right).mul_(kernel))
     if problem.sigma > 0:
         d_exponent *= s * (1.0 / problem.sigma**2)
     return d_exponent.mul_(1.0 / problem.epsilon)

@@ -3,7 +3,8 @@
 Same tensors in, same numbers out as `set_reference`, in the log domain, so any epsilon is safe; everything but the
 operands of products is fp32 (fp64 for fp64 inputs). Only the column potentials of the rounds are kept for the
 backward, which is the exact derivative of the rounds that were run. Beyond inputs and outputs the memory is a few
-buffers of size m x d for each head, image and split; nothing of size n x m exists. Results are the same every time.
+buffers of size m x d for each head, image and split; nothing of size n x m exists. Results are the same every time, and
+an image's whatever shares its batch; only the gradients of references are sums over it.
 
 Letters: b = images, h = heads, n = tokens, m = references, k = features, d = values of one head, s = sets.
 """
@@ -27,8 +28,8 @@ from setformer_dist.ops.set_problem import SetProblem
 SET_BYTES = 16384
 # Bytes of operands in a tile of tokens by references: what registers and shared memory hold.
 TILE_BYTES = 8192
-# Programs that fill a large GPU a few times over; with fewer groups than that, several share the tokens of each.
-PROGRAMS = 1024
+# Tokens of a program, at least: a fixed size, so that sums have the same order whatever shares the batch.
+RUN = 512
 # What a program reads to merge the splits of its group, in numbers.
 MAX_MERGE = 4096
 
@@ -124,7 +125,7 @@ class _Call:
         b, h, n, _ = x.shape
         sets = [r for r in (inputs.gather_hmk, inputs.scatter_hmk) if r is not None]
         acc = at_least_fp32(x[:0]).dtype
-        spec = _spec(inputs, problem, len(sets), _splits(inputs, len(sets)) if splits is None else splits)
+        spec = _spec(inputs, problem, len(sets), _splits(inputs) if splits is None else splits)
         positions, places, mask = inputs.positions_bna, inputs.places_ma, inputs.mask_bn
         if mask is None:
             log_counts = torch.full((b,), math.log(n), dtype=acc, device=x.device)
@@ -221,12 +222,11 @@ def _block(inputs: Inputs) -> int:
     return max(16, min(128, largest, _padded(inputs.x_bhnd.shape[2])))
 
 
-def _splits(inputs: Inputs, sets: int) -> int:
-    """Return how many programs share the tokens of a group: enough to fill the device, no more than tiles."""
-    b, h, n, _ = inputs.x_bhnd.shape
-    m = inputs.gather_hmk.shape[1]
+def _splits(inputs: Inputs) -> int:
+    """Return how many programs share the tokens of a group, a power of two: a function of n, m and widths alone."""
+    n, m = inputs.x_bhnd.shape[2], inputs.gather_hmk.shape[1]
     tiles = -(-n // _block(inputs))
-    wanted = min(PROGRAMS // (b * h * sets), tiles // 2, MAX_MERGE // _padded(m))
+    wanted = min(n // RUN, tiles // 2, MAX_MERGE // _padded(m))
     return 1 << max(0, wanted.bit_length() - 1)
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.ops import cpp
@@ -64,9 +65,8 @@ def transport_plan(
         if tolerance > 0 or implicit:
             raise ConfigError(f"epsilon = {epsilon} leaves only logarithms: tolerance and implicit need at least 0.01")
         return sinkhorn_log(similarity, epsilon, iterations)
-    return sinkhorn_scaling(similarity.to(dtype), epsilon, iterations, tolerance, implicit=implicit).to(
-        at_least_fp32(similarity[:0]).dtype
-    )
+    plan = sinkhorn_scaling(similarity.to(dtype), epsilon, iterations, tolerance, implicit=implicit)
+    return plan.to(torch.promote_types(similarity.dtype, torch.float32))
 
 
 # --------------------------------------------------------------------------------------------------- logarithms
@@ -112,6 +112,9 @@ def sinkhorn_scaling(
     """Plan by matrix scaling in the dtype that is given (at least fp32); see `transport_plan`. Differentiable once."""
     shape = similarity.shape
     flat = at_least_fp32(similarity).reshape(-1, shape[-2], shape[-1])
+    if not (torch.is_grad_enabled() and flat.requires_grad):
+        with no_autocast(flat.device):
+            return _plan_and_rounds(flat, epsilon, iterations, tolerance)[0].view(shape)
     plan: torch.Tensor = _Scaling.apply(flat, epsilon, iterations, tolerance, implicit)
     return plan.view(shape)
 
@@ -139,7 +142,7 @@ class _Scaling(torch.autograd.Function):
             adjoint = implicit_adjoint if ctx.implicit else unrolled_adjoint
             df, dg = direct.sum(-1).unsqueeze(1), direct.sum(-2, keepdim=True)
             left, right = adjoint(kernel, rounds, df, dg, 1.0 / kernel.shape[1])
-            grad = (direct - kernel * torch.bmm(left.mT, right)) * (1.0 / ctx.epsilon)
+            grad = (direct - kernel * product(left.mT, right)) * (1.0 / ctx.epsilon)
         return grad, None, None, None, None
 
 
@@ -172,6 +175,36 @@ def _plans_in_cpp(
     return plan, rounds
 
 
+def product(a_zpq: torch.Tensor, b_zqr: torch.Tensor) -> torch.Tensor:
+    """Return the products of two batches of matrices, each the same to the last bit whatever shares its batch.
+
+    On CPUs the library adds up in an order that hangs on where in memory operands and result begin, within 16 bytes.
+    Matrices of odd sizes one behind the other begin everywhere; here each begins where the first of a batch does.
+    """
+    if a_zpq.device.type != "cpu":
+        return torch.bmm(a_zpq, b_zqr)
+    z, rows, columns = a_zpq.shape[0], a_zpq.shape[1], b_zqr.shape[2]
+    a, b = _apart(a_zpq), _apart(b_zqr)
+    if rows * columns % 4 == 0:
+        return torch.bmm(a, b)
+    return torch.bmm(a, b, out=_room(a, z, rows, columns))
+
+
+def _apart(matrices_zpq: torch.Tensor) -> torch.Tensor:
+    """Return the matrices, copied if not all of them begin at multiples of four numbers."""
+    z, p, q = matrices_zpq.shape
+    if matrices_zpq.storage_offset() % 4 == 0 and (z == 1 or matrices_zpq.stride(0) % 4 == 0):
+        return matrices_zpq
+    if matrices_zpq.stride(1) == 1:  # a transposed one stays so: the library reads it in its own way
+        return _room(matrices_zpq, z, q, p).copy_(matrices_zpq.mT).mT
+    return _room(matrices_zpq, z, p, q).copy_(matrices_zpq)
+
+
+def _room(like: torch.Tensor, z: int, p: int, q: int) -> torch.Tensor:
+    """Return uninitialised (z, p, q) matrices, each dense, that begin at multiples of four numbers."""
+    return like.new_empty(z, -(-p * q // 4) * 4)[:, : p * q].view(z, p, q)
+
+
 def scaling_rounds(
     kernel: torch.Tensor, row_sums: torch.Tensor | float, iterations: int, tolerance: float = 0.0
 ) -> torch.Tensor:
@@ -194,8 +227,8 @@ def scaling_rounds(
     u_before: torch.Tensor | None = None
     for _ in range(iterations):
         # Vectors lie as rows and multiply from the left: on a CPU a product with a column takes twice as long.
-        u = row_sums / torch.bmm(v, kernel.mT)
-        after = (1.0 / m) / torch.bmm(u, kernel)
+        u = row_sums / product(v, kernel.mT)
+        after = (1.0 / m) / product(u, kernel)
         if tolerance > 0:
             if u_before is not None:
                 # After the round before, the rows summed to a u_before / u.
@@ -213,7 +246,7 @@ def scaling_rounds(
 
 def last_rows(kernel: torch.Tensor, rounds: torch.Tensor, row_sums: torch.Tensor | float) -> torch.Tensor:
     """Return u of the last round, (z, 1, n)."""
-    return row_sums / torch.bmm(rounds[:, -2:-1], kernel.mT)
+    return row_sums / product(rounds[:, -2:-1], kernel.mT)
 
 
 def unrolled_adjoint(
@@ -236,14 +269,14 @@ def unrolled_adjoint(
         left (z, 2 L, n), right (z, 2 L, m): K * left^T right is to be taken from the direct gradient.
     """
     m = kernel.shape[-1]
-    inverse_kv = torch.bmm(rounds[:, :-1], kernel.mT).reciprocal_()
+    inverse_kv = product(rounds[:, :-1], kernel.mT).reciprocal_()
     u_all = inverse_kv * row_sums
     left, right = [], []
     for step in range(rounds.shape[1] - 1, 0, -1):
         u, v, v_before = u_all[:, step - 1 : step], rounds[:, step : step + 1], rounds[:, step - 1 : step]
         y = v * dg * m
-        x = (df - u * torch.bmm(y, kernel.mT)) * inverse_kv[:, step - 1 : step]
-        dg = -v_before * torch.bmm(x, kernel)
+        x = (df - u * product(y, kernel.mT)) * inverse_kv[:, step - 1 : step]
+        dg = -v_before * product(x, kernel)
         df = torch.zeros_like(df)
         left += [u, x]
         right += [y, v_before]
@@ -266,8 +299,18 @@ def implicit_adjoint(
     weighted = plan * inverse_a.mT
     m = plan.shape[-1]
     # A plan that falls into blocks has a gauge for each; the last term holds those, far below what P feels.
-    schur = torch.diag_embed(b * (1.0 + 1e-10)) - torch.bmm(plan.mT, weighted) + 1.0 / m**2
-    beta = torch.linalg.solve(schur, (dg - torch.bmm(df.double(), weighted)).mT).mT
-    alpha = ((df - torch.bmm(beta, plan.mT)) * inverse_a).to(kernel.dtype)
+    schur = torch.diag_embed(b * (1.0 + 1e-10)) - product(plan.mT, weighted) + 1.0 / m**2
+    side = dg - product(df.double(), weighted)
+    beta = _solve(schur, side)
+    alpha = ((df - product(beta, plan.mT)) * inverse_a).to(kernel.dtype)
     beta = beta.to(kernel.dtype)
     return torch.cat([alpha * u, u], 1), torch.cat([v, beta * v], 1)
+
+
+def _solve(matrix_zmm: torch.Tensor, side_z1m: torch.Tensor) -> torch.Tensor:
+    """Solve matrix @ x^T = side^T for x (z, 1, m); filled up to a multiple of four for the reason of `product`."""
+    m = matrix_zmm.shape[-1]
+    filled = F.pad(matrix_zmm, (0, -m % 4, 0, -m % 4))
+    filled.diagonal(dim1=-2, dim2=-1)[:, m:] = 1.0
+    solved: torch.Tensor = torch.linalg.solve(filled, F.pad(side_z1m, (0, -m % 4)).mT)
+    return solved.mT[..., :m]

@@ -24,6 +24,8 @@ from setformer_dist.report.rows import Row, RunRecord, finite, read_run
 
 _TEMPLATE = "report.html.j2"
 _EVAL_COLUMNS = ("loss", "top1", "top5", "ema_loss", "ema_top1", "ema_top5", "samples")
+# Shown where a run has recorded them (eval.marginal_error).
+_MARGINAL_COLUMNS = tuple(f"{prefix}marginal_error_{kind}" for prefix in ("", "ema_") for kind in ("max", "mean"))
 # Headline figures in the order of the page: key in summary.json to label.
 _TILES = {
     "top1": "top-1 accuracy",
@@ -33,6 +35,7 @@ _TILES = {
     "images_per_s": "images per second",
     "mfu": "model FLOP utilisation",
     "seconds": "time",
+    "goodput": "goodput: share of all time that became training",
     "epochs": "epochs",
     "steps": "steps",
     "parameters": "parameters",
@@ -42,7 +45,7 @@ _TILES = {
     "global_batch": "images per optimizer step",
 }
 _IN_LEAD = ("name", "model", "finished")
-_SHARES = ("top1", "top5", "mfu", "share", "accuracy")
+_SHARES = ("top1", "top5", "mfu", "share", "accuracy", "goodput")
 _MEGA, _KILO = 1e6, 1e3
 
 
@@ -92,6 +95,7 @@ def render(run: RunRecord, samples: Sequence[ClassifiedImage]) -> str:
         figures.speed_figure(run.train),
     ]
     summary = _flat(run.summary)
+    columns = [*_EVAL_COLUMNS, *(name for name in _MARGINAL_COLUMNS if any(name in row for row in run.evals))]
     return environment.from_string(template).render(
         name=run.name,
         lead=_lead(run),
@@ -101,8 +105,8 @@ def render(run: RunRecord, samples: Sequence[ClassifiedImage]) -> str:
         split=_split_table(run.train),
         images=[_image(sample) for sample in samples],
         right=sum(sample.true_class == sample.predicted_class for sample in samples),
-        evals=[_eval_row(row) for row in run.evals],
-        eval_columns=_EVAL_COLUMNS,
+        evals=[_eval_row(row, columns) for row in run.evals],
+        eval_columns=columns,
         facts=[
             {"label": key.replace("_", " "), "value": show(key, value)}
             for key, value in summary.items()
@@ -171,8 +175,8 @@ def _split_table(train: Sequence[Row]) -> list[dict[str, str]]:
     ]
 
 
-def _eval_row(row: Row) -> list[str]:
-    cells = [show(key, row[key]) if row.get(key) is not None else "" for key in _EVAL_COLUMNS]
+def _eval_row(row: Row, columns: Sequence[str]) -> list[str]:
+    cells = [show(key, row[key]) if row.get(key) is not None else "" for key in columns]
     return [f"{row['step']:,}", *cells]
 
 

@@ -25,7 +25,7 @@ from checkpoints.config import CheckpointConfig
 from checkpoints.identity import Identity
 from checkpoints.manager import CheckpointManager
 from checkpoints.reader import list_checkpoints, open_checkpoint, verify
-from checkpoints.writer import delete_checkpoint
+from checkpoints.commit import delete_checkpoint
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import CheckpointError
 from setformer_dist.core.fragments import Fragment
@@ -114,11 +114,15 @@ def test_with_everything_damaged_there_is_no_checkpoint_and_every_reason_is_told
     for step in (1, 2):
         save(tmp_path, step)
         flip(layout.step_folder(tmp_path, step) / FILES[1], 200, 3)
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* verifies: .*step-00000002.*step-00000001"):
+        open_checkpoint(tmp_path)
     found = manager(tmp_path)
     assert found.newest() is None
     assert [s.path.name for s in found.skipped] == ["step-00000002", "step-00000001"]
-    assert caplog.text.count("is passed over: rank-00001-of-00002.safetensors is damaged") == 2
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .* verifies: .*step-00000002.*step-00000001"):
+    assert caplog.text.count(f"put into {tmp_path / 'aside'}: rank-00001-of-00002.safetensors is damaged") == 2
+    assert "none of the 2 checkpoints" in caplog.text
+    assert [p.name.rpartition("-")[0] for p in layout.put_aside(tmp_path)] == ["step-00000001", "step-00000002"]
+    with pytest.raises(CheckpointError, match="holds no checkpoint: .* 2 that did not verify are in .*aside"):
         open_checkpoint(tmp_path)
 
 
@@ -279,11 +283,11 @@ def test_storage_that_is_not_shared_is_noticed_and_leaves_nothing(tmp_path):
     def work(comm):
         root = tmp_path / f"host-{comm.ranks.rank}"
         mine = [Fragment("w", "param", 2 * comm.ranks.rank, (4,), torch.zeros(2))]
-        with pytest.raises(CheckpointError, match=r"rank-00001-of-00002\.safetensors is missing.*all hosts share"):
+        with pytest.raises(CheckpointError, match=r"rank 1 does not see .*all hosts share"):
             CheckpointManager(root, comm, KEEP_TWO).save(1, mine, {}, IDENTITY, {})
 
     run_on_threads(2, work)
-    assert [list((tmp_path / f"host-{rank}").iterdir()) for rank in range(2)] == [[], []]
+    assert [list((tmp_path / f"host-{rank}").glob("*")) for rank in range(2)] == [[], []]
 
 
 def test_a_root_that_is_a_file_is_an_error_on_all_ranks(tmp_path):

@@ -62,9 +62,12 @@ def test_empty_data_folder(tmp_path: Path) -> None:
     assert_one_sentence(ended, 3, str(tmp_path / "data" / "train"), "setformer data pack")
 
 
-def test_raw_images_instead_of_shards(digits: Path, tmp_path: Path) -> None:
-    ended = setformer(*train_words(digits / "images", tmp_path / "runs", ranks=1))
-    assert_one_sentence(ended, 3, "setformer data pack")
+def test_images_without_class_folders(digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    for image in (digits / "images" / "train" / "3").iterdir():
+        shutil.copy(image, tmp_path / "data" / "train")
+    ended = setformer(*train_words(tmp_path / "data", tmp_path / "runs", ranks=1))
+    assert_one_sentence(ended, 3, str(tmp_path / "data" / "train"), "class folder")
 
 
 def test_a_shard_cut_short(copy: Path, tmp_path: Path) -> None:

@@ -11,7 +11,11 @@ import pytest
 import torch
 
 from dataloaders.lra.tasks import NAMES, Preparation, prepare, task_named
+from launch.infer import load_trained
+from launch.inputs import inputs_of
 from launch.lra import KINDS, Comparison
+from setformer_dist.core.ranks import RankInfo
+from setformer_dist.models.attention import watched_marginals
 from setformer_dist.models.build import build_model
 from setformer_dist.testing.commands import Ended, losses, setformer, train_words
 
@@ -65,6 +69,16 @@ def test_attentions_side_by_side(root: Path, tmp_path: Path) -> None:
     rows = json.loads((folder / "results.json").read_text())["rows"]
     assert [row["attention"] for row in rows] == ["set", "softmax", "cast"]
     assert rows[:2] == results["rows"]
+    # Nor does it forget what is not asked for now.
+    assert compare(root, tmp_path, "cast", ranks=2).code == 0
+    kept = json.loads((folder / "results.json").read_text())["rows"]
+    assert kept == [rows[2], rows[0], rows[1]]
+    # One rank is another run: its row stands alone.
+    shutil.copytree(folder, tmp_path / "alone" / "listops-short")
+    shutil.rmtree(tmp_path / "alone" / "listops-short" / "set")
+    assert compare(root, tmp_path / "alone", "set").code == 0
+    alone = json.loads((tmp_path / "alone" / "listops-short" / "results.json").read_text())["rows"]
+    assert [row["attention"] for row in alone] == ["set"]
     # Another page is another run, not these.
     assert_one_sentence(compare(root, tmp_path, "set", "optim.lr=0.1", ranks=2), 2, "optim.lr is 0.002 there")
     # So are other data: their figures must not stand beside these.
@@ -107,6 +121,44 @@ def test_tokens_through_the_ordinary_engine_resume_exactly(root: Path, tmp_path:
     assert_one_sentence(setformer("predict", str(run), "photo.png"), 2, "is a model of token sequences")
 
 
+@pytest.mark.parametrize(("stage", "dtype"), [(3, "fp32"), (0, "bf16")])
+def test_the_marginal_error_of_the_plans_is_reported_when_asked(
+    stage: int, dtype: str, root: Path, tmp_path: Path
+) -> None:
+    """37 samples on two ranks: filling does not count, and rank 1's larger errors reach rank 0's record."""
+    words = Comparison(task_named("listops", short=True), ("set",), root, tmp_path, 2, FEW).words("set")
+    more = ("eval.marginal_error=true", f"zero.stage={stage}", f"precision.dtype={dtype}", "ema.decay=0.5")
+    ended = setformer("train", *words, *more, "--ranks", "2")
+    assert ended.code == 0, ended.err
+    run = tmp_path / "listops-short" / "set"
+    last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+    assert (last["kind"], last["step"]) == ("eval", 6)
+    assert "marginal_error_max" in (run / "report.html").read_text()
+    assert b"eval/ema_marginal_error_mean" in next((run / "tensorboard").iterdir()).read_bytes()
+    for weights, prefix in (("plain", ""), ("ema", "ema_")):
+        trained = load_trained(run, weights)  # type: ignore[arg-type]
+        inputs = inputs_of(trained.config.data)
+        split = inputs.open(str(root / "listops-short"), "val")
+        errors = []
+        for rank in range(2):
+            batch = next(iter(inputs.eval_stream(split, RankInfo(rank, 2), 8).micro_batches()))
+            with watched_marginals(trained.model) as found, torch.no_grad():
+                trained.model(batch.inputs)
+            assert len(found) == 2  # layers
+            errors += [e[batch.weights > 0] for e in found]
+        every = torch.cat(errors)
+        expected = [every.max().item(), every.mean().item()]
+        assert expected[0] > expected[1] > 1e-5
+        got = [last[f"{prefix}marginal_error_{kind}"] for kind in ("max", "mean")]
+        assert got == pytest.approx(expected, rel=1e-3 if dtype == "fp32" else 0.2)
+
+
+def test_without_plans_there_is_no_marginal_error(root: Path, tmp_path: Path) -> None:
+    words = Comparison(task_named("listops", short=True), ("softmax",), root, tmp_path, 1, FEW).words("softmax")
+    ended = setformer("train", *words, "eval.marginal_error=true", "--ranks", "1")
+    assert_one_sentence(ended, 2, "lra_encoder has no SeT attention", "leave the key out")
+
+
 def test_dry_run_knows_sequences(root: Path) -> None:
     words = Comparison(task_named("listops", short=True), ("cast",), root, Path("runs"), 2).words("cast")
     ended = setformer("train", *words, "--ranks", "2", "--dry-run")
@@ -119,6 +171,11 @@ def test_prepare_and_stats(tmp_path: Path) -> None:
     ended = setformer("lra", "prepare", "listops", "--short", "--root", str(tmp_path), "--workers", "2")
     assert ended.code == 0, ended.err
     assert "train 40,000, val 2,000, test 2,000" in ended.out
+    again = setformer("lra", "prepare", "listops", "--short", "--root", str(tmp_path))
+    assert again.code == 0, again.err
+    assert "was already in" in again.out
+    other = setformer("lra", "prepare", "listops", "--short", "--root", str(tmp_path), "--seed", "1")
+    assert_one_sentence(other, 3, "with seed = 0 in train, not 1", "--force")
     ended = setformer("lra", "stats", "listops", "--short", "--root", str(tmp_path))
     assert ended.code == 0, ended.err
     assert "best label of the root operator" in ended.out

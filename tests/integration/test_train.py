@@ -41,6 +41,12 @@ def whole_run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "demo"
 
 
+def test_class_folders_train_like_the_shards_packed_from_them(digits: Path, tmp_path: Path, whole_run: Path) -> None:
+    ended = setformer(*train_words(digits / "images", tmp_path))
+    assert ended.code == 0, ended.err
+    assert losses(tmp_path / "demo") == losses(whole_run)
+
+
 def shm_files() -> set[str]:
     return {name for name in os.listdir("/dev/shm") if "deepspeed" in name or "torch_" in name}  # noqa: PTH208
 
@@ -107,17 +113,16 @@ def test_killed_ranks_resume_bit_by_bit(digits: Path, tmp_path: Path, dtype: str
     wait_for(tmp_path / "killed" / "demo" / "checkpoints" / "step-00000010" / "manifest.json", process)
     pids = children(process.pid)
     kill_ranks(process)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 6
+    _, err = process.communicate(timeout=150)
+    assert process.returncode == 0, err
     assert "was ended by SIGKILL" in err
+    assert "starting again from the newest checkpoint" in err
+    assert "resumed at step" in err
     assert_gone(pids)
-    ended = setformer(*words)
-    assert ended.code == 0, ended.err
-    assert "resumed at step" in ended.err
     assert losses(tmp_path / "killed" / "demo") == losses(tmp_path / "whole" / "demo")
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
 def test_a_signal_becomes_a_checkpoint_and_a_clean_exit(
     digits: Path, tmp_path: Path, signum: signal.Signals, code: int
 ) -> None:

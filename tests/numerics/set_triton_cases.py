@@ -234,6 +234,25 @@ def test_splits_change_rounding_only_and_repeats_change_nothing() -> None:
     assert torch.equal(agains.gather, others.gather)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_image_is_computed_alike_whatever_shares_its_batch(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(set_triton, "RUN", 32)
+    monkeypatch.setattr(set_triton, "TILE_BYTES", 1024)
+    three = inputs(n=150, m=9, masked=masked, b=3, dtype=torch.float32)
+    assert set_triton._splits(three) == 4
+    dy = gradient_of(three.x_bhnd)
+    y, gradients = by_triton(three, problem(), dy, None)
+    for image in range(3):
+        own = slice(image, image + 1)
+        assert three.positions_bna is not None
+        mask = None if three.mask_bn is None else three.mask_bn[own]
+        places = (three.positions_bna[own], three.places_ma)
+        alone = Inputs(three.x_bhnd[own], None, three.gather_hmk, three.scatter_hmk, *places, mask)
+        one, its = by_triton(alone, problem(), dy[own], None)
+        assert torch.equal(one, y[own])
+        assert torch.equal(its.x, gradients.x[own])
+
+
 def test_nothing_of_the_size_of_the_plan_is_allocated(buffers: list[int]) -> None:
     given = inputs(n=300, m=49, d=16, sets=1, dtype=torch.bfloat16)
     buffers.clear()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from setformer_dist.core.errors import ConfigError
+from setformer_dist.ops import cast_attention as cast
 from setformer_dist.ops.cast_attention import (
     Clusters,
     cast_attention,
@@ -107,6 +108,35 @@ def test_gradcheck(assignment, gated, masked):
 
     # The clusters must not change within a finite difference, which is far smaller than the gaps of random affinities.
     assert torch.autograd.gradcheck(function, tuple(named.values()))
+
+
+def test_both_ways_to_take_and_add_tokens_are_the_same():
+    """Of which GPUs take the one that has an order, in the gradient too."""
+    rng = torch.Generator().manual_seed(0)
+    x, y, upstream = (torch.randn(2, 3, n, 4, generator=rng, dtype=torch.float64) for n in (10, 30, 30))
+    places = torch.randint(10, (2, 30), generator=rng)  # most tokens in several
+    x.requires_grad_()
+    y.requires_grad_()
+    taken = [cast._taken(x, places, sorts) for sorts in (False, True)]
+    assert torch.equal(*taken)
+    torch.testing.assert_close(*(torch.autograd.grad(t, x, upstream)[0] for t in taken))
+    added = [cast._added(y, places, 10, sorts) for sorts in (False, True)]
+    torch.testing.assert_close(*added)
+    assert torch.equal(*(torch.autograd.grad(t, y, upstream[:, :, :10])[0] for t in added))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CPUs have an order anyway")
+def test_a_gpu_gives_the_same_bits_every_time():
+    named = {name: x.cuda().float() for name, x in operands(n=512, d=32).items()}
+
+    def run() -> list[torch.Tensor]:
+        leaves = {name: x.clone().requires_grad_() for name, x in named.items()}
+        y = cast_attention(**leaves, size=400)
+        return [y, *torch.autograd.grad(y.square().sum(), list(leaves.values()))]
+
+    first = run()
+    for _ in range(5):
+        assert all(map(torch.equal, first, run()))
 
 
 @pytest.mark.parametrize("assignment", ["top_k", "single"])

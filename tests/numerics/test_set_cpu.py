@@ -282,6 +282,38 @@ def test_without_a_compiler_it_says_so_once(tmp_path, compiler):
     assert not list(tmp_path.rglob("*.so"))
 
 
+def broken_compiler(folder: Path) -> Path:
+    """A compiler that tells its version, counts its calls and refuses every source."""
+    path = folder / "g++-broken"
+    path.write_text(
+        f"#!/bin/sh\nif [ $1 = --version ]; then echo broken 1.0; exit; fi\necho x >> {folder}/calls\n"
+        "echo 'x.cpp:1: error: no room in the registers' >&2; exit 1\n"
+    )
+    path.chmod(0o755)
+    return path
+
+
+def test_a_build_that_fails_is_tried_by_one_rank_and_remembered(tmp_path):
+    cache = tmp_path / "cache"
+    compiler = broken_compiler(tmp_path)
+    for _ in range(2):
+        ranks = [ask(cache, CXX=str(compiler)) for _ in range(2)]
+        for rank in ranks:
+            out, err = rank.communicate(timeout=120)
+            assert "first: the compiler failed: x.cpp:1: error: no room in the registers" in out
+            assert err.count("slower than its own kernel") == 1
+    assert (tmp_path / "calls").read_text() == "x\n"
+    (record,) = cache.rglob("*.failed")
+    # A day later, or with another compiler, it is tried again.
+    os.utime(record, (0, 0))
+    ask(cache, CXX=str(compiler)).communicate(timeout=120)
+    assert (tmp_path / "calls").read_text() == "x\nx\n"
+    compiler.write_text(compiler.read_text().replace("broken 1.0", "broken 1.1"))
+    ask(cache, CXX=str(compiler)).communicate(timeout=120)
+    assert (tmp_path / "calls").read_text() == "x\nx\nx\n"
+    assert sorted(path.suffix for path in record.parent.iterdir()) == [".failed", ".failed", ".lock", ".lock"]
+
+
 def test_ranks_that_start_together_build_one_file(tmp_path):
     ranks = [ask(tmp_path) for _ in range(2)]
     for rank in ranks:

@@ -180,6 +180,64 @@ def test_rounds_end_at_the_tolerance_whatever_shares_the_batch():
     torch.testing.assert_close(alone[0], together[2], atol=1e-6, rtol=1e-5)
 
 
+OPTIONS = {
+    "exact": {},
+    "until a tolerance": {"gradient": "implicit", "tolerance": 1e-3, "iterations": 30},
+    "as it is": {"renormalise": False, "position_filter": "none"},
+    "gaussian": {"kernel": "gaussian", "reference_sets": 1},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("n", "m", "d", "h"), [(49, 9, 32, 4), (49, 49, 64, 1), (17, 33, 7, 2), (784, 49, 32, 2)])
+@pytest.mark.parametrize("implementation", ["cpp", "fast", "reference"])
+def test_an_image_is_computed_alike_whatever_shares_its_batch(implementation, n, m, d, h, dtype, options):
+    """Bit by bit, forward and backward, masks included; the reference, which takes products as they come, nearly."""
+    if implementation != "fast" and "tolerance" in OPTIONS[options]:
+        pytest.skip("only fast stops at a tolerance")
+    fields = {"position_filter": "linear", **OPTIONS[options]}
+    config = SetAttentionConfig(references=m, implementation=implementation, **fields)
+    rng = torch.Generator().manual_seed(0)
+    x, upstream = (torch.randn(8, h, n, d, generator=rng).to(dtype) for _ in range(2))
+    sets = [torch.randn(h, m, d, generator=rng).to(dtype) for _ in range(2)]
+    back = {"return_references_hmd": sets[1]} if config.reference_sets == 2 else {}
+    mask = torch.rand(8, n, generator=rng) > 0.3
+    mask[:, 0] = True
+    mask[3:] = True
+
+    def of(images: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        leaf = x[images].clone().requires_grad_()
+        y = set_attention(leaf, sets[0], config, mask_bn=mask[images], **back)
+        (grad,) = torch.autograd.grad(y, leaf, upstream[images])
+        return y.detach(), grad
+
+    together = of(slice(0, 8))
+    for size in (1, 3):
+        for begin in range(0, 8, size):
+            images = slice(begin, begin + size)
+            for alone, all_of_them in zip(of(images), together, strict=True):
+                if implementation != "reference":
+                    assert torch.equal(alone, all_of_them[images])
+                    continue
+                apart = (alone.double() - all_of_them[images].double()).abs().max()
+                bound = 16 * torch.finfo(dtype).eps if dtype != torch.bfloat16 else torch.finfo(dtype).eps
+                assert apart <= bound * all_of_them.double().abs().max()
+
+
+def test_the_fall_to_the_slower_implementation_is_said_once(caplog, monkeypatch):
+    monkeypatch.setattr(module, "_said", set())
+    config = SetAttentionConfig(references=9, gradient="implicit", iterations=3)
+    tensors, extra = operands(config, dtype=torch.float32)
+    for tolerance in (0.0, 0.0, 1e-3, 1e-3):
+        run(variant(config, tolerance=tolerance), tensors, extra)
+    run(variant(config, gradient="exact"), tensors, extra)  # this is what cpp is for
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    assert said[0].startswith("SeT attention runs as 'fast': gradient = 'implicit'")
+    assert said[1].startswith("SeT attention runs as 'fast': tolerance = 0.001")
+
+
 def test_marginal_error_is_that_of_the_plan():
     config = SetAttentionConfig(references=9, iterations=2, reference_sets=1)
     tensors, _ = operands(config)

@@ -41,6 +41,11 @@ def test_a_tagged_checkpoint_stays():
     assert steps_to_delete(candidates, 3, CheckpointConfig(keep_last=1, keep_best=0)) == [2]
 
 
+def test_every_nth_stays():
+    config = CheckpointConfig(keep_last=1, keep_best=0, keep_every=20)
+    assert steps_to_delete([Candidate(step) for step in (10, 20, 30, 40, 50)], 50, config) == [10, 30]
+
+
 def test_what_lies_beyond_the_saved_step_is_neither_counted_nor_touched():
     # A run that fell back from 120 (damaged) and 110 to 100 and has just saved 105.
     candidates = [Candidate(100), Candidate(105), Candidate(110), Candidate(120, sound=False)]

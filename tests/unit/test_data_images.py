@@ -4,7 +4,11 @@ import io
 import itertools
 import math
 import os
+import struct
 import tarfile
+import tracemalloc
+import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +16,16 @@ import pytest
 import timm.data
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from dataloaders import AugmentConfig, DataConfig, Prepare, decode_for_eval
-from dataloaders.decode import UndecodableError, decode, image_size, suffix_for
+from dataloaders.augment import OPERATIONS, color_jitter, erased_box, rand_augment
+from dataloaders.decode import MAX_PIXELS, UndecodableError, decode, decode_mask, image_size, suffix_for
+from dataloaders.draws import Lane, sample_words, uniforms
 from dataloaders.mixing import draw_mix
-from dataloaders.transforms import TrainTransform, kept_random_state, random_box
+from dataloaders.source import Boxes, Stored
+from dataloaders.transforms import TrainTransform, draw_choices, show_for_eval
+from dataloaders.view import DRAWS_OF_CROP, centre_view, random_box, random_view, see_boxes, see_image, see_mask
 from setformer_dist.core.batch import MicroBatch, MixSpec
 from setformer_dist.core.config import build
 from setformer_dist.core.errors import ConfigError
@@ -80,6 +89,60 @@ def test_what_is_no_image_does_not_decode():
         decode(bytes(data))
 
 
+def huge_header(form):
+    """The beginning of an image of 60000 x 60000 pixels, as its own format says it."""
+    if form == "PNG":
+        body = struct.pack(">II5B", 60000, 60000, 8, 2, 0, 0, 0)
+        chunk = b"IHDR" + body
+        head = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(body)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        data = zlib.compress(bytes(1000))
+        chunks = [(b"IDAT", data), (b"IEND", b"")]
+        return head + b"".join(
+            struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks
+        )
+    data = bytearray(encoded(smooth(40, 40)))
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = struct.pack(">HH", 60000, 60000)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_absurd_sizes_are_refused_before_anything_is_allocated(form):
+    assert MAX_PIXELS < 60000 * 60000
+    data = huge_header(form)
+    tracemalloc.start()
+    for what in (decode, image_size, lambda data: decode(data, 100, 100)):
+        with pytest.raises(UndecodableError, match=r"60000 x 60000|exceeds limit"):
+            what(data)
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
+
+
+def test_a_flipped_byte_anywhere_in_a_png_is_refused():
+    data = encoded(smooth(24, 24), "PNG")
+    for at in range(8, len(data), 7):
+        damaged = bytearray(data)
+        damaged[at] ^= 0x10
+        with pytest.raises(UndecodableError):
+            decode(bytes(damaged))
+
+
+def test_masks_keep_their_classes_and_must_fit():
+    classes = np.random.default_rng(0).integers(0, 256, (20, 30), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(classes).save(out, "PNG")
+    assert np.array_equal(decode_mask(out.getvalue(), (20, 30)), classes)
+    palette = Image.fromarray(classes % 7).convert("P")
+    palette.putpalette([value for place in range(7) for value in (place * 30, 0, 255 - place)])
+    painted = io.BytesIO()
+    palette.save(painted, "PNG")
+    assert np.array_equal(decode_mask(painted.getvalue(), (20, 30)), np.asarray(palette))
+    with pytest.raises(UndecodableError, match=r"20 x 30 of mode L, not 30 x 20"):
+        decode_mask(out.getvalue(), (30, 20))
+    with pytest.raises(UndecodableError, match="mode RGB"):
+        decode_mask(encoded(smooth(20, 30), "PNG"), (20, 30))
+
+
 def test_suffix_follows_content():
     assert suffix_for(encoded(smooth(8, 8)), ".png") == "jpg"
     assert suffix_for(encoded(smooth(8, 8), "PNG"), ".JPEG") == "png"
@@ -124,18 +187,29 @@ def test_evaluation_equals_timm_on_photographs():
 # Augmentation
 
 
-def transform_of(size=32, **augment):
+@dataclass
+class Facts:
+    """What a transform asks of a source: image sizes and parts."""
+
+    smallest: tuple
+    largest: tuple
+    parts: frozenset = frozenset()
+    name: str = "here"
+
+    def extent(self):
+        return self.smallest, self.largest
+
+
+def transform_of(size=32, parts=(), **augment):
     config = DataConfig(root="", image_size=size, augment=AugmentConfig(**augment))
-    return TrainTransform(config, (size, size), (size, size), "here")
+    transform = TrainTransform(config, Facts((size, size), (size, size), frozenset(parts)))
+    return lambda sample, stored, choices: transform(sample, stored, (size, size), choices), config.augment
 
 
 def draws_of(transform, data, height, width, count):
-    images = []
-    with kept_random_state():
-        for seed in range(count):
-            torch.default_generator.manual_seed(seed)
-            images.append(transform(data, height, width))
-    return images
+    show, augment = transform
+    choices = draw_choices(augment, 1, np.zeros(count, np.int64), np.arange(count))
+    return [show(Stored(data), (height, width), one).image for one in choices]
 
 
 def test_padded_crop_is_a_window_of_the_padded_image_and_covers_all_offsets():
@@ -163,17 +237,15 @@ def test_flip_mirrors_half_of_the_images():
 def test_random_boxes_keep_to_image_area_and_ratio(height, width):
     augment = AugmentConfig(scale=(0.1, 0.6), ratio=(0.75, 1.5))
     shares = []
-    with kept_random_state():
-        for seed in range(300):
-            torch.default_generator.manual_seed(seed)
-            top, left, box_height, box_width = random_box(height, width, augment)
-            assert 0 <= top <= height - box_height
-            assert 0 <= left <= width - box_width
-            assert box_height >= 1
-            assert box_width >= 1
-            if min(height, width) > 300:
-                assert 0.74 < box_width / box_height < 1.52
-                shares.append(box_height * box_width / (height * width))
+    for draws in np.random.default_rng(0).random((300, DRAWS_OF_CROP)).tolist():
+        top, left, box_height, box_width = random_box((height, width), 1.0, augment, draws)
+        assert 0 <= top <= height - box_height
+        assert 0 <= left <= width - box_width
+        assert box_height >= 1
+        assert box_width >= 1
+        if min(height, width) > 300:
+            assert 0.74 < box_width / box_height < 1.52
+            shares.append(box_height * box_width / (height * width))
     if shares:
         assert 0.095 < min(shares) < 0.13
         assert 0.57 < max(shares) < 0.61
@@ -204,6 +276,230 @@ def test_each_augmentation_changes_images_and_keeps_their_form():
         assert sum(not torch.equal(image, plain) for image in images) > 10
 
 
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("magnitude", [0, 9, 30])
+@pytest.mark.parametrize("sign", [0.2, 0.8])
+def test_randaugment_does_what_torchvision_does(name, magnitude, sign):
+    """The operation, its strength and its sign, against torchvision's own transform made to draw the same."""
+    image = torch.from_numpy(smooth(40, 56)).permute(2, 0, 1).contiguous()
+    which = (list(OPERATIONS).index(name) + 0.5) / len(OPERATIONS)
+    fill = [124.0, 116.0, 104.0]
+    theirs = v2.RandAugment(1, magnitude, interpolation=v2.InterpolationMode.BILINEAR, fill=fill)
+    strengths, signed = theirs._AUGMENTATION_SPACE[name]
+    strengths = strengths(31, 40, 56)
+    strength = 0.0 if strengths is None else float(strengths[magnitude])
+    strength = -strength if signed and sign < 0.5 else strength
+    expected = theirs._apply_image_or_video_transform(image, name, strength, theirs.interpolation, theirs._fill)
+    found = rand_augment(image, magnitude, [which, sign], fill)
+    assert found.dtype == torch.uint8
+    difference = (found.int() - expected.int()).abs()
+    # Strengths are computed in double precision here and in single there.
+    assert difference.float().mean() < 0.02
+    assert set(OPERATIONS) == set(theirs._AUGMENTATION_SPACE)
+
+
+def test_color_jitter_does_what_torchvision_does():
+    image = torch.from_numpy(smooth(40, 56)).permute(2, 0, 1).contiguous()
+    theirs = v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4)
+    for draws in np.random.default_rng(0).random((40, 4)).tolist():
+        order = list(itertools.permutations(range(3)))[int(draws[3] * 6)]
+        factors = [0.6 + 0.8 * draw for draw in draws[:3]]
+        names = ("brightness_factor", "contrast_factor", "saturation_factor")
+        params = dict(zip(names, factors, strict=True), fn_idx=torch.tensor(order), hue_factor=None)
+        assert torch.equal(color_jitter(image, 0.4, draws), theirs.transform(image, params))
+
+
+def test_erasing_takes_what_torchvision_takes():
+    """Shares and ratios of the rectangles have the quantiles of torchvision's."""
+    ours, theirs = [], []
+    transform = v2.RandomErasing(p=1.0)
+    torch.manual_seed(0)
+    image = torch.zeros(3, 200, 300)
+    for draws in np.random.default_rng(0).random((2000, 41)).tolist():
+        assert erased_box(200, 300, 0.0, draws) is None
+        top, left, height, width = erased_box(200, 300, 1.0, draws)
+        assert 0 <= top <= 200 - height
+        assert 0 <= left <= 300 - width
+        ours.append((height * width, height / width))
+        params = transform.make_params([image])
+        theirs.append((params["h"] * params["w"], params["h"] / params["w"]))
+    for mine, other in zip(np.array(ours).T, np.array(theirs).T, strict=True):
+        quantiles = np.quantile(mine, (0.1, 0.5, 0.9)), np.quantile(other, (0.1, 0.5, 0.9))
+        np.testing.assert_allclose(*quantiles, rtol=0.2)
+
+
+def test_random_crops_are_distributed_as_torchvisions():
+    augment = AugmentConfig()
+    draws = np.random.default_rng(0).random((3000, DRAWS_OF_CROP)).tolist()
+    ours = np.array([random_box((375, 500), 1.0, augment, one) for one in draws])
+    torch.manual_seed(0)
+    image = torch.zeros(3, 375, 500)
+    transform = v2.RandomResizedCrop(224)
+    drawn = [transform.make_params([image]) for _ in range(3000)]
+    theirs = np.array([[p["top"], p["left"], p["height"], p["width"]] for p in drawn])
+    np.testing.assert_allclose(
+        np.quantile(ours, (0.25, 0.5, 0.75), 0), np.quantile(theirs, (0.25, 0.5, 0.75), 0), atol=16
+    )
+
+
+def test_numbers_are_keyed_by_seed_epoch_sample_and_lane():
+    samples = np.arange(50_000)
+    zeros = np.zeros_like(samples)
+    words = sample_words(3, zeros, samples)
+    numbers = uniforms(words, Lane.CROP, 8)
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    # Uniform in each column (chi-square of 100 cells, five standard deviations), and no two columns correlate.
+    for column in numbers.T:
+        counts = np.histogram(column, 100, (0, 1))[0]
+        assert ((counts - 500) ** 2 / 500).sum() < 99 + 5 * np.sqrt(2 * 99)
+    others = [
+        uniforms(sample_words(4, zeros, samples), Lane.CROP, 1),
+        uniforms(sample_words(3, zeros + 1, samples), Lane.CROP, 1),
+        uniforms(sample_words(3, zeros, samples + 1), Lane.CROP, 1),
+        uniforms(words, Lane.FLIP, 1),
+    ]
+    table = np.corrcoef(np.concatenate([numbers, *others], axis=1).T)
+    assert np.abs(table - np.eye(len(table))).max() < 5 / np.sqrt(50_000)
+    part = uniforms(sample_words(3, zeros[:7], samples[20:27]), Lane.CROP, 8)
+    assert np.array_equal(part, numbers[20:27])
+    # Golden: a change of these numbers changes what runs see; then CURSOR_FORMAT must change too.
+    assert numbers[:2, 0].tolist() == [0.7437499307463624, 0.0617554156539849]
+
+
+def test_one_augmentation_leaves_the_numbers_of_the_others_alone():
+    some = draw_choices(AugmentConfig(erasing=0.5), 1, np.zeros(4, np.int64), np.arange(4))
+    more = draw_choices(
+        AugmentConfig(erasing=0.5, randaugment_ops=2, color_jitter=0.3), 1, np.zeros(4, np.int64), np.arange(4)
+    )
+    for one, other in zip(some, more, strict=True):
+        assert (one.crop, one.flip, one.erasing) == (other.crop, other.flip, other.erasing)
+
+
+# Masks and boxes
+
+
+def drawn_rectangle(height, width, box):
+    """An image, a mask and a box of one bright rectangle on black."""
+    x0, y0, x1, y1 = box
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[y0:y1, x0:x1] = 255
+    mask = np.zeros((height, width), np.uint8)
+    mask[y0:y1, x0:x1] = 9
+    out = io.BytesIO()
+    Image.fromarray(mask).save(out, "PNG")
+    boxes = Boxes(np.array([box], np.float32), np.array([4]))
+    return Stored(encoded(pixels, "PNG"), out.getvalue(), boxes)
+
+
+def outline(inside):
+    rows, columns = inside.any(1).nonzero()[:, 0], inside.any(0).nonzero()[:, 0]
+    return torch.tensor([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]).float()
+
+
+def assert_together(shown):
+    """Image, mask and box show one rectangle, to a pixel; True if it is seen at all."""
+    corners, labels = shown.boxes
+    if not len(labels):
+        return False
+    assert labels.tolist() == [4]
+    by_mask, by_image = outline(shown.mask == 9), outline(shown.image[0] > 127)
+    assert (by_mask - corners[0]).abs().max() <= 1.01
+    assert (by_image - corners[0]).abs().max() <= 1.01
+    return True
+
+
+@pytest.mark.parametrize(
+    "augment", [{}, {"scale": (0.5, 1.0)}, {"crop": "none"}, {"erasing": 0.0, "color_jitter": 0.01}]
+)
+@pytest.mark.parametrize(("height", "width"), [(120, 160), (160, 120), (64, 64)])
+def test_masks_and_boxes_follow_the_image(augment, height, width):
+    show, config = transform_of(size=64, parts=("mask", "boxes"), **augment)
+    seen = 0
+    choices = draw_choices(config, 5, np.zeros(60, np.int64), np.arange(60))
+    for i, one in enumerate(choices):
+        numbers = np.random.default_rng(i)
+        x0, y0 = int(numbers.integers(0, width // 2)), int(numbers.integers(0, height // 2))
+        box = (x0, y0, x0 + int(numbers.integers(20, width // 2)), y0 + int(numbers.integers(20, height // 2)))
+        seen += assert_together(show(drawn_rectangle(height, width, box), (height, width), one))
+    assert seen > 40
+
+
+def test_masks_and_boxes_follow_padded_crops_and_evaluation():
+    show, config = transform_of(size=64, parts=("mask", "boxes"), crop="pad", pad=9)
+    sample = drawn_rectangle(64, 64, (20, 24, 44, 40))
+    outside = 0
+    for one in draw_choices(config, 5, np.zeros(40, np.int64), np.arange(40)):
+        shown = show(sample, (64, 64), one)
+        assert assert_together(shown)
+        outside += int((shown.mask == 255).sum())
+    assert outside > 0
+    for height, width in ((90, 140), (140, 90), (64, 64)):
+        assert assert_together(
+            show_for_eval(drawn_rectangle(height, width, (34, 30, 60, 62)), DataConfig(root="", image_size=64))
+        )
+
+
+def test_boxes_are_clipped_and_tiny_ones_left_out():
+    view = random_view((100, 100), (50, 50), AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0)), [0.5] * DRAWS_OF_CROP)
+    view = view._replace(box=(20, 20, 50, 50))
+    corners = [
+        [0, 0, 100, 100],
+        [60, 60, 80, 80],
+        [0, 0, 19, 19],
+        [66, 30, 96, 40],
+        [69.5, 30, 70.4, 60],
+        [30, 40, 50, 60],
+    ]
+    found, labels = see_boxes(view, Boxes(np.array(corners, np.float32), np.arange(6)))
+    # 0 is clipped but keeps a quarter; 1 keeps a quarter; 2 is outside; 3 keeps 4 of 30; 4 is half a pixel wide.
+    assert labels.tolist() == [0, 1, 3, 5]
+    assert found.tolist() == [[0, 0, 50, 50], [40, 40, 50, 50], [46, 10, 50, 20], [10, 20, 30, 40]]
+    mirrored, _ = see_boxes(view.mirror(True), Boxes(np.array(corners, np.float32), np.arange(6)))
+    assert mirrored[3].tolist() == [20, 20, 40, 40]
+    nothing, none = see_boxes(view, Boxes(np.empty((0, 4), np.float32), np.empty(0, np.int64)))
+    assert nothing.shape == (0, 4)
+    assert none.shape == (0,)
+
+
+def test_erased_pixels_do_not_count_in_masks():
+    show, config = transform_of(size=64, parts=("mask",), crop="none", flip=False, erasing=1.0)
+    sample = drawn_rectangle(64, 64, (0, 0, 64, 64))
+    for one in draw_choices(config, 5, np.zeros(10, np.int64), np.arange(10)):
+        shown = show(sample, (64, 64), one)
+        erased = (shown.image != 255).any(0)
+        assert erased.any()
+        assert torch.equal(shown.mask == 255, erased)
+
+
+def test_what_masks_and_boxes_cannot_follow_is_refused():
+    with pytest.raises(ConfigError, match=r"randaugment_ops = 2 shears.*come with boxes and mask"):
+        transform_of(parts=("mask", "boxes"), randaugment_ops=2)
+    with pytest.raises(ConfigError, match=r"mixup and augment.cutmix mix .* come with mask"):
+        transform_of(parts=("mask",), mixup=0.2)
+
+
+def test_an_image_of_another_size_than_its_container_says_is_damaged():
+    show, config = transform_of(size=32)
+    (choices,) = draw_choices(config, 5, np.zeros(1, np.int64), np.arange(1))
+    with pytest.raises(UndecodableError, match="40 x 50 pixels, its container says 41 x 50"):
+        show(Stored(encoded(smooth(40, 50))), (41, 50), choices)
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (96, 64), (32, 128), (50, 50)])
+@pytest.mark.parametrize("stored", [(200, 300), (300, 200), (64, 96), (77, 78)])
+def test_centre_views_of_any_shape_lie_within_the_image_and_keep_its_ratio(shape, stored):
+    view = centre_view(stored, shape, 0.9)
+    assert view.shape == shape
+    assert 0 <= view.offset[0] <= view.resized[0] - shape[0]
+    assert 0 <= view.offset[1] <= view.resized[1] - shape[1]
+    if stored != shape:
+        assert abs(view.resized[0] / stored[0] - view.resized[1] / stored[1]) < 1 / min(stored) + 1 / min(view.resized)
+    mask = np.arange(stored[0] * stored[1], dtype=np.int64).reshape(stored) % 251
+    assert see_mask(view, mask.astype(np.uint8)).shape == shape
+    assert see_image(view, smooth(*stored), stored, "bilinear").shape == (3, *shape)
+
+
 def test_erased_pixels_are_zero_once_normalised():
     data = encoded(np.full((32, 32, 3), 255, np.uint8), "PNG")
     image = draws_of(transform_of(crop="none", flip=False, erasing=1.0), data, 32, 32, 1)[0]
@@ -224,10 +520,10 @@ def micro_batch(images, labels, mix=None):
 
 def test_mix_depends_on_position_alone_and_stays_in_the_group():
     augment = AugmentConfig(mixup=0.4, cutmix=1.0, mix_group=4, mix_prob=0.7)
-    partner, lam, box = draw_mix(augment, 32, 1, 2, 0, 400)
+    partner, lam, box = draw_mix(augment, (32, 32), 1, 0, 400)
     assert set(np.arange(400) // 4 - partner // 4) == {0}
     for first in (0, 40, 396):
-        part = draw_mix(augment, 32, 1, 2, first, 4)
+        part = draw_mix(augment, (32, 32), 1, first, 4)
         assert np.array_equal(part[0] + first, partner[first : first + 4])
         assert np.array_equal(part[1], lam[first : first + 4])
         assert np.array_equal(part[2], box[first : first + 4])
@@ -238,7 +534,7 @@ def test_mix_depends_on_position_alone_and_stays_in_the_group():
     assert 80 < (mixed & ~cut).sum() < 200
     area = (box[:, 1] - box[:, 0]) * (box[:, 3] - box[:, 2])
     np.testing.assert_allclose(lam[cut], 1 - area[cut] / 1024, atol=1e-6)
-    assert draw_mix(AugmentConfig(), 32, 1, 2, 0, 4) is None
+    assert draw_mix(AugmentConfig(), (32, 32), 1, 0, 4) is None
 
 
 def test_prepare_mixes_images_and_targets_by_the_same_share():

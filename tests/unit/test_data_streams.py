@@ -1,5 +1,6 @@
 """Streams: the same samples and pixels on any ranks, micro batches and workers; resumable; nothing leaks."""
 
+import gc
 import io
 import itertools
 import os
@@ -7,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -26,10 +28,11 @@ from dataloaders import (
     open_split,
     pack_image_folder,
 )
-from dataloaders.loading import Request
-from dataloaders.streams import _Readers
+from dataloaders.loading import Loaded, Request
+from dataloaders.order import BlockOrder
+from dataloaders.readers import Readers
 from setformer_dist.core.batch import EvalStream, TrainStream
-from setformer_dist.core.errors import ConfigError, DataError
+from setformer_dist.core.errors import ConfigError, DataError, PassingError
 from setformer_dist.core.ranks import RankInfo
 
 EVERYTHING = AugmentConfig(
@@ -118,9 +121,9 @@ def test_pixels_do_not_depend_on_ranks_and_micro_batch(data, reference, world, m
     assert_same(assemble(data, config_of(data), world, micro, (0, 1, 3, 9)), reference)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_pixels_do_not_depend_on_workers(data, reference, workers):
-    config = config_of(data, workers=workers)
+@pytest.mark.parametrize(("workers", "threads"), [(0, 1), (0, 3), (1, 0), (2, 2)])
+def test_pixels_do_not_depend_on_readers(data, reference, workers, threads):
+    config = config_of(data, workers=workers, threads=threads)
     stream = ShardTrainStream(open_split(data / "train"), config, 5, RankInfo(), 24, 12)
     taken = take(stream, 0, 8)
     stream.close()
@@ -147,6 +150,28 @@ def test_resumption_at_any_step_is_the_uninterrupted_run(data, augment):
             assert torch.equal(one.inputs, other.inputs)
 
 
+@pytest.mark.parametrize("changes", [{"order": "block", "block_shards": 2}, {"epoch_end": "wrap"}])
+def test_config_chooses_the_order(data, changes):
+    dataset = open_split(data / "train")
+    config = config_of(data, threads=1, **changes)
+    stream = ShardTrainStream(dataset, config, 3, RankInfo(), 24, 12)
+    taken = take(stream, 0, 20)
+    ids = [i for one in taken for i in one.sample_ids.tolist()]
+    if "order" in changes:
+        assert stream.steps_per_epoch == 4
+        assert ids[:96] == BlockOrder(dataset.shards, 2, seed=3)(0, np.arange(96)).tolist()
+    else:
+        assert stream.steps_per_epoch == 5
+        assert sorted(ids[:106]) == sorted(ids[106:212]) == list(range(106))
+    again = ShardTrainStream(dataset, config, 3, RankInfo(), 24, 24)
+    assert again.check_state(stream.state(7)) == 7
+    expected = torch.cat([one.inputs for one in taken[14:16]])
+    assert torch.equal(take(again, 7, 1)[0].inputs, expected)
+    plain = ShardTrainStream(dataset, config_of(data), 3, RankInfo(), 24, 24)
+    with pytest.raises(DataError, match=r"order .*set data.order, block_shards, epoch_end"):
+        plain.check_state(stream.state(7))
+
+
 def test_epochs_and_seeds_draw_other_pixels(data):
     dataset = open_split(data / "train")
     by_sample = {}
@@ -166,9 +191,11 @@ def test_loading_leaves_the_random_state_of_the_run_alone(data):
     torch.manual_seed(1)
     np.random.seed(1)
     random.seed(1)
-    for workers in (0, 1):
+    for workers, threads in ((0, 0), (0, 2), (1, 0)):
         before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-        stream = ShardTrainStream(open_split(data / "train"), config_of(data, workers=workers), 1, RankInfo(), 24, 8)
+        stream = ShardTrainStream(
+            open_split(data / "train"), config_of(data, workers=workers, threads=threads), 1, RankInfo(), 24, 8
+        )
         take(stream, 0, 3)
         stream.close()
         assert torch.equal(torch.get_rng_state(), before[0])
@@ -183,8 +210,10 @@ def test_labels_belong_to_the_samples(data):
         assert one.labels.tolist() == dataset.labels(one.sample_ids.numpy()).tolist()
 
 
-def test_a_second_iteration_ends_the_first(data):
-    stream = ShardTrainStream(open_split(data / "train"), config_of(data, workers=1), 1, RankInfo(), 24, 24)
+@pytest.mark.parametrize(("workers", "threads"), [(1, 0), (0, 2), (0, 0)])
+def test_a_second_iteration_ends_the_first(data, workers, threads):
+    config = config_of(data, workers=workers, threads=threads)
+    stream = ShardTrainStream(open_split(data / "train"), config, 1, RankInfo(), 24, 24)
     first = stream.micro_batches(0)
     next(first)
     second = stream.micro_batches(7)
@@ -317,16 +346,123 @@ def test_a_trainer_that_forgets_to_close_ends_all_the_same(data):
 
 
 class DefectiveLoading:
-    def __getitem__(self, request):
+    spans = (range(1),)
+
+    def begin(self, request):
+        return self
+
+    def fill(self, span):
         raise RuntimeError("a defect of ours")
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_defect_in_a_reader_keeps_its_traceback(workers):
-    readers = _Readers(DefectiveLoading(), DataConfig(root="", workers=workers))
+@pytest.mark.parametrize(("workers", "threads"), [(0, 0), (0, 2), (1, 0), (1, 2)])
+def test_a_defect_in_a_reader_keeps_its_traceback(workers, threads):
+    readers = Readers(DefectiveLoading(), DataConfig(root="", workers=workers, threads=threads))
     with pytest.raises(RuntimeError, match="a defect of ours"):
         next(readers.answers(lambda: iter([Request(np.arange(3))])))
     readers.close()
+
+
+def reader_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("data-reader")]
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_no_thread_is_left(data, threads):
+    config = config_of(data, threads=threads, prefetch=4)
+    for end in ("close", "forget", "error"):
+        stream = ShardTrainStream(open_split(data / "train"), config, 1, RankInfo(), 24, 8)
+        batches = stream.micro_batches(0)
+        next(batches)
+        assert len(reader_threads()) == max(1, threads)
+        if end == "close":
+            stream.close()
+        elif end == "forget":
+            del batches
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                batches.throw(KeyboardInterrupt)
+        assert not reader_threads()
+
+
+class Counting:
+    """Counts the requests that were begun; answers none but by an empty batch."""
+
+    spans = ()
+
+    def __init__(self):
+        self.begun = 0
+
+    def begin(self, request):
+        self.begun += 1
+        return self
+
+    def loaded(self):
+        return Loaded(Request(np.arange(3)), torch.empty(0), np.arange(3))
+
+
+@pytest.mark.parametrize(("threads", "ahead"), [(0, 0), (1, 5), (4, 5)])
+def test_readers_run_ahead_by_so_many_micro_batches_and_no_further(threads, ahead):
+    loading = Counting()
+    readers = Readers(loading, DataConfig(root="", threads=threads, prefetch=5))
+    answers = readers.answers(lambda: (Request(np.arange(3)) for _ in itertools.count()))
+    for taken in range(1, 6):
+        next(answers)
+        assert loading.begun == taken + ahead
+    readers.close()
+    few = readers.answers(lambda: iter([Request(np.arange(3))] * 3))
+    assert len(list(few)) == 3
+
+
+class Hanging(Counting):
+    """A storage that answers nothing until it is let go."""
+
+    spans = (range(1),)
+
+    def __init__(self):
+        super().__init__()
+        self.released = threading.Event()
+
+    def fill(self, span):
+        self.released.wait(60)
+
+
+def test_a_reader_that_hangs_stops_the_run_with_a_reason(monkeypatch):
+    monkeypatch.setattr("dataloaders.readers._GRACE_S", 0.0)
+    loading = Hanging()
+    readers = Readers(loading, DataConfig(root="", threads=1, read_timeout=0.2))
+    with pytest.raises(PassingError, match=r"gave no sample for 0 s: the storage hangs.*data.read_timeout"):
+        next(readers.answers(lambda: iter([Request(np.arange(3))])))
+    loading.released.set()
+    for thread in reader_threads():
+        thread.join(10)
+    assert not reader_threads()
+
+
+def test_memory_of_a_stream_does_not_grow(data):
+    """Batches are given back as they are used: what is alive is what is ahead."""
+    config = config_of(data, threads=2, prefetch=3)
+    stream = ShardTrainStream(open_split(data / "train"), config, 1, RankInfo(), 24, 24)
+    batches = stream.micro_batches(0)
+    for _ in range(5):
+        next(batches)
+    gc.collect()
+
+    def alive():
+        return sum(type(one) is Loaded for one in gc.get_objects())
+
+    before = alive()
+    for _ in range(40):
+        next(batches)
+    gc.collect()
+    assert alive() <= before + 1
+    assert before <= 5
+    stream.close()
+
+
+def reader_pids(stream):
+    """Process ids of a stream's readers; its way to end them is a method of torch's iterator, which knows them."""
+    return {worker.pid for worker in stream._readers._end.__self__._workers}
 
 
 def test_a_killed_reader_stops_the_run_with_a_reason(data):
@@ -335,9 +471,9 @@ def test_a_killed_reader_stops_the_run_with_a_reason(data):
     next(batches)
     before = time.monotonic()
     for child in psutil.Process().children(recursive=True):
-        if child.pid == stream._readers._answers._workers[0].pid:
+        if child.pid in reader_pids(stream):
             child.kill()
-    with pytest.raises(DataError, match="reader process died"):
+    with pytest.raises(PassingError, match="reader process died"):
         list(itertools.islice(batches, 20))
     assert time.monotonic() - before < 100
     stream.close()

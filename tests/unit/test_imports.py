@@ -52,8 +52,14 @@ def test_no_import_of_ours_inside_a_function() -> None:
 
 
 def test_no_pickle_on_any_load_path() -> None:
+    # The one exception: `setformer ckpt import` reads DeepSpeed's own files, by torch's restricted unpickler.
+    importer = ROOT / "checkpoints" / "deepspeed_files.py"
+    users = [p for package in OURS for p in (ROOT / package).rglob("*.py") if "deepspeed_files" in p.read_text()]
+    assert [str(p.relative_to(ROOT)) for p in users] == ["launch/ckpt.py"]
     for package in OURS:
         for path in sorted((ROOT / package).rglob("*.py")):
+            if path == importer:
+                continue
             text = path.read_text()
             assert not {"pickle", "torch.load"} & set(imports(ast.parse(text))), path
             assert "torch.load(" not in text, path

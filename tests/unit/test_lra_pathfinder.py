@@ -100,6 +100,14 @@ def test_drawing_is_antialiased() -> None:
     assert between[5, 4:9].tolist() == between[6, 4:9].tolist() == [128] * 5
 
 
+def test_fewer_greys_are_the_same_picture_rounded() -> None:
+    full, few = (images(replace(SMALL, levels=levels), 20) for levels in (256, 4))
+    assert np.unique(few).tolist() == [0, 85, 170, 255]
+    assert np.abs(full.astype(int) - few).max() <= 43
+    with pytest.raises(ConfigError, match="levels = 5 do not part 255"):
+        PathfinderConfig(levels=5)
+
+
 def test_a_window_too_small_is_refused() -> None:
     with pytest.raises(ConfigError, match="at least 29"):
         PathfinderConfig(window=20)

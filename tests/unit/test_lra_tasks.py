@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import multiprocessing
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dataloaders.lra import listops
+from dataloaders.lra.generating import accepted_samples
 from dataloaders.lra.stats import statistics
 from dataloaders.lra.tasks import NAMES, Preparation, open_task, prepare, task_named
 from dataloaders.tokens import TokenSplit
@@ -63,6 +66,14 @@ def test_short_images_are_averaged(cifar: Path, tmp_path: Path) -> None:
     for index in range(12):
         large = full.raw(index)[0].astype(float).reshape(16, 2, 16, 2).mean((1, 3))
         assert np.abs(large - short.raw(index)[0].reshape(16, 16)).max() <= 1.0  # rounded once more
+
+
+def test_images_mixed_by_another_seed_are_not_taken_for_these(cifar: Path, tmp_path: Path) -> None:
+    task = task_named("image", short=True)
+    prepare(task, tmp_path / "lra", Preparation(source=cifar))
+    prepare(task, tmp_path / "lra", Preparation(source=cifar))
+    with pytest.raises(DataError, match="seed = 0 in train, not 1: give --force"):
+        prepare(task, tmp_path / "lra", Preparation(source=cifar, seed=1))
 
 
 def test_image_from_tars(cifar: Path, tmp_path: Path) -> None:
@@ -176,14 +187,38 @@ def test_real_cifar(shared_data: Path, tmp_path: Path) -> None:
     assert grey.std() == pytest.approx(61, abs=6)
 
 
-def test_a_prepared_task_is_kept_unless_forced(tmp_path: Path) -> None:
+def test_a_prepared_task_is_kept_if_it_is_the_same(tmp_path: Path) -> None:
     task = replace(task_named("listops", short=True), counts=(50, 10, 10))
     first = prepare(task, tmp_path, Preparation())
-    again = prepare(task, tmp_path, Preparation(seed=5))
+    index = tmp_path / "listops-short" / "train" / "tokens.json"
+    written = index.stat().st_mtime_ns
+    again = prepare(task, tmp_path, Preparation(workers=1))
     assert again["train"].fingerprint == first["train"].fingerprint
+    assert index.stat().st_mtime_ns == written
+    shallow = replace(task, generated=replace(task.generated, max_depth=3))
+    for other, how, difference in (
+        (task, Preparation(seed=5), "seed = 0 in train, not 5"),
+        (shallow, Preparation(), "max_depth = 4 in train, not 3"),
+        (task, Preparation(counts=(50, 10, 11)), "samples = 10 in test, not 11"),
+    ):
+        with pytest.raises(DataError, match=f"{difference}: give --force to make it again, or another --root"):
+            prepare(other, tmp_path, how)
+    assert index.stat().st_mtime_ns == written
     other = prepare(task, tmp_path, Preparation(seed=5, force=True))
     assert other["train"].fingerprint != first["train"].fingerprint
     assert open_task(task, tmp_path)["test"].fingerprint == other["test"].fingerprint
+
+
+def test_a_killed_process_is_one_sentence() -> None:
+    """As the system does when memory is short."""
+    before = set(multiprocessing.active_children())
+    samples = accepted_samples(listops.chunk_maker(listops.ListOpsConfig(), 0), 64, workers=2)
+    next(samples)
+    (set(multiprocessing.active_children()) - before).pop().kill()
+    with pytest.raises(DataError, match=r"one of the 2 processes that make samples was killed.*fewer --workers"):
+        for _ in samples:
+            pass
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_generated_images_fill_their_frame(tmp_path: Path) -> None:

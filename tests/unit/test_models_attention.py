@@ -18,7 +18,10 @@ from setformer_dist.models.attention import (
     SoftAttentionConfig,
     SoftmaxAttention,
     make_attention,
+    split_heads,
+    watched_marginals,
 )
+from setformer_dist.ops.set_attention import marginal_error
 
 # Every kind on a grid, with each of its ways to go; sequences take those without a convolution or a 2-D filter.
 GRID = {
@@ -212,3 +215,29 @@ def test_what_does_not_suit_the_tokens_is_refused_with_the_repair():
     assert module({"kind": "soft", "soft": {"landmarks": 10}})(x).shape == x.shape
     with pytest.raises(ConfigError, match="num_heads = 3 does not divide dim = 8"):
         make_attention(AttentionConfig(), 8, 3)
+
+
+def test_marginal_errors_are_collected_of_every_layer_and_set_while_watched():
+    layers = [module(GRID["set"]), module(SEQUENCE["set"]), module(SEQUENCE["softmax"])]
+    stack = nn.ModuleList(layers)
+    x, mask = torch.randn(3, 12, 8).double(), torch.ones(3, 12, dtype=torch.bool)
+    mask[1, 5:] = False
+
+    def run() -> torch.Tensor:
+        return layers[2](layers[1](layers[0](x, (3, 4)), mask_bn=mask))
+
+    with torch.no_grad():
+        before = run()
+        with watched_marginals(stack) as found:
+            assert torch.equal(run(), before)  # watching changes nothing
+        assert torch.equal(run(), before)
+    assert [e.shape for e in found] == [(3, 2), (3, 2)]  # nothing before, nothing after, nothing of softmax
+    layer, inner = layers[1], layers[0](x, (3, 4))
+    heads = split_heads(layer.input(inner), 2)
+    by_set = [
+        marginal_error(heads, references, layer.config, mask_bn=mask)
+        for references in (layer.references, layer.return_references)
+    ]
+    assert torch.equal(found[1], torch.maximum(*by_set))
+    assert not torch.equal(*by_set)
+    assert found[1].min() > 0

@@ -5,7 +5,6 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <limits>
 
 #include "tokens.h"
 #include "vectors.h"
@@ -24,33 +23,58 @@ class Plans {
     std::fill_n(v_ + 0, width_, T(0));
     std::fill_n(v_ + 0, m_, T(1));
     std::copy_n(v_ + 0, m_, scalings);
+    exponentials(similarity, plan);
     for (long round = 1; round <= rounds_; ++round) {
       std::fill_n(columns_ + 0, width_, T(0));
       for_tiles(n_, [&](Tile tile) {
         T* kernel = kernel_ + tile.first * width_;
-        if (round == 1) read(similarity, tile, kernel);
+        if (round == 1) spread(plan, tile, kernel);
         half_round(tile, kernel);
       });
       for (long j = 0; j < m_; ++j) v_[j] = (T(1) / T(m_)) / columns_[j];
       std::copy_n(v_ + 0, m_, scalings + round * m_);
     }
     for (long i = 0; i < n_; ++i) {
-      const T* kernel = kernel_ + i * width_;
+      T* row = plan + i * m_;
       const T u = u_[i];
-      for (long j = 0; j < m_; ++j) plan[i * m_ + j] = kernel[j] * u * v_[j];
+      long j = 0;
+      for (; j + L <= m_; j += L) any(row + j) *= vec(v_ + j) * u;
+      for (; j < m_; ++j) row[j] *= u * v_[j];
     }
   }
 
  private:
-  // Read the similarities of a tile as K; tokens and references that only fill up get 0.
-  void read(const T* similarity, Tile tile, T* kernel) {
-    constexpr int L = LANES<T>;
+  static constexpr int L = LANES<T>;
+
+  // A vector that begins anywhere.
+  static typename Vectors<T>::Unaligned& any(T* place) {
+    return *reinterpret_cast<typename Vectors<T>::Unaligned*>(place);
+  }
+
+  // K, row behind row without gaps: filled up, a third of the exponentials would be of nothing at m = 49.
+  void exponentials(const T* similarity, T* out) {
+    const long count = n_ * m_;
+    long i = 0;
+    for (; i + L <= count; i += L) {
+      const Vector<T> s = *reinterpret_cast<const typename Vectors<T>::Unaligned*>(similarity + i);
+      any(out + i) = exponential<T>(s * scale_);
+    }
+    Vector<T> rest = {};
+    for (long j = 0; i + j < count; ++j) rest[j] = similarity[i + j] * scale_;
+    rest = exponential<T>(rest);
+    for (long j = 0; i + j < count; ++j) out[i + j] = rest[j];
+  }
+
+  // The rows of a tile as the loops need them; tokens and references that only fill up get 0.
+  void spread(const T* dense, Tile tile, T* kernel) {
     for (long t = 0; t < tile.rows; ++t) {
       T* row = kernel + t * width_;
-      std::fill_n(row, width_, -std::numeric_limits<T>::max());
-      if (t < tile.count) std::copy_n(similarity + (tile.first + t) * m_, m_, row);
-      for (long j = 0; j < m_; ++j) row[j] *= scale_;
-      for (long j = 0; j < width_; j += L) vec(row + j) = exponential<T>(vec(row + j));
+      if (t >= tile.count) {
+        std::fill_n(row, width_, T(0));
+        continue;
+      }
+      copy_row(dense + (tile.first + t) * m_, m_, row);
+      for (long j = m_; j < width_; ++j) row[j] = T(0);
     }
   }
 

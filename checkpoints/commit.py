@@ -1,0 +1,355 @@
+"""The commit protocol: how the files of all ranks become one checkpoint, or nothing.
+
+Training is held up by steps 1 to 3 alone; the rest runs in one thread per rank, without a collective, so that it
+meets the training's collectives nowhere. The ranks' threads speak through small files in the folder that is being
+written. At every instant, and whichever process dies at it, the folder `step-…` is absent, the old one, or complete:
+
+     1  rank 0  removes what killed attempts left; makes `.tmp-step-…-<attempt>`; tells all the attempt's name
+     2  all     agree that the step is the same and that every rank sees that folder (else: storage is not shared)
+     3  each    copies its fragments to host memory; from here on training may change the originals
+     4  each    creates `rank-….safetensors`
+     5  each    writes it, the digest being taken of the bytes as they go out
+     6  each    makes it durable
+     7  each    says so in `rank-….done.json` (size and digest; or the error, so that nobody waits for it), by rename
+     8  rank 0  waits for every rank's word, up to a limit; an error or silence gives the attempt up
+     9  rank 0  writes `trainer.json`, durable
+    10  rank 0  removes the ranks' words
+    11  rank 0  compares all files with what the ranks said, and the headers with each other
+    12  rank 0  writes `manifest.json`, durable, and reads it again: from here on the folder describes itself completely
+    13  rank 0  makes the names in the folder durable
+    14  rank 0  puts a folder that has the final name, but does not verify, aside
+    15  rank 0  renames the folder to `step-…`: the commit
+    16  rank 0  makes the rename durable
+    17  rank 0  deletes what retention lets go, manifest first; a failure here costs space alone
+
+An attempt that fails before 15 removes its folder; one that was killed is swept at step 1 of the next. After a
+failure at 16 the new checkpoint is there and whole, though a power cut might still take it back to the old one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpoints import layout
+from checkpoints.digest import read_small
+from checkpoints.disk import Disk
+from checkpoints.manifest import FileRecord, Manifest, read_manifest, size_faults
+from checkpoints.rankfile import write_bytes, write_rank_file
+from checkpoints.reader import check_rank_files
+from checkpoints.strictjson import parse
+from setformer_dist.core.errors import CheckpointError
+from setformer_dist.core.ranks import RankInfo
+
+log = logging.getLogger(__name__)
+
+_LOOK_EVERY_S = (0.002, 0.1)  # first and longest pause between two looks for the other ranks' words
+_MAX_WORD = 1 << 20  # bytes
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a save failed on this rank.
+
+    Attributes:
+        step: that was being saved.
+        text: the reason, with the rank that failed in front.
+        disk_full: there was no room.
+    """
+
+    step: int
+    text: str
+    disk_full: bool
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One try to save a step, the same on all ranks.
+
+    Attributes:
+        root: the `checkpoints` folder.
+        step: optimizer steps done.
+        name: drawn anew for each try.
+        ranks: this process's place.
+    """
+
+    root: Path
+    step: int
+    name: str
+    ranks: RankInfo
+
+    @property
+    def folder(self) -> Path:
+        """Where it is written."""
+        return layout.temporary_folder(self.root, self.step, self.name)
+
+    @property
+    def final(self) -> Path:
+        """Where it goes."""
+        return layout.step_folder(self.root, self.step)
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What one rank writes.
+
+    Attributes:
+        header: of its rank file.
+        parts: the bytes of its tensors, in pieces.
+        trainer: bytes of trainer.json; rank 0's.
+        manifest: all but the files; rank 0's.
+    """
+
+    header: bytes
+    parts: Iterable[memoryview]
+    trainer: bytes
+    manifest: Manifest
+
+
+class Save:
+    """Steps 4 to 17 on one rank; one save at a time works, in the order in which they were begun.
+
+    Args:
+        attempt: which one.
+        payload: what to write, or why there is nothing to write: a copy that failed on this rank alone.
+        disk: the disk.
+        patience_s: how long to wait for the other ranks.
+        before: the save that must have ended first.
+        after_commit: rank 0: step 17.
+        free: called when the payload's memory is no longer needed.
+
+    Attributes:
+        failure: why it failed on this rank; None while it runs, and where it did not.
+    """
+
+    def __init__(
+        self,
+        attempt: Attempt,
+        payload: Payload | Exception,
+        disk: Disk,
+        patience_s: float,
+        before: Save | None,
+        after_commit: Callable[[int], None],
+        free: Callable[[], None],
+    ) -> None:
+        self.attempt = attempt
+        self.failure: Failure | None = None
+        self._payload: Payload | Exception | None = payload
+        self._disk = disk
+        self._patience_s = patience_s
+        self._before = before
+        self._after_commit = after_commit
+        self._free = free
+        self._last_moment = math.inf
+        self._thread: threading.Thread | None = None
+
+    def start(self, in_background: bool) -> None:
+        """Do the work, in a thread of its own or in this one."""
+        if not in_background:
+            self._run()
+            return
+        self._thread = threading.Thread(target=self._run, name=f"save-{self.attempt.step}")
+        self._thread.start()
+
+    @property
+    def running(self) -> bool:
+        """Whether the thread still works."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Wait until the work has ended."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def hurry(self, seconds: float) -> None:
+        """Wait at most this long from now for ranks that have not said their word: one of them may be gone."""
+        self._last_moment = time.monotonic() + seconds
+
+    def _run(self) -> None:
+        if self._before is not None:
+            self._before.wait()
+            self._before = None
+        try:
+            self._work()
+        except Exception as error:  # noqa: BLE001 — raised on all ranks, see CheckpointManager.finish
+            self.failure = self._failure(error)
+            log.warning("checkpoint of step %d is given up: %s", self.attempt.step, self.failure.text)
+            self._say_error(self.failure)
+            discard(self.attempt, self._disk)
+        except BaseException:
+            discard(self.attempt, self._disk)
+            raise
+
+    def _work(self) -> None:
+        payload, self._payload = self._payload, None
+        try:
+            if not isinstance(payload, Payload):
+                assert payload is not None  # a save is started once
+                raise payload
+            record = self._write(payload)
+        finally:
+            self._free()
+        if self.attempt.ranks.is_main:
+            self._commit(payload, [record, *self._others()])
+            self._after_commit(self.attempt.step)
+        else:
+            self._say({"record": record.model_dump()})
+
+    def _write(self, payload: Payload) -> FileRecord:
+        ranks = self.attempt.ranks
+        path = self.attempt.folder / layout.rank_file(ranks.rank, ranks.world_size)
+        return write_rank_file(self._disk, path, payload.header, payload.parts)
+
+    # The ranks' words.
+
+    def _say(self, word: dict[str, object]) -> None:
+        """Leave a word for rank 0."""
+        ranks = self.attempt.ranks
+        path = self.attempt.folder / layout.done_file(ranks.rank, ranks.world_size)
+        aside = path.with_suffix(".part")
+        self._disk.remove(aside)
+        write_bytes(self._disk, aside, json.dumps(word).encode())
+        self._disk.rename(aside, path)
+
+    def _say_error(self, failure: Failure) -> None:
+        """Tell rank 0 of a failure on this rank, if need be with an empty word, which takes no room on a full disk."""
+        ranks = self.attempt.ranks
+        if ranks.is_main:
+            return
+        discard(self.attempt, self._disk)  # room for the word
+        try:
+            self._say({"error": failure.text, "disk_full": failure.disk_full})
+        except OSError:
+            with contextlib.suppress(OSError):
+                (self.attempt.folder / layout.done_file(ranks.rank, ranks.world_size)).touch()
+
+    def _others(self) -> list[FileRecord]:
+        """Wait for all other ranks' words.
+
+        Raises:
+            CheckpointError: a rank says that it failed, or says nothing in time.
+        """
+        ranks = self.attempt.ranks
+        limit = time.monotonic() + self._patience_s
+        pause, longest = _LOOK_EVERY_S
+        records: dict[int, FileRecord] = {}
+        while len(records) < ranks.world_size - 1:
+            for rank in range(1, ranks.world_size):
+                if rank not in records and (record := self._word_of(rank)) is not None:
+                    records[rank] = record
+            if len(records) == ranks.world_size - 1:
+                break
+            if time.monotonic() > min(limit, self._last_moment):
+                missing = ", ".join(str(rank) for rank in range(1, ranks.world_size) if rank not in records)
+                raise CheckpointError(
+                    f"rank {missing} did not finish its file in time ({self._patience_s:.0f} s): see its log, or raise "
+                    "checkpoint.write_timeout_minutes"
+                )
+            time.sleep(pause)
+            pause = min(1.5 * pause, longest)
+        return [records[rank] for rank in sorted(records)]
+
+    def _word_of(self, rank: int) -> FileRecord | None:
+        path = self.attempt.folder / layout.done_file(rank, self.attempt.ranks.world_size)
+        if not path.exists():
+            return None
+        data = read_small(path, _MAX_WORD)
+        if not data:
+            raise PeerFailedError(f"rank {rank}: could not write its file, nor say why", disk_full=True)
+        word = parse(data, str(path))
+        if "record" not in word:
+            raise PeerFailedError(str(word["error"]), disk_full=bool(word["disk_full"]))
+        return FileRecord.model_validate(word["record"])
+
+    # Rank 0.
+
+    def _commit(self, payload: Payload, records: list[FileRecord]) -> None:
+        attempt, disk = self.attempt, self._disk
+        world_size = attempt.ranks.world_size
+        trainer = write_bytes(disk, attempt.folder / layout.TRAINER, payload.trainer)
+        for rank in range(1, world_size):
+            disk.remove(attempt.folder / layout.done_file(rank, world_size))
+        manifest = dataclasses.replace(payload.manifest, files=(*records, trainer))
+        faults = size_faults(attempt.folder, manifest)
+        if faults:
+            raise CheckpointError(f"{attempt.folder} is not as it was written: {'; '.join(faults)}")
+        check_rank_files(attempt.folder, world_size)
+        write_bytes(disk, attempt.folder / layout.MANIFEST, json.dumps(manifest.to_json(), indent=1).encode())
+        read_manifest(attempt.folder)  # the one file whose size nothing else tells
+        disk.sync_folder(attempt.folder)
+        if attempt.final.exists():
+            put_aside(disk, attempt.root, attempt.final, attempt.name, "it did not verify, and was saved anew")
+        disk.rename(attempt.folder, attempt.final)
+        disk.sync_folder(attempt.root)
+        log.info("checkpoint %s", attempt.final)
+
+    def _failure(self, error: Exception) -> Failure:
+        if isinstance(error, PeerFailedError):
+            return Failure(self.attempt.step, str(error), error.disk_full)
+        text = f"rank {self.attempt.ranks.rank}: {describe(error)}"
+        return Failure(self.attempt.step, text, disk_full(error))
+
+
+def discard(attempt: Attempt, disk: Disk) -> None:
+    """Remove what this rank has begun. No waiting for anybody: a peer may be gone by now."""
+    ranks = attempt.ranks
+    with contextlib.suppress(OSError):
+        if ranks.is_main:
+            disk.remove_tree(attempt.folder)
+        else:
+            disk.remove(attempt.folder / layout.rank_file(ranks.rank, ranks.world_size))
+
+
+class PeerFailedError(CheckpointError):
+    """Another rank has said that it failed; the message is its own."""
+
+    def __init__(self, message: str, disk_full: bool) -> None:
+        super().__init__(message)
+        self.disk_full = disk_full
+
+
+def put_aside(disk: Disk, root: Path, folder: Path, attempt: str, reason: str) -> None:
+    """Move a folder that does not verify to where it is never counted again, with the reason beside it.
+
+    Raises:
+        OSError: it could not be moved.
+    """
+    aside = layout.aside_folder(root, folder.name, attempt)
+    disk.make_folder(aside.parent)
+    disk.rename(folder, aside)
+    with contextlib.suppress(OSError):  # the reason is a courtesy; the move is what counts
+        write_bytes(disk, layout.reason_file(aside), f"{reason}\n".encode())
+
+
+def delete_checkpoint(folder: Path, disk: Disk | None = None) -> None:
+    """Delete a folder, its manifest first: at no instant is there a manifest with files missing.
+
+    Raises:
+        OSError: it could not be deleted in full.
+    """
+    disk = disk or Disk()
+    disk.remove(folder / layout.MANIFEST)
+    disk.sync_folder(folder)
+    disk.remove_tree(folder)
+
+
+def describe(error: Exception) -> str:
+    """Return an error as the end of a sentence, with the repair for a full disk."""
+    if isinstance(error, CheckpointError):
+        return str(error)
+    repair = " (make room there, or lower checkpoint.keep_last and checkpoint.keep_best)" if disk_full(error) else ""
+    return f"{type(error).__name__}: {error}{repair}"
+
+
+def disk_full(error: Exception) -> bool:
+    """Return whether an error says that there is no room."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -1,0 +1,181 @@
+"""What part of a stored image is seen, and where: one value that image, mask and boxes all follow.
+
+    stored image -> box cut out -> resized -> window cut out or padded -> mirrored -> (H, W)
+
+Random crops, padded crops and evaluation's centre crop differ only in the numbers. Masks are resized to the nearest
+pixel and are 255 ("does not count") outside the image; boxes are moved, clipped to what is seen, and left out if
+less than a pixel or less than a tenth of them is left.
+
+H, W = height, width seen; boxes of a view are (top, left, height, width) in stored pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn.functional import interpolate
+
+from dataloaders.config import AugmentConfig
+from dataloaders.source import Boxes
+
+Box = tuple[int, int, int, int]
+Shape = tuple[int, int]
+
+# Tries of a random crop, each of four numbers (area, ratio, top, left).
+_TRIES = 10
+DRAWS_OF_CROP = 4 * _TRIES
+
+# Of what a box must keep to be worth finding: share of its area, and pixels of its sides.
+_LEAST_SHARE = 0.1
+_LEAST_SIDE = 1.0
+
+NOT_COUNTED = 255  # in masks
+
+
+class View(NamedTuple):
+    """How an image is seen.
+
+    Attributes:
+        box: what is cut out of the stored image.
+        resized: (height, width) to which that is resized.
+        offset: (top, left) of the window within the resized; negative where the window begins outside it.
+        shape: (H, W) of the window.
+        mirrored: whether left and right change places.
+    """
+
+    box: Box
+    resized: Shape
+    offset: tuple[int, int]
+    shape: Shape
+    mirrored: bool = False
+
+    def mirror(self, mirrored: bool) -> View:
+        """Return the same view, mirrored or not."""
+        return self._replace(mirrored=mirrored)
+
+
+def random_view(stored: Shape, shape: Shape, augment: AugmentConfig, draws: Sequence[float]) -> View:
+    """Return a crop of random area and aspect ratio, resized to `shape`."""
+    return View(random_box(stored, shape[1] / shape[0], augment, draws), shape, (0, 0), shape)
+
+
+def random_box(stored: Shape, aspect: float, augment: AugmentConfig, draws: Sequence[float]) -> Box:
+    """Return a crop of random area and aspect ratio (Szegedy et al. 2015, as in torchvision and timm).
+
+    Ten tries, then the largest centred crop within the ratio limits.
+
+    Args:
+        stored: (height, width).
+        aspect: width / height to which the ratios are relative: that of what the crop is resized to.
+        augment: limits of area and ratio.
+        draws: `DRAWS_OF_CROP` numbers in [0, 1).
+    """
+    height, width = stored
+    low, high = math.log(augment.ratio[0]), math.log(augment.ratio[1])
+    for place in range(0, DRAWS_OF_CROP, 4):
+        area = height * width * (augment.scale[0] + (augment.scale[1] - augment.scale[0]) * draws[place])
+        ratio = aspect * math.exp(low + (high - low) * draws[place + 1])
+        box_width, box_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            top = int(draws[place + 2] * (height - box_height + 1))
+            return top, int(draws[place + 3] * (width - box_width + 1)), box_height, box_width
+    box_height = min(height, max(1, round(width / (aspect * augment.ratio[0]))))
+    box_width = min(width, max(1, round(height * aspect * augment.ratio[1])))
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def padded_view(stored: Shape, pad: int, draws: Sequence[float]) -> View:
+    """Return a random window, of the image's own size, of the image with `pad` pixels of nothing on every side."""
+    down, right = (int(draw * (2 * pad + 1)) - pad for draw in draws[:2])
+    return View((0, 0, *stored), stored, (down, right), stored)
+
+
+def centre_view(stored: Shape, shape: Shape, keep: float) -> View:
+    """Return the centre of the image, resized so that `shape` takes the share `keep` of its sides.
+
+    An image that already has the shape is taken as it is. Sizes are rounded as timm and torchvision round them.
+    """
+    if stored == shape:
+        return View((0, 0, *stored), stored, (0, 0), shape)
+    (height, width), (rows, columns) = stored, (math.floor(side / keep) for side in shape)
+    if height * columns <= width * rows:  # the height decides
+        resized = rows, max(columns, int(rows * width / height))
+    else:
+        resized = max(rows, int(columns * height / width)), columns
+    offset = round((resized[0] - shape[0]) / 2.0), round((resized[1] - shape[1]) / 2.0)
+    return View((0, 0, *stored), resized, offset, shape)
+
+
+def see_image(view: View, pixels: npt.NDArray[np.uint8], stored: Shape, interpolation: str) -> torch.Tensor:
+    """Return (3, H, W) uint8 of (height, width, 3) pixels, outside of which is black.
+
+    Args:
+        view: what is seen.
+        pixels: the image, or a smaller version of it.
+        stored: (height, width) that the view speaks of.
+        interpolation: "bilinear" or "bicubic", antialiased.
+    """
+    top, left, height, width = _scaled(view.box, stored, pixels.shape[:2])
+    # Channels last in memory, which torch's uint8 resize likes.
+    image = torch.from_numpy(pixels[top : top + height, left : left + width]).permute(2, 0, 1)
+    if (height, width) != view.resized:
+        image = interpolate(image[None], view.resized, mode=interpolation, antialias=True)[0]
+    image = _window(image, view, 0)
+    return image.flip(-1) if view.mirrored else image
+
+
+def see_mask(view: View, mask: npt.NDArray[np.uint8]) -> torch.Tensor:
+    """Return (H, W) uint8 of a (height, width) mask, 255 outside of it."""
+    top, left, height, width = view.box
+    seen = torch.from_numpy(mask[top : top + height, left : left + width])[None]
+    if (height, width) != view.resized:
+        seen = interpolate(seen[None], view.resized, mode="nearest-exact")[0]
+    seen = _window(seen, view, NOT_COUNTED)[0]
+    return seen.flip(-1) if view.mirrored else seen
+
+
+def see_boxes(view: View, boxes: Boxes) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what is left of boxes: (k, 4) float32 x0, y0, x1, y1 in pixels of the view, and (k,) int64 classes."""
+    top, left, height, width = view.box
+    rows, columns = view.resized[0] / height, view.resized[1] / width
+    corners = boxes.corners.reshape(-1, 4).astype(np.float64)
+    corners = (corners - [left, top, left, top]) * [columns, rows, columns, rows]
+    corners -= [view.offset[1], view.offset[0]] * 2
+    clipped = corners.clip(0, [view.shape[1], view.shape[0]] * 2)
+    sides, whole = clipped[:, 2:] - clipped[:, :2], corners[:, 2:] - corners[:, :2]
+    kept = (sides >= _LEAST_SIDE).all(axis=1) & (sides.prod(axis=1) >= _LEAST_SHARE * whole.prod(axis=1))
+    if view.mirrored:
+        clipped[:, [0, 2]] = view.shape[1] - clipped[:, [2, 0]]
+    found = torch.from_numpy(np.ascontiguousarray(clipped[kept], np.float32))
+    return found, torch.from_numpy(np.ascontiguousarray(boxes.labels[kept], np.int64))
+
+
+def _scaled(box: Box, stored: Shape, decoded: tuple[int, ...]) -> Box:
+    """Return a box of the stored image as a box of the decoded one, at least one pixel a side."""
+    if stored == decoded:
+        return box
+    top, left, height, width = box
+    rows, columns = decoded[0] / stored[0], decoded[1] / stored[1]
+    top, left = min(int(top * rows), decoded[0] - 1), min(int(left * columns), decoded[1] - 1)
+    height = max(1, min(round(height * rows), decoded[0] - top))
+    return top, left, height, max(1, min(round(width * columns), decoded[1] - left))
+
+
+def _window(image: torch.Tensor, view: View, outside: int) -> torch.Tensor:
+    """Return the view's window of a (C, height, width) image, `outside` where it leaves the image."""
+    (top, left), (rows, columns), (height, width) = view.offset, view.shape, image.shape[-2:]
+    if (top, left) == (0, 0) and (rows, columns) == (height, width):
+        return image
+    bottom, right = top + rows, left + columns
+    inside = image[:, max(0, top) : bottom, max(0, left) : right]
+    if top >= 0 and left >= 0 and bottom <= height and right <= width:
+        return inside
+    window = image.new_full((image.shape[0], rows, columns), outside)
+    y, x = max(0, -top), max(0, -left)
+    window[:, y : y + inside.shape[1], x : x + inside.shape[2]] = inside
+    return window

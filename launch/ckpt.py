@@ -1,0 +1,328 @@
+"""What `setformer ckpt verify | diff | export | import | prune` do."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+
+from checkpoints import deepspeed_files, layout
+from checkpoints.commit import delete_checkpoint
+from checkpoints.config import CheckpointConfig
+from checkpoints.identity import Identity, digest_shapes
+from checkpoints.manager import CheckpointManager
+from checkpoints.manifest import read_manifest
+from checkpoints.policy import steps_to_delete
+from checkpoints.reader import (
+    Checkpoint,
+    candidates,
+    checkpoints_folder,
+    list_checkpoints,
+    open_checkpoint,
+    verified,
+)
+from dataloaders.config import DataConfig
+from launch.config import flatten
+from launch.infer import Trained, load_trained
+from setformer_dist.core import config as base
+from setformer_dist.core.comm import Alone
+from setformer_dist.core.errors import CheckpointError, ConfigError
+from setformer_dist.core.fragments import Fragment
+from setformer_dist.models.build import timm_arguments
+
+_CARD = """# {name}, step {step}
+
+Weights of `{name}` ({weights}), {elements:,} parameters, trained by setformer_dist and exported from
+`{source}`.
+
+| metric | value |
+| --- | --- |
+{metrics}
+
+## Load
+
+```python
+import timm
+import setformer_dist.models  # registers the architecture with timm
+
+model = timm.create_model({name!r}, {arguments}checkpoint_path="model.safetensors").eval()
+```
+
+The tensors are plain safetensors in fp32; nothing in the file runs code.
+{classes}
+## Training config
+
+```json
+{config}
+```
+"""
+
+
+# verify
+
+
+def verify(path: Path, console: Console, as_json: bool = False) -> int:
+    """Read every byte of one checkpoint, or of all of a run; print what is wrong; return how many do not verify.
+
+    Raises:
+        CheckpointError: there is no checkpoint there.
+    """
+    single = layout.step_of(path) is not None or (path / layout.MANIFEST).exists()
+    folders = [path] if single else layout.step_folders(checkpoints_folder(path))
+    if not folders:
+        raise CheckpointError(f"{path} holds no checkpoints: name a run's folder, such as runs/demo")
+    answers: list[dict[str, Any]] = []
+    total = sum(_bytes_of(folder) for folder in folders)
+    began = time.perf_counter()
+    with _progress(console, "verify", total, as_json) as advance:
+        for folder in folders:
+            try:
+                verified(folder, workers=len(os.sched_getaffinity(0)), advance=advance)
+                answers.append({"path": str(folder), "fault": None})
+            except CheckpointError as error:
+                answers.append({"path": str(folder), "fault": str(error)})
+    seconds = time.perf_counter() - began
+    if as_json:
+        print(json.dumps({"checkpoints": answers, "bytes": total, "seconds": seconds}, indent=2))
+    else:
+        for answer in answers:
+            console.print(f"{answer['path']}: {answer['fault'] or 'verifies'}", highlight=False, soft_wrap=True)
+        console.print(f"{total / 2**20:.1f} MiB in {seconds:.2f} s, {total / seconds / 1e9:.2f} GB/s", highlight=False)
+    return sum(answer["fault"] is not None for answer in answers)
+
+
+def _bytes_of(folder: Path) -> int:
+    try:
+        return read_manifest(folder).size
+    except CheckpointError:
+        return 0
+
+
+@contextmanager
+def _progress(console: Console, what: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True, quiet=quiet or console.quiet), transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+# diff
+
+
+def diff(first: Path, second: Path, state: str, console: Console, as_json: bool = False) -> bool:
+    """Print in what two checkpoints differ; return whether they do.
+
+    Args:
+        first: a checkpoint.
+        second: another.
+        state: which state of the parameters to compare, such as "param" or "ema".
+        console: where to.
+        as_json: print JSON instead.
+
+    Raises:
+        CheckpointError: one does not verify, or does not hold the state.
+    """
+    a, b = open_checkpoint(first), open_checkpoint(second)
+    shapes_a, shapes_b = a.parameters(), b.parameters()
+    both = [name for name, shape in shapes_a.items() if shapes_b.get(name) == shape]
+    found: dict[str, Any] = {
+        "steps": [a.step, b.step],
+        "only_first": sorted({*shapes_a} - {*shapes_b}),
+        "only_second": sorted({*shapes_b} - {*shapes_a}),
+        "shapes": {n: [shapes_a[n], shapes_b[n]] for n in shapes_a if n in shapes_b and n not in both},
+        "parameters": _distances(a, b, both, state),
+        "metrics": _differing(a.metrics, b.metrics),
+        "config": _differing(flatten(a.trainer.get("config", {})), flatten(b.trainer.get("config", {}))),
+    }
+    different = any(found[key] for key in found if key != "steps")
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return different
+    for key in ("only_first", "only_second"):
+        if found[key]:
+            console.print(f"{key.replace('_', ' in the ')}: {', '.join(found[key])}", highlight=False)
+    table = Table("what", str(a.path), str(b.path))
+    for group in ("shapes", "metrics", "config"):
+        for key, (left, right) in found[group].items():
+            table.add_row(key, str(left), str(right))
+    if table.row_count:
+        console.print(table)
+    distances = Table(f"{state} of", "largest difference", "relative to the largest value")
+    for name, (absolute, relative) in found["parameters"].items():
+        distances.add_row(name, f"{absolute:.3e}", f"{relative:.3e}")
+    if distances.row_count:
+        console.print(distances)
+    same = len(both) - len(found["parameters"])
+    console.print(f"{same} of {len(both)} common parameters are the same bit by bit", highlight=False)
+    return different
+
+
+def _distances(a: Checkpoint, b: Checkpoint, names: list[str], state: str) -> dict[str, tuple[float, float]]:
+    """Return the largest absolute difference, and that over the largest magnitude, of parameters that differ."""
+    others = dict(b.iterate_full(state))
+    found = {}
+    for name, tensor in a.iterate_full(state):
+        if name not in names or torch.equal(tensor, others[name]):
+            continue
+        largest = float((tensor - others[name]).abs().max())
+        found[name] = (largest, largest / max(float(tensor.abs().max()), 1e-38))
+    return found
+
+
+def _differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return {key: (a.get(key), b.get(key)) for key in sorted({*a, *b}) if a.get(key) != b.get(key)}
+
+
+# export and import
+
+
+def export(path: Path, dest: Path, weights: str, console: Console) -> None:
+    """Write the weights as one safetensors file that plain timm loads, with a model card beside it.
+
+    Args:
+        path: a checkpoint, or a folder of several.
+        dest: folder to make.
+        weights: "plain", "ema", or "auto": what scored better in the run.
+        console: where to.
+
+    Raises:
+        CheckpointError: nothing there verifies, or it was not written by a run.
+        ConfigError: the folder is there already.
+    """
+    trained = load_trained(path, weights)  # type: ignore[arg-type]
+    _make(dest)
+    tensors = {name: tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
+    safetensors.torch.save_file(tensors, dest / "model.safetensors", metadata={"format": "pt"})
+    (dest / "README.md").write_text(_card(trained), encoding="utf-8")
+    console.print(f"{dest}: model.safetensors and README.md, {trained.weights} weights", highlight=False)
+
+
+def _card(trained: Trained) -> str:
+    checkpoint = trained.checkpoint
+    config, told = trained.config, checkpoint.trainer.get("inputs", {})
+    if isinstance(config.data, DataConfig):
+        arguments = timm_arguments(config.model, len(trained.classes), config.data.image_size)
+    else:
+        arguments = {**told, **timm_arguments(config.model, len(trained.classes), 0)}
+    scores = checkpoint.trainer["run"]["evaluation"] or checkpoint.metrics
+    words = "".join(f"{key}={value!r}, " for key, value in arguments.items())
+    classes = f"\nClasses in order: {', '.join(trained.classes)}.\n" if 0 < len(trained.classes) <= 1000 else ""
+    return _CARD.format(
+        name=checkpoint.identity.model,
+        step=checkpoint.step,
+        weights={"ema": "averaged weights"}.get(trained.weights, "plain weights"),
+        elements=checkpoint.states()["param"],
+        source=f"{checkpoint.path.parent.parent.name}/{checkpoint.path.parent.name}/{checkpoint.path.name}",
+        metrics="\n".join(f"| {key} | {value:.4f} |" for key, value in sorted(scores.items())) or "| none | |",
+        arguments=words,
+        classes=classes,
+        config=json.dumps(checkpoint.trainer["config"], indent=2),
+    )
+
+
+def export_deepspeed(path: Path, dest: Path, console: Console) -> None:
+    """Write a directory that DeepSpeed's zero_to_fp32.py reads: fp32 masters and Adam's states.
+
+    Raises:
+        CheckpointError: nothing there verifies.
+        ConfigError: the folder is there already.
+    """
+    checkpoint = open_checkpoint(path)
+    _make(dest)
+    there = checkpoint.states()
+    wanted = [state for state in ("param", "exp_avg", "exp_avg_sq") if state in there]
+    states: dict[str, dict[str, torch.Tensor]] = {state: checkpoint.read_full(state) for state in wanted}
+    tag = deepspeed_files.write(dest, checkpoint.step, states)
+    console.print(f"{tag}: {', '.join(states)} of {len(states['param'])} parameters", highlight=False)
+
+
+def _make(dest: Path) -> None:
+    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
+        raise ConfigError(f"{dest} is there already: name a folder that is not, or an empty one")
+    dest.mkdir(parents=True, exist_ok=True)
+
+
+def import_deepspeed(source: Path, dest: Path, model: str, trust_pickle: bool, console: Console) -> None:
+    """Write what DeepSpeed's `save_checkpoint` left as one of our checkpoints.
+
+    Args:
+        source: DeepSpeed's directory, or one tag's folder in it.
+        dest: folder in which the step's folder is made.
+        model: name noted in the manifest.
+        trust_pickle: see `checkpoints.deepspeed_files.read`.
+        console: where to.
+
+    Raises:
+        CheckpointError: the directory cannot be read, or the result not written.
+    """
+    found = deepspeed_files.read(source, trust_pickle)
+    fragments = [
+        Fragment(name, state, 0, tuple(tensor.shape), tensor.reshape(-1))
+        for state, tensors in found.states.items()
+        for name, tensor in tensors.items()
+    ]
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.states["param"].items()}
+    identity = Identity(model=model, parameters=digest_shapes(shapes), stage=found.stage)
+    trainer = {
+        "imported": {"from": "deepspeed", "ranks": found.world_size, "stage": found.stage},
+        "optimizer_steps": found.updates,
+        "loss_scale": {},
+    }
+    manager = CheckpointManager(dest, Alone(), CheckpointConfig(keep_last=1_000_000))
+    path = manager.save(found.steps, fragments, trainer, identity, {}, tags=("imported",))
+    console.print(
+        f"{path}: {', '.join(found.states)} of {len(shapes)} parameters, from ZeRO stage {found.stage} on "
+        f"{found.world_size} ranks",
+        highlight=False,
+    )
+
+
+# prune
+
+
+def prune(path: Path, changes: dict[str, int], dry_run: bool, console: Console) -> None:
+    """Delete what retention lets go, now.
+
+    The newest checkpoint that verifies, all its bytes read, stays in any case, and so does what is newer than it.
+
+    Args:
+        path: a run's folder or its checkpoints folder.
+        changes: to the run's own keep_last, keep_every and keep_best.
+        dry_run: only say what would go.
+        console: where to.
+
+    Raises:
+        CheckpointError: there is none that verifies, and nothing is deleted.
+    """
+    root = checkpoints_folder(path)
+    config = base.build(CheckpointConfig, {**_retention_of(root.parent), **changes}, str(path))
+    anchor = open_checkpoint(root)
+    entries = list_checkpoints(root)
+    going = steps_to_delete(candidates(entries), anchor.step, config)
+    for step in going:
+        folder = layout.step_folder(root, step)
+        if not dry_run:
+            delete_checkpoint(folder)
+        console.print(f"{'would delete' if dry_run else 'deleted'} {folder}", highlight=False, soft_wrap=True)
+    console.print(f"{len(entries) - len(going)} stay, the newest that verifies is step {anchor.step}", highlight=False)
+
+
+def _retention_of(run_folder: Path) -> dict[str, Any]:
+    path = run_folder / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        table = json.loads(path.read_text())["checkpoint"]
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"{path} is damaged ({error}): name --keep-last and the folder of checkpoints") from None
+    return dict(table)

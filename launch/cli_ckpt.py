@@ -1,0 +1,154 @@
+"""`setformer ckpt`: looking at checkpoints, checking them, taking them elsewhere, making room."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from launch.lazy import load
+from setformer_dist.core.errors import ConfigError
+
+app = typer.Typer(help="Look at checkpoints, check them, take them elsewhere, make room.", no_args_is_help=True)
+
+# What ends a command that has found something damaged.
+_DAMAGED = 4
+
+RunFolder = Annotated[Path, typer.Argument(help="A run folder or its checkpoints folder.", show_default=False)]
+CheckpointPath = Annotated[
+    Path, typer.Argument(help="A run folder, its checkpoints folder, or one step's folder.", show_default=False)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+@app.command("ls")
+def ls(
+    folder: RunFolder,
+    verify: Annotated[bool, typer.Option("--verify", help="Hash every file, not only sizes.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the checkpoints of a run and whether they verify; exit code 4 if one does not.
+
+    Example:
+
+        setformer ckpt ls runs/demo --verify
+    """
+    if load("launch.listing").list_folder(folder, verify, Console(), as_json):
+        raise typer.Exit(_DAMAGED)
+
+
+@app.command("show")
+def show(checkpoint: CheckpointPath, as_json: AsJson = False) -> None:
+    """Verify a checkpoint and print all that it says about itself; of several, the newest that verifies.
+
+    Examples:
+
+        setformer ckpt show runs/demo
+
+        setformer ckpt show runs/demo/checkpoints/step-00000500 --json
+    """
+    load("launch.listing").show(checkpoint, Console(), as_json)
+
+
+@app.command("verify")
+def verify(checkpoint: CheckpointPath, as_json: AsJson = False) -> None:
+    """Read every byte of a checkpoint, or of all of a run, with all cores; exit code 4 if one does not verify.
+
+    Examples:
+
+        setformer ckpt verify runs/demo
+
+        setformer ckpt verify runs/demo/checkpoints/step-00000500 --json
+    """
+    if load("launch.ckpt").verify(checkpoint, Console(), as_json):
+        raise typer.Exit(_DAMAGED)
+
+
+@app.command("diff")
+def diff(
+    first: CheckpointPath,
+    second: CheckpointPath,
+    state: Annotated[str, typer.Option(help="Which state to compare: param, ema, exp_avg, exp_avg_sq.")] = "param",
+    as_json: AsJson = False,
+) -> None:
+    """Print in which parameters, metrics and config keys two checkpoints differ.
+
+    Examples:
+
+        setformer ckpt diff runs/demo/checkpoints/step-00000400 runs/demo/checkpoints/step-00000500
+
+        setformer ckpt diff runs/one runs/two --state ema --json
+    """
+    load("launch.ckpt").diff(first, second, state, Console(), as_json)
+
+
+@app.command("export")
+def export(
+    checkpoint: CheckpointPath,
+    dest: Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)],
+    weights: Annotated[str, typer.Option(help="plain, ema, or auto: whichever scored better in the run.")] = "auto",
+    deepspeed: Annotated[
+        bool, typer.Option("--deepspeed", help="Write what DeepSpeed's zero_to_fp32.py reads, with Adam's states.")
+    ] = False,
+) -> None:
+    """Write the weights as one safetensors file that plain timm loads, with a model card.
+
+    Examples:
+
+        setformer ckpt export runs/demo exported --weights ema
+
+        setformer ckpt export runs/demo for-deepspeed --deepspeed
+    """
+    if weights not in ("plain", "ema", "auto"):
+        raise ConfigError(f"--weights {weights!r} is not one of plain, ema, auto")
+    tools = load("launch.ckpt")
+    if deepspeed:
+        tools.export_deepspeed(checkpoint, dest, Console())
+    else:
+        tools.export(checkpoint, dest, weights, Console())
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="Directory of DeepSpeed's save_checkpoint.", show_default=False)],
+    dest: Annotated[Path, typer.Argument(help="Folder in which the step's folder is made.", show_default=False)],
+    model: Annotated[str, typer.Option(help="Name of the model, for the manifest.")] = "imported",
+    trust_pickle: Annotated[
+        bool, typer.Option("--trust-pickle", help="Read files that name foreign classes; they can run any code.")
+    ] = False,
+) -> None:
+    """Take over a checkpoint that DeepSpeed's own save_checkpoint wrote, under ZeRO 0 to 3 on any number of ranks.
+
+    The files are pickles. They are read by a loader that makes tensors and plain values alone; a file that holds
+    other objects is refused unless you trust it.
+
+    Examples:
+
+        setformer ckpt import elsewhere/output imported --model vit_base_patch16_224
+
+        setformer ckpt import elsewhere/output/global_step500 imported --trust-pickle
+    """
+    load("launch.ckpt").import_deepspeed(source, dest, model, trust_pickle, Console())
+
+
+@app.command("prune")
+def prune(
+    folder: RunFolder,
+    keep_last: Annotated[int | None, typer.Option(help="Newest that stay; by default the run's.")] = None,
+    keep_every: Annotated[int | None, typer.Option(help="Multiples of this step stay; by default the run's.")] = None,
+    keep_best: Annotated[int | None, typer.Option(help="Best that stay; by default the run's.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+) -> None:
+    """Delete the checkpoints that retention lets go; the newest that verifies always stays.
+
+    Examples:
+
+        setformer ckpt prune runs/demo --keep-last 1 --dry-run
+
+        setformer ckpt prune runs/demo --keep-last 2 --keep-every 1000
+    """
+    asked = {"keep_last": keep_last, "keep_every": keep_every, "keep_best": keep_best}
+    changes = {key: value for key, value in asked.items() if value is not None}
+    load("launch.ckpt").prune(folder, changes, dry_run, Console())

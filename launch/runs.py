@@ -1,0 +1,163 @@
+"""`setformer runs`: what runs there are, how far they came, and where their time went."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from setformer_dist.core import ledger
+from setformer_dist.core.errors import DataError
+from setformer_dist.report.rows import Row, RunRecord, read_run
+
+_MEANING = {
+    "training": "forward, backward, optimizer, communication",
+    "data": "waiting for samples",
+    "checkpoint": "saving",
+    "evaluation": "scoring the validation split",
+    "refresh": "setting references anew",
+    "start": "from the first start of the ranks to the first step",
+    "restart": "from a failure to the next step",
+    "lost": "computed, and computed again after a failure",
+    "finish": "last checkpoint, report",
+}
+_FAILURES_SHOWN = 10
+
+
+def run_folders(root: Path) -> list[Path]:
+    """Return the folders of runs below `root`, or `root` itself if it is one, newest last.
+
+    Raises:
+        DataError: there is none.
+    """
+    if (root / "config.json").is_file() or (root / ledger.LEDGER).is_file():
+        return [root]
+    found = [path.parent for path in root.glob("*/config.json")] if root.is_dir() else []
+    if not found:
+        raise DataError(f"{root} holds no run: name a run's folder, or the folder of runs (run.out, by default runs)")
+    return sorted(found, key=lambda folder: (folder / "config.json").stat().st_mtime)
+
+
+def list_runs(root: Path, console: Console) -> None:
+    """Print one line per run.
+
+    Raises:
+        DataError: there is none.
+    """
+    table = Table("run", "state", "step", "best", "loss", "goodput", "attempts", box=None)
+    for folder in run_folders(root):
+        run = read_run(folder)
+        account = ledger.account(ledger.read_events(folder))
+        best = run.summary.get("best", {})
+        value = best.get("value")
+        table.add_row(
+            str(folder),
+            state_of(folder),
+            str(max((row["step"] for row in run.train), default=0)),
+            f"{best['metric']} {value:.4f}" if value is not None else "",
+            f"{run.train[-1]['loss']:.4f}" if run.train and run.train[-1].get("loss") is not None else "",
+            f"{account.goodput:.1%}" if account.total else "",
+            str(account.attempts),
+        )
+    console.print(table)
+
+
+def state_of(folder: Path) -> str:
+    """Return "running", "done", "stopped", or how the last attempt failed, as the ledger says."""
+    events = [e for e in ledger.read_events(folder) if e["event"] in ("attempt", "began", "spent", "ended")]
+    if not events:
+        return "unknown"
+    last = events[-1]
+    if last["event"] != "ended":
+        return "running or killed"
+    return str(last.get("why")) if last.get("final") else "restarting"
+
+
+def show_run(folder: Path, console: Console, as_json: bool = False) -> None:
+    """Print what a run did, where its time went, and what went wrong.
+
+    Raises:
+        DataError: there is no such run.
+    """
+    (folder,) = run_folders(folder)[-1:]
+    run, events = read_run(folder), ledger.read_events(folder)
+    account = ledger.account(events)
+    guarded = guard_rows(folder)
+    slow = stragglers(run.train)
+    if as_json:
+        print(json.dumps(_as_json(folder, run, account, guarded, slow), indent=2))
+        return
+    steps = max((row["step"] for row in (*run.train, *run.evals)), default=0)
+    console.print(f"[bold]{folder}[/bold]: {state_of(folder)}, step {steps:,}", highlight=False)
+    if run.summary.get("evaluation"):
+        scores = ", ".join(f"{k} {v:.4f}" for k, v in run.summary["evaluation"].items())
+        console.print(f"last evaluation: {scores}", highlight=False)
+    if account.total:
+        console.print(_time_table(account))
+    for line in _trouble(account, guarded, slow):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _time_table(account: ledger.Account) -> Table:
+    table = Table("", "seconds", "share", "", box=None, title=f"goodput {account.goodput:.1%}", title_justify="left")
+    for kind, seconds in ledger.kinds_by_size(account):
+        table.add_row(kind, f"{seconds:,.1f}", f"{seconds / account.total:.1%}", _MEANING[kind])
+    table.add_row("all", f"{account.total:,.1f}", "100.0%", f"{account.attempts} attempts")
+    return table
+
+
+def _trouble(account: ledger.Account, guarded: list[Row], slow: Counter[tuple[int, str]]) -> Iterable[str]:
+    if account.failures:
+        yield f"{len(account.failures)} failures, {account.steps_lost} steps computed again:"
+        for at, how, step in account.failures[-_FAILURES_SHOWN:]:
+            yield f"  {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(at))}  {how} at step {step}"
+    for row in guarded:
+        ids = ", ".join(map(str, row.get("sample_ids", [])[:8]))
+        yield f"bad step {row['step']}: loss {row['loss']}, {row['why']}, {row['action']}; samples {ids} …"
+    for (rank, phase), times in slow.most_common(3):
+        yield f"rank {rank} was the slowest in {phase} in {times} of the logged lines"
+
+
+def stragglers(rows: Iterable[Row]) -> Counter[tuple[int, str]]:
+    """Count (rank, phase) over the logged lines that name a rank which the others waited for."""
+    named = (row.get("straggler") for row in rows)
+    return Counter((int(s["rank"]), str(s["phase"])) for s in named if isinstance(s, dict))
+
+
+def guard_rows(folder: Path) -> list[Row]:
+    """Return the guard's lines of a run."""
+    path = folder / "metrics.jsonl"
+    found: list[Row] = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        if '"guard"' not in line:
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and row.get("kind") == "guard":
+            found.append(row)
+    return found
+
+
+def _as_json(
+    folder: Path, run: RunRecord, account: ledger.Account, guarded: list[Row], slow: Counter[tuple[int, str]]
+) -> dict[str, Any]:
+    return {
+        "folder": str(folder),
+        "state": state_of(folder),
+        "summary": dict(run.summary),
+        "goodput": account.goodput,
+        "seconds": account.seconds,
+        "attempts": account.attempts,
+        "failures": [{"time": at, "how": how, "step": step} for at, how, step in account.failures],
+        "steps_lost": account.steps_lost,
+        "guard": [dict(row) for row in guarded],
+        "stragglers": [{"rank": r, "phase": p, "lines": n} for (r, p), n in slow.most_common()],
+    }

@@ -1,0 +1,192 @@
+"""Losses that are not finite, or that leap: what is done about the optimizer step that made them.
+
+    "stop"      the run ends with an error; the newest checkpoint is from before
+    "skip"      the update is left out and the run goes on; no weight has seen the bad gradient
+    "rollback"  all ranks go back to the newest checkpoint, and pass over the step when they come to it again
+
+Judged are the means over all ranks, which are the same on every rank, whenever they are logged and before every
+checkpoint; so the ranks agree without a word, and no checkpoint holds what came of a bad step. A step that is passed
+over uses up its samples and its place in the schedules, so all other steps see what they would have seen. Which steps
+are passed over is kept in the run's folder (`guard.json`), durably and before the rollback: a run that is
+interrupted and resumed passes over the same ones.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import torch
+
+from setformer_dist.core.comm import Collectives
+from setformer_dist.core.config import FrozenConfig
+from setformer_dist.core.errors import TrainingError
+from setformer_dist.core.files import write_json
+
+GUARD_FILE = "guard.json"
+
+# A leap is told from the start of training by at least so many losses before it.
+_ENOUGH = 20
+
+
+class GuardConfig(FrozenConfig):
+    """The `[guard]` table.
+
+    Attributes:
+        nonfinite: what a loss or gradient that is NaN or infinite does: "stop", "skip" or "rollback". In fp16 the
+            loss scale falls and the step is left out, whatever is set here.
+        spike: a loss beyond this many times the median of the last `window` is a leap and is rolled back; 0 is off.
+        window: losses that the median is of.
+        limit: bad steps borne in one run; one more ends it.
+    """
+
+    nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    spike: float = pydantic.Field(default=0.0, ge=0.0)
+    window: int = pydantic.Field(default=100, ge=_ENOUGH)
+    limit: int = pydantic.Field(default=5, ge=1)
+
+    @pydantic.field_validator("spike")
+    @classmethod
+    def _beyond_one(cls, value: float) -> float:
+        if 0 < value <= 1:
+            raise ValueError("must be 0 (off) or above 1: it multiplies the median of the last losses")
+        return value
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """A bad step.
+
+    Attributes:
+        step: 0-based optimizer step.
+        loss: mean over all ranks.
+        why: "nonfinite" or "spike".
+        action: "skip" (it has been left out already) or "rollback".
+    """
+
+    step: int
+    loss: float
+    why: Literal["nonfinite", "spike"]
+    action: Literal["skip", "rollback"]
+
+
+class Guard:
+    """Judges losses, and remembers which steps are passed over. The same on all ranks.
+
+    Args:
+        config: what to do.
+        folder: of the run.
+        comm: tells all ranks what rank 0 reads.
+    """
+
+    def __init__(self, config: GuardConfig, folder: Path, comm: Collectives) -> None:
+        self._config = config
+        self._folder = folder
+        self._comm = comm
+        self._window: list[float] = []
+        self._passed: set[int] = set()
+        self._skipped: set[int] = set()
+
+    def load(self) -> None:
+        """Read which steps earlier attempts of this run had trouble with. Collective."""
+        path = self._folder / GUARD_FILE
+        found: dict[str, list[int]] = {}
+        if self._comm.ranks.is_main and path.exists():
+            found = json.loads(path.read_bytes())
+        found = self._comm.broadcast_json(found)
+        self._passed = set(found.get("passed_over", []))
+        self._skipped = set(found.get("skipped", []))
+
+    def passes_over(self, step: int) -> bool:
+        """Return whether an optimizer step is to be left out."""
+        return step in self._passed
+
+    def judge(self, first_step: int, losses: Sequence[float]) -> Trouble | None:
+        """Return the first bad step of some, if there is one; take all before it into the median.
+
+        Args:
+            first_step: of `losses[0]`.
+            losses: of consecutive steps, means over all ranks; NaN for a step that was passed over.
+
+        Raises:
+            TrainingError: a bad step, where the config wants the run to stop or has borne enough of them.
+        """
+        for step, loss in enumerate(losses, first_step):
+            if step in self._passed or step in self._skipped:
+                continue
+            why = self._fault(loss)
+            if why is None:
+                self._window = [*self._window, loss][-self._config.window :]
+                continue
+            return self._trouble(step, loss, why)
+        return None
+
+    def _fault(self, loss: float) -> Literal["nonfinite", "spike"] | None:
+        if not math.isfinite(loss):
+            return "nonfinite"
+        known = self._window
+        if self._config.spike and len(known) >= _ENOUGH and loss > self._config.spike * statistics.median(known):
+            return "spike"
+        return None
+
+    def _trouble(self, step: int, loss: float, why: Literal["nonfinite", "spike"]) -> Trouble:
+        repair = "lower optim.lr or optim.clip_norm, or lengthen the warm-up"
+        if why == "nonfinite" and self._config.nonfinite == "stop":
+            raise TrainingError(
+                f"the loss is not finite at step {step}: {repair}, or let such steps be left out "
+                '(guard.nonfinite = "skip" or "rollback"); the newest checkpoint is from before and stays'
+            )
+        borne = len(self._passed) + len(self._skipped)
+        if borne >= self._config.limit:
+            raise TrainingError(
+                f"the loss is {loss:.4g} at step {step}, and {borne} bad steps were borne before (guard.limit): "
+                f"{repair}"
+            )
+        return Trouble(
+            step, loss, why, "skip" if why == "nonfinite" and self._config.nonfinite == "skip" else "rollback"
+        )
+
+    def remember(self, trouble: Trouble) -> None:
+        """Keep a bad step for this run and all its continuations; durable when this returns. Collective."""
+        (self._skipped if trouble.action == "skip" else self._passed).add(trouble.step)
+        if self._comm.ranks.is_main:
+            write_json(
+                self._folder / GUARD_FILE,
+                {"passed_over": sorted(self._passed), "skipped": sorted(self._skipped)},
+            )
+        self._comm.barrier()
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold, JSON-able."""
+        return {"window": self._window}
+
+    def take_back(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self._window = list(state.get("window", []))
+
+
+def leave_out_bad_updates(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """Make a plain torch optimizer leave out updates whose gradients are not all finite.
+
+    DeepSpeed does so by itself under every ZeRO stage and in low precision; under stage 0 in fp32 the parameters'
+    gradients go straight to the optimizer. A parameter without a gradient is not touched, nor are its states.
+
+    Returns:
+        Undoes it.
+    """
+
+    def check(adam: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        parameters = [p for group in adam.param_groups for p in group["params"] if p.grad is not None]
+        norms = torch._foreach_norm([p.grad for p in parameters])
+        if norms and not bool(torch.stack([n.float() for n in norms]).isfinite().all()):
+            for p in parameters:
+                p.grad = None
+
+    handle = optimizer.register_step_pre_hook(check)
+    return handle.remove

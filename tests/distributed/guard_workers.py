@@ -1,0 +1,57 @@
+"""A whole run on each rank, of which chosen optimizer steps are poisoned."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launch.compose import compose, open_splits
+from launch.config import load_run, resolve
+from launch.inputs import inputs_of
+from setformer_dist.core.batch import MicroBatch
+from setformer_dist.core.ranks import RankInfo
+from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
+from setformer_dist.engine.deepspeed_engine import quiet_deepspeed
+
+
+class Poisoned:
+    """Makes the images of some steps infinite, as a broken sensor or kernel would."""
+
+    def __init__(self, prepare: Any, steps: list[int]) -> None:
+        self._prepare = prepare
+        self._steps = steps
+
+    def __call__(self, batch: MicroBatch, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        images, targets = self._prepare(batch, train)
+        return (images * torch.inf if train and batch.step in self._steps else images), targets
+
+
+def run_poisoned(page: str, overrides: list[str], steps: list[int]) -> dict[str, Any]:
+    """Train to the end; return what is left."""
+    ranks = RankInfo.from_env()
+    quiet_deepspeed()
+    torch.set_num_threads(1)
+    config = load_run(Path(page), overrides)
+    run = resolve(config, ranks.world_size)
+    splits = open_splits(run)
+    inputs = inputs_of(config.data)
+    model = inputs.build_model(config.model, len(splits.train.classes), inputs.told(splits.train), config.run.seed)
+    connect(ranks, os.environ["SETFORMER_RENDEZVOUS"])
+    config.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        trainer = compose(run, splits, model, TorchCollectives(ranks))
+        trainer._step._prepare = Poisoned(trainer._step._prepare, steps)
+        trainer.resume()
+        outcome = trainer.run()
+        held = trainer._fragments()
+    finally:
+        disconnect()
+    digest = hashlib.sha256()
+    for fragment in held:
+        digest.update(fragment.tensor.detach().contiguous().view(torch.uint8).numpy().data)
+    finite = all(bool(fragment.tensor.isfinite().all()) for fragment in held)
+    return {"step": outcome.state.step, "weights": digest.hexdigest(), "finite": finite}

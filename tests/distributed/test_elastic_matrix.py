@@ -1,0 +1,40 @@
+"""A checkpoint of W ranks under ZeRO stage s continues on W' ranks under s': same losses, same samples, none twice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks.elastic import compare, holds, measure
+from setformer_dist.testing.elastic import Where
+
+
+def check(rows: list[dict[str, Any]]) -> None:
+    assert rows
+    wrong = [row for row in rows if not holds(row)]
+    assert not wrong, wrong
+
+
+def test_a_few_layouts_continue_each_other() -> None:
+    rows = measure([Where(1, 0, "fp32"), Where(3, 1, "fp32"), Where(2, 3, "fp32")], steps=4)
+    assert len(rows) == 9
+    check(rows)
+
+
+def test_bf16_continues_bit_by_bit_in_the_same_layout() -> None:
+    check(measure([Where(2, 2, "bf16")], steps=4))
+
+
+def test_a_lost_or_repeated_sample_is_noticed() -> None:
+    where = Where(1, 0, "fp32")
+    whole = {"losses": [1.0], "ids": list(range(24, 48)), "before": list(range(72))}
+    assert not holds(compare(where, where, whole, {"losses": [1.0], "ids": list(range(24, 48))}))
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_every_layout_continues_every_other(dtype: str) -> None:
+    rows = measure([Where(r, s, dtype) for r in (1, 2, 3, 4) for s in (0, 1, 2, 3)], steps=20)
+    assert len(rows) == 256
+    check(rows)

@@ -1,0 +1,71 @@
+"""A step whose loss is infinite, in whole runs on two ranks: left out, or gone back before and passed over."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from setformer_dist.core.files import write_json
+from setformer_dist.testing.commands import DEMO, SHORT
+from setformer_dist.testing.ranks import RanksFailedError, run_ranks
+from tests.distributed import guard_workers
+
+BAD = 12
+
+
+def overrides(digits: Path, out: Path, mode: str, stage: int, dtype: str) -> list[str]:
+    own = [f"data.root={digits}", f"run.out={out}", f"guard.nonfinite={mode}", "run.log_every=4"]
+    return [*SHORT, *own, f"zero.stage={stage}", f"precision.dtype={dtype}"]
+
+
+def guard_rows(out: Path) -> list[dict[str, object]]:
+    rows = [json.loads(line) for line in (out / "demo" / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == "guard"]
+
+
+def run(digits: Path, out: Path, mode: str, stage: int, dtype: str, steps: list[int]) -> list[dict[str, object]]:
+    return run_ranks(guard_workers.run_poisoned, 2, DEMO, overrides(digits, out, mode, stage, dtype), steps)
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype"),
+    [
+        (0, "fp32"),
+        (2, "bf16"),
+        (3, "fp32"),
+        *(pytest.param(s, d, marks=pytest.mark.drill) for s, d in ((0, "bf16"), (1, "fp32"), (1, "bf16"), (2, "fp32"))),
+    ],
+)
+def test_skip_leaves_the_update_out(digits: Path, tmp_path: Path, stage: int, dtype: str) -> None:
+    found = run(digits, tmp_path, "skip", stage, dtype, [BAD])
+    assert [r["step"] for r in found] == [22, 22]
+    assert all(r["finite"] for r in found)
+    (row,) = guard_rows(tmp_path)
+    assert (row["step"], row["why"], row["action"]) == (BAD, "nonfinite", "skip")
+    assert len(set(row["sample_ids"])) == 64  # type: ignore[arg-type]
+
+
+def test_rollback_is_a_run_that_never_took_the_step(digits: Path, tmp_path: Path) -> None:
+    found = run(digits, tmp_path / "poisoned", "rollback", 2, "bf16", [BAD])
+    (row,) = guard_rows(tmp_path / "poisoned")
+    assert (row["step"], row["action"]) == (BAD, "rollback")
+    (tmp_path / "without" / "demo").mkdir(parents=True)
+    write_json(tmp_path / "without" / "demo" / "guard.json", {"passed_over": [BAD]})
+    without = run(digits, tmp_path / "without", "rollback", 2, "bf16", [])
+    assert [r["weights"] for r in found] == [r["weights"] for r in without]  # bit by bit
+    whole = run(digits, tmp_path / "whole", "rollback", 2, "bf16", [])
+    assert [r["weights"] for r in found] != [r["weights"] for r in whole]
+
+
+def test_stop_is_the_default_and_keeps_the_checkpoint_from_before(digits: Path, tmp_path: Path) -> None:
+    with pytest.raises(RanksFailedError, match=f"not finite at step {BAD}"):
+        run(digits, tmp_path, "stop", 2, "bf16", [BAD])
+    saved = sorted(p.name for p in (tmp_path / "demo" / "checkpoints").iterdir() if p.name.startswith("step-"))
+    assert saved[-1] == "step-00000010"
+
+
+def test_more_bad_steps_than_the_limit_end_the_run(digits: Path, tmp_path: Path) -> None:
+    with pytest.raises(RanksFailedError, match="5 bad steps were borne before"):
+        run(digits, tmp_path, "skip", 1, "bf16", list(range(6, 22)))

@@ -1,0 +1,190 @@
+"""`setformer ckpt` on real runs and on directories that DeepSpeed itself wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from typer.testing import CliRunner
+
+import setformer_dist.models  # noqa: F401  (registers the models)
+from checkpoints import deepspeed_files, layout
+from checkpoints.config import CheckpointConfig
+from checkpoints.identity import Identity
+from checkpoints.manager import CheckpointManager
+from checkpoints.reader import open_checkpoint
+from launch.cli import app
+from setformer_dist.core.comm import Alone
+from setformer_dist.core.errors import CheckpointError
+from setformer_dist.core.fragments import Fragment
+from setformer_dist.testing.commands import setformer, train_words
+from setformer_dist.testing.ranks import run_ranks
+from tests.distributed.workers import Trainee
+
+STATES = ("param", "exp_avg", "exp_avg_sq")
+
+
+def run(*words: object) -> Any:
+    return CliRunner().invoke(app, ["ckpt", *map(str, words)])
+
+
+def save(root: Path, step: int, top1: float = 0.5, **tensors: torch.Tensor) -> Path:
+    fragments = [Fragment(n, "param", 0, tuple(t.shape), t.reshape(-1)) for n, t in tensors.items()]
+    manager = CheckpointManager(root, Alone(), CheckpointConfig(keep_last=99))
+    trainer = {"config": {"optim": {"lr": top1}}}
+    return manager.save(step, fragments, trainer, Identity(model="m"), {"top1": top1})
+
+
+def deepspeed_writes(root: str, stage: int, dtype: str) -> dict[str, dict[str, list[float]]]:
+    """Train two steps, let DeepSpeed save, and return the masters and states by our own fragments."""
+    trainee = Trainee(stage, dtype)
+    for k in range(2):
+        trainee.step(k)
+    trainee.engine.save_checkpoint(root, tag="global_step2", client_state={"note": "plain"})
+    mine = [[f.name, f.state, f.start, f.tensor.tolist()] for f in trainee.master.fragments(*STATES)]
+    pieces = [piece for part in trainee.comm.gather_json(mine) for piece in part]
+    return {f"{name}|{state}|{start}": values for name, state, start, values in pieces}  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(("stage", "ranks", "dtype"), [(0, 1, "fp32"), (1, 2, "bf16"), (2, 4, "fp32"), (3, 2, "fp32")])
+def test_what_deepspeed_saved_is_imported_element_by_element(tmp_path, stage, ranks, dtype):
+    truth = {}
+    for part in run_ranks(deepspeed_writes, ranks, str(tmp_path / "ds"), stage, dtype)[:1]:
+        truth |= part
+    done = run("import", tmp_path / "ds", tmp_path / "ours", "--model", "small")
+    assert done.exit_code == 0, done.output
+    checkpoint = open_checkpoint(tmp_path / "ours")
+    assert checkpoint.step == checkpoint.trainer["optimizer_steps"] == 2
+    wanted = STATES if stage else ("param",)
+    assert set(checkpoint.states()) == set(wanted)
+    full = {state: checkpoint.read_full(state) for state in wanted}
+    assert len(full["param"]) == 32
+    compared = 0
+    for key, values in truth.items():
+        name, state, start = key.rsplit("|", 2)
+        if state in wanted:
+            found = full[state][name].reshape(-1)[int(start) : int(start) + len(values)]
+            assert found.tolist() == values, key
+            compared += len(values)
+    assert compared >= sum(t.numel() for t in full["param"].values()) * len(wanted)
+
+
+def test_a_pickle_with_a_foreign_class_needs_trust_and_is_not_run_before(tmp_path):
+    folder = tmp_path / "ds"
+    deepspeed_files.write(folder, 1, {"param": {"w": torch.ones(3)}})
+    target = next(folder.rglob("mp_rank_00_model_states.pt"))
+
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    state = torch.load(target, weights_only=False)
+    torch.save({**state, "client": Evil()}, target)
+    refused = CliRunner().invoke(app, ["ckpt", "import", str(folder), str(tmp_path / "out")])
+    assert isinstance(refused.exception, CheckpointError)
+    assert "--trust-pickle" in str(refused.exception)
+    assert not (tmp_path / "ran").exists()
+    trusted = run("import", folder, tmp_path / "out", "--trust-pickle")
+    assert trusted.exit_code == 0, trusted.exception
+    assert (tmp_path / "ran").exists()  # which is why trust is asked for
+
+
+def test_a_latest_that_leads_elsewhere_is_refused(tmp_path):
+    (tmp_path / "latest").write_text("../elsewhere")
+    with pytest.raises(CheckpointError, match="no folder beside it"):
+        deepspeed_files.read(tmp_path)
+
+
+def test_what_is_exported_for_deepspeed_is_read_by_its_own_tool(tmp_path):
+    tensors = {"a.weight": torch.randn(7, 3), "b": torch.randn(5), "c": torch.randn(())}
+    save(tmp_path / "run", 4, **tensors)
+    done = run("export", tmp_path / "run", tmp_path / "ds", "--deepspeed")
+    assert done.exit_code == 0, done.exception
+    found = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path / "ds"))
+    assert set(found) == set(tensors)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert torch.equal(deepspeed_files.read(tmp_path / "ds").states["param"]["a.weight"], tensors["a.weight"])
+
+
+@pytest.fixture(scope="module")
+def trained(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs")
+    ended = setformer(*train_words(digits, out, "schedule.epochs=1", ranks=1))
+    assert ended.code == 0, ended.err
+    return out / "demo"
+
+
+def test_plain_timm_loads_what_is_exported(trained, tmp_path):
+    done = run("export", trained, tmp_path / "out", "--weights", "plain")
+    assert done.exit_code == 0, done.exception
+    card = (tmp_path / "out" / "README.md").read_text()
+    call = next(line for line in card.splitlines() if "timm.create_model" in line)
+    code = call.partition("= ")[2].replace('"model.safetensors"', repr(str(tmp_path / "out" / "model.safetensors")))
+    model = eval(code, {"timm": timm})  # the line of the card, as a reader would run it
+    weights = open_checkpoint(trained).read_full()
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
+    assert "| top1 |" in card
+
+
+def test_show_ls_and_verify_of_a_run(trained, tmp_path):
+    shown = json.loads(run("show", trained, "--json").output)
+    assert shown["step"] == 22
+    assert shown["elements"]["param"] == shown["elements"]["exp_avg"] > 100_000
+    assert shown["trainer"]["stream"]["seed"] == 0
+    listed = json.loads(run("ls", trained, "--verify", "--json").output)
+    assert [entry["fault"] for entry in listed] == [None] * len(listed)
+    copy = tmp_path / "demo"
+    shutil.copytree(trained / "checkpoints", copy)
+    assert run("verify", copy).exit_code == 0
+    path = next(iter(layout.step_folders(copy))) / layout.rank_file(0, 1)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    broken = run("verify", copy)
+    assert broken.exit_code == 4
+    assert "is damaged" in broken.output.replace("\n", "")
+
+
+def test_diff_names_parameters_metrics_and_config(tmp_path):
+    a = save(tmp_path / "a", 1, top1=0.5, w=torch.ones(4), same=torch.zeros(2), gone=torch.ones(1))
+    b = save(tmp_path / "b", 2, top1=0.75, w=torch.tensor([1.0, 1, 1, 3]), same=torch.zeros(2))
+    found = json.loads(run("diff", a, b, "--json").output)
+    assert found["parameters"] == {"w": [2.0, 2.0]}
+    assert found["only_first"] == ["gone"]
+    assert found["metrics"] == {"top1": [0.5, 0.75]}
+    assert found["config"] == {"optim.lr": [0.5, 0.75]}
+    text = run("diff", a, b).output
+    assert "1 of 2 common parameters are the same bit by bit" in text
+
+
+def test_prune_keeps_what_verifies(tmp_path):
+    root = tmp_path / "checkpoints"
+    for step in (1, 2, 3, 4):
+        save(root, step, w=torch.ones(4))
+    path = layout.step_folder(root, 4) / layout.rank_file(0, 1)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)  # same size: only reading it tells
+    words = ("prune", tmp_path, "--keep-last", 1, "--keep-best", 0)
+    dry = run(*words, "--dry-run")
+    assert dry.exit_code == 0, dry.exception
+    assert len(layout.step_folders(root)) == 4
+    assert run(*words).exit_code == 0
+    assert [layout.step_of(folder) for folder in layout.step_folders(root)] == [4, 3]
+    assert open_checkpoint(root).step == 3
+
+
+@pytest.mark.parametrize("words", ["show", "verify", "diff", "export", "import", "prune", "ls"])
+def test_every_command_has_an_example(words):
+    done = run(words, "--help")
+    assert done.exit_code == 0
+    assert f"setformer ckpt {words}" in done.output
+    assert sys.executable not in done.output

@@ -1,0 +1,100 @@
+"""Deaths, hangs and signals of a real run through the command line: it goes on by itself, or stops as asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from setformer_dist.testing.commands import (
+    alive,
+    assert_gone,
+    children,
+    losses,
+    setformer,
+    start,
+    train_words,
+    wait_for,
+)
+
+
+@pytest.fixture(scope="module")
+def whole_run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the demo's page for one epoch, uninterrupted."""
+    out = tmp_path_factory.mktemp("whole")
+    ended = setformer(*train_words(digits, out))
+    assert ended.code == 0, ended.err
+    return out / "demo"
+
+
+def at_step(run: Path, step: int, process: subprocess.Popen[str]) -> list[int]:
+    """Wait for a checkpoint; return the pids of the ranks, by rank."""
+    wait_for(run / "checkpoints" / f"step-{step:08d}" / "manifest.json", process)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in ranks]
+
+
+def test_a_rank_that_hangs_is_found_its_stack_written_and_the_run_goes_on(
+    digits: Path, tmp_path: Path, whole_run: Path
+) -> None:
+    process = start(*train_words(digits, tmp_path, "restart.hang_after_s=3"))
+    pids = at_step(tmp_path / "demo", 5, process)
+    os.kill(pids[1], signal.SIGSTOP)
+    _, err = process.communicate(timeout=150)
+    assert process.returncode == 0, err
+    assert "rank 1 gave no sign of life for" in err
+    assert "rank 1 is suspended by SIGSTOP" in err
+    assert_gone(pids)
+    stacks = (tmp_path / "demo" / "logs" / "rank-00000.log").read_text()
+    assert "most recent call first" in stacks  # where rank 0 waited for it
+    assert "train_until" in stacks
+    assert losses(tmp_path / "demo") == losses(whole_run)
+    shown = json.loads(setformer("runs", "show", str(tmp_path / "demo"), "--json").out)
+    assert [f["how"] for f in shown["failures"]] == ["hang"]
+    assert shown["attempts"] == 2
+    assert shown["seconds"]["restart"] > 1
+    assert shown["state"] == "done"
+
+
+def test_a_signal_to_one_rank_stops_all_of_them_with_a_checkpoint(digits: Path, tmp_path: Path) -> None:
+    process = start(*train_words(digits, tmp_path, "schedule.epochs=50", "checkpoint.every_steps=5"))
+    pids = at_step(tmp_path / "demo", 5, process)
+    os.kill(pids[1], signal.SIGUSR1)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 138, err
+    assert "starting again" not in err
+    assert_gone(pids)
+    last = max(step for kind, step in losses(tmp_path / "demo"))
+    assert (tmp_path / "demo" / "checkpoints" / f"step-{last:08d}" / "manifest.json").exists()
+
+
+def test_without_restarts_a_death_is_an_error_with_the_last_words_of_the_rank(digits: Path, tmp_path: Path) -> None:
+    words = train_words(digits, tmp_path)
+    process = start(*words, "--restarts", "0")
+    pids = at_step(tmp_path / "demo", 5, process)
+    os.kill(pids[1], signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 6
+    assert "error: rank 1 was ended by SIGKILL" in err
+    assert f"the last lines of {tmp_path / 'demo' / 'logs' / 'rank-00001.log'}" in err
+    assert_gone(pids)
+
+
+def test_deaths_at_one_and_the_same_step_end_the_run(digits: Path, tmp_path: Path) -> None:
+    """Ranks that die before their first step: killed as soon as they are there."""
+    process = start(*train_words(digits, tmp_path, "restart.same_step=2", "restart.backoff_s=0.1"))
+    killed: set[int] = set()
+    while process.poll() is None:
+        for pid in children(process.pid) if alive(process.pid) else ():
+            if pid not in killed:
+                killed.add(pid)
+                os.kill(pid, signal.SIGKILL)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 6
+    assert "not started again: it failed 2 times" in err
+    assert len(killed) <= 6
+    assert not (tmp_path / "demo" / "checkpoints").exists()

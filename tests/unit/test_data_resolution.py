@@ -1,0 +1,220 @@
+"""Image sizes by step and by shape: pure functions, exact at their borders, the same after a resumption."""
+
+import io
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dataloaders import AugmentConfig, DataConfig, PackOptions, Prepare, ShardTrainStream, pack_image_folder
+from dataloaders.config import ResolutionStage
+from dataloaders.opening import open_source
+from dataloaders.order import Cut, cursor_at, step_of_cursor
+from dataloaders.resolution import BucketPlan, ImageSizes, assign_buckets, bucket_shape
+from setformer_dist.core.config import build
+from setformer_dist.core.errors import ConfigError, DataError
+from setformer_dist.core.ranks import RankInfo
+
+STAGES = ({"epoch": 0, "image_size": 16}, {"step": 5, "image_size": 24}, {"epoch": 2, "image_size": 32})
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """90 images: wide, high and square ones."""
+    root = tmp_path_factory.mktemp("shapes")
+    for i in range(90):
+        height, width = ((30, 46), (44, 30), (36, 36))[i % 3]
+        path = root / "source" / f"class{i % 2}" / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        out = io.BytesIO()
+        Image.fromarray(pixels).save(out, "PNG")
+        path.write_bytes(out.getvalue())
+    pack_image_folder(root / "source", root / "train", PackOptions(samples_per_shard=30))
+    return root
+
+
+def config_of(data, **changes):
+    augment = AugmentConfig(cutmix=1.0, mixup=0.5)
+    return DataConfig(**{"root": str(data), "image_size": 32, "augment": augment, **changes})
+
+
+def stages(*tables):
+    return tuple(ResolutionStage(**table) for table in tables)
+
+
+def stream_of(data, config, world=1, rank=0, micro=10):
+    return ShardTrainStream(open_source(str(data), "train", config), config, 3, RankInfo(rank, world), 20, micro)
+
+
+def take(stream, first, count):
+    batches = stream.micro_batches(first)
+    taken = list(itertools.islice(batches, count))
+    batches.close()
+    return taken
+
+
+def test_stages_begin_at_their_step():
+    sizes = ImageSizes(DataConfig(root="", image_size=32, resolutions=stages(*STAGES)), steps_per_epoch=4)
+    assert [sizes.shape(step)[0] for step in range(10)] == [16] * 5 + [24] * 3 + [32] * 2
+    assert sizes.shape(10**9) == (32, 32)
+    plain = ImageSizes(DataConfig(root="", image_size=32, resolutions=stages({"step": 7, "image_size": 8})), 4)
+    assert [plain.side(step) for step in (0, 6, 7)] == [32, 32, 8]
+
+
+def test_two_stages_at_one_step_are_refused():
+    both = stages({"epoch": 2, "image_size": 16}, {"step": 8, "image_size": 24})
+    ImageSizes(DataConfig(root="", resolutions=both), steps_per_epoch=5)
+    with pytest.raises(ConfigError, match="two stages begin at step 8"):
+        ImageSizes(DataConfig(root="", resolutions=both), steps_per_epoch=4)
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_sizes_change_at_exact_steps_also_after_a_resumption(data, threads):
+    config = config_of(data, resolutions=stages(*STAGES), threads=threads, prefetch=3)
+    stream = stream_of(data, config)
+    assert stream.steps_per_epoch == 4
+    whole = take(stream, 0, 20)
+    for one in whole:
+        side = 16 if one.step < 5 else 24 if one.step < 8 else 32
+        assert one.inputs.shape == (10, 3, side, side)
+        assert one.mix.box.max() <= side
+        assert Prepare(config, 2, "cpu")(one, True)[0].shape == one.inputs.shape
+    for first in (3, 4, 5, 7, 8):
+        for one, other in zip(take(stream, first, 3), whole[2 * first :], strict=False):
+            assert one.step == other.step
+            assert torch.equal(one.inputs, other.inputs)
+            assert torch.equal(one.mix.box, other.mix.box)
+    stream.close()
+
+
+# Buckets
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(32, 512), st.floats(0.3, 3.0), st.sampled_from([1, 8, 16, 32]))
+def test_bucket_shapes_have_about_the_pixels_of_the_square(side, aspect, multiple):
+    height, width = bucket_shape(side, aspect, multiple)
+    assert height % multiple == width % multiple == 0
+    exact = side / np.sqrt(aspect), side * np.sqrt(aspect)
+    assert abs(height - exact[0]) <= max(multiple / 2, multiple - exact[0])
+    assert abs(width - exact[1]) <= max(multiple / 2, multiple - exact[1])
+
+
+def test_samples_go_to_the_nearest_bucket_that_can_fill_a_batch():
+    sizes = np.array([[100, 200]] * 30 + [[100, 100]] * 30 + [[200, 100]] * 5 + [[100, 140]] * 2, np.int32)
+    members = assign_buckets(sizes, (0.5, 1.0, 2.0), 20)
+    assert [len(ids) for ids in members] == [0, 37, 30]
+    assert sorted(np.concatenate(members).tolist()) == list(range(67))
+    assert [len(ids) for ids in assign_buckets(sizes, (0.5, 1.0, 2.0), 5)] == [5, 32, 30]
+    assert [len(ids) for ids in assign_buckets(sizes, (0.5, 1.0, 2.0), 100)].count(0) == 2
+
+
+def counted_plan(wrap, counts=(25, 41, 13), batch=6):
+    ends = np.cumsum(counts)
+    members = [np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)]
+    return BucketPlan(members, (0.5, 1.0, 2.0), batch, 3, wrap), members
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_each_batch_is_of_one_bucket(wrap):
+    plan, members = counted_plan(wrap)
+    assert plan.steps_per_epoch == (14 if wrap else 4 + 6 + 2)
+    for step in range(60):
+        samples, _ = plan.pick(step, np.arange(6))
+        bucket = (0.5, 1.0, 2.0).index(plan.aspect(step))
+        assert set(samples.tolist()) <= set(members[bucket].tolist())
+
+
+def test_buckets_drop_their_tails_and_others_each_epoch():
+    plan, _ = counted_plan(False)
+    dropped, sequences = [], []
+    for epoch in range(6):
+        steps = range(epoch * 12, (epoch + 1) * 12)
+        picked = [plan.pick(step, np.arange(6)) for step in steps]
+        seen = np.concatenate([samples for samples, _ in picked]).tolist()
+        assert len(set(seen)) == len(seen) == 72
+        assert {int(e) for _, epochs in picked for e in epochs} == {epoch}
+        dropped.append(frozenset(range(79)) - set(seen))
+        sequences.append(tuple(plan.aspect(step) for step in steps))
+    assert len(set(dropped)) == len(set(sequences)) == 6
+    assert [sequence.count(1.0) for sequence in sequences] == [6] * 6
+
+
+def test_wrapping_buckets_leaves_nothing_out():
+    plan, members = counted_plan(True)
+    samples, epochs = (
+        np.concatenate(part) for part in zip(*(plan.pick(step, np.arange(6)) for step in range(300)), strict=True)
+    )
+    for ids in members:
+        mine = np.isin(samples, ids)
+        walked, its_epochs = samples[mine], epochs[mine]
+        assert np.array_equal(its_epochs, np.arange(len(walked)) // len(ids))
+        for epoch in range(int(its_epochs[-1])):
+            assert sorted(walked[its_epochs == epoch]) == ids.tolist()
+        # To a batch, the share that it has of all samples.
+        assert abs(len(walked) - 1800 * len(ids) / 79) <= 2 * 6
+
+
+@pytest.mark.parametrize(("world", "micro"), [(2, 3), (3, 1), (6, 1)])
+def test_buckets_do_not_depend_on_the_cut(world, micro):
+    plan, _ = counted_plan(False)
+    for step in (0, 7, 30):
+        expected, _ = plan.pick(step, np.arange(6))
+        seen = np.full(6, -1)
+        for rank in range(world):
+            places = Cut(6, micro, rank, world).places().ravel()
+            seen[places] = plan.pick(step, places)[0]
+        assert np.array_equal(seen, expected)
+
+
+def test_cursor_of_other_buckets_is_refused():
+    plan, _ = counted_plan(False)
+    state = cursor_at(plan, 3, "f", 20).to_json()
+    assert step_of_cursor(state, plan, 3, "f") == 20
+    for other in (counted_plan(True)[0], counted_plan(False, (25, 40, 14))[0]):
+        with pytest.raises(DataError, match=r"order .*aspect_buckets"):
+            step_of_cursor(state, other, 3, "f")
+
+
+def test_bucketed_streams_show_each_batch_in_one_shape(data):
+    shapes = {"aspect_buckets": (0.7, 1.0, 1.5), "bucket_multiple": 8}
+    config = config_of(data, augment=AugmentConfig(), threads=1, **shapes)
+    seen = {}
+    for world, micro in ((1, 20), (2, 5)):
+        for rank in range(world):
+            stream = stream_of(data, config, world, rank, micro)
+            assert stream.steps_per_epoch == 3
+            for one in take(stream, 0, 6 * 20 // (world * micro)):
+                shapes = seen.setdefault((world, one.step), set())
+                shapes.add(tuple(one.inputs.shape[2:]))
+                source = open_source(str(data), "train", config)
+                aspects = {source.size(int(i))[1] / source.size(int(i))[0] for i in one.sample_ids}
+                assert len(aspects) == 1
+                height, width = one.inputs.shape[2:]
+                assert (height > width) == (min(aspects) < 1)
+            stream.close()
+    assert all(len(shapes) == 1 for shapes in seen.values())
+    assert {step: shape for (world, step), shape in seen.items() if world == 1} == {
+        step: shape for (world, step), shape in seen.items() if world == 2
+    }
+    assert set().union(*seen.values()) == {(40, 24), (32, 32), (24, 40)}
+
+
+def test_impossible_sizes_are_refused(data):
+    for fault, change in {
+        "exactly one": {"resolutions": [{"epoch": 1, "step": 3, "image_size": 8}]},
+        "neither resolutions": {"augment": {"crop": "pad"}, "resolutions": [{"step": 3, "image_size": 8}]},
+        "leave one out": {"aspect_buckets": [1.0, 1.5], "order": "block"},
+        "must be positive": {"aspect_buckets": [1.0, -1.5]},
+        "names a shape twice": {"aspect_buckets": [1.5, 1.5]},
+    }.items():
+        with pytest.raises(ConfigError, match=fault):
+            build(DataConfig, {"root": "d", **change}, "data")
+    config = config_of(data, aspect_buckets=(1.0, 2.0))
+    with pytest.raises(ConfigError, match="larger than the data set of 90"):
+        ShardTrainStream(open_source(str(data), "train", config), config, 3, RankInfo(), 120, 120)

@@ -1,0 +1,190 @@
+"""What the supervisor decides and records: verdicts, the ledger's arithmetic, the heartbeat."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from launch.restarts import Again, Failure, GiveUp, RestartConfig, verdict
+from launch.supervise import restart_config
+from setformer_dist.core import ledger
+from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.heartbeat import FD_VARIABLE, Heartbeat, Pulse
+
+POLICY = RestartConfig(limit=4, window_minutes=10, backoff_s=1, backoff_max_s=6, same_step=3)
+
+
+def failures(*steps, how="killed", every=1.0):
+    return [Failure(at * every, step, how) for at, step in enumerate(steps)]
+
+
+def test_a_first_death_is_followed_by_a_restart():
+    assert verdict(failures(40), POLICY) == Again(1)
+
+
+def test_the_wait_doubles_without_progress_and_begins_anew_with_it():
+    assert verdict(failures(40, 39), POLICY) == Again(2)
+    assert verdict(failures(40, 39, 38), POLICY) == Again(4)
+    assert verdict(failures(40, 39, 38, 37), POLICY) == Again(6)
+    assert verdict(failures(40, 39, 60), POLICY) == Again(1)
+
+
+def test_failures_at_one_step_are_of_the_runs_own_making():
+    assert isinstance(verdict(failures(40, 40), POLICY), Again)
+    judged = verdict(failures(7, 40, 40, 40), POLICY)
+    assert isinstance(judged, GiveUp)
+    assert "3 times at step 40" in judged.reason
+
+
+def test_the_window_forgets():
+    many = (10, 20, 30, 40, 50)
+    judged = verdict(failures(*many, every=10), POLICY)
+    assert isinstance(judged, GiveUp)
+    assert "5 times within 10 minutes" in judged.reason
+    assert isinstance(verdict(failures(*many, every=200), POLICY), Again)
+
+
+def test_an_error_before_the_first_step_is_not_tried_again_but_a_death_is():
+    assert isinstance(verdict(failures(-1, how="error"), POLICY), GiveUp)
+    assert isinstance(verdict(failures(-1, how="killed"), POLICY), Again)
+    assert isinstance(verdict([*failures(40), Failure(5, -1, "error")], POLICY), Again)
+
+
+def test_limit_zero_never_restarts():
+    assert isinstance(verdict(failures(40), RestartConfig(limit=0)), GiveUp)
+
+
+def test_a_bad_restart_table_is_named():
+    with pytest.raises(ConfigError, match=r"page.toml: restart.limit"):
+        restart_config({"limit": -1}, "page.toml")
+    with pytest.raises(ConfigError, match=r"restart.foo"):
+        restart_config({"foo": 1}, "page.toml")
+
+
+def event(name, at, **values):
+    return {"event": name, "time": float(at), **values}
+
+
+def test_an_undisturbed_run_adds_up():
+    account = ledger.account(
+        [
+            event("attempt", 0, number=1, ranks=2),
+            event("began", 10, step=0),
+            event("spent", 20, step=10, seconds={"data": 1, "forward": 4, "backward": 4, "checkpoint": 0.5}),
+            event("spent", 30, step=20, seconds={"data": 1, "forward": 4, "evaluation": 2, "other": 3}),
+            event("ended", 33, why="done", final=True),
+        ]
+    )
+    assert account.total == pytest.approx(33)
+    assert account.seconds["start"] == 10
+    assert account.seconds["data"] == 2
+    assert account.seconds["checkpoint"] == 0.5
+    assert account.seconds["evaluation"] == 2
+    assert account.seconds["finish"] == 3
+    assert account.seconds["training"] == pytest.approx(33 - 10 - 2 - 0.5 - 2 - 3)
+    assert account.goodput == pytest.approx(account.seconds["training"] / 33)
+    assert (account.attempts, account.failures, account.steps_lost) == (1, [], 0)
+
+
+def test_lost_work_is_what_was_computed_beyond_the_checkpoint():
+    account = ledger.account(
+        [
+            event("attempt", 0),
+            event("began", 5, step=0),
+            event("spent", 15, step=10, seconds={"forward": 10}),
+            event("spent", 25, step=20, seconds={"forward": 8, "data": 2}),
+            event("ended", 28, why="killed", step=23),  # 3 s since the last line are nobody's
+            event("attempt", 29),
+            event("began", 34, step=15),  # half of the second line was in vain
+            event("spent", 44, step=30, seconds={"forward": 10}),
+            event("ended", 45, why="done", final=True),
+        ]
+    )
+    assert account.total == pytest.approx(45)
+    assert account.seconds["lost"] == pytest.approx(3 + 5)
+    assert account.seconds["restart"] == pytest.approx(34 - 28)
+    assert account.seconds["data"] == pytest.approx(1)
+    assert account.steps_lost == 8
+    assert account.failures == [(28.0, "killed", 23)]
+    assert account.attempts == 2
+
+
+def test_the_time_between_a_stop_and_the_next_start_is_nobodys():
+    account = ledger.account(
+        [
+            event("attempt", 0),
+            event("began", 5, step=0),
+            event("ended", 10, why="stopped", final=True),
+            event("attempt", 10_000),
+            event("began", 10_004, step=2),
+            event("ended", 10_005, why="done", final=True),
+        ]
+    )
+    assert account.total == pytest.approx(10 + 5)
+    assert account.seconds["start"] == pytest.approx(9)
+
+
+def test_a_supervisor_that_was_killed_left_no_end():
+    account = ledger.account(
+        [
+            event("attempt", 0),
+            event("began", 5, step=0),
+            event("spent", 9, step=4, seconds={"forward": 4}),
+            event("attempt", 5_000),
+            event("began", 5_003, step=2),
+            event("ended", 5_004, why="done", final=True),
+        ]
+    )
+    assert account.total == pytest.approx(9 + 4)
+    assert account.seconds["lost"] == pytest.approx(2)
+    assert account.steps_lost == 2
+    assert account.failures == [(9.0, "supervisor killed", 4)]
+
+
+def test_a_torn_line_is_passed_over(tmp_path):
+    ledger.record(tmp_path, "attempt", number=1)
+    with (tmp_path / ledger.LEDGER).open("ab") as file:
+        file.write(b'{"event": "ended", "ti')
+    assert [e["event"] for e in ledger.read_events(tmp_path)] == ["attempt"]
+
+
+CHILD = """
+import time
+from setformer_dist.core.heartbeat import Heartbeat
+heart = Heartbeat.from_env()
+heart.step = 41
+heart.beat("forward")
+heart.warm = True
+heart.beat("a phase with a long name")
+time.sleep(60)
+"""
+
+
+def test_a_beat_is_seen_from_outside_also_after_a_kill():
+    pulse = Pulse()
+    assert (pulse.read().count, pulse.read().step, pulse.read().phase) == (0, -1, "start")
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD],
+        env={**os.environ, FD_VARIABLE: str(pulse.fileno())},
+        pass_fds=(pulse.fileno(),),
+    )
+    limit = time.monotonic() + 20
+    while pulse.read().count < 2:
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    child.kill()
+    child.wait()
+    time.sleep(0.2)
+    beat = pulse.read()
+    assert (beat.step, beat.phase) == (41, "a phase with a l")
+    assert 0.2 <= beat.age < 20
+    pulse.close()
+
+
+def test_without_a_supervisor_it_beats_in_private(monkeypatch):
+    monkeypatch.delenv(FD_VARIABLE, raising=False)
+    Heartbeat.from_env().beat("forward")
