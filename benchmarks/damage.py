@@ -32,11 +32,11 @@ from rich.table import Table
 from benchmarks.damage_peers import ANOTHER
 from benchmarks.machine import describe
 from benchmarks.measure import write
-from dataloaders.beton import BetonSample, write_beton
-from dataloaders.beton_format import ALLOCATION, FIELD, HEADER, read_table, record_type
-from dataloaders.beton_sidecar import sidecar_path
-from dataloaders.decode import UndecodableError, decode
-from dataloaders.packing import PackOptions, pack_image_folder
+from dataloaders.beton.format import ALLOCATION, FIELD, HEADER, read_table, record_type
+from dataloaders.beton.reader import BetonSample, write_beton
+from dataloaders.beton.sidecar import sidecar_path
+from dataloaders.packing.pack import PackOptions, pack_image_folder
+from dataloaders.pixels.decode import UndecodableError, decode
 
 COUNT, SIZE, HIT = 97, 64, 50
 # A process's first answer may take so many times the time-out: it imports, and FFCV compiles.

@@ -59,7 +59,7 @@ def ffcv(path: str, report: dict[str, Any]) -> Iterator[tuple[Pixels, int]]:
 
 def native(path: str, report: dict[str, Any], engine: str = "native") -> Iterator[tuple[Pixels, int]]:
     """Ours: one epoch of a training stream, damage borne, pictures as they are stored."""
-    opening = importlib.import_module("dataloaders.opening")
+    opening = importlib.import_module("dataloaders.sources.opening")
     config_module = importlib.import_module("dataloaders.config")
     ranks = importlib.import_module("setformer_dist.core.ranks").RankInfo()
     where = Path(path)
@@ -73,9 +73,9 @@ def native(path: str, report: dict[str, Any], engine: str = "native") -> Iterato
     )
     source = opening.open_source(config.root, config.train, config)
     if engine == "ffcv":
-        kind = importlib.import_module("dataloaders.ffcv_check").load_ffcv_engine().FfcvTrainStream
+        kind = importlib.import_module("dataloaders.ffcv.check").load_ffcv_engine().FfcvTrainStream
     else:
-        kind = importlib.import_module("dataloaders.streams").ShardTrainStream
+        kind = importlib.import_module("dataloaders.reading.streams").ShardTrainStream
     stream = kind(source, config, 0, ranks, 1, 1)
     try:
         for batch in itertools.islice(stream.micro_batches(0), source.num_samples):

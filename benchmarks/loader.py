@@ -36,9 +36,9 @@ from rich.table import Table
 from benchmarks.loader_peers import LOADERS
 from benchmarks.machine import describe
 from benchmarks.measure import write
-from dataloaders.beton import BetonSample, write_beton
-from dataloaders.decode import decode
-from dataloaders.packing import PackOptions, pack_image_folder
+from dataloaders.beton.reader import BetonSample, write_beton
+from dataloaders.packing.pack import PackOptions, pack_image_folder
+from dataloaders.pixels.decode import decode
 
 BATCH, SIZE = 64, 224
 _NEEDS = {"FFCV": "ffcv", "WebDataset": "webdataset", "MosaicML": "streaming"}

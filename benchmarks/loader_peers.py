@@ -100,11 +100,11 @@ def bare_decoder_resize(settings: Settings) -> Iterator[int]:
 
 def _ours(settings: Settings, name: str, engine: str = "native", interpolation: str = "bilinear") -> Iterator[int]:
     config_module = importlib.import_module("dataloaders.config")
-    opening = importlib.import_module("dataloaders.opening")
+    opening = importlib.import_module("dataloaders.sources.opening")
     ranks = importlib.import_module("setformer_dist.core.ranks").RankInfo()
-    kind = importlib.import_module("dataloaders.streams").ShardTrainStream
+    kind = importlib.import_module("dataloaders.reading.streams").ShardTrainStream
     if engine == "ffcv":
-        kind = importlib.import_module("dataloaders.ffcv_check").load_ffcv_engine().FfcvTrainStream
+        kind = importlib.import_module("dataloaders.ffcv.check").load_ffcv_engine().FfcvTrainStream
     yield 0
     config = config_module.DataConfig(
         root=str(settings.data),

@@ -33,11 +33,11 @@ from rich.table import Table
 from benchmarks.loader import originals
 from benchmarks.machine import describe
 from benchmarks.measure import write
-from dataloaders.beton import BetonSample, write_beton
-from dataloaders.beton_format import ALLOCATION, HEADER, field_table, read_table, record_type
-from dataloaders.decode import decode
-from dataloaders.index import ShardFacts, read_index, write_index
-from dataloaders.packing import PackOptions, pack_image_folder
+from dataloaders.beton.format import ALLOCATION, HEADER, field_table, read_table, record_type
+from dataloaders.beton.reader import BetonSample, write_beton
+from dataloaders.packing.pack import PackOptions, pack_image_folder
+from dataloaders.pixels.decode import decode
+from dataloaders.sources.index import ShardFacts, read_index, write_index
 
 COUNT, MIDDLE, HUGE = 1_280_000, 1_000_000, 100_000_000
 BATCH, SIZE = 64, 224
@@ -141,7 +141,10 @@ def webdataset(folder: str) -> Facts:
 
 def order(folder: str) -> Facts:
     """Order 100 million samples, on one of eight ranks: first batch, one in the middle, the state."""
-    rules, streams = importlib.import_module("dataloaders.order"), importlib.import_module("dataloaders.streams")
+    rules, streams = (
+        importlib.import_module("dataloaders.order.order"),
+        importlib.import_module("dataloaders.reading.streams"),
+    )
     before, start = _resident_mib(), time.perf_counter()
     plan = rules.SetPlan(rules.FullOrder(HUGE, 0), 8 * BATCH)
     cut = rules.Cut(8 * BATCH, BATCH, 3, 8)

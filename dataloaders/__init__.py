@@ -11,13 +11,13 @@ What this package promises:
 """
 
 from dataloaders.config import AugmentConfig, DataConfig
-from dataloaders.device import Prepare
-from dataloaders.packing import PackOptions, PackResult, pack_image_folder
-from dataloaders.shards import ShardDataset, check_same_classes, open_split
+from dataloaders.packing.pack import PackOptions, PackResult, pack_image_folder
+from dataloaders.packing.verify import verify_split
+from dataloaders.pixels.transforms import decode_for_eval
+from dataloaders.reading.device import Prepare
+from dataloaders.reading.streams import ShardEvalStream, ShardTrainStream
 from dataloaders.source import Boxes, DamagedSampleError, Source, Stored
-from dataloaders.streams import ShardEvalStream, ShardTrainStream
-from dataloaders.transforms import decode_for_eval
-from dataloaders.verify import verify_split
+from dataloaders.sources.shards import ShardDataset, check_same_classes, open_split
 
 __all__ = [
     "AugmentConfig",

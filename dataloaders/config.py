@@ -120,8 +120,8 @@ class DataConfig(FrozenConfig):
         engine: who reads and decodes: "native" (this package) or "ffcv" (FFCV's loader, for .beton alone).
         access: "random" reads each sample by its place; "sequential" reads shards from end to end, for storage that
             cannot do otherwise (pipes, object stores without range requests).
-        cache: folder for shards fetched from a URL, and for indexes of folders that cannot be written; "" keeps
-            nothing but indexes, those in the user's cache folder.
+        cache: folder for shards fetched from a URL, and for indexes of class folders and of shards in folders that
+            cannot be written; "" fetches no shards, and keeps such indexes in the user's cache folder.
         cache_gib: GiB that `cache` may hold; the shards used longest ago go first.
         read_timeout: seconds that a read from a URL, or a wait for a reader, may take.
         order: "full" permutes all samples; "block" permutes shards, then samples within blocks of `block_shards`
@@ -148,7 +148,7 @@ class DataConfig(FrozenConfig):
             rank the cores it has but one.
         prefetch: micro batches that the threads, or each worker, prepare ahead.
         max_bad_share: largest share of damaged training samples borne before the run stops; `SPARED` of them
-            are borne in any case (see `dataloaders.damage`).
+            are borne in any case (see `dataloaders.reading.damage`).
         bad_validation: what a damaged validation sample does: stop the run, or count with weight 0.
         augment: what is done to training images.
     """

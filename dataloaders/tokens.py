@@ -9,7 +9,7 @@ A sample is s sequences (one, or two that are compared). On disk a token is its 
 one, so that 0 is padding and nothing else, and models derive their masks from it. Every file is compared with its
 sha256 when a split is opened; nothing here unpickles.
 
-The order of samples and the cursor are those of the image streams (`dataloaders.order`). Reading is a copy from
+The order of samples and the cursor are those of the image streams (`dataloaders.order.order`). Reading is a copy from
 memory, so it happens in the training process.
 
 Letters: m = micro batch, s = sequences of a sample, n = length to which they are padded.
@@ -33,10 +33,10 @@ import safetensors.numpy
 import torch
 
 from dataloaders.config import TokenConfig
-from dataloaders.folders import check_destination, commit_folder, work_folder
-from dataloaders.index import durable_write, fingerprint_of
-from dataloaders.order import Cut, FullOrder, SetPlan, cursor_at, step_of_cursor
-from dataloaders.streams import evaluation_requests, train_requests
+from dataloaders.order.order import Cut, FullOrder, SetPlan, cursor_at, step_of_cursor
+from dataloaders.packing.folders import check_destination, commit_folder, work_folder
+from dataloaders.reading.streams import evaluation_requests, train_requests
+from dataloaders.sources.index import durable_write, fingerprint_of
 from setformer_dist.core.batch import MicroBatch
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.ranks import RankInfo

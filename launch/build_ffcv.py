@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from dataloaders.ffcv_check import FFCV_VERSION, ffcv_trouble
+from dataloaders.ffcv.check import FFCV_VERSION, ffcv_trouble
 from setformer_dist.core.errors import LaunchError
 
 SYSTEM_PACKAGES = ("g++", "pkg-config", "libturbojpeg0-dev", "libopencv-core-dev", "libopencv-imgproc-dev")

@@ -90,12 +90,12 @@ def pack(
     force: Force = False,
 ) -> None:
     """Pack a source; the long help is `_PACK_HELP`."""
-    if load("dataloaders.text").holds_text(Path(source)):
+    if load("dataloaders.packing.text").holds_text(Path(source)):
         _pack_text(Path(source), dest, split, classes, classes_from, length, force)
         return
     if length:
         raise ConfigError(f"--length is for texts, and {source} holds none")
-    options = load("dataloaders.packing").PackOptions(
+    options = load("dataloaders.packing.pack").PackOptions(
         samples_per_shard=samples_per_shard,
         mib_per_shard=mib_per_shard,
         workers=workers,
@@ -114,11 +114,15 @@ def pack(
     )
     with _progress(f"looking for images in {source}", "packing") as steps, _goes_on(dest):
         if dest.suffix == ".beton":
-            result = load("dataloaders.convert").pack_beton(source, dest, options, raw, steps.start, steps.advance)
+            result = load("dataloaders.packing.convert").pack_beton(
+                source, dest, options, raw, steps.start, steps.advance
+            )
         elif raw is not None:
             raise ConfigError("--raw stores pixels, which only a .beton file can hold: name a destination *.beton")
         else:
-            result = load("dataloaders.packing").pack_image_folder(source, dest, options, steps.start, steps.advance)
+            result = load("dataloaders.packing.pack").pack_image_folder(
+                source, dest, options, steps.start, steps.advance
+            )
     _report_packing(dest, result)
 
 
@@ -171,9 +175,11 @@ def verify(
             raise ConfigError(f"{path} does not exist: name a packed split, shards, a .beton file or an image folder")
         with _progress(f"opening {path}", "verifying") as steps:
             try:
-                results.append(load("dataloaders.verify").verify(path, workers, decode, steps.start, steps.advance))
+                results.append(
+                    load("dataloaders.packing.verify").verify(path, workers, decode, steps.start, steps.advance)
+                )
             except DataError as error:  # not even its index is whole, or it is no data
-                results.append(load("dataloaders.verify").unreadable(path, error))
+                results.append(load("dataloaders.packing.verify").unreadable(path, error))
     damaged = load("launch.data_commands").show_verified(results, as_json, Console())
     if damaged:
         raise typer.Exit(_DAMAGED)
@@ -225,7 +231,9 @@ def convert(
         setformer data convert packed/train train-raw.beton --raw 256
     """
     with _progress(f"opening {source}", "converting") as steps, _goes_on(dest):
-        result = load("dataloaders.convert").convert(source, dest, raw, workers, force, steps.start, steps.advance)
+        result = load("dataloaders.packing.convert").convert(
+            source, dest, raw, workers, force, steps.start, steps.advance
+        )
     _report_packing(dest, result)
 
 
@@ -288,7 +296,7 @@ def _goes_on(dest: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        kept = load("dataloaders.packing").unfinished(dest)
+        kept = load("dataloaders.packing.pack").unfinished(dest)
         print(kept or "nothing was kept", file=sys.stderr)
         raise
 
@@ -302,7 +310,7 @@ def _pack_text(
     length: int,
     force: bool,
 ) -> None:
-    text = load("dataloaders.text")
+    text = load("dataloaders.packing.text")
     options = text.TextOptions(length, split, classes, classes_from, force)
     with _progress(f"reading {source}", "packing") as steps:
         packed = text.pack_text(source, dest, options, steps.advance)

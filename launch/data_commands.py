@@ -10,14 +10,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from dataloaders.beton import index_beton, open_beton
+from dataloaders.beton.reader import index_beton, open_beton
 from dataloaders.config import AugmentConfig, DataConfig
-from dataloaders.finding import open_container, parted
-from dataloaders.foreign import index_shards, user_cache
-from dataloaders.sources import read_class_map
-from dataloaders.throughput import Throughput
-from dataloaders.throughput import measure as measure_source
-from dataloaders.verify import Verified
+from dataloaders.packing.finding import open_container, parted
+from dataloaders.packing.images import read_class_map
+from dataloaders.packing.throughput import Throughput
+from dataloaders.packing.throughput import measure as measure_source
+from dataloaders.packing.verify import Verified
+from dataloaders.sources.foreign import index_shards, user_cache
 from launch.data_sheet import size_text
 from setformer_dist.core.errors import ConfigError
 

@@ -10,8 +10,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from dataloaders.finding import open_container
-from dataloaders.inspection import Inspection, Picture, Spread, colour, inspect, pictures
+from dataloaders.packing.finding import open_container
+from dataloaders.packing.inspection import Inspection, Picture, Spread, colour, inspect, pictures
 from dataloaders.tokens import TOKENS_NAME, TokenSplit, open_token_split
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.report.sheet import Cell, ClassBar, Sheet, write_html, write_png

@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 from rich.panel import Panel
 
-from dataloaders.packing import pack_image_folder
+from dataloaders.packing.pack import pack_image_folder
 from launch.restarts import RestartConfig
 from launch.supervise import run_supervised
 from setformer_dist.core.errors import ConfigError, LaunchError

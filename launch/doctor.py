@@ -214,7 +214,7 @@ def _optional(name: str, purpose: str) -> Finding:
 
 
 def _ffcv() -> Finding:
-    check = load("dataloaders.ffcv_check")  # late: it brings torch along
+    check = load("dataloaders.ffcv.check")  # late: it brings torch along
     trouble = check.ffcv_trouble()
     if trouble:
         return Finding("ffcv", trouble, "note", f'for data.engine = "ffcv": {check.REPAIR}')

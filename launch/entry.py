@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from checkpoints.identity import digest_json
-from dataloaders.index import INDEX_FORMAT
-from dataloaders.order import CURSOR_FORMAT, ORDER_ID
+from dataloaders.order.order import CURSOR_FORMAT, ORDER_ID
+from dataloaders.sources.index import INDEX_FORMAT
 from launch.compose import Splits, check_device, compose, open_splits
 from launch.config import ResolvedRun, check_folder, load_run, resolve
 from launch.doctor import check_package_origins

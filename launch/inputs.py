@@ -15,10 +15,10 @@ from torch import nn
 from dataloaders import Prepare as ImagePrepare
 from dataloaders import ShardEvalStream, ShardTrainStream, Source, check_same_classes
 from dataloaders.config import DataConfig, TokenConfig
-from dataloaders.ffcv_check import load_ffcv_engine
-from dataloaders.mixture import MixtureSource
-from dataloaders.opening import open_source
-from dataloaders.resolution import bucket_shape
+from dataloaders.ffcv.check import load_ffcv_engine
+from dataloaders.order.mixture import MixtureSource
+from dataloaders.order.resolution import bucket_shape
+from dataloaders.sources.opening import open_source
 from dataloaders.tokens import (
     TokenEvalStream,
     TokenPrepare,
@@ -101,7 +101,7 @@ class Inputs(Protocol):
 
 @dataclass(frozen=True)
 class ImageInputs:
-    """Images from any container that `dataloaders.opening` knows."""
+    """Images from any container that `dataloaders.sources.opening` knows."""
 
     config: DataConfig
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dataloaders.packing import pack_image_folder
+from dataloaders.packing.pack import pack_image_folder
 from launch.demo import write_digits
 
 ROOT = Path(__file__).parent.parent

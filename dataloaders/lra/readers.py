@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from dataloaders.decode import UndecodableError, decode
-from dataloaders.sources import LabelledImage, find_images
+from dataloaders.packing.images import LabelledImage, find_images
+from dataloaders.pixels.decode import UndecodableError, decode
 from dataloaders.tokens import TokenSample
 from setformer_dist.core.errors import DataError
 from setformer_dist.core.seeding import Purpose, generator

@@ -18,7 +18,7 @@ import torch
 from checkpoints.config import CheckpointConfig
 from checkpoints.identity import Identity
 from checkpoints.manager import CheckpointManager
-from dataloaders.order import Cut, FullOrder, SetPlan, cursor_at, step_of_cursor
+from dataloaders.order.order import Cut, FullOrder, SetPlan, cursor_at, step_of_cursor
 from setformer_dist.core.config import build
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.engine.batch_plan import BatchConfig, solve

@@ -21,11 +21,11 @@ import pytest
 import torch
 
 from checkpoints import layout
+from checkpoints.commit import delete_checkpoint
 from checkpoints.config import CheckpointConfig
 from checkpoints.identity import Identity
 from checkpoints.manager import CheckpointManager
 from checkpoints.reader import list_checkpoints, open_checkpoint, verify
-from checkpoints.commit import delete_checkpoint
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import CheckpointError
 from setformer_dist.core.fragments import Fragment
@@ -122,7 +122,7 @@ def test_with_everything_damaged_there_is_no_checkpoint_and_every_reason_is_told
     assert caplog.text.count(f"put into {tmp_path / 'aside'}: rank-00001-of-00002.safetensors is damaged") == 2
     assert "none of the 2 checkpoints" in caplog.text
     assert [p.name.rpartition("-")[0] for p in layout.put_aside(tmp_path)] == ["step-00000001", "step-00000002"]
-    with pytest.raises(CheckpointError, match="holds no checkpoint: .* 2 that did not verify are in .*aside"):
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint: .* 2 that did not verify are in .*aside"):
         open_checkpoint(tmp_path)
 
 

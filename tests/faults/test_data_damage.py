@@ -23,9 +23,9 @@ from dataloaders import (
     pack_image_folder,
     verify_split,
 )
-from dataloaders.damage import MAX_IN_ROW, SPARED, DamageCount
-from dataloaders.index import INDEX_NAME, ShardFacts, write_index
-from dataloaders.shards import ShardDataset
+from dataloaders.reading.damage import MAX_IN_ROW, SPARED, DamageCount
+from dataloaders.sources.index import INDEX_NAME, ShardFacts, write_index
+from dataloaders.sources.shards import ShardDataset
 from setformer_dist.core.errors import DataError
 from setformer_dist.core.ranks import RankInfo
 
@@ -405,7 +405,7 @@ def test_a_shard_that_vanishes_or_shrinks_stops_the_run_and_is_not_taken_for_dam
 
 
 def test_more_shards_than_open_files_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("dataloaders.storage._MAX_OPEN", 3)
+    monkeypatch.setattr("dataloaders.sources.storage._MAX_OPEN", 3)
     for i in range(12):
         out = io.BytesIO()
         Image.new("RGB", (4, 4), (i, 0, 0)).save(out, "PNG")

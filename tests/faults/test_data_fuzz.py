@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 
 from benchmarks.measure import peak_bytes
-from dataloaders.beton import BetonSample, open_beton, write_beton
-from dataloaders.beton_sidecar import sidecar_path
+from dataloaders.beton.reader import BetonSample, open_beton, write_beton
+from dataloaders.beton.sidecar import sidecar_path
 from dataloaders.config import AugmentConfig, DataConfig
-from dataloaders.decode import UndecodableError, decode
-from dataloaders.opening import open_source
-from dataloaders.packing import PackOptions, pack_image_folder
+from dataloaders.packing.pack import PackOptions, pack_image_folder
+from dataloaders.pixels.decode import UndecodableError, decode
+from dataloaders.reading.streams import ShardTrainStream
 from dataloaders.source import DamagedSampleError
-from dataloaders.streams import ShardTrainStream
+from dataloaders.sources.opening import open_source
 from setformer_dist.core.errors import DataError
 from setformer_dist.core.ranks import RankInfo
 

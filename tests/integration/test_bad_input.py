@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dataloaders.packing import PackOptions, pack_image_folder
+from dataloaders.packing.pack import PackOptions, pack_image_folder
 from setformer_dist.testing.commands import Ended, losses, setformer, train_words
 
 

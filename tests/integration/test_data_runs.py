@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from dataloaders import open_split
-from dataloaders.order import Cut, FullOrder, SetPlan
+from dataloaders.order.order import Cut, FullOrder, SetPlan
 from setformer_dist.testing.commands import (
     Ended,
     assert_gone,

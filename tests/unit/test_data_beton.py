@@ -14,10 +14,10 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from dataloaders.beton import BetonSample, index_beton, open_beton, write_beton
-from dataloaders.beton_format import ALLOCATION, FIELD, HEADER, JPEG, MIN_PAGE, RAW, BetonTable, record_type
-from dataloaders.beton_sidecar import checksum, sidecar_path
-from dataloaders.decode import UndecodableError, decode
+from dataloaders.beton.format import ALLOCATION, FIELD, HEADER, JPEG, MIN_PAGE, RAW, BetonTable, record_type
+from dataloaders.beton.reader import BetonSample, index_beton, open_beton, write_beton
+from dataloaders.beton.sidecar import checksum, sidecar_path
+from dataloaders.pixels.decode import UndecodableError, decode
 from dataloaders.source import DamagedSampleError
 from setformer_dist.core.errors import ConfigError, DataError
 

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from dataloaders import PackOptions, open_split, pack_image_folder
-from dataloaders.beton import open_beton
-from dataloaders.convert import convert, pack_beton
-from dataloaders.decode import decode
+from dataloaders.beton.reader import open_beton
+from dataloaders.packing.convert import convert, pack_beton
+from dataloaders.pixels.decode import decode
 from setformer_dist.core.errors import ConfigError, DataError
 
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dataloaders import ffcv_check
-from dataloaders.beton import BetonSample, open_beton, write_beton
-from dataloaders.beton_sidecar import sidecar_path
+from dataloaders.beton.reader import BetonSample, open_beton, write_beton
+from dataloaders.beton.sidecar import sidecar_path
 from dataloaders.config import AugmentConfig, DataConfig
-from dataloaders.ffcv_check import ffcv_trouble, load_ffcv_engine
-from dataloaders.streams import ShardEvalStream, ShardTrainStream
+from dataloaders.ffcv import check as ffcv_check
+from dataloaders.ffcv.check import ffcv_trouble, load_ffcv_engine
+from dataloaders.reading.streams import ShardEvalStream, ShardTrainStream
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.ranks import RankInfo
 
@@ -250,7 +250,7 @@ def test_a_file_that_shrinks_stops_the_run(engine, path):
 
 @needs_ffcv
 def test_a_dead_thread_is_an_error_and_not_a_wait_for_ever(engine, whole, monkeypatch):
-    pipeline = importlib.import_module("dataloaders.ffcv_pipeline")
+    pipeline = importlib.import_module("dataloaders.ffcv.pipeline")
 
     def broken(self, *arguments):
         raise ZeroDivisionError("the pipeline broke")
@@ -271,7 +271,7 @@ def test_a_read_that_hangs_has_a_limit(engine, whole, monkeypatch):
     go_on = threading.Event()
     beton = open_beton(whole / "jpg.beton")
     monkeypatch.setattr(type(beton), "read", lambda self, sample: go_on.wait())
-    monkeypatch.setattr(importlib.import_module("dataloaders.ffcv_pipeline"), "_PATIENCE", 0.1)
+    monkeypatch.setattr(importlib.import_module("dataloaders.ffcv.pipeline"), "_PATIENCE", 0.1)
     stream = engine.FfcvTrainStream(beton, config_of(read_timeout=0.3), 4, RankInfo(), BATCH, BATCH)
     with pytest.raises(DataError, match=r"FFCV gave no batch within 0\.3 s"):
         next(stream.micro_batches(0))
@@ -316,7 +316,7 @@ def test_what_it_does_not_offer_is_refused(engine, whole, changes, said):
 
 @needs_ffcv
 def test_other_containers_are_refused(engine, digits):
-    shards = importlib.import_module("dataloaders.shards").open_split(digits / "train")
+    shards = importlib.import_module("dataloaders.sources.shards").open_split(digits / "train")
     with pytest.raises(ConfigError, match=r"reads one \.beton file, which .* is not: convert it"):
         engine.FfcvTrainStream(shards, config_of(), 0, RankInfo(), BATCH, BATCH)
 
@@ -325,7 +325,7 @@ def test_other_containers_are_refused(engine, digits):
 def test_a_threading_layer_that_ends_the_process_is_refused(engine, monkeypatch):
     monkeypatch.setattr(importlib.import_module("numba").config, "THREADING_LAYER", "workqueue")
     with pytest.raises(ConfigError, match='NUMBA_THREADING_LAYER = "workqueue" cannot'):
-        importlib.import_module("dataloaders.ffcv_pipeline")._choose_threading()
+        importlib.import_module("dataloaders.ffcv.pipeline")._choose_threading()
 
 
 def test_where_ffcv_is_missing_or_of_another_version_it_is_said(monkeypatch):
@@ -351,7 +351,7 @@ def test_where_ffcv_is_missing_or_of_another_version_it_is_said(monkeypatch):
 @needs_ffcv
 @pytest.mark.parametrize("stored", [(100, 60), (60, 100), (33, 32), (32, 32), (500, 7)])
 def test_a_centre_view_becomes_the_part_of_the_image_it_shows(engine, stored):
-    view = importlib.import_module("dataloaders.view").centre_view(stored, (32, 32), 0.875)
+    view = importlib.import_module("dataloaders.pixels.view").centre_view(stored, (32, 32), 0.875)
     top, left, height, width = engine.seen_part(view)
     assert 0 <= top <= top + height <= stored[0]
     assert 0 <= left <= left + width <= stored[1]

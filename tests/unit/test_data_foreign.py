@@ -19,11 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import dataloaders.foreign
-from dataloaders.foreign import INDEX_FOLDER, find_shards, index_shards, open_foreign, user_cache
-from dataloaders.index import INDEX_NAME, write_index
-from dataloaders.processes import helper_context, lean_start
-from dataloaders.tars import FileReader, StreamReader, members
+import dataloaders.sources.foreign
+from dataloaders.reading.processes import helper_context, lean_start
+from dataloaders.sources.foreign import INDEX_FOLDER, find_shards, index_shards, open_foreign, user_cache
+from dataloaders.sources.index import INDEX_NAME, write_index
+from dataloaders.sources.tars import FileReader, StreamReader, members
 from setformer_dist.core.errors import DataError
 from tests.unit.serving import served
 
@@ -412,7 +412,7 @@ def homes(folder):
 
 def test_the_index_is_made_once_and_found_again(folder, monkeypatch):
     first = opened(folder)
-    monkeypatch.setattr(dataloaders.foreign, "scan_shard", None)
+    monkeypatch.setattr(dataloaders.sources.foreign, "scan_shard", None)
     again = opened(folder)
     assert again.fingerprint == first.fingerprint
     assert len(homes(folder)) == 1
@@ -478,19 +478,19 @@ def test_a_folder_that_cannot_be_written(folder, tmp_path):
 def test_an_index_in_the_users_cache_serves_runs_with_a_cache_of_their_own(folder, tmp_path, monkeypatch):
     (folder / INDEX_FOLDER).write_text("in the way")
     made = index_shards(str(folder), "*.tar", cache=user_cache(), checksums=True)
-    monkeypatch.setattr(dataloaders.foreign, "scan_shard", None)
+    monkeypatch.setattr(dataloaders.sources.foreign, "scan_shard", None)
     assert opened(folder, cache=tmp_path / "cache").fingerprint == made.fingerprint
 
 
 def test_those_who_come_second_wait_for_the_index(folder, monkeypatch):
-    scanned, real = [], dataloaders.foreign.scan_shard
+    scanned, real = [], dataloaders.sources.foreign.scan_shard
 
     def slow(storage, name, *rest):
         scanned.append(name)
         time.sleep(0.05)
         return real(storage, name, *rest)
 
-    monkeypatch.setattr(dataloaders.foreign, "scan_shard", slow)
+    monkeypatch.setattr(dataloaders.sources.foreign, "scan_shard", slow)
     with ThreadPoolExecutor(5) as pool:
         fingerprints = {source.fingerprint for source in pool.map(lambda _: opened(folder), range(5))}
     assert len(fingerprints) == 1
@@ -505,7 +505,7 @@ def index_and_wait(folder, ready):
         ready.touch()
         time.sleep(60)
 
-    dataloaders.foreign.write_index = last
+    dataloaders.sources.foreign.write_index = last
     opened(folder)
 
 

@@ -19,13 +19,13 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from dataloaders import AugmentConfig, DataConfig, Prepare, decode_for_eval
-from dataloaders.augment import OPERATIONS, color_jitter, erased_box, rand_augment
-from dataloaders.decode import MAX_PIXELS, UndecodableError, decode, decode_mask, image_size, suffix_for
-from dataloaders.draws import Lane, sample_words, uniforms
-from dataloaders.mixing import draw_mix
+from dataloaders.pixels.augment import OPERATIONS, color_jitter, erased_box, rand_augment
+from dataloaders.pixels.decode import MAX_PIXELS, UndecodableError, decode, decode_mask, image_size, suffix_for
+from dataloaders.pixels.draws import Lane, sample_words, uniforms
+from dataloaders.pixels.mixing import draw_mix
+from dataloaders.pixels.transforms import TrainTransform, draw_choices, show_for_eval
+from dataloaders.pixels.view import DRAWS_OF_CROP, centre_view, random_box, random_view, see_boxes, see_image, see_mask
 from dataloaders.source import Boxes, Stored
-from dataloaders.transforms import TrainTransform, draw_choices, show_for_eval
-from dataloaders.view import DRAWS_OF_CROP, centre_view, random_box, random_view, see_boxes, see_image, see_mask
 from setformer_dist.core.batch import MicroBatch, MixSpec
 from setformer_dist.core.config import build
 from setformer_dist.core.errors import ConfigError

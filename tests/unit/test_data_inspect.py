@@ -9,8 +9,8 @@ from PIL import Image
 
 from dataloaders import PackOptions, open_split, pack_image_folder
 from dataloaders.config import AugmentConfig, DataConfig
-from dataloaders.inspection import colour, inspect, pictures, spread_evenly
-from dataloaders.throughput import measure
+from dataloaders.packing.inspection import colour, inspect, pictures, spread_evenly
+from dataloaders.packing.throughput import measure
 from setformer_dist.report.sheet import Cell, ClassBar, Sheet, write_html, write_png
 
 

@@ -12,9 +12,9 @@ from PIL import Image
 
 from dataloaders import AugmentConfig, DataConfig, PackOptions, ShardTrainStream, pack_image_folder
 from dataloaders.config import MixtureEntry
-from dataloaders.mixture import WINDOW, MixturePlan, MixtureSource, Shares, quotas, set_of
-from dataloaders.opening import open_source
-from dataloaders.order import BlockOrder, Cut, FullOrder, cursor_at, step_of_cursor
+from dataloaders.order.mixture import WINDOW, MixturePlan, MixtureSource, Shares, quotas, set_of
+from dataloaders.order.order import BlockOrder, Cut, FullOrder, cursor_at, step_of_cursor
+from dataloaders.sources.opening import open_source
 from setformer_dist.core.config import build
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.ranks import RankInfo

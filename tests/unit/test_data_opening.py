@@ -11,17 +11,25 @@ import pytest
 import safetensors.numpy
 import torch
 
-import dataloaders.index
-from dataloaders.arrays import CHUNK_ROWS, map_arrays, write_arrays
-from dataloaders.beton import BetonDataset
-from dataloaders.beton_writer import BetonSample, write_beton
+import dataloaders.sources.index
+from dataloaders.beton.reader import BetonDataset
+from dataloaders.beton.writer import BetonSample, write_beton
 from dataloaders.config import DataConfig
-from dataloaders.image_folder import ImageFolderDataset
-from dataloaders.index import ARRAYS_NAME, INDEX_NAME, PARTS, ShardFacts, fingerprint_of, read_index, write_index
-from dataloaders.opening import open_source
-from dataloaders.packing import PackOptions, pack_image_folder
-from dataloaders.shards import ShardDataset, check_same_classes, open_split
-from dataloaders.streams import ShardTrainStream
+from dataloaders.packing.pack import PackOptions, pack_image_folder
+from dataloaders.reading.streams import ShardTrainStream
+from dataloaders.sources.arrays import CHUNK_ROWS, map_arrays, write_arrays
+from dataloaders.sources.image_folder import ImageFolderDataset
+from dataloaders.sources.index import (
+    ARRAYS_NAME,
+    INDEX_NAME,
+    PARTS,
+    ShardFacts,
+    fingerprint_of,
+    read_index,
+    write_index,
+)
+from dataloaders.sources.opening import open_source
+from dataloaders.sources.shards import ShardDataset, check_same_classes, open_split
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.ranks import RankInfo
 from tests.unit.serving import served
@@ -376,7 +384,7 @@ def test_a_large_index_is_checked_where_it_is_touched(tmp_path, monkeypatch):
     path = tmp_path / "d" / ARRAYS_NAME
     index = read_index(tmp_path / "d")
     assert index.chunks == ()
-    monkeypatch.setattr(dataloaders.index, "_READ_AT_ONCE", 1000)
+    monkeypatch.setattr(dataloaders.sources.index, "_READ_AT_ONCE", 1000)
     whole = read_index(tmp_path / "d")
     assert len(whole.chunks) == 4
     source = ShardDataset(tmp_path / "d", whole)

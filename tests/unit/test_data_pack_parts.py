@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from dataloaders import PackOptions, open_split, pack_image_folder
-from dataloaders.decode import decode
-from dataloaders.text import TextOptions, pack_text
+from dataloaders.packing.text import TextOptions, pack_text
+from dataloaders.pixels.decode import decode
 from dataloaders.tokens import open_token_split
 from setformer_dist.core.errors import ConfigError, DataError
 

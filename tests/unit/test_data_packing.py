@@ -18,7 +18,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dataloaders import PackOptions, open_split, pack_image_folder
-from dataloaders.packing import _write_shard, unfinished
+from dataloaders.packing.pack import _write_shard, unfinished
 from launch.cli_data import app
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.testing.commands import heed_ctrl_c
@@ -278,7 +278,7 @@ def test_failure_half_way_is_gone_on_with(folder, tmp_path, monkeypatch):
         written.append(plan.path)
         return _write_shard(origin, plan, *rest)
 
-    monkeypatch.setattr("dataloaders.packing._write_shard", fails_at_third)
+    monkeypatch.setattr("dataloaders.packing.pack._write_shard", fails_at_third)
     with pytest.raises(KeyboardInterrupt):
         pack_image_folder(folder, tmp_path / "out", PackOptions(samples_per_shard=5))
     assert len(written) == 2

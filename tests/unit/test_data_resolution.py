@@ -12,9 +12,9 @@ from PIL import Image
 
 from dataloaders import AugmentConfig, DataConfig, PackOptions, Prepare, ShardTrainStream, pack_image_folder
 from dataloaders.config import ResolutionStage
-from dataloaders.opening import open_source
-from dataloaders.order import Cut, cursor_at, step_of_cursor
-from dataloaders.resolution import BucketPlan, ImageSizes, assign_buckets, bucket_shape
+from dataloaders.order.order import Cut, cursor_at, step_of_cursor
+from dataloaders.order.resolution import BucketPlan, ImageSizes, assign_buckets, bucket_shape
+from dataloaders.sources.opening import open_source
 from setformer_dist.core.config import build
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.ranks import RankInfo

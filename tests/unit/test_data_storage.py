@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from dataloaders.cache import CachedStorage, Known, ShardCache, locked
-from dataloaders.pipes import SequentialStorage
-from dataloaders.processes import helper_context, lean_start
-from dataloaders.remote import FsspecStorage, HttpStorage, join_url, open_storage, shown_url
-from dataloaders.storage import DeniedError, LocalFolder, MissingError, NoRangesError, UnreadableError
+from dataloaders.reading.processes import helper_context, lean_start
+from dataloaders.sources.cache import CachedStorage, Known, ShardCache, locked
+from dataloaders.sources.pipes import SequentialStorage
+from dataloaders.sources.remote import FsspecStorage, HttpStorage, join_url, open_storage, shown_url
+from dataloaders.sources.storage import DeniedError, LocalFolder, MissingError, NoRangesError, UnreadableError
 from setformer_dist.core.errors import DataError
 from tests.unit.serving import served
 
@@ -88,7 +88,7 @@ def test_reads_are_the_files_bytes(storage, folder):
 
 
 def test_threads_read_at_once(storage, folder, monkeypatch):
-    monkeypatch.setattr("dataloaders.storage._MAX_OPEN", 2)
+    monkeypatch.setattr("dataloaders.sources.storage._MAX_OPEN", 2)
     whole = {f"s{n}.tar": (folder / f"s{n}.tar").read_bytes() for n in range(4)}
 
     def work(seed):

@@ -28,9 +28,9 @@ from dataloaders import (
     open_split,
     pack_image_folder,
 )
-from dataloaders.loading import Loaded, Request
-from dataloaders.order import BlockOrder
-from dataloaders.readers import Readers
+from dataloaders.order.order import BlockOrder
+from dataloaders.reading.loading import Loaded, Request
+from dataloaders.reading.readers import Readers
 from setformer_dist.core.batch import EvalStream, TrainStream
 from setformer_dist.core.errors import ConfigError, DataError, PassingError
 from setformer_dist.core.ranks import RankInfo
@@ -428,7 +428,7 @@ class Hanging(Counting):
 
 
 def test_a_reader_that_hangs_stops_the_run_with_a_reason(monkeypatch):
-    monkeypatch.setattr("dataloaders.readers._GRACE_S", 0.0)
+    monkeypatch.setattr("dataloaders.reading.readers._GRACE_S", 0.0)
     loading = Hanging()
     readers = Readers(loading, DataConfig(root="", threads=1, read_timeout=0.2))
     with pytest.raises(PassingError, match=r"gave no sample for 0 s: the storage hangs.*data.read_timeout"):

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from dataloaders import PackOptions, pack_image_folder, verify_split
-from dataloaders.convert import convert
-from dataloaders.index import COLUMNS, read_index, write_index
-from dataloaders.text import TextOptions, pack_text
-from dataloaders.verify import unreadable, verify
+from dataloaders.packing.convert import convert
+from dataloaders.packing.text import TextOptions, pack_text
+from dataloaders.packing.verify import unreadable, verify
+from dataloaders.sources.index import COLUMNS, read_index, write_index
 from setformer_dist.core.errors import ConfigError, DataError
 
 

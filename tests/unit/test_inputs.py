@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dataloaders.config import DataConfig, MixtureEntry, ResolutionStage
-from dataloaders.mixture import MixtureSource
+from dataloaders.order.mixture import MixtureSource
 from launch.inputs import ImageInputs, check_splits
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.models.build import ModelConfig

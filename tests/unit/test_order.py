@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataloaders.order import (
+from dataloaders.order.order import (
     BlockOrder,
     Cut,
     FullOrder,
@@ -22,7 +22,7 @@ from dataloaders.order import (
     evaluation_share,
     step_of_cursor,
 )
-from dataloaders.permutation import Permutation
+from dataloaders.order.permutation import Permutation
 from setformer_dist.core.errors import ConfigError, DataError
 
 

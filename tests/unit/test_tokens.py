@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dataloaders.config import TokenConfig
-from dataloaders.order import epoch_order
+from dataloaders.order.order import epoch_order
 from dataloaders.tokens import (
     TOKENS_NAME,
     TokenEvalStream,

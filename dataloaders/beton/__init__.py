@@ -1,0 +1,1 @@
+""".beton files (FFCV's format), read and written by numpy alone."""

@@ -1,0 +1,1 @@
+"""FFCV's own loader as a second engine."""

@@ -1,0 +1,1 @@
+"""Which sample is where: permutations, plans, mixtures, resolutions. Pure functions."""

@@ -1,0 +1,167 @@
+"""The size of training images: a pure function of the optimizer step and of the shape of its batch.
+
+    progressive resizing    `data.resolutions`: from an epoch or a step on, another image size
+    aspect buckets          `data.aspect_buckets`: each batch has one shape of about image_size x image_size pixels,
+                            and holds images whose own shape is near to it
+
+A request for a micro batch carries its size, so what was prepared ahead of a change has the old size and the first
+batch after it the new one, on every rank and after every resumption. Evaluation keeps `data.image_size`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from dataloaders.config import DataConfig
+from dataloaders.order.mixture import Shares
+from dataloaders.order.order import OF_BATCHES, ORDER_ID, FullOrder, Ints, walk
+from dataloaders.order.permutation import Permutation
+from setformer_dist.core.errors import ConfigError
+
+Shape = tuple[int, int]
+
+
+class ImageSizes:
+    """The (height, width) of every step's images.
+
+    Args:
+        config: gives the stages and the buckets.
+        steps_per_epoch: by which stages that begin at an epoch begin at a step.
+
+    Raises:
+        ConfigError: two stages begin at the same step.
+    """
+
+    def __init__(self, config: DataConfig, steps_per_epoch: int) -> None:
+        self._multiple = config.bucket_multiple if config.aspect_buckets else 1
+        stages = {0: config.image_size}
+        begins: set[int] = set()
+        for stage in config.resolutions:
+            step = stage.step if stage.step is not None else (stage.epoch or 0) * steps_per_epoch
+            if step in begins:
+                raise ConfigError(f"data.resolutions: two stages begin at step {step}: leave one out")
+            begins.add(step)
+            stages[step] = stage.image_size
+        self._steps = sorted(stages)
+        self._sizes = [stages[step] for step in self._steps]
+
+    def side(self, step: int) -> int:
+        """Return the image size that holds at a step."""
+        return self._sizes[int(np.searchsorted(self._steps, step, side="right")) - 1]
+
+    def shape(self, step: int, aspect: float = 1.0) -> Shape:
+        """Return (height, width) of a step's images, of width / height near `aspect`."""
+        side = self.side(step)
+        if self._multiple == 1:
+            return side, side
+        return bucket_shape(side, aspect, self._multiple)
+
+
+def bucket_shape(side: int, aspect: float, multiple: int) -> Shape:
+    """Return the (height, width) of about side x side pixels and width / height `aspect`, in whole multiples."""
+    height, width = (max(1, round(length / multiple)) * multiple for length in _sides(side, aspect))
+    return height, width
+
+
+def _sides(side: int, aspect: float) -> tuple[float, float]:
+    return side / math.sqrt(aspect), side * math.sqrt(aspect)
+
+
+def assign_buckets(sizes: npt.NDArray[np.int32], aspects: Sequence[float], global_batch: int) -> list[Ints]:
+    """Return the samples of each bucket, rising: each sample is in the one nearest to it in width / height.
+
+    Near is measured in the logarithm. A bucket that cannot fill one global batch is given up, the smallest first,
+    and its samples go to the nearest of the others, so that no sample is left out for ever; such a bucket is empty
+    in the answer.
+
+    Args:
+        sizes: (N, 2) stored heights and widths.
+        aspects: width / height of the buckets.
+        global_batch: B.
+    """
+    own = np.log(sizes[:, 1] / np.maximum(sizes[:, 0], 1))
+    open_buckets = list(range(len(aspects)))
+    while True:
+        centres = np.log(np.array([aspects[bucket] for bucket in open_buckets]))
+        nearest = np.abs(own[:, None] - centres).argmin(axis=1)
+        counts = np.bincount(nearest, minlength=len(open_buckets))
+        if len(open_buckets) == 1 or counts.min() >= global_batch:
+            break
+        del open_buckets[int(counts.argmin())]
+    members = [np.empty(0, np.int64)] * len(aspects)
+    for place, bucket in enumerate(open_buckets):
+        members[bucket] = np.flatnonzero(nearest == place)
+    return members
+
+
+class BucketPlan:
+    """Batches of one shape each (`Plan`): every bucket is permuted by itself, and so is the sequence of batches.
+
+    Without wrap, epoch e holds floor(N_b / B) batches of each bucket b, and the N_b % B samples left are others in
+    each epoch. With wrap, every bucket walks its own epochs, batches are dealt out to buckets in proportion to
+    their samples, and nothing is left out.
+
+    Args:
+        members: samples of each bucket, empty for buckets given up.
+        aspects: width / height of each.
+        global_batch: B.
+        seed: of the run.
+        wrap: see above.
+
+    Raises:
+        ConfigError: without wrap, B is larger than N.
+    """
+
+    def __init__(
+        self, members: Sequence[Ints], aspects: Sequence[float], global_batch: int, seed: int, wrap: bool = False
+    ) -> None:
+        filled = [(ids, aspect) for ids, aspect in zip(members, aspects, strict=True) if len(ids)]
+        self._members = [ids for ids, _ in filled]
+        self._aspects = [aspect for _, aspect in filled]
+        counts = np.array([len(ids) for ids in self._members])
+        self.num_samples = int(counts.sum())
+        self.global_batch = global_batch
+        self._orders = [FullOrder(len(ids), seed, place) for place, ids in enumerate(self._members)]
+        self._seed, self._wrap = seed, wrap
+        self._shares = Shares(counts.tolist(), seed, OF_BATCHES) if wrap else None
+        self._ends = np.cumsum(counts // global_batch)
+        self.steps_per_epoch = -(-self.num_samples // global_batch) if wrap else int(self._ends[-1])
+        if not self.steps_per_epoch:
+            raise ConfigError(
+                f"global batch {global_batch} is larger than the data set of {self.num_samples} samples: set it to "
+                f'{self.num_samples} or less, or data.epoch_end = "wrap"'
+            )
+        rule = hashlib.sha256(repr([*map(float, aspects), *counts.tolist()]).encode()).hexdigest()[:16]
+        self.id = f"{ORDER_ID} buckets {rule} {'wrap' if wrap else 'drop'}"
+        self._sequence: tuple[int, Permutation] | None = None
+
+    def pick(self, step: int, places: Ints) -> tuple[Ints, Ints]:
+        """Return samples and epochs at places of a step's batch."""
+        bucket, batch, epoch = self._batch(step)
+        order, wanted = self._orders[bucket], batch * self.global_batch + places
+        if self._wrap:
+            found, epochs = walk(order, wanted)
+        else:
+            found, epochs = order(epoch, wanted), np.full_like(places, epoch)
+        return self._members[bucket][found], epochs
+
+    def aspect(self, step: int) -> float:
+        """Return width / height of the bucket that a step's batch is of."""
+        return self._aspects[self._batch(step)[0]]
+
+    def _batch(self, step: int) -> tuple[int, int, int]:
+        """Return (bucket, number of the batch within it, epoch) of a step."""
+        if self._shares is not None:
+            member, before = self._shares.at(np.array([step]))
+            return int(member[0]), int(before[0]), 0
+        epoch, within = divmod(step, self.steps_per_epoch)
+        if self._sequence is None or self._sequence[0] != epoch:
+            self._sequence = epoch, Permutation(self.steps_per_epoch, OF_BATCHES, self._seed, epoch)
+        batch = int(self._sequence[1](np.array([within]))[0])
+        bucket = int(np.searchsorted(self._ends, batch, side="right"))
+        return bucket, batch - (int(self._ends[bucket - 1]) if bucket else 0), epoch

@@ -1,0 +1,1 @@
+"""Making, checking, converting and looking at packed data."""

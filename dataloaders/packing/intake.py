@@ -1,0 +1,236 @@
+"""What a sample must be to be packed, and what is made of it: bytes kept as they are wherever that is possible.
+
+    kept      the bytes of every image that all readers can show
+    rewritten CMYK JPEG as RGB JPEG of quality 95, PNG of 16 bits a channel as PNG of 8, raw pixels as PNG: other
+              readers refuse or clip them
+    shrunk    with `max_side` or `quality`: RGB JPEG, antialiased; masks follow by nearest neighbour, boxes by scale
+    masks     one byte per pixel, its class, 255 where it does not count; palettes are taken by index, not by colour
+    boxes     inside the image (up to one pixel of rounding is cut off), of positive area
+
+A rewritten image is in sRGB as far as the loaders care (an ICC profile is dropped, as decoding ignores it), and its
+EXIF orientation is neither applied nor kept: it looks to training as the original did.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+import simplejpeg
+import torch
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F  # as torchvision's own docs name it
+
+from dataloaders.pixels.decode import UndecodableError, decode, image_size, is_jpeg
+from dataloaders.source import Boxes, Stored
+
+VOID = 255
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+_REWRITTEN_QUALITY = 95
+_SHRUNK_QUALITY = 90
+
+# A JPEG that is to be shrunk is decoded at no less than this many times its new side, for the resize to average.
+_DECODE_MARGIN = 2
+
+# Pixels by which a box may stand out of its image: annotations are rounded.
+_SLACK = 1.0
+
+
+@dataclass(frozen=True)
+class Intake:
+    """How samples are taken in.
+
+    Attributes:
+        strict: decode every image; else only headers are read where that is enough.
+        max_side: longer side in pixels to which larger images are shrunk; 0 keeps all.
+        quality: of JPEG files that are written (90 where not given); given without `max_side`, every JPEG is
+            written anew, and kept so where that made it smaller.
+        classes: how many there are, for masks and boxes; 0 where that is not known yet.
+        void: mask value that becomes 255, "does not count".
+    """
+
+    strict: bool = True
+    max_side: int = 0
+    quality: int | None = None
+    classes: int = 0
+    void: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A sample to be written.
+
+    Attributes:
+        image: an image file.
+        height: pixels.
+        width: pixels.
+        mask: a PNG file, one byte per pixel, or None.
+        boxes: or None.
+        rewritten: the image's bytes are not those of the source.
+        top_class: largest class of the mask, -1 without.
+    """
+
+    image: bytes
+    height: int
+    width: int
+    mask: bytes | None
+    boxes: Boxes | None
+    rewritten: bool
+    top_class: int
+
+
+def take_in(stored: Stored, how: Intake) -> Taken:
+    """Check a sample and return what is to be packed of it.
+
+    Raises:
+        UndecodableError: why it cannot be packed.
+    """
+    data = stored.image
+    before = data.shape[:2] if isinstance(data, np.ndarray) else _checked_size(data, how.strict)
+    image, height, width = _image(data, before[0], before[1], how)
+    mask, top = (None, -1) if stored.mask is None else _mask(stored.mask, before, (height, width), how)
+    boxes = None if stored.boxes is None else _boxes(stored.boxes, before, (height, width), how)
+    return Taken(image, height, width, mask, boxes, image is not data, top)
+
+
+def check(stored: Stored, classes: int) -> tuple[int, int]:
+    """Check a sample as packed, and return its (height, width) in pixels.
+
+    Args:
+        stored: the sample; its image is decoded, strictly.
+        classes: how many there are, for masks and boxes.
+
+    Raises:
+        UndecodableError: what is wrong with it.
+    """
+    height, width, _ = decode(stored.image).shape
+    how = Intake(classes=classes)
+    if stored.mask is not None:
+        _mask(stored.mask, (height, width), (height, width), how)
+    if stored.boxes is not None:
+        _boxes(stored.boxes, (height, width), (height, width), how)
+    return height, width
+
+
+def _checked_size(data: bytes, strict: bool) -> tuple[int, int]:
+    if not strict:
+        return image_size(data)
+    height, width, _ = decode(data).shape
+    return height, width
+
+
+def _image(data: bytes | npt.NDArray[np.uint8], height: int, width: int, how: Intake) -> tuple[bytes, int, int]:
+    """Return an image file with its height and width; `data` itself wherever it may stay."""
+    if how.max_side and max(height, width) > how.max_side:
+        smaller = _smaller(height, width, how.max_side)
+        return _jpeg(_resized(data, smaller), how.quality or _SHRUNK_QUALITY), *smaller
+    if isinstance(data, np.ndarray):
+        return _png(data), height, width
+    if is_jpeg(data):
+        if simplejpeg.decode_jpeg_header(data)[2] in ("CMYK", "YCCK"):
+            return _jpeg(decode(data), how.quality or _REWRITTEN_QUALITY), height, width
+        if how.quality and not how.max_side:
+            again = _jpeg(decode(data), how.quality)
+            return (again if len(again) < len(data) else data), height, width
+    elif data[:8] == _PNG_START and data[24] == 16:  # IHDR's bit depth
+        return _png(decode(data)), height, width
+    return data, height, width
+
+
+def shrunk_pixels(data: bytes | npt.NDArray[np.uint8], max_side: int) -> npt.NDArray[np.uint8]:
+    """Return (H, W, 3) pixels whose longer side is at most `max_side`; 0 shrinks nothing.
+
+    Raises:
+        UndecodableError: the bytes are not a whole image.
+    """
+    height, width = data.shape[:2] if isinstance(data, np.ndarray) else image_size(data)
+    if not max_side or max(height, width) <= max_side:
+        return decode(data)
+    return _resized(data, _smaller(height, width, max_side))
+
+
+def _smaller(height: int, width: int, max_side: int) -> tuple[int, int]:
+    scale = max_side / max(height, width)
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def _resized(data: bytes | npt.NDArray[np.uint8], size: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    pixels = decode(data, _DECODE_MARGIN * size[0], _DECODE_MARGIN * size[1])
+    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+    small = F.resize(image, list(size), interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+    array: npt.NDArray[np.uint8] = small.permute(1, 2, 0).contiguous().numpy()
+    return array
+
+
+def _jpeg(pixels: npt.NDArray[np.uint8], quality: int) -> bytes:
+    return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality, "RGB", "420"))
+
+
+def _png(pixels: npt.NDArray[np.uint8]) -> bytes:
+    out = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def _mask(data: bytes, stored: tuple[int, int], packed: tuple[int, int], how: Intake) -> tuple[bytes, int]:
+    """Return a mask as a PNG of one byte per pixel, and its largest class."""
+    mode, classes = _mask_values(data)
+    if classes.shape != stored:
+        raise UndecodableError(
+            f"its mask is {classes.shape[1]}x{classes.shape[0]} pixels, the image {stored[1]}x{stored[0]}"
+        )
+    changed = mode != "L" or data[:8] != _PNG_START or data[24] != 8
+    if how.void is not None:
+        changed |= bool((void := classes == how.void).any())
+        classes = np.where(void, np.uint8(VOID), classes)
+    top = int(classes.max(initial=0, where=classes != VOID)) if (classes != VOID).any() else -1
+    if how.classes and top >= how.classes:
+        raise UndecodableError(f"its mask has class {top}, but there are {how.classes} classes (and {VOID} for none)")
+    if packed != stored:
+        classes, changed = (
+            np.asarray(PIL.Image.fromarray(classes).resize(packed[::-1], PIL.Image.Resampling.NEAREST)),
+            True,
+        )
+    return (_png(classes) if changed else data), top
+
+
+def _mask_values(data: bytes) -> tuple[str, npt.NDArray[np.uint8]]:
+    """Return a mask file's mode and its (H, W) values."""
+    try:
+        with PIL.Image.open(io.BytesIO(data)) as image:
+            mode, values = image.mode, np.asarray(image)
+    except Exception as error:  # noqa: BLE001  (PIL's plugins raise nearly anything on damaged bytes)
+        raise UndecodableError(f"its mask is not a whole image: {error}") from None
+    if values.ndim != 2:
+        raise UndecodableError(
+            f"its mask has {values.shape[2]} channels: a mask has one, with a class number per pixel"
+        )
+    if values.dtype != np.uint8 and values.size and not 0 <= values.min() <= values.max() <= VOID:
+        raise UndecodableError(f"its mask has values up to {values.max()}: classes are 0 to 254, 255 does not count")
+    return mode, values.astype(np.uint8)
+
+
+def _boxes(boxes: Boxes, stored: tuple[int, int], packed: tuple[int, int], how: Intake) -> Boxes:
+    """Return boxes cut to the image and scaled as it was."""
+    high = np.array([stored[1], stored[0]] * 2, np.float32)
+    corners = np.clip(boxes.corners, 0, high)
+    for given, cut, label in zip(boxes.corners, corners, boxes.labels.tolist(), strict=True):
+        place = ", ".join(f"{value:g}" for value in given.tolist())
+        if not np.isfinite(given).all() or np.abs(cut - given).max() > _SLACK:
+            raise UndecodableError(f"box ({place}) stands out of its {stored[1]}x{stored[0]} pixels")
+        if cut[2] <= cut[0] or cut[3] <= cut[1]:
+            raise UndecodableError(f"box ({place}) has no area")
+        if how.classes and not 0 <= label < how.classes:
+            raise UndecodableError(f"box ({place}) has class {label}, but there are {how.classes} classes")
+    scale = np.array([packed[1] / stored[1], packed[0] / stored[0]] * 2, np.float32)
+    return Boxes(corners * scale, boxes.labels)
+
+
+def encode_boxes(boxes: Boxes) -> bytes:
+    """Return boxes as the JSON file that a shard holds."""
+    corners = [[round(float(value), 3) for value in row] for row in boxes.corners]
+    return json.dumps({"boxes": corners, "labels": boxes.labels.tolist()}).encode()

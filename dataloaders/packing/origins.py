@@ -1,0 +1,236 @@
+"""Where the samples of a packing come from: files of images, or another container of samples.
+
+An origin is asked by the number that a sample will have, so the order is settled before any work, and any process
+may ask for any part of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import repeat
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dataloaders.packing.catalog import Catalog, Listed
+from dataloaders.packing.images import Stretch, read_stretch
+from dataloaders.pixels.decode import UndecodableError
+from dataloaders.source import Boxes, DamagedSampleError, Source, Stored
+from dataloaders.sources.shards import ShardDataset
+
+# Samples whose bytes are looked at to learn how large those of a container without an index are.
+_WEIGHED = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Raw:
+    """A sample as its origin has it.
+
+    Attributes:
+        number: its place in the packed split.
+        name: path or key, for keys and messages.
+        label: of the image.
+        stored: image, mask, boxes.
+    """
+
+    number: int
+    name: str
+    label: int
+    stored: Stored
+
+
+class Origin(Protocol):
+    """Samples to be packed, 0 to num_samples - 1, in their final order; may be sent to our own processes."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples there are."""
+        ...
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; empty where only the masks know how many there are."""
+        ...
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """What samples have besides image and label: "mask", "boxes"."""
+        ...
+
+    def weights(self) -> Iterable[int]:
+        """Return the bytes of each sample, as far as they are known beforehand."""
+        ...
+
+    def identity(self, first: int, end: int) -> str:
+        """Return a digest of all that decides samples first to end - 1: the same means the same bytes."""
+        ...
+
+    def name(self, number: int) -> str:
+        """Return a sample's path or key."""
+        ...
+
+    def samples(self, first: int, end: int) -> Iterator[Raw | tuple[str, UndecodableError]]:
+        """Yield samples first to end - 1; (name, reason) for one that is damaged.
+
+        Raises:
+            DataError: the storage does not deliver.
+        """
+        ...
+
+    def close(self) -> None:
+        """Close files; a later call opens them again."""
+        ...
+
+
+@dataclass
+class FileOrigin:
+    """Images in files, listed by a `Catalog`.
+
+    Attributes:
+        table: the catalog's file.
+        base: what its names are relative to.
+        num_samples: samples in it.
+        classes: as `Origin.classes`.
+        parts: as `Origin.parts`.
+    """
+
+    table: Path
+    base: Path
+    num_samples: int
+    classes: tuple[str, ...]
+    parts: frozenset[str] = frozenset()
+    _opened: Catalog | None = field(default=None, repr=False)
+
+    def weights(self) -> Iterator[int]:
+        """Yield the bytes of each image and its mask."""
+        return self._catalog().sizes()
+
+    def identity(self, first: int, end: int) -> str:
+        """Return a digest of names, sizes, times of change, labels and boxes."""
+        digest = hashlib.sha256()
+        for listed in self._catalog().samples(first, end):
+            digest.update(json.dumps([listed.number, listed.label, *_facts(listed)]).encode())
+        return digest.hexdigest()
+
+    def name(self, number: int) -> str:
+        """Return an image's path within the source."""
+        return next(self._catalog().samples(number, number + 1)).image.name
+
+    def samples(self, first: int, end: int) -> Iterator[Raw | tuple[str, UndecodableError]]:
+        """Yield samples first to end - 1."""
+        for listed in self._catalog().samples(first, end):
+            image = read_stretch(listed.image)
+            if "mask" in self.parts and listed.mask is None:
+                yield listed.image.name, UndecodableError("it has no mask")
+                continue
+            mask = None if listed.mask is None else read_stretch(listed.mask)
+            boxes = None if listed.boxes is None else _boxes(json.loads(listed.boxes))
+            yield Raw(listed.number, listed.image.name, listed.label, Stored(image, mask, boxes))
+
+    def _catalog(self) -> Catalog:
+        if self._opened is None:
+            self._opened = Catalog(self.table, self.base)
+        return self._opened
+
+    def close(self) -> None:
+        """Close the catalog."""
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}
+
+
+def _facts(listed: Listed) -> list[Any]:
+    def of(stretch: Stretch) -> list[Any]:
+        return [stretch.name.encode(errors="surrogateescape").hex(), stretch.offset, stretch.size, stretch.stamp]
+
+    return [of(listed.image), listed.mask and of(listed.mask), listed.boxes]
+
+
+def _boxes(rows: list[list[float]]) -> Boxes:
+    table = np.array(rows, np.float64).reshape(-1, 5)
+    return Boxes(table[:, :4].astype(np.float32), table[:, 4].astype(np.int64))
+
+
+@dataclass
+class SourceOrigin:
+    """The samples of another container.
+
+    Attributes:
+        source: it.
+        order: (N,) numbers of its samples in their new order, or None to keep theirs.
+        classes: class names to be packed with.
+        labels: (C,) the label that each of its own becomes, or None to keep them.
+    """
+
+    source: Source
+    order: npt.NDArray[np.int64] | None
+    classes: tuple[str, ...]
+    labels: npt.NDArray[np.int64] | None = None
+
+    @property
+    def num_samples(self) -> int:
+        """Samples there are."""
+        return self.source.num_samples
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """The container's own."""
+        return self.source.parts
+
+    def weights(self) -> Iterable[int]:
+        """Return the index's sizes; without an index, the mean of some samples for each."""
+        if isinstance(self.source, ShardDataset):
+            sizes = self.source.index.columns["size"]
+            return map(int, sizes if self.order is None else sizes[self.order])
+        return repeat(mean_bytes(self.source), self.num_samples)
+
+    def identity(self, first: int, end: int) -> str:
+        """Return a digest of the container's fingerprint and of the order."""
+        parts = [None if array is None else array.tolist() for array in (self._part(first, end), self.labels)]
+        text = json.dumps([self.source.fingerprint, first, end, *parts]).encode()
+        return hashlib.sha256(text).hexdigest()
+
+    def name(self, number: int) -> str:
+        """Return a sample's key."""
+        return self.source.key(self._place(number))
+
+    def samples(self, first: int, end: int) -> Iterator[Raw | tuple[str, UndecodableError]]:
+        """Yield samples first to end - 1."""
+        for number in range(first, end):
+            place = self._place(number)
+            label = int(self.source.labels(np.array([place], np.int64)))
+            label = label if self.labels is None else int(self.labels[label])
+            try:
+                yield Raw(number, self.source.key(place), label, self.source.read(place))
+            except DamagedSampleError as error:
+                yield self.source.key(place), UndecodableError(str(error))
+
+    def _part(self, first: int, end: int) -> npt.NDArray[np.int64] | None:
+        return None if self.order is None else self.order[first:end]
+
+    def _place(self, number: int) -> int:
+        return number if self.order is None else int(self.order[number])
+
+    def close(self) -> None:
+        """Close the container."""
+        self.source.close()
+
+
+def mean_bytes(source: Source) -> int:
+    """Return the mean bytes of some images, spread evenly over a container; damaged ones do not count."""
+    total = count = 0
+    for sample in np.unique(np.linspace(0, source.num_samples - 1, _WEIGHED).astype(np.int64)).tolist():
+        try:
+            image = source.read(sample).image
+        except DamagedSampleError:
+            continue
+        total, count = total + (image.nbytes if isinstance(image, np.ndarray) else len(image)), count + 1
+    return total // max(count, 1)

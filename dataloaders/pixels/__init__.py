@@ -1,0 +1,1 @@
+"""From bytes to augmented pixels, keyed by (seed, epoch, sample)."""

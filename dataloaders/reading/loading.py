@@ -1,0 +1,266 @@
+"""What readers do: one request in, the pixels of one micro batch out.
+
+A request names samples, epochs, positions and a size; the answer depends on it, the data and the config alone, so it
+does not matter which process or thread answers. The work on a request falls into spans of some samples, which threads
+do side by side, each writing to its own places of the batch. Errors that a user can repair travel back as values, and
+are raised by the stream with their own sentence rather than with a reader's traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dataloaders.config import DataConfig
+from dataloaders.order.mixture import set_of
+from dataloaders.pixels.decode import UndecodableError
+from dataloaders.pixels.mixing import MixArrays, draw_mix
+from dataloaders.pixels.transforms import Choices, Shown, TrainTransform, draw_choices, show_for_eval
+from dataloaders.pixels.view import NOT_COUNTED
+from dataloaders.reading.damage import candidates
+from dataloaders.source import DamagedSampleError, Source
+from setformer_dist.core.batch import Annotations
+from setformer_dist.core.errors import DataError, SetformerError
+
+# Samples that a thread takes at once: few enough that threads end together, enough that handing out costs nothing.
+_SPAN = 8
+
+
+@dataclass(frozen=True)
+class Request:
+    """Samples of one micro batch.
+
+    Attributes:
+        samples: (k,) int64, k <= m in evaluation, k = m in training.
+        epochs: (k,) int64, the epoch that each sample is in of its set (training only).
+        first_position: of `samples[0]` in the run: step x B + its place in the global batch.
+        step: optimizer step since the start of the run.
+        epoch: of the run.
+        shape: (H, W) of the images.
+    """
+
+    samples: npt.NDArray[np.int64]
+    epochs: npt.NDArray[np.int64] | None = None
+    first_position: int = 0
+    step: int = -1
+    epoch: int = 0
+    shape: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The answer to a request.
+
+    Attributes:
+        request: what was asked.
+        images: (m, 3, H, W) uint8.
+        samples: (m,) int64, what was really delivered; -1 is filling.
+        bad: (place in the micro batch, line) of each damaged sample, places rising.
+        mix: what `draw_mix` drew.
+        error: what stops the run, in place of pixels.
+        annotations: masks or boxes, for samples that have them.
+    """
+
+    request: Request
+    images: torch.Tensor
+    samples: npt.NDArray[np.int64]
+    bad: list[tuple[int, str]] = field(default_factory=list)
+    mix: MixArrays | None = None
+    error: SetformerError | None = None
+    annotations: Annotations | None = None
+
+
+class Work(Protocol):
+    """A request being answered. Spans may be filled in any order, by several threads at once."""
+
+    @property
+    def spans(self) -> Sequence[range]:
+        """Stretches of the micro batch's places that make up all of the work."""
+        ...
+
+    def fill(self, span: range) -> None:
+        """Do a part of the work."""
+        ...
+
+    def loaded(self) -> Loaded:
+        """Return the answer, once all spans are filled."""
+        ...
+
+
+class Loading(Protocol):
+    """Answers requests, in any process."""
+
+    def begin(self, request: Request) -> Work:
+        """Return the work that a request means; quick, as it is done where requests are handed out."""
+        ...
+
+
+def answer(loading: Loading, request: Request) -> Loaded:
+    """Answer a request here and now."""
+    work = loading.begin(request)
+    for span in work.spans:
+        work.fill(span)
+    return work.loaded()
+
+
+def spans_of(count: int, length: int = _SPAN) -> list[range]:
+    """Return the stretches of `count` places that are done at once."""
+    return [range(start, min(start + length, count)) for start in range(0, count, length)]
+
+
+class _Batch:
+    """The micro batch that a request's spans are written into."""
+
+    def __init__(self, count: int, shape: tuple[int, int], parts: frozenset[str]) -> None:
+        self.images = torch.zeros((count, 3, *shape), dtype=torch.uint8)
+        self.masks = torch.full((count, *shape), NOT_COUNTED, dtype=torch.uint8) if "mask" in parts else None
+        none = torch.empty((0, 4)), torch.empty(0, dtype=torch.int64)
+        self.boxes = [none] * count if "boxes" in parts else None
+        self.bad: dict[int, str] = {}
+        self.errors: dict[int, SetformerError] = {}
+
+    def given_up(self, place: int) -> bool:
+        """Return whether a place need not be filled, because one before it cannot be."""
+        return bool(self.errors) and min(self.errors) < place
+
+    def put(self, place: int, shown: Shown) -> None:
+        self.images[place] = shown.image
+        if self.masks is not None and shown.mask is not None:
+            self.masks[place] = shown.mask
+        if self.boxes is not None and shown.boxes is not None:
+            self.boxes[place] = shown.boxes
+
+    def loaded(self, request: Request, samples: npt.NDArray[np.int64], mix: MixArrays | None = None) -> Loaded:
+        if self.errors:  # the first by place, whichever thread met one first
+            return Loaded(request, torch.empty(0), request.samples, error=self.errors[min(self.errors)])
+        annotations = None
+        if self.masks is not None or self.boxes is not None:
+            corners, labels = zip(*self.boxes, strict=True) if self.boxes else (None, None)
+            annotations = Annotations(self.masks, corners, labels)
+        return Loaded(request, self.images, samples, sorted(self.bad.items()), mix, annotations=annotations)
+
+
+class TrainLoading:
+    """Answers training requests: reads, decodes, augments, replaces what is damaged."""
+
+    def __init__(self, source: Source, config: DataConfig, seed: int) -> None:
+        self.source = source
+        self.config = config
+        self.seed = seed
+        self.transform = TrainTransform(config, source)
+
+    def begin(self, request: Request) -> Work:
+        """Draw the random numbers of a request's samples."""
+        return _TrainWork(self, request)
+
+
+class _TrainWork:
+    def __init__(self, loading: TrainLoading, request: Request) -> None:
+        assert request.epochs is not None
+        self._source = loading.source
+        self._transform = loading.transform
+        self._config = loading.config
+        self._seed = loading.seed
+        self._request = request
+        self._choices = draw_choices(loading.config.augment, loading.seed, request.epochs, request.samples)
+        self._asked = list(zip(request.samples.tolist(), request.epochs.tolist(), strict=True))
+        self._delivered = request.samples.copy()
+        self._batch = _Batch(len(request.samples), request.shape, loading.source.parts)
+        self.spans = spans_of(len(request.samples))
+
+    def fill(self, span: range) -> None:
+        for place in span:
+            if self._batch.given_up(place):
+                return
+            try:
+                self._fill_place(place)
+            except SetformerError as error:
+                self._batch.errors[place] = error
+                return
+
+    def _fill_place(self, place: int) -> None:
+        sample, epoch = self._asked[place]
+        choices = self._choices[place]
+        try:
+            self._batch.put(place, self._show(sample, choices))
+            return
+        except (UndecodableError, DamagedSampleError) as error:
+            reason = _reason(self._source, sample, error)
+        # A stand-in takes the random choices of the sample whose place it fills, so that its own appearance in the
+        # epoch looks different.
+        for stand_in in candidates(set_of(self._source, sample), self._seed, epoch, sample):
+            try:
+                self._batch.put(place, self._show(stand_in, choices))
+            except (UndecodableError, DamagedSampleError):
+                continue
+            self._delivered[place] = stand_in
+            self._batch.bad[place] = f"{reason}; replaced by sample {stand_in} ({self._source.key(stand_in)})"
+            return
+        raise DataError(f"{reason}, and so is every stand-in tried: restore the shards")
+
+    def _show(self, sample: int, choices: Choices) -> Shown:
+        return self._transform(self._source.read(sample), self._source.size(sample), self._request.shape, choices)
+
+    def loaded(self) -> Loaded:
+        request = self._request
+        mix = draw_mix(self._config.augment, request.shape, self._seed, request.first_position, len(request.samples))
+        return self._batch.loaded(request, self._delivered, mix)
+
+
+class EvalLoading:
+    """Answers evaluation requests; fills up to `micro_batch` with black images."""
+
+    def __init__(self, source: Source, config: DataConfig, micro_batch: int) -> None:
+        self.source = source
+        self.config = config
+        self.micro_batch = micro_batch
+
+    def begin(self, request: Request) -> Work:
+        """Begin."""
+        return _EvalWork(self, request)
+
+
+class _EvalWork:
+    def __init__(self, loading: EvalLoading, request: Request) -> None:
+        self._source = loading.source
+        self._config = loading.config
+        self._request = request
+        self._samples = request.samples.tolist()
+        size = loading.config.image_size
+        self._batch = _Batch(loading.micro_batch, (size, size), loading.source.parts)
+        self._delivered = np.full(loading.micro_batch, -1, dtype=np.int64)
+        self._delivered[: len(self._samples)] = request.samples
+        self.spans = spans_of(len(self._samples))
+
+    def fill(self, span: range) -> None:
+        for place in span:
+            if self._batch.given_up(place):
+                return
+            try:
+                self._batch.put(place, show_for_eval(self._source.read(self._samples[place]), self._config))
+            except (UndecodableError, DamagedSampleError) as error:
+                line = _reason(self._source, self._samples[place], error)
+                if self._config.bad_validation == "raise":
+                    self._batch.errors[place] = DataError(
+                        f'{line}: restore the shard, or set data.bad_validation = "zero_weight" to leave such samples '
+                        "out of the count"
+                    )
+                    return
+                self._batch.bad[place] = line
+            except SetformerError as error:
+                self._batch.errors[place] = error
+                return
+
+    def loaded(self) -> Loaded:
+        return self._batch.loaded(self._request, self._delivered)
+
+
+def _reason(source: Source, sample: int, error: Exception) -> str:
+    if isinstance(error, DamagedSampleError):
+        return str(error)
+    return f"{source.place(sample)} is damaged ({error})"

@@ -1,0 +1,202 @@
+"""The training and the evaluation stream: requests cut from the global order, answered by readers.
+
+    plan (pure) -> requests -> readers (threads, processes) -> micro batches, in the order of the requests
+
+The position of a training stream is the optimizer step it is asked to begin at, and nothing else: what readers
+have prepared ahead is thrown away, never counted.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from dataloaders.config import DataConfig
+from dataloaders.order.order import Cut, Plan, cursor_at, evaluation_batches, evaluation_share, step_of_cursor
+from dataloaders.order.plans import plan_of
+from dataloaders.order.resolution import ImageSizes
+from dataloaders.pixels.mixing import MixArrays, check_groups
+from dataloaders.reading.damage import DamageCount
+from dataloaders.reading.loading import EvalLoading, Request, TrainLoading
+from dataloaders.reading.readers import Readers
+from dataloaders.source import Source
+from setformer_dist.core.batch import MicroBatch, MixSpec
+from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.ranks import RankInfo
+
+# (step, width / height) -> (height, width)
+_ShapeOf = Callable[[int, float], tuple[int, int]]
+
+
+def _no_shape(step: int, aspect: float) -> tuple[int, int]:
+    return 0, 0
+
+
+def train_requests(plan: Plan, cut: Cut, first_step: int, shape: _ShapeOf = _no_shape) -> Iterator[Request]:
+    """Yield one rank's `accumulation` requests per optimizer step, endlessly, from `first_step` on."""
+    places = cut.places()
+    for step in itertools.count(first_step):
+        samples, epochs = (found.reshape(places.shape) for found in plan.pick(step, places.ravel()))
+        size = shape(step, plan.aspect(step))
+        for part, first in enumerate((step * plan.global_batch + places[:, 0]).tolist()):
+            yield Request(samples[part], epochs[part], first, step, step // plan.steps_per_epoch, size)
+
+
+def evaluation_requests(num_samples: int, ranks: RankInfo, micro_batch: int) -> Iterator[Request]:
+    """Yield one rank's share of a split: as many requests as on every other rank, the last ones short or empty."""
+    share = np.array(evaluation_share(num_samples, ranks.rank, ranks.world_size), dtype=np.int64)
+    for batch in range(evaluation_batches(num_samples, ranks.world_size, micro_batch)):
+        yield Request(share[batch * micro_batch : (batch + 1) * micro_batch])
+
+
+class ShardTrainStream:
+    """Endless augmented training samples of one rank (`TrainStream`).
+
+    Args:
+        source: the training samples.
+        config: of the data.
+        seed: of the run.
+        ranks: this process's place.
+        global_batch: B, samples of all ranks in one optimizer step.
+        micro_batch: m, samples of this rank in one accumulation step.
+
+    Raises:
+        ConfigError: the batch sizes, the mix group or the image size do not fit the data.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        config: DataConfig,
+        seed: int,
+        ranks: RankInfo,
+        global_batch: int,
+        micro_batch: int,
+    ) -> None:
+        self._source = source
+        self._seed = seed
+        self._cut = Cut(global_batch, micro_batch, ranks.rank, ranks.world_size)
+        self._plan = plan_of(source, config, seed, global_batch)
+        self._sizes = ImageSizes(config, self._plan.steps_per_epoch)
+        check_groups(config.augment, micro_batch)
+        self._max_bad_share = config.max_bad_share
+        self._readers = Readers(TrainLoading(source, config, seed), config)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one epoch, equal on all ranks."""
+        return self._plan.steps_per_epoch
+
+    @property
+    def accumulation(self) -> int:
+        """Micro batches per optimizer step."""
+        return self._cut.accumulation
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the data set."""
+        return self._source.fingerprint
+
+    def micro_batches(self, first_step: int) -> Iterator[MicroBatch]:
+        """Yield `accumulation` micro batches per optimizer step, endlessly, from `first_step` on.
+
+        A second call ends the first one's iterator.
+
+        Raises:
+            DataError: the data cannot be read, or too much of it is damaged (`dataloaders.reading.damage`).
+        """
+        damage = DamageCount(self._max_bad_share)
+        requests = functools.partial(train_requests, self._plan, self._cut, first_step, self._sizes.shape)
+        for loaded in self._readers.answers(requests):
+            damage.add(loaded.request.epoch, len(loaded.samples), loaded.bad)
+            yield MicroBatch(
+                inputs=loaded.images,
+                labels=self._source.labels(loaded.samples),
+                weights=torch.ones(len(loaded.samples)),
+                sample_ids=torch.from_numpy(loaded.samples),
+                mix=_mix_spec(loaded.mix),
+                step=loaded.request.step,
+                substitutions=[line for _, line in loaded.bad],
+                annotations=loaded.annotations,
+            )
+
+    def state(self, next_step: int) -> dict[str, Any]:
+        """Return the cursor before an optimizer step, JSON-able and equal on all ranks."""
+        return cursor_at(self._plan, self._seed, self.fingerprint, next_step).to_json()
+
+    def check_state(self, state: dict[str, Any]) -> int:
+        """Return the optimizer step to go on from.
+
+        Raises:
+            DataError: the cursor is of other data, order, seed or global batch.
+        """
+        return step_of_cursor(state, self._plan, self._seed, self.fingerprint)
+
+    def close(self) -> None:
+        """End the readers and close the files."""
+        self._readers.close()
+        self._source.close()
+
+
+class ShardEvalStream:
+    """Each sample of a split exactly once over all ranks (`EvalStream`).
+
+    Args:
+        source: the samples.
+        config: of the data.
+        ranks: this process's place.
+        micro_batch: samples of this rank in one step, at least 1.
+    """
+
+    def __init__(self, source: Source, config: DataConfig, ranks: RankInfo, micro_batch: int) -> None:
+        if micro_batch < 1:
+            raise ConfigError(f"micro batch {micro_batch} must be at least 1")
+        self._source = source
+        self._ranks = ranks
+        self._micro_batch = micro_batch
+        self._readers = Readers(EvalLoading(source, config, micro_batch), config)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the split."""
+        return self._source.num_samples
+
+    def micro_batches(self) -> Iterator[MicroBatch]:
+        """Yield this rank's share; the same number of micro batches on all ranks, filling has weight 0.
+
+        Filling is black, of label 0 and sample id -1. A damaged sample that the config bears has weight 0 too,
+        and a line in `substitutions`.
+
+        Raises:
+            DataError: the data cannot be read, or a sample is damaged and the config does not bear it.
+        """
+        requests = functools.partial(evaluation_requests, self.num_samples, self._ranks, self._micro_batch)
+        for loaded in self._readers.answers(requests):
+            weights = torch.from_numpy((loaded.samples >= 0).astype(np.float32))
+            for place, _ in loaded.bad:
+                weights[place] = 0.0
+            yield MicroBatch(
+                inputs=loaded.images,
+                labels=self._source.labels(loaded.samples),
+                weights=weights,
+                sample_ids=torch.from_numpy(loaded.samples),
+                substitutions=[line for _, line in loaded.bad],
+                annotations=loaded.annotations,
+            )
+
+    def close(self) -> None:
+        """End the readers and close the files."""
+        self._readers.close()
+        self._source.close()
+
+
+def _mix_spec(mix: MixArrays | None) -> MixSpec | None:
+    if mix is None:
+        return None
+    partner, lam, box = mix
+    return MixSpec(torch.from_numpy(partner), torch.from_numpy(lam), torch.from_numpy(box))

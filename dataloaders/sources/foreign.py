@@ -1,0 +1,381 @@
+"""WebDataset shards that others made: indexed when they are first seen, then read like packed ones.
+
+    train-0000.tar  train-0001.tar  ...   as they are; never written to
+    classes.txt                           names of the classes, if one lies there (or classes.json)
+    .setformer-index/                     beside the shards; in the user's cache folder where that cannot be written
+      .lock                               held by the process that makes an index; others wait
+      6c0e…/index.json, index.safetensors   one index; the digits are of the shards' names, sizes and times
+
+An index is made aside and renamed, so half of one is never seen. A shard that changed changes the digits: the index
+that is older than it is not found, a new one is made, and a log line says so. The fingerprint is that of the contents
+(headers, places, labels, classes) and not of the times, so a copy of the shards elsewhere continues the same run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import braceexpand
+
+from dataloaders.reading.processes import begin_helper, helper_context, lean_start
+from dataloaders.sources.cache import locked
+from dataloaders.sources.index import INDEX_NAME, Index, read_index, read_table, write_index
+from dataloaders.sources.remote import is_url, join_url, open_storage
+from dataloaders.sources.scanning import Scanned, class_names, identity_of, joined, labelled, scan_shard
+from dataloaders.sources.shards import ShardDataset
+from dataloaders.sources.storage import FileFacts, LocalFolder, MissingError, Storage, all_facts
+from setformer_dist.core.errors import DataError
+
+_log = logging.getLogger(__name__)
+
+INDEX_FOLDER = ".setformer-index"
+
+# Entries of a folder that a message lists.
+_NAMED = 8
+
+# Images without a readable header that an index lists.
+_LISTED = 100
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Shards that a pattern named.
+
+    Attributes:
+        storage: where they are.
+        names: below it, in order.
+        facts: size and version of each.
+        pattern: that named them within it.
+    """
+
+    storage: Storage
+    names: tuple[str, ...]
+    facts: tuple[FileFacts, ...]
+    pattern: str
+
+    @property
+    def signature(self) -> str:
+        """Digest of names, sizes and versions."""
+        rows = [(name, facts.size, facts.version) for name, facts in zip(self.names, self.facts, strict=True)]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:32]
+
+
+def find_shards(root: str, pattern: str, timeout: float) -> Shards:
+    """Find the shards that a pattern names.
+
+    Args:
+        root: folder or URL.
+        pattern: below the root, or absolute: a folder of .tar files, or names with {0000..0146}, {a,b}, * and ?;
+            several are joined by `::`, as WebDataset does.
+        timeout: seconds that a read from a URL may take.
+
+    Raises:
+        DataError: none is there, or one of those named is missing.
+    """
+    pieces = pattern.split("::")
+    if not is_url(root) and any(piece.startswith("/") for piece in pieces):
+        pieces = [str(Path(root, piece).absolute()).lstrip("/") for piece in pieces]
+        root = "/"
+    storage = open_storage(root, timeout)
+    pieces = [_piece(storage, piece) for piece in pieces]
+    names = [name for piece in pieces for expanded in _expanded(piece) for name in _named(storage, expanded)]
+    double = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if double:
+        raise DataError(f"pattern {pattern!r} names shard {storage.shown(double[0])} twice")
+    try:
+        facts = tuple(all_facts(storage, names))
+    except MissingError as error:
+        raise DataError(f"{error}; it is one of {len(names)} shards that {pattern!r} names") from None
+    parents = {PurePosixPath(name).parent.as_posix() for name in names}
+    if parents != {"."} and len(parents) == 1:
+        # Named from the folder they lie in, however it was reached: index and fingerprint are the same then.
+        folder = parents.pop()
+        storage = open_storage(join_url(root, folder) if is_url(root) else str(Path(root) / folder), timeout)
+        names = [PurePosixPath(name).name for name in names]
+        pieces = [piece.rpartition("/")[2] for piece in pieces]
+    return Shards(storage, tuple(names), facts, "::".join(pieces))
+
+
+def _piece(storage: Storage, piece: str) -> str:
+    """Return one part of a pattern, with a folder as the shards in it."""
+    if isinstance(storage, LocalFolder) and Path(storage.shown(piece)).is_dir():
+        return str(PurePosixPath(piece, "*.tar"))
+    return PurePosixPath(piece).as_posix()
+
+
+def _expanded(pattern: str) -> list[str]:
+    try:
+        return list(braceexpand.braceexpand(pattern))
+    except ValueError as error:
+        raise DataError(f"shard pattern {pattern!r} has braces that do not match ({error})") from None
+
+
+def _named(storage: Storage, name: str) -> list[str]:
+    """Return the shards that one name means: itself, or what it matches."""
+    if not re.search(r"[*?[]", name):
+        return [name]
+    found = [match for match in storage.names(name) if match.endswith(".tar") or not name.endswith("*")]
+    if not found:
+        raise DataError(f"no shard matches {storage.shown(name)}: {_what_is_there(storage, name)}")
+    return found
+
+
+def _what_is_there(storage: Storage, name: str) -> str:
+    folder = name.rpartition("/")[0]
+    if isinstance(storage, LocalFolder) and not Path(storage.shown(folder)).is_dir():
+        return f"folder {storage.shown(folder)} does not exist"
+    there = storage.names(f"{folder}/*".lstrip("/"))
+    more = f" and {len(there) - _NAMED} more" if len(there) > _NAMED else ""
+    listed = ", ".join(PurePosixPath(entry).name for entry in there[:_NAMED])
+    return f"the folder holds {listed}{more}" if there else "the folder is empty"
+
+
+def open_foreign(shards: Shards, cache: Path, timeout: float) -> ShardDataset:
+    """Open shards by their index, which is made where there is none.
+
+    Args:
+        shards: as `find_shards` found them.
+        cache: folder for the index where it cannot lie beside the shards.
+        timeout: seconds to wait for another process that makes it, without a sign of life.
+
+    Raises:
+        DataError: the shards are damaged, or cannot be told apart into labelled images.
+    """
+    found = _existing(shards, cache)
+    if found is None:
+        workers = min(8, os.cpu_count() or 1, len(shards.names) // 8)
+        index_foreign(shards, cache, timeout, workers=workers)
+        found = _existing(shards, cache)
+        assert found is not None
+    return ShardDataset(shards.storage, read_index(found))
+
+
+def index_shards(
+    root: str,
+    pattern: str,
+    *,
+    cache: Path,
+    checksums: bool = False,
+    workers: int = 0,
+    timeout: float = 60.0,
+    on_start: Callable[[int], None] = lambda shards: None,
+    on_progress: Callable[[int], None] = lambda shards: None,
+) -> Index:
+    """Index shards, even where an index without checksums is there and `checksums` are asked for.
+
+    Args:
+        root: folder or URL.
+        pattern: as `find_shards`.
+        cache: folder for the index where it cannot lie beside the shards.
+        checksums: read every byte, and keep a crc32 of each sample and the sha256 of each shard.
+        workers: processes; 0 does it in this one.
+        timeout: seconds to wait for a URL, or for another process without a sign of life.
+        on_start: told the number of shards, once.
+        on_progress: told the shards done since the last call.
+
+    Raises:
+        DataError: as `find_shards` and `open_foreign`.
+    """
+    shards = find_shards(root, pattern, timeout)
+    found = _existing(shards, cache)
+    if found is None or (checksums and not found.name.endswith("-crc")):
+        on_start(len(shards.names))
+        index_foreign(shards, cache, timeout, checksums=checksums, workers=workers, on_progress=on_progress)
+        found = _existing(shards, cache)
+        assert found is not None
+    return read_index(found)
+
+
+def index_foreign(
+    shards: Shards,
+    cache: Path,
+    timeout: float,
+    *,
+    checksums: bool = False,
+    workers: int = 0,
+    on_progress: Callable[[int], None] = lambda shards: None,
+) -> None:
+    """Make the index of shards, unless another process has made it meanwhile."""
+    whole = checksums or not isinstance(shards.storage, LocalFolder)  # all bytes pass by anyway
+    home = own_folder(_homes(shards, cache), shards.storage.name)
+    lock = home / ".lock"
+    with locked(lock, timeout, lambda: lock.stat().st_mtime_ns) as got:
+        if not got:
+            raise DataError(
+                f"the index of {shards.storage.name} is being made by another process, of which nothing was seen for "
+                f"{timeout:g} s: end that process, or raise data.read_timeout"
+            )
+        target = home / (shards.signature + ("-crc" if whole else ""))
+        if (target / INDEX_NAME).is_file():
+            return
+        old = _of_same_pattern(home, shards.pattern)
+        if any(not path.name.startswith(shards.signature) for path in old):
+            _log.warning("the index of %s is older than its shards and is made anew", shards.storage.name)
+        with _explained(home):
+            _build(shards, target, whole, workers, lambda: os.utime(lock), on_progress)
+            for path in old:
+                if path.name.startswith(shards.signature):
+                    continue  # another process may be about to open it
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def user_cache() -> Path:
+    """Return the user's cache folder for indexes, by the XDG convention."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "setformer"
+
+
+def _homes(shards: Shards, cache: Path) -> list[Path]:
+    """Return the folders that the index may be written to, best first."""
+    aside = _aside(shards, cache)
+    if not isinstance(shards.storage, LocalFolder):
+        return [aside]
+    return [shards.storage.folder.absolute() / PurePosixPath(shards.names[0]).parent / INDEX_FOLDER, aside]
+
+
+def _aside(shards: Shards, cache: Path) -> Path:
+    root = shards.storage.folder.absolute() if isinstance(shards.storage, LocalFolder) else shards.storage.name
+    where = f"{root}\n{shards.pattern}"
+    return cache / "indexes" / hashlib.sha256(where.encode()).hexdigest()[:16]
+
+
+def _existing(shards: Shards, cache: Path) -> Path | None:
+    """Return the index of just these shards, one with checksums first; `setformer data index` may have made it."""
+    for suffix in ("-crc", ""):
+        for home in (*_homes(shards, cache), _aside(shards, user_cache())):
+            folder = home / (shards.signature + suffix)
+            if (folder / INDEX_NAME).is_file():
+                return folder
+    return None
+
+
+def own_folder(homes: list[Path], shown: str) -> Path:
+    """Return the first of several folders that can be written, made where it is missing.
+
+    Args:
+        homes: best first.
+        shown: what the index is of, for messages.
+
+    Raises:
+        DataError: none can.
+    """
+    trouble = ""
+    for home in homes:
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            with (home / ".lock").open("a"):
+                return home
+        except OSError as error:
+            trouble = f"{home} ({error.strerror})"
+    raise DataError(
+        f"the index of {shown} can be written nowhere, not even to {trouble}: set data.cache to a folder of yours"
+    )
+
+
+def _of_same_pattern(home: Path, pattern: str) -> list[Path]:
+    found = []
+    for path in home.iterdir():
+        if path.name.startswith("."):
+            if path.is_dir():  # of a process that was killed
+                shutil.rmtree(path, ignore_errors=True)
+            continue
+        try:
+            if read_table(path)["options"].get("pattern") == pattern:
+                found.append(path)
+        except DataError:
+            shutil.rmtree(path, ignore_errors=True)
+    return found
+
+
+@contextmanager
+def _explained(home: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"the index cannot be written to {home} ({error.strerror}): free the disk, or set data.cache"
+        ) from None
+    except BrokenProcessPool:
+        raise DataError("a process that reads headers died, perhaps for want of memory: take fewer --workers") from None
+
+
+def _build(
+    shards: Shards,
+    target: Path,
+    whole: bool,
+    workers: int,
+    alive: Callable[[], None],
+    on_progress: Callable[[int], None],
+) -> None:
+    """Scan all shards; write the index aside and rename it."""
+    found: dict[int, Scanned] = {}
+    for number, scanned in _scanned(shards, whole, workers, alive):
+        found[number] = scanned
+        alive()
+        on_progress(1)
+    scans = [found[number] for number in range(len(found))]
+    columns, keys = joined(scans, whole)
+    annotated = any(name.startswith(("mask", "boxes")) for name in columns)
+    columns["label"], classes = labelled(
+        scans, class_names(shards.storage, shards.names[0]), annotated, shards.storage.name
+    )
+    unreadable = [f"{one.facts.name}: {key}" for one in scans for key in one.unreadable]
+    if unreadable:
+        _log.warning(
+            "%d images in %s have no readable header, the first %s", len(unreadable), shards.storage.name, unreadable[0]
+        )
+    options = {
+        "pattern": shards.pattern,
+        "headers": [one.headers for one in scans],
+        "versions": [one.version for one in shards.facts],
+        "unreadable": unreadable[:_LISTED],
+    }
+    work = target.with_name(f".{target.name}.partial")
+    work.mkdir()
+    facts = tuple(one.facts for one in scans)
+    write_index(work, classes, facts, columns, keys, options, identity_of(scans, columns, classes))
+    work.rename(target)
+
+
+def _scanned(shards: Shards, whole: bool, workers: int, alive: Callable[[], None]) -> Iterator[tuple[int, Scanned]]:
+    """Yield (number, what is in it) of each shard, as they are done."""
+    jobs = list(zip(shards.names, shards.facts, strict=True))
+    if not workers:
+        for number, (name, facts) in enumerate(jobs):
+            yield number, scan_shard(shards.storage, name, facts, whole, lambda members: alive())
+        return
+    others = set(multiprocessing.active_children())
+    with lean_start():
+        pool = ProcessPoolExecutor(
+            min(workers, len(jobs)), mp_context=helper_context(), initializer=begin_helper, initargs=(os.getpid(),)
+        )
+        futures = {
+            pool.submit(scan_shard, shards.storage, name, facts, whole): number
+            for number, (name, facts) in enumerate(jobs)
+        }
+    helpers = set(multiprocessing.active_children()) - others
+    try:
+        left = set(futures)
+        while left:
+            done, left = wait(left, timeout=1.0, return_when=FIRST_COMPLETED)
+            alive()  # a shard may take long; a process that stands still is ended by the storage's time-outs
+            for future in done:
+                yield futures[future], future.result()
+    except BaseException:
+        for helper in helpers:
+            helper.terminate()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,263 @@
+"""The one place that tells containers apart: from the names of a config to samples by number.
+
+    train            folder with index.json           packed split
+                     folder of .tar files             WebDataset shards that others made
+                     folder of class folders          ImageFolder
+    train.beton                                       FFCV's
+    train-{0000..0146}.tar, train-*.tar, a::b         shards that others made
+
+all of them below `data.root`: a local folder, or, but for class folders, a URL. Shards of a URL are read by ranges;
+through `data.cache`, where that is set, or through memory (`data.access = "sequential"`), they are fetched whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from dataloaders.beton.reader import open_beton
+from dataloaders.beton.sidecar import sidecar_path
+from dataloaders.config import DataConfig
+from dataloaders.source import Source
+from dataloaders.sources.cache import CachedStorage, Known, ShardCache, locked
+from dataloaders.sources.foreign import Shards, find_shards, open_foreign, own_folder, user_cache
+from dataloaders.sources.image_folder import open_image_folder
+from dataloaders.sources.index import ARRAYS_NAME, IMAGE_SUFFIXES, INDEX_NAME, Index, read_index
+from dataloaders.sources.pipes import SequentialStorage
+from dataloaders.sources.remote import is_url, join_url, open_storage
+from dataloaders.sources.shards import ShardDataset, check_shards, open_split
+from dataloaders.sources.storage import DeniedError, LocalFolder, MissingError, NoRangesError, Storage, UnreadableError
+from setformer_dist.core.errors import ConfigError, DataError
+
+_GIB = 1 << 30
+
+
+def open_source(root: str, name: str, config: DataConfig) -> Source:
+    """Open a split, whatever holds it.
+
+    Args:
+        root: folder or URL; `data.root`, or that of an entry of a mixture.
+        name: of the split below it, `data.train` or `data.val`; may itself be a URL or an absolute path.
+        config: how to fetch and keep (`access`, `cache`, `cache_gib`, `read_timeout`, `order`).
+
+    Raises:
+        DataError: there is no such split, it is damaged, or storage does not deliver.
+        ConfigError: the cache is too small for the order of samples.
+    """
+    if is_url(name):
+        root, name = name, ""
+    if _is_pattern(name or root):
+        root, name = (root, name) if name else (root.rpartition("/")[0], root.rpartition("/")[2])
+        return _open_shards(find_shards(root, name, config.read_timeout), name == config.val, config)
+    if is_url(root) and not root.startswith("file://"):
+        return _open_url(join_url(root, name), config)
+    path = Path(root.removeprefix("file://")) / name
+    if path.suffix == ".beton":
+        return open_beton(path)
+    return _open_folder(path, name == config.val, config)
+
+
+def index_home(config: DataConfig) -> Path:
+    """Return the folder for indexes that cannot lie beside their shards."""
+    return Path(config.cache) if config.cache else user_cache()
+
+
+def _is_pattern(name: str) -> bool:
+    """Return whether a name means shards one by one."""
+    last = name.rpartition("/")[2].partition("?")[0] if is_url(name) else name
+    return "::" in last or any(sign in last for sign in "*?[{") or last.endswith(".tar")
+
+
+def _open_folder(path: Path, is_val: bool, config: DataConfig) -> Source:
+    if (path / INDEX_NAME).is_file() or not path.is_dir():
+        if config.access == "random" or not path.is_dir():
+            return open_split(path)
+        index = read_index(path)
+        check_shards(LocalFolder(path), index.shards)
+        return ShardDataset(_delivered(LocalFolder(path), _known(index), is_val, config), index)
+    kind = _kind_of(path)
+    if kind == "shards":
+        return _open_shards(find_shards(str(path), "*.tar", config.read_timeout), is_val, config)
+    if kind == "images":
+        return open_image_folder(path, index_home(config), config.read_timeout)
+    return open_split(path)  # which says what is there instead
+
+
+def _kind_of(folder: Path) -> str:
+    """Return whether a folder without an index holds "shards", class folders of "images", or neither ("")."""
+    folders = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                folders.append(entry.path)
+            elif entry.name.endswith(".tar"):
+                # Shards of a packing that lost its index; they are tars like others, but it must not pass unseen.
+                return "" if (folder / ARRAYS_NAME).exists() else "shards"
+    return "images" if any(map(_has_image, folders)) else ""
+
+
+def _has_image(folder: str) -> bool:
+    with os.scandir(folder) as entries:
+        return any(Path(entry.name).suffix.lower() in IMAGE_SUFFIXES for entry in entries)
+
+
+def _open_shards(shards: Shards, is_val: bool, config: DataConfig) -> ShardDataset:
+    known = {
+        name: Known(facts.size, version=facts.version) for name, facts in zip(shards.names, shards.facts, strict=True)
+    }
+    storage = _delivered(shards.storage, known, is_val, config)
+    held = Shards(storage, shards.names, shards.facts, shards.pattern)
+    return open_foreign(held, index_home(config), config.read_timeout)
+
+
+def _open_url(url: str, config: DataConfig) -> Source:
+    """Open what lies behind a URL: a .beton file, a packed split, or, where files can be listed, a folder of tars."""
+    if PurePosixPath(url.partition("?")[0]).suffix == ".beton":
+        return open_beton(_fetched_beton(url, config))
+    storage = open_storage(url, config.read_timeout)
+    is_val = url.rstrip("/").endswith(f"/{config.val}")
+    try:
+        index = _remote_index(storage, index_home(config), config.read_timeout)
+    except (MissingError, DeniedError) as error:
+        try:
+            shards = find_shards(url, "*.tar", config.read_timeout)
+        except DataError:
+            raise DataError(
+                f"{error}; {storage.name} is no packed split: name shards that others made as "
+                "train-{0000..0146}.tar, or pack the data with `setformer data pack`"
+            ) from None
+        return _open_shards(shards, is_val, config)
+    check_shards(storage, index.shards)
+    return ShardDataset(_delivered(storage, _known(index), is_val, config), index)
+
+
+def _known(index: Index) -> dict[str, Known]:
+    return {shard.name: Known(shard.size, shard.sha256) for shard in index.shards}
+
+
+def _delivered(storage: Storage, known: dict[str, Known], is_val: bool, config: DataConfig) -> Storage:
+    """Return a storage by the way that the config wants bytes to come."""
+    local = isinstance(storage, LocalFolder)
+    if config.cache and not local:
+        _check_room((one.size for one in known.values()), is_val, config)
+        return CachedStorage(storage, ShardCache(_shard_folder(config), config.cache_gib, config.read_timeout), known)
+    if config.access == "sequential":
+        _check_room((one.size for one in known.values()), is_val, config)
+        return SequentialStorage(storage, known, config.cache_gib)
+    if not local:
+        _check_ranges(storage, known)
+    return storage
+
+
+def _shard_folder(config: DataConfig) -> Path:
+    return Path(config.cache) / "shards"
+
+
+def _check_room(sizes: Iterable[int], is_val: bool, config: DataConfig) -> None:
+    """Refuse a cache that cannot hold what the order of samples needs at a time: each read would fetch a shard.
+
+    Evaluation goes through the shards one after the other, and needs no more than one.
+    """
+    largest = sorted((max(size, 0) for size in sizes), reverse=True)
+    needed = largest[: 1 if is_val else config.block_shards if config.order == "block" else len(largest)]
+    if sum(needed) <= config.cache_gib * _GIB:
+        return
+    repair = "lower data.block_shards" if config.order == "block" else 'set data.order = "block"'
+    raise ConfigError(
+        f"data.cache_gib = {config.cache_gib:g} does not hold the {len(needed)} shards ({sum(needed) / _GIB:.3g} GiB) "
+        f'that data.order = "{config.order}" draws samples from at a time: raise it, or {repair}'
+    )
+
+
+def _check_ranges(storage: Storage, known: dict[str, Known]) -> None:
+    """Find out at once whether ranges can be read, and not at the first sample."""
+    name = next(iter(known))
+    try:
+        storage.read(name, max(known[name].size - 1, 0), 1)
+    except NoRangesError:
+        raise
+    except UnreadableError as error:
+        raise DataError(f"{error}; ranges of shards are read from {storage.name}") from None
+
+
+def _remote_index(storage: Storage, home: Path, timeout: float) -> Index:
+    """Return the index of a packed split behind a URL; its files are kept in a local folder."""
+    data = b"".join(storage.blocks(INDEX_NAME))
+    name = hashlib.sha256(storage.name.encode() + data).hexdigest()[:32]
+    target = own_folder([home / "indexes"], storage.name) / name
+    for last in (False, True):
+        _keep(storage, {ARRAYS_NAME: None, INDEX_NAME: data}, target, timeout)
+        try:
+            return read_index(target)
+        except DataError:
+            shutil.rmtree(target, ignore_errors=True)
+            if last:
+                raise
+    raise AssertionError
+
+
+def _fetched_beton(url: str, config: DataConfig) -> Path:
+    """Return a local copy of a .beton file and of its sidecar, if there is one."""
+    base, mark, query = url.partition("?")
+    folder, _, name = base.rpartition("/")
+    storage = open_storage(folder + mark + query, config.read_timeout)
+    facts = storage.facts(name)
+    if not config.cache:
+        raise ConfigError(f"{storage.shown(name)} is read from a local copy: set data.cache to a folder for it")
+    if facts.size > config.cache_gib * _GIB:
+        raise ConfigError(
+            f"{storage.shown(name)} has {facts.size / _GIB:.3g} GiB, more than data.cache_gib = {config.cache_gib:g}"
+        )
+    files: dict[str, bytes | None] = {name: None}
+    sidecar = sidecar_path(Path(name)).name
+    with contextlib.suppress(MissingError, DeniedError):  # a file that FFCV wrote has none
+        files[sidecar] = b"".join(storage.blocks(sidecar))
+    words = (storage.shown(name), str(facts.size), facts.version)
+    digest = hashlib.sha256("\n".join(words).encode() + (files.get(sidecar) or b"")).hexdigest()[:32]
+    target = own_folder([Path(config.cache) / "files"], storage.shown(name)) / digest
+    _keep(storage, files, target, config.read_timeout)
+    return target / name
+
+
+def _keep(storage: Storage, files: dict[str, bytes | None], target: Path, timeout: float) -> None:
+    """Have files in a local folder, which appears whole: those given, and those fetched (None)."""
+    lock, work = target.with_name(f".{target.name}.lock"), target.with_name(f".{target.name}.partial")
+    with locked(lock, timeout, lambda: _sizes(work)) as got:
+        if not got:
+            raise DataError(
+                f"files of {storage.name} are being fetched by another process, from which nothing came for "
+                f"{timeout:g} s: end that process, or raise data.read_timeout"
+            )
+        if target.is_dir():
+            return
+        try:
+            shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
+            work.mkdir()
+            for name, data in files.items():
+                _write(work / name, [data] if data is not None else storage.blocks(name))
+            work.rename(target)
+        except OSError as error:
+            raise DataError(
+                f"{target.parent} cannot be written ({error.strerror}): free the disk, or set data.cache"
+            ) from None
+
+
+def _write(path: Path, blocks: Iterable[bytes]) -> None:
+    with path.open("wb") as file:
+        for block in blocks:
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sizes(folder: Path) -> list[tuple[str, int]]:
+    try:
+        return [(entry.name, entry.stat().st_size) for entry in os.scandir(folder)]
+    except FileNotFoundError:
+        return []

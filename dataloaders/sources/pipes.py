@@ -1,0 +1,129 @@
+"""Storage that reads from end to end alone: shards pass through memory, each whole, and are read there.
+
+For pipes, servers without byte ranges and object stores where a request is dear. Nothing is skipped within a shard,
+but shards are: the order of samples and the index say which one comes next, so a resumption fetches no shard before
+the one it stands in. `order = "block"` needs the shards of one block at a time; these must fit into `data.cache_gib`
+of memory in every process that reads. Where `data.cache` is set, `sources.cache` keeps them on a disk instead,
+once per host.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+from dataloaders.sources.cache import Ahead, Known
+from dataloaders.sources.storage import FileFacts, Storage, UnreadableError
+
+_GIB = 1 << 30
+
+
+class SequentialStorage:
+    """A storage whose shards are held in memory, those used longest ago giving way (`Storage`).
+
+    Args:
+        storage: where they come from; only read from end to end.
+        known: what the index says of each shard.
+        gib: GiB that shards may take in this process.
+    """
+
+    def __init__(self, storage: Storage, known: dict[str, Known], gib: float) -> None:
+        self._storage = storage
+        self._known = known
+        self._gib = gib
+        self._held: OrderedDict[str, bytes] = OrderedDict()
+        self._bytes = 0
+        self._coming: set[str] = set()
+        self._changed = threading.Condition()
+        self._ahead = Ahead(self._whole)
+
+    @property
+    def name(self) -> str:
+        """The root of the shards."""
+        return self._storage.name
+
+    def shown(self, name: str) -> str:
+        """Return a file's place at its origin."""
+        return self._storage.shown(name)
+
+    def facts(self, name: str) -> FileFacts:
+        """Return what the origin says."""
+        return self._storage.facts(name)
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """Return bytes of a shard, which is fetched whole where it is not in memory."""
+        data = self._whole(name)[offset : offset + size]
+        if len(data) != size:
+            raise UnreadableError(
+                self.shown(name), f"has {len(data)} of {size} bytes at offset {offset}: restore the file"
+            )
+        return data
+
+    def blocks(self, name: str) -> Iterator[bytes]:
+        """Yield a file's bytes from its origin."""
+        return self._storage.blocks(name)
+
+    def names(self, pattern: str) -> list[str]:
+        """Return what the origin has."""
+        return self._storage.names(pattern)
+
+    def expect(self, names: list[str]) -> None:
+        """Fetch shards in the background, in this order: no more than memory holds beside those in use."""
+        self._ahead.expect(names)
+
+    def close(self) -> None:
+        """Give up what is being fetched ahead; forget all shards."""
+        self._ahead.close()
+        with self._changed:
+            self._held.clear()
+            self._bytes = 0
+        self._storage.close()
+
+    def _whole(self, name: str) -> bytes:
+        """Return a shard; of several threads that want it, one fetches it."""
+        with self._changed:
+            while name in self._coming:
+                self._changed.wait()  # whoever fetches it ends, by the storage's own time-outs
+            if name in self._held:
+                self._held.move_to_end(name)
+                return self._held[name]
+            self._coming.add(name)
+        try:
+            data = self._fetched(name)
+            with self._changed:
+                self._held[name] = data
+                self._bytes += len(data)
+                while self._bytes > self._gib * _GIB and len(self._held) > 1:
+                    self._bytes -= len(self._held.popitem(last=False)[1])
+            return data
+        finally:
+            with self._changed:
+                self._coming.discard(name)
+                self._changed.notify_all()
+
+    def _fetched(self, name: str) -> bytes:
+        known = self._known.get(name, Known(-1))
+        if known.size > self._gib * _GIB:
+            raise UnreadableError(
+                self.shown(name),
+                f"has {known.size / _GIB:.3g} GiB, memory is to hold no more than data.cache_gib = {self._gib:.3g}: "
+                "raise it",
+            )
+        parts, sha256 = [], hashlib.sha256()
+        for block in self._storage.blocks(name):
+            if threading.current_thread().name == Ahead.NAME and not self._ahead.wanted:
+                raise UnreadableError(self.shown(name), "is not wanted any more")
+            sha256.update(block)
+            parts.append(block)
+        data = b"".join(parts)
+        if known.size not in (len(data), -1) or (known.sha256 and sha256.hexdigest() != known.sha256):
+            raise UnreadableError(
+                self.shown(name), f"is not what the index says ({len(data)} bytes, other sha256): restore the file"
+            )
+        return data
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SequentialStorage, (self._storage, self._known, self._gib)

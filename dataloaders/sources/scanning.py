@@ -1,0 +1,250 @@
+"""From shards that others made to the columns of an index: each shard is scanned by itself, in any process.
+
+A label is a number (`.cls`, or "label" in a `.json`), or a class name; numbers are named by `classes.txt` or
+`classes.json` beside the shards, "0" to the largest without. All samples have labels of one kind, or none of them
+any, which makes sense with masks or boxes alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from dataloaders.packing.images import parse_class_map
+from dataloaders.sources.index import ShardFacts, key_matrix_of
+from dataloaders.sources.storage import DeniedError, FileFacts, LocalFolder, MissingError, Storage, UnreadableError
+from dataloaders.sources.tars import FileReader, Row, StreamReader, scan
+from setformer_dist.core.errors import DataError
+
+CLASS_FILES = ("classes.txt", "classes.json")
+
+# Labels have names made for them up to here; a larger number is no class.
+_MOST_CLASSES = 10_000_000
+
+_Kind = Literal["no label", "a number for a label", "a name for a label"]
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """One shard's part of an index.
+
+    Attributes:
+        facts: of the shard.
+        kind: of its labels.
+        labels: the numbers, or the names, or zeros.
+        columns: the other columns; those of all parts.
+        keys: (n, L) uint8.
+        headers: sha256 of its headers.
+        unreadable: keys of images without a readable header.
+    """
+
+    facts: ShardFacts
+    kind: _Kind
+    labels: npt.NDArray[np.int64] | list[str]
+    columns: dict[str, npt.NDArray[Any]]
+    keys: npt.NDArray[np.uint8]
+    headers: str
+    unreadable: list[str]
+
+    def key(self, sample: int) -> str:
+        """Return a key."""
+        padded: bytes = self.keys[sample].tobytes()
+        return padded.rstrip(b"\0").decode(errors="replace")
+
+
+def scan_shard(
+    storage: Storage,
+    name: str,
+    facts: FileFacts,
+    whole: bool,
+    on_progress: Callable[[int], None] = lambda members: None,
+) -> Scanned:
+    """Scan one shard.
+
+    Args:
+        storage: where it is.
+        name: of the shard.
+        facts: its size.
+        whole: read every byte, for crc32 and sha256.
+        on_progress: told the members found since the last call, now and then.
+
+    Raises:
+        DataError: as `dataloaders.sources.tars.scan`, or its labels are of several kinds.
+    """
+    shown = storage.shown(name)
+    if whole or not isinstance(storage, LocalFolder):
+        stream = StreamReader(storage.blocks(name))
+        found = scan(stream, shown, True, on_progress)
+        digest, size = stream.digest(), stream.size
+    else:
+        try:
+            with open(shown, "rb", buffering=0) as file:  # noqa: PTH123
+                found = scan(FileReader(file.fileno()), shown, False, on_progress)
+        except OSError as error:
+            raise UnreadableError(shown, f"cannot be read ({error.strerror}): check the storage") from None
+        digest, size = "", facts.size
+    rows = found.rows
+    kind, labels = _labels(rows, shown)
+    return Scanned(
+        facts=ShardFacts(name, size, digest, len(rows)),
+        kind=kind,
+        labels=labels,
+        columns=_columns(rows),
+        keys=key_matrix_of([row.key for row in rows]),
+        headers=found.headers,
+        unreadable=found.unreadable,
+    )
+
+
+def _columns(rows: list[Row]) -> dict[str, npt.NDArray[Any]]:
+    columns: dict[str, npt.NDArray[Any]] = {
+        "height": np.array([row.height for row in rows], np.int32),
+        "width": np.array([row.width for row in rows], np.int32),
+    }
+    for part, prefix in (("image", ""), ("mask", "mask_"), ("boxes", "boxes_")):
+        places = np.array([getattr(row, part) for row in rows], np.int64)
+        columns[f"{prefix}offset"], columns[f"{prefix}size"] = places[:, 0], places[:, 1]
+        columns[f"{prefix}crc32"] = places[:, 2].clip(0).astype(np.uint32)
+    return columns
+
+
+def _kind_of(row: Row) -> _Kind:
+    if row.label is None:
+        return "no label"
+    return "a name for a label" if isinstance(row.label, str) else "a number for a label"
+
+
+def _labels(rows: list[Row], shown: str) -> tuple[_Kind, npt.NDArray[np.int64] | list[str]]:
+    kind = _kind_of(rows[0])
+    other = next((row for row in rows if _kind_of(row) != kind), None)
+    if other is not None:
+        raise DataError(
+            f"shard {shown} is mixed: its sample {rows[0].key!r} has {kind}, sample {other.key!r} {_kind_of(other)}; "
+            "pack it again with labels of one kind"
+        )
+    if kind == "a name for a label":
+        return kind, [str(row.label) for row in rows]
+    numbers = [int(row.label or 0) for row in rows]
+    worst = next((at for at, number in enumerate(numbers) if not 0 <= number < _MOST_CLASSES), None)
+    if worst is not None:
+        raise DataError(
+            f"shard {shown}: sample {rows[worst].key!r} has label {numbers[worst]}, which is no class: repair it"
+        )
+    return kind, np.array(numbers, np.int64)
+
+
+def joined(shards: list[Scanned], whole: bool) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.uint8]]:
+    """Return the columns of all shards without labels, and their keys.
+
+    Args:
+        shards: in order.
+        whole: whether checksums were computed.
+    """
+    columns = {name: np.concatenate([one.columns[name] for one in shards]) for name in shards[0].columns}
+    columns["shard"] = np.repeat(np.arange(len(shards), dtype=np.int32), [one.facts.samples for one in shards])
+    for part in ("mask", "boxes"):
+        if not columns[f"{part}_size"].any():
+            columns = {name: column for name, column in columns.items() if not name.startswith(f"{part}_")}
+    if not whole:
+        columns = {name: column for name, column in columns.items() if not name.endswith("crc32")}
+    keys = np.zeros((len(columns["shard"]), max(one.keys.shape[1] for one in shards)), np.uint8)
+    start = 0
+    for one in shards:
+        keys[start : start + len(one.keys), : one.keys.shape[1]] = one.keys
+        start += len(one.keys)
+    return columns, keys
+
+
+def labelled(
+    shards: list[Scanned], named: tuple[str, ...] | None, annotated: bool, root: str
+) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
+    """Return every sample's label, and the class names.
+
+    Args:
+        shards: in order.
+        named: the class names that lie beside them.
+        annotated: whether there are masks or boxes.
+        root: of the shards, for messages.
+
+    Raises:
+        DataError: labels of several kinds, none at all, or such as no class has.
+    """
+    first = shards[0]
+    other = next((one for one in shards if one.kind != first.kind), None)
+    if other is not None:
+        raise DataError(
+            f"the shards in {root} are mixed: {first.facts.name} has {first.kind} (sample {first.key(0)!r}), "
+            f"{other.facts.name} {other.kind} (sample {other.key(0)!r}); name those of one kind alone"
+        )
+    if first.kind == "no label":
+        if not annotated:
+            raise DataError(
+                f"the shards in {root} have no labels (<key>.cls, or 'label' in <key>.json), the first being sample "
+                f"{first.key(0)!r} of {first.facts.name}: pack them with labels"
+            )
+        return np.zeros(sum(one.facts.samples for one in shards), np.int64), named or ("0",)
+    if first.kind == "a name for a label":
+        return _from_names(shards, named, root)
+    most = max(int(np.max(one.labels)) for one in shards)
+    classes = named or tuple(map(str, range(most + 1)))
+    for one in shards:
+        numbers = np.asarray(one.labels)
+        if numbers.max() >= len(classes):
+            at = int(numbers.argmax())
+            raise DataError(
+                f"sample {one.key(at)!r} of {one.facts.name} in {root} has label {numbers[at]}, but the class file "
+                f"names {len(classes)} classes: repair either"
+            )
+    return np.concatenate([np.asarray(one.labels) for one in shards]), classes
+
+
+def _from_names(
+    shards: list[Scanned], named: tuple[str, ...] | None, root: str
+) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
+    classes = named or tuple(sorted({str(name) for one in shards for name in one.labels}))
+    numbers = {name: number for number, name in enumerate(classes)}
+    for one in shards:
+        at = next((at for at, name in enumerate(one.labels) if name not in numbers), None)
+        if at is not None:
+            raise DataError(
+                f"sample {one.key(at)!r} of {one.facts.name} in {root} is of class {one.labels[at]!r}, which the class "
+                "file does not name: add it there"
+            )
+    return np.array([numbers[str(name)] for one in shards for name in one.labels], np.int64), classes
+
+
+def class_names(storage: Storage, shard: str) -> tuple[str, ...] | None:
+    """Return the class names in a file beside a shard, if there is one.
+
+    Raises:
+        DataError: it cannot be read, or holds no class names.
+    """
+    for name in CLASS_FILES:
+        place = (PurePosixPath(shard).parent / name).as_posix()
+        try:
+            data = b"".join(storage.blocks(place))
+        except (MissingError, DeniedError):
+            continue
+        return parse_class_map(data, storage.shown(place))
+    return None
+
+
+def identity_of(shards: list[Scanned], columns: dict[str, npt.NDArray[Any]], classes: tuple[str, ...]) -> str:
+    """Return the fingerprint: of all but checksums, which may come later, and times, which a copy changes.
+
+    Headers hold the times at which members were written; they are part of it.
+    """
+    said = [[one.facts.name, one.facts.size, one.headers] for one in shards]
+    digest = hashlib.sha256(json.dumps([said, list(classes)]).encode())
+    for name in sorted(columns):
+        if not name.endswith("crc32"):
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(columns[name], np.int64).data)
+    return digest.hexdigest()

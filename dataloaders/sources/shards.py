@@ -1,0 +1,238 @@
+"""Tar shards with an index, opened: `read(i)` is one read at a known place, checked against the index.
+
+Opening compares every shard's size with the index, so a shard cut short is found before the first step and not
+hours later. Reading checks byte count and, where the index has it, crc32, so flipped bits in a shard are found even
+where they would still decode.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import zlib
+from collections.abc import Callable
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dataloaders.source import Boxes, DamagedSampleError, Source, Stored
+from dataloaders.sources.arrays import CHUNK_SHIFT, num_chunks
+from dataloaders.sources.index import INDEX_NAME, Index, ShardFacts, read_index
+from dataloaders.sources.storage import LocalFolder, MissingError, Storage, UnreadableError, all_facts
+from setformer_dist.core.errors import DataError
+
+_NO_BOXES = Boxes(np.empty((0, 4), np.float32), np.empty(0, np.int64))
+
+# (offset, size, crc32 or None) of one part of each sample.
+_Place = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any] | None]
+
+
+class ShardDataset:
+    """A split's samples by number (`Source`). Cheap to send to another process: it opens the index anew there.
+
+    Args:
+        storage: of the shards, or their folder.
+        index: what the index says.
+        sleep: waits so many seconds between tries of a read, where `storage` is a folder.
+
+    Attributes:
+        storage: where the shards are.
+        index: what the index says.
+    """
+
+    def __init__(self, storage: Path | Storage, index: Index, sleep: Callable[[float], None] = time.sleep) -> None:
+        self.storage: Storage = LocalFolder(storage, sleep) if isinstance(storage, Path) else storage
+        self.index = index
+        # Plain columns in locals of this object: attribute and dict look-ups cost as much as the read itself.
+        columns = index.columns
+        self._shard, self._label = columns["shard"], columns["label"]
+        self._image: _Place = columns["offset"], columns["size"], columns.get("crc32")
+        self._further: dict[str, _Place] = {
+            part: (columns[f"{part}_offset"], columns[f"{part}_size"], columns.get(f"{part}_crc32"))
+            for part in index.parts
+        }
+        self._height, self._width = columns["height"], columns["width"]
+        self._names = [shard.name for shard in index.shards]
+        self._sure = bytearray(num_chunks(len(index))) if index.chunks else bytearray(b"\1" * num_chunks(len(index)))
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the split."""
+        return len(self.index)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; a label is a position in it."""
+        return self.index.classes
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the split: changes when any sample's bytes, label or place change."""
+        return self.index.fingerprint
+
+    @property
+    def name(self) -> str:
+        """The folder or URL."""
+        return self.storage.name
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """What samples have besides image and label."""
+        return self.index.parts
+
+    @property
+    def shards(self) -> npt.NDArray[np.int32]:
+        """(N,) number of the shard that holds each sample, never falling."""
+        return self._shard
+
+    def sizes(self) -> npt.NDArray[np.int32]:
+        """Return (N, 2) stored heights and widths."""
+        self._make_sure(range(len(self._sure)))
+        return np.stack([self._height, self._width], axis=1)
+
+    def extent(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return the smallest and the largest (height, width), each number over all samples by itself."""
+        return self.index.extent
+
+    def key(self, sample: int) -> str:
+        """Return a sample's key, as it is in the shard."""
+        return self.index.key(sample)
+
+    def size(self, sample: int) -> tuple[int, int]:
+        """Return a sample's stored (height, width) in pixels."""
+        self._make_sure((sample >> CHUNK_SHIFT,))
+        return int(self._height[sample]), int(self._width[sample])
+
+    def labels(self, samples: npt.NDArray[np.int64]) -> torch.Tensor:
+        """Return the labels of samples, (k,) int64; 0 where the number is -1 (filling)."""
+        self._make_sure(np.unique(samples[samples >= 0] >> CHUNK_SHIFT).tolist())
+        return torch.from_numpy(np.where(samples >= 0, self._label[samples], 0))
+
+    def place(self, sample: int) -> str:
+        """Name a sample for a message: number, key, shard."""
+        return f"sample {sample} ({self.index.key(sample)}) of {self.storage.shown(self._names[self._shard[sample]])}"
+
+    def read(self, sample: int) -> Stored:
+        """Return a sample.
+
+        Raises:
+            DamagedSampleError: its bytes do not have the checksum of the index.
+            DataError: the shard cannot be read, or is shorter than when it was opened.
+        """
+        if not self._sure[sample >> CHUNK_SHIFT]:
+            self._make_sure((sample >> CHUNK_SHIFT,))
+        image = self._bytes(sample, self._image)
+        if not self._further:
+            return Stored(image)
+        mask = self._bytes(sample, self._further["mask"]) if "mask" in self._further else b""
+        boxes = self._boxes(sample, self._further["boxes"]) if "boxes" in self._further else None
+        return Stored(image, mask or None, boxes)
+
+    def _bytes(self, sample: int, place: _Place) -> bytes:
+        offsets, sizes, checksums = place
+        size = int(sizes[sample])
+        if not size:
+            return b""
+        try:
+            data = self.storage.read(self._names[self._shard[sample]], int(offsets[sample]), size)
+        except UnreadableError as error:
+            raise DataError(f"{self.place(sample)} {error.what}") from None
+        if checksums is not None and zlib.crc32(data) != checksums[sample]:
+            raise DamagedSampleError(f"{self.place(sample)}: its bytes do not have the checksum of the index")
+        return data
+
+    def _boxes(self, sample: int, place: _Place) -> Boxes:
+        data = self._bytes(sample, place)
+        if not data:
+            return _NO_BOXES
+        try:
+            table = json.loads(data)
+            corners = np.array(table["boxes"], np.float32).reshape(-1, 4)
+            labels = np.array(table["labels"], np.int64).reshape(-1)
+            if len(corners) != len(labels):
+                raise ValueError(f"{len(corners)} boxes have {len(labels)} labels")
+        except (ValueError, KeyError, TypeError) as error:
+            raise DamagedSampleError(f"{self.place(sample)}: its boxes are no table of boxes ({error})") from None
+        return Boxes(corners, labels)
+
+    def _make_sure(self, chunks: Any) -> None:
+        """Check the rows of chunks of the index that were not touched before."""
+        for chunk in chunks:
+            if not self._sure[chunk]:
+                self.index.check_chunk(chunk)
+                self._sure[chunk] = 1
+
+    def expect(self, shards: npt.NDArray[np.integer[Any]]) -> None:
+        """Say which shards reads will come to, in this order; storage that fetches whole shards does so ahead."""
+        expect = getattr(self.storage, "expect", None)
+        if expect is not None:
+            expect([self._names[shard] for shard in shards.tolist()])
+
+    def close(self) -> None:
+        """Close files and connections; a later read opens them again."""
+        self.storage.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"storage": self.storage, "index": self.index.place, "fingerprint": self.fingerprint}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        index = read_index(Path(state["index"]))
+        if index.fingerprint != state["fingerprint"]:
+            raise DataError(f"data folder {state['storage'].name} was packed anew while it was in use: start again")
+        self.__init__(state["storage"], index)  # type: ignore[misc]
+
+
+def open_split(folder: Path) -> ShardDataset:
+    """Open a packed split in a local folder.
+
+    Raises:
+        DataError: the folder is missing, empty, not packed, of another version, or a shard is missing or does
+            not have the size the index says.
+    """
+    folder = Path(folder)
+    index = read_index(folder)
+    storage = LocalFolder(folder)
+    check_shards(storage, index.shards)
+    return ShardDataset(storage, index)
+
+
+def check_shards(storage: Storage, shards: tuple[ShardFacts, ...]) -> None:
+    """Check that every shard is there with the size the index says.
+
+    Raises:
+        DataError: naming the first that is not.
+    """
+    try:
+        sizes = [facts.size for facts in all_facts(storage, [shard.name for shard in shards])]
+    except MissingError as error:
+        raise DataError(
+            f"shard {error.shown} that {INDEX_NAME} names {error.what}: restore the file or pack the split again"
+        ) from None
+    for shard, size in zip(shards, sizes, strict=True):
+        if size not in (shard.size, -1):
+            raise DataError(
+                f"shard {storage.shown(shard.name)} has {size} bytes, {INDEX_NAME} says {shard.size}: restore the file "
+                "or pack the split again"
+            )
+
+
+def check_same_classes(train: Source, val: Source) -> None:
+    """Check that a label means the same class in both splits.
+
+    Raises:
+        DataError: naming the first label that differs.
+    """
+    for label, (ours, theirs) in enumerate(zip_longest(train.classes, val.classes)):
+        if ours != theirs:
+            raise DataError(
+                f"label {label} is {_named(ours)} in {train.name} but {_named(theirs)} in {val.name}: pack "
+                f"the latter with `--classes-from {train.name}`"
+            )
+
+
+def _named(name: str | None) -> str:
+    return "no class" if name is None else repr(name)
