@@ -17,7 +17,8 @@ written. At every instant, and whichever process dies at it, the folder `step-â€
     11  rank 0  compares all files with what the ranks said, and the headers with each other
     12  rank 0  writes `manifest.json`, durable, and reads it again: from here on the folder describes itself completely
     13  rank 0  makes the names in the folder durable
-    14  rank 0  puts a folder that has the final name, but does not verify, aside
+    14  rank 0  moves a folder that has the final name out of the way: aside if it does not verify; if it does, and is
+                to be replaced, to a name under which a later process finds it again if this one dies before 15
     15  rank 0  renames the folder to `step-â€¦`: the commit
     16  rank 0  makes the rename durable
     17  rank 0  deletes what retention lets go, manifest first; a failure here costs space alone
@@ -43,9 +44,10 @@ from pathlib import Path
 from checkpoints import layout
 from checkpoints.digest import read_small
 from checkpoints.disk import Disk
+from checkpoints.errors import DamagedError, StorageError
 from checkpoints.manifest import FileRecord, Manifest, read_manifest, size_faults
 from checkpoints.rankfile import write_bytes, write_rank_file
-from checkpoints.reader import check_rank_files
+from checkpoints.reader import check_rank_files, verify
 from checkpoints.strictjson import parse
 from setformer_dist.core.errors import CheckpointError
 from setformer_dist.core.ranks import RankInfo
@@ -54,6 +56,23 @@ log = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = (0.002, 0.1)  # first and longest pause between two looks for the other ranks' words
 _MAX_WORD = 1 << 20  # bytes
+
+# Errors of the system that somebody must mend; of all others (an input/output error, a stale handle) some pass.
+_LASTING = frozenset(
+    (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.EEXIST,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -64,11 +83,13 @@ class Failure:
         step: that was being saved.
         text: the reason, with the rank that failed in front.
         disk_full: there was no room.
+        passing: it may go well another time.
     """
 
     step: int
     text: str
     disk_full: bool
+    passing: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,12 +101,14 @@ class Attempt:
         step: optimizer steps done.
         name: drawn anew for each try.
         ranks: this process's place.
+        replaces: takes the place of a checkpoint of this step that verifies.
     """
 
     root: Path
     step: int
     name: str
     ranks: RankInfo
+    replaces: bool = False
 
     @property
     def folder(self) -> Path:
@@ -227,7 +250,7 @@ class Save:
             return
         discard(self.attempt, self._disk)  # room for the word
         try:
-            self._say({"error": failure.text, "disk_full": failure.disk_full})
+            self._say({"error": failure.text, "disk_full": failure.disk_full, "passing": failure.passing})
         except OSError:
             with contextlib.suppress(OSError):
                 (self.attempt.folder / layout.done_file(ranks.rank, ranks.world_size)).touch()
@@ -236,7 +259,8 @@ class Save:
         """Wait for all other ranks' words.
 
         Raises:
-            CheckpointError: a rank says that it failed, or says nothing in time.
+            PeerFailedError: a rank says that it failed.
+            StorageError: a rank says nothing in time.
         """
         ranks = self.attempt.ranks
         limit = time.monotonic() + self._patience_s
@@ -250,7 +274,7 @@ class Save:
                 break
             if time.monotonic() > min(limit, self._last_moment):
                 missing = ", ".join(str(rank) for rank in range(1, ranks.world_size) if rank not in records)
-                raise CheckpointError(
+                raise StorageError(
                     f"rank {missing} did not finish its file in time ({self._patience_s:.0f} s): see its log, or raise "
                     "checkpoint.write_timeout_minutes"
                 )
@@ -264,10 +288,11 @@ class Save:
             return None
         data = read_small(path, _MAX_WORD)
         if not data:
-            raise PeerFailedError(f"rank {rank}: could not write its file, nor say why", disk_full=True)
+            # Why, its own failure tells in `CheckpointManager.finish`.
+            raise PeerFailedError(f"rank {rank}: could not write its file, nor say why", disk_full=False, passing=True)
         word = parse(data, str(path))
         if "record" not in word:
-            raise PeerFailedError(str(word["error"]), disk_full=bool(word["disk_full"]))
+            raise PeerFailedError(str(word["error"]), bool(word["disk_full"]), bool(word["passing"]))
         return FileRecord.model_validate(word["record"])
 
     # Rank 0.
@@ -281,22 +306,47 @@ class Save:
         manifest = dataclasses.replace(payload.manifest, files=(*records, trainer))
         faults = size_faults(attempt.folder, manifest)
         if faults:
-            raise CheckpointError(f"{attempt.folder} is not as it was written: {'; '.join(faults)}")
+            raise DamagedError(f"{attempt.folder} is not as it was written: {'; '.join(faults)}")
         check_rank_files(attempt.folder, world_size)
         write_bytes(disk, attempt.folder / layout.MANIFEST, json.dumps(manifest.to_json(), indent=1).encode())
         read_manifest(attempt.folder)  # the one file whose size nothing else tells
         disk.sync_folder(attempt.folder)
-        if attempt.final.exists():
-            put_aside(disk, attempt.root, attempt.final, attempt.name, "it did not verify, and was saved anew")
-        disk.rename(attempt.folder, attempt.final)
+        if not self._make_way():
+            return
+        try:
+            disk.rename(attempt.folder, attempt.final)
+        except OSError:
+            restore_replaced(attempt.root, disk)
+            raise
         disk.sync_folder(attempt.root)
         log.info("checkpoint %s", attempt.final)
+        if attempt.replaces:
+            with contextlib.suppress(OSError):  # costs space alone, and a later save tries again
+                restore_replaced(attempt.root, disk)
+
+    def _make_way(self) -> bool:
+        """Step 14; return False if a checkpoint that verifies has the name and is to keep it."""
+        attempt, disk = self.attempt, self._disk
+        if not attempt.final.exists():
+            return True
+        if attempt.replaces:
+            disk.rename(attempt.final, layout.replaced_folder(attempt.root, attempt.step, attempt.name))
+            return True
+        try:
+            verify(attempt.final)
+        except CheckpointError as error:
+            sound = not isinstance(error, DamagedError)
+            put_aside(disk, attempt.root, attempt.final, attempt.name, f"{error}; it was saved anew", keep=sound)
+            return True
+        log.warning("checkpoint %s verifies by now and stays", attempt.final)
+        discard(attempt, disk)
+        return False
 
     def _failure(self, error: Exception) -> Failure:
         if isinstance(error, PeerFailedError):
-            return Failure(self.attempt.step, str(error), error.disk_full)
+            return Failure(self.attempt.step, str(error), error.disk_full, error.passing)
         text = f"rank {self.attempt.ranks.rank}: {describe(error)}"
-        return Failure(self.attempt.step, text, disk_full(error))
+        return Failure(self.attempt.step, text, disk_full(error), may_pass(error))
 
 
 def discard(attempt: Attempt, disk: Disk) -> None:
@@ -310,24 +360,46 @@ def discard(attempt: Attempt, disk: Disk) -> None:
 
 
 class PeerFailedError(CheckpointError):
-    """Another rank has said that it failed; the message is its own."""
+    """Another rank has said that it failed; the message is its own, and the rest as in `Failure`."""
 
-    def __init__(self, message: str, disk_full: bool) -> None:
+    def __init__(self, message: str, disk_full: bool, passing: bool) -> None:
         super().__init__(message)
         self.disk_full = disk_full
+        self.passing = passing
 
 
-def put_aside(disk: Disk, root: Path, folder: Path, attempt: str, reason: str) -> None:
-    """Move a folder that does not verify to where it is never counted again, with the reason beside it.
+def put_aside(disk: Disk, root: Path, folder: Path, attempt: str, reason: str, keep: bool = False) -> None:
+    """Move a folder to where it is never counted again, with the reason beside it.
+
+    Args:
+        disk: the disk.
+        root: the `checkpoints` folder.
+        folder: one of its folders.
+        attempt: makes the new name unique.
+        reason: why.
+        keep: it may be sound, and is never deleted; otherwise retention lets all but the newest go.
 
     Raises:
         OSError: it could not be moved.
     """
-    aside = layout.aside_folder(root, folder.name, attempt)
+    aside = (layout.superseded_folder if keep else layout.aside_folder)(root, folder.name, attempt)
     disk.make_folder(aside.parent)
     disk.rename(folder, aside)
     with contextlib.suppress(OSError):  # the reason is a courtesy; the move is what counts
         write_bytes(disk, layout.reason_file(aside), f"{reason}\n".encode())
+
+
+def restore_replaced(root: Path, disk: Disk) -> None:
+    """Give an old checkpoint its name back if the new one did not take it, and remove it if it did.
+
+    Raises:
+        OSError: it could not be done.
+    """
+    for old, final in layout.replaced(root):
+        if final.exists():
+            disk.remove_tree(old)
+        else:
+            disk.rename(old, final)
 
 
 def delete_checkpoint(folder: Path, disk: Disk | None = None) -> None:
@@ -353,3 +425,10 @@ def describe(error: Exception) -> str:
 def disk_full(error: Exception) -> bool:
     """Return whether an error says that there is no room."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def may_pass(error: Exception) -> bool:
+    """Return whether the same may go well another time: the storage failed, or what it holds changed meanwhile."""
+    if isinstance(error, OSError):
+        return error.errno not in _LASTING
+    return isinstance(error, (DamagedError, StorageError))

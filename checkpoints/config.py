@@ -26,8 +26,9 @@ class CheckpointConfig(FrozenConfig):
         allow_changes: what may differ between a run and its continuation although it changes what is computed.
             "global_batch" goes on at the sample where the run stopped, which must be the start of a step of the
             new size: no sample is lost or repeated, but later steps hold other samples than without the change,
-            and schedules go by the new step. "data" goes on at the same step on other data: which of its samples
-            were seen is not known. The model can never differ.
+            and schedules go by the new step; refused with mixtures, buckets and wrap. "data" goes on at the same
+            place of the same epoch on other data: which of its samples were seen is not known. The model can never
+            differ.
     """
 
     every_steps: int = Field(default=1000, ge=1)

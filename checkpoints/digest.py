@@ -20,7 +20,7 @@ from typing import Any
 
 import xxhash
 
-from checkpoints.errors import DamagedError
+from checkpoints.errors import DamagedError, MissingError
 
 ALGORITHM = "xxh3_128"
 _MAKERS: dict[str, Callable[[], Any]] = {"xxh3_128": xxhash.xxh3_128, "sha256": hashlib.sha256}
@@ -81,13 +81,14 @@ def opened(path: Path) -> Iterator[int]:
     """Open a plain file for reading: links are not followed, pipes and devices are not waited for.
 
     Raises:
-        DamagedError: it is not there, or is no plain file.
+        MissingError: it is not there.
+        DamagedError: it is no plain file.
         OSError: it cannot be read.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise DamagedError(f"{path.name} is missing") from None
+        raise MissingError(f"{path.name} is missing") from None
     except OSError:
         if path.is_symlink():
             raise DamagedError(f"{path.name} is a link, and links are not followed") from None

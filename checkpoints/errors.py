@@ -1,8 +1,8 @@
-"""One kind of CheckpointError more: damage, which another checkpoint can make good."""
+"""CheckpointErrors of three more kinds: damage, which another checkpoint can make good, and storage that fails."""
 
 from __future__ import annotations
 
-from setformer_dist.core.errors import CheckpointError
+from setformer_dist.core.errors import CheckpointError, PassingError
 
 
 class DamagedError(CheckpointError):
@@ -11,3 +11,11 @@ class DamagedError(CheckpointError):
     A resume passes such a checkpoint over and puts it aside; any other CheckpointError (a later format, a file
     that may not be read) leaves it where it is.
     """
+
+
+class MissingError(DamagedError):
+    """A file is not there."""
+
+
+class StorageError(PassingError, CheckpointError):
+    """The storage did not give or take what it was asked for, and may do so later: nothing is known of the bytes."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
+from checkpoints.strictjson import parse
 from setformer_dist.core.config import FrozenConfig
 from setformer_dist.core.errors import CheckpointError
 
@@ -66,7 +67,7 @@ class Identity(FrozenConfig):
 
 
 def _differing_arguments(ours: str, theirs: str) -> list[tuple[str, str, str]]:
-    a, b = json.loads(ours), json.loads(theirs)
+    a, b = parse(ours.encode(), "model_args of the manifest"), json.loads(theirs)
     if not (isinstance(a, dict) and isinstance(b, dict)):
         return [("model arguments", ours, theirs)]
     keys = sorted(key for key in {*a, *b} if a.get(key) != b.get(key))

@@ -8,9 +8,12 @@ runs/<run>/checkpoints/
     manifest.json                       written last, removed first
   .tmp-step-00001300-5f0c21aa/          being written by the attempt of that name; swept by a later save
     rank-00001-of-00002.done.json       a rank's word that its file is durable, or that it could not be written
+  .replaced-step-00001200-5f0c21aa/     the old one of its step, for the instant in which a new one takes its name
   aside/
     step-00001100-5f0c21aa/             did not verify at a resume; kept for inspection, never counted
     step-00001100-5f0c21aa.reason.txt   why
+    superseded-step-00001000-5f0c21aa/  not known to be damaged, but its name was needed, or stood for another count
+                                        of steps; never deleted
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ ASIDE = "aside"
 
 _STEP_FOLDER = re.compile(r"step-(\d{8,15})")
 _TEMPORARY = ".tmp-"
+_REPLACED = ".replaced-"
+_SUPERSEDED = "superseded-"
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -39,6 +44,22 @@ def temporary_folder(root: Path, step: int, attempt: str) -> Path:
 def aside_folder(root: Path, name: str, attempt: str) -> Path:
     """Return where a folder that did not verify is kept."""
     return root / ASIDE / f"{name}-{attempt}"
+
+
+def superseded_folder(root: Path, name: str, attempt: str) -> Path:
+    """Return where a folder is kept for good that may be sound but is no longer to be counted."""
+    return root / ASIDE / f"{_SUPERSEDED}{name}-{attempt}"
+
+
+def replaced_folder(root: Path, step: int, attempt: str) -> Path:
+    """Return where the old checkpoint of a step waits until the new one has its name."""
+    return root / f"{_REPLACED}step-{step:08d}-{attempt}"
+
+
+def replaced(root: Path) -> list[tuple[Path, Path]]:
+    """Return the folders that wait so, each with the name that it had."""
+    found = sorted(root.glob(f"{_REPLACED}*")) if root.is_dir() else []
+    return [(path, root / path.name.removeprefix(_REPLACED).rpartition("-")[0]) for path in found]
 
 
 def reason_file(aside: Path) -> Path:

@@ -29,12 +29,14 @@ from checkpoints.commit import (
     describe,
     discard,
     disk_full,
+    may_pass,
     put_aside,
+    restore_replaced,
 )
 from checkpoints.config import CheckpointConfig
 from checkpoints.digest import Seen
 from checkpoints.disk import Disk
-from checkpoints.errors import DamagedError
+from checkpoints.errors import DamagedError, StorageError
 from checkpoints.identity import Identity, digest_json
 from checkpoints.manifest import Manifest, examine_files, read_manifest, size_faults
 from checkpoints.policy import ASIDE_KEPT, best_first, steps_to_delete
@@ -65,6 +67,7 @@ class CheckpointManager:
         self._saves: list[Save] = []
         self._failures: list[Failure] = []  # of saves that could not even begin
         self._images: list[torch.Tensor] = []
+        self._begun = -1  # step of the last save that was begun
 
     # Saving.
 
@@ -85,6 +88,34 @@ class CheckpointManager:
         self.finish(last=True)
         return folder
 
+    def save_renumbered(
+        self,
+        step: int,
+        fragments: Iterable[Fragment],
+        trainer: dict[str, Any],
+        identity: Identity,
+        metrics: Mapping[str, float],
+    ) -> Path:
+        """Write the checkpoint from which on steps are counted in another way; durable when this returns.
+
+        Folders of this step and of later ones were numbered by the old count, and would be taken for newer. They
+        are put aside and stay there for good: the one whose name is needed before, the others after, so that there
+        is one to go on from at every instant.
+
+        Args and errors: as `save`.
+        """
+        self._on_main("put aside", lambda: self._supersede(lambda old: old == step))
+        folder = self.save(step, fragments, trainer, identity, metrics)
+        self._on_main("put aside", lambda: self._supersede(lambda old: old > step))
+        return folder
+
+    def _supersede(self, which: Callable[[int], bool]) -> None:
+        reason = "its number is of another count of steps: the run goes on with another global batch or other data"
+        for folder in layout.step_folders(self.root):
+            if which(layout.step_of(folder) or 0):
+                put_aside(self._disk, self.root, folder, secrets.token_hex(4), reason, keep=True)
+                _log.warning("checkpoint %s is put into %s: %s", folder.name, self.root / layout.ASIDE, reason)
+
     def begin(
         self,
         step: int,
@@ -93,6 +124,7 @@ class CheckpointManager:
         identity: Identity,
         metrics: Mapping[str, float],
         tags: Sequence[str] = (),
+        replace: bool = False,
     ) -> Path:
         """Copy the state of this step to host memory and return; threads write the checkpoint.
 
@@ -107,11 +139,13 @@ class CheckpointManager:
             identity: what writes; its world size is taken from the ranks.
             metrics: latest evaluation, for the listing and for `keep_best`.
             tags: words for the manifest; `policy.KEEP_TAG` protects from deletion.
+            replace: write a checkpoint of this step anew although it verifies; the old one is valid until the new
+                one takes its name.
 
         Raises:
             CheckpointError: on every rank, if any of them could not even begin.
         """
-        return self._begin(step, fragments, trainer, identity, metrics, tags, self._config.asynchronous)
+        return self._begin(step, fragments, trainer, identity, metrics, tags, self._config.asynchronous, replace)
 
     def failed(self) -> bool:
         """Return whether a save has failed on this rank since the last `finish`. No communication, no waiting."""
@@ -121,28 +155,40 @@ class CheckpointManager:
         """Wait until all saves that were begun have ended, and hear how, on every rank.
 
         Args:
-            last: no checkpoint will follow, so that a full disk cannot be borne.
+            last: no checkpoint will follow: the failure of the last one cannot be borne, and one before it no longer
+                matters.
 
         Raises:
-            CheckpointError: on every rank, if a save failed on any; a full disk is only warned of where the config
-                says so and another save is to follow.
+            StorageError: on every rank, if a save failed on any for what may pass.
+            CheckpointError: likewise for what will not; a full disk is only warned of where the config says so and
+                another save is to follow.
         """
         for save in self._saves:
             save.wait()
         mine = [*self._failures, *(save.failure for save in self._saves if save.failure is not None)]
+        ended = list(self._saves)
         self._failures.clear()
         self._saves.clear()
         by_rank = self._comm.gather_json([dataclasses.asdict(failure) for failure in mine])
         failures = list(dict.fromkeys(Failure(**failure) for failures in by_rank for failure in failures))
         if not failures:
             return
+        if self._comm.ranks.is_main:  # no rank is at it any more, so what a slow one wrote after all goes too
+            for save in ended:
+                if any(failure.step == save.attempt.step for failure in failures):
+                    discard(save.attempt, self._disk)
         step = failures[0].step
         texts = "; ".join(dict.fromkeys(failure.text for failure in failures if failure.step == step))
         message = f"could not write the checkpoint of step {step} in {self.root}: {texts}"
-        full = any(failure.disk_full for failure in failures)
-        if not full or last or self._config.on_disk_full == "stop":
-            raise CheckpointError(message)
-        if self._comm.ranks.is_main:
+        if last:
+            borne = all(failure.step != self._begun for failure in failures)
+        else:
+            borne = any(failure.disk_full for failure in failures) and self._config.on_disk_full == "continue"
+        if not borne:
+            raise (StorageError if all(failure.passing for failure in failures) else CheckpointError)(message)
+        if self._comm.ranks.is_main and last:
+            _log.warning("%s; the last checkpoint, of step %d, is there", message, self._begun)
+        elif self._comm.ranks.is_main:
             _log.warning("%s; training goes on with the checkpoint before it (checkpoint.on_disk_full)", message)
 
     def close(self) -> None:
@@ -162,10 +208,12 @@ class CheckpointManager:
         metrics: Mapping[str, float],
         tags: Sequence[str],
         asynchronous: bool,
+        replace: bool = False,
     ) -> Path:
         self._wait_for_room()
+        self._begun = step
         ranks = self._comm.ranks
-        told = self._on_main("prepare", lambda: self._prepare(step, trainer))
+        told = self._on_main("prepare", lambda: self._prepare(step, trainer, replace))
         folder = layout.step_folder(self.root, step)
         if told["full"] is not None:
             self._failures.append(Failure(step, told["full"], disk_full=True))
@@ -174,7 +222,7 @@ class CheckpointManager:
             return folder
         identity = identity.model_copy(update={"world_size": ranks.world_size})
         manifest = Manifest(step, _now(), identity, (), dict(metrics), tuple(tags))
-        attempt = Attempt(self.root, step, told["attempt"], ranks)
+        attempt = Attempt(self.root, step, told["attempt"], ranks, told["replaces"])
         payload: Payload | Exception
         image: list[torch.Tensor] = []
         try:
@@ -200,21 +248,30 @@ class CheckpointManager:
             save.wait()
         self._saves = [save for save in self._saves if save.running or save.failure is not None]
 
-    def _prepare(self, step: int, trainer: dict[str, Any]) -> dict[str, Any]:
+    def _prepare(self, step: int, trainer: dict[str, Any], replace: bool) -> dict[str, Any]:
         """Rank 0: make room and a folder.
 
         Returns:
-            "attempt": its name, or None if the step is there already and verifies; "full": why there is no room.
+            "attempt": its name, or None if the step is there already and verifies; "replaces": whether it takes the
+            place of one that verifies; "full": why there is no room.
         """
         json.dumps(trainer)  # what cannot be JSON is refused before anything is begun
         try:
-            return {"attempt": self._make_folder(step), "full": None}
+            self._sweep()
+            there = self._verifies(step)
+            if there and not replace:
+                _log.info("checkpoint %s is there already and verifies", layout.step_folder(self.root, step))
+                return {"attempt": None, "full": None}
+            name = secrets.token_hex(4)
+            self._disk.make_folder(layout.temporary_folder(self.root, step, name))
         except OSError as error:
             if not disk_full(error):
                 raise
             return {"attempt": None, "full": f"rank 0: {describe(error)}"}
+        return {"attempt": name, "replaces": there, "full": None}
 
-    def _make_folder(self, step: int) -> str | None:
+    def _sweep(self) -> None:
+        """Make the root, and remove what killed attempts left in it."""
         if not self.root.exists():
             self._disk.make_folder(self.root)
             self._disk.sync_folder(self.root.parent)
@@ -222,18 +279,19 @@ class CheckpointManager:
         for leftover in layout.leftovers(self.root):
             if leftover not in running:
                 self._disk.remove_tree(leftover)
+        if not running:
+            restore_replaced(self.root, self._disk)
+
+    def _verifies(self, step: int) -> bool:
         folder = layout.step_folder(self.root, step)
-        if folder.exists():
-            try:
-                verify(folder)
-            except CheckpointError as error:
-                _log.warning("checkpoint is written anew: %s", error)
-            else:
-                _log.info("checkpoint %s is there already and verifies", folder)
-                return None
-        name = secrets.token_hex(4)
-        self._disk.make_folder(layout.temporary_folder(self.root, step, name))
-        return name
+        if not folder.exists():
+            return False
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            _log.warning("checkpoint is written anew: %s", error)
+            return False
+        return True
 
     def _collect(self, attempt: Attempt, fragments: Iterable[Fragment]) -> Sequence[Fragment]:
         """Materialise this rank's fragments; where all ranks hold the same, take this rank's cut of each."""
@@ -285,17 +343,14 @@ class CheckpointManager:
 
     def _apply_policy(self, step: int) -> None:
         """Rank 0: delete what may go. A failure costs space, not the run, so it only warns."""
-        for old in steps_to_delete(candidates(self.list()), step, self._config):
-            try:
+        try:
+            for old in steps_to_delete(candidates(self.list()), step, self._config):
                 delete_checkpoint(layout.step_folder(self.root, old), self._disk)
-            except OSError as error:
-                _log.warning("old checkpoint of step %d could not be deleted: %s", old, error)
-        for aside in layout.put_aside(self.root)[:-ASIDE_KEPT]:
-            try:
+            for aside in layout.put_aside(self.root)[:-ASIDE_KEPT]:
                 self._disk.remove_tree(aside)
                 self._disk.remove(layout.reason_file(aside))
-            except OSError as error:
-                _log.warning("%s could not be deleted: %s", aside, error)
+        except (OSError, CheckpointError) as error:
+            _log.warning("old checkpoints in %s could not all be deleted: %s", self.root, error)
 
     # Finding.
 
@@ -306,7 +361,8 @@ class CheckpointManager:
         not verify is warned of, listed in `skipped`, and put aside, so that it is never counted again.
 
         Raises:
-            CheckpointError: a save that was begun failed.
+            StorageError: nothing is left, and of what is there something could not be read.
+            CheckpointError: a save that was begun failed, or a rank does not see the files.
         """
         if self._comm.gather_json(bool(self._saves)).count(True):
             self.finish()
@@ -335,53 +391,78 @@ class CheckpointManager:
 
     def _first_sound(self, choose: Callable[[Sequence[Entry]], Sequence[Entry]]) -> Checkpoint | None:
         self.skipped = []
-        for name in self._on_main("list", lambda: [entry.path.name for entry in choose(self.list())]):
+        unread = ""
+
+        def names() -> list[str]:
+            if not any(save.running for save in self._saves):
+                restore_replaced(self.root, self._disk)
+            return [entry.path.name for entry in choose(self.list())]
+
+        for name in self._on_main("list", names):
             folder = self.root / name
-            found, fault, damaged = self._examine(folder)
-            if found is not None:
-                return found
-            self.skipped.append(Skipped(folder, fault))
-            if self._comm.ranks.is_main:
-                place = self._put_aside(folder, fault) if damaged else "stays where it is"
-                _log.warning("checkpoint %s is passed over and %s: %s", name, place, fault)
+            try:
+                return self._examine(folder)
+            except _UnusableError as error:
+                fault, place = str(error), "stays where it is"
+                self.skipped.append(Skipped(folder, fault))
+                unread = unread or (fault if error.kind == "unread" else "")
+                if self._comm.ranks.is_main:
+                    if error.kind == "damaged":
+                        place = self._put_aside(folder, fault)
+                    _log.warning("checkpoint %s is passed over and %s: %s", name, place, fault)
         if self.skipped and self._comm.ranks.is_main:
             _log.warning("none of the %d checkpoints in %s can be used", len(self.skipped), self.root)
+        if unread:  # to begin anew because the storage does not answer would be worse than to wait for it
+            raise StorageError(f"no checkpoint in {self.root} can be used, and not all could be read: {unread}")
         return None
 
-    def _examine(self, folder: Path) -> tuple[Checkpoint | None, str, bool]:
+    def _examine(self, folder: Path) -> Checkpoint:
         """Verify one folder, all ranks together: rank 0 reads the manifest, each hashes its share of files.
 
-        Returns:
-            The checkpoint, or None with what is wrong and whether that is damage.
+        Raises:
+            _UnusableError: it is not to be used.
+            CheckpointError: a rank does not see what rank 0 sees.
         """
 
         def read() -> dict[str, Any]:
-            try:
-                if folder.is_symlink():
-                    raise CheckpointError(f"{folder} is a link, and links are not followed")
-                manifest = read_manifest(folder)
-                faults = size_faults(folder, manifest)
-            except CheckpointError as error:
-                return {"fault": str(error), "damaged": isinstance(error, DamagedError)}
-            return {"manifest": manifest.to_json(), "fault": "; ".join(faults), "damaged": bool(faults)}
+            if folder.is_symlink():
+                raise CheckpointError(f"{folder} is a link, and links are not followed")
+            manifest = read_manifest(folder)
+            if faults := size_faults(folder, manifest):
+                raise DamagedError("; ".join(faults))
+            return manifest.to_json()
 
-        told = self._on_main("examine", read)
-        if told["fault"]:
-            return None, str(told["fault"]), bool(told["damaged"])
-        manifest = Manifest.from_json(told["manifest"], str(folder / layout.MANIFEST))
+        told = self._on_main("examine", lambda: _judged(read))
+        manifest = Manifest.from_json(_usable(told), str(folder / layout.MANIFEST))
         ranks = self._comm.ranks
         share = manifest.files[ranks.rank :: ranks.world_size]
+        by_rank = self._everywhere("verify", lambda: dataclasses.asdict(examine_files(folder, manifest, share)))
+        self._check_shared(folder, by_rank)
+        faults = [fault for told in by_rank for fault in told["faults"]]
+        unread = [fault for told in by_rank for fault in told["unread"]]
+        if faults or unread:
+            raise _UnusableError("; ".join([*faults, *unread]), "damaged" if faults else "unread")
+        world_size = manifest.identity.world_size
+        _usable(self._on_main("examine", lambda: _judged(lambda: check_rank_files(folder, world_size))))
+        seen = {name: Seen(**values) for told in by_rank for name, values in told["seen"].items()}
+        return Checkpoint(folder, manifest, seen)
 
-        def examine() -> dict[str, Any]:
-            examined = examine_files(folder, manifest, share)
-            return {"faults": examined.faults, "seen": {n: dataclasses.astuple(s) for n, s in examined.seen.items()}}
+    def _check_shared(self, folder: Path, by_rank: Sequence[dict[str, Any]]) -> None:
+        """Refuse to go on where a file is missing for some rank that is there for rank 0: nothing is damaged then.
 
-        by_rank = self._everywhere("verify", examine)
-        fault = "; ".join(fault for told in by_rank for fault in told["faults"])
-        if not fault:
-            fault = self._on_main("examine", lambda: _header_fault(folder, manifest))
-        seen = {name: Seen(*values) for told in by_rank for name, values in told["seen"].items()}
-        return (None, fault, True) if fault else (Checkpoint(folder, manifest, seen), "", False)
+        Raises:
+            CheckpointError: naming the ranks.
+        """
+        absent = {name: rank for rank, told in enumerate(by_rank) for name in told["missing"] if rank}
+        if not absent:
+            return
+        there = self._on_main("examine", lambda: [name for name in absent if (folder / name).exists()])
+        if there:
+            blind = ", ".join(map(str, sorted({absent[name] for name in there})))
+            raise CheckpointError(
+                f"rank {blind} does not see {', '.join(there[:3])} in {folder}, which rank 0 sees: the run folder must "
+                "be on storage that all hosts share"
+            )
 
     def _put_aside(self, folder: Path, fault: str) -> str:
         try:
@@ -394,15 +475,13 @@ class CheckpointManager:
 
     def _everywhere(self, what: str, work: Callable[[], Any]) -> Sequence[Any]:
         """Do something on every rank, return all results on all, or raise on all if it failed on any."""
-        cause: Exception | None = None
-        try:
-            answer = {"value": work()}
-        except Exception as error:  # noqa: BLE001 — whatever it is, the other ranks must hear of it
-            cause, answer = error, {"error": describe(error)}
+        answer, cause = _tried(work)
         answers = self._comm.gather_json(answer)
         failed = [f"rank {r}: {a['error']}" for r, a in enumerate(answers) if "error" in a]
         if failed:
-            raise CheckpointError(f"could not {what} the checkpoint in {self.root}: {'; '.join(failed)}") from cause
+            passing = all(a["passing"] for a in answers if "error" in a)
+            message = f"could not {what} the checkpoint in {self.root}: {'; '.join(failed)}"
+            raise (StorageError if passing else CheckpointError)(message) from cause
         return [a["value"] for a in answers]
 
     def _on_main(self, what: str, work: Callable[[], Any]) -> Any:
@@ -410,23 +489,48 @@ class CheckpointManager:
         answer: dict[str, Any] = {}
         cause: Exception | None = None
         if self._comm.ranks.is_main:
-            try:
-                answer = {"value": work()}
-            except Exception as error:  # noqa: BLE001 — whatever it is, the other ranks must hear of it
-                cause, answer = error, {"error": describe(error)}
+            answer, cause = _tried(work)
         answer = self._comm.broadcast_json(answer)
         if "error" in answer:
-            raise CheckpointError(f"could not {what} the checkpoint in {self.root}: {answer['error']}") from cause
+            message = f"could not {what} the checkpoint in {self.root}: {answer['error']}"
+            raise (StorageError if answer["passing"] else CheckpointError)(message) from cause
         return answer["value"]
 
 
-def _header_fault(folder: Path, manifest: Manifest) -> str:
-    """Return what is wrong with the headers of rank files whose digests are right, or nothing."""
+def _tried(work: Callable[[], Any]) -> tuple[dict[str, Any], Exception | None]:
+    """Return what work returned, or how it failed, as JSON for the other ranks, and the error itself."""
     try:
-        check_rank_files(folder, manifest.identity.world_size)
-    except DamagedError as error:
-        return str(error)
-    return ""
+        return {"value": work()}, None
+    except Exception as error:  # noqa: BLE001 — whatever it is, the other ranks must hear of it
+        return {"error": describe(error), "passing": may_pass(error)}, error
+
+
+class _UnusableError(Exception):
+    """A folder is passed over.
+
+    Attributes:
+        kind: "damaged", "unread" (the storage failed), or "foreign" (a later format, a link).
+    """
+
+    def __init__(self, fault: str, kind: str) -> None:
+        super().__init__(fault)
+        self.kind = kind
+
+
+def _judged(work: Callable[[], Any]) -> dict[str, Any]:
+    """Return what rank 0 found out about a folder, as JSON; `_usable` takes it on all ranks."""
+    try:
+        return {"value": work()}
+    except CheckpointError as error:
+        known = {DamagedError: "damaged", StorageError: "unread"}
+        kind = next((kind for error_type, kind in known.items() if isinstance(error, error_type)), "foreign")
+        return {"fault": str(error), "kind": kind}
+
+
+def _usable(told: dict[str, Any]) -> Any:
+    if "fault" in told:
+        raise _UnusableError(told["fault"], told["kind"])
+    return told["value"]
 
 
 def _cut(fragment: Fragment, rank: int, world_size: int) -> Fragment:

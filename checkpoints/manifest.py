@@ -19,7 +19,7 @@ import pydantic
 
 from checkpoints import layout
 from checkpoints.digest import Seen, algorithm_of, file_digest, read_small
-from checkpoints.errors import DamagedError
+from checkpoints.errors import DamagedError, MissingError, StorageError
 from checkpoints.identity import Identity, digest_json
 from checkpoints.strictjson import parse
 from setformer_dist.core.config import FrozenConfig
@@ -154,15 +154,16 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         DamagedError: there is none, or it cannot be trusted.
-        CheckpointError: it is of a later version, or cannot be read.
+        StorageError: it cannot be read.
+        CheckpointError: it is of a later version.
     """
     path = folder / layout.MANIFEST
-    if not path.exists() and not path.is_symlink():
-        raise DamagedError(f"{folder} has no {layout.MANIFEST}: it was never finished or is being deleted")
     try:
         value = parse(read_small(path, MAX_BYTES), str(path))
+    except MissingError:
+        raise DamagedError(f"{folder} has no {layout.MANIFEST}: it was never finished or is being deleted") from None
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+        raise StorageError(f"{path} cannot be read: {error}") from None
     manifest = Manifest.from_json(value, str(path))
     if layout.step_of(folder) not in (None, manifest.step):
         raise CheckpointError(f"{path} is of step {manifest.step}: the folder was renamed by hand")
@@ -170,32 +171,46 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def size_faults(folder: Path, manifest: Manifest) -> list[str]:
-    """Return one line for each file that is missing, no plain file, of another size, or not listed. Cheap."""
-    faults = []
+    """Return one line for each file that is missing, no plain file, of another size, or not listed. Cheap.
+
+    Raises:
+        StorageError: the folder cannot be read, or is being deleted.
+    """
     try:
         found = {entry.name: entry for entry in os.scandir(folder)}
+        faults = [fault for record in manifest.files if (fault := _size_fault(found.get(record.name), record))]
     except OSError as error:
-        return [f"the folder cannot be read: {error}"]
-    for record in manifest.files:
-        entry = found.get(record.name)
-        if entry is None:
-            faults.append(f"{record.name} is missing")
-        elif not entry.is_file(follow_symlinks=False):
-            faults.append(f"{record.name} is {'a link' if entry.is_symlink() else 'not a plain file'}")
-        elif (size := entry.stat(follow_symlinks=False).st_size) != record.size:
-            faults.append(f"{record.name} has {size} bytes, not {record.size}")
+        raise StorageError(f"{folder} cannot be read: {error}") from None
     listed = {layout.MANIFEST, *(record.name for record in manifest.files)}
     # .nfs…: what an NFS client calls a file that was deleted while somebody reads it.
     extra = sorted(name for name in found if name not in listed and not name.startswith(".nfs"))
     return faults + [f"{name} does not belong there" for name in extra]
 
 
-@dataclass(frozen=True)
-class Examined:
-    """What reading files in full has shown: faults, one line each, and what each file was while it was read."""
+def _size_fault(entry: os.DirEntry[str] | None, record: FileRecord) -> str | None:
+    if entry is None:
+        return f"{record.name} is missing"
+    if not entry.is_file(follow_symlinks=False):
+        return f"{record.name} is {'a link' if entry.is_symlink() else 'not a plain file'}"
+    size = entry.stat(follow_symlinks=False).st_size
+    return None if size == record.size else f"{record.name} has {size} bytes, not {record.size}"
 
-    faults: list[str]
-    seen: dict[str, Seen]
+
+@dataclass
+class Examined:
+    """What reading files in full has shown.
+
+    Attributes:
+        faults: damage, one line each.
+        unread: what could not be read, one line each: nothing is known of those bytes.
+        missing: names of files that are not there; they are among the faults too.
+        seen: what each sound file was while it was read.
+    """
+
+    faults: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    seen: dict[str, Seen] = field(default_factory=dict)
 
 
 def examine_files(
@@ -215,20 +230,13 @@ def examine_files(
         advance: told the number of bytes after each piece read, from any thread.
     """
 
-    def examine(record: FileRecord) -> tuple[str | None, Seen | None]:
+    def examine(record: FileRecord) -> tuple[str, Seen] | DamagedError | OSError:
         algorithm = algorithm_of(record.digest)
         assert algorithm is not None  # a manifest with another does not come to be
         try:
-            found, seen = file_digest(folder / record.name, algorithm, advance)
-        except DamagedError as error:
-            return str(error), None
-        except OSError as error:
-            return f"{record.name} cannot be read: {error}", None
-        if found == record.digest:
-            return None, seen
-        other = next((r.name for r in manifest.files if r.digest == found and r.name != record.name), None)
-        swapped = f": it holds what belongs into {other}" if other else f" (its {algorithm} differs)"
-        return f"{record.name} is damaged{swapped}", None
+            return file_digest(folder / record.name, algorithm, advance)
+        except (DamagedError, OSError) as error:
+            return error
 
     chosen = list(records)
     if workers > 1 and len(chosen) > 1:
@@ -236,5 +244,22 @@ def examine_files(
             answers = list(pool.map(examine, chosen))
     else:
         answers = [examine(record) for record in chosen]
-    faults = [fault for fault, _ in answers if fault is not None]
-    return Examined(faults, {r.name: seen for r, (_, seen) in zip(chosen, answers, strict=True) if seen is not None})
+    examined = Examined()
+    for record, answer in zip(chosen, answers, strict=True):
+        if isinstance(answer, OSError):
+            examined.unread.append(f"{record.name} cannot be read: {answer}")
+        elif isinstance(answer, DamagedError):
+            examined.faults.append(str(answer))
+            if isinstance(answer, MissingError):
+                examined.missing.append(record.name)
+        elif answer[0] == record.digest:
+            examined.seen[record.name] = answer[1]
+        else:
+            examined.faults.append(_difference(manifest, record, answer[0]))
+    return examined
+
+
+def _difference(manifest: Manifest, record: FileRecord, found: str) -> str:
+    other = next((r.name for r in manifest.files if r.digest == found and r.name != record.name), None)
+    what = f": it holds what belongs into {other}" if other else f" (its {algorithm_of(record.digest)} differs)"
+    return f"{record.name} is damaged{what}"

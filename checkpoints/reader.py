@@ -25,10 +25,10 @@ import torch
 from checkpoints import layout
 from checkpoints.config import CheckpointConfig
 from checkpoints.digest import Seen, digest_of, read_small
-from checkpoints.errors import DamagedError
+from checkpoints.errors import DamagedError, StorageError
 from checkpoints.identity import Identity
-from checkpoints.manifest import Manifest, examine_files, read_manifest, size_faults
-from checkpoints.policy import Candidate, best_first
+from checkpoints.manifest import Examined, Manifest, examine_files, read_manifest, size_faults
+from checkpoints.policy import Candidate, State, best_first
 from checkpoints.rankfile import Piece, RankFile, open_rank_file
 from checkpoints.strictjson import parse
 from setformer_dist.core.errors import CheckpointError
@@ -49,11 +49,19 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of a listing: a folder with its manifest, or with the reason why it has none that holds."""
+    """A line of a listing.
+
+    Attributes:
+        path: the folder.
+        manifest: where it could be read.
+        fault: why it is not known to be sound, None where it is.
+        damaged: the fault is damage; otherwise nothing is known of the bytes (unreadable, a later format, a link).
+    """
 
     path: Path
     manifest: Manifest | None
     fault: str | None
+    damaged: bool = False
 
 
 class _RankFiles:
@@ -165,7 +173,7 @@ class Checkpoint:
         try:
             data = read_small(self.path / layout.TRAINER, _MAX_TRAINER)
         except OSError as error:
-            raise CheckpointError(f"{self.path / layout.TRAINER} cannot be read: {error}") from error
+            raise StorageError(f"{self.path / layout.TRAINER} cannot be read: {error}") from error
         # Hashed again, because these are the bytes that are parsed; format version 1 has another hash.
         if len(data) != record.size or digest_of(data, record.digest.partition(":")[0]) != record.digest:
             raise DamagedError(f"{self.path / layout.TRAINER} is not the file that was verified")
@@ -253,7 +261,7 @@ class Checkpoint:
             try:
                 files = _RankFiles(self.path, self.identity.world_size, self._seen, stack)
             except OSError as error:
-                raise CheckpointError(f"{self.path} cannot be read: {error}") from error
+                raise StorageError(f"{self.path} cannot be read: {error}") from error
             yield files
 
     def _check(self, files: _RankFiles, wanted: Iterable[Fragment]) -> None:
@@ -287,9 +295,13 @@ def check_rank_files(folder: Path, world_size: int) -> None:
 
     Raises:
         DamagedError: they do not.
+        StorageError: they cannot be read.
     """
     with contextlib.ExitStack() as stack:
-        _RankFiles(folder, world_size, {}, stack)
+        try:
+            _RankFiles(folder, world_size, {}, stack)
+        except OSError as error:
+            raise StorageError(f"{folder} cannot be read: {error}") from error
 
 
 def verified(folder: Path, workers: int = 1, advance: Callable[[int], None] | None = None) -> Checkpoint:
@@ -301,18 +313,19 @@ def verified(folder: Path, workers: int = 1, advance: Callable[[int], None] | No
         advance: told the number of bytes after each piece read, from any thread.
 
     Raises:
-        CheckpointError: with every fault found; a DamagedError where it is the bytes that are wrong.
+        CheckpointError: with every fault found; a DamagedError where it is the bytes that are wrong, a StorageError
+            where they cannot be read.
     """
     manifest = read_manifest(folder)
-    faults = size_faults(folder, manifest)
-    seen: dict[str, Seen] = {}
-    if not faults:
+    examined = Examined(faults=size_faults(folder, manifest))
+    if not examined.faults:
         examined = examine_files(folder, manifest, manifest.files, workers, advance)
-        faults, seen = examined.faults, examined.seen
-    if faults:
-        raise DamagedError(f"{folder} does not verify: {'; '.join(faults)}")
+    if examined.faults:
+        raise DamagedError(f"{folder} does not verify: {'; '.join(examined.faults)}")
+    if examined.unread:
+        raise StorageError(f"{folder} cannot be verified: {'; '.join(examined.unread)}")
     check_rank_files(folder, manifest.identity.world_size)
-    return Checkpoint(folder, manifest, seen)
+    return Checkpoint(folder, manifest, examined.seen)
 
 
 def verify(folder: Path) -> Manifest:
@@ -330,17 +343,19 @@ def list_checkpoints(root: Path, hashes: bool = False) -> list[Entry]:
     entries = []
     for folder in layout.step_folders(root):
         manifest: Manifest | None = None
-        fault: str | None = None
         try:
             if folder.is_symlink():
-                raise DamagedError(f"{folder} is a link, and links are not followed")
+                raise CheckpointError(f"{folder} is a link, and links are not followed")
             manifest = read_manifest(folder)
-            fault = "; ".join(size_faults(folder, manifest)) or None
-            if hashes and fault is None:
+            faults = size_faults(folder, manifest)
+            if faults:
+                raise DamagedError("; ".join(faults))
+            if hashes:
                 verified(folder)
         except CheckpointError as error:
-            fault = str(error)
-        entries.append(Entry(folder, manifest, fault))
+            entries.append(Entry(folder, manifest, str(error), isinstance(error, DamagedError)))
+        else:
+            entries.append(Entry(folder, manifest, None))
     return entries
 
 
@@ -350,11 +365,12 @@ def candidates(entries: Iterable[Entry]) -> list[Candidate]:
     for entry in entries:
         step = layout.step_of(entry.path)
         assert step is not None
+        state: State = "sound" if entry.fault is None else "damaged" if entry.damaged else "unknown"
         manifest = entry.manifest
         if manifest is None:
-            found.append(Candidate(step, sound=False))
+            found.append(Candidate(step, state))
         else:
-            found.append(Candidate(step, entry.fault is None, manifest.metrics, manifest.tags))
+            found.append(Candidate(step, state, manifest.metrics, manifest.tags))
     return found
 
 

@@ -122,7 +122,8 @@ class DataConfig(FrozenConfig):
             cannot do otherwise (pipes, object stores without range requests).
         cache: folder for shards fetched from a URL, and for indexes of class folders and of shards in folders that
             cannot be written; "" fetches no shards, and keeps such indexes in the user's cache folder.
-        cache_gib: GiB that `cache` may hold; the shards used longest ago go first.
+        cache_gib: GiB of shards that `cache` may hold, and as many of whole .beton files; those used longest ago go
+            first.
         read_timeout: seconds that a read from a URL, or a wait for a reader, may take.
         order: "full" permutes all samples; "block" permutes shards, then samples within blocks of `block_shards`
             shards, for storage where random reads are dear.
@@ -174,7 +175,7 @@ class DataConfig(FrozenConfig):
     mean: _Triple = _IMAGENET_MEAN
     std: _Triple = _IMAGENET_STD
     workers: int = pydantic.Field(default=0, ge=0)
-    threads: int = pydantic.Field(default=1, ge=0)
+    threads: int = pydantic.Field(default=1, ge=0, le=1024)
     prefetch: int = pydantic.Field(default=2, ge=1)
     max_bad_share: float = pydantic.Field(default=1e-3, ge=0.0, le=1.0)
     bad_validation: Literal["raise", "zero_weight"] = "raise"

@@ -7,7 +7,7 @@ image folder, local or behind a URL. Streams, augmentation, damage and benchmark
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -61,7 +61,12 @@ class Source(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the split: changes when any sample's bytes, label or place change."""
+        """Identity of the split: changes when its samples, their labels, sizes or places change.
+
+        Their bytes are covered as far as the container keeps digests that belong to it: a packed split's and a .beton
+        file's with a sidecar are; of shards of others and of a .beton file without one it is the headers and tables,
+        of class folders the first bytes of each image.
+        """
         ...
 
     @property
@@ -118,4 +123,27 @@ class Source(Protocol):
 
     def __getstate__(self) -> Any:
         """Return what another process needs to open the same."""
+        ...
+
+
+@runtime_checkable
+class Fetching(Protocol):
+    """What a source has besides whose storage may fetch whole files: one read can then take as long as a file does."""
+
+    @property
+    def fetches(self) -> bool:
+        """Whether it does."""
+        ...
+
+    def expect(self, shards: npt.NDArray[np.integer[Any]], share: float = 1.0) -> None:
+        """Say which files are being read, and which will be after them; they are fetched in the background.
+
+        Args:
+            shards: their numbers, by first need.
+            share: of the storage's room that they may take together.
+        """
+        ...
+
+    def moved(self) -> int:
+        """Return a number that changes as long as bytes of a file that a read waits for do come."""
         ...

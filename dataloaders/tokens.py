@@ -119,7 +119,7 @@ def write_token_split(
             }
             table["fingerprint"] = fingerprint_of(table)
             durable_write(work / TOKENS_NAME, (json.dumps(table, indent=1, sort_keys=True) + "\n").encode())
-            commit_folder(work, destination, TOKENS_NAME)
+            commit_folder(work, destination)
         except OSError as error:  # a full disk, above all
             raise DataError(f"packing into {destination} failed, nothing was kept: {error}") from None
     return open_token_split(destination)

@@ -124,6 +124,9 @@ def import_(
     The files are pickles. They are read by a loader that makes tensors and plain values alone; a file that holds
     other objects is refused unless you trust it.
 
+    The result serves show, verify, diff and export --deepspeed. It holds no config and no place in the data: a run
+    cannot go on from it.
+
     Examples:
 
         setformer ckpt import elsewhere/output imported --model vit_base_patch16_224

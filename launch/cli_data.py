@@ -51,12 +51,14 @@ Examples:
   setformer data pack photos/train packed/train.beton
 """
 _SPLIT_HELP = "Sub-folder of SOURCE to pack, such as train."
+_RAW_HELP = "For .beton: pixels, shrunk to this longer side; 0 as they are."
 _MIB_HELP = "Most MiB of images in one shard, as SOURCE has them."
 
 PathArgument = Annotated[
     str, typer.Argument(metavar="PATH", help="Packed split, pattern of shards, .beton file or image folder.")
 ]
-Workers = Annotated[int, typer.Option(help="Processes; 0 works in this one. Same result.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes; 0 works in this one. Same result.")]
+RawSide = Annotated[int | None, typer.Option(metavar="SIDE", min=0, help=_RAW_HELP)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier packing left at DEST.")]
 
@@ -79,11 +81,9 @@ def pack(
     mib_per_shard: Annotated[int, typer.Option(help=_MIB_HELP)] = 512,
     max_side: Annotated[int, typer.Option(help="Shrink images to this longer side in pixels; 0 keeps all.")] = 0,
     quality: Annotated[int | None, typer.Option(help="Of JPEG files that are written; alone, of all.")] = None,
-    raw: Annotated[
-        int | None, typer.Option(metavar="SIDE", help="For .beton: pixels, shrunk to this longer side; 0 as they are.")
-    ] = None,
-    length: Annotated[int, typer.Option(help="For texts: bytes to which they are cut; 0 keeps all.")] = 0,
-    workers: Annotated[int, typer.Option(help="Processes; 0 packs in this one. Same result.")] = 2,
+    raw: RawSide = None,
+    length: Annotated[int, typer.Option(min=0, help="For texts: bytes to which they are cut; 0 keeps all.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 packs in this one. Same result.")] = 2,
     strict: Annotated[bool, typer.Option(help="Decode every image, or only look at headers.")] = True,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave damaged images out instead of failing.")] = False,
     shuffle: Annotated[int | None, typer.Option(metavar="SEED", help="Mix the samples by this seed.")] = None,
@@ -191,9 +191,9 @@ def inspect(
     sheet: Annotated[
         Path | None, typer.Option(help="Write a contact sheet: a file that ends in .html or .png.")
     ] = None,
-    count: Annotated[int, typer.Option(help="Pictures on the sheet.")] = 64,
-    side: Annotated[int, typer.Option(help="Their longest side in pixels.")] = 192,
-    look_at: Annotated[int, typer.Option(help="Samples whose bytes are read for formats.")] = 2000,
+    count: Annotated[int, typer.Option(min=1, help="Pictures on the sheet.")] = 64,
+    side: Annotated[int, typer.Option(min=1, help="Their longest side in pixels.")] = 192,
+    look_at: Annotated[int, typer.Option(min=0, help="Samples whose bytes are read for formats.")] = 2000,
     as_json: AsJson = False,
 ) -> None:
     """Say what is in data: counts, classes, sizes, bytes, formats, duplicates; and show it.
@@ -215,9 +215,7 @@ def inspect(
 def convert(
     source: Annotated[str, typer.Argument(help="Packed split, pattern of shards, or .beton file.")],
     dest: Annotated[Path, typer.Argument(help="New or empty folder for shards, or a file *.beton.")],
-    raw: Annotated[
-        int | None, typer.Option(metavar="SIDE", help="For .beton: pixels, shrunk to this longer side; 0 as they are.")
-    ] = None,
+    raw: RawSide = None,
     workers: Workers = 2,
     force: Force = False,
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import nn
 
 from checkpoints.identity import Identity, digest_json, digest_shapes
 from checkpoints.manager import CheckpointManager
+from dataloaders.order.order import counts_samples
 from launch.config import ResolvedRun
 from launch.inputs import Split, check_splits, inputs_of
 from setformer_dist.core.errors import CheckpointError, ConfigError
@@ -26,11 +27,11 @@ from setformer_dist.engine.comm import CommMeter, TorchCollectives
 from setformer_dist.engine.deepspeed_engine import DTYPES, initialize, supported_dtypes
 from setformer_dist.engine.ema import Ema
 from setformer_dist.engine.evaluate import Watch
-from setformer_dist.engine.guard import Guard, leave_out_bad_updates
+from setformer_dist.engine.guard import Guard
 from setformer_dist.engine.master import MasterState
 from setformer_dist.engine.metrics import RunRecord, peak_flops
 from setformer_dist.engine.optim import Schedule
-from setformer_dist.engine.trainer import Best, Costs, Parts, Trainer
+from setformer_dist.engine.trainer import Best, Costs, Parts, Trainer, check_trainer
 from setformer_dist.engine.zero import check_precision
 from setformer_dist.models.attention import set_attentions, watched_marginals
 from setformer_dist.models.measure import multiply_adds_of
@@ -115,10 +116,23 @@ class RunStore:
         return self._run.config.checkpoint.due(step)
 
     def save(
-        self, step: int, fragments: Iterable[Fragment], trainer: dict[str, Any], metrics: Mapping[str, float]
+        self,
+        step: int,
+        fragments: Iterable[Fragment],
+        trainer: dict[str, Any],
+        metrics: Mapping[str, float],
+        replace: bool = False,
     ) -> Path:
         """Begin a checkpoint; when this returns the fragments may change."""
-        return self._manager.begin(step, fragments, {**trainer, **self._about}, self._identity, metrics)
+        about = {**trainer, **self._about}
+        return self._manager.begin(step, fragments, about, self._identity, metrics, replace=replace)
+
+    def save_renumbered(
+        self, step: int, fragments: Iterable[Fragment], trainer: dict[str, Any], metrics: Mapping[str, float]
+    ) -> Path:
+        """Write the checkpoint from which on steps are counted in another way; durable when this returns."""
+        about = {**trainer, **self._about}
+        return self._manager.save_renumbered(step, fragments, about, self._identity, metrics)
 
     def failed(self) -> bool:
         """Return whether a save has failed on this rank since the last `finish`."""
@@ -136,37 +150,66 @@ class RunStore:
         """Return the newest checkpoint that verifies.
 
         Raises:
-            CheckpointError: it is of another model.
+            CheckpointError: it is of another model, or was not written by a run.
         """
         found = self._manager.newest()
         if found is not None:
+            check_trainer(found.trainer, found.path)
             found.identity.check_same_model(self._identity)
-            found.trainer["stream"] = self._continued(found.trainer["stream"])
+            allowed = self._run.config.checkpoint.allow_changes
+            found.trainer["stream"] = continued_cursor(found.trainer["stream"], self._cursor, allowed)
         return found
-
-    def _continued(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """Return a saved cursor of the stream with what the config allows to differ as it is in this run.
-
-        Raises:
-            CheckpointError: something differs that is not allowed to.
-        """
-        allowed = self._run.config.checkpoint.allow_changes
-        for name, change in _CURSOR_CHANGES.items():
-            ours, theirs = self._cursor.get(name), saved.get(name)
-            if ours == theirs:
-                continue
-            if change not in allowed:
-                raise CheckpointError(
-                    f"the checkpoint was written with {name} = {theirs!r}, this run has {ours!r}: set it back, or see "
-                    f"what checkpoint.allow_changes = [{change!r}] does to the order of samples"
-                )
-            saved = {**saved, name: ours}
-        return saved
 
     def load(self, saved: SavedState, fragments: Iterable[Fragment]) -> None:
         """Fill the fragments."""
         assert hasattr(saved, "load_into")
         self._manager.load(saved, fragments)  # type: ignore[arg-type]  # what `newest` returned
+
+
+def continued_cursor(saved: dict[str, Any], here: dict[str, Any], allowed: Collection[str]) -> dict[str, Any]:
+    """Return a saved cursor of the stream with what may differ as it is in this run.
+
+    Args:
+        saved: the checkpoint's cursor.
+        here: any cursor of this run's stream.
+        allowed: `checkpoint.allow_changes`.
+
+    Raises:
+        CheckpointError: something differs that may not, or that would have samples lost or repeated.
+    """
+    for name, change in _CURSOR_CHANGES.items():
+        ours, theirs = here.get(name), saved.get(name)
+        if ours == theirs:
+            continue
+        if change not in allowed:
+            raise CheckpointError(
+                f"the checkpoint was written with {name} = {theirs!r}, this run has {ours!r}: set it back, or see "
+                f"what checkpoint.allow_changes = [{change!r}] does to the order of samples"
+            )
+        if name == "global_batch":
+            _check_new_batch(saved, here)
+        saved = {**saved, name: ours}
+    return saved
+
+
+def _check_new_batch(saved: dict[str, Any], here: dict[str, Any]) -> None:
+    """Refuse another global batch where samples would be lost or repeated by it.
+
+    Raises:
+        CheckpointError: with the reason.
+    """
+    global_batch, theirs, consumed = here["global_batch"], saved.get("global_batch"), saved.get("samples_consumed")
+    if not counts_samples(str(saved.get("order"))):
+        raise CheckpointError(
+            f"the checkpoint was written with global_batch = {theirs!r}, this run has {global_batch}, and with "
+            "data.mixture, data.aspect_buckets or epoch_end = 'wrap' samples would be lost or repeated: set it back"
+        )
+    whole_steps = range(0, here["num_samples"] // global_batch * global_batch, global_batch)
+    if consumed not in whole_steps:
+        raise CheckpointError(
+            f"the checkpoint was written after {consumed} samples of its epoch, where no step of global_batch = "
+            f"{global_batch} begins: set it back to {theirs!r}"
+        )
 
 
 def compose(run: ResolvedRun, splits: Splits, model: nn.Module, comm: TorchCollectives) -> Trainer:
@@ -208,12 +251,10 @@ def compose(run: ResolvedRun, splits: Splits, model: nn.Module, comm: TorchColle
         meter=meter,
         record=RunRecord(c.folder, ranks.is_main),
         costs=costs,
-        guard=Guard(c.guard, c.folder, comm),
+        guard=Guard(c.guard, c.folder, comm, scaled=c.precision.dtype == "fp16"),
         heartbeat=Heartbeat.from_env(),
         watch=watch,
     )
-    if c.guard.nonfinite == "skip" and c.zero.stage == 0 and c.precision.dtype == "fp32":
-        leave_out_bad_updates(engine.optimizer)
     best = Best(c.checkpoint.best_metric, c.checkpoint.best_mode)
     return Trainer(parts, c.eval, best, schedule_steps, c.run.log_every, c.run.seed, c.run.record_samples)
 

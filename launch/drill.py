@@ -263,6 +263,7 @@ def _show(made: list[Fault], runs: int, console: Console) -> None:
             str(sum(f.recovered for f in found)),
             f"{statistics.mean(f.lost for f in found):.1f}",
             str(max(f.lost for f in found)),
+            str(max(f.reached - f.floor for f in found)),
             f"{statistics.median(seconds):.1f}",
             f"{max(seconds):.1f}",
             end_section=kind == rows[-2][0],

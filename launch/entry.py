@@ -28,6 +28,7 @@ from launch.config import ResolvedRun, check_folder, load_run, resolve
 from launch.doctor import check_package_origins
 from launch.inputs import inputs_of
 from launch.local import LOG_DIR_VARIABLE, log_file, usable_cores
+from launch.lock import held
 from launch.outcome import finish
 from setformer_dist.core.errors import LaunchError, RankFailedError, SetformerError
 from setformer_dist.core.exits import leave
@@ -105,10 +106,11 @@ def run_rank(page: Path, overrides: Sequence[str]) -> int:
         comm = TorchCollectives(ranks, config.run.timeout_minutes)
         check_agreement(run, splits, comm)
         trainer = compose(run, splits, model, comm)
-        trainer.resume()
-        claim_folder(run, comm)
-        log_to_file(run, ranks)
-        outcome = trainer.run()
+        with held(run.config.folder, comm):
+            trainer.resume()
+            claim_folder(run, comm)
+            log_to_file(run, ranks)
+            outcome = trainer.run()
     finally:
         disconnect()
     if ranks.is_main:

@@ -18,7 +18,7 @@ from dataloaders.config import DataConfig, TokenConfig
 from dataloaders.ffcv.check import load_ffcv_engine
 from dataloaders.order.mixture import MixtureSource
 from dataloaders.order.resolution import bucket_shape
-from dataloaders.sources.opening import open_source
+from dataloaders.sources.opening import check_mixture_room, open_source
 from dataloaders.tokens import (
     TokenEvalStream,
     TokenPrepare,
@@ -115,6 +115,7 @@ class ImageInputs:
         if not mixture:
             return self.open(self.config.root, self.config.train)
         sources = [self.open(entry.root, entry.train) for entry in mixture]
+        check_mixture_room(sources, self.config)
         return MixtureSource(sources, [entry.weight for entry in mixture])
 
     def told(self, split: Split) -> dict[str, Any]:

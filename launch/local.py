@@ -46,6 +46,7 @@ from setformer_dist.core.errors import (
     TrainingError,
 )
 from setformer_dist.core.heartbeat import FD_VARIABLE, START, Beat, Pulse
+from setformer_dist.core.ranks import PORT_GIVEN_VARIABLE
 
 ENTRY_MODULE = "launch.entry"
 LOG_DIR_VARIABLE = "SETFORMER_LOG_DIR"
@@ -56,13 +57,14 @@ _PR_SET_PDEATHSIG = 1
 # What asks a run to save and stop; job schedulers warn with SIGUSR1 (Slurm: --signal=USR1@120).
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _STACKS_SIGNAL = signal.SIGUSR2  # launch/entry.py answers it with the stacks of all threads
+_KILL_S = 30.0  # how long a killed process may take to go
 _STACKS_S = 2.0  # how long ranks that hang have to write their stacks
 # A scheduler signals every process of a job, and we hand on what we get: repeats this soon after are no second wish.
 _REPEAT_S = 2.0
 _TICK_S = 0.5  # longest time between two looks at the ranks; signals wake the loop at once
 _ECHO_S = 1.0  # how long to wait for others to fail after the first, to tell a cause from its echoes
 _CAUSE_S = 10.0  # how long to wait for the cause where so far ranks only say that they lost another one
-_LOST_A_PEER = 2  # the least telling kind of failure, see `_blame`
+_MAY_PASS, _LOST_A_PEER = 2, 3  # kinds of failure that may be echoes of another's, see `_blame`
 _FAILURE_GRACE_S = 10.0
 _ERROR_LINE = re.compile(r"^[\w.]*(Error|Exception|Interrupt|Exit)\b|\b(ERROR|CRITICAL|FATAL)\b|Segmentation fault")
 _TAIL_BYTES = 64 * 1024
@@ -74,7 +76,8 @@ class AttemptError(RankFailedError):
     """An attempt that ended by itself and not well.
 
     Attributes:
-        how: "killed" (a signal that nobody asked for), "error" (any other end) or "hang".
+        how: "killed" (a signal that nobody asked for), "hang", "passing" (something outside the run, which the rank
+            names), "unsaved" (stopped as asked, but not with a checkpoint) or "error" (any other end).
         step: optimizer step the ranks were at; -1 before the first.
         mistake: whether the rank has named something that a user must repair.
         log: of the rank to blame.
@@ -97,14 +100,16 @@ class Patience:
     Attributes:
         step: while it trains.
         start: before its first step.
+        save: while it saves.
     """
 
     step: float = 0.0
     start: float = 0.0
+    save: float = 0.0
 
     def exceeded_by(self, beat: Beat) -> bool:
         """Return whether a rank's last sign of life is too long ago."""
-        limit = self.start if beat.phase == START else self.step
+        limit = {START: self.start, "checkpoint": self.save}.get(beat.phase, self.step)
         return limit > 0 and beat.age > limit
 
 
@@ -150,7 +155,7 @@ def run_local(
     if ranks < 1:
         raise LaunchError(f"{ranks} ranks cannot be started: give 1 or more")
     base = rank_environment(ranks, choose_port(port), threads_per_rank, os.environ)
-    base |= {LOG_DIR_VARIABLE: str(log_dir), **(env or {})}
+    base |= {LOG_DIR_VARIABLE: str(log_dir), PORT_GIVEN_VARIABLE: str(int(port is not None)), **(env or {})}
     log_dir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", module, *command_args]
     with contextlib.nullcontext(received) if received else stop_signals() as signals:
@@ -377,6 +382,10 @@ class _Group:
                 return self._fail()
             if not self._running():
                 return 0
+            asked = next((beat.stop for m in self._running() if (beat := m.pulse.read()).stop), 0)
+            if asked and not self._received.stop:  # somebody signalled a rank and not us: its grace begins now
+                self._received.note(asked)
+                break
             hanging = [m for m in self._running() if self._patience.exceeded_by(m.pulse.read())]
             if hanging:
                 self._give_up_on(hanging)
@@ -391,9 +400,13 @@ class _Group:
         """Kill whatever is left, with all children, and wait for it."""
         for member in self.members:
             member.kill()
+        limit = time.monotonic() + _KILL_S
         for member in self.members:
-            member.process.wait()
-            self._reap()
+            try:
+                member.process.wait(max(0.0, limit - time.monotonic()))
+            except subprocess.TimeoutExpired:  # in the kernel's hands: storage that is gone, a device that hangs
+                _log.warning("rank %d (process %d) does not end after SIGKILL", member.rank, member.process.pid)
+        self._reap()
 
     def _reap(self) -> None:
         for member in self.members:
@@ -428,12 +441,22 @@ class _Group:
         )
         self._wait(self._grace_s, until=lambda: self._received.forced)
         for member in self._running():
-            _log.warning("rank %d did not end in time and is killed", member.rank)
+            _log.warning("rank %d did not end within %.0f s and is killed", member.rank, self._grace_s)
         self.kill()
-        for member in self.members:
-            if not (member.process.returncode in (0, -signal.SIGKILL) or _stopped_by(member)):
-                _log.warning("%s while stopping", self._describe(member))
-        return 128 + first
+        unsaved = [m for m in self.members if m.process.returncode != 0 and not _stopped_by(m)]
+        if not unsaved or self._received.forced:
+            return 128 + first
+        culprit = min(unsaved, key=_blame)
+        code = culprit.process.returncode
+        raise AttemptError(
+            f"asked to stop by {signal.Signals(first).name}, but {self._describe(culprit)}; the checkpoint before it "
+            "stays",
+            "unsaved",
+            self.step(),
+            culprit.log,
+            culprit.log_start,
+            code if code in _USER_CODES else None,
+        )
 
     def _give_up_on(self, hanging: list[_Member]) -> NoReturn:
         """Have the stacks of all ranks written to their logs, and end them."""
@@ -466,9 +489,9 @@ class _Group:
             128 + signal if no rank failed but some were told to stop, by somebody who signalled them and not us.
         """
         self._wait(_ECHO_S)
-        if all(_blame(m)[0] == _LOST_A_PEER for m in self.members if m.failed):
+        if all(_blame(m)[0] >= _MAY_PASS for m in self.members if m.failed):
             # Somebody went away and has not ended yet: its end says more than that others noticed.
-            self._wait(_CAUSE_S, until=lambda: any(_blame(m)[0] != _LOST_A_PEER for m in self.members if m.failed))
+            self._wait(_CAUSE_S, until=lambda: any(_blame(m)[0] < _MAY_PASS for m in self.members if m.failed))
         failed = sorted((m for m in self.members if m.failed), key=_blame)
         asked = next((signum for m in failed if (signum := _stopped_by(m))), None)
         if asked is not None and all(_stopped_by(m) or _blame(m)[0] == _LOST_A_PEER for m in failed):
@@ -481,7 +504,8 @@ class _Group:
         self.kill()
         culprit, others = failed[0], [str(m.rank) for m in failed[1:]]
         code = culprit.process.returncode
-        facts = ("killed" if code < 0 else "error", self.step(), culprit.log, culprit.log_start)
+        how = "killed" if code < 0 else "passing" if code == PassingError.exit_code else "error"
+        facts = (how, self.step(), culprit.log, culprit.log_start)
         said = last_error_line(culprit.log, culprit.log_start).removeprefix("error: ")
         if code in _USER_CODES and culprit.rank == 0:
             raise AttemptError("", *facts, code)  # it has told the user itself, on the terminal
@@ -498,10 +522,14 @@ class _Group:
 
 
 def _blame(member: _Member) -> tuple[int, float]:
-    """Order failed ranks: a stated mistake (rank 0's first), then a death, then the loss of a peer; by time."""
+    """Order failed ranks: a stated mistake (rank 0's first), a death, what may pass, the loss of a peer; by time."""
     code = member.process.returncode
-    said = code in (*_USER_CODES, PassingError.exit_code)
-    kind = 0 if said else _LOST_A_PEER if code == RankFailedError.exit_code else 1
+    kinds = {
+        PassingError.exit_code: _MAY_PASS,
+        RankFailedError.exit_code: _LOST_A_PEER,
+        **dict.fromkeys(_USER_CODES, 0),
+    }
+    kind = kinds.get(code, 1)
     return kind, member.rank if kind == 0 else member.ended_at or 0.0
 
 

@@ -27,6 +27,8 @@ class RestartConfig(FrozenConfig):
         hang_after_s: seconds without a sign of life from a rank after which all stacks are written to the logs and
             the ranks are ended; 0 never does. Longer than the longest single forward, backward or save.
         start_after_s: likewise until the first step, where models are built and compiled.
+        save_after_s: likewise while training waits for a checkpoint to be written; longer than
+            checkpoint.write_timeout_minutes.
     """
 
     limit: int = pydantic.Field(default=10, ge=0)
@@ -36,6 +38,7 @@ class RestartConfig(FrozenConfig):
     same_step: int = pydantic.Field(default=3, ge=1)
     hang_after_s: float = pydantic.Field(default=300.0, ge=0)
     start_after_s: float = pydantic.Field(default=1800.0, ge=0)
+    save_after_s: float = pydantic.Field(default=900.0, ge=0)
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Failure:
     Attributes:
         at: seconds of a monotonic clock.
         step: optimizer step the ranks were at; -1 before the first.
-        how: "killed" (a signal nobody asked for), "error" (an exception) or "hang".
+        how: as `launch.local.AttemptError.how`.
     """
 
     at: float

@@ -19,7 +19,7 @@ import pydantic
 from launch.local import AttemptError, Patience, Received, last_lines, run_local, stop_signals
 from launch.restarts import Failure, GiveUp, RestartConfig, verdict
 from setformer_dist.core import ledger
-from setformer_dist.core.errors import ConfigError, RankFailedError
+from setformer_dist.core.errors import ConfigError, LaunchError, RankFailedError
 
 
 def restart_config(table: Any, place: str) -> RestartConfig:
@@ -65,7 +65,7 @@ def run_supervised(
         RankFailedError: the last attempt's error, and why there is no further one.
     """
     failures: list[Failure] = []
-    patience = Patience(config.hang_after_s, config.start_after_s)
+    patience = Patience(config.hang_after_s, config.start_after_s, config.save_after_s)
     log_dir = run_folder / "logs"
     with stop_signals() as received:
         while True:
@@ -81,7 +81,13 @@ def run_supervised(
                     patience=patience,
                     received=received,
                 )
+            except LaunchError:
+                ledger.record(run_folder, "ended", why="not started", final=True)
+                raise
             except AttemptError as error:
+                if received.stop:
+                    ledger.record(run_folder, "ended", why=error.how, step=error.step, message=str(error), final=True)
+                    raise
                 wait = _judge(error, failures, config, run_folder, say)
                 if _stopped_within(received, wait):
                     return _stopped(run_folder, received.stop[0])

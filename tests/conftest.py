@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from dataloaders.packing.pack import pack_image_folder
 from launch.demo import write_digits
+from setformer_dist.testing.commands import end_all
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,6 +29,13 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep indexes of foreign data out of the user's cache folder, in this process and all that it starts."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running() -> Iterator[None]:
+    """End what a test that failed has left behind."""
+    yield
+    end_all()
 
 
 @pytest.fixture

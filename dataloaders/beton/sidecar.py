@@ -110,7 +110,15 @@ def read_sidecar(path: Path, table: BetonTable) -> Sidecar | None:
             said: dict[str, Any] = json.loads((file.metadata() or {})[_ENTRY])
             arrays = {name: file.get_tensor(name) for name in ("check", "key")}
         sound = fingerprint_of(said) == said["fingerprint"] and _digest(arrays) == said["arrays"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        safetensors.SafetensorError,
+    ) as error:
         raise DataError(f"data index {path} cannot be read ({error}): {_REPAIR}") from None
     if not sound:
         raise DataError(f"data index {path} does not agree with its own digests, so it was damaged: {_REPAIR}")

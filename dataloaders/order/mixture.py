@@ -22,12 +22,14 @@ import numpy.typing as npt
 import torch
 
 from dataloaders.order.order import OF_SHARES, ORDER_ID, Ints, Order, walk
-from dataloaders.source import Source, Stored
+from dataloaders.source import Fetching, Source, Stored
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.seeding import Purpose, generator
 
 # Places after which the shares are exact again; a share is rounded to a multiple of 1 / 65,536.
 WINDOW = 1 << 16
+
+_RARE = "data.mixture: weight {weight:g} is {share}: raise it, or leave that entry out"
 
 _TO_UNIT = 2.0**-53  # from the upper 53 bits of a word to [0, 1)
 
@@ -38,13 +40,14 @@ class Shares:
     Args:
         weights: of the members, positive, in any unit.
         key: integers that say what is dealt out.
+        rare: message, should a weight be too small, into which {weight} and {share} are put.
 
     Raises:
         ConfigError: a weight is less than 1 / 65,536 of all.
     """
 
-    def __init__(self, weights: Sequence[float], *key: int) -> None:
-        self._quotas = quotas(weights)
+    def __init__(self, weights: Sequence[float], *key: int, rare: str = _RARE) -> None:
+        self._quotas = quotas(weights, rare)
         self._key = key
         self._known: tuple[int, Ints, Ints] | None = None
 
@@ -81,8 +84,12 @@ class Shares:
         return self._known
 
 
-def quotas(weights: Sequence[float]) -> Ints:
+def quotas(weights: Sequence[float], rare: str = _RARE) -> Ints:
     """Return places per window in proportion to weights, summing to `WINDOW`: the largest remainders get one more.
+
+    Args:
+        weights: positive, in any unit.
+        rare: as of `Shares`.
 
     Raises:
         ConfigError: a weight is too small to get any.
@@ -93,10 +100,8 @@ def quotas(weights: Sequence[float]) -> Ints:
     dealt[order[: WINDOW - int(dealt.sum())]] += 1
     if dealt.min() < 1:
         weight = weights[int(dealt.argmin())]
-        raise ConfigError(
-            f"data.mixture: weight {weight:g} is less than 1 / {WINDOW} of all weights together ({sum(weights):g}): "
-            "raise it, or leave that entry out"
-        )
+        share = f"less than 1 / {WINDOW} of all together ({sum(weights):g})"
+        raise ConfigError(rare.format(weight=weight, share=share))
     return dealt
 
 
@@ -228,6 +233,25 @@ class MixtureSource:
         """Return a sample; raises as the sources do."""
         source, own = self._own(sample)
         return source.read(own)
+
+    @property
+    def fetches(self) -> bool:
+        """Whether the storage of any set fetches whole files."""
+        return any(source.fetches for source in self.sources if isinstance(source, Fetching))
+
+    def expect(self, shards: npt.NDArray[np.integer[Any]], share: float = 1.0) -> None:
+        """Say which files are being read, and which will be; each set gets an equal share of the room."""
+        begin = 0
+        for source in self.sources:
+            end = begin + int(source.shards[-1]) + 1
+            if isinstance(source, Fetching):
+                own = shards[(shards >= begin) & (shards < end)] - begin
+                source.expect(own, share / len(self.sources))
+            begin = end
+
+    def moved(self) -> int:
+        """Return a number that changes as long as bytes come to any set."""
+        return sum(source.moved() for source in self.sources if isinstance(source, Fetching))
 
     def set_of(self, sample: int) -> range:
         """Return the numbers of all samples of a sample's set."""

@@ -20,6 +20,7 @@ of any epoch is computed when it is asked for (`order.permutation`), so a resump
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -343,9 +344,18 @@ def step_of_cursor(state: Mapping[str, Any], plan: Plan, seed: int, fingerprint:
     if consumed % plan.global_batch or not 0 <= consumed < plan.steps_per_epoch * plan.global_batch:
         raise DataError(
             f"data cursor stands at sample {consumed} of epoch {epoch}, which is no step of {plan.global_batch} "
-            f"samples among {plan.steps_per_epoch}: it is damaged"
+            f"samples among {plan.steps_per_epoch}: it is damaged, or the data were larger when it was written"
         )
     return epoch * plan.steps_per_epoch + consumed // plan.global_batch
+
+
+def counts_samples(rule: str) -> bool:
+    """Return whether a cursor of a rule (`Plan.id`) says which samples were seen, whatever the global batch was.
+
+    So it is for one set without wrap: the first `samples_consumed` of the epoch's order. With wrap an epoch's first
+    step depends on the global batch, and shares and buckets deal samples out by it.
+    """
+    return re.fullmatch(rf"{re.escape(ORDER_ID)} (full|block \d+) drop", rule) is not None
 
 
 def distinct_shards(

@@ -25,6 +25,8 @@ from setformer_dist.core.errors import ConfigError
 
 Shape = tuple[int, int]
 
+_RARE = "data.aspect_buckets: {weight:g} samples are near to one of the shapes, {share}: leave that entry out"
+
 
 class ImageSizes:
     """The (height, width) of every step's images.
@@ -128,7 +130,7 @@ class BucketPlan:
         self.global_batch = global_batch
         self._orders = [FullOrder(len(ids), seed, place) for place, ids in enumerate(self._members)]
         self._seed, self._wrap = seed, wrap
-        self._shares = Shares(counts.tolist(), seed, OF_BATCHES) if wrap else None
+        self._shares = Shares(counts.tolist(), seed, OF_BATCHES, rare=_RARE) if wrap else None
         self._ends = np.cumsum(counts // global_batch)
         self.steps_per_epoch = -(-self.num_samples // global_batch) if wrap else int(self._ends[-1])
         if not self.steps_per_epoch:

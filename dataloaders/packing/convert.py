@@ -20,7 +20,7 @@ from dataloaders.packing.finding import find_origin, open_container
 from dataloaders.packing.folders import work_folder
 from dataloaders.packing.intake import Intake, shrunk_pixels, take_in
 from dataloaders.packing.origins import Origin, Raw, SourceOrigin
-from dataloaders.packing.pack import PackOptions, PackResult, check_rejects, key_of, pack_origin
+from dataloaders.packing.pack import PackOptions, PackResult, check_rejects, explained, key_of, pack_origin
 from dataloaders.pixels.decode import UndecodableError
 from setformer_dist.core.errors import ConfigError, DataError
 
@@ -67,7 +67,8 @@ def convert(
     origin = SourceOrigin(container, None, container.classes)
     try:
         if destination.suffix == ".beton":
-            return _write_beton(origin, destination, options, raw, on_start, on_progress)
+            with explained(destination):
+                return _write_beton(origin, destination, options, raw, on_start, on_progress)
         if raw is not None:
             raise ConfigError("--raw stores pixels, which only a .beton file can hold: name a destination *.beton")
         return pack_origin(origin, destination, options, on_start, on_progress)
@@ -91,7 +92,7 @@ def pack_beton(
     """
     destination = Path(os.path.abspath(destination))  # noqa: PTH100  (keep links as they are)
     _check_destination(destination, options.force)
-    with work_folder(destination.with_name(destination.name + ".scratch")) as scratch:
+    with work_folder(destination.with_name(destination.name + ".scratch")) as scratch, explained(destination):
         found = find_origin(source, options.wanted(), scratch)
         try:
             result = _write_beton(found.origin, destination, options, raw, on_start, on_progress)

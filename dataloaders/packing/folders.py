@@ -2,6 +2,8 @@
 
     .train.partial/     locked while somebody works in it; what a killed process left there is thrown away, save what
                         its packer can go on with
+    .train.replaced/    what had the name before, while it is replaced; a kill between two renames leaves it there, and
+                        the next work puts it back
     train/              the folder above, renamed
 
 What is in the folder is its packer's; so is the index, whose presence says that the folder is whole.
@@ -75,6 +77,7 @@ def work_folder(destination: Path, keep: Callable[[Path, str], bool] = lambda wo
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise DataError(f"another process is packing into {destination}: wait for it") from None
+        _settle_old(destination)
         _clear(work, keep)
         try:
             yield work
@@ -93,14 +96,40 @@ def _clear(work: Path, keep: Callable[[Path, str], bool]) -> None:
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
-def commit_folder(work: Path, destination: Path, index_name: str) -> None:
-    """Give the whole folder its name; an old one loses its index first, so it is never taken for the new one."""
+def commit_folder(work: Path, destination: Path) -> None:
+    """Give the whole folder its name; an old one of that name is set aside first, and removed at the very end."""
     _sync_folder(work)
+    old = _old_name(destination)
     if destination.exists():
-        (destination / index_name).unlink(missing_ok=True)
-        shutil.rmtree(destination)
-    work.rename(destination)
+        destination.rename(old)
+    try:
+        work.rename(destination)
+    except OSError:
+        if old.exists():
+            old.rename(destination)
+        raise
     _sync_folder(destination.parent)
+    _remove(old)
+
+
+def _old_name(destination: Path) -> Path:
+    return destination.with_name(f".{destination.name}.replaced")
+
+
+def _settle_old(destination: Path) -> None:
+    """Put back, or remove, what a commit that was killed had set aside."""
+    old = _old_name(destination)
+    if destination.exists():
+        _remove(old)
+    elif old.exists():
+        old.rename(destination)
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
 
 
 def _sync_folder(folder: Path) -> None:

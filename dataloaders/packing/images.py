@@ -16,7 +16,7 @@ import shutil
 import stat
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, NoReturn
@@ -74,24 +74,27 @@ class Found:
     notes: list[str]
 
 
-def find_images(source: Path, split: str | None, scratch: Path) -> Found:
+def find_images(source: Path, split: str | None, scratch: Path, on_file: Callable[[], None] = lambda: None) -> Found:
     """Find the images of an ImageFolder that is small enough to be listed in memory.
 
     Args:
         source: directory, tar, or tar compressed by gzip, bzip2 or xz.
         split: take the sub-folder of this name; None takes all, descending into lone enclosing folders.
         scratch: existing folder for an unpacked tar.
+        on_file: called for each file that is found, and each image that is sorted.
 
     Raises:
         DataError: there is no such source, split or image, or the source holds several splits and none is named.
     """
     tree, images = Tree(source), []
     for stretch in list_files(source, plain_source(source, scratch)):
+        on_file()
         if tree.add(stretch.name):
             images.append(stretch)
     depth = tree.class_depth(split)
     labelled = []
     for image in sorted(images, key=lambda stretch: stretch.name):
+        on_file()
         if (class_name := tree.class_of(image.name, depth, split)) is not None:
             labelled.append(LabelledImage(image, class_name))
     return Found(labelled, tree.closing_notes(len(labelled)))
@@ -222,7 +225,9 @@ def plain_source(source: Path, scratch: Path) -> Path:
         raise DataError(f"source {source} does not exist: name an image folder or a tar of one") from None
     except PermissionError as error:
         raise DataError(f"source {source} cannot be read ({error.strerror}): repair its permissions") from None
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
+    except (EOFError, lzma.LZMAError, OSError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's; those of gzip and bz2 have no number
+            raise
         raise DataError(f"source {source} is not a whole tar of images ({error}): fetch it again") from None
 
 
@@ -371,7 +376,7 @@ def parse_class_map(data: bytes, shown: str) -> tuple[str, ...]:
         names = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
     except UnicodeDecodeError as error:
         raise DataError(f"class map {shown} cannot be read: {error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"class map {shown} is not a JSON list: {error}") from None
     if not text.lstrip().startswith("["):
         names = [line.strip() for line in names if line.strip()]

@@ -20,7 +20,7 @@ import PIL.Image
 import PIL.ImageDraw
 
 from dataloaders.packing.intake import VOID
-from dataloaders.pixels.decode import UndecodableError, decode, is_jpeg
+from dataloaders.pixels.decode import FORMATS, MASK_FORMATS, UndecodableError, decode, is_jpeg
 from dataloaders.source import Boxes, DamagedSampleError, Source, Stored
 from dataloaders.sources.shards import ShardDataset
 
@@ -208,7 +208,7 @@ def format_of(image: bytes | npt.NDArray[np.uint8]) -> str:
     if is_jpeg(image):
         return "JPEG"
     try:
-        with PIL.Image.open(io.BytesIO(image)) as opened:
+        with PIL.Image.open(io.BytesIO(image), formats=FORMATS) as opened:
             return opened.format or "unknown"
     except Exception:  # noqa: BLE001  (PIL's plugins raise nearly anything on damaged bytes)
         return "unknown"
@@ -221,7 +221,7 @@ def mask_values(mask: bytes) -> npt.NDArray[np.uint8]:
         UndecodableError: the bytes are not a whole image.
     """
     try:
-        with PIL.Image.open(io.BytesIO(mask)) as image:
+        with PIL.Image.open(io.BytesIO(mask), formats=MASK_FORMATS) as image:
             return np.asarray(image.convert("L") if image.mode != "L" else image)
     except Exception as error:  # noqa: BLE001  (as above)
         raise UndecodableError(f"its mask is not a whole image: {error}") from None

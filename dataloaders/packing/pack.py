@@ -23,10 +23,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 import multiprocessing
 import os
 import re
 import shutil
+import sqlite3
 import tarfile
 import tempfile
 import zlib
@@ -206,7 +208,7 @@ def pack_image_folder(
     options = options or PackOptions()
     destination = Path(os.path.abspath(destination))  # noqa: PTH100  (keep links as they are)
     check_destination(destination, options.force, _is_ours)
-    with work_folder(destination, keep=_is_work) as work, _explained(destination):
+    with work_folder(destination, keep=_is_work) as work, explained(destination):
         scratch = work / _SCRATCH
         scratch.mkdir()
         found = find_origin(source, options.wanted(), scratch)
@@ -226,7 +228,7 @@ def pack_origin(
     """Pack samples that are there already, as `pack_image_folder`."""
     destination = Path(os.path.abspath(destination))  # noqa: PTH100
     check_destination(destination, options.force, _is_ours)
-    with work_folder(destination, keep=_is_work) as work, _explained(destination):
+    with work_folder(destination, keep=_is_work) as work, explained(destination):
         return _pack(origin, [], work, destination, options, on_start, on_progress)
 
 
@@ -258,16 +260,17 @@ def _pack(
     shutil.rmtree(plans[0].aside)
     index = _write_index(work, origin, plans, shards, rejected, options)
     _tidy(work, {plan.path.name for plan in plans})
-    commit_folder(work, destination, INDEX_NAME)
+    commit_folder(work, destination)
     return PackResult(index, rejected, [*notes, *_notes(index, shards, before)])
 
 
 @contextmanager
-def _explained(destination: Path) -> Iterator[None]:
+def explained(destination: Path) -> Iterator[None]:
     """Turn what a packing fails of into one sentence, which also says what is kept."""
     try:
         yield
-    except OSError as error:  # a full disk, above all
+    # A full disk, above all, also beneath the catalog; or a compressed source that is damaged.
+    except (OSError, EOFError, sqlite3.Error, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"packing into {destination} failed, {_kept(destination)}: {error}") from None
     except BrokenProcessPool:
         raise DataError(

@@ -6,7 +6,9 @@ text, review) is a header. Labels are any words; numbered in sorted order, or as
 
 from __future__ import annotations
 
+import lzma
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -15,10 +17,13 @@ import numpy as np
 
 from dataloaders.packing.images import check_class_names, read_class_map
 from dataloaders.tokens import TokenFacts, TokenSample, TokenSplit, open_token_split, write_token_split
-from setformer_dist.core.errors import DataError
+from setformer_dist.core.errors import ConfigError, DataError
 
 SUFFIXES = frozenset({".tsv", ".txt"})
 _HEADERS = frozenset({"sentence", "text", "review"})
+
+# What a damaged tar raises, compressed in whichever way.
+_DAMAGED = (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError)
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,9 @@ class TextOptions:
         classes_file: class map to use, in place of the sorted labels.
         classes_from: packed token split whose class map to use.
         force: replace a packed split at the destination.
+
+    Raises:
+        ConfigError: the length is below 0.
     """
 
     length: int = 0
@@ -39,15 +47,26 @@ class TextOptions:
     classes_from: Path | None = None
     force: bool = False
 
+    def __post_init__(self) -> None:
+        if self.length < 0:
+            raise ConfigError(f"--length {self.length} must be at least 0, which keeps all of a text")
+
 
 def holds_text(source: Path) -> bool:
-    """Return whether a source is a file of texts, or a tar of such."""
+    """Return whether a source is a file of texts, or a tar of such.
+
+    Raises:
+        DataError: it is a damaged tar.
+    """
     if source.suffix.lower() in SUFFIXES:
         return source.is_file()
-    if not source.is_file() or not tarfile.is_tarfile(source):
-        return False
-    with tarfile.open(source) as tar:
-        return (first := next((m for m in tar if m.isfile()), None)) is not None and _is_text(first.name)
+    try:
+        if not source.is_file() or not tarfile.is_tarfile(source):
+            return False
+        with tarfile.open(source) as tar:
+            return (first := next((m for m in tar if m.isfile()), None)) is not None and _is_text(first.name)
+    except _DAMAGED as error:
+        raise DataError(f"source {source} is damaged ({error}): fetch it again") from None
 
 
 def pack_text(
@@ -113,7 +132,7 @@ def _lines(source: Path, split: str | None) -> tuple[str, list[str]]:
             file = tar.extractfile(files[chosen[0]])
             assert file is not None
             return chosen[0], file.read().decode("utf-8").split("\n")
-    except (OSError, tarfile.TarError, EOFError, UnicodeDecodeError) as error:
+    except (*_DAMAGED, UnicodeDecodeError) as error:
         raise DataError(f"source {source} cannot be read as text ({error}): fetch it again") from None
 
 

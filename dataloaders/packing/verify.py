@@ -17,11 +17,13 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from dataloaders.beton.reader import BetonDataset
 from dataloaders.packing.finding import open_container, parted
 from dataloaders.packing.intake import check
 from dataloaders.pixels.decode import UndecodableError
@@ -32,7 +34,7 @@ from dataloaders.sources.index import INDEX_NAME, read_index
 from dataloaders.sources.shards import ShardDataset
 from dataloaders.sources.storage import LocalFolder
 from dataloaders.tokens import TOKENS_NAME, open_token_split
-from setformer_dist.core.errors import ConfigError, DataError
+from setformer_dist.core.errors import ConfigError, DataError, PassingError
 
 # Samples of one job: a second or so of decoding.
 _CHUNK = 1000
@@ -103,12 +105,19 @@ def verify(
         on_progress: told the number of samples done since the last call.
 
     Raises:
+        ConfigError: `decode` is off, and there is no digest to compare anything with.
         DataError: there is no data of ours, or its index itself is damaged.
+        PassingError: a process died.
     """
     if (Path(path) / TOKENS_NAME).is_file():
         return _verify_tokens(Path(path))
     source = _open(path)
     try:
+        if not decode and not _has_digests(source):
+            raise ConfigError(
+                f"{path} has neither checksums nor digests, so without decoding there is nothing to verify: leave out "
+                "--no-decode, or make checksums of shards and .beton files by `setformer data index`"
+            )
         jobs = list(_jobs(source, decode))
         on_start(source.num_samples)
         results: dict[int, list[Damage]] = {}
@@ -199,6 +208,13 @@ def _jobs(source: Source, decode: bool) -> Iterator[_Job]:
                 yield _Job(first=start, end=stop, progress=stop - start)
 
 
+def _has_digests(source: Source) -> bool:
+    """Return whether anything was kept that bytes can be compared with."""
+    if isinstance(source, ShardDataset):
+        return "crc32" in source.index.columns or any(shard.sha256 for shard in source.index.shards)
+    return isinstance(source, BetonDataset) and source.sidecar is not None
+
+
 def _is_hashed(source: Source, shard: int) -> bool:
     """Return whether a shard is a file of this machine and the index knows its sha256."""
     if not isinstance(source, ShardDataset) or not isinstance(source.storage, LocalFolder):
@@ -262,6 +278,10 @@ def _in_processes(path: Path | str, jobs: list[_Job], workers: int, decode: bool
     try:
         for future in as_completed(futures):
             yield futures[future], future.result()
+    except BrokenProcessPool:
+        raise PassingError(
+            f"a process that was verifying {path} died, perhaps for want of memory: verify again, with fewer --workers"
+        ) from None
     except BaseException:  # Ctrl-C too
         for helper in helpers:
             helper.terminate()

@@ -3,7 +3,8 @@
 JPEG goes to simplejpeg in its strict mode (libjpeg-turbo); measured, its pixels equal PIL's bit for bit, and
 unlike PIL it refuses a zeroed or overwritten middle. Everything else goes to PIL. EXIF orientation is not
 applied, as in torchvision's ImageFolder. The header is read first, and an image of absurd size refused before a
-byte is allocated for it.
+byte is allocated for it. Of PIL's formats only those of photographs are opened: for some others it starts programs
+(Ghostscript for EPS), which bytes from a data set must not be able to do.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from setformer_dist.core.errors import DataError
 
 _JPEG_START = b"\xff\xd8"
 _PNG_START = b"\x89PNG\r\n\x1a\n"
+
+# The formats that PIL may try, in its own names.
+FORMATS = ("PNG", "WEBP", "BMP", "PPM", "JPEG")
+MASK_FORMATS = ("PNG",)
 
 # PIL's own limit, beyond which it speaks of a decompression bomb: half a gigabyte of pixels.
 MAX_PIXELS = 178_956_970
@@ -83,7 +88,7 @@ def decode_mask(data: bytes, shape: tuple[int, int]) -> npt.NDArray[np.uint8]:
     """
     try:
         _check_png(data)
-        with PIL.Image.open(io.BytesIO(data)) as image:
+        with PIL.Image.open(io.BytesIO(data), formats=MASK_FORMATS) as image:
             _refuse_absurd(image.height, image.width)
             mask = np.array(image)
             mode = image.mode
@@ -112,7 +117,7 @@ def _refuse_absurd(height: int, width: int) -> None:
 def _decode_by_pil(data: bytes) -> npt.NDArray[np.uint8]:
     if data[:8] == _PNG_START:
         _check_png(data)
-    with PIL.Image.open(io.BytesIO(data)) as image:
+    with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
         _refuse_absurd(image.height, image.width)
         if image.mode.startswith("I"):  # 16 bits a channel; PIL's own conversion would clip at 255
             grey = (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
@@ -148,7 +153,7 @@ def image_size(data: bytes) -> tuple[int, int]:
         if is_jpeg(data):
             height, width, _, _ = simplejpeg.decode_jpeg_header(data)
         else:
-            with PIL.Image.open(io.BytesIO(data)) as image:
+            with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 height, width = image.height, image.width
     except Exception as error:  # noqa: BLE001  (as above)
         raise UndecodableError(f"it is not a whole image: {error}") from None

@@ -21,6 +21,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from dataloaders.config import AugmentConfig
+from dataloaders.pixels.decode import MAX_PIXELS, UndecodableError
 from dataloaders.source import Boxes
 
 Box = tuple[int, int, int, int]
@@ -119,7 +120,11 @@ def see_image(view: View, pixels: npt.NDArray[np.uint8], stored: Shape, interpol
         pixels: the image, or a smaller version of it.
         stored: (height, width) that the view speaks of.
         interpolation: "bilinear" or "bicubic", antialiased.
+
+    Raises:
+        UndecodableError: the image is so long that resized it would be of more than `MAX_PIXELS`.
     """
+    _refuse_elongated(view, stored)
     top, left, height, width = _scaled(view.box, stored, pixels.shape[:2])
     # Channels last in memory, which torch's uint8 resize likes.
     image = torch.from_numpy(pixels[top : top + height, left : left + width]).permute(2, 0, 1)
@@ -130,7 +135,12 @@ def see_image(view: View, pixels: npt.NDArray[np.uint8], stored: Shape, interpol
 
 
 def see_mask(view: View, mask: npt.NDArray[np.uint8]) -> torch.Tensor:
-    """Return (H, W) uint8 of a (height, width) mask, 255 outside of it."""
+    """Return (H, W) uint8 of a (height, width) mask, 255 outside of it.
+
+    Raises:
+        UndecodableError: as `see_image`.
+    """
+    _refuse_elongated(view, (mask.shape[0], mask.shape[1]))
     top, left, height, width = view.box
     seen = torch.from_numpy(mask[top : top + height, left : left + width])[None]
     if (height, width) != view.resized:
@@ -153,6 +163,19 @@ def see_boxes(view: View, boxes: Boxes) -> tuple[torch.Tensor, torch.Tensor]:
         clipped[:, [0, 2]] = view.shape[1] - clipped[:, [2, 0]]
     found = torch.from_numpy(np.ascontiguousarray(clipped[kept], np.float32))
     return found, torch.from_numpy(np.ascontiguousarray(boxes.labels[kept], np.int64))
+
+
+def _refuse_elongated(view: View, stored: Shape) -> None:
+    """Refuse, before anything is allocated, what a resize would blow up: 60000 x 1 pixels to 256 wide, say.
+
+    Raises:
+        UndecodableError: with its sizes.
+    """
+    if math.prod(view.resized) > MAX_PIXELS:
+        raise UndecodableError(
+            f"its {stored[0]} x {stored[1]} pixels would be resized to {view.resized[0]} x {view.resized[1]}, which "
+            f"are more than {MAX_PIXELS}: it is too long for a centre crop"
+        )
 
 
 def _scaled(box: Box, stored: Shape, decoded: tuple[int, ...]) -> Box:

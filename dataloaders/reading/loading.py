@@ -23,7 +23,7 @@ from dataloaders.pixels.mixing import MixArrays, draw_mix
 from dataloaders.pixels.transforms import Choices, Shown, TrainTransform, draw_choices, show_for_eval
 from dataloaders.pixels.view import NOT_COUNTED
 from dataloaders.reading.damage import candidates
-from dataloaders.source import DamagedSampleError, Source
+from dataloaders.source import DamagedSampleError, Fetching, Source
 from setformer_dist.core.batch import Annotations
 from setformer_dist.core.errors import DataError, SetformerError
 
@@ -42,6 +42,7 @@ class Request:
         step: optimizer step since the start of the run.
         epoch: of the run.
         shape: (H, W) of the images.
+        coming: files that this request and those after it need, for sources that fetch whole files.
     """
 
     samples: npt.NDArray[np.int64]
@@ -50,6 +51,24 @@ class Request:
     step: int = -1
     epoch: int = 0
     shape: tuple[int, int] = (0, 0)
+    coming: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class PackedBoxes:
+    """The boxes of a micro batch in three arrays, which cross processes by value.
+
+    A tensor each would cross by a file descriptor each, of which a process has 1024.
+
+    Attributes:
+        counts: (m,) int64, boxes of each image.
+        corners: (sum of counts, 4) float32.
+        labels: (sum of counts,) int64.
+    """
+
+    counts: npt.NDArray[np.int64]
+    corners: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -63,7 +82,8 @@ class Loaded:
         bad: (place in the micro batch, line) of each damaged sample, places rising.
         mix: what `draw_mix` drew.
         error: what stops the run, in place of pixels.
-        annotations: masks or boxes, for samples that have them.
+        masks: (m, H, W) uint8, for samples that have them.
+        boxes: for samples that have them.
     """
 
     request: Request
@@ -72,7 +92,17 @@ class Loaded:
     bad: list[tuple[int, str]] = field(default_factory=list)
     mix: MixArrays | None = None
     error: SetformerError | None = None
-    annotations: Annotations | None = None
+    masks: torch.Tensor | None = None
+    boxes: PackedBoxes | None = None
+
+    @property
+    def annotations(self) -> Annotations | None:
+        """Masks and boxes of each image."""
+        if self.boxes is None:
+            return None if self.masks is None else Annotations(self.masks)
+        counts = self.boxes.counts.tolist()
+        corners, labels = torch.from_numpy(self.boxes.corners), torch.from_numpy(self.boxes.labels)
+        return Annotations(self.masks, corners.split_with_sizes(counts), labels.split_with_sizes(counts))
 
 
 class Work(Protocol):
@@ -97,6 +127,10 @@ class Loading(Protocol):
 
     def begin(self, request: Request) -> Work:
         """Return the work that a request means; quick, as it is done where requests are handed out."""
+        ...
+
+    def moved(self) -> int:
+        """Return a number that changes with every sample done, and with what comes of a file that a read waits for."""
         ...
 
 
@@ -138,30 +172,57 @@ class _Batch:
     def loaded(self, request: Request, samples: npt.NDArray[np.int64], mix: MixArrays | None = None) -> Loaded:
         if self.errors:  # the first by place, whichever thread met one first
             return Loaded(request, torch.empty(0), request.samples, error=self.errors[min(self.errors)])
-        annotations = None
-        if self.masks is not None or self.boxes is not None:
-            corners, labels = zip(*self.boxes, strict=True) if self.boxes else (None, None)
-            annotations = Annotations(self.masks, corners, labels)
-        return Loaded(request, self.images, samples, sorted(self.bad.items()), mix, annotations=annotations)
+        boxes = None
+        if self.boxes is not None:
+            corners, labels = zip(*self.boxes, strict=True)
+            counts = np.array([len(one) for one in labels], np.int64)
+            boxes = PackedBoxes(counts, torch.cat(corners).numpy(), torch.cat(labels).numpy())
+        bad = sorted(self.bad.items())
+        return Loaded(request, self.images, samples, bad, mix, masks=self.masks, boxes=boxes)
 
 
-class TrainLoading:
+class _Sourced:
+    """What answering any request has to do with the source.
+
+    Attributes:
+        source: of the samples.
+        done: samples done; threads may lose a count among them, which matters to nobody.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.done = 0
+        self._coming: tuple[int, ...] = ()
+
+    def moved(self) -> int:
+        """Return a number that changes while samples get done, or bytes come that they wait for."""
+        return self.done + (self.source.moved() if isinstance(self.source, Fetching) else 0)
+
+    def _expect(self, request: Request) -> None:
+        if request.coming != self._coming and isinstance(self.source, Fetching):
+            self._coming = request.coming
+            self.source.expect(np.array(request.coming, np.int64))
+
+
+class TrainLoading(_Sourced):
     """Answers training requests: reads, decodes, augments, replaces what is damaged."""
 
     def __init__(self, source: Source, config: DataConfig, seed: int) -> None:
-        self.source = source
+        super().__init__(source)
         self.config = config
         self.seed = seed
         self.transform = TrainTransform(config, source)
 
     def begin(self, request: Request) -> Work:
         """Draw the random numbers of a request's samples."""
+        self._expect(request)
         return _TrainWork(self, request)
 
 
 class _TrainWork:
     def __init__(self, loading: TrainLoading, request: Request) -> None:
         assert request.epochs is not None
+        self._loading = loading
         self._source = loading.source
         self._transform = loading.transform
         self._config = loading.config
@@ -182,6 +243,7 @@ class _TrainWork:
             except SetformerError as error:
                 self._batch.errors[place] = error
                 return
+            self._loading.done += 1
 
     def _fill_place(self, place: int) -> None:
         sample, epoch = self._asked[place]
@@ -212,21 +274,23 @@ class _TrainWork:
         return self._batch.loaded(request, self._delivered, mix)
 
 
-class EvalLoading:
+class EvalLoading(_Sourced):
     """Answers evaluation requests; fills up to `micro_batch` with black images."""
 
     def __init__(self, source: Source, config: DataConfig, micro_batch: int) -> None:
-        self.source = source
+        super().__init__(source)
         self.config = config
         self.micro_batch = micro_batch
 
     def begin(self, request: Request) -> Work:
         """Begin."""
+        self._expect(request)
         return _EvalWork(self, request)
 
 
 class _EvalWork:
     def __init__(self, loading: EvalLoading, request: Request) -> None:
+        self._loading = loading
         self._source = loading.source
         self._config = loading.config
         self._request = request
@@ -255,6 +319,7 @@ class _EvalWork:
             except SetformerError as error:
                 self._batch.errors[place] = error
                 return
+            self._loading.done += 1
 
     def loaded(self) -> Loaded:
         return self._batch.loaded(self._request, self._delivered)

@@ -6,29 +6,35 @@
     workers = w    w processes, each with such threads, each with `prefetch` requests of its own
 
 What is ready first waits for what comes before it, so the order is that of the requests. A defect in a reader is
-raised where the answer is asked for. Every wait has a limit. Each thread computes alone (one thread of torch's own),
-so that a mean over an image's pixels does not depend on how many cores shared it.
+raised where the answer is asked for. Every wait has a limit, which begins anew whenever a sample is done or bytes of a
+shard come: storage may be slow, but not silent. A thread that hangs is left behind. Each thread computes alone (one
+thread of torch's own), so that a mean over an image's pixels does not depend on how many cores shared it.
 """
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures
 import functools
+import logging
 import os
+import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from dataloaders.config import DataConfig
-from dataloaders.reading.loading import Loaded, Loading, Request, Work, answer
+from dataloaders.reading.loading import Loaded, Loading, Request, Work
 from dataloaders.reading.processes import begin_helper, helper_context, lean_start
-from setformer_dist.core.errors import PassingError
+from setformer_dist.core.errors import ConfigError, PassingError
+
+_log = logging.getLogger(__name__)
 
 # How torch's DataLoader words the death of a worker, and the end of its patience, in a RuntimeError.
 _DEATHS = ("exited unexpectedly", "killed by signal")
@@ -41,79 +47,165 @@ _GRACE_S = 30.0
 # but wait for ever, with a long one it would not look before that has passed.)
 _LOOK_S = 5.0
 
+# Seconds between looks at whether anything moved, while an answer is waited for.
+_TICK_S = 0.2
+
+# Seconds that threads get to end the span that they are at, when their answers are not wanted any more.
+_CLOSE_S = 10.0
+
 Making = Callable[[], Iterator[Request]]
 
 
 class ThreadPool:
-    """Threads that fill spans. Each has torch's own parallelism switched off, which is a setting per thread."""
+    """Threads that fill spans. Each has torch's own parallelism switched off, which is a setting per thread.
+
+    They are daemons, and not those of an executor, which the interpreter would wait for at its end, hang as they may.
+
+    Args:
+        threads: at least 1.
+        wait_s: seconds that `end` waits while nothing moves.
+
+    Raises:
+        ConfigError: the system does not start so many threads.
+    """
 
     def __init__(self, threads: int, wait_s: float) -> None:
         self._wait_s = wait_s
-        started = threading.Barrier(threads + 1)
-        self._pool = ThreadPoolExecutor(threads, "data-reader", _begin_thread, (started,))
-        # An executor starts a thread per task while none is idle, and none is before all have passed the barrier.
+        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        started = threading.Semaphore(0)
+        try:
+            for number in range(threads):
+                thread = threading.Thread(
+                    target=_work_through, args=(self._tasks, started), name=f"data-reader_{number}", daemon=True
+                )
+                thread.start()
+                self._threads.append(thread)
+        except RuntimeError as error:
+            self.close()
+            raise ConfigError(
+                f"the system started {len(self._threads)} of data.threads = {threads} threads ({error}): lower it"
+            ) from None
         for _ in range(threads):
-            self._pool.submit(_nothing)
-        started.wait()
+            started.acquire(timeout=wait_s)
         # A new thread of anybody else would inherit the setting of ours.
         torch.set_num_threads(torch.get_num_threads())
+        atexit.register(self.close)
 
     def begin(self, work: Work) -> list[Future[None]]:
         """Hand out a request's spans."""
-        return [self._pool.submit(work.fill, span) for span in work.spans]
+        parts = []
+        for span in work.spans:
+            part: Future[None] = Future()
+            self._tasks.put((part, work, span))
+            parts.append(part)
+        return parts
 
-    def end(self, work: Work, parts: list[Future[None]]) -> Loaded:
+    def end(self, work: Work, parts: list[Future[None]], moved: Callable[[], int]) -> Loaded:
         """Wait for a request's spans and return its answer.
 
+        Args:
+            work: the request.
+            parts: its spans, as `begin` returned them.
+            moved: asked several times a second; the limit begins anew where it changes.
+
         Raises:
-            PassingError: no span was done within the limit.
+            PassingError: nothing moved for so long.
         """
+        seen, since = moved(), time.monotonic()
         for part in parts:
-            try:
-                part.result(timeout=self._wait_s)
-            except concurrent.futures.TimeoutError:
-                if part.done():
-                    raise  # the reader's own
-                raise PassingError(
-                    f"a data reader gave no sample for {self._wait_s:.0f} s: the storage hangs, or its threads get no "
-                    "time; check it, or raise data.read_timeout"
-                ) from None
+            while not concurrent.futures.wait((part,), min(_TICK_S, self._wait_s)).done:
+                now = moved()
+                if now != seen:
+                    seen, since = now, time.monotonic()
+                elif time.monotonic() - since >= self._wait_s:
+                    raise PassingError(
+                        f"a data reader gave no sample for {self._wait_s:.0f} s: the storage hangs, or its threads get "
+                        "no time; check it, or raise data.read_timeout"
+                    )
+            part.result()
         return work.loaded()
 
     def close(self) -> None:
-        """End the threads, after the span that each is at."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """End the threads, after the span that each is at; one that hangs is left behind."""
+        self.abandon()
+        limit = time.monotonic() + _CLOSE_S
+        for thread in self._threads:
+            thread.join(max(limit - time.monotonic(), 0.0))
+        hanging = sum(thread.is_alive() for thread in self._threads)
+        if hanging:
+            _log.warning(
+                "%d data reader threads are left behind, as they hang in a read for more than %g s: check the storage",
+                hanging,
+                _CLOSE_S,
+            )
 
     def abandon(self) -> None:
-        """Give up on threads that hang."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Let the threads end without waiting for them."""
+        atexit.unregister(self.close)
+        while True:
+            try:
+                task = self._tasks.get_nowait()
+            except queue.Empty:
+                break
+            if task is not None:
+                task[0].cancel()
+        for _ in self._threads:
+            self._tasks.put(None)
 
 
-def _begin_thread(started: threading.Barrier) -> None:
+# What to set once it is done; the request; the part of it to fill.
+_Task = tuple[Future[None], Work, range]
+
+
+def _work_through(tasks: queue.SimpleQueue[_Task | None], started: threading.Semaphore) -> None:
     torch.set_num_threads(1)
-    started.wait()
+    started.release()
+    while (task := tasks.get()) is not None:
+        part, work, span = task
+        if part.set_running_or_notify_cancel():
+            try:
+                work.fill(span)
+            except BaseException as error:  # noqa: BLE001  (raised where the answer is asked for)
+                part.set_exception(error)
+            else:
+                part.set_result(None)
+        del task, part, work  # else the last batch would live until the next comes
 
 
 def _nothing() -> None:
-    """The task that starts a thread."""
+    """The end of readers that have not begun."""
 
 
 class _InWorker:
-    """Answers whole requests within a worker process, by its threads."""
+    """Answers whole requests within a worker process, by its threads.
 
-    def __init__(self, loading: Loading, threads: int, wait_s: float) -> None:
+    Args:
+        loading: answers them.
+        threads: of each worker.
+        wait_s: seconds that nothing may move.
+        moved: a place for each worker, in shared memory, where it shows that something does.
+    """
+
+    def __init__(self, loading: Loading, threads: int, wait_s: float, moved: Any) -> None:
         self._loading = loading
         self._threads = threads
         self._wait_s = wait_s
+        self._moved = moved
         self._pool: ThreadPool | None = None
 
     def __getitem__(self, request: Request) -> Loaded:
-        if not self._threads:  # the process itself has one torch thread
-            return answer(self._loading, request)
         if self._pool is None:
-            self._pool = ThreadPool(self._threads, self._wait_s)
+            self._pool = ThreadPool(max(1, self._threads), self._wait_s)
         work = self._loading.begin(request)
-        return self._pool.end(work, self._pool.begin(work))
+        return self._pool.end(work, self._pool.begin(work), self._show)
+
+    def _show(self) -> int:
+        moved = self._loading.moved()
+        worker = get_worker_info()
+        if worker is not None:
+            self._moved[worker.id] = moved
+        return moved
 
 
 class Readers:
@@ -168,22 +260,24 @@ class Readers:
             if not under_way:
                 return
             try:
-                loaded = pool.end(*under_way.popleft())
+                loaded = pool.end(*under_way.popleft(), self._loading.moved)
             except PassingError:
                 self._end = pool.abandon
                 raise
             yield loaded
 
     def _by_processes(self, make_requests: Making) -> Iterator[Loaded]:
+        moved = helper_context().RawArray("Q", self._workers)
         with lean_start():
-            answers: Any = iter(self._loader(_Requests(make_requests)))
+            answers: Any = iter(self._loader(_Requests(make_requests), moved))
         self._end = answers._shutdown_workers
-        while (loaded := self._next_of(answers)) is not None:
+        while (loaded := self._next_of(answers, moved)) is not None:
             yield loaded
 
-    def _next_of(self, answers: Iterator[Loaded]) -> Loaded | None:
+    def _next_of(self, answers: Iterator[Loaded], moved: Any) -> Loaded | None:
         """Wait for the next answer of torch's iterator; None at its end."""
-        limit = time.monotonic() + self._wait_s + _GRACE_S  # the worker's own wait speaks first
+        wait_s = self._wait_s + _GRACE_S  # the worker's own wait speaks first
+        seen, since = list(moved), time.monotonic()
         while True:
             try:
                 return next(answers, None)
@@ -195,15 +289,18 @@ class Readers:
                     ) from None
                 if _TIMED_OUT not in str(error):
                     raise  # a defect within a reader, with its traceback
-            if time.monotonic() > limit:
+            now = list(moved)
+            if now != seen:
+                seen, since = now, time.monotonic()
+            elif time.monotonic() - since >= wait_s:
                 raise PassingError(
-                    f"no data reader process gave a batch for {self._wait_s:.0f} s: the storage hangs, or they get no "
+                    f"no data reader process gave a sample for {wait_s:.0f} s: the storage hangs, or they get no "
                     "time; check it, or raise data.read_timeout"
                 )
 
-    def _loader(self, requests: Iterable[Request]) -> DataLoader[Loaded]:
+    def _loader(self, requests: Iterable[Request], moved: Any) -> DataLoader[Loaded]:
         return DataLoader(
-            _InWorker(self._loading, self._threads, self._wait_s),  # type: ignore[arg-type]
+            _InWorker(self._loading, self._threads, self._wait_s, moved),  # type: ignore[arg-type]
             batch_size=None,  # a request is a whole micro batch already
             sampler=requests,
             collate_fn=_as_it_is,

@@ -21,10 +21,11 @@ from dataloaders.order.order import Cut, Plan, cursor_at, evaluation_batches, ev
 from dataloaders.order.plans import plan_of
 from dataloaders.order.resolution import ImageSizes
 from dataloaders.pixels.mixing import MixArrays, check_groups
+from dataloaders.reading.ahead import coming_files, coming_of_split
 from dataloaders.reading.damage import DamageCount
 from dataloaders.reading.loading import EvalLoading, Request, TrainLoading
 from dataloaders.reading.readers import Readers
-from dataloaders.source import Source
+from dataloaders.source import Fetching, Source
 from setformer_dist.core.batch import MicroBatch, MixSpec
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.ranks import RankInfo
@@ -37,21 +38,62 @@ def _no_shape(step: int, aspect: float) -> tuple[int, int]:
     return 0, 0
 
 
-def train_requests(plan: Plan, cut: Cut, first_step: int, shape: _ShapeOf = _no_shape) -> Iterator[Request]:
-    """Yield one rank's `accumulation` requests per optimizer step, endlessly, from `first_step` on."""
+def _nothing_comes(first_step: int) -> Iterator[tuple[int, ...]]:
+    return itertools.repeat(())
+
+
+def _nothing_needed(share: range, begin: int, end: int) -> tuple[int, ...]:
+    return ()
+
+
+def _under_way(config: DataConfig) -> int:
+    """Return how many micro batches readers may be at work on at once."""
+    return max(1, config.workers) * (config.prefetch + 1)
+
+
+def train_requests(
+    plan: Plan,
+    cut: Cut,
+    first_step: int,
+    shape: _ShapeOf = _no_shape,
+    coming: Callable[[int], Iterator[tuple[int, ...]]] = _nothing_comes,
+) -> Iterator[Request]:
+    """Yield one rank's `accumulation` requests per optimizer step, endlessly, from `first_step` on.
+
+    Args:
+        plan: of the samples.
+        cut: this rank's part of them.
+        first_step: optimizer step.
+        shape: of each step's images.
+        coming: from a step on, the files that each step and those after it need.
+    """
     places = cut.places()
-    for step in itertools.count(first_step):
+    for step, files in zip(itertools.count(first_step), coming(first_step), strict=False):
         samples, epochs = (found.reshape(places.shape) for found in plan.pick(step, places.ravel()))
         size = shape(step, plan.aspect(step))
         for part, first in enumerate((step * plan.global_batch + places[:, 0]).tolist()):
-            yield Request(samples[part], epochs[part], first, step, step // plan.steps_per_epoch, size)
+            yield Request(samples[part], epochs[part], first, step, step // plan.steps_per_epoch, size, files)
 
 
-def evaluation_requests(num_samples: int, ranks: RankInfo, micro_batch: int) -> Iterator[Request]:
-    """Yield one rank's share of a split: as many requests as on every other rank, the last ones short or empty."""
-    share = np.array(evaluation_share(num_samples, ranks.rank, ranks.world_size), dtype=np.int64)
-    for batch in range(evaluation_batches(num_samples, ranks.world_size, micro_batch)):
-        yield Request(share[batch * micro_batch : (batch + 1) * micro_batch])
+def evaluation_requests(
+    num_samples: int,
+    ranks: RankInfo,
+    micro_batch: int,
+    coming: Callable[[range, int, int], tuple[int, ...]] = _nothing_needed,
+) -> Iterator[Request]:
+    """Yield one rank's share of a split: as many requests as on every other rank, the last ones short or empty.
+
+    Args:
+        num_samples: N.
+        ranks: this process's place.
+        micro_batch: samples in each request.
+        coming: (share, begin, end) -> files that the samples of the share from begin to end need, and the next one.
+    """
+    share = evaluation_share(num_samples, ranks.rank, ranks.world_size)
+    samples = np.array(share, dtype=np.int64)
+    for begin in range(0, micro_batch * evaluation_batches(num_samples, ranks.world_size, micro_batch), micro_batch):
+        end = begin + micro_batch
+        yield Request(samples[begin:end], coming=coming(share, begin, end))
 
 
 class ShardTrainStream:
@@ -85,6 +127,12 @@ class ShardTrainStream:
         self._sizes = ImageSizes(config, self._plan.steps_per_epoch)
         check_groups(config.augment, micro_batch)
         self._max_bad_share = config.max_bad_share
+        self._coming: Callable[[int], Iterator[tuple[int, ...]]] = _nothing_comes
+        if isinstance(source, Fetching) and source.fetches:
+            self._coming = self._coming_files
+            # The block being read and the one after it, and the first file after both.
+            self._files_ahead = min(len(np.unique(source.shards)), 2 * config.block_shards + 1)
+            self._steps_behind = -(-_under_way(config) // self._cut.accumulation) + 1
         self._readers = Readers(TrainLoading(source, config, seed), config)
 
     @property
@@ -111,7 +159,7 @@ class ShardTrainStream:
             DataError: the data cannot be read, or too much of it is damaged (`dataloaders.reading.damage`).
         """
         damage = DamageCount(self._max_bad_share)
-        requests = functools.partial(train_requests, self._plan, self._cut, first_step, self._sizes.shape)
+        requests = functools.partial(train_requests, self._plan, self._cut, first_step, self._sizes.shape, self._coming)
         for loaded in self._readers.answers(requests):
             damage.add(loaded.request.epoch, len(loaded.samples), loaded.bad)
             yield MicroBatch(
@@ -124,6 +172,10 @@ class ShardTrainStream:
                 substitutions=[line for _, line in loaded.bad],
                 annotations=loaded.annotations,
             )
+
+    def _coming_files(self, first_step: int) -> Iterator[tuple[int, ...]]:
+        places, shards = self._cut.places().ravel(), self._source.shards
+        return coming_files(self._plan, places, shards, first_step, self._files_ahead, self._steps_behind)
 
     def state(self, next_step: int) -> dict[str, Any]:
         """Return the cursor before an optimizer step, JSON-able and equal on all ranks."""
@@ -159,6 +211,10 @@ class ShardEvalStream:
         self._source = source
         self._ranks = ranks
         self._micro_batch = micro_batch
+        self._coming: Callable[[range, int, int], tuple[int, ...]] = _nothing_needed
+        if isinstance(source, Fetching) and source.fetches:
+            behind = micro_batch * _under_way(config)
+            self._coming = functools.partial(coming_of_split, source.shards, behind)
         self._readers = Readers(EvalLoading(source, config, micro_batch), config)
 
     @property
@@ -175,7 +231,9 @@ class ShardEvalStream:
         Raises:
             DataError: the data cannot be read, or a sample is damaged and the config does not bear it.
         """
-        requests = functools.partial(evaluation_requests, self.num_samples, self._ranks, self._micro_batch)
+        requests = functools.partial(
+            evaluation_requests, self.num_samples, self._ranks, self._micro_batch, self._coming
+        )
         for loaded in self._readers.answers(requests):
             weights = torch.from_numpy((loaded.samples >= 0).astype(np.float32))
             for place, _ in loaded.bad:

@@ -17,11 +17,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import logging
 import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -30,7 +31,12 @@ from typing import Any
 from dataloaders.sources.storage import FileFacts, Storage, UnreadableError
 from setformer_dist.core.errors import DataError
 
+_log = logging.getLogger(__name__)
+
 _GIB = 1 << 30
+
+# Seconds that closing waits for a fetch that is not wanted any more.
+_CLOSE_S = 10.0
 
 # Seconds between looks at what another process holds, and between notes of when a shard was last used.
 _POLL = 0.02
@@ -59,6 +65,9 @@ class ShardCache:
         gib: GiB that it may hold.
         timeout: seconds to wait for another process, or for room, without anything moving.
 
+    Attributes:
+        moved: changes whenever bytes come, here or in a process that is waited for.
+
     Raises:
         DataError: the folder cannot be written.
     """
@@ -66,6 +75,7 @@ class ShardCache:
     def __init__(self, folder: Path, gib: float, timeout: float) -> None:
         self.folder = Path(folder)
         self.limit = int(gib * _GIB)
+        self.moved = 0
         self._timeout = timeout
         with self._explained(), self._room():
             self._sweep()
@@ -78,13 +88,21 @@ class ShardCache:
             size: that the shard must have, -1 if unknown.
             offset: of the bytes.
             length: of the bytes; 0 only looks and marks as used.
+
+        Raises:
+            DataError: another process holds it for as long as the time-out.
         """
         try:
             file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
         try:
-            fcntl.flock(file, fcntl.LOCK_SH)  # who makes room holds it exclusively, and only to remove it
+            # Who makes room holds it exclusively, and only to remove it; but it may be stopped just then.
+            if not _acquired(file, self._timeout, _nothing, fcntl.LOCK_SH):
+                raise DataError(
+                    f"cached shard {path} was locked by another process for {self._timeout:g} s: end that process, or "
+                    "raise data.read_timeout"
+                )
             found = os.fstat(file)
             if not found.st_nlink or size not in (found.st_size, -1):
                 return None
@@ -95,6 +113,11 @@ class ShardCache:
             return None
         finally:
             os.close(file)
+
+    def drop(self, path: Path) -> None:
+        """Remove a shard that proved damaged; who reads it just now reads on."""
+        with self._explained():
+            path.unlink(missing_ok=True)
 
     def fetch(
         self, storage: Storage, name: str, path: Path, known: Known, wanted: Callable[[], bool] = lambda: True
@@ -112,10 +135,12 @@ class ShardCache:
             DataError: it cannot be fetched, is not what the index says, or there is no room.
         """
         with self._explained(), self._turn(storage, name, path):
+            self._note()
             if self.read(path, known.size, 0, 0) is not None:
                 return
             path.unlink(missing_ok=True)  # not whole: damaged behind our back
             facts = storage.facts(name)
+            self._note()
             if known.size >= 0 and facts.size not in (known.size, -1):
                 raise UnreadableError(
                     storage.shown(name), f"has {facts.size} bytes, the index says {known.size}: make the index again"
@@ -125,12 +150,16 @@ class ShardCache:
             try:
                 with partial.open("wb") as file:
                     self._take_room(storage.shown(name), file.fileno(), size, path)
-                    _download(storage, name, file, Known(size, known.sha256), wanted)
+                    self._note()
+                    _download(storage, name, file, Known(size, known.sha256), wanted, self._note)
                     file.flush()
                     os.fsync(file.fileno())
                 partial.replace(path)
             finally:
                 partial.unlink(missing_ok=True)
+
+    def _note(self) -> None:
+        self.moved += 1
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -151,12 +180,18 @@ class ShardCache:
     def _turn(self, storage: Storage, name: str, path: Path) -> Iterator[None]:
         """Wait until no other process fetches this shard; as long as bytes come, however long that takes."""
         partial = path.with_name(path.name + ".partial")
+        before: Any = None
 
         def seen() -> Any:
+            nonlocal before
             try:
-                return partial.stat().st_mtime_ns
+                now: Any = partial.stat().st_mtime_ns
             except FileNotFoundError:
-                return path.exists()
+                now = path.exists()
+            if now != before:
+                before = now
+                self._note()
+            return now
 
         with locked(path.with_name(path.name + ".lock"), self._timeout, seen) as got:
             if not got:
@@ -242,6 +277,8 @@ class CachedStorage:
         self._known = known
         self._paths: dict[str, Path] = {}
         self._ahead = Ahead(self._ready)
+        self._anew: set[str] = set()
+        self._lock = threading.Lock()
 
     @property
     def name(self) -> str:
@@ -283,9 +320,22 @@ class CachedStorage:
         """Return what the origin has."""
         return self._storage.names(pattern)
 
-    def expect(self, names: list[str]) -> None:
-        """Fetch shards in the background, in this order: no more than the cache holds beside those in use."""
-        self._ahead.expect(names)
+    def read_anew(self, name: str, offset: int, size: int) -> bytes:
+        """Return bytes of a shard that is fetched once more, as those in the cache proved damaged; but not twice."""
+        with self._lock:
+            if name not in self._anew:
+                self._anew.add(name)
+                self._cache.drop(self._path(name))
+        return self.read(name, offset, size)
+
+    @property
+    def moved(self) -> int:
+        """A number that changes as long as bytes come."""
+        return self._cache.moved
+
+    def expect(self, names: list[str], share: float = 1.0) -> None:
+        """Fetch shards in the background, in this order: as many as that share of the cache holds."""
+        self._ahead.expect(fitting(names, self._known, int(self._cache.limit * share)))
 
     def close(self) -> None:
         """Stop fetching ahead; close connections."""
@@ -344,7 +394,9 @@ class Ahead:
         with self._lock:
             self.wanted, self._names, thread = False, [], self._thread
         if thread is not None:
-            thread.join()
+            thread.join(_CLOSE_S)
+            if thread.is_alive():
+                _log.warning("a shard that is fetched ahead is left behind, as nothing came for %g s", _CLOSE_S)
 
     def _run(self) -> None:
         while True:
@@ -355,16 +407,31 @@ class Ahead:
                 name = self._names.pop()
             try:
                 self._work(name)
-            except DataError:
+            except (DataError, OSError):
                 continue
+
+
+def fitting(names: list[str], known: Mapping[str, Known], limit: int) -> list[str]:
+    """Return the first of some shards, as many as `limit` bytes hold."""
+    fit = []
+    for name in names:
+        limit -= max(known.get(name, Known(-1)).size, 0)
+        if limit < 0:
+            break
+        fit.append(name)
+    return fit
 
 
 def _cached_anew(storage: Storage, folder: Path, limit: int, timeout: float, known: dict[str, Known]) -> CachedStorage:
     return CachedStorage(storage, ShardCache(folder, limit / _GIB, timeout), known)
 
 
+def _nothing() -> None:
+    """No progress is seen."""
+
+
 @contextmanager
-def locked(path: Path, timeout: float, progress: Callable[[], Any] = lambda: None) -> Iterator[bool]:
+def locked(path: Path, timeout: float, progress: Callable[[], Any] = _nothing) -> Iterator[bool]:
     """Hold an exclusive lock on a file, which is made where it is missing; it ends with the process.
 
     Args:
@@ -382,11 +449,11 @@ def locked(path: Path, timeout: float, progress: Callable[[], Any] = lambda: Non
         os.close(file)
 
 
-def _acquired(file: int, timeout: float, progress: Callable[[], Any]) -> bool:
+def _acquired(file: int, timeout: float, progress: Callable[[], Any], kind: int = fcntl.LOCK_EX) -> bool:
     seen, since = progress(), time.monotonic()
     while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             now = progress()
             if now != seen:
@@ -398,11 +465,14 @@ def _acquired(file: int, timeout: float, progress: Callable[[], Any]) -> bool:
             return True
 
 
-def _download(storage: Storage, name: str, file: Any, known: Known, wanted: Callable[[], bool]) -> None:
+def _download(
+    storage: Storage, name: str, file: Any, known: Known, wanted: Callable[[], bool], came: Callable[[], None]
+) -> None:
     sha256, done = hashlib.sha256(), 0
     for block in storage.blocks(name):
         if not wanted():
             raise UnreadableError(storage.shown(name), "is not wanted any more")
+        came()
         file.write(block)
         sha256.update(block)
         done += len(block)

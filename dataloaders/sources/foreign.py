@@ -4,11 +4,15 @@
     classes.txt                           names of the classes, if one lies there (or classes.json)
     .setformer-index/                     beside the shards; in the user's cache folder where that cannot be written
       .lock                               held by the process that makes an index; others wait
-      6c0e…/index.json, index.safetensors   one index; the digits are of the shards' names, sizes and times
+      6c0e…/index.json, index.safetensors   one index; the digits are of the shards' names, sizes and times, and
+                                            those of the class file
+      6c0e…-crc/                            one with checksums
 
 An index is made aside and renamed, so half of one is never seen. A shard that changed changes the digits: the index
-that is older than it is not found, a new one is made, and a log line says so. The fingerprint is that of the contents
-(headers, places, labels, classes) and not of the times, so a copy of the shards elsewhere continues the same run.
+that is older than it is not found, a new one is made, and a log line says so; likewise where one is damaged. Where
+checksums were kept they are made anew too, and a shard that has other contents below the same headers is refused: times
+change by a copy, headers by whoever writes a shard, and contents alone by damage. The fingerprint is that of headers,
+places, labels and classes and not of the times, so a copy of the shards elsewhere continues the same run.
 """
 
 from __future__ import annotations
@@ -23,9 +27,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import braceexpand
 
@@ -33,9 +39,18 @@ from dataloaders.reading.processes import begin_helper, helper_context, lean_sta
 from dataloaders.sources.cache import locked
 from dataloaders.sources.index import INDEX_NAME, Index, read_index, read_table, write_index
 from dataloaders.sources.remote import is_url, join_url, open_storage
-from dataloaders.sources.scanning import Scanned, class_names, identity_of, joined, labelled, scan_shard
+from dataloaders.sources.scanning import (
+    CLASS_FILES,
+    Scanned,
+    class_names,
+    identity_of,
+    joined,
+    labelled,
+    scan_shard,
+    shared_keys,
+)
 from dataloaders.sources.shards import ShardDataset
-from dataloaders.sources.storage import FileFacts, LocalFolder, MissingError, Storage, all_facts
+from dataloaders.sources.storage import DeniedError, FileFacts, LocalFolder, MissingError, Storage, all_facts
 from setformer_dist.core.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -65,10 +80,15 @@ class Shards:
     facts: tuple[FileFacts, ...]
     pattern: str
 
-    @property
+    @cached_property
     def signature(self) -> str:
-        """Digest of names, sizes and versions."""
+        """Digest of names, sizes and versions, the class file's too; raises `UnreadableError`."""
         rows = [(name, facts.size, facts.version) for name, facts in zip(self.names, self.facts, strict=True)]
+        for name in CLASS_FILES:
+            with suppress(MissingError, DeniedError):
+                facts = self.storage.facts((PurePosixPath(self.names[0]).parent / name).as_posix())
+                rows.append((name, facts.size, facts.version))
+                break
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:32]
 
 
@@ -159,7 +179,7 @@ def open_foreign(shards: Shards, cache: Path, timeout: float) -> ShardDataset:
         index_foreign(shards, cache, timeout, workers=workers)
         found = _existing(shards, cache)
         assert found is not None
-    return ShardDataset(shards.storage, read_index(found))
+    return ShardDataset(shards.storage, found)
 
 
 def index_shards(
@@ -190,12 +210,12 @@ def index_shards(
     """
     shards = find_shards(root, pattern, timeout)
     found = _existing(shards, cache)
-    if found is None or (checksums and not found.name.endswith("-crc")):
+    if found is None or (checksums and "crc32" not in found.columns):
         on_start(len(shards.names))
         index_foreign(shards, cache, timeout, checksums=checksums, workers=workers, on_progress=on_progress)
         found = _existing(shards, cache)
         assert found is not None
-    return read_index(found)
+    return found
 
 
 def index_foreign(
@@ -207,8 +227,13 @@ def index_foreign(
     workers: int = 0,
     on_progress: Callable[[int], None] = lambda shards: None,
 ) -> None:
-    """Make the index of shards, unless another process has made it meanwhile."""
-    whole = checksums or not isinstance(shards.storage, LocalFolder)  # all bytes pass by anyway
+    """Make the index of shards, unless another process has made it meanwhile.
+
+    It has checksums if they are asked for, if all bytes pass by anyway, or if an older one of these shards has them.
+
+    Raises:
+        DataError: as `open_foreign`, or a shard differs from the checksums of the older one.
+    """
     home = own_folder(_homes(shards, cache), shards.storage.name)
     lock = home / ".lock"
     with locked(lock, timeout, lambda: lock.stat().st_mtime_ns) as got:
@@ -217,14 +242,20 @@ def index_foreign(
                 f"the index of {shards.storage.name} is being made by another process, of which nothing was seen for "
                 f"{timeout:g} s: end that process, or raise data.read_timeout"
             )
+        kept = _kept_checksums(shards, cache)
+        had = bool(kept) or (home / f"{shards.signature}-crc").exists()
+        whole = checksums or had or not isinstance(shards.storage, LocalFolder)  # which reads from end to end
         target = home / (shards.signature + ("-crc" if whole else ""))
-        if (target / INDEX_NAME).is_file():
+        if _sound(target) is not None:
             return
+        if (target / INDEX_NAME).exists():
+            _log.warning("the index of %s is damaged and is made anew: %s", shards.storage.name, target)
         old = _of_same_pattern(home, shards.pattern)
         if any(not path.name.startswith(shards.signature) for path in old):
-            _log.warning("the index of %s is older than its shards and is made anew", shards.storage.name)
+            how = ", with checksums, so that all is read" if whole else ""
+            _log.warning("the index of %s is older than its shards and is made anew%s", shards.storage.name, how)
         with _explained(home):
-            _build(shards, target, whole, workers, lambda: os.utime(lock), on_progress)
+            _build(shards, target, whole, kept, workers, lambda: os.utime(lock), on_progress)
             for path in old:
                 if path.name.startswith(shards.signature):
                     continue  # another process may be about to open it
@@ -251,14 +282,54 @@ def _aside(shards: Shards, cache: Path) -> Path:
     return cache / "indexes" / hashlib.sha256(where.encode()).hexdigest()[:16]
 
 
-def _existing(shards: Shards, cache: Path) -> Path | None:
+def _existing(shards: Shards, cache: Path) -> Index | None:
     """Return the index of just these shards, one with checksums first; `setformer data index` may have made it."""
     for suffix in ("-crc", ""):
         for home in (*_homes(shards, cache), _aside(shards, user_cache())):
-            folder = home / (shards.signature + suffix)
-            if (folder / INDEX_NAME).is_file():
-                return folder
+            found = _sound(home / (shards.signature + suffix))
+            if found is not None:
+                return found
     return None
+
+
+def _sound(folder: Path) -> Index | None:
+    """Return the index in a folder; None where there is none, or a damaged one, which can be made anew."""
+    if not (folder / INDEX_NAME).exists():
+        return None
+    with suppress(DataError):
+        return read_index(folder)
+    return None
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What an index with checksums says of a shard: sha256 of its headers and of all of it, and where that is said."""
+
+    headers: str
+    sha256: str
+    folder: Path
+
+
+def _kept_checksums(shards: Shards, cache: Path) -> dict[str, _Kept]:
+    """Return what indexes of the same pattern, older or damaged, say of shards that they knew whole."""
+    kept: dict[str, _Kept] = {}
+    for home in (*_homes(shards, cache), _aside(shards, user_cache())):
+        for folder in sorted(home.glob("[!.]*-crc")):
+            with suppress(DataError, KeyError, TypeError):
+                table: dict[str, Any] = read_table(folder)
+                if table["options"]["pattern"] == shards.pattern:
+                    for shard, headers in zip(table["shards"], table["options"]["headers"], strict=True):
+                        kept[shard["name"]] = _Kept(headers, shard["sha256"], folder)
+    return kept
+
+
+def _check_kept(scan: Scanned, kept: _Kept | None, root: str) -> None:
+    """Refuse a shard whose contents changed while its headers did not."""
+    if kept is not None and kept.headers == scan.headers and kept.sha256 != scan.facts.sha256:
+        raise DataError(
+            f"shard {scan.facts.name} in {root} has the headers but not the sha256 that the index {kept.folder} says, "
+            "so samples in it are damaged: restore it, or remove that index if they were changed on purpose"
+        )
 
 
 def own_folder(homes: list[Path], shown: str) -> Path:
@@ -315,6 +386,7 @@ def _build(
     shards: Shards,
     target: Path,
     whole: bool,
+    kept: dict[str, _Kept],
     workers: int,
     alive: Callable[[], None],
     on_progress: Callable[[int], None],
@@ -322,11 +394,22 @@ def _build(
     """Scan all shards; write the index aside and rename it."""
     found: dict[int, Scanned] = {}
     for number, scanned in _scanned(shards, whole, workers, alive):
+        _check_kept(scanned, kept.get(scanned.facts.name), shards.storage.name)
         found[number] = scanned
         alive()
         on_progress(1)
     scans = [found[number] for number in range(len(found))]
     columns, keys = joined(scans, whole)
+    double = shared_keys(scans, columns["shard"], keys)
+    if double:
+        _log.warning(
+            "%d samples in %s have keys that another shard has too, the first %s: if they are the same, they count "
+            "several times",
+            double[0],
+            shards.storage.name,
+            double[1],
+        )
+    alive()
     annotated = any(name.startswith(("mask", "boxes")) for name in columns)
     columns["label"], classes = labelled(
         scans, class_names(shards.storage, shards.names[0]), annotated, shards.storage.name
@@ -346,6 +429,8 @@ def _build(
     work.mkdir()
     facts = tuple(one.facts for one in scans)
     write_index(work, classes, facts, columns, keys, options, identity_of(scans, columns, classes))
+    if target.exists():  # it is damaged
+        shutil.rmtree(target)
     work.rename(target)
 
 

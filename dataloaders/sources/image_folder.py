@@ -45,6 +45,9 @@ FORMAT = 1
 # Heads of images that are read for height and width; if the longest says nothing, the whole file is.
 _HEADS = (4096, 1 << 16)
 
+# Files between two signs of life to those who wait for the index.
+_TOLD = 100
+
 
 class ImageFolderDataset:
     """The images of a folder by number (`Source`).
@@ -172,9 +175,10 @@ def open_image_folder(folder: Path, cache: Path, timeout: float) -> ImageFolderD
     """
     folder = Path(os.path.abspath(folder))  # noqa: PTH100  (keep links as they are)
     signature = _signature(folder)
-    home = own_folder([cache / "indexes" / hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]], str(folder))
-    if (home / signature / TABLE_NAME).is_file():
+    home = cache / "indexes" / hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
+    if (home / signature / TABLE_NAME).is_file():  # perhaps where nothing can be written
         return ImageFolderDataset(folder, home / signature)
+    own_folder([home], str(folder))
     lock = home / ".lock"
     with locked(lock, timeout, lambda: lock.stat().st_mtime_ns) as got:
         if not got:
@@ -208,7 +212,13 @@ def _remove_others(home: Path, folder: Path) -> None:
 
 def _write_index(folder: Path, target: Path, alive: Callable[[], None]) -> None:
     """Look into every image; write the index aside and rename it."""
-    images = find_images(folder, None, target).images
+    passed = itertools.count(1)
+
+    def on_file() -> None:
+        if not next(passed) % _TOLD:
+            alive()
+
+    images = find_images(folder, None, target, on_file).images
     classes = tuple(sorted({image.class_name for image in images}))
     labels = {name: label for label, name in enumerate(classes)}
     rows, unreadable = _rows(images, alive)
@@ -224,6 +234,7 @@ def _write_index(folder: Path, target: Path, alive: Callable[[], None]) -> None:
     }
     if unreadable:
         _log.warning("%d images in %s have no readable header, the first %s", len(unreadable), folder, unreadable[0])
+    alive()
     identity = hashlib.sha256(json.dumps(classes).encode())
     for name in sorted(arrays):
         identity.update(arrays[name].data)
@@ -243,7 +254,7 @@ def _rows(images: list[LabelledImage], alive: Callable[[], None]) -> tuple[npt.N
     rows = np.zeros((len(images), 3), np.int64)
     unreadable = []
     for number, image in enumerate(images):
-        if not number % 1000:
+        if not number % _TOLD:
             alive()
         size, rows[number, 2] = _look(image.stretch.file)
         if size is None:

@@ -241,7 +241,7 @@ def read_table(folder: Path) -> dict[str, Any]:
     try:
         table = json.loads(text)
         version, said = table["format"], table["fingerprint"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise DataError(
             f"data index {path} is damaged, or not one of setformer_dist's: restore the file, pack the split again, or "
             "name the shards that others made by a pattern such as *.tar"
@@ -278,8 +278,8 @@ def _why_not_a_split(folder: Path) -> str:
         return f"data folder {folder} holds no shards itself, but packed splits ({names}): name one of them"
     if _has_images(folder):
         return (
-            f"data folder {folder} holds images that are in no class folder, and no shards: make it CLASS/image.jpg, "
-            f"then train on it as it is or pack it with `setformer data pack {folder} "
+            f"data folder {folder} holds images and no shards: make it class folders (CLASS/image.jpg), which train as "
+            f"they are, or pack those with `setformer data pack {folder} "
             f"{folder.with_name(folder.name + '-packed')}`"
         )
     return f"data folder {folder} has no {INDEX_NAME}: make it with {pack}"
@@ -346,7 +346,6 @@ def _check_ranges(place: str, columns: dict[str, npt.NDArray[Any]], index: Index
         0 <= label.min() <= label.max() < len(index.classes)
         and 0 <= shard.min() <= shard.max() < len(sizes)
         and bool((shard[1:] >= shard[:-1]).all())
-        and columns["size"].min() > 0
     )
     for part in ("", *(f"{part}_" for part in sorted(index.parts))):
         offset, size = columns[f"{part}offset"], columns[f"{part}size"]

@@ -13,13 +13,15 @@ through `data.cache`, where that is set, or through memory (`data.access = "sequ
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
-from dataloaders.beton.reader import open_beton
+from dataloaders.beton.reader import BetonDataset, open_beton
 from dataloaders.beton.sidecar import sidecar_path
 from dataloaders.config import DataConfig
 from dataloaders.source import Source
@@ -30,7 +32,15 @@ from dataloaders.sources.index import ARRAYS_NAME, IMAGE_SUFFIXES, INDEX_NAME, I
 from dataloaders.sources.pipes import SequentialStorage
 from dataloaders.sources.remote import is_url, join_url, open_storage
 from dataloaders.sources.shards import ShardDataset, check_shards, open_split
-from dataloaders.sources.storage import DeniedError, LocalFolder, MissingError, NoRangesError, Storage, UnreadableError
+from dataloaders.sources.storage import (
+    DeniedError,
+    LocalFolder,
+    MissingError,
+    NoRangesError,
+    Storage,
+    UnreadableError,
+    WholeStorage,
+)
 from setformer_dist.core.errors import ConfigError, DataError
 
 _GIB = 1 << 30
@@ -48,17 +58,35 @@ def open_source(root: str, name: str, config: DataConfig) -> Source:
         DataError: there is no such split, it is damaged, or storage does not deliver.
         ConfigError: the cache is too small for the order of samples.
     """
+    is_val = name == config.val
     if is_url(name):
         root, name = name, ""
     if _is_pattern(name or root):
         root, name = (root, name) if name else (root.rpartition("/")[0], root.rpartition("/")[2])
-        return _open_shards(find_shards(root, name, config.read_timeout), name == config.val, config)
+        return _open_shards(find_shards(root, name, config.read_timeout), is_val, config)
     if is_url(root) and not root.startswith("file://"):
-        return _open_url(join_url(root, name), config)
+        return _open_url(join_url(root, name), is_val, config)
     path = Path(root.removeprefix("file://")) / name
     if path.suffix == ".beton":
         return open_beton(path)
-    return _open_folder(path, name == config.val, config)
+    return _open_folder(path, is_val, config)
+
+
+def check_mixture_room(sources: Sequence[Source], config: DataConfig) -> None:
+    """Check that the cache holds what the sets of a mixture need at a time, all together.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    needed = 0
+    for source in sources:
+        if isinstance(source, ShardDataset) and isinstance(source.storage, WholeStorage):
+            needed += sum(_needed((shard.size for shard in source.index.shards), False, config))
+    if needed > config.cache_gib * _GIB:
+        raise ConfigError(
+            f"data.cache_gib = {config.cache_gib:g} does not hold the shards ({needed / _GIB:.3g} GiB) that the sets "
+            f"of data.mixture draw samples from at a time, all together: raise it, or {_repair(config)}"
+        )
 
 
 def index_home(config: DataConfig) -> Path:
@@ -116,12 +144,11 @@ def _open_shards(shards: Shards, is_val: bool, config: DataConfig) -> ShardDatas
     return open_foreign(held, index_home(config), config.read_timeout)
 
 
-def _open_url(url: str, config: DataConfig) -> Source:
+def _open_url(url: str, is_val: bool, config: DataConfig) -> Source:
     """Open what lies behind a URL: a .beton file, a packed split, or, where files can be listed, a folder of tars."""
     if PurePosixPath(url.partition("?")[0]).suffix == ".beton":
-        return open_beton(_fetched_beton(url, config))
+        return _fetched_beton(url, config)
     storage = open_storage(url, config.read_timeout)
-    is_val = url.rstrip("/").endswith(f"/{config.val}")
     try:
         index = _remote_index(storage, index_home(config), config.read_timeout)
     except (MissingError, DeniedError) as error:
@@ -149,7 +176,7 @@ def _delivered(storage: Storage, known: dict[str, Known], is_val: bool, config: 
         return CachedStorage(storage, ShardCache(_shard_folder(config), config.cache_gib, config.read_timeout), known)
     if config.access == "sequential":
         _check_room((one.size for one in known.values()), is_val, config)
-        return SequentialStorage(storage, known, config.cache_gib)
+        return SequentialStorage(storage, known, config.cache_gib, config.read_timeout)
     if not local:
         _check_ranges(storage, known)
     return storage
@@ -164,15 +191,23 @@ def _check_room(sizes: Iterable[int], is_val: bool, config: DataConfig) -> None:
 
     Evaluation goes through the shards one after the other, and needs no more than one.
     """
-    largest = sorted((max(size, 0) for size in sizes), reverse=True)
-    needed = largest[: 1 if is_val else config.block_shards if config.order == "block" else len(largest)]
+    needed = _needed(sizes, is_val, config)
     if sum(needed) <= config.cache_gib * _GIB:
         return
-    repair = "lower data.block_shards" if config.order == "block" else 'set data.order = "block"'
     raise ConfigError(
         f"data.cache_gib = {config.cache_gib:g} does not hold the {len(needed)} shards ({sum(needed) / _GIB:.3g} GiB) "
-        f'that data.order = "{config.order}" draws samples from at a time: raise it, or {repair}'
+        f'that data.order = "{config.order}" draws samples from at a time: raise it, or {_repair(config)}'
     )
+
+
+def _needed(sizes: Iterable[int], is_val: bool, config: DataConfig) -> list[int]:
+    """Return the bytes of the shards that the order of samples needs at a time, were they the largest."""
+    largest = sorted((max(size, 0) for size in sizes), reverse=True)
+    return largest[: 1 if is_val else config.block_shards if config.order == "block" else len(largest)]
+
+
+def _repair(config: DataConfig) -> str:
+    return "lower data.block_shards" if config.order == "block" else 'set data.order = "block"'
 
 
 def _check_ranges(storage: Storage, known: dict[str, Known]) -> None:
@@ -202,8 +237,8 @@ def _remote_index(storage: Storage, home: Path, timeout: float) -> Index:
     raise AssertionError
 
 
-def _fetched_beton(url: str, config: DataConfig) -> Path:
-    """Return a local copy of a .beton file and of its sidecar, if there is one."""
+def _fetched_beton(url: str, config: DataConfig) -> BetonDataset:
+    """Open a local copy of a .beton file, and of its sidecar if there is one; those opened longest ago give way."""
     base, mark, query = url.partition("?")
     folder, _, name = base.rpartition("/")
     storage = open_storage(folder + mark + query, config.read_timeout)
@@ -221,8 +256,79 @@ def _fetched_beton(url: str, config: DataConfig) -> Path:
     words = (storage.shown(name), str(facts.size), facts.version)
     digest = hashlib.sha256("\n".join(words).encode() + (files.get(sidecar) or b"")).hexdigest()[:32]
     target = own_folder([Path(config.cache) / "files"], storage.shown(name)) / digest
-    _keep(storage, files, target, config.read_timeout)
-    return target / name
+    while (held := _held(target / name)) is None:
+        with locked(target.parent / ".room", config.read_timeout, lambda: _all_sizes(target.parent)) as got:
+            if not got:
+                raise DataError(
+                    f"cache folder {target.parent} was locked by another process, from which nothing came for "
+                    f"{config.read_timeout:g} s: end that process, or raise data.read_timeout"
+                )
+            if not (target / name).is_file():
+                shutil.rmtree(target, ignore_errors=True)  # somebody took the file out of it
+                _make_room(target.parent, max(facts.size, 0), config, storage.shown(name))
+            _keep(storage, files, target, config.read_timeout)
+    dataset = open_beton(target / name)
+    weakref.finalize(dataset, os.close, held)
+    return dataset
+
+
+def _held(path: Path) -> int | None:
+    """Return a descriptor that keeps a fetched file from being removed as long as it is open; None without the file."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        if path.stat().st_ino == os.fstat(file).st_ino:
+            os.utime(path.parent)  # used now
+            return file
+    except (BlockingIOError, FileNotFoundError):  # it is just being removed
+        pass
+    os.close(file)
+    return None
+
+
+def _make_room(folder: Path, size: int, config: DataConfig, shown: str) -> None:
+    """Remove fetched files that nobody has open, those opened longest ago first, until `size` bytes more fit."""
+    kept = sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime_ns)
+    total = sum(_all_sizes(folder).values())
+    for path in kept:
+        if total + size <= config.cache_gib * _GIB:
+            return
+        total -= _given_up(path)
+    if total + size > config.cache_gib * _GIB:
+        raise ConfigError(
+            f"cache folder {folder} has no room for {shown}: {total / _GIB:.3g} of data.cache_gib = "
+            f"{config.cache_gib:g} GiB are files in use, so raise it"
+        )
+
+
+def _given_up(path: Path) -> int:
+    """Remove a folder of fetched files, unless one of them is in use; return the bytes that this freed."""
+    sizes = dict(_sizes(path))
+    with contextlib.ExitStack() as open_files:
+        for name in sizes:
+            file = os.open(path / name, os.O_RDONLY | os.O_CLOEXEC)
+            open_files.callback(os.close, file)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return 0
+        gone = path.with_name(f".{path.name.lstrip('.')}.partial")
+        path.rename(gone)  # at once, so that nobody finds a part of it
+        shutil.rmtree(gone, ignore_errors=True)
+    return sum(sizes.values())
+
+
+def _all_sizes(folder: Path) -> dict[str, int]:
+    """Return the bytes of each file in the folders within a folder."""
+    return {
+        f"{entry.name}/{name}": size
+        for entry in os.scandir(folder)
+        if entry.is_dir()
+        for name, size in _sizes(Path(entry.path))
+    }
 
 
 def _keep(storage: Storage, files: dict[str, bytes | None], target: Path, timeout: float) -> None:

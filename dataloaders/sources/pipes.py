@@ -11,14 +11,18 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
-from dataloaders.sources.cache import Ahead, Known
+from dataloaders.sources.cache import Ahead, Known, fitting
 from dataloaders.sources.storage import FileFacts, Storage, UnreadableError
 
 _GIB = 1 << 30
+
+# Seconds between looks at whether bytes come to a shard that another thread fetches.
+_LOOK_S = 0.2
 
 
 class SequentialStorage:
@@ -28,12 +32,19 @@ class SequentialStorage:
         storage: where they come from; only read from end to end.
         known: what the index says of each shard.
         gib: GiB that shards may take in this process.
+        timeout: seconds that one thread waits for another that fetches a shard, without any byte coming.
+
+    Attributes:
+        moved: changes whenever bytes come.
     """
 
-    def __init__(self, storage: Storage, known: dict[str, Known], gib: float) -> None:
+    def __init__(self, storage: Storage, known: dict[str, Known], gib: float, timeout: float = 60.0) -> None:
         self._storage = storage
         self._known = known
         self._gib = gib
+        self._timeout = timeout
+        self.moved = 0
+        self._anew: set[str] = set()
         self._held: OrderedDict[str, bytes] = OrderedDict()
         self._bytes = 0
         self._coming: set[str] = set()
@@ -70,9 +81,17 @@ class SequentialStorage:
         """Return what the origin has."""
         return self._storage.names(pattern)
 
-    def expect(self, names: list[str]) -> None:
-        """Fetch shards in the background, in this order: no more than memory holds beside those in use."""
-        self._ahead.expect(names)
+    def read_anew(self, name: str, offset: int, size: int) -> bytes:
+        """Return bytes of a shard that is fetched once more, as those in memory proved damaged; but not twice."""
+        with self._changed:
+            if name not in self._anew:
+                self._anew.add(name)
+                self._bytes -= len(self._held.pop(name, b""))
+        return self.read(name, offset, size)
+
+    def expect(self, names: list[str], share: float = 1.0) -> None:
+        """Fetch shards in the background, in this order: as many as that share of the memory holds."""
+        self._ahead.expect(fitting(names, self._known, int(self._gib * _GIB * share)))
 
     def close(self) -> None:
         """Give up what is being fetched ahead; forget all shards."""
@@ -85,8 +104,7 @@ class SequentialStorage:
     def _whole(self, name: str) -> bytes:
         """Return a shard; of several threads that want it, one fetches it."""
         with self._changed:
-            while name in self._coming:
-                self._changed.wait()  # whoever fetches it ends, by the storage's own time-outs
+            self._await(name)
             if name in self._held:
                 self._held.move_to_end(name)
                 return self._held[name]
@@ -104,6 +122,20 @@ class SequentialStorage:
                 self._coming.discard(name)
                 self._changed.notify_all()
 
+    def _await(self, name: str) -> None:
+        """Wait, `_changed` being held, until no other thread fetches a shard: as long as bytes come."""
+        seen, since = self.moved, time.monotonic()
+        while name in self._coming:
+            self._changed.wait(min(_LOOK_S, self._timeout))
+            if self.moved != seen:
+                seen, since = self.moved, time.monotonic()
+            elif time.monotonic() - since >= self._timeout and name in self._coming:
+                raise UnreadableError(
+                    self.shown(name),
+                    f"is being fetched, but nothing came for {self._timeout:g} s: check the storage, or raise "
+                    "data.read_timeout",
+                )
+
     def _fetched(self, name: str) -> bytes:
         known = self._known.get(name, Known(-1))
         if known.size > self._gib * _GIB:
@@ -116,6 +148,7 @@ class SequentialStorage:
         for block in self._storage.blocks(name):
             if threading.current_thread().name == Ahead.NAME and not self._ahead.wanted:
                 raise UnreadableError(self.shown(name), "is not wanted any more")
+            self.moved += 1
             sha256.update(block)
             parts.append(block)
         data = b"".join(parts)
@@ -126,4 +159,4 @@ class SequentialStorage:
         return data
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SequentialStorage, (self._storage, self._known, self._gib)
+        return SequentialStorage, (self._storage, self._known, self._gib, self._timeout)

@@ -16,6 +16,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -228,15 +229,17 @@ class HttpStorage:
 
 
 class FsspecStorage:
-    """A folder behind a URL that fsspec knows (`Storage`); its client keeps its own time-outs and credentials.
+    """A folder behind a URL that fsspec knows (`Storage`); its client has credentials, and time-outs, of its own.
 
     Args:
         url: of the folder.
+        timeout: seconds after which an answer of the client is waited for no longer, whatever its own time-outs are.
         sleep: waits so many seconds between tries.
     """
 
-    def __init__(self, url: str, sleep: Callable[[float], None] = time.sleep) -> None:
+    def __init__(self, url: str, timeout: float = 60.0, sleep: Callable[[float], None] = time.sleep) -> None:
         self._url = url
+        self._timeout = timeout
         self._sleep = sleep
         self._opened: tuple[Any, str] | None = None
 
@@ -298,7 +301,7 @@ class FsspecStorage:
 
         def attempt() -> T:
             try:
-                return work(files, f"{root}/{name}" if name else root)
+                return within(self._timeout, lambda: work(files, f"{root}/{name}" if name else root))
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 raise MissingError(self.shown(name), "is not there: check the URL, or restore the file") from None
             except PermissionError as error:
@@ -315,10 +318,35 @@ class FsspecStorage:
             except Exception as error:  # noqa: BLE001
                 raise PassingError(_reason(error)) from None
 
-        return insist(self.shown(name), attempt, self._sleep)
+        return insist(self.shown(name), attempt, self._sleep, self._timeout)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return FsspecStorage, (self._url, self._sleep)
+        return FsspecStorage, (self._url, self._timeout, self._sleep)
+
+
+def within(limit: float, work: Callable[[], T]) -> T:
+    """Return what some work returns, done by a thread that is left behind where it hangs.
+
+    Args:
+        limit: seconds to wait for it.
+        work: to be done.
+
+    Raises:
+        PassingError: it did not end in time.
+    """
+    answer: Future[T] = Future()
+
+    def do() -> None:
+        try:
+            answer.set_result(work())
+        except BaseException as error:  # noqa: BLE001  (raised where the answer is waited for)
+            answer.set_exception(error)
+
+    # A daemon, and none of an executor's, for which the interpreter would wait at its end.
+    threading.Thread(target=do, name="storage client", daemon=True).start()
+    if not wait((answer,), limit).done:
+        raise PassingError(f"nothing came for {limit:g} s")
+    return answer.result()
 
 
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "created")
@@ -336,7 +364,7 @@ def open_storage(root: str, timeout: float) -> LocalFolder | HttpStorage | Fsspe
     scheme, _, rest = root.partition("://")
     if scheme == "file":
         return LocalFolder(Path(rest))
-    return HttpStorage(root, timeout) if scheme in ("http", "https") else FsspecStorage(root)
+    return HttpStorage(root, timeout) if scheme in ("http", "https") else FsspecStorage(root, timeout)
 
 
 def join_url(url: str, name: str) -> str:

@@ -2,7 +2,7 @@
 
 A label is a number (`.cls`, or "label" in a `.json`), or a class name; numbers are named by `classes.txt` or
 `classes.json` beside the shards, "0" to the largest without. All samples have labels of one kind, or none of them
-any, which makes sense with masks or boxes alone.
+any, which makes sense with masks or boxes alone, whose classes the class file must then name.
 """
 
 from __future__ import annotations
@@ -189,7 +189,12 @@ def labelled(
                 f"the shards in {root} have no labels (<key>.cls, or 'label' in <key>.json), the first being sample "
                 f"{first.key(0)!r} of {first.facts.name}: pack them with labels"
             )
-        return np.zeros(sum(one.facts.samples for one in shards), np.int64), named or ("0",)
+        if named is None:
+            raise DataError(
+                f"the shards in {root} have masks or boxes, but nothing says of which classes: lay a {CLASS_FILES[0]} "
+                "with one name per line beside them"
+            )
+        return np.zeros(sum(one.facts.samples for one in shards), np.int64), named
     if first.kind == "a name for a label":
         return _from_names(shards, named, root)
     most = max(int(np.max(one.labels)) for one in shards)
@@ -234,6 +239,31 @@ def class_names(storage: Storage, shard: str) -> tuple[str, ...] | None:
             continue
         return parse_class_map(data, storage.shown(place))
     return None
+
+
+def shared_keys(
+    shards: list[Scanned], number: npt.NDArray[np.int32], keys: npt.NDArray[np.uint8]
+) -> tuple[int, str] | None:
+    """Return how many samples have a key that one of another shard has too, and the first of them in words.
+
+    Args:
+        shards: in order.
+        number: (N,) of the shard that holds each sample.
+        keys: (N, L) of all samples.
+    """
+    digest = np.zeros(len(keys), np.uint64)
+    for column in keys.T:  # wraps; what agrees is compared byte by byte
+        digest = (digest ^ column) * np.uint64(0x100000001B3)
+    order = np.argsort(digest, kind="stable")
+    near = np.flatnonzero(digest[order[1:]] == digest[order[:-1]])
+    first, second = order[near], order[near + 1]
+    same = (keys[first] == keys[second]).all(axis=1)
+    if not same.any():
+        return None
+    at = int(np.argmin(np.where(same, second, len(keys))))
+    one, other = shards[number[first[at]]], shards[number[second[at]]]
+    key = keys[second[at]].tobytes().rstrip(b"\0").decode(errors="replace")
+    return int(same.sum()), f"{key!r} in {one.facts.name} and {other.facts.name}"
 
 
 def identity_of(shards: list[Scanned], columns: dict[str, npt.NDArray[Any]], classes: tuple[str, ...]) -> str:

@@ -22,7 +22,14 @@ import torch
 from dataloaders.source import Boxes, DamagedSampleError, Source, Stored
 from dataloaders.sources.arrays import CHUNK_SHIFT, num_chunks
 from dataloaders.sources.index import INDEX_NAME, Index, ShardFacts, read_index
-from dataloaders.sources.storage import LocalFolder, MissingError, Storage, UnreadableError, all_facts
+from dataloaders.sources.storage import (
+    LocalFolder,
+    MissingError,
+    Storage,
+    UnreadableError,
+    WholeStorage,
+    all_facts,
+)
 from setformer_dist.core.errors import DataError
 
 _NO_BOXES = Boxes(np.empty((0, 4), np.float32), np.empty(0, np.int64))
@@ -71,7 +78,7 @@ class ShardDataset:
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the split: changes when any sample's bytes, label or place change."""
+        """Identity of the split: of all bytes for a packed one; of headers, labels and places for shards of others."""
         return self.index.fingerprint
 
     @property
@@ -120,12 +127,15 @@ class ShardDataset:
         """Return a sample.
 
         Raises:
-            DamagedSampleError: its bytes do not have the checksum of the index.
+            DamagedSampleError: its bytes do not have the checksum of the index, its image has none, or its boxes are
+                not such as its classes allow.
             DataError: the shard cannot be read, or is shorter than when it was opened.
         """
         if not self._sure[sample >> CHUNK_SHIFT]:
             self._make_sure((sample >> CHUNK_SHIFT,))
         image = self._bytes(sample, self._image)
+        if not image:
+            raise DamagedSampleError(f"{self.place(sample)}: its image has no bytes")
         if not self._further:
             return Stored(image)
         mask = self._bytes(sample, self._further["mask"]) if "mask" in self._further else b""
@@ -137,11 +147,17 @@ class ShardDataset:
         size = int(sizes[sample])
         if not size:
             return b""
+        name, offset = self._names[self._shard[sample]], int(offsets[sample])
         try:
-            data = self.storage.read(self._names[self._shard[sample]], int(offsets[sample]), size)
+            data = self.storage.read(name, offset, size)
+            if checksums is None or zlib.crc32(data) == checksums[sample]:
+                return data
+            # It may be our copy of the shard that is damaged, and not the shard.
+            if isinstance(self.storage, WholeStorage):
+                data = self.storage.read_anew(name, offset, size)
         except UnreadableError as error:
             raise DataError(f"{self.place(sample)} {error.what}") from None
-        if checksums is not None and zlib.crc32(data) != checksums[sample]:
+        if zlib.crc32(data) != checksums[sample]:
             raise DamagedSampleError(f"{self.place(sample)}: its bytes do not have the checksum of the index")
         return data
 
@@ -155,8 +171,16 @@ class ShardDataset:
             labels = np.array(table["labels"], np.int64).reshape(-1)
             if len(corners) != len(labels):
                 raise ValueError(f"{len(corners)} boxes have {len(labels)} labels")
-        except (ValueError, KeyError, TypeError) as error:
+            if not np.isfinite(corners).all():
+                raise ValueError("a corner is no number")
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise DamagedSampleError(f"{self.place(sample)}: its boxes are no table of boxes ({error})") from None
+        outside = labels[(labels < 0) | (labels >= len(self.classes))]
+        if len(outside):
+            raise DamagedSampleError(
+                f"{self.place(sample)}: a box is of class {outside[0]}, but the data has classes 0 to "
+                f"{len(self.classes) - 1}"
+            )
         return Boxes(corners, labels)
 
     def _make_sure(self, chunks: Any) -> None:
@@ -166,11 +190,19 @@ class ShardDataset:
                 self.index.check_chunk(chunk)
                 self._sure[chunk] = 1
 
-    def expect(self, shards: npt.NDArray[np.integer[Any]]) -> None:
-        """Say which shards reads will come to, in this order; storage that fetches whole shards does so ahead."""
-        expect = getattr(self.storage, "expect", None)
-        if expect is not None:
-            expect([self._names[shard] for shard in shards.tolist()])
+    @property
+    def fetches(self) -> bool:
+        """Whether the storage fetches whole shards."""
+        return isinstance(self.storage, WholeStorage)
+
+    def expect(self, shards: npt.NDArray[np.integer[Any]], share: float = 1.0) -> None:
+        """Say which shards are being read, and which will be; storage that fetches whole shards does so ahead."""
+        if isinstance(self.storage, WholeStorage):
+            self.storage.expect([self._names[shard] for shard in shards.tolist()], share)
+
+    def moved(self) -> int:
+        """Return a number that changes as long as bytes of shards come."""
+        return self.storage.moved if isinstance(self.storage, WholeStorage) else 0
 
     def close(self) -> None:
         """Close files and connections; a later read opens them again."""
@@ -228,10 +260,15 @@ def check_same_classes(train: Source, val: Source) -> None:
     """
     for label, (ours, theirs) in enumerate(zip_longest(train.classes, val.classes)):
         if ours != theirs:
-            raise DataError(
-                f"label {label} is {_named(ours)} in {train.name} but {_named(theirs)} in {val.name}: pack "
-                f"the latter with `--classes-from {train.name}`"
-            )
+            found = f"label {label} is {_named(ours)} in {train.name} but {_named(theirs)} in {val.name}"
+            if _is_foreign(train) or _is_foreign(val):
+                raise DataError(f"{found}: lay a classes.txt with the names of all classes in order beside the shards")
+            raise DataError(f"{found}: pack the latter with `--classes-from {train.name}`")
+
+
+def _is_foreign(source: Source) -> bool:
+    """Return whether the classes of a source are those of shards that others made."""
+    return isinstance(source, ShardDataset) and "headers" in source.index.options
 
 
 def _named(name: str | None) -> str:

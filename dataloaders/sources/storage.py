@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from setformer_dist.core.errors import DataError
 
@@ -114,6 +114,24 @@ class Storage(Protocol):
 
     def close(self) -> None:
         """Close files and connections; a later read opens them again."""
+        ...
+
+
+@runtime_checkable
+class WholeStorage(Protocol):
+    """What a storage has besides that fetches files whole, of which reads then take their bytes."""
+
+    @property
+    def moved(self) -> int:
+        """A number that changes as long as bytes of a file come, here or where another process fetches it for us."""
+        ...
+
+    def expect(self, names: list[str], share: float = 1.0) -> None:
+        """Fetch files in the background, in this order: those in use first, as many as `share` of the room holds."""
+        ...
+
+    def read_anew(self, name: str, offset: int, size: int) -> bytes:
+        """Return bytes of a file whose copy proved damaged: it is fetched once more, but not twice."""
         ...
 
 

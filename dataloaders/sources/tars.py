@@ -2,7 +2,8 @@
 
 `tarfile` takes a damaged header for the end of the archive, and so does everything that is built on it: one flipped
 byte loses the rest of a shard without a word. Here each header's checksum is compared, a shard must end with the
-mark of a tar's end, and nothing but zeros may follow. Read are ustar, pax and GNU names and sizes.
+mark of a tar's end, and nothing but zeros may follow. Read are ustar, pax and GNU names and sizes. A hard link is the
+member that it names.
 
     000017.jpg  000017.cls     members of one base name are a sample; their order does not matter
     a/b/000017.seg.png         names are cut at the first dot of the last part, as WebDataset does: key a/b/000017
@@ -17,6 +18,7 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -47,13 +49,18 @@ _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x
 # Parts by their extension, in the order of preference where a sample has several images.
 IMAGE_PARTS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm")
 MASK_PART, BOXES_PART = "mask.png", "boxes.json"
+_LABEL_PARTS = ("cls", "json")
 LABEL_FIELDS = ("label", "cls", "class")
 
 # As WebDataset cuts names; what has no dot, or only a leading one, belongs to no sample.
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 
 _REGULAR = (b"0", b"\0", b"7")
-_WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")
+_LINK = b"1"
+_WITHOUT_DATA = (b"2", b"3", b"4", b"5", b"6")
+
+# No file is larger; what follows such a one would lie beyond what an offset can say.
+_LARGEST_FILE = 1 << 62
 
 
 class Reader(Protocol):
@@ -73,6 +80,7 @@ class FileReader:
 
     def __init__(self, file: int) -> None:
         self._file = file
+        self._end = os.fstat(file).st_size
         self._start = 0
         self._window = b""
 
@@ -82,7 +90,8 @@ class FileReader:
         if start >= 0 and start + size <= len(self._window):
             return self._window[start : start + size]
         self._start = offset
-        self._window = os.pread(self._file, max(size, _WINDOW), offset)
+        # Room is made for what is there alone, whatever size a header speaks of.
+        self._window = os.pread(self._file, max(0, min(max(size, _WINDOW), self._end - offset)), offset)
         return self._window[:size]
 
 
@@ -125,11 +134,12 @@ class StreamReader:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A regular file in a tar: its name, and the place of its bytes."""
+    """A regular file in a tar: its name, and the place of its bytes; those of an earlier member for a hard link."""
 
     name: str
     offset: int
     size: int
+    is_link: bool = False
 
 
 def members(reader: Reader, shown: str, on_header: Callable[[bytes], None] = lambda header: None) -> Iterator[Member]:
@@ -141,10 +151,12 @@ def members(reader: Reader, shown: str, on_header: Callable[[bytes], None] = lam
         on_header: told every block that is no file's contents.
 
     Raises:
-        DataError: a header is damaged, the tar is cut short, or something follows its end.
+        DataError: a header is damaged, the tar is cut short, something follows its end, or a hard link leads nowhere.
     """
     place = 0
+    files: dict[str, Member] = {}
     long_name: str | None = None
+    long_link: str | None = None
     records: dict[str, str] = {}
     shared: dict[str, str] = {}
     while True:
@@ -166,10 +178,12 @@ def members(reader: Reader, shown: str, on_header: Callable[[bytes], None] = lam
             text = _text(reader, body, size, place, shown)
             on_header(text)
             if kind == b"L":
-                long_name = text.split(b"\0", 1)[0].decode(errors="surrogateescape")
+                long_name = _until_zero(text)
+            elif kind == b"K":
+                long_link = _until_zero(text)
             elif kind == b"g":
                 shared.update(_records(text, place, shown))
-            elif kind != b"K":
+            else:
                 records = _records(text, place, shown)
         else:
             known = {**shared, **records}
@@ -177,12 +191,32 @@ def members(reader: Reader, shown: str, on_header: Callable[[bytes], None] = lam
                 raise DataError(f"shard {shown} has a sparse file at byte {place}, which has no bytes of its own: pack")
             if "size" in known:
                 size = _pax_size(known["size"], place, shown)
+            name = known.get("path") or long_name or name
             if kind in _REGULAR:
-                yield Member(known.get("path") or long_name or name, body, size)
+                files[name] = Member(name, body, size)
+                yield files[name]
+            elif kind == _LINK:
+                target = known.get("linkpath") or long_link or _until_zero(header[157:257])
+                files[name] = _linked(files.get(target), name, target, place, shown)
+                yield files[name]
+                size = 0
             elif kind in _WITHOUT_DATA:
                 size = 0
-            long_name, records = None, {}
+            long_name, long_link, records = None, None, {}
         place = body + -(-size // _BLOCK) * _BLOCK
+
+
+def _linked(target: Member | None, name: str, said: str, place: int, shown: str) -> Member:
+    if target is None:
+        raise DataError(
+            f"shard {shown} has a hard link {name!r} at byte {place} to {said!r}, which is no file before it: pack it "
+            "again without links"
+        )
+    return Member(name, target.offset, target.size, is_link=True)
+
+
+def _until_zero(text: bytes) -> str:
+    return text.split(b"\0", 1)[0].decode(errors="surrogateescape")
 
 
 def _check_plain(header: bytes, shown: str) -> None:
@@ -204,8 +238,8 @@ def _parsed(header: bytes, place: int, shown: str) -> tuple[bytes, int, str]:
             if said != plain - 256 * high:
                 raise ValueError("its checksum does not agree")
         size = _number(header[124:136])
-        if size < 0:
-            raise ValueError("its size is negative")
+        if not 0 <= size <= _LARGEST_FILE:
+            raise ValueError("its size is negative" if size < 0 else "its size is that of no file")
     except ValueError as error:
         raise DataError(
             f"shard {shown} has a damaged header at byte {place} ({error}), beyond which nothing is sure: restore it"
@@ -241,7 +275,7 @@ def _records(text: bytes, place: int, shown: str) -> dict[str, str]:
             length = int(text[start : text.index(b" ", start)])
             record = text[start : start + length]
             key, mark, value = record.partition(b" ")[2].partition(b"=")
-            if not mark or len(record) < length or record[-1:] != b"\n":
+            if length < 1 or not mark or len(record) < length or record[-1:] != b"\n":
                 raise ValueError
             records[key.decode()] = value[:-1].decode(errors="surrogateescape")
             start += length
@@ -251,7 +285,8 @@ def _records(text: bytes, place: int, shown: str) -> dict[str, str]:
 
 
 def _pax_size(text: str, place: int, shown: str) -> int:
-    if not text.isdecimal():
+    # Nineteen digits hold the largest; Python refuses to read thousands of them.
+    if not text.isdecimal() or len(text) > 19 or int(text) > _LARGEST_FILE:
         raise DataError(f"shard {shown} has a pax header at byte {place} with size {text[:20]!r}: restore it")
     return int(text)
 
@@ -320,7 +355,7 @@ def scan(reader: Reader, shown: str, whole: bool, on_progress: Callable[[int], N
     """
     headers = hashlib.sha256()
     samples: dict[str, Sample] = {}
-    looked: dict[int, _Look] = {}
+    looked: dict[tuple[int, str], _Look] = {}
     for count, member in enumerate(members(reader, shown, headers.update), 1):
         if not count % _TOLD:
             on_progress(_TOLD)
@@ -335,7 +370,14 @@ def scan(reader: Reader, shown: str, whole: bool, on_progress: Callable[[int], N
                 "it again with one name per sample"
             )
         sample.parts[part] = member
-        looked[member.offset] = _look(reader, member, part, whole, shown)
+        place = _place_of(member, part)
+        if not member.is_link:
+            looked[place] = _look(reader, member, part, whole, shown)
+        elif place not in looked and place[1]:
+            raise DataError(
+                f"shard {shown} has a hard link {member.name!r} to a file that is no {part!r} of a sample: pack it "
+                "again without links"
+            )
     if not samples:
         raise DataError(f"shard {shown} holds no sample (files named <key>.jpg, <key>.cls, ...): leave it out")
     rows, unreadable = _rows(list(samples.values()), looked, shown)
@@ -351,6 +393,13 @@ class _Look:
     label: int | str | None = None
 
 
+def _place_of(member: Member, part: str) -> tuple[int, str]:
+    """Return where a member's bytes are, and as what they are looked at; "" for parts that are not."""
+    if part in IMAGE_PARTS:
+        return member.offset, "image"
+    return member.offset, part if part in (*_LABEL_PARTS, MASK_PART, BOXES_PART) else ""
+
+
 def _look(reader: Reader, member: Member, part: str, whole: bool, shown: str) -> _Look:
     look = _Look()
     body = None
@@ -359,7 +408,7 @@ def _look(reader: Reader, member: Member, part: str, whole: bool, shown: str) ->
         look.crc32 = zlib.crc32(body)
     if part in IMAGE_PARTS:
         look.size = _image_size(reader, member) if body is None else _size_or_none(body)
-    elif part in ("cls", "json"):
+    elif part in _LABEL_PARTS:
         if member.size > _LARGEST_TABLE:
             raise DataError(f"shard {shown}: label file {member.name!r} has {member.size} bytes, which is no label")
         look.label = _label(_whole(reader, member, shown), part, member.name, shown)
@@ -399,7 +448,7 @@ def _label(body: bytes, part: str, name: str, shown: str) -> int | str | None:
     try:
         text = body.decode()
         said = json.loads(text) if part == "json" else text.strip()
-    except ValueError:
+    except (ValueError, RecursionError):
         raise DataError(
             f"shard {shown}: label file {name!r} is not readable as {part}: restore or pack it again"
         ) from None
@@ -409,12 +458,13 @@ def _label(body: bytes, part: str, name: str, shown: str) -> int | str | None:
         return said
     if isinstance(said, str) and said:
         return int(said) if re.fullmatch(r"[+-]?\d{1,18}", said) else said
+    shown_as = said if isinstance(said, str) else reprlib.repr(said)  # which goes into no depth
     raise DataError(
-        f"shard {shown}: label file {name!r} says {str(said)[:40]!r}, which is neither a number nor a class name"
+        f"shard {shown}: label file {name!r} says {shown_as[:40]!r}, which is neither a number nor a class name"
     )
 
 
-def _rows(samples: list[Sample], looked: dict[int, _Look], shown: str) -> tuple[list[Row], list[str]]:
+def _rows(samples: list[Sample], looked: dict[tuple[int, str], _Look], shown: str) -> tuple[list[Row], list[str]]:
     rows: list[Row] = []
     unreadable: list[str] = []
     sizes: list[tuple[int, int] | None] = []
@@ -422,7 +472,7 @@ def _rows(samples: list[Sample], looked: dict[int, _Look], shown: str) -> tuple[
         image = next((sample.parts[part] for part in IMAGE_PARTS if part in sample.parts), None)
         if image is None:
             raise DataError(_why_no_image(sample, shown))
-        sizes.append(looked[image.offset].size)
+        sizes.append(looked[image.offset, "image"].size)
         if sizes[-1] is None:
             unreadable.append(sample.key)
     some = next((size for size in sizes if size is not None), None)
@@ -431,22 +481,22 @@ def _rows(samples: list[Sample], looked: dict[int, _Look], shown: str) -> tuple[
     for sample, size in zip(samples, sizes, strict=True):
         some = size or some  # the neighbour's: such an image is found damaged when it is read, and replaced
         image = next(sample.parts[part] for part in IMAGE_PARTS if part in sample.parts)
-        labels = [looked[sample.parts[part].offset].label for part in ("cls", "json") if part in sample.parts]
+        labels = [looked[sample.parts[part].offset, part].label for part in _LABEL_PARTS if part in sample.parts]
         rows.append(
             Row(
                 sample.key,
                 next((label for label in labels if label is not None), None),
-                _place(image, looked),
-                _place(sample.parts.get(MASK_PART), looked),
-                _place(sample.parts.get(BOXES_PART), looked),
+                _place(image, "image", looked),
+                _place(sample.parts.get(MASK_PART), MASK_PART, looked),
+                _place(sample.parts.get(BOXES_PART), BOXES_PART, looked),
                 *some,
             )
         )
     return rows, unreadable
 
 
-def _place(member: Member | None, looked: dict[int, _Look]) -> tuple[int, int, int]:
-    return (0, 0, 0) if member is None else (member.offset, member.size, looked[member.offset].crc32)
+def _place(member: Member | None, part: str, looked: dict[tuple[int, str], _Look]) -> tuple[int, int, int]:
+    return (0, 0, 0) if member is None else (member.offset, member.size, looked[member.offset, part].crc32)
 
 
 def _why_no_image(sample: Sample, shown: str) -> str:

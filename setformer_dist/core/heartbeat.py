@@ -19,8 +19,8 @@ from dataclasses import dataclass
 FD_VARIABLE = "SETFORMER_HEARTBEAT_FD"
 START = "start"
 
-# Beats so far, optimizer step, seconds of the monotonic clock (one for all processes of a host), phase.
-_RECORD = struct.Struct("<qqd16s")
+# Beats so far, optimizer step, seconds of the monotonic clock (one for all processes of a host), stop signal, phase.
+_RECORD = struct.Struct("<qqdq16s")
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,14 @@ class Beat:
         step: optimizer step it is at; -1 before the first.
         phase: "start", or what its clock was set to: "data", "forward", "backward", "optimizer", ...
         age: seconds since.
+        stop: the signal that asked this rank to stop, 0 for none.
     """
 
     count: int
     step: int
     phase: str
     age: float
+    stop: int = 0
 
 
 class Heartbeat:
@@ -47,6 +49,7 @@ class Heartbeat:
         self._memory = memory
         self._count = 0
         self.step = -1
+        self.stop = 0
         self.warm = False  # set once a whole step is done: before, things are built and compiled
 
     @classmethod
@@ -61,7 +64,7 @@ class Heartbeat:
         """Say that this phase begins; until the first step is done all of it is "start"."""
         self._count += 1
         shown = phase if self.warm else START
-        _RECORD.pack_into(self._memory, 0, self._count, self.step, time.monotonic(), shown.encode()[:16])
+        _RECORD.pack_into(self._memory, 0, self._count, self.step, time.monotonic(), self.stop, shown.encode()[:16])
 
 
 class Pulse:
@@ -71,7 +74,7 @@ class Pulse:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `close`)
         self._file.truncate(mmap.PAGESIZE)
         self._memory = mmap.mmap(self._file.fileno(), mmap.PAGESIZE)
-        _RECORD.pack_into(self._memory, 0, 0, -1, time.monotonic(), START.encode())
+        _RECORD.pack_into(self._memory, 0, 0, -1, time.monotonic(), 0, START.encode())
 
     def fileno(self) -> int:
         """Return the descriptor to hand down."""
@@ -79,8 +82,8 @@ class Pulse:
 
     def read(self) -> Beat:
         """Return the last beat."""
-        count, step, at, phase = _RECORD.unpack_from(self._memory)
-        return Beat(count, step, phase.rstrip(b"\0").decode(errors="replace"), time.monotonic() - at)
+        count, step, at, stop, phase = _RECORD.unpack_from(self._memory)
+        return Beat(count, step, phase.rstrip(b"\0").decode(errors="replace"), time.monotonic() - at, stop)
 
     def close(self) -> None:
         """Let go of the memory."""

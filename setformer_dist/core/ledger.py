@@ -36,9 +36,11 @@ def record(folder: Path, event: str, **values: Any) -> None:
     """Append one event to a run's ledger; a full disk costs the line and not the run."""
     line = json.dumps({"event": event, "time": time.time(), **values}).encode() + b"\n"
     with contextlib.suppress(OSError):
-        descriptor = os.open(folder / LEDGER, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        descriptor = os.open(folder / LEDGER, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            os.write(descriptor, line)
+            size = os.fstat(descriptor).st_size
+            torn = size and os.pread(descriptor, 1, size - 1) != b"\n"  # whoever wrote last has died within a line
+            os.write(descriptor, b"\n" + line if torn else line)
         finally:
             os.close(descriptor)
 
@@ -122,7 +124,10 @@ class _Book:
         self.mark = event["time"]
 
     def began(self, event: dict[str, Any]) -> None:
-        if not self.running:  # another launcher started the ranks
+        if self.running and self.training:  # another launcher, which writes no ends
+            self.close(self.mark, failed=True)
+            self.failed_at, self.reached = None, self.step
+        if not self.running:
             self.attempts += 1
             self.running, self.since = True, event["time"]
         kind = "restart" if self.failed_at is not None else "start"
@@ -152,7 +157,7 @@ class _Book:
     def ended(self, event: dict[str, Any]) -> None:
         failed = event.get("why") not in WELL
         if failed:
-            self.reached = max(self.step, int(event.get("step", 0)))
+            self.reached = max(self.reached, self.step, int(event.get("step", 0)))
             self.failures.append((event["time"], str(event.get("why")), self.reached))
         self.close(event["time"], failed)
         if event.get("final"):  # whoever starts the run again may do so a day later: that is no restart
@@ -162,7 +167,11 @@ class _Book:
         if not self.running:
             return
         self.running = False
-        if self.training:
+        if (
+            self.training and failed and self.reached > self.step
+        ):  # steps since the last line: the next start says which
+            self.spans.append(_Span(self.step, self.reached, {"training": now - self.mark}))
+        elif self.training:
             self.seconds["lost" if failed else "finish"] += now - self.mark
         else:
             self.seconds["restart" if self.failed_at is not None else "start"] += now - (

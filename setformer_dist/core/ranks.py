@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from setformer_dist.core.errors import LaunchError
 
+# "0" where our supervisor has chosen MASTER_PORT: another start then takes another one.
+PORT_GIVEN_VARIABLE = "SETFORMER_PORT_GIVEN"
+
 
 @dataclass(frozen=True)
 class RankInfo:

@@ -27,6 +27,11 @@ class SavedState(Protocol):
         """What the trainer saved besides tensors."""
         ...
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Latest evaluation at the time."""
+        ...
+
 
 class CheckpointStore(Protocol):
     """Saves and finds checkpoints of one run. Every method is collective, except where it says so."""
@@ -36,9 +41,26 @@ class CheckpointStore(Protocol):
         ...
 
     def save(
+        self,
+        step: int,
+        fragments: Iterable[Fragment],
+        trainer: dict[str, Any],
+        metrics: Mapping[str, float],
+        replace: bool = False,
+    ) -> Path:
+        """Begin a checkpoint; when this returns the fragments may change. Return its folder to be.
+
+        One of this step that verifies stays as it is, unless it is to be replaced.
+        """
+        ...
+
+    def save_renumbered(
         self, step: int, fragments: Iterable[Fragment], trainer: dict[str, Any], metrics: Mapping[str, float]
     ) -> Path:
-        """Begin a checkpoint; when this returns the fragments may change. Return its folder to be."""
+        """Write the checkpoint from which on steps are counted in another way; durable when this returns.
+
+        Those whose numbers are of the old count, and not below this step, are never found again.
+        """
         ...
 
     def failed(self) -> bool:
@@ -52,7 +74,8 @@ class CheckpointStore(Protocol):
             last: no other checkpoint will follow.
 
         Raises:
-            CheckpointError: on all ranks, if a save failed on any and the config does not bear it.
+            PassingError: on all ranks, if a save failed on any for what may pass.
+            CheckpointError: likewise for what will not, and the config does not bear it.
         """
         ...
 

@@ -21,8 +21,8 @@ from deepspeed import init_distributed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops import __compatible_ops__ as deepspeed_ops
 
-from setformer_dist.core.errors import LaunchError
-from setformer_dist.core.ranks import RankInfo
+from setformer_dist.core.errors import LaunchError, PassingError
+from setformer_dist.core.ranks import PORT_GIVEN_VARIABLE, RankInfo
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,8 @@ def connect(ranks: RankInfo, init_method: str | None = None, timeout_minutes: fl
     and leaves 69 MB per rank in /dev/shm even after a clean exit.
 
     Raises:
-        LaunchError: the port is taken, or the other ranks did not come within the time limit.
+        LaunchError: the port that the user named is taken.
+        PassingError: the other ranks did not come within the time limit, or went away.
     """
     if dist.is_initialized():
         return
@@ -63,8 +64,9 @@ def connect(ranks: RankInfo, init_method: str | None = None, timeout_minutes: fl
         place = init_method or f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = str(error).splitlines()[0]
         if "EADDRINUSE" in reason or "address already in use" in reason.lower():
-            raise LaunchError(f"port {place} is in use by another process: give a free one with --port") from None
-        raise LaunchError(f"rank {ranks.rank} could not join {ranks.world_size} ranks at {place}: {reason}") from None
+            taken = LaunchError if os.environ.get(PORT_GIVEN_VARIABLE, "1") == "1" else PassingError
+            raise taken(f"port {place} is in use by another process: give a free one with --port") from None
+        raise PassingError(f"rank {ranks.rank} could not join {ranks.world_size} ranks at {place}: {reason}") from None
     init_distributed(dist_init_required=False, verbose=False)
 
 

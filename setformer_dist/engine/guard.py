@@ -14,9 +14,10 @@ interrupted and resumed passes over the same ones.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,8 @@ from setformer_dist.core.config import FrozenConfig
 from setformer_dist.core.errors import TrainingError
 from setformer_dist.core.files import write_json
 
+log = logging.getLogger(__name__)
+
 GUARD_FILE = "guard.json"
 
 # A leap is told from the start of training by at least so many losses before it.
@@ -39,8 +42,8 @@ class GuardConfig(FrozenConfig):
     """The `[guard]` table.
 
     Attributes:
-        nonfinite: what a loss or gradient that is NaN or infinite does: "stop", "skip" or "rollback". In fp16 the
-            loss scale falls and the step is left out, whatever is set here.
+        nonfinite: what a loss or gradient that is NaN or infinite does: "stop", "skip" or "rollback". The update is
+            left out in any case. In fp16 the loss scale falls and the run goes on, whatever is set here.
         spike: a loss beyond this many times the median of the last `window` is a leap and is rolled back; 0 is off.
         window: losses that the median is of.
         limit: bad steps borne in one run; one more ends it.
@@ -83,9 +86,11 @@ class Guard:
         config: what to do.
         folder: of the run.
         comm: tells all ranks what rank 0 reads.
+        scaled: the loss is scaled (fp16), so that steps that are not finite are part of ordinary training.
     """
 
-    def __init__(self, config: GuardConfig, folder: Path, comm: Collectives) -> None:
+    def __init__(self, config: GuardConfig, folder: Path, comm: Collectives, scaled: bool = False) -> None:
+        self._scaled = scaled
         self._config = config
         self._folder = folder
         self._comm = comm
@@ -103,6 +108,16 @@ class Guard:
         self._passed = set(found.get("passed_over", []))
         self._skipped = set(found.get("skipped", []))
 
+    def forget(self) -> None:
+        """Drop which steps are passed over: from here on their numbers stand for other batches. Collective."""
+        if self._passed or self._skipped:
+            log.warning("steps %s are no longer passed over: steps are counted anew", sorted(self._passed))
+        self._passed.clear()
+        self._skipped.clear()
+        if self._comm.ranks.is_main:
+            (self._folder / GUARD_FILE).unlink(missing_ok=True)
+        self._comm.barrier()
+
     def passes_over(self, step: int) -> bool:
         """Return whether an optimizer step is to be left out."""
         return step in self._passed
@@ -119,6 +134,8 @@ class Guard:
         """
         for step, loss in enumerate(losses, first_step):
             if step in self._passed or step in self._skipped:
+                continue
+            if self._scaled and not math.isfinite(loss):
                 continue
             why = self._fault(loss)
             if why is None:
@@ -171,22 +188,29 @@ class Guard:
         self._window = list(state.get("window", []))
 
 
-def leave_out_bad_updates(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """Make a plain torch optimizer leave out updates whose gradients are not all finite.
+class Updates:
+    """Whether the last optimizer step changed the weights: none with gradients that are not all finite may.
 
-    DeepSpeed does so by itself under every ZeRO stage and in low precision; under stage 0 in fp32 the parameters'
-    gradients go straight to the optimizer. A parameter without a gradient is not touched, nor are its states.
-
-    Returns:
-        Undoes it.
+    DeepSpeed leaves such updates out by itself under every ZeRO stage and in low precision; under stage 0 in fp32 the
+    gradients go straight to the optimizer, which is made to do the same here. A parameter without a gradient is not
+    touched, nor are its states. Gradients are the same on all ranks by then, so all ranks decide alike.
     """
 
-    def check(adam: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._left_out = False
+        if not (engine.zero_optimization_stage() or engine.fp16_enabled() or engine.bfloat16_enabled()):
+            engine.optimizer.register_step_pre_hook(self._check)
+
+    @property
+    def left_out(self) -> bool:
+        """Whether the last optimizer step was left out."""
+        return self._left_out or not self._engine.was_step_applied()
+
+    def _check(self, adam: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         parameters = [p for group in adam.param_groups for p in group["params"] if p.grad is not None]
         norms = torch._foreach_norm([p.grad for p in parameters])
-        if norms and not bool(torch.stack([n.float() for n in norms]).isfinite().all()):
+        self._left_out = bool(norms) and not bool(torch.stack([n.float() for n in norms]).isfinite().all())
+        if self._left_out:
             for p in parameters:
                 p.grad = None
-
-    handle = optimizer.register_step_pre_hook(check)
-    return handle.remove

@@ -154,9 +154,14 @@ class RunRecord:
 
     def write_samples(self, step: int, ids: list[int]) -> None:
         """Append the sample ids of one optimizer step, in the order of the stream, to samples.jsonl."""
-        if self._is_main:
-            with (self._folder / "samples.jsonl").open("ab") as file:
-                file.write(json.dumps({"step": step, "ids": ids}).encode() + b"\n")
+        if not self._is_main:
+            return
+        line = json.dumps({"step": step, "ids": ids}).encode() + b"\n"
+        try:
+            with (self._folder / "samples.jsonl").open("ab+", buffering=0) as file:
+                file.write(line if _ends_with_newline(Path(file.name)) else b"\n" + line)
+        except OSError as error:
+            log.warning("the samples of step %d could not be written: %s", step, error)
 
     def note(self, event: str, **values: Any) -> None:
         """Append an event to the run's ledger (`core.ledger`)."""
@@ -172,6 +177,8 @@ class RunRecord:
 
 def _ends_with_newline(path: Path) -> bool:
     with path.open("rb") as file:
+        if not file.seek(0, 2):
+            return True
         file.seek(-1, 2)
         return file.read(1) == b"\n"
 

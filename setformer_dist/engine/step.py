@@ -13,6 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from setformer_dist.core.batch import MicroBatch
 from setformer_dist.core.seeding import Purpose, sample_keys, torch_seed
 from setformer_dist.engine.evaluate import Prepare
+from setformer_dist.engine.guard import Updates
 from setformer_dist.engine.metrics import StepClock
 
 
@@ -38,7 +39,8 @@ class StepOutcome:
     """What one optimizer step left on this rank.
 
     Attributes:
-        loss: sum over this rank's micro batches of their mean losses, on the device, shape ().
+        loss: sum over this rank's micro batches of their mean losses, on the device, shape (); NaN where the update was
+            left out for its gradients.
         substitutions: damaged samples that were replaced, one line each.
         sample_ids: of this rank's micro batches, in order.
     """
@@ -52,7 +54,7 @@ class TrainStep:
     """Runs optimizer steps. Knows DeepSpeed's engine and the clock, not the schedule nor checkpoints."""
 
     def __init__(
-        self, engine: Any, prepare: Prepare, clock: StepClock, accumulation: int, seed: int, rank: int
+        self, engine: Any, prepare: Prepare, clock: StepClock, accumulation: int, seed: int, rank: int, updates: Updates
     ) -> None:
         self._engine = engine
         self._prepare = prepare
@@ -60,6 +62,7 @@ class TrainStep:
         self._accumulation = accumulation
         self._seed = seed
         self._rank = rank
+        self._updates = updates
         self._set_sample_keys = getattr(engine.module, "set_sample_keys", None)
 
     def __call__(self, step: int, batches: Iterator[MicroBatch]) -> StepOutcome:
@@ -84,7 +87,8 @@ class TrainStep:
             with self._clock.section("optimizer"):
                 self._engine.step()
             losses.append(loss.detach())
-        return StepOutcome(torch.stack(losses).sum(), substitutions, sample_ids)
+        loss = torch.stack(losses).sum()
+        return StepOutcome(loss * torch.nan if self._updates.left_out else loss, substitutions, sample_ids)
 
     def _key_drop_path(self, step: int, batch: MicroBatch, device: torch.device) -> None:
         if self._set_sample_keys is not None:

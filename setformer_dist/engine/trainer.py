@@ -7,18 +7,21 @@ Everything is a function of the step: the samples (stream), the learning rate (s
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
+import pydantic
 import torch
 
 from setformer_dist.core.batch import EvalStream, MicroBatch, TrainStream
-from setformer_dist.core.errors import TrainingError
+from setformer_dist.core.errors import CheckpointError, TrainingError
 from setformer_dist.core.fragments import Fragment
 from setformer_dist.core.heartbeat import Heartbeat
 from setformer_dist.core.store import CheckpointStore, SavedState
@@ -26,7 +29,7 @@ from setformer_dist.engine.batch_plan import BatchPlan
 from setformer_dist.engine.comm import CommMeter, TorchCollectives
 from setformer_dist.engine.ema import Ema
 from setformer_dist.engine.evaluate import EvalConfig, EvalResult, Prepare, Watch, evaluate
-from setformer_dist.engine.guard import Guard, Trouble
+from setformer_dist.engine.guard import Guard, Trouble, Updates
 from setformer_dist.engine.master import OPTIMIZER_STATES, MasterState
 from setformer_dist.engine.metrics import RunRecord, StepClock, peak_memory_mib
 from setformer_dist.engine.optim import Schedule
@@ -111,6 +114,37 @@ class RunState:
         }
 
 
+def check_trainer(trainer: dict[str, Any], place: Path) -> None:
+    """Check what a checkpoint holds for `Trainer`, before any of it is taken over.
+
+    Args:
+        trainer: contents of trainer.json.
+        place: of the checkpoint, for the error.
+
+    Raises:
+        CheckpointError: something is missing, unknown, or of another kind; as in a checkpoint that no run wrote.
+    """
+    try:
+        run = dict(trainer["run"])
+        unknown = run.keys() - {field.name for field in fields(RunState)} | run.keys() & {"step"}
+        if unknown:
+            raise ValueError(f"run.{min(unknown)} is unknown")
+        best = {"mode": "max", **{key: run["best"][key] for key in ("metric", "value", "step")}}
+        pydantic.TypeAdapter(RunState).validate_json(json.dumps({**run, "step": 0, "best": best}), strict=True)
+        for key, kind in {"stream": dict, "optimizer_steps": int, "loss_scale": dict}.items():
+            if type(trainer[key]) is not kind:
+                raise ValueError(f"{key} is no {kind.__name__}")
+        window = trainer.get("guard", {}).get("window", [])
+        pydantic.TypeAdapter(list[float]).validate_json(json.dumps(window), strict=True)
+        pydantic.TypeAdapter(dict[str, float]).validate_json(json.dumps(trainer["loss_scale"]), strict=True)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:  # pydantic's are ValueErrors
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error).replace("\n", " ")
+        raise CheckpointError(
+            f"a run cannot go on from {place} (trainer.json: {what}): only what a run of this program saved can be "
+            "resumed"
+        ) from None
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a call of `Trainer.run` ended.
@@ -181,7 +215,13 @@ class Trainer:
         self._record_samples = record_samples
         self._clock = StepClock(parts.meter, parts.heartbeat)
         self._step = TrainStep(
-            parts.engine, parts.prepare, self._clock, parts.plan.accumulation, seed, parts.comm.ranks.rank
+            parts.engine,
+            parts.prepare,
+            self._clock,
+            parts.plan.accumulation,
+            seed,
+            parts.comm.ranks.rank,
+            Updates(parts.engine),
         )
         self._state = RunState(step=0, best=best)
         self._main = parts.comm.ranks.is_main
@@ -203,11 +243,11 @@ class Trainer:
         saved = self._resumed
         self._started = time.perf_counter() - self._state.seconds
         with (
+            StopRequest(self._p.heartbeat) as stop,  # first, so that a signal does not cut a save that is being ended
             contextlib.closing(self._p.record),
             contextlib.closing(self._p.store),
             contextlib.closing(self._p.stream),
             contextlib.closing(self._p.validation),
-            StopRequest() as stop,
             RunProgress(self._total_steps, self._state.step, self._main) as progress,
         ):
             if saved is not None:
@@ -267,7 +307,7 @@ class Trainer:
         with self._clock.section("data"):
             for _ in range(self._p.plan.accumulation):
                 next(batches)
-        self._unreduced.append(torch.tensor(math.nan))
+        self._unreduced.append(torch.full((), math.nan, device=self._p.engine.device))
 
     def _rewind(self, trouble: Trouble, progress: RunProgress) -> None:
         """Go back to the newest checkpoint, on all ranks.
@@ -287,6 +327,8 @@ class Trainer:
         self._stop_answer()  # all ranks have asked
         self._stop_answer = _nobody
         self._take_over(saved)
+        if self._state.step != saved.step:
+            self._save_renumbered(saved)
         self._p.record.note("spent", step=reached, seconds=self._clock.take()[0])
         self._p.record.note("rewound", step=self._state.step, reached=reached)
         self._steps_timed = 0
@@ -313,6 +355,9 @@ class Trainer:
         if saved is None:
             return
         self._take_over(saved)
+        if self._state.step != saved.step:
+            self._p.guard.forget()
+            self._save_renumbered(saved)
         self._resumed = saved
 
     def _take_over(self, saved: SavedState) -> None:
@@ -329,17 +374,25 @@ class Trainer:
         self._state = RunState(step, **{**run, "best": best})
         self._p.guard.take_back(trainer.get("guard", {}))
 
-    def _save(self, evaluation: dict[str, float]) -> None:
+    def _save(self, evaluation: dict[str, float], replace: bool = False) -> None:
         self._reduce_losses()
         with self._clock.section("checkpoint"):
-            trainer = {
-                "stream": self._p.stream.state(self._state.step),
-                "optimizer_steps": self._p.master.optimizer_steps,
-                "loss_scale": self._p.master.loss_scale(),
-                "run": self._state.as_dict(),
-                "guard": self._p.guard.state(),
-            }
-            self._p.store.save(self._state.step, self._fragments(), trainer, evaluation)
+            self._p.store.save(self._state.step, self._fragments(), self._for_trainer(), evaluation, replace)
+
+    def _save_renumbered(self, saved: SavedState) -> None:
+        """Begin the new count of steps that another global batch or other data bring, in the store too."""
+        log.warning("step %d is step %d from here on (checkpoint.allow_changes)", saved.step, self._state.step)
+        self._p.store.save_renumbered(self._state.step, self._fragments(), self._for_trainer(), saved.metrics)
+
+    def _for_trainer(self) -> dict[str, Any]:
+        """Return what `_take_over` takes; `check_trainer` knows its form."""
+        return {
+            "stream": self._p.stream.state(self._state.step),
+            "optimizer_steps": self._p.master.optimizer_steps,
+            "loss_scale": self._p.master.loss_scale(),
+            "run": self._state.as_dict(),
+            "guard": self._p.guard.state(),
+        }
 
     # After each step.
 
@@ -389,6 +442,10 @@ class Trainer:
             return self._agree_to_stop(stop)
         self._state.evaluation_owed = False
         self._take_best(measured)
+        self._save(measured, replace=True)
+        if self._state.step == self._total_steps:
+            with self._clock.section("checkpoint"):
+                self._p.store.finish(last=True)
         return None
 
     def _evaluation_due(self, step: int) -> bool:
@@ -466,8 +523,7 @@ class Trainer:
         self._state.substitutions += round(substituted)
         self._unreduced.clear()
         self._unreported.clear()
-        if not self._p.engine.fp16_enabled():  # there DeepSpeed leaves bad steps out and lowers the loss scale
-            self._judge(first, means)
+        self._judge(first, means)
         if self._record_samples:
             self._write_samples(first, len(means))
         self._samples_seen.clear()

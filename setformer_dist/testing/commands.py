@@ -24,6 +24,8 @@ SHORT = (
     "checkpoint.every_steps=5",
 )
 
+_started: list[subprocess.Popen[str]] = []
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -59,8 +61,11 @@ def setformer(*words: str, timeout: float = 280, cwd: Path = ROOT) -> Ended:
 
 
 def start(*words: str) -> subprocess.Popen[str]:
-    """Start `setformer words`; it heeds Ctrl-C even where this process does not (a shell's background job)."""
-    return subprocess.Popen(
+    """Start `setformer words`; it heeds Ctrl-C even where this process does not (a shell's background job).
+
+    Whatever still runs when `end_all` is called is killed.
+    """
+    process = subprocess.Popen(
         command(*words),
         cwd=ROOT,
         env=environment(),
@@ -69,6 +74,17 @@ def start(*words: str) -> subprocess.Popen[str]:
         text=True,
         preexec_fn=heed_ctrl_c,
     )
+    _started.append(process)
+    return process
+
+
+def end_all() -> None:
+    """Kill every command that `start` has started and that still runs; its ranks die with it."""
+    while _started:
+        process = _started.pop()
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
 
 
 def heed_ctrl_c() -> None:

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -178,8 +179,11 @@ def in_child(work: Callable[[], object]) -> int:
     if pid == 0:
         code = 1
         try:
+            torch.set_num_threads(1)  # OpenMP's threads are not there after a fork, and would be waited for
             work()
             code = 0
+        except BaseException:  # noqa: BLE001  (nobody above us: say it here)
+            traceback.print_exc()
         finally:
             os._exit(code)
     return pid
@@ -195,7 +199,9 @@ def read_steps(pipe: int, count: int) -> int:
     """Wait for that many announcements, the writer being alive, and return the last, or 0 for none."""
     data = b""
     while len(data) < 8 * count:
-        data += os.read(pipe, 8 * count - len(data))
+        more = os.read(pipe, 8 * count - len(data))
+        assert more, "the writer died by itself"
+        data += more
     return int.from_bytes(data[-8:], "little")
 
 

@@ -146,7 +146,7 @@ def test_other_folders_are_refused_with_what_to_do(whole, split, tmp_path):
     for folder, said in (
         (tmp_path / "none", "does not exist.*setformer data pack"),
         (tmp_path / "empty", "is empty.*setformer data pack"),
-        (whole.parent / "source", "holds images that are in no class folder `setformer data pack"),
+        (whole.parent / "source", "holds images and no shards.*setformer data pack"),
         (whole.parent, r"packed splits \(data\): name one"),
         (whole / "index.json", "is a file"),
         (split, r"index\.safetensors cannot be read"),
@@ -167,7 +167,7 @@ def test_another_format_is_refused(split):
 
 @pytest.mark.parametrize(
     ("column", "value"),
-    [("label", 3), ("label", -1), ("shard", 9), ("shard", -1), ("offset", -5), ("offset", 10**8), ("size", 0)],
+    [("label", 3), ("label", -1), ("shard", 9), ("shard", -1), ("offset", -5), ("offset", 10**8), ("size", -1)],
 )
 def test_an_index_that_points_outside_is_refused(split, column, value):
     index = open_split(split).index

@@ -118,7 +118,7 @@ def test_verify_ends_with_4_for_damage_and_2_for_mistakes(photos, tmp_path):
         (("pack", "{photos}", "out", "--split", "val"), 3, "no folder 'val'"),
         (("inspect", "nowhere"), 3, "does not exist"),
         (("inspect", "{photos}", "--sheet", "x.gif"), 2, "must end in .html or .png"),
-        (("convert", "{photos}/ant", "{photos}/out"), 3, "in no class folder"),
+        (("convert", "{photos}/ant", "{photos}/out"), 3, "holds images and no shards"),
         (("bench", "nowhere"), 3, "does not exist"),
         (("bench", "{photos}", "--image-size", "0"), 2, "must be above 0"),
     ],
@@ -128,6 +128,23 @@ def test_mistakes_are_one_sentence(photos, words, code, fault):
     assert ended.code == code, ended.err
     assert len(ended.error_lines) == 1
     assert fault in ended.error_lines[0]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("pack", "{photos}", "out", "--workers", "-1"),
+        ("pack", "{photos}", "out.beton", "--raw", "-1"),
+        ("pack", "{photos}", "out", "--length", "-1"),
+        ("index", "{photos}/*.tar", "--workers", "-1"),
+        ("verify", "{photos}", "--workers", "-1"),
+        ("convert", "{photos}", "out.beton", "--workers", "-1"),
+    ],
+)
+def test_numbers_below_zero_are_mistakes(photos, words):
+    ended = data(*(word.format(photos=photos) for word in words))
+    assert ended.code == 2
+    assert words[-2] in ended.err
 
 
 @pytest.mark.parametrize("command", ["pack", "index", "verify", "inspect", "convert", "bench"])

@@ -98,3 +98,28 @@ def test_deaths_at_one_and_the_same_step_end_the_run(digits: Path, tmp_path: Pat
     assert "not started again: it failed 2 times" in err
     assert len(killed) <= 6
     assert not (tmp_path / "demo" / "checkpoints").exists()
+
+
+def test_a_scheduler_that_signals_every_process_and_then_loses_patience(digits: Path, tmp_path: Path) -> None:
+    """USR1 to the command and to every rank at once, as Slurm does; SIGTERM comes when the job is over already."""
+    process = start(*train_words(digits, tmp_path, "schedule.epochs=50", "checkpoint.every_steps=1000"))
+    wait_for(tmp_path / "demo" / "metrics.jsonl", process)
+    ranks = children(process.pid)
+    for pid in (process.pid, *ranks):
+        os.kill(pid, signal.SIGUSR1)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 138, err
+    assert_gone(ranks)
+    last = max(step for kind, step in losses(tmp_path / "demo"))
+    assert (tmp_path / "demo" / "checkpoints" / f"step-{last:08d}" / "manifest.json").exists()
+
+
+def test_a_deadline_that_passes_is_told_by_the_exit_code(digits: Path, tmp_path: Path) -> None:
+    process = start(*train_words(digits, tmp_path, "schedule.epochs=50"), "--grace", "2")
+    pids = at_step(tmp_path / "demo", 5, process)
+    os.kill(pids[1], signal.SIGSTOP)  # it will not save
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 6, err
+    assert "asked to stop by SIGUSR1, but rank" in err
+    assert_gone(pids)

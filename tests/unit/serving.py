@@ -17,7 +17,7 @@ class Server(ThreadingHTTPServer):
         no_head: answer HEAD with 403, as signatures for GET alone do.
         say_length: whether answers have a Content-Length.
         faults: path -> what to do to the next requests for it, in this order: ("status", code[, headers]),
-            ("stall",), ("short", bytes) breaks off after so many bytes, ("reset",).
+            ("stall",), ("short", bytes) breaks off after so many bytes, ("slow", seconds) takes so long, ("reset",).
         always: path -> one such fault for every request.
         log: (method, path, range header) of every request.
         secrets: Authorization headers seen.
@@ -95,7 +95,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data[: fault[1]])
             self.wfile.flush()
             return self.connection.shutdown(socket.SHUT_RDWR)
-        if body:
+        if body and fault and fault[0] == "slow":
+            for piece in range(30):
+                server.ended.wait(fault[1] / 30)
+                self.wfile.write(data[len(data) * piece // 30 : len(data) * (piece + 1) // 30])
+                self.wfile.flush()
+        elif body:
             self.wfile.write(data)
         return None
 

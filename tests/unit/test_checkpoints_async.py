@@ -14,6 +14,7 @@ import torch
 from checkpoints import layout
 from checkpoints.config import CheckpointConfig
 from checkpoints.disk import Disk
+from checkpoints.errors import StorageError
 from checkpoints.identity import Identity
 from checkpoints.manager import CheckpointManager
 from checkpoints.reader import list_checkpoints, open_checkpoint
@@ -115,7 +116,7 @@ def test_a_failure_in_a_thread_is_noticed_there_and_raised_on_all(tmp_path, bad_
         manager.begin(1, mine, {}, IDENTITY, {})
         manager._saves[0].wait()
         noticed = manager.failed()
-        with pytest.raises(CheckpointError, match=rf"step 1 .*rank {bad_rank}: OSError: .*Input/output error"):
+        with pytest.raises(StorageError, match=rf"step 1 .*rank {bad_rank}: OSError: .*Input/output error"):
             manager.finish()
         assert not manager.failed()
         manager._disk = Disk()
@@ -144,6 +145,19 @@ def test_a_full_disk_is_borne_where_the_config_says_so_but_not_at_the_end(tmp_pa
     with pytest.raises(CheckpointError, match="No space left"):
         manager.finish(last=True)
     assert manager.newest().step == 1
+
+
+def test_a_failure_borne_before_does_not_fail_a_run_whose_last_checkpoint_is_there(tmp_path, caplog):
+    disk = FaultyDisk()
+    manager = manager_of(tmp_path, disk, on_disk_full="continue")
+    disk.fault = Fault("write", "rank-*", "disk full")
+    begin(manager, 1, torch.ones(NUMEL))
+    manager._saves[0].wait()
+    disk.fault = None
+    begin(manager, 2, torch.ones(NUMEL))
+    manager.finish(last=True)
+    assert "the last checkpoint, of step 2, is there" in caplog.text
+    assert manager.newest().step == 2
 
 
 def test_by_default_a_full_disk_stops(tmp_path):

@@ -48,17 +48,21 @@ def test_every_nth_stays():
 
 def test_what_lies_beyond_the_saved_step_is_neither_counted_nor_touched():
     # A run that fell back from 120 (damaged) and 110 to 100 and has just saved 105.
-    candidates = [Candidate(100), Candidate(105), Candidate(110), Candidate(120, sound=False)]
+    candidates = [Candidate(100), Candidate(105), Candidate(110), Candidate(120, "damaged")]
     assert steps_to_delete(candidates, 105, CheckpointConfig(keep_last=1, keep_best=0)) == [100]
 
 
 def test_unsound_folders_count_for_nothing_and_go_when_old():
-    candidates = [Candidate(1), Candidate(2, sound=False), Candidate(3), Candidate(4, sound=False), Candidate(5)]
+    candidates = [Candidate(1), Candidate(2, "damaged"), Candidate(3), Candidate(4, "damaged"), Candidate(5)]
     assert steps_to_delete(candidates, 5, CheckpointConfig(keep_last=2, keep_best=0)) == [1, 2]
 
 
 @given(
-    flags=st.lists(st.tuples(st.booleans(), st.floats(0, 1), st.booleans()), min_size=1, max_size=12),
+    flags=st.lists(
+        st.tuples(st.sampled_from(("sound", "damaged", "unknown")), st.floats(0, 1), st.booleans()),
+        min_size=1,
+        max_size=12,
+    ),
     saved=st.integers(0, 11),
     keep_last=st.integers(1, 4),
     keep_best=st.integers(0, 3),
@@ -66,18 +70,18 @@ def test_unsound_folders_count_for_nothing_and_go_when_old():
 def test_the_saved_the_best_and_enough_sound_ones_always_stay(flags, saved, keep_last, keep_best):
     saved = min(saved, len(flags) - 1)
     candidates = [
-        Candidate(step, sound or step == saved, {"top1": top1}, (KEEP_TAG,) if tagged else ())
-        for step, (sound, top1, tagged) in enumerate(flags)
+        Candidate(step, "sound" if step == saved else state, {"top1": top1}, (KEEP_TAG,) if tagged else ())
+        for step, (state, top1, tagged) in enumerate(flags)
     ]
     config = CheckpointConfig(keep_last=keep_last, keep_best=keep_best)
     gone = set(steps_to_delete(candidates, saved, config))
     left = [c for c in candidates if c.step not in gone]
-    within = [c for c in candidates if c.sound and c.step <= saved]
+    within = [c for c in candidates if c.state == "sound" and c.step <= saved]
     assert saved not in gone
     assert all(step < saved for step in gone)
-    assert sum(c.sound and c.step <= saved for c in left) >= min(keep_last, len(within))
+    assert sum(c.state == "sound" and c.step <= saved for c in left) >= min(keep_last, len(within))
     assert not any(c.step in gone for c in best_first(within, config)[:keep_best])
-    assert not any(c.step in gone for c in within if c.tags)
+    assert not any(c.step in gone for c in candidates if c.tags or c.state == "unknown")
     # A second application finds nothing more to do.
     assert steps_to_delete(left, saved, config) == []
 

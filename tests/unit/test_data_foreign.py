@@ -9,6 +9,7 @@ import shutil
 import tarfile
 import tempfile
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,8 +22,10 @@ from PIL import Image
 
 import dataloaders.sources.foreign
 from dataloaders.reading.processes import helper_context, lean_start
+from dataloaders.source import DamagedSampleError
 from dataloaders.sources.foreign import INDEX_FOLDER, find_shards, index_shards, open_foreign, user_cache
-from dataloaders.sources.index import INDEX_NAME, write_index
+from dataloaders.sources.index import ARRAYS_NAME, INDEX_NAME, write_index
+from dataloaders.sources.shards import check_same_classes
 from dataloaders.sources.tars import FileReader, StreamReader, members
 from setformer_dist.core.errors import DataError
 from tests.unit.serving import served
@@ -128,8 +131,10 @@ def test_links_folders_and_old_tars_are_read_as_tarfile_reads_them(tmp_path):
             info.type, info.linkname = kind, link
             info.size = 700 if kind in (tarfile.REGTYPE, tarfile.AREGTYPE) else 0
             tar.addfile(info, io.BytesIO(bytes(info.size)))
-    assert listed(path) == by_tarfile(path)
-    assert len(listed(path)) == 2
+    found = {name: place for name, *place in listed(path)}
+    assert found.pop("d/b.jpg") == found["d/a.jpg"]  # a hard link: tarfile has no bytes for it
+    assert [(name, *place) for name, place in found.items()] == by_tarfile(path)
+    assert len(found) == 2
 
 
 def test_numbers_beyond_octal_and_sizes_in_pax_records(tmp_path):
@@ -262,6 +267,9 @@ def test_masks_and_boxes(tmp_path):
         files += [(f"{i}.jpg", picture(i)), (f"{i}.mask.png", picture(i, "PNG"))]
         files += [(f"{i}.boxes.json", json.dumps(boxes[i]).encode())] if i < 2 else []
     write_tar(root / "a.tar", files)
+    with pytest.raises(DataError, match=r"have masks or boxes, but nothing says of which classes: lay a classes\.txt"):
+        opened(root)
+    (root / "classes.txt").write_text("road\nsky\ntree\ncar\n")
     for checksums in (False, True):
         index_shards(str(root), "*.tar", cache=tmp_path / "cache", checksums=checksums)
         source = opened(root)
@@ -313,6 +321,8 @@ BAD = {
     "no number": ([*sample(1, "")[:1], ("0001.cls", b"")], r"label file '0001\.cls' says '', which is neither"),
     "float": ([("1.jpg", picture(1)), ("1.json", b'{"label": 1.5}')], r"says '1\.5', which is neither"),
     "not json": ([("1.jpg", picture(1)), ("1.json", b"{")], r"'1\.json' is not readable as json"),
+    "deep json": ([("1.jpg", picture(1)), ("1.json", b"[" * 200_000)], r"'1\.json' is not readable as json"),
+    "list": ([("1.jpg", picture(1)), ("1.json", b'{"label": [[1]]}')], r"says '\[\[1\]\]', which is neither"),
     "no picture": ([("1.jpg", b"x"), ("1.cls", b"1")], r"none has a readable image"),
 }
 
@@ -528,13 +538,178 @@ def test_a_process_killed_while_it_indexes_leaves_nothing_in_the_way(folder, tmp
     assert not list((folder / INDEX_FOLDER).glob(".*.partial"))
 
 
-def test_an_index_damaged_on_disk_is_found(folder):
-    opened(folder)
+@pytest.mark.parametrize("checksums", [False, True])
+@pytest.mark.parametrize("name", [INDEX_NAME, ARRAYS_NAME])
+def test_an_index_damaged_on_disk_is_made_anew_and_a_line_says_so(folder, caplog, name, checksums):
+    whole = index_shards(str(folder), "*.tar", cache=folder, checksums=checksums)
     [home] = homes(folder)
-    path = folder / INDEX_FOLDER / home / INDEX_NAME
-    path.write_text(path.read_text().replace("train-01", "train-02"))
-    with pytest.raises(DataError, match="does not agree with its own fingerprint"):
+    path = folder / INDEX_FOLDER / home / name
+    data = path.read_bytes()
+    path.write_bytes(data[:-40] + bytes(20) + data[-20:])
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            again = opened(folder)
+            assert again.fingerprint == whole.fingerprint
+            assert ("crc32" in again.index.columns) == checksums
+    assert caplog.text.count("is damaged and is made anew") == 1
+    assert homes(folder) == [home]
+
+
+def test_checksums_outlive_a_change_of_times(folder):
+    first = index_shards(str(folder), "*.tar", cache=folder, checksums=True)
+    os.utime(folder / "train-01.tar")
+    second = opened(folder).index
+    assert second.columns["crc32"].tolist() == first.columns["crc32"].tolist()
+    assert second.shards == first.shards
+    [name] = homes(folder)
+    assert name.endswith("-crc")
+    with (folder / "train-01.tar").open("r+b") as file:  # its time changes too
+        file.seek(int(first.columns["offset"][6]) + 50)
+        file.write(b"\xff\x00\xff")
+    for _ in range(2):
+        with pytest.raises(DataError, match=rf"shard train-01\.tar in .* not the sha256 that the index .*{name} says"):
+            opened(folder)
+    assert homes(folder) == [name]
+    write_tar(folder / "train-01.tar", sample(99))  # written anew: its headers changed
+    last = opened(folder).index
+    assert last.columns["crc32"][5] == zlib.crc32(picture(99))
+
+
+def test_a_key_of_two_shards_is_said(folder, caplog):
+    with caplog.at_level(logging.WARNING):
         opened(folder)
+        assert "another shard" not in caplog.text
+        write_tar(folder / "train-03.tar", [*sample(20), *sample(11), *sample(3)])
+        assert opened(folder).num_samples == 18
+    assert "2 samples in" in caplog.text
+    assert "the first '0011' in train-02.tar and train-03.tar" in caplog.text
+
+
+def test_a_class_file_without_end(folder):
+    (folder / "classes.json").write_bytes(b"[" * 200_000)
+    with pytest.raises(DataError, match=r"class map .*classes\.json is not a JSON list"):
+        opened(folder)
+
+
+def test_class_names_that_come_later_are_taken(folder):
+    first = opened(folder)
+    (folder / "classes.txt").write_text("ant\nbee\ncow\n")
+    second = opened(folder)
+    assert second.classes == ("ant", "bee", "cow")
+    assert second.fingerprint != first.fingerprint
+
+
+def test_numbers_for_classes_that_differ_ask_for_a_class_file(folder, tmp_path):
+    other = tmp_path / "val"
+    other.mkdir()
+    write_tar(other / "a.tar", [*sample(0), *sample(1)])
+    with pytest.raises(DataError, match=r"label 2 is '2' in .*shards but no class in .*val: lay a classes\.txt"):
+        check_same_classes(opened(folder), opened(other))
+    for place in (folder, other):
+        (place / "classes.txt").write_text("ant\nbee\ncow\n")
+    check_same_classes(opened(folder), opened(other))
+
+
+def test_an_image_without_bytes_is_a_damaged_sample(tmp_path):
+    root = tmp_path / "shards"
+    root.mkdir()
+    write_tar(root / "a.tar", [*sample(0), ("0001.jpg", b""), ("0001.cls", b"1"), *sample(2)])
+    source = opened(root)
+    assert source.num_samples == 3
+    with pytest.raises(DamagedSampleError, match=r"sample 1 \(0001\) .*: its image has no bytes"):
+        source.read(1)
+    assert source.read(2).image == picture(2)
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        (b'{"boxes": [[0, 0, 1, 1]], "labels": [2]}', "a box is of class 2, but the data has classes 0 to 1"),
+        (b'{"boxes": [[0, 0, 1, 1]], "labels": [-1]}', "a box is of class -1"),
+        (b'{"boxes": [[0, 0, 1, 1]], "labels": [1' + b"0" * 24 + b"]}", "no table of boxes"),
+        (b'{"boxes": [[0, 0, 1, NaN]], "labels": [1]}', "a corner is no number"),
+        (b'{"boxes": [], "labels": []', "no table of boxes"),
+        (b"[" * 200_000, "no table of boxes"),
+    ],
+)
+def test_boxes_that_cannot_be_are_a_damaged_sample(tmp_path, table, said):
+    root = tmp_path / "shards"
+    root.mkdir()
+    (root / "classes.txt").write_text("car\ntree\n")
+    write_tar(root / "a.tar", [("0.jpg", picture(0)), ("0.boxes.json", table)])
+    with pytest.raises(DamagedSampleError, match=said):
+        opened(root).read(0)
+
+
+def write_links(path, form, links):
+    """A shard of two samples, and hard links of the sort that `tar` writes: (name, file)."""
+    with tarfile.open(path, "w", format=FORMATS[form]) as tar:
+        for name, data in [*sample(0), *sample(1)]:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        for name, target in links:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.LNKTYPE, target
+            tar.addfile(info)
+
+
+@pytest.mark.parametrize("checksums", [False, True])
+@pytest.mark.parametrize("form", ["gnu", "pax"])
+def test_hard_links_are_the_members_that_they_name(tmp_path, form, checksums):
+    root, long = tmp_path / "shards", "n" * 130
+    root.mkdir()
+    links = [
+        ("0007.jpg", "0001.jpg"),
+        ("0007.cls", "0000.cls"),
+        (f"{long}.jpeg", "0007.jpg"),
+        (f"{long}.cls", "0001.cls"),
+    ]
+    write_links(root / "a.tar", form, [*links, ("0009.jpg", f"{long}.jpeg"), ("0009.cls", f"{long}.cls")])
+    index_shards(str(root), "*.tar", cache=tmp_path, checksums=checksums)
+    source = opened(root)
+    assert [source.key(i) for i in range(5)] == ["0000", "0001", "0007", long, "0009"]
+    assert source.labels(np.arange(5)).tolist() == [0, 1, 0, 1, 1]
+    assert [source.read(i).image for i in range(5)] == [picture(0), *[picture(1)] * 4]
+
+
+@pytest.mark.parametrize(
+    ("links", "said"),
+    [
+        ([("0007.jpg", "0003.jpg")], r"hard link '0007\.jpg' at byte \d+ to '0003\.jpg', which is no file before it"),
+        ([("0007.jpg", "0001.cls")], r"hard link '0007\.jpg' to a file that is no 'jpg' of a sample"),
+    ],
+)
+def test_hard_links_that_lead_nowhere_are_refused(tmp_path, links, said):
+    write_links(tmp_path / "a.tar", "gnu", links)
+    with pytest.raises(DataError, match=said):
+        opened(tmp_path)
+
+
+def header_of(info, size):
+    """A header that says a size of its own, with the checksum that goes with it."""
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = b"\x80" + size.to_bytes(11, "big")
+    header[148:156] = b"%06o\0 " % (sum(header[:148]) + sum(header[156:]) + 256)
+    return bytes(header)
+
+
+@pytest.mark.parametrize("name", ["0.jpg", "0.txt"])
+@pytest.mark.parametrize("power", [40, 61, 62, 63, 64, 87])
+def test_absurd_sizes_in_headers_are_refused(tmp_path, name, power):
+    (tmp_path / "a.tar").write_bytes(header_of(tarfile.TarInfo(name), (1 << power) + 5) + bytes(4096))
+    for checksums in (False, True):
+        with pytest.raises(DataError, match=r"shard .*a\.tar (has a damaged header at byte 0|ends )"):
+            index_shards(str(tmp_path), "*.tar", cache=tmp_path, checksums=checksums)
+
+
+@pytest.mark.parametrize("size", ["9" * 19, "1" + "0" * 40, "1" * 5000])
+def test_absurd_sizes_in_pax_records_are_refused(tmp_path, size):
+    info = tarfile.TarInfo("0.jpg")
+    info.pax_headers = {"size": size}
+    (tmp_path / "a.tar").write_bytes(info.tobuf(tarfile.PAX_FORMAT) + bytes(2048))
+    with pytest.raises(DataError, match=r"a\.tar has a pax header at byte \d+ with size '[19]"):
+        opened(tmp_path)
 
 
 def test_shards_behind_http_are_indexed_as_they_pass(folder, tmp_path):

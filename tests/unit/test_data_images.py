@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 
 from dataloaders import AugmentConfig, DataConfig, Prepare, decode_for_eval
 from dataloaders.pixels.augment import OPERATIONS, color_jitter, erased_box, rand_augment
-from dataloaders.pixels.decode import MAX_PIXELS, UndecodableError, decode, decode_mask, image_size, suffix_for
+from dataloaders.pixels.decode import FORMATS, MAX_PIXELS, UndecodableError, decode, decode_mask, image_size, suffix_for
 from dataloaders.pixels.draws import Lane, sample_words, uniforms
 from dataloaders.pixels.mixing import draw_mix
 from dataloaders.pixels.transforms import TrainTransform, draw_choices, show_for_eval
@@ -74,6 +74,38 @@ def test_cut_images_never_decode(form):
     for end in range(0, last, max(1, last // 60)):
         with pytest.raises(UndecodableError):
             decode(data[:end])
+
+
+def test_formats_that_start_programs_are_not_opened():
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    with Image.open(io.BytesIO(eps)) as image:
+        assert image.format == "EPS"  # PIL itself would
+    for data in (eps, encoded(smooth(10, 10), "GIF"), encoded(smooth(10, 10), "TIFF")):
+        for reads in (decode, image_size, lambda data: decode_mask(data, (10, 10))):
+            with pytest.raises(UndecodableError):
+                reads(data)
+    for form in FORMATS:
+        assert decode(encoded(smooth(10, 10), form)).shape == (10, 10, 3)
+
+
+@pytest.mark.parametrize("crop", ["none", "eval"])
+def test_images_too_long_for_a_centre_crop_are_damage_and_not_the_end_of_memory(crop):
+    config = DataConfig(root="x", image_size=64, augment=AugmentConfig(crop="none"))
+    long, panorama = (Stored(np.zeros((side, 1, 3), np.uint8)) for side in (60_000, 2_000))
+    transform = TrainTransform(config, Facts((64, 1), (64, 1)))
+    choices = draw_choices(config.augment, 0, np.zeros(1, np.int64), np.zeros(1, np.int64))[0]
+
+    def shown(sample):
+        if crop == "eval":
+            return show_for_eval(sample, config)
+        return transform(sample, sample.image.shape[:2], (64, 64), choices)
+
+    with pytest.raises(UndecodableError, match="too long for a centre crop"):
+        shown(long)
+    view = centre_view((60_000, 1), (64, 64), 0.875)
+    with pytest.raises(UndecodableError, match="60000 x 1 pixels would be resized to"):
+        see_mask(view, np.zeros((60_000, 1), np.uint8))
+    assert shown(panorama).image.shape == (3, 64, 64)
 
 
 def test_what_is_no_image_does_not_decode():

@@ -17,6 +17,7 @@ from dataloaders.beton.writer import BetonSample, write_beton
 from dataloaders.config import DataConfig
 from dataloaders.packing.pack import PackOptions, pack_image_folder
 from dataloaders.reading.streams import ShardTrainStream
+from dataloaders.sources import image_folder
 from dataloaders.sources.arrays import CHUNK_ROWS, map_arrays, write_arrays
 from dataloaders.sources.image_folder import ImageFolderDataset
 from dataloaders.sources.index import (
@@ -298,6 +299,35 @@ def test_a_copy_of_an_image_folder_has_the_same_fingerprint(images, tmp_path):
     (copy / "a" / "0.jpg").unlink()
     (copy / "a" / "0.jpg").write_bytes(data)
     assert open_source(str(copy), "", config_of()).fingerprint != first.fingerprint
+
+
+def test_who_waits_for_an_index_sees_the_listing_go_on(images, tmp_path, monkeypatch):
+    """The listing of a large folder takes longer than others wait; each part of it is a sign of life."""
+    monkeypatch.setattr(image_folder, "_TOLD", 3)
+    signs, during, real = [], [], image_folder.find_images
+
+    def listed(*words):
+        found = real(*words)
+        during.extend(signs)
+        return found
+
+    monkeypatch.setattr(image_folder, "find_images", listed)
+    monkeypatch.setattr(os, "utime", lambda path: signs.append(path.name))
+    image_folder.open_image_folder(images, tmp_path / "cache", 1)
+    assert during == [".lock"] * 6  # 9 files found, 9 sorted
+
+
+def test_an_index_where_nothing_can_be_written_is_read(images, tmp_path, monkeypatch):
+    first = image_folder.open_image_folder(images, tmp_path / "cache", 1)
+
+    def refused(homes, shown):
+        raise DataError(f"the index of {shown} can be written nowhere")
+
+    monkeypatch.setattr(image_folder, "own_folder", refused)  # permissions do not bind the superuser
+    assert image_folder.open_image_folder(images, tmp_path / "cache", 1).fingerprint == first.fingerprint
+    (images / "a" / "new.jpg").write_bytes(picture(50))
+    with pytest.raises(DataError, match="can be written nowhere"):
+        image_folder.open_image_folder(images, tmp_path / "cache", 1)
 
 
 def test_a_broken_image_keeps_its_place(images):

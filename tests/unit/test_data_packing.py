@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dataloaders import PackOptions, open_split, pack_image_folder
+from dataloaders.packing.convert import pack_beton
 from dataloaders.packing.pack import _write_shard, unfinished
 from launch.cli_data import app
 from setformer_dist.core.errors import ConfigError, DataError
@@ -257,6 +259,71 @@ def test_full_disk_is_one_sentence_and_leaves_nothing(folder, tmp_path, monkeypa
     with pytest.raises(DataError, match=r"nothing was kept: .*No space left"):
         pack_image_folder(folder, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["photos"]
+
+
+@pytest.mark.parametrize("name", ["out", "out.beton"])
+def test_full_disk_beneath_the_list_of_images_is_one_sentence(folder, tmp_path, name):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+    try:
+        with pytest.raises(DataError, match=rf"packing into .*{name} failed, nothing was kept: .*disk"):
+            (pack_beton if name.endswith(".beton") else pack_image_folder)(folder, tmp_path / name, PackOptions())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [p.name for p in tmp_path.iterdir()] == ["photos"]
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+def test_damaged_compressed_archives_are_one_sentence(folder, tmp_path, kind):
+    whole = tmp_path / f"x.tar.{kind}"
+    with tarfile.open(whole, f"w:{kind}") as tar:
+        for number in range(40):  # what is looked through before the first file
+            empty = tarfile.TarInfo(f"empty-{number}")
+            empty.type = tarfile.DIRTYPE
+            tar.addfile(empty)
+        tar.add(folder, arcname=".")
+    data = whole.read_bytes()
+    damaged = [data[:end] for end in (*range(0, 400, 30), *range(400, len(data) - 20, len(data) // 6))]
+    damaged += [data[:place] + bytes(16) + data[place + 16 :] for place in range(20, len(data) - 40, len(data) // 6)]
+    for content in damaged:
+        whole.write_bytes(content)
+        for name in ("out", "out.beton"):
+            run = CliRunner().invoke(app, ["pack", str(whole), str(tmp_path / name), "--workers", "0"])
+            assert isinstance(run.exception, DataError), run.exc_info
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["photos", whole.name]
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from dataloaders import PackOptions, pack_image_folder
+if __name__ == "__main__":
+    source, destination, die_at = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    rename, renamed = Path.rename, []
+    def counted(self, target):
+        if {self, Path(target)} & {destination}:
+            renamed.append(target)
+            if len(renamed) == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return rename(self, target)
+    Path.rename = counted
+    pack_image_folder(source, destination, PackOptions(force=True, samples_per_shard=5))
+"""
+
+
+@pytest.mark.parametrize("die_at", [1, 2])
+def test_a_kill_while_a_split_is_replaced_keeps_the_old_one(folder, tmp_path, die_at):
+    out = tmp_path / "out"
+    pack_image_folder(folder, out)
+    before = contents(out)
+    ended = subprocess.run([sys.executable, "-c", _KILLED, str(folder), str(out), str(die_at)], timeout=60)
+    assert ended.returncode == -signal.SIGKILL
+    with pytest.raises(DataError, match="no folder 'nowhere'"):
+        pack_image_folder(folder, out, PackOptions(force=True, split="nowhere"))
+    assert contents(out) == before
+    pack_image_folder(folder, out, PackOptions(force=True, samples_per_shard=5))
+    assert len(open_split(out).index.shards) == 4
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "photos"]
 
 
 def test_two_packings_into_one_destination_do_not_mix(folder, tmp_path):

@@ -218,3 +218,9 @@ def test_impossible_sizes_are_refused(data):
     config = config_of(data, aspect_buckets=(1.0, 2.0))
     with pytest.raises(ConfigError, match="larger than the data set of 90"):
         ShardTrainStream(open_source(str(data), "train", config), config, 3, RankInfo(), 120, 120)
+
+
+def test_a_rare_shape_is_blamed_on_the_buckets():
+    members = [np.arange(300_000), np.arange(300_000, 300_001)]
+    with pytest.raises(ConfigError, match=r"data\.aspect_buckets: 1 samples are near .*: leave that entry out"):
+        BucketPlan(members, (1.0, 2.0), 1, 3, wrap=True)

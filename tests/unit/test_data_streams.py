@@ -354,6 +354,9 @@ class DefectiveLoading:
     def fill(self, span):
         raise RuntimeError("a defect of ours")
 
+    def moved(self):
+        return 0
+
 
 @pytest.mark.parametrize(("workers", "threads"), [(0, 0), (0, 2), (1, 0), (1, 2)])
 def test_a_defect_in_a_reader_keeps_its_traceback(workers, threads):
@@ -399,6 +402,9 @@ class Counting:
 
     def loaded(self):
         return Loaded(Request(np.arange(3)), torch.empty(0), np.arange(3))
+
+    def moved(self):
+        return 0
 
 
 @pytest.mark.parametrize(("threads", "ahead"), [(0, 0), (1, 5), (4, 5)])

@@ -2,6 +2,8 @@
 
 import io
 import json
+import multiprocessing
+import os
 import shutil
 import zlib
 
@@ -10,11 +12,12 @@ import pytest
 from PIL import Image
 
 from dataloaders import PackOptions, pack_image_folder, verify_split
+from dataloaders.beton.reader import index_beton
 from dataloaders.packing.convert import convert
 from dataloaders.packing.text import TextOptions, pack_text
 from dataloaders.packing.verify import unreadable, verify
 from dataloaders.sources.index import COLUMNS, read_index, write_index
-from setformer_dist.core.errors import ConfigError, DataError
+from setformer_dist.core.errors import ConfigError, DataError, PassingError
 
 
 def jpeg(number):
@@ -107,6 +110,33 @@ def test_beton_and_class_folders_are_read_too(packed, tmp_path):
     flip(tmp_path / "x.beton", place)
     assert [kind for *_, kind in found(verify(tmp_path / "x.beton"))] == ["checksum"]
     assert [kind for *_, kind in found(verify(tmp_path / "x.beton", decode=False))] == ["checksum"]
+
+
+def test_data_without_digests_are_not_called_whole_unread(packed, tmp_path):
+    convert(packed, tmp_path / "x.beton")
+    (tmp_path / "x.beton.index.safetensors").unlink()
+    for name in ("index.json", "index.safetensors"):
+        (packed / name).unlink()
+    for path in (tmp_path / "s", tmp_path / "x.beton", f"{packed}/shard-*.tar"):
+        with pytest.raises(ConfigError, match=r"neither checksums nor digests.* leave out --no-decode"):
+            verify(path, decode=False)
+        assert verify(path).damaged == []
+    index_beton(tmp_path / "x.beton")
+    assert verify(tmp_path / "x.beton", decode=False).damaged == []
+
+
+def test_a_killed_helper_is_one_sentence(packed):
+    last = packed / "shard-000002.tar"
+    last.unlink()
+    os.mkfifo(last)  # reading it waits for ever
+
+    def kill(done):
+        for helper in multiprocessing.active_children():
+            helper.kill()
+
+    with pytest.raises(PassingError, match=r"a process that was verifying .* died"):
+        verify(packed, workers=2, on_progress=kill)
+    assert multiprocessing.active_children() == []
 
 
 def test_texts_are_compared_with_their_digests(tmp_path):

@@ -9,7 +9,7 @@ import torch
 
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import TrainingError
-from setformer_dist.engine.guard import Guard, GuardConfig, leave_out_bad_updates
+from setformer_dist.engine.guard import Guard, GuardConfig, Updates
 
 
 def guard(folder, **values):
@@ -65,10 +65,29 @@ def test_the_median_goes_on_after_a_resume(tmp_path):
     assert later.judge(25, [2.1]).step == 25
 
 
+class PlainEngine:
+    """What `Updates` asks of an engine at stage 0 in fp32."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def zero_optimization_stage(self):
+        return 0
+
+    def fp16_enabled(self):
+        return False
+
+    def bfloat16_enabled(self):
+        return False
+
+    def was_step_applied(self):
+        return True
+
+
 def test_updates_with_bad_gradients_touch_neither_weights_nor_states():
     weights = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))]
     adam = torch.optim.AdamW(weights, lr=0.1)
-    leave_out_bad_updates(adam)
+    updates = Updates(PlainEngine(adam))
     for p in weights:
         p.grad = torch.ones_like(p)
     adam.step()
@@ -77,10 +96,19 @@ def test_updates_with_bad_gradients_touch_neither_weights_nor_states():
         weights[0].grad = torch.tensor([1.0, bad, 1.0])
         weights[1].grad = torch.ones(2)
         adam.step()
+        assert updates.left_out
         assert all(torch.equal(a, b) for a, b in zip(weights, before[0], strict=True))
         assert all(torch.equal(adam.state[p]["exp_avg"], b) for p, b in zip(weights, before[1], strict=True))
         assert all(int(adam.state[p]["step"]) == 1 for p in weights)
     for p in weights:
         p.grad = torch.ones_like(p)
     adam.step()
+    assert not updates.left_out
     assert not torch.equal(weights[0], before[0][0])
+
+
+def test_with_a_scaled_loss_only_leaps_count(tmp_path):
+    one = Guard(GuardConfig(spike=2.0), tmp_path, Alone(), scaled=True)
+    one.load()
+    assert one.judge(0, [1.0, math.nan] * 30) is None
+    assert one.judge(60, [math.inf, 2.5]).step == 61

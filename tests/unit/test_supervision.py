@@ -145,11 +145,62 @@ def test_a_supervisor_that_was_killed_left_no_end():
     assert account.failures == [(9.0, "supervisor killed", 4)]
 
 
+def test_of_the_time_since_the_last_line_what_a_later_checkpoint_holds_is_not_lost():
+    account = ledger.account(
+        [
+            event("attempt", 0),
+            event("began", 5, step=0),
+            event("spent", 45, step=40, seconds={"forward": 40}),
+            event("ended", 54, why="killed", step=49),
+            event("attempt", 54),
+            event("began", 60, step=48),
+            event("ended", 61, why="done", final=True),
+        ]
+    )
+    assert account.seconds["lost"] == pytest.approx(1)
+    assert account.steps_lost == 1
+    assert account.total == pytest.approx(61)
+
+
+def test_an_attempt_that_dies_before_its_first_step_forgets_nothing():
+    account = ledger.account(
+        [
+            event("attempt", 0),
+            event("began", 5, step=0),
+            event("spent", 15, step=10, seconds={"forward": 10}),
+            event("ended", 18, why="killed", step=13),
+            event("attempt", 19),
+            event("ended", 22, why="killed", step=-1),
+            event("attempt", 23),
+            event("began", 28, step=0),
+            event("ended", 29, why="done", final=True),
+        ]
+    )
+    assert account.steps_lost == 13
+    assert account.seconds["lost"] == pytest.approx(13)
+    assert account.seconds["restart"] == pytest.approx(10)
+
+
+def test_runs_under_a_launcher_that_writes_no_ends():
+    account = ledger.account(
+        [
+            event("began", 0, step=0),
+            event("spent", 100, step=10, seconds={"forward": 100}),
+            event("began", 90_000, step=10),
+            event("spent", 90_100, step=20, seconds={"forward": 100}),
+        ]
+    )
+    assert account.total == pytest.approx(200)
+    assert account.attempts == 2
+
+
 def test_a_torn_line_is_passed_over(tmp_path):
     ledger.record(tmp_path, "attempt", number=1)
     with (tmp_path / ledger.LEDGER).open("ab") as file:
         file.write(b'{"event": "ended", "ti')
     assert [e["event"] for e in ledger.read_events(tmp_path)] == ["attempt"]
+    ledger.record(tmp_path, "began", step=1)  # begins a line of its own
+    assert [e["event"] for e in ledger.read_events(tmp_path)] == ["attempt", "began"]
 
 
 CHILD = """

@@ -12,6 +12,7 @@ import torch
 
 from dataloaders.config import TokenConfig
 from dataloaders.order.order import epoch_order
+from dataloaders.packing.text import TextOptions
 from dataloaders.tokens import (
     TOKENS_NAME,
     TokenEvalStream,
@@ -250,3 +251,8 @@ def test_prepare_makes_ids_and_targets(split: TokenSplit) -> None:
     assert targets.gather(1, batch.labels[:, None]).flatten().tolist() == pytest.approx([0.8] * 12)
     hard = prepare(batch, train=False)[1]
     assert torch.equal(hard, torch.nn.functional.one_hot(batch.labels, 3).float())
+
+
+def test_texts_are_not_cut_to_less_than_nothing() -> None:
+    with pytest.raises(ConfigError, match="--length -1 must be at least 0"):
+        TextOptions(length=-1)
