@@ -144,6 +144,7 @@ def compare(comparison: Comparison, console: Console) -> int:
     for kind in comparison.kinds:  # before the first run, not hours later
         check_folder(comparison.resolved(kind))
         check_data(comparison.folder / kind, splits)
+        check_ranks(comparison.folder / kind, comparison.ranks)
     rows = []
     for kind in comparison.kinds:
         folder = comparison.folder / kind
@@ -170,6 +171,7 @@ def _trained_alike(comparison: Comparison, kind: str, splits: dict[str, TokenSpl
     try:
         check_folder(comparison.resolved(kind))
         check_data(folder, splits)
+        check_ranks(folder, comparison.ranks)
     except (ConfigError, DataError):
         return False
     return True
@@ -189,6 +191,16 @@ def check_data(folder: Path, splits: dict[str, TokenSplit]) -> None:
     path = folder / DATA_NAME
     if path.exists() and json.loads(path.read_text()) != trained_on(splits):
         raise DataError(f"{folder} was begun on other data than are prepared now: remove it, or give another --out")
+
+
+def check_ranks(folder: Path, ranks: int) -> None:
+    """Refuse a run that ended on another number of ranks: its speed would stand beside that of these.
+
+    Raises:
+        ConfigError: naming the folder.
+    """
+    if finished(folder) and (there := json.loads((folder / "summary.json").read_text())["ranks"]) != ranks:
+        raise ConfigError(f"{folder} was trained on {there} ranks, this is {ranks}: remove it, or give another --out")
 
 
 def finished(folder: Path) -> bool:
