@@ -34,8 +34,10 @@ def run(digits: Path, out: Path, mode: str, stage: int, dtype: str, steps: list[
     [
         (0, "fp32"),
         (2, "bf16"),
-        (3, "fp32"),
-        *(pytest.param(s, d, marks=pytest.mark.drill) for s, d in ((0, "bf16"), (1, "fp32"), (1, "bf16"), (2, "fp32"))),
+        *(
+            pytest.param(s, d, marks=pytest.mark.drill)
+            for s, d in ((0, "bf16"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32"))
+        ),
     ],
 )
 def test_skip_leaves_the_update_out(digits: Path, tmp_path: Path, stage: int, dtype: str) -> None:

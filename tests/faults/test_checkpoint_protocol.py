@@ -11,7 +11,11 @@ def name(case: Case) -> str:
     return f"{case.number}-rank{case.rank}-{case.what}-{case.fault.kind}".replace(" ", "_")
 
 
-@pytest.mark.parametrize("case", cases(), ids=name)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.drill] if at % 3 else []) for at, case in enumerate(cases())],
+    ids=name,
+)
 def test_a_fault_leaves_the_old_checkpoint_or_the_new_one(tmp_path, case):
     found = run_case(tmp_path, case)
     assert found.step in case.found, found
