@@ -17,6 +17,7 @@ from setformer_dist.ops.set_fast import Gradients, Inputs
 from setformer_dist.ops.set_problem import SetProblem
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_LARGE = 8 << 20  # bytes; below, an allocator has such memory at hand
 
 
 # -------------------------------------------------------------------------------------------------------- the call
@@ -96,6 +97,16 @@ def _run(inputs: Inputs, problem: SetProblem, dtype: torch.dtype, backward: bool
         raise MemoryError(f"no memory for SeT attention of {n} tokens and {call.references} references")
 
 
+def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
+    """Return memory for an output; a large one in huge pages, as the system gives them out zeroed page by page."""
+    out = torch.empty_like(tensor)
+    library = cpp.library()
+    assert isinstance(library, ctypes.CDLL), library
+    if out.nbytes >= _LARGE:
+        library.setformer_prefer_huge_pages(ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(out.nbytes))
+    return out
+
+
 def unsuitable(inputs: Inputs, problem: SetProblem) -> str | None:
     """Return why this kernel computes no such problem, on whatever machine; None where it does.
 
@@ -139,7 +150,7 @@ def forward(inputs: Inputs, problem: SetProblem, dtype: torch.dtype) -> tuple[to
     """
     b, h, _, _ = inputs.x_bhnd.shape
     sets = 1 if inputs.scatter_hmk is None else 2
-    y = torch.empty_like(inputs.x_bhnd)
+    y = _empty_like(inputs.x_bhnd)
     rounds = inputs.x_bhnd.new_empty((sets, b, h, problem.iterations + 1, inputs.gather_hmk.shape[1]), dtype=dtype)
     _run(inputs, problem, dtype, False, y=_tokens(y), scalings=_pointer(rounds))
     return y, rounds
@@ -159,8 +170,8 @@ def backward(
     """
     b = inputs.x_bhnd.shape[0]
     features, scatter = inputs.features_bhnk, inputs.scatter_hmk
-    grad_x = torch.empty_like(inputs.x_bhnd)
-    grad_features = None if features is None else torch.empty_like(features)
+    grad_x = _empty_like(inputs.x_bhnd)
+    grad_features = None if features is None else _empty_like(features)
     sums = [None if r is None else r.new_empty((b, *r.shape), dtype=dtype) for r in (inputs.gather_hmk, scatter)]
     rounds = rounds.contiguous()
     _run(

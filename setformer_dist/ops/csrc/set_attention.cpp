@@ -593,6 +593,9 @@ PUBLIC int setformer_plans(
   }
 }
 
+// Ask for huge pages under memory that a caller has taken for an output and not written yet.
+PUBLIC void setformer_prefer_huge_pages(void* data, int64_t bytes) { setformer::prefer_huge_pages(data, bytes); }
+
 // exp of `count` numbers (a multiple of 16, aligned to 64 bytes), for the tests of its accuracy.
 PUBLIC void setformer_exponential(void* numbers, int64_t count, int wide) {
   using namespace setformer;

@@ -6,10 +6,9 @@
 #include <c10/util/Half.h>
 
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <type_traits>
 
+#include "memory.h"
 #include "vectors.h"
 
 namespace setformer {
@@ -35,21 +34,6 @@ struct Call {
   uint8_t* mask;                                 // (b, n)
   void* scalings;                                // v of all rounds, (sets, b, h, L + 1, m)
   void *grad_gather, *grad_scatter;              // (b, h, m, k), one for each image
-};
-
-template <class T>
-class Array {
- public:
-  Array() = default;
-  explicit Array(long size) : data_(static_cast<T*>(::operator new(size * sizeof(T), ALIGNMENT))) {}
-  operator T*() const { return data_.get(); }
-
- private:
-  static constexpr std::align_val_t ALIGNMENT{64};
-  struct Free {
-    void operator()(T* data) const { ::operator delete(data, ALIGNMENT); }
-  };
-  std::unique_ptr<T, Free> data_;
 };
 
 struct Tile {

@@ -21,7 +21,9 @@ constexpr int VECTOR_BYTES = 16, REGISTERS = 32;
 constexpr int VECTOR_BYTES = 16, REGISTERS = 16;
 #endif
 
-constexpr long PAD = 16;  // a multiple of the numbers in any vector and of the rows in any block below
+// A multiple of the numbers in any vector and of the rows in any block below, as small as that: 49 references become 56
+// with vectors of 32 bytes, and 64 with those of 64.
+constexpr long PAD = VECTOR_BYTES == 64 ? 16 : 8;
 
 template <class T>
 struct Vectors {
@@ -169,7 +171,8 @@ inline void dot_rows(const T* a, const T* b, long stride, long rows, long column
 
 constexpr int MAX_VECTORS = REGISTERS / 8;  // columns of one block, in vectors
 
-constexpr int block_rows(int vectors) { return REGISTERS == 32 && vectors < 4 ? 8 : 4; }
+// Enough sums at once to hide the latency of a product, as far as the registers go.
+constexpr int block_rows(int vectors) { return vectors <= REGISTERS / 16 + (REGISTERS == 32) ? 8 : 4; }
 
 template <class T, int VECTORS>
 inline void multiply_block(
