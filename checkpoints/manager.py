@@ -40,7 +40,7 @@ from checkpoints.errors import DamagedError, StorageError
 from checkpoints.identity import Identity, digest_json
 from checkpoints.manifest import Manifest, examine_files, read_manifest, size_faults
 from checkpoints.policy import ASIDE_KEPT, best_first, steps_to_delete
-from checkpoints.rankfile import Layout, fragment_key, image_parts
+from checkpoints.rankfile import Layout, fragment_key, host_memory, image_parts
 from checkpoints.reader import Checkpoint, Entry, Skipped, candidates, check_rank_files, list_checkpoints, verify
 from setformer_dist.core.comm import Collectives
 from setformer_dist.core.errors import CheckpointError
@@ -339,7 +339,9 @@ class CheckpointManager:
             image = self._images.pop()
             if image.numel() >= placed.nbytes and image.is_pinned() == pinned:
                 return image
-        return torch.empty(placed.nbytes, dtype=torch.uint8, pin_memory=pinned)
+        if pinned:
+            return torch.empty(placed.nbytes, dtype=torch.uint8, pin_memory=True)
+        return host_memory(placed.nbytes)
 
     def _apply_policy(self, step: int) -> None:
         """Rank 0: delete what may go. A failure costs space, not the run, so it only warns."""

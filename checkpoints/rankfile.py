@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import mmap
 import os
 import re
 import struct
@@ -110,6 +111,19 @@ class Layout:
             place.copy_(tensor.reshape(-1), non_blocking=True)
         for device in {f.tensor.device for _, f in self.placed if f.tensor.device.type != "cpu"}:
             torch.get_device_module(device).synchronize(device)
+
+
+def host_memory(nbytes: int) -> torch.Tensor:
+    """Return uninitialised bytes of the host, in huge pages where the system has them.
+
+    The first save of a process fills memory that the system gives out while training waits: in pages of 2 MiB and not
+    of 4 KiB that takes a fraction of the time (docs/decisions.md).
+    """
+    memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def image_parts(image: torch.Tensor, nbytes: int) -> Iterator[memoryview]:

@@ -320,6 +320,9 @@ def _check(
     """Refuse what does not fit, naming the argument, what it is and what it should be."""
     if x.ndim != 4 or not x.dtype.is_floating_point or 0 in x.shape:
         raise ConfigError(f"x has shape {tuple(x.shape)} and dtype {x.dtype}: expected floats (b, h, n, d), none empty")
+    for name, tensor in (("references", references), ("return_references", back), ("anchors", anchors), ("mask", mask)):
+        if tensor is not None and tensor.device != x.device:
+            raise ConfigError(f"{name} on device {str(tensor.device)!r}: expected {str(x.device)!r}, where x is")
     b, h, n, d = x.shape
     if (anchors is not None) != (config.kernel == "nystrom"):
         raise ConfigError(

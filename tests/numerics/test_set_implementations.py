@@ -442,6 +442,7 @@ def test_the_work_is_done_in_fp32_under_autocast():
         ({"x_bhnd": torch.zeros(2, 30, 6)}, r"x has shape \(2, 30, 6\).*expected floats \(b, h, n, d\)"),
         ({"x_bhnd": torch.zeros(2, 2, 0, 6)}, "none empty"),
         ({"references_hmd": torch.zeros(2, 8, 6)}, r"references have shape \(2, 8, 6\): expected .* \(2, 9, 6\)"),
+        ({"references_hmd": torch.zeros(2, 9, 6, device="meta")}, "references on device 'meta': expected 'cpu'"),
         ({"return_references_hmd": None}, "return_references are missing, but reference_sets = 2"),
         ({"anchors_hkd": torch.zeros(2, 5, 6)}, "anchors are given, but kernel = 'similarity'"),
         ({"grid": None}, "needs grid"),
