@@ -14,6 +14,7 @@ from deepspeed.runtime.config import DeepSpeedConfigError
 from torch import nn
 
 from setformer_dist.core.errors import ConfigError
+from setformer_dist.engine.offload import forget_gradients_after_steps
 from setformer_dist.engine.optim import OptimConfig, adamw, parameter_groups
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -55,4 +56,6 @@ def initialize(model: nn.Module, optim: OptimConfig, deepspeed_json: dict[str, A
         )
     except (DeepSpeedConfigError, pydantic.ValidationError) as error:
         raise ConfigError(f"DeepSpeed refuses its config: {' '.join(str(error).split())}") from None
+    if engine.zero_use_cpu_optimizer():
+        forget_gradients_after_steps(engine.optimizer)
     return engine

@@ -5,8 +5,10 @@
     stages 1 and 2       param._hp_mapping: an address within a flat partition per parameter group
     stage 3              each parameter's own partition; rank r holds [r·p, (r+1)·p), zero-padded at the end
 
-Checkpoints, the EMA, and later overwrites of references are loops over these. This file and zero.py are the
-only ones that know how DeepSpeed lays out memory (written against 0.19.8).
+With zero.offload the same tensors lie in host memory.
+
+Checkpoints, the EMA, and later overwrites of references are loops over these. This file, zero.py and offload.py are
+the only ones that know how DeepSpeed lays out memory (written against 0.19.8).
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ from typing import Any, Protocol
 
 import torch
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 from torch import nn
 
 from setformer_dist.core.fragments import Fragment
@@ -176,7 +177,9 @@ class _Stage3:
             real = max(0, min(partition, p.ds_numel - start))
             if not real:  # all padding here
                 continue
-            held = safe_get_local_fp32_param(p) if state == "param" else safe_get_local_optimizer_state(p, state)
+            # Not safe_get_local_fp32_param: of a master in host memory it returns a copy on the device.
+            key = None if state == "param" else state
+            held, _ = self._optimizer._get_fp32_opt_state_partition(p, release_swap_buffers=False, optim_state_key=key)
             yield p, start, held.data.view(-1)[:real]
 
     def refresh(self) -> None:

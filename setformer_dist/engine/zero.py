@@ -36,11 +36,29 @@ class ZeroConfig(FrozenConfig):
         stage: 0 replicates; 1 shards optimizer states, 2 also gradients, 3 also parameters.
         overlap_comm: overlap the reduction of gradients with the backward pass.
         bucket_mib: size of the reduction and gather buckets.
+        offload: what lies in host memory and is updated there (ZeRO-Offload, Ren et al. 2021): "none"; "optimizer",
+            the masters, Adam's states, the average and the gradients that Adam takes (stages 1, 2, 3); or "all", the
+            weights as well, brought to the device where they are needed (stage 3). May change at a resume.
     """
 
     stage: Literal[0, 1, 2, 3] = 2
     overlap_comm: bool = False
     bucket_mib: int = pydantic.Field(default=256, gt=0)
+    offload: Literal["none", "optimizer", "all"] = "none"
+
+    @pydantic.model_validator(mode="after")
+    def _offload_possible(self) -> ZeroConfig:
+        if self.offload != "none" and self.stage == 0:
+            raise ValueError(
+                f"offload = {self.offload!r} needs stage = 1, 2 or 3, got stage = 0, where nothing is sharded: raise "
+                'zero.stage, or set zero.offload = "none"'
+            )
+        if self.offload == "all" and self.stage != 3:
+            raise ValueError(
+                f"offload = 'all' needs stage = 3, got stage = {self.stage}, where every rank computes with whole "
+                'weights: set zero.stage = 3, or zero.offload = "optimizer"'
+            )
+        return self
 
 
 # Keys of DeepSpeed's that we set from our own config; a [deepspeed] table that names one contradicts it.
@@ -58,6 +76,11 @@ OWNED_KEYS = {
     "zero_optimization.overlap_comm": "zero.overlap_comm",
     "zero_optimization.reduce_bucket_size": "zero.bucket_mib",
     "zero_optimization.allgather_bucket_size": "zero.bucket_mib",
+    "zero_optimization.offload_optimizer": "zero.offload",
+    "zero_optimization.offload_param": "zero.offload",
+    "zero_optimization.cpu_offload": "zero.offload",  # an older name of the same
+    "zero_optimization.cpu_offload_param": "zero.offload",
+    "zero_force_ds_cpu_optimizer": "zero.offload",
 }
 
 
@@ -87,6 +110,9 @@ def deepspeed_config(
         "steps_per_print": 1_000_000_000,  # our metrics print
         "zero_optimization": _zero_section(zero),
     }
+    if zero.offload != "none":
+        # AdamW stays PyTorch's fused one: the numbers of a run without offload, and nothing to compile.
+        config["zero_force_ds_cpu_optimizer"] = False
     if precision.dtype == "bf16":
         config["bf16"] = {"enabled": True}
     if precision.dtype == "fp16":
@@ -108,6 +134,11 @@ def _zero_section(zero: ZeroConfig) -> dict[str, Any]:
         "reduce_bucket_size": elements,
         "allgather_bucket_size": elements,
     }
+    in_host_memory = {"device": "cpu", "pin_memory": True}  # DeepSpeed pins nothing where the device is the CPU
+    if zero.offload != "none":
+        section["offload_optimizer"] = in_host_memory
+    if zero.offload == "all":
+        section["offload_param"] = dict(in_host_memory)
     return section
 
 

@@ -49,10 +49,10 @@ def test_fragments_cover_restore_and_swap(stage: int, dtype: str, grad_accum: st
         assert result["same_at_start"]
         assert result["swap_restores"]
         assert result["swap_changes"]
-    _assert_covered(results[0]["cover"], replicated=stage == 0)
+    assert_covered(results[0]["cover"], replicated=stage == 0)
 
 
-def _assert_covered(cover: list[list[list[object]]], replicated: bool) -> None:
+def assert_covered(cover: list[list[list[object]]], replicated: bool) -> None:
     """Every element of every state is held exactly once over the ranks (by each rank where replicated)."""
     pieces: dict[tuple[object, ...], list[tuple[int, int]]] = {}
     for rank_pieces in cover[:1] if replicated else cover:

@@ -37,26 +37,37 @@ def samples(step: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Trainee:
-    """A DeepSpeed engine with fragments and EMA, on the samples above."""
+    """A DeepSpeed engine with fragments and EMA, on the samples above; connects this process if it is not yet."""
 
     def __init__(
-        self, stage: int, dtype: str, grad_accum: str = "auto", micro: int = 4, model: ModelConfig | None = None
+        self,
+        stage: int,
+        dtype: str,
+        grad_accum: str = "auto",
+        micro: int = 4,
+        model: ModelConfig | None = None,
+        offload: str = "none",
+        clip_norm: float = OPTIM.clip_norm,
+        module: torch.nn.Module | None = None,
     ) -> None:
         self.ranks = RankInfo.from_env()
-        connect(self.ranks, os.environ["SETFORMER_RENDEZVOUS"])
+        if not torch.distributed.is_initialized():
+            connect(self.ranks, os.environ["SETFORMER_RENDEZVOUS"])
         self.comm = TorchCollectives(self.ranks)
         self.plan = solve(BatchConfig(global_size=16, micro=micro), self.ranks.world_size)
-        json = deepspeed_config(
-            PrecisionConfig(dtype=dtype, grad_accum=grad_accum), ZeroConfig(stage=stage), self.plan, OPTIM.clip_norm, {}
-        )
+        zero = ZeroConfig(stage=stage, offload=offload, bucket_mib=1)
+        json = deepspeed_config(PrecisionConfig(dtype=dtype, grad_accum=grad_accum), zero, self.plan, clip_norm, {})
         self.dtype = DTYPES[dtype]
-        module = small_model() if model is None else build_model(model, 10, 16, 0)
+        if module is None:
+            module = small_model() if model is None else build_model(model, 10, 16, 0)
         self.engine = initialize(module, OPTIM, json)
         self.master = MasterState(self.engine)
         self.ema = Ema(self.master, EmaConfig(decay=0.9))
 
-    def step(self, step: int) -> float:
+    def step(self, step: int, factor: float = 1.0) -> float:
+        """Run optimizer step `step`; the images of its last micro batch are multiplied by `factor`."""
         images, targets = samples(step, self.plan.global_size)
+        images[-self.plan.micro * self.ranks.world_size :] *= factor
         total = 0.0
         for a in range(self.plan.accumulation):
             first = (a * self.ranks.world_size + self.ranks.rank) * self.plan.micro
@@ -96,8 +107,14 @@ def losses_of(stage: int, dtype: str, grad_accum: str, steps: int) -> list[float
 
 
 def round_trip(stage: int, dtype: str, grad_accum: str) -> dict[str, Any]:
-    """Swap the average in and out, remember all fragments, run 3 steps, write the fragments back, run them again."""
     trainee = Trainee(stage, dtype, grad_accum)
+    found = round_trip_of(trainee)
+    disconnect()
+    return found
+
+
+def round_trip_of(trainee: Trainee) -> dict[str, Any]:
+    """Swap the average in and out, remember all fragments, run 3 steps, write the fragments back, run them again."""
     at_start = [[f.name, f.state, f.start, f.end, f.full_numel] for f in trainee.held()]
     before = [trainee.step(k) for k in range(3)]
     images, _ = samples(99, 8)
@@ -117,7 +134,6 @@ def round_trip(stage: int, dtype: str, grad_accum: str) -> dict[str, Any]:
     trainee.master.refresh()
     second = [trainee.step(k) for k in range(3, 6)]
     cover = trainee.comm.gather_json([[f.name, f.state, f.start, f.end, f.full_numel] for f in trainee.held()])
-    disconnect()
     return {
         "before": before,
         "first": first,
