@@ -53,8 +53,7 @@ OPTIONAL: Mapping[str, str] = {
     "pytest": "the tests",
 }
 PROGRAMS: Mapping[str, str] = {
-    "g++": "DeepSpeed's compiled operations (offload)",
-    "ninja": "DeepSpeed's compiled operations (offload)",
+    "g++": "the compiled attention of CPUs",
     "pdsh": "starting on several hosts by DeepSpeed's launcher",
     "ssh": "starting on several hosts",
 }
@@ -225,7 +224,7 @@ def _program(name: str, purpose: str) -> Finding:
     found = shutil.which(name) or _beside_python(name)
     if found:
         return Finding(name, found)
-    package = {"ninja": "ninja-build", "ssh": "openssh-client"}.get(name, name)
+    package = {"ssh": "openssh-client"}.get(name, name)
     return Finding(name, "missing", "note", f"apt-get install {package}: for {purpose}")
 
 

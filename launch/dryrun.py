@@ -45,6 +45,8 @@ def predict_costs(run: ResolvedRun, known: _Known) -> dict[str, Any]:
         c.ema.decay > 0,
         (run.plan.micro, *known.shape),
         known.dtype,
+        c.zero.offload,
+        run.plan.accumulation,
     )
     return {
         "parameters": parameters(model),
@@ -55,6 +57,7 @@ def predict_costs(run: ResolvedRun, known: _Known) -> dict[str, Any]:
             "masters_and_optimizer": memory.masters,
             "activations": memory.activations,
             "total": memory.total,
+            "host": memory.host,
         },
     }
 
@@ -100,6 +103,9 @@ def dry_run(run: ResolvedRun, console: Console) -> None:
         "batch",
         f"{plan.global_size} = {plan.micro} per rank × {plan.accumulation} accumulated × {plan.world_size} ranks",
     )
+    host = costs["memory"].pop("host")
     for name, value in costs["memory"].items():
         table.add_row(f"memory per rank: {name.replace('_', ' ')}", f"{value / 2**20:,.1f} MiB")
+    if host:
+        table.add_row("host memory per rank, by zero.offload", f"{host / 2**20:,.1f} MiB")
     console.print(table)

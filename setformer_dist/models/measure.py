@@ -52,23 +52,25 @@ def _fake_weights(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | N
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank.
+    """Bytes of one rank, on its device and, by offload, in host memory.
 
     Attributes:
         parameters: weights the model computes with.
         gradients: as they accumulate.
         masters: fp32 masters (beside the weights, where these are of low precision), Adam's two states, EMA.
         activations: kept for the backward pass of one micro batch.
+        host: what offload keeps in host memory instead, and the fp32 gradients that Adam takes there.
     """
 
     parameters: int
     gradients: int
     masters: int
     activations: int
+    host: int = 0
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """All that is on the device."""
         return self.parameters + self.gradients + self.masters + self.activations
 
 
@@ -81,6 +83,8 @@ def predict_memory(
     ema: bool,
     batch: tuple[int, ...],
     batch_dtype: torch.dtype | None = None,
+    offload: str = "none",
+    accumulation: int = 1,
 ) -> Memory:
     """Predict a rank's memory under ZeRO (Rajbhandari et al. 2020, section 3) and AdamW.
 
@@ -93,19 +97,29 @@ def predict_memory(
         ema: whether an average of the weights is kept.
         batch: shape of a micro batch, such as (m, 3, height, width).
         batch_dtype: of the micro batch; None is that of the weights.
+        offload: "none", "optimizer" or "all", as ZeRO-Offload lays them out in DeepSpeed.
+        accumulation: micro batches of a step.
     """
     count = parameters(model)
 
     def share(from_stage: int) -> int:
         return -(-count // world_size) if stage >= from_stage else count
 
-    master_bytes = 8 + 4 * ema + (4 if dtype != torch.float32 or stage in (1, 2) else 0)
-    return Memory(
-        parameters=share(3) * dtype.itemsize,
-        gradients=share(2) * grad_dtype.itemsize,
-        masters=share(1) * master_bytes,
-        activations=_saved_bytes(model, dtype, batch, batch_dtype or dtype),
-    )
+    activations = _saved_bytes(model, dtype, batch, batch_dtype or dtype)
+    weights, gradients = share(3) * dtype.itemsize, share(2) * grad_dtype.itemsize
+    if offload == "none":
+        master_bytes = 8 + 4 * ema + (4 if dtype != torch.float32 or stage in (1, 2) else 0)
+        return Memory(weights, gradients, share(1) * master_bytes, activations)
+    held = share(1) * (4 + 8 + 4 + 4 * ema)  # master, Adam's states, the gradient that Adam takes, average
+    if stage == 3:  # gradients accumulate in host memory
+        on_device = 0 if offload == "all" else weights
+        return Memory(on_device, 0, 0, activations, held + gradients + weights - on_device)
+    # Through a buffer of low precision the weights go back. Micro batches are added up in host memory, but for stage 1,
+    # which waits for the last one, and for gradients that accumulate in fp32 beside weights of low precision.
+    summed = accumulation > 1 and stage == 2 and grad_dtype == dtype
+    host = held + share(1) * dtype.itemsize * (1 + summed)
+    on_device = gradients if stage == 1 or grad_dtype != dtype else 0
+    return Memory(weights, on_device, 0, activations, host)
 
 
 def _saved_bytes(model: nn.Module, dtype: torch.dtype, batch: tuple[int, ...], batch_dtype: torch.dtype) -> int:

@@ -1,4 +1,4 @@
-"""A run that goes on with other ranks, another ZeRO stage and another micro batch, in the middle of an epoch."""
+"""A run that goes on with other ranks, ZeRO stage, offload and micro batch, in the middle of an epoch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ def test_two_ranks_then_one_then_two_see_the_samples_of_an_uninterrupted_run(dig
     own = ("precision.dtype=fp32", "run.record_samples=true", "checkpoint.every_steps=4")
     whole = setformer(*train_words(digits, tmp_path / "whole", *own))
     assert whole.code == 0, whole.err
-    parts = ((2, (), 4), (1, ("zero.stage=0", "batch.micro=8"), 12), (2, ("zero.stage=3",), None))
+    parts = (
+        (2, ("zero.offload=optimizer",), 4),
+        (1, ("zero.stage=0", "batch.micro=8"), 12),
+        (2, ("zero.stage=3", "zero.offload=all"), None),
+    )
     for ranks, other, until in parts:
         process = start(*train_words(digits, tmp_path / "parts", *own, *other, ranks=ranks))
         if until is not None:

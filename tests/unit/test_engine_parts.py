@@ -16,6 +16,7 @@ from setformer_dist.engine.step import soft_cross_entropy
 from setformer_dist.engine.trainer import Best
 from setformer_dist.engine.zero import PrecisionConfig, ZeroConfig, check_precision, deepspeed_config
 from setformer_dist.models.build import ModelConfig, build_model
+from setformer_dist.models.measure import Memory, parameters, predict_memory
 
 PLAN = BatchPlan(64, 8, 4, 2)
 
@@ -118,12 +119,53 @@ def test_deepspeed_json_states_the_equation() -> None:
         ({"bf16": {"enabled": True}}, "use precision.dtype instead"),
         ({"zero_optimization": {"stage": 1}}, "use zero.stage instead"),
         ({"zero_optimization": {"overlap_comm": True}}, "use zero.overlap_comm instead"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "use zero.offload instead"),
+        ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "use zero.offload instead"),
+        ({"zero_force_ds_cpu_optimizer": True}, "use zero.offload instead"),
         ({"zero_optimization": 2}, "is not a table"),
     ],
 )
 def test_deepspeed_keys_of_ours_do_not_pass_through(extra: dict[str, object], use: str) -> None:
     with pytest.raises(ConfigError, match=use):
         deepspeed_config(PrecisionConfig(), ZeroConfig(), PLAN, 1.0, extra)
+
+
+def test_offload_is_what_deepspeed_calls_it() -> None:
+    where = {"device": "cpu", "pin_memory": True}
+    optimizer = deepspeed_config(PrecisionConfig(), ZeroConfig(stage=1, offload="optimizer"), PLAN, 1.0, {})
+    everything = deepspeed_config(PrecisionConfig(), ZeroConfig(stage=3, offload="all"), PLAN, 1.0, {})
+    without = deepspeed_config(PrecisionConfig(), ZeroConfig(stage=3), PLAN, 1.0, {})
+    assert optimizer["zero_optimization"]["offload_optimizer"] == where
+    assert "offload_param" not in optimizer["zero_optimization"]
+    assert everything["zero_optimization"]["offload_optimizer"] == where
+    assert everything["zero_optimization"]["offload_param"] == where
+    assert optimizer["zero_force_ds_cpu_optimizer"] is False  # our AdamW, not one to be compiled
+    assert not {"offload_optimizer", "offload_param"} & without["zero_optimization"].keys()
+
+
+def test_memory_that_offload_moves_is_predicted_where_it_lies() -> None:
+    model = build_model(ModelConfig(name="setformer_nano"), 10, 32, 0)
+    half = parameters(model) // 2
+
+    def predict(stage: int, offload: str, dtype: torch.dtype, grad_dtype: torch.dtype) -> Memory:
+        batch = (2, 3, 32, 32)
+        return predict_memory(model, dtype, grad_dtype, stage, 2, True, batch, offload=offload, accumulation=2)
+
+    low, full = torch.bfloat16, torch.float32
+    for stage, offload, dtype, grad_dtype, on_device, in_host_memory in [
+        (1, "optimizer", low, low, 2 * 2 + 2 * 2, 20 + 2),
+        (2, "optimizer", low, low, 2 * 2, 20 + 2 + 2),
+        (2, "optimizer", low, full, 2 * 2 + 4, 20 + 2),
+        (2, "optimizer", full, full, 2 * 4, 20 + 4 + 4),
+        (3, "optimizer", low, low, 2, 20 + 2),
+        (3, "all", low, low, 0, 20 + 2 + 2),
+    ]:  # bytes per parameter of a rank's half
+        memory = predict(stage, offload, dtype, grad_dtype)
+        assert memory.total - memory.activations == pytest.approx(half * on_device, rel=1e-4)
+        assert memory.host == pytest.approx(half * in_host_memory, rel=1e-4)
+        without = predict(stage, "none", dtype, grad_dtype)
+        assert without.host == 0
+        assert without.total > memory.total
 
 
 def test_other_deepspeed_keys_pass_through() -> None:
