@@ -1,11 +1,13 @@
-"""Elastic resume: losses after a resume on other ranks and under another ZeRO stage, against no interruption.
+"""Elastic resume: losses after a resume on other ranks, ZeRO stage and offload, against no interruption.
 
-    python -m benchmarks.elastic [--ranks 1 2 3 4] [--stages 0 1 2 3] [--dtypes fp32 bf16] [--steps 20]
+    python -m benchmarks.elastic [--ranks 1 2 3 4] [--stages 0 1 2 3] [--offload optimizer all] [--dtypes fp32 bf16]
+                                 [--steps 20]
 
 Every layout (ranks × stage × precision) trains 3 steps, saves in the background, and goes on; every layout of the same
-precision resumes from every one of those checkpoints. The table shows, per reading layout, the largest relative
-difference over all writers of the first loss and of any of the following ones, and in how many of the resumes the
-losses were bit by bit the same; then whether samples were counted exactly once. Writes JSON.
+precision resumes from every one of those checkpoints. On 1 and 2 ranks there are layouts with offload besides, as far
+as the stage allows; `--offload` without a word leaves them out. The table shows, per reading layout, the largest
+relative difference over all writers of the first loss and of any of the following ones, and in how many of the resumes
+the losses were bit by bit the same; then whether samples were counted exactly once. Writes JSON.
 """
 
 from __future__ import annotations
@@ -26,6 +28,21 @@ from setformer_dist.testing.elastic import Where, differences
 from setformer_dist.testing.ranks import run_ranks
 
 BEFORE = 3
+# Offload is measured on these numbers of ranks: its memory is laid out as that of the same stage without it.
+_OFFLOAD_RANKS = (1, 2)
+
+
+def layouts_of(ranks: list[int], stages: list[int], offloads: list[str], dtype: str) -> list[Where]:
+    """Return all layouts of a precision: first without offload, then what can be with it."""
+    plain = [Where(r, s, dtype) for r in ranks for s in stages]
+    offloaded = [
+        Where(r, s, dtype, offload)
+        for r in ranks
+        for s in stages
+        for offload in offloads
+        if r in _OFFLOAD_RANKS and (s == 3 or (offload == "optimizer" and s > 0))
+    ]
+    return [*plain, *offloaded]
 
 
 def measure(layouts: list[Where], steps: int) -> list[dict[str, Any]]:
@@ -36,12 +53,14 @@ def measure(layouts: list[Where], steps: int) -> list[dict[str, Any]]:
         for where in layouts:
             root = str(Path(folder) / where.name)
             written[where] = run_ranks(
-                elastic.write, where.ranks, root, where.stage, where.dtype, BEFORE, steps, timeout=300
+                elastic.write, where.ranks, root, where.stage, where.dtype, where.offload, BEFORE, steps, timeout=300
             )[0]
         for reader in layouts:
             writers = [where for where in layouts if where.dtype == reader.dtype]
             roots = [str(Path(folder) / where.name) for where in writers]
-            found = run_ranks(elastic.resume, reader.ranks, roots, reader.stage, reader.dtype, steps, timeout=900)[0]
+            found = run_ranks(
+                elastic.resume, reader.ranks, roots, reader.stage, reader.dtype, reader.offload, steps, timeout=900
+            )[0]
             rows += [
                 compare(writer, reader, written[writer], again) for writer, again in zip(writers, found, strict=True)
             ]
@@ -75,13 +94,15 @@ def holds(row: dict[str, Any]) -> bool:
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """Return the matrix, one line per reading layout."""
-    shown = Table("ranks", "ZeRO", "precision", "resumed from", "first step", "all steps", "bitwise", "samples once")
+    shown = Table(
+        "ranks", "ZeRO", "precision", "offload", "resumed from", "first step", "all steps", "bitwise", "samples once"
+    )
     readers = {tuple(row["read"].values()): [] for row in rows}
     for row in rows:
         readers[tuple(row["read"].values())].append(row)
-    for (ranks, stage, dtype), mine in readers.items():
+    for (ranks, stage, dtype, offload), mine in readers.items():
         shown.add_row(
-            str(ranks), str(stage), dtype, f"{len(mine)} layouts",
+            str(ranks), str(stage), dtype, offload, f"{len(mine)} layouts",
             f"{max(row['first'] for row in mine):.1e}", f"{max(row['largest'] for row in mine):.1e}",
             f"{sum(row['bitwise'] for row in mine)} of {len(mine)}",
             "yes" if all(row["same_samples"] and row["once"] for row in mine) else "NO",
@@ -94,11 +115,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser.add_argument("--offload", nargs="*", choices=["optimizer", "all"], default=["optimizer", "all"])
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out/elastic.json"))
     arguments = parser.parse_args()
-    layouts = [Where(r, s, d) for d in arguments.dtypes for r in arguments.ranks for s in arguments.stages]
+    a = arguments
+    layouts = [where for dtype in a.dtypes for where in layouts_of(a.ranks, a.stages, a.offload, dtype)]
     rows = measure(layouts, arguments.steps)
     shown = table(rows)
     shown.title = describe()

@@ -1,4 +1,4 @@
-"""Elastic resume measured: what one layout of ranks and ZeRO stage wrote, every other one continues.
+"""Elastic resume measured: what one layout of ranks, ZeRO stage and offload wrote, every other one continues.
 
 Each function is what one gloo rank runs (`testing.ranks.run_ranks`). The training is real DeepSpeed on a small vision
 transformer; which samples a step holds comes from the loader's own order, and a sample is a function of its id, so
@@ -40,22 +40,23 @@ _KEEP_ALL = CheckpointConfig(keep_last=1000)
 
 @dataclass(frozen=True)
 class Where:
-    """A layout: ranks, ZeRO stage, precision."""
+    """A layout: ranks, ZeRO stage, precision, and what lies in host memory (`zero.offload`)."""
 
     ranks: int
     stage: int
     dtype: str
+    offload: str = "none"
 
     @property
     def name(self) -> str:
         """A folder's name."""
-        return f"{self.ranks}-{self.stage}-{self.dtype}"
+        return f"{self.ranks}-{self.stage}-{self.dtype}-{self.offload}"
 
 
 class _Trainee:
     """A DeepSpeed engine with fragments, average, manager and place in the order of samples."""
 
-    def __init__(self, stage: int, dtype: str) -> None:
+    def __init__(self, stage: int, dtype: str, offload: str) -> None:
         self.ranks = RankInfo.from_env()
         connect(self.ranks, os.environ["SETFORMER_RENDEZVOUS"])
         self.comm = TorchCollectives(self.ranks)
@@ -66,7 +67,7 @@ class _Trainee:
         )
         precision, zero = (
             build(PrecisionConfig, {"dtype": dtype}, "layout"),
-            build(ZeroConfig, {"stage": stage}, "layout"),
+            build(ZeroConfig, {"stage": stage, "offload": offload, "bucket_mib": 1}, "layout"),
         )
         json = deepspeed_config(precision, zero, self.batch, _OPTIM.clip_norm, {})
         self.dtype = DTYPES[dtype]
@@ -136,13 +137,13 @@ def _samples(ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack(images), torch.nn.functional.one_hot(torch.tensor(labels), 10).float()
 
 
-def write(root: str, stage: int, dtype: str, before: int, after: int) -> dict[str, Any]:
+def write(root: str, stage: int, dtype: str, offload: str, before: int, after: int) -> dict[str, Any]:
     """Train `before` steps, save, and go on for `after` steps without interruption, while the writers write.
 
     Returns:
         "losses" and "ids" of the steps after the checkpoint, "before" the ids up to it.
     """
-    trainee = _Trainee(stage, dtype)
+    trainee = _Trainee(stage, dtype, offload)
     first = trainee.steps(0, before)
     trainee.save(Path(root), before)
     then = trainee.steps(before, after)
@@ -152,9 +153,9 @@ def write(root: str, stage: int, dtype: str, before: int, after: int) -> dict[st
     return {**then, "before": first["ids"]}
 
 
-def resume(roots: list[str], stage: int, dtype: str, count: int) -> list[dict[str, Any]]:
+def resume(roots: list[str], stage: int, dtype: str, offload: str, count: int) -> list[dict[str, Any]]:
     """Continue from each of several checkpoints for `count` steps; return losses and ids of each."""
-    trainee = _Trainee(stage, dtype)
+    trainee = _Trainee(stage, dtype, offload)
     found = [trainee.steps(trainee.load(Path(root)), count) for root in roots]
     disconnect()
     return found

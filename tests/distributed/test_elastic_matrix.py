@@ -1,4 +1,7 @@
-"""A checkpoint of W ranks under ZeRO stage s continues on W' ranks under s': same losses, same samples, none twice."""
+"""A checkpoint of W ranks under ZeRO stage s continues on W' ranks under s': same losses, same samples, none twice.
+
+With or without offload on either side.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.elastic import compare, holds, measure
+from benchmarks.elastic import compare, holds, layouts_of, measure
 from setformer_dist.testing.elastic import Where
 
 
@@ -22,6 +25,10 @@ def test_a_few_layouts_continue_each_other() -> None:
     check(rows)
 
 
+def test_offloaded_and_not_continue_each_other() -> None:
+    check(measure([Where(1, 2, "fp32", "optimizer"), Where(2, 3, "fp32", "all"), Where(2, 1, "fp32")], steps=3))
+
+
 def test_bf16_continues_bit_by_bit_in_the_same_layout() -> None:
     check(measure([Where(2, 2, "bf16")], steps=4))
 
@@ -35,6 +42,6 @@ def test_a_lost_or_repeated_sample_is_noticed() -> None:
 @pytest.mark.drill
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_every_layout_continues_every_other(dtype: str) -> None:
-    rows = measure([Where(r, s, dtype) for r in (1, 2, 3, 4) for s in (0, 1, 2, 3)], steps=20)
-    assert len(rows) == 256
+    rows = measure(layouts_of([1, 2, 3, 4], [0, 1, 2, 3], ["optimizer", "all"], dtype), steps=20)
+    assert len(rows) == (16 + 8) ** 2
     check(rows)
