@@ -122,7 +122,7 @@ class DataConfig(FrozenConfig):
             cannot do otherwise (pipes, object stores without range requests).
         cache: folder for shards fetched from a URL, and for indexes of class folders and of shards in folders that
             cannot be written; "" fetches no shards, and keeps such indexes in the user's cache folder.
-        cache_gib: GiB of shards that `cache` may hold, and as many of whole .beton files; those used longest ago go
+        cache_gib: GiB of shards and whole .beton files that `cache` may hold, all together; those used longest ago go
             first.
         read_timeout: seconds that a read from a URL, or a wait for a reader, may take.
         order: "full" permutes all samples; "block" permutes shards, then samples within blocks of `block_shards`

@@ -1,14 +1,16 @@
-"""Shards fetched from a URL, kept in a bounded local folder that all processes of a host share.
+"""Shards and .beton files fetched from a URL, kept in a bounded local folder that all processes of a host share.
 
     cache/
       .room                        locked while room is made and taken
       3f2a…-shard-000000.tar       a whole shard; the digits are of its URL, size and sha256 or version
       3f2a…-shard-000000.tar.lock  locked by the process that fetches it; never removed
       3f2a…-shard-000000.tar.partial
+      77b0…-train.beton            a .beton file, and its sidecar: locked, shared, by each process that has it open
+      77b0…-train.beton.index.safetensors
 
 A shard is fetched once per host: who comes second waits for the first. Its bytes are written aside, compared with
 size and sha256 where the index knows them, synced and renamed, so what has a shard's name is whole. Room is taken
-on the disk before a byte is fetched, after the shards used longest ago have gone; none goes while it is being read.
+on the disk before a byte is fetched, after the files used longest ago have gone; none goes while it is being read.
 A killed process leaves at most a `.partial` that nobody holds locked: the next one to make room removes it.
 """
 
@@ -43,6 +45,9 @@ _POLL = 0.02
 _TOUCH = 1.0
 
 _BLOCK = 1 << 20
+
+# Bytes of room that a file of unknown size takes at a time.
+_STRETCH = 1 << 26
 
 # Names of cached shards; nothing else in the folder is ever counted or removed.
 _OURS = re.compile(r"[0-9a-f]{16}-")
@@ -149,14 +154,33 @@ class ShardCache:
             partial = path.with_name(path.name + ".partial")
             try:
                 with partial.open("wb") as file:
-                    self._take_room(storage.shown(name), file.fileno(), size, path)
-                    self._note()
-                    _download(storage, name, file, Known(size, known.sha256), wanted, self._note)
+
+                    def take(room: int) -> None:
+                        self._take_room(storage.shown(name), file.fileno(), room, path)
+                        self._note()
+
+                    _download(storage, name, file, Known(size, known.sha256), wanted, self._note, take)
                     file.flush()
                     os.fsync(file.fileno())
-                partial.replace(path)
+                with self._room():  # who counts what is here must find it under one name or the other
+                    partial.replace(path)
             finally:
                 partial.unlink(missing_ok=True)
+
+    def hold(self, storage: Storage, name: str, path: Path, known: Known) -> int:
+        """Bring a file into the cache and return a descriptor: as long as it is open, the file stays there.
+
+        Args and errors are those of `fetch`.
+        """
+        while True:  # at most again: it may go between its arrival and the lock
+            self.fetch(storage, name, path, known)
+            try:
+                file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue
+            if _acquired(file, self._timeout, _nothing, fcntl.LOCK_SH) and os.fstat(file).st_nlink:
+                return file
+            os.close(file)
 
     def _note(self) -> None:
         self.moved += 1
@@ -213,13 +237,13 @@ class ShardCache:
             yield
 
     def _take_room(self, shown: str, file: int, size: int, path: Path) -> None:
-        """Allocate a shard's bytes on the disk, once the shards used longest ago have gone."""
+        """Allocate a file's bytes on the disk, once those used longest ago have gone."""
         if size > self.limit:
             raise UnreadableError(
                 shown,
                 f"has {size / _GIB:.3g} GiB, the cache no more than data.cache_gib = {self.limit / _GIB:.3g}: raise it",
             )
-        if size <= 0:
+        if not size:
             return
         deadline = time.monotonic() + self._timeout
         while True:
@@ -230,7 +254,7 @@ class ShardCache:
             if time.monotonic() > deadline:
                 raise DataError(
                     f"cache folder {self.folder} has no room for {shown}: all of its {self.limit / _GIB:.3g} GiB are "
-                    "being fetched or read, so raise data.cache_gib"
+                    "being fetched or in use, so raise data.cache_gib"
                 )
             time.sleep(_POLL)
 
@@ -248,7 +272,7 @@ class ShardCache:
     def _sweep(self, own: str = "") -> list[tuple[Path, os.stat_result]]:
         """Return the shards and those in the making, without what killed processes left, which goes."""
         held = []
-        for path in self.folder.iterdir():
+        for path in list(self.folder.iterdir()):
             if path.name == own or path.name.endswith(".lock") or not _OURS.match(path.name):
                 continue  # what others put here is none of our business
             if path.name.endswith(".partial"):
@@ -466,16 +490,28 @@ def _acquired(file: int, timeout: float, progress: Callable[[], Any], kind: int 
 
 
 def _download(
-    storage: Storage, name: str, file: Any, known: Known, wanted: Callable[[], bool], came: Callable[[], None]
+    storage: Storage,
+    name: str,
+    file: Any,
+    known: Known,
+    wanted: Callable[[], bool],
+    came: Callable[[], None],
+    take: Callable[[int], None],
 ) -> None:
-    sha256, done = hashlib.sha256(), 0
+    """Write a file's bytes, for which room is taken first, and compare them with what is known of them."""
+    sha256, done, taken = hashlib.sha256(), 0, max(known.size, 0)
+    take(taken)
     for block in storage.blocks(name):
         if not wanted():
             raise UnreadableError(storage.shown(name), "is not wanted any more")
         came()
+        if done + len(block) > taken:  # also where more comes than was said
+            taken = done + max(len(block), _STRETCH)
+            take(taken)
         file.write(block)
         sha256.update(block)
         done += len(block)
+    file.truncate(done)
     if known.size >= 0 and done != known.size:
         raise UnreadableError(storage.shown(name), f"has {done} bytes, the index says {known.size}: restore the file")
     if known.sha256 and sha256.hexdigest() != known.sha256:

@@ -13,7 +13,6 @@ through `data.cache`, where that is set, or through memory (`data.access = "sequ
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
@@ -82,9 +81,11 @@ def check_mixture_room(sources: Sequence[Source], config: DataConfig) -> None:
     for source in sources:
         if isinstance(source, ShardDataset) and isinstance(source.storage, WholeStorage):
             needed += sum(_needed((shard.size for shard in source.index.shards), False, config))
+        elif isinstance(source, BetonDataset) and config.cache and source.path.parent == _shard_folder(config):
+            needed += source.table.file_size
     if needed > config.cache_gib * _GIB:
         raise ConfigError(
-            f"data.cache_gib = {config.cache_gib:g} does not hold the shards ({needed / _GIB:.3g} GiB) that the sets "
+            f"data.cache_gib = {config.cache_gib:g} does not hold the files ({needed / _GIB:.3g} GiB) that the sets "
             f"of data.mixture draw samples from at a time, all together: raise it, or {_repair(config)}"
         )
 
@@ -238,97 +239,25 @@ def _remote_index(storage: Storage, home: Path, timeout: float) -> Index:
 
 
 def _fetched_beton(url: str, config: DataConfig) -> BetonDataset:
-    """Open a local copy of a .beton file, and of its sidecar if there is one; those opened longest ago give way."""
+    """Open a local copy of a .beton file, and of its sidecar if there is one; both stay in the cache while it is."""
     base, mark, query = url.partition("?")
     folder, _, name = base.rpartition("/")
     storage = open_storage(folder + mark + query, config.read_timeout)
-    facts = storage.facts(name)
+    found = {name: storage.facts(name)}
     if not config.cache:
         raise ConfigError(f"{storage.shown(name)} is read from a local copy: set data.cache to a folder for it")
-    if facts.size > config.cache_gib * _GIB:
-        raise ConfigError(
-            f"{storage.shown(name)} has {facts.size / _GIB:.3g} GiB, more than data.cache_gib = {config.cache_gib:g}"
-        )
-    files: dict[str, bytes | None] = {name: None}
     sidecar = sidecar_path(Path(name)).name
     with contextlib.suppress(MissingError, DeniedError):  # a file that FFCV wrote has none
-        files[sidecar] = b"".join(storage.blocks(sidecar))
-    words = (storage.shown(name), str(facts.size), facts.version)
-    digest = hashlib.sha256("\n".join(words).encode() + (files.get(sidecar) or b"")).hexdigest()[:32]
-    target = own_folder([Path(config.cache) / "files"], storage.shown(name)) / digest
-    while (held := _held(target / name)) is None:
-        with locked(target.parent / ".room", config.read_timeout, lambda: _all_sizes(target.parent)) as got:
-            if not got:
-                raise DataError(
-                    f"cache folder {target.parent} was locked by another process, from which nothing came for "
-                    f"{config.read_timeout:g} s: end that process, or raise data.read_timeout"
-                )
-            if not (target / name).is_file():
-                shutil.rmtree(target, ignore_errors=True)  # somebody took the file out of it
-                _make_room(target.parent, max(facts.size, 0), config, storage.shown(name))
-            _keep(storage, files, target, config.read_timeout)
-    dataset = open_beton(target / name)
-    weakref.finalize(dataset, os.close, held)
+        found[sidecar] = storage.facts(sidecar)
+    words = (storage.shown(name), *(f"{facts.size} {facts.version}" for facts in found.values()))
+    digest = hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
+    cache = ShardCache(_shard_folder(config), config.cache_gib, config.read_timeout)
+    with contextlib.ExitStack() as held:
+        for one, facts in found.items():
+            held.callback(os.close, cache.hold(storage, one, cache.folder / f"{digest}-{one}", Known(facts.size)))
+        dataset = open_beton(cache.folder / f"{digest}-{name}")
+        weakref.finalize(dataset, held.pop_all().close)
     return dataset
-
-
-def _held(path: Path) -> int | None:
-    """Return a descriptor that keeps a fetched file from being removed as long as it is open; None without the file."""
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        if path.stat().st_ino == os.fstat(file).st_ino:
-            os.utime(path.parent)  # used now
-            return file
-    except (BlockingIOError, FileNotFoundError):  # it is just being removed
-        pass
-    os.close(file)
-    return None
-
-
-def _make_room(folder: Path, size: int, config: DataConfig, shown: str) -> None:
-    """Remove fetched files that nobody has open, those opened longest ago first, until `size` bytes more fit."""
-    kept = sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime_ns)
-    total = sum(_all_sizes(folder).values())
-    for path in kept:
-        if total + size <= config.cache_gib * _GIB:
-            return
-        total -= _given_up(path)
-    if total + size > config.cache_gib * _GIB:
-        raise ConfigError(
-            f"cache folder {folder} has no room for {shown}: {total / _GIB:.3g} of data.cache_gib = "
-            f"{config.cache_gib:g} GiB are files in use, so raise it"
-        )
-
-
-def _given_up(path: Path) -> int:
-    """Remove a folder of fetched files, unless one of them is in use; return the bytes that this freed."""
-    sizes = dict(_sizes(path))
-    with contextlib.ExitStack() as open_files:
-        for name in sizes:
-            file = os.open(path / name, os.O_RDONLY | os.O_CLOEXEC)
-            open_files.callback(os.close, file)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return 0
-        gone = path.with_name(f".{path.name.lstrip('.')}.partial")
-        path.rename(gone)  # at once, so that nobody finds a part of it
-        shutil.rmtree(gone, ignore_errors=True)
-    return sum(sizes.values())
-
-
-def _all_sizes(folder: Path) -> dict[str, int]:
-    """Return the bytes of each file in the folders within a folder."""
-    return {
-        f"{entry.name}/{name}": size
-        for entry in os.scandir(folder)
-        if entry.is_dir()
-        for name, size in _sizes(Path(entry.path))
-    }
 
 
 def _keep(storage: Storage, files: dict[str, bytes | None], target: Path, timeout: float) -> None:
@@ -349,6 +278,7 @@ def _keep(storage: Storage, files: dict[str, bytes | None], target: Path, timeou
                 _write(work / name, [data] if data is not None else storage.blocks(name))
             work.rename(target)
         except OSError as error:
+            shutil.rmtree(work, ignore_errors=True)  # its room is wanted
             raise DataError(
                 f"{target.parent} cannot be written ({error.strerror}): free the disk, or set data.cache"
             ) from None

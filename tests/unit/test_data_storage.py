@@ -331,6 +331,20 @@ def test_what_is_not_what_the_index_says_never_gets_into_the_cache(server, folde
     assert not list((tmp_path / "cache").glob("*.partial"))
 
 
+def test_a_file_of_unknown_size_gets_no_more_room_than_there_is(server, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("dataloaders.sources.cache._STRETCH", SIZE // 3)
+    server.say_length, limit = False, int(1.5 * SIZE)
+    storage = cached(server, folder, tmp_path, gib=limit / 2**30, known={"s0.tar": Known(-1), "s1.tar": Known(-1)})
+    for name in ("s0.tar", "s1.tar"):
+        assert storage.read(name, SIZE - 9, 9) == (folder / name).read_bytes()[-9:]
+        assert shards_in(tmp_path) == [name]
+    [path] = (tmp_path / "cache").glob("*.tar")
+    assert path.stat().st_size == SIZE
+    small = cached(server, folder, tmp_path, gib=0.5 * SIZE / 2**30, known={"s2.tar": Known(-1)})
+    with pytest.raises(DataError, match=r"s2\.tar has .* GiB, the cache no more than data\.cache_gib"):
+        small.read("s2.tar", 0, 9)
+
+
 def test_a_cached_shard_cut_behind_our_back_is_fetched_again(server, folder, tmp_path):
     storage = cached(server, folder, tmp_path)
     storage.read("s0.tar", 0, 1)

@@ -4,6 +4,8 @@ import contextlib
 import fcntl
 import gc
 import itertools
+import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -21,10 +23,11 @@ from dataloaders.order.order import BlockOrder, FullOrder, SetPlan
 from dataloaders.packing.pack import PackOptions, pack_image_folder
 from dataloaders.reading.ahead import coming_files, coming_of_split
 from dataloaders.reading.loading import Loaded, Request
+from dataloaders.reading.processes import helper_context, lean_start
 from dataloaders.reading.readers import Readers
 from dataloaders.reading.streams import ShardEvalStream, ShardTrainStream
 from dataloaders.source import Boxes, DamagedSampleError, Stored
-from dataloaders.sources.cache import CachedStorage, Known, ShardCache, fitting
+from dataloaders.sources.cache import CachedStorage, Known, ShardCache, fitting, locked
 from dataloaders.sources.opening import open_source
 from dataloaders.sources.pipes import SequentialStorage
 from dataloaders.sources.remote import FsspecStorage, HttpStorage
@@ -352,18 +355,20 @@ def test_beton_files_are_counted_and_give_way_unless_in_use(server, packed, tmp_
     for name in "abc":
         write_beton(tmp_path / "files" / f"{name}.beton", samples, EACH, classes=(name,))
     size = sum(path.stat().st_size for path in (tmp_path / "files").glob("a.*"))
+    limit = int(2.5 * size)
     with served(tmp_path / "files") as files:
 
         def opened(name):
-            config = config_of(files, cache=str(tmp_path / "cache"), cache_gib=2.5 * size / 2**30)
+            config = config_of(files, cache=str(tmp_path / "cache"), cache_gib=limit / 2**30, read_timeout=0.5)
             return open_source(files.url, f"{name}.beton", config)
 
         def kept():
-            return sorted(path.name for path in (tmp_path / "cache" / "files").glob("*/*.beton"))
+            assert cached_bytes(tmp_path / "cache") <= limit
+            return sorted(path.name[17:] for path in (tmp_path / "cache" / "shards").glob("*.beton"))
 
         one, two = opened("a"), opened("b")
         assert kept() == ["a.beton", "b.beton"]
-        with pytest.raises(ConfigError, match=r"has no room for .*c\.beton: .* are files in use, so raise it"):
+        with pytest.raises(DataError, match=r"has no room for .*c\.beton: .* in use, so raise data\.cache_gib"):
             opened("c")
         del two
         gc.collect()
@@ -375,12 +380,85 @@ def test_beton_files_are_counted_and_give_way_unless_in_use(server, packed, tmp_
         assert len(files.fetched("a.beton")) == 1
 
 
+def cached_bytes(cache):
+    """Return the bytes of all files in the folder of cached shards and .beton files, at one moment."""
+    found = {}
+    with locked(cache / "shards" / ".room", 20):
+        for path in list((cache / "shards").iterdir()):
+            with contextlib.suppress(FileNotFoundError):
+                facts = path.stat()
+                found[facts.st_ino] = facts.st_size  # one that is being renamed counts once
+    return sum(found.values())
+
+
+def two_kinds(packed, folder):
+    """Write a .beton file beside a copy of the packed split; return the sizes of both."""
+    split = open_split(packed / "packed")
+    shutil.copytree(packed / "packed", folder / "packed")
+    samples = [BetonSample(split.read(i).image, 0, *split.size(i)) for i in range(EACH)]
+    write_beton(folder / "a.beton", samples, EACH, classes=("a",))
+    shards = sum(path.stat().st_size for path in (folder / "packed").glob("*.tar"))
+    return shards, sum(path.stat().st_size for path in folder.glob("a.beton*"))
+
+
+def read_both(url, cache, limit, seed):
+    """In a process of its own: hold a .beton file and read shards, through a cache that does not hold them all."""
+    config = DataConfig(root=url, cache=str(cache), cache_gib=limit / 2**30, order="block", block_shards=1)
+    held = open_source(url, "a.beton", config)
+    source = open_source(url, "packed", config)
+    numbers = random.Random(seed)
+    for _ in range(40):
+        source.read(numbers.randrange(source.num_samples))
+        assert Path(held.path).exists()
+        assert cached_bytes(cache) <= limit
+    source.close()
+
+
+def test_shards_and_beton_files_have_one_budget(packed, tmp_path):
+    """Several processes hold a .beton file, and read shards for which there is only so much room beside it."""
+    folder, cache = tmp_path / "served", tmp_path / "cache"
+    folder.mkdir()
+    shards, beton = two_kinds(packed, folder)
+    limit = beton + int(1.6 * shards / SHARDS)
+    with served(folder) as files:
+        with lean_start():
+            readers = [
+                helper_context().Process(target=read_both, args=(files.url, cache, limit, seed)) for seed in range(2)
+            ]
+            for one in readers:
+                one.start()
+        for one in readers:
+            one.join(60)
+        assert [one.exitcode for one in readers] == [0, 0]
+        assert cached_bytes(cache) <= limit
+        before = len(files.fetched("a.beton"))
+        config = config_of(files, cache=str(cache), cache_gib=1.2 * shards / 2**30)
+        source = open_source(files.url, "packed", config)  # the .beton file, open nowhere now, gives way
+        for sample in range(source.num_samples):
+            source.read(sample)
+        assert not list((cache / "shards").glob("*.beton"))
+        assert cached_bytes(cache) <= 1.2 * shards
+        assert before == 1
+        source.close()
+
+
+def test_beton_files_count_among_the_sets_of_a_mixture(packed, tmp_path):
+    folder, cache = tmp_path / "served", tmp_path / "cache"
+    folder.mkdir()
+    shards, beton = two_kinds(packed, folder)
+    with served(folder) as files:
+        entries = (MixtureEntry(root=files.url, train="a.beton"), MixtureEntry(root=files.url, train="packed"))
+        config = config_of(files, mixture=entries, cache=str(cache), cache_gib=(beton + shards // 2) / 2**30)
+        with pytest.raises(ConfigError, match=r"does not hold the files .* of data\.mixture"):
+            ImageInputs(config).open_train()
+
+
 def test_sets_of_a_mixture_share_one_cache(server, packed, tmp_path):
     size = sum(path.stat().st_size for path in (packed / "packed").glob("*.tar"))
     entries = tuple(MixtureEntry(root=server.url, train="packed") for _ in range(2))
     for room, refused in ((1.5 * size, True), (2.5 * size, False)):
         config = config_of(server, mixture=entries, cache=str(tmp_path / "cache"), cache_gib=room / 2**30)
-        said = pytest.raises(ConfigError, match=r"does not hold the shards .* of data\.mixture .*raise it, or set")
+        said = pytest.raises(ConfigError, match=r"does not hold the files .* of data\.mixture .*raise it, or set")
         with said if refused else contextlib.nullcontext():
             source = ImageInputs(config).open_train()
     assert source.fetches
