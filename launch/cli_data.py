@@ -142,6 +142,7 @@ def index(
     Training makes an index of shards by itself at first sight; this is for making it ahead of time.
 
     Examples:
+
         setformer data index "imagenet/train-{0000..1281}.tar" --workers 8
 
         setformer data index train.beton --classes names.txt
@@ -165,6 +166,7 @@ def verify(
     Exit code: 0 all whole, 4 something is damaged, 2 there is nothing to verify.
 
     Examples:
+
         setformer data verify packed/train packed/val --workers 8
 
         setformer data verify packed/train --no-decode --json
@@ -199,6 +201,7 @@ def inspect(
     """Say what is in data: counts, classes, sizes, bytes, formats, duplicates; and show it.
 
     Examples:
+
         setformer data inspect packed/train
 
         setformer data inspect packed/train --sheet train.html --count 100
@@ -222,6 +225,7 @@ def convert(
     """Turn shards into a .beton file, or a .beton file into shards: same order, labels, classes and JPEG bytes.
 
     Examples:
+
         setformer data convert packed/train train.beton
 
         setformer data convert train.beton packed/again
@@ -247,6 +251,7 @@ def bench(
     """Measure how fast data loads on this machine, where an image's time goes, and what would help.
 
     Examples:
+
         setformer data bench packed/train
 
         setformer data bench train.beton --image-size 288 --randaugment 2 --threads 8

@@ -87,6 +87,8 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
     ]
     if found.parts:
         facts.insert(2, ("besides", ", ".join(found.parts)))
+    if found.shared_keys:
+        facts.append(("same keys", f"{found.shared_keys:,} samples, the first {found.first_shared_key}"))
     if found.damaged:
         facts.append(("damaged", f"{found.damaged:,}{_of(found)}: name them with `setformer data verify`"))
     return facts

@@ -30,8 +30,10 @@ from dataloaders.packing.images import (
 )
 from dataloaders.packing.origins import FileOrigin, Origin, SourceOrigin
 from dataloaders.source import Source
+from dataloaders.sources.foreign import user_cache
 from dataloaders.sources.index import IMAGE_SUFFIXES, INDEX_NAME, read_table
 from dataloaders.sources.opening import open_source
+from dataloaders.sources.remote import is_url
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.seeding import Purpose, generator
 
@@ -129,13 +131,15 @@ def parted(path: Path | str) -> tuple[str, str]:
 
 
 def open_container(path: Path | str) -> Source:
-    """Open data by its path, pattern or URL, as training would.
+    """Open data by its path, pattern or URL, as training would; copies of .beton files go to the user's cache folder.
 
     Raises:
         DataError: there is none, or it is damaged.
     """
     root, name = parted(path)
-    return open_source(root, name, DataConfig(root=root, train=name, val=name))
+    is_copied = is_url(root) and name.partition("?")[0].endswith(".beton")
+    cache = str(user_cache()) if is_copied else ""
+    return open_source(root, name, DataConfig(root=root, train=name, val=name, cache=cache))
 
 
 def _container(source: Path | str, wanted: Wanted) -> FoundOrigin:

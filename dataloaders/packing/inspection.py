@@ -22,6 +22,7 @@ import PIL.ImageDraw
 from dataloaders.packing.intake import VOID
 from dataloaders.pixels.decode import FORMATS, MASK_FORMATS, UndecodableError, decode, is_jpeg
 from dataloaders.source import Boxes, DamagedSampleError, Source, Stored
+from dataloaders.sources.scanning import shared_keys
 from dataloaders.sources.shards import ShardDataset
 
 # Samples whose bytes are looked at, unless all are wanted.
@@ -65,6 +66,8 @@ class Inspection:
         duplicates: groups of samples with the same checksum, at most a few, each as keys.
         duplicate_samples: samples that another one equals, among `duplicates_of`.
         duplicates_of: samples whose checksums were compared.
+        shared_keys: samples whose key one of another shard has too.
+        first_shared_key: the first such key and its shards, in words; "" without any.
     """
 
     name: str
@@ -85,6 +88,8 @@ class Inspection:
     duplicates: list[list[str]]
     duplicate_samples: int
     duplicates_of: int
+    shared_keys: int
+    first_shared_key: str
 
 
 def inspect(source: Source, look_at: int = LOOKED_AT) -> Inspection:
@@ -107,6 +112,7 @@ def inspect(source: Source, look_at: int = LOOKED_AT) -> Inspection:
     else:
         checks, numbers = np.array(seen.checks, np.int64), np.array(seen.numbers, np.int64)
     groups, doubled = _duplicates(source, checks, numbers)
+    shared = _shared_keys(source) or (0, "")
     exact = sizes_known or seen.whole == source.num_samples
     counts, counted = _counts(source, seen)
     return Inspection(
@@ -128,6 +134,8 @@ def inspect(source: Source, look_at: int = LOOKED_AT) -> Inspection:
         duplicates=groups,
         duplicate_samples=doubled,
         duplicates_of=len(numbers),
+        shared_keys=shared[0],
+        first_shared_key=shared[1],
     )
 
 
@@ -199,6 +207,13 @@ def _duplicates(
             end += 1
         groups.append([source.key(int(numbers[at])) for at in order[start : end + 1]])
     return groups, int(same.sum())
+
+
+def _shared_keys(source: Source) -> tuple[int, str] | None:
+    """Return how many samples have a key that one of another shard has too, and the first of them in words."""
+    if not isinstance(source, ShardDataset):
+        return None
+    return shared_keys([shard.name for shard in source.index.shards], source.index.columns["shard"], source.index.keys)
 
 
 def format_of(image: bytes | npt.NDArray[np.uint8]) -> str:

@@ -32,14 +32,12 @@ from dataloaders.source import DamagedSampleError, Source
 from dataloaders.sources.foreign import find_shards
 from dataloaders.sources.index import INDEX_NAME, read_index
 from dataloaders.sources.shards import ShardDataset
-from dataloaders.sources.storage import LocalFolder
+from dataloaders.sources.storage import UnreadableError
 from dataloaders.tokens import TOKENS_NAME, open_token_split
 from setformer_dist.core.errors import ConfigError, DataError, PassingError
 
 # Samples of one job: a second or so of decoding.
 _CHUNK = 1000
-
-_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -199,7 +197,7 @@ def _jobs(source: Source, decode: bool) -> Iterator[_Job]:
     number_of_shards = int(shards[-1]) + 1
     starts = np.searchsorted(shards, np.arange(number_of_shards + 1))
     for shard, (first, end) in enumerate(zip(starts.tolist(), starts[1:].tolist(), strict=False)):
-        hashed = _is_hashed(source, shard)
+        hashed = isinstance(source, ShardDataset) and bool(source.index.shards[shard].sha256)
         if hashed:
             yield _Job(shard=shard, progress=0 if decode else end - first)
         if decode or not hashed:
@@ -215,13 +213,6 @@ def _has_digests(source: Source) -> bool:
     return isinstance(source, BetonDataset) and source.sidecar is not None
 
 
-def _is_hashed(source: Source, shard: int) -> bool:
-    """Return whether a shard is a file of this machine and the index knows its sha256."""
-    if not isinstance(source, ShardDataset) or not isinstance(source.storage, LocalFolder):
-        return False
-    return bool(source.index.shards[shard].sha256)
-
-
 def _work(source: Source, job: _Job, decode: bool) -> list[Damage]:
     if job.shard >= 0:
         assert isinstance(source, ShardDataset)
@@ -231,15 +222,13 @@ def _work(source: Source, job: _Job, decode: bool) -> list[Damage]:
 
 def _check_shard(source: ShardDataset, number: int) -> list[Damage]:
     facts = source.index.shards[number]
-    path = Path(source.storage.shown(facts.name))
     sha256, size = hashlib.sha256(), 0
     try:
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK):
-                sha256.update(block)
-                size += len(block)
-    except OSError as error:
-        return [Damage(facts.name, "", "shard", f"it cannot be read: {error.strerror}")]
+        for block in source.storage.blocks(facts.name):
+            sha256.update(block)
+            size += len(block)
+    except UnreadableError as error:
+        return [Damage(facts.name, "", "shard", f"it {error.what}")]
     if size != facts.size:
         return [Damage(facts.name, "", "shard", f"it has {size} bytes, {facts.size} when it was packed")]
     if sha256.hexdigest() != facts.sha256:

@@ -400,7 +400,7 @@ def _build(
         on_progress(1)
     scans = [found[number] for number in range(len(found))]
     columns, keys = joined(scans, whole)
-    double = shared_keys(scans, columns["shard"], keys)
+    double = shared_keys([one.facts.name for one in scans], columns["shard"], keys)
     if double:
         _log.warning(
             "%d samples in %s have keys that another shard has too, the first %s: if they are the same, they count "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -242,12 +242,12 @@ def class_names(storage: Storage, shard: str) -> tuple[str, ...] | None:
 
 
 def shared_keys(
-    shards: list[Scanned], number: npt.NDArray[np.int32], keys: npt.NDArray[np.uint8]
+    shards: Sequence[str], number: npt.NDArray[np.int32], keys: npt.NDArray[np.uint8]
 ) -> tuple[int, str] | None:
     """Return how many samples have a key that one of another shard has too, and the first of them in words.
 
     Args:
-        shards: in order.
+        shards: their names, in order.
         number: (N,) of the shard that holds each sample.
         keys: (N, L) of all samples.
     """
@@ -263,7 +263,7 @@ def shared_keys(
     at = int(np.argmin(np.where(same, second, len(keys))))
     one, other = shards[number[first[at]]], shards[number[second[at]]]
     key = keys[second[at]].tobytes().rstrip(b"\0").decode(errors="replace")
-    return int(same.sum()), f"{key!r} in {one.facts.name} and {other.facts.name}"
+    return int(same.sum()), f"{key!r} in {one} and {other}"
 
 
 def identity_of(shards: list[Scanned], columns: dict[str, npt.NDArray[Any]], classes: tuple[str, ...]) -> str:

@@ -510,5 +510,5 @@ def _why_no_image(sample: Sample, shown: str) -> str:
             )
     return (
         f"shard {shown} has no image ({', '.join(IMAGE_PARTS)}) for sample {sample.key!r}, only "
-        f"{', '.join(sorted(sample.parts))}: restore it or pack it again"
+        f"{', '.join(sorted(sample.parts))}: images of other formats are not read, so convert it, or pack it again"
     )

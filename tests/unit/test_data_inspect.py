@@ -9,9 +9,11 @@ from PIL import Image
 
 from dataloaders import PackOptions, open_split, pack_image_folder
 from dataloaders.config import AugmentConfig, DataConfig
+from dataloaders.packing.finding import open_container
 from dataloaders.packing.inspection import colour, inspect, pictures, spread_evenly
 from dataloaders.packing.throughput import measure
 from setformer_dist.report.sheet import Cell, ClassBar, Sheet, write_html, write_png
+from tests.unit.test_data_foreign import sample, write_tar
 
 
 def saved(pixels, form="JPEG"):
@@ -52,7 +54,16 @@ def test_figures_are_those_of_the_data(packed):
     assert (found.width.smallest, found.width.median, found.width.largest) == (40, 40, 80)
     assert found.formats == {"JPEG": 5, "PNG": 1}
     assert (found.duplicate_samples, found.duplicates) == (1, [["000000001-1", "000000002-2"]])
-    assert found.damaged == 0
+    assert (found.damaged, found.shared_keys) == (0, 0)
+
+
+def test_keys_that_several_shards_have_are_counted(tmp_path):
+    write_tar(tmp_path / "a.tar", [*sample(1, 0), *sample(2, 0), *sample(3, 0)])
+    write_tar(tmp_path / "b.tar", [*sample(2, 1), *sample(3, 1)])
+    for _ in range(2):  # also where the index, of which the log said so, is there already
+        found = inspect(open_container(tmp_path / "*.tar"))
+        assert (found.shared_keys, found.samples) == (2, 5)
+        assert found.first_shared_key.endswith("in a.tar and b.tar")
 
 
 def test_damaged_samples_are_counted_and_shown(packed):

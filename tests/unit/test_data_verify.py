@@ -18,6 +18,7 @@ from dataloaders.packing.text import TextOptions, pack_text
 from dataloaders.packing.verify import unreadable, verify
 from dataloaders.sources.index import COLUMNS, read_index, write_index
 from setformer_dist.core.errors import ConfigError, DataError, PassingError
+from tests.unit.serving import served
 
 
 def jpeg(number):
@@ -55,6 +56,18 @@ def test_whole_data_is_whole_and_counted(packed, workers):
     assert (result.shards, result.samples, result.decoded) == (3, 12, True)
     assert totals == [12]
     assert sum(done) == 12
+
+
+def test_data_behind_a_url_are_compared_as_those_here(packed, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    convert(packed, tmp_path / "a.beton")
+    with served(tmp_path) as server:
+        assert verify(f"{server.url}/a.beton").damaged == []
+        [copy] = (tmp_path / "xdg" / "setformer" / "shards").glob("*-a.beton")
+        assert copy.read_bytes() == (tmp_path / "a.beton").read_bytes()
+        assert verify(f"{server.url}/out").shards == 3
+        flip(packed / "shard-000000.tar", 3)  # a header: no sample is touched
+        assert found(verify(f"{server.url}/out", decode=False)) == [("shard-000000.tar", "", "shard")]
 
 
 def test_every_damaged_thing_is_named_once(packed):
