@@ -1,6 +1,10 @@
 // exp of the position filter of one image, computed where it is used: that is faster than to read it from memory.
 // With `renormalise` the largest entry of each column (gather) or row (scatter) is 1: the factors cancel, and a narrow
 // filter on a coarse grid does not underflow to columns of zeros.
+//
+// On a grid the filter is a product of one of a token's column and one of its row: the first comes from a table that
+// stays in the caches, the second changes once per row of the grid, and no exponential is left. Where the largest
+// entries are so small that such factors could vanish one by one, the logarithms are summed as elsewhere.
 
 #pragma once
 
@@ -22,7 +26,8 @@ class Filter {
         gather_columns_(m_),
         scatter_columns_(m_),
         gather_rows_(n_),
-        scatter_rows_(n_) {
+        scatter_rows_(n_),
+        slow_(m_) {
     const T* places = static_cast<const T*>(call.places);
     std::fill_n(places_ + 0, call.axes * m_, T(0));
     for (long j = 0; j < m_; ++j) {
@@ -50,6 +55,7 @@ class Filter {
     }
     std::copy_n(scatter_columns_ + 0, m_, gather_columns_ + 0);
     if (call_.renormalise) find_largest();
+    prepare_grid();
   }
 
   // out = K times the filter, for a tile.
@@ -58,7 +64,7 @@ class Filter {
 
  private:
   static constexpr int L = LANES<T>;
-  static constexpr T NOWHERE = -1e30;
+  static constexpr T NOWHERE = -1e30, SAFE = 20;  // e^20 times a factor that vanishes (e^-87) is nothing beside 1
 
   // -|p_i - q_j|^2 / tau^2 for L references from j on, and more. AXES: their number, 0 where it is not known here.
   template <int AXES = 0>
@@ -71,7 +77,54 @@ class Filter {
     return more;
   }
 
+  // Take the way by factors if the tokens lie on a grid, row behind row, and no factor can vanish that counts.
+  void prepare_grid() {
+    width_ = 0;
+    if (call_.axes != 2) return;
+    const T* along = positions_ + n_;
+    long width = 1;
+    while (width < call_.tokens && along[width] != along[0]) ++width;
+    for (long i = width; i < call_.tokens; ++i) {
+      if (along[i] != along[i - width]) return;
+    }
+    for (long i = 0; i < n_; ++i) {
+      if (std::max(gather_rows_[i], scatter_rows_[i]) > SAFE) return;
+    }
+    for (long j = 0; j < m_; ++j) {
+      if (std::max(gather_columns_[j], scatter_columns_[j]) > SAFE) return;
+    }
+    if (width > capacity_) fast_ = Array<T>((capacity_ = width) * m_);
+    for (long p = 0; p < width; ++p) {
+      for (long j = 0; j < m_; j += L) {
+        const Vector<T> apart = vec(places_ + m_ + j) - along[p];
+        vec(fast_ + p * m_ + j) = exponential<T>(-apart * apart);
+      }
+    }
+    for (T* rows : {gather_rows_ + 0, scatter_rows_ + 0}) {
+      for (long i = 0; i < n_; i += L) vec(rows + i) = exponential<T>(vec(rows + i));
+    }
+    width_ = width;
+  }
+
+  // The filter as a product: rows are factors here.
+  void apply_grid(const T* kernel, Tile tile, const T* rows, const T* columns, T* out) const {
+    for (long t = 0; t < tile.rows; ++t) {
+      const long i = tile.first + t;
+      if (t == 0 || positions_[i] != positions_[i - 1]) {
+        for (long j = 0; j < m_; j += L) {
+          const Vector<T> apart = vec(places_ + j) - positions_[i];
+          vec(slow_ + j) = exponential<T>(vec(columns + j) - apart * apart);
+        }
+      }
+      const T* fast = fast_ + i % width_ * m_;
+      for (long j = 0; j < m_; j += L) {
+        vec(out + t * m_ + j) = vec(kernel + t * m_ + j) * (vec(fast + j) * (vec(slow_ + j) * rows[i]));
+      }
+    }
+  }
+
   void choose(const T* kernel, Tile tile, const T* rows, const T* columns, T* out) const {
+    if (width_) return apply_grid(kernel, tile, rows, columns, out);
     switch (call_.axes) {
       case 1: apply<1>(kernel, tile, rows, columns, out); break;
       case 2: apply<2>(kernel, tile, rows, columns, out); break;
@@ -110,9 +163,10 @@ class Filter {
 
   const Call& call_;
   const long n_, m_;
-  long image_ = -1;
+  long image_ = -1, width_ = 0, capacity_ = 0;  // width_: of the grid, 0 where the logarithms are summed
   Array<T> places_, positions_;  // (axes, m), (axes, n), over tau
   Array<T> gather_columns_, scatter_columns_, gather_rows_, scatter_rows_;  // added to the logarithm
+  Array<T> fast_, slow_;  // (width, m) of the columns of the grid, (m) of the present row
 };
 
 }  // namespace setformer
