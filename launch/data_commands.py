@@ -18,6 +18,7 @@ from dataloaders.packing.throughput import Throughput
 from dataloaders.packing.throughput import measure as measure_source
 from dataloaders.packing.verify import Verified
 from dataloaders.sources.foreign import index_shards, user_cache
+from dataloaders.sources.remote import is_url, shown_url
 from launch.data_sheet import size_text
 from setformer_dist.core.errors import ConfigError
 
@@ -36,11 +37,13 @@ def index(
     """Index shards or a .beton file that others made; return what to say of it.
 
     Raises:
-        ConfigError: a class map for shards, whose labels are numbers or names of their own.
+        ConfigError: a class map for shards, whose labels are numbers or names of their own; a .beton file of a URL.
         DataError: there are none, or they are damaged.
     """
     names = None if classes is None else read_class_map(classes)
-    if Path(path).suffix == ".beton":
+    if Path(path.partition("?")[0] if is_url(path) else path).suffix == ".beton":
+        if is_url(path):
+            raise ConfigError(f"the index of {shown_url(path)} lies beside it: make it on a copy, and upload both")
         on_start(open_beton(Path(path)).num_samples)
         index_beton(Path(path), names, on_progress)
         beton = open_beton(Path(path))

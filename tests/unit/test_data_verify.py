@@ -17,6 +17,7 @@ from dataloaders.packing.convert import convert
 from dataloaders.packing.text import TextOptions, pack_text
 from dataloaders.packing.verify import unreadable, verify
 from dataloaders.sources.index import COLUMNS, read_index, write_index
+from launch import data_commands
 from setformer_dist.core.errors import ConfigError, DataError, PassingError
 from tests.unit.serving import served
 
@@ -68,6 +69,8 @@ def test_data_behind_a_url_are_compared_as_those_here(packed, tmp_path, monkeypa
         assert verify(f"{server.url}/out").shards == 3
         flip(packed / "shard-000000.tar", 3)  # a header: no sample is touched
         assert found(verify(f"{server.url}/out", decode=False)) == [("shard-000000.tar", "", "shard")]
+        with pytest.raises(ConfigError, match=r"the index of .*/a\.beton lies beside it: make it on a copy"):
+            data_commands.index(f"{server.url}/a.beton?key=secret", None, True, 0, print, print)
 
 
 def test_every_damaged_thing_is_named_once(packed):
