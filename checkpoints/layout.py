@@ -13,7 +13,7 @@ runs/<run>/checkpoints/
     step-00001100-5f0c21aa/             did not verify at a resume; kept for inspection, never counted
     step-00001100-5f0c21aa.reason.txt   why
     superseded-step-00001000-5f0c21aa/  not known to be damaged, but its name was needed, or stood for another count
-                                        of steps; never deleted
+                                        of steps, or the guard went back behind it; never deleted
 """
 
 from __future__ import annotations

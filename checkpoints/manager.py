@@ -104,17 +104,21 @@ class CheckpointManager:
 
         Args and errors: as `save`.
         """
-        self._on_main("put aside", lambda: self._supersede(lambda old: old == step))
+        reason = "its number is of another count of steps: the run goes on with another global batch or other data"
+        self._on_main("put aside", lambda: self._supersede(lambda old: old == step, reason))
         folder = self.save(step, fragments, trainer, identity, metrics)
-        self._on_main("put aside", lambda: self._supersede(lambda old: old > step))
+        self._on_main("put aside", lambda: self._supersede(lambda old: old > step, reason))
         return folder
 
-    def _supersede(self, which: Callable[[int], bool]) -> None:
-        reason = "its number is of another count of steps: the run goes on with another global batch or other data"
-        for folder in layout.step_folders(self.root):
-            if which(layout.step_of(folder) or 0):
-                put_aside(self._disk, self.root, folder, secrets.token_hex(4), reason, keep=True)
-                _log.warning("checkpoint %s is put into %s: %s", folder.name, self.root / layout.ASIDE, reason)
+    def _supersede(self, which: Callable[[int], bool], reason: str) -> None:
+        """Put folders aside for good, durably."""
+        going = [folder for folder in layout.step_folders(self.root) if which(layout.step_of(folder) or 0)]
+        for folder in going:
+            put_aside(self._disk, self.root, folder, secrets.token_hex(4), reason, keep=True)
+            _log.warning("checkpoint %s is put into %s: %s", folder.name, self.root / layout.ASIDE, reason)
+        if going:
+            self._disk.sync_folder(self.root / layout.ASIDE)
+            self._disk.sync_folder(self.root)
 
     def begin(
         self,
@@ -369,6 +373,26 @@ class CheckpointManager:
         if self._comm.gather_json(bool(self._saves)).count(True):
             self.finish()
         return self._first_sound(lambda entries: entries)
+
+    def newest_before(self, step: int, reason: str) -> Checkpoint | None:
+        """Return the newest checkpoint below a step that verifies, the same on every rank, or None.
+
+        Where there is one, those of this step and later are put aside for good, durably before this returns, so that
+        no later search finds them; where there is none they stay.
+
+        Args:
+            step: of the oldest checkpoint that is not to be gone on from.
+            reason: why, for the file beside what is put aside.
+
+        Raises:
+            CheckpointError: as `newest`, or something could not be put aside.
+        """
+        if self._comm.gather_json(bool(self._saves)).count(True):
+            self.finish()
+        found = self._first_sound(lambda entries: [e for e in entries if (layout.step_of(e.path) or 0) < step])
+        if found is not None:
+            self._on_main("put aside", lambda: self._supersede(lambda old: old >= step, reason))
+        return found
 
     def best(self) -> Checkpoint | None:
         """Return the checkpoint with the best value of the configured metric that verifies, or None."""

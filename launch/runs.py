@@ -119,7 +119,8 @@ def _trouble(account: ledger.Account, guarded: list[Row], slow: Counter[tuple[in
             yield f"  {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(at))}  {how} at step {step}"
     for row in guarded:
         ids = ", ".join(map(str, row.get("sample_ids", [])[:8]))
-        yield f"bad step {row['step']}: loss {row['loss']}, {row['why']}, {row['action']}; samples {ids} …"
+        below = f" below step {row['below']}" if row.get("below") is not None else ""
+        yield f"bad step {row['step']}: loss {row['loss']}, {row['why']}, {row['action']}{below}; samples {ids} …"
     for (rank, phase), times in slow.most_common(3):
         yield f"rank {rank} was the slowest in {phase} in {times} of the logged lines"
 

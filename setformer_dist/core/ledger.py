@@ -5,7 +5,8 @@
     {"event": "attempt", "time": t, "number": 1, "ranks": 2}     supervisor: ranks are started
     {"event": "began", "time": t, "step": 40}                    rank 0: the first step of this attempt comes now
     {"event": "spent", "time": t, "step": 50, "seconds": {...}}  rank 0: since the last such line or `began`
-    {"event": "rewound", "time": t, "step": 40, "reached": 47}   rank 0: the guard went back to a checkpoint
+    {"event": "rewound", "time": t, "step": 40, "reached": 47}   rank 0: the guard went back to a checkpoint; with
+                                                                 "bad", the bad step as guard.json has it
     {"event": "ended", "time": t, "why": "killed", "step": 53}   supervisor: "done", "stopped", or how it failed, and
                                                                  "final": true where it will not start again
 

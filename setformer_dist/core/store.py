@@ -87,6 +87,10 @@ class CheckpointStore(Protocol):
         """Return the newest checkpoint that verifies and belongs to this model, or None."""
         ...
 
+    def newest_before(self, step: int, reason: str) -> SavedState | None:
+        """Return the newest of a smaller step likewise; if there is one, no other is ever found again."""
+        ...
+
     def load(self, saved: SavedState, fragments: Iterable[Fragment]) -> None:
         """Fill the fragments' tensors in place."""
         ...

@@ -2,13 +2,19 @@
 
     "stop"      the run ends with an error; the newest checkpoint is from before
     "skip"      the update is left out and the run goes on; no weight has seen the bad gradient
-    "rollback"  all ranks go back to the newest checkpoint, and pass over the step when they come to it again
+    "rollback"  all ranks go back to the newest checkpoint, and pass over the step when they come to it again; where
+                trouble is back soon after that, the weights in that checkpoint were on their way to it already, and
+                they go back to one before it
 
 Judged are the means over all ranks, which are the same on every rank, whenever they are logged and before every
 checkpoint; so the ranks agree without a word, and no checkpoint holds what came of a bad step. A step that is passed
 over uses up its samples and its place in the schedules, so all other steps see what they would have seen. Which steps
-are passed over is kept in the run's folder (`guard.json`), durably and before the rollback: a run that is
-interrupted and resumed passes over the same ones.
+are passed over, and what is to be gone back to, is kept in the run's folder (`guard.json`), durably and before the
+rollback: a run that is interrupted at any instant and resumed passes over the same ones, and goes back as far.
+
+    guard.json   passed_over, skipped: steps
+                 troubles: one table per bad step, with its loss, the ids of its samples, below which step a checkpoint
+                 was looked for (null: the newest), and the step gone back to (null: not yet)
 """
 
 from __future__ import annotations
@@ -18,7 +24,7 @@ import logging
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,7 +51,8 @@ class GuardConfig(FrozenConfig):
         nonfinite: what a loss or gradient that is NaN or infinite does: "stop", "skip" or "rollback". The update is
             left out in any case. In fp16 the loss scale falls and the run goes on, whatever is set here.
         spike: a loss beyond this many times the median of the last `window` is a leap and is rolled back; 0 is off.
-        window: losses that the median is of.
+        window: losses that the median is of; and trouble within so many steps after one that a rollback passes over
+            makes the next rollback go to a checkpoint before the one of that rollback.
         limit: bad steps borne in one run; one more ends it.
     """
 
@@ -71,12 +78,14 @@ class Trouble:
         loss: mean over all ranks.
         why: "nonfinite" or "spike".
         action: "skip" (it has been left out already) or "rollback".
+        below: the rollback goes to a checkpoint below this step, if there is one; None for the newest.
     """
 
     step: int
     loss: float
     why: Literal["nonfinite", "spike"]
     action: Literal["skip", "rollback"]
+    below: int | None = None
 
 
 class Guard:
@@ -97,16 +106,18 @@ class Guard:
         self._window: list[float] = []
         self._passed: set[int] = set()
         self._skipped: set[int] = set()
+        self._troubles: list[dict[str, Any]] = []  # as in guard.json, oldest first
 
     def load(self) -> None:
         """Read which steps earlier attempts of this run had trouble with. Collective."""
         path = self._folder / GUARD_FILE
-        found: dict[str, list[int]] = {}
+        found: dict[str, Any] = {}
         if self._comm.ranks.is_main and path.exists():
             found = json.loads(path.read_bytes())
         found = self._comm.broadcast_json(found)
         self._passed = set(found.get("passed_over", []))
         self._skipped = set(found.get("skipped", []))
+        self._troubles = list(found.get("troubles", []))
 
     def forget(self) -> None:
         """Drop which steps are passed over: from here on their numbers stand for other batches. Collective."""
@@ -114,6 +125,7 @@ class Guard:
             log.warning("steps %s are no longer passed over: steps are counted anew", sorted(self._passed))
         self._passed.clear()
         self._skipped.clear()
+        self._troubles.clear()
         if self._comm.ranks.is_main:
             (self._folder / GUARD_FILE).unlink(missing_ok=True)
         self._comm.barrier()
@@ -165,17 +177,50 @@ class Guard:
                 f"the loss is {loss:.4g} at step {step}, and {borne} bad steps were borne before (guard.limit): "
                 f"{repair}"
             )
-        return Trouble(
-            step, loss, why, "skip" if why == "nonfinite" and self._config.nonfinite == "skip" else "rollback"
-        )
+        if why == "nonfinite" and self._config.nonfinite == "skip":
+            return Trouble(step, loss, why, "skip")
+        return Trouble(step, loss, why, "rollback", self._too_new(step))
 
-    def remember(self, trouble: Trouble) -> None:
+    def _too_new(self, step: int) -> int | None:
+        """Return the step of the checkpoint that trouble at a step comes from, if a rollback went there lately."""
+        before = next((t for t in reversed(self._troubles) if t["back_to"] is not None), None)
+        if before is None or step >= before["step"] + self._config.window:
+            return None
+        return int(before["back_to"])
+
+    def remember(self, trouble: Trouble, sample_ids: Sequence[int] = ()) -> None:
         """Keep a bad step for this run and all its continuations; durable when this returns. Collective."""
         (self._skipped if trouble.action == "skip" else self._passed).add(trouble.step)
+        loss = trouble.loss if math.isfinite(trouble.loss) else None  # JSON has no other numbers
+        self._troubles.append({**asdict(trouble), "loss": loss, "sample_ids": list(sample_ids), "back_to": None})
+        self._write()
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The last bad step, as guard.json has it."""
+        return dict(self._troubles[-1])
+
+    @property
+    def below(self) -> int | None:
+        """The step below which a rollback that is not complete looks for a checkpoint."""
+        return self._pending["below"] if self._pending else None
+
+    def went_back(self, step: int) -> None:
+        """Complete the rollback that is not, if one is: training goes on from this step. Collective."""
+        if self._pending is not None:
+            self._pending["back_to"] = step
+            self._write()
+
+    @property
+    def _pending(self) -> dict[str, Any] | None:
+        last = self._troubles[-1] if self._troubles else None
+        return last if last is not None and last["action"] == "rollback" and last["back_to"] is None else None
+
+    def _write(self) -> None:
         if self._comm.ranks.is_main:
             write_json(
                 self._folder / GUARD_FILE,
-                {"passed_over": sorted(self._passed), "skipped": sorted(self._skipped)},
+                {"passed_over": sorted(self._passed), "skipped": sorted(self._skipped), "troubles": self._troubles},
             )
         self._comm.barrier()
 

@@ -183,7 +183,7 @@ class Parts:
 
 
 class _RewindError(Exception):
-    """All ranks go back to the newest checkpoint; raised on all of them at the same place."""
+    """All ranks go back to a checkpoint; raised on all of them at the same place."""
 
     def __init__(self, trouble: Trouble) -> None:
         super().__init__(f"step {trouble.step}")
@@ -310,13 +310,13 @@ class Trainer:
         self._unreduced.append(torch.full((), math.nan, device=self._p.engine.device))
 
     def _rewind(self, trouble: Trouble, progress: RunProgress) -> None:
-        """Go back to the newest checkpoint, on all ranks.
+        """Go back to the newest checkpoint, or to one before it, on all ranks.
 
         Raises:
             TrainingError: there is none.
         """
         reached = self._state.step
-        saved = self._p.store.newest()
+        saved = self._to_go_on_from()
         if saved is None:
             raise TrainingError(
                 f"the loss is {trouble.loss:.4g} at step {trouble.step} ({trouble.why}), and there is no checkpoint to "
@@ -329,8 +329,9 @@ class Trainer:
         self._take_over(saved)
         if self._state.step != saved.step:
             self._save_renumbered(saved)
+        self._p.guard.went_back(self._state.step)
         self._p.record.note("spent", step=reached, seconds=self._clock.take()[0])
-        self._p.record.note("rewound", step=self._state.step, reached=reached)
+        self._p.record.note("rewound", step=self._state.step, reached=reached, bad=self._p.guard.last)
         self._steps_timed = 0
         progress.advance(self._state.step)
         progress.say(
@@ -351,14 +352,24 @@ class Trainer:
             SetformerError: the checkpoint is of another model, or its cursor of other data.
         """
         self._p.guard.load()
-        saved = self._p.store.newest()
-        if saved is None:
-            return
-        self._take_over(saved)
-        if self._state.step != saved.step:
-            self._p.guard.forget()
-            self._save_renumbered(saved)
+        saved = self._to_go_on_from()
+        if saved is not None:
+            self._take_over(saved)
+            if self._state.step != saved.step:
+                self._p.guard.forget()
+                self._save_renumbered(saved)
+        self._p.guard.went_back(self._state.step)  # where a rollback was cut short
         self._resumed = saved
+
+    def _to_go_on_from(self) -> SavedState | None:
+        """Return the newest checkpoint; where the guard says so and there is one, that before the one it names."""
+        below = self._p.guard.below
+        if below is None:
+            return self._p.store.newest()
+        saved = self._p.store.newest_before(below, f"after a rollback to step {below} there was trouble again")
+        if saved is None and self._main:
+            log.warning("there is no checkpoint below step %d, so the newest is gone back to once more", below)
+        return saved or self._p.store.newest()
 
     def _take_over(self, saved: SavedState) -> None:
         trainer = saved.trainer
@@ -544,11 +555,12 @@ class Trainer:
             _RewindError: one that all ranks go back for.
         """
         while (trouble := self._p.guard.judge(first, means)) is not None:
-            ids = self._p.comm.gather_json(self._samples_seen.get(trouble.step, []))
-            values = {**vars(trouble), "sample_ids": [sample for part in ids for sample in part]}
+            parts = self._p.comm.gather_json(self._samples_seen.get(trouble.step, []))
+            ids = [sample for part in parts for sample in part]
+            values = {**vars(trouble), "sample_ids": ids}
             self._p.record.write("guard", trouble.step, values)
             log.warning("bad step: %s", values)
-            self._p.guard.remember(trouble)
+            self._p.guard.remember(trouble, ids)
             if trouble.action == "rollback":
                 raise _RewindError(trouble)
             means = means[trouble.step + 1 - first :]

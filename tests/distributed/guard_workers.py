@@ -30,8 +30,29 @@ class Poisoned:
         return (images * torch.inf if train and batch.step in self._steps else images), targets
 
 
-def run_poisoned(page: str, overrides: list[str], steps: list[int]) -> dict[str, Any]:
-    """Train to the end; return what is left."""
+class Deadly:
+    """Takes a method's place and ends the process, as a kill would, before or after its n-th call."""
+
+    def __init__(self, owner: Any, name: str, when: str, call: int) -> None:
+        self._method = getattr(owner, name)
+        self._when = when
+        self._left = call
+        setattr(owner, name, self)
+
+    def __call__(self, *args: Any) -> Any:
+        self._left -= 1
+        if self._when == "before" and not self._left:
+            os._exit(9)
+        result = self._method(*args)
+        if self._when == "after" and not self._left:
+            os._exit(9)
+        return result
+
+
+def run_poisoned(
+    page: str, overrides: list[str], steps: list[int], death: tuple[str, str, str, int] | None = None
+) -> dict[str, Any]:
+    """Train to the end, or to a death at a call of a part's method; return what is left."""
     ranks = RankInfo.from_env()
     quiet_deepspeed()
     torch.set_num_threads(1)
@@ -45,6 +66,9 @@ def run_poisoned(page: str, overrides: list[str], steps: list[int]) -> dict[str,
     try:
         trainer = compose(run, splits, model, TorchCollectives(ranks))
         trainer._step._prepare = Poisoned(trainer._step._prepare, steps)
+        if death is not None:
+            part, name, when, call = death
+            Deadly(getattr(trainer._p, part), name, when, call)
         trainer.resume()
         outcome = trainer.run()
         held = trainer._fragments()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from setformer_dist.core.files import write_json
+from setformer_dist.core.ledger import read_events
 from setformer_dist.testing.commands import DEMO, SHORT
 from setformer_dist.testing.ranks import RanksFailedError, run_ranks
 from tests.distributed import guard_workers
@@ -59,6 +60,46 @@ def test_rollback_is_a_run_that_never_took_the_step(digits: Path, tmp_path: Path
     assert [r["weights"] for r in found] == [r["weights"] for r in without]  # bit by bit
     whole = run(digits, tmp_path / "whole", "rollback", 2, "bf16", [])
     assert [r["weights"] for r in found] != [r["weights"] for r in whole]
+
+
+# Where all ranks die in the second rollback: a part of the trainer, its method, before or after which call of it.
+DEATHS = {
+    "nowhere": None,
+    "before the bad checkpoint is put aside": ("store", "newest_before", "before", 1),
+    "after it was": ("store", "newest_before", "after", 1),
+    "before the step gone back to is kept": ("guard", "went_back", "before", 3),  # the first is of `resume`
+}
+
+
+@pytest.mark.parametrize(
+    "death",
+    [
+        "after it was",
+        *(pytest.param(death, marks=pytest.mark.drill) for death in DEATHS if death != "after it was"),
+    ],
+)
+def test_trouble_that_is_soon_back_goes_one_checkpoint_further_back(digits: Path, tmp_path: Path, death: str) -> None:
+    bad = [7, 8]
+    short = ("~schedule.epochs", "schedule.steps=10", "~schedule.warmup_epochs", "checkpoint.every_steps=3")
+    short = (*short, "batch.global_size=16")
+    words = [*overrides(digits, tmp_path / "poisoned", "rollback", 1, "fp32"), *short]
+    if DEATHS[death] is not None:
+        with pytest.raises(RanksFailedError):
+            run_ranks(guard_workers.run_poisoned, 2, DEMO, words, bad, DEATHS[death])
+    found = run_ranks(guard_workers.run_poisoned, 2, DEMO, words, bad)
+    kept = json.loads((tmp_path / "poisoned" / "demo" / "guard.json").read_text())
+    assert (kept["passed_over"], kept["skipped"]) == (bad, [])
+    assert [(t["step"], t["below"], t["back_to"]) for t in kept["troubles"]] == [(7, None, 6), (8, 6, 3)]
+    assert [len(set(t["sample_ids"])) for t in kept["troubles"]] == [16, 16]
+    rewound = [event for event in read_events(tmp_path / "poisoned" / "demo") if event["event"] == "rewound"]
+    assert [event["bad"] for event in rewound] == kept["troubles"][: 2 if death == "nowhere" else 1]
+    aside = tmp_path / "poisoned" / "demo" / "checkpoints" / "aside"
+    assert [p.name.rpartition("-")[0] for p in aside.iterdir() if p.is_dir()] == ["superseded-step-00000006"]
+    (tmp_path / "without" / "demo").mkdir(parents=True)
+    write_json(tmp_path / "without" / "demo" / "guard.json", {"passed_over": bad})
+    words = [*overrides(digits, tmp_path / "without", "rollback", 1, "fp32"), *short]
+    without = run_ranks(guard_workers.run_poisoned, 2, DEMO, words, [])
+    assert [r["weights"] for r in found] == [r["weights"] for r in without]  # bit by bit
 
 
 def test_stop_is_the_default_and_keeps_the_checkpoint_from_before(digits: Path, tmp_path: Path) -> None:

@@ -253,6 +253,30 @@ def test_folders_of_an_old_count_of_steps_are_kept_but_never_found_again(tmp_pat
     assert sorted(path.name for path in (tmp_path / layout.ASIDE).iterdir() if path.is_dir()) == kept
 
 
+def test_what_is_gone_back_behind_is_kept_but_never_found_again(tmp_path: Path) -> None:
+    for step in (4, 5, 8, 10):
+        save(tmp_path, step)
+    manager = manager_of(tmp_path)
+    assert manager.newest_before(4, "trouble") is None
+    assert steps(tmp_path) == [10, 8, 5, 4]  # with nothing to go back to, all stay
+    assert manager.newest_before(8, "trouble").step == 5
+    assert steps(tmp_path) == [5, 4]
+    kept = sorted(path for path in (tmp_path / layout.ASIDE).iterdir() if path.is_dir())
+    assert [path.name.rpartition("-")[0] for path in kept] == ["superseded-step-00000008", "superseded-step-00000010"]
+    assert layout.reason_file(kept[0]).read_text() == "trouble\n"
+    assert manager.newest().step == 5
+
+
+def test_a_kill_while_they_are_put_aside_leaves_one_to_go_on_from(tmp_path: Path) -> None:
+    for step in (4, 8, 10):
+        save(tmp_path, step)
+    disk = FaultyDisk(Fault("rename", "superseded-step-00000008-*", "killed"))
+    assert in_child(lambda: manager_of(tmp_path, disk).newest_before(8, "trouble")) == -signal.SIGKILL
+    assert steps(tmp_path) == [8, 4]  # which is why the guard keeps how far it goes back until it has
+    assert manager_of(tmp_path).newest_before(8, "trouble").step == 4
+    assert steps(tmp_path) == [4]
+
+
 def test_without_room_for_the_first_of_a_new_count_the_old_one_stays(tmp_path: Path) -> None:
     save(tmp_path, 10)
     disk = FaultyDisk(Fault("write", RANK_FILE, "disk full"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import TrainingError
-from setformer_dist.engine.guard import Guard, GuardConfig, Updates
+from setformer_dist.engine.guard import GUARD_FILE, Guard, GuardConfig, Updates
 
 
 def guard(folder, **values):
@@ -63,6 +64,47 @@ def test_the_median_goes_on_after_a_resume(tmp_path):
     later = guard(tmp_path, spike=2.0, window=20)
     later.take_back(one.state())
     assert later.judge(25, [2.1]).step == 25
+
+
+def bad_step(one, step):
+    trouble = one.judge(step, [math.nan])
+    one.remember(trouble, [step, step + 1])
+    return trouble
+
+
+def test_trouble_soon_after_a_rollback_asks_for_a_checkpoint_before_that_of_the_rollback(tmp_path):
+    one = guard(tmp_path, nonfinite="rollback", window=20)
+    assert bad_step(one, 105).below is None
+    one.went_back(100)
+    assert bad_step(one, 103).below == 100  # before the step that was passed over is soon as well
+    one.went_back(90)
+    assert bad_step(one, 122).below == 90
+    one.went_back(80)
+    assert bad_step(one, 142).below is None  # 20 steps after the last one
+    assert one.last["sample_ids"] == [142, 143]
+
+
+def test_where_a_rollback_was_cut_short_its_goal_is_known_until_it_is_reached(tmp_path):
+    one = guard(tmp_path, nonfinite="rollback")
+    bad_step(one, 105)
+    one.went_back(100)
+    bad_step(one, 106)
+    later = guard(tmp_path, nonfinite="rollback")
+    assert later.below == 100
+    later.went_back(90)
+    assert later.below is None
+    again = guard(tmp_path, nonfinite="rollback")
+    assert again.below is None
+    assert again.judge(107, [math.nan]).below == 90
+
+
+def test_steps_left_out_are_no_rollbacks(tmp_path):
+    one = guard(tmp_path, nonfinite="skip", spike=2.0, window=20)
+    one.judge(0, [1.0] * 20)
+    bad_step(one, 20)
+    one.went_back(15)  # a resume
+    assert one.judge(21, [9.0]).below is None
+    assert json.loads((tmp_path / GUARD_FILE).read_text())["troubles"][0]["back_to"] is None
 
 
 class PlainEngine:
