@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from checkpoints.manager import CheckpointManager
 from checkpoints.reader import Checkpoint
 from dataloaders.order.order import counts_samples
 from launch.config import ResolvedRun
+from launch.imported import is_imported, loadable, trainer_state
 from launch.inputs import Split, check_splits, inputs_of
 from setformer_dist.core.errors import CheckpointError, ConfigError
 from setformer_dist.core.fragments import Fragment
@@ -104,10 +105,14 @@ class RunStore:
         identity: Identity,
         classes: tuple[str, ...],
         told: dict[str, Any],
-        cursor: dict[str, Any],
+        cursor_at: Callable[[int], dict[str, Any]],
+        total_steps: int,
+        is_main: bool,
     ) -> None:
         self._manager = manager
-        self._cursor = cursor
+        self._cursor_at = cursor_at
+        self._total_steps = total_steps
+        self._is_main = is_main
         self._run = run
         self._identity = identity
         self._about = {"config": run.as_json(), "classes": list(classes), "inputs": told}
@@ -166,16 +171,21 @@ class RunStore:
     def _checked(self, found: Checkpoint | None) -> Checkpoint | None:
         if found is None:
             return None
+        if is_imported(found):
+            state = trainer_state(found, self._identity, self._cursor_at, self._total_steps, says=self._is_main)
+            found.trainer.update(state)
+            check_trainer(found.trainer, found.path)
+            return found
         check_trainer(found.trainer, found.path)
         found.identity.check_same_model(self._identity)
         allowed = self._run.config.checkpoint.allow_changes
-        found.trainer["stream"] = continued_cursor(found.trainer["stream"], self._cursor, allowed)
+        found.trainer["stream"] = continued_cursor(found.trainer["stream"], self._cursor_at(0), allowed)
         return found
 
     def load(self, saved: SavedState, fragments: Iterable[Fragment]) -> None:
         """Fill the fragments."""
-        assert hasattr(saved, "load_into")
-        self._manager.load(saved, fragments)  # type: ignore[arg-type]  # what `newest` returned
+        assert isinstance(saved, Checkpoint)  # what `newest` returned
+        self._manager.load(saved, loadable(saved, fragments) if is_imported(saved) else fragments)
 
 
 def continued_cursor(saved: dict[str, Any], here: dict[str, Any], allowed: Collection[str]) -> dict[str, Any]:
@@ -258,7 +268,7 @@ def compose(run: ResolvedRun, splits: Splits, model: nn.Module, comm: TorchColle
         validation=validation,
         prepare=inputs.prepare(len(classes), device, DTYPES[c.precision.dtype]),
         schedule=Schedule(engine.optimizer, c.schedule, stream.steps_per_epoch),
-        store=RunStore(manager, run, identity, classes, told, stream.state(0)),
+        store=RunStore(manager, run, identity, classes, told, stream.state, schedule_steps, ranks.is_main),
         comm=comm,
         meter=meter,
         record=RunRecord(c.folder, ranks.is_main),

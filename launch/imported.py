@@ -1,0 +1,86 @@
+"""How a run goes on from a checkpoint that `setformer ckpt import` has put into its folder.
+
+DeepSpeed's directory holds weights and, from stage 1 on, Adam's states by name; it knows neither our order of samples
+nor our averages. What is not in it begins where it must: the samples as if the steps so far had been trained by this
+config, the average from the weights, and Adam anew where its states have no names (stage 0). All of it is said in one
+line, and the next checkpoint is an ordinary one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from checkpoints.identity import Identity
+from checkpoints.reader import Checkpoint
+from setformer_dist.core.errors import CheckpointError
+from setformer_dist.core.fragments import Fragment
+from setformer_dist.engine.master import OPTIMIZER_STATES
+from setformer_dist.engine.trainer import Best, RunState
+
+log = logging.getLogger(__name__)
+
+KEY = "imported"
+
+
+def is_imported(checkpoint: Checkpoint) -> bool:
+    """Return whether a checkpoint came from another program and no run has written it."""
+    return KEY in checkpoint.trainer
+
+
+def trainer_state(
+    checkpoint: Checkpoint,
+    mine: Identity,
+    cursor_at: Callable[[int], dict[str, Any]],
+    total_steps: int,
+    says: bool,
+) -> dict[str, Any]:
+    """Return trainer.json as a run of this config would have written it after as many steps.
+
+    Args:
+        checkpoint: an imported one.
+        mine: identity of the run that is to go on.
+        cursor_at: the stream's cursor after a number of steps.
+        total_steps: length of the run.
+        says: log what goes on and what begins anew.
+
+    Raises:
+        CheckpointError: it is of another model, or the run is not longer than the steps done.
+    """
+    if checkpoint.identity.parameters != mine.parameters:
+        raise CheckpointError(
+            f"{checkpoint.path} was imported from another model than {mine.model} of this config: names or shapes of "
+            "its parameters differ; set model.name, model.args and the data's classes to those it was trained with"
+        )
+    if checkpoint.step >= total_steps:
+        raise CheckpointError(
+            f"{checkpoint.path} was imported after {checkpoint.step} steps, and this run has {total_steps}: lengthen "
+            "schedule.steps or schedule.epochs"
+        )
+    adam = set(OPTIMIZER_STATES) <= set(checkpoint.states())
+    if says:
+        source = checkpoint.trainer[KEY]
+        log.warning(
+            "step %d was imported from DeepSpeed (ZeRO stage %s, %s ranks): %s; samples go on as if this config had "
+            "trained these steps, the average of the weights begins with them",
+            checkpoint.step,
+            source.get("stage"),
+            source.get("ranks"),
+            "weights and Adam's states go on" if adam else "the weights go on, Adam begins anew",
+        )
+    fresh = RunState(step=checkpoint.step, best=Best("", "max")).as_dict()
+    return {
+        **checkpoint.trainer,
+        "stream": cursor_at(checkpoint.step),
+        "optimizer_steps": checkpoint.trainer["optimizer_steps"] if adam else 0,
+        "run": fresh,
+    }
+
+
+def loadable(checkpoint: Checkpoint, fragments: Iterable[Fragment]) -> list[Fragment]:
+    """Return the fragments that the checkpoint fills: averages from the weights, states that it lacks not at all."""
+    there = set(checkpoint.states())
+    as_held = [dataclasses.replace(f, state="param") if f.state == "ema" else f for f in fragments]
+    return [f for f in as_held if f.state in there]

@@ -1,0 +1,64 @@
+"""What a run takes over from an imported checkpoint, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoints.config import CheckpointConfig
+from checkpoints.identity import Identity, digest_shapes
+from checkpoints.manager import CheckpointManager
+from checkpoints.reader import Checkpoint, open_checkpoint
+from launch.imported import is_imported, loadable, trainer_state
+from setformer_dist.core.comm import Alone
+from setformer_dist.core.errors import CheckpointError
+from setformer_dist.core.fragments import Fragment
+from setformer_dist.engine.trainer import check_trainer
+
+SHAPES = {"w": (4,)}
+MINE = Identity(model="m", parameters=digest_shapes(SHAPES))
+
+
+def imported(root: Path, *states: str) -> Checkpoint:
+    fragments = [Fragment("w", state, 0, (4,), torch.full((4,), float(i))) for i, state in enumerate(states)]
+    trainer = {"imported": {"stage": 2, "ranks": 8}, "optimizer_steps": 5, "loss_scale": {}}
+    CheckpointManager(root, Alone(), CheckpointConfig()).save(5, fragments, trainer, MINE, {})
+    return open_checkpoint(root)
+
+
+def state_of(checkpoint: Checkpoint, mine: Identity = MINE, total: int = 9) -> dict[str, object]:
+    return trainer_state(checkpoint, mine, lambda step: {"step": step}, total, says=True)
+
+
+def test_samples_go_on_behind_the_steps_done_and_the_rest_begins(tmp_path, caplog):
+    found = imported(tmp_path, "param", "exp_avg", "exp_avg_sq")
+    assert is_imported(found)
+    state = state_of(found)
+    check_trainer(state, found.path)
+    assert state["stream"] == {"step": 5}
+    assert state["optimizer_steps"] == 5
+    assert "step 5 was imported from DeepSpeed (ZeRO stage 2, 8 ranks): weights and Adam's states go on" in caplog.text
+    average = Fragment("w", "ema", 1, (4,), torch.zeros(3))
+    found.load_into(loadable(found, [average]))
+    assert average.tensor.tolist() == [0.0, 0.0, 0.0]  # the weights
+    held = Fragment("w", "exp_avg_sq", 0, (4,), torch.zeros(4))
+    found.load_into(loadable(found, [held]))
+    assert held.tensor.tolist() == [2.0] * 4
+
+
+def test_adam_begins_anew_where_its_states_have_no_names(tmp_path, caplog):
+    found = imported(tmp_path, "param")
+    assert state_of(found)["optimizer_steps"] == 0
+    assert "Adam begins anew" in caplog.text
+    assert loadable(found, [Fragment("w", "exp_avg", 0, (4,), torch.zeros(4))]) == []
+
+
+def test_another_model_and_a_run_that_is_too_short_are_refused(tmp_path):
+    found = imported(tmp_path, "param")
+    other = MINE.model_copy(update={"parameters": digest_shapes({"w": (5,)})})
+    with pytest.raises(CheckpointError, match="was imported from another model than m of this config"):
+        state_of(found, other)
+    with pytest.raises(CheckpointError, match="was imported after 5 steps, and this run has 5: lengthen schedule"):
+        state_of(found, total=5)
