@@ -24,7 +24,8 @@ from setformer_dist.core.errors import SetformerError
 
 CHECKPOINT_EVERY = 20
 EPOCHS = 16
-_LIMIT_S = 180.0  # longest time that a recovery or a run's end may take
+_SILENCE_S = 180.0  # longest time without a word from the run
+_LIMIT_S = 1800.0  # longest time that a recovery or a run's end may take, whatever it says
 
 
 class DrillError(SetformerError):
@@ -105,14 +106,28 @@ class Run:
         """Return whether an attempt has come to its first step and has not ended, as far as anybody wrote it."""
         return bool(events := self.events()) and events[-1]["event"] in ("began", "spent")
 
-    def wait(self, until: Callable[[], bool], limit_s: float = _LIMIT_S) -> bool:
-        """Wait; return whether it came before the time was up."""
-        end = time.monotonic() + limit_s
+    def wait(self, until: Callable[[], bool], limit_s: float | None = None) -> bool:
+        """Wait; return whether it came in time.
+
+        Args:
+            until: asked again and again.
+            limit_s: time that it may take; by default as long as the run says something now and then, since a busy
+                machine takes its time.
+        """
+        begun = silent = time.monotonic()
+        said = self._size()
         while not until():
-            if time.monotonic() > end:
+            now = time.monotonic()
+            if self._size() != said:
+                said, silent = self._size(), now
+            late = now - begun > limit_s if limit_s else now - silent > _SILENCE_S or now - begun > _LIMIT_S
+            if late:
                 return False
             time.sleep(0.01)
         return True
+
+    def _size(self) -> int:
+        return self._log.stat().st_size if self._log.exists() else 0
 
     def end(self) -> None:
         """Kill the command; its ranks die with it."""
