@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from benchmarks.machine import describe
@@ -28,6 +29,7 @@ from setformer_dist.testing.elastic import Where, differences
 from setformer_dist.testing.ranks import run_ranks
 
 BEFORE = 3
+_SAYS = Console(stderr=True)
 # Offload is measured on these numbers of ranks: its memory is laid out as that of the same stage without it.
 _OFFLOAD_RANKS = (1, 2)
 
@@ -50,12 +52,12 @@ def measure(layouts: list[Where], steps: int) -> list[dict[str, Any]]:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         written = {}
-        for where in layouts:
+        for where in track(layouts, "writing", console=_SAYS):
             root = str(Path(folder) / where.name)
             written[where] = run_ranks(
                 elastic.write, where.ranks, root, where.stage, where.dtype, where.offload, BEFORE, steps, timeout=300
             )[0]
-        for reader in layouts:
+        for reader in track(layouts, "reading", console=_SAYS):
             writers = [where for where in layouts if where.dtype == reader.dtype]
             roots = [str(Path(folder) / where.name) for where in writers]
             found = run_ranks(
