@@ -21,6 +21,7 @@ from dataloaders.order.order import counts_samples
 from launch.config import ResolvedRun
 from launch.imported import is_imported, loadable, trainer_state
 from launch.inputs import Split, check_splits, inputs_of
+from launch.weights import FirstWeights
 from setformer_dist.core.errors import CheckpointError, ConfigError
 from setformer_dist.core.fragments import Fragment
 from setformer_dist.core.heartbeat import Heartbeat
@@ -78,13 +79,18 @@ def identity_of(run: ResolvedRun, model: nn.Module, classes: tuple[str, ...], to
     return Identity(
         model=c.model.name,
         model_args=json.dumps({**c.model.args, **told}, sort_keys=True),
-        parameters=digest_shapes({n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in model.named_parameters()}),
+        parameters=digest_shapes(shapes_of(model)),
         config_hash=run.identity_hash(),
         stage=c.zero.stage,
         world_size=run.plan.world_size,
         classes=digest_json(list(classes)),
         versions={name: importlib.metadata.version(name) for name in VERSIONS_OF},
     )
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the whole shape of every parameter, sharded or not."""
+    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
 
 
 # Which entries of the stream's cursor each of `checkpoint.allow_changes` lets differ.
@@ -253,6 +259,10 @@ def compose(run: ResolvedRun, splits: Splits, model: nn.Module, comm: TorchColle
     )
     told = inputs.told(splits.train)
     identity = identity_of(run, model, classes, told)
+    first_weights: FirstWeights | None = None
+    if c.model.weights is not None:
+        buffers = frozenset(name for name, _ in model.named_buffers())
+        first_weights = FirstWeights(c.model, shapes_of(model), buffers, comm)
     engine = initialize(model, c.optim, run.deepspeed_json())
     master = MasterState(engine)
     meter = CommMeter()
@@ -276,6 +286,7 @@ def compose(run: ResolvedRun, splits: Splits, model: nn.Module, comm: TorchColle
         guard=Guard(c.guard, c.folder, comm, scaled=c.precision.dtype == "fp16"),
         heartbeat=Heartbeat.from_env(),
         watch=watch,
+        first_weights=first_weights,
     )
     best = Best(c.checkpoint.best_metric, c.checkpoint.best_mode)
     return Trainer(parts, c.eval, best, schedule_steps, c.run.log_every, c.run.seed, c.run.record_samples)

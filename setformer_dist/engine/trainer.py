@@ -162,7 +162,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Parts:
-    """All that a trainer works with, made by the composition root."""
+    """All that a trainer works with, made by the composition root.
+
+    `first_weights`, where a run begins with other weights than its seed's, fills fragments with them and says which.
+    """
 
     engine: Any
     master: MasterState
@@ -180,6 +183,7 @@ class Parts:
     guard: Guard
     heartbeat: Heartbeat
     watch: Watch | None = None
+    first_weights: Callable[[list[Fragment]], str] | None = None
 
 
 class _RewindError(Exception):
@@ -231,6 +235,7 @@ class Trainer:
         self._samples_seen: dict[int, list[int]] = {}
         self._steps_timed = 0
         self._resumed: SavedState | None = None
+        self._began_with = ""
         self._stop_answer: Callable[[], float] = _nobody
 
     def run(self) -> Outcome:
@@ -252,6 +257,10 @@ class Trainer:
         ):
             if saved is not None:
                 progress.say(f"resumed at step {saved.step} from {saved.path}")
+            elif self._began_with:
+                progress.say(self._began_with)
+                log.info(self._began_with)
+                self._p.record.note("weights", what=self._began_with)
             self._p.heartbeat.step = self._state.step
             self._p.record.note("began", step=self._state.step)
             self._clock.take()
@@ -346,7 +355,7 @@ class Trainer:
         return [*self._p.master.fragments("param", *OPTIMIZER_STATES), *averaged]
 
     def resume(self) -> None:
-        """Take over the newest checkpoint that verifies, if there is one. Collective; call it before `run`.
+        """Take over the newest checkpoint that verifies, or the first weights. Collective; call it before `run`.
 
         Raises:
             SetformerError: the checkpoint is of another model, or its cursor of other data.
@@ -358,6 +367,9 @@ class Trainer:
             if self._state.step != saved.step:
                 self._p.guard.forget()
                 self._save_renumbered(saved)
+        elif self._p.first_weights is not None:
+            self._began_with = self._p.first_weights(self._fragments())
+            self._p.master.refresh()
         self._p.guard.went_back(self._state.step)  # where a rollback was cut short
         self._resumed = saved
 

@@ -26,12 +26,24 @@ class ModelConfig(FrozenConfig):
         args: further arguments of `timm.create_model`, such as embed_dim, depths, stem_strides, attention ("set",
             "soft", "soft_norm", "cast", "softmax"), or the tables of their choices: [model.args.attn] with epsilon,
             iterations, references …, [model.args.soft], [model.args.cast].
+        weights: what a new run begins with, for fine-tuning: a checkpoint of ours (a run's folder, or one step's), or a
+            .safetensors file as `setformer ckpt export` writes it. A run that goes on does not read it again.
+        skip: beginnings of the names of parameters that are not taken from there but drawn from the seed, such as
+            ["head."] for another number of classes.
     """
 
     name: str = "setformer_tiny"
     drop_path: float = pydantic.Field(default=0.0, ge=0, lt=1)
     activation_checkpointing: bool = False
     args: dict[str, Any] = pydantic.Field(default_factory=dict)
+    weights: str | None = None
+    skip: tuple[str, ...] | None = pydantic.Field(default=None, strict=False)
+
+    @pydantic.model_validator(mode="after")
+    def _skipped_of_something(self) -> ModelConfig:
+        if self.skip is not None and self.weights is None:
+            raise ValueError("model.skip says what is not taken from model.weights, which is not set: set it too")
+        return self
 
     @pydantic.field_validator("name")
     @classmethod

@@ -1,0 +1,148 @@
+"""What a new run begins with besides its seed (`model.weights`): filled by name, or refused in one sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from checkpoints.config import CheckpointConfig
+from checkpoints.identity import Identity
+from checkpoints.manager import CheckpointManager
+from launch.weights import FirstWeights
+from setformer_dist.core.comm import Alone
+from setformer_dist.core.errors import CheckpointError, ConfigError
+from setformer_dist.core.fragments import Fragment
+from setformer_dist.models.build import ModelConfig
+
+SHAPES = {"body.w": (2, 3), "head.w": (5, 3), "head.b": (5,)}
+
+
+def checkpoint(run: Path, scores: dict[str, float], *states: str, shapes: dict = SHAPES) -> Path:
+    fragments = [
+        Fragment(name, state, 0, shape, torch.full(shape, float(value)).reshape(-1))
+        for value, state in enumerate(states, 1)
+        for name, shape in shapes.items()
+    ]
+    trainer = {"run": {"evaluation": scores}}
+    return CheckpointManager(run / "checkpoints", Alone(), CheckpointConfig()).save(
+        7, fragments, trainer, Identity(model="m"), {}
+    )
+
+
+def file_of(path: Path, shapes: dict = SHAPES, **buffers: torch.Tensor) -> Path:
+    save_file(
+        {**{name: torch.full(shape, 4.0, dtype=torch.bfloat16) for name, shape in shapes.items()}, **buffers}, path
+    )
+    return path
+
+
+def fragments() -> dict[str, Fragment]:
+    """Return what a rank holds: of one parameter only a part."""
+    held = [
+        Fragment("body.w", "param", 2, (2, 3), torch.zeros(3)),
+        Fragment("body.w", "ema", 2, (2, 3), torch.zeros(3)),
+        Fragment("body.w", "exp_avg", 2, (2, 3), torch.zeros(3)),
+        Fragment("head.b", "param", 0, (5,), torch.zeros(5)),
+    ]
+    return {f"{f.name} {f.state}": f for f in held}
+
+
+def filled(weights: Path, *skip: str) -> tuple[str, dict[str, float]]:
+    """Return what is said, and the one value that each fragment then holds."""
+    config = ModelConfig(weights=str(weights), skip=skip or None)
+    held = fragments()
+    told = FirstWeights(config, SHAPES, frozenset({"filter"}), Alone())(held.values())
+    return told, {key: fragment.tensor.unique().item() for key, fragment in held.items()}
+
+
+@pytest.mark.parametrize(
+    ("scores", "value", "kind"),
+    [
+        ({}, 1, "the weights"),
+        ({"top1": 0.5, "ema_top1": 0.6}, 2, "the averaged weights"),
+        ({"top1": 0.6, "ema_top1": 0.5}, 1, "the weights"),
+    ],
+)
+def test_weights_and_average_begin_with_what_scored_better(tmp_path, scores, value, kind):
+    folder = checkpoint(tmp_path, scores, "param", "ema")
+    for place in (tmp_path, tmp_path / "checkpoints", folder):
+        told, held = filled(place)
+        assert told == f"begins with {kind} of {folder}: 3 of 3 parameters"
+        assert held == {"body.w param": value, "body.w ema": value, "body.w exp_avg": 0, "head.b param": value}
+
+
+def test_a_file_serves_as_well_and_its_buffers_are_no_parameters(tmp_path):
+    told, held = filled(file_of(tmp_path / "model.safetensors", filter=torch.ones(2)))
+    assert told.endswith("model.safetensors: 3 of 3 parameters")
+    assert held["body.w param"] == held["body.w ema"] == held["head.b param"] == 4
+
+
+def test_another_number_of_classes_is_refused_until_the_head_is_skipped(tmp_path):
+    other = {**SHAPES, "head.w": (9, 3), "head.b": (9,)}
+    file = file_of(tmp_path / "model.safetensors", other)
+    with pytest.raises(
+        CheckpointError, match=r"head.w is \(9, 3\) there and \(5, 3\) here; .*model.skip = \[\"head.\"\]"
+    ):
+        filled(file)
+    told, held = filled(file, "head.")
+    assert told.endswith("1 of 3 parameters; left as drawn from the seed: head.b, head.w")
+    assert (held["body.w param"], held["head.b param"]) == (4, 0)
+    assert filled(checkpoint(tmp_path, {}, "param", shapes=other), "head.")[1] == {
+        **held,
+        "body.w param": 1,
+        "body.w ema": 1,
+    }
+
+
+def test_missing_and_unknown_names_are_one_sentence(tmp_path):
+    other = {"body.w": (2, 3), "neck": (1,)}
+    with pytest.raises(
+        CheckpointError, match=r"another model \(head.w is not in it; head.b is not in it; neck is not in"
+    ):
+        filled(file_of(tmp_path / "model.safetensors", other))
+    assert filled(tmp_path / "model.safetensors", "head.", "neck")[1]["body.w param"] == 4
+
+
+@pytest.mark.parametrize(
+    ("skip", "match"), [("hed.", "no parameter's name begins with 'hed.'"), ("", "leaves nothing to take")]
+)
+def test_what_to_skip_must_be_some_parameters_and_not_all(tmp_path, skip, match):
+    with pytest.raises(ConfigError, match=match):
+        filled(file_of(tmp_path / "model.safetensors"), skip)
+
+
+def test_paths_that_hold_no_weights_of_ours(tmp_path):
+    with pytest.raises(ConfigError, match="does not exist"):
+        filled(tmp_path / "none")
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        filled(tmp_path)
+    torch.save({"body.w": torch.ones(2, 3)}, tmp_path / "model.pt")
+    with pytest.raises(ConfigError, match="pickles can run code"):
+        filled(tmp_path / "model.pt")
+    file = file_of(tmp_path / "model.safetensors")
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(CheckpointError, match=r"is no whole \.safetensors file"):
+        filled(file)
+
+
+def test_a_damaged_checkpoint_is_not_begun_with(tmp_path):
+    folder = checkpoint(tmp_path, {}, "param")
+    path = next(folder.glob("rank-*"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="damaged"):
+        filled(tmp_path)
+
+
+def test_ranks_that_find_different_files_all_refuse(tmp_path):
+    class Two(Alone):
+        def gather_json(self, value):
+            return [value, [1, 2]]
+
+    file = file_of(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="ranks found different weights"):
+        FirstWeights(ModelConfig(weights=str(file)), SHAPES, frozenset(), Two())(fragments().values())
