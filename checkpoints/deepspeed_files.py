@@ -107,6 +107,11 @@ def read(path: Path, trust_pickle: bool = False) -> Imported:
         steps, world_size = int(model["global_steps"]), int(model["dp_world_size"])
         updates = steps - int(model["skipped_steps"])
         if not optimizers:
+            if model["param_shapes"] is not None:  # which stage 0 does not note
+                raise CheckpointError(
+                    f"{folder} was written under ZeRO 1 to 3 and lacks all *_optim_states.pt, which hold the fp32 "
+                    "weights: copy them too"
+                )
             skip = set(model["buffer_names"])
             weights = {name: value.float() for name, value in model["module"].items() if name not in skip}
             return Imported(0, world_size, steps, updates, {"param": weights})

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
+from safetensors import SafetensorError
 
 from checkpoints import deepspeed_files, layout
 from checkpoints.commit import delete_checkpoint
@@ -34,6 +36,7 @@ from checkpoints.reader import (
 from dataloaders.config import DataConfig
 from launch.config import flatten
 from launch.infer import Trained, load_trained
+from launch.lock import held
 from setformer_dist.core import config as base
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import CheckpointError, ConfigError
@@ -199,11 +202,12 @@ def export(path: Path, dest: Path, weights: str, console: Console) -> None:
         CheckpointError: nothing there verifies, or it was not written by a run.
         ConfigError: the folder is there already.
     """
+    _check_free(dest)
     trained = load_trained(path, weights)  # type: ignore[arg-type]
-    _make(dest)
     tensors = {name: tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
-    safetensors.torch.save_file(tensors, dest / "model.safetensors", metadata={"format": "pt"})
-    (dest / "README.md").write_text(_card(trained), encoding="utf-8")
+    with _made(dest) as folder:
+        safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "README.md").write_text(_card(trained), encoding="utf-8")
     console.print(f"{dest}: model.safetensors and README.md, {trained.weights} weights", highlight=False)
 
 
@@ -237,19 +241,43 @@ def export_deepspeed(path: Path, dest: Path, console: Console) -> None:
         CheckpointError: nothing there verifies.
         ConfigError: the folder is there already.
     """
+    _check_free(dest)
     checkpoint = open_checkpoint(path)
-    _make(dest)
     there = checkpoint.states()
     wanted = [state for state in ("param", "exp_avg", "exp_avg_sq") if state in there]
     states: dict[str, dict[str, torch.Tensor]] = {state: checkpoint.read_full(state) for state in wanted}
-    tag = deepspeed_files.write(dest, checkpoint.step, states)
-    console.print(f"{tag}: {', '.join(states)} of {len(states['param'])} parameters", highlight=False)
+    with _made(dest) as folder:
+        tag = deepspeed_files.write(folder, checkpoint.step, states)
+    console.print(f"{dest / tag.name}: {', '.join(states)} of {len(states['param'])} parameters", highlight=False)
 
 
-def _make(dest: Path) -> None:
+def _check_free(dest: Path) -> None:
+    """Refuse a destination that is there, before anything is read.
+
+    Raises:
+        ConfigError: naming it.
+    """
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise ConfigError(f"{dest} is there already: name a folder that is not, or an empty one")
-    dest.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def _made(dest: Path) -> Iterator[Path]:
+    """Let a folder be written beside its place and take that place when it is whole; else nothing stays.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    dest = dest.absolute()
+    aside = dest.with_name(f".{dest.name}.{os.getpid()}.tmp")
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        aside.rename(dest)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch's zip writer raises RuntimeErrors
+        raise ConfigError(f"{dest} cannot be written: {str(error).splitlines()[0]}") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def import_deepspeed(source: Path, dest: Path, model: str, trust_pickle: bool, console: Console) -> None:
@@ -264,7 +292,11 @@ def import_deepspeed(source: Path, dest: Path, model: str, trust_pickle: bool, c
 
     Raises:
         CheckpointError: the directory cannot be read, or the result not written.
+        ConfigError: a checkpoint of this step is there already.
+        LaunchError: a run trains in the folder.
     """
+    if dest.exists() and not dest.is_dir():
+        raise ConfigError(f"{dest} is a file: name the folder in which the step's folder is made")
     found = deepspeed_files.read(source, trust_pickle)
     fragments = [
         Fragment(name, state, 0, tuple(tensor.shape), tensor.reshape(-1))
@@ -279,7 +311,12 @@ def import_deepspeed(source: Path, dest: Path, model: str, trust_pickle: bool, c
         "loss_scale": {},
     }
     manager = CheckpointManager(dest, Alone(), CheckpointConfig(keep_last=1_000_000))
-    path = manager.save(found.steps, fragments, trainer, identity, {}, tags=("imported",))
+    with ExitStack() as stack:
+        if dest.name == "checkpoints":  # of a run, which may be training there
+            stack.enter_context(held(dest.parent, Alone(), patience_s=0))
+        if (there := layout.step_folder(dest, found.steps)).exists():
+            raise ConfigError(f"{there} is there already: move it away, or name another folder")
+        path = manager.save(found.steps, fragments, trainer, identity, {}, tags=("imported",))
     console.print(
         f"{path}: {', '.join(found.states)} of {len(shapes)} parameters, from ZeRO stage {found.stage} on "
         f"{found.world_size} ranks",

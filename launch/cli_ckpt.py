@@ -124,12 +124,12 @@ def import_(
     The files are pickles. They are read by a loader that makes tensors and plain values alone; a file that holds
     other objects is refused unless you trust it.
 
-    The result serves show, verify, diff and export --deepspeed. It holds no config and no place in the data: a run
-    cannot go on from it.
+    Imported into the checkpoints folder of a new run, setformer train goes on from it with weights, Adam's states and
+    step count. It holds no config: the page that you train must be of the same model.
 
     Examples:
 
-        setformer ckpt import elsewhere/output imported --model vit_base_patch16_224
+        setformer ckpt import elsewhere/output runs/mine/checkpoints --model vit_base_patch16_224
 
         setformer ckpt import elsewhere/output/global_step500 imported --trust-pickle
     """

@@ -52,7 +52,11 @@ def list_runs(root: Path, console: Console) -> None:
     """
     table = Table("run", "state", "step", "best", "loss", "goodput", "attempts", box=None)
     for folder in run_folders(root):
-        run = read_run(folder)
+        try:
+            run = read_run(folder)
+        except DataError as error:  # one damaged run must not hide the others
+            table.add_row(str(folder), f"[red]{error}")
+            continue
         account = ledger.account(ledger.read_events(folder))
         best = run.summary.get("best", {})
         value = best.get("value")

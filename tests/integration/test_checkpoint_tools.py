@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import shutil
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +25,10 @@ from checkpoints.config import CheckpointConfig
 from checkpoints.identity import Identity
 from checkpoints.manager import CheckpointManager
 from checkpoints.reader import open_checkpoint
+from dataloaders.packing.pack import pack_image_folder
 from launch.cli import app
 from setformer_dist.core.comm import Alone
-from setformer_dist.core.errors import CheckpointError
+from setformer_dist.core.errors import CheckpointError, ConfigError, LaunchError
 from setformer_dist.core.fragments import Fragment
 from setformer_dist.testing.commands import setformer, train_words
 from setformer_dist.testing.ranks import run_ranks
@@ -105,6 +110,13 @@ def test_a_pickle_with_a_foreign_class_needs_trust_and_is_not_run_before(tmp_pat
     assert (tmp_path / "ran").exists()  # which is why trust is asked for
 
 
+def test_a_directory_without_its_fp32_weights_is_not_taken_for_one_of_stage_0(tmp_path):
+    tag = deepspeed_files.write(tmp_path, 1, {"param": {"w": torch.ones(3)}})
+    next(tag.glob("*_optim_states.pt")).unlink()
+    with pytest.raises(CheckpointError, match=r"lacks all \*_optim_states.pt"):
+        deepspeed_files.read(tmp_path)
+
+
 def test_a_latest_that_leads_elsewhere_is_refused(tmp_path):
     (tmp_path / "latest").write_text("../elsewhere")
     with pytest.raises(CheckpointError, match="no folder beside it"):
@@ -128,6 +140,93 @@ def trained(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ended = setformer(*train_words(digits, out, "schedule.epochs=1", ranks=1))
     assert ended.code == 0, ended.err
     return out / "demo"
+
+
+def test_a_run_with_other_classes_begins_with_the_weights_of_another_and_goes_on_without_them(
+    digits: Path, trained: Path, tmp_path: Path
+) -> None:
+    for split in ("train", "val"):
+        for label in range(4):
+            shutil.copytree(digits / "images" / split / str(label), tmp_path / "images" / split / str(label))
+        pack_image_folder(tmp_path / "images" / split, tmp_path / "data" / split)
+    shutil.copytree(trained / "checkpoints", tmp_path / "before" / "checkpoints")
+    words = train_words(
+        tmp_path / "data", tmp_path, f"model.weights={tmp_path / 'before'}", "~schedule.epochs", "schedule.steps=2",
+        "~schedule.warmup_epochs", "batch.global_size=16", "checkpoint.every_steps=1", "optim.lr=1e-30",
+        "schedule.warmup_lr=0", "schedule.min_lr=0", "optim.weight_decay=0", ranks=1,
+    )  # fmt: skip
+    without = setformer(*words)
+    assert without.code == 4, without.err
+    assert len(without.error_lines) == 1
+    assert 'begin these anew (model.skip = ["head.fc."])' in without.error_lines[0]
+    words.insert(-2, 'model.skip=["head.fc."]')
+    ended = setformer(*words)
+    assert ended.code == 0, ended.err
+    assert "left as drawn from the seed: head.fc.bias, head.fc.weight" in " ".join(ended.err.split())
+    ours, before = open_checkpoint(tmp_path / "demo"), open_checkpoint(trained)
+    state = "ema" if before.metrics["ema_top1"] > before.metrics["top1"] else "param"
+    theirs, plain, averaged = before.read_full(state), ours.read_full(), ours.read_full("ema")
+    for name in theirs.keys() - {"head.fc.weight", "head.fc.bias"}:  # a learning rate of nothing leaves them
+        assert torch.equal(plain[name], theirs[name]), name
+        assert torch.equal(averaged[name], theirs[name]), name
+    assert plain["head.fc.weight"].shape[0] == 4
+    shutil.rmtree(tmp_path / "before")
+    shutil.rmtree(layout.step_folder(tmp_path / "demo" / "checkpoints", 2))
+    again = setformer(*words)
+    assert again.code == 0, again.err
+    assert "resumed at step 1" in again.err
+
+
+@contextlib.contextmanager
+def small_files_only() -> Iterator[None]:
+    """Let every write beyond a few bytes of a file fail, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def refused(kind: type[Exception], *words: object) -> str:
+    done = run(*words)
+    assert isinstance(done.exception, kind), done.exception
+    return str(done.exception)
+
+
+def test_a_destination_that_is_there_or_cannot_be_written_stays_as_it_is(tmp_path):
+    save(tmp_path / "run" / "checkpoints", 4, w=torch.randn(500))
+    (tmp_path / "file").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    for dest in ("file", "file/below"):
+        refused(ConfigError, "export", tmp_path / "run", tmp_path / dest, "--deepspeed")
+    with small_files_only():
+        text = refused(ConfigError, "export", tmp_path / "run", tmp_path / "out", "--deepspeed")
+    assert "out cannot be written" in text
+    assert sorted(tmp_path.rglob("*")) == before
+    assert run("export", tmp_path / "run", tmp_path / "ds", "--deepspeed").exit_code == 0
+    assert "is a file" in refused(ConfigError, "import", tmp_path / "ds", tmp_path / "file")
+    with small_files_only():
+        refused(CheckpointError, "import", tmp_path / "ds", tmp_path / "new" / "checkpoints")
+    assert list((tmp_path / "new" / "checkpoints").iterdir()) == []
+    assert "step-00000004 is there already" in refused(
+        ConfigError, "import", tmp_path / "ds", tmp_path / "run" / "checkpoints"
+    )
+
+
+def test_nothing_is_imported_into_a_run_that_trains(tmp_path):
+    deepspeed_files.write(tmp_path / "ds", 1, {"param": {"w": torch.ones(3)}})
+    holder = (
+        "import sys; from pathlib import Path; from launch.lock import held; from setformer_dist.core.comm import Alone"
+    )
+    code = f"{holder}\nwith held(Path(sys.argv[1]), Alone()): print('held', flush=True); sys.stdin.read()"
+    words = [sys.executable, "-c", code, str(tmp_path / "run")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        refused(LaunchError, "import", tmp_path / "ds", tmp_path / "run" / "checkpoints")
+        assert not (tmp_path / "run" / "checkpoints").exists()
+        other.stdin.close()
+    assert run("import", tmp_path / "ds", tmp_path / "run" / "checkpoints").exit_code == 0
 
 
 def test_plain_timm_loads_what_is_exported(trained, tmp_path):

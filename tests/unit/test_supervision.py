@@ -8,8 +8,10 @@ import sys
 import time
 
 import pytest
+from rich.console import Console
 
 from launch.restarts import Again, Failure, GiveUp, RestartConfig, verdict
+from launch.runs import list_runs
 from launch.supervise import restart_config
 from setformer_dist.core import ledger
 from setformer_dist.core.errors import ConfigError
@@ -213,6 +215,18 @@ heart.warm = True
 heart.beat("a phase with a long name")
 time.sleep(60)
 """
+
+
+def test_a_damaged_run_does_not_hide_the_others_in_the_list(tmp_path):
+    for name, text in (("bad", "{{{"), ("good", "{}")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
+    console = Console(width=300)
+    with console.capture() as shown:
+        list_runs(tmp_path, console)
+    lines = {line.split()[0]: line for line in shown.get().splitlines()[1:]}
+    assert "is not valid JSON" in lines[str(tmp_path / "bad")]
+    assert "unknown" in lines[str(tmp_path / "good")]
 
 
 def test_a_beat_is_seen_from_outside_also_after_a_kill():
