@@ -49,6 +49,11 @@ def trainer_state(
     Raises:
         CheckpointError: it is of another model, or the run is not longer than the steps done.
     """
+    if checkpoint.identity.model not in (KEY, mine.model):  # the first: nobody has named it
+        raise CheckpointError(
+            f"{checkpoint.path} was imported as {checkpoint.identity.model}, and this config has model.name = "
+            f"{mine.model!r}: set it, or import it anew with another --model"
+        )
     if checkpoint.identity.parameters != mine.parameters:
         raise CheckpointError(
             f"{checkpoint.path} was imported from another model than {mine.model} of this config: names or shapes of "
@@ -80,7 +85,13 @@ def trainer_state(
 
 
 def loadable(checkpoint: Checkpoint, fragments: Iterable[Fragment]) -> list[Fragment]:
-    """Return the fragments that the checkpoint fills: averages from the weights, states that it lacks not at all."""
+    """Return the fragments that the checkpoint fills: averages from the weights. What it lacks begins with zeros.
+
+    The zeros are written, for a rollback of the guard comes here with states that have been trained.
+    """
     there = set(checkpoint.states())
     as_held = [dataclasses.replace(f, state="param") if f.state == "ema" else f for f in fragments]
+    for fragment in as_held:
+        if fragment.state not in there:
+            fragment.tensor.detach().zero_()
     return [f for f in as_held if f.state in there]
