@@ -126,6 +126,12 @@ def run_drill(out: Path, faults: int, seed: int, ranks: int, console: Console, j
             try:
                 _one_run(hand, kinds, made, faults, lambda: progress.advance(bar, 1))
                 _same_as(reference, run)
+            except DrillError as error:
+                run.end()
+                shutil.copytree(folder, out / "failed")  # the small disk goes
+                raise DrillError(
+                    f"{error}\nfault {len(made) + 1} of seed {seed}; the run is kept in {out / 'failed'}"
+                ) from None
             finally:
                 run.end()
             shutil.rmtree(folder)

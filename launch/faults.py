@@ -233,7 +233,8 @@ class Hand:
             raise DrillError(f"{signal.Signals(number).name} to the {name} did not end the run within 60 s")
         if begun and self.run.code not in (128 + number, 0):
             raise DrillError(
-                f"{signal.Signals(number).name} to the {name} ended the run with exit code {self.run.code}"
+                f"{signal.Signals(number).name} to the {name} ended the run with exit code {self.run.code}:\n"
+                f"{self.run.said()}"
             )
         if self.run.code:
             self.run.start()

@@ -444,7 +444,7 @@ class _Group:
             _log.warning("rank %d did not end within %.0f s and is killed", member.rank, self._grace_s)
         self.kill()
         unsaved = [m for m in self.members if m.process.returncode != 0 and not _stopped_by(m)]
-        if not unsaved or self._received.forced:
+        if not unsaved or self._received.forced or self._stopped_before_training(unsaved):
             return 128 + first
         culprit = min(unsaved, key=_blame)
         code = culprit.process.returncode
@@ -457,6 +457,11 @@ class _Group:
             culprit.log_start,
             code if code in _USER_CODES else None,
         )
+
+    def _stopped_before_training(self, unsaved: list[_Member]) -> bool:
+        """Whether a signal ended ranks that did not heed it yet, and others merely lost them: nothing is unsaved."""
+        unheeding = any(m.process.returncode in [-number for number in _STOP_SIGNALS] for m in self.members)
+        return unheeding and all(m.process.returncode == RankFailedError.exit_code for m in unsaved)
 
     def _give_up_on(self, hanging: list[_Member]) -> NoReturn:
         """Have the stacks of all ranks written to their logs, and end them."""

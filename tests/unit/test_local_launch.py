@@ -36,6 +36,10 @@ def checkpoint(number, frame):
 
 if what in ("train", "deaf", "worker"):
     signal.signal(signal.SIGTERM, checkpoint)
+if what in ("early", "lost") and rank == 1:  # it waits for rank 0 in a collective, and says that it lost it
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(6))
+if what == "lost" and rank == 0:
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
 if what == "worker":
     say("worker", subprocess.Popen(["sleep", "60"]).pid)
 say("pid", os.getpid())
@@ -61,7 +65,7 @@ elif what == "killed":
         while not (folder / "pid-1").exists(): time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)
-elif what in ("train", "deaf", "worker"):
+elif what in ("train", "deaf", "worker", "early", "lost"):
     time.sleep(60)
 """
 
@@ -177,6 +181,14 @@ def test_a_stop_signal_reaches_all_ranks_at_once_and_leaves_time(folder, number,
     assert abs(times[0] - times[1]) < 0.5
     assert all((folder / f"saved-{rank}").exists() for rank in range(2))
     assert not any(alive(pid) for pid in members)
+
+
+@pytest.mark.parametrize(("what", "code"), [("early", 143), ("lost", 6)])
+def test_a_stop_before_training_is_no_failure_and_a_lost_checkpoint_is(folder, what, code):
+    process = supervise(folder, what)
+    pids(folder)
+    process.terminate()
+    assert process.wait(20) == code
 
 
 def test_a_signal_that_is_ignored_stays_ignored(folder):
