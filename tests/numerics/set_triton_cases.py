@@ -122,16 +122,21 @@ def assert_same(given: Inputs, p: SetProblem, splits: int | None = 1, tolerance:
 
 @pytest.mark.parametrize(
     ("n", "m", "d", "splits"),
-    [(1, 1, 16, 1), (1, 9, 24, 2), (7, 1, 8, 1), (7, 49, 24, 1), (40, 9, 64, 4), (197, 49, 32, 2), (33, 9, 7, None)],
+    [
+        *((1, 1, 16, 1), (1, 9, 24, 2), (7, 1, 8, 1), (7, 49, 24, 1), (40, 9, 64, 4), (33, 9, 7, None)),
+        pytest.param(197, 49, 32, 2, marks=pytest.mark.drill),
+    ],
 )
 def test_any_sizes(n: int, m: int, d: int, splits: int | None) -> None:
     assert_same(inputs(n, m, d, masked=n > 1), problem(), splits)
 
 
 OPTIONS = list(itertools.product((1, 2), (0, 1, 2), (True, False)))
+# Half of them, with every value of every option, is what `make test` can afford in the interpreter.
+HALVES = [pytest.param(*option, marks=[pytest.mark.drill] if sum(option) % 2 else []) for option in OPTIONS]
 
 
-@pytest.mark.parametrize(("sets", "axes", "renormalise"), OPTIONS)
+@pytest.mark.parametrize(("sets", "axes", "renormalise"), HALVES)
 def test_any_options(sets: int, axes: int, renormalise: bool) -> None:
     index = OPTIONS.index((sets, axes, renormalise))
     p = problem(
@@ -143,7 +148,7 @@ def test_any_options(sets: int, axes: int, renormalise: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("sigma", [0.0, 0.6])
+@pytest.mark.parametrize("sigma", [0.0, pytest.param(0.6, marks=pytest.mark.drill)])
 def test_narrow_dtypes(dtype: torch.dtype, sigma: float) -> None:
     assert_same(inputs(n=50, m=9, d=24, masked=True, dtype=dtype), problem(sigma=sigma), splits=2)
 
@@ -234,6 +239,7 @@ def test_splits_change_rounding_only_and_repeats_change_nothing() -> None:
     assert torch.equal(agains.gather, others.gather)
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("masked", [False, True])
 def test_an_image_is_computed_alike_whatever_shares_its_batch(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(set_triton, "RUN", 32)

@@ -11,28 +11,37 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 FOLDER = Path(__file__).parent
 
 
-def run(*command: str, **environment: str) -> str:
+def run(*command: str, limit_s: int = 280, **environment: str) -> str:
     """Run Python; return what it printed."""
     result = subprocess.run(
         [sys.executable, *command], cwd=FOLDER.parent.parent, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True, text=True, timeout=280, check=False,
+        capture_output=True, text=True, timeout=limit_s, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
 
-def test_kernels_equal_the_reference() -> None:
+def run_cases(*which: str, limit_s: int = 280) -> None:
     environment = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    printed = run(
-        "-m", "pytest", "-x", "-o", "addopts=", "--durations=3", str(FOLDER / "set_triton_cases.py"), **environment
-    )
+    cases = str(FOLDER / "set_triton_cases.py")
+    printed = run("-m", "pytest", "-x", "-o", "addopts=", *which, cases, limit_s=limit_s, **environment)
     assert " passed" in printed
     assert "skipped" not in printed
+
+
+def test_kernels_equal_the_reference() -> None:
+    run_cases(*([] if torch.cuda.is_available() else ["-m", "not drill"]))
+
+
+@pytest.mark.drill
+def test_kernels_equal_the_reference_in_all_cases() -> None:
+    run_cases(limit_s=3000)
 
 
 def test_kernels_compile_for_hopper_without_one() -> None:
