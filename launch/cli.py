@@ -217,6 +217,7 @@ def drill(
     faults: Annotated[int, typer.Option(help="Faults to make.")] = 100,
     seed: Annotated[int, typer.Option(help="Of the faults: which, when, where.")] = 0,
     ranks: Annotated[int, typer.Option("--ranks", "-n", help="Processes of the run.")] = 2,
+    epochs: Annotated[int, typer.Option(help="Length of each run; 22 steps an epoch.", min=3)] = 16,
     out: Annotated[Path, typer.Option(help="Folder for all of it.")] = Path("runs/drill"),
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the faults to this file.")] = None,
 ) -> None:
@@ -231,7 +232,7 @@ def drill(
 
         setformer drill --faults 100 --seed 7 --json drill.json
     """
-    load("launch.drill").run_drill(out, faults, seed, ranks, Console(), json_file)
+    load("launch.drill").run_drill(out, faults, seed, ranks, epochs, Console(), json_file)
 
 
 def main() -> None:

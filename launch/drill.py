@@ -31,7 +31,7 @@ from rich.table import Table
 from checkpoints.reader import open_checkpoint
 from dataloaders import PackOptions, pack_image_folder
 from launch.demo import write_digits
-from launch.faults import CHECKPOINT_EVERY, EPOCHS, FAULTS, DrillError, Hand, Run
+from launch.faults import CHECKPOINT_EVERY, FAULTS, DrillError, Hand, Run
 
 _DISK_MIB = 192
 _STATES = ("param", "exp_avg", "exp_avg_sq", "ema")
@@ -87,7 +87,9 @@ def small_disk(folder: Path) -> Iterator[bool]:
             subprocess.run(["umount", str(folder)], check=False)
 
 
-def run_drill(out: Path, faults: int, seed: int, ranks: int, console: Console, json_file: Path | None = None) -> None:
+def run_drill(
+    out: Path, faults: int, seed: int, ranks: int, epochs: int, console: Console, json_file: Path | None = None
+) -> None:
     """Make faults until there were enough, and print what came of them.
 
     Args:
@@ -95,6 +97,7 @@ def run_drill(out: Path, faults: int, seed: int, ranks: int, console: Console, j
         faults: how many.
         seed: of the faults.
         ranks: of the run.
+        epochs: of each run; when one has come to its end and faults are left, another begins.
         console: for the table.
         json_file: where the table goes as JSON.
 
@@ -103,6 +106,8 @@ def run_drill(out: Path, faults: int, seed: int, ranks: int, console: Console, j
     """
     if out.exists() and any(out.iterdir()) and not (out / "drill.json").exists():
         raise DrillError(f"{out} is not empty and holds no drill: name another folder")
+    if (out / "disk").is_mount():  # of a drill that was killed
+        subprocess.run(["umount", str(out / "disk")], check=False)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     (out / "drill.json").write_text("{}")
@@ -115,13 +120,13 @@ def run_drill(out: Path, faults: int, seed: int, ranks: int, console: Console, j
         if not mounted:
             console.print("no small disk can be mounted here (that takes root): no fault will fill it")
         bar = progress.add_task("reference run", total=faults)
-        reference = _reference(out, data, ranks)
+        reference = _reference(out, data, ranks, epochs)
         runs = 0
         while len(made) < faults:
             progress.update(bar, description=f"run {runs + 1}")
             folder = out / "disk" / f"run-{runs}"
             folder.mkdir()
-            run = Run(folder, data, ranks, seed=0)
+            run = Run(folder, data, ranks, seed=0, epochs=epochs)
             hand = Hand(run, draw, out / "disk" if mounted else None)
             try:
                 _one_run(hand, kinds, made, faults, lambda: progress.advance(bar, 1))
@@ -136,7 +141,7 @@ def run_drill(out: Path, faults: int, seed: int, ranks: int, console: Console, j
                 run.end()
             shutil.rmtree(folder)
             runs += 1
-    _show(made, runs, console)
+    _show(made, runs, epochs, console)
     if json_file is not None:
         json_file.write_text(
             json.dumps([asdict(f) | {"lost": f.lost, "recovered": f.recovered} for f in made], indent=1)
@@ -153,10 +158,10 @@ def _digits(out: Path) -> Path:
     return out / "data"
 
 
-def _reference(out: Path, data: Path, ranks: int) -> Run:
+def _reference(out: Path, data: Path, ranks: int, epochs: int) -> Run:
     folder = out / "reference"
     folder.mkdir()
-    run = Run(folder, data, ranks, seed=0)
+    run = Run(folder, data, ranks, seed=0, epochs=epochs)
     try:
         run.start()
         run.wait(lambda: run.code is not None)
@@ -253,7 +258,7 @@ def _samples(folder: Path) -> dict[int, list[int]]:
     return found
 
 
-def _show(made: list[Fault], runs: int, console: Console) -> None:
+def _show(made: list[Fault], runs: int, epochs: int, console: Console) -> None:
     by_kind: dict[str, list[Fault]] = defaultdict(list)
     for fault in made:
         by_kind[fault.kind].append(fault)
@@ -276,7 +281,7 @@ def _show(made: list[Fault], runs: int, console: Console) -> None:
         )
     console.print(table)
     console.print(
-        f"{runs} runs of {EPOCHS} epochs, a checkpoint every {CHECKPOINT_EVERY} steps: losses, samples and final "
+        f"{runs} runs of {epochs} epochs, a checkpoint every {CHECKPOINT_EVERY} steps: losses, samples and final "
         "weights equal those of the run without faults, bit by bit",
         highlight=False,
     )

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from launch.demo import PAGE
+from launch.local import die_with_parent
 from setformer_dist.core import ledger
 from setformer_dist.core.errors import SetformerError
 
 CHECKPOINT_EVERY = 20
-EPOCHS = 16
 _SILENCE_S = 180.0  # longest time without a word from the run
 _LIMIT_S = 1800.0  # longest time that a recovery or a run's end may take, whatever it says
 
@@ -37,13 +37,13 @@ class DrillError(SetformerError):
 class Run:
     """One run of the demo's page as a user starts it, and a hand on its processes."""
 
-    def __init__(self, out: Path, data: Path, ranks: int, seed: int) -> None:
+    def __init__(self, out: Path, data: Path, ranks: int, seed: int, epochs: int) -> None:
         self.folder = out / "demo"
         self.data = data
         self._words = [
             sys.executable,
             *("-m", "launch.cli", "train", str(PAGE), f"data.root={data}", f"run.out={out}", f"run.seed={seed}"),
-            *(f"schedule.epochs={EPOCHS}", "run.log_every=1", "run.record_samples=true", "eval.every_epochs=0"),
+            *(f"schedule.epochs={epochs}", "run.log_every=1", "run.record_samples=true", "eval.every_epochs=0"),
             *(f"checkpoint.every_steps={CHECKPOINT_EVERY}", "checkpoint.keep_last=3", "restart.backoff_s=0.1"),
             *("restart.limit=1000", "restart.hang_after_s=8", "restart.start_after_s=60", "restart.same_step=20"),
             *("--ranks", str(ranks)),
@@ -52,10 +52,15 @@ class Run:
         self._log = out / "drill.log"
 
     def start(self) -> None:
-        """Start the command, or start it again."""
+        """Start the command, or start it again; it does not outlive this process."""
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                self._words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                self._words,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=die_with_parent(),
             )
 
     @property

@@ -336,7 +336,7 @@ def _start(command: Sequence[str], rank: int, base: Mapping[str, str], log_dir: 
             stderr=output,
             start_new_session=True,
             pass_fds=(pulse.fileno(),),
-            preexec_fn=_die_with_parent(),
+            preexec_fn=die_with_parent(),
         )
     return _Member(rank, process, path, start, pulse)
 
@@ -346,8 +346,8 @@ def _header(command: Sequence[str], rank: int, base: Mapping[str, str]) -> str:
     return f"\n=== rank {rank} of {base['WORLD_SIZE']}, {now}: {shlex.join(command)}\n"
 
 
-def _die_with_parent() -> Callable[[], None] | None:
-    """Return what a child does before exec, so that the kernel kills it when the supervisor dies."""
+def die_with_parent() -> Callable[[], None] | None:
+    """Return what a child does before exec, so that the kernel kills it when this process dies."""
     if sys.platform != "linux":
         return None
     libc = ctypes.CDLL(None)
