@@ -20,8 +20,8 @@ def check(rows: list[dict[str, Any]]) -> None:
 
 
 def test_a_few_layouts_continue_each_other() -> None:
-    rows = measure([Where(1, 0, "fp32"), Where(3, 1, "fp32", "optimizer"), Where(2, 3, "fp32")], steps=4)
-    assert len(rows) == 9
+    rows = measure([Where(3, 1, "fp32", "optimizer"), Where(2, 3, "fp32")], steps=4)
+    assert len(rows) == 4
     check(rows)
 
 

@@ -33,11 +33,10 @@ def run(digits: Path, out: Path, mode: str, stage: int, dtype: str, steps: list[
 @pytest.mark.parametrize(
     ("stage", "dtype"),
     [
-        (0, "fp32"),
         (2, "bf16"),
         *(
             pytest.param(s, d, marks=pytest.mark.drill)
-            for s, d in ((0, "bf16"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32"))
+            for s, d in ((0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32"))
         ),
     ],
 )
