@@ -83,8 +83,10 @@ def small_disk(folder: Path) -> Iterator[bool]:
     try:
         yield mounted
     finally:
-        if mounted:
-            subprocess.run(["umount", str(folder)], check=False)
+        for _ in range(20 if mounted else 0):
+            if subprocess.run(["umount", str(folder)], check=False, capture_output=True).returncode == 0:
+                break
+            time.sleep(0.5)  # the last process of a run that was ended is still leaving
 
 
 def run_drill(
@@ -122,6 +124,11 @@ def run_drill(
         bar = progress.add_task("reference run", total=faults)
         reference = _reference(out, data, ranks, epochs)
         runs = 0
+
+        def advance() -> None:
+            progress.advance(bar, 1)
+            _write(out / "drill.json", made)
+
         while len(made) < faults:
             progress.update(bar, description=f"run {runs + 1}")
             folder = out / "disk" / f"run-{runs}"
@@ -129,7 +136,7 @@ def run_drill(
             run = Run(folder, data, ranks, seed=0, epochs=epochs)
             hand = Hand(run, draw, out / "disk" if mounted else None)
             try:
-                _one_run(hand, kinds, made, faults, lambda: progress.advance(bar, 1))
+                _one_run(hand, kinds, made, faults, advance)
                 _same_as(reference, run)
             except DrillError as error:
                 run.end()
@@ -143,12 +150,14 @@ def run_drill(
             runs += 1
     _show(made, runs, epochs, console)
     if json_file is not None:
-        json_file.write_text(
-            json.dumps([asdict(f) | {"lost": f.lost, "recovered": f.recovered} for f in made], indent=1)
-        )
+        _write(json_file, made)
     bad = [f for f in made if not f.recovered]
     if bad:
         raise DrillError(f"{len(bad)} of {len(made)} faults cost more than they may, the first: {bad[0]}")
+
+
+def _write(path: Path, made: list[Fault]) -> None:
+    path.write_text(json.dumps([asdict(f) | {"lost": f.lost, "recovered": f.recovered} for f in made], indent=1))
 
 
 def _digits(out: Path) -> Path:

@@ -209,7 +209,7 @@ class Hand:
         newest = self.run.newest()
         ballast = self.disk / "ballast"
         free = shutil.disk_usage(self.disk).free
-        with ballast.open("wb") as file, contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), ballast.open("wb") as file:  # closing fails, too, where the run was faster
             file.write(b"\0" * max(0, free - self.draw.randrange(64 << 10)))
         self.run.wait(lambda: self.run.code is not None, limit_s=self.draw.uniform(1, 4))
         ballast.unlink()
