@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import math
 import os
@@ -26,9 +27,14 @@ def wait() -> None:
 
 
 def seconds(work: Callable[[], Any], budget_s: float = 1.0, repeats: int = 30) -> float:
-    """Return the median time of a piece of work: after one call to warm up, as often as the budget allows."""
+    """Return the median time of a piece of work: after one call to warm up, as often as the budget allows.
+
+    On a GPU the time between the end of one call and that of the next, with the device never waited for in between.
+    """
     work()
     wait()
+    if DEVICE == "cuda":
+        return _seconds_on_device(work, budget_s, repeats)
     found: list[float] = []
     end = time.perf_counter() + budget_s
     while not found or (len(found) < repeats and time.perf_counter() < end):
@@ -37,6 +43,36 @@ def seconds(work: Callable[[], Any], budget_s: float = 1.0, repeats: int = 30) -
         wait()
         found.append(time.perf_counter() - start)
     return statistics.median(found)
+
+
+def _seconds_on_device(work: Callable[[], Any], budget_s: float, repeats: int) -> float:
+    start = time.perf_counter()
+    work()
+    wait()
+    repeats = max(3, min(repeats, int(budget_s / (time.perf_counter() - start))))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for event in events[1:]:
+        work()
+        event.record()
+    wait()
+    return statistics.median(one.elapsed_time(other) for one, other in itertools.pairwise(events)) / 1e3
+
+
+def replayed(work: Callable[[], Any]) -> Callable[[], Any]:
+    """Return the same work without Python and launches, replayed from a CUDA graph; on a CPU the work itself."""
+    if DEVICE == "cpu":
+        return work
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
 
 
 def matmul_limit() -> float:

@@ -51,8 +51,8 @@ def set_attention_op(
     inputs = set_fast.Inputs(x, features, gather, scatter, positions, places, mask)
     problem = SetProblem(epsilon, sigma, tau, iterations, tolerance, implicit, renormalise)
     if implementation == "triton":
-        y, potentials = TRITON.forward(inputs, problem)
-        return y, potentials
+        y, kept = TRITON.forward(inputs, problem)
+        return y, kept
     y, rounds = _by_scalings(implementation, inputs, problem).forward(inputs, problem, _working(x, epsilon))
     return y, rounds
 
@@ -127,7 +127,7 @@ def _fake(
     if implementation == "triton":
         problem = SetProblem(epsilon, sigma, tau, iterations, tolerance, implicit, renormalise)
         wide = torch.promote_types(x.dtype, torch.float32)
-        return torch.empty_like(x), x.new_empty(TRITON.potentials_shape(inputs, problem), dtype=wide)
+        return torch.empty_like(x), x.new_empty(TRITON.kept_shape(inputs, problem), dtype=wide)
     b, h = x.shape[:2]
     shape = (1 if scatter is None else 2, b, h, iterations + 1, gather.shape[1])
     return torch.empty_like(x), x.new_empty(shape, dtype=_working(x, epsilon))

@@ -1,18 +1,20 @@
-"""SeT attention in fused Triton kernels: buffers, launches and sums over splits around `set_triton_kernels`.
+"""SeT attention in fused Triton kernels: buffers and launches around `set_triton_kernels`, one forward, one backward.
 
-Same tensors in, same numbers out as `set_reference`, in the log domain, so any epsilon is safe; everything but the
-operands of products is fp32 (fp64 for fp64 inputs). Only the column potentials of the rounds are kept for the
-backward, which is the exact derivative of the rounds that were run. Beyond inputs and outputs the memory is a few
-buffers of size m x d for each head, image and split; nothing of size n x m exists. Results are the same every time, and
-an image's whatever shares its batch; only the gradients of references are sums over it.
+Same tensors in, same numbers out as `set_reference`; everything but the operands of products is fp32 (fp64 for fp64
+inputs). Only the column potentials of the rounds and what the references gathered are kept for the backward, which is
+the exact derivative of the rounds that were run. Beyond inputs and outputs the memory is a few buffers of size m x d
+for each head, image and split, and one number per token and head; nothing of size n x m exists. Results are the same
+every time, and an image's whatever shares its batch; only the gradients of references are sums over it.
 
 Letters: b = images, h = heads, n = tokens, m = references, k = features, d = values of one head, s = sets.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton  # type: ignore[import-untyped]
@@ -28,8 +30,12 @@ from setformer_dist.ops.set_problem import SetProblem
 SET_BYTES = 16384
 # Bytes of operands in a tile of tokens by references: what registers and shared memory hold.
 TILE_BYTES = 8192
+# Warps of a program: no thread has more than 32 numbers of a tile.
+WARPS = 4
 # Tokens of a program, at least: a fixed size, so that sums have the same order whatever shares the batch.
-RUN = 512
+RUN = 256
+# Weights as small as exp(-MAX_EXPONENT) are still normal numbers of fp32, which end at exp(-87).
+MAX_EXPONENT = 80.0
 # What a program reads to merge the splits of its group, in numbers.
 MAX_MERGE = 4096
 
@@ -50,10 +56,11 @@ def why_not(inputs: Inputs, problem: SetProblem) -> str | None:
     return None
 
 
-def potentials_shape(inputs: Inputs, problem: SetProblem) -> tuple[int, int, int, int, int]:
-    """Return the shape (s, b, h, rounds + 2, m) of what `forward` keeps, in fp32 (fp64 for fp64 inputs)."""
-    b, h = inputs.x_bhnd.shape[:2]
-    return 1 if inputs.scatter_hmk is None else 2, b, h, problem.iterations + 2, inputs.gather_hmk.shape[1]
+def kept_shape(inputs: Inputs, problem: SetProblem) -> tuple[int]:
+    """Return the shape of what `forward` keeps, in fp32 (fp64 for fp64 inputs): potentials, and what was gathered."""
+    b, h, _, d = inputs.x_bhnd.shape
+    m = inputs.gather_hmk.shape[1]
+    return (_potentials(inputs, problem) + b * h * _padded(m) * _padded(d),)
 
 
 def forward(inputs: Inputs, problem: SetProblem, splits: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,42 +72,43 @@ def forward(inputs: Inputs, problem: SetProblem, splits: int | None = None) -> t
         splits: programs that share the tokens of one head and image, a power of two; None chooses.
 
     Returns:
-        y (b, h, n, d) in dtype and layout of x, 0 at masked tokens; and the potentials for `backward`.
+        y (b, h, n, d) in dtype and layout of x, 0 at masked tokens; and what `backward` takes, `kept_shape`.
     """
     with torch.no_grad(), torch.cuda.device(inputs.x_bhnd.get_device()):
         call = _Call.of(inputs, problem, splits)
         y = torch.empty_like(inputs.x_bhnd)
-        potentials = torch.empty(potentials_shape(inputs, problem), dtype=call.acc, device=y.device)
-        call.rounds(potentials)
-        pooled = call.pooled(potentials)
-        kernels.scatter[call.grid](_view(y), pooled, potentials, call.data, call.constants)
-    return y, potentials
+        kept = torch.empty(kept_shape(inputs, problem), dtype=call.acc, device=y.device)
+        potentials, pooled = call.parts_of(kept)
+        call.launch(kernels.forward, _view(y), potentials, pooled)
+    return y, kept
 
 
 def backward(
-    grad_y: torch.Tensor, inputs: Inputs, potentials: torch.Tensor, problem: SetProblem, splits: int | None = None
+    grad_y: torch.Tensor, inputs: Inputs, kept: torch.Tensor, problem: SetProblem, splits: int | None = None
 ) -> Gradients:
     """Return the gradients of everything that `forward` got.
 
     Args:
         grad_y: (b, h, n, d); never read at masked tokens.
         inputs: as `forward` got them.
-        potentials: what it returned.
+        kept: what it returned.
         problem: likewise.
         splits: as for `forward`; another number changes the last digits.
     """
     with torch.no_grad(), torch.cuda.device(inputs.x_bhnd.get_device()):
         call = _Call.of(inputs, problem, splits)
-        dy = _view(grad_y)
-        adjoint = call.adjoint(dy, potentials)
-        call.adjoint_rounds(dy, adjoint)
+        spec, groups = call.spec, call.data.groups
+        potentials, pooled = call.parts_of(kept)
+        columns = call.buffer(spec.SETS, groups, spec.ROUNDS + 1, 2, spec.MP)
+        d_pooled, along = call.buffer(groups, spec.MP, spec.DP), call.buffer(groups, spec.MP)
+        adjoint = kernels.Adjoint(potentials, columns, pooled, d_pooled, along)
         dx = torch.empty_like(inputs.x_bhnd)
         dfeatures = None if inputs.features_bhnk is None else torch.empty_like(inputs.features_bhnk)
-        sets, b, h, _, m = potentials.shape
-        dr = call.buffer(sets, b, h, call.spec.SPLITS, call.spec.MP, call.spec.KP)
+        b, h = inputs.x_bhnd.shape[:2]
+        dr = call.buffer(spec.SETS, b, h, spec.SPLITS, spec.MP, spec.KP)
         view = None if dfeatures is None else _view(dfeatures)
-        kernels.gradients[call.grid](_view(dx), view, dr, dy, call.data, adjoint, call.constants, num_warps=8)
-        dr = dr.sum((1, 3))[:, :, :m, : call.spec.K]
+        call.launch(kernels.backward, _view(dx), view, dr, _view(grad_y), adjoint)
+        dr = dr.sum((1, 3))[:, :, : spec.M, : spec.K]
     scatter = None if inputs.scatter_hmk is None else dr[1].to(inputs.scatter_hmk.dtype, copy=True)
     return Gradients(dx, dfeatures, dr[0].to(inputs.gather_hmk.dtype, copy=True), scatter)
 
@@ -111,104 +119,68 @@ def _view(tensor: torch.Tensor) -> kernels.View:
 
 @dataclass(frozen=True)
 class _Call:
-    """One call's inputs as the kernels take them, and the launches that forward and backward share."""
+    """One call's inputs as the kernels take them."""
 
     data: kernels.Data
     spec: kernels.Spec
-    constants: kernels.Spec
-    groups: int
     acc: torch.dtype
 
     @classmethod
     def of(cls, inputs: Inputs, problem: SetProblem, splits: int | None) -> _Call:
         x = inputs.x_bhnd
         b, h, n, _ = x.shape
-        sets = [r for r in (inputs.gather_hmk, inputs.scatter_hmk) if r is not None]
+        groups = b * h
         acc = at_least_fp32(x[:0]).dtype
-        spec = _spec(inputs, problem, len(sets), _splits(inputs) if splits is None else splits)
+        spec = _spec(inputs, problem, _splits(inputs) if splits is None else splits)
         positions, places, mask = inputs.positions_bna, inputs.places_ma, inputs.mask_bn
-        if mask is None:
-            log_counts = torch.full((b,), math.log(n), dtype=acc, device=x.device)
-        else:
-            log_counts = mask.sum(-1).clamp_min(1).to(acc).log()
+
+        def buffer(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=acc, device=x.device)
+
         data = kernels.Data(
             x=_view(x),
             features=None if inputs.features_bhnk is None else _view(inputs.features_bhnk),
-            references=torch.stack(sets),
+            gather=inputs.gather_hmk.contiguous(),
+            scatter=None if inputs.scatter_hmk is None else inputs.scatter_hmk.contiguous(),
             positions=None if positions is None else positions.to(acc).contiguous(),
             positions_b=0 if positions is None or positions.shape[0] == 1 else n * spec.AXES,
             places=None if places is None else places.to(acc).contiguous(),
             mask=None if mask is None else mask.contiguous().view(torch.uint8),
-            log_counts=log_counts,
+            counts=None if mask is None else mask.sum(-1).clamp_min(1).to(acc),
+            inverses=None if inputs.features_bhnk is not None else buffer(groups, n),
+            slots=buffer(spec.ROUNDS + 1, spec.SETS, groups, spec.SPLITS, spec.MP),
+            parts=buffer(groups, spec.SPLITS, spec.MP, spec.DP),
+            gate=torch.zeros(1 + groups, dtype=torch.int32, device=x.device) if spec.TOGETHER else None,
+            groups=groups,
             heads=h,
             n=n,
             run=triton.cdiv(triton.cdiv(n, spec.BLOCK), spec.SPLITS) * spec.BLOCK,
         )
-        return cls(data, spec, kernels.Spec(*map(tl.constexpr, spec)), b * h, acc)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Programs of a kernel that serves all sets at once."""
-        return self.groups, self.spec.SPLITS
+        return cls(data, spec, acc)
 
     def buffer(self, *shape: int) -> torch.Tensor:
         """Return an uninitialised buffer of the accumulators' dtype."""
         return torch.empty(shape, dtype=self.acc, device=self.data.x.at.device)
 
-    def rounds(self, potentials: torch.Tensor) -> None:
-        """Fill the potentials: one launch where a program sees all tokens, otherwise one a round and one to settle."""
-        sets, splits, total = self.spec.SETS, self.spec.SPLITS, self.spec.ROUNDS
-        here, before = (self.buffer(sets, self.groups, splits, 2, self.spec.MP) for _ in range(2))
-        if splits == 1:
-            kernels.rounds[self.groups, 1, sets](potentials, here, before, self.data, 0, total, self.constants)
-            return
-        for t in range(total):
-            kernels.rounds[self.groups, splits, sets](potentials, here, before, self.data, t, 1, self.constants)
-            here, before = before, here
-        kernels.rounds[self.groups, 1, sets](potentials, here, before, self.data, total, 0, self.constants)
+    def parts_of(self, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return potentials (s, groups, rounds + 2, m), and after them pooled (groups, MP, DP), out of `kept`."""
+        return kept, kept[kept.numel() - self.data.groups * self.spec.MP * self.spec.DP :]
 
-    def pooled(self, potentials: torch.Tensor) -> torch.Tensor:
-        """Return G^T x, (groups, MP, DP)."""
-        parts = self.buffer(*self.grid, self.spec.MP, self.spec.DP)
-        kernels.gather[self.grid](parts, potentials, self.data, self.constants)
-        return parts.sum(1)
+    def launch(self, kernel: Any, *arguments: Any) -> None:
+        """Run all phases: in one launch where programs may wait for each other or have nobody to wait for."""
+        spec = _constants(self.spec)
+        phases = self.spec.ROUNDS + 2
+        grid = (self.data.groups * self.spec.SPLITS,)
+        steps = [(0, phases)] if self.spec.TOGETHER or self.spec.SPLITS == 1 else [(i, i + 1) for i in range(phases)]
+        for first, end in steps:
+            kernel[grid](*arguments, self.data, first, end, spec, num_warps=WARPS)
 
-    def adjoint(self, dy: kernels.View, potentials: torch.Tensor) -> kernels.Adjoint:
-        """Return what the last kernels need, with the gradients of the last potentials in place."""
-        spec = self.spec
-        pooled = self.pooled(potentials)
-        parts, columns = self.buffer(*self.grid, spec.MP, spec.DP), self.buffer(*self.grid, spec.MP)
-        kernels.scatter_adjoint[self.grid](parts, columns, dy, pooled, potentials, self.data, self.constants)
-        d_pooled = parts.sum(1)
-        along = (pooled * d_pooled).sum(-1)
-        d_potentials = self.buffer(spec.SETS, self.groups, spec.ROUNDS + 1, spec.M)
-        last = d_potentials[:, :, -1]
-        # Renormalised gathering weights do not feel their own column potential.
-        last[0] = 0.0 if spec.RENORMALISE else along[:, : spec.M]
-        columns = columns.sum(1)[:, : spec.M]
-        if spec.SETS == 1:
-            last[0] += columns
-        else:
-            last[1] = columns
-        return kernels.Adjoint(potentials, d_potentials, pooled, d_pooled, along)
 
-    def adjoint_rounds(self, dy: kernels.View, adjoint: kernels.Adjoint) -> None:
-        """Fill the gradients of the potentials of rounds L - 1 ... 1, launched like the rounds."""
-        sets, splits, total = self.spec.SETS, self.spec.SPLITS, self.spec.ROUNDS
-        if total == 1:
-            return
-        here, before = (self.buffer(sets, self.groups, splits, self.spec.MP) for _ in range(2))
-        if splits == 1:
-            kernels.adjoint_rounds[self.groups, 1, sets](
-                here, before, dy, self.data, adjoint, total, total - 1, self.constants, num_warps=8
-            )
-            return
-        for t in range(total, 1, -1):
-            kernels.adjoint_rounds[self.groups, splits, sets](
-                here, before, dy, self.data, adjoint, t, 1, self.constants, num_warps=8
-            )
-            here, before = before, here
-        kernels.adjoint_rounds[self.groups, 1, sets](here, before, dy, self.data, adjoint, 1, 0, self.constants)
+def _potentials(inputs: Inputs, problem: SetProblem) -> int:
+    """Return the numbers in the potentials, padded so that what follows them is aligned."""
+    b, h = inputs.x_bhnd.shape[:2]
+    sets = 1 if inputs.scatter_hmk is None else 2
+    return -(-sets * b * h * (problem.iterations + 2) * inputs.gather_hmk.shape[1] // 32) * 32
 
 
 def _padded(size: int) -> int:
@@ -230,10 +202,11 @@ def _splits(inputs: Inputs) -> int:
     return 1 << max(0, wanted.bit_length() - 1)
 
 
-def _spec(inputs: Inputs, problem: SetProblem, sets: int, splits: int) -> kernels.Spec:
+def _spec(inputs: Inputs, problem: SetProblem, splits: int) -> kernels.Spec:
     d = inputs.x_bhnd.shape[-1]
     _, m, k = inputs.gather_hmk.shape
     rounded, precision = _products(inputs.x_bhnd.dtype)
+    axes = 0 if inputs.positions_bna is None else inputs.positions_bna.shape[-1]
     return kernels.Spec(
         M=m,
         MP=_padded(m),
@@ -242,14 +215,16 @@ def _spec(inputs: Inputs, problem: SetProblem, sets: int, splits: int) -> kernel
         D=d,
         DP=_padded(d),
         BLOCK=_block(inputs),
-        SETS=sets,
+        SETS=1 if inputs.scatter_hmk is None else 2,
         ROUNDS=problem.iterations,
         SPLITS=splits,
+        TOGETHER=splits > 1 and not triton.knobs.runtime.interpret,
+        LOGS=_exponents(problem, axes) > MAX_EXPONENT,
         EPSILON=problem.epsilon,
         SIGMA=problem.sigma,
         TAU=problem.tau,
         LOG_M=math.log(m),
-        AXES=0 if inputs.positions_bna is None else inputs.positions_bna.shape[-1],
+        AXES=axes,
         RENORMALISE=problem.renormalise,
         ROUND=rounded,
         # Triton's interpreter multiplies the bits of bf16 as integers; widened, bf16 has the same products.
@@ -257,6 +232,18 @@ def _spec(inputs: Inputs, problem: SetProblem, sets: int, splits: int) -> kernel
         ACC=tl.float64 if inputs.x_bhnd.dtype == torch.float64 else tl.float32,
         PRECISION=precision,
     )
+
+
+def _exponents(problem: SetProblem, axes: int) -> float:
+    """Return a bound of the exponents in M + g + log F less the largest: g differs by as much as M, places by 1."""
+    similarities = 1.0 if problem.sigma > 0 else 2.0
+    return 2 * similarities / problem.epsilon + axes / problem.tau**2
+
+
+@functools.lru_cache(maxsize=256)
+def _constants(spec: kernels.Spec) -> kernels.Spec:
+    """Return each number as what a kernel is compiled for; the same objects for the same numbers, found by identity."""
+    return kernels.Spec(*map(tl.constexpr, spec))
 
 
 # The dtype and precision of products. Weights of 1 / n and their gradients would vanish in fp16: TF32 has its ten bits

