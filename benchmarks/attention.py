@@ -2,10 +2,11 @@
 
     python -m benchmarks.attention [--tokens 196 784 3136 12544 50176] [--threads 2] [--picture FILE.png]
 
-Batch 2, 4 heads of 32 channels, m = 49 references, 5 rounds; fp32 on a CPU, bf16 on a GPU. "SeT" is the paper's
-operator (one reference set, no filter) by the fused kernel (C++ or Triton), "SeT default" ours (two sets, separable
-filter). Gradients are the exact ones
-of what was computed. Quadratic operators stop at --quadratic tokens.
+4 heads of 32 channels, m = 49 references, 5 rounds; batch 2 and fp32 on a CPU, batch 16 and bf16 on a GPU, which fill
+them. "SeT" is the paper's operator (one reference set, no filter) by the fused kernel (C++ or Triton), "SeT default"
+ours (two sets, separable filter), "SDPA" the fastest of PyTorch's backends at that length. Gradients are the exact
+ones of what was computed. Quadratic operators stop at --quadratic tokens. On a GPU, times are those of replayed CUDA
+graphs, and "called" is the time of forward + backward called from Python, as long as launches and Python may take.
 
 Besides times: the exponent with which time and memory grow from 784 tokens on; memory as a multiple of inputs and
 outputs (tokens, output and their gradients); the share of two limits measured in the same run: products against the
@@ -15,6 +16,7 @@ FLOP/s of a large product, and reading the inputs and writing the outputs once a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 from collections.abc import Callable
@@ -26,6 +28,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.machine import describe
@@ -35,6 +38,7 @@ from benchmarks.measure import (
     matmul_limit,
     measured_apart,
     peak_bytes,
+    replayed,
     seconds,
     slope,
     write,
@@ -43,9 +47,10 @@ from setformer_dist.ops.cast_attention import cast_attention
 from setformer_dist.ops.set_attention import SetAttentionConfig, set_attention
 from setformer_dist.ops.soft_attention import pool_grid, soft_attention
 
-BATCH, HEADS, WIDTH, REFERENCES = 2, 4, 32, 49
+BATCH, HEADS, WIDTH, REFERENCES = 2 if DEVICE == "cpu" else 16, 4, 32, 49
 DTYPE = torch.float32 if DEVICE == "cpu" else torch.bfloat16
 QUADRATIC = ("SDPA",)
+SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 FUSED = "cpp" if DEVICE == "cpu" else "triton"
 PLAIN = SetAttentionConfig(references=REFERENCES, reference_sets=1, position_filter="none", implementation=FUSED)
 Operator = Callable[..., torch.Tensor]
@@ -123,8 +128,13 @@ def flops(name: str, n: int) -> int:
 def row(name: str, n: int, limits: dict[str, float], threads: int) -> dict[str, Any]:
     """Measure one operator at one length."""
     forward, both, io = work(name, n)
-    times = {"forward_s": seconds(forward), "both_s": seconds(both)}
-    memory = measured_apart("benchmarks.attention", {"name": name, "n": n, "threads": threads})
+    if DEVICE == "cpu":
+        times = {"forward_s": seconds(forward), "both_s": seconds(both)}
+        memory = measured_apart("benchmarks.attention", {"name": name, "n": n, "threads": threads})
+    else:
+        backends = SDPA_BACKENDS if name == "SDPA" else [None]
+        times = min((_times_on_device(forward, both, backend) for backend in backends), key=lambda t: t["both_s"])
+        memory = memory_of(name, n)
     return {
         "operator": name,
         "n": n,
@@ -134,6 +144,16 @@ def row(name: str, n: int, limits: dict[str, float], threads: int) -> dict[str, 
         "of_matmul": flops(name, n) / times["both_s"] / limits["flops"],
         "of_bandwidth": io / times["both_s"] / limits["bytes"],
     }
+
+
+def _times_on_device(forward: Callable[[], Any], both: Callable[[], Any], backend: SDPBackend | None) -> dict[str, Any]:
+    with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
+        return {
+            "forward_s": seconds(replayed(forward), 0.2),
+            "both_s": seconds(replayed(both), 0.4),
+            "called_s": seconds(both, 0.2),
+            "backend": None if backend is None else backend.name,
+        }
 
 
 def memory_of(name: str, n: int) -> int:
@@ -160,7 +180,7 @@ def report(rows: list[dict[str, Any]], exponents: list[dict[str, Any]], console:
     base = {r["n"]: r for r in rows if r["operator"] == "SDPA"}
     table = Table(
         "n", "operator", "forward ms", "of SDPA", "fwd + bwd ms", "of SDPA", "peak MiB", "of in + out", "of matmul",
-        "of bandwidth", title=describe(),
+        "of bandwidth", *(["called ms"] if DEVICE == "cuda" else []), title=describe(),
     )  # fmt: skip
     for r in rows:
         sdpa = base.get(r["n"])
@@ -168,7 +188,7 @@ def report(rows: list[dict[str, Any]], exponents: list[dict[str, Any]], console:
         table.add_row(
             str(r["n"]), r["operator"], f"{1e3 * r['forward_s']:.2f}", speed[0], f"{1e3 * r['both_s']:.2f}", speed[1],
             f"{r['peak_bytes'] / 2**20:.1f}", f"{r['peak_bytes'] / r['io_bytes']:.2f}×", f"{r['of_matmul']:.0%}",
-            f"{r['of_bandwidth']:.1%}",
+            f"{r['of_bandwidth']:.1%}", *([f"{1e3 * r['called_s']:.2f}"] if DEVICE == "cuda" else []),
         )  # fmt: skip
     console.print(table)
     table = Table("operator", "forward ~ n^", "fwd + bwd ~ n^", "memory ~ n^", title="growth from 784 tokens on")
@@ -199,7 +219,8 @@ def main() -> None:
     """Measure, print, write JSON and picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[196, 784, 3136, 12544, 50176], help="squares")
-    parser.add_argument("--quadratic", type=int, default=12544, help="longest sequence for quadratic operators")
+    longest = 12544 if DEVICE == "cpu" else 50176
+    parser.add_argument("--quadratic", type=int, default=longest, help="longest sequence for quadratic operators")
     parser.add_argument("--operators", nargs="+", help="by default all")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out/attention.json"))
@@ -219,7 +240,11 @@ def main() -> None:
         for name in arguments.operators or operators():
             if name in QUADRATIC and n > arguments.quadratic:
                 continue
-            rows.append(row(name, n, limits, arguments.threads))
+            try:
+                rows.append(row(name, n, limits, arguments.threads))
+            except torch.OutOfMemoryError:
+                console.print(f"{n} {name}: does not fit", style="yellow")
+                continue
             console.print(f"{n} {name}: {1e3 * rows[-1]['both_s']:.2f} ms", style="dim")
     exponents = summarise(rows)
     console.print(f"limits: {limits['flops'] / 1e9:.0f} GFLOP/s, {limits['bytes'] / 1e9:.1f} GB/s")

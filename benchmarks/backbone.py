@@ -39,12 +39,15 @@ MODELS = (
 DTYPE = torch.float32 if DEVICE == "cpu" else torch.bfloat16
 
 
-def work(name: str, size: int, batch: int) -> tuple[Callable[[], Any], Callable[[], Any], int]:
+def work(name: str, size: int, batch: int, compiled: bool = False) -> tuple[Callable[[], Any], Callable[[], Any], int]:
     """Return (inference, training step, parameters)."""
     torch.manual_seed(0)
     fixed = {"img_size": size} if name.startswith("swin") else {}
     model = timm.create_model(name, num_classes=1000, **fixed).to(DEVICE, DTYPE)
+    parameters = sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    if compiled:
+        model = torch.compile(model)
     images = torch.randn(batch, 3, size, size, device=DEVICE, dtype=DTYPE)
     labels = torch.arange(batch, device=DEVICE)
 
@@ -59,14 +62,17 @@ def work(name: str, size: int, batch: int) -> tuple[Callable[[], Any], Callable[
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return infer, train, sum(p.numel() for p in model.parameters())
+    return infer, train, parameters
 
 
-def row(name: str, size: int, batch: int, threads: int, budget: float) -> dict[str, Any]:
+def row(name: str, size: int, batch: int, compiled: bool, threads: int, budget: float) -> dict[str, Any]:
     """Measure one model at one size."""
-    infer, train, parameters = work(name, size, batch)
+    infer, train, parameters = work(name, size, batch, compiled)
     times = {"inference": batch / seconds(infer, budget, 10), "training": batch / seconds(train, budget, 10)}
-    memory = measured_apart("benchmarks.backbone", {"name": name, "size": size, "batch": batch, "threads": threads})
+    if DEVICE == "cuda":
+        memory = peak_bytes(train)
+    else:
+        memory = measured_apart("benchmarks.backbone", {"name": name, "size": size, "batch": batch, "threads": threads})
     return {"model": name, "size": size, "batch": batch, "parameters": parameters, **times, "peak_bytes": memory}
 
 
@@ -114,7 +120,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--sizes", type=int, nargs="+", default=[224, 384, 768])
-    parser.add_argument("--pixels", type=int, default=(4 if DEVICE == "cpu" else 128) * 224**2, help="per batch")
+    parser.add_argument("--pixels", type=int, default=(4 if DEVICE == "cpu" else 256) * 224**2, help="per batch")
+    parser.add_argument("--compile", action="store_true", help="torch.compile every model; memory on a CPU is without")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--budget", type=float, default=3.0, help="seconds for each figure, beyond one call")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out/backbone.json"))
@@ -133,7 +140,7 @@ def main() -> None:
         batch = max(1, arguments.pixels // size**2)
         for name in arguments.models:
             try:
-                rows.append(row(name, size, batch, arguments.threads, arguments.budget))
+                rows.append(row(name, size, batch, arguments.compile, arguments.threads, arguments.budget))
             except (torch.OutOfMemoryError, subprocess.CalledProcessError) as error:
                 # The process that measures memory may also have been ended by the system for want of it.
                 console.print(f"{name} at {size} does not fit with a batch of {batch}: {error}", style="yellow")
@@ -141,7 +148,10 @@ def main() -> None:
             console.print(f"{size} {name}: {rows[-1]['training']:.2f} images/s", style="dim")
     report(rows, console)
     plot(rows, arguments.picture)
-    write(arguments.out, {"machine": describe(), "threads": arguments.threads, "rows": rows})
+    write(
+        arguments.out,
+        {"machine": describe(), "compiled": arguments.compile, "threads": arguments.threads, "rows": rows},
+    )
     console.print(f"written to {arguments.out} and {arguments.picture}")
 
 

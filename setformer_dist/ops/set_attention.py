@@ -149,8 +149,7 @@ def set_attention(
     if anchors_hkd is not None:
         features, x_bhnd = _nystrom_map(x_bhnd, anchors_hkd, config)
     positions, places = _places(x_bhnd, references_hmd.shape[1], grid, mask_bn, config)
-    references = unit(at_least_fp32(references_hmd))
-    back = None if return_references_hmd is None else unit(at_least_fp32(return_references_hmd))
+    references, back = _units(references_hmd, return_references_hmd)
     tensors = (x_bhnd, features, references, back, positions, places, mask_bn)
     problem = _problem(config)
     implementation = choose_implementation(Inputs(*tensors), problem, config.implementation)
@@ -191,6 +190,19 @@ def marginal_error(
         count = x.shape[2] if mask is None else mask.sum(-1).view(-1, 1, 1)
         errors = (logs.exp().sum(-1) * count - 1.0).abs()
         return (errors if mask is None else errors.masked_fill(~mask.unsqueeze(1), 0.0)).amax(-1)
+
+
+def _units(
+    references_hmd: torch.Tensor, return_references_hmd: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return both sets at unit length; together, as each small operation costs a GPU a launch."""
+    if return_references_hmd is None:
+        return unit(at_least_fp32(references_hmd)), None
+    sets = [at_least_fp32(r) for r in (references_hmd, return_references_hmd)]
+    if sets[0].dtype != sets[1].dtype:
+        return unit(sets[0]), unit(sets[1])
+    references, back = unit(torch.stack(sets)).unbind()
+    return references, back
 
 
 def _problem(config: SetAttentionConfig) -> SetProblem:

@@ -33,7 +33,7 @@ TILE_BYTES = 8192
 # Warps of a program: no thread has more than 32 numbers of a tile.
 WARPS = 4
 # Tokens of a program, at least: a fixed size, so that sums have the same order whatever shares the batch.
-RUN = 256
+RUN = 512
 # Weights as small as exp(-MAX_EXPONENT) are still normal numbers of fp32, which end at exp(-87).
 MAX_EXPONENT = 80.0
 # What a program reads to merge the splits of its group, in numbers.
@@ -79,7 +79,7 @@ def forward(inputs: Inputs, problem: SetProblem, splits: int | None = None) -> t
         y = torch.empty_like(inputs.x_bhnd)
         kept = torch.empty(kept_shape(inputs, problem), dtype=call.acc, device=y.device)
         potentials, pooled = call.parts_of(kept)
-        call.launch(kernels.forward, _view(y), potentials, pooled)
+        call.launch(kernels.forward, _FORWARD, _view(y), potentials, pooled)
     return y, kept
 
 
@@ -107,7 +107,7 @@ def backward(
         b, h = inputs.x_bhnd.shape[:2]
         dr = call.buffer(spec.SETS, b, h, spec.SPLITS, spec.MP, spec.KP)
         view = None if dfeatures is None else _view(dfeatures)
-        call.launch(kernels.backward, _view(dx), view, dr, _view(grad_y), adjoint)
+        call.launch(kernels.backward, {}, _view(dx), view, dr, _view(grad_y), adjoint)
         dr = dr.sum((1, 3))[:, :, : spec.M, : spec.K]
     scatter = None if inputs.scatter_hmk is None else dr[1].to(inputs.scatter_hmk.dtype, copy=True)
     return Gradients(dx, dfeatures, dr[0].to(inputs.gather_hmk.dtype, copy=True), scatter)
@@ -140,8 +140,7 @@ class _Call:
         data = kernels.Data(
             x=_view(x),
             features=None if inputs.features_bhnk is None else _view(inputs.features_bhnk),
-            gather=inputs.gather_hmk.contiguous(),
-            scatter=None if inputs.scatter_hmk is None else inputs.scatter_hmk.contiguous(),
+            references=torch.stack([r for r in (inputs.gather_hmk, inputs.scatter_hmk) if r is not None]),
             positions=None if positions is None else positions.to(acc).contiguous(),
             positions_b=0 if positions is None or positions.shape[0] == 1 else n * spec.AXES,
             places=None if places is None else places.to(acc).contiguous(),
@@ -166,14 +165,14 @@ class _Call:
         """Return potentials (s, groups, rounds + 2, m), and after them pooled (groups, MP, DP), out of `kept`."""
         return kept, kept[kept.numel() - self.data.groups * self.spec.MP * self.spec.DP :]
 
-    def launch(self, kernel: Any, *arguments: Any) -> None:
+    def launch(self, kernel: Any, options: dict[str, int], *arguments: Any) -> None:
         """Run all phases: in one launch where programs may wait for each other or have nobody to wait for."""
         spec = _constants(self.spec)
         phases = self.spec.ROUNDS + 2
         grid = (self.data.groups * self.spec.SPLITS,)
         steps = [(0, phases)] if self.spec.TOGETHER or self.spec.SPLITS == 1 else [(i, i + 1) for i in range(phases)]
         for first, end in steps:
-            kernel[grid](*arguments, self.data, first, end, spec, num_warps=WARPS)
+            kernel[grid](*arguments, self.data, first, end, spec, num_warps=WARPS, **options)
 
 
 def _potentials(inputs: Inputs, problem: SetProblem) -> int:
@@ -245,6 +244,10 @@ def _constants(spec: kernels.Spec) -> kernels.Spec:
     """Return each number as what a kernel is compiled for; the same objects for the same numbers, found by identity."""
     return kernels.Spec(*map(tl.constexpr, spec))
 
+
+# More programs at once are worth more to the forward than the registers they take from it (NVIDIA's compiler alone can
+# be told so), and than loads ahead of their use.
+_FORWARD = {"num_stages": 1} | ({"maxnreg": 128} if torch.version.cuda else {})
 
 # The dtype and precision of products. Weights of 1 / n and their gradients would vanish in fp16: TF32 has its ten bits
 # of mantissa and fp32's range. Products of fp32 are three of TF32 each, as good as fp32's own and on tensor cores.

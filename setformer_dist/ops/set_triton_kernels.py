@@ -66,8 +66,7 @@ class Data(NamedTuple):
     Attributes:
         x: values.
         features: what is compared with the references; None takes x of unit length.
-        gather: (h, m, k), contiguous.
-        scatter: likewise, or None.
+        references: (sets, h, m, k), contiguous.
         positions: (b or 1, n, axes), contiguous, or None.
         positions_b: stride from one image's positions to the next; 0 where all share them.
         places: (m, axes), contiguous, or None.
@@ -86,8 +85,7 @@ class Data(NamedTuple):
 
     x: View
     features: View | None
-    gather: torch.Tensor
-    scatter: torch.Tensor | None
+    references: torch.Tensor
     positions: torch.Tensor | None
     positions_b: int
     places: torch.Tensor | None
@@ -188,13 +186,8 @@ def _references(data, s, h, spec):
     """References of one set and head, (MP, KP), zeros in the padding."""
     j = tl.arange(0, spec.MP)
     k = tl.arange(0, spec.KP)
-    inner = (h * spec.M + j)[:, None] * spec.K + k[None, :]
-    inside = (j < spec.M)[:, None] & (k < spec.K)[None, :]
-    if s == 0:
-        references = tl.load(data.gather + inner, mask=inside, other=0.0)
-    else:
-        references = tl.load(data.scatter + inner, mask=inside, other=0.0)
-    return references
+    at = data.references + ((data.heads * s + h) * spec.M + j)[:, None] * spec.K + k[None, :]
+    return tl.load(at, mask=(j < spec.M)[:, None] & (k < spec.K)[None, :], other=0.0)
 
 
 @triton.jit
@@ -486,7 +479,7 @@ def _round(potentials, t, LAST: tl.constexpr, b, h, group, split, data, spec):
     It leaves the mean of x by the gathering weights, and LSE_i(M + f + log F) in slot ROUNDS.
     """
     log_count = _log_count(data, b, spec)
-    for s in tl.static_range(spec.SETS):
+    for s in range(spec.SETS):
         references = _references(data, s, h, spec)
         g = tl.zeros((spec.MP,), spec.ACC)
         if t > 0:
@@ -513,7 +506,7 @@ def _round(potentials, t, LAST: tl.constexpr, b, h, group, split, data, spec):
             else:
                 weights = e * u[:, None]
                 sums += weights
-            if LAST and s == 0:
+            if LAST and (s == 0):
                 near = _filter(data, b, rows, spec)
                 x = _load_tile(data.x, b, h, rows, shown, spec.D, spec.DP)
                 if spec.LOGS:
@@ -728,33 +721,49 @@ def _half_round(kernel, columns, dg, t, s, adjoint, group, log_count, shown, dat
 
 
 @triton.jit
-def _gather_side(kernel, near, b, h, group, rows, shown, log_count, data, adjoint, spec):
-    """Return the gathering weights of a tile and the gradient of their logarithms; along_j = pooled_j . dpooled_j."""
+def _of_gathering(adjoint, group, data, spec):
+    """What `_gather_side` needs for every tile: two potentials, dpooled, and its product with pooled."""
     before = _load_potential(adjoint.potentials, spec.ROUNDS - 1, 0, group, data, spec)
     last = _load_potential(adjoint.potentials, spec.ROUNDS + 1, 0, group, data, spec)
+    d_pooled = tl.load(_square_at(adjoint.d_pooled, group, spec.MP, spec.DP))
+    return before, last, d_pooled, _along(adjoint, group, spec)
+
+
+@triton.jit
+def _gather_side(kernel, near, gathering, b, h, rows, shown, log_count, data, spec):
+    """Return the gathering weights of a tile and the gradient of their logarithms; along_j = pooled_j . dpooled_j."""
+    before, last, d_pooled, along = gathering
     weights = _gather_weights(kernel, near, before, last, log_count, shown, spec)
     x = _load_tile(data.x, b, h, rows, shown, spec.D, spec.DP)
-    d_weights = _dot(x, tl.trans(tl.load(_square_at(adjoint.d_pooled, group, spec.MP, spec.DP))), spec)
+    d_weights = _dot(x, tl.trans(d_pooled), spec)
     if spec.RENORMALISE:
-        d_weights -= _along(adjoint, group, spec)[None, :]
+        d_weights -= along[None, :]
     return weights, weights * d_weights
 
 
 @triton.jit
-def _scatter_side(kernel, near, b, h, group, rows, shown, dy, data, adjoint, spec):
-    """Return the gradient of the logarithms of the scattering weights of a tile."""
+def _of_scattering(adjoint, group, data, spec):
+    """What `_scatter_side` needs for every tile: two potentials and pooled."""
     before = _load_potential(adjoint.potentials, spec.ROUNDS - 1, spec.SETS - 1, group, data, spec)
     g = _load_potential(adjoint.potentials, spec.ROUNDS, spec.SETS - 1, group, data, spec)
+    return before, g, tl.load(_square_at(adjoint.pooled, group, spec.MP, spec.DP))
+
+
+@triton.jit
+def _scatter_side(kernel, near, scattering, b, h, rows, shown, dy, data, spec):
+    """Return the gradient of the logarithms of the scattering weights of a tile."""
+    before, g, pooled = scattering
     weights = _scatter_weights(kernel, near, before, g, shown, spec)
-    d_y = _load_tile(dy, b, h, rows, shown, spec.D, spec.DP)
-    return _scatter_gradient(weights, d_y, tl.load(_square_at(adjoint.pooled, group, spec.MP, spec.DP)), spec)
+    return _scatter_gradient(weights, _load_tile(dy, b, h, rows, shown, spec.D, spec.DP), pooled, spec)
 
 
 @triton.jit
 def _round_adjoint(t, LAST: tl.constexpr, dy, adjoint, b, h, group, split, data, spec):
     """Pass gradients from g of round t to that of round t - 1; leave them in slot t - 1."""
     log_count = _log_count(data, b, spec)
-    for s in tl.static_range(spec.SETS):
+    if LAST:
+        gathering, scattering = _of_gathering(adjoint, group, data, spec), _of_scattering(adjoint, group, data, spec)
+    for s in range(spec.SETS):
         references = _references(data, s, h, spec)
         columns, dg = _columns_of(t, s, adjoint, group, log_count, data, spec)
         if split == 0:
@@ -772,10 +781,10 @@ def _round_adjoint(t, LAST: tl.constexpr, dy, adjoint, b, h, group, split, data,
             if LAST:
                 near = _filter(data, b, rows, spec)
                 if s == 0:
-                    _, dlog = _gather_side(kernel, near, b, h, group, rows, shown, log_count, data, adjoint, spec)
+                    _, dlog = _gather_side(kernel, near, gathering, b, h, rows, shown, log_count, data, spec)
                     df += tl.sum(dlog, 1)
                 if s == spec.SETS - 1:
-                    df += tl.sum(_scatter_side(kernel, near, b, h, group, rows, shown, dy, data, adjoint, spec), 1)
+                    df += tl.sum(_scatter_side(kernel, near, scattering, b, h, rows, shown, dy, data, spec), 1)
             sums -= e * (u * df)[:, None]
         _leave(data, t - 1, s, group, split, tl.sum(sums, 0), spec)
 
@@ -830,41 +839,42 @@ def _store_gradients(d_features, dx_values, tile, factor, b, h, rows, dx, dfeatu
 def _gradients(dx, dfeatures, d_references, dy, adjoint, b, h, group, split, data, spec):
     """Write dx, dfeatures, and each split's part of the gradient of the references, (sets, groups, SPLITS, MP, KP)."""
     log_count = _log_count(data, b, spec)
-    gathering = _references(data, 0, h, spec)
+    gathering, scattering = _of_gathering(adjoint, group, data, spec), _of_scattering(adjoint, group, data, spec)
+    references = _references(data, 0, h, spec)
     columns, dg = _columns_of(1, 0, adjoint, group, log_count, data, spec)
-    d_gathering = tl.zeros((spec.MP, spec.KP), spec.ACC)
+    d_gather = tl.zeros((spec.MP, spec.KP), spec.ACC)
     if spec.SETS == 2:
-        scattering = _references(data, 1, h, spec)
+        its_references = _references(data, 1, h, spec)
         its_columns, its_dg = _columns_of(1, 1, adjoint, group, log_count, data, spec)
-        d_scattering = tl.zeros((spec.MP, spec.KP), spec.ACC)
+        d_scatter = tl.zeros((spec.MP, spec.KP), spec.ACC)
     for start in range(split * data.run, _end(data, split, spec), spec.BLOCK):
         rows = start + tl.arange(0, spec.BLOCK)
         shown = _shown(data, b, rows)
         tile, factor = _features(data, b, h, group, rows, shown, spec)
         near = _filter(data, b, rows, spec)
-        cosine = _cosine(tile, factor, gathering, spec)
+        cosine = _cosine(tile, factor, references, spec)
         kernel = _kernel(cosine, spec)
-        weights, dlog = _gather_side(kernel, near, b, h, group, rows, shown, log_count, data, adjoint, spec)
-        dx_values = _dot(weights, tl.load(_square_at(adjoint.d_pooled, group, spec.MP, spec.DP)), spec)
+        weights, dlog = _gather_side(kernel, near, gathering, b, h, rows, shown, log_count, data, spec)
+        dx_values = _dot(weights, gathering[2], spec)
         if spec.SETS == 1:
-            dlog += _scatter_side(kernel, near, b, h, group, rows, shown, dy, data, adjoint, spec)
+            dlog += _scatter_side(kernel, near, scattering, b, h, rows, shown, dy, data, spec)
         d_cosine = _cosine_gradient(dlog, cosine, kernel, columns, dg, 0, adjoint, group, log_count, shown, data, spec)
-        d_features = _dot(d_cosine, gathering, spec)
-        d_gathering += _dot(tl.trans(d_cosine * factor[:, None]), tile, spec)
+        d_features = _dot(d_cosine, references, spec)
+        d_gather += _dot(tl.trans(d_cosine * factor[:, None]), tile, spec)
         if spec.SETS == 2:
-            cosine = _cosine(tile, factor, scattering, spec)
+            cosine = _cosine(tile, factor, its_references, spec)
             kernel = _kernel(cosine, spec)
-            dlog = _scatter_side(kernel, near, b, h, group, rows, shown, dy, data, adjoint, spec)
+            dlog = _scatter_side(kernel, near, scattering, b, h, rows, shown, dy, data, spec)
             d_cosine = _cosine_gradient(
                 dlog, cosine, kernel, its_columns, its_dg, 1, adjoint, group, log_count, shown, data, spec
             )
-            d_features += _dot(d_cosine, scattering, spec)
-            d_scattering += _dot(tl.trans(d_cosine * factor[:, None]), tile, spec)
+            d_features += _dot(d_cosine, its_references, spec)
+            d_scatter += _dot(tl.trans(d_cosine * factor[:, None]), tile, spec)
         _store_gradients(d_features, dx_values, tile, factor, b, h, rows, dx, dfeatures, data, spec)
     place = group * spec.SPLITS + split
-    tl.store(_square_at(d_references, place, spec.MP, spec.KP), d_gathering)
+    tl.store(_square_at(d_references, place, spec.MP, spec.KP), d_gather)
     if spec.SETS == 2:
-        tl.store(_square_at(d_references, data.groups * spec.SPLITS + place, spec.MP, spec.KP), d_scattering)
+        tl.store(_square_at(d_references, data.groups * spec.SPLITS + place, spec.MP, spec.KP), d_scatter)
 
 
 @triton.jit
