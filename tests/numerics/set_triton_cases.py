@@ -224,6 +224,17 @@ def test_a_narrow_filter_on_a_coarse_grid_does_not_vanish() -> None:
     assert gradients.x.isfinite().all()
 
 
+@pytest.mark.parametrize("epsilon", [0.05, 0.04])  # the last one that is added up as weights, and logarithms
+def test_a_reference_far_from_all_tokens_gets_its_share(epsilon: float) -> None:
+    given = inputs(n=20, axes=0, sets=1, dtype=torch.float32)
+    x = given.gather_hmk[None, :, :1] + 0.01 * given.x_bhnd  # around the first reference
+    references = given.gather_hmk.clone()
+    references[:, 1] = -references[:, 0]
+    assert_same(
+        Inputs(x, None, references, *list(vars(given).values())[3:]), problem(epsilon), splits=2, tolerance=2e-4
+    )
+
+
 def test_splits_change_rounding_only_and_repeats_change_nothing() -> None:
     given, p = inputs(n=70, m=33, sets=1), problem(iterations=2)
     dy = gradient_of(given.x_bhnd)
