@@ -27,6 +27,7 @@ class RunProgress:
         self._total = total_steps
         self._step = first_step
         self._text = ""
+        self._damaged = 0
         self._last_line = time.monotonic()
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -61,12 +62,15 @@ class RunProgress:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=step)
 
-    def figures(self, loss: float, images_per_s: float) -> None:
-        """Show the latest loss and speed."""
+    def figures(self, loss: float, images_per_s: float, damaged: int) -> None:
+        """Show the latest loss and speed, and how many damaged samples were replaced so far; news of those at once."""
+        news, self._damaged = damaged > self._damaged, damaged
         self._text = f"loss {loss:.4f} · {images_per_s:,.0f} images/s"
+        if damaged:
+            self._text += f" · {damaged} damaged sample{'s' if damaged > 1 else ''} replaced (see the log)"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, text=self._text)
-        elif time.monotonic() - self._last_line >= LINE_EVERY_S:
+        elif news or time.monotonic() - self._last_line >= LINE_EVERY_S:
             self._last_line = time.monotonic()
             self._console.print(f"step {self._step}/{self._total} · {self._text}", highlight=False)
 

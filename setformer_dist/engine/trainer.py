@@ -589,7 +589,7 @@ class Trainer:
         self._state.train_seconds += training
         self._state.train_steps += steps
         images_per_s = steps * self._p.plan.global_size / training
-        progress.figures(loss, images_per_s)
+        progress.figures(loss, images_per_s, self._state.substitutions)
         values = {
             "epoch": self._state.step / self._p.stream.steps_per_epoch,
             "loss": loss if losses else None,

@@ -93,6 +93,7 @@ def test_an_image_that_does_not_decode_is_named_replaced_and_counted(copy: Path,
     out = tmp_path / "runs"
     ended = setformer(*train_words(copy, out, "data.max_bad_share=0.01"))
     assert ended.code == 0, ended.err
+    assert "1 damaged sample replaced" in ended.err
     logs = "".join(log.read_text() for log in (out / "demo" / "logs").iterdir())
     assert "shard-000000.tar" in logs
     assert '"substitutions": 1' in (out / "demo" / "metrics.jsonl").read_text()
