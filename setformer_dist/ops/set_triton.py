@@ -38,6 +38,8 @@ RUN = 512
 MAX_EXPONENT = 80.0
 # What a program reads to merge the splits of its group, in numbers.
 MAX_MERGE = 4096
+# Programs that share a group, at most: as many as wait for each other on a large GPU (`_may_wait`).
+MAX_SPLITS = 64
 
 
 def why_not(inputs: Inputs, problem: SetProblem) -> str | None:
@@ -197,7 +199,7 @@ def _splits(inputs: Inputs) -> int:
     """Return how many programs share the tokens of a group, a power of two: a function of n, m and widths alone."""
     n, m = inputs.x_bhnd.shape[2], inputs.gather_hmk.shape[1]
     tiles = -(-n // _block(inputs))
-    wanted = min(n // RUN, tiles // 2, MAX_MERGE // _padded(m))
+    wanted = min(n // RUN, tiles // 2, MAX_MERGE // _padded(m), MAX_SPLITS)
     return 1 << max(0, wanted.bit_length() - 1)
 
 
@@ -217,7 +219,7 @@ def _spec(inputs: Inputs, problem: SetProblem, splits: int) -> kernels.Spec:
         SETS=1 if inputs.scatter_hmk is None else 2,
         ROUNDS=problem.iterations,
         SPLITS=splits,
-        TOGETHER=splits > 1 and not triton.knobs.runtime.interpret,
+        TOGETHER=splits > 1 and _may_wait(inputs.x_bhnd.device, splits),
         LOGS=_exponents(problem, axes) > MAX_EXPONENT,
         EPSILON=problem.epsilon,
         SIGMA=problem.sigma,
@@ -231,6 +233,17 @@ def _spec(inputs: Inputs, problem: SetProblem, splits: int) -> kernels.Spec:
         ACC=tl.float64 if inputs.x_bhnd.dtype == torch.float64 else tl.float32,
         PRECISION=precision,
     )
+
+
+def _may_wait(device: torch.device, splits: int) -> bool:
+    """Return whether the splits of a group can all run at once, so that they may wait for each other.
+
+    A multiprocessor holds at least one program. Twice as many leave room for the same kernel on another stream, which
+    may have begun a group, too, and wait for the rest of it. Otherwise each phase is a launch: the same bits.
+    """
+    if device.type != "cuda":  # Triton's interpreter, which runs one program after another
+        return False
+    return torch.cuda.get_device_properties(device).multi_processor_count >= 2 * splits
 
 
 def _exponents(problem: SetProblem, axes: int) -> float:

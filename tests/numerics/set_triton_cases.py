@@ -250,6 +250,17 @@ def test_splits_change_rounding_only_and_repeats_change_nothing() -> None:
 
 
 @pytest.mark.drill
+def test_waiting_and_a_launch_for_each_phase_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, dy = inputs(n=70, m=33), gradient_of(inputs(n=70, m=33).x_bhnd)
+    y, gradients = by_triton(given, problem(), dy, 4)
+    monkeypatch.setattr(set_triton, "_may_wait", lambda device, splits: False)  # true on a GPU
+    other, others = by_triton(given, problem(), dy, 4)
+    assert torch.equal(other, y)
+    assert torch.equal(others.x, gradients.x)
+    assert torch.equal(others.gather, gradients.gather)
+
+
+@pytest.mark.drill
 @pytest.mark.parametrize("masked", [False, True])
 def test_an_image_is_computed_alike_whatever_shares_its_batch(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(set_triton, "RUN", 32)
