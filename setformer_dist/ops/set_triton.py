@@ -135,10 +135,7 @@ class _Call:
         acc = at_least_fp32(x[:0]).dtype
         spec = _spec(inputs, problem, _splits(inputs) if splits is None else splits)
         positions, places, mask = inputs.positions_bna, inputs.places_ma, inputs.mask_bn
-
-        def buffer(*shape: int) -> torch.Tensor:
-            return torch.empty(shape, dtype=acc, device=x.device)
-
+        buffer = functools.partial(_buffer, acc, x.device)
         data = kernels.Data(
             x=_view(x),
             features=None if inputs.features_bhnk is None else _view(inputs.features_bhnk),
@@ -161,7 +158,7 @@ class _Call:
 
     def buffer(self, *shape: int) -> torch.Tensor:
         """Return an uninitialised buffer of the accumulators' dtype."""
-        return torch.empty(shape, dtype=self.acc, device=self.data.x.at.device)
+        return _buffer(self.acc, self.data.x.at.device, *shape)
 
     def parts_of(self, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return potentials (s, groups, rounds + 2, m), and after them pooled (groups, MP, DP), out of `kept`."""
@@ -175,6 +172,10 @@ class _Call:
         steps = [(0, phases)] if self.spec.TOGETHER or self.spec.SPLITS == 1 else [(i, i + 1) for i in range(phases)]
         for first, end in steps:
             kernel[grid](*arguments, self.data, first, end, spec, num_warps=WARPS, **options)
+
+
+def _buffer(dtype: torch.dtype, device: torch.device, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def _potentials(inputs: Inputs, problem: SetProblem) -> int:
