@@ -4,7 +4,7 @@
 
 4 heads of 32 channels, m = 49 references, 5 rounds; batch 2 and fp32 on a CPU, batch 16 and bf16 on a GPU, which fill
 them. "SeT" is the paper's operator (one reference set, no filter) by the fused kernel (C++ or Triton), "SeT default"
-ours (two sets, separable filter), "SDPA" the fastest of PyTorch's backends at that length. Gradients are the exact
+ours (two sets, separable filter), "SDPA" PyTorch's, on a GPU by the fastest of its backends. Gradients are the exact
 ones of what was computed. Quadratic operators stop at --quadratic tokens. On a GPU, times are those of replayed CUDA
 graphs, and "called" is the time of forward + backward called from Python, as long as launches and Python may take.
 
@@ -163,7 +163,7 @@ def _times_on_device(forward: Callable[[], Any], both: Callable[[], Any], backen
 
 
 def memory_of(name: str, n: int) -> int:
-    """Return the rise of memory in forward and backward; in a process of its own."""
+    """Return the rise of memory in forward and backward; on a CPU to be called in a process of its own."""
     both = work(name, n)[1]
     both()
     return min(peak_bytes(both) for _ in range(3))

@@ -1,6 +1,6 @@
 """Backbones side by side: images/s and memory in training and inference, SeTformer and its peers of timm.
 
-    python -m benchmarks.backbone [--sizes 224 384 768] [--models setformer_tiny …] [--picture FILE.png]
+    python -m benchmarks.backbone [--sizes 224 384 768] [--models setformer_tiny …] [--compile] [--picture FILE.png]
 
 Training is forward, cross entropy, backward and a fused AdamW step; fp32 on a CPU, bf16 autocast-free weights on a GPU.
 Peers are untrained; their windows stay as published. The batch holds --pixels of images, so that every size has the

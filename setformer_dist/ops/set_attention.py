@@ -198,10 +198,7 @@ def _units(
     """Return both sets at unit length; together, as each small operation costs a GPU a launch."""
     if return_references_hmd is None:
         return unit(at_least_fp32(references_hmd)), None
-    sets = [at_least_fp32(r) for r in (references_hmd, return_references_hmd)]
-    if sets[0].dtype != sets[1].dtype:
-        return unit(sets[0]), unit(sets[1])
-    references, back = unit(torch.stack(sets)).unbind()
+    references, back = unit(at_least_fp32(torch.stack([references_hmd, return_references_hmd]))).unbind()
     return references, back
 
 

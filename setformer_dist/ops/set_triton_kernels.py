@@ -3,8 +3,8 @@
 No kernel writes anything of size n x m. A program owns one head of one image (a group) and one run of its tokens (a
 split). Forward and backward are one launch each, in phases; what a phase sums over tokens goes to a buffer with one
 place per split, the splits of a group wait for each other, and the next phase adds up the places in fixed order. No
-sum is atomic, so results are the same every time. Where programs cannot wait for each other, in Triton's interpreter,
-each phase is a launch of its own.
+sum is atomic, so results are the same every time. Where programs cannot wait for each other, in Triton's interpreter
+and on a GPU too small to run all splits of a group at once, each phase is a launch of its own.
 
 With M = s / epsilon, a round t sets f_i = -log n - LSE_j(M_ij + g_j), then g_j = -log m - LSE_i(M_ij + f_i). Only g is
 kept, in `potentials` (sets, groups, rounds + 2, m): row 0 is zero, row t the g of round t, and the last row is what
@@ -217,9 +217,9 @@ def _slots_at(data, t, s, group, spec):
 
 
 @triton.jit
-def _all_splits(data, t, s, group, spec):
-    """What every split had to say, (SPLITS, MP)."""
-    inner = tl.arange(0, spec.SPLITS)[:, None] * spec.MP + tl.arange(0, spec.MP)[None, :]
+def _all_splits(data, t, s, group, j, spec):
+    """What every split had to say of references j, (SPLITS, references)."""
+    inner = tl.arange(0, spec.SPLITS)[:, None] * spec.MP + j[None, :]
     return tl.load(_slots_at(data, t, s, group, spec) + inner)
 
 
@@ -237,7 +237,8 @@ def _place(data, spec):
     """Return image, head, group and split of this program.
 
     Programs take their places in the order in which they begin. So, whenever one waits, those that it waits for have
-    begun or are next, and earlier groups wait for nobody that has not begun: the wait ends.
+    begun or are next, and earlier groups wait for nobody that has not begun: the wait ends, as a group fits on the
+    device (`set_triton._may_wait`).
     """
     index = tl.program_id(0)
     if spec.TOGETHER:
@@ -450,7 +451,7 @@ def _potential(lse, spec):
 @triton.jit
 def _potential_of(t, s, group, data, spec):
     """Return g of round t >= 1, from what the splits left."""
-    return _potential(_merged(_all_splits(data, t - 1, s, group, spec)), spec)
+    return _potential(_merged(_all_splits(data, t - 1, s, group, tl.arange(0, spec.MP), spec)), spec)
 
 
 @triton.jit
@@ -556,21 +557,19 @@ def _some_at(at, j, group, spec):
 @triton.jit
 def _settle(potentials, pooled, group, split, data, spec):
     """Write the last potentials and G^T x, (groups, MP, DP), each split a share of its rows."""
-    near_lse = _merged(_all_splits(data, spec.ROUNDS, 0, group, spec))
     if split == 0:
+        near_lse = _merged(_all_splits(data, spec.ROUNDS, 0, group, tl.arange(0, spec.MP), spec))
         for s in tl.static_range(spec.SETS):
             g = _potential_of(spec.ROUNDS, s, group, data, spec)
             _store_potential(potentials, spec.ROUNDS, s, group, g, data, spec)
             last = _potential(near_lse, spec) if spec.RENORMALISE else g
             _store_potential(potentials, spec.ROUNDS + 1, s, group, last, data, spec)
     j = _some(split, spec)
-    at = _slots_at(data, spec.ROUNDS, 0, group, spec)
-    lses = tl.load(at + tl.arange(0, spec.SPLITS)[:, None] * spec.MP + j[None, :])
+    lses = _all_splits(data, spec.ROUNDS, 0, group, j, spec)
     lse = _merged(lses)
     shares = tl.exp(lses - lse[None, :])
     if not spec.RENORMALISE:
-        at = _slots_at(data, spec.ROUNDS - 1, 0, group, spec)
-        g = _potential(_merged(tl.load(at + tl.arange(0, spec.SPLITS)[:, None] * spec.MP + j[None, :])), spec)
+        g = _potential(_merged(_all_splits(data, spec.ROUNDS - 1, 0, group, j, spec)), spec)
         shares = shares * tl.exp(lse + g + spec.LOG_M)[None, :]
     found = tl.sum(_parts_of_some(data, j, group, spec) * shares[:, :, None], 0)
     tl.store(_some_at(pooled, j, group, spec), found)
@@ -685,10 +684,10 @@ def _gradient_of(t, s, adjoint, group, data, spec):
     """Return dg of round t, from what the splits left."""
     dg = tl.zeros((spec.MP,), spec.ACC)
     if t < spec.ROUNDS:
-        dg += tl.sum(_all_splits(data, t, s, group, spec), 0)
+        dg += tl.sum(_all_splits(data, t, s, group, tl.arange(0, spec.MP), spec), 0)
     else:
         if s == spec.SETS - 1:
-            dg += tl.sum(_all_splits(data, spec.ROUNDS, s, group, spec), 0)
+            dg += tl.sum(_all_splits(data, spec.ROUNDS, s, group, tl.arange(0, spec.MP), spec), 0)
         if not spec.RENORMALISE and s == 0:  # renormalised gathering weights do not feel their own column potential
             dg += _along(adjoint, group, spec)
     return dg

@@ -116,13 +116,14 @@ def assert_same(given: Inputs, p: SetProblem, splits: int | None = 1, tolerance:
         assert (one is None) == (other is None)
         if one is not None and other is not None:
             # Where every exact gradient is zero (n or m = 1), rounding is measured against that of y, over epsilon.
-            assert_near(one, other, tolerance, at_least=0.1)
+            assert_near(one, other, tolerance, at_least=0.1 if dtype == torch.float32 else 1e-3)
 
 
 @pytest.mark.parametrize(
     ("n", "m", "d", "splits"),
     [
         *((1, 1, 16, 1), (1, 9, 24, 2), (7, 1, 8, 1), (7, 49, 24, 1), (40, 9, 64, 4), (33, 9, 7, None)),
+        (60, 9, 16, 32),  # more splits than references, most without a token
         pytest.param(197, 49, 32, 2, marks=pytest.mark.drill),
     ],
 )
