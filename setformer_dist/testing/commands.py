@@ -117,9 +117,13 @@ def wait_for(path: Path, process: subprocess.Popen[str], timeout: float = 150) -
 
 
 def children(pid: int) -> list[int]:
-    """Return all descendants of a process."""
+    """Return all descendants of a process, none of one that has ended."""
     found: list[int] = []
-    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+    try:
+        pids = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:  # it ended since it was named: processes come and go while this looks
+        return found
+    for child in pids:
         found += [int(child), *children(int(child))]
     return found
 
