@@ -33,7 +33,7 @@ demo: $(STAMP)  ## train SeTformer on handwritten digits: 2 ranks, ZeRO-2, bf16,
 	$(BIN)/setformer demo
 
 test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest -m "not drill"
+	$(BIN)/python -m pytest -m "not drill" --numprocesses 2 --dist loadfile
 
 drills: $(STAMP)  ## run the long drills: kill and resume under every stage and precision
 	$(BIN)/python -m pytest -m drill --timeout 3600
