@@ -46,7 +46,7 @@ def work(name: str, size: int, batch: int, compiled: bool = False) -> tuple[Call
     model = timm.create_model(name, num_classes=1000, **fixed).to(DEVICE, DTYPE)
     parameters = sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    if compiled:  # block by block: equal blocks share what was compiled, and a deep model takes no longer than a short one
+    if compiled:  # block by block: equal blocks share what was compiled, so a deep model takes as long as a short one
         for block in model.modules():
             if type(block).__name__.endswith("Block"):
                 block.compile(fullgraph=True)
