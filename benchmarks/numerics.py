@@ -143,11 +143,10 @@ def rows_of(implementation: str, epsilon: float, x: torch.Tensor, *sets: torch.T
     dtype = gather.dtype
     positions, places = (grid_places((side, side), dtype, x.device) for side in (28, 7))
     tensors = (torch.ones_like(x), unit(at_least_fp32(x)).to(x.dtype), gather, scatter, positions[None], places, None)
+    problem = SetProblem(epsilon, 0.0, 0.25, 5)
     if implementation == "reference":
-        return set_reference.forward(*tensors, SetProblem(epsilon, 0.0, 0.25, 5))
-    found: torch.Tensor = torch.ops.setformer.set_attention(
-        *tensors, epsilon, 0.0, 0.25, 5, 0.0, False, True, implementation
-    )[0]
+        return set_reference.forward(*tensors, problem)
+    found: torch.Tensor = torch.ops.setformer.set_attention(*tensors, problem.numbers(), implementation)[0]
     return found
 
 

@@ -26,6 +26,14 @@ def unit(x: torch.Tensor) -> torch.Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True).clamp_min(1e-12))
 
 
+def unit_backward(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of x, given that of `unit(x)`; both (..., d)."""
+    square = x.square().sum(-1, keepdim=True)
+    inverse = square.clamp_min(1e-12).rsqrt()
+    along = (grad * x).sum(-1, keepdim=True) * inverse.square()
+    return (grad - x * torch.where(square < 1e-12, 0.0, along)) * inverse
+
+
 def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
     """Return fp64 as it is and anything narrower as fp32."""
     return x if x.dtype == torch.float64 else x.float()

@@ -18,6 +18,7 @@ Letters: b = images, h = heads, n = tokens of one image, m = references, k = anc
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -39,6 +40,9 @@ from setformer_dist.ops.sinkhorn import working_dtype
 log = logging.getLogger(__name__)
 
 Implementation = Literal["auto", "reference", "fast", "cpp", "triton"]
+
+# Tokens or references of a line, or of the rows and columns of a grid.
+Sides = tuple[int] | tuple[int, int]
 
 # Config pages hold lists where Python code writes tuples; both are welcome.
 IntTuple = Annotated[tuple[int, ...], pydantic.BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
@@ -149,17 +153,15 @@ def set_attention(
     if anchors_hkd is not None:
         features, x_bhnd = _nystrom_map(x_bhnd, anchors_hkd, config)
     positions, places = _places(x_bhnd, references_hmd.shape[1], grid, mask_bn, config)
-    references, back = _units(references_hmd, return_references_hmd)
-    tensors = (x_bhnd, features, references, back, positions, places, mask_bn)
+    tensors = (x_bhnd, features, references_hmd, return_references_hmd, positions, places, mask_bn)
     problem = _problem(config)
     implementation = choose_implementation(Inputs(*tensors), problem, config.implementation)
     if implementation == "reference":
-        y = set_reference.forward(*tensors, problem)
+        gather = unit(at_least_fp32(references_hmd))
+        scatter = None if return_references_hmd is None else unit(at_least_fp32(return_references_hmd))
+        y = set_reference.forward(x_bhnd, features, gather, scatter, positions, places, mask_bn, problem)
     else:
-        p = problem
-        y, _ = set_attention_op(
-            *tensors, p.epsilon, p.sigma, p.tau, p.iterations, p.tolerance, p.implicit, p.renormalise, implementation
-        )
+        y, _ = set_attention_op(*tensors, problem.numbers(), implementation)
     return y if whole is None else torch.where(whole, y, 0.0)
 
 
@@ -190,16 +192,6 @@ def marginal_error(
         count = x.shape[2] if mask is None else mask.sum(-1).view(-1, 1, 1)
         errors = (logs.exp().sum(-1) * count - 1.0).abs()
         return (errors if mask is None else errors.masked_fill(~mask.unsqueeze(1), 0.0)).amax(-1)
-
-
-def _units(
-    references_hmd: torch.Tensor, return_references_hmd: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return both sets at unit length; together, as each small operation costs a GPU a launch."""
-    if return_references_hmd is None:
-        return unit(at_least_fp32(references_hmd)), None
-    references, back = unit(at_least_fp32(torch.stack([references_hmd, return_references_hmd]))).unbind()
-    return references, back
 
 
 def _problem(config: SetAttentionConfig) -> SetProblem:
@@ -235,17 +227,51 @@ def _places(
     config: SetAttentionConfig,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Return places of tokens (b or 1, n, axes) and of references (m, axes) within [0, 1), counted from 0."""
-    dtype, device = torch.promote_types(x_bhnd.dtype, torch.float32), x_bhnd.device
     if config.position_filter == "none":
         return None, None
+    where = torch.promote_types(x_bhnd.dtype, torch.float32), x_bhnd.device
     if config.position_filter == "separable":
         assert grid is not None
         side = math.isqrt(m)
-        return grid_places(grid, dtype, device).unsqueeze(0), grid_places((side, side), dtype, device)
-    if mask_bn is None:
-        return line_places(x_bhnd.shape[2], dtype, device).unsqueeze(0), line_places(m, dtype, device)
-    order = (mask_bn.cumsum(-1) - 1).to(dtype)
-    return (order / mask_bn.sum(-1, keepdim=True)).unsqueeze(-1), line_places(m, dtype, device)
+        sides: tuple[Sides, Sides] = grid, (side, side)
+    else:
+        sides = (x_bhnd.shape[2],), (m,)
+    if type(x_bhnd) is not torch.Tensor or torch.compiler.is_compiling() or _captures(x_bhnd.device):
+        positions, places = _made_places(*sides, *where)
+    else:
+        positions, places = _kept_places(*sides, *where)
+    if mask_bn is None or config.position_filter == "separable":
+        return positions, places
+    order = (mask_bn.cumsum(-1) - 1).to(where[0])
+    return (order / mask_bn.sum(-1, keepdim=True)).unsqueeze(-1), places
+
+
+def _made_places(
+    tokens: Sides, references: Sides, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    positions, places = (
+        line_places(sides[0], dtype, device) if len(sides) == 1 else grid_places(sides, dtype, device)
+        for sides in (tokens, references)
+    )
+    return positions.unsqueeze(0), places
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_places(
+    tokens: Sides, references: Sides, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `_made_places`, made once: ten small operations cost as much as attention over 100 tokens.
+
+    They come from the CPU, as a copy waits until it has arrived, whatever stream asks for it next.
+    """
+    with torch.inference_mode(False):
+        positions, places = _made_places(tokens, references, dtype, torch.device("cpu"))
+        return positions.to(device), places.to(device)
+
+
+def _captures(device: torch.device) -> bool:
+    """Return whether a CUDA graph is being captured, whose memory is its own and where no copy can be waited for."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 # ------------------------------------------------------------------------------------------ choice and validation

@@ -8,6 +8,7 @@ one fits the device and the numbers was found before (set_attention.py).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from setformer_dist.ops import set_cpu, set_fast
+from setformer_dist.ops.kernels import at_least_fp32, unit, unit_backward
 from setformer_dist.ops.set_problem import SetProblem
 from setformer_dist.ops.sinkhorn import working_dtype
 
@@ -38,22 +40,20 @@ def set_attention_op(
     positions: torch.Tensor | None,
     places: torch.Tensor | None,
     mask: torch.Tensor | None,
-    epsilon: float,
-    sigma: float,
-    tau: float,
-    iterations: int,
-    tolerance: float,
-    implicit: bool,
-    renormalise: bool,
+    numbers: Sequence[float],
     implementation: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (y, what the backward needs of the rounds); the tensors are those of `set_reference.forward`."""
-    inputs = set_fast.Inputs(x, features, gather, scatter, positions, places, mask)
-    problem = SetProblem(epsilon, sigma, tau, iterations, tolerance, implicit, renormalise)
+    """Return (y, what the backward needs of the rounds).
+
+    Args are the tensors of `set_reference.forward`, the reference sets of any length, `SetProblem.numbers` and the
+    implementation's name.
+    """
+    inputs = set_fast.Inputs(x, features, *_units(gather, scatter), positions, places, mask)
+    problem = SetProblem.of(numbers)
     if implementation == "triton":
         y, kept = TRITON.forward(inputs, problem)
         return y, kept
-    y, rounds = _by_scalings(implementation, inputs, problem).forward(inputs, problem, _working(x, epsilon))
+    y, rounds = _by_scalings(implementation, inputs, problem).forward(inputs, problem, _working(x, problem.epsilon))
     return y, rounds
 
 
@@ -68,24 +68,35 @@ def set_attention_backward_op(
     positions: torch.Tensor | None,
     places: torch.Tensor | None,
     mask: torch.Tensor | None,
-    epsilon: float,
-    sigma: float,
-    tau: float,
-    iterations: int,
-    tolerance: float,
-    implicit: bool,
-    renormalise: bool,
+    numbers: Sequence[float],
     implementation: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of x, features, gather and scatter; empty tensors stand for inputs that were None."""
-    inputs = set_fast.Inputs(x, features, gather, scatter, positions, places, mask)
-    problem = SetProblem(epsilon, sigma, tau, iterations, tolerance, implicit, renormalise)
+    inputs = set_fast.Inputs(x, features, *_units(gather, scatter), positions, places, mask)
+    problem = SetProblem.of(numbers)
     if implementation == "triton":
         found = TRITON.backward(grad_y, inputs, rounds, problem)
     else:
         chosen = _by_scalings(implementation, inputs, problem)
-        found = chosen.backward(grad_y, inputs, rounds, problem, _working(x, epsilon))
-    return found.x, _or_empty(found.features, x), found.gather, _or_empty(found.scatter, x)
+        found = chosen.backward(grad_y, inputs, rounds, problem, _working(x, problem.epsilon))
+    dgather, dscatter = _through_units(gather, scatter, found)
+    return found.x, _or_empty(found.features, x), dgather, _or_empty(dscatter, x)
+
+
+def _units(gather: torch.Tensor, scatter: Maybe) -> tuple[torch.Tensor, Maybe]:
+    """Bring both reference sets to unit length; here and not before, as a graph of small operations costs more."""
+    if scatter is None:
+        return unit(at_least_fp32(gather)), None
+    first, second = unit(at_least_fp32(torch.stack([gather, scatter]))).unbind()
+    return first, second
+
+
+def _through_units(gather: torch.Tensor, scatter: Maybe, found: set_fast.Gradients) -> tuple[torch.Tensor, Maybe]:
+    """Return the gradients of reference sets as they came, from those at unit length."""
+    if scatter is None or found.scatter is None:
+        return unit_backward(at_least_fp32(gather), found.gather).to(gather.dtype), None
+    both = unit_backward(at_least_fp32(torch.stack([gather, scatter])), torch.stack([found.gather, found.scatter]))
+    return both[0].to(gather.dtype, copy=True), both[1].to(scatter.dtype, copy=True)
 
 
 def _by_scalings(implementation: str, inputs: set_fast.Inputs, problem: SetProblem) -> ModuleType:
@@ -114,23 +125,17 @@ def _fake(
     positions: Maybe,
     places: Maybe,
     mask: Maybe,
-    epsilon: float,
-    sigma: float,
-    tau: float,
-    iterations: int,
-    tolerance: float,
-    implicit: bool,
-    renormalise: bool,
+    numbers: Sequence[float],
     implementation: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     inputs = set_fast.Inputs(x, features, gather, scatter, positions, places, mask)
+    problem = SetProblem.of(numbers)
     if implementation == "triton":
-        problem = SetProblem(epsilon, sigma, tau, iterations, tolerance, implicit, renormalise)
         wide = torch.promote_types(x.dtype, torch.float32)
         return torch.empty_like(x), x.new_empty(TRITON.kept_shape(inputs, problem), dtype=wide)
     b, h = x.shape[:2]
-    shape = (1 if scatter is None else 2, b, h, iterations + 1, gather.shape[1])
-    return torch.empty_like(x), x.new_empty(shape, dtype=_working(x, epsilon))
+    shape = (1 if scatter is None else 2, b, h, problem.iterations + 1, gather.shape[1])
+    return torch.empty_like(x), x.new_empty(shape, dtype=_working(x, problem.epsilon))
 
 
 @set_attention_backward_op.register_fake
@@ -186,18 +191,18 @@ def _products(x: Any, gather: Any, scatter: Any) -> tuple[int, int, int, int]:
 @register_flop_formula(torch.ops.setformer.set_attention)
 def _flops(
     x: Any, features: Any, gather: Any, scatter: Any, positions: Any, places: Any, mask: Any,
-    epsilon: float, sigma: float, tau: float, iterations: int, *rest: Any, **kwargs: Any,
+    numbers: Any, *rest: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
     """Similarity with each set, two products a round, gathering, scattering; exponentials are not counted."""
     pairs, k, d, sets = _products(x, gather, scatter)
-    return 2 * pairs * (sets * k + 2 * d + 2 * iterations * sets)
+    return 2 * pairs * (sets * k + 2 * d + 2 * SetProblem.of(numbers).iterations * sets)
 
 
 @register_flop_formula(torch.ops.setformer.set_attention_backward)
 def _backward_flops(
     grad_y: Any, rounds: Any, x: Any, features: Any, gather: Any, scatter: Any, positions: Any, places: Any, mask: Any,
-    epsilon: float, sigma: float, tau: float, iterations: int, *rest: Any, **kwargs: Any,
+    numbers: Any, *rest: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
     """What is run: the forward's similarities and pooling again, their gradients, the adjoint of the rounds."""
     pairs, k, d, sets = _products(x, gather, scatter)
-    return 2 * pairs * (3 * sets * k + 6 * d + 5 * iterations * sets)
+    return 2 * pairs * (3 * sets * k + 6 * d + 5 * SetProblem.of(numbers).iterations * sets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -27,3 +28,14 @@ class SetProblem:
     tolerance: float = 0.0
     implicit: bool = False
     renormalise: bool = True
+
+    def numbers(self) -> list[float]:
+        """Return the fields as floats, as an operator takes them: one argument costs a call less than seven."""
+        flags = float(self.implicit), float(self.renormalise)
+        return [self.epsilon, self.sigma, self.tau, float(self.iterations), self.tolerance, *flags]
+
+    @classmethod
+    def of(cls, numbers: Sequence[float]) -> SetProblem:
+        """Return what `numbers` returned the fields of."""
+        epsilon, sigma, tau, iterations, tolerance, implicit, renormalise = numbers
+        return cls(epsilon, sigma, tau, int(iterations), tolerance, bool(implicit), bool(renormalise))

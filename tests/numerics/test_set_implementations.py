@@ -296,10 +296,11 @@ def test_rows_sum_to_one(implementation, dtype, bound, epsilon):
     )
     positions, places = grid_places((10, 20), dtype).unsqueeze(0), grid_places((5, 5), dtype)
     tensors = (torch.ones(2, 3, 200, 8, dtype=dtype), features, gather, scatter, positions, places, None)
+    problem = SetProblem(epsilon, 0.0, 0.25, 5)
     if implementation == "reference":
-        y = set_reference.forward(*tensors, SetProblem(epsilon, 0.0, 0.25, 5))
+        y = set_reference.forward(*tensors, problem)
     else:
-        y, _ = torch.ops.setformer.set_attention(*tensors, epsilon, 0.0, 0.25, 5, 0.0, False, True, implementation)
+        y, _ = torch.ops.setformer.set_attention(*tensors, problem.numbers(), implementation)
     assert float((y - 1).abs().max()) < bound
 
 
@@ -377,7 +378,7 @@ def op_arguments(masked=False, requires_grad=True, **changes):
     positions, places = module._places(x, 9, extra["grid"], extra["mask_bn"], config)
     r = unit(tensors["references_hmd"]).requires_grad_(requires_grad)
     s = unit(tensors["return_references_hmd"]).requires_grad_(requires_grad) if config.reference_sets == 2 else None
-    return (x, None, r, s, positions, places, extra["mask_bn"], 0.1, 0.0, 0.25, 3, 0.0, False, True, "fast")
+    return (x, None, r, s, positions, places, extra["mask_bn"], SetProblem(0.1, 0.0, 0.25, 3).numbers(), "fast")
 
 
 @pytest.mark.parametrize("sets", [1, 2])
