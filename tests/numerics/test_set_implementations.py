@@ -10,13 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.ops import set_attention as module
 from setformer_dist.ops import set_reference
-from setformer_dist.ops.kernels import grid_places, unit
+from setformer_dist.ops.kernels import grid_places, unit, unit_backward
 from setformer_dist.ops.set_attention import SetAttentionConfig, marginal_error, set_attention
 from setformer_dist.ops.set_problem import SetProblem
 from setformer_dist.ops.sinkhorn import transport_plan
@@ -404,6 +405,32 @@ def test_compiles_without_a_graph_break():
     y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)))
     for name, leaf in leaves.items():
         torch.testing.assert_close(leaf.grad, gradients[name])
+
+
+def test_places_kept_from_inference_serve_training_and_tracing():
+    """The first call of a size may come from anywhere; the next one must find places that it can use."""
+    config = SetAttentionConfig(references=9)
+    given, extra = operands(config, n=35, dtype=torch.float32)
+    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
+    module._kept_places.cache_clear()
+    with torch.inference_mode():
+        set_attention(**tensors, config=config, **extra)
+    assert module._kept_places.cache_info().currsize == 1
+    x = tensors["x_bhnd"].detach().requires_grad_()
+    set_attention(**{**tensors, "x_bhnd": x}, config=config, **extra).sum().backward()
+    assert module._kept_places.cache_info().hits == 1
+    assert x.grad is not None
+    with FakeTensorMode() as mode:
+        fake = {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
+        assert set_attention(**fake, config=config, **extra).shape == x.shape
+
+
+@pytest.mark.parametrize("length", [1.0, 1e-5, 1e-7, 0.0])  # the last two are shorter than what counts as a direction
+def test_the_gradient_through_unit_length_is_that_of_autograd(length):
+    x = (length * torch.randn(3, 5, dtype=torch.float64)).requires_grad_()
+    grad = torch.randn(3, 5, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(unit(x), x, grad)
+    torch.testing.assert_close(unit_backward(x.detach(), grad), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_activation_checkpointing_recomputes_the_same():
