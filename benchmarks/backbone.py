@@ -47,6 +47,8 @@ def work(name: str, size: int, batch: int, compiled: bool = False) -> tuple[Call
     parameters = sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     if compiled:  # block by block: equal blocks share what was compiled, so a deep model takes as long as a short one
+        torch._dynamo.reset()
+        torch._dynamo.config.recompile_limit = 64  # all blocks of a model are one piece of code, in many shapes
         for block in model.modules():
             if type(block).__name__.endswith("Block"):
                 block.compile(fullgraph=True)

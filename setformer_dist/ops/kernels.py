@@ -127,13 +127,16 @@ def nystrom(x_hnd: torch.Tensor, anchors_hkd: torch.Tensor, sigma: float, ridge:
 
 
 def line_places(count: int, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
-    """Places i / count of tokens or references on a line, counted from 0; (count, 1)."""
-    return (torch.arange(count, device=device, dtype=dtype) / count).unsqueeze(1)
+    """Places i / count of tokens or references on a line, counted from 0; (count, 1).
+
+    Divided in fp64, as in fp32 a GPU multiplies by 1 / count instead, whose last bit may differ.
+    """
+    return (torch.arange(count, device=device, dtype=torch.float64) / count).to(dtype).unsqueeze(1)
 
 
 def grid_places(grid: tuple[int, int], dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
     """Places on a grid of any rows and columns, row-major; (rows * columns, 2)."""
-    rows, columns = (torch.arange(side, device=device, dtype=dtype) / side for side in grid)
+    rows, columns = (line_places(side, dtype, device).squeeze(1) for side in grid)
     return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).view(-1, 2)
 
 

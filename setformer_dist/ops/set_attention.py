@@ -27,6 +27,7 @@ from typing import Annotated, Literal
 import pydantic
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from setformer_dist.core.config import FrozenConfig
 from setformer_dist.core.errors import ConfigError
@@ -233,7 +234,7 @@ def _places(
     if config.position_filter == "separable":
         assert grid is not None
         side = math.isqrt(m)
-        sides: tuple[Sides, Sides] = grid, (side, side)
+        sides: tuple[Sides, Sides] = (grid[0], grid[1]), (side, side)
     else:
         sides = (x_bhnd.shape[2],), (m,)
     if type(x_bhnd) is not torch.Tensor or torch.compiler.is_compiling() or _captures(x_bhnd.device):
@@ -256,15 +257,16 @@ def _made_places(
     return positions.unsqueeze(0), places
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=256)
 def _kept_places(
     tokens: Sides, references: Sides, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return `_made_places`, made once: ten small operations cost as much as attention over 100 tokens.
 
-    They come from the CPU, as a copy waits until it has arrived, whatever stream asks for it next.
+    They come from the CPU, as a copy waits until it has arrived, whatever stream asks for it next. They are plain
+    tensors whatever goes on around the first call: inference, tracing or a transform of functions.
     """
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch._C._DisableFuncTorch(), _disable_current_modes():
         positions, places = _made_places(tokens, references, dtype, torch.device("cpu"))
         return positions.to(device), places.to(device)
 

@@ -87,15 +87,20 @@ def _units(gather: torch.Tensor, scatter: Maybe) -> tuple[torch.Tensor, Maybe]:
     """Bring both reference sets to unit length; here and not before, as a graph of small operations costs more."""
     if scatter is None:
         return unit(at_least_fp32(gather)), None
-    first, second = unit(at_least_fp32(torch.stack([gather, scatter]))).unbind()
+    first, second = unit(_both(gather, scatter)).unbind()
     return first, second
+
+
+def _both(gather: torch.Tensor, scatter: torch.Tensor) -> torch.Tensor:
+    """Return both sets in one tensor; widened first, as under autocast two narrow dtypes cannot be stacked."""
+    return torch.stack([at_least_fp32(gather), at_least_fp32(scatter)])
 
 
 def _through_units(gather: torch.Tensor, scatter: Maybe, found: set_fast.Gradients) -> tuple[torch.Tensor, Maybe]:
     """Return the gradients of reference sets as they came, from those at unit length."""
     if scatter is None or found.scatter is None:
         return unit_backward(at_least_fp32(gather), found.gather).to(gather.dtype), None
-    both = unit_backward(at_least_fp32(torch.stack([gather, scatter])), torch.stack([found.gather, found.scatter]))
+    both = unit_backward(_both(gather, scatter), _both(found.gather, found.scatter))
     return both[0].to(gather.dtype, copy=True), both[1].to(scatter.dtype, copy=True)
 
 

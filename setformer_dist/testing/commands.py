@@ -107,7 +107,7 @@ def losses(run_folder: Path) -> dict[tuple[str, int], tuple[float, float | None]
     return found
 
 
-def wait_for(path: Path, process: subprocess.Popen[str], timeout: float = 150) -> None:
+def wait_for(path: Path, process: subprocess.Popen[str], timeout: float = 300) -> None:
     """Wait until a file is there, while the process runs."""
     limit = time.monotonic() + timeout
     while not path.exists():

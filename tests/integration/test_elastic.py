@@ -32,7 +32,7 @@ def test_two_ranks_then_one_then_two_see_the_samples_of_an_uninterrupted_run(dig
             folder = tmp_path / "parts" / "demo" / "checkpoints" / f"step-{until:08d}"
             wait_for(folder / "manifest.json", process)
             process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=150)
+        _, err = process.communicate(timeout=300)
         assert process.returncode == (143 if until else 0), err
     one, other_run = tmp_path / "whole" / "demo", tmp_path / "parts" / "demo"
     assert samples(one) == samples(other_run)

@@ -44,7 +44,7 @@ def test_a_rank_that_hangs_is_found_its_stack_written_and_the_run_goes_on(
     process = start(*train_words(digits, tmp_path, "restart.hang_after_s=3"))
     pids = at_step(tmp_path / "demo", 5, process)
     os.kill(pids[1], signal.SIGSTOP)
-    _, err = process.communicate(timeout=150)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "rank 1 gave no sign of life for" in err
     assert "rank 1 is suspended by SIGSTOP" in err
@@ -64,7 +64,7 @@ def test_a_signal_to_one_rank_stops_all_of_them_with_a_checkpoint(digits: Path, 
     process = start(*train_words(digits, tmp_path, "schedule.epochs=50", "checkpoint.every_steps=5"))
     pids = at_step(tmp_path / "demo", 5, process)
     os.kill(pids[1], signal.SIGUSR1)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 138, err
     assert "starting again" not in err
     assert_gone(pids)
@@ -77,7 +77,7 @@ def test_without_restarts_a_death_is_an_error_with_the_last_words_of_the_rank(di
     process = start(*words, "--restarts", "0")
     pids = at_step(tmp_path / "demo", 5, process)
     os.kill(pids[1], signal.SIGKILL)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 6
     assert "error: rank 1 was ended by SIGKILL" in err
     assert f"the last lines of {tmp_path / 'demo' / 'logs' / 'rank-00001.log'}" in err
@@ -94,7 +94,7 @@ def test_deaths_at_one_and_the_same_step_end_the_run(digits: Path, tmp_path: Pat
                 killed.add(pid)
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-    err = process.communicate(timeout=60)[1]
+    err = process.communicate(timeout=120)[1]
     assert process.returncode == 6
     assert "not started again: it failed 2 times" in err
     assert len(killed) <= 6
@@ -108,7 +108,7 @@ def test_a_scheduler_that_signals_every_process_and_then_loses_patience(digits: 
     ranks = children(process.pid)
     for pid in (process.pid, *ranks):
         os.kill(pid, signal.SIGUSR1)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 138, err
     assert_gone(ranks)
     last = max(step for kind, step in losses(tmp_path / "demo"))
@@ -120,7 +120,7 @@ def test_a_deadline_that_passes_is_told_by_the_exit_code(digits: Path, tmp_path:
     pids = at_step(tmp_path / "demo", 5, process)
     os.kill(pids[1], signal.SIGSTOP)  # it will not save
     process.send_signal(signal.SIGUSR1)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 6, err
     assert "asked to stop by SIGUSR1, but rank" in err
     assert_gone(pids)

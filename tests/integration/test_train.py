@@ -51,6 +51,14 @@ def shm_files() -> set[str]:
     return {name for name in os.listdir("/dev/shm") if "deepspeed" in name or "torch_" in name}  # noqa: PTH208
 
 
+def assert_nothing_shared_stays(before: set[str], timeout: float = 10) -> None:
+    """Wait for the files of other tests, which run beside this one; those of a run that is over would stay."""
+    deadline = time.monotonic() + timeout
+    while left := shm_files() - before:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
 def test_a_run_leaves_what_it_promises(whole_run: Path) -> None:
     summary = json.loads((whole_run / "summary.json").read_text())
     assert summary["finished"]
@@ -113,7 +121,7 @@ def test_killed_ranks_resume_bit_by_bit(digits: Path, tmp_path: Path, dtype: str
     wait_for(tmp_path / "killed" / "demo" / "checkpoints" / "step-00000010" / "manifest.json", process)
     pids = children(process.pid)
     kill_ranks(process)
-    _, err = process.communicate(timeout=150)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "was ended by SIGKILL" in err
     assert "starting again from the newest checkpoint" in err
@@ -133,7 +141,7 @@ def test_a_signal_becomes_a_checkpoint_and_a_clean_exit(
         assert process.poll() is None
     pids = children(process.pid)
     process.send_signal(signum)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == code, err
     assert "Traceback" not in err
     assert_gone(pids)
@@ -142,7 +150,7 @@ def test_a_signal_becomes_a_checkpoint_and_a_clean_exit(
     assert (saved[0] / "manifest.json").exists()
     last = max(step for kind, step in losses(tmp_path / "demo"))
     assert saved[0].name == f"step-{last:08d}"
-    assert shm_files() == shared
+    assert_nothing_shared_stays(shared)
 
 
 @pytest.mark.parametrize("stops", [1, pytest.param(3, marks=pytest.mark.drill)])
@@ -162,7 +170,7 @@ def test_a_stop_between_two_metric_lines_and_before_an_evaluation_changes_no_lin
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)  # the steps after the line, or the evaluation, are cut short
-        process.communicate(timeout=60)
+        process.communicate(timeout=120)
         assert process.returncode == 143
     ended = setformer(*words)
     assert ended.code == 0, ended.err
@@ -200,12 +208,12 @@ def test_deepspeeds_own_launcher_gives_the_same_losses(digits: Path, tmp_path: P
         env={**environment(), "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(tmp_path / "demo") == losses(whole_run)
-    assert shm_files() == shared
+    assert_nothing_shared_stays(shared)
 
 
 def test_one_rank_and_four_accumulations_give_the_losses_of_two_ranks(

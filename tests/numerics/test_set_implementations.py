@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.ops import set_attention as module
 from setformer_dist.ops import set_reference
-from setformer_dist.ops.kernels import grid_places, unit, unit_backward
+from setformer_dist.ops.kernels import grid_places, line_places, unit, unit_backward
 from setformer_dist.ops.set_attention import SetAttentionConfig, marginal_error, set_attention
 from setformer_dist.ops.set_problem import SetProblem
 from setformer_dist.ops.sinkhorn import transport_plan
@@ -377,8 +377,8 @@ def op_arguments(masked=False, requires_grad=True, **changes):
     tensors, extra = operands(config, masked=masked, n=12)
     x = tensors["x_bhnd"].detach().requires_grad_(requires_grad)
     positions, places = module._places(x, 9, extra["grid"], extra["mask_bn"], config)
-    r = unit(tensors["references_hmd"]).requires_grad_(requires_grad)
-    s = unit(tensors["return_references_hmd"]).requires_grad_(requires_grad) if config.reference_sets == 2 else None
+    r = tensors["references_hmd"].requires_grad_(requires_grad)
+    s = tensors["return_references_hmd"].requires_grad_(requires_grad) if config.reference_sets == 2 else None
     return (x, None, r, s, positions, places, extra["mask_bn"], SetProblem(0.1, 0.0, 0.25, 3).numbers(), "fast")
 
 
@@ -407,22 +407,39 @@ def test_compiles_without_a_graph_break():
         torch.testing.assert_close(leaf.grad, gradients[name])
 
 
-def test_places_kept_from_inference_serve_training_and_tracing():
+@pytest.mark.parametrize("first", ["inference", "tracing", "transform"])
+def test_places_kept_from_any_first_call_serve_training_and_tracing(first):
     """The first call of a size may come from anywhere; the next one must find places that it can use."""
     config = SetAttentionConfig(references=9)
     given, extra = operands(config, n=35, dtype=torch.float32)
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
+    call = functools.partial(set_attention, config=config, **extra)
     module._kept_places.cache_clear()
-    with torch.inference_mode():
-        set_attention(**tensors, config=config, **extra)
+    if first == "inference":
+        with torch.inference_mode():
+            call(**tensors)
+    elif first == "tracing":
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            call(**tensors)
+    else:
+        torch.func.functionalize(call)(**tensors)
     assert module._kept_places.cache_info().currsize == 1
     x = tensors["x_bhnd"].detach().requires_grad_()
-    set_attention(**{**tensors, "x_bhnd": x}, config=config, **extra).sum().backward()
+    call(**{**tensors, "x_bhnd": x}).sum().backward()
     assert module._kept_places.cache_info().hits == 1
-    assert x.grad is not None
+    assert type(x.grad) is torch.Tensor
+    assert not torch._is_functional_tensor(x.grad)
     with FakeTensorMode() as mode:
         fake = {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
-        assert set_attention(**fake, config=config, **extra).shape == x.shape
+        assert call(**fake).shape == x.shape
+
+
+def test_places_are_the_same_however_a_device_divides():
+    for count in range(1, 300):
+        at = torch.arange(count, dtype=torch.float64)
+        kept = line_places(count, torch.float32).squeeze(1)
+        assert torch.equal(kept, (at * (1 / count)).float())  # as a GPU does it
+        assert torch.equal(kept, (at / count).float())
 
 
 @pytest.mark.parametrize("length", [1.0, 1e-5, 1e-7, 0.0])  # the last two are shorter than what counts as a direction
@@ -455,6 +472,15 @@ def test_products_are_counted():
 def test_the_work_is_done_in_fp32_under_autocast():
     config = SetAttentionConfig(references=9)
     tensors, extra = operands(config, dtype=torch.float32)
+    plain = run(config, tensors, extra)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = run(config, tensors, extra)
+    assert_same(mixed, plain, 1e-12)
+
+
+def test_reference_sets_of_another_narrow_dtype_than_that_of_autocast():
+    config = SetAttentionConfig(references=9)
+    tensors, extra = operands(config, dtype=torch.float16)
     plain = run(config, tensors, extra)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = run(config, tensors, extra)

@@ -17,7 +17,7 @@ import torch
 FOLDER = Path(__file__).parent
 
 
-def run(*command: str, limit_s: int = 280, **environment: str) -> str:
+def run(*command: str, limit_s: int = 560, **environment: str) -> str:
     """Run Python; return what it printed."""
     result = subprocess.run(
         [sys.executable, *command], cwd=FOLDER.parent.parent, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
@@ -27,7 +27,7 @@ def run(*command: str, limit_s: int = 280, **environment: str) -> str:
     return result.stdout
 
 
-def run_cases(*which: str, limit_s: int = 280) -> None:
+def run_cases(*which: str, limit_s: int = 560) -> None:
     environment = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     cases = str(FOLDER / "set_triton_cases.py")
     printed = run("-m", "pytest", "-x", "-o", "addopts=", *which, cases, limit_s=limit_s, **environment)
