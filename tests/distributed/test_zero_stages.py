@@ -77,6 +77,10 @@ def test_activation_checkpointing_changes_no_loss_under_zero_3() -> None:
     kept = run_ranks(workers.checkpointed_losses, 2, 3, False)[0]
     recomputed = run_ranks(workers.checkpointed_losses, 2, 3, True)[0]
     assert recomputed == pytest.approx(kept, rel=1e-6)
+    for activation_checkpointing in (False, True):  # reference sets cut between forward and backward, as large ones are
+        cut, held = run_ranks(workers.cut_losses, 2, activation_checkpointing)[0]
+        assert set(held) == {0}
+        assert cut == pytest.approx(kept, rel=1e-6)
 
 
 def fail_on_rank_1() -> None:

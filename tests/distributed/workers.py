@@ -49,6 +49,7 @@ class Trainee:
         offload: str = "none",
         clip_norm: float = OPTIM.clip_norm,
         module: torch.nn.Module | None = None,
+        deepspeed: dict[str, Any] | None = None,
     ) -> None:
         self.ranks = RankInfo.from_env()
         if not torch.distributed.is_initialized():
@@ -56,7 +57,9 @@ class Trainee:
         self.comm = TorchCollectives(self.ranks)
         self.plan = solve(BatchConfig(global_size=16, micro=micro), self.ranks.world_size)
         zero = ZeroConfig(stage=stage, offload=offload, bucket_mib=1)
-        json = deepspeed_config(PrecisionConfig(dtype=dtype, grad_accum=grad_accum), zero, self.plan, clip_norm, {})
+        json = deepspeed_config(
+            PrecisionConfig(dtype=dtype, grad_accum=grad_accum), zero, self.plan, clip_norm, deepspeed or {}
+        )
         self.dtype = DTYPES[dtype]
         if module is None:
             module = small_model() if model is None else build_model(model, 10, 16, 0)
@@ -90,13 +93,36 @@ def checkpointed_losses(stage: int, activation_checkpointing: bool) -> list[floa
         "fp32",
         model=ModelConfig(name="setformer_nano", drop_path=0.3, activation_checkpointing=activation_checkpointing),
     )
+    losses = keyed_steps(trainee)
+    disconnect()
+    return losses
+
+
+def keyed_steps(trainee: Trainee) -> list[float]:
+    """Three steps, the drop path of each sample keyed."""
     losses = []
     for k in range(3):
         first = trainee.ranks.rank * trainee.plan.micro
         trainee.engine.module.set_sample_keys(torch.arange(first, first + trainee.plan.micro) + 1000 * k)
         losses.append(trainee.step(k))
-    disconnect()
     return losses
+
+
+def cut_losses(activation_checkpointing: bool) -> tuple[list[float], list[int]]:
+    """The same under ZeRO-3 with small parameters cut, too; and how many numbers of a set this rank held after forwards."""
+    nothing_stays = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance")
+    trainee = Trainee(
+        3,
+        "fp32",
+        model=ModelConfig(name="setformer_nano", drop_path=0.3, activation_checkpointing=activation_checkpointing),
+        deepspeed={"zero_optimization": dict.fromkeys(nothing_stays, 0)},
+    )
+    held: list[int] = []
+    references = trainee.engine.module.stages[0].blocks[0].attn.references
+    trainee.engine.module.register_forward_hook(lambda *_: held.append(references.numel()))
+    losses = keyed_steps(trainee)
+    disconnect()
+    return losses, held
 
 
 def losses_of(stage: int, dtype: str, grad_accum: str, steps: int) -> list[float]:
