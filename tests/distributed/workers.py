@@ -109,7 +109,7 @@ def keyed_steps(trainee: Trainee) -> list[float]:
 
 
 def cut_losses(activation_checkpointing: bool) -> tuple[list[float], list[int]]:
-    """The same under ZeRO-3 with small parameters cut, too; and how many numbers of a set this rank held after forwards."""
+    """The same under ZeRO-3 with small parameters cut, too; and the numbers of a set that were here after forwards."""
     nothing_stays = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance")
     trainee = Trainee(
         3,
