@@ -469,18 +469,10 @@ def test_products_are_counted():
     assert counter.get_total_flops() == 2 * 2 * 2 * 12 * 9 * (2 * 6 + 2 * 6 + 2 * 3 * 2)
 
 
-def test_the_work_is_done_in_fp32_under_autocast():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # fp16: another narrow one than that of autocast
+def test_the_work_is_done_in_fp32_under_autocast(dtype):
     config = SetAttentionConfig(references=9)
-    tensors, extra = operands(config, dtype=torch.float32)
-    plain = run(config, tensors, extra)
-    with torch.autocast("cpu", torch.bfloat16):
-        mixed = run(config, tensors, extra)
-    assert_same(mixed, plain, 1e-12)
-
-
-def test_reference_sets_of_another_narrow_dtype_than_that_of_autocast():
-    config = SetAttentionConfig(references=9)
-    tensors, extra = operands(config, dtype=torch.float16)
+    tensors, extra = operands(config, dtype=dtype)
     plain = run(config, tensors, extra)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = run(config, tensors, extra)
