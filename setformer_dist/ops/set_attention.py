@@ -237,6 +237,7 @@ def _places(
         sides: tuple[Sides, Sides] = (grid[0], grid[1]), (side, side)
     else:
         sides = (x_bhnd.shape[2],), (m,)
+    # What is traced or captured needs places of its own kind, made within the graph.
     if type(x_bhnd) is not torch.Tensor or torch.compiler.is_compiling() or _captures(x_bhnd.device):
         positions, places = _made_places(*sides, *where)
     else:
