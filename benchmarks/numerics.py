@@ -139,10 +139,9 @@ def run(implementation: Implementation, epsilon: float, tensors: list[torch.Tens
 
 def rows_of(implementation: str, epsilon: float, x: torch.Tensor, *sets: torch.Tensor) -> torch.Tensor:
     """Return what becomes of values that are all 1, for the plans of these tokens."""
-    gather, scatter = (unit(at_least_fp32(s)) for s in sets)
-    dtype = gather.dtype
+    dtype = at_least_fp32(x).dtype
     positions, places = (grid_places((side, side), dtype, x.device) for side in (28, 7))
-    tensors = (torch.ones_like(x), unit(at_least_fp32(x)).to(x.dtype), gather, scatter, positions[None], places, None)
+    tensors = (torch.ones_like(x), unit(at_least_fp32(x)).to(x.dtype), *sets, positions[None], places, None)
     problem = SetProblem(epsilon, 0.0, 0.25, 5)
     if implementation == "reference":
         return set_reference.forward(*tensors, problem)

@@ -34,7 +34,7 @@ from setformer_dist.core.errors import ConfigError
 from setformer_dist.ops import set_cpu, set_reference
 from setformer_dist.ops.kernels import at_least_fp32, grid_places, line_places, nystrom, unit
 from setformer_dist.ops.set_fast import Inputs
-from setformer_dist.ops.set_op import TRITON, set_attention_op
+from setformer_dist.ops.set_op import TRITON, differentiable
 from setformer_dist.ops.set_problem import SetProblem
 from setformer_dist.ops.sinkhorn import working_dtype
 
@@ -158,11 +158,9 @@ def set_attention(
     problem = _problem(config)
     implementation = choose_implementation(Inputs(*tensors), problem, config.implementation)
     if implementation == "reference":
-        gather = unit(at_least_fp32(references_hmd))
-        scatter = None if return_references_hmd is None else unit(at_least_fp32(return_references_hmd))
-        y = set_reference.forward(x_bhnd, features, gather, scatter, positions, places, mask_bn, problem)
+        y = set_reference.forward(*tensors, problem)
     else:
-        y, _ = set_attention_op(*tensors, problem.numbers(), implementation)
+        y = differentiable(*tensors, problem, implementation)
     return y if whole is None else torch.where(whole, y, 0.0)
 
 

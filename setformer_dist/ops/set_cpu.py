@@ -186,8 +186,8 @@ def backward(
         grad_gather=_pointer(sums[0]),
         grad_scatter=_pointer(sums[1]),
     )
-    # The kernel leaves the sum over images in the place of the first.
-    gather, back = (None if s is None else s[0].to(inputs.gather_hmk.dtype) for s in sums)
+    # The kernel leaves the sum over images in the place of the first; a view would keep the others' memory.
+    gather, back = (None if s is None else s[0].to(inputs.gather_hmk.dtype, copy=True) for s in sums)
     assert gather is not None
     return Gradients(grad_x, grad_features, gather, back)
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn import functional as F
 
-from setformer_dist.ops.kernels import log_filter, no_autocast
+from setformer_dist.ops.kernels import log_filter, no_autocast, unit, unit_backward
 from setformer_dist.ops.set_problem import SetProblem
 from setformer_dist.ops.sinkhorn import implicit_adjoint, last_rows, product, scaling_rounds, unrolled_adjoint
 
@@ -79,7 +79,7 @@ class _Chunk:
             self.features = self.x * self.inverse_length
         else:
             self.features = inputs.features_bhnk[images, heads].flatten(0, 1).to(dtype)
-        self.references = [r[heads].to(dtype) for r in (inputs.gather_hmk, inputs.scatter_hmk) if r is not None]
+        self.references = [unit(r[heads].to(dtype)) for r in (inputs.gather_hmk, inputs.scatter_hmk) if r is not None]
         self.m = self.references[0].shape[1]
         self.row_sums = self._row_sums(inputs.mask_bn, images)
         self.filters = filters.of(images, self.h)
@@ -294,7 +294,10 @@ def backward(
                 assert total is not None
                 each = one.view(chunk.b, chunk.h, chunk.m, -1)
                 total[heads] += each[0] if isinstance(images, list) else each.sum(0)
-    gather, scatter = (None if s is None else s.to(inputs.gather_hmk.dtype) for s in sums)
+        gather, scatter = (
+            None if r is None or of_unit is None else unit_backward(r.to(dtype), of_unit).to(r.dtype)
+            for r, of_unit in zip((inputs.gather_hmk, inputs.scatter_hmk), sums, strict=True)
+        )
     assert gather is not None
     return Gradients(dx, dfeatures, gather, scatter)
 

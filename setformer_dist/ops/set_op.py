@@ -4,6 +4,9 @@ Registered with fake kernels, autograd and a formula for the FLOP counter, so to
 and ZeRO-3 see one opaque operator instead of a loop, and `torch.library.opcheck` accepts both. The implementation is an
 argument, "triton", "cpp", "fast" or "cpu": the C++ kernel where this machine has a compiler, otherwise "fast". Which
 one fits the device and the numbers was found before (set_attention.py).
+
+Where nobody looks at operators, `differentiable` leaves out the dispatcher's way through Python, which costs as much as
+attention over a hundred tokens, and runs the same functions.
 """
 
 from __future__ import annotations
@@ -13,10 +16,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from setformer_dist.ops import set_cpu, set_fast
-from setformer_dist.ops.kernels import at_least_fp32, unit, unit_backward
 from setformer_dist.ops.set_problem import SetProblem
 from setformer_dist.ops.sinkhorn import working_dtype
 
@@ -45,16 +48,9 @@ def set_attention_op(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (y, what the backward needs of the rounds).
 
-    Args are the tensors of `set_reference.forward`, the reference sets of any length, `SetProblem.numbers` and the
-    implementation's name.
+    Args are the tensors of `set_reference.forward`, `SetProblem.numbers` and the implementation's name.
     """
-    inputs = set_fast.Inputs(x, features, *_units(gather, scatter), positions, places, mask)
-    problem = SetProblem.of(numbers)
-    if implementation == "triton":
-        y, kept = TRITON.forward(inputs, problem)
-        return y, kept
-    y, rounds = _by_scalings(implementation, inputs, problem).forward(inputs, problem, _working(x, problem.epsilon))
-    return y, rounds
+    return _forward((x, features, gather, scatter, positions, places, mask), SetProblem.of(numbers), implementation)
 
 
 @torch.library.custom_op("setformer::set_attention_backward", mutates_args=())
@@ -72,36 +68,36 @@ def set_attention_backward_op(
     implementation: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of x, features, gather and scatter; empty tensors stand for inputs that were None."""
-    inputs = set_fast.Inputs(x, features, *_units(gather, scatter), positions, places, mask)
-    problem = SetProblem.of(numbers)
+    tensors = (x, features, gather, scatter, positions, places, mask)
+    found = _backward(grad_y, rounds, tensors, SetProblem.of(numbers), implementation)
+    return found.x, _or_empty(found.features, x), found.gather, _or_empty(found.scatter, x)
+
+
+# The fields of `set_fast.Inputs`.
+_Tensors = tuple[torch.Tensor, Maybe, torch.Tensor, Maybe, Maybe, Maybe, Maybe]
+
+
+def _forward(tensors: _Tensors, problem: SetProblem, implementation: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (y, what the backward needs of the rounds)."""
+    inputs = set_fast.Inputs(*tensors)
     if implementation == "triton":
-        found = TRITON.backward(grad_y, inputs, rounds, problem)
-    else:
-        chosen = _by_scalings(implementation, inputs, problem)
-        found = chosen.backward(grad_y, inputs, rounds, problem, _working(x, problem.epsilon))
-    dgather, dscatter = _through_units(gather, scatter, found)
-    return found.x, _or_empty(found.features, x), dgather, _or_empty(dscatter, x)
+        y, kept = TRITON.forward(inputs, problem)
+        return y, kept
+    chosen = _by_scalings(implementation, inputs, problem)
+    y, rounds = chosen.forward(inputs, problem, _working(inputs.x_bhnd, problem.epsilon))
+    return y, rounds
 
 
-def _units(gather: torch.Tensor, scatter: Maybe) -> tuple[torch.Tensor, Maybe]:
-    """Bring both reference sets to unit length; here and not before, as a graph of small operations costs more."""
-    if scatter is None:
-        return unit(at_least_fp32(gather)), None
-    first, second = unit(_both(gather, scatter)).unbind()
-    return first, second
-
-
-def _both(gather: torch.Tensor, scatter: torch.Tensor) -> torch.Tensor:
-    """Return both sets in one tensor; widened first, as under autocast two narrow dtypes cannot be stacked."""
-    return torch.stack([at_least_fp32(gather), at_least_fp32(scatter)])
-
-
-def _through_units(gather: torch.Tensor, scatter: Maybe, found: set_fast.Gradients) -> tuple[torch.Tensor, Maybe]:
-    """Return the gradients of reference sets as they came, from those at unit length."""
-    if scatter is None or found.scatter is None:
-        return unit_backward(at_least_fp32(gather), found.gather).to(gather.dtype), None
-    both = unit_backward(_both(gather, scatter), _both(found.gather, found.scatter))
-    return both[0].to(gather.dtype, copy=True), both[1].to(scatter.dtype, copy=True)
+def _backward(
+    grad_y: torch.Tensor, kept: torch.Tensor, tensors: _Tensors, problem: SetProblem, implementation: str
+) -> set_fast.Gradients:
+    """Return the gradients of what `_forward` got."""
+    inputs = set_fast.Inputs(*tensors)
+    if implementation == "triton":
+        return TRITON.backward(grad_y, inputs, kept, problem)  # type: ignore[no-any-return]
+    chosen = _by_scalings(implementation, inputs, problem)
+    found: set_fast.Gradients = chosen.backward(grad_y, inputs, kept, problem, _working(inputs.x_bhnd, problem.epsilon))
+    return found
 
 
 def _by_scalings(implementation: str, inputs: set_fast.Inputs, problem: SetProblem) -> ModuleType:
@@ -184,6 +180,60 @@ def _differentiate(ctx: Any, grad_y: torch.Tensor | None, _: torch.Tensor | None
 
 
 set_attention_op.register_autograd(_differentiate, setup_context=_setup)
+
+
+# ------------------------------------------------------------------------------------------ without the dispatcher
+
+
+def differentiable(
+    x: torch.Tensor,
+    features: Maybe,
+    gather: torch.Tensor,
+    scatter: Maybe,
+    positions: Maybe,
+    places: Maybe,
+    mask: Maybe,
+    problem: SetProblem,
+    implementation: str,
+) -> torch.Tensor:
+    """Return y, by the operator where something looks at operators, otherwise by the same functions directly.
+
+    Args as those of the operator. On the way through the dispatcher an operator of Python passes four layers of
+    Python; a compiler, fake tensors, a counter of operations, function transforms and tracers need them.
+    """
+    tensors = (x, features, gather, scatter, positions, places, mask)
+    if _watched(x):
+        y: torch.Tensor = set_attention_op(*tensors, problem.numbers(), implementation)[0]
+        return y
+    return _Direct.apply(*tensors, problem, implementation)  # type: ignore[no-any-return]
+
+
+def _watched(x: torch.Tensor) -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or type(x) is not torch.Tensor
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+class _Direct(torch.autograd.Function):
+    """The operator's forward and backward; keeps the same tensors, so that recomputation may use either."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
+        tensors, ctx.rest = arguments[:7], arguments[7:]
+        y, kept = _forward(tensors, *ctx.rest)
+        ctx.save_for_backward(kept, *tensors)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        kept, *tensors = ctx.saved_tensors
+        found = _backward(grad_y, kept, tuple(tensors), *ctx.rest)
+        return found.x, found.features, found.gather, found.scatter, *(None,) * (3 + len(ctx.rest))
 
 
 def _products(x: Any, gather: Any, scatter: Any) -> tuple[int, int, int, int]:

@@ -32,8 +32,8 @@ def forward(
     Args:
         x_bhnd: values, any float dtype.
         features_bhnk: what is compared with the references, of length at most 1; None means x of unit length.
-        gather_hmk: references that gather, of length at most 1.
-        scatter_hmk: references that scatter; None means one plan for both ways.
+        gather_hmk: references that gather, of any length and brought to unit length here.
+        scatter_hmk: references that scatter, likewise; None means one plan for both ways.
         positions_bna: places of the tokens, (b or 1, n, a), None for no position filter.
         places_ma: places of the references, given with `positions_bna`.
         mask_bn: True for valid tokens, at least one per image; None means all.
@@ -45,9 +45,9 @@ def forward(
     with no_autocast(x_bhnd.device):
         x = at_least_fp32(x_bhnd)
         features = unit(x) if features_bhnk is None else features_bhnk.to(x.dtype)
-        gather = scatter = plan_of(features, gather_hmk.to(x.dtype), mask_bn, problem)
+        gather = scatter = plan_of(features, unit(gather_hmk.to(x.dtype)), mask_bn, problem)
         if scatter_hmk is not None:
-            scatter = plan_of(features, scatter_hmk.to(x.dtype), mask_bn, problem)
+            scatter = plan_of(features, unit(scatter_hmk.to(x.dtype)), mask_bn, problem)
         if positions_bna is not None:
             assert places_ma is not None
             nearness = log_filter(positions_bna.to(x.dtype), places_ma.to(x.dtype), problem.tau).unsqueeze(1)

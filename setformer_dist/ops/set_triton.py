@@ -21,7 +21,7 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
 from setformer_dist.ops import set_triton_kernels as kernels
-from setformer_dist.ops.kernels import at_least_fp32
+from setformer_dist.ops.kernels import at_least_fp32, unit, unit_backward
 from setformer_dist.ops.set_fast import Gradients, Inputs
 from setformer_dist.ops.set_problem import SetProblem
 
@@ -110,7 +110,7 @@ def backward(
         dr = call.buffer(spec.SETS, b, h, spec.SPLITS, spec.MP, spec.KP)
         view = None if dfeatures is None else _view(dfeatures)
         call.launch(kernels.backward, {}, _view(dx), view, dr, _view(grad_y), adjoint)
-        dr = dr.sum((1, 3))[:, :, : spec.M, : spec.K]
+        dr = unit_backward(call.references, dr.sum((1, 3))[:, :, : spec.M, : spec.K])
     scatter = None if inputs.scatter_hmk is None else dr[1].to(inputs.scatter_hmk.dtype, copy=True)
     return Gradients(dx, dfeatures, dr[0].to(inputs.gather_hmk.dtype, copy=True), scatter)
 
@@ -121,11 +121,12 @@ def _view(tensor: torch.Tensor) -> kernels.View:
 
 @dataclass(frozen=True)
 class _Call:
-    """One call's inputs as the kernels take them."""
+    """One call's inputs as the kernels take them; `references` as they came, (s, h, m, k)."""
 
     data: kernels.Data
     spec: kernels.Spec
     acc: torch.dtype
+    references: torch.Tensor
 
     @classmethod
     def of(cls, inputs: Inputs, problem: SetProblem, splits: int | None) -> _Call:
@@ -136,10 +137,12 @@ class _Call:
         spec = _spec(inputs, problem, _splits(inputs) if splits is None else splits)
         positions, places, mask = inputs.positions_bna, inputs.places_ma, inputs.mask_bn
         buffer = functools.partial(_buffer, acc, x.device)
+        # Widened first: under autocast two narrow dtypes cannot be stacked.
+        given = torch.stack([r.to(acc) for r in (inputs.gather_hmk, inputs.scatter_hmk) if r is not None])
         data = kernels.Data(
             x=_view(x),
             features=None if inputs.features_bhnk is None else _view(inputs.features_bhnk),
-            references=torch.stack([r for r in (inputs.gather_hmk, inputs.scatter_hmk) if r is not None]),
+            references=unit(given),
             positions=None if positions is None else positions.to(acc).contiguous(),
             positions_b=0 if positions is None or positions.shape[0] == 1 else n * spec.AXES,
             places=None if places is None else places.to(acc).contiguous(),
@@ -154,7 +157,7 @@ class _Call:
             n=n,
             run=triton.cdiv(triton.cdiv(n, spec.BLOCK), spec.SPLITS) * spec.BLOCK,
         )
-        return cls(data, spec, acc)
+        return cls(data, spec, acc, given)
 
     def buffer(self, *shape: int) -> torch.Tensor:
         """Return an uninitialised buffer of the accumulators' dtype."""

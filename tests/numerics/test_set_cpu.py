@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import subprocess
@@ -23,11 +24,12 @@ PLAIN = SetProblem(epsilon=0.1, sigma=0.0, tau=0.25, iterations=5)
 def make(
     b=3, h=2, n=29, m=9, d=6, features=0, two_sets=True, axes=0, own=False, masked=False, dtype=torch.float64, seed=0
 ) -> Inputs:
-    """Random operands; `features` is k, 0 for x itself."""
+    """Random operands, references of many lengths; `features` is k, 0 for x itself."""
     torch.manual_seed(seed)
     x = torch.randn(b, h, n, d, dtype=torch.float64)
     compared = 0.9 * unit(torch.randn(b, h, n, features, dtype=torch.float64)) if features else None
-    gather, scatter = (unit(torch.randn(h, m, features or d, dtype=torch.float64)) for _ in range(2))
+    lengths = 2 ** torch.linspace(-2, 2, m, dtype=torch.float64).unsqueeze(-1)
+    gather, scatter = (lengths * unit(torch.randn(h, m, features or d, dtype=torch.float64)) for _ in range(2))
     mask = torch.rand(b, n) > 0.3 if masked else None
     if mask is not None:
         mask[:, 0] = True
@@ -212,6 +214,13 @@ def test_nan_stays_in_its_head_and_is_not_hidden():
     assert torch.isnan(y[1, 0]).all()
     y[1, 0] = clean[1, 0]
     assert torch.equal(y, clean)
+
+
+def test_references_of_zeros_and_of_tiny_length_have_the_gradient_of_unit():
+    inputs = make(n=40, d=16, m=4)
+    lengths = torch.tensor([0.0, 1e-9, 1e-6, 1.0], dtype=torch.float64).unsqueeze(-1)
+    tiny = dataclasses.replace(inputs, gather_hmk=inputs.gather_hmk * lengths)
+    check(tiny, PLAIN, torch.float64, 1e-12)
 
 
 def test_tokens_of_zeros_and_of_large_norm_give_finite_results():

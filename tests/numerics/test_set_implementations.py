@@ -394,6 +394,30 @@ def test_opcheck(sets, masked):
     torch.library.opcheck(torch.ops.setformer.set_attention_backward.default, (torch.ones_like(y), rounds, *plain))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("implementation", ["fast", "cpp"])
+def test_the_operator_and_the_way_around_it_give_the_same_bits(implementation, masked):
+    config = SetAttentionConfig(references=9, implementation=implementation)
+    tensors, extra = operands(config, dtype=torch.float32, masked=masked)
+    around = run(config, tensors, extra)
+    with FlopCounterMode(display=False) as counter:
+        through = run(config, tensors, extra)
+    counted = counter.get_flop_counts()["Global"]
+    assert counted.keys() == {torch.ops.setformer.set_attention, torch.ops.setformer.set_attention_backward}
+    assert torch.equal(around[0], through[0])
+    assert all(torch.equal(around[1][name], through[1][name]) for name in around[1])
+
+
+def test_the_second_derivative_is_refused():
+    config = SetAttentionConfig(references=9)
+    tensors, extra = operands(config)
+    x = tensors["x_bhnd"].requires_grad_()
+    y = set_attention(config=config, **{name: t for name, t in tensors.items() if t is not None}, **extra)
+    (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 def test_compiles_without_a_graph_break():
     config = SetAttentionConfig(references=9)
     tensors, extra = operands(config, n=12, dtype=torch.float32)

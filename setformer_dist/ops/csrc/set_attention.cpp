@@ -4,7 +4,7 @@
 // there: both halves of a Sinkhorn round, and gathering in the last one. K = exp(s / epsilon) is kept between passes,
 // the plan never is. Per thread: in the forward one n x m matrix, in the backward two, three with two reference sets.
 // Rows beyond n and columns beyond m fill up to multiples of PAD: such tokens have row sums of 0 like masked ones,
-// such references have v = 0.
+// such references have v = 0. References come with any length: what lies below SMALLEST is divided by its root.
 //
 // Letters: n = tokens, m = references, k = features, d = values, L = rounds; u, v, a as in sinkhorn.py.
 
@@ -23,14 +23,24 @@
 
 namespace setformer {
 
+// Squares of lengths are taken to be at least this, here and in `unit` of kernels.py.
+constexpr double SMALLEST = 1e-12;
+
+template <class T>
+T squared_length(const T* vector, long size) {
+  T square = 0;
+  for (long p = 0; p < size; ++p) square += vector[p] * vector[p];
+  return square;
+}
+
 // One reference set of one head and its transport plan.
 template <class T>
 struct Plan {
   long set;
-  const T* given;        // (m, k)
+  const T* given;        // (m, k), of any length
   T* scalings;           // (L + 1, m), where the caller keeps them
   T* kernel;             // (n, m)
-  Array<T> references;   // (m, k)
+  Array<T> references;   // (m, k), of unit length
   Array<T> transposed;   // (k, m)
   Array<T> v;            // (L + 1, m), padded with 0
   Array<T> inverse_kv;   // (L, n), 1 / (K v) before each round; the backward's
@@ -157,9 +167,9 @@ void Head<T>::start(Plan<T>& plan) {
   std::fill_n(plan.references + 0, m_ * k_, T(0));
   std::fill_n(plan.transposed + 0, k_ * m_, T(0));
   for (long j = 0; j < m; ++j) {
-    for (long p = 0; p < k; ++p) {
-      plan.references[j * k_ + p] = plan.transposed[p * m_ + j] = plan.given[j * k + p];
-    }
+    const T* given = plan.given + j * k;
+    const T inverse = T(1) / std::sqrt(std::max(squared_length(given, k), T(SMALLEST)));
+    for (long p = 0; p < k; ++p) plan.references[j * k_ + p] = plan.transposed[p * m_ + j] = given[p] * inverse;
   }
   std::fill_n(plan.v + 0, (call_.rounds + 1) * m_, T(0));
 }
@@ -174,7 +184,7 @@ void Head<T>::read_features(Tile tile) {
   read<T>(call_.x, image_, head_, tile, call_.features, features_);
   T* inverse = inverse_length_ + tile.first;
   dot_rows<T>(features_, features_, k_, tile.rows, k_, inverse);
-  for (long t = 0; t < tile.rows; ++t) inverse[t] = T(1) / std::sqrt(std::max(inverse[t], T(1e-12)));
+  for (long t = 0; t < tile.rows; ++t) inverse[t] = T(1) / std::sqrt(std::max(inverse[t], T(SMALLEST)));
   for (long t = 0; t < tile.rows; ++t) {
     for (long c = 0; c < k_; c += L) vec(features_ + t * k_ + c) *= inverse[t];
   }
@@ -536,16 +546,25 @@ void run(const Call& call, bool backward) {
   });
 }
 
-// Add the images' gradients of a reference set into those of the first image, always in the same order.
+// Add the images' gradients of a reference set into those of the first image, always in the same order, and lead them
+// through the division of the references by their lengths.
 template <class T>
-void sum_images(const Call& call, void* gradients) {
+void sum_images(const Call& call, const void* references, void* gradients) {
   if (!gradients) return;
-  const long size = call.references * call.features;
+  const long width = call.features, size = call.references * width;
   at::parallel_for(0, call.heads, 1, [&](long first, long last) {
     T* total = static_cast<T*>(gradients);
     for (long image = 1; image < call.images; ++image) {
       const T* one = total + image * call.heads * size;
       for (long i = first * size; i < last * size; ++i) total[i] += one[i];
+    }
+    for (long i = first * size; i < last * size; i += width) {
+      const T* given = static_cast<const T*>(references) + i;
+      const T square = squared_length(given, width), inverse = T(1) / std::sqrt(std::max(square, T(SMALLEST)));
+      T along = 0;
+      for (long p = 0; p < width && square >= T(SMALLEST); ++p) along += total[i + p] * given[p];
+      along *= inverse * inverse;
+      for (long p = 0; p < width; ++p) total[i + p] = (total[i + p] - given[p] * along) * inverse;
     }
   });
 }
@@ -554,8 +573,8 @@ template <class T>
 void dispatch(const Call& call, bool backward) {
   run<T>(call, backward);
   if (!backward) return;
-  sum_images<T>(call, call.grad_gather);
-  sum_images<T>(call, call.grad_scatter);
+  sum_images<T>(call, call.gather, call.grad_gather);
+  sum_images<T>(call, call.scatter, call.grad_scatter);
 }
 
 }  // namespace setformer
