@@ -233,7 +233,7 @@ def main() -> None:
     for size in arguments.sizes:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             place = str(Path(folder).absolute())
-            rows[size] = run_ranks(measure, 2, size, place, arguments.repeats, timeout=280)[0]
+            rows[size] = run_ranks(measure, 2, size, place, arguments.repeats, timeout=280, cold=True)[0]
     table = Table("seconds (median)", *(f"{row['parameters'] / 1e6:.1f} M parameters" for row in rows.values()))
     table.add_row("bytes", *(f"{row['bytes'] / 2**20:.0f} MiB" for row in rows.values()))
     for text, key in _LINES:

@@ -146,13 +146,13 @@ def main() -> None:
             f"data.root={data}", f"run.out={folder}", "precision.dtype=fp32", "ema.decay=0",
             "eval.every_epochs=0", "checkpoint.every_steps=1000000", "schedule.epochs=1000", "run.log_every=10",
         ]  # fmt: skip
-        base = run_ranks(ddp, arguments.ranks, arguments.page, common, arguments.blocks, timeout=600)[0]
+        base = run_ranks(ddp, arguments.ranks, arguments.page, common, arguments.blocks, timeout=600, cold=True)[0]
         per_ddp = statistics.median(base["ddp"]) / STEPS
         rows.append({"loop": "DDP", "stage": None, "steps_per_s": 1 / per_ddp, "memory_mib": max(base["memory_mib"])})
         for stage in arguments.stages:
             words = [*common, f"zero.stage={stage}", f"run.name=stage{stage}"]
             found = run_ranks(
-                ours_and_deepspeed, arguments.ranks, arguments.page, words, arguments.blocks, timeout=900
+                ours_and_deepspeed, arguments.ranks, arguments.page, words, arguments.blocks, timeout=900, cold=True
             )[0]
             ratios = [a / b for a, b in zip(found["ours"], found["deepspeed"], strict=True)]
             rows.append(

@@ -1,26 +1,23 @@
-"""Run a function on N gloo ranks as an ordinary test: spawned processes, a file to meet at, a hard time limit."""
+"""Run a function on N gloo ranks as an ordinary test: processes, a file to meet at, a hard time limit.
+
+python -m setformer_dist.testing.ranks MODULE FUNCTION ARGUMENTS RESULT    is what each of them runs
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-_MAIN = """
-import importlib, json, sys
-from pathlib import Path
 from setformer_dist.core.exits import leave
-module, name, args, out = sys.argv[1:5]
-function = getattr(importlib.import_module(module), name)
-result = function(*json.loads(args))
-Path(out).write_text(json.dumps(result))
-leave(0)
-"""
+from setformer_dist.testing.warm import Warm, possible
 
 
 class RanksFailedError(AssertionError):
@@ -28,7 +25,12 @@ class RanksFailedError(AssertionError):
 
 
 def run_ranks(
-    function: Any, world_size: int, *args: Any, timeout: float = 120.0, env: dict[str, str] | None = None
+    function: Any,
+    world_size: int,
+    *args: Any,
+    timeout: float = 120.0,
+    env: dict[str, str] | None = None,
+    cold: bool = False,
 ) -> list[Any]:
     """Run `function(*args)` in `world_size` processes with RANK and the rest set; return their results by rank.
 
@@ -38,6 +40,7 @@ def run_ranks(
         args: JSON-able arguments.
         timeout: seconds until all processes are killed.
         env: added to each process's environment.
+        cold: start each process by itself, though it could be forked (`warm.py`): where memory or time is measured.
 
     Raises:
         RanksFailedError: a process exits with an error, or the time is up.
@@ -56,21 +59,13 @@ def run_ranks(
                 "SETFORMER_RENDEZVOUS": f"file://{folder}/meet",
                 "OMP_NUM_THREADS": "1",
                 "DS_ACCELERATOR": "cpu",
-                "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
                 **(env or {}),
             }
             log = (Path(folder) / f"log-{rank}.txt").open("w+b")
             files.append((out, log))
-            command = [
-                sys.executable,
-                "-c",
-                _MAIN,
-                _module_of(function),
-                function.__name__,
-                json.dumps(args),
-                str(out),
-            ]
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+            what = [__name__, _module_of(function), function.__name__, json.dumps(args), str(out)]
+            processes.append(_start(what, environment, log, cold))
         try:
             _wait(processes, timeout)
         finally:
@@ -82,6 +77,12 @@ def run_ranks(
         return [json.loads(out.read_text()) for out, _ in files]
 
 
+def _start(what: list[str], environment: dict[str, str], log: IO[bytes], cold: bool) -> subprocess.Popen[bytes] | Warm:
+    if possible() and not cold:
+        return Warm(what, environment, Path.cwd(), log)
+    return subprocess.Popen([sys.executable, "-m", *what], env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
 def _module_of(function: Any) -> str:
     """Return the name by which another process can import the function's module."""
     if function.__module__ != "__main__":
@@ -91,7 +92,7 @@ def _module_of(function: Any) -> str:
     return spec.name
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], timeout: float) -> None:
+def _wait(processes: Sequence[subprocess.Popen[bytes] | Warm], timeout: float) -> None:
     """Return when all ended, one failed, or the time is up."""
     limit = time.monotonic() + timeout
     while time.monotonic() < limit:
@@ -104,10 +105,20 @@ def _wait(processes: list[subprocess.Popen[bytes]], timeout: float) -> None:
         time.sleep(0.02)
 
 
-def _outputs(processes: list[subprocess.Popen[bytes]], files: list[Any]) -> str:
+def _outputs(processes: Sequence[subprocess.Popen[bytes] | Warm], files: list[Any]) -> str:
     parts = []
     for rank, (process, (_, log)) in enumerate(zip(processes, files, strict=True)):
         log.seek(0)
         text = log.read().decode(errors="replace")[-4000:]
         parts.append(f"--- rank {rank}, exit code {process.returncode}\n{text}")
     return "\n".join(parts)
+
+
+def _main(module: str, name: str, arguments: str, out: str) -> None:
+    function = getattr(importlib.import_module(module), name)
+    Path(out).write_text(json.dumps(function(*json.loads(arguments))))
+    leave(0)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
