@@ -182,60 +182,6 @@ def _differentiate(ctx: Any, grad_y: torch.Tensor | None, _: torch.Tensor | None
 set_attention_op.register_autograd(_differentiate, setup_context=_setup)
 
 
-# ------------------------------------------------------------------------------------------ without the dispatcher
-
-
-def differentiable(
-    x: torch.Tensor,
-    features: Maybe,
-    gather: torch.Tensor,
-    scatter: Maybe,
-    positions: Maybe,
-    places: Maybe,
-    mask: Maybe,
-    problem: SetProblem,
-    implementation: str,
-) -> torch.Tensor:
-    """Return y, by the operator where something looks at operators, otherwise by the same functions directly.
-
-    Args as those of the operator. On the way through the dispatcher an operator of Python passes four layers of
-    Python; a compiler, fake tensors, a counter of operations, function transforms and tracers need them.
-    """
-    tensors = (x, features, gather, scatter, positions, places, mask)
-    if _watched(x):
-        y: torch.Tensor = set_attention_op(*tensors, problem.numbers(), implementation)[0]
-        return y
-    return _Direct.apply(*tensors, problem, implementation)  # type: ignore[no-any-return]
-
-
-def _watched(x: torch.Tensor) -> bool:
-    return (
-        torch.compiler.is_compiling()
-        or type(x) is not torch.Tensor
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-    )
-
-
-class _Direct(torch.autograd.Function):
-    """The operator's forward and backward; keeps the same tensors, so that recomputation may use either."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
-        tensors, ctx.rest = arguments[:7], arguments[7:]
-        y, kept = _forward(tensors, *ctx.rest)
-        ctx.save_for_backward(kept, *tensors)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        kept, *tensors = ctx.saved_tensors
-        found = _backward(grad_y, kept, tuple(tensors), *ctx.rest)
-        return found.x, found.features, found.gather, found.scatter, *(None,) * (3 + len(ctx.rest))
-
-
 def _products(x: Any, gather: Any, scatter: Any) -> tuple[int, int, int, int]:
     """Return (n m b h, features, values, sets) from shapes."""
     b, h, n, d = x
@@ -261,3 +207,61 @@ def _backward_flops(
     """What is run: the forward's similarities and pooling again, their gradients, the adjoint of the rounds."""
     pairs, k, d, sets = _products(x, gather, scatter)
     return 2 * pairs * (3 * sets * k + 6 * d + 5 * SetProblem.of(numbers).iterations * sets)
+
+
+# ------------------------------------------------------------------------------------------ without the dispatcher
+
+
+def differentiable(
+    x: torch.Tensor,
+    features: Maybe,
+    gather: torch.Tensor,
+    scatter: Maybe,
+    positions: Maybe,
+    places: Maybe,
+    mask: Maybe,
+    problem: SetProblem,
+    implementation: str,
+) -> torch.Tensor:
+    """Return y, by the operator where something looks at operators, otherwise by the same functions directly.
+
+    Args as those of the operator. On the way through the dispatcher an operator of Python passes four layers of
+    Python; a compiler, fake tensors, a counter of operations, function transforms and tracers need them.
+    """
+    tensors = (x, features, gather, scatter, positions, places, mask)
+    if _watched(tensors):
+        y: torch.Tensor = set_attention_op(*tensors, problem.numbers(), implementation)[0]
+        return y
+    return _SetAttention.apply(*tensors, problem, implementation)  # type: ignore[no-any-return]
+
+
+def _watched(tensors: _Tensors) -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or any(type(t) not in _PLAIN for t in tensors)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+# What a tensor is that has no kind of its own to say what operators do with it.
+_PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
+
+
+class _SetAttention(torch.autograd.Function):
+    """The operator's forward and backward; keeps the same tensors, so that recomputation may use either."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
+        tensors, ctx.rest = arguments[:7], arguments[7:]
+        y, kept = _forward(tensors, *ctx.rest)
+        ctx.save_for_backward(kept, *tensors)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        kept, *tensors = ctx.saved_tensors
+        found = _backward(grad_y, kept, tuple(tensors), *ctx.rest)
+        return found.x, found.features, found.gather, found.scatter, *(None,) * (3 + len(ctx.rest))

@@ -163,7 +163,7 @@ def _server() -> socket.socket:
 
 
 def serve(requests: socket.socket) -> None:
-    """Fork a process for each request until the other end is closed."""
+    """Fork a process for each request until the other end is closed, and kill what then still runs."""
     for module in PRELOADED:
         importlib.import_module(module)
     assert threading.active_count() == 1
@@ -182,6 +182,8 @@ def serve(requests: socket.socket) -> None:
             continue
         mark, given, _, _ = socket.recv_fds(requests, 1, 4)
         if not mark:
+            for pid in running:
+                os.kill(pid, signal.SIGKILL)
             return
         body, out, err, status = given
         with socket.socket(fileno=body) as sock:
@@ -211,6 +213,7 @@ def _report(running: dict[int, int]) -> None:
 def _begin(request: dict[str, Any]) -> NoReturn:
     """Become `python -m args`, whose ranks are forked in turn."""
     os.chdir(request["cwd"])
+    sys.path.insert(0, request["cwd"])  # as `python -m` does
     _set_environment(request["env"])
     launch.local.subprocess = SimpleNamespace(  # type: ignore[attr-defined, assignment]
         Popen=_popen, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired
