@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from dataloaders.packing.pack import pack_image_folder
 from launch.demo import write_digits
+from launch.local import usable_cores
 from setformer_dist.testing.commands import end_all
 
 ROOT = Path(__file__).parent.parent
@@ -29,6 +31,12 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep indexes of foreign data out of the user's cache folder, in this process and all that it starts."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cores() -> None:
+    """Leave the other cores to the tests that run beside these."""
+    torch.set_num_threads(max(1, usable_cores() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 
 @pytest.fixture(autouse=True)

@@ -26,8 +26,11 @@ def guard_rows(out: Path) -> list[dict[str, object]]:
     return [row for row in rows if row["kind"] == "guard"]
 
 
-def run(digits: Path, out: Path, mode: str, stage: int, dtype: str, steps: list[int]) -> list[dict[str, object]]:
-    return run_ranks(guard_workers.run_poisoned, 2, DEMO, overrides(digits, out, mode, stage, dtype), steps)
+def run(
+    digits: Path, out: Path, mode: str, stage: int, dtype: str, steps: list[int], *more: str
+) -> list[dict[str, object]]:
+    words = [*overrides(digits, out, mode, stage, dtype), *more]
+    return run_ranks(guard_workers.run_poisoned, 2, DEMO, words, steps)
 
 
 @pytest.mark.parametrize(
@@ -50,14 +53,15 @@ def test_skip_leaves_the_update_out(digits: Path, tmp_path: Path, stage: int, dt
 
 
 def test_rollback_is_a_run_that_never_took_the_step(digits: Path, tmp_path: Path) -> None:
-    found = run(digits, tmp_path / "poisoned", "rollback", 2, "bf16", [BAD])
+    short = ("~schedule.epochs", "schedule.steps=14", "~schedule.warmup_epochs")
+    found = run(digits, tmp_path / "poisoned", "rollback", 2, "bf16", [BAD], *short)
     (row,) = guard_rows(tmp_path / "poisoned")
     assert (row["step"], row["action"]) == (BAD, "rollback")
     (tmp_path / "without" / "demo").mkdir(parents=True)
     write_json(tmp_path / "without" / "demo" / "guard.json", {"passed_over": [BAD]})
-    without = run(digits, tmp_path / "without", "rollback", 2, "bf16", [])
+    without = run(digits, tmp_path / "without", "rollback", 2, "bf16", [], *short)
     assert [r["weights"] for r in found] == [r["weights"] for r in without]  # bit by bit
-    whole = run(digits, tmp_path / "whole", "rollback", 2, "bf16", [])
+    whole = run(digits, tmp_path / "whole", "rollback", 2, "bf16", [], *short)
     assert [r["weights"] for r in found] != [r["weights"] for r in whole]
 
 
