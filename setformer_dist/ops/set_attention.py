@@ -160,7 +160,7 @@ def set_attention(
     if implementation == "reference":
         y = set_reference.forward(*tensors, problem)
     else:
-        y = differentiable(*tensors, problem, implementation)
+        y = differentiable(tensors, problem, implementation)
     return y if whole is None else torch.where(whole, y, 0.0)
 
 

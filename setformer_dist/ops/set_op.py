@@ -74,10 +74,10 @@ def set_attention_backward_op(
 
 
 # The fields of `set_fast.Inputs`.
-_Tensors = tuple[torch.Tensor, Maybe, torch.Tensor, Maybe, Maybe, Maybe, Maybe]
+Tensors = tuple[torch.Tensor, Maybe, torch.Tensor, Maybe, Maybe, Maybe, Maybe]
 
 
-def _forward(tensors: _Tensors, problem: SetProblem, implementation: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(tensors: Tensors, problem: SetProblem, implementation: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (y, what the backward needs of the rounds)."""
     inputs = set_fast.Inputs(*tensors)
     if implementation == "triton":
@@ -89,7 +89,7 @@ def _forward(tensors: _Tensors, problem: SetProblem, implementation: str) -> tup
 
 
 def _backward(
-    grad_y: torch.Tensor, kept: torch.Tensor, tensors: _Tensors, problem: SetProblem, implementation: str
+    grad_y: torch.Tensor, kept: torch.Tensor, tensors: Tensors, problem: SetProblem, implementation: str
 ) -> set_fast.Gradients:
     """Return the gradients of what `_forward` got."""
     inputs = set_fast.Inputs(*tensors)
@@ -212,30 +212,24 @@ def _backward_flops(
 # ------------------------------------------------------------------------------------------ without the dispatcher
 
 
-def differentiable(
-    x: torch.Tensor,
-    features: Maybe,
-    gather: torch.Tensor,
-    scatter: Maybe,
-    positions: Maybe,
-    places: Maybe,
-    mask: Maybe,
-    problem: SetProblem,
-    implementation: str,
-) -> torch.Tensor:
+def differentiable(tensors: Tensors, problem: SetProblem, implementation: str) -> torch.Tensor:
     """Return y, by the operator where something looks at operators, otherwise by the same functions directly.
 
-    Args as those of the operator. On the way through the dispatcher an operator of Python passes four layers of
-    Python; a compiler, fake tensors, a counter of operations, function transforms and tracers need them.
+    On the way through the dispatcher an operator of Python passes four layers of Python; a compiler, fake tensors, a
+    counter of operations, function transforms and tracers need them.
+
+    Args:
+        tensors: the fields of `set_fast.Inputs`.
+        problem: the numbers.
+        implementation: its name.
     """
-    tensors = (x, features, gather, scatter, positions, places, mask)
     if _watched(tensors):
         y: torch.Tensor = set_attention_op(*tensors, problem.numbers(), implementation)[0]
         return y
     return _SetAttention.apply(*tensors, problem, implementation)  # type: ignore[no-any-return]
 
 
-def _watched(tensors: _Tensors) -> bool:
+def _watched(tensors: Tensors) -> bool:
     return (
         torch.compiler.is_compiling()
         or any(type(t) not in _PLAIN for t in tensors)
