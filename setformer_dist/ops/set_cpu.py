@@ -187,7 +187,10 @@ def backward(
         grad_scatter=_pointer(sums[1]),
     )
     # The kernel leaves the sum over images in the place of the first; a view would keep the others' memory.
-    gather, back = (None if s is None else s[0].to(inputs.gather_hmk.dtype, copy=True) for s in sums)
+    gather, back = (
+        None if s is None or r is None else s[0].to(r.dtype, copy=True)
+        for s, r in zip(sums, (inputs.gather_hmk, scatter), strict=True)
+    )
     assert gather is not None
     return Gradients(grad_x, grad_features, gather, back)
 

@@ -164,18 +164,25 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.
 
 
 def _differentiate(ctx: Any, grad_y: torch.Tensor | None, _: torch.Tensor | None) -> tuple[Any, ...]:
-    nothing = (None,) * (5 + len(ctx.rest))
     if grad_y is None:
-        return (None, None, *nothing)
+        return (None,) * (7 + len(ctx.rest))
     rounds, *tensors = ctx.saved_tensors
-    dx, dfeatures, dgather, dscatter = torch.ops.setformer.set_attention_backward(grad_y, rounds, *tensors, *ctx.rest)
+    return _differentiate_by_operator(grad_y, rounds, tensors, *ctx.rest)
+
+
+def _differentiate_by_operator(
+    grad_y: torch.Tensor, rounds: torch.Tensor, tensors: Sequence[Maybe], *rest: Any
+) -> tuple[Any, ...]:
+    """Return a gradient for each argument of the operator, None where there is none."""
+    operator = torch.ops.setformer.set_attention_backward
+    dx, dfeatures, dgather, dscatter = operator(grad_y, rounds, *tensors, *rest)
     features, scatter = tensors[1], tensors[3]
     return (
         dx,
         None if features is None else dfeatures,
         dgather,
         None if scatter is None else dscatter,
-        *(None,) * (3 + len(ctx.rest)),
+        *(None,) * (3 + len(rest)),
     )
 
 
@@ -229,10 +236,16 @@ def differentiable(tensors: Tensors, problem: SetProblem, implementation: str) -
     return _SetAttention.apply(*tensors, problem, implementation)  # type: ignore[no-any-return]
 
 
-def _watched(tensors: Tensors) -> bool:
+def _watched(tensors: Sequence[Maybe]) -> bool:
+    """Return whether the dispatcher has something to do: for somebody who looks on, or with what a tensor stands for.
+
+    A kernel reads memory, which knows nothing of a lazy minus sign and does not exist for zeros of autograd.
+    """
     return (
         torch.compiler.is_compiling()
         or any(type(t) not in _PLAIN for t in tensors)
+        or any(t is not None and (t.is_neg() or t._is_zerotensor()) for t in tensors)
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0  # type: ignore[no-untyped-call]
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
@@ -257,5 +270,8 @@ class _SetAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         kept, *tensors = ctx.saved_tensors
+        batched = torch._C._functorch.is_legacy_batchedtensor(grad_y)  # is_grads_batched, vectorize=True
+        if batched or _watched((grad_y, *tensors)):
+            return _differentiate_by_operator(grad_y, kept, tensors, ctx.rest[0].numbers(), ctx.rest[1])
         found = _backward(grad_y, kept, tuple(tensors), *ctx.rest)
         return found.x, found.features, found.gather, found.scatter, *(None,) * (3 + len(ctx.rest))

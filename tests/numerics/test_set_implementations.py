@@ -408,6 +408,48 @@ def test_the_operator_and_the_way_around_it_give_the_same_bits(implementation, m
     assert all(torch.equal(around[1][name], through[1][name]) for name in around[1])
 
 
+@pytest.mark.parametrize("implementation", ["fast", "cpp"])
+def test_tensors_that_stand_for_others_and_batches_of_gradients(implementation):
+    config = SetAttentionConfig(references=9, implementation=implementation)
+    tensors, extra = operands(config, dtype=torch.float32)
+    leaves = {name: t.clone().requires_grad_() for name, t in tensors.items() if t is not None}
+    y = set_attention(config=config, **leaves, **extra)
+    upstream = torch.randn_like(y)
+    wanted = torch.autograd.grad(y, list(leaves.values()), upstream, retain_graph=True)
+    lazy = torch.complex(upstream, -upstream).conj().imag
+    assert lazy.is_neg()
+    found = torch.autograd.grad(y, list(leaves.values()), lazy, retain_graph=True)
+    assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True))
+    two = torch.stack([upstream, 2 * upstream])
+    found = torch.autograd.grad(y, list(leaves.values()), two, retain_graph=True, is_grads_batched=True)
+    for f, w in zip(found, wanted, strict=True):
+        torch.testing.assert_close(f, torch.stack([w, 2 * w]))
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(y, list(leaves.values()), upstream)
+    assert counter.get_flop_counts()["Global"].keys() == {torch.ops.setformer.set_attention_backward}
+
+    x = tensors["x_bhnd"]
+    rest = {name: t for name, t in tensors.items() if t is not None and name != "x_bhnd"}
+    minus = torch.complex(x, -x).conj().imag
+    assert minus.is_neg()
+    assert torch.equal(set_attention(minus, config=config, **rest, **extra), y.detach())
+    zeros = torch._efficientzerotensor(x.shape)
+    assert not set_attention(zeros, config=config, **rest, **extra).any()
+
+
+@pytest.mark.parametrize("implementation", ["fast", "cpp"])
+def test_each_reference_set_has_a_gradient_of_its_own_dtype(implementation):
+    config = SetAttentionConfig(references=9, implementation=implementation)
+    tensors, extra = operands(config, dtype=torch.float32)
+    tensors["return_references_hmd"][:, 0] *= 1e-6  # its gradient is beyond what fp16 holds
+    mixed = {**tensors, "references_hmd": tensors["references_hmd"].half()}
+    found = run(config, mixed, extra)
+    wanted = run(config, {**mixed, "references_hmd": mixed["references_hmd"].float()}, extra)
+    assert found[1]["references_hmd"].dtype == torch.float16
+    assert torch.equal(found[1]["return_references_hmd"], wanted[1]["return_references_hmd"])
+    assert float(wanted[1]["return_references_hmd"].abs().max()) > torch.finfo(torch.float16).max
+
+
 def test_the_second_derivative_is_refused():
     config = SetAttentionConfig(references=9)
     tensors, extra = operands(config)
