@@ -79,7 +79,7 @@ class _Chunk:
             self.features = self.x * self.inverse_length
         else:
             self.features = inputs.features_bhnk[images, heads].flatten(0, 1).to(dtype)
-        self.references = [unit(r[heads].to(dtype)) for r in (inputs.gather_hmk, inputs.scatter_hmk) if r is not None]
+        self.references = [r[heads] for r in (inputs.gather_hmk, inputs.scatter_hmk) if r is not None]
         self.m = self.references[0].shape[1]
         self.row_sums = self._row_sums(inputs.mask_bn, images)
         self.filters = filters.of(images, self.h)
@@ -144,6 +144,13 @@ def _of(tensor: torch.Tensor, images: slice | list[int]) -> torch.Tensor:
     return tensor if tensor.shape[0] == 1 else tensor[images]
 
 
+def _prepared(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    """Bring the references to unit length in the working dtype, and fill up the tokens."""
+    gather, scatter = (None if r is None else unit(r.to(dtype)) for r in (inputs.gather_hmk, inputs.scatter_hmk))
+    assert gather is not None
+    return _filled_up(replace(inputs, gather_hmk=gather, scatter_hmk=scatter))
+
+
 def _filled_up(inputs: Inputs) -> Inputs:
     """Fill up with masked tokens to a multiple of four, so that all n x m matrices begin alike in memory.
 
@@ -188,7 +195,7 @@ def forward(inputs: Inputs, problem: SetProblem, dtype: torch.dtype) -> tuple[to
     y = torch.empty_like(inputs.x_bhnd)
     rounds = inputs.x_bhnd.new_empty((sets, b, h, problem.iterations + 1, inputs.gather_hmk.shape[1]), dtype=dtype)
     with torch.no_grad(), no_autocast(y.device):
-        inputs = _filled_up(inputs)
+        inputs = _prepared(inputs, dtype)
         filters = _Filters(inputs, problem, dtype)
         for images, heads in inputs.chunks():
             chunk = _Chunk(inputs, images, heads, dtype, filters)
@@ -279,7 +286,8 @@ def backward(
     sums = [like(inputs.gather_hmk), like(inputs.scatter_hmk)]
     n = inputs.x_bhnd.shape[2]
     with torch.no_grad(), no_autocast(dx.device):
-        inputs = _filled_up(inputs)
+        given = inputs.gather_hmk, inputs.scatter_hmk
+        inputs = _prepared(inputs, dtype)
         grad_y = F.pad(grad_y, (0, 0, 0, inputs.x_bhnd.shape[2] - n))
         filters = _Filters(inputs, problem, dtype)
         for images, heads in inputs.chunks():
@@ -296,7 +304,7 @@ def backward(
                 total[heads] += each[0] if isinstance(images, list) else each.sum(0)
         gather, scatter = (
             None if r is None or of_unit is None else unit_backward(r.to(dtype), of_unit).to(r.dtype)
-            for r, of_unit in zip((inputs.gather_hmk, inputs.scatter_hmk), sums, strict=True)
+            for r, of_unit in zip(given, sums, strict=True)
         )
     assert gather is not None
     return Gradients(dx, dfeatures, gather, scatter)

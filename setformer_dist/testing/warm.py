@@ -11,7 +11,6 @@ end of its own; it differs from a cold start by what lies in memory, and by its 
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import gc
@@ -126,10 +125,6 @@ class Warm:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
-    def terminate(self) -> None:
-        """Send SIGTERM."""
-        self.send_signal(signal.SIGTERM)
-
     def kill(self) -> None:
         """Send SIGKILL."""
         self.send_signal(signal.SIGKILL)
@@ -166,7 +161,7 @@ def serve(requests: socket.socket) -> None:
     """Fork a process for each request until the other end is closed, and kill what then still runs."""
     for module in PRELOADED:
         importlib.import_module(module)
-    assert threading.active_count() == 1
+    assert _threads() == 1, "an import starts threads, with which a process cannot be forked safely"
     wake, waker = socket.socketpair()
     for end in (wake, waker):
         end.setblocking(False)
@@ -198,6 +193,11 @@ def serve(requests: socket.socket) -> None:
         os.write(status, pid.to_bytes(_NUMBER, "little", signed=True))
 
 
+def _threads() -> int:
+    """Return the threads of this process, those of libraries included."""
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
 def _report(running: dict[int, int]) -> None:
     """Tell the end of each process that has ended to whoever asked for it."""
     for pid in list(running):
@@ -224,7 +224,7 @@ def _begin(request: dict[str, Any]) -> NoReturn:
 def _popen(command: Sequence[str], **options: Any) -> Any:
     """Stand in for `subprocess.Popen` where ranks are started."""
     first = [sys.executable, "-m", _FORKED_MODULE]
-    if list(command[:3]) != first or len(list(Path("/proc/self/task").iterdir())) > 1:
+    if list(command[:3]) != first or _threads() > 1:
         return subprocess.Popen(command, **options)
     return _Rank(command, **options)
 
@@ -352,4 +352,3 @@ def _run_module(args: Sequence[str]) -> NoReturn:
 if __name__ == "__main__":
     with socket.socket(fileno=int(sys.argv[1])) as connection:
         serve(connection)
-    atexit._run_exitfuncs()

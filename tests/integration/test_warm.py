@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -44,10 +43,11 @@ def run(folder: Path, what: str, **variables: str) -> tuple[Warm, str, str]:
     return process, said, told
 
 
-def test_it_has_its_own_environment_and_nobody_elses_descriptors(tmp_path: Path) -> None:
-    os.environ["TASTE"] = "of the tests"
+def test_it_has_its_own_environment_and_nobody_elses_descriptors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TASTE", "of the tests")
     process, out, err = run(tmp_path, "facts", FLAVOUR="own")
-    del os.environ["TASTE"]
     assert process.returncode == 0
     handlers = {signal.SIG_DFL}
     assert out == f"__main__ [0, 1, 2] {handlers} own None {tmp_path}\n"
