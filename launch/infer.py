@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,12 +12,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from checkpoints.reader import Checkpoint, open_checkpoint
 from dataloaders import decode_for_eval
 from dataloaders.config import DataConfig
 from launch.config import RunConfig
 from launch.inputs import Split, images_of, inputs_of
+from launch.local import usable_cores
 from setformer_dist.core import config as base
 from setformer_dist.core.batch import MicroBatch
 from setformer_dist.core.errors import CheckpointError, ConfigError, DataError
@@ -59,27 +63,120 @@ def _device_of(model: nn.Module) -> torch.device:
 def load_trained(path: Path, weights: Weights = "auto") -> Trained:
     """Load the model of a step folder, a checkpoints folder or a run folder, in fp32 on the CPU.
 
+    Nothing that the checkpoint says is followed further than its own bytes: the model is one that this program knows,
+    its arguments are its constructor's (`models.arguments`), and it is not built unless it has the parameters that the
+    checkpoint holds.
+
     Args:
         path: where the checkpoint is.
         weights: "plain", "ema", or "auto": what scored better in the run's last evaluation.
 
     Raises:
-        CheckpointError: nothing there verifies, or it holds no average.
+        CheckpointError: nothing there verifies, it was not written by a run, or it holds no average.
     """
     checkpoint = open_checkpoint(path)
-    state = checkpoint.trainer
-    if "config" not in state:
-        raise CheckpointError(f"checkpoint {checkpoint.path} holds no run config, so it was not written by a run")
-    table = {key: value for key, value in state["config"].items() if key != "resolved"}
-    config = base.build(RunConfig, table, str(checkpoint.path))
-    classes = tuple(state["classes"])
-    chosen = _choose(weights, config, state)
-    if chosen == "ema" and not config.ema.decay:
-        raise CheckpointError(f"checkpoint {checkpoint.path} holds no averaged weights: the run had ema.decay = 0")
+    about = _about(checkpoint)
+    config, place = about.config, checkpoint.path
+    chosen = _choose(weights, config, about.scores)
+    state = "ema" if chosen == "ema" else "param"
+    if state not in checkpoint.states():
+        raise CheckpointError(f"checkpoint {place} holds no averaged weights: the run had ema.decay = 0")
     inputs = inputs_of(config.data)
-    model = inputs.build_model(config.model, len(classes), state.get("inputs", {}), config.run.seed)
-    _fill(model, checkpoint.read_full("ema" if chosen == "ema" else "param"), checkpoint)
-    return Trained(model.eval(), config, classes, checkpoint, chosen)
+    shapes = checkpoint.parameters()
+    try:
+        with _no_more_parameters_than(shapes), torch.device("meta"):
+            empty = inputs.build_model(config.model, len(about.classes), about.inputs, config.run.seed)
+        _check_shapes({name: tuple(p.shape) for name, p in empty.named_parameters()}, shapes, place)
+        model = inputs.build_model(config.model, len(about.classes), about.inputs, config.run.seed)
+    except ConfigError as error:
+        raise CheckpointError(f"the model of checkpoint {place} cannot be built: {error}") from None
+    _fill(model, checkpoint.read_full(state), checkpoint)
+    return Trained(model.eval(), config, about.classes, checkpoint, chosen)
+
+
+@dataclass(frozen=True)
+class _About:
+    """What trainer.json says of a run, checked.
+
+    Attributes:
+        config: of the run, with nothing in it that would start processes or write files.
+        classes: their names.
+        inputs: what the model was told about its inputs.
+        scores: of the last evaluation.
+    """
+
+    config: RunConfig
+    classes: tuple[str, ...]
+    inputs: dict[str, Any]
+    scores: dict[str, float]
+
+
+def _about(checkpoint: Checkpoint) -> _About:
+    """Check what trainer.json says of a run.
+
+    Raises:
+        CheckpointError: it does not speak of a run, or not as one of this program.
+    """
+    state, place = checkpoint.trainer, checkpoint.path
+    if "config" not in state:
+        raise CheckpointError(f"checkpoint {place} holds no run config, so it was not written by a run")
+    table, classes, inputs = state["config"], state.get("classes"), state.get("inputs", {})
+    run = state.get("run")
+    scores = run.get("evaluation") if isinstance(run, dict) else None
+    for what, value, kind in (("config", table, dict), ("classes", classes, list), ("inputs", inputs, dict)):
+        if not isinstance(value, kind):
+            raise CheckpointError(f"checkpoint {place}: {what} of trainer.json is no {kind.__name__}")
+    if not all(isinstance(name, str) for name in classes):
+        raise CheckpointError(f"checkpoint {place}: a class of trainer.json is no string")
+    if not isinstance(scores, dict) or not all(isinstance(score, (int, float)) for score in scores.values()):
+        raise CheckpointError(f"checkpoint {place}: run.evaluation of trainer.json is no table of numbers")
+    try:
+        config = base.build(RunConfig, {key: value for key, value in table.items() if key != "resolved"}, str(place))
+    except ConfigError as error:
+        raise CheckpointError(f"checkpoint of a run that this version does not know: {error}") from None
+    return _About(_harmless(config), tuple(classes), inputs, scores)
+
+
+def _harmless(config: RunConfig) -> RunConfig:
+    """Return the config without what would start processes, or write to a folder, because a file says so."""
+    if not isinstance(config.data, DataConfig):
+        return config
+    changed = {"cache": "", "workers": 0, "threads": usable_cores(), "prefetch": 2}
+    return config.model_copy(update={"data": config.data.model_copy(update=changed)})
+
+
+@contextlib.contextmanager
+def _no_more_parameters_than(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
+    """Refuse to build a model of more or larger parameters than a checkpoint holds: its depth may be any number.
+
+    Raises:
+        ConfigError: within the block, at the first parameter too many.
+    """
+    count, largest = 0, max((math.prod(shape) for shape in shapes.values()), default=0)
+
+    def registered(module: nn.Module, name: str, parameter: torch.Tensor | None) -> None:
+        nonlocal count
+        count += parameter is not None
+        # Models replace some parameters while they are built, so the number is bounded, not compared.
+        if count > 4 * len(shapes) + 64 or (parameter is not None and parameter.numel() > max(largest, 2**20)):
+            raise ConfigError("its config asks for more or larger parameters than it holds")
+
+    handle = register_module_parameter_registration_hook(registered)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _check_shapes(model: Mapping[str, tuple[int, ...]], there: Mapping[str, tuple[int, ...]], place: Path) -> None:
+    """Refuse a checkpoint whose config speaks of another model than it holds.
+
+    Raises:
+        CheckpointError: naming the first parameters that differ.
+    """
+    wrong = sorted(name for name in {*model, *there} if model.get(name) != there.get(name))
+    if wrong:
+        raise CheckpointError(f"checkpoint {place} and its own config disagree about {', '.join(wrong[:4])}")
 
 
 def _fill(model: nn.Module, weights: dict[str, torch.Tensor], checkpoint: Checkpoint) -> None:
@@ -91,10 +188,9 @@ def _fill(model: nn.Module, weights: dict[str, torch.Tensor], checkpoint: Checkp
         raise CheckpointError(f"checkpoint {checkpoint.path} and its own config disagree about {', '.join(wrong[:4])}")
 
 
-def _choose(weights: Weights, config: RunConfig, state: dict[str, Any]) -> str:
+def _choose(weights: Weights, config: RunConfig, scores: Mapping[str, float]) -> str:
     if weights != "auto":
         return weights
-    scores = state["run"]["evaluation"]
     return "ema" if config.ema.decay and scores.get("ema_top1", -1.0) > scores.get("top1", 0.0) else "plain"
 
 
@@ -194,6 +290,16 @@ def classified_samples(trained: Trained, split: Split, count: int = 24, pool: in
 
 
 def open_named_split(trained: Trained, root: str | None, split: str | None) -> Split:
-    """Open a split by the run's own config, or below another root or of another name."""
+    """Open a split: below `root`, or in the folder that the run's own config names.
+
+    Raises:
+        ConfigError: the config names a URL: what a checkpoint says is not fetched.
+        DataError: the split is missing or damaged.
+    """
     data = trained.config.data
+    if root is None and "://" in data.root:
+        raise ConfigError(
+            f"{trained.checkpoint.path} was trained on data behind a URL, {data.root}, and no URL is fetched because a "
+            "checkpoint names it: give it with --data"
+        )
     return inputs_of(data).open(root or data.root, split or data.val)

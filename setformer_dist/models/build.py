@@ -14,6 +14,11 @@ import setformer_dist.models  # noqa: F401 — registers our models with timm
 from setformer_dist.core.config import FrozenConfig, readable
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.seeding import Purpose, torch_seed
+from setformer_dist.models.arguments import check_arguments
+
+
+# What constructors of timm's models raise for values that do not go together; none of them checks its arguments first.
+_IMPOSSIBLE = (TypeError, ValueError, AssertionError, AttributeError, LookupError, ArithmeticError, RuntimeError)
 
 
 class ModelConfig(FrozenConfig):
@@ -23,9 +28,10 @@ class ModelConfig(FrozenConfig):
         name: as in `timm.create_model`.
         drop_path: stochastic depth of the last block; earlier blocks rise to it linearly.
         activation_checkpointing: recompute activations in the backward pass: less memory, about a third more work.
-        args: further arguments of `timm.create_model`, such as embed_dim, depths, stem_strides, attention ("set",
-            "soft", "soft_norm", "cast", "softmax"), or the tables of their choices: [model.args.attn] with epsilon,
-            iterations, references …, [model.args.soft], [model.args.cast].
+        args: further arguments of the model's own constructor, such as embed_dim, depths, stem_strides, attention
+            ("set", "soft", "soft_norm", "cast", "softmax"), or the tables of their choices: [model.args.attn] with
+            epsilon, iterations, references …, [model.args.soft], [model.args.cast]. What timm takes beside them
+            (pretrained, checkpoint_path, …) is refused: it would load or write files.
         weights: what a new run begins with, for fine-tuning: a checkpoint of ours (a run's folder, or one step's), or a
             .safetensors file as `setformer ckpt export` writes it. A run that goes on does not read it again.
         skip: beginnings of the names of parameters that are not taken from there but drawn from the seed, such as
@@ -73,16 +79,18 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int, seed: in
         seed: the run's.
 
     Raises:
-        ConfigError: an argument is unknown to the model or impossible.
+        ConfigError: an argument is not the model's own or impossible.
     """
+    check_arguments(config.name, config.args)
     torch.manual_seed(torch_seed(Purpose.INIT, seed))
     arguments = {"drop_path_rate": config.drop_path, **timm_arguments(config, num_classes, image_size)}
     try:
         model: nn.Module = timm.create_model(config.name, **arguments)
     except pydantic.ValidationError as error:
         raise ConfigError(f"model.args of {config.name}: {readable(error)}") from None
-    except (TypeError, ValueError, AssertionError) as error:
-        raise ConfigError(f"model {config.name} cannot be built with model.args = {config.args}: {error}") from None
+    except _IMPOSSIBLE as error:
+        why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise ConfigError(f"model {config.name} cannot be built with model.args = {config.args}: {why}") from None
     _refuse_running_statistics(model, config.name)
     if config.activation_checkpointing:
         switch: Any = model.set_grad_checkpointing
