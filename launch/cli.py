@@ -21,6 +21,7 @@ from launch.lazy import load
 from launch.supervise import restart_config, run_supervised
 from setformer_dist.core import config as base
 from setformer_dist.core.errors import ConfigError, RankFailedError, SetformerError
+from setformer_dist.core.secrets import redact_tracebacks, redacted
 
 app = typer.Typer(
     name="setformer",
@@ -237,6 +238,7 @@ def drill(
 
 def main() -> None:
     """Run the command line; a user's mistake becomes one line and its exit code."""
+    redact_tracebacks()
     logging.basicConfig(
         level=logging.WARNING,
         format="%(message)s",
@@ -246,7 +248,7 @@ def main() -> None:
         app()
     except SetformerError as error:
         if str(error):  # empty where a rank has told the user already
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {redacted(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)

@@ -262,7 +262,8 @@ def compose(run: ResolvedRun, splits: Splits, model: nn.Module, comm: TorchColle
     first_weights: FirstWeights | None = None
     if c.model.weights is not None:
         buffers = frozenset(name for name, _ in model.named_buffers())
-        first_weights = FirstWeights(c.model, shapes_of(model), buffers, comm)
+        arguments = inputs.model_arguments(c.model, len(classes))
+        first_weights = FirstWeights(c.model, shapes_of(model), buffers, comm, arguments)
     engine = initialize(model, c.optim, run.deepspeed_json())
     master = MasterState(engine)
     meter = CommMeter()

@@ -22,6 +22,7 @@ from launch.restarts import RestartConfig
 from setformer_dist.core import config as base
 from setformer_dist.core.config import FrozenConfig
 from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.secrets import redacted_json
 from setformer_dist.engine.batch_plan import BatchConfig, BatchPlan, solve
 from setformer_dist.engine.ema import EmaConfig
 from setformer_dist.engine.evaluate import EvalConfig
@@ -142,9 +143,9 @@ class ResolvedRun:
         return deepspeed_config(c.precision, c.zero, self.plan, c.optim.clip_norm, c.deepspeed)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the whole config with every default, and the solved batch arithmetic."""
+        """Return the whole config with every default and no secrets of URLs, and the solved batch arithmetic."""
         return {
-            **self.config.model_dump(mode="json"),
+            **redacted_json(self.config.model_dump(mode="json")),
             "resolved": {
                 "world_size": self.plan.world_size,
                 "micro_batch": self.plan.micro,
@@ -192,7 +193,7 @@ def check_folder(run: ResolvedRun) -> None:
         there = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise ConfigError(f"{path} is damaged: move the folder away, or give this run another run.name") from None
-    theirs = {key: value for key, value in flatten(there).items() if not _is_free(key)}
+    theirs = {key: value for key, value in flatten(redacted_json(there)).items() if not _is_free(key)}
     ours = flatten(json.loads(json.dumps(run.identity())))
     allowed = tuple(_ALLOWED_KEYS[change] for change in run.config.checkpoint.allow_changes)
     differing = sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))

@@ -34,6 +34,7 @@ from setformer_dist.core.errors import LaunchError, RankFailedError, SetformerEr
 from setformer_dist.core.exits import leave
 from setformer_dist.core.files import write_json
 from setformer_dist.core.ranks import RankInfo
+from setformer_dist.core.secrets import RedactingFormatter, redact_tracebacks, redacted
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
 from setformer_dist.engine.deepspeed_engine import quiet_deepspeed
 
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="dotted overrides, such as optim.lr=1e-3")
     parser.add_argument("--local_rank", type=int, default=None, help="given by DeepSpeed's launcher")
     arguments = parser.parse_args(argv)
+    redact_tracebacks()
     write_stacks_when_asked()
     try:
         return run_rank(arguments.page, arguments.overrides)
@@ -59,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if logging.getLogger().handlers:
             log.error("%s", error)
         # Rank 0 speaks to the user; of the others only the log file hears, and launch/local.py quotes it.
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {redacted(str(error))}", file=sys.stderr, flush=True)
         return error.exit_code
     except RuntimeError as error:
         if not _LOST_PEER.search(str(error)):
@@ -167,7 +169,7 @@ def log_to_file(run: ResolvedRun, ranks: RankInfo) -> None:
     folder = run.config.folder / "logs"
     folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(log_file(folder, ranks.rank))
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(logging.INFO)

@@ -126,6 +126,7 @@ def _about(checkpoint: Checkpoint) -> _About:
     for what, value, kind in (("config", table, dict), ("classes", classes, list), ("inputs", inputs, dict)):
         if not isinstance(value, kind):
             raise CheckpointError(f"checkpoint {place}: {what} of trainer.json is no {kind.__name__}")
+    assert isinstance(classes, list)  # checked above
     if not all(isinstance(name, str) for name in classes):
         raise CheckpointError(f"checkpoint {place}: a class of trainer.json is no string")
     if not isinstance(scores, dict) or not all(isinstance(score, (int, float)) for score in scores.values()):

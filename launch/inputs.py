@@ -32,7 +32,7 @@ from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.engine.batch_plan import BatchPlan
 from setformer_dist.engine.evaluate import Prepare
-from setformer_dist.models.build import ModelConfig, build_model
+from setformer_dist.models.build import ModelConfig, build_model, timm_arguments
 
 
 class Split(Protocol):
@@ -71,6 +71,10 @@ class Inputs(Protocol):
 
     def build_model(self, config: ModelConfig, num_classes: int, told: dict[str, Any], seed: int) -> nn.Module:
         """Return the model for inputs of which it is told this."""
+        ...
+
+    def model_arguments(self, config: ModelConfig, num_classes: int) -> dict[str, Any] | None:
+        """Return the arguments of `timm.create_model` for the architecture; None where timm's rules do not hold."""
         ...
 
     def train_stream(self, split: Split, seed: int, ranks: RankInfo, plan: BatchPlan) -> TrainStream:
@@ -127,6 +131,10 @@ class ImageInputs:
         model = build_model(config, num_classes, self.config.image_size, seed)
         _check_shapes(model, config.name, self.config)
         return model
+
+    def model_arguments(self, config: ModelConfig, num_classes: int) -> dict[str, Any]:
+        """Return them for the image size."""
+        return timm_arguments(config, num_classes, self.config.image_size)
 
     def train_stream(self, split: Split, seed: int, ranks: RankInfo, plan: BatchPlan) -> TrainStream:
         """Return augmented images."""
@@ -223,6 +231,10 @@ class TokenInputs:
     def build_model(self, config: ModelConfig, num_classes: int, told: dict[str, Any], seed: int) -> nn.Module:
         """Build with what is told as further arguments; those on the page have the last word."""
         return build_model(config.model_copy(update={"args": {**told, **config.args}}), num_classes, 0, seed)
+
+    def model_arguments(self, config: ModelConfig, num_classes: int) -> None:
+        """Return None: what encodes sequences has no pretrained weights."""
+        return
 
     def train_stream(self, split: Split, seed: int, ranks: RankInfo, plan: BatchPlan) -> TrainStream:
         """Return padded sequences."""

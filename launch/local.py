@@ -47,6 +47,7 @@ from setformer_dist.core.errors import (
 )
 from setformer_dist.core.heartbeat import FD_VARIABLE, START, Beat, Pulse
 from setformer_dist.core.ranks import PORT_GIVEN_VARIABLE
+from setformer_dist.core.secrets import redacted
 
 ENTRY_MODULE = "launch.entry"
 LOG_DIR_VARIABLE = "SETFORMER_LOG_DIR"
@@ -343,7 +344,7 @@ def _start(command: Sequence[str], rank: int, base: Mapping[str, str], log_dir: 
 
 def _header(command: Sequence[str], rank: int, base: Mapping[str, str]) -> str:
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return f"\n=== rank {rank} of {base['WORLD_SIZE']}, {now}: {shlex.join(command)}\n"
+    return f"\n=== rank {rank} of {base['WORLD_SIZE']}, {now}: {redacted(shlex.join(command))}\n"
 
 
 def die_with_parent() -> Callable[[], None] | None:

@@ -1,9 +1,10 @@
 """Weights that a new run begins with, for fine-tuning: `model.weights = "PATH"`, `model.skip = ["head."]`.
 
 PATH is a checkpoint of ours (a run's folder, its checkpoints, one step), verified before it is read, or a .safetensors
-file as `setformer ckpt export` writes it. Only parameters are taken, by their names: the optimizer, the schedule, the
-samples and the average begin anew, the average with these weights. A run that goes on from a checkpoint of its own
-does not look at PATH any more.
+file as `setformer ckpt export` and timm write it, or a model of a hub ("hf-hub:timm/vit_small_patch16_224.dino"). What
+does not fit a file's names and shapes is adapted by timm's rules (launch/timm_weights.py). Only parameters are taken:
+the optimizer, the schedule, the samples and the average begin anew, the average with these weights. A run that goes on
+from a checkpoint of its own does not look at PATH any more, nor does anything that reads that checkpoint.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from checkpoints.reader import Checkpoint, open_checkpoint
+from launch.timm_weights import HUB, Adapted, adapted, fetched
 from setformer_dist.core.comm import Collectives
 from setformer_dist.core.errors import CheckpointError, ConfigError
 from setformer_dist.core.fragments import Fragment
@@ -34,12 +37,14 @@ class _Source:
         facts: what must be the same for all ranks; JSON-able.
         shapes: of all that is in it.
         fill: fills fragments of state "param".
+        file: where a .safetensors file is read, which can be adapted.
     """
 
     name: str
     facts: list[object]
     shapes: Mapping[str, tuple[int, ...]]
     fill: Callable[[list[Fragment]], None]
+    file: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -51,12 +56,14 @@ class FirstWeights:
         shapes: of the model's parameters.
         buffers: names of the model's buffers, which exported files hold too: constants of the architecture.
         comm: all ranks must read the same.
+        arguments: of `timm.create_model`, with which files that do not fit are adapted; None adapts none.
     """
 
     config: ModelConfig
     shapes: Mapping[str, tuple[int, ...]]
     buffers: frozenset[str]
     comm: Collectives
+    arguments: Mapping[str, Any] | None = None
 
     def __call__(self, fragments: Iterable[Fragment]) -> str:
         """Fill the masters and their average as far as a rank holds them; say what was filled. Collective.
@@ -65,24 +72,51 @@ class FirstWeights:
             ConfigError: there is nothing of the kind at the path, or `model.skip` names nothing.
             CheckpointError: it is damaged, or of another model.
         """
-        source = _open(Path(self.config.weights or ""))
+        source = _open(self.config.weights or "")
         if any(facts != source.facts for facts in self.comm.gather_json(source.facts)):
             raise CheckpointError(
                 f"ranks found different weights at model.weights = {self.config.weights}: name one step's folder that "
                 "all hosts share"
             )
-        left = self._left(source)
+        source, left, told = self._fitted(source)
         filled = [f for f in fragments if f.state in ("param", "ema") and f.name not in left]
         source.fill([dataclasses.replace(f, state="param") for f in filled])
-        rest = f"; left as drawn from the seed: {', '.join(sorted(left))}" if left else ""
-        return f"begins with {source.name}: {len(self.shapes) - len(left)} of {len(self.shapes)} parameters{rest}"
+        return told
 
-    def _left(self, source: _Source) -> set[str]:
-        """Return the parameters that are not taken over; refuse what neither fits nor is skipped."""
-        skip = self.config.skip or ()
-        for prefix in skip:
+    def check(self) -> str:
+        """Say what would be filled, and fill nothing; raises as a call does."""
+        return self._fitted(_open(self.config.weights or ""))[2]
+
+    def _fitted(self, source: _Source) -> tuple[_Source, set[str], str]:
+        """Return what fills the parameters, those that it leaves, and what is said of it."""
+        self._check_skip(source)
+        faults = self._faults(source)
+        notes: list[str] = []
+        if faults and source.file is not None and self.arguments is not None:
+            source, drawn, notes = self._adapted(source, source.file, faults)
+        elif faults:
+            raise CheckpointError(self._refusal(source, faults))
+        else:
+            drawn = set()
+        left = drawn | {name for name in self.shapes if name.startswith(self.config.skip or ())}
+        if len(left) == len(self.shapes):
+            raise ConfigError(
+                f"model.skip = {list(self.config.skip or ())} leaves nothing to take from model.weights: drop both"
+            )
+        if left:
+            notes.append(f"left as drawn from the seed: {', '.join(sorted(left))}")
+        count = f"{len(self.shapes) - len(left)} of {len(self.shapes)} parameters"
+        return source, left, "; ".join((f"begins with {source.name}: {count}", *notes))
+
+    def _check_skip(self, source: _Source) -> None:
+        for prefix in self.config.skip or ():
             if not any(name.startswith(prefix) for name in (*self.shapes, *source.shapes)):
-                raise ConfigError(f"model.skip = {list(skip)}: no parameter's name begins with {prefix!r}")
+                raise ConfigError(
+                    f"model.skip = {list(self.config.skip or ())}: no parameter's name begins with {prefix!r}"
+                )
+
+    def _faults(self, source: _Source) -> dict[str, str]:
+        """Return what neither fits nor is skipped, by name."""
         faults = {}
         for name, shape in self.shapes.items():
             there = source.shapes.get(name)
@@ -92,34 +126,64 @@ class FirstWeights:
                 faults[name] = f"{name} is {there} there and {shape} here"
         for name in source.shapes.keys() - self.shapes.keys() - self.buffers:
             faults[name] = f"{name} is not in this model"
-        faults = {name: fault for name, fault in faults.items() if not name.startswith(skip)}
-        if faults:
-            raise CheckpointError(_refusal(source, faults))
-        left = {name for name in self.shapes if name.startswith(skip)}
-        if len(left) == len(self.shapes):
-            raise ConfigError(f"model.skip = {list(skip)} leaves nothing to take from model.weights: drop both")
-        return left
+        return {name: fault for name, fault in faults.items() if not name.startswith(self.config.skip or ())}
+
+    def _adapted(self, source: _Source, file: Path, faults: dict[str, str]) -> tuple[_Source, set[str], list[str]]:
+        """Return the file's weights adapted by timm's rules, what these leave as drawn, and what is to be said."""
+        try:
+            found = adapted(file, self.config.name, self.arguments or {})
+        except CheckpointError as error:
+            raise CheckpointError(f"{self._refusal(source, faults)} (timm's rules: {error})") from None
+        drawn = {name for name in found.drawn if name in self.shapes}
+        missing = {n: faults.get(n, f"{n} is not in it") for n in drawn if not n.startswith(found.classifier)}
+        missing = {name: fault for name, fault in missing.items() if not name.startswith(self.config.skip or ())}
+        if missing:
+            raise CheckpointError(self._refusal(source, missing))
+        changed = [
+            f"{name} {source.shapes[name]} → {shape}"
+            for name, shape in self.shapes.items()
+            if source.shapes.get(name, shape) != shape and name not in drawn
+        ]
+        notes = ["resized by timm's rules: " + ", ".join(changed[:_NAMED])] if changed else []
+        if found.unused:
+            notes.append(f"{len(found.unused)} tensors of the file have no place in the model: {found.unused[0]} …")
+        return dataclasses.replace(source, fill=_filler(found)), drawn, notes
+
+    def _refusal(self, source: _Source, faults: Mapping[str, str]) -> str:
+        first = "; ".join(list(faults.values())[:_NAMED])
+        more = f" and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
+        modules = {name.rpartition(".")[0] + "." if "." in name else name for name in faults}
+        repair = "set model.name and model.args to those that they were trained with"
+        if len(modules) <= _NAMED:
+            skip = [*(self.config.skip or ()), *sorted(modules)]
+            repair += f", or begin these anew (model.skip = {skip})".replace("'", '"')
+        return f"model.weights do not fit: {source.name}, are of another model ({first}{more}): {repair}"
 
 
-def _refusal(source: _Source, faults: Mapping[str, str]) -> str:
-    first = "; ".join(list(faults.values())[:_NAMED])
-    more = f" and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
-    modules = sorted({name.rpartition(".")[0] + "." if "." in name else name for name in faults})
-    repair = "set model.name and model.args to those that they were trained with"
-    if len(modules) <= _NAMED:
-        repair += f", or begin these anew (model.skip = {modules})".replace("'", '"')
-    return f"model.weights do not fit: {source.name}, are of another model ({first}{more}): {repair}"
+def _filler(found: Adapted) -> Callable[[list[Fragment]], None]:
+    def fill(fragments: list[Fragment]) -> None:
+        for fragment in fragments:
+            whole = found.tensors[fragment.name].reshape(-1)
+            fragment.tensor.detach().copy_(whole[fragment.start : fragment.end])
+
+    return fill
 
 
-def _open(path: Path) -> _Source:
+def _open(weights: str) -> _Source:
+    if weights.startswith(HUB):
+        return dataclasses.replace(_of_file(fetched(weights)), name=f"the weights of {weights}")
+    path = Path(weights)
     if path.is_dir():
         return _of_checkpoint(open_checkpoint(path))
     if not path.exists():
-        raise ConfigError(f"model.weights = {path} does not exist: name a run's folder, or a .safetensors file")
+        raise ConfigError(
+            f"model.weights = {path} does not exist: name a run's folder, a .safetensors file, or {HUB}OWNER/MODEL"
+        )
     if path.suffix != ".safetensors":
         raise ConfigError(
             f"model.weights = {path} is neither a checkpoint's folder nor a .safetensors file, and nothing else is "
-            "read (pickles can run code): convert it first"
+            f"read (pickles can run code): convert it first, setformer ckpt convert {path} "
+            f"{path.with_suffix('.safetensors')}"
         )
     return _of_file(path)
 
@@ -150,4 +214,4 @@ def _of_file(path: Path) -> _Source:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"model.weights = {path} is no whole .safetensors file: {error}") from None
-    return _Source(f"the weights of {path}", [path.stat().st_size, sorted(shapes)], shapes, fill)
+    return _Source(f"the weights of {path}", [path.stat().st_size, sorted(shapes)], shapes, fill, path)

@@ -25,6 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from setformer_dist.core.secrets import redacted_json
+
 LEDGER = "ledger.jsonl"
 
 # What counts as progress, by the sections of the engine's clock; everything else has its own name.
@@ -35,7 +37,7 @@ WELL = ("done", "stopped")
 
 def record(folder: Path, event: str, **values: Any) -> None:
     """Append one event to a run's ledger; a full disk costs the line and not the run."""
-    line = json.dumps({"event": event, "time": time.time(), **values}).encode() + b"\n"
+    line = json.dumps(redacted_json({"event": event, "time": time.time(), **values})).encode() + b"\n"
     with contextlib.suppress(OSError):
         descriptor = os.open(folder / LEDGER, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:

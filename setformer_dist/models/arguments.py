@@ -53,7 +53,7 @@ def _constructor_arguments(model: type[nn.Module]) -> Iterable[str]:
             return
         if "__init__" not in vars(base):
             continue
-        parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
+        parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
         yield from (p.name for p in parameters if p.kind in _NAMED)
         if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
             return

@@ -16,7 +16,6 @@ from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.seeding import Purpose, torch_seed
 from setformer_dist.models.arguments import check_arguments
 
-
 # What constructors of timm's models raise for values that do not go together; none of them checks its arguments first.
 _IMPOSSIBLE = (TypeError, ValueError, AssertionError, AttributeError, LookupError, ArithmeticError, RuntimeError)
 

@@ -1,0 +1,105 @@
+"""Weights in timm's layout for a model of another size or another number of classes, by timm's own rules.
+
+timm resizes position embeddings, adapts patch kernels, renames what older versions called otherwise, and leaves out a
+classifier of another number of classes. It does so while it builds a pretrained model, so one is built and its
+parameters are taken. Only .safetensors files get here; timm reads no file itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import safetensors.torch
+import timm
+import torch
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+
+from setformer_dist.core.errors import CheckpointError, ConfigError
+
+HUB = "hf-hub:"
+_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """Parameters that fit the model.
+
+    Attributes:
+        tensors: of the whole model, by name.
+        drawn: names of those that the file does not hold: timm's rules leave them as they are drawn.
+        classifier: beginnings of the names of the classifier's parameters.
+        unused: names in the file that the model has not.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    drawn: frozenset[str]
+    classifier: tuple[str, ...]
+    unused: tuple[str, ...]
+
+
+def adapted(path: Path, name: str, arguments: Mapping[str, Any]) -> Adapted:
+    """Return the file's weights as the model `name` with these arguments takes them.
+
+    Args:
+        path: a .safetensors file.
+        name: of the architecture.
+        arguments: of `timm.create_model`, num_classes among them.
+
+    Raises:
+        CheckpointError: timm cannot adapt them.
+    """
+    tensors = safetensors.torch.load_file(path)
+    names = frozenset(tensors)
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    classifiers = config.classifier if config is not None else None
+    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers or ())
+    weight = tensors.get(f"{classifiers[0]}.weight") if classifiers else None
+    overlay = {
+        "state_dict": tensors,
+        "num_classes": 0 if weight is None else len(weight),
+        "label_offset": 0,
+        "custom_load": False,
+        "source": "",
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        fresh = timm.create_model(name, **arguments).state_dict()
+        torch.manual_seed(0)
+        try:
+            model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+        except (RuntimeError, KeyError, ValueError, AssertionError) as error:
+            raise CheckpointError(_first_line(error)) from None
+    found = model.state_dict()
+    drawn = frozenset(n for n in found if n not in names and torch.equal(found[n], fresh[n]))
+    unused = sorted(names - found.keys() - {f"{c}.{kind}" for c in classifiers for kind in ("weight", "bias")})
+    return Adapted(found, drawn, tuple(f"{c}." for c in classifiers), tuple(unused))
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300] or type(error).__name__
+
+
+def fetched(name: str) -> Path:
+    """Return the local copy of a hub's model.safetensors; what is in the hub's cache is not fetched again.
+
+    Args:
+        name: "hf-hub:OWNER/MODEL" or "hf-hub:OWNER/MODEL@REVISION".
+
+    Raises:
+        ConfigError: there is no such thing, or no network.
+    """
+    repository, _, revision = name.removeprefix(HUB).partition("@")
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, _FILE, revision=revision or None))
+    except HFValidationError:
+        raise ConfigError(f"model.weights = {name}: {repository!r} is no name of the form OWNER/MODEL") from None
+    except (OSError, EntryNotFoundError) as error:
+        raise ConfigError(
+            f"model.weights = {name} cannot be fetched ({_first_line(error)}): check the name and the network, or "
+            f"download its {_FILE} elsewhere and name that file"
+        ) from None
