@@ -136,6 +136,27 @@ def import_(
     load("launch.ckpt").import_deepspeed(source, dest, model, trust_pickle, Console())
 
 
+@app.command("convert")
+def convert(
+    source: Annotated[Path, typer.Argument(help="A .pth, .pt or .bin file of torch.save.", show_default=False)],
+    dest: Annotated[Path, typer.Argument(help="The .safetensors file to make.", show_default=False)],
+    key: Annotated[
+        str | None, typer.Option(help="Entry that holds the weights; by default state_dict_ema, state_dict, model …")
+    ] = None,
+) -> None:
+    """Turn weights in a pickle into a .safetensors file, for model.weights of a run.
+
+    The pickle is read by a loader that makes tensors and plain values alone; what would run code is refused.
+
+    Examples:
+
+        setformer ckpt convert vit_small.pth vit_small.safetensors
+
+        setformer ckpt convert checkpoint.pth.tar weights.safetensors --key state_dict
+    """
+    load("launch.convert").convert(source, dest, key, Console())
+
+
 @app.command("prune")
 def prune(
     folder: RunFolder,

@@ -57,10 +57,13 @@ def adapted(path: Path, name: str, arguments: Mapping[str, Any]) -> Adapted:
     config = timm.get_pretrained_cfg(name, allow_unregistered=True)
     classifiers = config.classifier if config is not None else None
     classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers or ())
+    heads = {f"{classifier}.{kind}" for classifier in classifiers for kind in ("weight", "bias")}
     weight = tensors.get(f"{classifiers[0]}.weight") if classifiers else None
+    classes = 0 if weight is None else len(weight)
+    dropped = heads if classes != arguments["num_classes"] else set()
     overlay = {
         "state_dict": tensors,
-        "num_classes": 0 if weight is None else len(weight),
+        "num_classes": classes,
         "label_offset": 0,
         "custom_load": False,
         "source": "",
@@ -74,8 +77,8 @@ def adapted(path: Path, name: str, arguments: Mapping[str, Any]) -> Adapted:
         except (RuntimeError, KeyError, ValueError, AssertionError) as error:
             raise CheckpointError(_first_line(error)) from None
     found = model.state_dict()
-    drawn = frozenset(n for n in found if n not in names and torch.equal(found[n], fresh[n]))
-    unused = sorted(names - found.keys() - {f"{c}.{kind}" for c in classifiers for kind in ("weight", "bias")})
+    drawn = frozenset(n for n in found if n in dropped or (n not in names and torch.equal(found[n], fresh[n])))
+    unused = sorted(names - found.keys() - heads)
     return Adapted(found, drawn, tuple(f"{c}." for c in classifiers), tuple(unused))
 
 

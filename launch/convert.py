@@ -1,0 +1,112 @@
+"""`setformer ckpt convert`: weights in a pickle of torch (.pth, .pt, .bin) as a .safetensors file.
+
+The pickle is read by torch's restricted unpickler, which makes tensors and plain values and calls nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from rich.console import Console
+from safetensors import SafetensorError
+
+from setformer_dist.core.errors import CheckpointError, ConfigError
+
+# Where training scripts put the weights beside optimizer and epoch; the averaged ones first, as timm does.
+_INNER = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
+_PREFIX = "module."  # of DistributedDataParallel
+
+
+def convert(source: Path, dest: Path, key: str | None, console: Console) -> None:
+    """Write the tensors of a pickle as a .safetensors file.
+
+    Args:
+        source: the pickle.
+        dest: the file to make.
+        key: which entry of the pickle holds the weights; None looks for the usual ones.
+        console: where to say what was taken and what was left.
+
+    Raises:
+        ConfigError: the destination is there already or cannot be written, or there is no such entry.
+        CheckpointError: the pickle is damaged, holds more than tensors and plain values, or holds no weights.
+    """
+    if dest.exists():
+        raise ConfigError(f"{dest} is there already: name a file that is not")
+    if dest.suffix != ".safetensors":
+        raise ConfigError(f"{dest} does not end in .safetensors: name the file to make so")
+    table, entry = _weights(_read(source), key, source)
+    tensors = {
+        name.removeprefix(_PREFIX): value.detach().contiguous().clone()
+        for name, value in table.items()
+        if isinstance(value, torch.Tensor)
+    }
+    left = [name for name, value in table.items() if not isinstance(value, torch.Tensor)]
+    if not tensors:
+        raise CheckpointError(f"{source} holds no tensors by name{f' in {entry!r}' if entry else ''}")
+    aside = dest.with_name(f".{dest.name}.{os.getpid()}.tmp")
+    try:
+        safetensors.torch.save_file(tensors, aside, metadata={"format": "pt"})
+        aside.rename(dest)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{dest} cannot be written: {str(error).splitlines()[0]}") from None
+    finally:
+        aside.unlink(missing_ok=True)
+    count = sum(tensor.numel() for tensor in tensors.values())
+    where = f" from {entry!r}" if entry else ""
+    console.print(f"{dest}: {len(tensors)} tensors, {count:,} elements{where}", highlight=False, markup=False)
+    if left:
+        console.print(f"left out, being no tensors: {', '.join(map(str, left[:8]))}", highlight=False, markup=False)
+
+
+def _read(source: Path) -> Any:
+    """Return what a pickle holds.
+
+    Raises:
+        CheckpointError: it cannot be read, or would have more done than making tensors and plain values.
+    """
+    if not source.is_file():
+        raise ConfigError(f"{source} does not exist or is no file: name a .pth, .pt or .bin file")
+    try:
+        return torch.load(source, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{source} holds more than tensors and plain values, and reading it could run any code: save its "
+            f"state_dict alone where you trust it ({_first_sentence(error)})"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{source} is no whole file of torch.save: {_first_sentence(error)}") from None
+
+
+def _first_sentence(error: Exception) -> str:
+    for line in str(error).splitlines():
+        if "Unsupported" in line or "Error:" in line:
+            return line.strip()[:200]
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _weights(value: Any, key: str | None, source: Path) -> tuple[Mapping[str, Any], str]:
+    """Return the table of weights and the entry that it was in, "" for the whole file.
+
+    Raises:
+        ConfigError: there is no entry of that name.
+        CheckpointError: there is no table.
+    """
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"{source} holds a {type(value).__name__} and no weights by name")
+    tables = [name for name, inner in value.items() if isinstance(inner, Mapping)]
+    if key is not None:
+        if key not in tables:
+            raise ConfigError(
+                f"--key {key}: {source} has no such table; it has {', '.join(map(str, tables)) or 'none'}"
+            )
+        return value[key], key
+    for name in _INNER:
+        if name in tables and any(isinstance(inner, torch.Tensor) for inner in value[name].values()):
+            return value[name], name
+    return value, ""

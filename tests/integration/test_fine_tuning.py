@@ -1,0 +1,143 @@
+"""Fine-tuning weights in timm's layout: local files, a hub's cache, pickles that must be converted first."""
+
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from launch.timm_weights import adapted
+from launch.weights import FirstWeights
+from setformer_dist.core.comm import Alone
+from setformer_dist.core.errors import CheckpointError
+from setformer_dist.core.fragments import Fragment
+from setformer_dist.models.build import ModelConfig, build_model, timm_arguments
+from setformer_dist.testing.commands import setformer, train_words
+
+NAME = "vit_tiny_patch16_224"
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file as timm's hub has it: 224 pixels, 1000 classes."""
+    torch.manual_seed(5)
+    path = tmp_path_factory.mktemp("hub") / "model.safetensors"
+    model = timm.create_model(NAME, num_classes=1000)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)  # as if trained: no bias is still zero
+    safetensors.torch.save_file(model.state_dict(), path)
+    return path
+
+
+def fill(config: ModelConfig, classes: int, size: int) -> tuple[str, dict[str, torch.Tensor]]:
+    model = build_model(config, classes, size, seed=1)
+    fragments = [Fragment(n, "param", 0, tuple(p.shape), p.detach().reshape(-1)) for n, p in model.named_parameters()]
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    first = FirstWeights(config, shapes, frozenset(), Alone(), timm_arguments(config, classes, size))
+    return first(fragments), dict(model.named_parameters())
+
+
+def test_another_size_and_other_classes_by_timms_rules(pretrained: Path) -> None:
+    told, ours = fill(ModelConfig(name=NAME, weights=str(pretrained)), 10, 64)
+    overlay = {"state_dict": safetensors.torch.load_file(pretrained)}
+    theirs = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=10, img_size=64)
+    fresh = build_model(ModelConfig(name=NAME), 10, 64, seed=1).state_dict()
+    assert "150 of 152 parameters" in told
+    assert "pos_embed (1, 197, 192) → (1, 17, 192)" in told
+    assert "left as drawn from the seed: head.bias, head.weight" in told
+    for name, parameter in theirs.named_parameters():
+        expected = fresh[name] if name.startswith("head.") else parameter
+        assert torch.equal(ours[name], expected), name
+
+
+def test_the_same_classes_keep_their_head(pretrained: Path) -> None:
+    told, ours = fill(ModelConfig(name=NAME, weights=str(pretrained)), 1000, 64)
+    assert "152 of 152 parameters" in told
+    assert torch.equal(ours["head.weight"], safetensors.torch.load_file(pretrained)["head.weight"])
+
+
+def test_another_architecture_is_refused_and_keeps_what_the_user_skips(pretrained: Path) -> None:
+    config = ModelConfig(name="vit_small_patch16_224", weights=str(pretrained), skip=("head.",))
+    with pytest.raises(CheckpointError, match="of another model"):
+        fill(config, 10, 64)
+    table = safetensors.torch.load_file(pretrained)
+    lacking = pretrained.with_name("lacking.safetensors")
+    safetensors.torch.save_file({n: t for n, t in table.items() if not n.startswith("norm.")}, lacking)
+    with pytest.raises(CheckpointError, match=r'model.skip = \["head.", "norm."\]'):
+        fill(ModelConfig(name=NAME, weights=str(lacking), skip=("head.",)), 10, 64)
+    with pytest.raises(CheckpointError, match=r'model.skip = \["norm."\]'):
+        fill(ModelConfig(name=NAME, weights=str(lacking)), 10, 64)
+
+
+def test_names_that_only_the_file_has_are_told(pretrained: Path, tmp_path: Path) -> None:
+    table = {**safetensors.torch.load_file(pretrained), "extra.weight": torch.ones(2)}
+    safetensors.torch.save_file(table, tmp_path / "more.safetensors")
+    told, _ = fill(ModelConfig(name=NAME, weights=str(tmp_path / "more.safetensors")), 10, 64)
+    assert "1 tensors of the file have no place in the model: extra.weight" in told
+    assert adapted(pretrained, NAME, {"num_classes": 10, "img_size": 64}).unused == ()
+
+
+def test_a_run_begins_with_a_hubs_model_and_needs_it_never_again(
+    digits: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "hub" / "models--timm--some_vit"  # as huggingface_hub lays it out
+    snapshot = cache / "snapshots" / "0123456789012345678901234567890123456789"
+    snapshot.mkdir(parents=True)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(snapshot.name)
+    (snapshot / "model.safetensors").write_bytes(pretrained.read_bytes())
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words = [f"model.name={NAME}", "~model.args", "model.weights=hf-hub:timm/some_vit", "schedule.steps=4",
+             "~schedule.epochs", "schedule.warmup_epochs=0.0", "checkpoint.every_steps=2",
+             "batch.global_size=8"]  # fmt: skip
+    made = train_words(digits, tmp_path / "runs", ranks=1)
+    ended = setformer(*(w for w in made if w != "schedule.epochs=1" and not w.startswith("schedule.warm")), *words)
+    assert ended.code == 0, ended.err
+    assert "begins with the weights of hf-hub:timm/some_vit: 150 of 152 parameters" in ended.err + ended.out + "".join(
+        path.read_text() for path in (tmp_path / "runs" / "demo" / "logs").iterdir()
+    )
+    (snapshot / "model.safetensors").unlink()
+    run = str(tmp_path / "runs" / "demo")
+    for command in (("predict", run, str(next((digits / "images" / "val" / "3").iterdir()))),
+                    ("eval", run), ("ckpt", "export", run, str(tmp_path / "out"))):  # fmt: skip
+        again = setformer(*command)
+        assert again.code == 0, again.err
+    gone = setformer(*(w for w in made if w != "schedule.epochs=1" and not w.startswith("schedule.warm")),
+                     *words, "run.name=other")  # fmt: skip
+    assert gone.code == 2, gone.err
+    assert "hf-hub:timm/some_vit cannot be fetched" in gone.err
+
+
+def test_a_pickle_is_refused_with_the_command_that_converts_it(pretrained: Path, tmp_path: Path) -> None:
+    table = safetensors.torch.load_file(pretrained)
+    wrapped = {f"module.{name}": tensor for name, tensor in table.items()}
+    torch.save({"state_dict": wrapped, "epoch": 3, "optimizer": {}}, tmp_path / "model.pth")
+    ended = setformer("ckpt", "convert", str(tmp_path / "model.pth"), str(tmp_path / "model.safetensors"))
+    assert ended.code == 0, ended.err
+    found = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert found.keys() == table.keys()
+    assert all(torch.equal(found[name], table[name]) for name in table)
+    again = setformer("ckpt", "convert", str(tmp_path / "model.pth"), str(tmp_path / "model.safetensors"))
+    assert (again.code, "is there already" in again.err) == (2, True)
+
+
+class _Runs:
+    def __reduce__(self) -> tuple[object, tuple[str, ...]]:
+        return (eval, ("open('ran', 'w')",))
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    torch.save({"model": _Runs()}, tmp_path / "evil.pth")
+    ended = setformer("ckpt", "convert", str(tmp_path / "evil.pth"), str(tmp_path / "out.safetensors"), cwd=tmp_path)
+    assert ended.code == 4, ended.err
+    assert len(ended.error_lines) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evil.pth"]
+    (tmp_path / "evil.pth").write_bytes(b"no pickle")
+    ended = setformer("ckpt", "convert", str(tmp_path / "evil.pth"), str(tmp_path / "out.safetensors"))
+    assert (ended.code, len(ended.error_lines)) == (4, 1)
+    torch.save([torch.ones(2)], tmp_path / "evil.pth")
+    ended = setformer("ckpt", "convert", str(tmp_path / "evil.pth"), str(tmp_path / "out.safetensors"))
+    assert (ended.code, "no weights by name" in ended.err) == (4, True)
