@@ -119,12 +119,8 @@ def read_sidecar(path: Path, table: BetonTable) -> Sidecar | None:
         os.close(open_regular(path))
         with safetensors.safe_open(path, "numpy") as file:
             said: dict[str, Any] = parse_json((file.metadata() or {})[_ENTRY].encode())
-            keys = file.get_slice("key").get_shape()
-            if (
-                file.get_slice("check").get_shape() != [len(table)]
-                or keys[:1] != [len(table)]
-                or max(keys[1:]) > _WIDEST
-            ):
+            rows, width = file.get_slice("key").get_shape()
+            if file.get_slice("check").get_shape() != [len(table)] or rows != len(table) or width > _WIDEST:
                 raise _OfAnotherError
             arrays = {name: file.get_tensor(name) for name in ("check", "key")}
         sound = fingerprint_of(said) == said["fingerprint"] and _digest(arrays) == said["arrays"]

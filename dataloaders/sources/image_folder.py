@@ -164,9 +164,10 @@ class ImageFolderDataset:
         except UnreadableError as error:
             raise DataError(f"{self.place(sample)} {error.what}") from None
         if len(data) != said:
+            now = f"{len(data)} bytes" if len(data) < said else "more bytes"
             raise DataError(
-                f"{self.place(sample)} has not the {said} bytes that it had when it was indexed: restore it, or remove "
-                f"{self._index} to index the folder anew"
+                f"{self.place(sample)} has {now}, {said} when it was indexed: restore it, or remove {self._index} to "
+                "index the folder anew"
             )
         return Stored(data)
 

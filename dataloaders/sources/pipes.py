@@ -154,7 +154,7 @@ class SequentialStorage:
             if got > most:
                 raise UnreadableError(
                     self.shown(name),
-                    f"has more than {most} bytes, of which it is said or data.cache_gib holds: check it",
+                    f"has more than the {most} bytes that were said or that data.cache_gib holds",
                 )
             sha256.update(block)
             parts.append(block)
