@@ -379,11 +379,14 @@ def _look(path: bytes) -> tuple[tuple[int, int] | None, int, int]:
             size = os.fstat(file.fileno()).st_size
             head = file.read(_HEADS[0]) or b""
             first = zlib.crc32(head)
-            for length in (*_HEADS[1:], min(size, LARGEST_SAMPLE)):
+            for length in (*_HEADS[1:], size):
                 try:
                     return _checked(image_size(head)), first, size
                 except UndecodableError:
-                    head += file.read(max(0, length - len(head))) or b""
+                    if length > LARGEST_SAMPLE:
+                        return None, first, size
+                    file.seek(0)
+                    head = file.read(length) or b""
             try:
                 return _checked(image_size(head)), first, size
             except UndecodableError:
