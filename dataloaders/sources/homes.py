@@ -18,11 +18,12 @@ import os
 import stat
 from pathlib import Path
 
+from dataloaders.sources.passed import OUR_INDEX
 from setformer_dist.core.errors import DataError
 
 _log = logging.getLogger(__name__)
 
-INDEX_FOLDER = ".setformer-index"
+INDEX_FOLDER = OUR_INDEX
 _INDEXES = "indexes"
 _OTHERS = stat.S_IWGRP | stat.S_IWOTH
 

@@ -31,6 +31,9 @@ IGNORED = frozenset(
     }
 )
 
+# The folder of our own index, beside the shards that it is of.
+OUR_INDEX = ".setformer-index"
+
 # Folders of which it is remembered that they hold files that are not read; of more only the number is.
 _MOST_FOLDERS = 100_000
 
@@ -67,7 +70,9 @@ class Passed:
     folders: dict[str, set[str]] = field(default_factory=dict)
 
     def ignore(self, name: str) -> None:
-        """Count a hidden or system file or folder."""
+        """Count a hidden or system file or folder; our own index is none to speak of."""
+        if name == OUR_INDEX:
+            return
         self.ignored["._*" if name.startswith("._") else name] += 1
 
     def not_read(self, name: str) -> None:

@@ -60,6 +60,7 @@ _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x
 
 MASK_PART, BOXES_PART = "mask.png", "boxes.json"
 _LABEL_PARTS = ("cls", "json")
+_READ_SUFFIXES = frozenset((*IMAGE_PARTS, *_LABEL_PARTS))
 LABEL_FIELDS = ("label", "cls", "class")
 
 # As WebDataset cuts names; what has no dot belongs to no sample.
@@ -392,6 +393,7 @@ class _Scanner:
         self._looked: dict[tuple[int, str], _Look] = {}
         self._left_out: list[tuple[str, str]] = []
         self._passed = Passed()
+        self._bare: dict[str, str] = {}  # key -> a part of it that is not read; most members of some shards
 
     def scan(self, on_progress: Callable[[int], None]) -> Scan:
         """Return what is in the shard."""
@@ -400,13 +402,16 @@ class _Scanner:
             if not count % _TOLD:
                 on_progress(_TOLD)
             self._take(member)
+        for key, part in self._bare.items():
+            if key not in self._samples:
+                self._refuse(key, f"it has no image, only {part}", _why_no_image(key, [part], self._shown))
         for sample in self._samples.values():
             self._split_dotted(sample)
             self._count_unread(sample)
         whole = [sample for sample in self._samples.values() if self._is_whole(sample)]
         if not whole and not self._skip:
             raise DataError(
-                f"shard {self._shown} holds no sample (files named <key>.jpg, <key>.cls, ...): leave it out, {_SKIP}"
+                f"shard {self._shown} holds no sample (files named <key>.jpg, <key>.cls, ...): remove it, {_SKIP}"
             )
         rows, unreadable = _rows(whole, self._looked, self._shown) if whole else ([], [])
         return Scan(rows, headers.hexdigest(), unreadable, self._left_out, self._passed)
@@ -424,6 +429,10 @@ class _Scanner:
             self._passed.others["members of WebDataset's own (__…__)"] += 1
             return
         key, part = match[1], match[2].lower()
+        if part.rpartition(".")[2] not in _READ_SUFFIXES:
+            self._bare.setdefault(key, part)
+            self._passed.unread[f".{part}"] += 1
+            return
         sample = self._samples.setdefault(key, Sample(key))
         if part in sample.parts:
             self._refuse(
@@ -494,7 +503,7 @@ class _Scanner:
         image = _image_part(sample)
         if image is None:
             what = f"it has no image, only {', '.join(sorted(sample.parts))}"
-            self._refuse(sample.key, what, _why_no_image(sample, self._shown))
+            self._refuse(sample.key, what, _why_no_image(sample.key, sorted(sample.parts), self._shown))
             return False
         for part in (image, *(part for part in (*_LABEL_PARTS, MASK_PART, BOXES_PART) if part in sample.parts)):
             trouble = self._looked[_place_of(sample.parts[part], part)].trouble
@@ -637,8 +646,8 @@ def _why_dotted(sample: Sample, part: str, shown: str) -> str:
     )
 
 
-def _why_no_image(sample: Sample, shown: str) -> str:
+def _why_no_image(key: str, parts: list[str], shown: str) -> str:
     return (
-        f"shard {shown} has no image ({', '.join(IMAGE_PARTS)}) for sample {sample.key!r}, only "
-        f"{', '.join(sorted(sample.parts))}: images of other formats are not read, so convert it, {_SKIP}"
+        f"shard {shown} has no image ({', '.join(IMAGE_PARTS)}) for sample {key!r}, only "
+        f"{', '.join(parts)}: images of other formats are not read, so convert it, {_SKIP}"
     )

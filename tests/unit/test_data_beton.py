@@ -284,7 +284,7 @@ def shift(field, place, by):
         ("header", put("page_size", 0, 3000), "page size 3000 is no power of two"),
         ("header", put("page_size", 0, 4096), "sample 0 crosses a page|crosses a page"),
         ("header", put("allocations", 0, 1 << 63), "its header speaks of"),
-        ("header", put("fields", 0, 60000), "ends within its header|has the fields"),
+        ("header", put("fields", 0, 60000), "its header speaks of 60000 fields"),
         ("header", put("fields", 0, 1), r"has the fields 'image' \(image\), but one image and one int"),
         ("fields", put("type", 1, 0), r"'image' \(image\), 'label' \(float\)"),
         ("records", put_image("mode", 3, 2), "sample 3 is stored in a mode"),
@@ -292,7 +292,7 @@ def shift(field, place, by):
         ("records", put_image("width", 3, 0), "sample 3 has no pixels"),
         ("records", put_image("place", 3, 9), "sample 3 is elsewhere by its record"),
         ("allocations", put("sample", 3, 4), "does not name each sample once"),
-        ("allocations", put("sample", 3, 1 << 63), "does not name each sample once"),
+        ("allocations", put("sample", 3, 1 << 63), "names samples that there are not"),
         ("allocations", put("place", 3, 100), "sample 3 lies outside the data"),
         ("allocations", put("place", 3, (1 << 64) - 5), "sample 3 lies outside the data"),
         ("allocations", put("size", 3, 0), "sample 3 lies outside the data"),
@@ -334,7 +334,7 @@ def test_a_file_that_is_cut_short_is_refused(path, cut):
 def test_other_files_are_refused(tmp_path):
     with pytest.raises(DataError, match="No such file"):
         open_beton(tmp_path / "none.beton")
-    with pytest.raises(DataError, match="Is a directory"):
+    with pytest.raises(DataError, match="no regular file but a folder"):
         open_beton(tmp_path)
     for data in (b"", b"GIF89a" * 1000, os.urandom(3000)):
         (tmp_path / "x.beton").write_bytes(data)
