@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,8 +97,8 @@ def test_labels_are_whole_numbers_or_one_name():
 
 
 def test_numbers_written_as_floats_and_with_marks_are_their_classes(tmp_path):
-    for form in ("{}.0", "\ufeff{}"):
-        root = tmp_path / form[-2:].strip("{}")
+    for number, form in enumerate(("{}.0", "\ufeff{}")):
+        root = tmp_path / str(number)
         root.mkdir()
         files = [file for i in range(24) for file in (sample(i)[0], (f"{i:04d}.cls", form.format(i % 12).encode()))]
         write_tar(root / "a.tar", files)
@@ -126,9 +127,7 @@ def test_dotted_keys_never_merge(tmp_path):
 def test_further_pictures_of_a_sample_are_no_keys_with_dots(tmp_path, caplog):
     write_tar(tmp_path / "a.tar", [*sample(0), ("0000.depth.png", picture(1, "PNG")), ("0000.txt", b"a cat")])
     assert opened(tmp_path).num_samples == 1
-    assert "passed over 2 files that are no images (1 .depth.png, 1 .txt)" in caplog.text or (
-        "further images" in caplog.text
-    )
+    assert "passed over 2 files that are no images (1 .txt, 1 .depth.png)" in caplog.text
 
 
 def test_hidden_members_are_passed_over_at_any_depth_and_told(tmp_path, caplog):
@@ -237,9 +236,8 @@ def test_classes_with_folders_inside_and_names_with_marks_of_patterns(tmp_path):
 def test_names_that_are_not_utf8_go_through(tmp_path):
     root = folder(tmp_path / "in")
     odd = os.fsencode(root) + b"/cl\xe9"
-    os.mkdir(odd)
-    with open(odd + b"/\xff.jpg", "wb") as file:
-        file.write(picture(5))
+    Path(os.fsdecode(odd)).mkdir()
+    Path(os.fsdecode(odd + b"/\xff.jpg")).write_bytes(picture(5))
     found = opened(root)
     assert found.classes == ("cat", "cl\udce9", "dog")
     assert len(found.read(found.num_samples - 3).image) > 0
