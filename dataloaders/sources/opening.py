@@ -121,7 +121,7 @@ def _is_pattern(name: str) -> bool:
 
 
 def _open_folder(path: Path, is_val: bool, config: DataConfig) -> Source:
-    if (path / INDEX_NAME).is_file() or not path.is_dir():
+    if (path / INDEX_NAME).exists() or not path.is_dir():
         if config.access == "random" or not path.is_dir():
             return open_split(path)
         index = read_index(path)

@@ -81,7 +81,7 @@ def test_only_regular_files_are_opened_and_nobody_waits(tmp_path):
 def test_pipes_in_the_place_of_data_are_a_sentence(tmp_path, name):
     write_tar(tmp_path / "b.tar", sample(0))
     os.mkfifo(tmp_path / name)
-    with pytest.raises(DataError, match="pipe|damaged|format"):
+    with pytest.raises(DataError, match=r"no regular file but a pipe"):
         opened(tmp_path / name if name.endswith("beton") else tmp_path)
 
 
@@ -126,7 +126,7 @@ def png_of(width, height, kind, bits=8):
 
 @pytest.mark.parametrize(("side", "kind", "bits"), [(13000, 6, 8), (13000, 0, 16), (13000, 2, 8), (60000, 0, 1)])
 def test_images_that_would_not_fit_are_refused_by_their_headers(side, kind, bits, bounded):
-    with pytest.raises(UndecodableError, match="it claims"):
+    with pytest.raises(UndecodableError, match=r"it claims|exceeds limit"):
         decode(png_of(side, side, kind, bits))
 
 
@@ -344,4 +344,5 @@ def test_a_packed_index_survives_its_own_rules(tmp_path):
     index_shards(str(root), "*.tar", cache=tmp_path / "cache", checksums=True)
     shutil.copytree(root, tmp_path / "copy")
     assert opened(tmp_path / "copy").fingerprint == opened(root).fingerprint
-    assert files.is_plain_name("a b") and not any(map(files.is_plain_name, ("", ".", "..", "a/b", "/a", 3, "a\0")))
+    assert files.is_plain_name("a b")
+    assert not any(map(files.is_plain_name, ("", ".", "..", "a/b", "/a", 3, "a\0")))
