@@ -150,6 +150,9 @@ class DataConfig(FrozenConfig):
         prefetch: micro batches that the threads, or each worker, prepare ahead.
         max_bad_share: largest share of damaged training samples borne before the run stops; `SPARED` of them
             are borne in any case (see `dataloaders.reading.damage`).
+        skip_bad: leave out what of shards that others made is no whole sample (no image, no label, members that belong
+            to none, empty shards), and say how much; else it is an error.
+        allow_empty_classes: class folders may hold no image that is read; they become no class. Else it is an error.
         bad_validation: what a damaged validation sample does: stop the run, or count with weight 0.
         augment: what is done to training images.
     """
@@ -178,6 +181,8 @@ class DataConfig(FrozenConfig):
     threads: int = pydantic.Field(default=1, ge=0, le=1024)
     prefetch: int = pydantic.Field(default=2, ge=1)
     max_bad_share: float = pydantic.Field(default=1e-3, ge=0.0, le=1.0)
+    skip_bad: bool = False
+    allow_empty_classes: bool = False
     bad_validation: Literal["raise", "zero_weight"] = "raise"
     augment: AugmentConfig = AugmentConfig()
 

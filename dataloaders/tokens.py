@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from dataloaders.config import TokenConfig
 from dataloaders.order.order import Cut, FullOrder, SetPlan, cursor_at, step_of_cursor
 from dataloaders.packing.folders import check_destination, commit_folder, work_folder
 from dataloaders.reading.streams import evaluation_requests, train_requests
+from dataloaders.sources.files import LARGEST_TABLE, is_plain_name, open_regular, parse_json, read_whole
 from dataloaders.sources.index import durable_write, fingerprint_of
 from setformer_dist.core.batch import MicroBatch
 from setformer_dist.core.errors import ConfigError, DataError
@@ -266,7 +268,7 @@ def open_token_split(folder: Path) -> TokenSplit:
     """
     path = folder / TOKENS_NAME
     try:
-        table = json.loads(path.read_bytes())
+        table = parse_json(read_whole(path, LARGEST_TABLE))
         version, said = table["format"], table["fingerprint"]
     except (FileNotFoundError, NotADirectoryError):
         what = "does not exist" if not folder.exists() else f"has no {TOKENS_NAME}, so it is no packed token split"
@@ -274,21 +276,26 @@ def open_token_split(folder: Path) -> TokenSplit:
             f"token folder {folder} {what}: set data.root, or make it with `setformer lra prepare TASK`"
         ) from None
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
+        raise DataError(f"{path} cannot be read ({error.strerror}): {_repair(folder)}") from None
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{path} is damaged: {_repair(folder)}") from None
     if version != TOKENS_FORMAT:
         raise DataError(f"{path} has format {version!r}, this version reads {TOKENS_FORMAT}: {_repair(folder)}")
     if fingerprint_of(table) != said:
         raise DataError(f"{path} does not agree with its own fingerprint, so it was damaged: {_repair(folder)}")
-    for part in table["parts"]:
-        _check_hash(folder / part["name"], part["sha256"])
-    return TokenSplit(folder, table)
+    try:
+        for part in table["parts"]:
+            if not is_plain_name(part["name"]):
+                raise ValueError(f"a part is {part['name']!r}, which is no plain name")
+            _check_hash(folder / part["name"], part["sha256"])
+        return TokenSplit(folder, table)
+    except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+        raise DataError(f"{path} does not describe a token split ({error}): {_repair(folder)}") from None
 
 
 def _check_hash(path: Path, expected: str) -> None:
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): {_repair(path.parent)}") from None

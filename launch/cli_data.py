@@ -51,6 +51,8 @@ Examples:
   setformer data pack photos/train packed/train.beton
 """
 _SPLIT_HELP = "Sub-folder of SOURCE to pack, such as train."
+_SKIP_HELP = "Leave damaged images, and odd members of shards, out and list them, instead of failing."
+_EMPTY_HELP = "Class folders may hold no image that is read; they become no class."
 _RAW_HELP = "For .beton: pixels, shrunk to this longer side; 0 as they are."
 _MIB_HELP = "Most MiB of images in one shard, as SOURCE has them."
 
@@ -85,7 +87,8 @@ def pack(
     length: Annotated[int, typer.Option(min=0, help="For texts: bytes to which they are cut; 0 keeps all.")] = 0,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 packs in this one. Same result.")] = 2,
     strict: Annotated[bool, typer.Option(help="Decode every image, or only look at headers.")] = True,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave damaged images out instead of failing.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help=_SKIP_HELP)] = False,
+    allow_empty_classes: Annotated[bool, typer.Option("--allow-empty-classes", help=_EMPTY_HELP)] = False,
     shuffle: Annotated[int | None, typer.Option(metavar="SEED", help="Mix the samples by this seed.")] = None,
     force: Force = False,
 ) -> None:
@@ -101,6 +104,7 @@ def pack(
         workers=workers,
         strict=strict,
         skip_bad=skip_bad,
+        allow_empty_classes=allow_empty_classes,
         force=force,
         shuffle_seed=shuffle,
         split=split,

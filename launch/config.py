@@ -120,6 +120,8 @@ FREE_KEYS = (
     "data.prefetch",
     "data.max_bad_share",
     "data.bad_validation",
+    "data.skip_bad",
+    "data.allow_empty_classes",
     "eval",
     "checkpoint",
     "restart",

@@ -17,7 +17,8 @@ from dataloaders.packing.images import read_class_map
 from dataloaders.packing.throughput import Throughput
 from dataloaders.packing.throughput import measure as measure_source
 from dataloaders.packing.verify import Verified
-from dataloaders.sources.foreign import index_shards, user_cache
+from dataloaders.sources.foreign import index_shards
+from dataloaders.sources.homes import user_cache
 from dataloaders.sources.remote import is_url, shown_url
 from launch.data_sheet import size_text
 from setformer_dist.core.errors import ConfigError

@@ -2,9 +2,12 @@
 
     header          24 bytes: version, number of fields, page size, number of samples, place of the allocation table
     fields          1041 bytes each: type, name, arguments
-    samples         one record each: mode, width, height and place of the image; the label
-    data            images, none of them across a multiple of the page size
+    samples         one record each: mode, width, height and place of the image; the label; further fields
+    data            images, and what further fields point to; none of it across a multiple of the page size
     allocations     24 bytes each, to the end of the file: sample, place, size
+
+Files with one image and one int field are ours to write. Others' may have more: of several ints the one named `label`
+is the label, and further fields are passed over and named.
 
 All little-endian. FFCV itself checks the version and nothing else: a file whose last 0.01 % is missing gives other
 samples' pictures there. Here every number of the tables is held against the others and against the file's size, for
@@ -24,6 +27,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dataloaders.pixels.decode import MAX_PIXELS
+from dataloaders.sources.files import LARGEST_SAMPLE, open_regular
 from setformer_dist.core.errors import DataError
 
 VERSION = 2
@@ -41,6 +46,22 @@ MIN_PAGE, MAX_PAGE = 1 << 21, 1 << 31  # powers of two below 2^32, as FFCV's wri
 
 _TYPE_NAMES = {0: "float", 1: "int", 2: "image", 3: "bytes", 4: "array", 5: "json", 6: "tensor", 255: "custom"}
 _IMAGE_TYPE, _INT_TYPE = 2, 1
+
+# What a record holds of each type of field, by FFCV's numbers; a field of a type of somebody's own has no known size.
+_POINTER = np.dtype([("place", "<u8"), ("size", "<u8")])
+_RECORD_OF: dict[int, np.dtype[Any]] = {
+    0: np.dtype("<f8"),
+    1: LABEL,
+    2: IMAGE,
+    3: _POINTER,
+    4: np.dtype("<u8"),
+    5: _POINTER,
+    6: np.dtype("<u8"),
+}
+_WITHOUT_DATA = frozenset({0, 1})
+
+# More fields than any file has.
+_MOST_FIELDS = 1024
 
 
 def record_type(image_first: bool = True) -> np.dtype[Any]:
@@ -72,6 +93,7 @@ class BetonTable:
         page_size: bytes.
         file_size: bytes.
         sha256: of header, fields, records and allocations: all of the file but the images.
+        passed: further fields, which are not read: name and type of each, in words.
     """
 
     mode: npt.NDArray[np.uint8]
@@ -83,6 +105,7 @@ class BetonTable:
     page_size: int
     file_size: int
     sha256: str
+    passed: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.label)
@@ -96,7 +119,7 @@ def read_table(path: Path) -> BetonTable:
             cut short, or its tables contradict each other.
     """
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             return _Parser(path, size, file.read(HEADER.itemsize)).table(file)
     except OSError as error:
@@ -123,12 +146,14 @@ class _Parser:
 
     def table(self, file: Any) -> BetonTable:
         records_at = HEADER.itemsize + self._fields * FIELD.itemsize
+        if self._fields > _MOST_FIELDS:
+            raise self.refuse(f"is damaged: its header speaks of {self._fields} fields")
         if records_at > self._size:
             raise self.refuse("is damaged or cut short: it ends within its header")
         fields = file.read(records_at - HEADER.itemsize)
-        record = record_type(self._image_first(np.frombuffer(fields, FIELD)))
+        record, passed, points = self._record(np.frombuffer(fields, FIELD))
         data_at = records_at + self._samples * record.itemsize
-        self._check_frame(data_at)
+        self._check_frame(data_at, points)
         records = file.read(data_at - records_at)
         file.seek(self._allocations)
         allocations = file.read()
@@ -140,33 +165,45 @@ class _Parser:
         place, size = self._places(np.frombuffer(allocations, ALLOCATION), image["place"], data_at)
         mode, height, width = image["mode"].copy(), image["height"].astype(np.int32), image["width"].astype(np.int32)
         self._check_images(mode, height, width, size)
-        return BetonTable(mode, height, width, place, size, label, self._page, self._size, digest.hexdigest())
+        return BetonTable(mode, height, width, place, size, label, self._page, self._size, digest.hexdigest(), passed)
 
-    def _check_frame(self, data_at: int) -> None:
+    def _check_frame(self, data_at: int, points: bool) -> None:
         """Hold the header against the file's size, before anything is allocated by its word."""
         if not self._samples:
             raise self.refuse("has no samples")
         if self._page & (self._page - 1) or not self._page:
             raise self.refuse(f"is damaged: its page size {self._page} is no power of two")
         expected = self._allocations + self._samples * ALLOCATION.itemsize
-        if self._size != expected:
+        more = self._size - expected
+        if more if not points else (more < 0 or more % ALLOCATION.itemsize):
             raise self.refuse(
                 f"has {self._size} bytes, its header speaks of {expected} for {self._samples} samples of an image and "
                 "an int each, so it was cut short, damaged or left unfinished"
             )
         if data_at > self._allocations:
             raise self.refuse("is damaged: its header places tables outside the file")
+        if self._samples > self._allocations - data_at:
+            raise self.refuse(f"is damaged: it has no room for {self._samples} images")
 
-    def _image_first(self, fields: npt.NDArray[Any]) -> bool:
+    def _record(self, fields: npt.NDArray[Any]) -> tuple[np.dtype[Any], tuple[str, ...], bool]:
+        """Return a record's type with `image` and `label`, what else it holds in words, and whether that has data."""
         kinds = fields["type"].tolist()
-        if sorted(kinds) != [_INT_TYPE, _IMAGE_TYPE]:
-            names = [field["name"].tobytes().split(b"\0")[0].decode("ascii", "replace") for field in fields]
-            said = ", ".join(f"{n!r} ({_TYPE_NAMES.get(k, k)})" for n, k in zip(names, kinds, strict=True))
+        names = [field["name"].tobytes().split(b"\0")[0].decode("ascii", "replace") for field in fields]
+        images = [at for at, kind in enumerate(kinds) if kind == _IMAGE_TYPE]
+        ints = [at for at, kind in enumerate(kinds) if kind == _INT_TYPE]
+        labels = ints if len(ints) == 1 else [at for at in ints if names[at] == "label"]
+        said = [f"{name!r} ({_TYPE_NAMES.get(kind, kind)})" for name, kind in zip(names, kinds, strict=True)]
+        if len(images) != 1 or len(labels) != 1 or not set(kinds) <= set(_RECORD_OF):
             raise self.refuse(
-                f"has the fields {said or 'none'}, but one image and one int (its label) are needed",
-                "write it again with these two alone",
+                f"has the fields {', '.join(said) or 'none'}, but one image and one int (its label, or the one named "
+                "'label') are needed, and others only of FFCV's own types",
+                "write it again with these alone",
             )
-        return bool(kinds[0] == _IMAGE_TYPE)
+        ours = {images[0]: "image", labels[0]: "label"}
+        parts = [(ours.get(at, f"further {at}"), _RECORD_OF[kind]) for at, kind in enumerate(kinds)]
+        further = [at for at in range(len(kinds)) if at not in ours]
+        points = any(kinds[at] not in _WITHOUT_DATA for at in further)
+        return np.dtype(parts, align=True), tuple(said[at] for at in further), points
 
     def _places(
         self, allocations: npt.NDArray[Any], stated: npt.NDArray[Any], data_at: int
@@ -175,7 +212,12 @@ class _Parser:
         samples, places, sizes = (np.ascontiguousarray(allocations[name]) for name in ("sample", "place", "size"))
         # As unsigned numbers: a flipped top bit must look large, not negative.
         count, end = np.uint64(self._samples), np.uint64(self._allocations)
-        if (samples >= count).any() or (np.bincount(samples.astype(np.int64), minlength=self._samples) != 1).any():
+        if (samples >= count).any():
+            raise self.refuse("is damaged: its allocation table names samples that there are not")
+        if len(samples) > self._samples:  # further fields have data too: those of the images are where records say
+            of_image = places == np.ascontiguousarray(stated)[samples]
+            samples, places, sizes = samples[of_image], places[of_image], sizes[of_image]
+        if (np.bincount(samples.astype(np.int64), minlength=self._samples) != 1).any():
             raise self.refuse("is damaged: its allocation table does not name each sample once")
         outside = (places < np.uint64(data_at)) | (places > end) | (sizes > end) | (sizes == 0)
         outside |= places + sizes > end  # cannot overflow where the line above is false
@@ -203,6 +245,8 @@ class _Parser:
         self._refuse_first(mode > RAW, numbers, "is stored in a mode that is neither JPEG nor raw")
         self._refuse_first((height == 0) | (width == 0), numbers, "has no pixels")
         pixels = height.astype(np.int64) * width * 3
+        self._refuse_first((mode == RAW) & (pixels > 3 * MAX_PIXELS), numbers, f"claims more than {MAX_PIXELS} pixels")
+        self._refuse_first(size > LARGEST_SAMPLE, numbers, "has more bytes than any image")
         self._refuse_first((mode == RAW) & (size != pixels), numbers, "has not as many bytes as its height and width")
 
     def _refuse_first(self, wrong: npt.NDArray[np.bool_], samples: npt.NDArray[Any], what: str) -> None:

@@ -9,6 +9,7 @@ when the storage fails or the file shrinks.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -25,10 +26,13 @@ from dataloaders.beton.sidecar import Sidecar, checksum, read_sidecar, sidecar_p
 from dataloaders.beton.writer import BetonSample, write_beton
 from dataloaders.pixels.decode import UndecodableError, image_size
 from dataloaders.source import DamagedSampleError, Stored
+from dataloaders.sources.files import open_regular
 from dataloaders.sources.index import fingerprint_of
 from setformer_dist.core.errors import DataError
 
 __all__ = ["BetonDataset", "BetonSample", "index_beton", "open_beton", "write_beton"]
+
+_log = logging.getLogger(__name__)
 
 # Waits in seconds before each further try of a read that failed (network storage hiccups), about 8 s in all.
 _RETRY_WAITS = (0.1, 0.5, 2.0, 5.0)
@@ -195,7 +199,7 @@ class BetonDataset:
         if self._file < 0:
             with self._lock:
                 if self._file < 0:
-                    self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+                    self._file = open_regular(self.path)
         return self._file
 
     def close(self) -> None:
@@ -232,6 +236,8 @@ def open_beton(path: Path, classes: tuple[str, ...] | None = None) -> BetonDatas
     """
     path = Path(path)
     table = read_table(path)
+    if table.passed:
+        _log.warning("%s: passed over the fields %s", path, ", ".join(table.passed))
     sidecar = read_sidecar(sidecar_path(path), table)
     if sidecar is not None and classes not in (None, sidecar.classes):
         raise DataError(

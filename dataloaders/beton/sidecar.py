@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ import safetensors
 import safetensors.numpy
 
 from dataloaders.beton.format import BetonTable
+from dataloaders.sources.files import open_regular, parse_json
 from dataloaders.sources.index import durable_write, fingerprint_of
 from setformer_dist.core.errors import DataError
 
@@ -33,6 +35,14 @@ FORMAT = 1
 SUFFIX = ".index.safetensors"
 _ENTRY = "beton-index"
 _REPAIR = "make it anew with `setformer data index`"
+
+
+# Bytes of the longest key.
+_WIDEST = 1 << 12
+
+
+class _OfAnotherError(Exception):
+    """A sidecar's arrays are not of so many samples."""
 
 
 @dataclass(frozen=True)
@@ -106,24 +116,25 @@ def read_sidecar(path: Path, table: BetonTable) -> Sidecar | None:
     if not path.exists():
         return None
     try:
+        os.close(open_regular(path))
         with safetensors.safe_open(path, "numpy") as file:
-            said: dict[str, Any] = json.loads((file.metadata() or {})[_ENTRY])
+            said: dict[str, Any] = parse_json((file.metadata() or {})[_ENTRY].encode())
+            rows, width = file.get_slice("key").get_shape()
+            if file.get_slice("check").get_shape() != [len(table)] or rows != len(table) or width > _WIDEST:
+                raise _OfAnotherError
             arrays = {name: file.get_tensor(name) for name in ("check", "key")}
         sound = fingerprint_of(said) == said["fingerprint"] and _digest(arrays) == said["arrays"]
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-        safetensors.SafetensorError,
-    ) as error:
-        raise DataError(f"data index {path} cannot be read ({error}): {_REPAIR}") from None
+    except _OfAnotherError:
+        raise DataError(f"data index {path} is of another .beton file than the one beside it: {_REPAIR}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"data index {path} cannot be read ({why}): {_REPAIR}") from None
     if not sound:
         raise DataError(f"data index {path} does not agree with its own digests, so it was damaged: {_REPAIR}")
     if said["format"] != FORMAT:
         raise DataError(f"data index {path} has format {said['format']}, this version reads {FORMAT}: {_REPAIR}")
-    if said["tables"] != table.sha256 or said["size"] != table.file_size or len(arrays["check"]) != len(table):
+    if not isinstance(said["classes"], list) or not all(isinstance(name, str) for name in said["classes"]):
+        raise DataError(f"data index {path} has no list of class names: {_REPAIR}")
+    if said["tables"] != table.sha256 or said["size"] != table.file_size:
         raise DataError(f"data index {path} is of another .beton file than the one beside it: {_REPAIR}")
     return Sidecar(tuple(said["classes"]), arrays["check"], arrays["key"], said["fingerprint"])

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from dataloaders.packing.images import LabelledImage, find_images
+from dataloaders.packing.images import LabelledImage, find_images, read_stretch
 from dataloaders.pixels.decode import UndecodableError, decode
 from dataloaders.tokens import TokenSample
 from setformer_dist.core.errors import DataError
@@ -66,11 +66,8 @@ class GreyImages:
 
     def _grey(self, image: LabelledImage) -> npt.NDArray[np.uint8]:
         stretch, side = image.stretch, self._side
-        with Path(stretch.file).open("rb") as file:
-            file.seek(stretch.offset)
-            data = file.read(stretch.size)
         try:
-            pixels = decode(data)
+            pixels = decode(read_stretch(stretch))
         except UndecodableError as error:
             raise DataError(f"image {stretch.name}: {error}") from None
         height, width, _ = pixels.shape

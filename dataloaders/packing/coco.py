@@ -15,6 +15,9 @@ from typing import Any
 from dataloaders.packing.images import Stretch, check_class_names, read_stretch
 from setformer_dist.core.errors import DataError
 
+# Bytes of an annotation file; COCO's own has 0.45 GB. The user names it, and it takes some 8 times its size.
+_LARGEST = 1 << 32
+
 
 @dataclass(frozen=True)
 class CocoBoxes:
@@ -42,7 +45,7 @@ def read_coco(file: Stretch, class_map: tuple[tuple[str, ...], object] | None) -
         DataError: it cannot be read, is of another format, or names a class that the class map lacks.
     """
     try:
-        table = json.loads(read_stretch(file))
+        table = json.loads(read_stretch(file, _LARGEST))
         names = {row["id"]: str(row["name"]) for row in sorted(table["categories"], key=lambda row: row["id"])}
         images = {row["id"]: str(row["file_name"]) for row in table["images"]}
         rows: dict[str, list[list[float]]] = {name: [] for name in images.values()}

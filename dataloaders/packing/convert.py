@@ -98,7 +98,7 @@ def pack_beton(
             result = _write_beton(found.origin, destination, options, raw, on_start, on_progress)
         finally:
             found.origin.close()
-    return BetonResult(result.samples, result.classes, result.rejected, found.notes)
+    return BetonResult(result.samples, result.classes, [*found.left_out, *result.rejected], found.notes)
 
 
 def _check_destination(destination: Path, force: bool) -> None:

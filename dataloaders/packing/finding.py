@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -30,10 +30,15 @@ from dataloaders.packing.images import (
 )
 from dataloaders.packing.origins import FileOrigin, Origin, SourceOrigin
 from dataloaders.source import Source
-from dataloaders.sources.foreign import user_cache
-from dataloaders.sources.index import IMAGE_SUFFIXES, INDEX_NAME, read_table
+from dataloaders.sources.classes import check_numbers_in_place
+from dataloaders.sources.homes import user_cache
+from dataloaders.sources.index import INDEX_NAME, read_table
+from dataloaders.sources.kinds import kind_of
 from dataloaders.sources.opening import open_source
+from dataloaders.sources.passed import Passed
 from dataloaders.sources.remote import is_url
+from dataloaders.sources.scanning import left_out_of
+from dataloaders.sources.shards import ShardDataset
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.seeding import Purpose, generator
 
@@ -51,6 +56,8 @@ class Wanted:
         classes_file: class map to use.
         classes_from: packed split whose class map to use.
         shuffle_seed: mix the samples by this seed; None keeps their order.
+        skip_bad: leave out what of shards of others is no whole sample.
+        allow_empty: class folders may hold no image.
     """
 
     split: str | None = None
@@ -59,6 +66,8 @@ class Wanted:
     classes_file: Path | None = None
     classes_from: Path | None = None
     shuffle_seed: int | None = None
+    skip_bad: bool = False
+    allow_empty: bool = False
 
     def class_map(self) -> tuple[tuple[str, ...], object] | None:
         """Return the class map that was asked for, and where it is from."""
@@ -71,10 +80,11 @@ class Wanted:
 
 @dataclass(frozen=True)
 class FoundOrigin:
-    """Samples to be packed, and what was chosen or passed over."""
+    """Samples to be packed, what was chosen or passed over, and what was left out of them (name, reason)."""
 
     origin: Origin
     notes: list[str]
+    left_out: list[tuple[str, str]] = field(default_factory=list)
 
 
 def find_origin(source: Path | str, wanted: Wanted, scratch: Path) -> FoundOrigin:
@@ -108,20 +118,7 @@ def is_container(source: Path | str) -> bool:
         return True
     if not path.exists():
         return "::" in text or any(sign in text for sign in "*{[")
-    return (path / INDEX_NAME).is_file() or (path.is_dir() and _is_shard_folder(path))
-
-
-def _is_shard_folder(folder: Path) -> bool:
-    """Return whether there are tars and nothing else that could be images."""
-    tars = False
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir() or PurePosixPath(entry.name).suffix.lower() in IMAGE_SUFFIXES:
-                return False
-            tars |= entry.name.endswith(".tar")
-    return tars
+    return (path / INDEX_NAME).is_file() or (path.is_dir() and kind_of(path)[0] == "shards")
 
 
 def parted(path: Path | str) -> tuple[str, str]:
@@ -130,8 +127,12 @@ def parted(path: Path | str) -> tuple[str, str]:
     return root or ("/" if os.fspath(path).startswith("/") else "."), name
 
 
-def open_container(path: Path | str) -> Source:
+def open_container(path: Path | str, skip_bad: bool = False) -> Source:
     """Open data by its path, pattern or URL, as training would; copies of .beton files go to the user's cache folder.
+
+    Args:
+        path: of the data.
+        skip_bad: as `DataConfig.skip_bad`.
 
     Raises:
         DataError: there is none, or it is damaged.
@@ -139,25 +140,28 @@ def open_container(path: Path | str) -> Source:
     root, name = parted(path)
     is_copied = is_url(root) and name.partition("?")[0].endswith(".beton")
     cache = str(user_cache()) if is_copied else ""
-    return open_source(root, name, DataConfig(root=root, train=name, val=name, cache=cache))
+    return open_source(root, name, DataConfig(root=root, train=name, val=name, cache=cache, skip_bad=skip_bad))
 
 
 def _container(source: Path | str, wanted: Wanted) -> FoundOrigin:
     for option, given in (("--split", wanted.split), ("--masks", wanted.masks), ("--coco", wanted.coco)):
         if given:
             raise ConfigError(f"{option} does not go with {source}, which holds samples and not files")
-    container = open_container(source)
+    container = open_container(source, wanted.skip_bad)
     classes = wanted.class_map()
     renumber = None
     if classes is not None:
         check_class_names(container.classes, *classes)
         renumber = np.array([classes[0].index(name) for name in container.classes], np.int64)
     order = _order(container.num_samples, wanted)
-    return FoundOrigin(SourceOrigin(container, order, classes[0] if classes else container.classes, renumber), [])
+    origin = SourceOrigin(container, order, classes[0] if classes else container.classes, renumber)
+    left_out = left_out_of(container.index) if isinstance(container, ShardDataset) else []
+    return FoundOrigin(origin, [], left_out)
 
 
 def _class_folders(source: Path, wanted: Wanted, scratch: Path) -> FoundOrigin:
-    listing, tree = _Listing(source, scratch), Tree(source)
+    tree = Tree(source)
+    listing = _Listing(source, scratch, tree.passed)
     listing.catalog.add_found(file for file in listing.files() if tree.add(file.name))
     depth = tree.class_depth(wanted.split)
     seen: dict[str, int] = {}  # class name -> number, as they come
@@ -167,16 +171,21 @@ def _class_folders(source: Path, wanted: Wanted, scratch: Path) -> FoundOrigin:
         if (name := tree.class_of(image.name, depth, wanted.split)) is not None
     )
     notes = tree.closing_notes(listing.catalog.num_files())
+    tree.check_classes(seen, depth, wanted.split, wanted.allow_empty)
     classes = tuple(sorted(seen))
     if (given := wanted.class_map()) is not None:
         check_class_names(seen, *given)
         classes = given[0]
+    else:
+        check_numbers_in_place(classes, f"source {source}: the order of its class folders")
     label_of = {name: label for label, name in enumerate(classes)}
-    return FoundOrigin(listing.settled(classes, frozenset(), wanted, [label_of[name] for name in seen]), notes)
+    settled = listing.settled(classes, frozenset(), wanted, [label_of[name] for name in seen])
+    return FoundOrigin(settled, [*notes, *_said(tree.passed)])
 
 
 def _with_masks(source: Path, wanted: Wanted, scratch: Path) -> FoundOrigin:
-    listing, tree, masks = _Listing(source, scratch), Tree(source), str(wanted.masks)
+    tree, masks = Tree(source), str(wanted.masks)
+    listing = _Listing(source, scratch, tree.passed)
     splits: set[str] = set()
 
     def is_wanted(name: str) -> bool:
@@ -203,7 +212,12 @@ def _with_masks(source: Path, wanted: Wanted, scratch: Path) -> FoundOrigin:
     _check_partners(catalog, source, "mask")
     notes = _unpaired(catalog.without_image("masks"), "masks have no image")
     given = wanted.class_map()
-    return FoundOrigin(listing.settled(given[0] if given else (), frozenset({"mask"}), wanted), notes)
+    settled = listing.settled(given[0] if given else (), frozenset({"mask"}), wanted)
+    return FoundOrigin(settled, [*notes, *_said(tree.passed)])
+
+
+def _said(passed: Passed) -> list[str]:
+    return [f"passed over: {line}"] if (line := passed.line()) else []
 
 
 def _without_suffix(name: str) -> str:
@@ -220,7 +234,8 @@ def _mask_stem(name: str, masks: str) -> str | None:
 
 
 def _with_boxes(source: Path, wanted: Wanted, scratch: Path) -> FoundOrigin:
-    listing, tree = _Listing(source, scratch), Tree(source)
+    tree = Tree(source)
+    listing = _Listing(source, scratch, tree.passed)
     annotations: list[Stretch] = []
 
     def is_wanted(file: Stretch) -> bool:
@@ -240,7 +255,8 @@ def _with_boxes(source: Path, wanted: Wanted, scratch: Path) -> FoundOrigin:
     _check_partners(catalog, source, "boxes")
     notes = [*coco.notes, *_unpaired(catalog.without_image("boxes"), "images of the annotations are not in the source")]
     if passed_over := catalog.num_found() - catalog.num_files():
-        notes.append(f"{passed_over} images that the annotations do not name were passed over")
+        tree.passed.others["images that the annotations do not name"] = passed_over
+    notes += _said(tree.passed)
     return FoundOrigin(listing.settled(coco.classes, frozenset({"boxes"}), wanted), notes)
 
 
@@ -268,15 +284,16 @@ def _unpaired(names: list[str], what: str) -> list[str]:
 class _Listing:
     """The files of a source on their way into a catalog: kept on disk, as there may be many."""
 
-    def __init__(self, source: Path, scratch: Path) -> None:
+    def __init__(self, source: Path, scratch: Path, passed: Passed) -> None:
         self._source = source
+        self._passed = passed
         self._plain = plain_source(source, scratch)
         self._table = scratch / "catalog.sqlite"
         self.catalog = Catalog(self._table, self._plain, new=True)
 
     def files(self) -> Iterator[Stretch]:
         """Yield every visible file of the source."""
-        return list_files(self._source, self._plain)
+        return list_files(self._source, self._plain, self._passed)
 
     def settled(
         self, classes: tuple[str, ...], parts: frozenset[str], wanted: Wanted, labels: list[int] | None = None

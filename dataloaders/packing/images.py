@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import json
 import lzma
 import os
 import shutil
-import stat
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import IO, NoReturn
+from typing import IO
 
-from dataloaders.sources.index import IMAGE_SUFFIXES
+from dataloaders.pixels.formats import suffixes_read
+from dataloaders.sources.classes import LARGEST_CLASS_FILE, parse_class_map
+from dataloaders.sources.files import LARGEST_SAMPLE, check_size, open_regular, read_whole, walk
+from dataloaders.sources.passed import Passed, is_ignored, is_image, is_visible
 from setformer_dist.core.errors import DataError
 
 # Folder names that are splits by custom: several of them side by side are no classes.
@@ -72,9 +73,16 @@ class Found:
 
     images: list[LabelledImage]
     notes: list[str]
+    passed: Passed = field(default_factory=Passed)
 
 
-def find_images(source: Path, split: str | None, scratch: Path, on_file: Callable[[], None] = lambda: None) -> Found:
+def find_images(
+    source: Path,
+    split: str | None,
+    scratch: Path,
+    on_file: Callable[[], None] = lambda: None,
+    allow_empty: bool = False,
+) -> Found:
     """Find the images of an ImageFolder that is small enough to be listed in memory.
 
     Args:
@@ -82,12 +90,14 @@ def find_images(source: Path, split: str | None, scratch: Path, on_file: Callabl
         split: take the sub-folder of this name; None takes all, descending into lone enclosing folders.
         scratch: existing folder for an unpacked tar.
         on_file: called for each file that is found, and each image that is sorted.
+        allow_empty: class folders may hold no image that is read; they are left out of the classes.
 
     Raises:
-        DataError: there is no such source, split or image, or the source holds several splits and none is named.
+        DataError: there is no such source, split or image, the source holds several splits and none is named, or a
+            class folder holds no image that is read.
     """
     tree, images = Tree(source), []
-    for stretch in list_files(source, plain_source(source, scratch)):
+    for stretch in list_files(source, plain_source(source, scratch), tree.passed):
         on_file()
         if tree.add(stretch.name):
             images.append(stretch)
@@ -97,7 +107,9 @@ def find_images(source: Path, split: str | None, scratch: Path, on_file: Callabl
         on_file()
         if (class_name := tree.class_of(image.name, depth, split)) is not None:
             labelled.append(LabelledImage(image, class_name))
-    return Found(labelled, tree.closing_notes(len(labelled)))
+    notes = tree.closing_notes(len(labelled))
+    tree.check_classes({image.class_name for image in labelled}, depth, split, allow_empty)
+    return Found(labelled, notes, tree.passed)
 
 
 @dataclass
@@ -106,11 +118,13 @@ class Tree:
 
     Attributes:
         source: for messages.
-        notes: what was chosen or passed over.
+        notes: what was chosen.
+        passed: what was passed over.
     """
 
     source: Path
     notes: list[str] = field(default_factory=list)
+    passed: Passed = field(default_factory=Passed)
     _levels: list[dict[str, bool]] = field(default_factory=list)  # names of folders, and whether class folders follow
     _example: tuple[str, ...] = ()
     _files: int = 0
@@ -121,11 +135,11 @@ class Tree:
     def add(self, name: str) -> bool:
         """Take note of a file; return whether its name is an image's."""
         self._files += 1
-        path = PurePosixPath(name)
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
+        if not is_image(name):
+            self.passed.not_read(name)
             return False
         self._images += 1
-        parts = path.parts
+        parts = PurePosixPath(name).parts
         self._example = self._example or parts
         self._shortest = min(self._shortest, len(parts))
         for depth, folder in enumerate(parts[:-1]):
@@ -143,8 +157,6 @@ class Tree:
             DataError: there are no images, or no such split, or several splits and none is named.
         """
         self.check_images()
-        if self._images < self._files:
-            self.notes.append(f"{self._files - self._images} files that are no images were passed over")
         if split is not None:
             return self._below_split(split)
         depth = 0
@@ -168,7 +180,8 @@ class Tree:
         """Refuse a source without images."""
         if not self._images:
             raise DataError(
-                f"source {self.source} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}) among {self._files} files"
+                f"source {self.source} holds no images ({suffixes_read()}) among {self._files} files"
+                + (f"; passed over were {line}" if (line := self.passed.line()) else "")
             )
 
     def _below_split(self, split: str) -> int:
@@ -203,8 +216,42 @@ class Tree:
                 "<class>/image.jpg, or name its boxes with --coco or its masks with --masks"
             )
         if self._loose:
-            self.notes.append(f"{self._loose} images outside class folders were passed over")
+            self.passed.others["images outside class folders"] = self._loose
         return self.notes
+
+    def check_classes(self, classes: Collection[str], depth: int, split: str | None, allow: bool) -> None:
+        """Refuse class folders that hold nothing that is read: their classes would vanish in silence.
+
+        Args:
+            classes: those with images.
+            depth: folders above the class folders.
+            split: the split that is taken.
+            allow: count them instead.
+
+        Raises:
+            DataError: naming them, and what they hold.
+        """
+        empty: dict[str, set[str]] = {}
+        above = self._example[:depth]
+        for folder, suffixes in self.passed.folders.items():
+            parts = PurePosixPath(folder).parts
+            if len(parts) <= depth or parts[depth] in classes:
+                continue
+            if parts[depth - 1] == split if split is not None and depth else parts[:depth] == above:
+                empty.setdefault(parts[depth], set()).update(suffixes)
+        if not empty:
+            return
+        self.passed.others["class folders without images"] = len(empty)
+        if allow:
+            return
+        first, held = min(empty.items())
+        what = f"only {', '.join(sorted(held))}" if held else "nothing"
+        more = f", and so do {len(empty) - 1} more" if len(empty) > 1 else ""
+        raise DataError(
+            f"class folder {first!r} of {self.source} holds {what}, no image that is read ({suffixes_read()}){more}: "
+            "its class would be missing; convert or remove it, or allow it (data.allow_empty_classes = true, or "
+            "--allow-empty-classes)"
+        )
 
     def _names(self, depth: int) -> str:
         names = sorted(self._levels[depth]) if self._levels else ["no folders"]
@@ -231,36 +278,37 @@ def plain_source(source: Path, scratch: Path) -> Path:
         raise DataError(f"source {source} is not a whole tar of images ({error}): fetch it again") from None
 
 
-def list_files(source: Path, plain: Path) -> Iterator[Stretch]:
+def list_files(source: Path, plain: Path, passed: Passed) -> Iterator[Stretch]:
     """Yield every visible file of a source, in no particular order.
 
     Args:
         source: as the user named it.
         plain: what `plain_source` made of it.
+        passed: counts what is not yielded.
 
     Raises:
         DataError: it cannot be read whole.
     """
     if plain.is_dir():
-        yield from _in_directory(plain)
+        yield from _in_directory(plain, passed)
         return
     try:
-        yield from _in_tar(plain, source.stat().st_mtime_ns)
+        yield from _in_tar(plain, source.stat().st_mtime_ns, passed)
     except (tarfile.TarError, EOFError) as error:
         raise DataError(f"source {source} is not a whole tar of images ({error}): fetch it again") from None
 
 
-def _in_tar(path: Path, stamp: int) -> Iterator[Stretch]:
+def _in_tar(path: Path, stamp: int, passed: Passed) -> Iterator[Stretch]:
     links: dict[str, list[str]] = {}  # a hard link is a file that the tar holds once, under the first of its names
     for member in _members(path):
         if member.isfile():
-            yield from _visible(path, member, member.name, stamp)
+            yield from _visible(path, member, member.name, stamp, passed)
         elif member.islnk():
             links.setdefault(member.linkname, []).append(member.name)
     if links:
         for member in _members(path):
             for name in links.get(member.name, ()) if member.isfile() else ():
-                yield from _visible(path, member, name, stamp)
+                yield from _visible(path, member, name, stamp, passed)
 
 
 def _members(path: Path) -> Iterator[tarfile.TarInfo]:
@@ -270,42 +318,64 @@ def _members(path: Path) -> Iterator[tarfile.TarInfo]:
             yield member
 
 
-def _visible(path: Path, member: tarfile.TarInfo, name: str, stamp: int) -> Iterator[Stretch]:
-    if _is_visible(name):
+def _visible(path: Path, member: tarfile.TarInfo, name: str, stamp: int, passed: Passed) -> Iterator[Stretch]:
+    if not is_visible(name):
+        passed.ignore(next(part for part in name.split("/") if part not in ("", ".") and is_ignored(part)))
+    else:
         plain = PurePosixPath(name.removeprefix("./")).as_posix()
         yield Stretch(str(path), member.offset_data, member.size, plain, stamp)
 
 
-def _in_directory(source: Path) -> Iterator[Stretch]:
-    top = str(source)
-    for folder, folders, names in os.walk(top, followlinks=True, onerror=_refuse):
-        folders[:] = sorted(name for name in folders if _is_visible(name))
-        inside = "" if folder == top else PurePosixPath(os.path.relpath(folder, top)).as_posix() + "/"
-        for name in names:
-            if not _is_visible(name):
+def _in_directory(source: Path, passed: Passed) -> Iterator[Stretch]:
+    for name, entry in files_below(source, passed):
+        try:
+            facts = entry.stat()
+        except OSError as error:
+            raise _unreadable(entry, error) from None
+        yield Stretch(entry.path, 0, facts.st_size, name, facts.st_mtime_ns)
+
+
+def files_below(
+    source: Path, passed: Passed, on_folder: Callable[[str], None] = lambda inside: None
+) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Yield (path within the source, entry) of every visible file of a directory, without looking at most of them.
+
+    Args:
+        source: the directory.
+        passed: counts what is not yielded.
+        on_folder: told each visible folder's path within the source, "" for the source itself.
+
+    Raises:
+        DataError: a folder or a link cannot be read.
+    """
+    for inside, folders, others in walk(str(source)):
+        on_folder(inside)
+        for entry in (*folders, *others):
+            if is_ignored(entry.name):
+                passed.ignore(entry.name)
+        folders[:] = [entry for entry in folders if not is_ignored(entry.name)]
+        for folder in folders:
+            passed.hold(f"{inside}/{folder.name}" if inside else folder.name)
+        for entry in others:
+            if is_ignored(entry.name):
                 continue
-            path = os.path.join(folder, name)  # noqa: PTH118  (a million times)
             try:
-                facts = os.stat(path)  # noqa: PTH116
+                is_file = entry.is_file() or not entry.stat()  # which says what is wrong with a link
             except OSError as error:
-                _refuse(error)
-            if stat.S_ISREG(facts.st_mode):
-                yield Stretch(path, 0, facts.st_size, inside + name, facts.st_mtime_ns)
+                raise _unreadable(entry, error) from None
+            if is_file:
+                yield f"{inside}/{entry.name}" if inside else entry.name, entry
+            else:
+                passed.odd[Path(entry.name).suffix or entry.name] += 1
 
 
-def _refuse(error: OSError) -> NoReturn:
-    """Stop at what cannot be read: os.walk would pass over it in silence, and images would be missing."""
-    raise DataError(f"{error.filename} in the source cannot be read ({error.strerror}): repair or remove it")
-
-
-def _is_visible(name: str) -> bool:
-    """Return whether no part of a path is hidden; macOS puts `._image.jpg` beside each image in its archives."""
-    return not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/") if part != ".")
+def _unreadable(entry: os.DirEntry[str], error: OSError) -> DataError:
+    return DataError(f"{entry.path} in the source cannot be read ({error.strerror}): repair or remove it")
 
 
 def _plain_tar(source: Path, scratch: Path) -> Path:
     """Return a tar that can be read at any offset: the source itself, or its contents unpacked."""
-    with source.open("rb") as file:
+    with os.fdopen(open_regular(source), "rb") as file:
         start = file.read(6)
     if start[:2] == b"\x1f\x8b":
         return _unpacked(gzip.open(source, "rb"), scratch)
@@ -323,18 +393,21 @@ def _unpacked(packed: IO[bytes] | gzip.GzipFile, scratch: Path) -> Path:
     return plain
 
 
-def read_stretch(stretch: Stretch) -> bytes:
+def read_stretch(stretch: Stretch, limit: int = LARGEST_SAMPLE) -> bytes:
     """Return a file's bytes.
 
     Raises:
-        DataError: it cannot be read, or is shorter than when it was found.
+        DataError: it cannot be read, is larger than the limit, or shorter than when it was found.
     """
     try:
-        with open(stretch.file, "rb") as file:  # noqa: PTH123  (a million times)
+        check_size(stretch.size, limit, stretch.file)
+        with os.fdopen(open_regular(stretch.file), "rb", buffering=0) as file:
             file.seek(stretch.offset)
             data = file.read(stretch.size)
     except OSError as error:
-        raise DataError(f"{stretch.name} in the source cannot be read: {error}") from None
+        raise DataError(
+            f"{stretch.name} in the source cannot be read ({error.strerror}): repair or remove it"
+        ) from None
     if len(data) != stretch.size:
         raise DataError(
             f"{stretch.name} in the source has {len(data)} bytes, {stretch.size} when it was found: pack again"
@@ -357,32 +430,13 @@ def check_class_names(names: Iterable[str], classes: tuple[str, ...], origin: ob
 
 
 def read_class_map(path: Path) -> tuple[str, ...]:
-    """Read class names in label order: a JSON list, or one name per line.
+    """Read class names in label order, as `dataloaders.sources.classes` does.
 
     Raises:
         DataError: no such file, no names, or a name twice.
     """
     try:
-        data = path.read_bytes()
+        data = read_whole(path, LARGEST_CLASS_FILE)
     except OSError as error:
-        raise DataError(f"class map {path} cannot be read: {error}") from None
+        raise DataError(f"class map {path} cannot be read: {error.strerror}") from None
     return parse_class_map(data, str(path))
-
-
-def parse_class_map(data: bytes, shown: str) -> tuple[str, ...]:
-    """Return the class names that a file's bytes hold; `shown` names it in messages. Raises as `read_class_map`."""
-    try:
-        text = data.decode()
-        names = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"class map {shown} cannot be read: {error}") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"class map {shown} is not a JSON list: {error}") from None
-    if not text.lstrip().startswith("["):
-        names = [line.strip() for line in names if line.strip()]
-    if not names or not all(isinstance(name, str) for name in names):
-        raise DataError(f"class map {shown} must hold class names, one per line or as a JSON list of strings")
-    double = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-    if double:
-        raise DataError(f"class map {shown} names {double[0]!r} twice: each line is one label")
-    return tuple(names)

@@ -20,7 +20,8 @@ import PIL.Image
 import PIL.ImageDraw
 
 from dataloaders.packing.intake import VOID
-from dataloaders.pixels.decode import FORMATS, MASK_FORMATS, UndecodableError, decode, is_jpeg
+from dataloaders.pixels.decode import MASK_FORMATS, UndecodableError, decode, is_jpeg
+from dataloaders.pixels.formats import FORMATS
 from dataloaders.source import Boxes, DamagedSampleError, Source, Stored
 from dataloaders.sources.scanning import shared_keys
 from dataloaders.sources.shards import ShardDataset

@@ -25,7 +25,8 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F  # as torchvision's own docs name it
 
-from dataloaders.pixels.decode import FORMATS, UndecodableError, decode, image_size, is_jpeg
+from dataloaders.pixels.decode import UndecodableError, decode, image_size, is_jpeg, refuse_large
+from dataloaders.pixels.formats import FORMATS
 from dataloaders.source import Boxes, Stored
 
 VOID = 255
@@ -202,7 +203,10 @@ def _mask_values(data: bytes) -> tuple[str, npt.NDArray[np.uint8]]:
     """Return a mask file's mode and its (H, W) values."""
     try:
         with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            refuse_large(image)
             mode, values = image.mode, np.asarray(image)
+    except UndecodableError:
+        raise
     except Exception as error:  # noqa: BLE001  (PIL's plugins raise nearly anything on damaged bytes)
         raise UndecodableError(f"its mask is not a whole image: {error}") from None
     if values.ndim != 2:

@@ -45,7 +45,7 @@ import numpy.typing as npt
 import safetensors
 import safetensors.numpy
 
-from dataloaders.packing.finding import Wanted, find_origin
+from dataloaders.packing.finding import FoundOrigin, Wanted, find_origin
 from dataloaders.packing.folders import check_destination, commit_folder, work_folder, work_name
 from dataloaders.packing.intake import Intake, Taken, encode_boxes, take_in
 from dataloaders.packing.origins import Origin, Raw
@@ -89,7 +89,9 @@ class PackOptions:
             them, before any shrinking.
         workers: processes; 0 packs in this one. Does not change the result.
         strict: decode every image; else only headers are read.
-        skip_bad: leave damaged images out and list them, instead of failing.
+        skip_bad: leave damaged images out and list them, instead of failing; of shards of others also what is no
+            whole sample.
+        allow_empty_classes: class folders may hold no image that is read; they become no class.
         force: replace a packed split at the destination.
         shuffle_seed: mix the samples by this seed before packing; None keeps them sorted by path.
         split: sub-folder of the source to take.
@@ -110,6 +112,7 @@ class PackOptions:
     workers: int = 0
     strict: bool = True
     skip_bad: bool = False
+    allow_empty_classes: bool = False
     force: bool = False
     shuffle_seed: int | None = None
     split: str | None = None
@@ -135,7 +138,16 @@ class PackOptions:
 
     def wanted(self) -> Wanted:
         """Return what is taken of the source."""
-        return Wanted(self.split, self.masks, self.coco, self.classes_file, self.classes_from, self.shuffle_seed)
+        return Wanted(
+            self.split,
+            self.masks,
+            self.coco,
+            self.classes_file,
+            self.classes_from,
+            self.shuffle_seed,
+            self.skip_bad,
+            self.allow_empty_classes,
+        )
 
     def intake(self, classes: int) -> Intake:
         """Return how samples are taken in."""
@@ -213,7 +225,7 @@ def pack_image_folder(
         scratch.mkdir()
         found = find_origin(source, options.wanted(), scratch)
         try:
-            return _pack(found.origin, found.notes, work, destination, options, on_start, on_progress)
+            return _pack(found, work, destination, options, on_start, on_progress)
         finally:
             found.origin.close()
 
@@ -229,7 +241,7 @@ def pack_origin(
     destination = Path(os.path.abspath(destination))  # noqa: PTH100
     check_destination(destination, options.force, _is_ours)
     with work_folder(destination, keep=_is_work) as work, explained(destination):
-        return _pack(origin, [], work, destination, options, on_start, on_progress)
+        return _pack(FoundOrigin(origin, []), work, destination, options, on_start, on_progress)
 
 
 def unfinished(destination: Path) -> str:
@@ -242,26 +254,27 @@ def unfinished(destination: Path) -> str:
 
 
 def _pack(
-    origin: Origin,
-    notes: list[str],
+    found: FoundOrigin,
     work: Path,
     destination: Path,
     options: PackOptions,
     on_start: Callable[[int], None],
     on_progress: Callable[[int], None],
 ) -> PackResult:
+    origin = found.origin
     before = len(list(work.glob("shard-*.rows")))
     plans = _plan(origin, work, options)
     on_start(origin.num_samples)
     shards = _write_shards(origin, plans, options, on_progress)
     rejected = [reject for shard in shards for reject in shard.rejected]
     check_rejects(rejected, options, origin.num_samples)
+    rejected = [*found.left_out, *rejected]
     shutil.rmtree(work / _SCRATCH, ignore_errors=True)
     shutil.rmtree(plans[0].aside)
     index = _write_index(work, origin, plans, shards, rejected, options)
     _tidy(work, {plan.path.name for plan in plans})
     commit_folder(work, destination)
-    return PackResult(index, rejected, [*notes, *_notes(index, shards, before)])
+    return PackResult(index, rejected, [*found.notes, *_notes(index, shards, before)])
 
 
 @contextmanager
@@ -425,8 +438,7 @@ class _Rows:
         try:
             taken = take_in(sample.stored, how)
         except UndecodableError as error:
-            # PIL names the buffer it read by its address; the same packing must say the same.
-            self.rejected.append((sample.name, re.sub(r" <_io\.\w+ object at \w+>", "", str(error))))
+            self.rejected.append((sample.name, str(error)))
             return
         key = key_of(sample.number, sample.name)
         self._rows.append(_add_sample(shard, key, sample, taken))

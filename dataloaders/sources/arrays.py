@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import os
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from dataloaders.sources.files import open_new, open_regular, parse_json
 
 # Rows whose columns have one digest together: 160 kB, 0.2 ms to check. A random batch touches as many as samples.
 CHUNK_SHIFT = 12
@@ -53,7 +56,7 @@ def write_arrays(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> str:
     sha256 = hashlib.sha256()
     aside = path.with_name(f".{path.name}.partial")
     parts = [memoryview(len(text).to_bytes(8, "little") + text), *(_bytes_of(arrays[name]) for name in order)]
-    with aside.open("wb") as file:
+    with os.fdopen(open_new(aside), "wb") as file:
         for data in parts:
             for start in range(0, len(data), _BLOCK):
                 sha256.update(data[start : start + _BLOCK])
@@ -71,24 +74,27 @@ def map_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
         OSError: it cannot be opened.
         ValueError: it is not such a file.
     """
-    with path.open("rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # ValueError where it is empty
+    file = open_regular(path)
+    try:
+        data = mmap.mmap(file, 0, access=mmap.ACCESS_READ)  # ValueError where it is empty
+    finally:
+        os.close(file)
     length = int.from_bytes(data[:8], "little")
     if not 2 <= length <= min(_LARGEST_HEADER, len(data) - 8):
         raise ValueError("its header has no sensible length")
-    header = json.loads(data[8 : 8 + length])
+    header = parse_json(data[8 : 8 + length])
     if not isinstance(header, dict):
         raise ValueError("its header is no table")
     header.pop("__metadata__", None)
     try:
         return {name: _view(data, 8 + length, facts) for name, facts in header.items()}
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"its header is damaged ({error})") from None
 
 
 def file_digest(path: Path) -> str:
     """Return a file's sha256."""
-    with path.open("rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -108,7 +114,9 @@ def num_chunks(rows: int) -> int:
 def _view(data: mmap.mmap, base: int, facts: dict[str, Any]) -> npt.NDArray[Any]:
     dtype, shape = _DTYPES[facts["dtype"]], tuple(facts["shape"])
     start, end = facts["data_offsets"]
-    count = int(np.prod(shape, dtype=np.int64))
+    if not all(isinstance(number, int) and number >= 0 for number in (*shape, start, end)):
+        raise ValueError("its header has numbers that are no sizes")
+    count = math.prod(shape)
     if min(start, count) < 0 or end - start != count * dtype.itemsize or base + end > len(data):
         raise ValueError("an array in it does not have the size its header says")
     return np.frombuffer(data, dtype, count, base + start).reshape(shape)

@@ -12,6 +12,9 @@ A shard is fetched once per host: who comes second waits for the first. Its byte
 size and sha256 where the index knows them, synced and renamed, so what has a shard's name is whole. Room is taken
 on the disk before a byte is fetched, after the files used longest ago have gone; none goes while it is being read.
 A killed process leaves at most a `.partial` that nobody holds locked: the next one to make room removes it.
+
+The folder is this user's alone (`dataloaders.sources.homes`), links in it are never followed, and a shard whose
+sha256 the index knows is compared with it once by each process that reads it.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from dataloaders.sources.files import OddFileError, open_new, open_regular
+from dataloaders.sources.homes import make_private
 from dataloaders.sources.storage import FileFacts, Storage, UnreadableError
 from setformer_dist.core.errors import DataError
 
@@ -82,10 +87,14 @@ class ShardCache:
         self.limit = int(gib * _GIB)
         self.moved = 0
         self._timeout = timeout
+        self._lock = threading.Lock()
+        self._sound: dict[str, tuple[int, ...]] = {}  # sha256 -> the state of the file that has it
+        with self._explained():
+            make_private(self.folder)
         with self._explained(), self._room():
             self._sweep()
 
-    def read(self, path: Path, size: int, offset: int, length: int) -> bytes | None:
+    def read(self, path: Path, size: int, offset: int, length: int, sha256: str = "") -> bytes | None:
         """Return bytes of a cached shard; None where it is not there whole.
 
         Args:
@@ -93,14 +102,19 @@ class ShardCache:
             size: that the shard must have, -1 if unknown.
             offset: of the bytes.
             length: of the bytes; 0 only looks and marks as used.
+            sha256: that the shard must have, "" if unknown; compared once, and whenever the file is another.
 
         Raises:
             DataError: another process holds it for as long as the time-out.
         """
         try:
-            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            file = open_regular(path, follow=False)
         except FileNotFoundError:
             return None
+        except OSError as error:
+            if not _is_odd(error):
+                raise
+            return None  # a link, or no file: what is fetched takes its place
         try:
             # Who makes room holds it exclusively, and only to remove it; but it may be stopped just then.
             if not _acquired(file, self._timeout, _nothing, fcntl.LOCK_SH):
@@ -111,6 +125,9 @@ class ShardCache:
             found = os.fstat(file)
             if not found.st_nlink or size not in (found.st_size, -1):
                 return None
+            if sha256 and not self._has_digest(file, found, sha256):
+                _log.warning("cached shard %s does not have the sha256 of the index and is fetched anew", path)
+                return None
             if time.time() - found.st_atime > _TOUCH:
                 os.utime(path, (time.time(), found.st_mtime))
             return os.pread(file, length, offset)
@@ -118,6 +135,23 @@ class ShardCache:
             return None
         finally:
             os.close(file)
+
+    def _has_digest(self, file: int, found: os.stat_result, sha256: str) -> bool:
+        """Return whether a cached shard has a sha256: it is read whole once in each process, and when it changes."""
+        # The time of the inode's change is no part of it: every read that marks the file as used changes it.
+        state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        with self._lock:
+            if self._sound.get(sha256) == state:
+                return True
+            digest, place = hashlib.sha256(), 0
+            while block := os.pread(file, _BLOCK, place):
+                digest.update(block)
+                place += len(block)
+                self._note()
+            if digest.hexdigest() != sha256:
+                return False
+            self._sound[sha256] = state
+            return True
 
     def drop(self, path: Path) -> None:
         """Remove a shard that proved damaged; who reads it just now reads on."""
@@ -141,7 +175,7 @@ class ShardCache:
         """
         with self._explained(), self._turn(storage, name, path):
             self._note()
-            if self.read(path, known.size, 0, 0) is not None:
+            if self.read(path, known.size, 0, 0, known.sha256) is not None:
                 return
             path.unlink(missing_ok=True)  # not whole: damaged behind our back
             facts = storage.facts(name)
@@ -153,7 +187,7 @@ class ShardCache:
             size = known.size if known.size >= 0 else facts.size
             partial = path.with_name(path.name + ".partial")
             try:
-                with partial.open("wb") as file:
+                with os.fdopen(open_new(partial), "wb") as file:
 
                     def take(room: int) -> None:
                         self._take_room(storage.shown(name), file.fileno(), room, path)
@@ -175,7 +209,7 @@ class ShardCache:
         while True:  # at most again: it may go between its arrival and the lock
             self.fetch(storage, name, path, known)
             try:
-                file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                file = open_regular(path, follow=False)
             except FileNotFoundError:
                 continue
             if _acquired(file, self._timeout, _nothing, fcntl.LOCK_SH) and os.fstat(file).st_nlink:
@@ -188,7 +222,7 @@ class ShardCache:
     @contextmanager
     def _explained(self) -> Iterator[None]:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             yield
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -280,7 +314,7 @@ class ShardCache:
                     if got:
                         path.unlink(missing_ok=True)
             try:
-                held.append((path, path.stat()))
+                held.append((path, path.lstat()))
             except FileNotFoundError:
                 continue
         return held
@@ -321,7 +355,7 @@ class CachedStorage:
         """Return bytes of the cached shard, which is fetched first where it is missing."""
         path, known = self._path(name), self._known.get(name, Known(-1))
         while True:  # at most again: a shard may go between its arrival and this look at it
-            data = self._cache.read(path, known.size, offset, size)
+            data = self._cache.read(path, known.size, offset, size, known.sha256)
             if data is None:
                 self._cache.fetch(self._storage, name, path, known)
             elif len(data) == size:
@@ -369,7 +403,7 @@ class CachedStorage:
     def _ready(self, name: str) -> None:
         """Have a shard in the cache."""
         known = self._known.get(name, Known(-1))
-        if self._cache.read(self._path(name), known.size, 0, 0) is None:
+        if self._cache.read(self._path(name), known.size, 0, 0, known.sha256) is None:
             self._cache.fetch(self._storage, name, self._path(name), known, lambda: self._ahead.wanted)
 
     def _path(self, name: str) -> Path:
@@ -466,7 +500,7 @@ def locked(path: Path, timeout: float, progress: Callable[[], Any] = _nothing) -
     Yields:
         Whether the lock is held.
     """
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     try:
         yield _acquired(file, timeout, progress)
     finally:
@@ -505,6 +539,10 @@ def _download(
         if not wanted():
             raise UnreadableError(storage.shown(name), "is not wanted any more")
         came()
+        if done + len(block) > known.size >= 0:
+            raise UnreadableError(
+                storage.shown(name), f"has more than the {known.size} bytes that were said: restore the file"
+            )
         if done + len(block) > taken:  # also where more comes than was said
             taken = done + max(len(block), _STRETCH)
             take(taken)
@@ -521,12 +559,22 @@ def _download(
         )
 
 
+def _is_odd(error: OSError) -> bool:
+    """Return whether what has a cached file's name is none: a link, a pipe, a folder."""
+    return isinstance(error, OddFileError) or error.errno == errno.ELOOP
+
+
 def _removed(path: Path) -> bool:
     """Remove a shard unless somebody reads it just now."""
     try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        file = open_regular(path, follow=False)
     except FileNotFoundError:
         return True
+    except OSError as error:
+        if _is_odd(error):  # a link goes, what it leads to stays
+            path.unlink(missing_ok=True)
+            return True
+        raise
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ places, labels and classes and not of the times, so a copy of the shards elsewhe
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
@@ -37,17 +38,22 @@ import braceexpand
 
 from dataloaders.reading.processes import begin_helper, helper_context, lean_start
 from dataloaders.sources.cache import locked
+from dataloaders.sources.homes import INDEX_FOLDER, own_folder, trusted, user_cache
 from dataloaders.sources.index import INDEX_NAME, Index, read_index, read_table, write_index
+from dataloaders.sources.passed import Passed
 from dataloaders.sources.remote import is_url, join_url, open_storage
 from dataloaders.sources.scanning import (
     CLASS_FILES,
     Scanned,
     class_names,
+    identity_by,
     identity_of,
     joined,
     labelled,
+    left_out_of,
     scan_shard,
     shared_keys,
+    without_odd,
 )
 from dataloaders.sources.shards import ShardDataset
 from dataloaders.sources.storage import DeniedError, FileFacts, LocalFolder, MissingError, Storage, all_facts
@@ -55,10 +61,14 @@ from setformer_dist.core.errors import DataError
 
 _log = logging.getLogger(__name__)
 
-INDEX_FOLDER = ".setformer-index"
+# Names of our indexes, and of those in the making.
+_OURS = re.compile(r"[0-9a-f]{32}(-skip)?(-crc)?|\.[0-9a-f]{32}(-skip)?(-crc)?\.partial")
 
 # Entries of a folder that a message lists.
 _NAMED = 8
+
+# What was left out of shards, of which an index lists so many.
+_LEFT_OUT = 100_000
 
 # Images without a readable header that an index lists.
 _LISTED = 100
@@ -73,12 +83,19 @@ class Shards:
         names: below it, in order.
         facts: size and version of each.
         pattern: that named them within it.
+        skip_bad: leave out what in them is no whole sample.
     """
 
     storage: Storage
     names: tuple[str, ...]
     facts: tuple[FileFacts, ...]
     pattern: str
+    skip_bad: bool = False
+
+    @property
+    def label(self) -> str:
+        """Name of their index: the signature, and whether odd members were left out."""
+        return self.signature + ("-skip" if self.skip_bad else "")
 
     @cached_property
     def signature(self) -> str:
@@ -92,7 +109,7 @@ class Shards:
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:32]
 
 
-def find_shards(root: str, pattern: str, timeout: float) -> Shards:
+def find_shards(root: str, pattern: str, timeout: float, skip_bad: bool = False) -> Shards:
     """Find the shards that a pattern names.
 
     Args:
@@ -100,11 +117,12 @@ def find_shards(root: str, pattern: str, timeout: float) -> Shards:
         pattern: below the root, or absolute: a folder of .tar files, or names with {0000..0146}, {a,b}, * and ?;
             several are joined by `::`, as WebDataset does.
         timeout: seconds that a read from a URL may take.
+        skip_bad: as `Shards.skip_bad`.
 
     Raises:
         DataError: none is there, or one of those named is missing.
     """
-    pieces = pattern.split("::")
+    pieces = [_literal(root, piece) for piece in pattern.split("::")]
     if not is_url(root) and any(piece.startswith("/") for piece in pieces):
         pieces = [str(Path(root, piece).absolute()).lstrip("/") for piece in pieces]
         root = "/"
@@ -125,7 +143,7 @@ def find_shards(root: str, pattern: str, timeout: float) -> Shards:
         storage = open_storage(join_url(root, folder) if is_url(root) else str(Path(root) / folder), timeout)
         names = [PurePosixPath(name).name for name in names]
         pieces = [piece.rpartition("/")[2] for piece in pieces]
-    return Shards(storage, tuple(names), facts, "::".join(pieces))
+    return Shards(storage, tuple(names), facts, "::".join(pieces), skip_bad)
 
 
 def _piece(storage: Storage, piece: str) -> str:
@@ -133,6 +151,13 @@ def _piece(storage: Storage, piece: str) -> str:
     if isinstance(storage, LocalFolder) and Path(storage.shown(piece)).is_dir():
         return str(PurePosixPath(piece, "*.tar"))
     return PurePosixPath(piece).as_posix()
+
+
+def _literal(root: str, piece: str) -> str:
+    """Return a piece with the marks of patterns escaped, where a file or folder is there under just this name."""
+    if is_url(root) or not re.search(r"[*?\[{]", piece) or not Path(root, piece).exists():
+        return piece
+    return piece if Path(root, piece).is_dir() else glob.escape(piece).replace("{", r"\{").replace("}", r"\}")
 
 
 def _expanded(pattern: str) -> list[str]:
@@ -177,9 +202,26 @@ def open_foreign(shards: Shards, cache: Path, timeout: float) -> ShardDataset:
     if found is None:
         workers = min(8, os.cpu_count() or 1, len(shards.names) // 8)
         index_foreign(shards, cache, timeout, workers=workers)
-        found = _existing(shards, cache)
-        assert found is not None
+        found = _made(shards, cache)
+    _tell(shards, found)
     return ShardDataset(shards.storage, found)
+
+
+def _made(shards: Shards, cache: Path) -> Index:
+    found = _existing(shards, cache)
+    if found is None:
+        raise DataError(f"the shards in {shards.storage.name} change while they are indexed: start again later")
+    return found
+
+
+def _tell(shards: Shards, index: Index) -> None:
+    """Say in one line what of the shards is not read; the index lists what was left out."""
+    left_out = left_out_of(index)
+    parts = [str(said)] if (said := index.options.get("passed")) else []
+    if left_out:
+        parts.append(f"{len(left_out)} odd members and samples, the first {left_out[0][0]} ({left_out[0][1]})")
+    if parts:
+        _log.warning("%s: passed over %s", shards.storage.name, ", ".join(parts))
 
 
 def index_shards(
@@ -213,8 +255,7 @@ def index_shards(
     if found is None or (checksums and "crc32" not in found.columns):
         on_start(len(shards.names))
         index_foreign(shards, cache, timeout, checksums=checksums, workers=workers, on_progress=on_progress)
-        found = _existing(shards, cache)
-        assert found is not None
+        found = _made(shards, cache)
     return found
 
 
@@ -235,6 +276,7 @@ def index_foreign(
         DataError: as `open_foreign`, or a shard differs from the checksums of the older one.
     """
     home = own_folder(_homes(shards, cache), shards.storage.name)
+    label = shards.label
     lock = home / ".lock"
     with locked(lock, timeout, lambda: lock.stat().st_mtime_ns) as got:
         if not got:
@@ -243,10 +285,10 @@ def index_foreign(
                 f"{timeout:g} s: end that process, or raise data.read_timeout"
             )
         kept = _kept_checksums(shards, cache)
-        had = bool(kept) or (home / f"{shards.signature}-crc").exists()
+        had = bool(kept) or (home / f"{label}-crc").exists()
         whole = checksums or had or not isinstance(shards.storage, LocalFolder)  # which reads from end to end
-        target = home / (shards.signature + ("-crc" if whole else ""))
-        if _sound(target) is not None:
+        target = home / (label + ("-crc" if whole else ""))
+        if _sound(target, shards) is not None:
             return
         if (target / INDEX_NAME).exists():
             _log.warning("the index of %s is damaged and is made anew: %s", shards.storage.name, target)
@@ -255,17 +297,11 @@ def index_foreign(
             how = ", with checksums, so that all is read" if whole else ""
             _log.warning("the index of %s is older than its shards and is made anew%s", shards.storage.name, how)
         with _explained(home):
-            _build(shards, target, whole, kept, workers, lambda: os.utime(lock), on_progress)
+            _build(shards, target, whole, kept, workers, lambda: os.utime(lock), on_progress, timeout)
             for path in old:
                 if path.name.startswith(shards.signature):
                     continue  # another process may be about to open it
                 shutil.rmtree(path, ignore_errors=True)
-
-
-def user_cache() -> Path:
-    """Return the user's cache folder for indexes, by the XDG convention."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "setformer"
 
 
 def _homes(shards: Shards, cache: Path) -> list[Path]:
@@ -284,20 +320,36 @@ def _aside(shards: Shards, cache: Path) -> Path:
 
 def _existing(shards: Shards, cache: Path) -> Index | None:
     """Return the index of just these shards, one with checksums first; `setformer data index` may have made it."""
+    homes = [home for home in (*_homes(shards, cache), _aside(shards, user_cache())) if trusted(home)]
     for suffix in ("-crc", ""):
-        for home in (*_homes(shards, cache), _aside(shards, user_cache())):
-            found = _sound(home / (shards.signature + suffix))
+        for home in homes:
+            found = _sound(home / (shards.label + suffix), shards)
             if found is not None:
                 return found
     return None
 
 
-def _sound(folder: Path) -> Index | None:
-    """Return the index in a folder; None where there is none, or a damaged one, which can be made anew."""
+def _sound(folder: Path, shards: Shards) -> Index | None:
+    """Return the index in a folder; None where there is none, or one that is damaged or of other shards.
+
+    It is believed as far as it can be held against the shards: their names and sizes, and, unless it is checked chunk
+    by chunk, the fingerprint of all that it says.
+    """
     if not (folder / INDEX_NAME).exists():
         return None
-    with suppress(DataError):
-        return read_index(folder)
+    with suppress(DataError, KeyError, TypeError, ValueError):
+        index = read_index(folder, named=frozenset(shards.names))
+        sizes = dict(zip(shards.names, (facts.size for facts in shards.facts), strict=True))
+        if any(sizes[shard.name] not in (shard.size, -1) for shard in index.shards):
+            return None
+        if "crc32" not in index.columns and "passed" not in index.options:
+            return None  # of a version that did not count what it passed over
+        said = [
+            [shard.name, shard.size, headers]
+            for shard, headers in zip(index.shards, index.options["headers"], strict=True)
+        ]
+        if index.chunks or identity_by(said, index.columns, index.classes) == index.fingerprint:
+            return index
     return None
 
 
@@ -313,9 +365,9 @@ class _Kept:
 def _kept_checksums(shards: Shards, cache: Path) -> dict[str, _Kept]:
     """Return what indexes of the same pattern, older or damaged, say of shards that they knew whole."""
     kept: dict[str, _Kept] = {}
-    for home in (*_homes(shards, cache), _aside(shards, user_cache())):
+    for home in filter(trusted, (*_homes(shards, cache), _aside(shards, user_cache()))):
         for folder in sorted(home.glob("[!.]*-crc")):
-            with suppress(DataError, KeyError, TypeError):
+            with suppress(DataError, KeyError, TypeError, ValueError):
                 table: dict[str, Any] = read_table(folder)
                 if table["options"]["pattern"] == shards.pattern:
                     for shard, headers in zip(table["shards"], table["options"]["headers"], strict=True):
@@ -332,35 +384,17 @@ def _check_kept(scan: Scanned, kept: _Kept | None, root: str) -> None:
         )
 
 
-def own_folder(homes: list[Path], shown: str) -> Path:
-    """Return the first of several folders that can be written, made where it is missing.
-
-    Args:
-        homes: best first.
-        shown: what the index is of, for messages.
-
-    Raises:
-        DataError: none can.
-    """
-    trouble = ""
-    for home in homes:
-        try:
-            home.mkdir(parents=True, exist_ok=True)
-            with (home / ".lock").open("a"):
-                return home
-        except OSError as error:
-            trouble = f"{home} ({error.strerror})"
-    raise DataError(
-        f"the index of {shown} can be written nowhere, not even to {trouble}: set data.cache to a folder of yours"
-    )
-
-
 def _of_same_pattern(home: Path, pattern: str) -> list[Path]:
+    """Return the indexes of a pattern in a folder; what killed processes left, and damaged ones, are removed.
+
+    Nothing is touched that does not have the name of an index, and no link is followed.
+    """
     found = []
     for path in home.iterdir():
-        if path.name.startswith("."):
-            if path.is_dir():  # of a process that was killed
-                shutil.rmtree(path, ignore_errors=True)
+        if not _OURS.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
+            continue
+        if path.name.startswith("."):  # of a process that was killed
+            shutil.rmtree(path, ignore_errors=True)
             continue
         try:
             if read_table(path)["options"].get("pattern") == pattern:
@@ -390,6 +424,7 @@ def _build(
     workers: int,
     alive: Callable[[], None],
     on_progress: Callable[[int], None],
+    timeout: float,
 ) -> None:
     """Scan all shards; write the index aside and rename it."""
     found: dict[int, Scanned] = {}
@@ -399,6 +434,9 @@ def _build(
         alive()
         on_progress(1)
     scans = [found[number] for number in range(len(found))]
+    versions = {name: facts.version for name, facts in zip(shards.names, shards.facts, strict=True)}
+    if shards.skip_bad:
+        scans = without_odd(scans)
     columns, keys = joined(scans, whole)
     double = shared_keys([one.facts.name for one in scans], columns["shard"], keys)
     if double:
@@ -412,7 +450,7 @@ def _build(
     alive()
     annotated = any(name.startswith(("mask", "boxes")) for name in columns)
     columns["label"], classes = labelled(
-        scans, class_names(shards.storage, shards.names[0]), annotated, shards.storage.name
+        scans, class_names(shards.storage, shards.names[0], timeout), annotated, shards.storage.name
     )
     unreadable = [f"{one.facts.name}: {key}" for one in scans for key in one.unreadable]
     if unreadable:
@@ -422,8 +460,10 @@ def _build(
     options = {
         "pattern": shards.pattern,
         "headers": [one.headers for one in scans],
-        "versions": [one.version for one in shards.facts],
+        "versions": [versions[one.facts.name] for one in scans],
         "unreadable": unreadable[:_LISTED],
+        "passed": _together(scans).line(),
+        "left_out": [[name, why] for one in scans for name, why in one.left_out][:_LEFT_OUT],
     }
     work = target.with_name(f".{target.name}.partial")
     work.mkdir()
@@ -434,12 +474,21 @@ def _build(
     work.rename(target)
 
 
+def _together(scans: list[Scanned]) -> Passed:
+    """Return what all shards together pass over."""
+    passed = Passed()
+    for one in scans:
+        for name in ("ignored", "unread", "odd", "others"):
+            getattr(passed, name).update(getattr(one.passed, name))
+    return passed
+
+
 def _scanned(shards: Shards, whole: bool, workers: int, alive: Callable[[], None]) -> Iterator[tuple[int, Scanned]]:
     """Yield (number, what is in it) of each shard, as they are done."""
     jobs = list(zip(shards.names, shards.facts, strict=True))
     if not workers:
         for number, (name, facts) in enumerate(jobs):
-            yield number, scan_shard(shards.storage, name, facts, whole, lambda members: alive())
+            yield number, scan_shard(shards.storage, name, facts, whole, lambda members: alive(), shards.skip_bad)
         return
     others = set(multiprocessing.active_children())
     with lean_start():
@@ -447,7 +496,7 @@ def _scanned(shards: Shards, whole: bool, workers: int, alive: Callable[[], None
             min(workers, len(jobs)), mp_context=helper_context(), initializer=begin_helper, initargs=(os.getpid(),)
         )
         futures = {
-            pool.submit(scan_shard, shards.storage, name, facts, whole): number
+            pool.submit(scan_shard, shards.storage, name, facts, whole, skip_bad=shards.skip_bad): number
             for number, (name, facts) in enumerate(jobs)
         }
     helpers = set(multiprocessing.active_children()) - others

@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dataloaders.pixels.formats import IMAGE_SUFFIXES
 from dataloaders.sources.arrays import CHUNK_SHIFT, chunk_digest, file_digest, map_arrays, num_chunks, write_arrays
+from dataloaders.sources.files import LARGEST_SAMPLE, LARGEST_TABLE, is_plain_name, open_new, parse_json, read_whole
 from setformer_dist.core.errors import DataError
 
 # Format 1 had no chunks, extent and further parts; it is still read.
@@ -37,10 +40,13 @@ INDEX_FORMAT = 2
 _READABLE = (1, 2)
 INDEX_NAME = "index.json"
 ARRAYS_NAME = "index.safetensors"
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm"})
 
 # Bytes of arrays that are read and checked whole on opening: 3 million samples, a quarter of a second.
 _READ_AT_ONCE = 256 << 20
+
+# Bytes of a sample in the arrays, its key included, and of their header.
+_LARGEST_ROW = 1 << 10
+_LARGEST_HEADER = 1 << 20
 
 # Column -> dtype. `key` is an extra (N, L) uint8 column: UTF-8, padded with zero bytes. `crc32` is missing from the
 # index of foreign shards that were not read whole.
@@ -183,28 +189,38 @@ def write_index(
 def key_matrix_of(keys: list[str]) -> npt.NDArray[np.uint8]:
     """Return keys as the (N, L) matrix that an index holds."""
     encoded = [key.encode(errors="surrogateescape") for key in keys]
-    width = max(map(len, encoded))
+    width = max(map(len, encoded), default=0)
     matrix = np.frombuffer(b"".join(key.ljust(width, b"\0") for key in encoded), np.uint8)
     return matrix.reshape(len(keys), width)
 
 
-def durable_write(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, fsync it, give it its name."""
+def durable_write(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Write a file, whole or in blocks, under a temporary name, fsync it, give it its name."""
     aside = path.with_name(f".{path.name}.partial")
-    with aside.open("wb") as file:
-        file.write(data)
+    with os.fdopen(open_new(aside), "wb") as file:
+        for block in (data,) if isinstance(data, bytes) else data:
+            file.write(block)
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
 
 
-def read_index(folder: Path) -> Index:
+def read_index(folder: Path, *, named: Collection[str] | None = None) -> Index:
     """Read and check a split's index.
+
+    Args:
+        folder: of the index.
+        named: the names that its shards may have, where others made them; else these must be plain ones.
 
     Raises:
         DataError: the folder is no packed split, or its index is damaged or of another version.
     """
     table = read_table(folder)
+    names = [shard["name"] for shard in table["shards"]]
+    odd = next((name for name in names if not (is_plain_name(name) if named is None else name in named)), None)
+    if odd is not None:
+        what = "no plain name" if named is None else "none of those that were named"
+        raise DataError(f"data index {folder / INDEX_NAME} says that a shard is {odd!r}, {what}: pack the split again")
     columns, checked = _map_arrays(folder, table)
     keys = columns.pop("key", np.empty((0, 0), np.uint8))
     _check_columns(folder, columns, keys, table["samples"])
@@ -233,20 +249,20 @@ def read_table(folder: Path) -> dict[str, Any]:
     """
     path = folder / INDEX_NAME
     try:
-        text = path.read_bytes()
+        text = read_whole(path, LARGEST_TABLE)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(_why_not_a_split(folder)) from None
     except OSError as error:
-        raise DataError(f"data index {path} cannot be read: {error}") from None
+        raise DataError(f"data index {path} cannot be read ({error.strerror}): restore it") from None
     try:
-        table = json.loads(text)
+        table: dict[str, Any] = parse_json(text)
         version, said = table["format"], table["fingerprint"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         raise DataError(
             f"data index {path} is damaged, or not one of setformer_dist's: restore the file, pack the split again, or "
             "name the shards that others made by a pattern such as *.tar"
         ) from None
-    if version not in _READABLE:
+    if isinstance(version, bool) or not isinstance(version, int) or version not in _READABLE:
         readable = " and ".join(map(str, _READABLE))
         raise DataError(
             f"data index {path} has format {version!r}, this version of setformer_dist reads {readable}: "
@@ -257,8 +273,51 @@ def read_table(folder: Path) -> dict[str, Any]:
             f"data index {path} does not agree with its own fingerprint, so it was damaged or edited: restore "
             "the file or pack the split again"
         )
-    assert isinstance(table, dict)
+    if (wrong := _wrong_field(table)) is not None:
+        raise DataError(f"data index {path} says {wrong}, which no packing writes: pack the split again")
     return table
+
+
+def _wrong_field(table: dict[str, Any]) -> str | None:
+    """Return in words what of a table is not as `write_index` writes it; None if all is."""
+    arrays, shards, extent = table.get("arrays"), table.get("shards"), table.get("extent")
+    if not (isinstance(table.get("classes"), list) and all(isinstance(name, str) for name in table["classes"])):
+        return "no list of class names"
+    if not _is_count(table.get("samples")) or not isinstance(table.get("options"), dict):
+        return "no number of samples, or no options"
+    if not isinstance(arrays, dict) or not isinstance(arrays.get("sha256"), str):
+        return "nothing of its arrays"
+    if not is_plain_name(arrays.get("name")):
+        return f"that its arrays are in {arrays.get('name')!r}, which is no plain name"
+    if not isinstance(arrays.get("chunks", []), list) or not isinstance(table.get("identity", ""), str):
+        return "chunks or an identity of another kind"
+    if not isinstance(shards, list) or not shards or not all(map(_is_shard, shards)):
+        return "no list of shards with name, size, sha256 and samples"
+    if extent is not None:
+        pairs = [pair for pair in extent if isinstance(pair, list)] if isinstance(extent, list) else []
+        if len(pairs) != 2 or not all(len(pair) == 2 and all(map(_is_count, pair)) for pair in pairs):
+            return "an extent that is no smallest and largest height and width"
+    return None
+
+
+def largest_arrays(table: dict[str, Any]) -> int:
+    """Return the most bytes that the arrays of an index can have whose table says this."""
+    return _LARGEST_HEADER + int(table["samples"]) * _LARGEST_ROW
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def _is_shard(shard: object) -> bool:
+    return (
+        isinstance(shard, dict)
+        and set(shard) == {"name", "size", "sha256", "samples"}
+        and isinstance(shard["name"], str)
+        and isinstance(shard["sha256"], str)
+        and _is_count(shard["size"])
+        and _is_count(shard["samples"])
+    )
 
 
 def _why_not_a_split(folder: Path) -> str:
@@ -296,7 +355,12 @@ def _has_images(folder: Path, depth: int = 3) -> bool:
 
 def _map_arrays(folder: Path, table: dict[str, Any]) -> tuple[dict[str, npt.NDArray[Any]], bool]:
     """Return the arrays, and whether all of them were checked."""
-    path, said = folder / str(table["arrays"]["name"]), table["arrays"]
+    path, said = folder / table["arrays"]["name"], table["arrays"]
+    need = num_chunks(table["samples"])
+    if "chunks" in said and len(said["chunks"]) != need:
+        raise DataError(
+            f"data index in {folder} has {len(said['chunks'])} digests for {need} chunks: pack the split again"
+        )
     try:
         at_once = path.stat().st_size <= _READ_AT_ONCE or "chunks" not in said
         if at_once and file_digest(path) != said["sha256"]:
@@ -349,6 +413,8 @@ def _check_ranges(place: str, columns: dict[str, npt.NDArray[Any]], index: Index
     )
     for part in ("", *(f"{part}_" for part in sorted(index.parts))):
         offset, size = columns[f"{part}offset"], columns[f"{part}size"]
-        sound = bool(sound) and min(offset.min(), size.min()) >= 0 and bool((offset + size <= sizes[shard]).all())
+        # In this order no sum overflows; a sample larger than any is one of a forged index or a sparse file.
+        sound = bool(sound) and min(offset.min(), size.min()) >= 0 and int(size.max()) <= LARGEST_SAMPLE
+        sound = bool(sound) and bool((offset <= sizes[shard] - size).all())
     if not sound:
         raise DataError(f"data index in {place} describes samples outside its shards: pack the split again")

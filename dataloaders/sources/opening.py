@@ -13,7 +13,9 @@ through `data.cache`, where that is set, or through memory (`data.access = "sequ
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
+import logging
 import os
 import shutil
 import weakref
@@ -25,9 +27,20 @@ from dataloaders.beton.sidecar import sidecar_path
 from dataloaders.config import DataConfig
 from dataloaders.source import Source
 from dataloaders.sources.cache import CachedStorage, Known, ShardCache, locked
-from dataloaders.sources.foreign import Shards, find_shards, open_foreign, own_folder, user_cache
+from dataloaders.sources.files import LARGEST_TABLE, read_whole
+from dataloaders.sources.foreign import Shards, find_shards, open_foreign
+from dataloaders.sources.homes import own_folder, user_cache
 from dataloaders.sources.image_folder import open_image_folder
-from dataloaders.sources.index import ARRAYS_NAME, IMAGE_SUFFIXES, INDEX_NAME, Index, read_index
+from dataloaders.sources.index import (
+    ARRAYS_NAME,
+    INDEX_NAME,
+    Index,
+    durable_write,
+    largest_arrays,
+    read_index,
+    read_table,
+)
+from dataloaders.sources.kinds import kind_of
 from dataloaders.sources.pipes import SequentialStorage
 from dataloaders.sources.remote import is_url, join_url, open_storage
 from dataloaders.sources.shards import ShardDataset, check_shards, open_split
@@ -39,8 +52,12 @@ from dataloaders.sources.storage import (
     Storage,
     UnreadableError,
     WholeStorage,
+    read_blocks,
+    read_small,
 )
 from setformer_dist.core.errors import ConfigError, DataError
+
+_log = logging.getLogger(__name__)
 
 _GIB = 1 << 30
 
@@ -60,9 +77,11 @@ def open_source(root: str, name: str, config: DataConfig) -> Source:
     is_val = name == config.val
     if is_url(name):
         root, name = name, ""
+    if not is_url(root) and (path := Path(root) / name).is_dir():  # also one with the marks of a pattern in its name
+        return _open_folder(path, is_val, config)
     if _is_pattern(name or root):
         root, name = (root, name) if name else (root.rpartition("/")[0], root.rpartition("/")[2])
-        return _open_shards(find_shards(root, name, config.read_timeout), is_val, config)
+        return _open_shards(find_shards(root, name, config.read_timeout, config.skip_bad), is_val, config)
     if is_url(root) and not root.startswith("file://"):
         return _open_url(join_url(root, name), is_val, config)
     path = Path(root.removeprefix("file://")) / name
@@ -102,38 +121,20 @@ def _is_pattern(name: str) -> bool:
 
 
 def _open_folder(path: Path, is_val: bool, config: DataConfig) -> Source:
-    if (path / INDEX_NAME).is_file() or not path.is_dir():
+    if (path / INDEX_NAME).exists() or not path.is_dir():
         if config.access == "random" or not path.is_dir():
             return open_split(path)
         index = read_index(path)
         check_shards(LocalFolder(path), index.shards)
         return ShardDataset(_delivered(LocalFolder(path), _known(index), is_val, config), index)
-    kind = _kind_of(path)
+    kind, passed = kind_of(path)
     if kind == "shards":
-        return _open_shards(find_shards(str(path), "*.tar", config.read_timeout), is_val, config)
+        if passed:
+            _log.warning("%s: passed over %s", path, passed.line())
+        return _open_shards(find_shards(str(path), "*.tar", config.read_timeout, config.skip_bad), is_val, config)
     if kind == "images":
-        return open_image_folder(path, index_home(config), config.read_timeout)
+        return open_image_folder(path, index_home(config), config.read_timeout, config.allow_empty_classes)
     return open_split(path)  # which says what is there instead
-
-
-def _kind_of(folder: Path) -> str:
-    """Return whether a folder without an index holds "shards", class folders of "images", or neither ("")."""
-    folders = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                folders.append(entry.path)
-            elif entry.name.endswith(".tar"):
-                # Shards of a packing that lost its index; they are tars like others, but it must not pass unseen.
-                return "" if (folder / ARRAYS_NAME).exists() else "shards"
-    return "images" if any(map(_has_image, folders)) else ""
-
-
-def _has_image(folder: str) -> bool:
-    with os.scandir(folder) as entries:
-        return any(Path(entry.name).suffix.lower() in IMAGE_SUFFIXES for entry in entries)
 
 
 def _open_shards(shards: Shards, is_val: bool, config: DataConfig) -> ShardDataset:
@@ -141,7 +142,7 @@ def _open_shards(shards: Shards, is_val: bool, config: DataConfig) -> ShardDatas
         name: Known(facts.size, version=facts.version) for name, facts in zip(shards.names, shards.facts, strict=True)
     }
     storage = _delivered(shards.storage, known, is_val, config)
-    held = Shards(storage, shards.names, shards.facts, shards.pattern)
+    held = dataclasses.replace(shards, storage=storage)
     return open_foreign(held, index_home(config), config.read_timeout)
 
 
@@ -151,10 +152,10 @@ def _open_url(url: str, is_val: bool, config: DataConfig) -> Source:
         return _fetched_beton(url, config)
     storage = open_storage(url, config.read_timeout)
     try:
-        index = _remote_index(storage, index_home(config), config.read_timeout)
+        index = _remote_index(storage, config)
     except (MissingError, DeniedError) as error:
         try:
-            shards = find_shards(url, "*.tar", config.read_timeout)
+            shards = find_shards(url, "*.tar", config.read_timeout, config.skip_bad)
         except DataError:
             raise DataError(
                 f"{error}; {storage.name} is no packed split: name shards that others made as "
@@ -222,20 +223,26 @@ def _check_ranges(storage: Storage, known: dict[str, Known]) -> None:
         raise DataError(f"{error}; ranges of shards are read from {storage.name}") from None
 
 
-def _remote_index(storage: Storage, home: Path, timeout: float) -> Index:
-    """Return the index of a packed split behind a URL; its files are kept in a local folder."""
-    data = b"".join(storage.blocks(INDEX_NAME))
+def _remote_index(storage: Storage, config: DataConfig) -> Index:
+    """Return the index of a packed split behind a URL; its files are kept in a local folder.
+
+    The copy is believed only if its `index.json` is the one just fetched, which has the sha256 of the arrays.
+    """
+    timeout = config.read_timeout
+    data = read_small(storage, INDEX_NAME, LARGEST_TABLE, timeout)
     name = hashlib.sha256(storage.name.encode() + data).hexdigest()[:32]
-    target = own_folder([home / "indexes"], storage.name) / name
+    target = own_folder([index_home(config) / "indexes"], storage.name) / name
     for last in (False, True):
-        _keep(storage, {ARRAYS_NAME: None, INDEX_NAME: data}, target, timeout)
+        _keep(storage, data, target, config)
         try:
-            return read_index(target)
-        except DataError:
-            shutil.rmtree(target, ignore_errors=True)
+            if read_whole(target / INDEX_NAME, LARGEST_TABLE, follow=False) == data:
+                return read_index(target)
+            _log.warning("the copy of the index of %s in %s is another one and is fetched anew", storage.name, target)
+        except (DataError, OSError) as error:
             if last:
-                raise
-    raise AssertionError
+                raise DataError(str(error)) from None
+        shutil.rmtree(target, ignore_errors=True)
+    raise DataError(f"the copy of the index of {storage.name} in {target} changes behind our back: set data.cache")
 
 
 def _fetched_beton(url: str, config: DataConfig) -> BetonDataset:
@@ -260,8 +267,9 @@ def _fetched_beton(url: str, config: DataConfig) -> BetonDataset:
     return dataset
 
 
-def _keep(storage: Storage, files: dict[str, bytes | None], target: Path, timeout: float) -> None:
-    """Have files in a local folder, which appears whole: those given, and those fetched (None)."""
+def _keep(storage: Storage, table: bytes, target: Path, config: DataConfig) -> None:
+    """Have both files of an index in a local folder, which appears whole: `index.json` as given, the arrays fetched."""
+    timeout = config.read_timeout
     lock, work = target.with_name(f".{target.name}.lock"), target.with_name(f".{target.name}.partial")
     with locked(lock, timeout, lambda: _sizes(work)) as got:
         if not got:
@@ -269,27 +277,21 @@ def _keep(storage: Storage, files: dict[str, bytes | None], target: Path, timeou
                 f"files of {storage.name} are being fetched by another process, from which nothing came for "
                 f"{timeout:g} s: end that process, or raise data.read_timeout"
             )
-        if target.is_dir():
+        if target.is_dir() and not target.is_symlink():
             return
         try:
             shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
             work.mkdir()
-            for name, data in files.items():
-                _write(work / name, [data] if data is not None else storage.blocks(name))
+            durable_write(work / INDEX_NAME, table)
+            limit = min(largest_arrays(read_table(work)), int(config.cache_gib * _GIB))
+            durable_write(work / ARRAYS_NAME, read_blocks(storage, ARRAYS_NAME, limit, timeout))
             work.rename(target)
         except OSError as error:
-            shutil.rmtree(work, ignore_errors=True)  # its room is wanted
             raise DataError(
                 f"{target.parent} cannot be written ({error.strerror}): free the disk, or set data.cache"
             ) from None
-
-
-def _write(path: Path, blocks: Iterable[bytes]) -> None:
-    with path.open("wb") as file:
-        for block in blocks:
-            file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
+        finally:
+            shutil.rmtree(work, ignore_errors=True)  # where it is still there, its room is wanted
 
 
 def _sizes(folder: Path) -> list[tuple[str, int]]:

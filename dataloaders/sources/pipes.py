@@ -144,11 +144,18 @@ class SequentialStorage:
                 f"has {known.size / _GIB:.3g} GiB, memory is to hold no more than data.cache_gib = {self._gib:.3g}: "
                 "raise it",
             )
-        parts, sha256 = [], hashlib.sha256()
+        parts, sha256, got = [], hashlib.sha256(), 0
+        most = known.size if known.size >= 0 else int(self._gib * _GIB)
         for block in self._storage.blocks(name):
             if threading.current_thread().name == Ahead.NAME and not self._ahead.wanted:
                 raise UnreadableError(self.shown(name), "is not wanted any more")
             self.moved += 1
+            got += len(block)
+            if got > most:
+                raise UnreadableError(
+                    self.shown(name),
+                    f"has more than the {most} bytes that were said or that data.cache_gib holds",
+                )
             sha256.update(block)
             parts.append(block)
         data = b"".join(parts)

@@ -117,6 +117,8 @@ class HttpStorage:
             try:
                 for block in blocks:
                     done += len(block)
+                    if done > known.size >= 0:
+                        break
                     yield block
             except PassingError as error:
                 trouble = str(error)
@@ -184,6 +186,15 @@ class HttpStorage:
                 preload_content=False,
                 decode_content=False,
             )
+        except (urllib3.exceptions.LocationValueError, ValueError, UnicodeError):
+            # Of the server's answer: the URL itself was read when it was opened.
+            raise UnreadableError(
+                self.shown(name), "is redirected to an address that cannot be read: check the server"
+            ) from None
+        except urllib3.exceptions.MaxRetryError as error:
+            if isinstance(error.reason, urllib3.exceptions.ResponseError):
+                raise UnreadableError(self.shown(name), "is redirected again and again: check the server") from None
+            raise PassingError(_reason(error)) from None
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise PassingError(_reason(error)) from None
 

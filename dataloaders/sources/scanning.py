@@ -9,17 +9,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from dataloaders.packing.images import parse_class_map
-from dataloaders.sources.index import ShardFacts, key_matrix_of
-from dataloaders.sources.storage import DeniedError, FileFacts, LocalFolder, MissingError, Storage, UnreadableError
+from dataloaders.sources.classes import LARGEST_CLASS_FILE, parse_class_map
+from dataloaders.sources.files import open_regular
+from dataloaders.sources.index import Index, ShardFacts, key_matrix_of
+from dataloaders.sources.passed import Passed
+from dataloaders.sources.storage import (
+    DeniedError,
+    FileFacts,
+    LocalFolder,
+    MissingError,
+    Storage,
+    UnreadableError,
+    read_small,
+)
 from dataloaders.sources.tars import FileReader, Row, StreamReader, scan
 from setformer_dist.core.errors import DataError
 
@@ -27,6 +38,11 @@ CLASS_FILES = ("classes.txt", "classes.json")
 
 # Labels have names made for them up to here; a larger number is no class.
 _MOST_CLASSES = 10_000_000
+
+# Without class names no label may exceed this, or the number of samples: names are made for all numbers up to it.
+_MOST_NAMELESS = 1 << 17
+
+_NO_LABEL = "it has no label"
 
 _Kind = Literal["no label", "a number for a label", "a name for a label"]
 
@@ -43,6 +59,8 @@ class Scanned:
         keys: (n, L) uint8.
         headers: sha256 of its headers.
         unreadable: keys of images without a readable header.
+        left_out: what is no whole sample, and why.
+        passed: what is not read.
     """
 
     facts: ShardFacts
@@ -52,6 +70,8 @@ class Scanned:
     keys: npt.NDArray[np.uint8]
     headers: str
     unreadable: list[str]
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    passed: Passed = field(default_factory=Passed)
 
     def key(self, sample: int) -> str:
         """Return a key."""
@@ -65,6 +85,7 @@ def scan_shard(
     facts: FileFacts,
     whole: bool,
     on_progress: Callable[[int], None] = lambda members: None,
+    skip_bad: bool = False,
 ) -> Scanned:
     """Scan one shard.
 
@@ -74,6 +95,7 @@ def scan_shard(
         facts: its size.
         whole: read every byte, for crc32 and sha256.
         on_progress: told the members found since the last call, now and then.
+        skip_bad: as there; of samples with labels of several kinds those without any are left out.
 
     Raises:
         DataError: as `dataloaders.sources.tars.scan`, or its labels are of several kinds.
@@ -81,16 +103,19 @@ def scan_shard(
     shown = storage.shown(name)
     if whole or not isinstance(storage, LocalFolder):
         stream = StreamReader(storage.blocks(name))
-        found = scan(stream, shown, True, on_progress)
+        found = scan(stream, shown, True, on_progress, skip_bad)
         digest, size = stream.digest(), stream.size
     else:
         try:
-            with open(shown, "rb", buffering=0) as file:  # noqa: PTH123
-                found = scan(FileReader(file.fileno()), shown, False, on_progress)
+            with os.fdopen(open_regular(shown), "rb", buffering=0) as file:
+                found = scan(FileReader(file.fileno()), shown, False, on_progress, skip_bad)
         except OSError as error:
             raise UnreadableError(shown, f"cannot be read ({error.strerror}): check the storage") from None
         digest, size = "", facts.size
-    rows = found.rows
+    rows, left_out = found.rows, found.left_out
+    if skip_bad and any(row.label is None for row in rows) and any(row.label is not None for row in rows):
+        left_out = [*left_out, *((row.key, _NO_LABEL) for row in rows if row.label is None)]
+        rows = [row for row in rows if row.label is not None]
     kind, labels = _labels(rows, shown)
     return Scanned(
         facts=ShardFacts(name, size, digest, len(rows)),
@@ -100,16 +125,49 @@ def scan_shard(
         keys=key_matrix_of([row.key for row in rows]),
         headers=found.headers,
         unreadable=found.unreadable,
+        left_out=[(f"{name}: {key}", why) for key, why in left_out],
+        passed=found.passed,
     )
 
 
+def without_odd(shards: list[Scanned]) -> list[Scanned]:
+    """Return the shards that have samples, and labels where others have some: what `skip_bad` leaves of them.
+
+    Those that go are listed as left out by the first that stays.
+
+    Raises:
+        DataError: none stays.
+    """
+    labelled_kinds = {one.kind for one in shards if one.facts.samples} - {"no label"}
+    kept, gone = [], []
+    for one in shards:
+        if not one.facts.samples:
+            gone += [*one.left_out, (one.facts.name, "it holds no sample")]
+        elif one.kind == "no label" and labelled_kinds:
+            gone += [*one.left_out, *((f"{one.facts.name}: {one.key(i)}", _NO_LABEL) for i in range(len(one.keys)))]
+        else:
+            kept.append(one)
+    if not kept:
+        raise DataError(f"none of {len(shards)} shards holds a whole sample, the first being {shards[0].facts.name}")
+    kept[0] = replace(kept[0], left_out=[*gone, *kept[0].left_out])
+    return kept
+
+
+def left_out_of(index: Index) -> list[tuple[str, str]]:
+    """Return what an index says was left out, and why."""
+    said = index.options.get("left_out", [])
+    rows = said if isinstance(said, list) else []
+    return [(str(row[0]), str(row[1])) for row in rows if isinstance(row, list) and len(row) == 2]
+
+
 def _columns(rows: list[Row]) -> dict[str, npt.NDArray[Any]]:
+    """Return the columns of rows, of which there may be none."""
     columns: dict[str, npt.NDArray[Any]] = {
         "height": np.array([row.height for row in rows], np.int32),
         "width": np.array([row.width for row in rows], np.int32),
     }
     for part, prefix in (("image", ""), ("mask", "mask_"), ("boxes", "boxes_")):
-        places = np.array([getattr(row, part) for row in rows], np.int64)
+        places = np.array([getattr(row, part) for row in rows], np.int64).reshape(-1, 3)
         columns[f"{prefix}offset"], columns[f"{prefix}size"] = places[:, 0], places[:, 1]
         columns[f"{prefix}crc32"] = places[:, 2].clip(0).astype(np.uint32)
     return columns
@@ -122,12 +180,15 @@ def _kind_of(row: Row) -> _Kind:
 
 
 def _labels(rows: list[Row], shown: str) -> tuple[_Kind, npt.NDArray[np.int64] | list[str]]:
+    if not rows:
+        return "no label", np.empty(0, np.int64)
     kind = _kind_of(rows[0])
     other = next((row for row in rows if _kind_of(row) != kind), None)
     if other is not None:
         raise DataError(
             f"shard {shown} is mixed: its sample {rows[0].key!r} has {kind}, sample {other.key!r} {_kind_of(other)}; "
-            "pack it again with labels of one kind"
+            "pack it again with labels of one kind; samples without any are left out by data.skip_bad = true, or "
+            "--skip-bad"
         )
     if kind == "a name for a label":
         return kind, [str(row.label) for row in rows]
@@ -198,6 +259,12 @@ def labelled(
     if first.kind == "a name for a label":
         return _from_names(shards, named, root)
     most = max(int(np.max(one.labels)) for one in shards)
+    total = sum(one.facts.samples for one in shards)
+    if named is None and most >= max(_MOST_NAMELESS, total):
+        raise DataError(
+            f"a label in {root} is {most}, but there are {total} samples: lay a {CLASS_FILES[0]} with the names of all "
+            "classes beside the shards, or repair it"
+        )
     classes = named or tuple(map(str, range(most + 1)))
     for one in shards:
         numbers = np.asarray(one.labels)
@@ -225,8 +292,8 @@ def _from_names(
     return np.array([numbers[str(name)] for one in shards for name in one.labels], np.int64), classes
 
 
-def class_names(storage: Storage, shard: str) -> tuple[str, ...] | None:
-    """Return the class names in a file beside a shard, if there is one.
+def class_names(storage: Storage, shard: str, timeout: float) -> tuple[str, ...] | None:
+    """Return the class names in a file beside a shard, if there is one; `timeout` as of `read_small`.
 
     Raises:
         DataError: it cannot be read, or holds no class names.
@@ -234,7 +301,7 @@ def class_names(storage: Storage, shard: str) -> tuple[str, ...] | None:
     for name in CLASS_FILES:
         place = (PurePosixPath(shard).parent / name).as_posix()
         try:
-            data = b"".join(storage.blocks(place))
+            data = read_small(storage, place, LARGEST_CLASS_FILE, timeout)
         except (MissingError, DeniedError):
             continue
         return parse_class_map(data, storage.shown(place))
@@ -272,6 +339,11 @@ def identity_of(shards: list[Scanned], columns: dict[str, npt.NDArray[Any]], cla
     Headers hold the times at which members were written; they are part of it.
     """
     said = [[one.facts.name, one.facts.size, one.headers] for one in shards]
+    return identity_by(said, columns, classes)
+
+
+def identity_by(said: list[list[Any]], columns: dict[str, npt.NDArray[Any]], classes: tuple[str, ...]) -> str:
+    """Return the fingerprint by [name, size, digest of the headers] of each shard, columns and classes."""
     digest = hashlib.sha256(json.dumps([said, list(classes)]).encode())
     for name in sorted(columns):
         if not name.endswith("crc32"):

@@ -7,7 +7,6 @@ where they would still decode.
 
 from __future__ import annotations
 
-import json
 import time
 import zlib
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import torch
 
 from dataloaders.source import Boxes, DamagedSampleError, Source, Stored
 from dataloaders.sources.arrays import CHUNK_SHIFT, num_chunks
+from dataloaders.sources.files import LARGEST_SAMPLE, parse_json
 from dataloaders.sources.index import INDEX_NAME, Index, ShardFacts, read_index
 from dataloaders.sources.storage import (
     LocalFolder,
@@ -147,6 +147,8 @@ class ShardDataset:
         size = int(sizes[sample])
         if not size:
             return b""
+        if size > LARGEST_SAMPLE:  # where the index was not checked whole when it was opened
+            raise DamagedSampleError(f"{self.place(sample)}: it has {size} bytes, more than any sample")
         name, offset = self._names[self._shard[sample]], int(offsets[sample])
         try:
             data = self.storage.read(name, offset, size)
@@ -166,14 +168,14 @@ class ShardDataset:
         if not data:
             return _NO_BOXES
         try:
-            table = json.loads(data)
+            table = parse_json(data)
             corners = np.array(table["boxes"], np.float32).reshape(-1, 4)
             labels = np.array(table["labels"], np.int64).reshape(-1)
             if len(corners) != len(labels):
                 raise ValueError(f"{len(corners)} boxes have {len(labels)} labels")
             if not np.isfinite(corners).all():
                 raise ValueError("a corner is no number")
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise DamagedSampleError(f"{self.place(sample)}: its boxes are no table of boxes ({error})") from None
         outside = labels[(labels < 0) | (labels >= len(self.classes))]
         if len(outside):
@@ -209,10 +211,15 @@ class ShardDataset:
         self.storage.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"storage": self.storage, "index": self.index.place, "fingerprint": self.fingerprint}
+        return {
+            "storage": self.storage,
+            "index": self.index.place,
+            "fingerprint": self.fingerprint,
+            "names": tuple(self._names),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        index = read_index(Path(state["index"]))
+        index = read_index(Path(state["index"]), named=frozenset(state["names"]))
         if index.fingerprint != state["fingerprint"]:
             raise DataError(f"data folder {state['storage'].name} was packed anew while it was in use: start again")
         self.__init__(state["storage"], index)  # type: ignore[misc]

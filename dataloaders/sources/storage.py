@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+from dataloaders.sources.files import OddFileError, check_regular, open_regular
 from setformer_dist.core.errors import DataError
 
 T = TypeVar("T")
@@ -29,6 +30,9 @@ _RETRY_WAITS = (0.1, 0.5, 2.0, 5.0)
 
 # Bytes per piece of a file that is read from end to end.
 BLOCK = 1 << 20
+
+# Bytes per second below which the files of an index do not come.
+_SLOWEST = 1 << 14
 
 # Questions that a remote storage is asked at a time.
 _ASKED_AT_ONCE = 16
@@ -171,7 +175,7 @@ class _OpenFile:
 
     def __init__(self, path: str) -> None:
         self.fd = -1
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.fd = open_regular(path)
 
     def __del__(self) -> None:
         if self.fd >= 0:
@@ -210,6 +214,10 @@ class LocalFolder:
             raise MissingError(self.shown(name), f"cannot be opened ({error.strerror})") from None
         except OSError as error:
             raise UnreadableError(self.shown(name), f"cannot be opened ({error.strerror})") from None
+        try:
+            check_regular(found, self._root + name)
+        except OddFileError as error:
+            raise UnreadableError(self.shown(name), f"cannot be read ({error.strerror})") from None
         return FileFacts(found.st_size, str(found.st_mtime_ns))
 
     def read(self, name: str, offset: int, size: int) -> bytes:
@@ -219,6 +227,8 @@ class LocalFolder:
             try:
                 file = self._file(name)  # held by this name while it is read, whoever drops it from the set
                 data = os.pread(file.fd, size, offset)
+            except OddFileError as error:
+                raise UnreadableError(self.shown(name), f"cannot be read ({error.strerror})") from None
             except OSError as error:
                 self._forget(name)
                 raise PassingError(str(error)) from None
@@ -232,7 +242,7 @@ class LocalFolder:
     def blocks(self, name: str) -> Iterator[bytes]:
         """Yield a file's bytes from end to end."""
         try:
-            with open(self._root + name, "rb", buffering=0) as file:  # noqa: PTH123
+            with os.fdopen(open_regular(self._root + name), "rb", buffering=0) as file:
                 while block := file.read(BLOCK):
                     yield block
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -241,7 +251,10 @@ class LocalFolder:
             raise UnreadableError(self.shown(name), f"cannot be read ({error.strerror}): check the storage") from None
 
     def names(self, pattern: str) -> list[str]:
-        """Return the files that match a pattern below the folder."""
+        """Return the files that match a pattern below the folder; one that is there under just this name is it."""
+        folder, _, last = pattern.rpartition("/")
+        if folder and glob.has_magic(folder) and Path(self._root, folder).is_dir():
+            pattern = f"{glob.escape(folder)}/{last}"  # brackets in the names of folders
         return sorted(glob.glob(pattern, root_dir=self._root))  # noqa: PTH207  (relative names)
 
     def close(self) -> None:
@@ -266,6 +279,37 @@ class LocalFolder:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LocalFolder, (self.folder, self._sleep)
+
+
+def read_small(storage: Storage, name: str, limit: int, timeout: float) -> bytes:
+    """Return a whole file; arguments and errors are those of `read_blocks`."""
+    return b"".join(read_blocks(storage, name, limit, timeout))
+
+
+def read_blocks(storage: Storage, name: str, limit: int, timeout: float) -> Iterator[bytes]:
+    """Yield a file of which nothing vouches for the size: at most `limit` bytes, and no dripping for ever.
+
+    Args:
+        storage: where it is.
+        name: of the file.
+        limit: bytes.
+        timeout: seconds after which it must have come at `_SLOWEST` on average.
+
+    Raises:
+        UnreadableError: it is larger, or comes more slowly.
+    """
+    got, begun = 0, time.monotonic()
+    for block in storage.blocks(name):
+        got += len(block)
+        if got > limit:
+            raise UnreadableError(
+                storage.shown(name), f"has more than the {limit} bytes that are read: restore the file"
+            )
+        if time.monotonic() - begun > timeout + got / _SLOWEST:
+            raise UnreadableError(
+                storage.shown(name), f"comes too slowly ({got} bytes in {timeout:g} s): check the server"
+            )
+        yield block
 
 
 def all_facts(storage: Storage, names: Sequence[str]) -> list[FileFacts]:

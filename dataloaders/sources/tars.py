@@ -7,6 +7,11 @@ member that it names.
 
     000017.jpg  000017.cls     members of one base name are a sample; their order does not matter
     a/b/000017.seg.png         names are cut at the first dot of the last part, as WebDataset does: key a/b/000017
+    000017.1.jpg               a key with a dot: refused, or left out where that is asked for, and never merged
+
+Hidden and system members are passed over at any depth and counted, and so are members that are no part of a sample.
+Work and memory are bounded by the bytes of the shard: of a pax header only what is used is kept, keys beyond
+`_LONGEST_KEY` bytes are shortened, and larger bodies are no labels.
 
 Only headers are read, labels, and of images as much as says their height and width; or, for checksums and from
 storage that reads from end to end alone, everything once.
@@ -15,7 +20,6 @@ storage that reads from end to end alone, everything once.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import reprlib
@@ -25,6 +29,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from dataloaders.pixels.decode import UndecodableError, image_size
+from dataloaders.pixels.formats import IMAGE_PARTS
+from dataloaders.sources.classes import LabelError, decoded, label_of
+from dataloaders.sources.files import LARGEST_SAMPLE, parse_json
+from dataloaders.sources.passed import Passed, is_ignored, is_visible
 from setformer_dist.core.errors import DataError
 
 _BLOCK = 512
@@ -38,7 +46,11 @@ _LONG_HEAD = 1 << 16
 
 # Bodies of pax records, GNU names, labels: what is larger is no such thing.
 _LARGEST_TEXT = 1 << 20
-_LARGEST_TABLE = 1 << 26
+_LARGEST_LABEL = {"cls": 1 << 16, "json": 1 << 22}
+
+# Bytes of a key that the index holds: no more than the header of each sample has, so that the matrix of all keys is
+# no larger than the shards, whatever the longest is.
+_LONGEST_KEY = 512
 
 # Members between two signs of life.
 _TOLD = 64
@@ -46,14 +58,17 @@ _TOLD = 64
 # First bytes of files that are no tars but hold one.
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
-# Parts by their extension, in the order of preference where a sample has several images.
-IMAGE_PARTS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm")
 MASK_PART, BOXES_PART = "mask.png", "boxes.json"
 _LABEL_PARTS = ("cls", "json")
+_READ_SUFFIXES = frozenset((*IMAGE_PARTS, *_LABEL_PARTS))
 LABEL_FIELDS = ("label", "cls", "class")
 
-# As WebDataset cuts names; what has no dot, or only a leading one, belongs to no sample.
-_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
+# As WebDataset cuts names; what has no dot belongs to no sample.
+_NAME = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)", re.DOTALL)
+
+# Records of pax headers that say anything of a member; of a sparse file's only that there are some.
+_USED_RECORDS = frozenset({"path", "linkpath", "size"})
+_SPARSE = "GNU.sparse"
 
 _REGULAR = (b"0", b"\0", b"7")
 _LINK = b"1"
@@ -187,7 +202,7 @@ def members(reader: Reader, shown: str, on_header: Callable[[bytes], None] = lam
                 records = _records(text, place, shown)
         else:
             known = {**shared, **records}
-            if kind == b"S" or any(key.startswith("GNU.sparse") for key in known):
+            if kind == b"S" or _SPARSE in known:
                 raise DataError(f"shard {shown} has a sparse file at byte {place}, which has no bytes of its own: pack")
             if "size" in known:
                 size = _pax_size(known["size"], place, shown)
@@ -277,7 +292,9 @@ def _records(text: bytes, place: int, shown: str) -> dict[str, str]:
             key, mark, value = record.partition(b" ")[2].partition(b"=")
             if length < 1 or not mark or len(record) < length or record[-1:] != b"\n":
                 raise ValueError
-            records[key.decode()] = value[:-1].decode(errors="surrogateescape")
+            name = _SPARSE if key.startswith(_SPARSE.encode()) else key.decode()
+            if name in _USED_RECORDS or name == _SPARSE:
+                records[name] = value[:-1].decode(errors="surrogateescape")
             start += length
     except ValueError:
         raise DataError(f"shard {shown} has a damaged pax header at byte {place}: restore it") from None
@@ -334,14 +351,24 @@ class Scan:
         rows: its samples, in the order of their first members.
         headers: sha256 of all headers: changes with any name, size, place or time in the shard.
         unreadable: keys of images whose height and width could not be read; they got their neighbour's.
+        left_out: members and samples that are no whole ones, and why; only where that was asked for.
+        passed: members that are not read.
     """
 
     rows: list[Row]
     headers: str
     unreadable: list[str]
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    passed: Passed = field(default_factory=Passed)
 
 
-def scan(reader: Reader, shown: str, whole: bool, on_progress: Callable[[int], None] = lambda samples: None) -> Scan:
+def scan(
+    reader: Reader,
+    shown: str,
+    whole: bool,
+    on_progress: Callable[[int], None] = lambda samples: None,
+    skip_bad: bool = False,
+) -> Scan:
     """Read the headers of a shard.
 
     Args:
@@ -349,48 +376,161 @@ def scan(reader: Reader, shown: str, whole: bool, on_progress: Callable[[int], N
         shown: its name, for messages.
         whole: read every sample's bytes for its crc32, at rising offsets.
         on_progress: told now and then the members found since the last call.
+        skip_bad: leave out what is no whole sample, and say so in the result; a shard may then have none at all.
 
     Raises:
         DataError: the shard is damaged, has no samples, or has some that cannot be told apart or have no image.
     """
-    headers = hashlib.sha256()
-    samples: dict[str, Sample] = {}
-    looked: dict[tuple[int, str], _Look] = {}
-    for count, member in enumerate(members(reader, shown, headers.update), 1):
-        if not count % _TOLD:
-            on_progress(_TOLD)
-        match = _NAME.fullmatch(member.name)
-        if match is None or ("/" not in member.name and re.fullmatch(r"__.*__", member.name)):
-            continue
-        key, part = match[1], match[2].lower()
-        sample = samples.setdefault(key, Sample(key))
-        if part in sample.parts:
+    return _Scanner(reader, shown, whole, skip_bad).scan(on_progress)
+
+
+class _Scanner:
+    """One shard on its way to rows."""
+
+    def __init__(self, reader: Reader, shown: str, whole: bool, skip_bad: bool) -> None:
+        self._reader, self._shown, self._whole, self._skip = reader, shown, whole, skip_bad
+        self._samples: dict[str, Sample] = {}
+        self._looked: dict[tuple[int, str], _Look] = {}
+        self._left_out: list[tuple[str, str]] = []
+        self._passed = Passed()
+        self._bare: dict[str, str] = {}  # key -> a part of it that is not read; most members of some shards
+
+    def scan(self, on_progress: Callable[[int], None]) -> Scan:
+        """Return what is in the shard."""
+        headers = hashlib.sha256()
+        for count, member in enumerate(members(self._reader, self._shown, headers.update), 1):
+            if not count % _TOLD:
+                on_progress(_TOLD)
+            self._take(member)
+        for key, part in self._bare.items():
+            if key not in self._samples:
+                self._refuse(key, f"it has no image, only {part}", _why_no_image(key, [part], self._shown))
+        for sample in self._samples.values():
+            self._split_dotted(sample)
+            self._count_unread(sample)
+        whole = [sample for sample in self._samples.values() if self._is_whole(sample)]
+        if not whole and not self._skip:
             raise DataError(
-                f"shard {shown} holds {member.name!r} twice, so which of them sample {key!r} is cannot be told: pack "
-                "it again with one name per sample"
+                f"shard {self._shown} holds no sample (files named <key>.jpg, <key>.cls, ...): remove it, {_SKIP}"
             )
+        rows, unreadable = _rows(whole, self._looked, self._shown) if whole else ([], [])
+        return Scan(rows, headers.hexdigest(), unreadable, self._left_out, self._passed)
+
+    def _take(self, member: Member) -> None:
+        name = member.name
+        if not is_visible(name):
+            self._passed.ignore(next(part for part in name.split("/") if part not in ("", ".") and is_ignored(part)))
+            return
+        match = _NAME.fullmatch(name)
+        if match is None:
+            self._passed.unread["no suffix"] += 1
+            return
+        if "/" not in name and re.fullmatch(r"__.*__", name):
+            self._passed.others["members of WebDataset's own (__…__)"] += 1
+            return
+        key, part = match[1], match[2].lower()
+        if part.rpartition(".")[2] not in _READ_SUFFIXES:
+            self._bare.setdefault(key, part)
+            self._passed.unread[f".{part}"] += 1
+            return
+        sample = self._samples.setdefault(key, Sample(key))
+        if part in sample.parts:
+            self._refuse(
+                name,
+                "its name is there twice",
+                f"shard {self._shown} holds {name!r} twice, so which of them sample {key!r} is cannot be told: pack "
+                f"it again with one name per sample, {_SKIP}",
+            )
+            return
         sample.parts[part] = member
         place = _place_of(member, part)
         if not member.is_link:
-            looked[place] = _look(reader, member, part, whole, shown)
-        elif place not in looked and place[1]:
+            self._looked[place] = self._look(member, part)
+        elif place not in self._looked and place[1]:
             raise DataError(
-                f"shard {shown} has a hard link {member.name!r} to a file that is no {part!r} of a sample: pack it "
+                f"shard {self._shown} has a hard link {name!r} to a file that is no {part!r} of a sample: pack it "
                 "again without links"
             )
-    if not samples:
-        raise DataError(f"shard {shown} holds no sample (files named <key>.jpg, <key>.cls, ...): leave it out")
-    rows, unreadable = _rows(list(samples.values()), looked, shown)
-    return Scan(rows, headers.hexdigest(), unreadable)
+
+    def _look(self, member: Member, part: str) -> _Look:
+        look, body = _Look(), None
+        if part not in (*IMAGE_PARTS, *_LABEL_PARTS, MASK_PART, BOXES_PART):
+            return look
+        limit = _LARGEST_LABEL.get(part, LARGEST_SAMPLE)
+        if member.size > limit:
+            look.trouble = f"{member.name!r} has {member.size} bytes, more than the {limit} that are read"
+            return look
+        if self._whole and part not in _LABEL_PARTS:
+            body = _whole(self._reader, member, self._shown)
+            look.crc32 = zlib.crc32(body)
+        if part in IMAGE_PARTS:
+            look.size = _image_size(self._reader, member) if body is None else _size_or_none(body)
+        elif part in _LABEL_PARTS:
+            try:
+                look.label = _label(_whole(self._reader, member, self._shown), part)
+            except LabelError as error:
+                look.trouble = f"label file {member.name!r} {error}"
+        return look
+
+    def _split_dotted(self, sample: Sample) -> None:
+        """Take out the parts that are samples of their own whose keys have a dot."""
+        if all("." not in part for part in sample.parts):
+            return
+        has_image = any(part in IMAGE_PARTS for part in sample.parts)
+        for part in list(sample.parts):
+            prefix, _, suffix = part.rpartition(".")
+            if suffix not in IMAGE_PARTS or not prefix or part == MASK_PART:
+                continue
+            labelled = any(f"{prefix}.{label}" in sample.parts for label in _LABEL_PARTS)
+            if has_image and not labelled and not prefix.isdecimal():
+                continue  # a second picture of the sample, such as depth.png
+            said = _why_dotted(sample, part, self._shown)
+            for other in [other for other in sample.parts if other.startswith(f"{prefix}.")]:
+                name = sample.parts.pop(other).name
+                self._refuse(name, "its key has a dot", said)
+
+    def _count_unread(self, sample: Sample) -> None:
+        image = _image_part(sample)
+        for part in sample.parts:
+            if part in IMAGE_PARTS and part != image:
+                self._passed.others["further images of a sample"] += 1
+            elif part not in (*IMAGE_PARTS, *_LABEL_PARTS, MASK_PART, BOXES_PART):
+                self._passed.unread[f".{part}"] += 1
+
+    def _is_whole(self, sample: Sample) -> bool:
+        if not sample.parts:
+            return False
+        image = _image_part(sample)
+        if image is None:
+            what = f"it has no image, only {', '.join(sorted(sample.parts))}"
+            self._refuse(sample.key, what, _why_no_image(sample.key, sorted(sample.parts), self._shown))
+            return False
+        for part in (image, *(part for part in (*_LABEL_PARTS, MASK_PART, BOXES_PART) if part in sample.parts)):
+            trouble = self._looked[_place_of(sample.parts[part], part)].trouble
+            if trouble:
+                self._refuse(sample.key, trouble, f"shard {self._shown}: {trouble}: restore or pack it again, {_SKIP}")
+                return False
+        return True
+
+    def _refuse(self, name: str, what: str, message: str) -> None:
+        """Leave a member or sample out, or stop at it."""
+        if not self._skip:
+            raise DataError(message)
+        self._left_out.append((name, what))
+
+
+# What else can be done about an odd member.
+_SKIP = "or leave it out (data.skip_bad = true, or --skip-bad)"
 
 
 @dataclass(slots=True)
 class _Look:
-    """What reading a member said: its crc32 or -1; height and width of an image; the label of a label."""
+    """What reading a member said: its crc32 or -1; height and width of an image; the label of a label; or a trouble."""
 
     crc32: int = -1
     size: tuple[int, int] | None = None
     label: int | str | None = None
+    trouble: str = ""
 
 
 def _place_of(member: Member, part: str) -> tuple[int, str]:
@@ -398,21 +538,6 @@ def _place_of(member: Member, part: str) -> tuple[int, str]:
     if part in IMAGE_PARTS:
         return member.offset, "image"
     return member.offset, part if part in (*_LABEL_PARTS, MASK_PART, BOXES_PART) else ""
-
-
-def _look(reader: Reader, member: Member, part: str, whole: bool, shown: str) -> _Look:
-    look = _Look()
-    body = None
-    if whole and part in (*IMAGE_PARTS, MASK_PART, BOXES_PART):
-        body = _whole(reader, member, shown)
-        look.crc32 = zlib.crc32(body)
-    if part in IMAGE_PARTS:
-        look.size = _image_size(reader, member) if body is None else _size_or_none(body)
-    elif part in _LABEL_PARTS:
-        if member.size > _LARGEST_TABLE:
-            raise DataError(f"shard {shown}: label file {member.name!r} has {member.size} bytes, which is no label")
-        look.label = _label(_whole(reader, member, shown), part, member.name, shown)
-    return look
 
 
 def _whole(reader: Reader, member: Member, shown: str) -> bytes:
@@ -432,7 +557,7 @@ def _image_size(reader: Reader, member: Member) -> tuple[int, int] | None:
         found = _size_or_none(head)
         if found is not None or len(head) >= member.size:
             return found
-    return _size_or_none(reader.read(member.offset, member.size))
+    return _size_or_none(reader.read(member.offset, min(member.size, LARGEST_SAMPLE)))
 
 
 def _size_or_none(data: bytes) -> tuple[int, int] | None:
@@ -443,25 +568,37 @@ def _size_or_none(data: bytes) -> tuple[int, int] | None:
     return (height, width) if height > 0 and width > 0 else None
 
 
-def _label(body: bytes, part: str, name: str, shown: str) -> int | str | None:
-    """Return the label that a .cls or .json file says; None where a table has no field for it."""
+def _label(body: bytes, part: str) -> int | str | None:
+    """Return the label that a .cls or .json file says; None where a table has no field for it.
+
+    Raises:
+        LabelError: what is wrong with it, in words.
+    """
     try:
-        text = body.decode()
-        said = json.loads(text) if part == "json" else text.strip()
-    except (ValueError, RecursionError):
-        raise DataError(
-            f"shard {shown}: label file {name!r} is not readable as {part}: restore or pack it again"
-        ) from None
-    if part == "json":
-        said = next((said[name] for name in LABEL_FIELDS if name in said), None) if isinstance(said, dict) else said
-    if said is None or (isinstance(said, int) and not isinstance(said, bool)):
-        return said
-    if isinstance(said, str) and said:
-        return int(said) if re.fullmatch(r"[+-]?\d{1,18}", said) else said
-    shown_as = said if isinstance(said, str) else reprlib.repr(said)  # which goes into no depth
-    raise DataError(
-        f"shard {shown}: label file {name!r} says {shown_as[:40]!r}, which is neither a number nor a class name"
-    )
+        text = decoded(body)
+        said = parse_json(text.encode()) if part == "json" else text.strip()
+    except ValueError:
+        raise LabelError(f"is not readable as {part}") from None
+    if isinstance(said, dict):
+        said = next((said[name] for name in LABEL_FIELDS if name in said), None)
+    try:
+        return label_of(said)
+    except LabelError:
+        shown_as = said if isinstance(said, str) else reprlib.repr(said)  # which goes into no depth
+        raise LabelError(f"says {shown_as[:40]!r}, which is neither a number nor a class name") from None
+
+
+def _image_part(sample: Sample) -> str | None:
+    return next((part for part in IMAGE_PARTS if part in sample.parts), None)
+
+
+def _short(key: str) -> str:
+    """Return a key as the index holds it."""
+    encoded = key.encode(errors="surrogateescape")
+    if len(encoded) <= _LONGEST_KEY:
+        return key
+    digest = hashlib.sha256(encoded).hexdigest()[:16]
+    return encoded[: _LONGEST_KEY - 17].decode(errors="surrogateescape") + "~" + digest
 
 
 def _rows(samples: list[Sample], looked: dict[tuple[int, str], _Look], shown: str) -> tuple[list[Row], list[str]]:
@@ -469,22 +606,19 @@ def _rows(samples: list[Sample], looked: dict[tuple[int, str], _Look], shown: st
     unreadable: list[str] = []
     sizes: list[tuple[int, int] | None] = []
     for sample in samples:
-        image = next((sample.parts[part] for part in IMAGE_PARTS if part in sample.parts), None)
-        if image is None:
-            raise DataError(_why_no_image(sample, shown))
-        sizes.append(looked[image.offset, "image"].size)
+        sizes.append(looked[_image_of(sample).offset, "image"].size)
         if sizes[-1] is None:
-            unreadable.append(sample.key)
+            unreadable.append(_short(sample.key))
     some = next((size for size in sizes if size is not None), None)
     if some is None:
         raise DataError(f"shard {shown} holds {len(samples)} samples, of which none has a readable image: restore it")
     for sample, size in zip(samples, sizes, strict=True):
         some = size or some  # the neighbour's: such an image is found damaged when it is read, and replaced
-        image = next(sample.parts[part] for part in IMAGE_PARTS if part in sample.parts)
+        image = _image_of(sample)
         labels = [looked[sample.parts[part].offset, part].label for part in _LABEL_PARTS if part in sample.parts]
         rows.append(
             Row(
-                sample.key,
+                _short(sample.key),
                 next((label for label in labels if label is not None), None),
                 _place(image, "image", looked),
                 _place(sample.parts.get(MASK_PART), MASK_PART, looked),
@@ -495,20 +629,25 @@ def _rows(samples: list[Sample], looked: dict[tuple[int, str], _Look], shown: st
     return rows, unreadable
 
 
+def _image_of(sample: Sample) -> Member:
+    return next(sample.parts[part] for part in IMAGE_PARTS if part in sample.parts)
+
+
 def _place(member: Member | None, part: str, looked: dict[tuple[int, str], _Look]) -> tuple[int, int, int]:
     return (0, 0, 0) if member is None else (member.offset, member.size, looked[member.offset, part].crc32)
 
 
-def _why_no_image(sample: Sample, shown: str) -> str:
-    for part in sample.parts:
-        inner = part.rpartition(".")
-        if inner[0] and inner[2] in IMAGE_PARTS and part != MASK_PART:
-            return (
-                f"shard {shown} holds {sample.key + '.' + part!r}, a key with a dot: names are cut at the first dot "
-                f"(as by WebDataset), so it is part {part!r} of sample {sample.key!r}, which has no image; rename it, "
-                "or pack the images with `setformer data pack`"
-            )
+def _why_dotted(sample: Sample, part: str, shown: str) -> str:
+    merged = "which has an image already" if _image_part(sample) else "which has no image"
     return (
-        f"shard {shown} has no image ({', '.join(IMAGE_PARTS)}) for sample {sample.key!r}, only "
-        f"{', '.join(sorted(sample.parts))}: images of other formats are not read, so convert it, or pack it again"
+        f"shard {shown} holds {sample.key + '.' + part!r}, a key with a dot: names are cut at the first dot "
+        f"(as by WebDataset), so it is part {part!r} of sample {sample.key!r}, {merged}; rename it, "
+        f"or pack the images with `setformer data pack`, {_SKIP}"
+    )
+
+
+def _why_no_image(key: str, parts: list[str], shown: str) -> str:
+    return (
+        f"shard {shown} has no image ({', '.join(IMAGE_PARTS)}) for sample {key!r}, only "
+        f"{', '.join(parts)}: images of other formats are not read, so convert it, {_SKIP}"
     )

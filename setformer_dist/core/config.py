@@ -46,7 +46,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 def _read_page(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
-            return tomllib.load(file)
+            return tomllib.loads(file.read().decode("utf-8-sig"))  # editors of Windows begin with a mark
     except FileNotFoundError:
         near = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
         known = f"; pages there: {', '.join(near)}" if near else ""

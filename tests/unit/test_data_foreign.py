@@ -23,7 +23,8 @@ from PIL import Image
 import dataloaders.sources.foreign
 from dataloaders.reading.processes import helper_context, lean_start
 from dataloaders.source import DamagedSampleError
-from dataloaders.sources.foreign import INDEX_FOLDER, find_shards, index_shards, open_foreign, user_cache
+from dataloaders.sources.foreign import find_shards, index_shards, open_foreign
+from dataloaders.sources.homes import INDEX_FOLDER, user_cache
 from dataloaders.sources.index import ARRAYS_NAME, INDEX_NAME, write_index
 from dataloaders.sources.shards import check_same_classes
 from dataloaders.sources.tars import FileReader, StreamReader, members
@@ -587,7 +588,7 @@ def test_a_key_of_two_shards_is_said(folder, caplog):
 
 def test_a_class_file_without_end(folder):
     (folder / "classes.json").write_bytes(b"[" * 200_000)
-    with pytest.raises(DataError, match=r"class map .*classes\.json is not a JSON list"):
+    with pytest.raises(DataError, match=r"class map .*classes\.json is not JSON: it is nested too deep"):
         opened(folder)
 
 
