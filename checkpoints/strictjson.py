@@ -1,13 +1,21 @@
-"""JSON from files that nobody vouches for: no key twice, no depth or number that exhausts the reader."""
+"""JSON from files that nobody vouches for: no key twice, no depth, number or text that exhausts or misleads the reader.
+
+A text of n bytes costs at most some 20 n bytes of memory once it is read: `[` and `{` cost the most, up to a hundred
+times their length, so their number is bounded by the length (docs/checkpoints.md, "Budgets").
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from checkpoints.errors import DamagedError
 
 MAX_DEPTH = 64
+_CONTAINERS = (4096, 16)  # so many in any text, and one more for so many bytes of it; ours have one in 30
+# Half of a character that UTF-16 writes as two: JSON can escape it alone, and then it can be neither shown nor written.
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def parse(data: bytes, source: str) -> Any:
@@ -20,10 +28,15 @@ def parse(data: bytes, source: str) -> Any:
     Raises:
         DamagedError: it is not JSON, names a key twice in one object, or is nested too deeply.
     """
+    few, each = _CONTAINERS
+    if data.count(b"[") + data.count(b"{") > few + len(data) // each:
+        raise DamagedError(f"{source} has more lists and objects than {len(data)} bytes of ours ever have")
     try:
         text = data.decode("utf-8")
         value = json.loads(text, object_pairs_hook=_object)
         _refuse_depth(value)
+        if _SURROGATE.search(data):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError:
         raise DamagedError(f"{source} is nested too deeply") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors

@@ -64,6 +64,11 @@ class MasterState:
             if view.numel()
         ]
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The whole shape of every parameter that trains, by name."""
+        return {name: self._shapes[p] for p, name in self._names.items()}
+
     def refresh(self) -> None:
         """Bring the parameters that compute up to date after masters were written. Collective."""
         self._layout.refresh()
