@@ -460,7 +460,9 @@ def adopt_complete(root: Path, disk: Disk) -> list[Path]:
         except (OSError, CheckpointError) as error:
             log.warning("%s is left where it is: %s", leftover, describe(error))
             continue
-        log.warning("checkpoint %s was complete when its writer was killed, and is taken as nothing else is left", final)
+        log.warning(
+            "checkpoint %s was complete when its writer was killed, and is taken as nothing else is left", final
+        )
         adopted.append(final)
     return sorted(adopted, key=lambda path: layout.step_of(path) or 0, reverse=True)
 

@@ -162,7 +162,8 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / layout.MANIFEST
     try:
-        limit = min(MAX_BYTES, MAX_BYTES_ALONE + MAX_BYTES_PER_FILE * len(os.listdir(folder)))  # noqa: PTH208
+        beside = len(os.listdir(folder)) if folder.is_dir() else 0  # noqa: PTH208
+        limit = min(MAX_BYTES, MAX_BYTES_ALONE + MAX_BYTES_PER_FILE * beside)
         value = parse(read_small(path, limit), str(path))
     except MissingError:
         raise DamagedError(f"{folder} has no {layout.MANIFEST}: it was never finished or is being deleted") from None

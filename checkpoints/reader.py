@@ -210,7 +210,9 @@ class Checkpoint:
             self._check(files, nothing)
             for fragment in nothing:
                 numel = math.prod(fragment.shape)
-                held = sum(piece.end - piece.start for piece, _ in files.pieces.get((fragment.name, fragment.state), ()))
+                held = sum(
+                    piece.end - piece.start for piece, _ in files.pieces.get((fragment.name, fragment.state), ())
+                )
                 if numel and not held:
                     raise self._no_state(files, fragment.state, fragment.name)
                 if held < numel:

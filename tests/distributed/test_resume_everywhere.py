@@ -25,7 +25,16 @@ from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
 from setformer_dist.testing.commands import DEMO, SHORT
 from setformer_dist.testing.ranks import run_ranks
 
-LAYOUTS = [(0, "none"), (1, "none"), (1, "optimizer"), (2, "none"), (2, "optimizer"), (3, "none"), (3, "optimizer"), (3, "all")]
+LAYOUTS = [
+    (0, "none"),
+    (1, "none"),
+    (1, "optimizer"),
+    (2, "none"),
+    (2, "optimizer"),
+    (3, "none"),
+    (3, "optimizer"),
+    (3, "all"),
+]
 PRECISIONS = ["fp32", "bf16", "fp16 dynamic", "fp16 static"]
 TINY = (
     "~schedule.epochs",
