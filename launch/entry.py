@@ -31,8 +31,8 @@ from launch.doctor import check_package_origins
 from launch.inputs import inputs_of
 from launch.local import LOG_DIR_VARIABLE, log_file, usable_cores
 from launch.lock import held
-from launch.outcome import finish
 from launch.orphans import use_scratch
+from launch.outcome import finish
 from setformer_dist.core.errors import LaunchError, PassingError, RankFailedError, SetformerError
 from setformer_dist.core.exits import leave
 from setformer_dist.core.files import write_json, write_state

@@ -92,8 +92,8 @@ class Supervised:
         if now - self._gone_since < _GONE_S:
             return None
         return (
-            f"{lost} was moved or removed while the run was at work in it: what the run holds cannot be saved there; put "
-            "it back, and start the run again to go on from its newest checkpoint"
+            f"{lost} was moved or removed while the run was at work in it, so nothing can be saved there: put it back, "
+            "and start the run again to go on from its newest checkpoint"
         )
 
     def _lost(self) -> Path | None:

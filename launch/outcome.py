@@ -58,7 +58,7 @@ def finish(run: ResolvedRun, splits: Splits, outcome: Outcome) -> None:
         write_state(folder / "summary.json", figures)
         if outcome.signum is None:
             _report(run, splits, figures)
-    except Exception as error:  # noqa: BLE001 — a trained model is worth more than a page about it
+    except Exception as error:
         log.exception("the report could not be written")
         reason = " ".join(f"{type(error).__name__}: {error}".encode(errors="backslashreplace").decode().split())
         print(

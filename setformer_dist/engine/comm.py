@@ -22,6 +22,7 @@ import torch.distributed as dist
 from deepspeed import init_distributed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops import __compatible_ops__ as deepspeed_ops
+from torch.distributed.distributed_c10d import HashStore, Store, TCPStore
 
 from setformer_dist.core.errors import LaunchError, PassingError
 from setformer_dist.core.ranks import PORT_GIVEN_VARIABLE, RankInfo
@@ -72,7 +73,7 @@ def connect(ranks: RankInfo, init_method: str | None = None, timeout_minutes: fl
     init_distributed(dist_init_required=False, verbose=False)
 
 
-def _meeting_place(ranks: RankInfo, limit: timedelta) -> dist.Store:
+def _meeting_place(ranks: RankInfo, limit: timedelta) -> Store:
     """Return the store by which the ranks find each other, at MASTER_ADDR and MASTER_PORT.
 
     Rank 0 listens on the address that the others are told and on no other: torch's own would listen on all interfaces,
@@ -82,10 +83,10 @@ def _meeting_place(ranks: RankInfo, limit: timedelta) -> dist.Store:
         DistNetworkError: the address is taken, not of this host, or does not answer in time.
     """
     if ranks.world_size == 1:
-        return dist.HashStore()
+        return HashStore()
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if not ranks.is_main:
-        return dist.TCPStore(host, port, ranks.world_size, is_master=False, timeout=limit)
+        return TCPStore(host, port, ranks.world_size, is_master=False, timeout=limit)
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.create_server(address[:2], family=family, backlog=2048) as server:
@@ -94,7 +95,7 @@ def _meeting_place(ranks: RankInfo, limit: timedelta) -> dist.Store:
         raise dist.DistNetworkError(
             f"{os.strerror(error.errno or 0)} (EADDRINUSE)" if error.errno == errno.EADDRINUSE else str(error)
         ) from None
-    return dist.TCPStore(
+    return TCPStore(
         host, port, ranks.world_size, is_master=True, timeout=limit, wait_for_workers=False, master_listen_fd=descriptor
     )
 

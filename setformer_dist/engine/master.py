@@ -84,7 +84,7 @@ class MasterState:
             state["step"].fill_(steps)
 
     def loss_scale(self) -> dict[str, float]:
-        """Return the state of fp16's loss scaling; what a scaler lacks, or holds as None (static ones do), is left out."""
+        """Return the state of fp16's loss scaling; what a scaler lacks or has as None is left out."""
         held = {key: getattr(self._scaler, key, None) for key in _SCALER_STATE}
         return {key: value for key, value in held.items() if value is not None}
 

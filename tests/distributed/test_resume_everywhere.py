@@ -17,6 +17,7 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from dataloaders.packing.pack import pack_image_folder
 from launch.compose import check_device, compose, open_splits
 from launch.config import load_run, resolve
 from launch.inputs import inputs_of
@@ -37,6 +38,10 @@ LAYOUTS = [
 ]
 PRECISIONS = ["fp32", "bf16", "fp16 dynamic", "fp16 static"]
 TINY = (
+    "~model.args",
+    "model.name=vit_tiny_patch16_224",
+    "model.args={patch_size = 4, embed_dim = 12, depth = 1, num_heads = 2}",
+    "model.drop_path=0.0",
     "~schedule.epochs",
     "~schedule.warmup_epochs",
     "schedule.steps=4",
@@ -94,9 +99,22 @@ def save_and_resume(data: str, out: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def both(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
+def few_digits(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight digits of each class to train on and two to score: opening and scoring are most of so short a run."""
+    folder = tmp_path_factory.mktemp("few")
+    for split, count in (("train", 8), ("val", 2)):
+        for label in sorted((digits / "images" / split).iterdir()):
+            (folder / "images" / split / label.name).mkdir(parents=True)
+            for image in sorted(label.iterdir())[:count]:
+                shutil.copy(image, folder / "images" / split / label.name)
+        pack_image_folder(folder / "images" / split, folder / split)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def both(few_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
     out = tmp_path_factory.mktemp("everywhere")
-    found = run_ranks(save_and_resume, 2, str(digits), str(out), timeout=400)[0]
+    found = run_ranks(save_and_resume, 2, str(few_digits), str(out), timeout=400)[0]
     return out, {entry["name"]: entry for entry in found}
 
 
