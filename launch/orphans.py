@@ -28,6 +28,7 @@ from types import TracebackType
 SCRATCH_VARIABLE = "SETFORMER_SCRATCH"
 _PREFIX = "sf-"
 _OWNED = "owned"
+_OVER = "over"
 _SHARED = Path("/dev/shm")
 
 
@@ -42,9 +43,10 @@ class Guardian:
         base = Path(tempfile.gettempdir())
         remove_ownerless(base)
         self.folder = base / f"{_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
-        self._process: subprocess.Popen[bytes] | None = None
+        self._watches = False
         self._pipe = self._lock = -1
-        with contextlib.suppress(OSError):  # without room for a folder the ranks use the system's own
+        # Without room for a folder, or a process, the ranks use the system's own.
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
             self.folder.mkdir(mode=0o700)
             self._lock = os.open(self.folder / _OWNED, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
@@ -53,7 +55,7 @@ class Guardian:
     def _start(self) -> None:
         read, self._pipe = os.pipe()
         try:
-            self._process = subprocess.Popen(
+            subprocess.run(  # it forks and ends: the guardian is no child of this process, whose children are the ranks
                 [sys.executable, "-I", "-S", __file__, str(read), str(self.folder)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -61,20 +63,26 @@ class Guardian:
                 start_new_session=True,  # no Ctrl-C, and no signal to the command's group, reaches it
                 pass_fds=(read, self._lock),  # a lock of flock is its owner's as long as any copy is open
                 cwd="/",
+                timeout=30,
+                check=True,
             )
+            self._watches = True
         finally:
             os.close(read)
 
     @property
     def environment(self) -> Mapping[str, str]:
         """What the ranks must have in their environment."""
-        return {SCRATCH_VARIABLE: str(self.folder)} if self._process is not None else {}
+        return {SCRATCH_VARIABLE: str(self.folder)} if self._watches else {}
 
     def watch(self, session: int) -> None:
         """Have a session's processes killed where this process dies before it has called `__exit__`."""
-        if self._process is not None:
+        self._tell(str(session))
+
+    def _tell(self, line: str) -> None:
+        if self._watches:
             with contextlib.suppress(OSError):  # it was killed
-                os.write(self._pipe, f"{session}\n".encode())
+                os.write(self._pipe, f"{line}\n".encode())
 
     def __enter__(self) -> Guardian:
         return self
@@ -82,9 +90,7 @@ class Guardian:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._process is not None:
-            self._process.kill()  # before the pipe ends: the sessions are over, their numbers may be others' by now
-            self._process.wait()
+        self._tell(_OVER)  # the sessions are over, and their numbers may be others' by now
         for descriptor in (self._pipe, self._lock):
             if descriptor >= 0:
                 os.close(descriptor)
@@ -126,11 +132,15 @@ def remove_ownerless(base: Path) -> None:
 
 
 def _main(pipe: int, folder: Path) -> None:
+    if os.fork():
+        os._exit(0)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     with os.fdopen(pipe, "rb") as told:
-        sessions = [int(line) for line in told]
-    for session in sessions:
+        lines = told.read().decode().split()
+    if _OVER in lines:
+        return
+    for session in map(int, lines):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(session, signal.SIGKILL)
     clear(folder)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from deepspeed import init_distributed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops import __compatible_ops__ as deepspeed_ops
-from torch.distributed.distributed_c10d import HashStore, Store, TCPStore
+from torch._C._distributed_c10d import HashStore, Store, TCPStore
 
 from setformer_dist.core.errors import LaunchError, PassingError
 from setformer_dist.core.ranks import PORT_GIVEN_VARIABLE, RankInfo
@@ -92,9 +92,11 @@ def _meeting_place(ranks: RankInfo, limit: timedelta) -> Store:
         with socket.create_server(address[:2], family=family, backlog=2048) as server:
             descriptor = os.dup(server.fileno())  # the store closes its own
     except OSError as error:
-        raise dist.DistNetworkError(
-            f"{os.strerror(error.errno or 0)} (EADDRINUSE)" if error.errno == errno.EADDRINUSE else str(error)
-        ) from None
+        if error.errno == errno.EADDRNOTAVAIL:  # an address that is translated on its way here
+            log.warning("MASTER_ADDR %s is no address of this host: rank 0 listens on all interfaces", host)
+            return TCPStore(host, port, ranks.world_size, is_master=True, timeout=limit, wait_for_workers=False)
+        taken = " (EADDRINUSE)" if error.errno == errno.EADDRINUSE else ""
+        raise dist.DistNetworkError(f"{error}{taken}") from None
     return TCPStore(
         host, port, ranks.world_size, is_master=True, timeout=limit, wait_for_workers=False, master_listen_fd=descriptor
     )
