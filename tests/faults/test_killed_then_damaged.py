@@ -142,7 +142,9 @@ def test_a_header_that_names_other_parameters_is_passed_over(tmp_path: Path, nam
     data = (crafted / file).read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
-    header["__metadata__"]["shapes"] = '{"w": [100], "%s": [7]}' % name if name != "x" else '{"x": [100]}'
+    header["__metadata__"]["shapes"] = '{"w": [100], "NAME": [7]}'.replace("NAME", name)
+    if name == "x":
+        header["__metadata__"]["shapes"] = '{"x": [100]}'
     text = json.dumps(header).encode()
     reseal(crafted, file, len(text).to_bytes(8, "little") + text + data[8 + length :])
     found = CheckpointManager(tmp_path, Alone(), CheckpointConfig()).newest(accept)
@@ -173,5 +175,5 @@ def test_a_file_changed_in_place_with_its_time_put_back_is_noticed(tmp_path: Pat
 
 @pytest.mark.parametrize("text", [b"[" + b"[]," * 1_000_000 + b"[]]", b'{"a":' * 9_000 + b"1" + b"}" * 9_000])
 def test_text_of_lists_and_objects_alone_is_refused_before_it_is_parsed(text: bytes) -> None:
-    with pytest.raises(DamagedError, match="lists and objects|nested"):
+    with pytest.raises(DamagedError, match=r"lists and objects|nested"):
         parse(text, "crafted")
