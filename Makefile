@@ -12,7 +12,7 @@ ifeq ($(DS_ACCELERATOR),)
 unexport DS_ACCELERATOR
 endif
 
-.PHONY: help setup ffcv demo test drills lint types check clean
+.PHONY: help setup ffcv demo test drills drills-ci lint types check clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,11 @@ test: $(STAMP)  ## run the tests
 
 drills: $(STAMP)  ## run the long drills: kill and resume under every stage and precision
 	$(BIN)/python -m pytest -m drill --timeout 3600
+
+# All drills but the matrix of layouts (an hour and more), within 25 minutes or not at all.
+drills-ci: $(STAMP)
+	timeout --kill-after=30 1500 $(BIN)/python -m pytest -m drill --timeout 400 --numprocesses 2 --dist load \
+		--deselect tests/distributed/test_elastic_matrix.py
 
 lint: $(STAMP)  ## ruff: lint and format
 	$(BIN)/ruff check .

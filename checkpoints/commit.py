@@ -18,13 +18,18 @@ written. At every instant, and whichever process dies at it, the folder `step-â€
     12  rank 0  writes `manifest.json`, durable, and reads it again: from here on the folder describes itself completely
     13  rank 0  makes the names in the folder durable
     14  rank 0  moves a folder that has the final name out of the way: aside if it does not verify; if it does, and is
-                to be replaced, to a name under which a later process finds it again if this one dies before 15
+                to be replaced, to a name under which a later process finds it again: that process deletes it only
+                after the folder which has the final name by then has verified
     15  rank 0  renames the folder to `step-â€¦`: the commit
     16  rank 0  makes the rename durable
     17  rank 0  deletes what retention lets go, manifest first; a failure here costs space alone
 
 An attempt that fails before 15 removes its folder; one that was killed is swept at step 1 of the next. After a
 failure at 16 the new checkpoint is there and whole, though a power cut might still take it back to the old one.
+
+What is damaged after a process was killed costs no more than what is damaged: where both folders of a step are there
+(14 to 17) the one that verifies stays, and where no checkpoint verifies, a folder that was complete when its writer
+was killed (13 to 15) and verifies takes its name after all (`adopt_complete`).
 """
 
 from __future__ import annotations
@@ -321,8 +326,7 @@ class Save:
         disk.sync_folder(attempt.root)
         log.info("checkpoint %s", attempt.final)
         if attempt.replaces:
-            with contextlib.suppress(OSError):  # costs space alone, and a later save tries again
-                restore_replaced(attempt.root, disk)
+            restore_replaced(attempt.root, disk)
 
     def _make_way(self) -> bool:
         """Step 14; return False if a checkpoint that verifies has the name and is to keep it."""
@@ -386,20 +390,81 @@ def put_aside(disk: Disk, root: Path, folder: Path, attempt: str, reason: str, k
     disk.make_folder(aside.parent)
     disk.rename(folder, aside)
     with contextlib.suppress(OSError):  # the reason is a courtesy; the move is what counts
-        write_bytes(disk, layout.reason_file(aside), f"{reason}\n".encode())
+        write_bytes(disk, layout.reason_file(aside), f"{reason}\n".encode(errors="backslashreplace"))
 
 
 def restore_replaced(root: Path, disk: Disk) -> None:
-    """Give an old checkpoint its name back if the new one did not take it, and remove it if it did.
+    """Settle which of the two folders of a step stays, where a process was killed while one replaced the other.
 
-    Raises:
-        OSError: it could not be done.
+    The old one gets its name back if the new one did not take it, or does not verify. Only after the new one has
+    verified is the old one deleted. What cannot be read or moved stays where it is, with a warning: a later call tries
+    again.
     """
     for old, final in layout.replaced(root):
-        if final.exists():
-            disk.remove_tree(old)
-        else:
-            disk.rename(old, final)
+        try:
+            _settle(root, old, final, disk)
+        except (OSError, CheckpointError) as error:
+            log.warning("%s stays beside %s for now: %s", old.name, final.name, describe(error))
+
+
+def _settle(root: Path, old: Path, final: Path, disk: Disk) -> None:
+    if not (final.exists() or final.is_symlink()):
+        disk.rename(old, final)
+        return
+    fault = _damage(final)
+    if fault is None:
+        delete_checkpoint(old, disk)
+        return
+    _, _, attempt = old.name.rpartition("-")
+    if (also := _damage(old, final.name)) is not None:  # which of the two is worth more, nobody knows: both are kept
+        put_aside(disk, root, old, attempt, f"{also}; and the one that was to replace it: {fault}")
+        return
+    log.warning("checkpoint %s does not verify, so the one that it replaced is taken back: %s", final, fault)
+    put_aside(disk, root, final, attempt, f"{fault}; the checkpoint that it replaced verifies and has its name again")
+    disk.rename(old, final)
+    disk.sync_folder(root)
+
+
+def _damage(folder: Path, named: str | None = None) -> str | None:
+    """Return why a folder does not verify, None where it does; `named` is the name that its manifest must fit.
+
+    Raises:
+        CheckpointError: nothing is known of its bytes (it cannot be read, is a link, or of a later format).
+    """
+    if folder.is_symlink():
+        raise CheckpointError(f"{folder} is a link, and links are not followed")
+    try:
+        step = verify(folder).step
+    except DamagedError as error:
+        return str(error)
+    if named is not None and layout.step_of(folder.with_name(named)) != step:
+        return f"its manifest is of step {step}"
+    return None
+
+
+def adopt_complete(root: Path, disk: Disk) -> list[Path]:
+    """Give folders whose writer was killed between their completion and the commit their names; return those.
+
+    For a search that has found nothing else: they verify in full, and no folder of their step is there.
+    """
+    adopted = []
+    for leftover in layout.leftovers(root):
+        final = layout.final_of(leftover)
+        if final is None or final.exists() or final.is_symlink() or not (leftover / layout.MANIFEST).exists():
+            continue
+        try:
+            if _damage(leftover, final.name) is not None:
+                continue
+            disk.rename(leftover, final)
+            disk.sync_folder(root)
+        except (OSError, CheckpointError) as error:
+            log.warning("%s is left where it is: %s", leftover, describe(error))
+            continue
+        log.warning(
+            "checkpoint %s was complete when its writer was killed, and is taken as nothing else is left", final
+        )
+        adopted.append(final)
+    return sorted(adopted, key=lambda path: layout.step_of(path) or 0, reverse=True)
 
 
 def delete_checkpoint(folder: Path, disk: Disk | None = None) -> None:

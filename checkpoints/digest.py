@@ -62,18 +62,20 @@ def algorithm_of(digest: str) -> str | None:
 class Seen:
     """What a file was when its bytes were checked; another value later means that it was replaced or written to.
 
-    The device is left out: the same storage has another one on another host.
+    The time of change (ctime) is the kernel's own: who writes into a file can put mtime back, but not that. The device
+    is left out: the same storage has another one on another host.
     """
 
     inode: int
     size: int
     mtime_ns: int
+    ctime_ns: int
 
     @classmethod
     def of(cls, descriptor: int) -> Seen:
         """Return it for an open file."""
         status = os.fstat(descriptor)
-        return cls(status.st_ino, status.st_size, status.st_mtime_ns)
+        return cls(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,9 @@ ASIDE = "aside"
 
 _STEP_FOLDER = re.compile(r"step-(\d{8,15})")
 _TEMPORARY = ".tmp-"
+_TEMPORARY_FOLDER = re.compile(r"\.tmp-(step-\d{8,15})-[0-9a-f]{8}")
 _REPLACED = ".replaced-"
+_REPLACED_FOLDER = re.compile(r"\.replaced-(step-\d{8,15})-[0-9a-f]{8}")
 _SUPERSEDED = "superseded-"
 
 
@@ -57,9 +59,10 @@ def replaced_folder(root: Path, step: int, attempt: str) -> Path:
 
 
 def replaced(root: Path) -> list[tuple[Path, Path]]:
-    """Return the folders that wait so, each with the name that it had."""
+    """Return the folders that wait so, each with the name that it had; links and other names are none."""
     found = sorted(root.glob(f"{_REPLACED}*")) if root.is_dir() else []
-    return [(path, root / path.name.removeprefix(_REPLACED).rpartition("-")[0]) for path in found]
+    named = [(path, _REPLACED_FOLDER.fullmatch(path.name)) for path in found]
+    return [(path, root / match[1]) for path, match in named if match and path.is_dir() and not path.is_symlink()]
 
 
 def reason_file(aside: Path) -> Path:
@@ -93,7 +96,14 @@ def step_folders(root: Path) -> list[Path]:
 
 def leftovers(root: Path) -> list[Path]:
     """Return folders that a killed writer left behind."""
-    return sorted(root.glob(f"{_TEMPORARY}*")) if root.is_dir() else []
+    found = sorted(root.glob(f"{_TEMPORARY}*")) if root.is_dir() else []
+    return [path for path in found if path.is_dir() and not path.is_symlink()]
+
+
+def final_of(leftover: Path) -> Path | None:
+    """Return the name that a writer's folder was to have, or None if it is no writer's."""
+    match = _TEMPORARY_FOLDER.fullmatch(leftover.name)
+    return leftover.parent / match[1] if match else None
 
 
 def put_aside(root: Path) -> list[Path]:

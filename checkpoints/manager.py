@@ -25,6 +25,7 @@ from checkpoints.commit import (
     Failure,
     Payload,
     Save,
+    adopt_complete,
     delete_checkpoint,
     describe,
     discard,
@@ -43,10 +44,12 @@ from checkpoints.policy import ASIDE_KEPT, best_first, steps_to_delete
 from checkpoints.rankfile import Layout, fragment_key, host_memory, image_parts
 from checkpoints.reader import Checkpoint, Entry, Skipped, candidates, check_rank_files, list_checkpoints, verify
 from setformer_dist.core.comm import Collectives
-from setformer_dist.core.errors import CheckpointError
+from setformer_dist.core.errors import CheckpointError, SetformerError
 from setformer_dist.core.fragments import Fragment
 
 _log = logging.getLogger(__name__)
+
+Accept = Callable[[Checkpoint], object]
 
 _GRACE_S = 20.0  # for the other ranks' files when this rank ends with an error; a supervisor is quicker if one is dead
 
@@ -360,21 +363,26 @@ class CheckpointManager:
 
     # Finding.
 
-    def newest(self) -> Checkpoint | None:
-        """Return the newest checkpoint that verifies, the same on every rank, or None.
+    def newest(self, accept: Accept | None = None) -> Checkpoint | None:
+        """Return the newest checkpoint that verifies and is accepted, the same on every rank, or None.
 
         Saves that were begun are waited for. Every rank hashes its share of the files; rank 0 decides. What does
-        not verify is warned of, listed in `skipped`, and put aside, so that it is never counted again.
+        not verify is warned of, listed in `skipped`, and put aside, so that it is never counted again. What verifies
+        and is not accepted is put aside for good where an older one is accepted; where none is, it is an error.
+
+        Args:
+            accept: raises a SetformerError where a run cannot go on from a checkpoint; asked on rank 0, about an
+                object of its own.
 
         Raises:
             StorageError: nothing is left, and of what is there something could not be read.
-            CheckpointError: a save that was begun failed, or a rank does not see the files.
+            CheckpointError: a save that was begun failed, a rank does not see the files, or none is accepted.
         """
         if self._comm.gather_json(bool(self._saves)).count(True):
             self.finish()
-        return self._first_sound(lambda entries: entries)
+        return self._first_sound(lambda entries: entries, accept)
 
-    def newest_before(self, step: int, reason: str) -> Checkpoint | None:
+    def newest_before(self, step: int, reason: str, accept: Accept | None = None) -> Checkpoint | None:
         """Return the newest checkpoint below a step that verifies, the same on every rank, or None.
 
         Where there is one, those of this step and later are put aside for good, durably before this returns, so that
@@ -383,13 +391,14 @@ class CheckpointManager:
         Args:
             step: of the oldest checkpoint that is not to be gone on from.
             reason: why, for the file beside what is put aside.
+            accept: as in `newest`.
 
         Raises:
             CheckpointError: as `newest`, or something could not be put aside.
         """
         if self._comm.gather_json(bool(self._saves)).count(True):
             self.finish()
-        found = self._first_sound(lambda entries: [e for e in entries if (layout.step_of(e.path) or 0) < step])
+        found = self._first_sound(lambda entries: [e for e in entries if (layout.step_of(e.path) or 0) < step], accept)
         if found is not None:
             self._on_main("put aside", lambda: self._supersede(lambda old: old >= step, reason))
         return found
@@ -415,34 +424,58 @@ class CheckpointManager:
         """Return what is in the folder, newest first, checked by manifest and sizes; no communication."""
         return list_checkpoints(self.root)
 
-    def _first_sound(self, choose: Callable[[Sequence[Entry]], Sequence[Entry]]) -> Checkpoint | None:
+    def _first_sound(
+        self, choose: Callable[[Sequence[Entry]], Sequence[Entry]], accept: Accept | None = None
+    ) -> Checkpoint | None:
         self.skipped = []
-        unread = ""
+        search = _Search()
 
         def names() -> list[str]:
             if not any(save.running for save in self._saves):
                 restore_replaced(self.root, self._disk)
             return [entry.path.name for entry in choose(self.list())]
 
-        for name in self._on_main("list", names):
-            folder = self.root / name
-            try:
-                return self._examine(folder)
-            except _UnusableError as error:
-                fault, place = str(error), "stays where it is"
-                self.skipped.append(Skipped(folder, fault))
-                unread = unread or (fault if error.kind == "unread" else "")
-                if self._comm.ranks.is_main:
-                    if error.kind == "damaged":
-                        place = self._put_aside(folder, fault)
-                    _log.warning("checkpoint %s is passed over and %s: %s", name, place, fault)
+        def adopted() -> list[str]:
+            if any(save.running for save in self._saves):
+                return []
+            new = {path.name for path in adopt_complete(self.root, self._disk)}
+            return [entry.path.name for entry in choose(self.list()) if entry.path.name in new] if new else []
+
+        for which in (names, adopted):
+            for name in self._on_main("list", which):
+                found = self._tried_folder(self.root / name, accept, search)
+                if found is not None:
+                    return found
         if self.skipped and self._comm.ranks.is_main:
             _log.warning("none of the %d checkpoints in %s can be used", len(self.skipped), self.root)
-        if unread:  # to begin anew because the storage does not answer would be worse than to wait for it
-            raise StorageError(f"no checkpoint in {self.root} can be used, and not all could be read: {unread}")
+        if search.unread:  # to begin anew because the storage does not answer would be worse than to wait for it
+            raise StorageError(f"no checkpoint in {self.root} can be used, and not all could be read: {search.unread}")
+        if search.refused:  # all belong to another run or config, which somebody must mend
+            raise CheckpointError(search.refused[0][1])
         return None
 
-    def _examine(self, folder: Path) -> Checkpoint:
+    def _tried_folder(self, folder: Path, accept: Accept | None, search: _Search) -> Checkpoint | None:
+        """Return the checkpoint in a folder, or note why it is not to be used and put it where it belongs."""
+        try:
+            found = self._examine(folder, accept)
+        except _UnusableError as error:
+            fault, place = str(error), "stays where it is"
+            self.skipped.append(Skipped(folder, fault))
+            search.unread = search.unread or (fault if error.kind == "unread" else "")
+            if error.kind == "refused":
+                search.refused.append((folder, fault))
+            if self._comm.ranks.is_main:
+                if error.kind == "damaged":
+                    place = self._put_aside(folder, fault)
+                _log.warning("checkpoint %s is passed over and %s: %s", folder.name, place, fault)
+            return None
+        if self._comm.ranks.is_main:  # their steps will be saved anew, under these names
+            for refused, fault in search.refused:
+                place = self._put_aside(refused, f"{fault}; the run went on from {folder.name}", keep=True)
+                _log.warning("checkpoint %s is %s", refused.name, place)
+        return found
+
+    def _examine(self, folder: Path, accept: Accept | None = None) -> Checkpoint:
         """Verify one folder, all ranks together: rank 0 reads the manifest, each hashes its share of files.
 
         Raises:
@@ -471,6 +504,8 @@ class CheckpointManager:
         world_size = manifest.identity.world_size
         _usable(self._on_main("examine", lambda: _judged(lambda: check_rank_files(folder, world_size))))
         seen = {name: Seen(**values) for told in by_rank for name, values in told["seen"].items()}
+        if accept is not None:
+            _usable(self._on_main("examine", lambda: _accepted(accept, Checkpoint(folder, manifest, seen))))
         return Checkpoint(folder, manifest, seen)
 
     def _check_shared(self, folder: Path, by_rank: Sequence[dict[str, Any]]) -> None:
@@ -490,10 +525,10 @@ class CheckpointManager:
                 "be on storage that all hosts share"
             )
 
-    def _put_aside(self, folder: Path, fault: str) -> str:
+    def _put_aside(self, folder: Path, fault: str, keep: bool = False) -> str:
         try:
-            put_aside(self._disk, self.root, folder, secrets.token_hex(4), fault)
-        except OSError as error:
+            put_aside(self._disk, self.root, folder, secrets.token_hex(4), fault, keep)
+        except (OSError, ValueError) as error:  # whatever is there, it must not stop a resume
             return f"could not be put aside ({error})"
         return f"put into {self.root / layout.ASIDE}"
 
@@ -535,7 +570,8 @@ class _UnusableError(Exception):
     """A folder is passed over.
 
     Attributes:
-        kind: "damaged", "unread" (the storage failed), or "foreign" (a later format, a link).
+        kind: "damaged", "unread" (the storage failed), "foreign" (a later format, a link), or "refused" (sound, and a
+            run cannot go on from it).
     """
 
     def __init__(self, fault: str, kind: str) -> None:
@@ -551,6 +587,36 @@ def _judged(work: Callable[[], Any]) -> dict[str, Any]:
         known = {DamagedError: "damaged", StorageError: "unread"}
         kind = next((kind for error_type, kind in known.items() if isinstance(error, error_type)), "foreign")
         return {"fault": str(error), "kind": kind}
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
+        _log.warning("a checkpoint's contents led to an error that its checks should have met", exc_info=True)
+        return {"fault": f"its contents are not as this program writes them: {error!r}", "kind": "damaged"}
+
+
+def _accepted(accept: Accept, found: Checkpoint) -> dict[str, Any]:
+    """Return what `accept` says of a sound checkpoint, as JSON like `_judged`; any other error refuses it too."""
+    try:
+        accept(found)
+    except (DamagedError, StorageError) as error:
+        return {"fault": str(error), "kind": "damaged" if isinstance(error, DamagedError) else "unread"}
+    except SetformerError as error:
+        return {"fault": str(error), "kind": "refused"}
+    except Exception as error:  # noqa: BLE001 — what a crafted file leads to must not stop a resume
+        _log.warning("checkpoint %s could not be judged", found.path, exc_info=True)
+        return {"fault": f"{found.path} is not as a run of this program saves it: {error!r}", "kind": "refused"}
+    return {"value": None}
+
+
+@dataclasses.dataclass
+class _Search:
+    """What a search has met so far.
+
+    Attributes:
+        unread: the first fault of what could not be read, or "".
+        refused: folders that verify and are not accepted, with the reasons.
+    """
+
+    unread: str = ""
+    refused: list[tuple[Path, str]] = dataclasses.field(default_factory=list)
 
 
 def _usable(told: dict[str, Any]) -> Any:

@@ -28,7 +28,10 @@ from setformer_dist.core.errors import CheckpointError
 FORMAT = "setformer_dist checkpoint"
 VERSION = 2  # 1: files carry "sha256" in place of "digest"
 READABLE = (1, 2)
-MAX_BYTES = 64 << 20  # of a manifest: a rank's line takes some 120 bytes
+MAX_BYTES = 64 << 20  # of a manifest
+# A manifest is read before any digest of it is known: beside its own words it lists the files that lie beside it, in
+# some 150 bytes each.
+MAX_BYTES_ALONE, MAX_BYTES_PER_FILE = 1 << 20, 512
 _MAX_STEP = 10**15 - 1
 
 
@@ -159,7 +162,9 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / layout.MANIFEST
     try:
-        value = parse(read_small(path, MAX_BYTES), str(path))
+        beside = len(os.listdir(folder)) if folder.is_dir() else 0  # noqa: PTH208
+        limit = min(MAX_BYTES, MAX_BYTES_ALONE + MAX_BYTES_PER_FILE * beside)
+        value = parse(read_small(path, limit), str(path))
     except MissingError:
         raise DamagedError(f"{folder} has no {layout.MANIFEST}: it was never finished or is being deleted") from None
     except OSError as error:

@@ -48,7 +48,7 @@ DTYPES: dict[torch.dtype, str] = {
 }
 _BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 _ALIGNMENT = 8
-MAX_HEADER = 100_000_000  # the safetensors library's own limit
+MAX_HEADER = 32 << 20  # some 300,000 fragments of a rank; the safetensors library's own limit is 100 MB
 _MAX_NUMEL = 2**48
 _KEY = re.compile(r"(?s:(.+))\|([A-Za-z0-9_.]{1,64})\|(0|[1-9]\d{0,14})\|([1-9]\d{0,14})")
 _CHUNK = 8 << 20

@@ -35,7 +35,7 @@ from setformer_dist.core.errors import CheckpointError
 from setformer_dist.core.fragments import Fragment
 
 _NAMED = 3  # parameters that an error message names before it only counts
-_MAX_TRAINER = 256 << 20  # bytes of trainer.json
+MAX_TRAINER = 16 << 20  # bytes of trainer.json: a config, some ten thousand class names, the losses since a log line
 _SCRATCH = 4 << 20  # bytes read at a time where values must be converted
 
 
@@ -171,7 +171,7 @@ class Checkpoint:
         """The engine's state besides tensors, as it was given to `save`."""
         record = self.manifest.record(layout.TRAINER)
         try:
-            data = read_small(self.path / layout.TRAINER, _MAX_TRAINER)
+            data = read_small(self.path / layout.TRAINER, MAX_TRAINER)
         except OSError as error:
             raise StorageError(f"{self.path / layout.TRAINER} cannot be read: {error}") from error
         # Hashed again, because these are the bytes that are parsed; format version 1 has another hash.
@@ -194,6 +194,31 @@ class Checkpoint:
             for (_, state), held in files.pieces.items():
                 counts[state] += sum(piece.end - piece.start for piece, _ in held)
         return dict(sorted(counts.items()))
+
+    def check_holds(self, shapes: Mapping[str, tuple[int, ...]], states: Iterable[str]) -> None:
+        """Check by the headers alone that a run with these parameters can be filled.
+
+        Args:
+            shapes: of every parameter that trains, by name.
+            states: of each of them.
+
+        Raises:
+            CheckpointError: a parameter has another shape, or a state of it is missing in whole or in part.
+        """
+        with self._open() as files:
+            nothing = [Fragment(n, s, 0, shape, torch.empty(0)) for n, shape in shapes.items() for s in states]
+            self._check(files, nothing)
+            for fragment in nothing:
+                numel = math.prod(fragment.shape)
+                held = sum(
+                    piece.end - piece.start for piece, _ in files.pieces.get((fragment.name, fragment.state), ())
+                )
+                if numel and not held:
+                    raise self._no_state(files, fragment.state, fragment.name)
+                if held < numel:
+                    raise DamagedError(
+                        f"{self.path} holds {held} of the {numel} elements of {fragment.state} of {fragment.name}"
+                    )
 
     def load_into(self, fragments: Iterable[Fragment]) -> None:
         """Fill each fragment's tensor in place, converting to its dtype and device.

@@ -31,7 +31,7 @@ from setformer_dist.engine.deepspeed_engine import DTYPES, initialize, supported
 from setformer_dist.engine.ema import Ema
 from setformer_dist.engine.evaluate import Watch
 from setformer_dist.engine.guard import Guard
-from setformer_dist.engine.master import MasterState
+from setformer_dist.engine.master import OPTIMIZER_STATES, MasterState
 from setformer_dist.engine.metrics import RunRecord, peak_flops
 from setformer_dist.engine.optim import Schedule
 from setformer_dist.engine.trainer import Best, Costs, Parts, Trainer, check_trainer
@@ -114,7 +114,11 @@ class RunStore:
         cursor_at: Callable[[int], dict[str, Any]],
         total_steps: int,
         is_main: bool,
+        check_place: Callable[[dict[str, Any]], object],
+        holds: Callable[[Checkpoint], object],
     ) -> None:
+        self._check_place = check_place
+        self._holds = holds
         self._manager = manager
         self._cursor_at = cursor_at
         self._total_steps = total_steps
@@ -164,7 +168,7 @@ class RunStore:
         Raises:
             CheckpointError: it is of another model, or was not written by a run.
         """
-        return self._checked(self._manager.newest())
+        return self._checked(self._manager.newest(self._accept))
 
     def newest_before(self, step: int, reason: str) -> SavedState | None:
         """Return the newest checkpoint below a step that verifies; put the others aside for good if there is one.
@@ -172,13 +176,26 @@ class RunStore:
         Raises:
             CheckpointError: as `newest`.
         """
-        return self._checked(self._manager.newest_before(step, reason))
+        return self._checked(self._manager.newest_before(step, reason, self._accept))
 
-    def _checked(self, found: Checkpoint | None) -> Checkpoint | None:
+    def _accept(self, found: Checkpoint) -> None:
+        """Check all that a continuation takes from a checkpoint, before one is chosen for all ranks.
+
+        Raises:
+            SetformerError: this run cannot go on from it.
+        """
+        imported = is_imported(found)
+        self._checked(found, says=False)
+        self._check_place(found.trainer["stream"])
+        if not imported:
+            self._holds(found)
+
+    def _checked(self, found: Checkpoint | None, says: bool = True) -> Checkpoint | None:
         if found is None:
             return None
         if is_imported(found):
-            state = trainer_state(found, self._identity, self._cursor_at, self._total_steps, says=self._is_main)
+            says = says and self._is_main
+            state = trainer_state(found, self._identity, self._cursor_at, self._total_steps, says=says)
             found.trainer.update(state)
             check_trainer(found.trainer, found.path)
             return found
@@ -270,6 +287,7 @@ def compose(run: ResolvedRun, splits: Splits, model: nn.Module, comm: TorchColle
     meter.install()
 
     manager = CheckpointManager(c.folder / "checkpoints", comm, c.checkpoint)
+    states = ("param", *OPTIMIZER_STATES, *(["ema"] if c.ema.decay else []))
     parts = Parts(
         engine=engine,
         master=master,
@@ -279,7 +297,18 @@ def compose(run: ResolvedRun, splits: Splits, model: nn.Module, comm: TorchColle
         validation=validation,
         prepare=inputs.prepare(len(classes), device, DTYPES[c.precision.dtype]),
         schedule=Schedule(engine.optimizer, c.schedule, stream.steps_per_epoch),
-        store=RunStore(manager, run, identity, classes, told, stream.state, schedule_steps, ranks.is_main),
+        store=RunStore(
+            manager,
+            run,
+            identity,
+            classes,
+            told,
+            stream.state,
+            schedule_steps,
+            ranks.is_main,
+            check_place=stream.check_state,
+            holds=functools.partial(Checkpoint.check_holds, shapes=master.shapes, states=states),
+        ),
         comm=comm,
         meter=meter,
         record=RunRecord(c.folder, ranks.is_main),

@@ -22,6 +22,7 @@ from launch.restarts import RestartConfig
 from setformer_dist.core import config as base
 from setformer_dist.core.config import FrozenConfig
 from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.files import read_state
 from setformer_dist.core.secrets import redacted_json
 from setformer_dist.engine.batch_plan import BatchConfig, BatchPlan, solve
 from setformer_dist.engine.ema import EmaConfig
@@ -192,9 +193,11 @@ def check_folder(run: ResolvedRun) -> None:
     if not path.exists():
         return
     try:
-        there = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise ConfigError(f"{path} is damaged: move the folder away, or give this run another run.name") from None
+        there, _ = read_state(path)
+    except (ValueError, OSError) as error:
+        raise ConfigError(
+            f"{path} is damaged ({error}): move the folder away, or give this run another run.name"
+        ) from None
     theirs = {key: value for key, value in flatten(redacted_json(there)).items() if not _is_free(key)}
     ours = flatten(json.loads(json.dumps(run.identity())))
     allowed = tuple(_ALLOWED_KEYS[change] for change in run.config.checkpoint.allow_changes)

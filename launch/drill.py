@@ -32,6 +32,7 @@ from checkpoints.reader import open_checkpoint
 from dataloaders import PackOptions, pack_image_folder
 from launch.demo import write_digits
 from launch.faults import CHECKPOINT_EVERY, FAULTS, DrillError, Hand, Run
+from launch.mounts import keep_mounts_private
 
 _DISK_MIB = 192
 _STATES = ("param", "exp_avg", "exp_avg_sq", "ema")
@@ -70,10 +71,12 @@ class Fault:
 
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[bool]:
-    """Mount a small tmpfs at a folder; yields False where that is not allowed."""
+    """Mount a small tmpfs at a folder, for this process and those it starts; yields False where that is not allowed."""
     folder.mkdir(parents=True, exist_ok=True)
     mounted = False
     with contextlib.suppress(OSError):
+        if not keep_mounts_private():  # the mount would outlive a drill that is killed
+            raise PermissionError
         done = subprocess.run(
             ["mount", "-t", "tmpfs", "-o", f"size={_DISK_MIB}m", "setformer-drill", str(folder)],
             check=False,

@@ -8,6 +8,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import faulthandler
 import importlib.metadata
 import logging
@@ -29,17 +31,21 @@ from launch.doctor import check_package_origins
 from launch.inputs import inputs_of
 from launch.local import LOG_DIR_VARIABLE, log_file, usable_cores
 from launch.lock import held
+from launch.orphans import use_scratch
 from launch.outcome import finish
-from setformer_dist.core.errors import LaunchError, RankFailedError, SetformerError
+from setformer_dist.core.errors import LaunchError, PassingError, RankFailedError, SetformerError
 from setformer_dist.core.exits import leave
-from setformer_dist.core.files import write_json
+from setformer_dist.core.files import write_json, write_state
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.core.secrets import RedactingFormatter, redact_tracebacks, redacted
+from setformer_dist.core.terminal import bear_lost_streams
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
 from setformer_dist.engine.deepspeed_engine import quiet_deepspeed
 
 log = logging.getLogger(__name__)
 
+_NO_SPACE = re.compile(r"No space left on device|unable to (write|mmap|resize|allocate shared memory)", re.I)
+_SHARED_NEEDED = 1 << 20  # bytes; with less, no reader's batch finds room
 # What gloo and NCCL say when a peer is gone.
 _LOST_PEER = re.compile(
     r"Connection (closed|reset|refused)|Broken pipe|Timed out waiting|NCCL.*(remote|abort|time)", re.I
@@ -53,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="dotted overrides, such as optim.lr=1e-3")
     parser.add_argument("--local_rank", type=int, default=None, help="given by DeepSpeed's launcher")
     arguments = parser.parse_args(argv)
+    bear_lost_streams()
+    use_scratch()
     redact_tracebacks()
     write_stacks_when_asked()
     try:
@@ -63,8 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Rank 0 speaks to the user; of the others only the log file hears, and launch/local.py quotes it.
         print(f"error: {redacted(str(error))}", file=sys.stderr, flush=True)
         return error.exit_code
-    except RuntimeError as error:
-        if not _LOST_PEER.search(str(error)):
+    except (OSError, RuntimeError) as error:
+        if (fault := no_shared_memory(error)) is not None:
+            log.exception("no room in shared memory")
+            print(f"error: {fault}", file=sys.stderr, flush=True)
+            return PassingError.exit_code
+        if isinstance(error, OSError) or not _LOST_PEER.search(str(error)):
             log.exception("this rank failed")
             raise
         log.exception("this rank lost another one")
@@ -74,6 +86,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:
         log.exception("this rank failed")
         raise
+
+
+def no_shared_memory(error: Exception, shared: Path = Path("/dev/shm")) -> str | None:
+    """Return a sentence where an error comes of shared memory that is full, None for any other error.
+
+    Args:
+        error: of the system, or torch's, which is a RuntimeError with the system's words.
+        shared: where processes share memory.
+    """
+    if not (getattr(error, "errno", None) == errno.ENOSPC or _NO_SPACE.search(str(error))):
+        return None
+    try:
+        free = os.statvfs(shared)
+    except OSError:
+        return None
+    if free.f_bavail * free.f_frsize > _SHARED_NEEDED and free.f_favail > 0:
+        return None
+    return (
+        f"{shared}, the memory that reader processes share, is full: remove what other programs left there (`setformer "
+        "doctor` lists ours), give the container more of it (docker run --shm-size=8g), or set data.workers = 0"
+    )
 
 
 def write_stacks_when_asked() -> None:
@@ -104,19 +137,20 @@ def run_rank(page: Path, overrides: Sequence[str]) -> int:
     torch.set_num_threads(config.run.threads or max(1, usable_cores() // ranks.local_world_size))
     check_folder(run)
     connect(ranks, timeout_minutes=config.run.timeout_minutes)
-    try:
-        comm = TorchCollectives(ranks, config.run.timeout_minutes)
-        check_agreement(run, splits, comm)
-        trainer = compose(run, splits, model, comm)
-        with held(run.config.folder, comm):
+    with contextlib.ExitStack() as until_all_is_written:
+        try:
+            comm = TorchCollectives(ranks, config.run.timeout_minutes)
+            check_agreement(run, splits, comm)
+            trainer = compose(run, splits, model, comm)
+            until_all_is_written.enter_context(held(run.config.folder, comm, supervised=LOG_DIR_VARIABLE in os.environ))
             trainer.resume()
             claim_folder(run, comm)
             log_to_file(run, ranks)
             outcome = trainer.run()
-    finally:
-        disconnect()
-    if ranks.is_main:
-        finish(run, splits, outcome)
+        finally:
+            disconnect()
+        if ranks.is_main:
+            finish(run, splits, outcome)
     return 0 if outcome.signum is None else 128 + outcome.signum
 
 
@@ -159,7 +193,7 @@ def claim_folder(run: ResolvedRun, comm: TorchCollectives) -> None:
     folder = run.config.folder
     if comm.ranks.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", run.as_json())
+        write_state(folder / "config.json", run.as_json())
         write_json(folder / "deepspeed.json", run.deepspeed_json())
     comm.barrier()
 

@@ -36,6 +36,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from launch.orphans import Guardian
 from setformer_dist.core.errors import (
     CheckpointError,
     ConfigError,
@@ -94,6 +95,10 @@ class AttemptError(RankFailedError):
         self.log_start = log_start
 
 
+class FolderLostError(PassingError):
+    """The run's folder was moved or removed while the run was at work in it."""
+
+
 @dataclass(frozen=True)
 class Patience:
     """Seconds without a sign of life after which a rank counts as hanging; 0 waits for ever.
@@ -131,6 +136,7 @@ def run_local(
     env: Mapping[str, str] | None = None,
     patience: Patience | None = None,
     received: Received | None = None,
+    lost: Callable[[], str | None] = lambda: None,
 ) -> int:
     """Run `python -m module *command_args` on every rank of this host until all have ended.
 
@@ -145,6 +151,7 @@ def run_local(
         env: added to the environment of each rank.
         patience: when a rank counts as hanging; by default never.
         received: stop signals that the caller collects; by default they are collected here.
+        lost: asked now and then; says what happened to the run's folder where it is gone.
 
     Returns:
         0, or 128 + signal number when a stop signal ended the run (130 for Ctrl-C, 143 for SIGTERM).
@@ -152,6 +159,7 @@ def run_local(
     Raises:
         LaunchError: a bad number of ranks, or a port in use.
         AttemptError: a rank ended with an error or hung; the message names it, its log and its last error line.
+        FolderLostError: the run's folder is gone; the ranks are killed, as they have nowhere to save.
     """
     if ranks < 1:
         raise LaunchError(f"{ranks} ranks cannot be started: give 1 or more")
@@ -159,11 +167,13 @@ def run_local(
     base |= {LOG_DIR_VARIABLE: str(log_dir), PORT_GIVEN_VARIABLE: str(int(port is not None)), **(env or {})}
     log_dir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", module, *command_args]
-    with contextlib.nullcontext(received) if received else stop_signals() as signals:
-        group = _Group([], grace_s, signals, patience or Patience())
+    with Guardian() as guardian, contextlib.nullcontext(received) if received else stop_signals() as signals:
+        base |= guardian.environment
+        group = _Group([], grace_s, signals, patience or Patience(), lost)
         try:
             for rank in range(ranks):
                 group.members.append(_start(command, rank, base, log_dir))
+                guardian.watch(group.members[-1].process.pid)
                 if signals.stop:
                     break
             return group.supervise()
@@ -176,6 +186,8 @@ def run_local(
 def rank_environment(ranks: int, port: int, threads_per_rank: int | None, environ: Mapping[str, str]) -> dict[str, str]:
     """Return the environment that all ranks share; what the user has set stays."""
     made = dict(environ)
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # all ranks are here: nobody else is to reach them
+        made.setdefault(name, "lo")
     made |= {
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
@@ -221,7 +233,7 @@ def choose_port(port: int | None) -> int:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free to listen on
         try:
-            probe.bind(("", port or 0))
+            probe.bind((HOST, port or 0))
         except OSError as error:
             raise LaunchError(
                 f"port {port} cannot be used ({error.strerror}): another job runs there; give another port, "
@@ -237,6 +249,7 @@ class Received:
     """Stop signals in order of arrival, and the pipe on which any signal wakes the loop."""
 
     wake: socket.socket | None
+    show_life: Callable[[], None] = lambda: None
     stop: list[int] = field(default_factory=list)
     first_at: float = 0.0
     forced: bool = False  # a second wish came, which does not wait for a checkpoint
@@ -251,7 +264,8 @@ class Received:
         self.stop.append(number)
 
     def wait(self, seconds: float) -> None:
-        """Sleep, but wake up at any signal."""
+        """Sleep, but wake up at any signal, and show life before."""
+        self.show_life()
         if self.wake is None:
             time.sleep(min(seconds, 0.05))
             return
@@ -263,19 +277,23 @@ class Received:
         """Sleep until a stop signal comes."""
         limit = time.monotonic() + seconds
         while not self.stop and (left := limit - time.monotonic()) > 0:
-            self.wait(left)
+            self.wait(min(left, _TICK_S))
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[Received]:
-    """Collect stop signals instead of dying of them. Only the main thread can; elsewhere the loop polls."""
+def stop_signals(show_life: Callable[[], None] = lambda: None) -> Iterator[Received]:
+    """Collect stop signals instead of dying of them. Only the main thread can; elsewhere the loop polls.
+
+    Args:
+        show_life: called at least once in `_TICK_S` seconds while somebody waits for signals.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield Received(None)
+        yield Received(None, show_life)
         return
     wake, wake_write = socket.socketpair()
     wake.setblocking(False)
     wake_write.setblocking(False)
-    received = Received(wake)
+    received = Received(wake, show_life)
 
     def note(number: int, frame: FrameType | None) -> None:
         if number != signal.SIGCHLD:
@@ -365,7 +383,15 @@ def die_with_parent() -> Callable[[], None] | None:
 class _Group:
     """All ranks of this host, from the first start to the last end."""
 
-    def __init__(self, members: list[_Member], grace_s: float, received: Received, patience: Patience) -> None:
+    def __init__(
+        self,
+        members: list[_Member],
+        grace_s: float,
+        received: Received,
+        patience: Patience,
+        lost: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        self._lost = lost
         self.members = members
         self._grace_s = grace_s
         self._received = received
@@ -387,6 +413,9 @@ class _Group:
             if asked and not self._received.stop:  # somebody signalled a rank and not us: its grace begins now
                 self._received.note(asked)
                 break
+            if (fault := self._lost()) is not None:
+                self.kill()
+                raise FolderLostError(fault)
             hanging = [m for m in self._running() if self._patience.exceeded_by(m.pulse.read())]
             if hanging:
                 self._give_up_on(hanging)

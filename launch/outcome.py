@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from launch.compose import Splits
 from launch.config import ResolvedRun
 from launch.infer import classified_samples, load_trained
 from setformer_dist.core import ledger
-from setformer_dist.core.files import write_json
+from setformer_dist.core.files import write_state
 from setformer_dist.engine.trainer import Outcome
 from setformer_dist.models.measure import parameters
 from setformer_dist.report.html import write_report
@@ -47,18 +48,34 @@ def summary(run: ResolvedRun, outcome: Outcome) -> dict[str, Any]:
 
 
 def finish(run: ResolvedRun, splits: Splits, outcome: Outcome) -> None:
-    """Write the summary, and for a run that came to its end the report."""
+    """Write the summary, and for a run that came to its end the report.
+
+    The run is over and saved by now: what fails here is told in one line, and costs the report alone.
+    """
     folder: Path = run.config.folder
-    figures = summary(run, outcome)
-    if outcome.signum is not None:
-        write_json(folder / "summary.json", figures)
-        return
+    try:
+        figures = summary(run, outcome)
+        write_state(folder / "summary.json", figures)
+        if outcome.signum is None:
+            _report(run, splits, figures)
+    except Exception as error:
+        log.exception("the report could not be written")
+        reason = " ".join(f"{type(error).__name__}: {error}".encode(errors="backslashreplace").decode().split())
+        print(
+            f"warning: the run is done and saved, but its report could not be written ({reason[:500]}): see the log",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _report(run: ResolvedRun, splits: Splits, figures: dict[str, Any]) -> None:
+    folder: Path = run.config.folder
     trained = load_trained(folder / "checkpoints")
     figures |= {
         "parameters": parameters(trained.model),
         "checkpoint": str(trained.checkpoint.path),
         "report": str(folder / "report.html"),
     }
-    write_json(folder / "summary.json", figures)
+    write_state(folder / "summary.json", figures)
     write_report(folder, folder / "report.html", classified_samples(trained, splits.val))
     log.info("report %s", folder / "report.html")

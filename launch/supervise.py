@@ -16,10 +16,20 @@ from typing import Any
 
 import pydantic
 
-from launch.local import AttemptError, Patience, Received, last_lines, run_local, stop_signals
+from launch.local import (
+    AttemptError,
+    FolderLostError,
+    Patience,
+    Received,
+    last_lines,
+    run_local,
+    stop_signals,
+)
+from launch.lock import supervising
 from launch.restarts import Failure, GiveUp, RestartConfig, verdict
 from setformer_dist.core import ledger
 from setformer_dist.core.errors import ConfigError, LaunchError, RankFailedError
+from setformer_dist.core.terminal import bear_lost_streams
 
 
 def restart_config(table: Any, place: str) -> RestartConfig:
@@ -61,13 +71,17 @@ def run_supervised(
         0, or 128 + signal.
 
     Raises:
-        LaunchError: as `run_local`.
+        LaunchError: as `run_local`, or another process trains in the folder.
+        PassingError: the folder cannot be written, or is gone.
         RankFailedError: the last attempt's error, and why there is no further one.
     """
+    bear_lost_streams()
     failures: list[Failure] = []
     patience = Patience(config.hang_after_s, config.start_after_s, config.save_after_s)
     log_dir = run_folder / "logs"
-    with stop_signals() as received:
+    with supervising(run_folder) as folder, stop_signals(folder.show_life) as received:
+        ledger.close_killed(run_folder, folder.seen)
+        folder.show_life()
         while True:
             log_dir.mkdir(parents=True, exist_ok=True)
             ledger.record(run_folder, "attempt", number=len(failures) + 1, ranks=ranks)
@@ -80,7 +94,10 @@ def run_supervised(
                     grace_s=grace_s,
                     patience=patience,
                     received=received,
+                    lost=folder.fault,
                 )
+            except FolderLostError:
+                raise  # nothing is written where it was: that would make another folder of its name
             except LaunchError:
                 ledger.record(run_folder, "ended", why="not started", final=True)
                 raise

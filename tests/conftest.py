@@ -12,9 +12,12 @@ import torch
 from dataloaders.packing.pack import pack_image_folder
 from launch.demo import write_digits
 from launch.local import usable_cores
+from launch.mounts import keep_mounts_private
 from setformer_dist.testing.commands import end_all
 
 ROOT = Path(__file__).parent.parent
+
+keep_mounts_private()  # what a test mounts is gone with its process, however that ends
 
 
 @pytest.fixture(scope="session")

@@ -10,34 +10,50 @@
     {"event": "ended", "time": t, "why": "killed", "step": 53}   supervisor: "done", "stopped", or how it failed, and
                                                                  "final": true where it will not start again
 
-A line is one write, so a process that dies leaves at most one torn line, which is passed over. Times are Unix times
-in seconds. `account` turns events into seconds by kind; it is a pure function.
+Each line ends with "crc", the CRC-32 of the line without it; a line that it does not fit is passed over. A line is one
+write, so a process that dies leaves at most one torn line. Times are Unix times in seconds. A supervisor sets the time
+of `run.lock` twice a second: where it was killed, that is when. `account` turns events into seconds by kind; it is a
+pure function.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import re
 import time
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from setformer_dist.core import strictjson
+from setformer_dist.core.files import finite
 from setformer_dist.core.secrets import redacted_json
 
 LEDGER = "ledger.jsonl"
+LOCK_FILE = "run.lock"
 
 # What counts as progress, by the sections of the engine's clock; everything else has its own name.
 _TRAINING = frozenset({"forward", "backward", "optimizer", "communication", "other"})
 KINDS = ("training", "data", "checkpoint", "evaluation", "refresh", "start", "restart", "lost", "finish")
 WELL = ("done", "stopped")
+_CRC = re.compile(rb', "crc": "([0-9a-f]{8})"\}$')
 
 
 def record(folder: Path, event: str, **values: Any) -> None:
-    """Append one event to a run's ledger; a full disk costs the line and not the run."""
-    line = json.dumps(redacted_json({"event": event, "time": time.time(), **values})).encode() + b"\n"
+    """Append one event to a run's ledger; a full disk costs the line and not the run.
+
+    Args:
+        folder: of the run.
+        event: see the module.
+        values: the rest; "time" is the present where it is not given.
+    """
+    text = json.dumps(finite(redacted_json({"event": event, "time": time.time(), **values})))
+    line = f'{text[:-1]}, "crc": "{zlib.crc32(text.encode()):08x}"}}\n'.encode()
     with contextlib.suppress(OSError):
         descriptor = os.open(folder / LEDGER, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
@@ -53,13 +69,54 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
     path = folder / LEDGER
     events = []
     for line in path.read_bytes().splitlines() if path.exists() else ():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict) and isinstance(value.get("time"), int | float) and "event" in value:
+        value = _event(line)
+        if value is not None:
             events.append(value)
+    seen = last_seen(folder)
+    if events and seen is not None and seen > events[-1]["time"] and not _is_over(events):
+        events.append({"event": "seen", "time": seen})
     return events
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    """Return the event in a line, None where it is not whole."""
+    match = _CRC.search(line)
+    if match is not None and zlib.crc32(line[: match.start()] + b"}") != int(match[1], 16):
+        return None
+    try:
+        value = strictjson.parse(line)
+        account([value])
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
+        return None
+    value.pop("crc", None)
+    sound = isinstance(value["time"], int | float) and math.isfinite(value["time"]) and isinstance(value["event"], str)
+    return value if sound else None
+
+
+def _is_over(events: Sequence[dict[str, Any]]) -> bool:
+    return next((e["event"] == "ended" for e in reversed(events) if e["event"] in ("attempt", "began", "ended")), True)
+
+
+def last_seen(folder: Path) -> float | None:
+    """Return when the run's supervisor last gave a sign of life, None where it never did."""
+    try:
+        return (folder / LOCK_FILE).stat().st_mtime
+    except OSError:
+        return None
+
+
+def close_killed(folder: Path, seen: float | None) -> None:
+    """Write the end that a supervisor which was killed could not write.
+
+    Args:
+        folder: of the run.
+        seen: its last sign of life (`last_seen`, taken before the present supervisor gave its first).
+    """
+    events = [event for event in read_events(folder) if event["event"] != "seen"]
+    if not events or _is_over(events):
+        return
+    at = max(events[-1]["time"], min(seen or 0.0, time.time()))
+    record(folder, "ended", time=at, why="supervisor killed", final=True)
 
 
 @dataclass(frozen=True)
@@ -151,6 +208,17 @@ class _Book:
         self.spans.append(_Span(self.step, int(event["step"]), seconds))
         self.step, self.mark = int(event["step"]), event["time"]
 
+    def seen(self, event: dict[str, Any]) -> None:
+        """The supervisor was alive then, and nothing else has been written since."""
+        if not self.running:
+            return
+        if self.training:
+            self.seconds["training"] += event["time"] - self.mark
+        else:
+            kind = "restart" if self.failed_at is not None else "start"
+            self.seconds[kind] += event["time"] - (event["time"] if self.since is None else self.since)
+        self.since = self.mark = event["time"]
+
     def rewound(self, event: dict[str, Any]) -> None:
         """The run went back to an earlier step within an attempt (the guard's rollback)."""
         self.step = int(event["step"])
@@ -204,7 +272,7 @@ def account(events: Iterable[dict[str, Any]], now: float | None = None) -> Accou
         now: the present, for a run that goes on; None takes the last event for the end.
     """
     book = _Book()
-    known = {"attempt", "began", "spent", "rewound", "ended"}
+    known = {"attempt", "began", "spent", "rewound", "ended", "seen"}
     for event in events:
         if event["event"] in known:
             getattr(book, event["event"])(event)

@@ -6,9 +6,11 @@ waits for a device. JSON instead of pickled objects: nothing that arrives can ru
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -20,6 +22,7 @@ import torch.distributed as dist
 from deepspeed import init_distributed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops import __compatible_ops__ as deepspeed_ops
+from torch._C._distributed_c10d import HashStore, Store, TCPStore
 
 from setformer_dist.core.errors import LaunchError, PassingError
 from setformer_dist.core.ranks import PORT_GIVEN_VARIABLE, RankInfo
@@ -48,17 +51,17 @@ def connect(ranks: RankInfo, init_method: str | None = None, timeout_minutes: fl
         get_accelerator().set_device(ranks.local_rank)
     deepspeed_ops["deepspeed_shm_comm"] = False
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if init_method is None and "MASTER_PORT" not in os.environ:
-        if ranks.world_size > 1:
-            raise LaunchError("MASTER_PORT is not set: start the ranks with `setformer train` or `deepspeed`")
-        init_method = "tcp://127.0.0.1:0"  # one rank alone: any free port
+    if init_method is None and "MASTER_PORT" not in os.environ and ranks.world_size > 1:
+        raise LaunchError("MASTER_PORT is not set: start the ranks with `setformer train` or `deepspeed`")
+    limit = timedelta(minutes=timeout_minutes)
     try:
         dist.init_process_group(
             get_accelerator().communication_backend_name() if get_accelerator().is_available() else "gloo",
             init_method=init_method,
+            store=None if init_method is not None else _meeting_place(ranks, limit),
             rank=ranks.rank,
             world_size=ranks.world_size,
-            timeout=timedelta(minutes=timeout_minutes),
+            timeout=limit,
         )
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         place = init_method or f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -68,6 +71,35 @@ def connect(ranks: RankInfo, init_method: str | None = None, timeout_minutes: fl
             raise taken(f"port {place} is in use by another process: give a free one with --port") from None
         raise PassingError(f"rank {ranks.rank} could not join {ranks.world_size} ranks at {place}: {reason}") from None
     init_distributed(dist_init_required=False, verbose=False)
+
+
+def _meeting_place(ranks: RankInfo, limit: timedelta) -> Store:
+    """Return the store by which the ranks find each other, at MASTER_ADDR and MASTER_PORT.
+
+    Rank 0 listens on the address that the others are told and on no other: torch's own would listen on all interfaces,
+    and whoever reaches it could read and change what the ranks tell each other. One rank alone listens nowhere.
+
+    Raises:
+        DistNetworkError: the address is taken, not of this host, or does not answer in time.
+    """
+    if ranks.world_size == 1:
+        return HashStore()
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if not ranks.is_main:
+        return TCPStore(host, port, ranks.world_size, is_master=False, timeout=limit)
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.create_server(address[:2], family=family, backlog=2048) as server:
+            descriptor = os.dup(server.fileno())  # the store closes its own
+    except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL:  # an address that is translated on its way here
+            log.warning("MASTER_ADDR %s is no address of this host: rank 0 listens on all interfaces", host)
+            return TCPStore(host, port, ranks.world_size, is_master=True, timeout=limit, wait_for_workers=False)
+        taken = " (EADDRINUSE)" if error.errno == errno.EADDRINUSE else ""
+        raise dist.DistNetworkError(f"{error}{taken}") from None
+    return TCPStore(
+        host, port, ranks.world_size, is_master=True, timeout=limit, wait_for_workers=False, master_listen_fd=descriptor
+    )
 
 
 def disconnect() -> None:

@@ -15,30 +15,32 @@ rollback: a run that is interrupted at any instant and resumed passes over the s
     guard.json   passed_over, skipped: steps
                  troubles: one table per bad step, with its loss, the ids of its samples, below which step a checkpoint
                  was looked for (null: the newest), and the step gone back to (null: not yet)
+                 revision, sha256: how often it was written, and the digest of all the rest
+    guard.copy.json   the same, so that one damaged file costs nothing; the later one that is whole counts
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import torch
 
 from setformer_dist.core.comm import Collectives
 from setformer_dist.core.config import FrozenConfig
-from setformer_dist.core.errors import TrainingError
-from setformer_dist.core.files import write_json
+from setformer_dist.core.errors import CheckpointError, TrainingError
+from setformer_dist.core.files import read_state, write_state
 
 log = logging.getLogger(__name__)
 
 GUARD_FILE = "guard.json"
+GUARD_COPY = "guard.copy.json"
 
 # A leap is told from the start of training by at least so many losses before it.
 _ENOUGH = 20
@@ -88,6 +90,63 @@ class Trouble:
     below: int | None = None
 
 
+class _Entry(pydantic.BaseModel):
+    """A bad step in guard.json."""
+
+    model_config = pydantic.ConfigDict(strict=True, extra="forbid")
+
+    step: int = pydantic.Field(ge=0)
+    loss: float | None = None
+    why: Literal["nonfinite", "spike"]
+    action: Literal["skip", "rollback"]
+    below: int | None = pydantic.Field(default=None, ge=0)
+    sample_ids: list[int] = []
+    back_to: int | None = pydantic.Field(default=None, ge=0)
+
+
+_Step = Annotated[int, pydantic.Field(ge=0)]
+
+
+class GuardFile(pydantic.BaseModel):
+    """Contents of guard.json; see the module."""
+
+    model_config = pydantic.ConfigDict(strict=True, extra="forbid")
+
+    revision: int = pydantic.Field(default=0, ge=0)
+    passed_over: list[_Step] = []
+    skipped: list[_Step] = []
+    troubles: list[_Entry] = []
+
+
+def read_guard(folder: Path) -> GuardFile:
+    """Return what a run's guard has kept: the later of its two files that are whole; nothing where there is neither.
+
+    Raises:
+        CheckpointError: there are files, and none is whole.
+    """
+    whole: list[GuardFile] = []
+    faults: list[str] = []
+    for path in (folder / GUARD_FILE, folder / GUARD_COPY):
+        try:
+            value, vouched = read_state(path)
+            whole.append(GuardFile.model_validate(value))
+        except FileNotFoundError:
+            continue
+        except (ValueError, OSError) as error:  # pydantic's are ValueErrors
+            faults.append(f"{path} is damaged: {' '.join(str(error).split())}")
+        else:
+            if not vouched:
+                log.warning("%s is of an earlier version and has no digest: it is believed as it is", path)
+    if not whole and faults:
+        raise CheckpointError(
+            f"{'; '.join(faults)}; so it is not known which steps this run passes over: put one of the two back from a "
+            "copy, or remove both to have all steps judged anew"
+        )
+    for fault in faults:
+        log.warning("%s; the other copy is whole and taken", fault)
+    return max(whole, key=lambda found: found.revision, default=GuardFile())
+
+
 class Guard:
     """Judges losses, and remembers which steps are passed over. The same on all ranks.
 
@@ -107,17 +166,27 @@ class Guard:
         self._passed: set[int] = set()
         self._skipped: set[int] = set()
         self._troubles: list[dict[str, Any]] = []  # as in guard.json, oldest first
+        self._revision = 0
 
     def load(self) -> None:
-        """Read which steps earlier attempts of this run had trouble with. Collective."""
-        path = self._folder / GUARD_FILE
+        """Read which steps earlier attempts of this run had trouble with. Collective.
+
+        Raises:
+            CheckpointError: on all ranks: both files are damaged, so it is not known which steps to pass over.
+        """
         found: dict[str, Any] = {}
-        if self._comm.ranks.is_main and path.exists():
-            found = json.loads(path.read_bytes())
+        if self._comm.ranks.is_main:
+            try:
+                found = read_guard(self._folder).model_dump()
+            except CheckpointError as error:
+                found = {"error": str(error)}
         found = self._comm.broadcast_json(found)
-        self._passed = set(found.get("passed_over", []))
-        self._skipped = set(found.get("skipped", []))
-        self._troubles = list(found.get("troubles", []))
+        if "error" in found:
+            raise CheckpointError(found["error"])
+        self._revision = found["revision"]
+        self._passed = set(found["passed_over"])
+        self._skipped = set(found["skipped"])
+        self._troubles = list(found["troubles"])
 
     def forget(self) -> None:
         """Drop which steps are passed over: from here on their numbers stand for other batches. Collective."""
@@ -127,7 +196,8 @@ class Guard:
         self._skipped.clear()
         self._troubles.clear()
         if self._comm.ranks.is_main:
-            (self._folder / GUARD_FILE).unlink(missing_ok=True)
+            for name in (GUARD_FILE, GUARD_COPY):
+                (self._folder / name).unlink(missing_ok=True)
         self._comm.barrier()
 
     def passes_over(self, step: int) -> bool:
@@ -217,11 +287,11 @@ class Guard:
         return last if last is not None and last["action"] == "rollback" and last["back_to"] is None else None
 
     def _write(self) -> None:
+        self._revision += 1
         if self._comm.ranks.is_main:
-            write_json(
-                self._folder / GUARD_FILE,
-                {"passed_over": sorted(self._passed), "skipped": sorted(self._skipped), "troubles": self._troubles},
-            )
+            kept = {"revision": self._revision, "passed_over": sorted(self._passed), "skipped": sorted(self._skipped)}
+            for name in (GUARD_FILE, GUARD_COPY):
+                write_state(self._folder / name, {**kept, "troubles": self._troubles})
         self._comm.barrier()
 
     def state(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ the only ones that know how DeepSpeed lays out memory (written against 0.19.8).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -64,6 +64,11 @@ class MasterState:
             if view.numel()
         ]
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The whole shape of every parameter that trains, by name."""
+        return {name: self._shapes[p] for p, name in self._names.items()}
+
     def refresh(self) -> None:
         """Bring the parameters that compute up to date after masters were written. Collective."""
         self._layout.refresh()
@@ -79,13 +84,17 @@ class MasterState:
             state["step"].fill_(steps)
 
     def loss_scale(self) -> dict[str, float]:
-        """Return the state of fp16's dynamic loss scaling; empty where the loss is not scaled."""
-        return {key: getattr(self._scaler, key) for key in _SCALER_STATE if hasattr(self._scaler, key)}
+        """Return the state of fp16's loss scaling; what a scaler lacks or has as None is left out."""
+        held = {key: getattr(self._scaler, key, None) for key in _SCALER_STATE}
+        return {key: value for key, value in held.items() if value is not None}
 
-    def set_loss_scale(self, state: dict[str, float]) -> None:
-        """Put back what `loss_scale` returned, perhaps under another stage, of which some scale and some do not."""
+    def set_loss_scale(self, state: Mapping[str, float | None]) -> None:
+        """Put back what `loss_scale` returned, perhaps under another stage, of which some scale and some do not.
+
+        None is what earlier versions wrote for a static scaler's last overflow: it has none.
+        """
         for key, value in state.items():
-            if hasattr(self._scaler, key):
+            if key in _SCALER_STATE and value is not None and hasattr(self._scaler, key):
                 setattr(self._scaler, key, value)
 
     def _create_states(self, masters: Iterable[torch.Tensor]) -> None:

@@ -1,7 +1,7 @@
 """Where a step's time goes, and the run's record.
 
     runs/<run>/metrics.jsonl   one JSON object a line, kind "train", "eval" or "guard"; after a resume steps may repeat,
-                               and the last line of a step counts
+                               and the last line of a step counts; what is no finite number is null
     runs/<run>/samples.jsonl   with run.record_samples: the sample ids of every optimizer step
     runs/<run>/tensorboard/    the same figures for TensorBoard
 
@@ -25,6 +25,7 @@ from deepspeed.accelerator import get_accelerator
 from torch.utils.tensorboard import SummaryWriter
 
 from setformer_dist.core import ledger
+from setformer_dist.core.files import finite
 from setformer_dist.core.heartbeat import Heartbeat
 from setformer_dist.engine.comm import CommMeter
 
@@ -134,8 +135,21 @@ class RunRecord:
         self._file = path.open("ab", buffering=0)  # a line is one write
         if self._file.tell() and not _ends_with_newline(path):
             self._file.write(b"\n")  # the last process died within a line
-        self._board = SummaryWriter(str(self._folder / "tensorboard"))
+        with self._bearing_the_board():
+            self._board = SummaryWriter(str(self._folder / "tensorboard"))
         return self._file
+
+    @contextmanager
+    def _bearing_the_board(self) -> Iterator[None]:
+        """Go on without TensorBoard where it fails: metrics.jsonl holds the same.
+
+        Its writer is a thread whose errors come back at later calls, and as whatever they are.
+        """
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 — see above
+            log.warning("no more figures for TensorBoard: %s: %s", type(error).__name__, error)
+            self._board = None
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Append one line, and the same figures to TensorBoard; the line survives a death of this process.
@@ -146,11 +160,13 @@ class RunRecord:
             return
         try:
             file = self._file or self._open()
-            file.write(json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n")
-            for name, value in _flatten(values):
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+            line = json.dumps(finite({"kind": kind, "step": step, **values}), allow_nan=False)
+            file.write(line.encode() + b"\n")
         except OSError as error:
             log.warning("metrics of step %d could not be written: %s", step, error)
+        with self._bearing_the_board():
+            for name, value in _flatten(values) if self._board is not None else ():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def write_samples(self, step: int, ids: list[int]) -> None:
         """Append the sample ids of one optimizer step, in the order of the stream, to samples.jsonl."""
@@ -172,7 +188,9 @@ class RunRecord:
         """Flush and close."""
         if self._file is not None:
             self._file.close()
-            self._board.close()
+        if self._board is not None:
+            with self._bearing_the_board():
+                self._board.close()
 
 
 def _ends_with_newline(path: Path) -> bool:

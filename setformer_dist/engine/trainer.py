@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 _BUSY = ("data", "forward", "backward", "optimizer")
 # What a rank without a signal says of itself when a save has failed; less than any signal.
 _SAVE_FAILED = 0.5
+# As `MasterState.loss_scale` has it; earlier versions wrote null for what a static scaler lacks.
+_LOSS_SCALE: pydantic.TypeAdapter[dict[str, float | None]] = pydantic.TypeAdapter(dict[str, float | None])
 # A rank is a straggler when these take longer than the middle rank's by more than this share.
 _SLOWER = 0.1
 
@@ -136,7 +138,7 @@ def check_trainer(trainer: dict[str, Any], place: Path) -> None:
                 raise ValueError(f"{key} is no {kind.__name__}")
         window = trainer.get("guard", {}).get("window", [])
         pydantic.TypeAdapter(list[float]).validate_json(json.dumps(window), strict=True)
-        pydantic.TypeAdapter(dict[str, float]).validate_json(json.dumps(trainer["loss_scale"]), strict=True)
+        _LOSS_SCALE.validate_json(json.dumps(trainer["loss_scale"]), strict=True)
     except (KeyError, TypeError, AttributeError, ValueError) as error:  # pydantic's are ValueErrors
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error).replace("\n", " ")
         raise CheckpointError(
