@@ -134,11 +134,13 @@ class _NewtonInverse(torch.autograd.Function):
 def _step_size(matrix: torch.Tensor, halve: bool) -> torch.Tensor:
     """Return alpha of the start alpha A, (..., 1, 1): 0.9 * 2 / |A|^2 with the largest row sum as norm.
 
-    SOFT++ halves it up to ten times while |I - A alpha A| > 1.01. Its published code differs in two points. It starts
-    without the factor 0.9, and then never leaves zero for A = I, which landmarks far apart approach: the error starts
-    at -1, and squaring keeps it at 1. And it takes the largest norm of a whole batch, so that an image depends on its
-    neighbours. Here each matrix is halved by itself, without a branch, so that compilers need not look at the values.
-    The bound is safe, not tight: kernels with many near landmarks are halved to the end, which costs nearly ten rounds.
+    The published code of SOFT takes the norm before it adds its ridge, which a larger ridge would let diverge.
+    SOFT++ halves alpha up to ten times while |I - A alpha A| > 1.01. Its published code differs in two points. It
+    starts without the factor 0.9, and then never leaves zero for A = I, which landmarks far apart approach: the error
+    starts at -1, and squaring keeps it at 1. And it takes the largest norm of a whole batch, so that an image depends
+    on its neighbours. Here each matrix is halved by itself, without a branch, so that compilers need not look at the
+    values. The bound is safe, not tight: kernels with many near landmarks are halved to the end, which costs nearly ten
+    rounds. Another start is another result only where the rounds do not end: tests/numerics/test_soft_published.py.
     """
     alpha = 1.8 / matrix.abs().sum(-1).amax(-1)[..., None, None].square()
     if not halve:
