@@ -22,6 +22,7 @@ from setformer_dist.core.errors import CheckpointError, ConfigError, DataError
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
 from setformer_dist.engine.evaluate import EvalResult, Prepare, evaluate
+from setformer_dist.models.revisions import as_trained
 from setformer_dist.report.html import ClassifiedImage
 
 Weights = Literal["plain", "ema", "auto"]
@@ -71,6 +72,7 @@ def load_trained(path: Path, weights: Weights = "auto") -> Trained:
     if "config" not in state:
         raise CheckpointError(f"checkpoint {checkpoint.path} holds no run config, so it was not written by a run")
     table = {key: value for key, value in state["config"].items() if key != "resolved"}
+    table["model"] = as_trained(table["model"])
     config = base.build(RunConfig, table, str(checkpoint.path))
     classes = tuple(state["classes"])
     chosen = _choose(weights, config, state)

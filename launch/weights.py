@@ -20,6 +20,7 @@ from checkpoints.reader import Checkpoint, open_checkpoint
 from setformer_dist.core.comm import Collectives
 from setformer_dist.core.errors import CheckpointError, ConfigError
 from setformer_dist.core.fragments import Fragment
+from setformer_dist.models import revisions
 from setformer_dist.models.build import ModelConfig
 
 _NAMED = 3  # faults that an error names before it only counts
@@ -34,12 +35,14 @@ class _Source:
         facts: what must be the same for all ranks; JSON-able.
         shapes: of all that is in it.
         fill: fills fragments of state "param".
+        scale: of SOFT's queries (models/revisions.py); None where it means nothing or is not known.
     """
 
     name: str
     facts: list[object]
     shapes: Mapping[str, tuple[int, ...]]
     fill: Callable[[list[Fragment]], None]
+    scale: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,20 @@ class FirstWeights:
                 f"ranks found different weights at model.weights = {self.config.weights}: name one step's folder that "
                 "all hosts share"
             )
+        self._check_scale(source)
         left = self._left(source)
         filled = [f for f in fragments if f.state in ("param", "ema") and f.name not in left]
         source.fill([dataclasses.replace(f, state="param") for f in filled])
         rest = f"; left as drawn from the seed: {', '.join(sorted(left))}" if left else ""
         return f"begins with {source.name}: {len(self.shapes) - len(left)} of {len(self.shapes)} parameters{rest}"
+
+    def _check_scale(self, source: _Source) -> None:
+        ours = revisions.scale_of(self.config.model_dump())
+        if None not in (ours, source.scale) and ours != source.scale:
+            raise CheckpointError(
+                f"model.weights = {self.config.weights}: these were trained with soft.query_scale = {source.scale!r}, "
+                f'this run has {ours!r}, which is another function: set model.args.soft.query_scale = "{source.scale}"'
+            )
 
     def _left(self, source: _Source) -> set[str]:
         """Return the parameters that are not taken over; refuse what neither fits nor is skipped."""
@@ -135,7 +147,9 @@ def _of_checkpoint(checkpoint: Checkpoint) -> _Source:
 
     kind = "the averaged weights" if averaged else "the weights"
     facts: list[object] = [record.digest for record in checkpoint.manifest.files]
-    return _Source(f"{kind} of {checkpoint.path}", facts, checkpoint.parameters(), fill)
+    trained = checkpoint.trainer.get("config", {}).get("model", {})
+    scale = revisions.scale_of(trained)
+    return _Source(f"{kind} of {checkpoint.path}", facts, checkpoint.parameters(), fill, scale)
 
 
 def _of_file(path: Path) -> _Source:

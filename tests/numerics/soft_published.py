@@ -1,4 +1,4 @@
-"""SOFT and SOFT++ as their authors run them, from the weights of our model: what `test_soft_published.py` compares with.
+"""SOFT and SOFT++ as their authors run them, from the weights of our model; `test_soft_published.py` compares both.
 
 Written anew for this test, from the equations of the papers and the behaviour of the code at
 github.com/fudan-zvg/SOFT (`models/softmax_free_transformer.py`, `SOFT/kernel/inverse.py`): images as (B, C, H, W),
@@ -23,7 +23,7 @@ RIDGE = 0.01
 
 
 def of_the_authors(normalise: bool) -> StepSize:
-    """Return their step size: 1.8 by the row sums before the ridge; SOFT++ begins with 2 for a whole batch and halves."""
+    """Return their step size: by the row sums before the ridge; SOFT++ takes those of a whole batch, and halves."""
 
     def plain(ridged: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
         return (1.8 / kernel.sum(-1).amax(-1) ** 2)[:, None, None]

@@ -36,7 +36,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("normalise", "side"), [(False, 64), (True, 64), (False, 224)])
+@pytest.mark.parametrize(("normalise", "side"), [(False, 64), (True, 96)])
 def test_soft_tiny_in_training_mode_is_the_authors(normalise, side):
     """Batch statistics keep the landmarks apart, so the inverse has converged and no step size matters."""
     model = ours(normalise).train()
@@ -50,7 +50,7 @@ def test_soft_tiny_in_training_mode_is_the_authors(normalise, side):
 def test_soft_tiny_in_evaluation_mode_is_the_authors_but_for_unfinished_rounds(normalise, apart):
     """With running statistics that have seen nothing, tokens are all but alike and 20 rounds do not end."""
     model = ours(normalise).eval()
-    image = torch.randn(1, 3, 128, 128, dtype=torch.float64)
+    image = torch.randn(1, 3, 224, 224, dtype=torch.float64)
     logits = model(image)
     same_start = published(model, normalise, our_step_size(normalise)).logits(image)
     assert relative(logits, same_start) < 1e-12
