@@ -17,7 +17,8 @@ from setformer_dist.testing.commands import setformer, train_words
 MODEL = [
     "model.name=soft_tiny", "~model.args", "model.args.widths=[8,16]", "model.args.depths=[1,1]", "model.drop_path=0.0",
     "model.args.num_heads=[1,2]", "model.args.soft.landmarks=4",
-    "model.args.soft.conv_stride=[2,1]", "model.args.soft.value_conv=[3,0]", "schedule.warmup_epochs=0", "~schedule.epochs",
+    "model.args.soft.conv_stride=[2,1]", "model.args.soft.value_conv=[3,0]", "schedule.warmup_epochs=0",
+    "~schedule.epochs",
 ]  # fmt: skip
 
 
