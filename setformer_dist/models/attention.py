@@ -409,7 +409,7 @@ class SoftAttention(nn.Module):
         if mask_bn is not None:
             seen = F.pad(mask_bn.view(b, 1, *grid).to(torch.float32), (0, right, 0, below))
             patch_mask_bp = F.max_pool2d(seen, stride).flatten(1) > 0
-        return patches_zdrc.flatten(2).mT.reshape(b, h, -1, d), patch_grid, patch_mask_bp
+        return patches_zdrc.flatten(2).mT.reshape(b, h, math.prod(patch_grid), d), patch_grid, patch_mask_bp
 
     @staticmethod
     def _value_conv(v_bhnd: torch.Tensor, conv: nn.Conv2d, grid: Grid | None) -> torch.Tensor:

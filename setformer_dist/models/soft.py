@@ -39,6 +39,7 @@ from setformer_dist.models.layers import (
     DropPath,
     Mlp,
     Pyramid,
+    channels_last,
     conv_tokens,
     create,
     drop_path_rates,
@@ -274,7 +275,7 @@ class SOFT(Pyramid):
 
     def _stages(self, image: torch.Tensor, count: int) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """Return the outputs of the first `count` stages and, where the last is among them, the class token."""
-        x = self.stem(image.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1))
+        x = self.stem(channels_last(image).permute(0, 2, 3, 1))
         keep = self.drop_path(x.shape[0], x.device, x.dtype)
         outputs: list[torch.Tensor] = []
         token: torch.Tensor | None = None

@@ -114,14 +114,19 @@ def _middle(among_bhmm: torch.Tensor, iterations: int, ridge: float, normalise: 
 class _NewtonInverse(torch.autograd.Function):
     """Newton-Raphson iterations forward, the derivative of the inverse itself backward: no graph of the rounds."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, matrix: torch.Tensor, iterations: int, halve: bool) -> torch.Tensor:
+    def forward(matrix: torch.Tensor, iterations: int, halve: bool) -> torch.Tensor:
         with no_autocast(matrix.device):
             inverse = _step_size(matrix, halve) * matrix
             for _ in range(iterations):
                 inverse = 2.0 * inverse - inverse @ matrix @ inverse
-        ctx.save_for_backward(inverse)
         return inverse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.save_for_backward(output)
 
     @staticmethod
     @once_differentiable
@@ -212,7 +217,7 @@ def _membership(n: int, cells: int, like: torch.Tensor) -> torch.Tensor:
 def _cell_sums(x_bhrcd: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Sum over the cells, by two products: deterministic on every device, which scattered additions are not."""
     b, h, _, width, d = x_bhrcd.shape
-    by_rows = (rows @ x_bhrcd.flatten(3)).view(b, h, -1, width, d)
+    by_rows = (rows @ x_bhrcd.flatten(3)).view(b, h, rows.shape[0], width, d)
     return columns @ by_rows
 
 
