@@ -38,6 +38,7 @@ from setformer_dist.engine.trainer import Best, Costs, Parts, Trainer, check_tra
 from setformer_dist.engine.zero import check_precision
 from setformer_dist.models.attention import set_attentions, watched_marginals
 from setformer_dist.models.measure import multiply_adds_of
+from setformer_dist.models.revisions import unnamed
 
 VERSIONS_OF = ("setformer_dist", "torch", "deepspeed", "timm", "safetensors")
 
@@ -78,7 +79,7 @@ def identity_of(run: ResolvedRun, model: nn.Module, classes: tuple[str, ...], to
     c = run.config
     return Identity(
         model=c.model.name,
-        model_args=json.dumps({**c.model.args, **told}, sort_keys=True),
+        model_args=json.dumps({**unnamed(c.model.args), **told}, sort_keys=True),
         parameters=digest_shapes(shapes_of(model)),
         config_hash=run.identity_hash(),
         stage=c.zero.stage,

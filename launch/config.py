@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -30,7 +31,10 @@ from setformer_dist.engine.evaluate import EvalConfig
 from setformer_dist.engine.guard import GuardConfig
 from setformer_dist.engine.optim import OptimConfig, ScheduleConfig
 from setformer_dist.engine.zero import PrecisionConfig, ZeroConfig, deepspeed_config
+from setformer_dist.models import revisions
 from setformer_dist.models.build import ModelConfig
+
+log = logging.getLogger(__name__)
 
 
 class RunTable(FrozenConfig):
@@ -174,6 +178,30 @@ def load_run(page: Path, overrides: Iterable[str] = ()) -> RunConfig:
     return base.load(RunConfig, page, overrides)
 
 
+def continued(config: RunConfig) -> RunConfig:
+    """Return the config with what an older version meant where its folder holds a run of that version.
+
+    Args:
+        config: of a run that begins or goes on.
+    """
+    try:
+        there = json.loads((config.folder / "config.json").read_text())
+        table = there["model"]
+        old = revisions.scale_of(table) == revisions.OLD
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return config  # no run is there, or a damaged one, of which `check_folder` speaks
+    if not old or revisions.scale_of(config.model.model_dump()) != revisions.NEW:
+        return config
+    soft = {**config.model.args["soft"], "query_scale": revisions.OLD}
+    log.warning(
+        "the run in %s samples SOFT's landmarks from undivided queries, as versions before 2026-11-28 did, and goes on "
+        "so (model.args.soft.query_scale = 'after'): a run of another name takes the authors' scale",
+        config.folder,
+    )
+    model = config.model.model_copy(update={"args": {**config.model.args, "soft": soft}})
+    return config.model_copy(update={"model": model})
+
+
 def resolve(config: RunConfig, world_size: int) -> ResolvedRun:
     """Solve the batch arithmetic for a number of ranks.
 
@@ -198,6 +226,8 @@ def check_folder(run: ResolvedRun) -> None:
         raise ConfigError(
             f"{path} is damaged ({error}): move the folder away, or give this run another run.name"
         ) from None
+    if isinstance(there, dict) and isinstance(there.get("model"), dict):
+        there["model"] = revisions.as_trained(there["model"])
     theirs = {key: value for key, value in flatten(redacted_json(there)).items() if not _is_free(key)}
     ours = flatten(json.loads(json.dumps(run.identity())))
     allowed = tuple(_ALLOWED_KEYS[change] for change in run.config.checkpoint.allow_changes)

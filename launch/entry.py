@@ -26,7 +26,7 @@ from checkpoints.identity import digest_json
 from dataloaders.order.order import CURSOR_FORMAT, ORDER_ID
 from dataloaders.sources.index import INDEX_FORMAT
 from launch.compose import Splits, check_device, compose, open_splits
-from launch.config import ResolvedRun, check_folder, load_run, resolve
+from launch.config import ResolvedRun, check_folder, continued, load_run, resolve
 from launch.doctor import check_package_origins
 from launch.inputs import inputs_of
 from launch.local import LOG_DIR_VARIABLE, log_file, usable_cores
@@ -127,7 +127,7 @@ def run_rank(page: Path, overrides: Sequence[str]) -> int:
     ranks = RankInfo.from_env()
     quiet_deepspeed()
     check_package_origins()
-    config = load_run(page, overrides)
+    config = continued(load_run(page, overrides))
     run = resolve(config, ranks.world_size)
     check_device(run)
     splits = open_splits(run)

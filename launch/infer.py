@@ -26,6 +26,7 @@ from setformer_dist.core.errors import CheckpointError, ConfigError, DataError
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
 from setformer_dist.engine.evaluate import EvalResult, Prepare, evaluate
+from setformer_dist.models.revisions import as_trained
 from setformer_dist.report.html import ClassifiedImage
 
 Weights = Literal["plain", "ema", "auto"]
@@ -132,7 +133,10 @@ def _about(checkpoint: Checkpoint) -> _About:
     if not isinstance(scores, dict) or not all(isinstance(score, (int, float)) for score in scores.values()):
         raise CheckpointError(f"checkpoint {place}: run.evaluation of trainer.json is no table of numbers")
     try:
-        config = base.build(RunConfig, {key: value for key, value in table.items() if key != "resolved"}, str(place))
+        told = {key: value for key, value in table.items() if key != "resolved"}
+        if isinstance(told.get("model"), dict):
+            told["model"] = as_trained(told["model"])
+        config = base.build(RunConfig, told, str(place))
     except ConfigError as error:
         raise CheckpointError(f"checkpoint of a run that this version does not know: {error}") from None
     return _About(_harmless(config), tuple(classes), inputs, scores)

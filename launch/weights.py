@@ -23,6 +23,7 @@ from launch.timm_weights import HUB, Adapted, adapted, fetched
 from setformer_dist.core.comm import Collectives
 from setformer_dist.core.errors import CheckpointError, ConfigError
 from setformer_dist.core.fragments import Fragment
+from setformer_dist.models import revisions
 from setformer_dist.models.build import ModelConfig
 
 _NAMED = 3  # faults that an error names before it only counts
@@ -38,6 +39,7 @@ class _Source:
         shapes: of all that is in it.
         fill: fills fragments of state "param".
         file: where a .safetensors file is read, which can be adapted.
+        scale: of SOFT's queries (models/revisions.py); None where it means nothing or is not known.
     """
 
     name: str
@@ -45,6 +47,7 @@ class _Source:
     shapes: Mapping[str, tuple[int, ...]]
     fill: Callable[[list[Fragment]], None]
     file: Path | None = None
+    scale: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class FirstWeights:
                 f"ranks found different weights at model.weights = {self.config.weights}: name one step's folder that "
                 "all hosts share"
             )
+        self._check_scale(source)
         source, left, told = self._fitted(source)
         filled = [f for f in fragments if f.state in ("param", "ema") and f.name not in left]
         source.fill([dataclasses.replace(f, state="param") for f in filled])
@@ -85,7 +89,9 @@ class FirstWeights:
 
     def check(self) -> str:
         """Say what would be filled, and fill nothing; raises as a call does."""
-        return self._fitted(_open(self.config.weights or ""))[2]
+        source = _open(self.config.weights or "")
+        self._check_scale(source)
+        return self._fitted(source)[2]
 
     def _fitted(self, source: _Source) -> tuple[_Source, set[str], str]:
         """Return what fills the parameters, those that it leaves, and what is said of it."""
@@ -107,6 +113,14 @@ class FirstWeights:
             notes.append(f"left as drawn from the seed: {', '.join(sorted(left))}")
         count = f"{len(self.shapes) - len(left)} of {len(self.shapes)} parameters"
         return source, left, "; ".join((f"begins with {source.name}: {count}", *notes))
+
+    def _check_scale(self, source: _Source) -> None:
+        ours = revisions.scale_of(self.config.model_dump())
+        if None not in (ours, source.scale) and ours != source.scale:
+            raise CheckpointError(
+                f"model.weights = {self.config.weights}: these were trained with soft.query_scale = {source.scale!r}, "
+                f'this run has {ours!r}, which is another function: set model.args.soft.query_scale = "{source.scale}"'
+            )
 
     def _check_skip(self, source: _Source) -> None:
         for prefix in self.config.skip or ():
@@ -199,7 +213,10 @@ def _of_checkpoint(checkpoint: Checkpoint) -> _Source:
 
     kind = "the averaged weights" if averaged else "the weights"
     facts: list[object] = [record.digest for record in checkpoint.manifest.files]
-    return _Source(f"{kind} of {checkpoint.path}", facts, checkpoint.parameters(), fill)
+    config = checkpoint.trainer.get("config", {})
+    trained = config.get("model") if isinstance(config, dict) else None
+    scale = revisions.scale_of(trained) if isinstance(trained, dict) else None
+    return _Source(f"{kind} of {checkpoint.path}", facts, checkpoint.parameters(), fill, scale=scale)
 
 
 def _of_file(path: Path) -> _Source:
@@ -214,4 +231,4 @@ def _of_file(path: Path) -> _Source:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"model.weights = {path} is no whole .safetensors file: {error}") from None
-    return _Source(f"the weights of {path}", [path.stat().st_size, sorted(shapes)], shapes, fill, path)
+    return _Source(f"the weights of {path}", [path.stat().st_size, sorted(shapes)], shapes, fill, file=path)

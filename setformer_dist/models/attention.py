@@ -64,6 +64,9 @@ class SoftAttentionConfig(FrozenConfig):
             that the cost stays linear on larger images; 8, 4, 2 in the three stages of the published models.
         value_conv: side of a depthwise convolution over heads that is added to the output, odd, for images only;
             0 for none. In the authors' code (9, 5, 3), not in the paper.
+        query_scale: whether queries are divided by d^(1/4) "before" that convolution, so that its norm and GELU act on
+            divided ones (the authors' code), or "after" it, in the kernel alone, which leaves landmarks d^(1/4) too
+            short (what this project did until 2026-11-28, see models/revisions.py). A mean is the same both ways.
         iterations: Newton-Raphson rounds of the inverse.
         ridge: added to the diagonal of the landmarks' kernel; 0 in the paper, 0.01 in the authors' code.
     """
@@ -72,6 +75,7 @@ class SoftAttentionConfig(FrozenConfig):
     sampling: Literal["pool", "conv"] = "pool"
     conv_stride: int | IntTuple = 4
     value_conv: int | IntTuple = 0
+    query_scale: Literal["before", "after"] = "before"
     iterations: int = pydantic.Field(default=20, ge=1)
     ridge: float = pydantic.Field(default=0.0, ge=0)
 
@@ -374,9 +378,14 @@ class SoftAttention(nn.Module):
                 return pool_sequence(q_bhnd, self.landmarks, mask_bn)
             return pool_grid(q_bhnd, grid, self._cells(), mask_bn)
         assert self.landmark_norm is not None
-        patches_bhpd, patch_grid, patch_mask_bp = self._patches(q_bhnd, self.landmark_conv, _need(grid), mask_bn)
+        before = self.config.query_scale == "before"
+        divisor = q_bhnd.shape[-1] ** 0.25
+        sampled_bhnd = q_bhnd / divisor if before else q_bhnd
+        patches_bhpd, patch_grid, patch_mask_bp = self._patches(sampled_bhnd, self.landmark_conv, _need(grid), mask_bn)
         pooled_bhmd, landmark_mask_bm = pool_grid(patches_bhpd, patch_grid, self._cells(), patch_mask_bp)
-        return F.gelu(self.landmark_norm(pooled_bhmd.to(q_bhnd.dtype))), landmark_mask_bm
+        landmarks_bhmd = F.gelu(self.landmark_norm(pooled_bhmd.to(q_bhnd.dtype)))
+        # The kernel divides queries and landmarks alike, so that these go back to the scale of undivided queries.
+        return at_least_fp32(landmarks_bhmd) * divisor if before else landmarks_bhmd, landmark_mask_bm
 
     def _cells(self) -> Grid:
         try:
@@ -400,7 +409,7 @@ class SoftAttention(nn.Module):
         if mask_bn is not None:
             seen = F.pad(mask_bn.view(b, 1, *grid).to(torch.float32), (0, right, 0, below))
             patch_mask_bp = F.max_pool2d(seen, stride).flatten(1) > 0
-        return patches_zdrc.flatten(2).mT.reshape(b, h, -1, d), patch_grid, patch_mask_bp
+        return patches_zdrc.flatten(2).mT.reshape(b, h, math.prod(patch_grid), d), patch_grid, patch_mask_bp
 
     @staticmethod
     def _value_conv(v_bhnd: torch.Tensor, conv: nn.Conv2d, grid: Grid | None) -> torch.Tensor:

@@ -14,6 +14,7 @@ import setformer_dist.models  # noqa: F401 — registers our models with timm
 from setformer_dist.core.config import FrozenConfig, readable
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.seeding import Purpose, torch_seed
+from setformer_dist.models import revisions
 from setformer_dist.models.arguments import check_arguments
 
 # What constructors of timm's models raise for values that do not go together; none of them checks its arguments first.
@@ -43,6 +44,12 @@ class ModelConfig(FrozenConfig):
     args: dict[str, Any] = pydantic.Field(default_factory=dict)
     weights: str | None = None
     skip: tuple[str, ...] | None = pydantic.Field(default=None, strict=False)
+
+    @pydantic.field_validator("args")
+    @classmethod
+    def _scale_is_named(cls, value: dict[str, Any], info: pydantic.ValidationInfo) -> dict[str, Any]:
+        # Written back, unlike other defaults: a config that does not name it is of an older version, and means another.
+        return revisions.named(str(info.data.get("name", "")), value)
 
     @pydantic.model_validator(mode="after")
     def _skipped_of_something(self) -> ModelConfig:

@@ -19,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from setformer_dist.core.config import FrozenConfig, merge
 from setformer_dist.core.errors import ConfigError
 
+USE_EXPORT = "use torch.export.export, torch.onnx.export(..., dynamo=True) or torch.compile (docs/operators.md)"
+
 
 class DropPath(nn.Module):
     """Stochastic depth of the whole model: one draw per sample and branch, made before the first block.
@@ -82,6 +84,38 @@ def conv_tokens(x_bhwc: torch.Tensor, conv: nn.Conv2d) -> torch.Tensor:
     return y_bchw.permute(0, 2, 3, 1).contiguous()
 
 
+def channels_last(image_bchw: torch.Tensor) -> torch.Tensor:
+    """Return the image in the memory order of channels-last convolutions; as it is under transforms such as vmap.
+
+    Raises:
+        ConfigError: it stands for a trace that would not hold the model.
+    """
+    refuse_tracers(image_bchw)
+    if torch._C._are_functorch_transforms_active():  # which know no memory format; values are the same
+        return image_bchw
+    return image_bchw.contiguous(memory_format=torch.channels_last)
+
+
+def refuse_tracers(inputs: torch.Tensor) -> None:
+    """Refuse tracers that write down one size of image, or cannot follow the checks, without saying so.
+
+    Raises:
+        ConfigError: with what to use.
+    """
+    if isinstance(inputs, torch.fx.Proxy):
+        raise ConfigError(f"torch.fx.symbolic_trace cannot follow this model: {USE_EXPORT}")
+    if torch.jit.is_tracing():
+        raise ConfigError(f"torch.jit.trace would fix sizes and draws of this model in silence: {USE_EXPORT}")
+
+
+class Untraceable:
+    """Answers torch.jit.script of a model, which cannot compile it, in one sentence."""
+
+    def __prepare_scriptable__(self) -> Any:
+        """Raise ConfigError; torch.jit.script asks every module for this first."""
+        raise ConfigError(f"torch.jit.script cannot compile this model: {USE_EXPORT}")
+
+
 def scale_branch(y: torch.Tensor, keep_2b: torch.Tensor | None, index: int) -> torch.Tensor:
     """Multiply a branch's output by its drop path factor of each sample; no factors leave it as it is."""
     if keep_2b is None:
@@ -136,7 +170,7 @@ def init_linear(module: nn.Module) -> None:
 # ------------------------------------------------------------------------------------------------- timm's methods
 
 
-class Pyramid(nn.Module, ABC):
+class Pyramid(Untraceable, nn.Module, ABC):
     """A classifier made of a stem and stages, each with fewer tokens: what timm and our engine ask of it.
 
     A subclass sets `stages`, `norm`, `head`, `drop_path`, `widths`, `num_classes`, `num_features` and `global_pool`,
@@ -217,17 +251,20 @@ class Pyramid(nn.Module, ABC):
             indices: stages; an int means the last so many, None all.
             norm: apply the final norm to the last stage's output (the only one it is made for).
             stop_early: leave out the stages behind the last one asked for.
-            output_fmt: "NCHW" or "NHWC", of the intermediates.
+            output_fmt: of the intermediates: "NCHW", "NHWC", or "NLC", tokens in row-major order without a class token.
             intermediates_only: leave out the final features.
         """
-        assert output_fmt in ("NCHW", "NHWC"), f"output_fmt {output_fmt!r} must be NCHW or NHWC"
+        assert output_fmt in ("NCHW", "NHWC", "NLC"), f"output_fmt {output_fmt!r} must be NCHW, NHWC or NLC"
         take, last = feature_take_indices(len(self.stages), indices)
         maps, token = self._stages(x, last + 1 if stop_early else len(self.stages))
         complete = len(maps) == len(self.widths)
         normed = self.norm(maps[-1]) if complete else maps[-1]
-        chosen = [normed if norm and i == len(self.widths) - 1 else maps[i] for i in sorted(take)]
+        # As in timm, each stage once and in order, however often and in what order it is asked for.
+        chosen = [normed if norm and i == len(self.widths) - 1 else maps[i] for i in sorted(set(take))]
         if output_fmt == "NCHW":
             chosen = [y.permute(0, 3, 1, 2).contiguous() for y in chosen]
+        elif output_fmt == "NLC":
+            chosen = [y.flatten(1, 2) for y in chosen]
         return (
             chosen if intermediates_only else (self._final(normed, None if token is None else self.norm(token)), chosen)
         )

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from setformer_dist.core.config import FrozenConfig, build, merge
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.models.attention import AttentionConfig, make_attention
-from setformer_dist.models.layers import DropPath, drop_path_rates, scale_branch
+from setformer_dist.models.layers import DropPath, Untraceable, drop_path_rates, refuse_tracers, scale_branch
 
 # Places of dropout in a block: after the attention, after the hidden layer, after the MLP.
 _DROPOUTS = 3
@@ -164,7 +164,7 @@ class Embedding(nn.Module):
         return keyed_dropout(x_znc, keys_z, 0, self.dropout if self.training else 0.0)
 
 
-class SequenceEncoder(nn.Module):
+class SequenceEncoder(Untraceable, nn.Module):
     """Classifier of one sequence, or of two that are compared."""
 
     def __init__(self, **fields: Any) -> None:
@@ -237,6 +237,7 @@ class SequenceEncoder(nn.Module):
         Raises:
             ConfigError: the ids are of another shape.
         """
+        refuse_tracers(ids)
         s, n = self.config.sequences, self.config.length
         wanted = (n,) if s == 1 else (s, n)
         if tuple(ids.shape[1:]) != wanted:
@@ -244,10 +245,10 @@ class SequenceEncoder(nn.Module):
                 f"token ids of shape {tuple(ids.shape)} do not fit an encoder of {s} sequence(s) of {n} tokens: "
                 f"give (b, {', '.join(map(str, wanted))})"
             )
-        y_zc = self.forward_features(ids.reshape(-1, n), self._keys(s))
+        y_zc = self.forward_features(ids.reshape(len(ids) * s, n), self._keys(s))
         if s == 1:
             return self.head(y_zc)  # type: ignore[no-any-return]
-        a, b = y_zc.view(-1, 2, self.config.dim).unbind(1)
+        a, b = y_zc.view(len(ids), 2, self.config.dim).unbind(1)
         return self.head(torch.cat([a, b, a * b, a - b], 1))  # type: ignore[no-any-return]
 
     def _keys(self, sequences: int) -> torch.Tensor | None:

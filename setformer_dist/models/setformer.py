@@ -37,6 +37,7 @@ from setformer_dist.models.layers import (
     DropPath,
     Mlp,
     Pyramid,
+    channels_last,
     conv_tokens,
     create,
     drop_path_rates,
@@ -138,7 +139,7 @@ class Stem(nn.Module):
 
     def forward(self, image_bchw: torch.Tensor) -> torch.Tensor:
         """(B, in_chans, height, width) -> (B, H, W, C); sides are divided by the strides, rounded up."""
-        x = self.conv1(image_bchw.contiguous(memory_format=torch.channels_last))
+        x = self.conv1(channels_last(image_bchw))
         return self.norm(conv_tokens(x.permute(0, 2, 3, 1), self.conv2))  # type: ignore[no-any-return]
 
 

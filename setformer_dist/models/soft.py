@@ -11,6 +11,7 @@ Where paper and published code differ, the paper is followed, unless the publish
 
 * landmarks are sampled by a convolution per head, and values pass a depthwise convolution beside the attention
   (code): only with both do all five sizes, 13.07, 24.11, 45.81, 64.70 and 87.11 M, come out to the last digit;
+* queries are divided by d^(1/4) before that convolution (code; until 2026-11-28 ours were not, see revisions.py);
 * Small has 7 blocks in stage 3 (paper; the code's 20 make 38.9 M);
 * nothing is added to the landmarks' kernel before its inversion (paper; the code adds 0.01 to the diagonal).
 
@@ -38,6 +39,7 @@ from setformer_dist.models.layers import (
     DropPath,
     Mlp,
     Pyramid,
+    channels_last,
     conv_tokens,
     create,
     drop_path_rates,
@@ -273,7 +275,7 @@ class SOFT(Pyramid):
 
     def _stages(self, image: torch.Tensor, count: int) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """Return the outputs of the first `count` stages and, where the last is among them, the class token."""
-        x = self.stem(image.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1))
+        x = self.stem(channels_last(image).permute(0, 2, 3, 1))
         keep = self.drop_path(x.shape[0], x.device, x.dtype)
         outputs: list[torch.Tensor] = []
         token: torch.Tensor | None = None

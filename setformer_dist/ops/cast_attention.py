@@ -112,8 +112,7 @@ def top_k_assignment(affinity_bnc: torch.Tensor, size: int, mask_bn: torch.Tenso
     b, n, c = affinity_bnc.shape
     if mask_bn is not None:
         affinity_bnc = affinity_bnc.masked_fill(~mask_bn.unsqueeze(-1), -torch.inf)
-    # A stable sort and not torch.topk, which leaves open which of equal values it returns.
-    order_bcn = affinity_bnc.mT.contiguous().argsort(dim=-1, descending=True, stable=True)
+    order_bcn = _descending(affinity_bnc.mT.contiguous())
     token_bck = order_bcn[..., :size].contiguous()
     if mask_bn is None:
         return Clusters(token_bck, torch.ones_like(token_bck, dtype=torch.bool))
@@ -139,7 +138,7 @@ def single_assignment(affinity_bnc: torch.Tensor, size: int, mask_bn: torch.Tens
     best_bn = affinity_bnc.amax(-1)
     if mask_bn is not None:
         best_bn = best_bn.masked_fill(~mask_bn, -torch.inf)
-    order_bn = best_bn.argsort(dim=-1, descending=True, stable=True)
+    order_bn = _descending(best_bn)
     affinity_bnc = affinity_bnc.gather(1, order_bn.unsqueeze(-1).expand(b, n, c))
     pending_bn = torch.ones_like(order_bn, dtype=torch.bool) if mask_bn is None else mask_bn.gather(1, order_bn)
     place_bn = torch.full_like(order_bn, c * size)  # one place behind the last, for tokens without any
@@ -156,6 +155,15 @@ def single_assignment(affinity_bnc: torch.Tensor, size: int, mask_bn: torch.Tens
     token = order_bn.new_zeros(b, c * size + 1).scatter(1, place_bn, order_bn)
     member = torch.zeros_like(token, dtype=torch.bool).scatter(1, place_bn, True)
     return Clusters(token[:, :-1].view(b, c, size), member[:, :-1].view(b, c, size))
+
+
+def _descending(values: torch.Tensor) -> torch.Tensor:
+    """Return the order of the last axis, largest first and of equal values the earlier."""
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        # ONNX has no stable sort, but its TopK says which of equal values comes first: the earlier one.
+        return values.topk(values.shape[-1], dim=-1).indices
+    # Not torch.topk elsewhere, which leaves that open.
+    return values.argsort(dim=-1, descending=True, stable=True)
 
 
 def gather_members(x_bhnd: torch.Tensor, clusters: Clusters) -> torch.Tensor:

@@ -70,19 +70,25 @@ class _InverseSquareRoot(torch.autograd.Function):
     e = s + ridge.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, matrix: torch.Tensor, ridge: float) -> torch.Tensor:
+    def forward(matrix: torch.Tensor, ridge: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         values, vectors = torch.linalg.eigh(matrix)
         # The floor keeps s_i + s_j above zero for a rank-deficient matrix (two equal anchors).
         root = values.clamp_min(torch.finfo(matrix.dtype).eps).sqrt()
+        return (vectors / (root + ridge).unsqueeze(-2)) @ vectors.mT, root, vectors
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        _, root, vectors = output
+        ctx.mark_non_differentiable(root, vectors)
         ctx.save_for_backward(root, vectors)
-        ctx.ridge = ridge
-        inverse: torch.Tensor = (vectors / (root + ridge).unsqueeze(-2)) @ vectors.mT
-        return inverse
+        ctx.ridge = inputs[1]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor, None]:
         root, vectors = ctx.saved_tensors
         e = root + ctx.ridge
         differences = -1.0 / (e.unsqueeze(-1) * e.unsqueeze(-2) * (root.unsqueeze(-1) + root.unsqueeze(-2)))
@@ -101,8 +107,8 @@ def inverse_square_root(matrix: torch.Tensor, ridge: float = 0.0) -> torch.Tenso
     Returns:
         (..., k, k), symmetric.
     """
-    root: torch.Tensor = _InverseSquareRoot.apply(matrix, ridge)
-    return root
+    inverse: torch.Tensor = _InverseSquareRoot.apply(matrix, ridge)[0]
+    return inverse
 
 
 def nystrom(x_hnd: torch.Tensor, anchors_hkd: torch.Tensor, sigma: float, ridge: float = 1e-2) -> torch.Tensor:

@@ -156,7 +156,11 @@ def set_attention(
     positions, places = _places(x_bhnd, references_hmd.shape[1], grid, mask_bn, config)
     tensors = (x_bhnd, features, references_hmd, return_references_hmd, positions, places, mask_bn)
     problem = _problem(config)
-    implementation = choose_implementation(Inputs(*tensors), problem, config.implementation)
+    if x_bhnd.shape[0] == 0 or _exports_to_onnx(problem):
+        # Of no image there is nothing to be fast about, and ONNX has no operator of ours: the equations serve both.
+        implementation = "reference"
+    else:
+        implementation = choose_implementation(Inputs(*tensors), problem, config.implementation)
     if implementation == "reference":
         y = set_reference.forward(*tensors, problem)
     else:
@@ -212,7 +216,7 @@ def _nystrom_map(
     b, h, n, d = x_bhnd.shape
     x = at_least_fp32(x_bhnd)  # fp16 squares overflow from 256 on, and its zero vectors have no inverse length
     flat = unit(x).transpose(0, 1).reshape(h, b * n, d)
-    features = nystrom(flat, anchors_hkd, config.sigma).view(h, b, n, -1).transpose(0, 1)
+    features = nystrom(flat, anchors_hkd, config.sigma).view(h, b, n, anchors_hkd.shape[1]).transpose(0, 1)
     # The kernel map of Mialon et al. keeps the length of x beside its direction.
     values = features * torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return features.to(x_bhnd.dtype), values.to(x_bhnd.dtype)
@@ -276,6 +280,22 @@ def _captures(device: torch.device) -> bool:
 
 
 # ------------------------------------------------------------------------------------------ choice and validation
+
+
+def _exports_to_onnx(problem: SetProblem) -> bool:
+    """Return whether the call is being written down for ONNX.
+
+    Raises:
+        ConfigError: it stops its rounds early, which a graph without branches cannot.
+    """
+    if not (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()):
+        return False
+    if problem.tolerance > 0:
+        raise ConfigError(
+            f"tolerance = {problem.tolerance} stops rounds by their error, which an ONNX graph cannot: build the model "
+            "with tolerance = 0 for the export; its outputs differ by no more than the tolerance"
+        )
+    return True
 
 
 def choose_implementation(inputs: Inputs, problem: SetProblem, wanted: str = "auto") -> str:
@@ -354,8 +374,10 @@ def _check(
     config: SetAttentionConfig,
 ) -> None:
     """Refuse what does not fit, naming the argument, what it is and what it should be."""
-    if x.ndim != 4 or not x.dtype.is_floating_point or 0 in x.shape:
-        raise ConfigError(f"x has shape {tuple(x.shape)} and dtype {x.dtype}: expected floats (b, h, n, d), none empty")
+    if x.ndim != 4 or not x.dtype.is_floating_point or 0 in x.shape[1:]:
+        raise ConfigError(
+            f"x has shape {tuple(x.shape)} and dtype {x.dtype}: expected floats (b, h, n, d), of which b alone may be 0"
+        )
     for name, tensor in (("references", references), ("return_references", back), ("anchors", anchors), ("mask", mask)):
         if tensor is not None and tensor.device != x.device:
             raise ConfigError(f"{name} on device {str(tensor.device)!r}: expected {str(x.device)!r}, where x is")
@@ -396,5 +418,6 @@ def _check_mask(mask: torch.Tensor, b: int, n: int) -> None:
         )
     # On a device the look at the mask would wait for it, and a compiler or a fake tensor has none to look at.
     looks = mask.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(mask, FakeTensor)
+    looks = looks and b > 0 and not torch._C._are_functorch_transforms_active()
     if looks and not bool(mask.any()):
         raise ConfigError("mask leaves no token of any image: expected at least one True")

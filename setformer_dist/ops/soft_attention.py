@@ -114,14 +114,19 @@ def _middle(among_bhmm: torch.Tensor, iterations: int, ridge: float, normalise: 
 class _NewtonInverse(torch.autograd.Function):
     """Newton-Raphson iterations forward, the derivative of the inverse itself backward: no graph of the rounds."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, matrix: torch.Tensor, iterations: int, halve: bool) -> torch.Tensor:
+    def forward(matrix: torch.Tensor, iterations: int, halve: bool) -> torch.Tensor:
         with no_autocast(matrix.device):
             inverse = _step_size(matrix, halve) * matrix
             for _ in range(iterations):
                 inverse = 2.0 * inverse - inverse @ matrix @ inverse
-        ctx.save_for_backward(inverse)
         return inverse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.save_for_backward(output)
 
     @staticmethod
     @once_differentiable
@@ -134,11 +139,13 @@ class _NewtonInverse(torch.autograd.Function):
 def _step_size(matrix: torch.Tensor, halve: bool) -> torch.Tensor:
     """Return alpha of the start alpha A, (..., 1, 1): 0.9 * 2 / |A|^2 with the largest row sum as norm.
 
-    SOFT++ halves it up to ten times while |I - A alpha A| > 1.01. Its published code differs in two points. It starts
-    without the factor 0.9, and then never leaves zero for A = I, which landmarks far apart approach: the error starts
-    at -1, and squaring keeps it at 1. And it takes the largest norm of a whole batch, so that an image depends on its
-    neighbours. Here each matrix is halved by itself, without a branch, so that compilers need not look at the values.
-    The bound is safe, not tight: kernels with many near landmarks are halved to the end, which costs nearly ten rounds.
+    The published code of SOFT takes the norm before it adds its ridge, which a larger ridge would let diverge.
+    SOFT++ halves alpha up to ten times while |I - A alpha A| > 1.01. Its published code differs in two points. It
+    starts without the factor 0.9, and then never leaves zero for A = I, which landmarks far apart approach: the error
+    starts at -1, and squaring keeps it at 1. And it takes the largest norm of a whole batch, so that an image depends
+    on its neighbours. Here each matrix is halved by itself, without a branch, so that compilers need not look at the
+    values. The bound is safe, not tight: kernels with many near landmarks are halved to the end, which costs nearly ten
+    rounds. Another start is another result only where the rounds do not end: tests/numerics/test_soft_published.py.
     """
     alpha = 1.8 / matrix.abs().sum(-1).amax(-1)[..., None, None].square()
     if not halve:
@@ -210,7 +217,7 @@ def _membership(n: int, cells: int, like: torch.Tensor) -> torch.Tensor:
 def _cell_sums(x_bhrcd: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Sum over the cells, by two products: deterministic on every device, which scattered additions are not."""
     b, h, _, width, d = x_bhrcd.shape
-    by_rows = (rows @ x_bhrcd.flatten(3)).view(b, h, -1, width, d)
+    by_rows = (rows @ x_bhrcd.flatten(3)).view(b, h, rows.shape[0], width, d)
     return columns @ by_rows
 
 

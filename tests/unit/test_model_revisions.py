@@ -1,0 +1,53 @@
+"""What configs of older versions mean: the scale of SOFT's queries."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from setformer_dist.models import revisions
+from setformer_dist.models.attention import SoftAttention, SoftAttentionConfig
+from setformer_dist.models.build import ModelConfig
+
+CONVOLVES = {"attention": "soft", "soft": {"sampling": "conv"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "soft"),
+    [
+        ("soft_tiny", {}, {"query_scale": "before"}),
+        ("soft_huge_norm", {"soft": {"ridge": 0.01}}, {"ridge": 0.01, "query_scale": "before"}),
+        ("soft_tiny", {"soft": {"query_scale": "after"}}, {"query_scale": "after"}),
+        ("soft_tiny", {"soft": {"sampling": "pool"}}, {"sampling": "pool"}),
+        ("setformer_nano", CONVOLVES, {"sampling": "conv", "query_scale": "before"}),
+        ("setformer_nano", {"attention": "soft"}, None),
+        ("setformer_nano", {"soft": {"sampling": "conv"}}, {"sampling": "conv"}),
+        ("vit_tiny_patch16_224", {}, None),
+    ],
+)
+def test_a_new_config_names_the_scale_where_it_means_something(name, args, soft):
+    assert ModelConfig(name=name, args=args).args.get("soft") == soft
+
+
+def test_a_config_that_does_not_name_it_is_older_and_its_checkpoints_are_identified_as_they_were():
+    older = {"name": "soft_tiny", "args": {"widths": [8, 16], "soft": {"ridge": 0.01}}}
+    meant = revisions.as_trained(older)
+    assert meant["args"]["soft"] == {"ridge": 0.01, "query_scale": "after"}
+    assert revisions.unnamed(ModelConfig(**meant).args) == older["args"]
+    assert revisions.unnamed(revisions.as_trained({"name": "soft_tiny", "args": {}})["args"]) == {}
+    newer = ModelConfig(name="soft_tiny").model_dump()
+    assert revisions.as_trained(newer)["args"] == newer["args"] == revisions.unnamed(newer["args"])
+    assert (revisions.scale_of(newer), revisions.scale_of(older)) == ("before", "after")
+    assert revisions.scale_of({"name": "setformer_nano", "args": {}}) is None
+    assert revisions.as_trained({"name": 3}) == {"name": 3}
+
+
+def test_means_of_tokens_do_not_depend_on_it_so_all_that_pools_is_as_it_was():
+    torch.manual_seed(0)
+    layers = []
+    for scale in ("before", "after"):
+        torch.manual_seed(0)
+        layers.append(SoftAttention(8, 2, SoftAttentionConfig(landmarks=4, query_scale=scale)))
+    x = torch.randn(2, 24, 8)
+    for grid in ((4, 6), None):
+        assert torch.equal(layers[0](x, grid), layers[1](x, grid))
