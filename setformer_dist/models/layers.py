@@ -96,7 +96,7 @@ def channels_last(image_bchw: torch.Tensor) -> torch.Tensor:
     return image_bchw.contiguous(memory_format=torch.channels_last)
 
 
-def refuse_tracers(inputs: torch.Tensor) -> None:
+def refuse_tracers(inputs: Any) -> None:
     """Refuse tracers that write down one size of image, or cannot follow the checks, without saying so.
 
     Raises:
@@ -104,7 +104,7 @@ def refuse_tracers(inputs: torch.Tensor) -> None:
     """
     if isinstance(inputs, torch.fx.Proxy):
         raise ConfigError(f"torch.fx.symbolic_trace cannot follow this model: {USE_EXPORT}")
-    if torch.jit.is_tracing():
+    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
         raise ConfigError(f"torch.jit.trace would fix sizes and draws of this model in silence: {USE_EXPORT}")
 
 

@@ -156,8 +156,8 @@ def set_attention(
     positions, places = _places(x_bhnd, references_hmd.shape[1], grid, mask_bn, config)
     tensors = (x_bhnd, features, references_hmd, return_references_hmd, positions, places, mask_bn)
     problem = _problem(config)
-    if x_bhnd.shape[0] == 0 or _exports_to_onnx(problem):
-        # Of no image there is nothing to be fast about, and ONNX has no operator of ours: the equations serve both.
+    if x_bhnd.shape[0] == 0 or _transformed() or _exports_to_onnx(problem, features is not None):
+        # Of no image there is nothing to be fast about; neither torch.func nor ONNX knows our operator: the equations serve.
         implementation = "reference"
     else:
         implementation = choose_implementation(Inputs(*tensors), problem, config.implementation)
@@ -282,14 +282,21 @@ def _captures(device: torch.device) -> bool:
 # ------------------------------------------------------------------------------------------ choice and validation
 
 
-def _exports_to_onnx(problem: SetProblem) -> bool:
+def _transformed() -> bool:
+    """Return whether torch.func (vmap, grad, jvp) transforms the call; under a compiler it does so by itself."""
+    return torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+
+
+def _exports_to_onnx(problem: SetProblem, nystrom_features: bool) -> bool:
     """Return whether the call is being written down for ONNX.
 
     Raises:
-        ConfigError: it stops its rounds early, which a graph without branches cannot.
+        ConfigError: ONNX cannot express it: the Nyström map, or rounds that stop early.
     """
     if not (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()):
         return False
+    if nystrom_features:
+        raise ConfigError("kernel = 'nystrom' takes eigenvalues, for which ONNX has no operator: export another kernel")
     if problem.tolerance > 0:
         raise ConfigError(
             f"tolerance = {problem.tolerance} stops rounds by their error, which an ONNX graph cannot: build the model "

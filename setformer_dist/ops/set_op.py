@@ -189,34 +189,6 @@ def _differentiate_by_operator(
 set_attention_op.register_autograd(_differentiate, setup_context=_setup)
 
 
-def _one_by_one(
-    operator: Any, size: int, dims: Sequence[int | None], arguments: Sequence[Any]
-) -> tuple[list[torch.Tensor], list[int]]:
-    """Apply an operator to each member of a batch that vmap made: sums over images must not run over its members."""
-    found = []
-    for i in range(size):
-        own = [a if d is None else a.select(d, i) for a, d in zip(arguments, dims, strict=True)]
-        found.append(operator(*own))
-    return [torch.stack(outputs) for outputs in zip(*found, strict=True)], [0] * len(found[0])
-
-
-def _vmapped(operator: str) -> Any:
-    """Return the rule of vmap for an operator of this file; a member costs a call."""
-
-    def rule(
-        info: Any, dims: Sequence[int | None], *arguments: Any
-    ) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...]]:
-        dims = [None if not isinstance(a, torch.Tensor) else d for a, d in zip(arguments, dims, strict=True)]
-        outputs, places = _one_by_one(getattr(torch.ops.setformer, operator), info.batch_size, dims, arguments)
-        return tuple(outputs), tuple(places)
-
-    return rule
-
-
-set_attention_op.register_vmap(_vmapped("set_attention"))
-set_attention_backward_op.register_vmap(_vmapped("set_attention_backward"))
-
-
 def _products(x: Any, gather: Any, scatter: Any) -> tuple[int, int, int, int]:
     """Return (n m b h, features, values, sets) from shapes."""
     b, h, n, d = x
