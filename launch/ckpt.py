@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
-from safetensors import SafetensorError
 
 from checkpoints import deepspeed_files, layout
 from checkpoints.commit import delete_checkpoint
@@ -33,43 +30,13 @@ from checkpoints.reader import (
     open_checkpoint,
     verified,
 )
-from dataloaders.config import DataConfig
 from launch.config import flatten
-from launch.infer import Trained, load_trained
+from launch.export import check_free, made
 from launch.lock import held
 from setformer_dist.core import config as base
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import CheckpointError, ConfigError
 from setformer_dist.core.fragments import Fragment
-from setformer_dist.models.build import timm_arguments
-
-_CARD = """# {name}, step {step}
-
-Weights of `{name}` ({weights}), {elements:,} parameters, trained by setformer_dist and exported from
-`{source}`.
-
-| metric | value |
-| --- | --- |
-{metrics}
-
-## Load
-
-```python
-import timm
-import setformer_dist.models  # registers the architecture with timm
-
-model = timm.create_model({name!r}, {arguments}checkpoint_path="model.safetensors").eval()
-```
-
-The tensors are plain safetensors in fp32; nothing in the file runs code.
-{classes}
-## Training config
-
-```json
-{config}
-```
-"""
-
 
 # verify
 
@@ -189,51 +156,6 @@ def _differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any
 # export and import
 
 
-def export(path: Path, dest: Path, weights: str, console: Console) -> None:
-    """Write the weights as one safetensors file that plain timm loads, with a model card beside it.
-
-    Args:
-        path: a checkpoint, or a folder of several.
-        dest: folder to make.
-        weights: "plain", "ema", or "auto": what scored better in the run.
-        console: where to.
-
-    Raises:
-        CheckpointError: nothing there verifies, or it was not written by a run.
-        ConfigError: the folder is there already.
-    """
-    _check_free(dest)
-    trained = load_trained(path, weights)  # type: ignore[arg-type]
-    tensors = {name: tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
-    with _made(dest) as folder:
-        safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "README.md").write_text(_card(trained), encoding="utf-8")
-    console.print(f"{dest}: model.safetensors and README.md, {trained.weights} weights", highlight=False)
-
-
-def _card(trained: Trained) -> str:
-    checkpoint = trained.checkpoint
-    config, told = trained.config, checkpoint.trainer.get("inputs", {})
-    if isinstance(config.data, DataConfig):
-        arguments = timm_arguments(config.model, len(trained.classes), config.data.image_size)
-    else:
-        arguments = {**told, **timm_arguments(config.model, len(trained.classes), 0)}
-    scores = checkpoint.trainer["run"]["evaluation"] or checkpoint.metrics
-    words = "".join(f"{key}={value!r}, " for key, value in arguments.items())
-    classes = f"\nClasses in order: {', '.join(trained.classes)}.\n" if 0 < len(trained.classes) <= 1000 else ""
-    return _CARD.format(
-        name=checkpoint.identity.model,
-        step=checkpoint.step,
-        weights={"ema": "averaged weights"}.get(trained.weights, "plain weights"),
-        elements=checkpoint.states()["param"],
-        source=f"{checkpoint.path.parent.parent.name}/{checkpoint.path.parent.name}/{checkpoint.path.name}",
-        metrics="\n".join(f"| {key} | {value:.4f} |" for key, value in sorted(scores.items())) or "| none | |",
-        arguments=words,
-        classes=classes,
-        config=json.dumps(checkpoint.trainer["config"], indent=2),
-    )
-
-
 def export_deepspeed(path: Path, dest: Path, console: Console) -> None:
     """Write a directory that DeepSpeed's zero_to_fp32.py reads: fp32 masters and Adam's states.
 
@@ -241,43 +163,14 @@ def export_deepspeed(path: Path, dest: Path, console: Console) -> None:
         CheckpointError: nothing there verifies.
         ConfigError: the folder is there already.
     """
-    _check_free(dest)
+    check_free(dest)
     checkpoint = open_checkpoint(path)
     there = checkpoint.states()
     wanted = [state for state in ("param", "exp_avg", "exp_avg_sq") if state in there]
     states: dict[str, dict[str, torch.Tensor]] = {state: checkpoint.read_full(state) for state in wanted}
-    with _made(dest) as folder:
+    with made(dest) as folder:
         tag = deepspeed_files.write(folder, checkpoint.step, states)
     console.print(f"{dest / tag.name}: {', '.join(states)} of {len(states['param'])} parameters", highlight=False)
-
-
-def _check_free(dest: Path) -> None:
-    """Refuse a destination that is there, before anything is read.
-
-    Raises:
-        ConfigError: naming it.
-    """
-    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
-        raise ConfigError(f"{dest} is there already: name a folder that is not, or an empty one")
-
-
-@contextmanager
-def _made(dest: Path) -> Iterator[Path]:
-    """Let a folder be written beside its place and take that place when it is whole; else nothing stays.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
-    dest = dest.absolute()
-    aside = dest.with_name(f".{dest.name}.{os.getpid()}.tmp")
-    try:
-        aside.mkdir(parents=True)
-        yield aside
-        aside.rename(dest)
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch's zip writer raises RuntimeErrors
-        raise ConfigError(f"{dest} cannot be written: {str(error).splitlines()[0]}") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def import_deepspeed(source: Path, dest: Path, model: str, trust_pickle: bool, console: Console) -> None:

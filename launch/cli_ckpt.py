@@ -93,7 +93,9 @@ def export(
         bool, typer.Option("--deepspeed", help="Write what DeepSpeed's zero_to_fp32.py reads, with Adam's states.")
     ] = False,
 ) -> None:
-    """Write the weights as one safetensors file that plain timm loads, with a model card.
+    """Write the weights as a folder that plain timm loads, preprocessing and class names included.
+
+    `timm.create_model("local-dir:DEST", pretrained=True)` and `timm.data.resolve_model_data_config` read it.
 
     Examples:
 
@@ -103,11 +105,10 @@ def export(
     """
     if weights not in ("plain", "ema", "auto"):
         raise ConfigError(f"--weights {weights!r} is not one of plain, ema, auto")
-    tools = load("launch.ckpt")
     if deepspeed:
-        tools.export_deepspeed(checkpoint, dest, Console())
+        load("launch.ckpt").export_deepspeed(checkpoint, dest, Console())
     else:
-        tools.export(checkpoint, dest, weights, Console())
+        load("launch.export").export(checkpoint, dest, weights, Console())
 
 
 @app.command("import")
