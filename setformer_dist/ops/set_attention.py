@@ -157,7 +157,7 @@ def set_attention(
     tensors = (x_bhnd, features, references_hmd, return_references_hmd, positions, places, mask_bn)
     problem = _problem(config)
     if x_bhnd.shape[0] == 0 or _transformed() or _exports_to_onnx(problem, features is not None):
-        # Of no image there is nothing to be fast about; neither torch.func nor ONNX knows our operator: the equations serve.
+        # Neither torch.func nor ONNX knows our operator, and of no image there is nothing to be fast about.
         implementation = "reference"
     else:
         implementation = choose_implementation(Inputs(*tensors), problem, config.implementation)
