@@ -255,10 +255,6 @@ def write(
     adam = {"step": torch.tensor(done), **{state: flat[state] for state in _OPTIMIZER_STATES if state in flat}}
     optimizer = {
         "base_optimizer_state": {"state": {0: adam}, "param_groups": [{**(hyperparameters or {}), "params": [0]}]},
-        "loss_scaler": None,
-        "dynamic_loss_scale": False,
-        "overflow": False,
-        "clip_grad": 0.0,
         "single_partition_of_fp32_groups": [flat["param"]],
         "zero_stage": 2,
         "group_paddings": [0],

@@ -257,7 +257,7 @@ def export_deepspeed(path: Path, dest: Path, console: Console) -> None:
             updates=updates if isinstance(updates, int) and 0 <= updates <= checkpoint.step else None,
             hyperparameters=options,
         )
-        ordered = "config" in checkpoint.trainer
+        ordered = _holds_model(checkpoint)
         (folder / "README.md").write_text(_FOR_DEEPSPEED[ordered], encoding="utf-8")
     console.print(f"{dest / tag.name}: {', '.join(states)} of {len(states['param'])} parameters", highlight=False)
 
@@ -282,9 +282,14 @@ checkpoint was imported and holds no config, so the order of the model's paramet
 }
 
 
+def _holds_model(checkpoint: Checkpoint) -> bool:
+    config = checkpoint.trainer.get("config")
+    return isinstance(config, dict) and "model" in config
+
+
 def _as_trained(path: Path, checkpoint: Checkpoint) -> tuple[list[str], dict[str, Any]]:
     """Return the parameters' names in the model's order, and what the optimizer was set to, as far as is known."""
-    if "config" not in checkpoint.trainer:
+    if not _holds_model(checkpoint):
         return list(checkpoint.parameters()), {}
     trained = load_trained(path, "plain")
     optim = trained.config.optim

@@ -383,7 +383,7 @@ def _check(
     """Refuse what does not fit, naming the argument, what it is and what it should be."""
     if x.ndim != 4 or not x.dtype.is_floating_point or 0 in x.shape[1:]:
         raise ConfigError(
-            f"x has shape {tuple(x.shape)} and dtype {x.dtype}: expected floats (b, h, n, d), of which b alone may be 0"
+            f"x has shape {tuple(x.shape)} and dtype {x.dtype}: expected floats (b, h, n, d), none empty but b"
         )
     for name, tensor in (("references", references), ("return_references", back), ("anchors", anchors), ("mask", mask)):
         if tensor is not None and tensor.device != x.device:

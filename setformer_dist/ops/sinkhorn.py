@@ -62,16 +62,14 @@ def transport_plan(
         ConfigError: it is empty, or a tolerance or the implicit gradient where only logarithms hold it.
     """
     if similarity.ndim < 2 or 0 in similarity.shape[-2:] or not similarity.dtype.is_floating_point:
-        raise ConfigError(
-            f"similarity has shape {tuple(similarity.shape)} and {similarity.dtype}: give floats (..., n, m)"
-        )
+        raise ConfigError(f"similarity is {similarity.dtype} {tuple(similarity.shape)}: give floats (..., n, m)")
     if not epsilon > 0 or iterations < 1:
         raise ConfigError(f"epsilon = {epsilon} must be above 0, and iterations = {iterations} at least 1")
     dtype = working_dtype(similarity.dtype, epsilon)
     if dtype is None or _too_wide(similarity, dtype, epsilon):
         if tolerance > 0 or implicit:
             raise ConfigError(
-                f"epsilon = {epsilon} with these similarities leaves only logarithms: tolerance and implicit need "
+                f"epsilon = {epsilon} leaves only logarithms for these similarities: tolerance and implicit need "
                 "epsilon of at least 0.01 and similarities within [-1, 1]"
             )
         return sinkhorn_log(similarity, epsilon, iterations)
