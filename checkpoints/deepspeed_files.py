@@ -209,13 +209,24 @@ def _gather3(ranks: list[_Groups], shapes: _Shapes, paddings: list[list[int]]) -
             offset += part
 
 
-def write(folder: Path, steps: int, states: Mapping[str, Mapping[str, torch.Tensor]], version: str = "0.19.8") -> Path:
-    """Write a directory as stage 2 on one rank would, which DeepSpeed's zero_to_fp32.py reads.
+def write(
+    folder: Path,
+    steps: int,
+    states: Mapping[str, Mapping[str, torch.Tensor]],
+    *,
+    updates: int | None = None,
+    hyperparameters: Mapping[str, Any] | None = None,
+    version: str = "0.19.8",
+) -> Path:
+    """Write a directory as stage 2 on one rank would, which DeepSpeed's zero_to_fp32.py and load_checkpoint read.
 
     Args:
         folder: to make.
         steps: optimizer steps done.
-        states: "param", and where there are "exp_avg" and "exp_avg_sq", of every parameter by name.
+        states: "param", and where there are "exp_avg" and "exp_avg_sq", of every parameter by name, in the order in
+            which the optimizer that loads it has them: it cuts the flat vectors by its own shapes, without a name.
+        updates: of the steps, those that Adam made; None for all.
+        hyperparameters: of the one parameter group, such as lr, betas, eps and weight_decay.
         version: DeepSpeed's, noted in the files.
 
     Returns:
@@ -235,14 +246,15 @@ def write(folder: Path, steps: int, states: Mapping[str, Mapping[str, torch.Tens
         "shared_params": {},
         "frozen_param_fragments": None,
         "global_steps": steps,
-        "skipped_steps": 0,
+        "skipped_steps": 0 if updates is None else steps - updates,
         "dp_world_size": 1,
         "mp_world_size": 1,
         "ds_version": version,
     }
-    adam = {"step": torch.tensor(float(steps)), **{state: flat[state] for state in _OPTIMIZER_STATES if state in flat}}
+    done = float(steps if updates is None else updates)
+    adam = {"step": torch.tensor(done), **{state: flat[state] for state in _OPTIMIZER_STATES if state in flat}}
     optimizer = {
-        "base_optimizer_state": {"state": {0: adam}, "param_groups": [{"params": [0]}]},
+        "base_optimizer_state": {"state": {0: adam}, "param_groups": [{**(hyperparameters or {}), "params": [0]}]},
         "single_partition_of_fp32_groups": [flat["param"]],
         "zero_stage": 2,
         "group_paddings": [0],

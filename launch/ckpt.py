@@ -167,10 +167,68 @@ def export_deepspeed(path: Path, dest: Path, console: Console) -> None:
     checkpoint = open_checkpoint(path)
     there = checkpoint.states()
     wanted = [state for state in ("param", "exp_avg", "exp_avg_sq") if state in there]
-    states: dict[str, dict[str, torch.Tensor]] = {state: checkpoint.read_full(state) for state in wanted}
+    whole: dict[str, dict[str, torch.Tensor]] = {state: checkpoint.read_full(state) for state in wanted}
+    names, options = _as_trained(path, checkpoint)
+    states = {state: {name: tensors[name] for name in names} for state, tensors in whole.items()}
+    updates = checkpoint.trainer.get("optimizer_steps")
     with made(dest) as folder:
-        tag = deepspeed_files.write(folder, checkpoint.step, states)
+        tag = deepspeed_files.write(
+            folder,
+            checkpoint.step,
+            states,
+            updates=updates if isinstance(updates, int) and 0 <= updates <= checkpoint.step else None,
+            hyperparameters=options,
+        )
+        ordered = _holds_model(checkpoint)
+        (folder / "README.md").write_text(_FOR_DEEPSPEED[ordered], encoding="utf-8")
     console.print(f"{dest / tag.name}: {', '.join(states)} of {len(states['param'])} parameters", highlight=False)
+
+
+_FOR_DEEPSPEED = {
+    True: """# Written by setformer ckpt export --deepspeed
+
+fp32 weights and Adam's states as DeepSpeed's ZeRO stage 2 on one rank keeps them.
+
+* `zero_to_fp32.py` makes a state_dict of it.
+* `engine.load_checkpoint` goes on from it on one rank, fp32, stage 1 or 2, with one group of parameters, those of
+  `model.parameters()` in their order. With other groups (without decay for norms and biases, say) DeepSpeed would cut
+  the flat vectors elsewhere and say nothing: there take the weights alone, by `load_module_only=True`.
+* On other ranks or stages: `load_module_only=True`.
+""",
+    False: """# Written by setformer ckpt export --deepspeed
+
+fp32 weights and Adam's states, for `zero_to_fp32.py` and `engine.load_checkpoint(..., load_module_only=True)`. The
+checkpoint was imported and holds no config, so the order of the model's parameters is not known, and
+`load_checkpoint` with the optimizer's states would put them at wrong places.
+""",
+}
+
+
+def _holds_model(checkpoint: Checkpoint) -> bool:
+    config = checkpoint.trainer.get("config")
+    return isinstance(config, dict) and "model" in config
+
+
+def _as_trained(path: Path, checkpoint: Checkpoint) -> tuple[list[str], dict[str, Any]]:
+    """Return the parameters' names in the model's order, and what the optimizer was set to, as far as is known."""
+    if not _holds_model(checkpoint):
+        return list(checkpoint.parameters()), {}
+    trained = load_trained(path, "plain")
+    optim = trained.config.optim
+    options = {
+        "lr": optim.lr,
+        "betas": optim.betas,
+        "eps": optim.eps,
+        "weight_decay": optim.weight_decay,
+        "amsgrad": False,
+        "maximize": False,
+        "foreach": None,
+        "capturable": False,
+        "differentiable": False,
+        "fused": None,
+        "decoupled_weight_decay": True,
+    }
+    return [name for name, _ in trained.model.named_parameters()], options
 
 
 def import_deepspeed(source: Path, dest: Path, model: str, trust_pickle: bool, console: Console) -> None:

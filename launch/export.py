@@ -99,9 +99,7 @@ def _timm_config(trained: Trained, data: DataConfig) -> dict[str, Any]:
     arguments = timm_arguments(trained.config.model, len(trained.classes), size)
     default = timm.get_pretrained_cfg(name, allow_unregistered=True)
     kept = default.to_dict() if default is not None else {}
-    classifier = {
-        key: kept[key] for key in ("first_conv", "classifier", "fixed_input_size", "pool_size") if key in kept
-    }
+    same = ("first_conv", "classifier", "fixed_input_size", "pool_size")
     return {
         "architecture": name.split(".")[0],
         "num_classes": len(trained.classes),

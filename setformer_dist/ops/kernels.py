@@ -135,6 +135,8 @@ def nystrom(x_hnd: torch.Tensor, anchors_hkd: torch.Tensor, sigma: float, ridge:
 def line_places(count: int, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
     """Places i / count of tokens or references on a line, counted from 0; (count, 1).
 
+    The code of Mialon et al. counts from 0 on a line, and from 1 on a grid (docs/operators.md).
+
     Divided in fp64, as in fp32 a GPU multiplies by 1 / count instead, whose last bit may differ.
     """
     return (torch.arange(count, device=device, dtype=torch.float64) / count).to(dtype).unsqueeze(1)

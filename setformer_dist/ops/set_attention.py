@@ -157,7 +157,7 @@ def set_attention(
     tensors = (x_bhnd, features, references_hmd, return_references_hmd, positions, places, mask_bn)
     problem = _problem(config)
     if x_bhnd.shape[0] == 0 or _transformed() or _exports_to_onnx(problem, features is not None):
-        # No image leaves nothing to be fast about; torch.func and ONNX do not know our operator: the equations serve.
+        # Neither torch.func nor ONNX knows our operator, and of no image there is nothing to be fast about.
         implementation = "reference"
     else:
         implementation = choose_implementation(Inputs(*tensors), problem, config.implementation)
@@ -383,7 +383,7 @@ def _check(
     """Refuse what does not fit, naming the argument, what it is and what it should be."""
     if x.ndim != 4 or not x.dtype.is_floating_point or 0 in x.shape[1:]:
         raise ConfigError(
-            f"x has shape {tuple(x.shape)} and dtype {x.dtype}: expected floats (b, h, n, d), of which b alone may be 0"
+            f"x has shape {tuple(x.shape)} and dtype {x.dtype}: expected floats (b, h, n, d), none empty but b"
         )
     for name, tensor in (("references", references), ("return_references", back), ("anchors", anchors), ("mask", mask)):
         if tensor is not None and tensor.device != x.device:

@@ -48,7 +48,8 @@ def transport_plan(
     """Return the plan, by scalings where they are safe and by logarithms elsewhere.
 
     Args:
-        similarity: (..., n, m), within [-1, 1], any float dtype.
+        similarity: (..., n, m), any float dtype. Scalings hold what lies within [-1, 1]; what does not goes by
+            logarithms, as far as one can look: on a device, or under a compiler, that is the caller's to know.
         epsilon: strength of the entropy, in units of the similarity.
         iterations: rounds L >= 1, at most; a round sets the row sums, then the column sums.
         tolerance: stop once the largest relative error of a row sum is below; 0 runs all rounds. Scalings only.
@@ -58,15 +59,32 @@ def transport_plan(
         (..., n, m), fp32 (fp64 for fp64), non-negative; columns sum to 1/m.
 
     Raises:
-        ConfigError: a tolerance or the implicit gradient with an epsilon below 0.01.
+        ConfigError: it is empty, or a tolerance or the implicit gradient where only logarithms hold it.
     """
+    if similarity.ndim < 2 or 0 in similarity.shape[-2:] or not similarity.dtype.is_floating_point:
+        raise ConfigError(f"similarity is {similarity.dtype} {tuple(similarity.shape)}: give floats (..., n, m)")
+    if not epsilon > 0 or iterations < 1:
+        raise ConfigError(f"epsilon = {epsilon} must be above 0, and iterations = {iterations} at least 1")
     dtype = working_dtype(similarity.dtype, epsilon)
-    if dtype is None:
+    if dtype is None or _too_wide(similarity, dtype, epsilon):
         if tolerance > 0 or implicit:
-            raise ConfigError(f"epsilon = {epsilon} leaves only logarithms: tolerance and implicit need at least 0.01")
+            raise ConfigError(
+                f"epsilon = {epsilon} leaves only logarithms for these similarities: tolerance and implicit need "
+                "epsilon of at least 0.01 and similarities within [-1, 1]"
+            )
         return sinkhorn_log(similarity, epsilon, iterations)
     plan = sinkhorn_scaling(similarity.to(dtype), epsilon, iterations, tolerance, implicit=implicit)
     return plan.to(torch.promote_types(similarity.dtype, torch.float32))
+
+
+def _too_wide(similarity: torch.Tensor, dtype: torch.dtype, epsilon: float) -> bool:
+    """Return whether K would leave the range of its dtype, where one can look without waiting for a device."""
+    if similarity.device.type != "cpu" or torch.compiler.is_compiling() or type(similarity) is not torch.Tensor:
+        return False
+    if similarity.numel() == 0 or torch._C._are_functorch_transforms_active():
+        return False
+    largest = float(similarity.detach().abs().amax())  # NaN stays NaN, in either way
+    return largest > max(1.0, MAX_EXPONENT[dtype] * epsilon) * (1.0 + 1e-6)
 
 
 # --------------------------------------------------------------------------------------------------- logarithms

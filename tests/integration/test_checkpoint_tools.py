@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import timm
 import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from typer.testing import CliRunner
 
@@ -27,9 +29,12 @@ from checkpoints.manager import CheckpointManager
 from checkpoints.reader import open_checkpoint
 from dataloaders.packing.pack import pack_image_folder
 from launch.cli import app
+from launch.infer import load_trained
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import CheckpointError, ConfigError, LaunchError
 from setformer_dist.core.fragments import Fragment
+from setformer_dist.core.ranks import RankInfo
+from setformer_dist.engine.comm import connect
 from setformer_dist.testing.commands import setformer, train_words
 from setformer_dist.testing.ranks import run_ranks
 from tests.distributed.workers import Trainee
@@ -132,6 +137,48 @@ def test_what_is_exported_for_deepspeed_is_read_by_its_own_tool(tmp_path):
     assert set(found) == set(tensors)
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
     assert torch.equal(deepspeed_files.read(tmp_path / "ds").states["param"]["a.weight"], tensors["a.weight"])
+
+
+def deepspeed_goes_on(exported: str, ours: str, stage: int) -> dict[str, Any]:
+    """Let DeepSpeed load an export with all of its optimizer's states; return what differs, and the counters."""
+    connect(RankInfo.from_env())
+    checkpoint = open_checkpoint(Path(ours))
+    model = load_trained(Path(ours), "plain").model
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    config = {"train_batch_size": 1, "zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=9.0)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    engine.load_checkpoint(exported)
+    wrong = []
+    for state in STATES:
+        whole = checkpoint.read_full(state)
+        for name, parameter in engine.module.named_parameters():
+            value = parameter if state == "param" else safe_get_full_optimizer_state(parameter, state)
+            master = value if state != "param" else safe_get_full_fp32_param(parameter)
+            if not (torch.equal(value, whole[name]) and torch.equal(master, whole[name])):
+                wrong.append(f"{name} {state}")
+    group = engine.optimizer.param_groups[0]
+    return {"wrong": wrong, "steps": engine.global_steps, "skipped": engine.skipped_steps, "lr": group["lr"]}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_deepspeed_goes_on_from_an_export_with_every_state_in_its_place(trained, tmp_path, stage):
+    exported = tmp_path / "ds"
+    done = run("export", trained, exported, "--deepspeed")
+    assert done.exit_code == 0, done.exception
+    (found,) = run_ranks(deepspeed_goes_on, 1, str(exported), str(trained), stage)
+    checkpoint = open_checkpoint(trained)
+    lr = checkpoint.trainer["config"]["optim"]["lr"]
+    assert found == {"wrong": [], "steps": checkpoint.step, "skipped": 0, "lr": lr}
+    assert "load_checkpoint" in (exported / "README.md").read_text()
+
+
+def test_steps_that_were_skipped_are_known_both_ways(tmp_path):
+    states = {state: {"w": torch.ones(3)} for state in STATES}
+    deepspeed_files.write(tmp_path, 7, states, updates=5)
+    found = deepspeed_files.read(tmp_path)
+    assert (found.steps, found.updates) == (7, 5)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
 import numpy as np
 import ot
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from setformer_dist.core.errors import ConfigError
 from setformer_dist.ops.kernels import (
     gaussian,
     grid_places,
@@ -350,3 +352,42 @@ def test_bf16_stays_close_to_fp32():
     rounded = set_attention(grid=(7, 7), config=config, **narrow)
     assert rounded.dtype == torch.bfloat16
     assert (rounded.float() - exact).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("largest", [1.5, 50.0, 1e3])
+def test_plans_of_similarities_beyond_one_go_by_logarithms(dtype, largest):
+    torch.manual_seed(0)
+    similarity = ((torch.rand(2, 12, 5) * 2 - 1) * largest).to(dtype).requires_grad_()
+    plan = transport_plan(similarity, 0.05, 5)
+    exact = sinkhorn_log(similarity.detach().double(), 0.05, 5)
+    torch.testing.assert_close(plan.double(), exact, atol=1e-4 if dtype != torch.float64 else 1e-12, rtol=0.0)
+    torch.testing.assert_close(plan.sum(-2), torch.full_like(plan.sum(-2), 1 / 5), atol=1e-4, rtol=0.0)
+    assert torch.isfinite(torch.autograd.grad(plan.square().sum(), similarity)[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("similarity", "epsilon", "more", "message"),
+    [
+        (torch.zeros(4, 0), 0.1, {}, "similarity is torch.float32 (4, 0)"),
+        (torch.zeros(4, 3).long(), 0.1, {}, "give floats"),
+        (torch.zeros(4, 3), 0.0, {}, "epsilon = 0.0 must be above 0"),
+        (torch.full((4, 3), 50.0), 0.1, {"tolerance": 1e-3, "implicit": True}, "similarities within [-1, 1]"),
+    ],
+)
+def test_what_has_no_plan_is_refused(similarity, epsilon, more, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        transport_plan(similarity, epsilon, 5, **more)
+
+
+def test_counting_from_one_shifts_the_places_of_a_grid():
+    """As OTK's filter on a grid does: the distances of i / n and j / m then differ by 1 / n - 1 / m along an axis."""
+    n, m, tau = 6, 3, 0.25
+    tokens, references = (torch.arange(count, dtype=torch.float64) for count in (n, m))
+    from_one = -((((tokens[:, None] + 1) / n - (references + 1) / m) / tau) ** 2)
+    ours = log_filter(line_places(n, torch.float64), line_places(m, torch.float64), tau)
+    shifted = log_filter(line_places(n, torch.float64) + (1 / n - 1 / m), line_places(m, torch.float64), tau)
+    torch.testing.assert_close(shifted, from_one)
+    assert (ours.softmax(-1) - from_one.softmax(-1)).abs().max() > 0.1
+    square = log_filter(line_places(n, torch.float64), line_places(n, torch.float64), tau)
+    torch.testing.assert_close(square, -((((tokens[:, None] + 1) / n - (tokens + 1) / n) / tau) ** 2))

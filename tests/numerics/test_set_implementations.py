@@ -552,7 +552,7 @@ def test_the_work_is_done_in_fp32_under_autocast(dtype):
     ("changes", "words"),
     [
         ({"x_bhnd": torch.zeros(2, 30, 6)}, r"x has shape \(2, 30, 6\).*expected floats \(b, h, n, d\)"),
-        ({"x_bhnd": torch.zeros(2, 2, 0, 6)}, "none empty"),
+        ({"x_bhnd": torch.zeros(2, 2, 0, 6)}, "none empty but b"),
         ({"references_hmd": torch.zeros(2, 8, 6)}, r"references have shape \(2, 8, 6\): expected .* \(2, 9, 6\)"),
         ({"references_hmd": torch.zeros(2, 9, 6, device="meta")}, "references on device 'meta': expected 'cpu'"),
         ({"return_references_hmd": None}, "return_references are missing, but reference_sets = 2"),
