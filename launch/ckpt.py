@@ -32,6 +32,7 @@ from checkpoints.reader import (
 )
 from launch.config import flatten
 from launch.export import check_free, made
+from launch.infer import load_trained
 from launch.lock import held
 from setformer_dist.core import config as base
 from setformer_dist.core.comm import Alone

@@ -155,8 +155,8 @@ def _metrics_of(trained: Trained) -> str:
         rows = sorted(checkpoint.metrics.items())
         return "\n".join(f"| {key} | {value:.4f} |" for key, value in rows)
     earlier = sorted(checkpoint.trainer["run"]["evaluation"].items())
-    rows = [f"| {key}, last evaluation before this step | {value:.4f} |" for key, value in earlier]
-    return "\n".join(rows) or "| none | |"
+    lines = [f"| {key}, last evaluation before this step | {value:.4f} |" for key, value in earlier]
+    return "\n".join(lines) or "| none | |"
 
 
 def check_free(dest: Path) -> None:
