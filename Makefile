@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 ffcv: $(STAMP)  ## build FFCV, for data.engine = "ffcv"; installs system packages where apt-get and root are there
 	$(BIN)/python -m launch.build_ffcv
 
-demo: $(STAMP)  ## train SeTformer on handwritten digits: 2 ranks, ZeRO-2, bf16, a few minutes
+demo: $(STAMP)  ## train SeTformer on handwritten digits: 2 ranks, ZeRO-2, one to two minutes
 	$(BIN)/setformer demo
 
 test: $(STAMP)  ## run the tests

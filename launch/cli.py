@@ -6,7 +6,10 @@ imported by the command that needs it (launch/lazy.py).
 
 from __future__ import annotations
 
+import importlib.metadata
+import io
 import logging
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -18,9 +21,10 @@ from rich.logging import RichHandler
 
 from launch import cli_ckpt, cli_data, cli_lra, cli_runs
 from launch.lazy import load
+from launch.shown import plain
 from launch.supervise import restart_config, run_supervised
 from setformer_dist.core import config as base
-from setformer_dist.core.errors import ConfigError, RankFailedError, SetformerError
+from setformer_dist.core.errors import ConfigError, DataError, LaunchError, RankFailedError, SetformerError
 from setformer_dist.core.secrets import redact_tracebacks, redacted
 
 app = typer.Typer(
@@ -35,7 +39,11 @@ app.add_typer(cli_lra.app, name="lra")
 app.add_typer(cli_runs.app, name="runs")
 app.add_typer(cli_ckpt.app, name="ckpt")
 
-Page = Annotated[Path, typer.Argument(help="The run's TOML page.", show_default=False)]
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+Page = Annotated[
+    Path, typer.Argument(help="The run's TOML page, or the name of a shipped one, such as demo.", show_default=False)
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Dotted overrides, such as optim.lr=1e-3; ~key takes one away.", show_default=False),
@@ -44,6 +52,21 @@ CheckpointPath = Annotated[
     Path, typer.Argument(help="A run folder, its checkpoints folder, or one step's folder.", show_default=False)
 ]
 WeightsOption = Annotated[str, typer.Option(help="plain, ema, or auto: whichever scored better in the run.")]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"setformer_dist {importlib.metadata.version('setformer_dist')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def setformer(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version, then stop.")
+    ] = False,
+) -> None:
+    """Train SeTformer with DeepSpeed, on streamed shards, from one CPU machine to many GPUs."""
 
 
 @app.command()
@@ -77,6 +100,8 @@ def train(
     `deepspeed --num_accelerators 2 --module launch.entry configs/runs/demo.toml data.root=data/digits`.
     """
     chosen = overrides or []
+    _refuse_other_launchers()
+    page = shipped(page)
     if dry_run:
         config = load("launch.config")
         run = config.resolve(config.load_run(page, chosen), ranks)
@@ -90,6 +115,8 @@ def train(
     existed = folder.exists()
     try:
         say = Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print
+        if sys.stderr.isatty():
+            say(f"starting {ranks} rank{'s' if ranks > 1 else ''} …")
         code = run_supervised([str(page), *chosen], ranks, folder, policy, port=port, grace_s=grace, say=say)
     except SetformerError as error:
         names_a_log = isinstance(error, RankFailedError) and str(error)
@@ -98,6 +125,31 @@ def train(
         raise
     if code:
         raise typer.Exit(code)
+
+
+def shipped(page: Path) -> Path:
+    """Return a page that is there, or the shipped one of that name or at that place below configs/."""
+    if page.exists():
+        return page
+    below = page.parts[1:] if page.parts[:1] == ("configs",) else page.parts
+    for place in (CONFIGS.joinpath(*below), CONFIGS / "runs" / f"{page}.toml"):
+        if place.is_file() and place.resolve().is_relative_to(CONFIGS):
+            return place
+    return page
+
+
+def _refuse_other_launchers() -> None:
+    """Refuse to be one of several processes that another launcher has started: each would start all ranks.
+
+    Raises:
+        LaunchError: with the right commands.
+    """
+    world = os.environ.get("WORLD_SIZE", "1")
+    if "RANK" in os.environ and "LOCAL_RANK" in os.environ and world != "1":
+        raise LaunchError(
+            f"setformer train starts its ranks itself, and a launcher has started {world} processes of it: say "
+            f"setformer train PAGE --ranks {world}, or have the launcher start -m launch.entry PAGE"
+        )
 
 
 def _page_table(page: Path, overrides: list[str]) -> dict[str, Any]:
@@ -156,9 +208,16 @@ def predict(
     """
     infer = load("launch.infer")
     trained = infer.load_trained(checkpoint, _weights(weights))
+    failed: DataError | None = None
     for found in infer.predict(trained, images, top):
-        ranked = ", ".join(f"{n} {p:.1%}" for n, p in zip(found.classes, found.probabilities, strict=True))
-        print(f"{found.image}: {ranked}")
+        if isinstance(found, DataError):  # one bad image does not hide the others
+            print(f"error: {plain(found)}", file=sys.stderr)
+            failed = found
+            continue
+        ranked = ", ".join(f"{plain(n)} {p:.1%}" for n, p in zip(found.classes, found.probabilities, strict=True))
+        print(f"{plain(found.image)}: {ranked}")
+    if failed is not None:
+        raise typer.Exit(failed.exit_code)
 
 
 def _weights(text: str) -> str:
@@ -239,6 +298,9 @@ def drill(
 def main() -> None:
     """Run the command line; a user's mistake becomes one line and its exit code."""
     redact_tracebacks()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be no text
     logging.basicConfig(
         level=logging.WARNING,
         format="%(message)s",
@@ -248,7 +310,7 @@ def main() -> None:
         app()
     except SetformerError as error:
         if str(error):  # empty where a rank has told the user already
-            print(f"error: {redacted(str(error))}", file=sys.stderr)
+            print(f"error: {plain(redacted(str(error)))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)

@@ -24,6 +24,16 @@ def ls(
     load("launch.runs").list_runs(root, Console())
 
 
+@app.command("report")
+def report(folder: Annotated[Path, typer.Argument(help="A run's folder.", show_default=False)]) -> None:
+    """Write the report of a run (report.html in its folder), at any time: while it runs, stopped, or done.
+
+    Example:
+        setformer runs report runs/demo
+    """
+    load("launch.runs").report(folder, Console())
+
+
 @app.command("show")
 def show(
     folder: Annotated[Path, typer.Argument(help="A run's folder.", show_default=False)],

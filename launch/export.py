@@ -113,11 +113,19 @@ def _timm_config(trained: Trained, data: DataConfig) -> dict[str, Any]:
             "mean": list(data.mean),
             "std": list(data.std),
             "interpolation": data.interpolation,
-            "crop_pct": data.eval_crop,
+            "crop_pct": _crop(data),
             "crop_mode": "center",
             "label_names": list(trained.classes),
         },
     }
+
+
+def _crop(data: DataConfig) -> float:
+    """Return timm's crop_pct. Images that are stored at the image size are taken as they are, which is 1 there.
+
+    Training with crop = "pad" takes no other images; elsewhere what is stored larger is cropped to `eval_crop`.
+    """
+    return 1.0 if data.augment.crop == "pad" else data.eval_crop
 
 
 def _card(trained: Trained, dest: Path) -> str:

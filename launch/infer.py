@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from checkpoints.reader import Checkpoint, open_checkpoint
 from dataloaders import decode_for_eval
 from dataloaders.config import DataConfig
+from dataloaders.sources.files import LARGEST_SAMPLE, read_whole
 from launch.config import RunConfig
 from launch.inputs import Split, images_of, inputs_of
 from launch.local import usable_cores
@@ -231,31 +232,28 @@ class Prediction:
     probabilities: tuple[float, ...]
 
 
-def predict(trained: Trained, images: Iterable[Path], top: int) -> list[Prediction]:
-    """Classify image files.
+def predict(trained: Trained, images: Iterable[Path], top: int) -> Iterator[Prediction | DataError]:
+    """Classify image files one after the other; yield an error in the place of an image that does not decode.
 
     Raises:
         ConfigError: the model does not take images.
-        DataError: a file is missing or does not decode.
     """
     data_config = trained.config.data
     if not isinstance(data_config, DataConfig):
         raise ConfigError(f"{trained.checkpoint.path} is a model of token sequences: name a checkpoint of images")
-    found = []
     for path in images:
         try:
-            data = path.read_bytes()
+            pixels = decode_for_eval(read_whole(path, LARGEST_SAMPLE), data_config)
         except OSError as error:
-            raise DataError(f"image {path} cannot be read: {error.strerror}") from None
-        try:
-            pixels = decode_for_eval(data, data_config)
+            yield DataError(f"image {path} cannot be read: {error.strerror}")
+            continue
         except DataError as error:
-            raise DataError(f"image {path}: {error}") from None
+            yield DataError(f"image {path}: {error}")
+            continue
         probabilities = trained.probabilities(pixels.unsqueeze(0))[0]
         best = probabilities.topk(min(top, len(trained.classes)))
         names = tuple(trained.classes[i] for i in best.indices.tolist())
-        found.append(Prediction(path, names, tuple(best.values.tolist())))
-    return found
+        yield Prediction(path, names, tuple(best.values.tolist()))
 
 
 def classified_samples(trained: Trained, split: Split, count: int = 24, pool: int = 400) -> list[ClassifiedImage]:

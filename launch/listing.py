@@ -11,6 +11,7 @@ from rich.table import Table
 
 from checkpoints import layout
 from checkpoints.reader import Entry, checkpoints_folder, list_checkpoints, open_checkpoint
+from launch.shown import cell
 from setformer_dist.core.errors import CheckpointError
 
 
@@ -38,21 +39,21 @@ def list_folder(folder: Path, verify: bool, console: Console, as_json: bool = Fa
     for entry in entries:
         manifest = entry.manifest
         if manifest is None:
-            table.add_row(entry.path.name, "", "", "", "", "", f"[red]{entry.fault}")
+            table.add_row(cell(entry.path.name), "", "", "", "", "", cell(entry.fault, "red"))
             continue
         metrics = " ".join(f"{name} {value:.4f}" for name, value in sorted(manifest.metrics.items()))
         table.add_row(
             str(manifest.step),
-            manifest.created,
+            cell(manifest.created),
             str(manifest.identity.world_size),
             str(manifest.identity.stage),
             f"{manifest.size / 2**20:.1f}",
-            metrics,
-            f"[red]{entry.fault}" if entry.fault else "[green]verified" if verify else "complete",
+            cell(metrics),
+            cell(entry.fault, "red") if entry.fault else cell("verified", "green") if verify else "complete",
         )
     console.print(table)
     if aside := layout.put_aside(root):
-        console.print(f"{len(aside)} that did not verify at a resume: {root / layout.ASIDE}")
+        console.print(f"{len(aside)} that did not verify at a resume: {root / layout.ASIDE}", markup=False)
     return faulty
 
 
@@ -99,14 +100,14 @@ def show(path: Path, console: Console, as_json: bool = False) -> None:
         return
     table = Table(show_header=False, box=None)
     for key in ("path", "step", "created", "tags"):
-        table.add_row(key, str(value[key] or "none"))
+        table.add_row(key, cell(value[key] or "none"))
     identity = checkpoint.identity
-    table.add_row("model", f"{identity.model} {identity.model_args}")
-    table.add_row("written by", f"{identity.world_size} ranks, ZeRO stage {identity.stage}, {identity.versions}")
+    table.add_row("model", cell(f"{identity.model} {identity.model_args}"))
+    table.add_row("written by", cell(f"{identity.world_size} ranks, ZeRO stage {identity.stage}, {identity.versions}"))
     table.add_row("size", f"{manifest.size / 2**20:.1f} MiB in {len(manifest.files)} files, verified")
     table.add_row("parameters", f"{len(shapes)} of {states.get('param', 0):,} elements")
-    table.add_row("states", ", ".join(f"{state} {count:,}" for state, count in states.items()))
-    table.add_row("metrics", ", ".join(f"{k} {v:.4f}" for k, v in sorted(manifest.metrics.items())) or "none")
+    table.add_row("states", cell(", ".join(f"{state} {count:,}" for state, count in states.items())))
+    table.add_row("metrics", cell(", ".join(f"{k} {v:.4f}" for k, v in sorted(manifest.metrics.items())) or "none"))
     for key, part in value["trainer"].items():
-        table.add_row(key, json.dumps(part)[:200])
+        table.add_row(cell(key), cell(json.dumps(part)[:200]))
     console.print(table, highlight=False)

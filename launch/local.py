@@ -119,6 +119,12 @@ class Patience:
         return limit > 0 and beat.age > limit
 
 
+def _safe_path() -> list[str]:
+    """Return Python's switch against the working directory's own `configs` or `launch`, where that is not ours."""
+    home = Path(__file__).resolve().parent.parent
+    return [] if Path.cwd().resolve() == home else ["-P"]
+
+
 def log_file(log_dir: Path, rank: int) -> Path:
     """Return a rank's log file."""
     return log_dir / f"rank-{rank:05d}.log"
@@ -166,7 +172,7 @@ def run_local(
     base = rank_environment(ranks, choose_port(port), threads_per_rank, os.environ)
     base |= {LOG_DIR_VARIABLE: str(log_dir), PORT_GIVEN_VARIABLE: str(int(port is not None)), **(env or {})}
     log_dir.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", module, *command_args]
+    command = [sys.executable, *_safe_path(), "-m", module, *command_args]
     with Guardian() as guardian, contextlib.nullcontext(received) if received else stop_signals() as signals:
         base |= guardian.environment
         group = _Group([], grace_s, signals, patience or Patience(), lost)
@@ -464,6 +470,8 @@ class _Group:
         first = self._received.stop[0]
         self._reap()
         self._terminate()
+        if sys.stderr.isatty():
+            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)  # rank 0's bar is drawn again below
         _log.warning(
             "%s: ranks have %.0f s for a checkpoint; Ctrl-C (or any signal once more) ends at once",
             signal.Signals(first).name,

@@ -13,6 +13,7 @@ The table holds every attention that was trained by the same page, overrides and
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -31,7 +32,7 @@ from dataloaders.tokens import TokenSplit
 from launch.compose import device_label
 from launch.config import ResolvedRun, check_folder, load_run, resolve
 from launch.infer import evaluate_checkpoint, load_trained
-from launch.local import run_local
+from launch.supervise import run_supervised
 from setformer_dist.core.config import nearest
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.files import write_json
@@ -152,7 +153,9 @@ def compare(comparison: Comparison, console: Console) -> int:
             console.print(f"[bold]{comparison.task.title}[/], attention {kind}: {folder}")
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / DATA_NAME, trained_on(splits))
-            code = run_local(comparison.words(kind), comparison.ranks, folder / "logs")
+            restart = comparison.resolved(kind).config.restart
+            say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
+            code = run_supervised(comparison.words(kind), comparison.ranks, folder, restart, say=say)
             if code:
                 return code
         rows.append(row_of(folder, kind, splits["test"]))

@@ -48,7 +48,7 @@ def summary(run: ResolvedRun, outcome: Outcome) -> dict[str, Any]:
 
 
 def finish(run: ResolvedRun, splits: Splits, outcome: Outcome) -> None:
-    """Write the summary, and for a run that came to its end the report.
+    """Write the summary and the report, for a run that came to its end with pictures of what it gets right and wrong.
 
     The run is over and saved by now: what fails here is told in one line, and costs the report alone.
     """
@@ -58,6 +58,8 @@ def finish(run: ResolvedRun, splits: Splits, outcome: Outcome) -> None:
         write_state(folder / "summary.json", figures)
         if outcome.signum is None:
             _report(run, splits, figures)
+        else:
+            write_report(folder, folder / "report.html", [])
     except Exception as error:
         log.exception("the report could not be written")
         reason = " ".join(f"{type(error).__name__}: {error}".encode(errors="backslashreplace").decode().split())

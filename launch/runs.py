@@ -12,9 +12,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from launch.shown import cell, plain
 from setformer_dist.core import ledger
 from setformer_dist.core.errors import DataError
-from setformer_dist.report.rows import Row, RunRecord, read_run
+from setformer_dist.report.html import write_report
+from setformer_dist.report.rows import Row, RunRecord, finite, read_run
 
 _MEANING = {
     "training": "forward, backward, optimizer, communication",
@@ -55,17 +57,18 @@ def list_runs(root: Path, console: Console) -> None:
         try:
             run = read_run(folder)
         except DataError as error:  # one damaged run must not hide the others
-            table.add_row(str(folder), f"[red]{error}")
+            table.add_row(cell(folder), cell(error, "red"))
             continue
         account = ledger.account(ledger.read_events(folder))
-        best = run.summary.get("best", {})
-        value = best.get("value")
+        best = run.summary.get("best")
+        value = finite(best.get("value")) if isinstance(best, dict) else None
+        loss = finite(run.train[-1].get("loss")) if run.train else None
         table.add_row(
-            str(folder),
-            state_of(folder),
+            cell(folder),
+            cell(state_of(folder)),
             str(max((row["step"] for row in run.train), default=0)),
-            f"{best['metric']} {value:.4f}" if value is not None else "",
-            f"{run.train[-1]['loss']:.4f}" if run.train and run.train[-1].get("loss") is not None else "",
+            cell(f"{best['metric']} {value:.4f}") if isinstance(best, dict) and value is not None else "",
+            f"{loss:.4f}" if loss is not None else "",
             f"{account.goodput:.1%}" if account.total else "",
             str(account.attempts),
         )
@@ -98,14 +101,26 @@ def show_run(folder: Path, console: Console, as_json: bool = False) -> None:
         print(json.dumps(_as_json(folder, run, account, guarded, slow), indent=2))
         return
     steps = max((row["step"] for row in (*run.train, *run.evals)), default=0)
-    console.print(f"[bold]{folder}[/bold]: {state_of(folder)}, step {steps:,}", highlight=False)
-    if run.summary.get("evaluation"):
-        scores = ", ".join(f"{k} {v:.4f}" for k, v in run.summary["evaluation"].items())
-        console.print(f"last evaluation: {scores}", highlight=False)
+    console.print(cell(folder, "bold"), cell(f": {state_of(folder)}, step {steps:,}"), sep="", highlight=False)
+    evaluation = run.summary.get("evaluation")
+    if isinstance(evaluation, dict) and evaluation:
+        scores = ", ".join(f"{k} {v:.4f}" for k, v in evaluation.items() if isinstance(v, int | float))
+        console.print(cell(f"last evaluation: {scores}"))
     if account.total:
         console.print(_time_table(account))
     for line in _trouble(account, guarded, slow):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(plain(line), markup=False, highlight=False, soft_wrap=True)
+
+
+def report(folder: Path, console: Console) -> None:
+    """Write report.html of a run, whatever state it is in; the pictures of its last report need its data and stay out.
+
+    Raises:
+        DataError: there is no such run.
+    """
+    (folder,) = run_folders(folder)[-1:]
+    write_report(folder, folder / "report.html", [])
+    console.print(f"{folder / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _time_table(account: ledger.Account) -> Table:

@@ -275,6 +275,8 @@ class Trainer:
                     self._rewind(rewind.trouble, progress)
             self._state.seconds = time.perf_counter() - self._started
             self._p.record.note("spent", step=self._state.step, seconds=self._clock.take()[0])
+            if signum is not None:
+                progress.say(f"stopped and saved at step {self._state.step}; the same command goes on from there")
         images = self._state.train_steps * self._p.plan.global_size
         speed = images / self._state.train_seconds if images else 0.0
         return Outcome(self._state, signum, speed)
@@ -591,9 +593,10 @@ class Trainer:
         self._state.train_seconds += training
         self._state.train_steps += steps
         images_per_s = steps * self._p.plan.global_size / training
-        progress.figures(loss, images_per_s, self._state.substitutions)
+        epoch = self._state.step / self._p.stream.steps_per_epoch
+        progress.figures(loss, images_per_s, self._state.substitutions, epoch, lr)
         values = {
-            "epoch": self._state.step / self._p.stream.steps_per_epoch,
+            "epoch": epoch,
             "loss": loss if losses else None,
             "lr": lr,
             "grad_norm": self._gradient_norm(),
