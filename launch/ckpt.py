@@ -113,7 +113,7 @@ def diff(first: Path, second: Path, state: str, console: Console, as_json: bool 
         "shapes": {n: [shapes_a[n], shapes_b[n]] for n in shapes_a if n in shapes_b and n not in both},
         "parameters": _distances(a, b, both, state),
         "metrics": _differing(a.metrics, b.metrics),
-        "config": _differing(flatten(a.trainer.get("config", {})), flatten(b.trainer.get("config", {}))),
+        "config": _differing(_config_of(a), _config_of(b)),
     }
     different = any(found[key] for key in found if key != "steps")
     if as_json:
@@ -148,6 +148,12 @@ def _distances(a: Checkpoint, b: Checkpoint, names: list[str], state: str) -> di
         largest = float((tensor - others[name]).abs().max())
         found[name] = (largest, largest / max(float(tensor.abs().max()), 1e-38))
     return found
+
+
+def _config_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the config of the run that wrote a checkpoint, flat; nothing where it holds none."""
+    config = checkpoint.trainer.get("config")
+    return flatten(config) if isinstance(config, dict) else {}
 
 
 def _differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

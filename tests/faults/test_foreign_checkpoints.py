@@ -18,6 +18,7 @@ import pytest
 import xxhash
 
 from checkpoints import layout
+from checkpoints.identity import digest_json
 from checkpoints.reader import verified
 from setformer_dist.testing.commands import Ended, setformer, train_words
 
@@ -70,11 +71,16 @@ def forged(sound: Path, place: Path, change: Callable[[dict[str, Any]], None]) -
         kind, _, _ = record["digest"].partition(":")
         assert kind in ("sha256", "xxh3_128"), kind
         digest = hashlib.sha256(data) if kind == "sha256" else xxhash.xxh3_128(data)
-        record["bytes" if "bytes" in record else "size"] = len(data)
+        record["size"] = len(data)
         record["digest"] = f"{kind}:{digest.hexdigest()}"
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder, manifest)
     verified(folder)
     return run
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    body = {key: part for key, part in manifest.items() if key != "sha256"}
+    (folder / "manifest.json").write_text(json.dumps({**body, "sha256": digest_json(body)}))
 
 
 def commands(run: Path, image: Path, place: Path) -> dict[str, list[str]]:
@@ -193,7 +199,7 @@ def test_texts_of_others_are_shown_as_they_are(sound: Path, tmp_path: Path) -> N
     (folder,) = layout.step_folders(run / "checkpoints")
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["identity"]["model"] = "\x1b]0;owned\x07[bold]x[/bold] [/nope]"
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder, manifest)
     for words in (["ckpt", "show", str(run)], ["ckpt", "ls", str(run)], ["runs", "ls", str(tmp_path)]):
         ended = setformer(*words)
         assert_harmless(ended, words[1])
