@@ -141,7 +141,7 @@ def test_what_is_exported_for_deepspeed_is_read_by_its_own_tool(tmp_path):
 
 def deepspeed_goes_on(exported: str, ours: str, stage: int) -> dict[str, Any]:
     """Let DeepSpeed load an export with all of its optimizer's states; return what differs, and the counters."""
-    connect(RankInfo.from_env())
+    connect(RankInfo.from_env(), os.environ["SETFORMER_RENDEZVOUS"])
     checkpoint = open_checkpoint(Path(ours))
     model = load_trained(Path(ours), "plain").model
     for parameter in model.parameters():
