@@ -139,14 +139,14 @@ def test_softmax_is_torchs_multi_head_attention():
 
 
 def test_convolved_landmarks_are_those_of_the_published_code():
-    """On a grid of stride * sqrt(m): convolution per head of queries divided by d^(1/4), norm, GELU, nothing else."""
+    """On a grid of stride * sqrt(m): convolution per head of divided queries, norm, GELU; then undivided as queries."""
     attention = module({"kind": "soft", "soft": {"landmarks": 9, "sampling": "conv", "conv_stride": 2}})
     q_bhnd = torch.randn(2, 2, 36, 4).double()
     landmarks, mask = attention._landmarks(q_bhnd, (6, 6), None)
-    image = (q_bhnd / 4**0.25).reshape(4, 6, 6, 4).permute(0, 3, 1, 2)
-    convolved = F.conv2d(image, attention.landmark_conv.weight, stride=2).flatten(2).mT
+    image = q_bhnd.reshape(4, 6, 6, 4).permute(0, 3, 1, 2)
+    convolved = F.conv2d(image / 4**0.25, attention.landmark_conv.weight, stride=2).flatten(2).mT
     expected = F.gelu(F.layer_norm(convolved, (4,))).view(2, 2, 9, 4)
-    torch.testing.assert_close(landmarks / 4**0.25, expected)  # given at the scale of undivided queries
+    torch.testing.assert_close(landmarks, expected * 4**0.25)
     assert mask is None
 
 

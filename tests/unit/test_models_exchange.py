@@ -43,12 +43,12 @@ def tiny(kind: str) -> torch.nn.Module:
 @torch.no_grad()
 @pytest.mark.parametrize("name", NAMES)
 def test_intermediates_are_what_timm_asks_for(name):
-    model, image = shallow(name), torch.randn(1, 3, 64, 64)
+    model, image = shallow(name), torch.randn(1, 3, 32, 32)
     info = FeatureInfo(model.feature_info, len(model.feature_info))
     final, maps = model.forward_intermediates(image)
     assert torch.allclose(final, model.forward_features(image))
     for y, channels, reduction in zip(maps, info.channels(), info.reduction(), strict=True):
-        assert y.shape == (1, channels, math.ceil(64 / reduction), math.ceil(64 / reduction))
+        assert y.shape == (1, channels, math.ceil(32 / reduction), math.ceil(32 / reduction))
         assert not y.isnan().any()
     last = len(maps) - 1
     for indices, stages in (
@@ -81,7 +81,7 @@ def test_intermediates_are_what_timm_asks_for(name):
 @torch.no_grad()
 @pytest.mark.parametrize("name", NAMES)
 def test_classifier_and_features_are_what_timm_asks_for(name):
-    model, image = shallow(name), torch.randn(1, 3, 64, 64)
+    model, image = shallow(name), torch.randn(1, 3, 32, 32)
     before = model.forward_head(model.forward_features(image), pre_logits=True)
     assert before.shape == (1, model.head_hidden_size)
     model.reset_classifier(0)
@@ -112,7 +112,9 @@ def test_a_batch_of_no_image_has_no_logits_and_gradients_of_zero(kind):
 
 @pytest.mark.parametrize("kind", [*KINDS, "soft_tiny", "soft_tiny_norm"])
 def test_gradients_per_image_by_vmap_are_those_of_each_image(kind):
-    model, images = tiny(kind).double(), torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    # In fp64 torch's convolution of the landmarks has no rule for vmap on CPUs.
+    dtype, atol = (torch.float32, 1e-4) if kind.startswith("soft_tiny") else (torch.float64, 1e-7)
+    model, images = tiny(kind).to(dtype), torch.randn(2, 3, 16, 16, dtype=dtype)
     parameters = dict(model.named_parameters())
 
     def loss(parameters: dict[str, torch.Tensor], image: torch.Tensor) -> torch.Tensor:
@@ -122,7 +124,7 @@ def test_gradients_per_image_by_vmap_are_those_of_each_image(kind):
     for i, image in enumerate(images):
         expected = torch.autograd.grad(model(image[None]).square().sum(), list(parameters.values()))
         for name, gradient in zip(parameters, expected, strict=True):
-            torch.testing.assert_close(found[name][i], gradient, atol=1e-7, rtol=1e-6, msg=name)
+            torch.testing.assert_close(found[name][i], gradient, atol=atol, rtol=10 * atol, msg=name)
 
 
 @torch.no_grad()
@@ -135,7 +137,14 @@ def test_an_exported_program_takes_any_batch(kind):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", [*KINDS, "soft_tiny", "soft_tiny_norm"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "cast",
+        "soft_tiny",
+        *(pytest.param(k, marks=pytest.mark.drill) for k in ("soft", "soft_norm", "softmax", "soft_tiny_norm")),
+    ],
+)
 def test_onnxruntime_computes_what_we_do_for_any_batch(kind, tmp_path):
     runtime = pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
     pytest.importorskip("onnxscript", reason="needs the extra 'onnx'")
@@ -165,11 +174,17 @@ def test_torchscript_and_fx_are_refused_with_what_to_use(kind, what, call):
         call(tiny(kind))
 
 
-def test_the_snippet_of_the_docs_runs(tmp_path, monkeypatch):
+@torch.no_grad()
+def test_the_snippet_of_the_docs_runs_and_onnxruntime_computes_what_set_attention_does(tmp_path, monkeypatch):
+    runtime = pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
     pytest.importorskip("onnxscript", reason="needs the extra 'onnx'")
     text = (Path(__file__).parents[2] / "docs" / "operators.md").read_text()
     (snippet,) = re.findall(r"```python\n(import timm.*?)```", text, re.S)
     monkeypatch.chdir(tmp_path)
-    module = types.ModuleType("snippet")
-    exec(snippet, module.__dict__)
-    assert (tmp_path / "model.onnx").stat().st_size > 0
+    names = types.ModuleType("snippet").__dict__
+    exec(snippet, names)
+    images = torch.randn(5, 3, 32, 32)
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    for count in (1, 5):
+        (found,) = session.run(None, {"image": images[:count].numpy()})
+        np.testing.assert_allclose(found, names["model"](images[:count]).numpy(), atol=1e-5, rtol=1e-4)
