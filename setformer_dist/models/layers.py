@@ -97,7 +97,7 @@ def channels_last(image_bchw: torch.Tensor) -> torch.Tensor:
 
 
 def refuse_tracers(inputs: Any) -> None:
-    """Refuse tracers that write down one size of image, or cannot follow the checks, without saying so.
+    """Refuse tracers that cannot follow the checks, or write down the choices of one call without saying so.
 
     Raises:
         ConfigError: with what to use.
@@ -105,7 +105,7 @@ def refuse_tracers(inputs: Any) -> None:
     if isinstance(inputs, torch.fx.Proxy):
         raise ConfigError(f"torch.fx.symbolic_trace cannot follow this model: {USE_EXPORT}")
     if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
-        raise ConfigError(f"torch.jit.trace would fix sizes and draws of this model in silence: {USE_EXPORT}")
+        raise ConfigError(f"torch.jit.trace would keep the choices of one call (mode, sample keys): {USE_EXPORT}")
 
 
 class Untraceable:

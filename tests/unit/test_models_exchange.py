@@ -164,7 +164,7 @@ def test_onnxruntime_computes_what_we_do_for_any_batch(kind, tmp_path):
     ("what", "call"),
     [
         ("torch.jit.script cannot", torch.jit.script),
-        ("torch.jit.trace would fix", lambda model: torch.jit.trace(model, torch.randn(1, 3, 16, 16))),
+        ("torch.jit.trace would keep", lambda model: torch.jit.trace(model, torch.randn(1, 3, 16, 16))),
         ("torch.fx.symbolic_trace cannot", torch.fx.symbolic_trace),
     ],
 )
