@@ -285,7 +285,7 @@ def test_plain_timm_loads_what_is_exported(trained, tmp_path):
     assert done.exit_code == 0, done.exception
     card = (tmp_path / "out" / "README.md").read_text()
     call = next(line for line in card.splitlines() if "timm.create_model" in line)
-    code = call.partition("= ")[2].replace('"model.safetensors"', repr(str(tmp_path / "out" / "model.safetensors")))
+    code = call.partition("= ")[2].replace('"local-dir:out"', repr(f"local-dir:{tmp_path / 'out'}"))
     model = eval(code, {"timm": timm})  # the line of the card, as a reader would run it
     weights = open_checkpoint(trained).read_full()
     assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())

@@ -92,7 +92,7 @@ def test_images_of_another_size_or_damaged_are_named(cifar: Path, tmp_path: Path
     with pytest.raises(DataError, match=r"dog/5.png is 20x20 pixels"):
         prepare(task_named("image"), tmp_path / "lra", Preparation(source=cifar))
     (cifar / "train" / "dog" / "5.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"dog/5.png: it is not a whole image"):
+    with pytest.raises(DataError, match=r"dog/5.png: it is no image of a format that is read"):
         prepare(task_named("image"), tmp_path / "lra", Preparation(source=cifar))
 
 
