@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from setformer_dist.core.errors import DataError
+from setformer_dist.core.files import DIGEST_KEY
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.json"
@@ -95,4 +96,5 @@ def _read_object(path: Path) -> dict[str, Any]:
         raise DataError(f"{path} is not valid JSON ({error}): delete it or write it anew") from None
     if not isinstance(value, dict):
         raise DataError(f"{path} holds no JSON object: delete it or write it anew")
+    value.pop(DIGEST_KEY, None)  # it guards the file and is no figure of the run
     return value
