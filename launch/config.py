@@ -10,10 +10,10 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pydantic
 
@@ -69,6 +69,42 @@ class RunTable(FrozenConfig):
 
 class RunConfig(FrozenConfig):
     """One run, as its page says it."""
+
+    SYNONYMS: ClassVar[Mapping[str, str]] = {
+        "pretrained": "model.weights",
+        "checkpoint_path": "model.weights",
+        "init_from": "model.weights",
+        "learning_rate": "optim.lr",
+        "base_lr": "optim.lr",
+        "lr_rate": "optim.lr",
+        "wd": "optim.weight_decay",
+        "img_size": "data.image_size",
+        "input_size": "data.image_size",
+        "resolution": "data.image_size",
+        "batch_size": "batch.global_size",
+        "global_batch_size": "batch.global_size",
+        "train_batch_size": "batch.global_size",
+        "micro_batch_size": "batch.micro",
+        "train_micro_batch_size_per_gpu": "batch.micro",
+        "num_epochs": "schedule.epochs",
+        "max_epochs": "schedule.epochs",
+        "max_steps": "schedule.steps",
+        "num_workers": "data.workers",
+        "data_path": "data.root",
+        "data_dir": "data.root",
+        "output_dir": "run.out",
+        "save_dir": "run.out",
+        "gradient_clipping": "optim.clip_norm",
+        "clip_grad": "optim.clip_norm",
+        "max_grad_norm": "optim.clip_norm",
+        "label_smoothing": "data.augment.smoothing",
+        "drop_path_rate": "model.drop_path",
+        "grad_checkpointing": "model.activation_checkpointing",
+        "model_ema_decay": "ema.decay",
+        "zero_stage": "zero.stage",
+        "save_interval": "checkpoint.every_steps",
+        "resume": "run.name (the same command goes on by itself)",
+    }
 
     run: RunTable
     model: ModelConfig

@@ -11,7 +11,7 @@ import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import pydantic
 
@@ -19,9 +19,16 @@ from setformer_dist.core.errors import ConfigError
 
 
 class FrozenConfig(pydantic.BaseModel):
-    """Frozen; unknown keys are errors; no silent conversion (a string is never read as a number)."""
+    """Frozen; unknown keys are errors; no silent conversion (a string is never read as a number); finite numbers.
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+    Attributes:
+        SYNONYMS: what other programs call keys, in lower case without a table, with the dotted key here; of the root.
+    """
+
+    model_config = pydantic.ConfigDict(
+        frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False
+    )
+    SYNONYMS: ClassVar[Mapping[str, str]] = {}
 
 
 ConfigT = TypeVar("ConfigT", bound=pydantic.BaseModel)
@@ -153,6 +160,9 @@ def _explain(model: type[pydantic.BaseModel], fault: Any) -> str:
 def _nearest(model: type[pydantic.BaseModel], keys: list[str], siblings: list[str]) -> str:
     """Suggest a known key: first among the siblings, then anywhere in the config."""
     key = keys[-1]
+    meant = getattr(model, "SYNONYMS", {}).get(key.lower())
+    if meant is not None:
+        return f": did you mean {meant}?"
     close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)
     if close:
         return f": did you mean {'.'.join([*keys[:-1], close[0]])}?"

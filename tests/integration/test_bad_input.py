@@ -32,6 +32,10 @@ def copy(digits: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("override", "code", "parts"),
     [
+        ("optim.lr=inf", 2, ["optim.lr = inf", "finite number"]),
+        ("optim.learning_rate=1e-3", 2, ["unknown key 'optim.learning_rate': did you mean optim.lr?"]),
+        ("data.img_size=32", 2, ["did you mean data.image_size?"]),
+        ("model.pretrained=true", 2, ["did you mean model.weights?"]),
         ("optim.lrr=1", 2, ["unknown key 'optim.lrr': did you mean optim.lr?"]),
         ("optim.lr=fast", 2, ["optim.lr = 'fast': input should be a valid number"]),
         ("batch.micro=7", 2, ["batch.micro = 7", "possible micro batches are 1, 2, 4, 8, 16, 32, 64"]),
