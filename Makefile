@@ -38,10 +38,10 @@ test: $(STAMP)  ## run the tests
 drills: $(STAMP)  ## run the long drills: kill and resume under every stage and precision
 	$(BIN)/python -m pytest -m drill --timeout 3600
 
-# All drills but the matrix of layouts (an hour and more), within 25 minutes or not at all.
+# All drills but the matrix of layouts (an hour and more), within 35 minutes or not at all; a sample of it changes with the commit.
 drills-ci: $(STAMP)
-	timeout --kill-after=30 1500 $(BIN)/python -m pytest -m drill --timeout 400 --numprocesses 2 --dist load \
-		--deselect tests/distributed/test_elastic_matrix.py
+	timeout --kill-after=30 2100 $(BIN)/python -m pytest -m drill --timeout 400 --numprocesses 2 --dist load \
+		--deselect tests/distributed/test_elastic_matrix.py::test_every_layout_continues_every_other
 
 lint: $(STAMP)  ## ruff: lint and format
 	$(BIN)/ruff check .

@@ -5,6 +5,9 @@ With or without offload on either side.
 
 from __future__ import annotations
 
+import random
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,6 +36,17 @@ def test_a_lost_or_repeated_sample_is_noticed() -> None:
     where = Where(1, 0, "fp32")
     whole = {"losses": [1.0], "ids": list(range(24, 48)), "before": list(range(72))}
     assert not holds(compare(where, where, whole, {"losses": [1.0], "ids": list(range(24, 48))}))
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_sample_of_the_layouts_that_changes_with_the_commit(dtype: str) -> None:
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    draw = random.Random(head.stdout)  # of no checkout: the same sample every time
+    every = layouts_of([1, 2, 3, 4], [0, 1, 2, 3], ["optimizer", "all"], dtype)
+    check(measure(draw.sample(every, 2), steps=6))
 
 
 @pytest.mark.drill
