@@ -68,15 +68,27 @@ def run_demo(ranks: int, data: Path, console: Console) -> int:
     if code:
         return code
     figures = json.loads((folder / "summary.json").read_text())
-    console.print(Panel.fit(_text(figures, data), title="what happened", border_style="green"))
+    console.print(Panel.fit(_text(figures), title="what happened", border_style="green"))
+    console.print("what to type next:")
+    for command in _next(data):  # outside the box and unbroken, so that they can be copied
+        console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
-def _text(figures: dict[str, object], data: Path) -> str:
+def _next(data: Path) -> list[str]:
+    setformer = Path(sys.executable).parent / "setformer"
+    return [
+        f"{setformer} predict runs/demo {data}/images/val/3/*.png",
+        f"{setformer} eval runs/demo",
+        f"{setformer} ckpt ls runs/demo --verify",
+        f"{setformer} train demo data.root={data} run.name=mine optim.lr=1e-3 --ranks 2",
+    ]
+
+
+def _text(figures: dict[str, object]) -> str:
     scores = figures["evaluation"]
     assert isinstance(scores, dict)
     top1 = max(scores["top1"], scores.get("ema_top1", 0.0))
-    python = Path(sys.executable).parent / "setformer"
     return "\n".join(
         (
             f"[bold]{top1:.2%}[/] of {HELD_OUT} held-out digits are read right.",
@@ -87,11 +99,5 @@ def _text(figures: dict[str, object], data: Path) -> str:
             f"run folder   {Path('runs') / 'demo'}",
             f"checkpoint   {figures['checkpoint']}",
             f"curves       {figures['report']}  (open it in a browser)",
-            "",
-            "what to type next:",
-            f"  {python} predict runs/demo {data}/images/val/3/*.png",
-            f"  {python} eval runs/demo",
-            f"  {python} ckpt ls runs/demo --verify",
-            f"  {python} train configs/runs/demo.toml data.root={data} run.name=mine optim.lr=1e-3 --ranks 2",
         )
     )
