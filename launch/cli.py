@@ -104,7 +104,7 @@ def train(
     page = shipped(page)
     if dry_run:
         config = load("launch.config")
-        run = config.resolve(config.load_run(page, chosen), ranks)
+        run = config.resolve(config.continued(config.load_run(page, chosen)), ranks)
         load("launch.dryrun").dry_run(run, Console())
         return
     table = _page_table(page, chosen)

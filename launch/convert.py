@@ -51,7 +51,8 @@ def convert(source: Path, dest: Path, key: str | None, console: Console) -> None
         raise CheckpointError(f"{source} holds no tensors by name{f' in {entry!r}' if entry else ''}")
     aside = dest.with_name(f".{dest.name}.{os.getpid()}.tmp")
     try:
-        safetensors.torch.save_file(tensors, aside, metadata={"format": "pt"})
+        # save_file would make it readable for its owner alone, whatever the umask says.
+        aside.write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
         aside.rename(dest)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{dest} cannot be written: {str(error).splitlines()[0]}") from None

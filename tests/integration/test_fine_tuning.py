@@ -120,6 +120,8 @@ def test_a_pickle_is_refused_with_the_command_that_converts_it(pretrained: Path,
     assert ended.code == 0, ended.err
     found = safetensors.torch.load_file(tmp_path / "model.safetensors")
     assert found.keys() == table.keys()
+    modes = {(tmp_path / name).stat().st_mode & 0o777 for name in ("model.pth", "model.safetensors")}
+    assert len(modes) == 1, "its mode does not follow the umask"
     assert all(torch.equal(found[name], table[name]) for name in table)
     again = setformer("ckpt", "convert", str(tmp_path / "model.pth"), str(tmp_path / "model.safetensors"))
     assert (again.code, "is there already" in again.err) == (2, True)

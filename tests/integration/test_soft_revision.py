@@ -63,6 +63,8 @@ def older(digits: Path, tmp_path: Path) -> Path:
 
 def test_an_older_run_goes_on_as_it_was_and_says_so(older: Path, digits: Path, tmp_path: Path) -> None:
     assert scales(older) == {"after"}
+    dry = setformer(*words_of(digits, tmp_path / "runs", 1), "checkpoint.keep_last=3", "--dry-run")
+    assert dry.code == 0, dry.err
     ended = setformer(*words_of(digits, tmp_path / "runs", 1), "checkpoint.keep_last=3")
     assert ended.code == 0, ended.err
     assert "model.args.soft.query_scale = 'after'" in ended.err
