@@ -38,12 +38,12 @@ from checkpoints.manager import CheckpointManager
 from checkpoints.reader import verified
 from setformer_dist.core.config import build
 from setformer_dist.core.ranks import RankInfo
-from setformer_dist.engine.batch_plan import BatchConfig, solve
+from setformer_dist.engine.batch_plan import solve
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
+from setformer_dist.engine.config import BatchConfig, OptimConfig, PrecisionConfig, ZeroConfig
 from setformer_dist.engine.deepspeed_engine import initialize
 from setformer_dist.engine.master import OPTIMIZER_STATES, MasterState
-from setformer_dist.engine.optim import OptimConfig
-from setformer_dist.engine.zero import PrecisionConfig, ZeroConfig, deepspeed_config
+from setformer_dist.engine.zero import deepspeed_config
 from setformer_dist.testing.ranks import run_ranks
 
 SIZES = {"small": (384, 4), "large": (768, 8)}  # width and depth

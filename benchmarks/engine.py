@@ -28,7 +28,8 @@ from rich.table import Table
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.machine import describe
-from dataloaders import Prepare, ShardTrainStream
+from dataloaders.reading.device import Prepare
+from dataloaders.reading.streams import ShardTrainStream
 from launch.compose import compose, open_splits
 from launch.config import ResolvedRun, load_run, resolve
 from launch.demo import prepare_data

@@ -13,17 +13,17 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
 from launch import cli_ckpt, cli_data, cli_lra, cli_runs
+from launch.config import check_folder, continued, load_run, resolve
 from launch.lazy import load
 from launch.shown import plain
-from launch.supervise import restart_config, run_supervised
-from setformer_dist.core import config as base
+from launch.supervise import run_supervised
 from setformer_dist.core.errors import ConfigError, DataError, LaunchError, RankFailedError, SetformerError
 from setformer_dist.core.secrets import redact_tracebacks, redacted
 
@@ -102,14 +102,12 @@ def train(
     chosen = overrides or []
     _refuse_other_launchers()
     page = shipped(page)
+    run = resolve(continued(load_run(page, chosen)), ranks)
     if dry_run:
-        config = load("launch.config")
-        run = config.resolve(config.continued(config.load_run(page, chosen)), ranks)
         load("launch.dryrun").dry_run(run, Console())
         return
-    table = _page_table(page, chosen)
-    folder = _run_folder(page, table)
-    policy = restart_config(table.get("restart"), str(page))
+    check_folder(run)
+    folder, policy = run.config.folder, run.config.restart
     if restarts is not None:
         policy = policy.model_copy(update={"limit": restarts})
     existed = folder.exists()
@@ -150,21 +148,6 @@ def _refuse_other_launchers() -> None:
             f"setformer train starts its ranks itself, and a launcher has started {world} processes of it: say "
             f"setformer train PAGE --ranks {world}, or have the launcher start -m launch.entry PAGE"
         )
-
-
-def _page_table(page: Path, overrides: list[str]) -> dict[str, Any]:
-    table = base.read_toml(page)
-    for text in overrides:
-        table = base.apply_override(table, text)
-    return table
-
-
-def _run_folder(page: Path, table: dict[str, Any]) -> Path:
-    """Return the run's folder without checking more of the page than its name; ranks check the rest."""
-    run = table.get("run")
-    if not isinstance(run, dict) or not isinstance(run.get("name"), str):
-        raise ConfigError(f"{page}: key 'run.name' is missing: give the run a name")
-    return Path(str(run.get("out", "runs")), str(run["name"]))
 
 
 @app.command("eval")

@@ -25,6 +25,7 @@ from launch.weights import FirstWeights
 from setformer_dist.core.errors import CheckpointError, ConfigError
 from setformer_dist.core.fragments import Fragment
 from setformer_dist.core.heartbeat import Heartbeat
+from setformer_dist.core.revisions import unnamed
 from setformer_dist.core.store import SavedState
 from setformer_dist.engine.comm import CommMeter, TorchCollectives
 from setformer_dist.engine.deepspeed_engine import DTYPES, initialize, supported_dtypes
@@ -38,7 +39,6 @@ from setformer_dist.engine.trainer import Best, Costs, Parts, Trainer, check_tra
 from setformer_dist.engine.zero import check_precision
 from setformer_dist.models.attention import set_attentions, watched_marginals
 from setformer_dist.models.measure import multiply_adds_of
-from setformer_dist.models.revisions import unnamed
 
 VERSIONS_OF = ("setformer_dist", "torch", "deepspeed", "timm", "safetensors")
 

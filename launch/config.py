@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,20 +20,24 @@ from checkpoints.config import CheckpointConfig
 from dataloaders.config import AnyDataConfig
 from launch.restarts import RestartConfig
 from setformer_dist.core import config as base
+from setformer_dist.core import revisions
 from setformer_dist.core.config import FrozenConfig
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.files import read_state
+from setformer_dist.core.model_config import ModelConfig
 from setformer_dist.core.secrets import redacted_json
-from setformer_dist.engine.batch_plan import BatchConfig, BatchPlan, solve
-from setformer_dist.engine.ema import EmaConfig
-from setformer_dist.engine.evaluate import EvalConfig
-from setformer_dist.engine.guard import GuardConfig
-from setformer_dist.engine.optim import OptimConfig, ScheduleConfig
-from setformer_dist.engine.zero import PrecisionConfig, ZeroConfig, deepspeed_config
-from setformer_dist.models import revisions
-from setformer_dist.models.build import ModelConfig
-
-log = logging.getLogger(__name__)
+from setformer_dist.engine.batch_plan import BatchPlan, solve
+from setformer_dist.engine.config import (
+    BatchConfig,
+    EmaConfig,
+    EvalConfig,
+    GuardConfig,
+    OptimConfig,
+    PrecisionConfig,
+    ScheduleConfig,
+    ZeroConfig,
+)
+from setformer_dist.engine.zero import deepspeed_config
 
 
 class RunTable(FrozenConfig):
@@ -214,11 +217,12 @@ def load_run(page: Path, overrides: Iterable[str] = ()) -> RunConfig:
     return base.load(RunConfig, page, overrides)
 
 
-def continued(config: RunConfig) -> RunConfig:
+def continued(config: RunConfig, tell: Callable[[str], None] = lambda line: None) -> RunConfig:
     """Return the config with what an older version meant where its folder holds a run of that version.
 
     Args:
         config: of a run that begins or goes on.
+        tell: hears what an older version meant.
     """
     try:
         there = json.loads((config.folder / "config.json").read_text())
@@ -229,10 +233,9 @@ def continued(config: RunConfig) -> RunConfig:
     if not old or revisions.scale_of(config.model.model_dump()) != revisions.NEW:
         return config
     soft = {**config.model.args["soft"], "query_scale": revisions.OLD}
-    log.warning(
-        "the run in %s samples SOFT's landmarks from undivided queries, as versions before 2026-11-28 did, and goes on "
-        "so (model.args.soft.query_scale = 'after'): a run of another name takes the authors' scale",
-        config.folder,
+    tell(
+        f"the run in {config.folder} samples SOFT's landmarks from undivided queries, as versions before 2026-11-28 "
+        "did, and goes on so (model.args.soft.query_scale = 'after'): a run of another name takes the authors' scale"
     )
     model = config.model.model_copy(update={"args": {**config.model.args, "soft": soft}})
     return config.model_copy(update={"model": model})

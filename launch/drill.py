@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from checkpoints.reader import open_checkpoint
-from dataloaders import PackOptions, pack_image_folder
+from dataloaders.packing.pack import PackOptions, pack_image_folder
 from launch.demo import write_digits
 from launch.faults import CHECKPOINT_EVERY, FAULTS, DrillError, Hand, Run
 from launch.mounts import keep_mounts_private

@@ -30,7 +30,7 @@ from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.core.secrets import redacted
 from setformer_dist.engine.deepspeed_engine import DTYPES
-from setformer_dist.models.build import build_model
+from setformer_dist.models.build import build_model, check_name
 from setformer_dist.models.measure import multiply_adds_of, parameters, predict_memory
 
 _ASSUMED_CLASSES = 1000
@@ -144,6 +144,7 @@ def dry_run(run: ResolvedRun, console: Console) -> None:
     Raises:
         SetformerError: as the run would before its first step, after all that can be said was printed.
     """
+    check_name(run.config.model.name)
     check_device(run)
     missing: DataError | None = None
     try:

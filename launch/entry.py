@@ -41,6 +41,7 @@ from setformer_dist.core.secrets import RedactingFormatter, redact_tracebacks, r
 from setformer_dist.core.terminal import bear_lost_streams
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
 from setformer_dist.engine.deepspeed_engine import quiet_deepspeed
+from setformer_dist.models.build import check_name
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +56,15 @@ _LOST_PEER = re.compile(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one rank; return its exit code (0, an error's, or 128 + the signal that stopped it)."""
     parser = argparse.ArgumentParser(prog="launch.entry", description=__doc__)
-    parser.add_argument("page", type=Path, help="the run's TOML page")
+    parser.add_argument("page", type=Path, nargs="?", help="the run's TOML page")
     parser.add_argument("overrides", nargs="*", help="dotted overrides, such as optim.lr=1e-3")
     parser.add_argument("--local_rank", type=int, default=None, help="given by DeepSpeed's launcher")
     arguments = parser.parse_args(argv)
+    if arguments.page is None:
+        parser.error(
+            "name the run's TOML page: python -m launch.entry PAGE [KEY=VALUE ...] runs one rank; "
+            "`setformer train PAGE --ranks N` starts them all"
+        )
     bear_lost_streams()
     use_scratch()
     redact_tracebacks()
@@ -127,8 +133,9 @@ def run_rank(page: Path, overrides: Sequence[str]) -> int:
     ranks = RankInfo.from_env()
     quiet_deepspeed()
     check_package_origins()
-    config = continued(load_run(page, overrides))
+    config = continued(load_run(page, overrides), tell=log.warning)
     run = resolve(config, ranks.world_size)
+    check_name(config.model.name)
     check_device(run)
     splits = open_splits(run)
     inputs = inputs_of(config.data)

@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from checkpoints.reader import Checkpoint, open_checkpoint
-from dataloaders import decode_for_eval
 from dataloaders.config import DataConfig
+from dataloaders.pixels.transforms import decode_for_eval
 from dataloaders.sources.files import LARGEST_SAMPLE, read_whole
 from launch.config import RunConfig
 from launch.inputs import Split, images_of, inputs_of
@@ -25,9 +25,9 @@ from setformer_dist.core import config as base
 from setformer_dist.core.batch import MicroBatch
 from setformer_dist.core.errors import CheckpointError, ConfigError, DataError
 from setformer_dist.core.ranks import RankInfo
+from setformer_dist.core.revisions import as_trained
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
 from setformer_dist.engine.evaluate import EvalResult, Prepare, evaluate
-from setformer_dist.models.revisions import as_trained
 from setformer_dist.report.html import ClassifiedImage
 
 Weights = Literal["plain", "ema", "auto"]

@@ -12,13 +12,15 @@ from typing import Any, Protocol, cast
 import torch
 from torch import nn
 
-from dataloaders import Prepare as ImagePrepare
-from dataloaders import ShardEvalStream, ShardTrainStream, Source, check_same_classes
 from dataloaders.config import DataConfig, TokenConfig
 from dataloaders.ffcv.check import load_ffcv_engine
 from dataloaders.order.mixture import MixtureSource
 from dataloaders.order.resolution import bucket_shape
+from dataloaders.reading.device import Prepare as ImagePrepare
+from dataloaders.reading.streams import ShardEvalStream, ShardTrainStream
+from dataloaders.source import Source
 from dataloaders.sources.opening import check_mixture_room, open_source
+from dataloaders.sources.shards import check_same_classes
 from dataloaders.tokens import (
     TokenEvalStream,
     TokenPrepare,
@@ -29,10 +31,11 @@ from dataloaders.tokens import (
 )
 from setformer_dist.core.batch import EvalStream, TrainStream
 from setformer_dist.core.errors import ConfigError, DataError
+from setformer_dist.core.model_config import ModelConfig
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.engine.batch_plan import BatchPlan
 from setformer_dist.engine.evaluate import Prepare
-from setformer_dist.models.build import ModelConfig, build_model, timm_arguments
+from setformer_dist.models.build import build_model, timm_arguments
 
 
 class Split(Protocol):

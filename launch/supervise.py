@@ -12,9 +12,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-import pydantic
 
 from launch.local import (
     AttemptError,
@@ -28,22 +25,8 @@ from launch.local import (
 from launch.lock import supervising
 from launch.restarts import Failure, GiveUp, RestartConfig, verdict
 from setformer_dist.core import ledger
-from setformer_dist.core.errors import ConfigError, LaunchError, RankFailedError
+from setformer_dist.core.errors import LaunchError, RankFailedError
 from setformer_dist.core.terminal import bear_lost_streams
-
-
-def restart_config(table: Any, place: str) -> RestartConfig:
-    """Read the `[restart]` table alone: the supervisor does not wait for the rest of the page.
-
-    Raises:
-        ConfigError: it is not such a table.
-    """
-    try:
-        return RestartConfig.model_validate(table if table is not None else {})
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, ("restart", *first["loc"])))
-        raise ConfigError(f"{place}: {key}: {first['msg']}") from None
 
 
 def run_supervised(

@@ -20,11 +20,11 @@ from safetensors import SafetensorError, safe_open
 
 from checkpoints.reader import Checkpoint, open_checkpoint
 from launch.timm_weights import HUB, Adapted, adapted, fetched
+from setformer_dist.core import revisions
 from setformer_dist.core.comm import Collectives
 from setformer_dist.core.errors import CheckpointError, ConfigError
 from setformer_dist.core.fragments import Fragment
-from setformer_dist.models import revisions
-from setformer_dist.models.build import ModelConfig
+from setformer_dist.core.model_config import ModelConfig
 
 _NAMED = 3  # faults that an error names before it only counts
 
@@ -39,7 +39,7 @@ class _Source:
         shapes: of all that is in it.
         fill: fills fragments of state "param".
         file: where a .safetensors file is read, which can be adapted.
-        scale: of SOFT's queries (models/revisions.py); None where it means nothing or is not known.
+        scale: of SOFT's queries (core/revisions.py); None where it means nothing or is not known.
     """
 
     name: str

@@ -3,33 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-import pydantic
-
-from setformer_dist.core.config import FrozenConfig
 from setformer_dist.core.errors import ConfigError
-
-
-class BatchConfig(FrozenConfig):
-    """How many samples make an optimizer step, and how many of them a rank computes at once.
-
-    Attributes:
-        global_size: samples per optimizer step over all ranks; part of the run's identity.
-        micro: samples per rank and accumulation step; "auto" takes the largest that divides, up to max_micro.
-        max_micro: bound for "auto", by memory.
-    """
-
-    global_size: int = pydantic.Field(gt=0)
-    micro: int | Literal["auto"] = "auto"
-    max_micro: int = pydantic.Field(default=128, gt=0)
-
-    @pydantic.field_validator("micro")
-    @classmethod
-    def _positive(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value <= 0:
-            raise ValueError('must be a positive number of samples, or "auto"')
-        return value
+from setformer_dist.engine.config import BatchConfig
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from deepspeed.runtime.config import DeepSpeedConfigError
 from torch import nn
 
 from setformer_dist.core.errors import ConfigError
+from setformer_dist.engine.config import OptimConfig
 from setformer_dist.engine.offload import forget_gradients_after_steps
-from setformer_dist.engine.optim import OptimConfig, adamw, parameter_groups
+from setformer_dist.engine.optim import adamw, parameter_groups
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

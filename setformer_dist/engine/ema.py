@@ -5,28 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import pydantic
 import torch
 
-from setformer_dist.core.config import FrozenConfig
 from setformer_dist.core.fragments import Fragment
+from setformer_dist.engine.config import EmaConfig
 from setformer_dist.engine.master import MasterState
-
-
-class EmaConfig(FrozenConfig):
-    """Average of the weights.
-
-    Attributes:
-        decay: of the average per optimizer step; 0 keeps no average.
-        warmup: let the decay grow as (1 + step) / (10 + step) up to `decay`, as TensorFlow's and timm's do.
-    """
-
-    decay: float = pydantic.Field(default=0.0, ge=0, lt=1)
-    warmup: bool = True
-
-    def decay_at(self, step: int) -> float:
-        """Return the decay used after optimizer step `step` (0-based)."""
-        return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
 
 
 class Ema:

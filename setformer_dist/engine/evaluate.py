@@ -7,29 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import pydantic
 import torch
 import torch.nn.functional as F
 
 from setformer_dist.core.batch import EvalStream, MicroBatch
-from setformer_dist.core.config import FrozenConfig
 from setformer_dist.core.errors import DataError
 from setformer_dist.engine.comm import TorchCollectives
-
-
-class EvalConfig(FrozenConfig):
-    """Periodic evaluation.
-
-    Attributes:
-        every_epochs: evaluate after every so many epochs; 0 turns it off. The end of the run always evaluates.
-        every_steps: evaluate after every so many optimizer steps as well; 0 turns it off.
-        marginal_error: report also how far the plans of SeT attention are from their marginals, largest and mean over
-            blocks, heads and images of the first micro batch of every rank; for models with SeT attention.
-    """
-
-    every_epochs: int = pydantic.Field(default=1, ge=0)
-    every_steps: int = pydantic.Field(default=0, ge=0)
-    marginal_error: bool = False
 
 
 class Prepare(Protocol):

@@ -33,42 +33,14 @@ import pydantic
 import torch
 
 from setformer_dist.core.comm import Collectives
-from setformer_dist.core.config import FrozenConfig
 from setformer_dist.core.errors import CheckpointError, TrainingError
 from setformer_dist.core.files import read_state, write_state
+from setformer_dist.engine.config import SPIKE_NEEDS, GuardConfig
 
 log = logging.getLogger(__name__)
 
 GUARD_FILE = "guard.json"
 GUARD_COPY = "guard.copy.json"
-
-# A leap is told from the start of training by at least so many losses before it.
-_ENOUGH = 20
-
-
-class GuardConfig(FrozenConfig):
-    """The `[guard]` table.
-
-    Attributes:
-        nonfinite: what a loss or gradient that is NaN or infinite does: "stop", "skip" or "rollback". The update is
-            left out in any case. In fp16 the loss scale falls and the run goes on, whatever is set here.
-        spike: a loss beyond this many times the median of the last `window` is a leap and is rolled back; 0 is off.
-        window: losses that the median is of; and trouble within so many steps after one that a rollback passes over
-            makes the next rollback go to a checkpoint before the one of that rollback.
-        limit: bad steps borne in one run; one more ends it.
-    """
-
-    nonfinite: Literal["stop", "skip", "rollback"] = "stop"
-    spike: float = pydantic.Field(default=0.0, ge=0.0)
-    window: int = pydantic.Field(default=100, ge=_ENOUGH)
-    limit: int = pydantic.Field(default=5, ge=1)
-
-    @pydantic.field_validator("spike")
-    @classmethod
-    def _beyond_one(cls, value: float) -> float:
-        if 0 < value <= 1:
-            raise ValueError("must be 0 (off) or above 1: it multiplies the median of the last losses")
-        return value
 
 
 @dataclass(frozen=True)
@@ -230,7 +202,7 @@ class Guard:
         if not math.isfinite(loss):
             return "nonfinite"
         known = self._window
-        if self._config.spike and len(known) >= _ENOUGH and loss > self._config.spike * statistics.median(known):
+        if self._config.spike and len(known) >= SPIKE_NEEDS and loss > self._config.spike * statistics.median(known):
             return "spike"
         return None
 

@@ -27,8 +27,9 @@ from setformer_dist.core.heartbeat import Heartbeat
 from setformer_dist.core.store import CheckpointStore, SavedState
 from setformer_dist.engine.batch_plan import BatchPlan
 from setformer_dist.engine.comm import CommMeter, TorchCollectives
+from setformer_dist.engine.config import EvalConfig
 from setformer_dist.engine.ema import Ema
-from setformer_dist.engine.evaluate import EvalConfig, EvalResult, Prepare, Watch, evaluate
+from setformer_dist.engine.evaluate import EvalResult, Prepare, Watch, evaluate
 from setformer_dist.engine.guard import Guard, Trouble, Updates
 from setformer_dist.engine.master import OPTIMIZER_STATES, MasterState
 from setformer_dist.engine.metrics import RunRecord, StepClock, peak_memory_mib

@@ -1,4 +1,4 @@
-"""Typed configs of precision and ZeRO, and DeepSpeed's JSON made from them.
+"""DeepSpeed's JSON, made from the tables of precision and ZeRO.
 
 What is not named here passes through the page's [deepspeed] table; what is named must be set here, so that
 two places never disagree.
@@ -6,60 +6,12 @@ two places never disagree.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
-import pydantic
-
-from setformer_dist.core.config import FrozenConfig, merge
+from setformer_dist.core.config import merge
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.engine.batch_plan import BatchPlan
-
-
-class PrecisionConfig(FrozenConfig):
-    """Compute dtype of weights and activations; masters and optimizer states are fp32 always.
-
-    Attributes:
-        dtype: "fp32", "bf16" or "fp16" (with loss scaling; needs a device that supports it).
-        grad_accum: dtype in which gradients accumulate and travel; "auto" is the compute dtype.
-        loss_scale: fp16 only; 0 scales dynamically.
-    """
-
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    grad_accum: Literal["auto", "fp32"] = "auto"
-    loss_scale: float = pydantic.Field(default=0.0, ge=0)
-
-
-class ZeroConfig(FrozenConfig):
-    """DeepSpeed ZeRO (Rajbhandari et al. 2020).
-
-    Attributes:
-        stage: 0 replicates; 1 shards optimizer states, 2 also gradients, 3 also parameters.
-        overlap_comm: overlap the reduction of gradients with the backward pass.
-        bucket_mib: size of the reduction and gather buckets.
-        offload: what lies in host memory and is updated there (ZeRO-Offload, Ren et al. 2021): "none"; "optimizer",
-            the masters, Adam's states, the average and the gradients that Adam takes (stages 1, 2, 3); or "all", the
-            weights as well, brought to the device where they are needed (stage 3). May change at a resume.
-    """
-
-    stage: Literal[0, 1, 2, 3] = 2
-    overlap_comm: bool = False
-    bucket_mib: int = pydantic.Field(default=256, gt=0)
-    offload: Literal["none", "optimizer", "all"] = "none"
-
-    @pydantic.model_validator(mode="after")
-    def _offload_possible(self) -> ZeroConfig:
-        if self.offload != "none" and self.stage == 0:
-            raise ValueError(
-                f"offload = {self.offload!r} needs stage = 1, 2 or 3, got stage = 0, where nothing is sharded: raise "
-                'zero.stage, or set zero.offload = "none"'
-            )
-        if self.offload == "all" and self.stage != 3:
-            raise ValueError(
-                f"offload = 'all' needs stage = 3, got stage = {self.stage}, where every rank computes with whole "
-                'weights: set zero.stage = 3, or zero.offload = "optimizer"'
-            )
-        return self
-
+from setformer_dist.engine.config import PrecisionConfig, ZeroConfig
 
 # Keys of DeepSpeed's that we set from our own config; a [deepspeed] table that names one contradicts it.
 OWNED_KEYS = {

@@ -66,7 +66,7 @@ class SoftAttentionConfig(FrozenConfig):
             0 for none. In the authors' code (9, 5, 3), not in the paper.
         query_scale: whether queries are divided by d^(1/4) "before" that convolution, so that its norm and GELU act on
             divided ones (the authors' code), or "after" it, in the kernel alone, which leaves landmarks d^(1/4) too
-            short (what this project did until 2026-11-28, see models/revisions.py). A mean is the same both ways.
+            short (what this project did until 2026-11-28, see core/revisions.py). A mean is the same both ways.
         iterations: Newton-Raphson rounds of the inverse.
         ridge: added to the diagonal of the landmarks' kernel; 0 in the paper, 0.01 in the authors' code.
     """

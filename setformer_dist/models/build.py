@@ -11,60 +11,26 @@ import torch
 from torch import nn
 
 import setformer_dist.models  # noqa: F401 — registers our models with timm
-from setformer_dist.core.config import FrozenConfig, readable
+from setformer_dist.core.config import readable
 from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.model_config import ModelConfig
 from setformer_dist.core.seeding import Purpose, torch_seed
-from setformer_dist.models import revisions
 from setformer_dist.models.arguments import check_arguments
 
 # What constructors of timm's models raise for values that do not go together; none of them checks its arguments first.
 _IMPOSSIBLE = (TypeError, ValueError, AssertionError, AttributeError, LookupError, ArithmeticError, RuntimeError)
 
 
-class ModelConfig(FrozenConfig):
-    """Which model, and what differs from its registered shape.
+def check_name(name: str) -> None:
+    """Check that timm knows the architecture.
 
-    Attributes:
-        name: as in `timm.create_model`.
-        drop_path: stochastic depth of the last block; earlier blocks rise to it linearly.
-        activation_checkpointing: recompute activations in the backward pass: less memory, about a third more work.
-        args: further arguments of the model's own constructor, such as embed_dim, depths, stem_strides, attention
-            ("set", "soft", "soft_norm", "cast", "softmax"), or the tables of their choices: [model.args.attn] with
-            epsilon, iterations, references …, [model.args.soft], [model.args.cast]. What timm takes beside them
-            (pretrained, checkpoint_path, …) is refused: it would load or write files.
-        weights: what a new run begins with, for fine-tuning: a checkpoint of ours (a run's folder, or one step's), or a
-            .safetensors file as `setformer ckpt export` writes it. A run that goes on does not read it again.
-        skip: beginnings of the names of parameters that are not taken from there but drawn from the seed, such as
-            ["head."] for another number of classes.
+    Raises:
+        ConfigError: with the nearest name that it knows.
     """
-
-    name: str = "setformer_tiny"
-    drop_path: float = pydantic.Field(default=0.0, ge=0, lt=1)
-    activation_checkpointing: bool = False
-    args: dict[str, Any] = pydantic.Field(default_factory=dict)
-    weights: str | None = None
-    skip: tuple[str, ...] | None = pydantic.Field(default=None, strict=False)
-
-    @pydantic.field_validator("args")
-    @classmethod
-    def _scale_is_named(cls, value: dict[str, Any], info: pydantic.ValidationInfo) -> dict[str, Any]:
-        # Written back, unlike other defaults: a config that does not name it is of an older version, and means another.
-        return revisions.named(str(info.data.get("name", "")), value)
-
-    @pydantic.model_validator(mode="after")
-    def _skipped_of_something(self) -> ModelConfig:
-        if self.skip is not None and self.weights is None:
-            raise ValueError("model.skip says what is not taken from model.weights, which is not set: set it too")
-        return self
-
-    @pydantic.field_validator("name")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        if not timm.is_model(value):
-            ours = [*timm.list_models("setformer_*"), *timm.list_models("soft_*")]
-            close = difflib.get_close_matches(value, [*ours, *timm.list_models()], n=1)
-            raise ValueError(f"no model {value!r}{f': did you mean {close[0]}?' if close else ''}")
-        return value
+    if not timm.is_model(name):
+        ours = [*timm.list_models("setformer_*"), *timm.list_models("soft_*")]
+        close = difflib.get_close_matches(name, [*ours, *timm.list_models()], n=1)
+        raise ConfigError(f"key 'model.name': no model {name!r}{f': did you mean {close[0]}?' if close else '; `setformer models` lists ours'}")
 
 
 def timm_arguments(config: ModelConfig, num_classes: int, image_size: int) -> dict[str, Any]:
@@ -87,6 +53,7 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int, seed: in
     Raises:
         ConfigError: an argument is not the model's own or impossible.
     """
+    check_name(config.name)
     check_arguments(config.name, config.args)
     torch.manual_seed(torch_seed(Purpose.INIT, seed))
     arguments = {"drop_path_rate": config.drop_path, **timm_arguments(config, num_classes, image_size)}

@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dataloaders import AugmentConfig, DataConfig, PackOptions, ShardTrainStream, pack_image_folder
+from dataloaders.config import AugmentConfig, DataConfig
 from dataloaders.order.mixture import MixturePlan
 from dataloaders.order.order import BlockOrder, Cut, FullOrder, Plan, SetPlan, cursor_at, step_of_cursor
 from dataloaders.order.resolution import BucketPlan, assign_buckets
-from dataloaders.reading.streams import train_requests
+from dataloaders.packing.pack import PackOptions, pack_image_folder
+from dataloaders.reading.streams import ShardTrainStream, train_requests
 from dataloaders.source import Source
 from setformer_dist.core.batch import MicroBatch
 from setformer_dist.core.ranks import RankInfo

@@ -21,14 +21,14 @@ from checkpoints.manager import CheckpointManager
 from dataloaders.order.order import Cut, FullOrder, SetPlan, cursor_at, step_of_cursor
 from setformer_dist.core.config import build
 from setformer_dist.core.ranks import RankInfo
-from setformer_dist.engine.batch_plan import BatchConfig, solve
+from setformer_dist.engine.batch_plan import solve
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
+from setformer_dist.engine.config import BatchConfig, EmaConfig, OptimConfig, PrecisionConfig, ZeroConfig
 from setformer_dist.engine.deepspeed_engine import DTYPES, initialize
-from setformer_dist.engine.ema import Ema, EmaConfig
+from setformer_dist.engine.ema import Ema
 from setformer_dist.engine.master import OPTIMIZER_STATES, MasterState
-from setformer_dist.engine.optim import OptimConfig
 from setformer_dist.engine.step import soft_cross_entropy
-from setformer_dist.engine.zero import PrecisionConfig, ZeroConfig, deepspeed_config
+from setformer_dist.engine.zero import deepspeed_config
 
 GLOBAL_BATCH = 24  # shared by 1, 2, 3 and 4 ranks
 SAMPLES = 24 * 12 + 5

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from launch.weights import FirstWeights
+from setformer_dist.core.model_config import ModelConfig
 from setformer_dist.engine.comm import disconnect
-from setformer_dist.models.build import ModelConfig
 from setformer_dist.testing.ranks import run_ranks
 from tests.distributed.workers import Trainee, samples, small_model
 

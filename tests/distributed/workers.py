@@ -8,16 +8,18 @@ from typing import Any
 import timm
 import torch
 
+from setformer_dist.core.model_config import ModelConfig
 from setformer_dist.core.ranks import RankInfo
-from setformer_dist.engine.batch_plan import BatchConfig, solve
+from setformer_dist.engine.batch_plan import solve
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
+from setformer_dist.engine.config import BatchConfig, EmaConfig, OptimConfig, PrecisionConfig, ZeroConfig
 from setformer_dist.engine.deepspeed_engine import DTYPES, initialize
-from setformer_dist.engine.ema import Ema, EmaConfig
+from setformer_dist.engine.ema import Ema
 from setformer_dist.engine.master import MasterState
-from setformer_dist.engine.optim import OptimConfig, parameter_groups
+from setformer_dist.engine.optim import parameter_groups
 from setformer_dist.engine.step import soft_cross_entropy
-from setformer_dist.engine.zero import PrecisionConfig, ZeroConfig, deepspeed_config
-from setformer_dist.models.build import ModelConfig, build_model
+from setformer_dist.engine.zero import deepspeed_config
+from setformer_dist.models.build import build_model
 
 OPTIM = OptimConfig(lr=1e-3, clip_norm=1.0)
 

@@ -13,19 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dataloaders import (
-    AugmentConfig,
-    DataConfig,
-    PackOptions,
-    ShardEvalStream,
-    ShardTrainStream,
-    open_split,
-    pack_image_folder,
-    verify_split,
-)
+from dataloaders.config import AugmentConfig, DataConfig
+from dataloaders.packing.pack import PackOptions, pack_image_folder
+from dataloaders.packing.verify import verify_split
 from dataloaders.reading.damage import MAX_IN_ROW, SPARED, DamageCount
+from dataloaders.reading.streams import ShardEvalStream, ShardTrainStream
 from dataloaders.sources.index import INDEX_NAME, ShardFacts, write_index
-from dataloaders.sources.shards import ShardDataset
+from dataloaders.sources.shards import ShardDataset, open_split
 from setformer_dist.core.errors import DataError
 from setformer_dist.core.ranks import RankInfo
 

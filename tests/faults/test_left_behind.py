@@ -20,7 +20,8 @@ from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import CheckpointError, LaunchError
 from setformer_dist.core.files import read_state, write_json, write_state
 from setformer_dist.core.terminal import Tolerant
-from setformer_dist.engine.guard import GUARD_COPY, GUARD_FILE, Guard, GuardConfig, Trouble, read_guard
+from setformer_dist.engine.config import GuardConfig
+from setformer_dist.engine.guard import GUARD_COPY, GUARD_FILE, Guard, Trouble, read_guard
 from setformer_dist.testing.commands import ROOT
 
 OLD_LINE = '{"event": "began", "time": 1.0, "step": 3}\n'

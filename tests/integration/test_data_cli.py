@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from dataloaders import PackOptions, open_split, pack_image_folder
+from dataloaders.packing.pack import PackOptions, pack_image_folder
+from dataloaders.sources.shards import open_split
 from launch.cli_data import app
 from setformer_dist.core.errors import SetformerError
 from setformer_dist.testing.commands import Ended, assert_gone, children, setformer, start

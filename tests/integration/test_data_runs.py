@@ -7,8 +7,8 @@ import shutil
 import time
 from pathlib import Path
 
-from dataloaders import open_split
 from dataloaders.order.order import Cut, FullOrder, SetPlan
+from dataloaders.sources.shards import open_split
 from setformer_dist.testing.commands import (
     Ended,
     assert_gone,

@@ -12,7 +12,8 @@ from launch.weights import FirstWeights
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import CheckpointError
 from setformer_dist.core.fragments import Fragment
-from setformer_dist.models.build import ModelConfig, build_model, timm_arguments
+from setformer_dist.core.model_config import ModelConfig
+from setformer_dist.models.build import build_model, timm_arguments
 from setformer_dist.testing.commands import setformer, train_words
 
 NAME = "vit_tiny_patch16_224"

@@ -1,4 +1,4 @@
-"""Runs of SOFT from before 2026-11-28 keep the function that they were trained with (models/revisions.py)."""
+"""Runs of SOFT from before 2026-11-28 keep the function that they were trained with (core/revisions.py)."""
 
 from __future__ import annotations
 

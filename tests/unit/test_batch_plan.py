@@ -3,7 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from setformer_dist.core.errors import ConfigError
-from setformer_dist.engine.batch_plan import BatchConfig, possible_micros, solve
+from setformer_dist.engine.batch_plan import possible_micros, solve
+from setformer_dist.engine.config import BatchConfig
 
 
 @given(st.integers(1, 512), st.integers(1, 16), st.sampled_from([1, 2, 4]))

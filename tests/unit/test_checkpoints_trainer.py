@@ -15,7 +15,8 @@ from checkpoints.identity import Identity
 from checkpoints.strictjson import parse
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import CheckpointError
-from setformer_dist.engine.guard import GUARD_FILE, Guard, GuardConfig, Trouble
+from setformer_dist.engine.config import GuardConfig
+from setformer_dist.engine.guard import GUARD_FILE, Guard, Trouble
 from setformer_dist.engine.trainer import Best, RunState, check_trainer
 
 GOOD = {

@@ -21,7 +21,6 @@ DEMO = PAGES / "demo.toml"
         ("zero.stage=4", "zero.stage = 4: input should be 0, 1, 2 or 3"),
         ("schedule.steps=10", "give either epochs or steps"),
         ("checkpoint.best_metric=ema_top1 ema.decay=0", "needs averaged weights: set ema.decay"),
-        ("model.name=setformer_tinny", "did you mean setformer_tiny?"),
         ("batch.micro=0", "must be a positive number of samples"),
         ("run.name=a/b", "must be a folder name"),
     ],

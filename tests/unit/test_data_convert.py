@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataloaders import PackOptions, open_split, pack_image_folder
 from dataloaders.beton.reader import open_beton
 from dataloaders.packing.convert import convert, pack_beton
+from dataloaders.packing.pack import PackOptions, pack_image_folder
 from dataloaders.pixels.decode import decode
+from dataloaders.sources.shards import open_split
 from setformer_dist.core.errors import ConfigError, DataError
 
 

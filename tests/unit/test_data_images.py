@@ -18,14 +18,15 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from dataloaders import AugmentConfig, DataConfig, Prepare, decode_for_eval
+from dataloaders.config import AugmentConfig, DataConfig
 from dataloaders.pixels.augment import OPERATIONS, color_jitter, erased_box, rand_augment
 from dataloaders.pixels.decode import MAX_PIXELS, UndecodableError, decode, decode_mask, image_size, suffix_for
 from dataloaders.pixels.draws import Lane, sample_words, uniforms
 from dataloaders.pixels.formats import FORMATS
 from dataloaders.pixels.mixing import draw_mix
-from dataloaders.pixels.transforms import TrainTransform, draw_choices, show_for_eval
+from dataloaders.pixels.transforms import TrainTransform, decode_for_eval, draw_choices, show_for_eval
 from dataloaders.pixels.view import DRAWS_OF_CROP, centre_view, random_box, random_view, see_boxes, see_image, see_mask
+from dataloaders.reading.device import Prepare
 from dataloaders.source import Boxes, Stored
 from setformer_dist.core.batch import MicroBatch, MixSpec
 from setformer_dist.core.config import build

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataloaders import PackOptions, open_split, pack_image_folder
 from dataloaders.config import AugmentConfig, DataConfig
 from dataloaders.packing.finding import open_container
 from dataloaders.packing.inspection import colour, inspect, pictures, spread_evenly
+from dataloaders.packing.pack import PackOptions, pack_image_folder
 from dataloaders.packing.throughput import measure
+from dataloaders.sources.shards import open_split
 from setformer_dist.report.sheet import Cell, ClassBar, Sheet, write_html, write_png
 from tests.unit.test_data_foreign import sample, write_tar
 

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dataloaders import AugmentConfig, DataConfig, PackOptions, ShardTrainStream, pack_image_folder
-from dataloaders.config import MixtureEntry
+from dataloaders.config import AugmentConfig, DataConfig, MixtureEntry
 from dataloaders.order.mixture import WINDOW, MixturePlan, MixtureSource, Shares, quotas, set_of
 from dataloaders.order.order import BlockOrder, Cut, FullOrder, cursor_at, step_of_cursor
+from dataloaders.packing.pack import PackOptions, pack_image_folder
+from dataloaders.reading.streams import ShardTrainStream
 from dataloaders.sources.opening import open_source
 from setformer_dist.core.config import build
 from setformer_dist.core.errors import ConfigError, DataError

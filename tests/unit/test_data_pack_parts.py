@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataloaders import PackOptions, open_split, pack_image_folder
+from dataloaders.packing.pack import PackOptions, pack_image_folder
 from dataloaders.packing.text import TextOptions, pack_text
 from dataloaders.pixels.decode import decode
+from dataloaders.sources.shards import open_split
 from dataloaders.tokens import open_token_split
 from setformer_dist.core.errors import ConfigError, DataError
 

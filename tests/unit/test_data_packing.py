@@ -18,9 +18,9 @@ import webdataset
 from PIL import Image
 from typer.testing import CliRunner
 
-from dataloaders import PackOptions, open_split, pack_image_folder
 from dataloaders.packing.convert import pack_beton
-from dataloaders.packing.pack import _write_shard, unfinished
+from dataloaders.packing.pack import PackOptions, _write_shard, pack_image_folder, unfinished
+from dataloaders.sources.shards import open_split
 from launch.cli_data import app
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.testing.commands import heed_ctrl_c
@@ -298,7 +298,7 @@ def test_damaged_compressed_archives_are_one_sentence(folder, tmp_path, kind):
 _KILLED = """
 import os, signal, sys
 from pathlib import Path
-from dataloaders import PackOptions, pack_image_folder
+from dataloaders.packing.pack import PackOptions, pack_image_folder
 if __name__ == "__main__":
     source, destination, die_at = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     rename, renamed = Path.rename, []
@@ -363,7 +363,7 @@ def test_failure_half_way_is_gone_on_with(folder, tmp_path, monkeypatch):
 _PACK = """
 import sys
 from pathlib import Path
-from dataloaders import PackOptions, pack_image_folder
+from dataloaders.packing.pack import PackOptions, pack_image_folder
 if __name__ == "__main__":
     options = PackOptions(samples_per_shard=20, workers=int(sys.argv[3]))
     pack_image_folder(Path(sys.argv[1]), Path(sys.argv[2]), options)

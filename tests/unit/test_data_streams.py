@@ -18,19 +18,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dataloaders import (
-    AugmentConfig,
-    DataConfig,
-    PackOptions,
-    ShardEvalStream,
-    ShardTrainStream,
-    check_same_classes,
-    open_split,
-    pack_image_folder,
-)
+from dataloaders.config import AugmentConfig, DataConfig
 from dataloaders.order.order import BlockOrder
+from dataloaders.packing.pack import PackOptions, pack_image_folder
 from dataloaders.reading.loading import Loaded, Request
 from dataloaders.reading.readers import Readers
+from dataloaders.reading.streams import ShardEvalStream, ShardTrainStream
+from dataloaders.sources.shards import check_same_classes, open_split
 from setformer_dist.core.batch import EvalStream, TrainStream
 from setformer_dist.core.errors import ConfigError, DataError, PassingError
 from setformer_dist.core.ranks import RankInfo
@@ -289,7 +283,9 @@ def test_class_maps_must_agree(data, tmp_path):
 
 _READ = """
 import sys, time
-from dataloaders import DataConfig, ShardTrainStream, open_split
+from dataloaders.config import DataConfig
+from dataloaders.reading.streams import ShardTrainStream
+from dataloaders.sources.shards import open_split
 from pathlib import Path
 from setformer_dist.core.ranks import RankInfo
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataloaders import PackOptions, pack_image_folder, verify_split
 from dataloaders.beton.reader import index_beton
 from dataloaders.packing.convert import convert
+from dataloaders.packing.pack import PackOptions, pack_image_folder
 from dataloaders.packing.text import TextOptions, pack_text
-from dataloaders.packing.verify import unreadable, verify
+from dataloaders.packing.verify import unreadable, verify, verify_split
 from dataloaders.sources.index import COLUMNS, read_index, write_index
 from launch import data_commands
 from setformer_dist.core.errors import ConfigError, DataError, PassingError

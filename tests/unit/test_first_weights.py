@@ -15,7 +15,7 @@ from launch.weights import FirstWeights
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import CheckpointError, ConfigError
 from setformer_dist.core.fragments import Fragment
-from setformer_dist.models.build import ModelConfig
+from setformer_dist.core.model_config import ModelConfig
 
 SHAPES = {"body.w": (2, 3), "head.w": (5, 3), "head.b": (5,)}
 

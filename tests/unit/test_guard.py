@@ -10,7 +10,8 @@ import torch
 
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import TrainingError
-from setformer_dist.engine.guard import GUARD_FILE, Guard, GuardConfig, Updates
+from setformer_dist.engine.config import GuardConfig
+from setformer_dist.engine.guard import GUARD_FILE, Guard, Updates
 
 
 def guard(folder, **values):

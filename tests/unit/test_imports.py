@@ -1,6 +1,8 @@
 """Imports go one way (docs/architecture.md), and no import of ours hides inside a function."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,3 +69,10 @@ def test_no_pickle_on_any_load_path() -> None:
             assert not {"pickle", "torch.load"} & set(imports(ast.parse(text))), path
             assert "torch.load(" not in text, path
             assert "allow_pickle=True" not in text, path
+
+
+@pytest.mark.parametrize("module", ["launch.cli", "launch.config"])
+def test_a_typo_is_told_before_heavy_imports(module: str) -> None:
+    heavy = {"torch", "timm", "deepspeed", "numpy", "PIL"}
+    program = f"import sys, {module}; print(sorted({heavy!r} & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"

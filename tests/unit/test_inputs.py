@@ -9,7 +9,7 @@ from dataloaders.config import DataConfig, MixtureEntry, ResolutionStage
 from dataloaders.order.mixture import MixtureSource
 from launch.inputs import ImageInputs, check_splits
 from setformer_dist.core.errors import ConfigError, DataError
-from setformer_dist.models.build import ModelConfig
+from setformer_dist.core.model_config import ModelConfig
 
 
 def test_a_mixture_is_opened_for_training_and_one_set_for_validation(digits: Path) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from setformer_dist.models import revisions
+from setformer_dist.core import revisions
+from setformer_dist.core.model_config import ModelConfig
 from setformer_dist.models.attention import SoftAttention, SoftAttentionConfig
-from setformer_dist.models.build import ModelConfig
 
 CONVOLVES = {"attention": "soft", "soft": {"sampling": "conv"}}
 

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 import setformer_dist.models  # noqa: F401  (registers the models)
 from setformer_dist.core.errors import ConfigError
-from setformer_dist.models.build import ModelConfig, build_model
+from setformer_dist.core.model_config import ModelConfig
+from setformer_dist.models.build import build_model
 from setformer_dist.models.soft import SOFT, resize
 
 # Published sizes in millions of parameters, 1000 classes.

@@ -6,17 +6,19 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from launch.config import load_run
 from launch.restarts import Again, Failure, GiveUp, RestartConfig, verdict
 from launch.runs import list_runs
-from launch.supervise import restart_config
 from setformer_dist.core import ledger
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.heartbeat import FD_VARIABLE, Heartbeat, Pulse
 
+DEMO = Path(__file__).parent.parent.parent / "configs" / "runs" / "demo.toml"
 POLICY = RestartConfig(limit=4, window_minutes=10, backoff_s=1, backoff_max_s=6, same_step=3)
 
 
@@ -61,10 +63,10 @@ def test_limit_zero_never_restarts():
 
 
 def test_a_bad_restart_table_is_named():
-    with pytest.raises(ConfigError, match=r"page.toml: restart.limit"):
-        restart_config({"limit": -1}, "page.toml")
-    with pytest.raises(ConfigError, match=r"restart.foo"):
-        restart_config({"foo": 1}, "page.toml")
+    with pytest.raises(ConfigError, match=r"demo.toml: restart.limit = -1"):
+        load_run(DEMO, ["restart.limit=-1"])
+    with pytest.raises(ConfigError, match=r"unknown key 'restart.foo'"):
+        load_run(DEMO, ["restart.foo=1"])
 
 
 def event(name, at, **values):

@@ -1,0 +1,47 @@
+"""The `[model]` table of a run config; it imports neither torch nor timm, so a typo is told at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pydantic
+
+from setformer_dist.core import revisions
+from setformer_dist.core.config import FrozenConfig
+
+
+class ModelConfig(FrozenConfig):
+    """Which model, and what differs from its registered shape.
+
+    Attributes:
+        name: as in `timm.create_model`.
+        drop_path: stochastic depth of the last block; earlier blocks rise to it linearly.
+        activation_checkpointing: recompute activations in the backward pass: less memory, about a third more work.
+        args: further arguments of the model's own constructor, such as embed_dim, depths, stem_strides, attention
+            ("set", "soft", "soft_norm", "cast", "softmax"), or the tables of their choices: [model.args.attn] with
+            epsilon, iterations, references …, [model.args.soft], [model.args.cast]. What timm takes beside them
+            (pretrained, checkpoint_path, …) is refused: it would load or write files.
+        weights: what a new run begins with, for fine-tuning: a checkpoint of ours (a run's folder, or one step's), or a
+            .safetensors file as `setformer ckpt export` writes it. A run that goes on does not read it again.
+        skip: beginnings of the names of parameters that are not taken from there but drawn from the seed, such as
+            ["head."] for another number of classes.
+    """
+
+    name: str = "setformer_tiny"
+    drop_path: float = pydantic.Field(default=0.0, ge=0, lt=1)
+    activation_checkpointing: bool = False
+    args: dict[str, Any] = pydantic.Field(default_factory=dict)
+    weights: str | None = None
+    skip: tuple[str, ...] | None = pydantic.Field(default=None, strict=False)
+
+    @pydantic.field_validator("args")
+    @classmethod
+    def _scale_is_named(cls, value: dict[str, Any], info: pydantic.ValidationInfo) -> dict[str, Any]:
+        # Written back, unlike other defaults: a config that does not name it is of an older version, and means another.
+        return revisions.named(str(info.data.get("name", "")), value)
+
+    @pydantic.model_validator(mode="after")
+    def _skipped_of_something(self) -> ModelConfig:
+        if self.skip is not None and self.weights is None:
+            raise ValueError("model.skip says what is not taken from model.weights, which is not set: set it too")
+        return self
