@@ -177,7 +177,11 @@ def _class_folders(source: Path, wanted: Wanted, scratch: Path) -> FoundOrigin:
         check_class_names(seen, *given)
         classes = given[0]
     else:
-        check_numbers_in_place(classes, f"source {source}: the order of its class folders")
+        check_numbers_in_place(
+            classes,
+            f"source {source}: the order of its class folders",
+            "give their order with --classes FILE, one name per line, or name them 00, 01, …",
+        )
     label_of = {name: label for label, name in enumerate(classes)}
     settled = listing.settled(classes, frozenset(), wanted, [label_of[name] for name in seen])
     return FoundOrigin(settled, [*notes, *_said(tree.passed)])

@@ -84,24 +84,37 @@ def parse_class_map(data: bytes, shown: str) -> tuple[str, ...]:
     double = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
     if double:
         raise DataError(f"class map {shown} names {double[0]!r} twice: each line is one label")
-    check_numbers_in_place(names, f"class map {shown}")
+    check_numbers_in_place(names, f"class map {shown}", "sort them as numbers, or give the classes names")
     return tuple(names)
 
 
-def check_numbers_in_place(names: Sequence[str], where: str) -> None:
-    """Refuse names that are the numbers 0 to n - 1 in another order, as sorting them as text makes it.
+def out_of_place(names: Sequence[str]) -> int | None:
+    """Return the first label that is not its class's number where the names are 0 to n - 1 in another order.
 
-    Raises:
-        DataError: they are; then label 2 would be class "10".
+    Sorting numbers as text makes such an order: label 2 is then class "10".
     """
     if not all(re.fullmatch(r"\d{1,18}", name) for name in names):
-        return
+        return None
     numbers = [int(name) for name in names]
-    if sorted(numbers) == list(range(len(numbers))) != numbers:
-        at = next(at for at, number in enumerate(numbers) if at != number)
+    if sorted(numbers) != list(range(len(numbers))):
+        return None
+    return next((at for at, number in enumerate(numbers) if at != number), None)
+
+
+def check_numbers_in_place(names: Sequence[str], where: str, repair: str) -> None:
+    """Refuse names that are the numbers 0 to n - 1 in another order.
+
+    Args:
+        names: in label order.
+        where: they stand, for the message.
+        repair: for the message.
+
+    Raises:
+        DataError: they are.
+    """
+    if (at := out_of_place(names)) is not None:
         raise DataError(
-            f"{where} has number {names[at]!r} at label {at}, as if numbers had been sorted as text: sort them as "
-            "numbers, or give the classes names"
+            f"{where} has number {names[at]!r} at label {at}, as if numbers had been sorted as text: {repair}"
         )
 
 

@@ -37,6 +37,7 @@ from dataloaders.pixels.decode import UndecodableError, image_size
 from dataloaders.source import DamagedSampleError, Stored
 from dataloaders.sources.arrays import file_digest, map_arrays, write_arrays
 from dataloaders.sources.cache import locked
+from dataloaders.sources.classes import out_of_place
 from dataloaders.sources.files import LARGEST_SAMPLE, LARGEST_TABLE, OddFileError, open_regular, parse_json, read_whole
 from dataloaders.sources.homes import own_folder, trusted
 from dataloaders.sources.index import durable_write, fingerprint_of
@@ -246,6 +247,14 @@ def open_image_folder(folder: Path, cache: Path, timeout: float, allow_empty: bo
     listing = _listed(folder, allow_empty)
     if line := listing.passed.line():
         _log.warning("%s: passed over %s", folder, line)
+    if (at := out_of_place(listing.classes)) is not None:
+        _log.warning(
+            "%s: label %d is class folder '%s', as folders are sorted as text; predictions give the folder's name. "
+            "Another order: setformer data pack --classes FILE",
+            folder,
+            at,
+            listing.classes[at],
+        )
     home = cache / "indexes" / hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
     target = home / listing.signature
     if (found := _believed(target, listing)) is not None:  # perhaps where nothing can be written

@@ -1,5 +1,6 @@
 """The training engine: one loop over optimizer steps, DeepSpeed underneath, checkpoints and metrics beside it.
 
+    config.py     the tables of a run config that the engine reads, without torch
     trainer.py    the loop: knows steps, schedule, evaluation, checkpoints, signals
     step.py       one optimizer step: forward, backward, update
     zero.py       typed config -> DeepSpeed's JSON

@@ -30,7 +30,8 @@ def check_name(name: str) -> None:
     if not timm.is_model(name):
         ours = [*timm.list_models("setformer_*"), *timm.list_models("soft_*")]
         close = difflib.get_close_matches(name, [*ours, *timm.list_models()], n=1)
-        raise ConfigError(f"key 'model.name': no model {name!r}{f': did you mean {close[0]}?' if close else '; `setformer models` lists ours'}")
+        hint = f": did you mean {close[0]}?" if close else "; `setformer models` lists ours"
+        raise ConfigError(f"key 'model.name': no model {name!r}{hint}")
 
 
 def timm_arguments(config: ModelConfig, num_classes: int, image_size: int) -> dict[str, Any]:

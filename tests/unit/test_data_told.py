@@ -130,6 +130,17 @@ def test_further_pictures_of_a_sample_are_no_keys_with_dots(tmp_path, caplog):
     assert "passed over 2 files that are no images (1 .txt, 1 .depth.png)" in caplog.text
 
 
+def test_class_folders_that_are_numbers_in_text_order_are_told(tmp_path, caplog):
+    root = folder(tmp_path / "photos", [str(number) for number in range(11)], 1)
+    assert opened(root).classes[:3] == ("0", "1", "10")
+    assert "label 2 is class folder '10'" in caplog.text
+    with pytest.raises(DataError, match=r"has number '10' at label 2.*--classes FILE"):
+        pack_image_folder(root, tmp_path / "packed", PackOptions(workers=0))
+    caplog.clear()
+    opened(folder(tmp_path / "padded", [f"{number:02}" for number in range(11)], 1))
+    assert "class folder" not in caplog.text
+
+
 def test_hidden_members_are_passed_over_at_any_depth_and_told(tmp_path, caplog):
     files = [(f"train/{i}.{part}", data) for i in range(4) for part, data in (("jpg", picture(i)), ("cls", b"0"))]
     hidden = [("train/._0.jpg", b"x"), ("train/.DS_Store", b"x"), ("__MACOSX/train/1.jpg", b"x"), ("README", b"x")]

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import setformer_dist.models  # noqa: F401  (registers the models)
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.models import cost
+from setformer_dist.models.build import check_name
 from setformer_dist.models.layers import keyed_uniform
 from setformer_dist.models.setformer import SeTformer
 from setformer_dist.ops.set_attention import SetAttentionConfig
@@ -441,3 +442,8 @@ def test_a_few_steps_learn_a_batch_by_heart(attention):
         losses.append(loss.item())
     assert losses[0] > 1.7
     assert losses[-1] < 0.3
+
+
+def test_an_unknown_name_is_refused_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"no model 'setformer_tinny': did you mean setformer_tiny\?"):
+        check_name("setformer_tinny")
