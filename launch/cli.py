@@ -90,7 +90,7 @@ def train(
 
     Examples:
 
-        setformer train configs/runs/demo.toml data.root=data/digits --ranks 2
+        setformer train demo data.root=runs/demo-data --ranks 2
 
         setformer train configs/runs/cifar10.toml data.root=data/cifar10 optim.lr=2e-3 run.name=try2 --ranks 2
 
@@ -164,7 +164,7 @@ def evaluate(
 
         setformer eval runs/demo
 
-        setformer eval runs/demo/checkpoints/step-00000500 --data data/digits --split val --weights ema
+        setformer eval runs/demo/checkpoints/step-00000440 --data runs/demo-data --split val --weights ema
     """
     infer = load("launch.infer")
     trained = infer.load_trained(checkpoint, _weights(weights))

@@ -47,7 +47,7 @@ def show(checkpoint: CheckpointPath, as_json: AsJson = False) -> None:
 
         setformer ckpt show runs/demo
 
-        setformer ckpt show runs/demo/checkpoints/step-00000500 --json
+        setformer ckpt show runs/demo/checkpoints/step-00000440 --json
     """
     load("launch.listing").show(checkpoint, Console(), as_json)
 
@@ -60,7 +60,7 @@ def verify(checkpoint: CheckpointPath, as_json: AsJson = False) -> None:
 
         setformer ckpt verify runs/demo
 
-        setformer ckpt verify runs/demo/checkpoints/step-00000500 --json
+        setformer ckpt verify runs/demo/checkpoints/step-00000440 --json
     """
     if load("launch.ckpt").verify(checkpoint, Console(), as_json):
         raise typer.Exit(_DAMAGED)
@@ -77,7 +77,7 @@ def diff(
 
     Examples:
 
-        setformer ckpt diff runs/demo/checkpoints/step-00000400 runs/demo/checkpoints/step-00000500
+        setformer ckpt diff runs/demo/checkpoints/step-00000330 runs/demo/checkpoints/step-00000440
 
         setformer ckpt diff runs/one runs/two --state ema --json
     """

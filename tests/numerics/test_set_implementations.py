@@ -609,3 +609,28 @@ def test_epsilon_below_the_scalings_takes_the_reference():
     y, gradients = run(config, tensors, extra)
     wanted = run(variant(config, implementation="reference"), tensors, extra)
     assert_same((y, gradients), wanted, 1e-9)
+
+
+@pytest.mark.parametrize("kernel", ["similarity", "gaussian"])
+@pytest.mark.parametrize("implementation", ["reference", "fast", "cpp"])
+def test_zero_vectors_are_fine_and_a_bad_image_spoils_no_other(implementation, kernel):
+    config = SetAttentionConfig(references=9, implementation=implementation, kernel=kernel, reference_sets=1)
+    rng = torch.Generator().manual_seed(0)
+    x, references = torch.randn(2, 2, 20, 8, generator=rng), torch.randn(2, 9, 8, generator=rng)
+
+    def of(value: float, tokens: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        leaf = x.clone()
+        leaf[0, :, tokens] = value
+        leaf.requires_grad_()
+        y = set_attention(leaf, references, config, grid=(4, 5))
+        (gradient,) = torch.autograd.grad(y.sum(), leaf)
+        return y.detach(), gradient
+
+    clean, clean_gradient = of(0.5, slice(3, 4))
+    for tokens in (slice(3, 4), slice(None)):
+        assert all(t.isfinite().all() for t in of(0.0, tokens))
+    for bad in (math.nan, math.inf, -math.inf):
+        y, gradient = of(bad, slice(3, 4))
+        assert not y[0].isfinite().all()  # told by the loss, never hidden
+        assert torch.equal(y[1], clean[1])
+        assert torch.equal(gradient[1], clean_gradient[1])
