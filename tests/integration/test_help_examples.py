@@ -38,7 +38,8 @@ ELSEWHERE = {
         "tests/integration/test_checkpoint_imported.py"
     ),
 }
-SHORTER = ["schedule.epochs=1", "schedule.warmup_epochs=0", "run.threads=1", "eval.every_epochs=0"]
+SHORTER = ["~schedule.epochs", "~schedule.warmup_epochs", "schedule.steps=2", "run.threads=1", "eval.every_epochs=0",
+           "data.augment.crop=resized"]  # fmt: skip
 
 
 def walk(command: click.Command, path: list[str]) -> Iterator[tuple[list[str], click.Command]]:
