@@ -107,7 +107,7 @@ def place(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copytree(digits / "images" / split / digit, root / "photos" / split / digit)
     _tar(root / "photos.tar.gz", {p.relative_to(root).as_posix().removeprefix("photos/"): p.read_bytes()
                                   for p in (root / "photos").rglob("*.png")})  # fmt: skip
-    for place in ("runs/demo-data", "data/cifar10"):
+    for place in ("runs/demo-data", "data/cifar10", "data/imagenet"):
         for split in ("train", "val", "images"):
             shutil.copytree(digits / split, root / place / split)
     shutil.copytree(digits / "images" / "val" / "3", root / "some")
