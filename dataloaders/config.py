@@ -12,6 +12,7 @@ from typing import Annotated, Literal, Self
 import pydantic
 
 from setformer_dist.core.config import FrozenConfig
+from setformer_dist.core.continuing import FREE
 
 # TOML has arrays, not tuples; strict mode would refuse them.
 _Triple = Annotated[tuple[float, float, float], pydantic.Field(strict=False)]
@@ -157,14 +158,14 @@ class DataConfig(FrozenConfig):
         augment: what is done to training images.
     """
 
-    root: str = ""
-    train: str = "train"
-    val: str = "val"
+    root: Annotated[str, FREE] = ""
+    train: Annotated[str, FREE] = "train"
+    val: Annotated[str, FREE] = "val"
     engine: Literal["native", "ffcv"] = "native"
-    access: Literal["random", "sequential"] = "random"
-    cache: str = ""
-    cache_gib: float = pydantic.Field(default=64.0, gt=0.0)
-    read_timeout: float = pydantic.Field(default=60.0, gt=0.0)
+    access: Annotated[Literal["random", "sequential"], FREE] = "random"
+    cache: Annotated[str, FREE] = ""
+    cache_gib: Annotated[float, FREE] = pydantic.Field(default=64.0, gt=0.0)
+    read_timeout: Annotated[float, FREE] = pydantic.Field(default=60.0, gt=0.0)
     order: Literal["full", "block"] = "full"
     block_shards: int = pydantic.Field(default=64, ge=1)
     epoch_end: Literal["drop", "wrap"] = "drop"
@@ -177,13 +178,13 @@ class DataConfig(FrozenConfig):
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     mean: _Triple = _IMAGENET_MEAN
     std: _Triple = _IMAGENET_STD
-    workers: int = pydantic.Field(default=0, ge=0)
-    threads: int = pydantic.Field(default=1, ge=0, le=1024)
-    prefetch: int = pydantic.Field(default=2, ge=1)
-    max_bad_share: float = pydantic.Field(default=1e-3, ge=0.0, le=1.0)
-    skip_bad: bool = False
-    allow_empty_classes: bool = False
-    bad_validation: Literal["raise", "zero_weight"] = "raise"
+    workers: Annotated[int, FREE] = pydantic.Field(default=0, ge=0)
+    threads: Annotated[int, FREE] = pydantic.Field(default=1, ge=0, le=1024)
+    prefetch: Annotated[int, FREE] = pydantic.Field(default=2, ge=1)
+    max_bad_share: Annotated[float, FREE] = pydantic.Field(default=1e-3, ge=0.0, le=1.0)
+    skip_bad: Annotated[bool, FREE] = False
+    allow_empty_classes: Annotated[bool, FREE] = False
+    bad_validation: Annotated[Literal["raise", "zero_weight"], FREE] = "raise"
     augment: AugmentConfig = AugmentConfig()
 
     @property
@@ -234,9 +235,9 @@ class TokenConfig(FrozenConfig):
     """
 
     kind: Literal["tokens"] = "tokens"
-    root: str
-    train: str = "train"
-    val: str = "val"
+    root: Annotated[str, FREE]
+    train: Annotated[str, FREE] = "train"
+    val: Annotated[str, FREE] = "val"
     length: int = pydantic.Field(default=0, ge=0)
     smoothing: float = pydantic.Field(default=0.0, ge=0.0, lt=1.0)
 

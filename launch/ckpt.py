@@ -30,12 +30,12 @@ from checkpoints.reader import (
     open_checkpoint,
     verified,
 )
-from launch.config import flatten
 from launch.export import check_free, made
 from launch.infer import load_trained
 from launch.lock import held
 from setformer_dist.core import config as base
 from setformer_dist.core.comm import Alone
+from setformer_dist.core.continuing import flatten
 from setformer_dist.core.errors import CheckpointError, ConfigError
 from setformer_dist.core.fragments import Fragment
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import pydantic
 
@@ -22,6 +22,7 @@ from launch.restarts import RestartConfig
 from setformer_dist.core import config as base
 from setformer_dist.core import revisions
 from setformer_dist.core.config import FrozenConfig
+from setformer_dist.core.continuing import FREE, Permitted, differences, must_stay, unknown_keys
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.files import read_state
 from setformer_dist.core.model_config import ModelConfig
@@ -54,13 +55,13 @@ class RunTable(FrozenConfig):
         record_samples: write the sample ids of every optimizer step to samples.jsonl, as a proof of order.
     """
 
-    name: str
-    out: str = "runs"
+    name: Annotated[str, FREE]
+    out: Annotated[str, FREE] = "runs"
     seed: int = pydantic.Field(default=0, ge=0)
-    log_every: int = pydantic.Field(default=10, gt=0)
-    threads: int = pydantic.Field(default=0, ge=0)
-    timeout_minutes: float = pydantic.Field(default=10.0, gt=0)
-    record_samples: bool = False
+    log_every: Annotated[int, FREE] = pydantic.Field(default=10, gt=0)
+    threads: Annotated[int, FREE] = pydantic.Field(default=0, ge=0)
+    timeout_minutes: Annotated[float, FREE] = pydantic.Field(default=10.0, gt=0)
+    record_samples: Annotated[bool, FREE] = False
 
     @pydantic.field_validator("name")
     @classmethod
@@ -111,16 +112,16 @@ class RunConfig(FrozenConfig):
 
     run: RunTable
     model: ModelConfig
-    data: AnyDataConfig
+    data: Annotated[AnyDataConfig, Permitted("data")]
     batch: BatchConfig
     schedule: ScheduleConfig
     optim: OptimConfig = OptimConfig()
     precision: PrecisionConfig = PrecisionConfig()
-    zero: ZeroConfig = ZeroConfig()
+    zero: Annotated[ZeroConfig, FREE] = ZeroConfig()
     ema: EmaConfig = EmaConfig()
-    eval: EvalConfig = EvalConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    restart: RestartConfig = RestartConfig()
+    eval: Annotated[EvalConfig, FREE] = EvalConfig()
+    checkpoint: Annotated[CheckpointConfig, FREE] = CheckpointConfig()
+    restart: Annotated[RestartConfig, FREE] = RestartConfig()
     guard: GuardConfig = GuardConfig()
     deepspeed: dict[str, Any] = pydantic.Field(default_factory=dict)
 
@@ -136,44 +137,6 @@ class RunConfig(FrozenConfig):
     def folder(self) -> Path:
         """The run's folder."""
         return Path(self.run.out) / self.run.name
-
-
-# Keys that may change between a run and its continuation, because they do not change what is computed: the order of
-# samples knows neither ranks nor micro batch, and any ZeRO stage reads what any other wrote. (Losses then agree to
-# rounding; bit by bit where ranks, stage and threads stay the same.)
-FREE_KEYS = (
-    "run.name",
-    "run.out",
-    "run.log_every",
-    "run.timeout_minutes",
-    "run.record_samples",
-    "run.threads",
-    "batch.micro",
-    "batch.max_micro",
-    "zero",
-    "resolved",
-    "data.root",
-    "data.train",
-    "data.val",
-    "data.workers",
-    "data.threads",
-    "data.access",
-    "data.cache",
-    "data.cache_gib",
-    "data.read_timeout",
-    "data.prefetch",
-    "data.max_bad_share",
-    "data.bad_validation",
-    "data.skip_bad",
-    "data.allow_empty_classes",
-    "eval",
-    "checkpoint",
-    "restart",
-)
-
-
-# Keys that each of `checkpoint.allow_changes` lets differ besides.
-_ALLOWED_KEYS = {"global_batch": "batch.global_size", "data": "data."}
 
 
 @dataclass(frozen=True)
@@ -201,7 +164,7 @@ class ResolvedRun:
 
     def identity(self) -> dict[str, Any]:
         """Return the part of the config that a continuation must share."""
-        return {key: value for key, value in flatten(self.as_json()).items() if not _is_free(key)}
+        return dict(redacted_json(must_stay(self.config)))
 
     def identity_hash(self) -> str:
         """Return the hash of `identity`."""
@@ -265,32 +228,23 @@ def check_folder(run: ResolvedRun) -> None:
         raise ConfigError(
             f"{path} is damaged ({error}): move the folder away, or give this run another run.name"
         ) from None
-    if isinstance(there, dict) and isinstance(there.get("model"), dict):
+    if not isinstance(there, dict):
+        raise ConfigError(f"{path} holds no config: move the folder away, or give this run another run.name")
+    there = {key: value for key, value in there.items() if key not in ("resolved", "sha256")}
+    if isinstance(there.get("model"), dict):
         there["model"] = revisions.as_trained(there["model"])
-    theirs = {key: value for key, value in flatten(redacted_json(there)).items() if not _is_free(key)}
-    ours = flatten(json.loads(json.dumps(run.identity())))
-    allowed = tuple(_ALLOWED_KEYS[change] for change in run.config.checkpoint.allow_changes)
-    differing = sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
-    differing = [key for key in differing if not key.startswith(allowed)]
+    if newer := unknown_keys(there, RunConfig):
+        raise ConfigError(
+            f"{path} has the key {newer[0]!r}, which this version of setformer_dist does not know: a later version "
+            "wrote it, and only that one can go on with the run"
+        )
+    found = differences(there, run.config, run.config.checkpoint.allow_changes)
+    differing = [(d.key, redacted_json(d.there), redacted_json(d.here)) for d in found]
+    differing = [(key, theirs, ours) for key, theirs, ours in differing if theirs != ours]
     if differing:
-        shown = ", ".join(f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here" for key in differing[:4])
+        shown = ", ".join(f"{key} is {theirs!r} there and {ours!r} here" for key, theirs, ours in differing[:4])
         more = f", and {len(differing) - 4} more" if len(differing) > 4 else ""
         raise ConfigError(
             f"run folder {run.config.folder} holds a run of another config ({shown}{more}): "
             "give this run another run.name, or move the folder away"
         )
-
-
-def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested tables as one level of dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)

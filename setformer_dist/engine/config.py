@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
 from setformer_dist.core.config import FrozenConfig
+from setformer_dist.core.continuing import FREE, Permitted
 from setformer_dist.core.errors import ConfigError
 
 # A loss spike is told from the start of training by at least so many losses before it.
@@ -22,9 +23,9 @@ class BatchConfig(FrozenConfig):
         max_micro: bound for "auto", by memory.
     """
 
-    global_size: int = pydantic.Field(gt=0)
-    micro: int | Literal["auto"] = "auto"
-    max_micro: int = pydantic.Field(default=128, gt=0)
+    global_size: Annotated[int, Permitted("global_batch")] = pydantic.Field(gt=0)
+    micro: Annotated[int | Literal["auto"], FREE] = "auto"
+    max_micro: Annotated[int, FREE] = pydantic.Field(default=128, gt=0)
 
     @pydantic.field_validator("micro")
     @classmethod

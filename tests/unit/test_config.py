@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.config import FREE_KEYS, RunConfig, check_folder, load_run, resolve
-from setformer_dist.core.config import all_keys, merge, parse_override, read_toml
+from launch.config import check_folder, load_run, resolve
+from setformer_dist.core.config import merge, parse_override, read_toml
+from setformer_dist.core.continuing import must_stay
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.files import write_json
 
@@ -80,10 +81,43 @@ def test_configs_are_frozen() -> None:
         config.optim.lr = 1.0  # type: ignore[misc]
 
 
-def test_free_keys_exist() -> None:
-    keys = all_keys(RunConfig)
-    for free in FREE_KEYS:
-        assert free == "resolved" or any(key == free or key.startswith(f"{free}.") for key in keys), free
+def test_what_may_change_in_a_continuation() -> None:
+    stay = must_stay(load_run(DEMO))
+    assert {"run.seed", "model.name", "batch.global_size", "data.image_size", "data.augment.crop", "optim.lr"} <= set(
+        stay
+    )
+    free = (
+        "run.name",
+        "run.threads",
+        "batch.micro",
+        "zero",
+        "data.root",
+        "data.workers",
+        "eval",
+        "checkpoint",
+        "restart",
+    )
+    assert not [key for key in stay if key.startswith(free)]
+    assert "batch.global_size" not in must_stay(load_run(DEMO), ["global_batch"])
+    assert not [key for key in must_stay(load_run(DEMO), ["data"]) if key.startswith("data.")]
+
+
+def test_a_key_added_later_means_its_default_and_an_unknown_one_is_named(tmp_path: Path) -> None:
+    run = resolve(load_run(DEMO, [f"run.out={tmp_path}"]), 2)
+    run.config.folder.mkdir()
+    older = run.as_json()
+    del older["guard"], older["optim"]["layer_decay"], older["data"]["augment"]["pad"], older["restart"]
+    write_json(run.config.folder / "config.json", older)
+    with pytest.raises(ConfigError, match=r"\(data\.augment\.pad is 4 there and 2 here\)"):  # the page sets 2
+        check_folder(run)
+    write_json(run.config.folder / "config.json", {**older, "data": run.as_json()["data"]})
+    check_folder(run)
+    with pytest.raises(ConfigError, match=r"guard\.spike is 0\.0 there and 3\.0 here"):
+        check_folder(resolve(load_run(DEMO, [f"run.out={tmp_path}", "guard.spike=3.0"]), 2))
+    later = {**run.as_json(), "optim": {**run.as_json()["optim"], "lookahead": 3}}
+    write_json(run.config.folder / "config.json", later)
+    with pytest.raises(ConfigError, match=r"has the key 'optim\.lookahead', which this version .* does not know"):
+        check_folder(run)
 
 
 def test_a_run_folder_of_another_config_is_refused(tmp_path: Path) -> None:
