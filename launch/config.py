@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -37,6 +38,9 @@ from setformer_dist.models.build import ModelConfig
 log = logging.getLogger(__name__)
 
 
+_LONGEST_NAME = 255  # bytes of a folder's name, on every file system that we know
+
+
 class RunTable(FrozenConfig):
     """Who the run is.
 
@@ -62,8 +66,19 @@ class RunTable(FrozenConfig):
     @pydantic.field_validator("name")
     @classmethod
     def _folder_name(cls, value: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
-            raise ValueError("must be a folder name of letters, digits, dots, dashes and underscores")
+        if not re.fullmatch(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{_LONGEST_NAME - 1}}}", value):
+            raise ValueError(
+                f"must be a folder name of at most {_LONGEST_NAME} letters, digits, dots, dashes and underscores"
+            )
+        return value
+
+    @pydantic.field_validator("out")
+    @classmethod
+    def _path(cls, value: str) -> str:
+        if not value.isprintable():
+            raise ValueError("must be the path of a folder without control characters")
+        if any(len(os.fsencode(part)) > _LONGEST_NAME for part in Path(value).parts):
+            raise ValueError(f"must be the path of a folder; no name in it may exceed {_LONGEST_NAME} bytes")
         return value
 
 
@@ -221,7 +236,7 @@ def continued(config: RunConfig) -> RunConfig:
         config: of a run that begins or goes on.
     """
     try:
-        there = json.loads((config.folder / "config.json").read_text())
+        there, _ = read_state(config.folder / "config.json")
         table = there["model"]
         old = revisions.scale_of(table) == revisions.OLD
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -254,7 +269,7 @@ def check_folder(run: ResolvedRun) -> None:
         ConfigError: naming the keys that differ.
     """
     path = run.config.folder / "config.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         return
     try:
         there, _ = read_state(path)

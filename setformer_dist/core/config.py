@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -121,10 +121,23 @@ def build(model: type[ConfigT], table: Mapping[str, Any], source: str) -> Config
     Raises:
         ConfigError: with every fault, each with its place and, for an unknown key, the nearest known one.
     """
+    if (large := next(_beyond(table), None)) is not None:
+        raise ConfigError(f"{source}: {large}: an integer of a page has at most 64 bits, as TOML says")
     try:
         return model.model_validate(dict(table))
     except pydantic.ValidationError as error:
         raise ConfigError(f"{source}: {readable(error, model)}") from None
+
+
+def _beyond(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the keys of integers that 64 bits do not hold: whoever reads them packs them in as many, or in a float."""
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _beyond(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            yield from _beyond(dict(enumerate(value)), f"{prefix}{key}.")  # type: ignore[arg-type]
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            yield f"{prefix}{key}"
 
 
 def load(model: type[ConfigT], path: Path, overrides: Iterable[str] = ()) -> ConfigT:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +10,9 @@ import pydantic
 
 from setformer_dist.core.config import FrozenConfig
 from setformer_dist.core.errors import ConfigError
+
+# The solutions are divisors, and to find those of any number that TOML can write would take longer than training.
+LARGEST_GLOBAL_BATCH = 2**31 - 1
 
 
 class BatchConfig(FrozenConfig):
@@ -20,7 +24,7 @@ class BatchConfig(FrozenConfig):
         max_micro: bound for "auto", by memory.
     """
 
-    global_size: int = pydantic.Field(gt=0)
+    global_size: int = pydantic.Field(gt=0, le=LARGEST_GLOBAL_BATCH)
     micro: int | Literal["auto"] = "auto"
     max_micro: int = pydantic.Field(default=128, gt=0)
 
@@ -47,7 +51,8 @@ def possible_micros(global_size: int, world_size: int) -> list[int]:
     if global_size % world_size:
         return []
     per_rank = global_size // world_size
-    return [micro for micro in range(1, per_rank + 1) if per_rank % micro == 0]
+    small = [micro for micro in range(1, math.isqrt(per_rank) + 1) if per_rank % micro == 0]
+    return sorted({*small, *(per_rank // micro for micro in small)})
 
 
 def solve(config: BatchConfig, world_size: int, multiple_of: int = 1) -> BatchPlan:
