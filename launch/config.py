@@ -75,8 +75,6 @@ class RunTable(FrozenConfig):
     @pydantic.field_validator("out")
     @classmethod
     def _path(cls, value: str) -> str:
-        if not value.isprintable():
-            raise ValueError("must be the path of a folder without control characters")
         if any(len(os.fsencode(part)) > _LONGEST_NAME for part in Path(value).parts):
             raise ValueError(f"must be the path of a folder; no name in it may exceed {_LONGEST_NAME} bytes")
         return value
