@@ -59,7 +59,7 @@ class ScheduleConfig(FrozenConfig):
 
     epochs: int | None = pydantic.Field(default=None, gt=0)
     steps: int | None = pydantic.Field(default=None, gt=0)
-    warmup_epochs: float | None = pydantic.Field(default=None, ge=0)
+    warmup_epochs: float | None = pydantic.Field(default=None, ge=0, le=1e9)
     warmup_steps: int | None = pydantic.Field(default=None, ge=0)
     warmup_lr: float = pydantic.Field(default=1e-6, ge=0)
     min_lr: float = pydantic.Field(default=5e-6, ge=0)

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from launch.ckpt import _retention_of
 from launch.config import RunConfig, check_folder, continued, load_run, resolve
+from launch.inputs import inputs_of
 from launch.lock import held, supervising
 from launch.runs import list_runs, report, show_run
 from setformer_dist.core import ledger
@@ -212,6 +213,9 @@ def test_a_config_that_says_nothing_of_retention_is_a_sentence(tmp_path: Path, t
         ('data.root="a\\u0000b"', r"data\.root.*control characters"),
         ('data.mixture=[{root="a\\u0000b"}]', r"data\.mixture\.0\.root.*control characters"),
         ('model.weights="a\\u0000b"', r"model\.weights.*control characters"),
+        ("schedule.warmup_epochs=1e308", r"schedule\.warmup_epochs"),
+        ("data.mean=[1e308,1e308,1e308]", r"units of the full range: divide by 255"),
+        ("data.std=[58.4,57.1,1e4]", r"units of the full range: divide by 255"),
         (f"run.out={'x' * 256}", r"run\.out.*255 bytes"),
         (f"run.name={'x' * 256}", r"run\.name.*at most 255"),
     ],
@@ -219,3 +223,9 @@ def test_a_config_that_says_nothing_of_retention_is_a_sentence(tmp_path: Path, t
 def test_keys_that_no_system_takes_are_refused_on_the_page(tmp_path: Path, override: str, why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         demo(tmp_path, override)
+
+
+def test_another_number_of_channels_than_images_have_is_refused(tmp_path: Path) -> None:
+    config = demo(tmp_path, "model.args.in_chans=1")
+    with pytest.raises(ConfigError, match=r"model\.args\.in_chans = 1: images are read as RGB"):
+        inputs_of(config.data).build_model(config.model, 10, {}, 0)
