@@ -26,6 +26,7 @@ import torch
 
 from setformer_dist.core.errors import CheckpointError
 
+_LONGEST_TAG = 256
 _OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
 # Classes that DeepSpeed's files name and of which nothing is needed.
 _INERT = (
@@ -80,7 +81,7 @@ def tag_folder(path: Path) -> Path:
         )
     tag = latest.read_text()[:1000].strip()
     folder = path / tag
-    if not tag or Path(tag).name != tag or not folder.is_dir():
+    if not 0 < len(tag) < _LONGEST_TAG or not tag.isprintable() or Path(tag).name != tag or not folder.is_dir():
         raise CheckpointError(f"{latest} names {tag!r}, which is no folder beside it")
     return folder
 
@@ -106,6 +107,8 @@ def read(path: Path, trust_pickle: bool = False) -> Imported:
     try:
         steps, world_size = int(model["global_steps"]), int(model["dp_world_size"])
         updates = steps - int(model["skipped_steps"])
+        if not (0 <= updates <= steps < 2**63 and world_size > 0):
+            raise ValueError(f"{updates} updates in {steps} steps on {world_size} ranks")
         if not optimizers:
             if model["param_shapes"] is not None:  # which stage 0 does not note
                 raise CheckpointError(
@@ -114,6 +117,7 @@ def read(path: Path, trust_pickle: bool = False) -> Imported:
                 )
             skip = set(model["buffer_names"])
             weights = {name: value.float() for name, value in model["module"].items() if name not in skip}
+            _check_names(weights)
             return Imported(0, world_size, steps, updates, {"param": weights})
         if len(optimizers) != world_size:
             raise CheckpointError(
@@ -125,10 +129,24 @@ def read(path: Path, trust_pickle: bool = False) -> Imported:
         flat = [_flat3(rank) for rank in ranks] if stage == 3 else [_flat12(rank) for rank in ranks]
         gather = _gather3 if stage == 3 else _gather12
         paddings = ranks[0].get("param_alignment_paddings") or [[0] * len(group) for group in shapes]
+        if any(padding < 0 for group in paddings for padding in group):
+            raise ValueError("a padding is negative")
         states = {state: dict(gather([rank[state] for rank in flat], shapes, paddings)) for state in flat[0]}
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        _check_names(states["param"])
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"{folder} is not laid out as DeepSpeed 0.19 does: {error!r}") from error
     return Imported(stage, world_size, steps, updates, states)
+
+
+def _check_names(weights: Mapping[Any, torch.Tensor]) -> None:
+    """Refuse what is no parameter's name, before it becomes the name of a fragment.
+
+    Raises:
+        ValueError: naming the first, or there is none.
+    """
+    odd = [name for name in weights if not isinstance(name, str) or not name.isprintable() or not name]
+    if odd or not weights:
+        raise ValueError(f"{odd[0]!r} is no name of a parameter" if odd else "it holds no parameter")
 
 
 def _by_rank(folder: Path, ending: str) -> list[Path]:
@@ -155,8 +173,9 @@ def _load(path: Path, trust_pickle: bool) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} holds {what}: --trust-pickle reads it, and lets it run whatever code it names"
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, MemoryError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path} cannot be read: {first}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is not a file of DeepSpeed's save_checkpoint")
     return value

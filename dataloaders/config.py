@@ -22,6 +22,8 @@ _Range = Annotated[tuple[float, float], pydantic.Field(strict=False)]
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 
+_LARGEST_STATISTIC = 1000.0  # of mean and std; beyond 1 only by mistake, and far beyond no pixel can be padded with it
+
 
 class AugmentConfig(FrozenConfig):
     """What is done to training images, each drawn from (seed, epoch, sample id).
@@ -198,6 +200,10 @@ class DataConfig(FrozenConfig):
             raise ValueError("root is missing: name the folder or the URL of the data")
         if min(self.std) <= 0:
             raise ValueError(f"std = {list(self.std)} must be positive, as images are divided by it")
+        if max(map(abs, (*self.mean, *self.std))) > _LARGEST_STATISTIC:
+            raise ValueError(
+                f"mean = {list(self.mean)} and std = {list(self.std)} are in units of the full range: divide by 255"
+            )
         if self.augment.crop == "pad" and self.augment.pad >= self.image_size:
             raise ValueError(
                 f"augment.pad = {self.augment.pad} must be smaller than image_size = {self.image_size}, "

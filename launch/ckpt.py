@@ -37,6 +37,7 @@ from setformer_dist.core import config as base
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.continuing import flatten
 from setformer_dist.core.errors import CheckpointError, ConfigError
+from setformer_dist.core.files import read_state
 from setformer_dist.core.fragments import Fragment
 
 # verify
@@ -314,10 +315,12 @@ def prune(path: Path, changes: dict[str, int], dry_run: bool, console: Console) 
 
 def _retention_of(run_folder: Path) -> dict[str, Any]:
     path = run_folder / "config.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     try:
-        table = json.loads(path.read_text())["checkpoint"]
-    except (ValueError, KeyError) as error:
+        table = read_state(path)[0].get("checkpoint")
+        if not isinstance(table, dict):
+            raise ValueError("has no table [checkpoint]")
+    except (ValueError, OSError) as error:
         raise ConfigError(f"{path} is damaged ({error}): name --keep-last and the folder of checkpoints") from None
-    return dict(table)
+    return table

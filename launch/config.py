@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ from setformer_dist.engine.config import (
 )
 from setformer_dist.engine.zero import deepspeed_config
 
+_LONGEST_NAME = 255  # bytes of a folder's name, on every file system that we know
+
 
 class RunTable(FrozenConfig):
     """Who the run is.
@@ -66,8 +69,17 @@ class RunTable(FrozenConfig):
     @pydantic.field_validator("name")
     @classmethod
     def _folder_name(cls, value: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
-            raise ValueError("must be a folder name of letters, digits, dots, dashes and underscores")
+        if not re.fullmatch(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{_LONGEST_NAME - 1}}}", value):
+            raise ValueError(
+                f"must be a folder name of at most {_LONGEST_NAME} letters, digits, dots, dashes and underscores"
+            )
+        return value
+
+    @pydantic.field_validator("out")
+    @classmethod
+    def _path(cls, value: str) -> str:
+        if any(len(os.fsencode(part)) > _LONGEST_NAME for part in Path(value).parts):
+            raise ValueError(f"must be the path of a folder; no name in it may exceed {_LONGEST_NAME} bytes")
         return value
 
 
@@ -188,7 +200,7 @@ def continued(config: RunConfig, tell: Callable[[str], None] = lambda line: None
         tell: hears what an older version meant.
     """
     try:
-        there = json.loads((config.folder / "config.json").read_text())
+        there, _ = read_state(config.folder / "config.json")
         table = there["model"]
         old = revisions.scale_of(table) == revisions.OLD
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -220,7 +232,7 @@ def check_folder(run: ResolvedRun) -> None:
         ConfigError: naming the keys that differ.
     """
     path = run.config.folder / "config.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         return
     try:
         there, _ = read_state(path)

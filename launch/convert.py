@@ -16,11 +16,13 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
+from launch.shown import plain
 from setformer_dist.core.errors import CheckpointError, ConfigError
 
 # Where training scripts put the weights beside optimizer and epoch; the averaged ones first, as timm does.
 _INNER = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
 _PREFIX = "module."  # of DistributedDataParallel
+_REPEATED = 1 << 30  # bytes that a tensor may have which repeats fewer (an expanded one)
 
 
 def convert(source: Path, dest: Path, key: str | None, console: Console) -> None:
@@ -41,11 +43,7 @@ def convert(source: Path, dest: Path, key: str | None, console: Console) -> None
     if dest.suffix != ".safetensors":
         raise ConfigError(f"{dest} does not end in .safetensors: name the file to make so")
     table, entry = _weights(_read(source), key, source)
-    tensors = {
-        name.removeprefix(_PREFIX): value.detach().contiguous().clone()
-        for name, value in table.items()
-        if isinstance(value, torch.Tensor)
-    }
+    tensors = _plain_tensors(table, source)
     left = [name for name, value in table.items() if not isinstance(value, torch.Tensor)]
     if not tensors:
         raise CheckpointError(f"{source} holds no tensors by name{f' in {entry!r}' if entry else ''}")
@@ -62,7 +60,41 @@ def convert(source: Path, dest: Path, key: str | None, console: Console) -> None
     where = f" from {entry!r}" if entry else ""
     console.print(f"{dest}: {len(tensors)} tensors, {count:,} elements{where}", highlight=False, markup=False)
     if left:
-        console.print(f"left out, being no tensors: {', '.join(map(str, left[:8]))}", highlight=False, markup=False)
+        names = ", ".join(map(plain, left[:8]))
+        console.print(f"left out, being no tensors: {names}", highlight=False, markup=False)
+
+
+def _plain_tensors(table: Mapping[Any, Any], source: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors by name, without the prefix of DistributedDataParallel.
+
+    Raises:
+        CheckpointError: a .safetensors file cannot hold one, or two have one name.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for key, value in table.items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        name = key.removeprefix(_PREFIX) if isinstance(key, str) else ""
+        if not name.isprintable() or not name:  # half characters are not printable either
+            raise CheckpointError(f"{source} has a tensor under {plain(repr(key))}, which is no name of a parameter")
+        if name in tensors:
+            raise CheckpointError(f"{source} has two tensors for {name}, with and without {_PREFIX!r}: name one --key")
+        if (fault := _unwritable(value)) is not None:
+            raise CheckpointError(f"{source}: {name} is {fault}, which a .safetensors file does not hold")
+        tensors[name] = value.detach().contiguous().clone()
+    return tensors
+
+
+def _unwritable(tensor: torch.Tensor) -> str | None:
+    """Return of what kind a tensor is that is not written, None where it is."""
+    if tensor.is_nested or tensor.layout != torch.strided:
+        return "a sparse or nested tensor"
+    if tensor.is_quantized or tensor.device.type != "cpu":
+        return "a quantized tensor" if tensor.is_quantized else "a tensor without values"
+    size = tensor.numel() * tensor.element_size()
+    if size > max(tensor.untyped_storage().nbytes(), _REPEATED):
+        return f"a tensor of {size} bytes that repeats a few"
+    return None
 
 
 def _read(source: Path) -> Any:
@@ -80,7 +112,7 @@ def _read(source: Path) -> Any:
             f"{source} holds more than tensors and plain values, and reading it could run any code: save its "
             f"state_dict alone where you trust it ({_first_sentence(error)})"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, MemoryError) as error:
         raise CheckpointError(f"{source} is no whole file of torch.save: {_first_sentence(error)}") from None
 
 
@@ -104,7 +136,7 @@ def _weights(value: Any, key: str | None, source: Path) -> tuple[Mapping[str, An
     if key is not None:
         if key not in tables:
             raise ConfigError(
-                f"--key {key}: {source} has no such table; it has {', '.join(map(str, tables)) or 'none'}"
+                f"--key {plain(key)}: {source} has no such table; it has {', '.join(map(plain, tables)) or 'none'}"
             )
         return value[key], key
     for name in _INNER:

@@ -37,6 +37,8 @@ from setformer_dist.engine.batch_plan import BatchPlan
 from setformer_dist.engine.evaluate import Prepare
 from setformer_dist.models.build import build_model, timm_arguments
 
+_CHANNELS = 3  # of images as they are decoded, grey ones too
+
 
 class Split(Protocol):
     """A packed split, of any kind."""
@@ -131,6 +133,11 @@ class ImageInputs:
 
     def build_model(self, config: ModelConfig, num_classes: int, told: dict[str, Any], seed: int) -> nn.Module:
         """Build for the image size, and check that the model takes all others that training will show it."""
+        if config.args.get("in_chans", _CHANNELS) != _CHANNELS:
+            raise ConfigError(
+                f"model.args.in_chans = {config.args['in_chans']!r}: images are read as RGB, so it is {_CHANNELS}; "
+                "leave it out"
+            )
         model = build_model(config, num_classes, self.config.image_size, seed)
         _check_shapes(model, config.name, self.config)
         return model

@@ -15,13 +15,14 @@ import errno
 import fcntl
 import logging
 import os
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from setformer_dist.core.comm import Collectives
 from setformer_dist.core.errors import LaunchError, PassingError
-from setformer_dist.core.ledger import LOCK_FILE, last_seen
+from setformer_dist.core.ledger import LEDGER, LOCK_FILE, last_seen
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def held(folder: Path, comm: Collectives, patience_s: float = PATIENCE_S, superv
     """
     with contextlib.ExitStack() as stack:
         fault: str | None = None
-        if comm.ranks.is_main:
+        if comm.ranks.is_main and (fault := odd_file(folder)) is None:
             try:
                 descriptor = stack.enter_context(_opened(folder))
                 fault = _wait_for(descriptor, _RANK, 1 if supervised else 2, folder, patience_s)
@@ -122,6 +123,8 @@ def supervising(folder: Path, patience_s: float = PATIENCE_S) -> Iterator[Superv
         LaunchError: another supervisor holds it, or rank 0 of another launcher.
         PassingError: the folder cannot be written.
     """
+    if (odd := odd_file(folder)) is not None:
+        raise LaunchError(odd)
     with contextlib.ExitStack() as stack:
         try:
             seen = last_seen(folder)
@@ -136,6 +139,25 @@ def supervising(folder: Path, patience_s: float = PATIENCE_S) -> Iterator[Superv
             raise LaunchError(fault)
         supervised = Supervised(folder, descriptor, last_seen(folder) if seen is not None else None)
         yield supervised
+
+
+def odd_file(folder: Path) -> str | None:
+    """Return a sentence where something else lies in the place of a file that the run appends to, None otherwise.
+
+    The open of a pipe waits for ever, a link leads to a file of somebody else, and what a device is told is lost.
+
+    Args:
+        folder: of the run; it need not be there.
+    """
+    logs = folder / "logs"
+    if os.path.lexists(logs) and not logs.is_dir():
+        return f"{logs} is no folder, and the logs of the ranks belong there: move it away"
+    names = (LOCK_FILE, LEDGER, "metrics.jsonl", "samples.jsonl")
+    for path in (*(folder / name for name in names), *sorted(logs.glob("rank-*.log"))):
+        with contextlib.suppress(OSError):
+            if not stat.S_ISREG(path.lstat().st_mode):
+                return f"{path} is not a plain file, and the run writes to it: move it away"
+    return None
 
 
 @contextlib.contextmanager

@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.shown import cell, plain
-from setformer_dist.core import ledger
+from setformer_dist.core import ledger, strictjson
 from setformer_dist.core.errors import DataError
+from setformer_dist.core.files import lines_of
 from setformer_dist.report.html import write_report
-from setformer_dist.report.rows import Row, RunRecord, finite, read_run
+from setformer_dist.report.rows import METRICS, Row, RunRecord, finite, read_run
 
 _MEANING = {
     "training": "forward, backward, optimizer, communication",
@@ -137,9 +138,11 @@ def _trouble(account: ledger.Account, guarded: list[Row], slow: Counter[tuple[in
         for at, how, step in account.failures[-_FAILURES_SHOWN:]:
             yield f"  {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(at))}  {how} at step {step}"
     for row in guarded:
-        ids = ", ".join(map(str, row.get("sample_ids", [])[:8]))
+        listed = row.get("sample_ids")
+        ids = ", ".join(map(str, listed[:8] if isinstance(listed, list) else ()))
         below = f" below step {row['below']}" if row.get("below") is not None else ""
-        yield f"bad step {row['step']}: loss {row['loss']}, {row['why']}, {row['action']}{below}; samples {ids} …"
+        number, loss, why, action = (row.get(key) for key in ("step", "loss", "why", "action"))
+        yield f"bad step {number}: loss {loss}, {why}, {action}{below}; samples {ids} …"
     for (rank, phase), times in slow.most_common(3):
         yield f"rank {rank} was the slowest in {phase} in {times} of the logged lines"
 
@@ -147,18 +150,19 @@ def _trouble(account: ledger.Account, guarded: list[Row], slow: Counter[tuple[in
 def stragglers(rows: Iterable[Row]) -> Counter[tuple[int, str]]:
     """Count (rank, phase) over the logged lines that name a rank which the others waited for."""
     named = (row.get("straggler") for row in rows)
-    return Counter((int(s["rank"]), str(s["phase"])) for s in named if isinstance(s, dict))
+    return Counter(
+        (s["rank"], str(s.get("phase"))) for s in named if isinstance(s, dict) and type(s.get("rank")) is int
+    )
 
 
 def guard_rows(folder: Path) -> list[Row]:
     """Return the guard's lines of a run."""
-    path = folder / "metrics.jsonl"
     found: list[Row] = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        if '"guard"' not in line:
+    for line in lines_of(folder / METRICS):
+        if b'"guard"' not in line:
             continue
         try:
-            row = json.loads(line)
+            row = strictjson.parse(line)
         except ValueError:
             continue
         if isinstance(row, dict) and row.get("kind") == "guard":

@@ -19,8 +19,10 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import itertools
 import json
 import logging
+import math
 import multiprocessing
 import os
 import re
@@ -63,6 +65,10 @@ _log = logging.getLogger(__name__)
 
 # Names of our indexes, and of those in the making.
 _OURS = re.compile(r"[0-9a-f]{32}(-skip)?(-crc)?|\.[0-9a-f]{32}(-skip)?(-crc)?\.partial")
+
+# Shards that a pattern may name, and the ranges by which it names them.
+_MOST_SHARDS = 1 << 20
+_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}")
 
 # Entries of a folder that a message lists.
 _NAMED = 8
@@ -161,8 +167,20 @@ def _literal(root: str, piece: str) -> str:
 
 
 def _expanded(pattern: str) -> list[str]:
+    """Return the names that braces stand for.
+
+    Raises:
+        DataError: they do not match, or stand for more names than a data set has shards.
+    """
+    counts = [abs(int(last) - int(first)) + 1 for first, last in _RANGE.findall(pattern)]
+    many = DataError(f"shard pattern {pattern!r} stands for more than {_MOST_SHARDS:,} shards: check its ranges")
+    if math.prod(counts) > 16 * _MOST_SHARDS:  # the library holds each range's names in memory
+        raise many
     try:
-        return list(braceexpand.braceexpand(pattern))
+        names = list(itertools.islice(braceexpand.braceexpand(pattern), _MOST_SHARDS + 1))
+        if len(names) > _MOST_SHARDS:
+            raise many
+        return names
     except ValueError as error:
         raise DataError(f"shard pattern {pattern!r} has braces that do not match ({error})") from None
 

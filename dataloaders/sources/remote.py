@@ -290,8 +290,8 @@ class FsspecStorage:
 
     def names(self, pattern: str) -> list[str]:
         """Return the files that match a pattern below the folder."""
-        _, root = self._files()
         found: list[str] = self._do(pattern, lambda files, path: files.glob(path))
+        _, root = self._files()
         return sorted(path.removeprefix(root).lstrip("/") for path in found)
 
     def close(self) -> None:
@@ -301,16 +301,23 @@ class FsspecStorage:
     def _files(self) -> tuple[Any, str]:
         if self._opened is None:
             try:
-                files, path = fsspec.core.url_to_fs(self._url)
-            except (ImportError, ValueError) as error:
+                files, path = within(self._timeout, lambda: fsspec.core.url_to_fs(self._url))
+            except (ImportError, ValueError, LookupError, TypeError) as error:
                 raise UnreadableError(self.name, f"cannot be opened: {error}") from None
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                raise MissingError(self.name, "is not there: check the URL, or restore the file") from None
+            except PermissionError as error:
+                raise DeniedError(self.name, f"may not be opened ({_reason(error)}): check the credentials") from None
+            except PassingError:
+                raise
+            except Exception as error:  # noqa: BLE001 - some clients log in as they are made, with errors of their own
+                raise PassingError(_reason(error)) from None
             self._opened = files, path.rstrip("/")
         return self._opened
 
     def _do(self, name: str, work: Callable[[Any, str], T]) -> T:
-        files, root = self._files()
-
         def attempt() -> T:
+            files, root = self._files()
             try:
                 return within(self._timeout, lambda: work(files, f"{root}/{name}" if name else root))
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Iterable, Mapping
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -121,10 +122,25 @@ def build(model: type[ConfigT], table: Mapping[str, Any], source: str) -> Config
     Raises:
         ConfigError: with every fault, each with its place and, for an unknown key, the nearest known one.
     """
+    if (fault := next(_impossible(table), None)) is not None:
+        raise ConfigError(f"{source}: {fault}")
     try:
         return model.model_validate(dict(table))
     except pydantic.ValidationError as error:
         raise ConfigError(f"{source}: {readable(error, model)}") from None
+
+
+def _impossible(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield what no key takes: integers that whoever reads them cannot pack, text that is no path, name or word."""
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _impossible(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            yield from _impossible({str(place): inner for place, inner in enumerate(value)}, f"{prefix}{key}.")
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            yield f"{prefix}{key}: an integer of a page has at most 64 bits, as TOML says"
+        elif isinstance(value, str) and any(unicodedata.category(c) in ("Cc", "Cs") for c in value):
+            yield f"{prefix}{key} = {value!r}: text of a page has no control characters"
 
 
 def load(model: type[ConfigT], path: Path, overrides: Iterable[str] = ()) -> ConfigT:

@@ -6,17 +6,24 @@ it, under the key "sha256". Those of earlier versions have none and are still re
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import math
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from setformer_dist.core import strictjson
 
+log = logging.getLogger(__name__)
+
 DIGEST_KEY = "sha256"
+LONGEST_LINE = 1 << 20  # bytes of a line of a record
+LARGEST_RECORD = 4 << 30  # bytes that are read of one
 MAX_STATE = 16 << 20  # bytes
 
 
@@ -59,13 +66,10 @@ def read_state(path: Path) -> tuple[dict[str, Any], bool]:
         ValueError: it is damaged; the message ends a sentence that names the file.
         OSError: it cannot be read.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("is not a plain file")
-        if status.st_size > MAX_STATE:
-            raise ValueError(f"has {status.st_size} bytes, more than the {MAX_STATE} that such a file can have")
+    with os.fdopen(open_plain(path, os.O_RDONLY), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_STATE:
+            raise ValueError(f"has {size} bytes, more than the {MAX_STATE} that such a file can have")
         value = strictjson.parse(file.read(MAX_STATE + 1))
     if not isinstance(value, dict):
         raise ValueError("is not an object")
@@ -73,6 +77,51 @@ def read_state(path: Path) -> tuple[dict[str, Any], bool]:
     if digest is not None and digest != _digest(value):
         raise ValueError("does not match its own digest")
     return value, digest is not None
+
+
+def open_plain(path: Path, flags: int) -> int:
+    """Open a file in a run's folder that anybody may have put there: never waits, as the open of a pipe would.
+
+    Args:
+        path: of the file.
+        flags: of os.open.
+
+    Raises:
+        OSError: it cannot be opened, or is no plain file.
+    """
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is not a plain file", str(path))
+    return descriptor
+
+
+def open_record(path: Path) -> int:
+    """Open, or make, a file to which a run appends lines; a link is not followed to a file of somebody else.
+
+    Raises:
+        OSError: it cannot be opened, or is no plain file.
+    """
+    return open_plain(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW)
+
+
+def lines_of(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a record without their ends; none where it is missing or cannot be read.
+
+    A line longer than `LONGEST_LINE` is nothing that a run wrote, and comes in pieces.
+    """
+    try:
+        descriptor = open_plain(path, os.O_RDONLY)
+    except OSError as error:
+        if error.errno != errno.ENOENT:
+            log.warning("%s cannot be read and counts as empty: %s", path, error.strerror)
+        return
+    with os.fdopen(descriptor, "rb") as file:
+        size = os.fstat(descriptor).st_size
+        if size > LARGEST_RECORD:
+            log.warning("%s has %d bytes, of which the first %d are read", path, size, LARGEST_RECORD)
+        while file.tell() < LARGEST_RECORD and (line := file.readline(LONGEST_LINE)):
+            yield line.rstrip(b"\r\n")
 
 
 def _digest(body: dict[str, Any]) -> str:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import re
 import time
@@ -31,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from setformer_dist.core import strictjson
-from setformer_dist.core.files import finite
+from setformer_dist.core.files import finite, lines_of, open_record
 from setformer_dist.core.secrets import redacted_json
 
 LEDGER = "ledger.jsonl"
@@ -41,6 +40,7 @@ LOCK_FILE = "run.lock"
 _TRAINING = frozenset({"forward", "backward", "optimizer", "communication", "other"})
 KINDS = ("training", "data", "checkpoint", "evaluation", "refresh", "start", "restart", "lost", "finish")
 WELL = ("done", "stopped")
+_LATEST = 2.0**37  # Unix time that the calendar still has a year for
 _CRC = re.compile(rb', "crc": "([0-9a-f]{8})"\}$')
 
 
@@ -55,7 +55,7 @@ def record(folder: Path, event: str, **values: Any) -> None:
     text = json.dumps(finite(redacted_json({"event": event, "time": time.time(), **values})))
     line = f'{text[:-1]}, "crc": "{zlib.crc32(text.encode()):08x}"}}\n'.encode()
     with contextlib.suppress(OSError):
-        descriptor = os.open(folder / LEDGER, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        descriptor = open_record(folder / LEDGER)
         try:
             size = os.fstat(descriptor).st_size
             torn = size and os.pread(descriptor, 1, size - 1) != b"\n"  # whoever wrote last has died within a line
@@ -66,9 +66,8 @@ def record(folder: Path, event: str, **values: Any) -> None:
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
     """Return the events of a run, in order; what is not a whole event is passed over."""
-    path = folder / LEDGER
     events = []
-    for line in path.read_bytes().splitlines() if path.exists() else ():
+    for line in lines_of(folder / LEDGER):
         value = _event(line)
         if value is not None:
             events.append(value)
@@ -89,7 +88,7 @@ def _event(line: bytes) -> dict[str, Any] | None:
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         return None
     value.pop("crc", None)
-    sound = isinstance(value["time"], int | float) and math.isfinite(value["time"]) and isinstance(value["event"], str)
+    sound = isinstance(value["time"], int | float) and 0 <= value["time"] < _LATEST and isinstance(value["event"], str)
     return value if sound else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from setformer_dist.core.errors import ConfigError
@@ -23,7 +24,8 @@ def possible_micros(global_size: int, world_size: int) -> list[int]:
     if global_size % world_size:
         return []
     per_rank = global_size // world_size
-    return [micro for micro in range(1, per_rank + 1) if per_rank % micro == 0]
+    small = [micro for micro in range(1, math.isqrt(per_rank) + 1) if per_rank % micro == 0]
+    return sorted({*small, *(per_rank // micro for micro in small)})
 
 
 def solve(config: BatchConfig, world_size: int, multiple_of: int = 1) -> BatchPlan:

@@ -10,6 +10,9 @@ from setformer_dist.core.config import FrozenConfig
 from setformer_dist.core.continuing import FREE, Permitted
 from setformer_dist.core.errors import ConfigError
 
+# The solutions are divisors, and to find those of any number that TOML can write would take longer than training.
+LARGEST_GLOBAL_BATCH = 2**31 - 1
+
 # A loss spike is told from the start of training by at least so many losses before it.
 SPIKE_NEEDS = 20
 
@@ -23,7 +26,7 @@ class BatchConfig(FrozenConfig):
         max_micro: bound for "auto", by memory.
     """
 
-    global_size: Annotated[int, Permitted("global_batch")] = pydantic.Field(gt=0)
+    global_size: Annotated[int, Permitted("global_batch")] = pydantic.Field(gt=0, le=LARGEST_GLOBAL_BATCH)
     micro: Annotated[int | Literal["auto"], FREE] = "auto"
     max_micro: Annotated[int, FREE] = pydantic.Field(default=128, gt=0)
 
@@ -49,7 +52,7 @@ class ScheduleConfig(FrozenConfig):
 
     epochs: int | None = pydantic.Field(default=None, gt=0)
     steps: int | None = pydantic.Field(default=None, gt=0)
-    warmup_epochs: float | None = pydantic.Field(default=None, ge=0)
+    warmup_epochs: float | None = pydantic.Field(default=None, ge=0, le=1e9)
     warmup_steps: int | None = pydantic.Field(default=None, ge=0)
     warmup_lr: float = pydantic.Field(default=1e-6, ge=0)
     min_lr: float = pydantic.Field(default=5e-6, ge=0)

@@ -25,7 +25,7 @@ from deepspeed.accelerator import get_accelerator
 from torch.utils.tensorboard import SummaryWriter
 
 from setformer_dist.core import ledger
-from setformer_dist.core.files import finite
+from setformer_dist.core.files import finite, open_record
 from setformer_dist.core.heartbeat import Heartbeat
 from setformer_dist.engine.comm import CommMeter
 
@@ -132,7 +132,7 @@ class RunRecord:
     def _open(self) -> FileIO:
         """Open on the first line, so that a run that never begins leaves nothing."""
         path = self._folder / "metrics.jsonl"
-        self._file = path.open("ab", buffering=0)  # a line is one write
+        self._file = FileIO(open_record(path), "ab")  # a line is one write
         if self._file.tell() and not _ends_with_newline(path):
             self._file.write(b"\n")  # the last process died within a line
         with self._bearing_the_board():
@@ -174,8 +174,9 @@ class RunRecord:
             return
         line = json.dumps({"step": step, "ids": ids}).encode() + b"\n"
         try:
-            with (self._folder / "samples.jsonl").open("ab+", buffering=0) as file:
-                file.write(line if _ends_with_newline(Path(file.name)) else b"\n" + line)
+            path = self._folder / "samples.jsonl"
+            with FileIO(open_record(path), "ab") as file:
+                file.write(line if _ends_with_newline(path) else b"\n" + line)
         except OSError as error:
             log.warning("the samples of step %d could not be written: %s", step, error)
 

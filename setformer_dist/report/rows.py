@@ -6,19 +6,21 @@ and what is not JSON is passed over.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from setformer_dist.core import strictjson
 from setformer_dist.core.errors import DataError
-from setformer_dist.core.files import DIGEST_KEY
+from setformer_dist.core.files import lines_of, read_state
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.json"
 SUMMARY = "summary.json"
+
+_DRAWABLE = 1e30  # beyond it the ticks of an axis overflow
 
 Row = Mapping[str, Any]
 
@@ -63,20 +65,23 @@ def read_run(run_folder: Path) -> RunRecord:
 def read_metrics(path: Path) -> dict[str, list[Row]]:
     """Return the rows of kind "train" and "eval", each sorted by step and with one row per step."""
     by_kind: dict[str, dict[int, Row]] = {"train": {}, "eval": {}}
-    text = path.read_text(errors="replace") if path.exists() else ""
-    for line in text.splitlines():
+    for line in lines_of(path):
         try:
-            row = json.loads(line)
+            row = strictjson.parse(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and row.get("kind") in by_kind and isinstance(row.get("step"), int):
-            by_kind[row["kind"]][row["step"]] = row
+        if not isinstance(row, dict):
+            continue
+        kind, step = row.get("kind"), finite(row.get("step"))
+        if isinstance(kind, str) and kind in by_kind and step is not None and step == row["step"] and step < _DRAWABLE:
+            by_kind[kind][int(step)] = row
     return {kind: [rows[step] for step in sorted(rows)] for kind, rows in by_kind.items()}
 
 
 def series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:
-    """Return steps and values of the rows that have a finite number under a key."""
-    pairs = [(row["step"], number) for row in rows if (number := finite(row.get(key))) is not None]
+    """Return steps and values of the rows that have a number under a key that an axis can show."""
+    numbers = ((row["step"], finite(row.get(key))) for row in rows)
+    pairs = [(step, number) for step, number in numbers if number is not None and abs(number) < _DRAWABLE]
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
@@ -84,17 +89,18 @@ def finite(value: Any) -> float | None:
     """Return the value as a float if it is a finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if math.isfinite(value) else None
+    try:
+        number = float(value)
+    except OverflowError:  # JSON has integers beyond any float
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DataError(f"{path} is not valid JSON ({error}): delete it or write it anew") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path} holds no JSON object: delete it or write it anew")
-    value.pop(DIGEST_KEY, None)  # it guards the file and is no figure of the run
+        value, _ = read_state(path)
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path} is damaged ({error}): delete it or write it anew") from None
     return value

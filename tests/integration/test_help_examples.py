@@ -121,8 +121,8 @@ def place(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "sst2").mkdir()
     (root / "sst2" / "train.tsv").write_text("sentence\tlabel\n" + "".join(f"word {i}\t{i % 2}\n" for i in range(20)))
     (root / "imagenet").mkdir()
-    for shard in range(3):
-        files = {f"{shard}{i}.{e}": d for i in range(2) for e, d in (("png", _png(i)), ("cls", str(i).encode()))}
+    for shard in range(1282):
+        files = {f"{shard}{i}.{e}": d for i in range(1) for e, d in (("png", _png(i)), ("cls", b"%d" % (shard % 2)))}
         _tar(root / "imagenet" / f"train-{shard:04d}.tar", files)
     (root / "names.txt").write_text("zero\none\n")
     vit = timm.create_model("vit_tiny_patch16_224", depth=1).state_dict()

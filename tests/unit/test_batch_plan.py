@@ -1,3 +1,6 @@
+import time
+
+import pydantic
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,3 +46,16 @@ def test_more_ranks_than_samples_per_step() -> None:
 def test_mix_groups_must_fit_into_a_micro_batch() -> None:
     with pytest.raises(ConfigError, match=r"in groups of 8 \(data.augment.mix_group\)"):
         solve(BatchConfig(global_size=64), 16, 8)
+
+
+def test_every_divisor_is_possible_and_an_absurd_batch_ends_at_once() -> None:
+    for global_size, world in ((64, 2), (36, 1), (97, 1), (1, 1), (90, 3)):
+        per_rank = global_size // world
+        assert possible_micros(global_size, world) == [m for m in range(1, per_rank + 1) if per_rank % m == 0]
+    began = time.monotonic()
+    assert solve(BatchConfig(global_size=2**31 - 1), 1).micro == 1  # a prime
+    with pytest.raises(ConfigError, match="possible numbers of ranks are 1"):
+        solve(BatchConfig(global_size=2**31 - 1), 2)
+    assert time.monotonic() - began < 20
+    with pytest.raises(pydantic.ValidationError, match="less than or equal"):
+        BatchConfig(global_size=2**63 - 1)

@@ -402,6 +402,9 @@ def test_patterns(folder):
         ),
         ("train-{00..01.tar", r"train-\{00\.\.01\.tar"),
         ("train-00.tar::train-*.tar", r"names shard .*train-00\.tar twice"),
+        ("{0..999999999}.tar", r"stands for more than 1,048,576 shards"),
+        ("x{-999999999..0..2}{a,b}.tar", r"stands for more than 1,048,576 shards"),
+        ("{0..9}" * 9 + ".tar", r"stands for more than 1,048,576 shards"),
     ],
 )
 def test_patterns_that_name_nothing(folder, pattern, said):

@@ -142,6 +142,22 @@ def test_the_storage_of_a_root_and_an_unknown_scheme(folder):
         open_storage("nosuch://place", 1).read("x", 0, 1)
 
 
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("ftp://someone:sEcReT@127.0.0.1:1/x", r"ftp://127\.0\.0\.1:1/x.*tries \(.*refused"),
+        ("zip://x::file:///nowhere.zip", r"is not there"),
+        ("zip://x::file:///dev/null", r"tries|cannot be opened"),
+    ],
+)
+def test_a_client_that_cannot_even_be_made_is_a_sentence(waits, url, said):
+    storage = FsspecStorage(url, 3.0, waits.append)
+    for work in (lambda: storage.read("a.tar", 0, 1), lambda: storage.names("*.tar"), lambda: storage.facts("a.tar")):
+        with pytest.raises(DataError, match=said) as refused:
+            work()
+        assert "sEcReT" not in str(refused.value)
+
+
 # Http
 
 

@@ -227,7 +227,7 @@ def test_a_damaged_run_does_not_hide_the_others_in_the_list(tmp_path):
     with console.capture() as shown:
         list_runs(tmp_path, console)
     lines = {line.split()[0]: line for line in shown.get().splitlines()[1:]}
-    assert "is not valid JSON" in lines[str(tmp_path / "bad")]
+    assert "is damaged" in lines[str(tmp_path / "bad")]
     assert "unknown" in lines[str(tmp_path / "good")]
 
 

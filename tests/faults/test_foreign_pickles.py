@@ -1,0 +1,105 @@
+"""Pickles of others that torch's restricted unpickler accepts: each is taken whole or refused in a sentence."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from rich.console import Console
+
+from checkpoints import deepspeed_files
+from launch.convert import convert
+from setformer_dist.core.errors import CheckpointError, ConfigError
+
+W = torch.arange(6.0).reshape(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: {1: W}, "tensor under 1, which is no name"),
+        (lambda: {None: W}, "tensor under None, which is no name"),
+        (lambda: {("a", 1): W}, "which is no name"),
+        (lambda: {"": W}, "which is no name"),
+        (lambda: {"module.": W}, "which is no name"),
+        (lambda: {"\ud800": W}, "which is no name"),
+        (lambda: {"a\x1b]0;x\x07": W}, "which is no name"),
+        (lambda: {"state_dict": {1: W}}, "which is no name"),
+        (lambda: {"module.a": W, "a": W + 1}, "two tensors for a, with and without"),
+        (lambda: {"a": torch.zeros(1).expand(1 << 40)}, "a is a tensor of 4398046511104 bytes"),
+        (lambda: {"a": W.to_sparse()}, "a is a sparse or nested tensor"),
+        (lambda: {"a": W.to_sparse_csr()}, "a is a sparse or nested tensor"),
+        (lambda: {"a": torch.quantize_per_tensor(W, 0.1, 0, torch.qint8)}, "a is a quantized tensor"),
+        (lambda: {"a": torch.zeros(3, device="meta")}, "a is a tensor without values"),
+    ],
+)
+def test_what_a_file_of_tensors_does_not_hold_is_refused(tmp_path: Path, make: Callable[[], Any], why: str) -> None:
+    torch.save(make(), tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=why):
+        convert(tmp_path / "a.pth", tmp_path / "a.safetensors", None, Console(file=io.StringIO()))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
+
+
+@pytest.mark.parametrize(
+    "data", [b"\x80\xff.", b"\x80\x02r\xff\xff\xff\x7f.", b"\x80\x02\x85.", b"\x80\x02K\x01s.", b"."]
+)
+def test_broken_pickles_are_a_sentence(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "a.pth").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"a\.pth"):
+        convert(tmp_path / "a.pth", tmp_path / "a.safetensors", None, Console(file=io.StringIO()))
+
+
+def test_names_of_others_do_not_repaint_the_terminal(tmp_path: Path) -> None:
+    torch.save({"module.a": W, "b": W.T, "left\x1b[31m": 3, "t\x1b[31m": {}}, tmp_path / "a.pth")
+    out = io.StringIO()
+    convert(tmp_path / "a.pth", tmp_path / "a.safetensors", None, Console(file=out, width=200))
+    assert "\x1b" not in out.getvalue()
+    assert "left\\x1b[31m" in out.getvalue()
+    found = safetensors.torch.load_file(tmp_path / "a.safetensors")
+    assert torch.equal(found["a"], W)
+    assert torch.equal(found["b"], W.T)
+    with pytest.raises(ConfigError) as refused:
+        convert(tmp_path / "a.pth", tmp_path / "b.safetensors", "x\x1b[31m", Console(file=out))
+    assert "\x1b" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"global_steps": -5},
+        {"global_steps": 10**30},
+        {"global_steps": float("inf")},
+        {"skipped_steps": 10},
+        {"skipped_steps": -1},
+        {"dp_world_size": 0},
+        {"module": {1: W}},
+        {"module": {"": W}},
+        {"module": {"a\x1b": W}},
+        {"module": {}},
+    ],
+)
+def test_deepspeed_files_that_say_the_impossible_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    (tmp_path / "t").mkdir()
+    (tmp_path / "latest").write_text("t")
+    sound = {
+        "module": {"a": W}, "buffer_names": [], "param_shapes": None,
+        "global_steps": 3, "skipped_steps": 0, "dp_world_size": 1,
+    }  # fmt: skip
+    torch.save(sound, tmp_path / "t" / "mp_rank_00_model_states.pt")
+    assert deepspeed_files.read(tmp_path).updates == 3
+    torch.save({**sound, **change}, tmp_path / "t" / "mp_rank_00_model_states.pt")
+    with pytest.raises(CheckpointError, match="not laid out as DeepSpeed"):
+        deepspeed_files.read(tmp_path)
+
+
+@pytest.mark.parametrize("tag", ["x" * 900, "../x", "a\0b", "", "\x1b[31m"])
+def test_a_tag_that_is_no_name_of_a_folder_is_refused(tmp_path: Path, tag: str) -> None:
+    (tmp_path / "latest").write_text(tag)
+    with pytest.raises(CheckpointError, match="no folder beside it") as refused:
+        deepspeed_files.read(tmp_path)
+    assert "\x1b" not in str(refused.value)
