@@ -40,9 +40,9 @@ from setformer_dist.engine.metrics import peak_memory_mib
 from setformer_dist.engine.optim import adamw, parameter_groups
 from setformer_dist.engine.progress import RunProgress
 from setformer_dist.engine.signals import StopRequest
-from setformer_dist.engine.step import soft_cross_entropy
 from setformer_dist.engine.trainer import Trainer
 from setformer_dist.models.build import build_model
+from setformer_dist.tasks.classification import soft_cross_entropy
 from setformer_dist.testing.ranks import run_ranks
 
 STEPS = 10  # per block

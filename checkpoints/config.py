@@ -17,7 +17,9 @@ class CheckpointConfig(FrozenConfig):
         keep_last: newest checkpoints that stay.
         keep_every: checkpoints whose step is a multiple of this stay too; 0 keeps none for that.
         keep_best: checkpoints that stay for their metric, besides the newest; 0 keeps none for that.
-        best_metric: name of the metric, as evaluation reports it, that ranks checkpoints.
+        best_metric: name of the metric, as evaluation reports it, that ranks checkpoints; "ema_" before it means the
+            averaged weights. It also tells which weights are better. By default the task's first.
+        best_mode: whether its largest or its smallest value is best; by default as the task says.
         asynchronous: a save holds training up only while the state is copied to host memory; threads write it.
         max_in_flight: copies that may wait to be written at the same time; a save that would make one more waits.
         on_disk_full: "stop" ends the run with an error when a checkpoint finds no room; "continue" warns and goes
@@ -35,17 +37,13 @@ class CheckpointConfig(FrozenConfig):
     keep_last: int = Field(default=3, ge=1)
     keep_every: int = Field(default=0, ge=0)
     keep_best: int = Field(default=1, ge=0)
-    best_metric: Literal["top1", "top5", "loss", "ema_top1", "ema_top5", "ema_loss"] = "top1"
+    best_metric: str = "top1"
+    best_mode: Literal["max", "min"] = "max"
     asynchronous: bool = True
     max_in_flight: int = Field(default=1, ge=1)
     on_disk_full: Literal["stop", "continue"] = "stop"
     write_timeout_minutes: float = Field(default=10.0, gt=0)
     allow_changes: tuple[Literal["global_batch", "data"], ...] = Field(default=(), strict=False)
-
-    @property
-    def best_mode(self) -> Literal["max", "min"]:
-        """Whether a larger or a smaller value of the metric is better."""
-        return "min" if self.best_metric.endswith("loss") else "max"
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is due after `step` optimizer steps."""

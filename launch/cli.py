@@ -25,6 +25,7 @@ from launch.lazy import load
 from launch.shown import plain
 from launch.supervise import run_supervised
 from setformer_dist.core.errors import ConfigError, DataError, LaunchError, RankFailedError, SetformerError
+from setformer_dist.core.metric import headline
 from setformer_dist.core.secrets import redact_tracebacks, redacted
 
 app = typer.Typer(
@@ -171,8 +172,8 @@ def evaluate(
     result = infer.evaluate_checkpoint(trained, infer.open_named_split(trained, data, split), batch)
     left_out = f", {result.left_out} damaged ones left out" if result.left_out else ""
     print(
-        f"{trained.checkpoint.path} ({trained.weights} weights): top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, "
-        f"loss {result.loss:.4f} on {result.samples} images{left_out}"
+        f"{trained.checkpoint.path} ({trained.weights} weights): "
+        f"{headline(trained.task.metrics, result.figures, everything=True)} on {result.samples} samples{left_out}"
     )
 
 

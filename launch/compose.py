@@ -39,6 +39,7 @@ from setformer_dist.engine.trainer import Best, Costs, Parts, Trainer, check_tra
 from setformer_dist.engine.zero import check_precision
 from setformer_dist.models.attention import set_attentions, watched_marginals
 from setformer_dist.models.measure import multiply_adds_of
+from setformer_dist.tasks.build import build_task
 
 VERSIONS_OF = ("setformer_dist", "torch", "deepspeed", "timm", "safetensors")
 
@@ -263,6 +264,7 @@ def compose(run: ResolvedRun, splits: Splits, model: nn.Module, comm: TorchColle
     c = run.config
     ranks, plan, classes = comm.ranks, run.plan, splits.train.classes
     watch = watch_of(run, model)
+    task = build_task(c.task.name)
     device = torch.device(get_accelerator().current_device_name())
     inputs = inputs_of(c.data)
 
@@ -296,6 +298,7 @@ def compose(run: ResolvedRun, splits: Splits, model: nn.Module, comm: TorchColle
         plan=plan,
         stream=stream,
         validation=validation,
+        task=task,
         prepare=inputs.prepare(len(classes), device, DTYPES[c.precision.dtype]),
         schedule=Schedule(engine.optimizer, c.schedule, stream.steps_per_epoch),
         store=RunStore(

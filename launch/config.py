@@ -26,6 +26,7 @@ from setformer_dist.core.config import FrozenConfig
 from setformer_dist.core.continuing import FREE, Permitted, differences, must_stay, unknown_keys
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.files import read_state
+from setformer_dist.core.metric import METRICS_OF, check_best, metric_named
 from setformer_dist.core.model_config import ModelConfig
 from setformer_dist.core.secrets import redacted_json
 from setformer_dist.engine.batch_plan import BatchPlan, solve
@@ -37,6 +38,7 @@ from setformer_dist.engine.config import (
     OptimConfig,
     PrecisionConfig,
     ScheduleConfig,
+    TaskConfig,
     ZeroConfig,
 )
 from setformer_dist.engine.zero import deepspeed_config
@@ -123,6 +125,7 @@ class RunConfig(FrozenConfig):
     }
 
     run: RunTable
+    task: TaskConfig = TaskConfig()
     model: ModelConfig
     data: Annotated[AnyDataConfig, Permitted("data")]
     batch: BatchConfig
@@ -137,8 +140,26 @@ class RunConfig(FrozenConfig):
     guard: GuardConfig = GuardConfig()
     deepspeed: dict[str, Any] = pydantic.Field(default_factory=dict)
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _metric_of_the_task(cls, table: Any) -> Any:
+        """Fill in which metric is the best one, and which way, as the task has it."""
+        if not isinstance(table, dict) or not isinstance(checkpoint := table.get("checkpoint", {}), dict):
+            return table
+        task = table.get("task", {})
+        name = task.get("name", "classification") if isinstance(task, dict) else None
+        metrics = METRICS_OF.get(name, ()) if isinstance(name, str) else ()
+        if not metrics:
+            return table
+        chosen = checkpoint.get("best_metric", metrics[0].name)
+        metric = metric_named(metrics, chosen) if isinstance(chosen, str) else None
+        mode = {"best_mode": metric.mode} if metric else {}
+        return {**table, "checkpoint": {"best_metric": chosen, **mode, **checkpoint}}
+
     @pydantic.model_validator(mode="after")
     def _possible(self) -> RunConfig:
+        metrics = METRICS_OF.get(self.task.name, ())
+        check_best(metrics, self.checkpoint.best_metric, self.checkpoint.best_mode, self.task.name)
         if self.ema.decay == 0 and self.checkpoint.best_metric.startswith("ema_"):
             raise ValueError(
                 f"checkpoint.best_metric = {self.checkpoint.best_metric!r} needs averaged weights: set ema.decay"

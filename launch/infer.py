@@ -21,14 +21,17 @@ from dataloaders.sources.files import LARGEST_SAMPLE, read_whole
 from launch.config import RunConfig
 from launch.inputs import Split, images_of, inputs_of
 from launch.local import usable_cores
+from launch.weights import better_of
 from setformer_dist.core import config as base
 from setformer_dist.core.batch import MicroBatch
 from setformer_dist.core.errors import CheckpointError, ConfigError, DataError
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.core.revisions import as_trained
+from setformer_dist.core.task import Prepare, Task
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
-from setformer_dist.engine.evaluate import EvalResult, Prepare, evaluate
+from setformer_dist.engine.evaluate import EvalResult, evaluate
 from setformer_dist.report.html import ClassifiedImage
+from setformer_dist.tasks.build import build_task
 
 Weights = Literal["plain", "ema", "auto"]
 
@@ -42,6 +45,7 @@ class Trained:
     classes: tuple[str, ...]
     checkpoint: Checkpoint
     weights: str
+    task: Task
 
     def prepare(self) -> Prepare:
         """Return the way from a micro batch to what the model takes, in fp32 where the model is."""
@@ -49,13 +53,12 @@ class Trained:
 
     @torch.no_grad()
     def probabilities(self, images: torch.Tensor) -> torch.Tensor:
-        """Return class probabilities (k, classes) of images (k, 3, S, S) uint8."""
+        """Return how sure the model is of each class, (k, classes), of images (k, 3, S, S) uint8."""
         count = len(images)
         zeros = torch.zeros(count, dtype=torch.int64)
         batch = MicroBatch(inputs=images, labels=zeros, weights=torch.ones(count), sample_ids=zeros)
         inputs, _ = self.prepare()(batch, train=False)
-        logits: torch.Tensor = self.model(inputs)
-        return logits.float().softmax(dim=1).cpu()
+        return self.task.confidences(self.model(inputs)).cpu()
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -79,7 +82,7 @@ def load_trained(path: Path, weights: Weights = "auto") -> Trained:
     checkpoint = open_checkpoint(path)
     about = _about(checkpoint)
     config, place = about.config, checkpoint.path
-    chosen = _choose(weights, config, about.scores)
+    chosen = better_of(checkpoint) if weights == "auto" else weights
     state = "ema" if chosen == "ema" else "param"
     if state not in checkpoint.states():
         raise CheckpointError(f"checkpoint {place} holds no averaged weights: the run had ema.decay = 0")
@@ -93,7 +96,7 @@ def load_trained(path: Path, weights: Weights = "auto") -> Trained:
     except ConfigError as error:
         raise CheckpointError(f"the model of checkpoint {place} cannot be built: {error}") from None
     _fill(model, checkpoint.read_full(state), checkpoint)
-    return Trained(model.eval(), config, about.classes, checkpoint, chosen)
+    return Trained(model.eval(), config, about.classes, checkpoint, chosen, build_task(config.task.name))
 
 
 @dataclass(frozen=True)
@@ -104,13 +107,11 @@ class _About:
         config: of the run, with nothing in it that would start processes or write files.
         classes: their names.
         inputs: what the model was told about its inputs.
-        scores: of the last evaluation.
     """
 
     config: RunConfig
     classes: tuple[str, ...]
     inputs: dict[str, Any]
-    scores: dict[str, float]
 
 
 def _about(checkpoint: Checkpoint) -> _About:
@@ -140,7 +141,7 @@ def _about(checkpoint: Checkpoint) -> _About:
         config = base.build(RunConfig, told, str(place))
     except ConfigError as error:
         raise CheckpointError(f"checkpoint of a run that this version does not know: {error}") from None
-    return _About(_harmless(config), tuple(classes), inputs, scores)
+    return _About(_harmless(config), tuple(classes), inputs)
 
 
 def _harmless(config: RunConfig) -> RunConfig:
@@ -194,12 +195,6 @@ def _fill(model: nn.Module, weights: dict[str, torch.Tensor], checkpoint: Checkp
         raise CheckpointError(f"checkpoint {checkpoint.path} and its own config disagree about {', '.join(wrong[:4])}")
 
 
-def _choose(weights: Weights, config: RunConfig, scores: Mapping[str, float]) -> str:
-    if weights != "auto":
-        return weights
-    return "ema" if config.ema.decay and scores.get("ema_top1", -1.0) > scores.get("top1", 0.0) else "plain"
-
-
 def evaluate_checkpoint(trained: Trained, split: Split, micro_batch: int) -> EvalResult:
     """Score a split with one process, where the model is.
 
@@ -215,7 +210,7 @@ def evaluate_checkpoint(trained: Trained, split: Split, micro_batch: int) -> Eva
     connect(ranks)
     stream = inputs_of(trained.config.data).eval_stream(split, ranks, micro_batch)
     try:
-        result = evaluate(trained.model, stream, trained.prepare(), TorchCollectives(ranks))
+        result = evaluate(trained.model, trained.task, stream, trained.prepare(), TorchCollectives(ranks))
         assert result is not None  # nobody gives up here
         return result
     finally:
@@ -266,7 +261,7 @@ def classified_samples(trained: Trained, split: Split, count: int = 24, pool: in
         pool: samples classified, spread evenly.
     """
     data_config = trained.config.data
-    if not isinstance(data_config, DataConfig):
+    if not isinstance(data_config, DataConfig) or not trained.task.exclusive:
         return []
     source = images_of(split)
     step = max(1, split.num_samples // pool)

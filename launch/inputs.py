@@ -33,8 +33,8 @@ from setformer_dist.core.batch import EvalStream, TrainStream
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.model_config import ModelConfig
 from setformer_dist.core.ranks import RankInfo
+from setformer_dist.core.task import Prepare
 from setformer_dist.engine.batch_plan import BatchPlan
-from setformer_dist.engine.evaluate import Prepare
 from setformer_dist.models.build import build_model, timm_arguments
 
 _CHANNELS = 3  # of images as they are decoded, grey ones too

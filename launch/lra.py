@@ -240,7 +240,7 @@ def test_accuracy(folder: Path, test: TokenSplit) -> float:
     trained.model.to(get_accelerator().current_device_name())
     result = evaluate_checkpoint(trained, test, _TEST_BATCH)
     write_json(path, {"fingerprint": test.fingerprint, "steps": steps, **result.as_dict(), "samples": result.samples})
-    return result.top1
+    return result.figures["top1"]
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +24,7 @@ from setformer_dist.core import revisions
 from setformer_dist.core.comm import Collectives
 from setformer_dist.core.errors import CheckpointError, ConfigError
 from setformer_dist.core.fragments import Fragment
+from setformer_dist.core.metric import Mode, better_weights
 from setformer_dist.core.model_config import ModelConfig
 
 _NAMED = 3  # faults that an error names before it only counts
@@ -202,10 +203,24 @@ def _open(weights: str) -> _Source:
     return _of_file(path)
 
 
+def better_of(checkpoint: Checkpoint) -> Literal["plain", "ema"]:
+    """Return which weights of a checkpoint scored better in its run's last evaluation, as its run measured it."""
+    trainer = checkpoint.trainer  # of any version; `launch.infer` checks its form, a resume does so too
+    run, config = _table(trainer, "run"), _table(trainer, "config")
+    scores = {n: float(v) for n, v in _table(run, "evaluation").items() if isinstance(v, int | float)}
+    best = _table(config, "checkpoint")
+    name = str(best.get("best_metric", "top1"))
+    mode: Mode = "min" if best.get("best_mode", "min" if name.endswith("loss") else "max") == "min" else "max"
+    return better_weights(scores, name, mode) if "ema" in checkpoint.states() else "plain"
+
+
+def _table(table: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = table.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
 def _of_checkpoint(checkpoint: Checkpoint) -> _Source:
-    scores = checkpoint.trainer.get("run", {}).get("evaluation", {})
-    better = scores.get("ema_top1", -1.0) > scores.get("top1", 0.0)  # as `ckpt export` chooses
-    averaged = better and "ema" in checkpoint.states()
+    averaged = better_of(checkpoint) == "ema"
 
     def fill(fragments: list[Fragment]) -> None:
         state = "ema" if averaged else "param"

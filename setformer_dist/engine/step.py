@@ -7,24 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 
 from setformer_dist.core.batch import MicroBatch
 from setformer_dist.core.seeding import Purpose, sample_keys, torch_seed
-from setformer_dist.engine.evaluate import Prepare
+from setformer_dist.core.task import Prepare, Task
 from setformer_dist.engine.guard import Updates
 from setformer_dist.engine.metrics import StepClock
-
-
-def soft_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean over samples of −Σ_c targets_c · log softmax(logits)_c, in fp32.
-
-    Args:
-        logits: (m, classes), any float dtype.
-        targets: (m, classes) fp32, rows sum to 1.
-    """
-    return F.cross_entropy(logits.float(), targets)
 
 
 def seed_generators(seed: int) -> None:
@@ -54,9 +43,18 @@ class TrainStep:
     """Runs optimizer steps. Knows DeepSpeed's engine and the clock, not the schedule nor checkpoints."""
 
     def __init__(
-        self, engine: Any, prepare: Prepare, clock: StepClock, accumulation: int, seed: int, rank: int, updates: Updates
+        self,
+        engine: Any,
+        task: Task,
+        prepare: Prepare,
+        clock: StepClock,
+        accumulation: int,
+        seed: int,
+        rank: int,
+        updates: Updates,
     ) -> None:
         self._engine = engine
+        self._task = task
         self._prepare = prepare
         self._clock = clock
         self._accumulation = accumulation
@@ -76,12 +74,12 @@ class TrainStep:
         for _ in range(self._accumulation):
             with self._clock.section("data"):
                 batch = next(batches)
-                images, targets = self._prepare(batch, train=True)
+                inputs, targets = self._prepare(batch, train=True)
             substitutions += batch.substitutions
             sample_ids += batch.sample_ids.tolist()
-            self._key_drop_path(step, batch, images.device)
+            self._key_drop_path(step, batch, inputs.device)
             with self._clock.section("forward"):
-                loss = soft_cross_entropy(self._engine(images), targets)
+                loss = self._task.loss(self._engine(inputs), targets)
             with self._clock.section("backward"):
                 self._engine.backward(loss)
             with self._clock.section("optimizer"):

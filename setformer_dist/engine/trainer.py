@@ -24,12 +24,14 @@ from setformer_dist.core.batch import EvalStream, MicroBatch, TrainStream
 from setformer_dist.core.errors import CheckpointError, TrainingError
 from setformer_dist.core.fragments import Fragment
 from setformer_dist.core.heartbeat import Heartbeat
+from setformer_dist.core.metric import AVERAGED, Mode, headline
 from setformer_dist.core.store import CheckpointStore, SavedState
+from setformer_dist.core.task import Prepare, Task
 from setformer_dist.engine.batch_plan import BatchPlan
 from setformer_dist.engine.comm import CommMeter, TorchCollectives
 from setformer_dist.engine.config import EvalConfig
 from setformer_dist.engine.ema import Ema
-from setformer_dist.engine.evaluate import EvalResult, Prepare, Watch, evaluate
+from setformer_dist.engine.evaluate import EvalResult, Watch, evaluate
 from setformer_dist.engine.guard import Guard, Trouble, Updates
 from setformer_dist.engine.master import OPTIMIZER_STATES, MasterState
 from setformer_dist.engine.metrics import RunRecord, StepClock, peak_memory_mib
@@ -70,7 +72,7 @@ class Best:
     """Best value of the watched metric so far."""
 
     metric: str
-    mode: str
+    mode: Mode
     value: float | None = None
     step: int = 0
 
@@ -176,6 +178,7 @@ class Parts:
     plan: BatchPlan
     stream: TrainStream
     validation: EvalStream
+    task: Task
     prepare: Prepare
     schedule: Schedule
     store: CheckpointStore
@@ -223,6 +226,7 @@ class Trainer:
         self._clock = StepClock(parts.meter, parts.heartbeat)
         self._step = TrainStep(
             parts.engine,
+            parts.task,
             parts.prepare,
             self._clock,
             parts.plan.accumulation,
@@ -490,18 +494,19 @@ class Trainer:
             if result is None:
                 return None
             measured: dict[str, float] = result.as_dict()
-            text = f"step {self._state.step}: top-1 {result.top1:.2%}, loss {result.loss:.4f}"
+            metrics = self._p.task.metrics
+            text = f"step {self._state.step}: {headline(metrics, result.figures)}"
             if self._p.ema is not None:
                 with self._p.ema.swapped_in():
                     averaged = self._score(stop)
                 if averaged is None:
                     return None
-                measured |= averaged.as_dict("ema_")
-                text += f" · averaged weights: top-1 {averaged.top1:.2%}, loss {averaged.loss:.4f}"
+                measured |= averaged.as_dict(AVERAGED)
+                text += f" · averaged weights: {headline(metrics, averaged.figures)}"
         self._state.evaluation = measured
         left_out = {"left_out": result.left_out} if result.left_out else {}
         self._p.record.write("eval", self._state.step, {**measured, "samples": result.samples, **left_out})
-        progress.say(f"{text} ({result.samples} validation images)")
+        progress.say(f"{text} ({result.samples} validation samples)")
         log.info(text)
         return measured
 
@@ -510,6 +515,7 @@ class Trainer:
         try:
             return evaluate(
                 self._p.engine,
+                self._p.task,
                 self._p.validation,
                 self._p.prepare,
                 self._p.comm,

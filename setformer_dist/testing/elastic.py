@@ -27,8 +27,8 @@ from setformer_dist.engine.config import BatchConfig, EmaConfig, OptimConfig, Pr
 from setformer_dist.engine.deepspeed_engine import DTYPES, initialize
 from setformer_dist.engine.ema import Ema
 from setformer_dist.engine.master import OPTIMIZER_STATES, MasterState
-from setformer_dist.engine.step import soft_cross_entropy
 from setformer_dist.engine.zero import deepspeed_config
+from setformer_dist.tasks.classification import soft_cross_entropy
 
 GLOBAL_BATCH = 24  # shared by 1, 2, 3 and 4 ranks
 SAMPLES = 24 * 12 + 5

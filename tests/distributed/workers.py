@@ -17,9 +17,9 @@ from setformer_dist.engine.deepspeed_engine import DTYPES, initialize
 from setformer_dist.engine.ema import Ema
 from setformer_dist.engine.master import MasterState
 from setformer_dist.engine.optim import parameter_groups
-from setformer_dist.engine.step import soft_cross_entropy
 from setformer_dist.engine.zero import deepspeed_config
 from setformer_dist.models.build import build_model
+from setformer_dist.tasks.classification import soft_cross_entropy
 
 OPTIM = OptimConfig(lr=1e-3, clip_norm=1.0)
 

@@ -18,7 +18,11 @@ FORBIDDEN = {
     ),
     "setformer_dist/ops": ("setformer_dist.engine", "setformer_dist.models", "dataloaders", "checkpoints", "launch"),
     "setformer_dist/models": ("setformer_dist.engine", "dataloaders", "checkpoints", "launch", "torch.distributed"),
-    "setformer_dist/engine": ("dataloaders", "checkpoints", "launch", "setformer_dist.models"),
+    "setformer_dist/engine": ("dataloaders", "checkpoints", "launch", "setformer_dist.models", "setformer_dist.tasks"),
+    "setformer_dist/tasks": (
+        "setformer_dist.engine", "setformer_dist.models", "setformer_dist.ops", "dataloaders", "checkpoints", "launch",
+        "torch.distributed",
+    ),
     "setformer_dist/report": ("setformer_dist.engine", "dataloaders", "checkpoints", "launch"),
     "dataloaders": ("setformer_dist.engine", "setformer_dist.models", "checkpoints", "launch", "torch.distributed"),
     "checkpoints": ("setformer_dist.engine", "setformer_dist.models", "dataloaders", "launch", "torch.distributed"),

@@ -1,0 +1,88 @@
+"""What evaluations report: names, directions, and which weights are better. No torch: a config is checked with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Mode = Literal["max", "min"]
+
+# Before the name of a figure: of the averaged weights.
+AVERAGED = "ema_"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure of an evaluation.
+
+    Attributes:
+        name: as metrics.jsonl, checkpoints and checkpoint.best_metric have it.
+        title: as people read it.
+        mode: whether a larger or a smaller value is better.
+        share: whether it is a share, 0 to 1, shown in percent.
+    """
+
+    name: str
+    title: str
+    mode: Mode = "max"
+    share: bool = True
+
+    def show(self, value: float) -> str:
+        """Return a value as people read it."""
+        return f"{value:.2%}" if self.share else f"{value:.4f}"
+
+
+LOSS = Metric("loss", "loss", "min", share=False)
+
+# Of the tasks that come with this package; the first of each tells which weights are better unless the config says so.
+METRICS_OF: Mapping[str, tuple[Metric, ...]] = {
+    "classification": (Metric("top1", "top-1"), Metric("top5", "top-5"), LOSS),
+}
+
+
+def metric_named(metrics: Sequence[Metric], name: str) -> Metric | None:
+    """Return the metric that a figure's name means, of the weights or of their average; None for none."""
+    plain = name.removeprefix(AVERAGED)
+    return next((metric for metric in metrics if metric.name == plain), None)
+
+
+def better_weights(scores: Mapping[str, float], best_metric: str, mode: Mode) -> Literal["plain", "ema"]:
+    """Return whether the weights or their average scored better in an evaluation; without scores, the weights.
+
+    Args:
+        scores: figures by name, those of the average with `AVERAGED` before it.
+        best_metric: name of the figure that counts, with or without `AVERAGED`.
+        mode: whether a larger or a smaller value is better.
+    """
+    name, worst = best_metric.removeprefix(AVERAGED), -math.inf if mode == "max" else math.inf
+    plain, averaged = scores.get(name, worst), scores.get(f"{AVERAGED}{name}", worst)
+    return "ema" if (averaged > plain if mode == "max" else averaged < plain) else "plain"
+
+
+def headline(metrics: Sequence[Metric], figures: Mapping[str, float], everything: bool = False) -> str:
+    """Return the first metric and the loss in one line, such as "top-1 83.33%, loss 0.9797"; or all of them."""
+    chosen = metrics if everything else [metrics[0], *(m for m in metrics[1:] if m.name == LOSS.name)]
+    return ", ".join(f"{m.title} {m.show(figures[m.name])}" for m in chosen if m.name in figures)
+
+
+def check_best(metrics: Sequence[Metric], name: str, mode: Mode, task: str) -> None:
+    """Check checkpoint.best_metric and best_mode against a task; without metrics, nothing.
+
+    Raises:
+        ValueError: the task has no such metric, or its better values lie on the other side.
+    """
+    if not metrics:
+        return
+    metric = metric_named(metrics, name)
+    if metric is None:
+        known = ", ".join(m.name for m in metrics)
+        raise ValueError(
+            f"checkpoint.best_metric = {name!r} is no metric of task {task}: it has {known}, and each with {AVERAGED} "
+            "before it for the averaged weights"
+        )
+    if metric.mode != mode:
+        raise ValueError(
+            f"checkpoint.best_mode = {mode!r} is wrong for {name}, of which the {metric.mode} is best: leave it out"
+        )

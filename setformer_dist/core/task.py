@@ -1,0 +1,66 @@
+"""What a run learns, behind one interface: engine, predict and report ask the task, and never which one it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from setformer_dist.core.batch import MicroBatch
+from setformer_dist.core.metric import Metric
+
+
+class Prepare(Protocol):
+    """Turns a micro batch into what the model takes and what the loss compares it with."""
+
+    def __call__(self, batch: MicroBatch, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return inputs of the compute dtype, such as images (m, 3, H, W), and fp32 targets (m, classes), on the device.
+
+        Smoothing and mixing are for training alone.
+        """
+        ...
+
+
+class Task(Protocol):
+    """The loss and the scores of a model's outputs.
+
+    Evaluation adds up `sums` over all micro batches and ranks in fp64, then asks for `figures` once; so no figure
+    depends on how samples were cut into micro batches.
+    """
+
+    @property
+    def name(self) -> str:
+        """As [task] names it."""
+        ...
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """What `figures` returns, the most important first."""
+        ...
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether each sample has exactly one class, so that a prediction is right or wrong."""
+        ...
+
+    def loss(self, outputs: Any, targets: torch.Tensor) -> torch.Tensor:
+        """Return the mean loss of a micro batch, shape (), fp32, differentiable."""
+        ...
+
+    def sums(self, outputs: Any, batch: MicroBatch, targets: torch.Tensor) -> torch.Tensor:
+        """Return what `figures` is made of, (k,), summed over the samples that count (batch.weights); on the CPU."""
+        ...
+
+    def figures(self, sums: Sequence[float], count: float) -> dict[str, float]:
+        """Return the metrics of a split.
+
+        Args:
+            sums: of `sums`, over the whole split.
+            count: samples that count, at least 1.
+        """
+        ...
+
+    def confidences(self, outputs: Any) -> torch.Tensor:
+        """Return how sure the model is of each class, (m, classes) fp32, 0 to 1."""
+        ...

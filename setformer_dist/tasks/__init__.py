@@ -1,0 +1,5 @@
+"""What a run can learn, one file each; `setformer_dist.core.task` is the interface.
+
+build.py            the task that a config names
+classification.py   one class per sample
+"""

@@ -1,0 +1,50 @@
+"""One class per sample: cross entropy with soft targets, top-1 and top-5."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from setformer_dist.core.batch import MicroBatch
+from setformer_dist.core.metric import METRICS_OF, Metric
+
+
+def soft_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean over samples of −Σ_c targets_c · log softmax(logits)_c, in fp32.
+
+    Args:
+        logits: (m, classes), any float dtype.
+        targets: (m, classes) fp32, rows sum to 1.
+    """
+    return F.cross_entropy(logits.float(), targets)
+
+
+class Classification:
+    """Cross entropy; a sample is right where its class is the most probable (top-1), or among five (top-5)."""
+
+    name = "classification"
+    metrics: tuple[Metric, ...] = METRICS_OF["classification"]
+    exclusive = True
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return `soft_cross_entropy` of logits and targets, both (m, classes)."""
+        return soft_cross_entropy(outputs, targets)
+
+    def sums(self, outputs: torch.Tensor, batch: MicroBatch, targets: torch.Tensor) -> torch.Tensor:
+        """Return (loss, top-1 hits, top-5 hits) summed over the samples that count."""
+        weights, logits = batch.weights, outputs.float().cpu()
+        loss = F.cross_entropy(logits, batch.labels, reduction="none")
+        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
+        top1, top5 = ranked[:, 0].float(), ranked.any(dim=1).float()
+        return torch.stack([(loss * weights).sum(), (top1 * weights).sum(), (top5 * weights).sum()])
+
+    def figures(self, sums: Sequence[float], count: float) -> dict[str, float]:
+        """Return means over the samples."""
+        loss, top1, top5 = sums
+        return {"loss": loss / count, "top1": top1 / count, "top5": top5 / count}
+
+    def confidences(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Return class probabilities."""
+        return outputs.float().softmax(dim=1)
