@@ -9,6 +9,7 @@ mistake (bad config, damaged data, a loss that is not finite) is never tried aga
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -97,11 +98,13 @@ def run_supervised(
                     lost=folder.fault,
                 )
             except FolderLostError:
+                _take_back_terminal()
                 raise  # nothing is written where it was: that would make another folder of its name
             except LaunchError:
                 ledger.record(run_folder, "ended", why="not started", final=True)
                 raise
             except AttemptError as error:
+                _take_back_terminal()
                 if received.stop:
                     ledger.record(run_folder, "ended", why=error.how, step=error.step, message=str(error), final=True)
                     raise
@@ -113,6 +116,12 @@ def run_supervised(
                 return _stopped(run_folder, code - 128)
             ledger.record(run_folder, "ended", why="done", final=True)
             return 0
+
+
+def _take_back_terminal() -> None:
+    """Clear the bar of a rank 0 that was killed, and show the cursor that it had hidden."""
+    if sys.stderr.isatty():
+        print("\r\x1b[2K\x1b[?25h", end="", file=sys.stderr, flush=True)
 
 
 def _stopped(run_folder: Path, signum: int) -> int:
