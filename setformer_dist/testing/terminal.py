@@ -60,8 +60,8 @@ class InTerminal:
             except OSError:  # all have closed the other side
                 return
 
-    def type(self, keys: bytes) -> None:
-        """Type keys."""
+    def press(self, keys: bytes) -> None:
+        """Type these keys."""
         os.write(self._master, keys)
 
     def wait_for(self, text: str, timeout: float = 120) -> None:

@@ -54,7 +54,7 @@ def ends(run: Path) -> list[dict[str, object]]:
 def test_ctrl_c_in_a_terminal_leaves_lines_whole_and_says_what_was_saved(digits: Path, tmp_path: Path) -> None:
     with training(digits, tmp_path, LONG, NEVER) as terminal:
         terminal.wait_until(lambda: (tmp_path / "demo" / "metrics.jsonl").exists() and terminal.text.count("loss") > 3)
-        terminal.type(b"\x03")
+        terminal.press(b"\x03")
         assert terminal.ended() == 130, terminal.text
     lines = shown(terminal.text)
     step = last_step(tmp_path / "demo")
