@@ -91,6 +91,8 @@ class AttemptError(RankFailedError):
         self.how = how
         self.step = step
         self.mistake = code is not None
+        if how == "passing" and code is None:
+            self.exit_code = PassingError.exit_code
         self.log = log
         self.log_start = log_start
 

@@ -152,7 +152,7 @@ def _judge(
     if isinstance(judged, GiveUp):
         if not judged.reason:
             raise error
-        raise RankFailedError(f"{error}; not started again: {judged.reason}") from None
+        raise RankFailedError(f"{error}; not started again: {judged.reason}", error.exit_code) from None
     say(f"{error}; starting again from the newest checkpoint in {judged.after_s:g} s (restart {len(failures)})")
     return judged.after_s
 
