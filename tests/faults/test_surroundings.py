@@ -151,8 +151,8 @@ def test_a_drill_that_is_killed_leaves_no_mount(tmp_path: Path) -> None:
 def test_the_ledger_of_a_long_run_adds_up_where_its_supervisor_was_killed(digits: Path, tmp_path: Path) -> None:
     run = tmp_path / "demo"
     words = train_words(digits, tmp_path, "schedule.epochs=8", "checkpoint.every_steps=20")
-    wall = -time.time()
     process = start(*words)
+    wall = -time.time()  # it exists now; what it is forked from may have had to start first
     while not (run / "metrics.jsonl").exists() or max((step for _, step in losses(run)), default=0) < 70:
         assert process.poll() is None
         time.sleep(0.1)
@@ -172,4 +172,4 @@ def test_the_ledger_of_a_long_run_adds_up_where_its_supervisor_was_killed(digits
     account = ledger.account(ledger.read_events(run))
     assert account.total == pytest.approx(wall, rel=0.01)
     assert [how for _, how, _ in account.failures] == ["supervisor killed"]
-    assert account.steps_lost == 70 - 60 or account.steps_lost < 20
+    assert account.steps_lost < 20 + 10  # since the last checkpoint, which may have been in the making
