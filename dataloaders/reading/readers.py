@@ -56,7 +56,7 @@ _TICK_S = 0.2
 _CLOSE_S = 10.0
 
 # Where torch's constructor fails (no room for a semaphore) its `__del__` would look for this in vain, and say so.
-_MultiProcessingDataLoaderIter._shutdown = True  # type: ignore[attr-defined]
+_MultiProcessingDataLoaderIter._shutdown = True
 
 Making = Callable[[], Iterator[Request]]
 
@@ -221,7 +221,7 @@ def _shared(loaded: Loaded) -> Loaded:
     try:
         for pixels in (loaded.images, loaded.masks):
             if pixels is not None:
-                pixels.share_memory_()
+                pixels.share_memory_()  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError) as error:
         if not is_no_room(error):
             raise
