@@ -17,7 +17,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.control import Control
 from rich.logging import RichHandler
+from rich.segment import ControlType
 
 from launch import cli_ckpt, cli_data, cli_lra, cli_runs
 from launch.config import check_folder, continued, load_run, resolve
@@ -279,6 +281,16 @@ def drill(
     load("launch.drill").run_drill(out, faults, seed, ranks, epochs, Console(), json_file)
 
 
+class AboveBar(RichHandler):
+    """Prints where rank 0's progress bar is, which is drawn again below: one write, so that none comes in between."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record."""
+        with self.console:
+            self.console.control(Control((ControlType.CARRIAGE_RETURN,), (ControlType.ERASE_IN_LINE, 2)))
+            super().emit(record)
+
+
 def main() -> None:
     """Run the command line; a user's mistake becomes one line and its exit code."""
     redact_tracebacks()
@@ -288,7 +300,7 @@ def main() -> None:
     logging.basicConfig(
         level=logging.WARNING,
         format="%(message)s",
-        handlers=[RichHandler(console=Console(stderr=True), show_time=False, show_path=False)],
+        handlers=[AboveBar(console=Console(stderr=True), show_time=False, show_path=False)],
     )
     try:
         app()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import faulthandler
 import importlib.metadata
 import logging
@@ -38,6 +37,7 @@ from setformer_dist.core.exits import leave
 from setformer_dist.core.files import write_json, write_state
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.core.secrets import RedactingFormatter, redact_tracebacks, redacted
+from setformer_dist.core.shared_memory import NO_SHARED_MEMORY, is_no_room
 from setformer_dist.core.terminal import bear_lost_streams
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
 from setformer_dist.engine.deepspeed_engine import quiet_deepspeed
@@ -45,7 +45,6 @@ from setformer_dist.models.build import check_name
 
 log = logging.getLogger(__name__)
 
-_NO_SPACE = re.compile(r"No space left on device|unable to (write|mmap|resize|allocate shared memory)", re.I)
 _SHARED_NEEDED = 1 << 20  # bytes; with less, no reader's batch finds room
 # What gloo and NCCL say when a peer is gone.
 _LOST_PEER = re.compile(
@@ -80,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, RuntimeError) as error:
         if (fault := no_shared_memory(error)) is not None:
             log.exception("no room in shared memory")
+            log.error("%s", fault)  # last, as the supervisor quotes the last
             print(f"error: {fault}", file=sys.stderr, flush=True)
             return PassingError.exit_code
         if isinstance(error, OSError) or not _LOST_PEER.search(str(error)):
@@ -101,7 +101,7 @@ def no_shared_memory(error: Exception, shared: Path = Path("/dev/shm")) -> str |
         error: of the system, or torch's, which is a RuntimeError with the system's words.
         shared: where processes share memory.
     """
-    if not (getattr(error, "errno", None) == errno.ENOSPC or _NO_SPACE.search(str(error))):
+    if not is_no_room(error):
         return None
     try:
         free = os.statvfs(shared)
@@ -109,10 +109,7 @@ def no_shared_memory(error: Exception, shared: Path = Path("/dev/shm")) -> str |
         return None
     if free.f_bavail * free.f_frsize > _SHARED_NEEDED and free.f_favail > 0:
         return None
-    return (
-        f"{shared}, the memory that reader processes share, is full: remove what other programs left there (`setformer "
-        "doctor` lists ours), give the container more of it (docker run --shm-size=8g), or set data.workers = 0"
-    )
+    return NO_SHARED_MEMORY
 
 
 def write_stacks_when_asked() -> None:

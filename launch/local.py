@@ -91,6 +91,8 @@ class AttemptError(RankFailedError):
         self.how = how
         self.step = step
         self.mistake = code is not None
+        if how == "passing" and code is None:
+            self.exit_code = PassingError.exit_code
         self.log = log
         self.log_start = log_start
 
@@ -470,8 +472,6 @@ class _Group:
         first = self._received.stop[0]
         self._reap()
         self._terminate()
-        if sys.stderr.isatty():
-            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)  # rank 0's bar is drawn again below
         _log.warning(
             "%s: ranks have %.0f s for a checkpoint; Ctrl-C (or any signal once more) ends at once",
             signal.Signals(first).name,

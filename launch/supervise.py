@@ -9,6 +9,7 @@ mistake (bad config, damaged data, a loss that is not finite) is never tried aga
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -80,11 +81,13 @@ def run_supervised(
                     lost=folder.fault,
                 )
             except FolderLostError:
+                _take_back_terminal()
                 raise  # nothing is written where it was: that would make another folder of its name
             except LaunchError:
                 ledger.record(run_folder, "ended", why="not started", final=True)
                 raise
             except AttemptError as error:
+                _take_back_terminal()
                 if received.stop:
                     ledger.record(run_folder, "ended", why=error.how, step=error.step, message=str(error), final=True)
                     raise
@@ -96,6 +99,12 @@ def run_supervised(
                 return _stopped(run_folder, code - 128)
             ledger.record(run_folder, "ended", why="done", final=True)
             return 0
+
+
+def _take_back_terminal() -> None:
+    """Clear the bar of a rank 0 that was killed, and show the cursor that it had hidden."""
+    if sys.stderr.isatty():
+        print("\r\x1b[2K\x1b[?25h", end="", file=sys.stderr, flush=True)
 
 
 def _stopped(run_folder: Path, signum: int) -> int:
@@ -126,7 +135,7 @@ def _judge(
     if isinstance(judged, GiveUp):
         if not judged.reason:
             raise error
-        raise RankFailedError(f"{error}; not started again: {judged.reason}") from None
+        raise RankFailedError(f"{error}; not started again: {judged.reason}", error.exit_code) from None
     say(f"{error}; starting again from the newest checkpoint in {judged.after_s:g} s (restart {len(failures)})")
     return judged.after_s
 

@@ -28,11 +28,13 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from dataloaders.config import DataConfig
 from dataloaders.reading.loading import Loaded, Loading, Request, Work
 from dataloaders.reading.processes import begin_helper, helper_context, lean_start
 from setformer_dist.core.errors import ConfigError, PassingError
+from setformer_dist.core.shared_memory import NO_SHARED_MEMORY, is_no_room
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +54,9 @@ _TICK_S = 0.2
 
 # Seconds that threads get to end the span that they are at, when their answers are not wanted any more.
 _CLOSE_S = 10.0
+
+# Where torch's constructor fails (no room for a semaphore) its `__del__` would look for this in vain, and say so.
+_MultiProcessingDataLoaderIter._shutdown = True
 
 Making = Callable[[], Iterator[Request]]
 
@@ -198,7 +203,7 @@ class _InWorker:
         if self._pool is None:
             self._pool = ThreadPool(max(1, self._threads), self._wait_s)
         work = self._loading.begin(request)
-        return self._pool.end(work, self._pool.begin(work), self._show)
+        return _shared(self._pool.end(work, self._pool.begin(work), self._show))
 
     def _show(self) -> int:
         moved = self._loading.moved()
@@ -206,6 +211,22 @@ class _InWorker:
         if worker is not None:
             self._moved[worker.id] = moved
         return moved
+
+
+def _shared(loaded: Loaded) -> Loaded:
+    """Put an answer's pixels where the training process sees them; where there is no room, answer that.
+
+    torch would do so in a thread that nobody hears of: the answer would never come.
+    """
+    try:
+        for pixels in (loaded.images, loaded.masks):
+            if pixels is not None:
+                pixels.share_memory_()  # type: ignore[no-untyped-call]
+    except (OSError, RuntimeError) as error:
+        if not is_no_room(error):
+            raise
+        return Loaded(loaded.request, torch.empty(0), loaded.samples, error=PassingError(NO_SHARED_MEMORY))
+    return loaded
 
 
 class Readers:

@@ -14,6 +14,8 @@ import traceback
 from types import TracebackType
 from typing import Any
 
+log = logging.getLogger(__name__)
+
 _END = r"\s'\"<>\\"
 _URL = re.compile(rf"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^/?#{_END}]*@)?([^?{_END}]*)(?:\?[^{_END}]*)?")
 
@@ -43,10 +45,20 @@ class RedactingFormatter(logging.Formatter):
 
 
 def redact_tracebacks() -> None:
-    """Print uncaught errors of this process, of any thread, without secrets."""
+    """Print uncaught errors of this process without secrets; those of threads go to the log, where there is one.
+
+    Whoever has started a thread notices its end and says what it means (TensorBoard's writer: nothing for the run).
+    """
 
     def shown(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
         print(redacted("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr, flush=True)
 
+    def of_thread(args: threading.ExceptHookArgs) -> None:
+        if logging.root.handlers and args.exc_value is not None:
+            name = args.thread.name if args.thread is not None else "?"
+            log.error("thread %s failed", name, exc_info=(args.exc_type, args.exc_value, args.exc_traceback))
+        else:
+            shown(args.exc_type, args.exc_value, args.exc_traceback)
+
     sys.excepthook = shown
-    threading.excepthook = lambda args: shown(args.exc_type, args.exc_value, args.exc_traceback)
+    threading.excepthook = of_thread

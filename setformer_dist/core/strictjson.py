@@ -13,6 +13,7 @@ from typing import Any
 MAX_DEPTH = 64
 _CONTAINERS = (4096, 16)  # so many in any text, and one more for so many bytes of it; ours have one in 30
 # Half of a character that UTF-16 writes as two: JSON can escape it alone, and then it can be neither shown nor written.
+# Only U+DC80 to U+DCFF stand for something: bytes of a name that are no UTF-8, as Python has them.
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -33,7 +34,7 @@ def parse(data: bytes) -> Any:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_object)
         _refuse_depth(value)
         if _SURROGATE.search(data):
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
+            json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape")
     except RecursionError:
         raise ValueError("is nested too deeply") from None
     except ValueError as error:  # JSONDecodeError and UnicodeError are ValueErrors

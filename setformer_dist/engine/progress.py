@@ -10,13 +10,27 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
+from rich.text import Text
 
 LINE_EVERY_S = 15.0
+
+
+class _Figures(ProgressColumn):
+    """The task's text in one line, cut where the terminal is narrow: the other columns keep their width."""
+
+    def __init__(self) -> None:
+        super().__init__(table_column=Column(no_wrap=False))  # the one that the table narrows
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["text"], no_wrap=True, overflow="ellipsis")
 
 
 class RunProgress:
@@ -33,10 +47,9 @@ class RunProgress:
         self._task: TaskID | None = None
         if visible and self._console.is_terminal:
             self._bar = Progress(
-                TextColumn("[bold]train"),
-                BarColumn(),
+                BarColumn(bar_width=12),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[text]}"),
+                _Figures(),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(elapsed_when_finished=False),

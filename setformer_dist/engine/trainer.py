@@ -280,8 +280,8 @@ class Trainer:
                     self._rewind(rewind.trouble, progress)
             self._state.seconds = time.perf_counter() - self._started
             self._p.record.note("spent", step=self._state.step, seconds=self._clock.take()[0])
-            if signum is not None:
-                progress.say(f"stopped and saved at step {self._state.step}; the same command goes on from there")
+        if signum is not None:  # below the bar: it is the last that a user sees
+            progress.say(f"stopped and saved at step {self._state.step}; the same command goes on from there")
         images = self._state.train_steps * self._p.plan.global_size
         speed = images / self._state.train_seconds if images else 0.0
         return Outcome(self._state, signum, speed)

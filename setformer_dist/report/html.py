@@ -80,7 +80,7 @@ def write_report(run_folder: Path, out: Path, samples: Sequence[ClassifiedImage]
     text = render(read_run(run_folder), samples)
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(f".{out.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
+    aside.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of classes and files may be no text
     aside.replace(out)
 
 

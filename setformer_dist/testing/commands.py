@@ -98,6 +98,7 @@ def start(*words: str) -> Process:
             stderr=subprocess.PIPE,
             text=True,
             preexec_fn=heed_ctrl_c,
+            start_new_session=True,
         )
     _started.append(process)
     return process

@@ -48,6 +48,7 @@ class Case:
         what: the operation in words.
         fault: the operation and what goes wrong; operation "copy" gives the rank a tensor that cannot be stored.
         found: the steps of which one must be found afterwards.
+        damaged: folder of which a byte changes after the fault and before anybody looks; "" for none.
     """
 
     number: int
@@ -55,10 +56,35 @@ class Case:
     what: str
     fault: Fault
     found: tuple[int, ...]
+    damaged: str = ""
 
 
 def cases() -> list[Case]:
-    """Return the table: every operation of every step, with every kind of fault that it can meet."""
+    """Return the table: every operation of every step, with every kind of fault that it can meet, and the pairs."""
+    return [*_single(), *_pairs()]
+
+
+def _pairs() -> list[Case]:
+    """Return the deaths at which both checkpoints are on the disk, each followed by damage to either.
+
+    What is left is found: before the rename the new one lies complete in a temporary folder, until the old manifest is
+    removed the old one is whole.
+    """
+    old, new, temporary = "step-00000001", "step-00000002", ".tmp-step-00000002-*"
+    deaths = [
+        (13, "fsync the folder", Fault("sync_folder", ".tmp-*", "killed"), temporary),
+        (15, "rename the folder", Fault("rename", new, "killed"), temporary),
+        (16, "fsync the root", Fault("sync_folder", "checkpoints", "killed"), new),
+        (17, "remove the old manifest", Fault("remove", layout.MANIFEST, "killed"), new),
+    ]
+    return [
+        Case(number, 0, f"{what}, then {which} is damaged", fault, found, damaged)
+        for number, what, fault, place in deaths
+        for which, damaged, found in (("the old checkpoint", old, (2,)), ("the new one", place, (1,)))
+    ]
+
+
+def _single() -> list[Case]:
     return [
         Case(number, rank, what, Fault(operation, pattern, kind), _expected(number, kind))
         for number, rank, what, operation, pattern, kinds in _operations()
@@ -126,6 +152,8 @@ def run_case(folder: Path, case: Case, asynchronous: bool = True) -> Found:
     """
     root = folder / "checkpoints"
     told = _two_ranks(root, case, asynchronous)
+    if case.damaged:
+        _damage(root, case.damaged)
     manager = CheckpointManager(root, Alone(), CheckpointConfig(keep_last=1, keep_best=0))
     checkpoint = manager.newest()
     step = -1 if checkpoint is None else checkpoint.step
@@ -134,6 +162,13 @@ def run_case(folder: Path, case: Case, asynchronous: bool = True) -> Found:
     manager.save(3, [Fragment("w", "param", 0, (_NUMEL,), _values(3))], {"step": 3}, _IDENTITY, {})
     after = manager.newest()
     return Found(step, whole, told, after is not None and after.step == 3 and not layout.leftovers(root))
+
+
+def _damage(root: Path, pattern: str) -> None:
+    """Change the last byte of rank 0's file; raises where there is not exactly one such folder with one."""
+    (path,) = root.glob(f"{pattern}/{layout.rank_file(0, 2)}")
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
 
 
 def _values(step: int) -> torch.Tensor:

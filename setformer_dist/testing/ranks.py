@@ -80,7 +80,13 @@ def run_ranks(
 def _start(what: list[str], environment: dict[str, str], log: IO[bytes], cold: bool) -> subprocess.Popen[bytes] | Warm:
     if possible() and not cold:
         return Warm(what, environment, Path.cwd(), log)
-    return subprocess.Popen([sys.executable, "-m", *what], env=environment, stdout=log, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        [sys.executable, "-m", *what],
+        env=environment,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 def _module_of(function: Any) -> str:

@@ -313,6 +313,8 @@ def _fork(begin: Callable[[], NoReturn], fds: dict[int, int], kept: Sequence[int
                 signal.signal(number, signal.SIG_IGN if ignored else ours)
         for place, fd in fds.items():
             os.dup2(fd, place)
+            if place:  # the stream that is inherited believes to have another kind of file
+                _open_stream(place)
         edges = [2, *sorted(kept), 1 << 16]
         for below, above in itertools.pairwise(edges):
             os.closerange(below + 1, above)
@@ -320,6 +322,20 @@ def _fork(begin: Callable[[], NoReturn], fds: dict[int, int], kept: Sequence[int
     except BaseException:  # noqa: BLE001 - whatever it is, it ends here
         traceback.print_exc()
     os._exit(1)
+
+
+def _open_stream(place: int) -> None:
+    """Make standard output (1) or error (2) anew, as an interpreter does at its start."""
+    lines = place == 2 or os.isatty(place)
+    stream = open(  # noqa: SIM115 - it is a descriptor, and open as long as the process
+        place,
+        "w",
+        buffering=1 if lines else -1,
+        encoding="utf-8",
+        errors="backslashreplace" if place == 2 else "strict",
+        closefd=False,
+    )
+    setattr(sys, "stderr" if place == 2 else "stdout", stream)
 
 
 def _set_environment(env: Mapping[str, str]) -> None:

@@ -19,7 +19,8 @@ from benchmarks import damage
 )
 def test_a_loader_that_hangs_is_told_from_one_that_computes(monkeypatch, program, said):
     monkeypatch.setattr(damage, "_PATIENCE", 4)
-    with subprocess.Popen([sys.executable, "-S", "-c", program], stdout=subprocess.PIPE) as process:
+    command = [sys.executable, "-S", "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:
         lines = selectors.DefaultSelector()
         lines.register(process.stdout, selectors.EVENT_READ)
         lines.select(0.4)  # its own start

@@ -6,7 +6,7 @@ from launch.config import check_folder, load_run, resolve
 from setformer_dist.core.config import merge, parse_override, read_toml
 from setformer_dist.core.continuing import must_stay
 from setformer_dist.core.errors import ConfigError
-from setformer_dist.core.files import write_json
+from setformer_dist.core.files import write_json, write_state
 
 PAGES = Path(__file__).parent.parent.parent / "configs" / "runs"
 DEMO = PAGES / "demo.toml"
@@ -122,3 +122,17 @@ def test_a_run_folder_of_another_config_is_refused(tmp_path: Path) -> None:
     (run.config.folder / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="is damaged"):
         check_folder(run)
+
+
+def test_a_config_of_the_run_folder_that_was_changed_is_damage_and_not_another_config(tmp_path):
+    run = resolve(load_run(DEMO, [f"run.out={tmp_path}"]), 2)
+    path = run.config.folder / "config.json"
+    path.parent.mkdir()
+    write_state(path, run.as_json())
+    check_folder(run)
+    text = path.read_text()
+    for changed in (text.replace('"seed": 0', '"seed": 1', 1), text[:-20], ""):
+        assert changed != text
+        path.write_text(changed)
+        with pytest.raises(ConfigError, match=r"config\.json is damaged .*move the folder away"):
+            check_folder(run)

@@ -25,6 +25,11 @@ from launch.cli_data import app
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.testing.commands import heed_ctrl_c
 
+
+class Interrupted(BaseException):
+    """Stands for Ctrl-C, which must not be loose in the process that runs the tests."""
+
+
 SHARED = Path(os.environ.get("SETFORMER_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
 CLASSES = ("ant", "bee", "cow.boy")
@@ -343,12 +348,12 @@ def test_failure_half_way_is_gone_on_with(folder, tmp_path, monkeypatch):
 
     def fails_at_third(origin, plan, *rest):
         if len(written) == 2:
-            raise KeyboardInterrupt
+            raise Interrupted
         written.append(plan.path)
         return _write_shard(origin, plan, *rest)
 
     monkeypatch.setattr("dataloaders.packing.pack._write_shard", fails_at_third)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted):
         pack_image_folder(folder, tmp_path / "out", PackOptions(samples_per_shard=5))
     assert len(written) == 2
     assert not (tmp_path / "out").exists()
@@ -378,7 +383,7 @@ def test_killed_packing_leaves_nothing_that_opens(tmp_path, how, workers):
         (tmp_path / "s" / "a" / f"{i}.png").write_bytes(data)
     out, work = tmp_path / "out", tmp_path / ".out.partial"
     command = [sys.executable, "-c", _PACK, str(tmp_path / "s"), str(out), str(workers)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c, start_new_session=True)
     deadline = time.monotonic() + 150
     while not list(work.glob("shard-000001.rows")):
         assert process.poll() is None, process.stderr.read().decode()
@@ -411,7 +416,7 @@ def test_killed_at_any_moment_it_comes_to_the_same(tmp_path):
     moments = np.random.default_rng(0).uniform(0.02, 0.6, 12)
     kills = 0
     for moment in [*moments.tolist(), None]:
-        process = subprocess.Popen(command, stderr=subprocess.PIPE)
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
         if moment is not None:
             while process.poll() is None and not (tmp_path / ".out.partial").exists():
                 time.sleep(0.01)

@@ -29,6 +29,11 @@ from setformer_dist.core.batch import EvalStream, TrainStream
 from setformer_dist.core.errors import ConfigError, DataError, PassingError
 from setformer_dist.core.ranks import RankInfo
 
+
+class Interrupted(BaseException):
+    """Stands for Ctrl-C, which must not be loose in the process that runs the tests."""
+
+
 EVERYTHING = AugmentConfig(
     crop="resized",
     randaugment_ops=2,
@@ -313,7 +318,7 @@ def is_alive(process):
 
 def test_readers_outlive_a_foreign_sigterm_but_not_a_killed_trainer(data):
     command = [sys.executable, "-c", _READ, str(data)]
-    trainer = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    trainer = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
     assert trainer.stdout.readline() == b"0\n"
     helpers = psutil.Process(trainer.pid).children(recursive=True)
     readers = [p for p in helpers if p.ppid() != trainer.pid]
@@ -379,8 +384,8 @@ def test_no_thread_is_left(data, threads):
         elif end == "forget":
             del batches
         else:
-            with pytest.raises(KeyboardInterrupt):
-                batches.throw(KeyboardInterrupt)
+            with pytest.raises(Interrupted):
+                batches.throw(Interrupted)
         assert not reader_threads()
 
 

@@ -97,7 +97,9 @@ def run(folder, what, ranks=2, **options):
 
 
 def supervise(folder, what, grace=20.0, *more):
-    return subprocess.Popen([sys.executable, "-c", SUPERVISOR, str(folder), what, str(grace), *more])
+    return subprocess.Popen(
+        [sys.executable, "-c", SUPERVISOR, str(folder), what, str(grace), *more], start_new_session=True
+    )
 
 
 def wait_for(condition, seconds=20.0):

@@ -238,6 +238,7 @@ def test_a_beat_is_seen_from_outside_also_after_a_kill():
         [sys.executable, "-c", CHILD],
         env={**os.environ, FD_VARIABLE: str(pulse.fileno())},
         pass_fds=(pulse.fileno(),),
+        start_new_session=True,
     )
     limit = time.monotonic() + 20
     while pulse.read().count < 2:
