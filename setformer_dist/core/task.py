@@ -15,9 +15,9 @@ class Prepare(Protocol):
     """Turns a micro batch into what the model takes and what the loss compares it with."""
 
     def __call__(self, batch: MicroBatch, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return inputs of the compute dtype, such as images (m, 3, H, W), and fp32 targets (m, classes), on the device.
+        """Return inputs of the compute dtype, such as images (m, 3, H, W), and fp32 targets (m, classes).
 
-        Smoothing and mixing are for training alone.
+        Both lie on the device. Smoothing and mixing are for training alone.
         """
         ...
 
