@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import pydantic
 from pydantic import Field
 
 from setformer_dist.core.config import FrozenConfig
@@ -44,6 +45,14 @@ class CheckpointConfig(FrozenConfig):
     on_disk_full: Literal["stop", "continue"] = "stop"
     write_timeout_minutes: float = Field(default=10.0, gt=0)
     allow_changes: tuple[Literal["global_batch", "data"], ...] = Field(default=(), strict=False)
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _mode_by_name(cls, table: Any) -> Any:
+        """Fill in which way is better, by the name alone: configs of versions that had losses and shares only."""
+        if not isinstance(table, dict) or "best_mode" in table:
+            return table
+        return {**table, "best_mode": "min" if str(table.get("best_metric", "")).endswith("loss") else "max"}
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is due after `step` optimizer steps."""

@@ -87,7 +87,7 @@ def test_eval_and_predict_and_listing_of_a_run(whole_run: Path, digits: Path) ->
     found = re.search(r"top-1 ([0-9.]+)%", scored.out)
     assert found is not None
     assert float(found[1]) / 100 == pytest.approx(evaluation["top1"], abs=0.01)
-    assert "on 360 images" in scored.out
+    assert "on 360 samples" in scored.out
     images = sorted((digits / "images" / "val").rglob("*.png"))[:3]
     predicted = setformer("predict", str(whole_run), *map(str, images), "--top", "2")
     assert predicted.code == 0, predicted.err
