@@ -117,7 +117,7 @@ def test_tokens_through_the_ordinary_engine_resume_exactly(root: Path, tmp_path:
     # The checkpoint knows what its model was told, so it serves evaluation alone.
     scored = setformer("eval", str(run), "--split", "test", "--batch", "16")
     assert scored.code == 0, scored.err
-    assert "on 45 images" in scored.out
+    assert "on 45 samples" in scored.out
     assert_one_sentence(setformer("predict", str(run), "photo.png"), 2, "is a model of token sequences")
 
 
