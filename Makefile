@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 ffcv: $(STAMP)  ## build FFCV, for data.engine = "ffcv"; installs system packages where apt-get and root are there
-	$(BIN)/python -m launch.build_ffcv
+	$(BIN)/python -m launch.machine.build_ffcv
 
 demo: $(STAMP)  ## train SeTformer on handwritten digits: 2 ranks, ZeRO-2, one to two minutes
 	$(BIN)/setformer demo

@@ -36,6 +36,7 @@ from checkpoints.config import CheckpointConfig
 from checkpoints.identity import Identity
 from checkpoints.manager import CheckpointManager
 from checkpoints.reader import verified
+from launch.testing.ranks import run_ranks
 from setformer_dist.core.config import build
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.engine.batch_plan import solve
@@ -44,7 +45,6 @@ from setformer_dist.engine.config import BatchConfig, OptimConfig, PrecisionConf
 from setformer_dist.engine.deepspeed_engine import initialize
 from setformer_dist.engine.master import OPTIMIZER_STATES, MasterState
 from setformer_dist.engine.zero import deepspeed_config
-from setformer_dist.testing.ranks import run_ranks
 
 SIZES = {"small": (384, 4), "large": (768, 8)}  # width and depth
 _CHUNK = 8 << 20

@@ -30,7 +30,7 @@ NAMES = {"SeTformer": "cifar10", "Swin (timm)": "cifar10-peer"}
 
 def setformer(*words: str) -> None:
     """Run the command line; stop with its exit code if it fails."""
-    code = subprocess.run([sys.executable, "-m", "launch.cli", *words], check=False).returncode
+    code = subprocess.run([sys.executable, "-m", "launch.cli.main", *words], check=False).returncode
     if code:
         sys.exit(code)
 

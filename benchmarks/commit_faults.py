@@ -21,7 +21,7 @@ from rich.table import Table
 
 from benchmarks.machine import describe
 from benchmarks.measure import write as write_json
-from setformer_dist.testing.commit_faults import Case, Found, cases, run_case
+from checkpoints.testing.commit_faults import Case, Found, cases, run_case
 
 
 def right(case: Case, found: Found) -> bool:

@@ -25,7 +25,7 @@ from benchmarks.machine import describe
 from dataloaders.packing.convert import convert
 from dataloaders.source import Source
 from dataloaders.sources.opening import open_source
-from setformer_dist.testing.determinism import (
+from dataloaders.testing.determinism import (
     Checked,
     check_containers,
     check_cuts,

@@ -24,9 +24,9 @@ from rich.table import Table
 
 from benchmarks.machine import describe
 from benchmarks.measure import write as write_json
-from setformer_dist.testing import elastic
-from setformer_dist.testing.elastic import Where, differences
-from setformer_dist.testing.ranks import run_ranks
+from launch.testing import elastic
+from launch.testing.elastic import Where, differences
+from launch.testing.ranks import run_ranks
 
 BEFORE = 3
 _SAYS = Console(stderr=True)

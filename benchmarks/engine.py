@@ -30,9 +30,10 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.machine import describe
 from dataloaders.reading.device import Prepare
 from dataloaders.reading.streams import ShardTrainStream
-from launch.compose import compose, open_splits
-from launch.config import ResolvedRun, load_run, resolve
-from launch.demo import prepare_data
+from launch.examples.demo import prepare_data
+from launch.run.compose import compose, open_splits
+from launch.run.config import ResolvedRun, load_run, resolve
+from launch.testing.ranks import run_ranks
 from setformer_dist.core.batch import MicroBatch
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
@@ -43,7 +44,6 @@ from setformer_dist.engine.signals import StopRequest
 from setformer_dist.engine.trainer import Trainer
 from setformer_dist.models.build import build_model
 from setformer_dist.tasks.classification import soft_cross_entropy
-from setformer_dist.testing.ranks import run_ranks
 
 STEPS = 10  # per block
 

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import describe
-from launch.demo import prepare_data
-from setformer_dist.testing.commands import DEMO, Ended, kill_ranks, losses, setformer, start, wait_for
+from launch.examples.demo import prepare_data
+from launch.testing.commands import DEMO, Ended, kill_ranks, losses, setformer, start, wait_for
 
 
 def words(data: Path, out: Path, dtype: str, stage: int, steps: int) -> list[str]:

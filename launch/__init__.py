@@ -1,12 +1,15 @@
-"""Where runs begin: the command line, the run's config page, the composition root, local ranks and their supervision.
+"""Where runs begin: the command line, one run, its processes, and the tools around runs. One folder per room.
 
-cli.py        `setformer ...`
-config.py     one page -> RunConfig -> ResolvedRun (batch arithmetic, steps) for a number of ranks
-compose.py    builds every part of a run, in plain sight
-entry.py      what each rank executes; also `deepspeed --module launch.entry ...`
-local.py      starts and supervises the ranks of this machine
-dryrun.py     what a run would be and cost, without running it
-infer.py      `setformer eval` and `setformer predict`
-demo.py       the handwritten digits as a data set, and the summary at the end
-doctor.py     whether the main job could run here
+    entry.py     what each rank executes; also `deepspeed --module launch.entry ...`
+    shown.py     texts from files on a terminal
+    cli/         the words typed: `setformer ...`; imports what a command needs when it runs
+    run/         one run: its config, its parts, what begins, continues and ends it, its trained weights
+    ranks/       the processes of a run: starting, watching, ending, restarting; locks and what killed ones leave
+    ckpt/  data/  history/    what `setformer ckpt`, `data` and `runs` do
+    machine/     what this machine can do
+    drill/       random faults in a real training
+    examples/    the demo and Long Range Arena
+    testing/     commands, ranks and elastic runs as tests start them
+
+Which room may import which: tests/unit/test_imports.py.
 """

@@ -1,6 +1,6 @@
 """What each rank executes: `python -m launch.entry PAGE [KEY=VALUE ...]` under RANK and WORLD_SIZE.
 
-`setformer train` starts it through launch/local.py. DeepSpeed's own launcher starts it just as well:
+`setformer train` starts it through launch/ranks/local.py. DeepSpeed's own launcher starts it just as well:
 
     deepspeed --num_accelerators 2 --module launch.entry configs/runs/demo.toml data.root=...
 """
@@ -24,14 +24,14 @@ import torch
 from checkpoints.identity import digest_json
 from dataloaders.order.order import CURSOR_FORMAT, ORDER_ID
 from dataloaders.sources.index import INDEX_FORMAT
-from launch.compose import Splits, check_device, compose, open_splits
-from launch.config import ResolvedRun, check_folder, continued, load_run, resolve
-from launch.doctor import check_package_origins
-from launch.inputs import inputs_of
-from launch.local import LOG_DIR_VARIABLE, log_file, usable_cores
-from launch.lock import held
-from launch.orphans import use_scratch
-from launch.outcome import finish
+from launch.machine.doctor import check_package_origins
+from launch.ranks.local import LOG_DIR_VARIABLE, log_file, usable_cores
+from launch.ranks.lock import held
+from launch.ranks.orphans import use_scratch
+from launch.run.compose import Splits, check_device, compose, open_splits
+from launch.run.config import ResolvedRun, check_folder, continued, load_run, resolve
+from launch.run.inputs import inputs_of
+from launch.run.outcome import finish
 from setformer_dist.core.errors import LaunchError, PassingError, RankFailedError, SetformerError
 from setformer_dist.core.exits import leave
 from setformer_dist.core.files import write_json, write_state
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SetformerError as error:
         if logging.getLogger().handlers:
             log.error("%s", error)
-        # Rank 0 speaks to the user; of the others only the log file hears, and launch/local.py quotes it.
+        # Rank 0 speaks to the user; of the others only the log file hears, and launch/ranks/local.py quotes it.
         print(f"error: {redacted(str(error))}", file=sys.stderr, flush=True)
         return error.exit_code
     except (OSError, RuntimeError) as error:

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from dataloaders.packing.pack import pack_image_folder
-from launch.demo import write_digits
-from launch.local import usable_cores
-from launch.mounts import keep_mounts_private
-from setformer_dist.testing.commands import end_all
+from launch.drill.mounts import keep_mounts_private
+from launch.examples.demo import write_digits
+from launch.ranks.local import usable_cores
+from launch.testing.commands import end_all
 
 ROOT = Path(__file__).parent.parent
 

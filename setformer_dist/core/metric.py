@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
+from setformer_dist.core.errors import ConfigError
+
+Weights = Literal["plain", "ema", "auto"]
 Mode = Literal["max", "min"]
 
 # Before the name of a figure: of the averaged weights.
@@ -59,6 +62,19 @@ def better_weights(scores: Mapping[str, float], best_metric: str, mode: Mode) ->
     name, worst = best_metric.removeprefix(AVERAGED), -math.inf if mode == "max" else math.inf
     plain, averaged = scores.get(name, worst), scores.get(f"{AVERAGED}{name}", worst)
     return "ema" if (averaged > plain if mode == "max" else averaged < plain) else "plain"
+
+
+def weights_named(text: str) -> Weights:
+    """Return which weights `--weights` names.
+
+    Raises:
+        ConfigError: it names none.
+    """
+    known = {name: name for name in get_args(Weights)}
+    if text not in known:
+        raise ConfigError(f"--weights {text!r} is not one of {', '.join(known)}")
+    chosen: Weights = known[text]
+    return chosen
 
 
 def headline(metrics: Sequence[Metric], figures: Mapping[str, float], everything: bool = False) -> str:

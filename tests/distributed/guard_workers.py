@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from launch.compose import compose, open_splits
-from launch.config import load_run, resolve
-from launch.inputs import inputs_of
+from launch.run.compose import compose, open_splits
+from launch.run.config import load_run, resolve
+from launch.run.inputs import inputs_of
 from setformer_dist.core.batch import MicroBatch
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect

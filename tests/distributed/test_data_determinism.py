@@ -8,7 +8,7 @@ import torch
 
 from dataloaders.packing.convert import convert
 from dataloaders.sources.opening import open_source
-from setformer_dist.testing.determinism import (
+from dataloaders.testing.determinism import (
     Checked,
     Pixels,
     check_containers,
@@ -22,7 +22,7 @@ from setformer_dist.testing.determinism import (
     pixel_config,
     step_ids,
 )
-from setformer_dist.testing.determinism import plans as all_plans
+from dataloaders.testing.determinism import plans as all_plans
 
 
 @pytest.fixture(scope="module")

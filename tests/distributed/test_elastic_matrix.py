@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.elastic import compare, holds, layouts_of, measure
-from setformer_dist.testing.elastic import Where
+from launch.testing.elastic import Where
 
 
 def check(rows: list[dict[str, Any]]) -> None:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from launch.weights import FirstWeights
+from launch.run.initial_weights import FirstWeights
+from launch.testing.ranks import run_ranks
 from setformer_dist.core.model_config import ModelConfig
 from setformer_dist.engine.comm import disconnect
-from setformer_dist.testing.ranks import run_ranks
 from tests.distributed.workers import Trainee, samples, small_model
 
 LAYOUTS = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (2, "bf16"), (3, "bf16")]

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from launch.testing.commands import DEMO, SHORT
+from launch.testing.ranks import RanksFailedError, run_ranks
 from setformer_dist.core.files import write_json
 from setformer_dist.core.ledger import read_events
-from setformer_dist.testing.commands import DEMO, SHORT
-from setformer_dist.testing.ranks import RanksFailedError, run_ranks
 from tests.distributed import guard_workers
 
 BAD = 12

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from launch.testing.ranks import run_ranks
 from setformer_dist.engine.comm import TensorSums
 from setformer_dist.ops.kmeans import KMeansResult, distributed_kmeans, kmeans
-from setformer_dist.testing.ranks import run_ranks
 
 POINTS = 301
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from launch.testing.ranks import run_ranks
 from setformer_dist.core.config import build
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.engine.comm import disconnect
 from setformer_dist.engine.config import ZeroConfig
 from setformer_dist.engine.guard import Updates
-from setformer_dist.testing.ranks import run_ranks
 from tests.distributed import workers
 from tests.distributed.test_zero_stages import assert_covered
 

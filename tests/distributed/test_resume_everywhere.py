@@ -18,13 +18,13 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from dataloaders.packing.pack import pack_image_folder
-from launch.compose import check_device, compose, open_splits
-from launch.config import load_run, resolve
-from launch.inputs import inputs_of
+from launch.run.compose import check_device, compose, open_splits
+from launch.run.config import load_run, resolve
+from launch.run.inputs import inputs_of
+from launch.testing.commands import DEMO, SHORT
+from launch.testing.ranks import run_ranks
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
-from setformer_dist.testing.commands import DEMO, SHORT
-from setformer_dist.testing.ranks import run_ranks
 
 LAYOUTS = [
     (0, "none"),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from setformer_dist.testing.ranks import RanksFailedError, run_ranks
+from launch.testing.ranks import RanksFailedError, run_ranks
 from tests.distributed import workers
 
 STEPS = 20

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.lock import LOCK_FILE, held
+from launch.ranks.lock import LOCK_FILE, held
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import LaunchError
 from setformer_dist.testing.threads import run_on_threads

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from setformer_dist.testing.commit_faults import Case, cases, run_case
+from checkpoints.testing.commit_faults import Case, cases, run_case
 
 
 def name(case: Case) -> str:

@@ -13,11 +13,11 @@ import torch
 from checkpoints.config import CheckpointConfig
 from checkpoints.identity import Identity
 from checkpoints.manager import CheckpointManager
+from launch.testing.ranks import RanksFailedError, run_ranks
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.fragments import Fragment
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
-from setformer_dist.testing.ranks import RanksFailedError, run_ranks
 
 NUMEL = 1000
 IDENTITY = Identity(model="m")

@@ -22,10 +22,10 @@ from checkpoints.identity import Identity, digest_json
 from checkpoints.manager import CheckpointManager
 from checkpoints.policy import KEEP_TAG
 from checkpoints.reader import list_checkpoints, open_checkpoint, verified
+from checkpoints.testing.disk_faults import Fault, FaultyDisk
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import CheckpointError, PassingError
 from setformer_dist.core.fragments import Fragment
-from setformer_dist.testing.disk_faults import Fault, FaultyDisk
 from setformer_dist.testing.threads import run_on_threads
 
 IDENTITY = Identity(model="m")

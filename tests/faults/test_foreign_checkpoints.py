@@ -20,7 +20,7 @@ import xxhash
 from checkpoints import layout
 from checkpoints.identity import digest_json
 from checkpoints.reader import verified
-from setformer_dist.testing.commands import Ended, setformer, train_words
+from launch.testing.commands import Ended, setformer, train_words
 
 
 @pytest.fixture(scope="module")

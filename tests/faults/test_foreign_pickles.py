@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from checkpoints import deepspeed_files
-from launch.convert import convert
+from launch.ckpt.convert import convert
 from setformer_dist.core.errors import CheckpointError, ConfigError
 
 W = torch.arange(6.0).reshape(2, 3)

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.lock import held, supervising
-from launch.orphans import SCRATCH_VARIABLE, Guardian, remove_ownerless
+from launch.ranks.lock import held, supervising
+from launch.ranks.orphans import SCRATCH_VARIABLE, Guardian, remove_ownerless
+from launch.testing.commands import ROOT
 from setformer_dist.core import ledger
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import CheckpointError, LaunchError
@@ -22,14 +23,13 @@ from setformer_dist.core.files import read_state, write_json, write_state
 from setformer_dist.core.terminal import Tolerant
 from setformer_dist.engine.config import GuardConfig
 from setformer_dist.engine.guard import GUARD_COPY, GUARD_FILE, Guard, Trouble, read_guard
-from setformer_dist.testing.commands import ROOT
 
 OLD_LINE = '{"event": "began", "time": 1.0, "step": 3}\n'
 # Holds the lock as a supervisor does, or has a guardian watch a session with a semaphore; then waits to be killed.
 HOLD = """
 import sys, time
 from pathlib import Path
-from launch.lock import supervising
+from launch.ranks.lock import supervising
 with supervising(Path(sys.argv[1])) as folder:
     print("held", flush=True)
     for _ in range(600):
@@ -38,11 +38,11 @@ with supervising(Path(sys.argv[1])) as folder:
 """
 WATCH = """
 import os, subprocess, sys, time
-from launch.orphans import Guardian
+from launch.ranks.orphans import Guardian
 with Guardian() as guardian:
     code = '''
 import multiprocessing, time
-from launch.orphans import use_scratch
+from launch.ranks.orphans import use_scratch
 use_scratch()
 lock = multiprocessing.get_context("forkserver").Lock()
 multiprocessing.util.get_temp_dir()

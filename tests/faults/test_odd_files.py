@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from launch.ckpt import _retention_of
-from launch.config import RunConfig, check_folder, continued, load_run, resolve
-from launch.inputs import inputs_of
-from launch.lock import held, supervising
-from launch.runs import list_runs, report, show_run
+from launch.ckpt.transfer import _retention_of
+from launch.history.show import list_runs, report, show_run
+from launch.ranks.lock import held, supervising
+from launch.run.config import RunConfig, check_folder, continued, load_run, resolve
+from launch.run.inputs import inputs_of
+from launch.testing.commands import DEMO
 from setformer_dist.core import ledger
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import ConfigError, DataError, LaunchError
 from setformer_dist.engine.metrics import RunRecord
-from setformer_dist.testing.commands import DEMO
 
 TRAIN = {"kind": "train", "step": 1, "loss": 1.0, "lr": 0.1, "images_per_s": 10.0, "seconds": {"forward": 1.0}}
 GUARD = {"kind": "guard", "step": 1, "loss": 9.0, "why": "spike", "action": "skip", "sample_ids": [1, 2]}

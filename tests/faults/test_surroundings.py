@@ -15,9 +15,7 @@ import psutil
 import pytest
 
 from dataloaders import PackOptions, pack_image_folder
-from setformer_dist.core import ledger
-from setformer_dist.core.shared_memory import NO_SHARED_MEMORY
-from setformer_dist.testing.commands import (
+from launch.testing.commands import (
     ROOT,
     assert_gone,
     children,
@@ -28,6 +26,8 @@ from setformer_dist.testing.commands import (
     train_words,
     wait_for,
 )
+from setformer_dist.core import ledger
+from setformer_dist.core.shared_memory import NO_SHARED_MEMORY
 
 LONG = "schedule.epochs=50"
 
@@ -115,7 +115,7 @@ def test_a_name_that_is_no_text_reaches_the_report_and_a_report_that_fails_costs
 MOUNTED = """
 import sys, time
 from pathlib import Path
-from launch.drill import small_disk
+from launch.drill.drill import small_disk
 with small_disk(Path(sys.argv[1])) as mounted:
     print(mounted, flush=True)
     time.sleep(60)

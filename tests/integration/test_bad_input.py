@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dataloaders.packing.pack import PackOptions, pack_image_folder
-from setformer_dist.testing.commands import Ended, losses, setformer, train_words
+from launch.testing.commands import Ended, losses, setformer, train_words
 
 
 def assert_one_sentence(ended: Ended, code: int, *parts: str) -> None:

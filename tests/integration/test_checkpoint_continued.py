@@ -12,10 +12,10 @@ from checkpoints import layout
 from checkpoints.config import CheckpointConfig
 from checkpoints.manager import CheckpointManager
 from checkpoints.reader import open_checkpoint
-from launch.lock import held
+from launch.ranks.lock import held
+from launch.testing.commands import setformer, train_words
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.fragments import Fragment
-from setformer_dist.testing.commands import setformer, train_words
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from checkpoints.reader import open_checkpoint
+from launch.testing.commands import setformer, train_words
+from launch.testing.ranks import run_ranks
 from setformer_dist.core.model_config import ModelConfig
 from setformer_dist.models.build import build_model
-from setformer_dist.testing.commands import setformer, train_words
-from setformer_dist.testing.ranks import run_ranks
 from tests.distributed.workers import Trainee
 
 DONE = 3

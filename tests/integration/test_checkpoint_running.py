@@ -12,7 +12,7 @@ import pytest
 
 from checkpoints import layout
 from checkpoints.reader import open_checkpoint
-from setformer_dist.testing.commands import setformer, train_words
+from launch.testing.commands import setformer, train_words
 
 # All checkpoints stay, so that the first fills the disk and a second finds no room.
 STEPS = ("checkpoint.every_steps=5", "checkpoint.keep_last=9")

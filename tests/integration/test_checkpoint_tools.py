@@ -27,15 +27,15 @@ from checkpoints.identity import Identity
 from checkpoints.manager import CheckpointManager
 from checkpoints.reader import open_checkpoint
 from dataloaders.packing.pack import pack_image_folder
-from launch.cli import app
-from launch.infer import load_trained
+from launch.cli.main import app
+from launch.run.trained import load_trained
+from launch.testing.commands import setformer, train_words
+from launch.testing.ranks import run_ranks
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import CheckpointError, ConfigError, LaunchError
 from setformer_dist.core.fragments import Fragment
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.engine.comm import connect
-from setformer_dist.testing.commands import setformer, train_words
-from setformer_dist.testing.ranks import run_ranks
 from tests.distributed.workers import Trainee
 
 STATES = ("param", "exp_avg", "exp_avg_sq")
@@ -268,7 +268,8 @@ def test_a_destination_that_is_there_or_cannot_be_written_stays_as_it_is(tmp_pat
 def test_nothing_is_imported_into_a_run_that_trains(tmp_path):
     deepspeed_files.write(tmp_path / "ds", 1, {"param": {"w": torch.ones(3)}})
     holder = (
-        "import sys; from pathlib import Path; from launch.lock import held; from setformer_dist.core.comm import Alone"
+        "import sys; from pathlib import Path; from launch.ranks.lock import held; "
+        "from setformer_dist.core.comm import Alone"
     )
     code = f"{holder}\nwith held(Path(sys.argv[1]), Alone()): print('held', flush=True); sys.stdin.read()"
     words = [sys.executable, "-c", code, str(tmp_path / "run")]

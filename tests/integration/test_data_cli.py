@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from dataloaders.packing.pack import PackOptions, pack_image_folder
 from dataloaders.sources.shards import open_split
-from launch.cli_data import app
+from launch.cli.data import app
+from launch.testing.commands import Ended, assert_gone, children, setformer, start
 from setformer_dist.core.errors import SetformerError
-from setformer_dist.testing.commands import Ended, assert_gone, children, setformer, start
 
 
 def image(number, size=(40, 30), form="JPEG"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dataloaders.order.order import Cut, FullOrder, SetPlan
 from dataloaders.sources.shards import open_split
-from setformer_dist.testing.commands import (
+from launch.testing.commands import (
     Ended,
     assert_gone,
     children,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from setformer_dist.testing.commands import setformer
+from launch.testing.commands import setformer
 
 
 def test_a_short_drill_loses_nothing(tmp_path: Path) -> None:

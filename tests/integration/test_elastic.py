@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from setformer_dist.testing.commands import losses, setformer, start, train_words, wait_for
+from launch.testing.commands import losses, setformer, start, train_words, wait_for
 
 
 def samples(run: Path) -> dict[int, list[int]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from setformer_dist.testing.commands import ROOT, environment, setformer, train_words
+from launch.testing.commands import ROOT, environment, setformer, train_words
 
 # Plain timm: our package registers the architecture, and nothing else of it is used.
 SCORE = """

@@ -7,14 +7,14 @@ import safetensors.torch
 import timm
 import torch
 
-from launch.timm_weights import adapted
-from launch.weights import FirstWeights
+from launch.run.initial_weights import FirstWeights
+from launch.run.timm_weights import adapted
+from launch.testing.commands import setformer, train_words
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import CheckpointError
 from setformer_dist.core.fragments import Fragment
 from setformer_dist.core.model_config import ModelConfig
 from setformer_dist.models.build import build_model, timm_arguments
-from setformer_dist.testing.commands import setformer, train_words
 
 NAME = "vit_tiny_patch16_224"
 

@@ -17,8 +17,8 @@ import torch
 import typer.main
 from PIL import Image
 
-from launch import cli
-from setformer_dist.testing.commands import ROOT, setformer, train_words
+from launch.cli import main as cli
+from launch.testing.commands import ROOT, setformer, train_words
 
 # What no test has the data or the hours for, and where its command runs instead.
 ELSEWHERE = {

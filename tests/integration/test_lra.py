@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from dataloaders.lra.tasks import NAMES, Preparation, prepare, task_named
-from launch.infer import load_trained
-from launch.inputs import inputs_of
-from launch.lra import KINDS, Comparison
+from launch.examples.lra import KINDS, Comparison
+from launch.run.inputs import inputs_of
+from launch.run.trained import load_trained
+from launch.testing.commands import Ended, losses, setformer, train_words
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.models.attention import watched_marginals
 from setformer_dist.models.build import build_model
-from setformer_dist.testing.commands import Ended, losses, setformer, train_words
 
 FEW = ("schedule.steps=6", "schedule.warmup_steps=2", "run.log_every=1", "eval.every_steps=3", "batch.global_size=16")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from setformer_dist.testing.commands import setformer
+from launch.testing.commands import setformer
 
 
 def test_models_are_listed_with_size_and_cost() -> None:

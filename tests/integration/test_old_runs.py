@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from setformer_dist.testing.commands import ROOT, losses, setformer
+from launch.testing.commands import ROOT, losses, setformer
 
 WORDS = [
     "run.name=old-run", "run.threads=1", "schedule.steps=6", "~schedule.epochs", "~schedule.warmup_epochs",

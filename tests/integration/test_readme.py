@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from setformer_dist.testing.commands import ROOT, setformer
+from launch.testing.commands import ROOT, setformer
 
 LAUNCHED = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "PYTHONPATH": str(ROOT)}  # as torchrun does
 SHORTER = ["schedule.epochs=1", "schedule.warmup_epochs=0.0", "run.threads=1"]
@@ -45,7 +45,7 @@ def test_the_commands_for_own_images_run_as_pasted(digits: Path, tmp_path: Path)
 def test_versions_and_other_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
     ended = setformer("--version")
     assert (ended.code, ended.out.split()[0]) == (0, "setformer_dist")
-    monkeypatch.setattr("setformer_dist.testing.commands.environment", lambda: {**os.environ, **LAUNCHED})
+    monkeypatch.setattr("launch.testing.commands.environment", lambda: {**os.environ, **LAUNCHED})
     ended = setformer("train", "demo")
     assert (ended.code, len(ended.error_lines)) == (5, 1), ended.err
     assert "--ranks 4" in ended.err

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from launch.testing.commands import setformer, train_words
 from setformer_dist.core.secrets import redacted, redacted_json
-from setformer_dist.testing.commands import setformer, train_words
 from tests.unit.serving import served
 
 SECRETS = (b"sEcReT", b"SIGNED", b"someone")

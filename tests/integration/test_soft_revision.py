@@ -10,9 +10,9 @@ import pytest
 from checkpoints import layout
 from checkpoints.digest import digest_of
 from checkpoints.identity import digest_json
-from launch.infer import load_trained
+from launch.run.trained import load_trained
+from launch.testing.commands import setformer, train_words
 from setformer_dist.models.attention import SoftAttention
-from setformer_dist.testing.commands import setformer, train_words
 
 MODEL = [
     "model.name=soft_tiny", "~model.args", "model.args.widths=[8,16]", "model.args.depths=[1,1]", "model.drop_path=0.0",

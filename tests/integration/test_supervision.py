@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from setformer_dist.testing.commands import (
+from launch.testing.commands import (
     assert_gone,
     children,
     losses,

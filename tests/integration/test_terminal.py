@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from launch.testing.commands import ROOT, children, environment, losses, start, train_words, wait_for
+from launch.testing.terminal import InTerminal
+from launch.testing.warm import Warm, possible
 from setformer_dist.core import ledger
-from setformer_dist.testing.commands import ROOT, children, environment, losses, start, train_words, wait_for
-from setformer_dist.testing.terminal import InTerminal
-from setformer_dist.testing.warm import Warm, possible
 
 pytestmark = pytest.mark.skipif(not possible(), reason="commands start cold here")
 
@@ -26,7 +26,7 @@ NEVER = "checkpoint.every_steps=1000"
 @contextmanager
 def training(data: Path, out: Path, *overrides: str, heeds_hangup: bool = True, ranks: int = 2) -> Iterator[InTerminal]:
     words = train_words(data, out, *overrides, ranks=ranks)
-    with InTerminal(["launch.cli", *words], environment(), ROOT, heeds_hangup) as terminal:
+    with InTerminal(["launch.cli.main", *words], environment(), ROOT, heeds_hangup) as terminal:
         yield terminal
 
 
@@ -124,7 +124,9 @@ def went_on_to_its_end(run: Path) -> None:
 def test_a_pipe_that_nobody_reads_any_more_stops_nothing(digits: Path, tmp_path: Path) -> None:
     read, write = os.pipe()
     with os.fdopen(write, "wb") as out:
-        process = Warm(["launch.cli", *train_words(digits, tmp_path, "eval.every_steps=8")], environment(), ROOT, out)
+        process = Warm(
+            ["launch.cli.main", *train_words(digits, tmp_path, "eval.every_steps=8")], environment(), ROOT, out
+        )
     try:
         assert os.read(read, 1)  # `| head -c 1`
         os.close(read)

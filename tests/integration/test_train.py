@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.local import choose_port
-from setformer_dist.testing.commands import (
+from launch.ranks.local import choose_port
+from launch.testing.commands import (
     DEMO,
     ROOT,
     SHORT,

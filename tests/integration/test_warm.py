@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from setformer_dist.testing.commands import alive, assert_gone, environment
-from setformer_dist.testing.warm import Warm, possible
+from launch.testing.commands import alive, assert_gone, environment
+from launch.testing.warm import Warm, possible
 
 pytestmark = pytest.mark.skipif(not possible(), reason="commands start cold here")
 
@@ -84,7 +84,7 @@ def test_a_signal_ends_it(tmp_path: Path, number: signal.Signals) -> None:
 def test_none_outlives_the_tests(tmp_path: Path) -> None:
     (tmp_path / "warm_program.py").write_text(PROGRAM)
     code = (
-        "from pathlib import Path; import os, time; from setformer_dist.testing.warm import Warm\n"
+        "from pathlib import Path; import os, time; from launch.testing.warm import Warm\n"
         f"folder = Path({str(tmp_path)!r}); out = (folder / 'out').open('w+b')\n"
         "print(Warm(['warm_program', 'wait'], os.environ, folder, out).pid, flush=True)\n"
         "while not (folder / 'out').read_text(): time.sleep(0.01)\n"

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from launch.compose import open_splits
-from launch.config import load_run, resolve
 from launch.entry import check_agreement, facts_of
+from launch.run.compose import open_splits
+from launch.run.config import load_run, resolve
+from launch.testing.commands import DEMO
 from setformer_dist.core.errors import LaunchError
-from setformer_dist.testing.commands import DEMO
 from setformer_dist.testing.threads import run_on_threads
 
 

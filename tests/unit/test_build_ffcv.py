@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from launch import build_ffcv as building
+from launch.machine import build_ffcv as building
 from setformer_dist.core.errors import LaunchError
 
 

@@ -18,10 +18,10 @@ from checkpoints.errors import StorageError
 from checkpoints.identity import Identity
 from checkpoints.manager import CheckpointManager
 from checkpoints.reader import list_checkpoints, open_checkpoint
+from checkpoints.testing.disk_faults import Fault, FaultyDisk
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import CheckpointError
 from setformer_dist.core.fragments import Fragment
-from setformer_dist.testing.disk_faults import Fault, FaultyDisk
 from setformer_dist.testing.threads import run_on_threads
 
 IDENTITY = Identity(model="m")

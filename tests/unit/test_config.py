@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.config import check_folder, load_run, resolve
+from launch.run.config import check_folder, load_run, resolve
 from setformer_dist.core.config import merge, parse_override, read_toml
 from setformer_dist.core.continuing import must_stay
 from setformer_dist.core.errors import ConfigError

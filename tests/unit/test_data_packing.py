@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 from dataloaders.packing.convert import pack_beton
 from dataloaders.packing.pack import PackOptions, _write_shard, pack_image_folder, unfinished
 from dataloaders.sources.shards import open_split
-from launch.cli_data import app
+from launch.cli.data import app
+from launch.testing.commands import heed_ctrl_c
 from setformer_dist.core.errors import ConfigError, DataError
-from setformer_dist.testing.commands import heed_ctrl_c
 
 
 class Interrupted(BaseException):

@@ -17,7 +17,7 @@ from dataloaders.packing.pack import PackOptions, pack_image_folder
 from dataloaders.packing.text import TextOptions, pack_text
 from dataloaders.packing.verify import unreadable, verify, verify_split
 from dataloaders.sources.index import COLUMNS, read_index, write_index
-from launch import data_commands
+from launch.data import commands as data_commands
 from setformer_dist.core.errors import ConfigError, DataError, PassingError
 from tests.unit.serving import served
 

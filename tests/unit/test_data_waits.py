@@ -33,7 +33,7 @@ from dataloaders.sources.pipes import SequentialStorage
 from dataloaders.sources.remote import FsspecStorage, HttpStorage
 from dataloaders.sources.shards import open_split
 from dataloaders.sources.storage import UnreadableError
-from launch.inputs import ImageInputs
+from launch.run.inputs import ImageInputs
 from setformer_dist.core.errors import ConfigError, DataError, PassingError
 from setformer_dist.core.ranks import RankInfo
 from tests.unit.serving import served

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launch import doctor
-from launch.doctor import Finding, check_package_origins, diagnose, render
+from launch.machine import doctor
+from launch.machine.doctor import Finding, check_package_origins, diagnose, render
 from setformer_dist.core.errors import LaunchError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-CHECK = "from launch.doctor import check_package_origins; print(check_package_origins())"
+CHECK = "from launch.machine.doctor import check_package_origins; print(check_package_origins())"
 
 
 def printed(findings):

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from checkpoints.config import CheckpointConfig
 from checkpoints.identity import Identity
 from checkpoints.manager import CheckpointManager
-from launch.weights import FirstWeights
+from launch.run.initial_weights import FirstWeights
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import CheckpointError, ConfigError
 from setformer_dist.core.fragments import Fragment

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.config import load_run, resolve
+from launch.run.config import load_run, resolve
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = sorted((ROOT / "configs" / "runs").glob("*.toml"))

@@ -11,7 +11,7 @@ from checkpoints.config import CheckpointConfig
 from checkpoints.identity import Identity, digest_shapes
 from checkpoints.manager import CheckpointManager
 from checkpoints.reader import Checkpoint, open_checkpoint
-from launch.imported import is_imported, loadable, trainer_state
+from launch.run.imported import is_imported, loadable, trainer_state
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import CheckpointError
 from setformer_dist.core.fragments import Fragment

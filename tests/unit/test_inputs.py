@@ -7,7 +7,7 @@ import torch
 
 from dataloaders.config import DataConfig, MixtureEntry, ResolutionStage
 from dataloaders.order.mixture import MixtureSource
-from launch.inputs import ImageInputs, check_splits
+from launch.run.inputs import ImageInputs, check_splits
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.model_config import ModelConfig
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.local import choose_port, last_error_line, log_file, rank_environment, run_local, usable_cores
+from launch.ranks.local import choose_port, last_error_line, log_file, rank_environment, run_local, usable_cores
 from setformer_dist.core.errors import LaunchError, RankFailedError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -72,7 +72,7 @@ elif what in ("train", "deaf", "worker", "early", "lost"):
 SUPERVISOR = """
 import signal, sys
 from pathlib import Path
-from launch.local import run_local
+from launch.ranks.local import run_local
 from setformer_dist.core.errors import RankFailedError
 folder, what, grace = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 # Whoever runs the tests in the background has these ignored, and run_local would leave them so.
@@ -281,5 +281,5 @@ def test_the_last_error_line_is_found_among_others(tmp_path):
 
 
 def test_the_supervisor_starts_without_torch():
-    code = "import sys, launch.local; sys.exit('torch' in sys.modules)"
+    code = "import sys, launch.ranks.local; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0

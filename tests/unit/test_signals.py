@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from setformer_dist.testing.commands import ROOT
+from launch.testing.commands import ROOT
 
 SENDS = ("killpg", "os.kill", "send_signal", ".terminate(", ".kill(", "kill_ranks")
 FILES = sorted(path for folder in ("tests", "setformer_dist/testing") for path in (ROOT / folder).rglob("*.py"))

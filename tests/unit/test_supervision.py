@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launch.config import load_run
-from launch.restarts import Again, Failure, GiveUp, RestartConfig, verdict
-from launch.runs import list_runs
+from launch.history.show import list_runs
+from launch.ranks.restarts import Again, Failure, GiveUp, RestartConfig, verdict
+from launch.run.config import load_run
 from setformer_dist.core import ledger
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.heartbeat import FD_VARIABLE, Heartbeat, Pulse

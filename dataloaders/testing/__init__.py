@@ -1,0 +1,1 @@
+"""Proofs that samples do not depend on machines, for tests and benchmarks."""

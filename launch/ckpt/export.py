@@ -1,0 +1,197 @@
+"""`setformer ckpt export`: a folder that plain timm loads, with the preprocessing that the model was trained with.
+
+DEST/model.safetensors   weights in fp32
+DEST/config.json         architecture, arguments, and timm's pretrained_cfg: size, mean, std, interpolation, crop,
+class names; `timm.create_model("local-dir:DEST", pretrained=True)` reads it
+DEST/README.md           a model card
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+from rich.console import Console
+from safetensors import SafetensorError
+
+from dataloaders.config import DataConfig
+from launch.run.trained import Trained, load_trained
+from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.metric import Weights
+from setformer_dist.models.build import timm_arguments
+
+_CARD = """# {name}, step {step}
+
+Weights of `{name}` ({weights}), {elements:,} parameters, trained by setformer_dist and exported from
+`{source}`.
+
+| metric | value |
+| --- | --- |
+{metrics}
+
+## Load
+
+```python
+{snippet}
+```
+
+The tensors are plain safetensors in fp32; nothing in the file runs code.
+{classes}
+## Training config
+
+```json
+{config}
+```
+"""
+
+_IMAGES = """import timm
+from PIL import Image
+{register}
+model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+logits = model(transform(Image.open("some.jpg").convert("RGB")).unsqueeze(0))
+print(model.pretrained_cfg["label_names"][logits.argmax()])"""
+
+_TOKENS = """import timm
+{register}
+model = timm.create_model({name!r}, {arguments}checkpoint_path="model.safetensors").eval()"""
+
+_REGISTER = "import setformer_dist.models  # registers the architecture with timm\n"
+
+
+def export(path: Path, dest: Path, weights: Weights, console: Console) -> None:
+    """Write the weights, timm's config and a model card.
+
+    Args:
+        path: a checkpoint, or a folder of several.
+        dest: folder to make.
+        weights: "plain", "ema", or "auto": what scored better in the run.
+        console: where to.
+
+    Raises:
+        CheckpointError: nothing there verifies, or it was not written by a run.
+        ConfigError: the folder is there already.
+    """
+    check_free(dest)
+    trained = load_trained(path, weights)
+    tensors = {name: tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
+    written = ["model.safetensors", "README.md"]
+    with made(dest) as folder:
+        data = safetensors.torch.save(tensors, metadata={"format": "pt"})
+        (folder / "model.safetensors").write_bytes(data)  # save_file would make it readable for its owner alone
+        if isinstance(trained.config.data, DataConfig):
+            text = json.dumps(_timm_config(trained, trained.config.data), indent=2)
+            (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+            written.append("config.json")
+        (folder / "README.md").write_text(_card(trained, dest), encoding="utf-8", errors="backslashreplace")
+    console.print(f"{dest}: {', '.join(sorted(written))}, {trained.weights} weights", highlight=False, markup=False)
+
+
+def _timm_config(trained: Trained, data: DataConfig) -> dict[str, Any]:
+    """Return the config.json of timm's hub layout."""
+    name, size = trained.config.model.name, data.image_size
+    arguments = timm_arguments(trained.config.model, len(trained.classes), size)
+    default = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    kept = default.to_dict() if default is not None else {}
+    same = ("first_conv", "classifier", "fixed_input_size", "pool_size")
+    return {
+        "architecture": name.split(".")[0],
+        "num_classes": len(trained.classes),
+        "num_features": trained.model.num_features,
+        "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
+        "label_names": list(trained.classes),
+        "pretrained_cfg": {
+            **{key: kept[key] for key in same if key in kept},
+            "num_classes": len(trained.classes),
+            "input_size": [3, size, size],
+            "mean": list(data.mean),
+            "std": list(data.std),
+            "interpolation": data.interpolation,
+            "crop_pct": _crop(data),
+            "crop_mode": "center",
+            "label_names": list(trained.classes),
+        },
+    }
+
+
+def _crop(data: DataConfig) -> float:
+    """Return timm's crop_pct. Images that are stored at the image size are taken as they are, which is 1 there.
+
+    Training with crop = "pad" takes no other images; elsewhere what is stored larger is cropped to `eval_crop`.
+    """
+    return 1.0 if data.augment.crop == "pad" else data.eval_crop
+
+
+def _card(trained: Trained, dest: Path) -> str:
+    checkpoint, config = trained.checkpoint, trained.config
+    register = (
+        ""
+        if timm.models.model_entrypoint(config.model.name.split(".")[0]).__module__.startswith("timm.")
+        else (_REGISTER)
+    )
+    if isinstance(config.data, DataConfig):
+        snippet = _IMAGES.format(register=register, folder=dest.name)
+    else:
+        told = checkpoint.trainer.get("inputs", {})
+        arguments = {**told, **timm_arguments(config.model, len(trained.classes), 0)}
+        words = "".join(f"{key}={value!r}, " for key, value in arguments.items())
+        snippet = _TOKENS.format(register=register, name=config.model.name, arguments=words)
+    few = 0 < len(trained.classes) <= 1000
+    return _CARD.format(
+        name=checkpoint.identity.model,
+        step=checkpoint.step,
+        weights={"ema": "averaged weights"}.get(trained.weights, "plain weights"),
+        elements=checkpoint.states()["param"],
+        source=f"{checkpoint.path.parent.parent.name}/{checkpoint.path.parent.name}/{checkpoint.path.name}",
+        metrics=_metrics_of(trained),
+        snippet=snippet,
+        classes=f"\nClasses in order: {', '.join(trained.classes)}.\n" if few else "",
+        config=json.dumps(checkpoint.trainer["config"], indent=2),
+    )
+
+
+def _metrics_of(trained: Trained) -> str:
+    """Return the rows of the exported step's own metrics; an evaluation of an earlier step is said to be one."""
+    checkpoint = trained.checkpoint
+    if checkpoint.metrics:
+        rows = sorted(checkpoint.metrics.items())
+        return "\n".join(f"| {key} | {value:.4f} |" for key, value in rows)
+    earlier = sorted(checkpoint.trainer["run"]["evaluation"].items())
+    lines = [f"| {key}, last evaluation before this step | {value:.4f} |" for key, value in earlier]
+    return "\n".join(lines) or "| none | |"
+
+
+def check_free(dest: Path) -> None:
+    """Refuse a destination that is there, before anything is read.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
+        raise ConfigError(f"{dest} is there already: name a folder that is not, or an empty one")
+
+
+@contextmanager
+def made(dest: Path) -> Iterator[Path]:
+    """Let a folder be written beside its place and take that place when it is whole; else nothing stays.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    dest = dest.absolute()
+    aside = dest.with_name(f".{dest.name}.{os.getpid()}.tmp")
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        aside.rename(dest)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch's zip writer raises RuntimeErrors
+        raise ConfigError(f"{dest} cannot be written: {str(error).splitlines()[0]}") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

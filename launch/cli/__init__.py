@@ -1,0 +1,1 @@
+"""The words typed: Typer alone."""

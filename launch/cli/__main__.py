@@ -1,0 +1,5 @@
+"""`python -m launch.cli` is `setformer`."""
+
+from launch.cli.main import main
+
+main()

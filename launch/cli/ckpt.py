@@ -1,0 +1,195 @@
+"""`setformer ckpt`: looking at checkpoints, checking them, taking them elsewhere, making room."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from setformer_dist.core.metric import weights_named
+
+app = typer.Typer(help="Look at checkpoints, check them, take them elsewhere, make room.", no_args_is_help=True)
+
+# What ends a command that has found something damaged.
+_DAMAGED = 4
+
+RunFolder = Annotated[Path, typer.Argument(help="A run folder or its checkpoints folder.", show_default=False)]
+CheckpointPath = Annotated[
+    Path, typer.Argument(help="A run folder, its checkpoints folder, or one step's folder.", show_default=False)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+@app.command("ls")
+def ls(
+    folder: RunFolder,
+    verify: Annotated[bool, typer.Option("--verify", help="Hash every file, not only sizes.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the checkpoints of a run and whether they verify; exit code 4 if one does not.
+
+    Example:
+
+        setformer ckpt ls runs/demo --verify
+    """
+    from launch.ckpt import listing
+
+    if listing.list_folder(folder, verify, Console(), as_json):
+        raise typer.Exit(_DAMAGED)
+
+
+@app.command("show")
+def show(checkpoint: CheckpointPath, as_json: AsJson = False) -> None:
+    """Verify a checkpoint and print all that it says about itself; of several, the newest that verifies.
+
+    Examples:
+
+        setformer ckpt show runs/demo
+
+        setformer ckpt show runs/demo/checkpoints/step-00000440 --json
+    """
+    from launch.ckpt import listing
+
+    listing.show(checkpoint, Console(), as_json)
+
+
+@app.command("verify")
+def verify(checkpoint: CheckpointPath, as_json: AsJson = False) -> None:
+    """Read every byte of a checkpoint, or of all of a run, with all cores; exit code 4 if one does not verify.
+
+    Examples:
+
+        setformer ckpt verify runs/demo
+
+        setformer ckpt verify runs/demo/checkpoints/step-00000440 --json
+    """
+    from launch.ckpt import transfer
+
+    if transfer.verify(checkpoint, Console(), as_json):
+        raise typer.Exit(_DAMAGED)
+
+
+@app.command("diff")
+def diff(
+    first: CheckpointPath,
+    second: CheckpointPath,
+    state: Annotated[str, typer.Option(help="Which state to compare: param, ema, exp_avg, exp_avg_sq.")] = "param",
+    as_json: AsJson = False,
+) -> None:
+    """Print in which parameters, metrics and config keys two checkpoints differ.
+
+    Examples:
+
+        setformer ckpt diff runs/demo/checkpoints/step-00000330 runs/demo/checkpoints/step-00000440
+
+        setformer ckpt diff runs/one runs/two --state ema --json
+    """
+    from launch.ckpt import transfer
+
+    transfer.diff(first, second, state, Console(), as_json)
+
+
+@app.command("export")
+def export(
+    checkpoint: CheckpointPath,
+    dest: Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)],
+    weights: Annotated[str, typer.Option(help="plain, ema, or auto: whichever scored better in the run.")] = "auto",
+    deepspeed: Annotated[
+        bool, typer.Option("--deepspeed", help="Write what DeepSpeed's zero_to_fp32.py reads, with Adam's states.")
+    ] = False,
+) -> None:
+    """Write the weights as a folder that plain timm loads, preprocessing and class names included.
+
+    `timm.create_model("local-dir:DEST", pretrained=True)` and `timm.data.resolve_model_data_config` read it.
+
+    Examples:
+
+        setformer ckpt export runs/demo exported --weights ema
+
+        setformer ckpt export runs/demo for-deepspeed --deepspeed
+    """
+    chosen = weights_named(weights)
+    if deepspeed:
+        from launch.ckpt import transfer
+
+        transfer.export_deepspeed(checkpoint, dest, Console())
+    else:
+        from launch.ckpt import export
+
+        export.export(checkpoint, dest, chosen, Console())
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="Directory of DeepSpeed's save_checkpoint.", show_default=False)],
+    dest: Annotated[Path, typer.Argument(help="Folder in which the step's folder is made.", show_default=False)],
+    model: Annotated[str, typer.Option(help="Name of the model, for the manifest.")] = "imported",
+    trust_pickle: Annotated[
+        bool, typer.Option("--trust-pickle", help="Read files that name foreign classes; they can run any code.")
+    ] = False,
+) -> None:
+    """Take over a checkpoint that DeepSpeed's own save_checkpoint wrote, under ZeRO 0 to 3 on any number of ranks.
+
+    The files are pickles. They are read by a loader that makes tensors and plain values alone; a file that holds
+    other objects is refused unless you trust it.
+
+    Imported into the checkpoints folder of a new run, setformer train goes on from it with weights, Adam's states and
+    step count. It holds no config: the page that you train must be of the same model.
+
+    Examples:
+
+        setformer ckpt import elsewhere/output runs/mine/checkpoints --model vit_base_patch16_224
+
+        setformer ckpt import elsewhere/output/global_step500 imported --trust-pickle
+    """
+    from launch.ckpt import transfer
+
+    transfer.import_deepspeed(source, dest, model, trust_pickle, Console())
+
+
+@app.command("convert")
+def convert(
+    source: Annotated[Path, typer.Argument(help="A .pth, .pt or .bin file of torch.save.", show_default=False)],
+    dest: Annotated[Path, typer.Argument(help="The .safetensors file to make.", show_default=False)],
+    key: Annotated[
+        str | None, typer.Option(help="Entry that holds the weights; by default state_dict_ema, state_dict, model …")
+    ] = None,
+) -> None:
+    """Turn weights in a pickle into a .safetensors file, for model.weights of a run.
+
+    The pickle is read by a loader that makes tensors and plain values alone; what would run code is refused.
+
+    Examples:
+
+        setformer ckpt convert vit_small.pth vit_small.safetensors
+
+        setformer ckpt convert checkpoint.pth.tar weights.safetensors --key state_dict
+    """
+    from launch.ckpt import convert
+
+    convert.convert(source, dest, key, Console())
+
+
+@app.command("prune")
+def prune(
+    folder: RunFolder,
+    keep_last: Annotated[int | None, typer.Option(help="Newest that stay; by default the run's.")] = None,
+    keep_every: Annotated[int | None, typer.Option(help="Multiples of this step stay; by default the run's.")] = None,
+    keep_best: Annotated[int | None, typer.Option(help="Best that stay; by default the run's.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+) -> None:
+    """Delete the checkpoints that retention lets go; the newest that verifies always stays.
+
+    Examples:
+
+        setformer ckpt prune runs/demo --keep-last 1 --dry-run
+
+        setformer ckpt prune runs/demo --keep-last 2 --keep-every 1000
+    """
+    asked = {"keep_last": keep_last, "keep_every": keep_every, "keep_best": keep_best}
+    changes = {key: value for key, value in asked.items() if value is not None}
+    from launch.ckpt import transfer
+
+    transfer.prune(folder, changes, dry_run, Console())

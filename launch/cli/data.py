@@ -1,0 +1,371 @@
+"""`setformer data`: making, checking and looking at the data that training reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from setformer_dist.core.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from dataloaders.packing.convert import BetonResult
+    from dataloaders.packing.pack import PackResult
+
+    Packed = PackResult | BetonResult
+
+app = typer.Typer(
+    help="Pack images, masks, boxes and texts; check, convert, measure and look at data.", no_args_is_help=True
+)
+
+# What `verify` ends with when something is damaged.
+_DAMAGED = 4
+
+_PACK_HELP = """Pack images (with classes, masks or boxes) or texts into what training reads.
+
+SOURCE is a directory of class folders (CLASS/image.jpg), or a tar or tar.gz of one; or images beside masks (--masks),
+images with COCO annotations (--coco), a TSV file of texts and labels, or a container to be packed anew (a packed
+split, a pattern of WebDataset shards, a .beton file). DEST is a folder for WebDataset shards and their index, or a
+file that ends in .beton. DEST holds one split; give training and validation the same class map with --classes-from.
+
+Image bytes are kept as they are, unless --max-side or --quality is given (CMYK and 16-bit images are made RGB of 8
+bits). The same source gives the same bytes. A packing into shards that was stopped goes on by the same command.
+
+Examples:
+
+  setformer data pack photos/train packed/train --workers 8
+
+  setformer data pack photos.tar.gz packed/val --split val --classes-from packed/train
+
+  setformer data pack photos/train packed/train --max-side 512 --quality 90 --skip-bad
+
+  setformer data pack camvid.tar.gz packed/train --split train --masks annotations --void 11
+
+  setformer data pack coco/train2017 packed/train --coco coco/annotations/instances_train2017.json
+
+  setformer data pack sst2/train.tsv packed/train --length 256
+
+  setformer data pack photos/train packed/train.beton
+"""
+_SPLIT_HELP = "Sub-folder of SOURCE to pack, such as train."
+_SKIP_HELP = "Leave damaged images, and odd members of shards, out and list them, instead of failing."
+_EMPTY_HELP = "Class folders may hold no image that is read; they become no class."
+_RAW_HELP = "For .beton: pixels, shrunk to this longer side; 0 as they are."
+_MIB_HELP = "Most MiB of images in one shard, as SOURCE has them."
+
+PathArgument = Annotated[
+    str, typer.Argument(metavar="PATH", help="Packed split, pattern of shards, .beton file or image folder.")
+]
+Workers = Annotated[int, typer.Option(min=0, help="Processes; 0 works in this one. Same result.")]
+RawSide = Annotated[int | None, typer.Option(metavar="SIDE", min=0, help=_RAW_HELP)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier packing left at DEST.")]
+
+
+@app.command(help=_PACK_HELP)
+def pack(
+    source: Annotated[str, typer.Argument(help="What to pack; see above.")],
+    dest: Annotated[Path, typer.Argument(help="New or empty folder for shards, or a file *.beton.")],
+    split: Annotated[str | None, typer.Option(help=_SPLIT_HELP)] = None,
+    masks: Annotated[str | None, typer.Option(metavar="FOLDER", help="Folder of masks beside images/.")] = None,
+    void: Annotated[int | None, typer.Option(metavar="VALUE", help="Mask value that does not count.")] = None,
+    coco: Annotated[
+        str | None, typer.Option(metavar="JSON", help="COCO instances: a file, or its name within SOURCE.")
+    ] = None,
+    classes: Annotated[
+        Path | None, typer.Option(help="Class map: names in label order, one per line or a JSON list.")
+    ] = None,
+    classes_from: Annotated[Path | None, typer.Option(help="Packed split whose class map to use.")] = None,
+    samples_per_shard: Annotated[int, typer.Option(help="Most samples in one shard.")] = 2000,
+    mib_per_shard: Annotated[int, typer.Option(help=_MIB_HELP)] = 512,
+    max_side: Annotated[int, typer.Option(help="Shrink images to this longer side in pixels; 0 keeps all.")] = 0,
+    quality: Annotated[int | None, typer.Option(help="Of JPEG files that are written; alone, of all.")] = None,
+    raw: RawSide = None,
+    length: Annotated[int, typer.Option(min=0, help="For texts: bytes to which they are cut; 0 keeps all.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 packs in this one. Same result.")] = 2,
+    strict: Annotated[bool, typer.Option(help="Decode every image, or only look at headers.")] = True,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help=_SKIP_HELP)] = False,
+    allow_empty_classes: Annotated[bool, typer.Option("--allow-empty-classes", help=_EMPTY_HELP)] = False,
+    shuffle: Annotated[int | None, typer.Option(metavar="SEED", help="Mix the samples by this seed.")] = None,
+    force: Force = False,
+) -> None:
+    """Pack a source; the long help is `_PACK_HELP`."""
+    from dataloaders.packing import text
+
+    if text.holds_text(Path(source)):
+        _pack_text(Path(source), dest, split, classes, classes_from, length, force)
+        return
+    if length:
+        raise ConfigError(f"--length is for texts, and {source} holds none")
+    from dataloaders.packing import pack
+
+    options = pack.PackOptions(
+        samples_per_shard=samples_per_shard,
+        mib_per_shard=mib_per_shard,
+        workers=workers,
+        strict=strict,
+        skip_bad=skip_bad,
+        allow_empty_classes=allow_empty_classes,
+        force=force,
+        shuffle_seed=shuffle,
+        split=split,
+        classes_file=classes,
+        classes_from=classes_from,
+        max_side=max_side,
+        quality=quality,
+        masks=masks,
+        void=void,
+        coco=coco,
+    )
+    with _progress(f"looking for images in {source}", "packing") as steps, _goes_on(dest):
+        if dest.suffix == ".beton":
+            from dataloaders.packing import convert
+
+            result: Packed = convert.pack_beton(source, dest, options, raw, steps.start, steps.advance)
+        elif raw is not None:
+            raise ConfigError("--raw stores pixels, which only a .beton file can hold: name a destination *.beton")
+        else:
+            from dataloaders.packing import pack
+
+            result = pack.pack_image_folder(source, dest, options, steps.start, steps.advance)
+    _report_packing(dest, result)
+
+
+@app.command()
+def index(
+    path: Annotated[
+        str, typer.Argument(metavar="PATTERN", help='Shards such as "train-{0000..0146}.tar", or a .beton file.')
+    ],
+    classes: Annotated[
+        Path | None, typer.Option(help="Class map: names in label order, one per line or a JSON list.")
+    ] = None,
+    checksums: Annotated[bool, typer.Option(help="Read all bytes for checksums, or headers alone.")] = True,
+    workers: Workers = 2,
+) -> None:
+    """Index WebDataset shards or a .beton file that others made, so that samples can be read by number and checked.
+
+    Training makes an index of shards by itself at first sight; this is for making it ahead of time.
+
+    Examples:
+
+        setformer data index "imagenet/train-{0000..1281}.tar" --workers 8
+
+        setformer data index train.beton --classes names.txt
+    """
+    with _progress(f"opening {path}", "indexing") as steps:
+        from launch.data import commands
+
+        said = commands.index(path, classes, checksums, workers, steps.start, steps.advance)
+    _say(Console(), said)
+
+
+@app.command()
+def verify(
+    paths: Annotated[
+        list[str], typer.Argument(metavar="PATH...", help="Packed splits, shards, .beton files or image folders.")
+    ],
+    decode: Annotated[bool, typer.Option(help="Decode every sample too, or compare digests alone.")] = True,
+    workers: Workers = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Read data whole: compare every digest, decode every sample, name everything that is damaged.
+
+    Exit code: 0 all whole, 4 something is damaged, 2 there is nothing to verify.
+
+    Examples:
+
+        setformer data verify packed/train packed/val --workers 8
+
+        setformer data verify packed/train --no-decode --json
+    """
+    results = []
+    for path in paths:
+        if "://" not in path and not any(sign in path for sign in "*{[") and not Path(path).exists():
+            raise ConfigError(f"{path} does not exist: name a packed split, shards, a .beton file or an image folder")
+        with _progress(f"opening {path}", "verifying") as steps:
+            try:
+                from dataloaders.packing import verify
+
+                results.append(verify.verify(path, workers, decode, steps.start, steps.advance))
+            except DataError as error:  # not even its index is whole, or it is no data
+                from dataloaders.packing import verify
+
+                results.append(verify.unreadable(path, error))
+    from launch.data import commands
+
+    damaged = commands.show_verified(results, as_json, Console())
+    if damaged:
+        raise typer.Exit(_DAMAGED)
+
+
+@app.command()
+def inspect(
+    path: PathArgument,
+    sheet: Annotated[
+        Path | None, typer.Option(help="Write a contact sheet: a file that ends in .html or .png.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Pictures on the sheet.")] = 64,
+    side: Annotated[int, typer.Option(min=1, help="Their longest side in pixels.")] = 192,
+    look_at: Annotated[int, typer.Option(min=0, help="Samples whose bytes are read for formats.")] = 2000,
+    as_json: AsJson = False,
+) -> None:
+    """Say what is in data: counts, classes, sizes, bytes, formats, duplicates; and show it.
+
+    Examples:
+
+        setformer data inspect packed/train
+
+        setformer data inspect packed/train --sheet train.html --count 100
+    """
+    console = Console(stderr=as_json)
+    from launch.data.sheet import describe
+
+    found = describe(path, look_at, sheet, count, side, console)
+    if as_json:
+        print(json.dumps(found))
+    if sheet is not None:
+        _say(console, f"contact sheet: {sheet}")
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Packed split, pattern of shards, or .beton file.")],
+    dest: Annotated[Path, typer.Argument(help="New or empty folder for shards, or a file *.beton.")],
+    raw: RawSide = None,
+    workers: Workers = 2,
+    force: Force = False,
+) -> None:
+    """Turn shards into a .beton file, or a .beton file into shards: same order, labels, classes and JPEG bytes.
+
+    Examples:
+
+        setformer data convert packed/train train.beton
+
+        setformer data convert train.beton packed/again
+
+        setformer data convert packed/train train-raw.beton --raw 256
+    """
+    with _progress(f"opening {source}", "converting") as steps, _goes_on(dest):
+        from dataloaders.packing import convert
+
+        result = convert.convert(source, dest, raw, workers, force, steps.start, steps.advance)
+    _report_packing(dest, result)
+
+
+@app.command()
+def bench(
+    path: PathArgument,
+    image_size: Annotated[int, typer.Option(help="Of what the model sees, in pixels.")] = 224,
+    randaugment: Annotated[int, typer.Option(help="RandAugment operations per image.")] = 0,
+    threads: Annotated[int, typer.Option(help="Most threads to try; 0 is as many as there are cores.")] = 0,
+    seconds: Annotated[float, typer.Option(help="Of each measurement.")] = 2.0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how fast data loads on this machine, where an image's time goes, and what would help.
+
+    Examples:
+
+        setformer data bench packed/train
+
+        setformer data bench train.beton --image-size 288 --randaugment 2 --threads 8
+    """
+    most = threads or len(os.sched_getaffinity(0))
+    with _progress("measuring", "measuring") as steps:
+        from launch.data import commands
+
+        found = commands.measure(path, image_size, randaugment, most, seconds, steps.say)
+    from launch.data import commands
+
+    commands.show_throughput(found, as_json, Console())
+
+
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class _Steps:
+    """A progress bar that does as a library's `on_start` and `on_progress` are told."""
+
+    def __init__(self, progress: Progress, first: str, later: str) -> None:
+        self._progress, self._later = progress, later
+        self._task = progress.add_task(first, total=None)
+
+    def start(self, total: int) -> None:
+        """Begin with so many things to do."""
+        self._progress.update(self._task, total=total, description=self._later)
+
+    def advance(self, done: int) -> None:
+        """Count so many as done."""
+        self._progress.advance(self._task, done)
+
+    def say(self, what: str) -> None:
+        """Say what is being done."""
+        self._progress.update(self._task, description=what)
+
+
+@contextmanager
+def _progress(first: str, later: str) -> Iterator[_Steps]:
+    """Show a progress bar on stderr, so that what is printed can be piped on."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        yield _Steps(progress, first, later)
+
+
+@contextmanager
+def _goes_on(dest: Path) -> Iterator[None]:
+    """Say after Ctrl-C what is kept and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from dataloaders.packing import pack
+
+        kept = pack.unfinished(dest)
+        print(kept or "nothing was kept", file=sys.stderr)
+        raise
+
+
+def _pack_text(
+    source: Path,
+    dest: Path,
+    split: str | None,
+    classes: Path | None,
+    classes_from: Path | None,
+    length: int,
+    force: bool,
+) -> None:
+    from dataloaders.packing import text
+
+    options = text.TextOptions(length, split, classes, classes_from, force)
+    with _progress(f"reading {source}", "packing") as steps:
+        packed = text.pack_text(source, dest, options, steps.advance)
+    _say(
+        Console(),
+        f"packed {packed.num_samples} texts of {len(packed.classes)} classes, at most {packed.facts.length} bytes "
+        f"long, in {dest}",
+    )
+
+
+def _report_packing(dest: Path, result: Packed) -> None:
+    console = Console()
+    for note in result.notes:
+        _say(console, f"note: {note}")
+    for name, reason in result.rejected:
+        _say(console, f"left out: {name}: {reason}")
+    if hasattr(result, "index"):
+        mib = sum(shard.size for shard in result.index.shards) / (1 << 20)
+        count, classes, shards = len(result.index), len(result.index.classes), len(result.index.shards)
+        _say(console, f"packed {count} images of {classes} classes into {shards} shards ({mib:.1f} MiB) in {dest}")
+    else:
+        mib = dest.stat().st_size / (1 << 20)
+        _say(console, f"packed {result.samples} images of {len(result.classes)} classes ({mib:.1f} MiB) into {dest}")
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

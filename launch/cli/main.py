@@ -1,0 +1,327 @@
+"""`setformer`: one command for packing, training, evaluation and looking at what came out.
+
+The supervisor that `setformer train` becomes starts at once and stays small: `import torch` alone takes longer than all
+of `setformer --help` should, so what needs torch or DeepSpeed is imported inside the command that needs it. The files
+of launch/cli are the only ones that import inside functions.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import logging
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.control import Control
+from rich.logging import RichHandler
+from rich.segment import ControlType
+
+from launch.cli import ckpt as cli_ckpt
+from launch.cli import data as cli_data
+from launch.cli import lra as cli_lra
+from launch.cli import runs as cli_runs
+from launch.ranks.supervise import run_supervised
+from launch.run.config import check_folder, continued, load_run, resolve
+from launch.shown import plain
+from setformer_dist.core.errors import DataError, LaunchError, RankFailedError, SetformerError
+from setformer_dist.core.metric import headline, weights_named
+from setformer_dist.core.secrets import redact_tracebacks, redacted
+
+app = typer.Typer(
+    name="setformer",
+    help="Train SeTformer with DeepSpeed, on streamed shards, from one CPU machine to many GPUs.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+app.add_typer(cli_data.app, name="data")
+app.add_typer(cli_lra.app, name="lra")
+app.add_typer(cli_runs.app, name="runs")
+app.add_typer(cli_ckpt.app, name="ckpt")
+
+CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
+
+Page = Annotated[
+    Path, typer.Argument(help="The run's TOML page, or the name of a shipped one, such as demo.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Dotted overrides, such as optim.lr=1e-3; ~key takes one away.", show_default=False),
+]
+CheckpointPath = Annotated[
+    Path, typer.Argument(help="A run folder, its checkpoints folder, or one step's folder.", show_default=False)
+]
+WeightsOption = Annotated[str, typer.Option(help="plain, ema, or auto: whichever scored better in the run.")]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"setformer_dist {importlib.metadata.version('setformer_dist')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def setformer(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version, then stop.")
+    ] = False,
+) -> None:
+    """Train SeTformer with DeepSpeed, on streamed shards, from one CPU machine to many GPUs."""
+
+
+@app.command()
+def train(
+    page: Page,
+    overrides: Overrides = None,
+    ranks: Annotated[int, typer.Option("--ranks", "-n", help="Processes on this machine.")] = 1,
+    port: Annotated[int | None, typer.Option(help="Port at which rank 0 is met; by default a free one.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print config and predicted costs, then stop.")] = False,
+    grace: Annotated[
+        float, typer.Option(help="Seconds for a last checkpoint after Ctrl-C, SIGTERM or SIGUSR1.")
+    ] = 60.0,
+    restarts: Annotated[
+        int | None, typer.Option(help="Restarts after deaths and hangs within restart.window_minutes; 0 for none.")
+    ] = None,
+) -> None:
+    """Train, or go on with, the run that a page describes.
+
+    The same command again continues from the newest checkpoint that verifies. A rank that dies or hangs ends the
+    others, and all start again by themselves (the page's [restart] table); Ctrl-C, SIGTERM and SIGUSR1 save first.
+
+    Examples:
+
+        setformer train demo data.root=runs/demo-data --ranks 2
+
+        setformer train configs/runs/cifar10.toml data.root=data/cifar10 optim.lr=2e-3 run.name=try2 --ranks 2
+
+        setformer train configs/runs/imagenet_base.toml --ranks 8 --dry-run
+
+    Under DeepSpeed's own launcher the same run starts with
+    `deepspeed --num_accelerators 2 --module launch.entry configs/runs/demo.toml data.root=data/digits`.
+    """
+    chosen = overrides or []
+    _refuse_other_launchers()
+    page = shipped(page)
+    run = resolve(continued(load_run(page, chosen)), ranks)
+    if dry_run:
+        from launch.run import dry_run as predicted
+
+        predicted.dry_run(run, Console())
+        return
+    check_folder(run)
+    folder, policy = run.config.folder, run.config.restart
+    if restarts is not None:
+        policy = policy.model_copy(update={"limit": restarts})
+    existed = folder.exists()
+    try:
+        say = Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print
+        if sys.stderr.isatty():
+            say(f"starting {ranks} rank{'s' if ranks > 1 else ''} …")
+        code = run_supervised([str(page), *chosen], ranks, folder, policy, port=port, grace_s=grace, say=say)
+    except SetformerError as error:
+        names_a_log = isinstance(error, RankFailedError) and str(error)
+        if not existed and not names_a_log and not (folder / "config.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # no run began: leave nothing
+        raise
+    if code:
+        raise typer.Exit(code)
+
+
+def shipped(page: Path) -> Path:
+    """Return a page that is there, or the shipped one of that name or at that place below configs/."""
+    if page.exists():
+        return page
+    below = page.parts[1:] if page.parts[:1] == ("configs",) else page.parts
+    for place in (CONFIGS.joinpath(*below), CONFIGS / "runs" / f"{page}.toml"):
+        if place.is_file() and place.resolve().is_relative_to(CONFIGS):
+            return place
+    return page
+
+
+def _refuse_other_launchers() -> None:
+    """Refuse to be one of several processes that another launcher has started: each would start all ranks.
+
+    Raises:
+        LaunchError: with the right commands.
+    """
+    world = os.environ.get("WORLD_SIZE", "1")
+    if "RANK" in os.environ and "LOCAL_RANK" in os.environ and world != "1":
+        raise LaunchError(
+            f"setformer train starts its ranks itself, and a launcher has started {world} processes of it: say "
+            f"setformer train PAGE --ranks {world}, or have the launcher start -m launch.entry PAGE"
+        )
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: CheckpointPath,
+    data: Annotated[str | None, typer.Option(help="Folder of packed splits; by default the run's.")] = None,
+    split: Annotated[str | None, typer.Option(help="Name of the split; by default the run's validation.")] = None,
+    weights: WeightsOption = "auto",
+    batch: Annotated[int, typer.Option(help="Images computed at once.")] = 128,
+) -> None:
+    """Score a checkpoint on a packed split, each image once.
+
+    Examples:
+
+        setformer eval runs/demo
+
+        setformer eval runs/demo/checkpoints/step-00000440 --data runs/demo-data --split val --weights ema
+    """
+    from launch.run import trained as infer
+
+    trained = infer.load_trained(checkpoint, weights_named(weights))
+    result = infer.evaluate_checkpoint(trained, infer.open_named_split(trained, data, split), batch)
+    left_out = f", {result.left_out} damaged ones left out" if result.left_out else ""
+    print(
+        f"{trained.checkpoint.path} ({trained.weights} weights): "
+        f"{headline(trained.task.metrics, result.figures, everything=True)} on {result.samples} samples{left_out}"
+    )
+
+
+@app.command()
+def predict(
+    checkpoint: CheckpointPath,
+    images: Annotated[list[Path], typer.Argument(help="Image files.", show_default=False)],
+    top: Annotated[int, typer.Option(help="Classes shown per image.")] = 3,
+    weights: WeightsOption = "auto",
+) -> None:
+    """Print the most likely classes of image files.
+
+    Example:
+
+        setformer predict runs/demo some/digit.png another/digit.png --top 3
+    """
+    from launch.run import trained as infer
+
+    trained = infer.load_trained(checkpoint, weights_named(weights))
+    failed: DataError | None = None
+    for found in infer.predict(trained, images, top):
+        if isinstance(found, DataError):  # one bad image does not hide the others
+            print(f"error: {plain(found)}", file=sys.stderr)
+            failed = found
+            continue
+        ranked = ", ".join(f"{plain(n)} {p:.1%}" for n, p in zip(found.classes, found.probabilities, strict=True))
+        print(f"{plain(found.image)}: {ranked}")
+    if failed is not None:
+        raise typer.Exit(failed.exit_code)
+
+
+@app.command()
+def doctor(
+    run_folder: Annotated[Path, typer.Option(help="Where runs will be written.")] = Path("runs"),
+) -> None:
+    """Say whether the main job can run here, and what is missing; exit code non-zero if it cannot.
+
+    Example:
+
+        setformer doctor --run-folder runs
+    """
+    from launch.machine import doctor as checks
+
+    raise typer.Exit(checks.render(checks.diagnose(run_folder)))
+
+
+@app.command()
+def models(
+    pattern: Annotated[str, typer.Argument(help="Of names, such as 'soft_*'.", show_default=False)] = "",
+    size: Annotated[int | None, typer.Option(help="Image side to count for; by default each model's own.")] = None,
+) -> None:
+    """List the architectures of this package with parameters and multiply-adds.
+
+    Examples:
+
+        setformer models
+
+        setformer models "setformer_*" --size 768
+    """
+    from launch.run import models
+
+    models.list_models(pattern, size, Console())
+
+
+@app.command()
+def demo(
+    ranks: Annotated[int, typer.Option("--ranks", "-n", help="Processes on this machine.")] = 2,
+    data: Annotated[Path, typer.Option(help="Where the packed digits go.")] = Path("runs/demo-data"),
+) -> None:
+    """Train SeTformer on scikit-learn's handwritten digits: the whole system in a few minutes.
+
+    Example:
+
+        setformer demo --ranks 2
+    """
+    from launch.examples import demo
+
+    code = demo.run_demo(ranks, data, Console())
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
+def drill(
+    faults: Annotated[int, typer.Option(help="Faults to make.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of the faults: which, when, where.")] = 0,
+    ranks: Annotated[int, typer.Option("--ranks", "-n", help="Processes of the run.")] = 2,
+    epochs: Annotated[int, typer.Option(help="Length of each run; 22 steps an epoch.", min=3)] = 16,
+    out: Annotated[Path, typer.Option(help="Folder for all of it.")] = Path("runs/drill"),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the faults to this file.")] = None,
+) -> None:
+    """Make random faults in a real small training, and check that nothing is lost.
+
+    Kills ranks and the launcher, suspends ranks, sends SIGTERM and SIGUSR1, damages checkpoints and fills the disk
+    (where a small one can be mounted, which takes root). Exit code 8 if anything was lost.
+
+    Examples:
+
+        setformer drill --faults 10
+
+        setformer drill --faults 100 --seed 7 --json drill.json
+    """
+    from launch.drill import drill
+
+    drill.run_drill(out, faults, seed, ranks, epochs, Console(), json_file)
+
+
+class AboveBar(RichHandler):
+    """Prints where rank 0's progress bar is, which is drawn again below: one write, so that none comes in between."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record."""
+        with self.console:
+            self.console.control(Control((ControlType.CARRIAGE_RETURN,), (ControlType.ERASE_IN_LINE, 2)))
+            super().emit(record)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake becomes one line and its exit code."""
+    redact_tracebacks()
+    # DeepSpeed warns on import where there is no GPU; nobody who asks for a list of files is helped by that.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.funcName != "get_accelerator")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be no text
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(message)s",
+        handlers=[AboveBar(console=Console(stderr=True), show_time=False, show_path=False)],
+    )
+    try:
+        app()
+    except SetformerError as error:
+        if str(error):  # empty where a rank has told the user already
+            print(f"error: {plain(redacted(str(error)))}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

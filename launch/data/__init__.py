@@ -1,0 +1,1 @@
+"""What `setformer data` does."""

@@ -1,0 +1,1 @@
+"""Random faults in a real training, and whether anything was lost."""

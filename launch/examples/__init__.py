@@ -1,0 +1,1 @@
+"""The demo and Long Range Arena: whole uses of everything else."""

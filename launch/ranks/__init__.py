@@ -1,0 +1,1 @@
+"""The processes of a run: starting, watching, ending and restarting them."""

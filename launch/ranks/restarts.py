@@ -1,0 +1,110 @@
+"""Whether a run that failed is started again, and when: a pure function of what failed before.
+
+A failure that comes by itself (a machine, a driver, a neighbour) does not repeat at the same step; one that does is
+of the run's own making (a poisoned batch, a bug), and to start again would only burn the machines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pydantic
+
+from setformer_dist.core.config import FrozenConfig
+
+
+class RestartConfig(FrozenConfig):
+    """The `[restart]` table: what `setformer train` does when a rank dies or hangs.
+
+    Attributes:
+        limit: restarts within `window_minutes`; 0 never restarts.
+        window_minutes: see `limit`.
+        backoff_s: seconds before the first restart; doubled by each further failure without a new checkpoint's
+            worth of progress, up to `backoff_max_s`.
+        backoff_max_s: see `backoff_s`.
+        same_step: failures at one and the same step after which the run is given up.
+        hang_after_s: seconds without a sign of life from a rank after which all stacks are written to the logs and
+            the ranks are ended; 0 never does. Longer than the longest single forward, backward or save.
+        start_after_s: likewise until the first step, where models are built and compiled.
+        save_after_s: likewise while training waits for a checkpoint to be written; longer than
+            checkpoint.write_timeout_minutes.
+    """
+
+    limit: int = pydantic.Field(default=10, ge=0)
+    window_minutes: float = pydantic.Field(default=60.0, gt=0)
+    backoff_s: float = pydantic.Field(default=1.0, ge=0)
+    backoff_max_s: float = pydantic.Field(default=60.0, ge=0)
+    same_step: int = pydantic.Field(default=3, ge=1)
+    hang_after_s: float = pydantic.Field(default=300.0, ge=0)
+    start_after_s: float = pydantic.Field(default=1800.0, ge=0)
+    save_after_s: float = pydantic.Field(default=900.0, ge=0)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One attempt that failed.
+
+    Attributes:
+        at: seconds of a monotonic clock.
+        step: optimizer step the ranks were at; -1 before the first.
+        how: as `launch.ranks.local.AttemptError.how`.
+    """
+
+    at: float
+    step: int
+    how: str
+
+
+@dataclass(frozen=True)
+class Again:
+    """Start again after a while."""
+
+    after_s: float
+
+
+@dataclass(frozen=True)
+class GiveUp:
+    """Do not start again, because."""
+
+    reason: str
+
+
+def verdict(failures: Sequence[Failure], config: RestartConfig) -> Again | GiveUp:
+    """Judge the last failure by those before it; `failures` is not empty, oldest first."""
+    last = failures[-1]
+    if config.limit == 0:
+        return GiveUp("")
+    if last.step < 0 and last.how == "error" and all(f.step < 0 for f in failures):
+        return GiveUp("it failed before its first step, which starting again does not mend")
+    same = _in_a_row(failures)
+    if same >= config.same_step:
+        return GiveUp(
+            f"it failed {same} times at step {last.step}, so the cause is in the run: a poisoned batch or a bug"
+        )
+    recent = sum(f.at > last.at - 60 * config.window_minutes for f in failures)
+    if recent > config.limit:
+        return GiveUp(
+            f"it failed {recent} times within {config.window_minutes:g} minutes (restart.limit = {config.limit})"
+        )
+    return Again(min(config.backoff_max_s, config.backoff_s * 2 ** (_without_progress(failures) - 1)))
+
+
+def _in_a_row(failures: Sequence[Failure]) -> int:
+    """Return how many of the last failures were at the step of the last one."""
+    count = 0
+    for failure in reversed(failures):
+        if failure.step != failures[-1].step:
+            break
+        count += 1
+    return count
+
+
+def _without_progress(failures: Sequence[Failure]) -> int:
+    """Return how many of the last failures came no further than the one before them."""
+    count = 1
+    for earlier, later in zip(failures[-2::-1], failures[:0:-1], strict=False):
+        if later.step > earlier.step:
+            break
+        count += 1
+    return count

@@ -1,0 +1,146 @@
+"""`setformer train`'s own process: it starts the ranks, stands by them, and starts them again when they fail.
+
+    attempt 1 --killed, hung--> verdict (launch.ranks.restarts) --again, after a while--> attempt 2 ... --> done
+                                                          --give up--> the error of the last attempt
+
+Each attempt resumes from the newest checkpoint that verifies, so starting again is all that recovery takes. A user's
+mistake (bad config, damaged data, a loss that is not finite) is never tried again: it would only fail again.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from launch.ranks.local import (
+    AttemptError,
+    FolderLostError,
+    Patience,
+    Received,
+    last_lines,
+    run_local,
+    stop_signals,
+)
+from launch.ranks.lock import supervising
+from launch.ranks.restarts import Failure, GiveUp, RestartConfig, verdict
+from setformer_dist.core import ledger
+from setformer_dist.core.errors import LaunchError, RankFailedError
+from setformer_dist.core.terminal import bear_lost_streams
+
+
+def run_supervised(
+    command_args: Sequence[str],
+    ranks: int,
+    run_folder: Path,
+    config: RestartConfig,
+    *,
+    port: int | None = None,
+    grace_s: float = 60.0,
+    say: Callable[[str], None] = lambda line: None,
+) -> int:
+    """Run all ranks of this host until the run is done, stopped, or given up.
+
+    Args:
+        command_args: arguments of each rank.
+        ranks: processes to start.
+        run_folder: of the run; logs and the ledger are below it.
+        config: when to start again.
+        port: as `run_local`.
+        grace_s: as `run_local`.
+        say: tells the user of a restart.
+
+    Returns:
+        0, or 128 + signal.
+
+    Raises:
+        LaunchError: as `run_local`, or another process trains in the folder.
+        PassingError: the folder cannot be written, or is gone.
+        RankFailedError: the last attempt's error, and why there is no further one.
+    """
+    bear_lost_streams()
+    failures: list[Failure] = []
+    patience = Patience(config.hang_after_s, config.start_after_s, config.save_after_s)
+    log_dir = run_folder / "logs"
+    with supervising(run_folder) as folder, stop_signals(folder.show_life) as received:
+        ledger.close_killed(run_folder, folder.seen)
+        folder.show_life()
+        while True:
+            log_dir.mkdir(parents=True, exist_ok=True)
+            ledger.record(run_folder, "attempt", number=len(failures) + 1, ranks=ranks)
+            try:
+                code = run_local(
+                    command_args,
+                    ranks,
+                    log_dir,
+                    port=port,
+                    grace_s=grace_s,
+                    patience=patience,
+                    received=received,
+                    lost=folder.fault,
+                )
+            except FolderLostError:
+                _take_back_terminal()
+                raise  # nothing is written where it was: that would make another folder of its name
+            except LaunchError:
+                ledger.record(run_folder, "ended", why="not started", final=True)
+                raise
+            except AttemptError as error:
+                _take_back_terminal()
+                if received.stop:
+                    ledger.record(run_folder, "ended", why=error.how, step=error.step, message=str(error), final=True)
+                    raise
+                wait = _judge(error, failures, config, run_folder, say)
+                if _stopped_within(received, wait):
+                    return _stopped(run_folder, received.stop[0])
+                continue
+            if code:
+                return _stopped(run_folder, code - 128)
+            ledger.record(run_folder, "ended", why="done", final=True)
+            return 0
+
+
+def _take_back_terminal() -> None:
+    """Clear the bar of a rank 0 that was killed, and show the cursor that it had hidden."""
+    if sys.stderr.isatty():
+        print("\r\x1b[2K\x1b[?25h", end="", file=sys.stderr, flush=True)
+
+
+def _stopped(run_folder: Path, signum: int) -> int:
+    ledger.record(run_folder, "ended", why="stopped", signal=signum, final=True)
+    return 128 + signum
+
+
+def _judge(
+    error: AttemptError,
+    failures: list[Failure],
+    config: RestartConfig,
+    run_folder: Path,
+    say: Callable[[str], None],
+) -> float:
+    """Return the seconds to wait before starting again.
+
+    Raises:
+        RankFailedError: there is no further attempt.
+    """
+    failures.append(Failure(time.monotonic(), error.step, error.how))
+    judged = GiveUp("") if error.mistake else verdict(failures, config)
+    final = isinstance(judged, GiveUp)
+    ledger.record(run_folder, "ended", why=error.how, step=error.step, message=str(error), final=final)
+    if error.log.name != "rank-00000.log" and not error.mistake:  # rank 0 speaks to the terminal itself
+        say(f"the last lines of {error.log}:")
+        for line in last_lines(error.log, error.log_start):
+            say(f"  {line}")
+    if isinstance(judged, GiveUp):
+        if not judged.reason:
+            raise error
+        raise RankFailedError(f"{error}; not started again: {judged.reason}", error.exit_code) from None
+    say(f"{error}; starting again from the newest checkpoint in {judged.after_s:g} s (restart {len(failures)})")
+    return judged.after_s
+
+
+def _stopped_within(received: Received, seconds: float) -> bool:
+    """Wait, and return whether a stop signal came."""
+    received.wait_for_stop(seconds)
+    return bool(received.stop)

@@ -1,0 +1,283 @@
+"""The config of a run: one TOML page, and what follows from it once the ranks and the data are known.
+
+page.toml + overrides -> RunConfig (frozen; what the user said)
+RunConfig + ranks     -> DeepSpeed's JSON, batch plan
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import pydantic
+
+from checkpoints.config import CheckpointConfig
+from dataloaders.config import AnyDataConfig
+from launch.ranks.restarts import RestartConfig
+from setformer_dist.core import config as base
+from setformer_dist.core import revisions
+from setformer_dist.core.config import FrozenConfig
+from setformer_dist.core.continuing import FREE, Permitted, differences, must_stay, unknown_keys
+from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.files import read_state
+from setformer_dist.core.metric import METRICS_OF, check_best, metric_named
+from setformer_dist.core.model_config import ModelConfig
+from setformer_dist.core.secrets import redacted_json
+from setformer_dist.engine.batch_plan import BatchPlan, solve
+from setformer_dist.engine.config import (
+    BatchConfig,
+    EmaConfig,
+    EvalConfig,
+    GuardConfig,
+    OptimConfig,
+    PrecisionConfig,
+    ScheduleConfig,
+    TaskConfig,
+    ZeroConfig,
+)
+from setformer_dist.engine.zero import deepspeed_config
+
+_LONGEST_NAME = 255  # bytes of a folder's name, on every file system that we know
+
+
+class RunTable(FrozenConfig):
+    """Who the run is.
+
+    Attributes:
+        name: its folder below `out`.
+        out: folder of all runs.
+        seed: of weights, order, augmentation and everything else that is drawn.
+        log_every: optimizer steps between two lines of metrics.jsonl.
+        threads: compute threads per rank; 0 shares the cores among this machine's ranks. On CPUs another number adds
+            in another order, so losses then agree to rounding only.
+        timeout_minutes: how long a rank waits for the others before it gives up.
+        record_samples: write the sample ids of every optimizer step to samples.jsonl, as a proof of order.
+    """
+
+    name: Annotated[str, FREE]
+    out: Annotated[str, FREE] = "runs"
+    seed: int = pydantic.Field(default=0, ge=0)
+    log_every: Annotated[int, FREE] = pydantic.Field(default=10, gt=0)
+    threads: Annotated[int, FREE] = pydantic.Field(default=0, ge=0)
+    timeout_minutes: Annotated[float, FREE] = pydantic.Field(default=10.0, gt=0)
+    record_samples: Annotated[bool, FREE] = False
+
+    @pydantic.field_validator("name")
+    @classmethod
+    def _folder_name(cls, value: str) -> str:
+        if not re.fullmatch(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{_LONGEST_NAME - 1}}}", value):
+            raise ValueError(
+                f"must be a folder name of at most {_LONGEST_NAME} letters, digits, dots, dashes and underscores"
+            )
+        return value
+
+    @pydantic.field_validator("out")
+    @classmethod
+    def _path(cls, value: str) -> str:
+        if any(len(os.fsencode(part)) > _LONGEST_NAME for part in Path(value).parts):
+            raise ValueError(f"must be the path of a folder; no name in it may exceed {_LONGEST_NAME} bytes")
+        return value
+
+
+class RunConfig(FrozenConfig):
+    """One run, as its page says it."""
+
+    SYNONYMS: ClassVar[Mapping[str, str]] = {
+        "pretrained": "model.weights",
+        "checkpoint_path": "model.weights",
+        "init_from": "model.weights",
+        "learning_rate": "optim.lr",
+        "base_lr": "optim.lr",
+        "lr_rate": "optim.lr",
+        "wd": "optim.weight_decay",
+        "img_size": "data.image_size",
+        "input_size": "data.image_size",
+        "resolution": "data.image_size",
+        "batch_size": "batch.global_size",
+        "global_batch_size": "batch.global_size",
+        "train_batch_size": "batch.global_size",
+        "micro_batch_size": "batch.micro",
+        "train_micro_batch_size_per_gpu": "batch.micro",
+        "num_epochs": "schedule.epochs",
+        "max_epochs": "schedule.epochs",
+        "max_steps": "schedule.steps",
+        "num_workers": "data.workers",
+        "data_path": "data.root",
+        "data_dir": "data.root",
+        "output_dir": "run.out",
+        "save_dir": "run.out",
+        "gradient_clipping": "optim.clip_norm",
+        "clip_grad": "optim.clip_norm",
+        "max_grad_norm": "optim.clip_norm",
+        "label_smoothing": "data.augment.smoothing",
+        "drop_path_rate": "model.drop_path",
+        "grad_checkpointing": "model.activation_checkpointing",
+        "model_ema_decay": "ema.decay",
+        "zero_stage": "zero.stage",
+        "save_interval": "checkpoint.every_steps",
+        "resume": "run.name (the same command goes on by itself)",
+    }
+
+    run: RunTable
+    task: TaskConfig = TaskConfig()
+    model: ModelConfig
+    data: Annotated[AnyDataConfig, Permitted("data")]
+    batch: BatchConfig
+    schedule: ScheduleConfig
+    optim: OptimConfig = OptimConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    zero: Annotated[ZeroConfig, FREE] = ZeroConfig()
+    ema: EmaConfig = EmaConfig()
+    eval: Annotated[EvalConfig, FREE] = EvalConfig()
+    checkpoint: Annotated[CheckpointConfig, FREE] = CheckpointConfig()
+    restart: Annotated[RestartConfig, FREE] = RestartConfig()
+    guard: GuardConfig = GuardConfig()
+    deepspeed: dict[str, Any] = pydantic.Field(default_factory=dict)
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _metric_of_the_task(cls, table: Any) -> Any:
+        """Fill in which metric is the best one, and which way, as the task has it."""
+        if not isinstance(table, dict) or not isinstance(checkpoint := table.get("checkpoint", {}), dict):
+            return table
+        task = table.get("task", {})
+        name = task.get("name", "classification") if isinstance(task, dict) else None
+        metrics = METRICS_OF.get(name, ()) if isinstance(name, str) else ()
+        if not metrics:
+            return table
+        chosen = checkpoint.get("best_metric", metrics[0].name)
+        metric = metric_named(metrics, chosen) if isinstance(chosen, str) else None
+        mode = {"best_mode": metric.mode} if metric else {}
+        return {**table, "checkpoint": {"best_metric": chosen, **mode, **checkpoint}}
+
+    @pydantic.model_validator(mode="after")
+    def _possible(self) -> RunConfig:
+        metrics = METRICS_OF.get(self.task.name, ())
+        check_best(metrics, self.checkpoint.best_metric, self.checkpoint.best_mode, self.task.name)
+        if self.ema.decay == 0 and self.checkpoint.best_metric.startswith("ema_"):
+            raise ValueError(
+                f"checkpoint.best_metric = {self.checkpoint.best_metric!r} needs averaged weights: set ema.decay"
+            )
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.run.out) / self.run.name
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """A run on a given number of ranks."""
+
+    config: RunConfig
+    plan: BatchPlan
+
+    def deepspeed_json(self) -> dict[str, Any]:
+        """Return DeepSpeed's own config."""
+        c = self.config
+        return deepspeed_config(c.precision, c.zero, self.plan, c.optim.clip_norm, c.deepspeed)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the whole config with every default and no secrets of URLs, and the solved batch arithmetic."""
+        return {
+            **redacted_json(self.config.model_dump(mode="json")),
+            "resolved": {
+                "world_size": self.plan.world_size,
+                "micro_batch": self.plan.micro,
+                "accumulation": self.plan.accumulation,
+            },
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """Return the part of the config that a continuation must share."""
+        return dict(redacted_json(must_stay(self.config)))
+
+    def identity_hash(self) -> str:
+        """Return the hash of `identity`."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+
+def load_run(page: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a page and its overrides.
+
+    Raises:
+        ConfigError: naming the page, the key and the repair.
+    """
+    return base.load(RunConfig, page, overrides)
+
+
+def continued(config: RunConfig, tell: Callable[[str], None] = lambda line: None) -> RunConfig:
+    """Return the config with what an older version meant where its folder holds a run of that version.
+
+    Args:
+        config: of a run that begins or goes on.
+        tell: hears what an older version meant.
+    """
+    try:
+        there, _ = read_state(config.folder / "config.json")
+        table = there["model"]
+        old = revisions.scale_of(table) == revisions.OLD
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return config  # no run is there, or a damaged one, of which `check_folder` speaks
+    if not old or revisions.scale_of(config.model.model_dump()) != revisions.NEW:
+        return config
+    soft = {**config.model.args["soft"], "query_scale": revisions.OLD}
+    tell(
+        f"the run in {config.folder} samples SOFT's landmarks from undivided queries, as versions before 2026-11-28 "
+        "did, and goes on so (model.args.soft.query_scale = 'after'): a run of another name takes the authors' scale"
+    )
+    model = config.model.model_copy(update={"args": {**config.model.args, "soft": soft}})
+    return config.model_copy(update={"model": model})
+
+
+def resolve(config: RunConfig, world_size: int) -> ResolvedRun:
+    """Solve the batch arithmetic for a number of ranks.
+
+    Raises:
+        ConfigError: there is no solution.
+    """
+    return ResolvedRun(config, solve(config.batch, world_size, config.data.group))
+
+
+def check_folder(run: ResolvedRun) -> None:
+    """Refuse a run folder that holds a run of another config.
+
+    Raises:
+        ConfigError: naming the keys that differ.
+    """
+    path = run.config.folder / "config.json"
+    if not os.path.lexists(path):
+        return
+    try:
+        there, _ = read_state(path)
+    except (ValueError, OSError) as error:
+        raise ConfigError(
+            f"{path} is damaged ({error}): move the folder away, or give this run another run.name"
+        ) from None
+    if not isinstance(there, dict):
+        raise ConfigError(f"{path} holds no config: move the folder away, or give this run another run.name")
+    there = {key: value for key, value in there.items() if key not in ("resolved", "sha256")}
+    if isinstance(there.get("model"), dict):
+        there["model"] = revisions.as_trained(there["model"])
+    if newer := unknown_keys(there, RunConfig):
+        raise ConfigError(
+            f"{path} has the key {newer[0]!r}, which this version of setformer_dist does not know: a later version "
+            "wrote it, and only that one can go on with the run"
+        )
+    found = differences(there, run.config, run.config.checkpoint.allow_changes)
+    differing = [(d.key, redacted_json(d.there), redacted_json(d.here)) for d in found]
+    differing = [(key, theirs, ours) for key, theirs, ours in differing if theirs != ours]
+    if differing:
+        shown = ", ".join(f"{key} is {theirs!r} there and {ours!r} here" for key, theirs, ours in differing[:4])
+        more = f", and {len(differing) - 4} more" if len(differing) > 4 else ""
+        raise ConfigError(
+            f"run folder {run.config.folder} holds a run of another config ({shown}{more}): "
+            "give this run another run.name, or move the folder away"
+        )

@@ -1,0 +1,239 @@
+"""`setformer train --dry-run`: what a run would be and cost, checked as far as a run checks before its first step.
+
+It opens the data, builds the model, makes the streams of rank 0, compares the run's folder and opens the
+weights that a new run begins with. What would end the run ends it with the same error and exit code. Where the data are
+not there yet it says all that can be said without them first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from checkpoints.reader import list_checkpoints
+from dataloaders.config import DataConfig
+from launch.run.compose import check_device, open_splits, shapes_of, watch_of
+from launch.run.config import ResolvedRun, check_folder
+from launch.run.initial_weights import FirstWeights
+from launch.run.inputs import inputs_of
+from setformer_dist.core.comm import Alone
+from setformer_dist.core.errors import ConfigError, DataError
+from setformer_dist.core.ranks import RankInfo
+from setformer_dist.core.secrets import redacted
+from setformer_dist.engine.deepspeed_engine import DTYPES
+from setformer_dist.models.build import build_model, check_name
+from setformer_dist.models.measure import multiply_adds_of, parameters, predict_memory
+
+_ASSUMED_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The model of a run on its data.
+
+    Attributes:
+        model: with weights from the seed.
+        shape: of one sample.
+        dtype: of its elements, None for the model's own.
+        rows: of the table, (what, value).
+    """
+
+    model: nn.Module
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    rows: tuple[tuple[str, str], ...]
+
+
+def predict_costs(run: ResolvedRun, known: _Known) -> dict[str, Any]:
+    """Return predicted costs on one rank: counts and bytes."""
+    c, model = run.config, known.model
+    dtype = DTYPES[c.precision.dtype]
+    grad_dtype = torch.float32 if c.precision.grad_accum == "fp32" else dtype
+    memory = predict_memory(
+        model,
+        dtype,
+        grad_dtype,
+        c.zero.stage,
+        run.plan.world_size,
+        c.ema.decay > 0,
+        (run.plan.micro, *known.shape),
+        known.dtype,
+        c.zero.offload,
+        run.plan.accumulation,
+    )
+    return {
+        "parameters": parameters(model),
+        "multiply_adds": multiply_adds_of(model, known.shape, known.dtype or torch.float32),
+        "memory": {
+            "parameters": memory.parameters,
+            "gradients": memory.gradients,
+            "masters_and_optimizer": memory.masters,
+            "activations": memory.activations,
+            "total": memory.total,
+            "host": memory.host,
+        },
+    }
+
+
+def _examine(run: ResolvedRun) -> _Known:
+    """Do all that a run does before it starts DeepSpeed, as rank 0 of its ranks.
+
+    Raises:
+        SetformerError: as the run would.
+    """
+    c = run.config
+    inputs = inputs_of(c.data)
+    splits = open_splits(run)
+    classes = splits.train.classes
+    model = inputs.build_model(c.model, len(classes), inputs.told(splits.train), c.run.seed)
+    check_folder(run)
+    watch_of(run, model)
+    ranks = RankInfo(rank=0, world_size=run.plan.world_size, local_rank=0, local_world_size=run.plan.world_size)
+    with contextlib.ExitStack() as stack:
+        stream = inputs.train_stream(splits.train, c.run.seed, ranks, run.plan)
+        stack.callback(stream.close)
+        validation = inputs.eval_stream(splits.val, ranks, run.plan.micro)
+        stack.callback(validation.close)
+        per_epoch = stream.steps_per_epoch
+    warmup = c.schedule.warmup(per_epoch)
+    rows = [
+        ("data", f"{splits.train.num_samples:,} training and {splits.val.num_samples:,} validation samples of "
+         f"{len(classes)} classes"),
+        ("steps", f"{c.schedule.total_steps(per_epoch):,} of which {warmup:,} warm up; {per_epoch:,} per epoch"),
+    ]  # fmt: skip
+    rows += _beginning(run, model, len(classes))
+    return _Known(model, inputs.shape(splits.train), inputs.dtype, tuple(rows))
+
+
+def _beginning(run: ResolvedRun, model: nn.Module, classes: int) -> list[tuple[str, str]]:
+    """Say from what the run would begin; raises as `FirstWeights.check`."""
+    c = run.config
+    folder = c.folder / "checkpoints"
+    whole = [entry for entry in list_checkpoints(folder) if entry.fault is None] if folder.is_dir() else []
+    steps = [entry.manifest.step for entry in whole if entry.manifest is not None]
+    if steps:
+        return [("begins", f"goes on from the newest checkpoint that verifies; the newest is step {max(steps):,}")]
+    if c.model.weights is not None:
+        buffers = frozenset(name for name, _ in model.named_buffers())
+        arguments = inputs_of(c.data).model_arguments(c.model, classes)
+        return [("begins", FirstWeights(c.model, shapes_of(model), buffers, Alone(), arguments).check())]
+    return [("begins", f"from weights drawn from seed {c.run.seed}")]
+
+
+def _assumed(run: ResolvedRun) -> _Known:
+    """Return the model for images of 1000 classes, where the data are not there."""
+    c = run.config
+    assert isinstance(c.data, DataConfig)
+    model = build_model(c.model, _ASSUMED_CLASSES, c.data.image_size, c.run.seed)
+    rows = (("data", f"not there; {_ASSUMED_CLASSES} classes are assumed below"),)
+    return _Known(model, (3, c.data.image_size, c.data.image_size), None, rows)
+
+
+def dry_run(run: ResolvedRun, console: Console) -> None:
+    """Print the resolved config, DeepSpeed's JSON, and the predicted costs.
+
+    Raises:
+        SetformerError: as the run would before its first step, after all that can be said was printed.
+    """
+    check_name(run.config.model.name)
+    check_device(run)
+    missing: DataError | None = None
+    try:
+        known = _examine(run)
+    except DataError as error:
+        if not isinstance(run.config.data, DataConfig):
+            raise
+        known, missing = _assumed(run), error
+    costs = predict_costs(run, known)
+    console.rule("resolved config", align="left")
+    console.print_json(json.dumps(run.as_json()))
+    console.rule("DeepSpeed config", align="left")
+    console.print_json(json.dumps(run.deepspeed_json()))
+    console.rule("predicted", align="left")
+    table = Table(show_header=False, box=None)
+    for row in (*_rows(run, known, costs), *_memory_rows(run, costs), *_disk_rows(run, costs)):
+        table.add_row(*map(redacted, row))
+    console.print(table, markup=False)
+    if missing is not None:
+        raise missing
+    _check_disk(run, costs)
+
+
+def _rows(run: ResolvedRun, known: _Known, costs: dict[str, Any]) -> list[tuple[str, str]]:
+    plan = run.plan
+    per_sample = f"{costs['multiply_adds'] / 1e9:.3f} G per sample of {'×'.join(map(str, known.shape))}"
+    return [
+        ("model", run.config.model.name),
+        *known.rows,
+        ("parameters", f"{costs['parameters'] / 1e6:.2f} M"),
+        ("multiply-adds", per_sample),
+        (
+            "batch",
+            f"{plan.global_size} = {plan.micro} per rank × {plan.accumulation} accumulated × {plan.world_size} ranks",
+        ),
+    ]
+
+
+def _memory_rows(run: ResolvedRun, costs: dict[str, Any]) -> list[tuple[str, str]]:
+    memory = dict(costs["memory"])
+    host = memory.pop("host")
+    rows = [(f"memory per rank: {n.replace('_', ' ')}", f"{v / 2**20:,.1f} MiB") for n, v in memory.items()]
+    if host:
+        rows.append(("host memory per rank, by zero.offload", f"{host / 2**20:,.1f} MiB"))
+    if not torch.cuda.is_available():
+        need, there = (memory["total"] + host) * run.plan.world_size, _memory_of_machine()
+        verdict = "enough" if need < there else "NOT ENOUGH for all ranks on this machine"
+        rows.append(("memory of this machine", f"{there / 2**30:,.1f} GiB: {verdict}"))
+    return rows
+
+
+def _memory_of_machine() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def checkpoint_bytes(run: ResolvedRun, costs: dict[str, Any]) -> int:
+    """Return what one checkpoint takes: fp32 masters, Adam's two states, and the average where there is one."""
+    return int(costs["parameters"]) * 4 * (3 + (run.config.ema.decay > 0))
+
+
+def _disk_need(run: ResolvedRun, costs: dict[str, Any]) -> tuple[int, int, int]:
+    """Return (bytes of a checkpoint, most that are kept at a time, bytes free where they go)."""
+    config = run.config.checkpoint
+    kept = config.keep_last + config.keep_best + 1  # one more while it is written
+    place = run.config.folder.absolute()
+    while not place.exists():
+        place = place.parent
+    return checkpoint_bytes(run, costs), kept, shutil.disk_usage(place).free
+
+
+def _disk_rows(run: ResolvedRun, costs: dict[str, Any]) -> list[tuple[str, str]]:
+    one, kept, free = _disk_need(run, costs)
+    forever = run.config.checkpoint.keep_every
+    more = f", and one every {forever:,} steps for good" if forever else ""
+    return [
+        ("checkpoints", f"{one / 2**20:,.1f} MiB each, at most {kept} at a time{more}"),
+        ("free disk", f"{free / 2**30:,.1f} GiB below {run.config.run.out}"),
+    ]
+
+
+def _check_disk(run: ResolvedRun, costs: dict[str, Any]) -> None:
+    """Refuse a run whose checkpoints will not fit.
+
+    Raises:
+        ConfigError: with the sizes.
+    """
+    one, kept, free = _disk_need(run, costs)
+    if one * kept > free:
+        raise ConfigError(
+            f"the checkpoints of {run.config.folder} take up to {one * kept / 2**30:,.1f} GiB, and "
+            f"{free / 2**30:,.1f} GiB are free: set run.out to another disk, or lower checkpoint.keep_last"
+        )

@@ -1,0 +1,249 @@
+"""Weights that a new run begins with, for fine-tuning: `model.weights = "PATH"`, `model.skip = ["head."]`.
+
+PATH is a checkpoint of ours (a run's folder, its checkpoints, one step), verified before it is read, or a .safetensors
+file as `setformer ckpt export` and timm write it, or a model of a hub ("hf-hub:timm/vit_small_patch16_224.dino"). What
+does not fit a file's names and shapes is adapted by timm's rules (timm_weights.py). Only parameters are taken:
+the optimizer, the schedule, the samples and the average begin anew, the average with these weights. A run that goes on
+from a checkpoint of its own does not look at PATH any more, nor does anything that reads that checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from checkpoints.reader import Checkpoint, open_checkpoint
+from launch.run.timm_weights import HUB, Adapted, adapted, fetched
+from setformer_dist.core import revisions
+from setformer_dist.core.comm import Collectives
+from setformer_dist.core.errors import CheckpointError, ConfigError
+from setformer_dist.core.fragments import Fragment
+from setformer_dist.core.metric import Mode, better_weights
+from setformer_dist.core.model_config import ModelConfig
+
+_NAMED = 3  # faults that an error names before it only counts
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where weights come from.
+
+    Attributes:
+        name: for people.
+        facts: what must be the same for all ranks; JSON-able.
+        shapes: of all that is in it.
+        fill: fills fragments of state "param".
+        file: where a .safetensors file is read, which can be adapted.
+        scale: of SOFT's queries (core/revisions.py); None where it means nothing or is not known.
+    """
+
+    name: str
+    facts: list[object]
+    shapes: Mapping[str, tuple[int, ...]]
+    fill: Callable[[list[Fragment]], None]
+    file: Path | None = None
+    scale: str | None = None
+
+
+@dataclass(frozen=True)
+class FirstWeights:
+    """Fills a model that is fresh from its seed; the same on all ranks.
+
+    Attributes:
+        config: with `weights`.
+        shapes: of the model's parameters.
+        buffers: names of the model's buffers, which exported files hold too: constants of the architecture.
+        comm: all ranks must read the same.
+        arguments: of `timm.create_model`, with which files that do not fit are adapted; None adapts none.
+    """
+
+    config: ModelConfig
+    shapes: Mapping[str, tuple[int, ...]]
+    buffers: frozenset[str]
+    comm: Collectives
+    arguments: Mapping[str, Any] | None = None
+
+    def __call__(self, fragments: Iterable[Fragment]) -> str:
+        """Fill the masters and their average as far as a rank holds them; say what was filled. Collective.
+
+        Raises:
+            ConfigError: there is nothing of the kind at the path, or `model.skip` names nothing.
+            CheckpointError: it is damaged, or of another model.
+        """
+        source = _open(self.config.weights or "")
+        if any(facts != source.facts for facts in self.comm.gather_json(source.facts)):
+            raise CheckpointError(
+                f"ranks found different weights at model.weights = {self.config.weights}: name one step's folder that "
+                "all hosts share"
+            )
+        self._check_scale(source)
+        source, left, told = self._fitted(source)
+        filled = [f for f in fragments if f.state in ("param", "ema") and f.name not in left]
+        source.fill([dataclasses.replace(f, state="param") for f in filled])
+        return told
+
+    def check(self) -> str:
+        """Say what would be filled, and fill nothing; raises as a call does."""
+        source = _open(self.config.weights or "")
+        self._check_scale(source)
+        return self._fitted(source)[2]
+
+    def _fitted(self, source: _Source) -> tuple[_Source, set[str], str]:
+        """Return what fills the parameters, those that it leaves, and what is said of it."""
+        self._check_skip(source)
+        faults = self._faults(source)
+        notes: list[str] = []
+        if faults and source.file is not None and self.arguments is not None:
+            source, drawn, notes = self._adapted(source, source.file, faults)
+        elif faults:
+            raise CheckpointError(self._refusal(source, faults))
+        else:
+            drawn = set()
+        left = drawn | {name for name in self.shapes if name.startswith(self.config.skip or ())}
+        if len(left) == len(self.shapes):
+            raise ConfigError(
+                f"model.skip = {list(self.config.skip or ())} leaves nothing to take from model.weights: drop both"
+            )
+        if left:
+            notes.append(f"left as drawn from the seed: {', '.join(sorted(left))}")
+        count = f"{len(self.shapes) - len(left)} of {len(self.shapes)} parameters"
+        return source, left, "; ".join((f"begins with {source.name}: {count}", *notes))
+
+    def _check_scale(self, source: _Source) -> None:
+        ours = revisions.scale_of(self.config.model_dump())
+        if None not in (ours, source.scale) and ours != source.scale:
+            raise CheckpointError(
+                f"model.weights = {self.config.weights}: these were trained with soft.query_scale = {source.scale!r}, "
+                f'this run has {ours!r}, which is another function: set model.args.soft.query_scale = "{source.scale}"'
+            )
+
+    def _check_skip(self, source: _Source) -> None:
+        for prefix in self.config.skip or ():
+            if not any(name.startswith(prefix) for name in (*self.shapes, *source.shapes)):
+                raise ConfigError(
+                    f"model.skip = {list(self.config.skip or ())}: no parameter's name begins with {prefix!r}"
+                )
+
+    def _faults(self, source: _Source) -> dict[str, str]:
+        """Return what neither fits nor is skipped, by name."""
+        faults = {}
+        for name, shape in self.shapes.items():
+            there = source.shapes.get(name)
+            if there is None:
+                faults[name] = f"{name} is not in it"
+            elif there != shape:
+                faults[name] = f"{name} is {there} there and {shape} here"
+        for name in source.shapes.keys() - self.shapes.keys() - self.buffers:
+            faults[name] = f"{name} is not in this model"
+        return {name: fault for name, fault in faults.items() if not name.startswith(self.config.skip or ())}
+
+    def _adapted(self, source: _Source, file: Path, faults: dict[str, str]) -> tuple[_Source, set[str], list[str]]:
+        """Return the file's weights adapted by timm's rules, what these leave as drawn, and what is to be said."""
+        try:
+            found = adapted(file, self.config.name, self.arguments or {})
+        except CheckpointError as error:
+            raise CheckpointError(f"{self._refusal(source, faults)} (timm's rules: {error})") from None
+        drawn = {name for name in found.drawn if name in self.shapes}
+        missing = {n: faults.get(n, f"{n} is not in it") for n in drawn if not n.startswith(found.classifier)}
+        missing = {name: fault for name, fault in missing.items() if not name.startswith(self.config.skip or ())}
+        if missing:
+            raise CheckpointError(self._refusal(source, missing))
+        changed = [
+            f"{name} {source.shapes[name]} → {shape}"
+            for name, shape in self.shapes.items()
+            if source.shapes.get(name, shape) != shape and name not in drawn
+        ]
+        notes = ["resized by timm's rules: " + ", ".join(changed[:_NAMED])] if changed else []
+        if found.unused:
+            notes.append(f"{len(found.unused)} tensors of the file have no place in the model: {found.unused[0]} …")
+        return dataclasses.replace(source, fill=_filler(found)), drawn, notes
+
+    def _refusal(self, source: _Source, faults: Mapping[str, str]) -> str:
+        first = "; ".join(list(faults.values())[:_NAMED])
+        more = f" and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
+        modules = {name.rpartition(".")[0] + "." if "." in name else name for name in faults}
+        repair = "set model.name and model.args to those that they were trained with"
+        if len(modules) <= _NAMED:
+            skip = [*(self.config.skip or ()), *sorted(modules)]
+            repair += f", or begin these anew (model.skip = {skip})".replace("'", '"')
+        return f"model.weights do not fit: {source.name}, are of another model ({first}{more}): {repair}"
+
+
+def _filler(found: Adapted) -> Callable[[list[Fragment]], None]:
+    def fill(fragments: list[Fragment]) -> None:
+        for fragment in fragments:
+            whole = found.tensors[fragment.name].reshape(-1)
+            fragment.tensor.detach().copy_(whole[fragment.start : fragment.end])
+
+    return fill
+
+
+def _open(weights: str) -> _Source:
+    if weights.startswith(HUB):
+        return dataclasses.replace(_of_file(fetched(weights)), name=f"the weights of {weights}")
+    path = Path(weights)
+    if path.is_dir():
+        return _of_checkpoint(open_checkpoint(path))
+    if not path.exists():
+        raise ConfigError(
+            f"model.weights = {path} does not exist: name a run's folder, a .safetensors file, or {HUB}OWNER/MODEL"
+        )
+    if path.suffix != ".safetensors":
+        raise ConfigError(
+            f"model.weights = {path} is neither a checkpoint's folder nor a .safetensors file, and nothing else is "
+            f"read (pickles can run code): convert it first, setformer ckpt convert {path} "
+            f"{path.with_suffix('.safetensors')}"
+        )
+    return _of_file(path)
+
+
+def better_of(checkpoint: Checkpoint) -> Literal["plain", "ema"]:
+    """Return which weights of a checkpoint scored better in its run's last evaluation, as its run measured it."""
+    trainer = checkpoint.trainer  # of any version; `launch.run.trained` checks its form, a resume does so too
+    run, config = _table(trainer, "run"), _table(trainer, "config")
+    scores = {n: float(v) for n, v in _table(run, "evaluation").items() if isinstance(v, int | float)}
+    best = _table(config, "checkpoint")
+    name = str(best.get("best_metric", "top1"))
+    mode: Mode = "min" if best.get("best_mode", "min" if name.endswith("loss") else "max") == "min" else "max"
+    return better_weights(scores, name, mode) if "ema" in checkpoint.states() else "plain"
+
+
+def _table(table: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = table.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _of_checkpoint(checkpoint: Checkpoint) -> _Source:
+    averaged = better_of(checkpoint) == "ema"
+
+    def fill(fragments: list[Fragment]) -> None:
+        state = "ema" if averaged else "param"
+        checkpoint.load_into([dataclasses.replace(f, state=state) for f in fragments])
+
+    kind = "the averaged weights" if averaged else "the weights"
+    facts: list[object] = [record.digest for record in checkpoint.manifest.files]
+    config = checkpoint.trainer.get("config", {})
+    trained = config.get("model") if isinstance(config, dict) else None
+    scale = revisions.scale_of(trained) if isinstance(trained, dict) else None
+    return _Source(f"{kind} of {checkpoint.path}", facts, checkpoint.parameters(), fill, scale=scale)
+
+
+def _of_file(path: Path) -> _Source:
+    def fill(fragments: list[Fragment]) -> None:
+        with safe_open(path, "pt") as file:
+            for fragment in fragments:
+                whole: torch.Tensor = file.get_tensor(fragment.name)
+                fragment.tensor.detach().copy_(whole.reshape(-1)[fragment.start : fragment.end])
+
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"model.weights = {path} is no whole .safetensors file: {error}") from None
+    return _Source(f"the weights of {path}", [path.stat().st_size, sorted(shapes)], shapes, fill, file=path)

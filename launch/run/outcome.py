@@ -1,0 +1,83 @@
+"""What rank 0 leaves behind when training ends: summary.json and report.html in the run's folder."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from launch.run.compose import Splits
+from launch.run.config import ResolvedRun
+from launch.run.trained import classified_samples, load_trained
+from setformer_dist.core import ledger
+from setformer_dist.core.files import write_state
+from setformer_dist.engine.trainer import Outcome
+from setformer_dist.models.measure import parameters
+from setformer_dist.report.html import write_report
+
+log = logging.getLogger(__name__)
+
+
+def summary(run: ResolvedRun, outcome: Outcome) -> dict[str, Any]:
+    """Return the headline figures of a run."""
+    c = run.config
+    state = outcome.state
+    account = ledger.account(ledger.read_events(c.folder), now=time.time())
+    return {
+        "name": c.run.name,
+        "model": c.model.name,
+        "finished": outcome.signum is None,
+        "steps": state.step,
+        "evaluation": state.evaluation,
+        "best": {"metric": state.best.metric, "value": state.best.value, "step": state.best.step},
+        "images_per_s": round(outcome.images_per_s, 1),
+        "seconds": round(state.seconds, 1),
+        "goodput": round(account.goodput, 4),
+        "attempts": account.attempts,
+        "failures": len(account.failures),
+        "steps_lost": account.steps_lost,
+        "wall": {f"{kind}_seconds": round(spent, 1) for kind, spent in ledger.kinds_by_size(account)},
+        "substitutions": state.substitutions,
+        "ranks": run.plan.world_size,
+        "zero_stage": c.zero.stage,
+        "dtype": c.precision.dtype,
+        "global_batch": run.plan.global_size,
+    }
+
+
+def finish(run: ResolvedRun, splits: Splits, outcome: Outcome) -> None:
+    """Write the summary and the report, for a run that came to its end with pictures of what it gets right and wrong.
+
+    The run is over and saved by now: what fails here is told in one line, and costs the report alone.
+    """
+    folder: Path = run.config.folder
+    try:
+        figures = summary(run, outcome)
+        write_state(folder / "summary.json", figures)
+        if outcome.signum is None:
+            _report(run, splits, figures)
+        else:
+            write_report(folder, folder / "report.html", [])
+    except Exception as error:
+        log.exception("the report could not be written")
+        reason = " ".join(f"{type(error).__name__}: {error}".encode(errors="backslashreplace").decode().split())
+        print(
+            f"warning: the run is done and saved, but its report could not be written ({reason[:500]}): see the log",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _report(run: ResolvedRun, splits: Splits, figures: dict[str, Any]) -> None:
+    folder: Path = run.config.folder
+    trained = load_trained(folder / "checkpoints")
+    figures |= {
+        "parameters": parameters(trained.model),
+        "checkpoint": str(trained.checkpoint.path),
+        "report": str(folder / "report.html"),
+    }
+    write_state(folder / "summary.json", figures)
+    write_report(folder, folder / "report.html", classified_samples(trained, splits.val))
+    log.info("report %s", folder / "report.html")

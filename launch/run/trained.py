@@ -1,0 +1,302 @@
+"""A trained checkpoint used by one process: `setformer eval`, `setformer predict`, the report's pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from checkpoints.reader import Checkpoint, open_checkpoint
+from dataloaders.config import DataConfig
+from dataloaders.pixels.transforms import decode_for_eval
+from dataloaders.sources.files import LARGEST_SAMPLE, read_whole
+from launch.ranks.local import usable_cores
+from launch.run.config import RunConfig
+from launch.run.initial_weights import better_of
+from launch.run.inputs import Split, images_of, inputs_of
+from setformer_dist.core import config as base
+from setformer_dist.core.batch import MicroBatch
+from setformer_dist.core.errors import CheckpointError, ConfigError, DataError
+from setformer_dist.core.metric import Weights
+from setformer_dist.core.ranks import RankInfo
+from setformer_dist.core.revisions import as_trained
+from setformer_dist.core.task import Prepare, Task
+from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
+from setformer_dist.engine.evaluate import EvalResult, evaluate
+from setformer_dist.report.html import ClassifiedImage
+from setformer_dist.tasks.build import build_task
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with the weights of a checkpoint, and what it was trained as."""
+
+    model: nn.Module
+    config: RunConfig
+    classes: tuple[str, ...]
+    checkpoint: Checkpoint
+    weights: str
+    task: Task
+
+    def prepare(self) -> Prepare:
+        """Return the way from a micro batch to what the model takes, in fp32 where the model is."""
+        return inputs_of(self.config.data).prepare(len(self.classes), _device_of(self.model), torch.float32)
+
+    @torch.no_grad()
+    def probabilities(self, images: torch.Tensor) -> torch.Tensor:
+        """Return how sure the model is of each class, (k, classes), of images (k, 3, S, S) uint8."""
+        count = len(images)
+        zeros = torch.zeros(count, dtype=torch.int64)
+        batch = MicroBatch(inputs=images, labels=zeros, weights=torch.ones(count), sample_ids=zeros)
+        inputs, _ = self.prepare()(batch, train=False)
+        return self.task.confidences(self.model(inputs)).cpu()
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def load_trained(path: Path, weights: Weights = "auto") -> Trained:
+    """Load the model of a step folder, a checkpoints folder or a run folder, in fp32 on the CPU.
+
+    Nothing that the checkpoint says is followed further than its own bytes: the model is one that this program knows,
+    its arguments are its constructor's (`models.arguments`), and it is not built unless it has the parameters that the
+    checkpoint holds.
+
+    Args:
+        path: where the checkpoint is.
+        weights: "plain", "ema", or "auto": what scored better in the run's last evaluation.
+
+    Raises:
+        CheckpointError: nothing there verifies, it was not written by a run, or it holds no average.
+    """
+    checkpoint = open_checkpoint(path)
+    about = _about(checkpoint)
+    config, place = about.config, checkpoint.path
+    chosen = better_of(checkpoint) if weights == "auto" else weights
+    state = "ema" if chosen == "ema" else "param"
+    if state not in checkpoint.states():
+        raise CheckpointError(f"checkpoint {place} holds no averaged weights: the run had ema.decay = 0")
+    inputs = inputs_of(config.data)
+    shapes = checkpoint.parameters()
+    try:
+        with _no_more_parameters_than(shapes), torch.device("meta"):
+            empty = inputs.build_model(config.model, len(about.classes), about.inputs, config.run.seed)
+        _check_shapes({name: tuple(p.shape) for name, p in empty.named_parameters()}, shapes, place)
+        model = inputs.build_model(config.model, len(about.classes), about.inputs, config.run.seed)
+    except ConfigError as error:
+        raise CheckpointError(f"the model of checkpoint {place} cannot be built: {error}") from None
+    _fill(model, checkpoint.read_full(state), checkpoint)
+    return Trained(model.eval(), config, about.classes, checkpoint, chosen, build_task(config.task.name))
+
+
+@dataclass(frozen=True)
+class _About:
+    """What trainer.json says of a run, checked.
+
+    Attributes:
+        config: of the run, with nothing in it that would start processes or write files.
+        classes: their names.
+        inputs: what the model was told about its inputs.
+    """
+
+    config: RunConfig
+    classes: tuple[str, ...]
+    inputs: dict[str, Any]
+
+
+def _about(checkpoint: Checkpoint) -> _About:
+    """Check what trainer.json says of a run.
+
+    Raises:
+        CheckpointError: it does not speak of a run, or not as one of this program.
+    """
+    state, place = checkpoint.trainer, checkpoint.path
+    if "config" not in state:
+        raise CheckpointError(f"checkpoint {place} holds no run config, so it was not written by a run")
+    table, classes, inputs = state["config"], state.get("classes"), state.get("inputs", {})
+    run = state.get("run")
+    scores = run.get("evaluation") if isinstance(run, dict) else None
+    for what, value, kind in (("config", table, dict), ("classes", classes, list), ("inputs", inputs, dict)):
+        if not isinstance(value, kind):
+            raise CheckpointError(f"checkpoint {place}: {what} of trainer.json is no {kind.__name__}")
+    assert isinstance(classes, list)  # checked above
+    if not all(isinstance(name, str) for name in classes):
+        raise CheckpointError(f"checkpoint {place}: a class of trainer.json is no string")
+    if not isinstance(scores, dict) or not all(isinstance(score, (int, float)) for score in scores.values()):
+        raise CheckpointError(f"checkpoint {place}: run.evaluation of trainer.json is no table of numbers")
+    try:
+        told = {key: value for key, value in table.items() if key != "resolved"}
+        if isinstance(told.get("model"), dict):
+            told["model"] = as_trained(told["model"])
+        config = base.build(RunConfig, told, str(place))
+    except ConfigError as error:
+        raise CheckpointError(f"checkpoint of a run that this version does not know: {error}") from None
+    return _About(_harmless(config), tuple(classes), inputs)
+
+
+def _harmless(config: RunConfig) -> RunConfig:
+    """Return the config without what would start processes, or write to a folder, because a file says so."""
+    if not isinstance(config.data, DataConfig):
+        return config
+    changed = {"cache": "", "workers": 0, "threads": usable_cores(), "prefetch": 2}
+    return config.model_copy(update={"data": config.data.model_copy(update=changed)})
+
+
+@contextlib.contextmanager
+def _no_more_parameters_than(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
+    """Refuse to build a model of more or larger parameters than a checkpoint holds: its depth may be any number.
+
+    Raises:
+        ConfigError: within the block, at the first parameter too many.
+    """
+    count, largest = 0, max((math.prod(shape) for shape in shapes.values()), default=0)
+
+    def registered(module: nn.Module, name: str, parameter: torch.Tensor | None) -> None:
+        nonlocal count
+        count += parameter is not None
+        # Models replace some parameters while they are built, so the number is bounded, not compared.
+        if count > 4 * len(shapes) + 64 or (parameter is not None and parameter.numel() > max(largest, 2**20)):
+            raise ConfigError("its config asks for more or larger parameters than it holds")
+
+    handle = register_module_parameter_registration_hook(registered)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _check_shapes(model: Mapping[str, tuple[int, ...]], there: Mapping[str, tuple[int, ...]], place: Path) -> None:
+    """Refuse a checkpoint whose config speaks of another model than it holds.
+
+    Raises:
+        CheckpointError: naming the first parameters that differ.
+    """
+    wrong = sorted(name for name in {*model, *there} if model.get(name) != there.get(name))
+    if wrong:
+        raise CheckpointError(f"checkpoint {place} and its own config disagree about {', '.join(wrong[:4])}")
+
+
+def _fill(model: nn.Module, weights: dict[str, torch.Tensor], checkpoint: Checkpoint) -> None:
+    """Load every parameter; buffers are constants of the architecture and not in checkpoints."""
+    result = model.load_state_dict(weights, strict=False)
+    parameters = {name for name, _ in model.named_parameters()}
+    wrong = [*(name for name in result.missing_keys if name in parameters), *result.unexpected_keys]
+    if wrong:
+        raise CheckpointError(f"checkpoint {checkpoint.path} and its own config disagree about {', '.join(wrong[:4])}")
+
+
+def evaluate_checkpoint(trained: Trained, split: Split, micro_batch: int) -> EvalResult:
+    """Score a split with one process, where the model is.
+
+    Raises:
+        DataError: the split's classes are not the model's.
+    """
+    if split.classes != trained.classes:
+        raise DataError(
+            f"the split's {len(split.classes)} classes are not the {len(trained.classes)} of the checkpoint: "
+            "pack it with --classes-from the training split"
+        )
+    ranks = RankInfo()
+    connect(ranks)
+    stream = inputs_of(trained.config.data).eval_stream(split, ranks, micro_batch)
+    try:
+        result = evaluate(trained.model, trained.task, stream, trained.prepare(), TorchCollectives(ranks))
+        assert result is not None  # nobody gives up here
+        return result
+    finally:
+        stream.close()
+        disconnect()
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most likely classes of one image, best first."""
+
+    image: Path
+    classes: tuple[str, ...]
+    probabilities: tuple[float, ...]
+
+
+def predict(trained: Trained, images: Iterable[Path], top: int) -> Iterator[Prediction | DataError]:
+    """Classify image files one after the other; yield an error in the place of an image that does not decode.
+
+    Raises:
+        ConfigError: the model does not take images.
+    """
+    data_config = trained.config.data
+    if not isinstance(data_config, DataConfig):
+        raise ConfigError(f"{trained.checkpoint.path} is a model of token sequences: name a checkpoint of images")
+    for path in images:
+        try:
+            pixels = decode_for_eval(read_whole(path, LARGEST_SAMPLE), data_config)
+        except OSError as error:
+            yield DataError(f"image {path} cannot be read: {error.strerror}")
+            continue
+        except DataError as error:
+            yield DataError(f"image {path}: {error}")
+            continue
+        probabilities = trained.probabilities(pixels.unsqueeze(0))[0]
+        best = probabilities.topk(min(top, len(trained.classes)))
+        names = tuple(trained.classes[i] for i in best.indices.tolist())
+        yield Prediction(path, names, tuple(best.values.tolist()))
+
+
+def classified_samples(trained: Trained, split: Split, count: int = 24, pool: int = 400) -> list[ClassifiedImage]:
+    """Classify images spread over a split and return some, the wrong ones first; none where the data are no images.
+
+    Args:
+        trained: the model.
+        split: where the samples come from.
+        count: pictures returned.
+        pool: samples classified, spread evenly.
+    """
+    data_config = trained.config.data
+    if not isinstance(data_config, DataConfig) or not trained.task.exclusive:
+        return []
+    source = images_of(split)
+    step = max(1, split.num_samples // pool)
+    pixels, labels = [], []
+    for index in range(0, split.num_samples, step):
+        try:
+            pixels.append(decode_for_eval(source.read(index).image, data_config))
+        except DataError:  # damaged: evaluation has counted it
+            continue
+        labels.append(int(source.labels(np.array([index]))))
+    scored = []
+    for first in range(0, len(pixels), 64):
+        images = torch.stack(pixels[first : first + 64])
+        best = trained.probabilities(images).max(dim=1)
+        for image, label, probability, predicted in zip(
+            images, labels[first : first + 64], best.values.tolist(), best.indices.tolist(), strict=True
+        ):
+            names = trained.classes
+            scored.append(ClassifiedImage(image, names[label], names[predicted], probability))
+    wrong = [entry for entry in scored if entry.true_class != entry.predicted_class][: count // 3]
+    right = [entry for entry in scored if entry.true_class == entry.predicted_class]
+    right = right[:: max(1, len(right) // (count - len(wrong)))][: count - len(wrong)]
+    return [*wrong, *right]
+
+
+def open_named_split(trained: Trained, root: str | None, split: str | None) -> Split:
+    """Open a split: below `root`, or in the folder that the run's own config names.
+
+    Raises:
+        ConfigError: the config names a URL: what a checkpoint says is not fetched.
+        DataError: the split is missing or damaged.
+    """
+    data = trained.config.data
+    if root is None and "://" in data.root:
+        raise ConfigError(
+            f"{trained.checkpoint.path} was trained on data behind a URL, {data.root}, and no URL is fetched because a "
+            "checkpoint names it: give it with --data"
+        )
+    return inputs_of(data).open(root or data.root, split or data.val)

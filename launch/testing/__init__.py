@@ -1,0 +1,1 @@
+"""Commands, ranks and elastic runs as tests start them; ships with the package for users' own tests."""

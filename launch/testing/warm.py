@@ -1,0 +1,378 @@
+"""Run `python -m MODULE` in an interpreter that has imported it already: for tests, whose time is mostly imports.
+
+A rank imports for 8 seconds of a core what it then uses for one. Here a server imports it once and forks: commands from
+the server, and their ranks from the commands. What runs is an ordinary process, with an id, signals, a session and an
+end of its own; it differs from a cold start by what lies in memory, and by its command line in `ps`.
+
+    test --socket--> server --fork--> python -m launch.cli.main train … --fork--> python -m launch.entry … (each rank)
+
+`SETFORMER_COLD_TESTS=1` starts everything cold; a machine with a GPU always does, as CUDA must not be forked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import importlib
+import itertools
+import json
+import logging
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import IO, Any, NoReturn
+
+import launch.ranks.local
+from setformer_dist.core.exits import leave
+
+ROOT = Path(__file__).parent.parent.parent
+COLD_VARIABLE = "SETFORMER_COLD_TESTS"
+# What the server imports: all that ranks and most commands need.
+PRELOADED = (
+    "launch.entry",
+    "launch.cli.main",
+    "launch.run.trained",
+    "launch.ckpt.transfer",
+    "launch.run.dry_run",
+    "launch.examples.lra",
+    "launch.history.show",
+)
+_FORKED_MODULE = "launch.entry"  # what a command starts as its ranks
+_NUMBER = 8  # bytes of a process id or an exit code on the way back
+
+
+def possible() -> bool:
+    """Return whether processes may be forked from one that has imported torch."""
+    return sys.platform == "linux" and not os.environ.get(COLD_VARIABLE) and not launch.ranks.local.has_gpu(os.environ)
+
+
+# ------------------------------------------------------------------------------------------------- the test's side
+
+
+class Warm:
+    """A process that the server has forked; the part of `subprocess.Popen` that tests use.
+
+    Attributes:
+        pid: its id.
+        args: module and arguments.
+        returncode: None while it runs, then the exit code or minus the number of a signal.
+    """
+
+    def __init__(
+        self, args: Sequence[str], env: Mapping[str, str], cwd: Path, out: IO[bytes], err: IO[bytes] | None = None
+    ) -> None:
+        """Start `python -m args`; its output goes to the files `out` and `err` (by default `out`, too)."""
+        self.args = list(args)
+        self.returncode: int | None = None
+        self._out, self._err = out, out if err is None else err
+        self._status, status = os.pipe()
+        request = json.dumps({"args": self.args, "env": dict(env), "cwd": str(cwd)}).encode()
+        server = _server()
+        body, remote = socket.socketpair()
+        try:
+            socket.send_fds(server, [b"\0"], [remote.fileno(), self._out.fileno(), self._err.fileno(), status])
+            body.sendall(request)
+        finally:
+            remote.close()
+            body.close()
+            os.close(status)
+        self.pid = self._number()
+
+    def _number(self) -> int:
+        data = b""
+        while len(data) < _NUMBER and (more := os.read(self._status, _NUMBER - len(data))):
+            data += more
+        assert len(data) == _NUMBER, "the server of warm processes has died"
+        return int.from_bytes(data, "little", signed=True)
+
+    def poll(self) -> int | None:
+        """Return the exit code if it has ended."""
+        return self._ended(0)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return the exit code once it has ended.
+
+        Raises:
+            subprocess.TimeoutExpired: it has not within `timeout` seconds.
+        """
+        code = self._ended(timeout)
+        if code is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+        return code
+
+    def _ended(self, timeout: float | None) -> int | None:
+        if self.returncode is None and select.select([self._status], [], [], timeout)[0]:
+            self.returncode = self._number()
+            os.close(self._status)
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Wait for the end and return what it has written to both files.
+
+        Raises:
+            subprocess.TimeoutExpired: as `wait`.
+        """
+        self.wait(timeout)
+        out, err = (_text(file) for file in (self._out, self._err))
+        return out, err
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, if it still runs."""
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+
+def _text(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")
+
+
+@functools.cache
+def _server() -> socket.socket:
+    """Start the server once per process; it ends when this process does."""
+    mine, its = socket.socketpair()
+    # One thread each, libraries included: a process with threads cannot be forked safely.
+    environment = {**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")}
+    environment |= {"DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+    subprocess.Popen(
+        [sys.executable, "-m", "launch.testing.warm", str(its.fileno())],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        pass_fds=[its.fileno()],
+        start_new_session=True,  # Ctrl-C at the tests is not for it
+    )
+    its.close()
+    return mine
+
+
+# ------------------------------------------------------------------------------------------------- the server's side
+
+
+def serve(requests: socket.socket) -> None:
+    """Fork a process for each request until the other end is closed, and kill what then still runs."""
+    for module in PRELOADED:
+        importlib.import_module(module)
+    assert _threads() == 1, "an import starts threads, with which a process cannot be forked safely"
+    wake, waker = socket.socketpair()
+    for end in (wake, waker):
+        end.setblocking(False)
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
+    running: dict[int, int] = {}
+    while True:
+        ready, _, _ = select.select([requests, wake], [], [])
+        if wake in ready:
+            wake.recv(4096)
+            _report(running)
+        if requests not in ready:
+            continue
+        mark, given, _, _ = socket.recv_fds(requests, 1, 4)
+        if not mark:
+            for pid in running:
+                os.kill(pid, signal.SIGKILL)
+            return
+        body, out, err, status = given
+        with socket.socket(fileno=body) as sock:
+            request = json.loads(b"".join(iter(lambda: sock.recv(1 << 16), b"")))
+        pid = _fork(
+            lambda: _begin(request),  # noqa: B023 - called before the next request
+            {0: os.open(os.devnull, os.O_RDONLY), 1: out, 2: err},
+        )
+        for fd in (out, err):
+            os.close(fd)
+        running[pid] = status
+        os.write(status, pid.to_bytes(_NUMBER, "little", signed=True))
+
+
+def _threads() -> int:
+    """Return the threads of this process, those of libraries included."""
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+def _report(running: dict[int, int]) -> None:
+    """Tell the end of each process that has ended to whoever asked for it."""
+    for pid in list(running):
+        found, raw = os.waitpid(pid, os.WNOHANG)
+        if found:
+            status = running.pop(pid)
+            code = os.waitstatus_to_exitcode(raw).to_bytes(_NUMBER, "little", signed=True)
+            with contextlib.suppress(BrokenPipeError):  # nobody waits for it any more
+                os.write(status, code)
+            os.close(status)
+
+
+def _begin(request: dict[str, Any]) -> NoReturn:
+    """Become `python -m args`, whose ranks are forked in turn."""
+    os.chdir(request["cwd"])
+    sys.path.insert(0, request["cwd"])  # as `python -m` does
+    _set_environment(request["env"])
+    launch.ranks.local.subprocess = SimpleNamespace(  # type: ignore[attr-defined, assignment]
+        Popen=_popen, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired
+    )
+    _run_module(request["args"])
+
+
+def _popen(command: Sequence[str], **options: Any) -> Any:
+    """Stand in for `subprocess.Popen` where ranks are started."""
+    first = [sys.executable, "-m", _FORKED_MODULE]
+    if list(command[:3]) != first or _threads() > 1:
+        return subprocess.Popen(command, **options)
+    return _Rank(command, **options)
+
+
+class _Rank:
+    """A rank forked from its supervisor, with the arguments of `subprocess.Popen` that `launch.ranks.local` gives."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        stdin: int,
+        stdout: Any,
+        stderr: Any,
+        start_new_session: bool,
+        pass_fds: Sequence[int],
+        preexec_fn: Callable[[], None] | None,
+    ) -> None:
+        assert stdin == subprocess.DEVNULL
+        assert start_new_session
+        self.args = list(command)
+        self.returncode: int | None = None
+
+        def begin() -> NoReturn:
+            os.setsid()
+            if preexec_fn is not None:
+                preexec_fn()
+            _set_environment(env)
+            for handler in list(logging.root.handlers):  # the command's own
+                logging.root.removeHandler(handler)
+            logging.root.setLevel(logging.WARNING)
+            _run_module(self.args[2:])
+
+        fds = {0: os.open(os.devnull, os.O_RDONLY)}
+        fds |= {number: file.fileno() for number, file in ((1, stdout), (2, stderr)) if file is not None}
+        self.pid = _fork(begin, fds, pass_fds)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, raw = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(raw)
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        limit = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > limit:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            time.sleep(0.005)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+
+# ------------------------------------------------------------------------------------------------- the new process
+
+
+def _fork(begin: Callable[[], NoReturn], fds: dict[int, int], kept: Sequence[int] = ()) -> int:
+    """Fork a process that has these descriptors and no others, default signals, and runs `begin`; return its id.
+
+    Args:
+        begin: never returns; how it ends is the process's end.
+        fds: its 0, 1 and 2 where they are not those of this process. That of /dev/null is closed here.
+        kept: descriptors that keep their numbers.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    gc.freeze()  # objects of this process that own descriptors must not be collected there, and close others' numbers
+    pid = os.fork()
+    if pid:
+        os.close(fds[0])
+        return pid
+    try:
+        signal.set_wakeup_fd(-1)
+        for number in signal.valid_signals():
+            with contextlib.suppress(OSError, ValueError):
+                ours = {signal.SIGINT: signal.default_int_handler}.get(number, signal.SIG_DFL)
+                ignored = number in (signal.SIGPIPE, signal.SIGXFSZ)  # as Python has it at its start
+                signal.signal(number, signal.SIG_IGN if ignored else ours)
+        for place, fd in fds.items():
+            os.dup2(fd, place)
+            if place:  # the stream that is inherited believes to have another kind of file
+                _open_stream(place)
+        edges = [2, *sorted(kept), 1 << 16]
+        for below, above in itertools.pairwise(edges):
+            os.closerange(below + 1, above)
+        begin()
+    except BaseException:  # noqa: BLE001 - whatever it is, it ends here
+        traceback.print_exc()
+    os._exit(1)
+
+
+def _open_stream(place: int) -> None:
+    """Make standard output (1) or error (2) anew, as an interpreter does at its start."""
+    lines = place == 2 or os.isatty(place)
+    stream = open(  # noqa: SIM115 - it is a descriptor, and open as long as the process
+        place,
+        "w",
+        buffering=1 if lines else -1,
+        encoding="utf-8",
+        errors="backslashreplace" if place == 2 else "strict",
+        closefd=False,
+    )
+    setattr(sys, "stderr" if place == 2 else "stdout", stream)
+
+
+def _set_environment(env: Mapping[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(env)
+
+
+def _run_module(args: Sequence[str]) -> NoReturn:
+    """Run a module as the interpreter would, from its start to its exit code."""
+    sys.argv = list(args)
+    sys.modules.pop(args[0], None)  # it is run as the main module, not imported
+    try:
+        runpy.run_module(args[0], run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise
+    except BaseException:  # noqa: BLE001 - whatever it is, it ends here
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    leave(code)
+
+
+if __name__ == "__main__":
+    with socket.socket(fileno=int(sys.argv[1])) as connection:
+        serve(connection)
