@@ -13,6 +13,11 @@ def plain(text: object) -> str:
     return "".join(c if c.isprintable() or c == " " else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def plain_lines(text: str) -> str:
+    """Return a message of several lines, the later ones indented by two spaces, each of them `plain`."""
+    return "\n  ".join(plain(line) for line in text.split("\n  "))
+
+
 def cell(text: object, style: str = "") -> Text:
     """Return a table's cell that shows a text as it is."""
     return Text(plain(text), style=style)

@@ -26,10 +26,11 @@ from launch.cli import ckpt as cli_ckpt
 from launch.cli import data as cli_data
 from launch.cli import lra as cli_lra
 from launch.cli import runs as cli_runs
+from launch.cli.usage import UsageError, usage_fault
 from launch.ranks.supervise import run_supervised
-from launch.run.config import check_folder, continued, load_run, resolve
-from launch.shown import plain
-from setformer_dist.core.errors import DataError, LaunchError, RankFailedError, SetformerError
+from launch.run.config import RunConfig, check_folder, continued, load_run, resolve
+from launch.shown import plain, plain_lines
+from setformer_dist.core.errors import ConfigError, DataError, LaunchError, RankFailedError, SetformerError
 from setformer_dist.core.metric import headline, weights_named
 from setformer_dist.core.secrets import redact_tracebacks, redacted
 
@@ -135,7 +136,7 @@ def train(
 
 def shipped(page: Path) -> Path:
     """Return a page that is there, or the shipped one of that name or at that place below configs/."""
-    if page.exists():
+    if page.exists() and not (page.is_dir() and len(page.parts) == 1):  # photos/ may lie beside what is typed
         return page
     below = page.parts[1:] if page.parts[:1] == ("configs",) else page.parts
     for place in (CONFIGS.joinpath(*below), CONFIGS / "runs" / f"{page}.toml"):
@@ -313,11 +314,14 @@ def main() -> None:
         handlers=[AboveBar(console=Console(stderr=True), show_time=False, show_path=False)],
     )
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except SetformerError as error:
         if str(error):  # empty where a rank has told the user already
-            print(f"error: {plain(redacted(str(error)))}", file=sys.stderr)
+            print(f"error: {plain_lines(redacted(str(error)))}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except UsageError as error:
+        print(usage_fault(error, RunConfig), file=sys.stderr)
+        sys.exit(ConfigError.exit_code)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)

@@ -96,6 +96,8 @@ def run_supervised(
                     return _stopped(run_folder, received.stop[0])
                 continue
             if code:
+                if not _began(run_folder):  # else rank 0 has said at which step
+                    say("stopped before training began, with nothing new to save; the same command goes on")
                 return _stopped(run_folder, code - 128)
             ledger.record(run_folder, "ended", why="done", final=True)
             return 0
@@ -105,6 +107,12 @@ def _take_back_terminal() -> None:
     """Clear the bar of a rank 0 that was killed, and show the cursor that it had hidden."""
     if sys.stderr.isatty():
         print("\r\x1b[2K\x1b[?25h", end="", file=sys.stderr, flush=True)
+
+
+def _began(run_folder: Path) -> bool:
+    """Return whether the last attempt came as far as its first step."""
+    kinds = [str(event["event"]) for event in ledger.read_events(run_folder)]
+    return "began" in kinds[max((at for at, kind in enumerate(kinds) if kind == "attempt"), default=0) :]
 
 
 def _stopped(run_folder: Path, signum: int) -> int:

@@ -23,7 +23,8 @@ class FrozenConfig(pydantic.BaseModel):
     """Frozen; unknown keys are errors; no silent conversion (a string is never read as a number); finite numbers.
 
     Attributes:
-        SYNONYMS: what other programs call keys, in lower case without a table, with the dotted key here; of the root.
+        SYNONYMS: what other programs call keys, in lower case without a table, with the dotted key here, or with a
+            sentence where there is none; of the root.
     """
 
     model_config = pydantic.ConfigDict(
@@ -84,6 +85,8 @@ def parse_override(text: str) -> dict[str, Any]:
     Raises:
         ConfigError: there is no `=` or no key.
     """
+    if text.startswith("+"):
+        raise ConfigError(f"override {text!r}: leave the + out, any key can be set: {text.lstrip('+')}")
     key, sign, value_text = text.partition("=")
     parts = key.strip().split(".")
     if not sign or not all(parts):
@@ -160,6 +163,10 @@ def _explain(model: type[pydantic.BaseModel], fault: Any) -> str:
     keys, siblings = _place(model, fault["loc"])
     place = ".".join(keys)
     if fault["type"] == "extra_forbidden":
+        if isinstance(fault["input"], dict) and fault["input"] and len(keys) == 1:  # a table of another program
+            inner = next(iter(fault["input"]))
+            if (meant := meaning(model, str(inner))) is not None:
+                return f"unknown table {place!r} with {inner!r}: {_suggested(meant)}"
         return f"unknown key {place!r}{_nearest(model, keys, siblings)}"
     if fault["type"] == "missing":
         return f"key {place!r} is missing"
@@ -168,17 +175,36 @@ def _explain(model: type[pydantic.BaseModel], fault: Any) -> str:
         return str(message)
     if fault["type"] == "value_error":
         return f"{place}: {message}"
+    if fault["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        first = next((key for key in all_keys(model) if key.startswith(f"{place}.")), f"{place}.key")
+        return f"{place} is a table of keys, not {_short(fault['input'])}: name a key of it, such as {first}"
     if isinstance(fault["input"], dict):
         return f"{place}: {message[0].lower()}{message[1:]}"
-    return f"{place} = {fault['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"{place} = {_short(fault['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def _short(value: object) -> str:
+    """Return a value as it is written, without the middle of a long one."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:120]} … {text[-40:]} ({len(text)} characters)"
+
+
+def meaning(model: type[pydantic.BaseModel], key: str) -> str | None:
+    """Return what another program's key means here, a dotted key or a sentence; None if that is not known."""
+    known: Mapping[str, str] = getattr(model, "SYNONYMS", {})
+    return known.get(key.lower())
+
+
+def _suggested(meant: str) -> str:
+    return meant if " " in meant else f"did you mean {meant}?"
 
 
 def _nearest(model: type[pydantic.BaseModel], keys: list[str], siblings: list[str]) -> str:
     """Suggest a known key: first among the siblings, then anywhere in the config."""
     key = keys[-1]
-    meant = getattr(model, "SYNONYMS", {}).get(key.lower())
+    meant = meaning(model, key)
     if meant is not None:
-        return f": did you mean {meant}?"
+        return f": {_suggested(meant)}"
     close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)
     if close:
         return f": did you mean {'.'.join([*keys[:-1], close[0]])}?"

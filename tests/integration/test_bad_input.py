@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -159,6 +160,47 @@ def test_port_in_use(digits: Path, tmp_path: Path) -> None:
 )
 def test_other_commands(words: list[str], code: int, part: str) -> None:
     assert_one_sentence(setformer(*words), code, part)
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["train", "demo", "--lr", "1e-3"], "keys of the page are given as key=value, so optim.lr=..."),
+        (["train", "demo", "--batch-size", "64"], "so batch.global_size=..."),
+        (["train", "demo", "--batch.global_size=64"], "so batch.global_size=..."),
+        (["train", "demo", "--num-classes", "5"], "the number of classes comes from the data"),
+        (["train", "demo", "--nosuch", "5"], "such as optim.lr=1e-3"),
+        (["train"], "Missing argument"),
+        (["fit", "demo"], "did you mean train?"),
+        (["validate", "runs/demo"], "did you mean eval?"),
+        (["train", "demo", "trainer.max_epochs=5"], "'trainer' with 'max_epochs': did you mean schedule.epochs?"),
+        (["train", "demo", "model.num_classes=5"], "the number of classes comes from the data"),
+        (["train", "demo", "++optim.lr=1"], "leave the + out"),
+        (
+            ["train", "demo", "data=data/photos"],
+            "data is a table of keys, not 'data/photos': name a key of it, such as",
+        ),
+        (["train", "demo", f"zero.stage={'x' * 5000}"], "(5002 characters)"),
+    ],
+)
+def test_words_of_other_programs_get_the_right_ones(words: list[str], part: str) -> None:
+    assert_one_sentence(setformer(*words), 2, part)
+
+
+def test_a_folder_of_the_name_of_a_shipped_page_hides_it_not(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    assert_one_sentence(
+        setformer("train", "photos", "data.root=nosuch", cwd=tmp_path), 3, "nosuch/train does not exist"
+    )
+
+
+def test_an_error_of_several_lines_keeps_them(tmp_path: Path) -> None:
+    (tmp_path / "in" / "cat").mkdir(parents=True)
+    for name in ("a.jpg", "b\x1b[2J.jpg"):
+        (tmp_path / "in" / "cat" / name).write_text("no image")
+    ended = setformer("data", "pack", str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "0")
+    assert ended.code == 3
+    assert re.search(r"\n  cat/a\.jpg: .*\n  cat/b\\x1b\[2J\.jpg: ", ended.err), ended.err
 
 
 def test_help_everywhere() -> None:
