@@ -32,6 +32,7 @@ from launch.run.compose import Splits, check_device, compose, open_splits
 from launch.run.config import ResolvedRun, check_folder, continued, load_run, resolve
 from launch.run.inputs import inputs_of
 from launch.run.outcome import finish
+from launch.run.own_code import bring
 from setformer_dist.core.errors import LaunchError, PassingError, RankFailedError, SetformerError
 from setformer_dist.core.exits import leave
 from setformer_dist.core.files import write_json, write_state
@@ -42,6 +43,7 @@ from setformer_dist.core.terminal import bear_lost_streams
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
 from setformer_dist.engine.deepspeed_engine import quiet_deepspeed
 from setformer_dist.models.build import check_name
+from setformer_dist.tasks.build import build_task
 
 log = logging.getLogger(__name__)
 
@@ -132,12 +134,14 @@ def run_rank(page: Path, overrides: Sequence[str]) -> int:
     check_package_origins()
     config = continued(load_run(page, overrides), tell=log.warning)
     run = resolve(config, ranks.world_size)
+    bring(config.run.imports)
     check_name(config.model.name)
     check_device(run)
     splits = open_splits(run)
     inputs = inputs_of(config.data)
     classes, told = splits.train.classes, inputs.told(splits.train)
-    model = inputs.build_model(config.model, len(classes), told, config.run.seed)
+    task = build_task(config.task, classes)
+    model = inputs.build_model(config.model, len(task.outputs), told, config.run.seed)
     torch.set_num_threads(config.run.threads or max(1, usable_cores() // ranks.local_world_size))
     check_folder(run)
     connect(ranks, timeout_minutes=config.run.timeout_minutes)
@@ -145,7 +149,7 @@ def run_rank(page: Path, overrides: Sequence[str]) -> int:
         try:
             comm = TorchCollectives(ranks, config.run.timeout_minutes)
             check_agreement(run, splits, comm)
-            trainer = compose(run, splits, model, comm)
+            trainer = compose(run, splits, task, model, comm)
             until_all_is_written.enter_context(held(run.config.folder, comm, supervised=LOG_DIR_VARIABLE in os.environ))
             trainer.resume()
             claim_folder(run, comm)

@@ -97,26 +97,26 @@ def export(path: Path, dest: Path, weights: Weights, console: Console) -> None:
 def _timm_config(trained: Trained, data: DataConfig) -> dict[str, Any]:
     """Return the config.json of timm's hub layout."""
     name, size = trained.config.model.name, data.image_size
-    arguments = timm_arguments(trained.config.model, len(trained.classes), size)
+    arguments = timm_arguments(trained.config.model, len(trained.task.outputs), size)
     default = timm.get_pretrained_cfg(name, allow_unregistered=True)
     kept = default.to_dict() if default is not None else {}
     same = ("first_conv", "classifier", "fixed_input_size", "pool_size")
     return {
         "architecture": name.split(".")[0],
-        "num_classes": len(trained.classes),
+        "num_classes": len(trained.task.outputs),
         "num_features": trained.model.num_features,
         "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
-        "label_names": list(trained.classes),
+        "label_names": list(trained.task.outputs),
         "pretrained_cfg": {
             **{key: kept[key] for key in same if key in kept},
-            "num_classes": len(trained.classes),
+            "num_classes": len(trained.task.outputs),
             "input_size": [3, size, size],
             "mean": list(data.mean),
             "std": list(data.std),
             "interpolation": data.interpolation,
             "crop_pct": _crop(data),
             "crop_mode": "center",
-            "label_names": list(trained.classes),
+            "label_names": list(trained.task.outputs),
         },
     }
 
@@ -140,10 +140,10 @@ def _card(trained: Trained, dest: Path) -> str:
         snippet = _IMAGES.format(register=register, folder=dest.name)
     else:
         told = checkpoint.trainer.get("inputs", {})
-        arguments = {**told, **timm_arguments(config.model, len(trained.classes), 0)}
+        arguments = {**told, **timm_arguments(config.model, len(trained.task.outputs), 0)}
         words = "".join(f"{key}={value!r}, " for key, value in arguments.items())
         snippet = _TOKENS.format(register=register, name=config.model.name, arguments=words)
-    few = 0 < len(trained.classes) <= 1000
+    few = 0 < len(trained.task.outputs) <= 1000
     return _CARD.format(
         name=checkpoint.identity.model,
         step=checkpoint.step,
@@ -152,7 +152,7 @@ def _card(trained: Trained, dest: Path) -> str:
         source=f"{checkpoint.path.parent.parent.name}/{checkpoint.path.parent.name}/{checkpoint.path.name}",
         metrics=_metrics_of(trained),
         snippet=snippet,
-        classes=f"\nClasses in order: {', '.join(trained.classes)}.\n" if few else "",
+        classes=f"\nClasses in order: {', '.join(trained.task.outputs)}.\n" if few else "",
         config=json.dumps(checkpoint.trainer["config"], indent=2),
     )
 

@@ -29,6 +29,7 @@ from launch.cli import runs as cli_runs
 from launch.cli.usage import UsageError, usage_fault
 from launch.ranks.supervise import run_supervised
 from launch.run.config import RunConfig, check_folder, continued, load_run, resolve
+from launch.run.own_code import bring
 from launch.shown import plain, plain_lines
 from setformer_dist.core.errors import ConfigError, DataError, LaunchError, RankFailedError, SetformerError
 from setformer_dist.core.metric import headline, weights_named
@@ -57,6 +58,10 @@ Overrides = Annotated[
 ]
 CheckpointPath = Annotated[
     Path, typer.Argument(help="A run folder, its checkpoints folder, or one step's folder.", show_default=False)
+]
+ImportOption = Annotated[
+    list[str] | None,
+    typer.Option("--import", help="Module of your own that registers the model or the task.", show_default=False),
 ]
 WeightsOption = Annotated[str, typer.Option(help="plain, ema, or auto: whichever scored better in the run.")]
 
@@ -166,6 +171,7 @@ def evaluate(
     split: Annotated[str | None, typer.Option(help="Name of the split; by default the run's validation.")] = None,
     weights: WeightsOption = "auto",
     batch: Annotated[int, typer.Option(help="Images computed at once.")] = 128,
+    imports: ImportOption = None,
 ) -> None:
     """Score a checkpoint on a packed split, each image once.
 
@@ -177,6 +183,7 @@ def evaluate(
     """
     from launch.run import trained as infer
 
+    bring(imports or ())
     trained = infer.load_trained(checkpoint, weights_named(weights))
     result = infer.evaluate_checkpoint(trained, infer.open_named_split(trained, data, split), batch)
     left_out = f", {result.left_out} damaged ones left out" if result.left_out else ""
@@ -192,6 +199,7 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files.", show_default=False)],
     top: Annotated[int, typer.Option(help="Classes shown per image.")] = 3,
     weights: WeightsOption = "auto",
+    imports: ImportOption = None,
 ) -> None:
     """Print the most likely classes of image files.
 
@@ -201,6 +209,7 @@ def predict(
     """
     from launch.run import trained as infer
 
+    bring(imports or ())
     trained = infer.load_trained(checkpoint, weights_named(weights))
     failed: DataError | None = None
     for found in infer.predict(trained, images, top):

@@ -27,6 +27,7 @@ from setformer_dist.core.fragments import Fragment
 from setformer_dist.core.heartbeat import Heartbeat
 from setformer_dist.core.revisions import unnamed
 from setformer_dist.core.store import SavedState
+from setformer_dist.core.task import Task
 from setformer_dist.engine.comm import CommMeter, TorchCollectives
 from setformer_dist.engine.deepspeed_engine import DTYPES, initialize, supported_dtypes
 from setformer_dist.engine.ema import Ema
@@ -39,7 +40,7 @@ from setformer_dist.engine.trainer import Best, Costs, Parts, Trainer, check_tra
 from setformer_dist.engine.zero import check_precision
 from setformer_dist.models.attention import set_attentions, watched_marginals
 from setformer_dist.models.measure import multiply_adds_of
-from setformer_dist.tasks.build import build_task
+from setformer_dist.tasks.build import check_metric
 
 VERSIONS_OF = ("setformer_dist", "torch", "deepspeed", "timm", "safetensors")
 
@@ -259,12 +260,12 @@ def _check_new_batch(saved: dict[str, Any], here: dict[str, Any]) -> None:
         )
 
 
-def compose(run: ResolvedRun, splits: Splits, model: nn.Module, comm: TorchCollectives) -> Trainer:
+def compose(run: ResolvedRun, splits: Splits, task: Task, model: nn.Module, comm: TorchCollectives) -> Trainer:
     """Build a run on this rank around a model fresh from its seed. Collective."""
     c = run.config
     ranks, plan, classes = comm.ranks, run.plan, splits.train.classes
     watch = watch_of(run, model)
-    task = build_task(c.task.name)
+    check_metric(task, c.checkpoint.best_metric, c.checkpoint.best_mode)
     device = torch.device(get_accelerator().current_device_name())
     inputs = inputs_of(c.data)
 
@@ -282,7 +283,7 @@ def compose(run: ResolvedRun, splits: Splits, model: nn.Module, comm: TorchColle
     first_weights: FirstWeights | None = None
     if c.model.weights is not None:
         buffers = frozenset(name for name, _ in model.named_buffers())
-        arguments = inputs.model_arguments(c.model, len(classes))
+        arguments = inputs.model_arguments(c.model, len(task.outputs))
         first_weights = FirstWeights(c.model, shapes_of(model), buffers, comm, arguments)
     engine = initialize(model, c.optim, run.deepspeed_json())
     master = MasterState(engine)

@@ -29,6 +29,7 @@ from setformer_dist.core.files import read_state
 from setformer_dist.core.metric import METRICS_OF, check_best, metric_named
 from setformer_dist.core.model_config import ModelConfig
 from setformer_dist.core.secrets import redacted_json
+from setformer_dist.core.task_config import TaskConfig
 from setformer_dist.engine.batch_plan import BatchPlan, solve
 from setformer_dist.engine.config import (
     BatchConfig,
@@ -38,7 +39,6 @@ from setformer_dist.engine.config import (
     OptimConfig,
     PrecisionConfig,
     ScheduleConfig,
-    TaskConfig,
     ZeroConfig,
 )
 from setformer_dist.engine.zero import deepspeed_config
@@ -57,6 +57,8 @@ class RunTable(FrozenConfig):
         threads: compute threads per rank; 0 shares the cores among this machine's ranks. On CPUs another number adds
             in another order, so losses then agree to rounding only.
         timeout_minutes: how long a rank waits for the others before it gives up.
+        imports: modules of your own that every rank imports first, from where Python finds them or from the working
+            directory: models that they register with timm, tasks. A checkpoint's commands want them named again.
         record_samples: write the sample ids of every optimizer step to samples.jsonl, as a proof of order.
     """
 
@@ -67,6 +69,7 @@ class RunTable(FrozenConfig):
     threads: Annotated[int, FREE] = pydantic.Field(default=0, ge=0)
     timeout_minutes: Annotated[float, FREE] = pydantic.Field(default=10.0, gt=0)
     record_samples: Annotated[bool, FREE] = False
+    imports: Annotated[tuple[str, ...], FREE, pydantic.Field(strict=False)] = ()
 
     @pydantic.field_validator("name")
     @classmethod

@@ -25,6 +25,7 @@ from launch.run.compose import check_device, open_splits, shapes_of, watch_of
 from launch.run.config import ResolvedRun, check_folder
 from launch.run.initial_weights import FirstWeights
 from launch.run.inputs import inputs_of
+from launch.run.own_code import bring
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.ranks import RankInfo
@@ -32,6 +33,7 @@ from setformer_dist.core.secrets import redacted
 from setformer_dist.engine.deepspeed_engine import DTYPES
 from setformer_dist.models.build import build_model, check_name
 from setformer_dist.models.measure import multiply_adds_of, parameters, predict_memory
+from setformer_dist.tasks.build import build_task, check_metric
 
 _ASSUMED_CLASSES = 1000
 
@@ -94,7 +96,9 @@ def _examine(run: ResolvedRun) -> _Known:
     inputs = inputs_of(c.data)
     splits = open_splits(run)
     classes = splits.train.classes
-    model = inputs.build_model(c.model, len(classes), inputs.told(splits.train), c.run.seed)
+    task = build_task(c.task, classes)
+    check_metric(task, c.checkpoint.best_metric, c.checkpoint.best_mode)
+    model = inputs.build_model(c.model, len(task.outputs), inputs.told(splits.train), c.run.seed)
     check_folder(run)
     watch_of(run, model)
     ranks = RankInfo(rank=0, world_size=run.plan.world_size, local_rank=0, local_world_size=run.plan.world_size)
@@ -110,11 +114,11 @@ def _examine(run: ResolvedRun) -> _Known:
          f"{len(classes)} classes"),
         ("steps", f"{c.schedule.total_steps(per_epoch):,} of which {warmup:,} warm up; {per_epoch:,} per epoch"),
     ]  # fmt: skip
-    rows += _beginning(run, model, len(classes))
+    rows += _beginning(run, model, len(task.outputs))
     return _Known(model, inputs.shape(splits.train), inputs.dtype, tuple(rows))
 
 
-def _beginning(run: ResolvedRun, model: nn.Module, classes: int) -> list[tuple[str, str]]:
+def _beginning(run: ResolvedRun, model: nn.Module, outputs: int) -> list[tuple[str, str]]:
     """Say from what the run would begin; raises as `FirstWeights.check`."""
     c = run.config
     folder = c.folder / "checkpoints"
@@ -124,7 +128,7 @@ def _beginning(run: ResolvedRun, model: nn.Module, classes: int) -> list[tuple[s
         return [("begins", f"goes on from the newest checkpoint that verifies; the newest is step {max(steps):,}")]
     if c.model.weights is not None:
         buffers = frozenset(name for name, _ in model.named_buffers())
-        arguments = inputs_of(c.data).model_arguments(c.model, classes)
+        arguments = inputs_of(c.data).model_arguments(c.model, outputs)
         return [("begins", FirstWeights(c.model, shapes_of(model), buffers, Alone(), arguments).check())]
     return [("begins", f"from weights drawn from seed {c.run.seed}")]
 
@@ -144,6 +148,7 @@ def dry_run(run: ResolvedRun, console: Console) -> None:
     Raises:
         SetformerError: as the run would before its first step, after all that can be said was printed.
     """
+    bring(run.config.run.imports)
     check_name(run.config.model.name)
     check_device(run)
     missing: DataError | None = None

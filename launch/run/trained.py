@@ -88,14 +88,23 @@ def load_trained(path: Path, weights: Weights = "auto") -> Trained:
     inputs = inputs_of(config.data)
     shapes = checkpoint.parameters()
     try:
+        task = build_task(config.task, about.classes)
         with _no_more_parameters_than(shapes), torch.device("meta"):
-            empty = inputs.build_model(config.model, len(about.classes), about.inputs, config.run.seed)
+            empty = inputs.build_model(config.model, len(task.outputs), about.inputs, config.run.seed)
         _check_shapes({name: tuple(p.shape) for name, p in empty.named_parameters()}, shapes, place)
-        model = inputs.build_model(config.model, len(about.classes), about.inputs, config.run.seed)
+        model = inputs.build_model(config.model, len(task.outputs), about.inputs, config.run.seed)
     except ConfigError as error:
-        raise CheckpointError(f"the model of checkpoint {place} cannot be built: {error}") from None
+        raise CheckpointError(
+            f"the model of checkpoint {place} cannot be built: {error}{_own_code(about.imports)}"
+        ) from None
     _fill(model, checkpoint.read_full(state), checkpoint)
-    return Trained(model.eval(), config, about.classes, checkpoint, chosen, build_task(config.task.name))
+    return Trained(model.eval(), config, about.classes, checkpoint, chosen, task)
+
+
+def _own_code(modules: tuple[str, ...]) -> str:
+    if not modules:
+        return ""
+    return f" (its run imported {', '.join(modules)}; if you trust that code, say --import {modules[0]})"
 
 
 @dataclass(frozen=True)
@@ -106,11 +115,13 @@ class _About:
         config: of the run, with nothing in it that would start processes or write files.
         classes: their names.
         inputs: what the model was told about its inputs.
+        imports: modules that the run imported; none is imported because they stand here.
     """
 
     config: RunConfig
     classes: tuple[str, ...]
     inputs: dict[str, Any]
+    imports: tuple[str, ...]
 
 
 def _about(checkpoint: Checkpoint) -> _About:
@@ -140,11 +151,12 @@ def _about(checkpoint: Checkpoint) -> _About:
         config = base.build(RunConfig, told, str(place))
     except ConfigError as error:
         raise CheckpointError(f"checkpoint of a run that this version does not know: {error}") from None
-    return _About(_harmless(config), tuple(classes), inputs)
+    return _About(_harmless(config), tuple(classes), inputs, config.run.imports)
 
 
 def _harmless(config: RunConfig) -> RunConfig:
     """Return the config without what would start processes, or write to a folder, because a file says so."""
+    config = config.model_copy(update={"run": config.run.model_copy(update={"imports": ()})})
     if not isinstance(config.data, DataConfig):
         return config
     changed = {"cache": "", "workers": 0, "threads": usable_cores(), "prefetch": 2}
@@ -245,8 +257,8 @@ def predict(trained: Trained, images: Iterable[Path], top: int) -> Iterator[Pred
             yield DataError(f"image {path}: {error}")
             continue
         probabilities = trained.probabilities(pixels.unsqueeze(0))[0]
-        best = probabilities.topk(min(top, len(trained.classes)))
-        names = tuple(trained.classes[i] for i in best.indices.tolist())
+        best = probabilities.topk(min(top, len(trained.task.outputs)))
+        names = tuple(trained.task.outputs[i] for i in best.indices.tolist())
         yield Prediction(path, names, tuple(best.values.tolist()))
 
 

@@ -22,26 +22,34 @@ class Metric:
 
     Attributes:
         name: as metrics.jsonl, checkpoints and checkpoint.best_metric have it.
-        title: as people read it.
+        title: as people read it in a line.
+        heading: as people read it above a figure, where that is longer.
         mode: whether a larger or a smaller value is better.
         share: whether it is a share, 0 to 1, shown in percent.
     """
 
     name: str
     title: str
+    heading: str = ""
     mode: Mode = "max"
     share: bool = True
+
+    @property
+    def label(self) -> str:
+        """The heading, or the title."""
+        return self.heading or self.title
 
     def show(self, value: float) -> str:
         """Return a value as people read it."""
         return f"{value:.2%}" if self.share else f"{value:.4f}"
 
 
-LOSS = Metric("loss", "loss", "min", share=False)
+LOSS = Metric("loss", "loss", mode="min", share=False)
 
 # Of the tasks that come with this package; the first of each tells which weights are better unless the config says so.
 METRICS_OF: Mapping[str, tuple[Metric, ...]] = {
-    "classification": (Metric("top1", "top-1"), Metric("top5", "top-5"), LOSS),
+    "classification": (Metric("top1", "top-1", "top-1 accuracy"), Metric("top5", "top-5", "top-5 accuracy"), LOSS),
+    "multilabel": (Metric("f1", "F1", "F1 over all labels"), Metric("exact", "exact match"), LOSS),
 }
 
 

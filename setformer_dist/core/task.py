@@ -40,12 +40,22 @@ class Task(Protocol):
         ...
 
     @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the model's outputs, such as the classes: the model is built with so many."""
+        ...
+
+    @property
     def exclusive(self) -> bool:
         """Whether each sample has exactly one class, so that a prediction is right or wrong."""
         ...
 
     def loss(self, outputs: Any, targets: torch.Tensor) -> torch.Tensor:
-        """Return the mean loss of a micro batch, shape (), fp32, differentiable."""
+        """Return the mean loss of a micro batch, shape (), fp32, differentiable.
+
+        Args:
+            outputs: the model's, (m, outputs) where it classifies.
+            targets: as `Prepare` makes them, over the data's classes.
+        """
         ...
 
     def sums(self, outputs: Any, batch: MicroBatch, targets: torch.Tensor) -> torch.Tensor:
@@ -62,5 +72,5 @@ class Task(Protocol):
         ...
 
     def confidences(self, outputs: Any) -> torch.Tensor:
-        """Return how sure the model is of each class, (m, classes) fp32, 0 to 1."""
+        """Return how sure the model is of each output, (m, outputs) fp32, 0 to 1."""
         ...

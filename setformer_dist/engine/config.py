@@ -38,16 +38,6 @@ class BatchConfig(FrozenConfig):
         return value
 
 
-class TaskConfig(FrozenConfig):
-    """What the run learns.
-
-    Attributes:
-        name: "classification" (one class per sample).
-    """
-
-    name: str = "classification"
-
-
 class ScheduleConfig(FrozenConfig):
     """Linear warm-up, then cosine decay (Loshchilov & Hutter 2017). Give epochs or steps, not both.
 

@@ -18,6 +18,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from setformer_dist.core.metric import AVERAGED, LOSS, Metric
 from setformer_dist.report.rows import Row, finite, series
 
 PARTS = ("data", "forward", "backward", "optimizer", "communication", "checkpoint", "evaluation", "other")
@@ -59,11 +60,16 @@ def loss_figure(train: Sequence[Row], evals: Sequence[Row]) -> str:
     return _line_figure("loss", lines, "Loss")
 
 
-def accuracy_figure(evals: Sequence[Row]) -> str:
-    """Draw top-1 accuracy of the weights and of their moving average, in percent; "" without data."""
-    found = [("weights", _WEIGHTS, *series(evals, "top1")), ("EMA", _EMA, *series(evals, "ema_top1"))]
-    lines = [(label, colour, steps, [100 * v for v in values]) for label, colour, steps, values in found]
-    return _line_figure("accuracy", lines, "Top-1 accuracy, %")
+def metric_figure(evals: Sequence[Row], metric: Metric) -> str:
+    """Draw a metric of the weights and of their moving average, shares in percent; "" without data."""
+    if metric.name == LOSS.name:
+        return ""  # it is drawn beside the training loss
+    found = [("weights", _WEIGHTS, metric.name), ("EMA", _EMA, f"{AVERAGED}{metric.name}")]
+    times, unit = (100, ", %") if metric.share else (1, "")
+    lines = [
+        (text, colour, (points := series(evals, key))[0], [times * v for v in points[1]]) for text, colour, key in found
+    ]
+    return _line_figure("accuracy", lines, f"{metric.label[:1].upper()}{metric.label[1:]}{unit}")
 
 
 def rate_figure(train: Sequence[Row]) -> str:

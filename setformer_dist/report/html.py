@@ -19,19 +19,15 @@ import torch
 from markupsafe import Markup
 from PIL import Image
 
+from setformer_dist.core.metric import AVERAGED, LOSS, METRICS_OF, Metric
 from setformer_dist.report import figures
 from setformer_dist.report.rows import Row, RunRecord, finite, read_run
 
 _TEMPLATE = "report.html.j2"
-_EVAL_COLUMNS = ("loss", "top1", "top5", "ema_loss", "ema_top1", "ema_top5", "samples")
 # Shown where a run has recorded them (eval.marginal_error).
 _MARGINAL_COLUMNS = tuple(f"{prefix}marginal_error_{kind}" for prefix in ("", "ema_") for kind in ("max", "mean"))
 # Headline figures in the order of the page: key in summary.json to label.
 _TILES = {
-    "top1": "top-1 accuracy",
-    "ema_top1": "top-1 accuracy, EMA",
-    "top5": "top-5 accuracy",
-    "ema_top5": "top-5 accuracy, EMA",
     "images_per_s": "images per second",
     "mfu": "model FLOP utilisation",
     "seconds": "time",
@@ -45,7 +41,9 @@ _TILES = {
     "global_batch": "images per optimizer step",
 }
 _IN_LEAD = ("name", "model", "finished")
-_SHARES = ("top1", "top5", "mfu", "share", "accuracy", "goodput")
+_SHARES = ("top1", "top5", "f1", "exact", "mfu", "share", "accuracy", "goodput")
+# What an evaluation's row holds besides the task's metrics.
+_BESIDES = ("step", "samples", "left_out")
 _MEGA, _KILO = 1e6, 1e3
 
 
@@ -88,18 +86,25 @@ def render(run: RunRecord, samples: Sequence[ClassifiedImage]) -> str:
     """Return the page."""
     template = resources.files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    metrics = _metrics_of(run)
     curves = [
         figures.loss_figure(run.train, run.evals),
-        figures.accuracy_figure(run.evals),
+        figures.metric_figure(run.evals, metrics[0]),
         figures.rate_figure(run.train),
         figures.speed_figure(run.train),
     ]
     summary = _flat(run.summary)
-    columns = [*_EVAL_COLUMNS, *(name for name in _MARGINAL_COLUMNS if any(name in row for row in run.evals))]
+    order = [m.name for m in sorted(metrics, key=lambda m: m.name != LOSS.name)]
+    columns = [
+        *order,
+        *(f"{AVERAGED}{name}" for name in order),
+        "samples",
+        *(name for name in _MARGINAL_COLUMNS if any(name in row for row in run.evals)),
+    ]
     return environment.from_string(template).render(
         name=run.name,
         lead=_lead(run),
-        tiles=[{"label": label, "value": show(key, summary[key])} for key, label in _shown(summary)],
+        tiles=[{"label": label, "value": show(key, summary[key])} for key, label in _shown(summary, metrics)],
         figures=[Markup(curve) for curve in curves if curve],
         split_figure=Markup(figures.split_figure(run.train)),
         split=_split_table(run.train),
@@ -110,7 +115,7 @@ def render(run: RunRecord, samples: Sequence[ClassifiedImage]) -> str:
         facts=[
             {"label": key.replace("_", " "), "value": show(key, value)}
             for key, value in summary.items()
-            if key not in _TILES and key not in _IN_LEAD
+            if key not in dict(_tiles(metrics)) and key not in _IN_LEAD
         ],
         config=json.dumps(run.config, indent=2, ensure_ascii=False) if run.config else "",
     )
@@ -137,8 +142,27 @@ def _flat(summary: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _shown(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(key, label) for key, label in _TILES.items() if summary.get(key) is not None]
+def _shown(summary: Mapping[str, Any], metrics: Sequence[Metric]) -> list[tuple[str, str]]:
+    return [(key, label) for key, label in _tiles(metrics) if summary.get(key) is not None]
+
+
+def _tiles(metrics: Sequence[Metric]) -> list[tuple[str, str]]:
+    scored = [m for m in metrics if m.name != LOSS.name]
+    own = [pair for m in scored for pair in ((m.name, m.label), (f"{AVERAGED}{m.name}", f"{m.label}, EMA"))]
+    return [*own, *_TILES.items()]
+
+
+def _metrics_of(run: RunRecord) -> tuple[Metric, ...]:
+    """Return the metrics of the run's task; of one that is not ours, what its evaluations hold."""
+    task = run.config.get("task") if isinstance(run.config, Mapping) else None
+    name = task.get("name") if isinstance(task, Mapping) else "classification"  # all were, before there were tasks
+    if isinstance(name, str) and name in METRICS_OF:
+        return METRICS_OF[name]
+    found = dict.fromkeys(
+        key.removeprefix(AVERAGED) for row in run.evals for key in row if finite(row[key]) is not None
+    )
+    other = [key for key in found if key not in (*_BESIDES, LOSS.name, *_MARGINAL_COLUMNS)]
+    return (*(Metric(key, key, share=False) for key in other), LOSS)
 
 
 def show(key: str, value: Any) -> str:

@@ -2,4 +2,5 @@
 
 build.py            the task that a config names
 classification.py   one class per sample
+multilabel.py       any number of labels per sample
 """

@@ -1,23 +1,59 @@
-"""The task that a config names."""
+"""The task that a config names: one of this package, or one that a user's own module has registered.
+
+from setformer_dist.tasks.build import register_task
+register_task("ranking", Ranking)      # in a module that run.imports names; Ranking(config.args, classes) is a Task
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from setformer_dist.core.config import nearest
 from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.metric import check_best
 from setformer_dist.core.task import Task
+from setformer_dist.core.task_config import TaskConfig
 from setformer_dist.tasks.classification import Classification
+from setformer_dist.tasks.multilabel import MultiLabel
 
-TASKS: Mapping[str, Callable[[], Task]] = {"classification": Classification}
+# Makes a task of task.args and the names of the data's classes.
+TaskFactory = Callable[[Mapping[str, Any], tuple[str, ...]], Task]
+
+_TASKS: dict[str, TaskFactory] = {"classification": Classification, "multilabel": MultiLabel}
 
 
-def build_task(name: str) -> Task:
-    """Return the task of a name.
+def register_task(name: str, factory: TaskFactory) -> None:
+    """Make a task known by a name that is not known yet; the same factory may come again.
 
     Raises:
-        ConfigError: there is none, with the nearest.
+        ConfigError: another task has the name.
     """
-    if name not in TASKS:
-        raise ConfigError(f"task.name = {name!r} is no task: {nearest(name, TASKS)}")
-    return TASKS[name]()
+    if _TASKS.setdefault(name, factory) is not factory:
+        raise ConfigError(f"task {name!r} is registered twice: give yours another name")
+
+
+def build_task(config: TaskConfig, classes: tuple[str, ...]) -> Task:
+    """Return the task of a config on data of these classes.
+
+    Raises:
+        ConfigError: there is none of that name, or its arguments are not its own.
+    """
+    if config.name not in _TASKS:
+        raise ConfigError(
+            f"task.name = {config.name!r} is no task: {nearest(config.name, _TASKS)}; a module of yours that registers "
+            "one is named in run.imports"
+        )
+    return _TASKS[config.name](config.args, classes)
+
+
+def check_metric(task: Task, best_metric: str, best_mode: str) -> None:
+    """Check that a task has the metric by which checkpoints are ranked.
+
+    Raises:
+        ConfigError: it has not, or its better values lie on the other side.
+    """
+    try:
+        check_best(task.metrics, best_metric, "min" if best_mode == "min" else "max", task.name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from setformer_dist.core import config as base
 from setformer_dist.core.batch import MicroBatch
+from setformer_dist.core.config import FrozenConfig
 from setformer_dist.core.metric import METRICS_OF, Metric
 
 
@@ -27,6 +30,10 @@ class Classification:
     name = "classification"
     metrics: tuple[Metric, ...] = METRICS_OF["classification"]
     exclusive = True
+
+    def __init__(self, args: Mapping[str, Any], classes: tuple[str, ...]) -> None:
+        base.build(FrozenConfig, args, "task.args")  # it takes none
+        self.outputs = classes
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return `soft_cross_entropy` of logits and targets, both (m, classes)."""

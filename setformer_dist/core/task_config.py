@@ -1,0 +1,22 @@
+"""The `[task]` table of a run config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pydantic
+
+from setformer_dist.core.config import FrozenConfig
+
+
+class TaskConfig(FrozenConfig):
+    """What the run learns.
+
+    Attributes:
+        name: "classification" (one class per sample), "multilabel" (a class of the data names a set of labels, such as
+            "cat+dog"), or a task that a module of run.imports registers.
+        args: the task's own; "multilabel" has separator ("+") and none ("none", the class without any label).
+    """
+
+    name: str = "classification"
+    args: dict[str, Any] = pydantic.Field(default_factory=dict)

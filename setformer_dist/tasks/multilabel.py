@@ -1,0 +1,82 @@
+"""Any number of labels per sample: binary cross entropy; a class of the data names a set of labels, such as "cat+dog".
+
+So class folders, text labels of shards and packed splits all serve: their classes are the sets that occur, and the
+model has one output per label. Mixed and smoothed targets over the classes become soft targets over the labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from setformer_dist.core import config as base
+from setformer_dist.core.batch import MicroBatch
+from setformer_dist.core.config import FrozenConfig
+from setformer_dist.core.metric import METRICS_OF, Metric
+
+# A label counts as predicted from this confidence on.
+_LIKELY = 0.5
+
+
+class MultiLabelConfig(FrozenConfig):
+    """The table [task.args] of task "multilabel".
+
+    Attributes:
+        separator: between the labels in a class's name.
+        none: name of the class without any label.
+    """
+
+    separator: str = "+"
+    none: str = "none"
+
+
+class MultiLabel:
+    """Binary cross entropy, mean over samples and labels; micro-averaged F1, and the share of wholly right samples."""
+
+    name = "multilabel"
+    metrics: tuple[Metric, ...] = METRICS_OF["multilabel"]
+    exclusive = False
+
+    def __init__(self, args: Mapping[str, Any], classes: tuple[str, ...]) -> None:
+        config = base.build(MultiLabelConfig, args, "task.args")
+        sets = [() if name == config.none else tuple(name.split(config.separator)) for name in classes]
+        self.outputs = tuple(sorted({label for labels in sets for label in labels}))
+        place = {label: at for at, label in enumerate(self.outputs)}
+        self._labels_of_class = torch.zeros(len(classes), len(self.outputs))
+        for row, labels in zip(self._labels_of_class, sets, strict=True):
+            row[[place[label] for label in labels]] = 1.0
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the mean over samples and labels.
+
+        Args:
+            outputs: (m, labels) logits.
+            targets: (m, classes) fp32, rows sum to 1.
+        """
+        return F.binary_cross_entropy_with_logits(outputs.float(), self._soft(targets))
+
+    def sums(self, outputs: torch.Tensor, batch: MicroBatch, targets: torch.Tensor) -> torch.Tensor:
+        """Return (loss, wholly right samples, true positives, predicted, present) over the samples that count."""
+        weights, logits, wanted = batch.weights, outputs.float().cpu(), self._labels_of_class[batch.labels]
+        loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(dim=1)
+        found = (logits.sigmoid() >= _LIKELY).float()
+        right = (found == wanted).all(dim=1).float()
+        counts = [(found * wanted).sum(dim=1), found.sum(dim=1), wanted.sum(dim=1)]
+        return torch.stack([(value * weights).sum() for value in (loss, right, *counts)])
+
+    def figures(self, sums: Sequence[float], count: float) -> dict[str, float]:
+        """Return micro-averaged F1, exact match and loss."""
+        loss, right, hits, found, present = sums
+        f1 = 2 * hits / (found + present) if found + present else 0.0
+        return {"f1": f1, "exact": right / count, "loss": loss / count}
+
+    def confidences(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Return the probability of each label."""
+        return outputs.float().sigmoid()
+
+    def _soft(self, targets: torch.Tensor) -> torch.Tensor:
+        self._labels_of_class = self._labels_of_class.to(targets.device)
+        return targets @ self._labels_of_class
