@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import dataloaders
+
 ROOT = Path(__file__).parent.parent.parent
 OURS = ("setformer_dist", "dataloaders", "checkpoints", "launch")
 
@@ -110,3 +112,20 @@ def test_a_typo_is_told_before_heavy_imports(module: str) -> None:
     heavy = {"torch", "timm", "deepspeed", "numpy", "PIL"}
     program = f"import sys, {module}; print(sorted({heavy!r} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"
+
+
+def test_names_of_dataloaders_are_where_they_are_said_to_be() -> None:
+    tree = ast.parse((ROOT / "dataloaders" / "__init__.py").read_text())
+    typed = {name for name in imports(tree) if name.count(".") > 1 or name.startswith("dataloaders.source.")}
+    assert sorted(dataloaders.__all__) == sorted(dataloaders._HOME)
+    for name in dataloaders.__all__:
+        assert f"dataloaders.{dataloaders._HOME[name]}.{name}" in {*typed, *imports(tree)}
+        assert getattr(dataloaders, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'nosuch'"):
+        _ = dataloaders.nosuch
+
+
+def test_a_rank_imports_no_packing_code() -> None:
+    program = "import sys, launch.entry; print([m for m in sys.modules if m.startswith('dataloaders.packing.')])"
+    loaded = ast.literal_eval(subprocess.check_output([sys.executable, "-c", program], text=True).splitlines()[-1])
+    assert not loaded, loaded
