@@ -59,7 +59,7 @@ def ffcv(path: str, report: dict[str, Any]) -> Iterator[tuple[Pixels, int]]:
 
 def native(path: str, report: dict[str, Any], engine: str = "native") -> Iterator[tuple[Pixels, int]]:
     """Ours: one epoch of a training stream, damage borne, pictures as they are stored."""
-    opening = importlib.import_module("dataloaders.sources.opening")
+    opening = importlib.import_module("dataloaders.opening")
     config_module = importlib.import_module("dataloaders.config")
     ranks = importlib.import_module("setformer_dist.core.ranks").RankInfo()
     where = Path(path)

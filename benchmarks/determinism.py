@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import describe
+from dataloaders.opening import open_source
 from dataloaders.packing.convert import convert
 from dataloaders.source import Source
-from dataloaders.sources.opening import open_source
 from dataloaders.testing.determinism import (
     Checked,
     check_containers,

@@ -100,7 +100,7 @@ def bare_decoder_resize(settings: Settings) -> Iterator[int]:
 
 def _ours(settings: Settings, name: str, engine: str = "native", interpolation: str = "bilinear") -> Iterator[int]:
     config_module = importlib.import_module("dataloaders.config")
-    opening = importlib.import_module("dataloaders.sources.opening")
+    opening = importlib.import_module("dataloaders.opening")
     ranks = importlib.import_module("setformer_dist.core.ranks").RankInfo()
     kind = importlib.import_module("dataloaders.reading.streams").ShardTrainStream
     if engine == "ffcv":

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dataloaders.config import AugmentConfig, DataConfig
+    from dataloaders.opening import open_source
     from dataloaders.packing.pack import PackOptions, PackResult, pack_image_folder
     from dataloaders.packing.verify import verify_split
     from dataloaders.pixels.transforms import decode_for_eval
     from dataloaders.reading.device import Prepare
     from dataloaders.reading.streams import ShardEvalStream, ShardTrainStream
     from dataloaders.source import Boxes, DamagedSampleError, Source, Stored
-    from dataloaders.sources.opening import open_source
     from dataloaders.sources.shards import ShardDataset, check_same_classes, open_split
 
 _HOME = {
@@ -44,7 +44,7 @@ _HOME = {
     "Stored": "source",
     "check_same_classes": "sources.shards",
     "decode_for_eval": "pixels.transforms",
-    "open_source": "sources.opening",
+    "open_source": "opening",
     "open_split": "sources.shards",
     "pack_image_folder": "packing.pack",
     "verify_split": "packing.verify",

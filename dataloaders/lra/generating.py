@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dataloaders.reading.processes import begin_helper, helper_context, lean_start
+from dataloaders.helpers import begin_helper, helper_context, lean_start
 from setformer_dist.core.errors import DataError
 
 

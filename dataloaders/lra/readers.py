@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from dataloaders.packing.images import LabelledImage, find_images, read_stretch
 from dataloaders.pixels.decode import UndecodableError, decode
+from dataloaders.sources.class_folders import LabelledImage, find_images, read_stretch
 from dataloaders.tokens import TokenSample
 from setformer_dist.core.errors import DataError
 from setformer_dist.core.seeding import Purpose, generator

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dataloaders.packing.images import Stretch
+from dataloaders.sources.class_folders import Stretch
 
 # KiB that SQLite may hold of a table in each process.
 _CACHE_KIB = 16 << 10

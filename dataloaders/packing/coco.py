@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from dataloaders.packing.images import Stretch, check_class_names, read_stretch
+from dataloaders.sources.class_folders import Stretch, check_class_names, read_stretch
 from setformer_dist.core.errors import DataError
 
 # Bytes of an annotation file; COCO's own has 0.45 GB. The user names it, and it takes some 8 times its size.

@@ -17,11 +17,11 @@ from typing import Literal
 
 from dataloaders.beton.reader import BetonSample, write_beton
 from dataloaders.packing.finding import find_origin, open_container
-from dataloaders.packing.folders import work_folder
 from dataloaders.packing.intake import Intake, shrunk_pixels, take_in
 from dataloaders.packing.origins import Origin, Raw, SourceOrigin
 from dataloaders.packing.pack import PackOptions, PackResult, check_rejects, explained, key_of, pack_origin
 from dataloaders.pixels.decode import UndecodableError
+from dataloaders.storage.whole_folder import work_folder
 from setformer_dist.core.errors import ConfigError, DataError
 
 # Samples on their way per thread: enough to keep all busy while one is slow.

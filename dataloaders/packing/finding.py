@@ -3,7 +3,7 @@
 class folders        <class>/…/image.jpg                       a directory, a tar, a compressed tar
 images and masks     images/…/a.jpg + annotations/…/a.png      likewise; `--masks annotations`
 images and boxes     …/a.jpg + instances.json (COCO)           likewise; `--coco instances.json`
-another container    packed split, foreign shards, .beton      what `dataloaders.sources.opening.open_source` opens
+another container    packed split, foreign shards, .beton      what `dataloaders.opening.open_source` opens
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from dataloaders.config import DataConfig
+from dataloaders.opening import open_source
 from dataloaders.packing.catalog import Catalog
 from dataloaders.packing.coco import read_coco
-from dataloaders.packing.images import (
+from dataloaders.packing.origins import FileOrigin, Origin, SourceOrigin
+from dataloaders.source import Source
+from dataloaders.sources.class_folders import (
     SPLIT_NAMES,
     Stretch,
     Tree,
@@ -28,17 +31,14 @@ from dataloaders.packing.images import (
     plain_source,
     read_class_map,
 )
-from dataloaders.packing.origins import FileOrigin, Origin, SourceOrigin
-from dataloaders.source import Source
 from dataloaders.sources.classes import check_numbers_in_place
-from dataloaders.sources.homes import user_cache
 from dataloaders.sources.index import INDEX_NAME, read_table
 from dataloaders.sources.kinds import kind_of
-from dataloaders.sources.opening import open_source
 from dataloaders.sources.passed import Passed
-from dataloaders.sources.remote import is_url
 from dataloaders.sources.scanning import left_out_of
 from dataloaders.sources.shards import ShardDataset
+from dataloaders.storage.homes import user_cache
+from dataloaders.storage.remote import is_url
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.seeding import Purpose, generator
 

@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dataloaders.packing.catalog import Catalog, Listed
-from dataloaders.packing.images import Stretch, read_stretch
 from dataloaders.pixels.decode import UndecodableError
 from dataloaders.source import Boxes, DamagedSampleError, Source, Stored
+from dataloaders.sources.class_folders import Stretch, read_stretch
 from dataloaders.sources.shards import ShardDataset
 
 # Samples whose bytes are looked at to learn how large those of a container without an index are.

@@ -45,12 +45,11 @@ import numpy.typing as npt
 import safetensors
 import safetensors.numpy
 
+from dataloaders.helpers import begin_helper, helper_context, lean_start
 from dataloaders.packing.finding import FoundOrigin, Wanted, find_origin
-from dataloaders.packing.folders import check_destination, commit_folder, work_folder, work_name
 from dataloaders.packing.intake import Intake, Taken, encode_boxes, take_in
 from dataloaders.packing.origins import Origin, Raw
 from dataloaders.pixels.decode import UndecodableError, suffix_for
-from dataloaders.reading.processes import begin_helper, helper_context, lean_start
 from dataloaders.sources.index import (
     ARRAYS_NAME,
     COLUMNS,
@@ -63,6 +62,7 @@ from dataloaders.sources.index import (
     key_matrix_of,
     write_index,
 )
+from dataloaders.storage.whole_folder import check_destination, commit_folder, work_folder, work_name
 from setformer_dist.core.errors import ConfigError, DataError
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -206,7 +206,7 @@ def pack_image_folder(
     """Pack a source: class folders, images with masks or boxes (directory, tar or compressed tar), or a container.
 
     Args:
-        source: what to pack; anything that `dataloaders.sources.opening.open_source` opens is packed anew.
+        source: what to pack; anything that `dataloaders.opening.open_source` opens is packed anew.
         destination: folder that will hold the shards; must not exist, or be empty, unless `options.force`.
         options: how.
         on_start: told the number of images, once.

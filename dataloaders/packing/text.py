@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from dataloaders.packing.images import check_class_names, read_class_map
+from dataloaders.sources.class_folders import check_class_names, read_class_map
 from dataloaders.tokens import TokenFacts, TokenSample, TokenSplit, open_token_split, write_token_split
 from setformer_dist.core.errors import ConfigError, DataError
 

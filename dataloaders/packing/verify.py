@@ -24,15 +24,15 @@ from pathlib import Path
 import numpy as np
 
 from dataloaders.beton.reader import BetonDataset
+from dataloaders.helpers import begin_helper, helper_context, lean_start
 from dataloaders.packing.finding import open_container, parted
 from dataloaders.packing.intake import check
 from dataloaders.pixels.decode import UndecodableError
-from dataloaders.reading.processes import begin_helper, helper_context, lean_start
 from dataloaders.source import DamagedSampleError, Source
 from dataloaders.sources.foreign import find_shards
 from dataloaders.sources.index import INDEX_NAME, read_index
 from dataloaders.sources.shards import ShardDataset
-from dataloaders.sources.storage import UnreadableError
+from dataloaders.storage.base import UnreadableError
 from dataloaders.tokens import TOKENS_NAME, open_token_split
 from setformer_dist.core.errors import ConfigError, DataError, PassingError
 

@@ -31,8 +31,8 @@ from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from dataloaders.config import DataConfig
+from dataloaders.helpers import begin_helper, helper_context, lean_start
 from dataloaders.reading.loading import Loaded, Loading, Request, Work
-from dataloaders.reading.processes import begin_helper, helper_context, lean_start
 from setformer_dist.core.errors import ConfigError, PassingError
 from setformer_dist.core.shared_memory import NO_SHARED_MEMORY, is_no_room
 

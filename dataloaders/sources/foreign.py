@@ -38,12 +38,9 @@ from typing import Any
 
 import braceexpand
 
-from dataloaders.reading.processes import begin_helper, helper_context, lean_start
-from dataloaders.sources.cache import locked
-from dataloaders.sources.homes import INDEX_FOLDER, own_folder, trusted, user_cache
+from dataloaders.helpers import begin_helper, helper_context, lean_start
 from dataloaders.sources.index import INDEX_NAME, Index, read_index, read_table, write_index
 from dataloaders.sources.passed import Passed
-from dataloaders.sources.remote import is_url, join_url, open_storage
 from dataloaders.sources.scanning import (
     CLASS_FILES,
     Scanned,
@@ -58,7 +55,10 @@ from dataloaders.sources.scanning import (
     without_odd,
 )
 from dataloaders.sources.shards import ShardDataset
-from dataloaders.sources.storage import DeniedError, FileFacts, LocalFolder, MissingError, Storage, all_facts
+from dataloaders.storage.base import DeniedError, FileFacts, LocalFolder, MissingError, Storage, all_facts
+from dataloaders.storage.cache import locked
+from dataloaders.storage.homes import INDEX_FOLDER, own_folder, trusted, user_cache
+from dataloaders.storage.remote import is_url, join_url, open_storage
 from setformer_dist.core.errors import DataError
 
 _log = logging.getLogger(__name__)

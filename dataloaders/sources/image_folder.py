@@ -32,17 +32,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dataloaders.packing.images import Tree, files_below
 from dataloaders.pixels.decode import UndecodableError, image_size
 from dataloaders.source import DamagedSampleError, Stored
 from dataloaders.sources.arrays import file_digest, map_arrays, write_arrays
-from dataloaders.sources.cache import locked
+from dataloaders.sources.class_folders import Tree, files_below
 from dataloaders.sources.classes import out_of_place
 from dataloaders.sources.files import LARGEST_SAMPLE, LARGEST_TABLE, OddFileError, open_regular, parse_json, read_whole
-from dataloaders.sources.homes import own_folder, trusted
 from dataloaders.sources.index import durable_write, fingerprint_of
 from dataloaders.sources.passed import Passed
-from dataloaders.sources.storage import PassingError, UnreadableError, insist
+from dataloaders.storage.base import PassingError, UnreadableError, insist
+from dataloaders.storage.cache import locked
+from dataloaders.storage.homes import own_folder, trusted
 from setformer_dist.core.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -277,7 +277,7 @@ def open_image_folder(folder: Path, cache: Path, timeout: float, allow_empty: bo
 
 
 def _listed(folder: Path, allow_empty: bool) -> _Listing:
-    """List all folders: as `dataloaders.packing.images.find_images`, but for sizes."""
+    """List all folders: as `dataloaders.sources.class_folders.find_images`, but for sizes."""
     tree, digest = Tree(folder), hashlib.sha256(f"{FORMAT}\0".encode())
 
     def on_folder(inside: str) -> None:

@@ -22,7 +22,8 @@ from dataloaders.sources.classes import LARGEST_CLASS_FILE, parse_class_map
 from dataloaders.sources.files import open_regular
 from dataloaders.sources.index import Index, ShardFacts, key_matrix_of
 from dataloaders.sources.passed import Passed
-from dataloaders.sources.storage import (
+from dataloaders.sources.tars import FileReader, Row, StreamReader, scan
+from dataloaders.storage.base import (
     DeniedError,
     FileFacts,
     LocalFolder,
@@ -31,7 +32,6 @@ from dataloaders.sources.storage import (
     UnreadableError,
     read_small,
 )
-from dataloaders.sources.tars import FileReader, Row, StreamReader, scan
 from setformer_dist.core.errors import DataError
 
 CLASS_FILES = ("classes.txt", "classes.json")

@@ -22,7 +22,7 @@ from dataloaders.source import Boxes, DamagedSampleError, Source, Stored
 from dataloaders.sources.arrays import CHUNK_SHIFT, num_chunks
 from dataloaders.sources.files import LARGEST_SAMPLE, parse_json
 from dataloaders.sources.index import INDEX_NAME, Index, ShardFacts, read_index
-from dataloaders.sources.storage import (
+from dataloaders.storage.base import (
     LocalFolder,
     MissingError,
     Storage,

@@ -13,13 +13,13 @@ from rich.table import Table
 from dataloaders.beton.reader import index_beton, open_beton
 from dataloaders.config import AugmentConfig, DataConfig
 from dataloaders.packing.finding import open_container, parted
-from dataloaders.packing.images import read_class_map
 from dataloaders.packing.throughput import Throughput
 from dataloaders.packing.throughput import measure as measure_source
 from dataloaders.packing.verify import Verified
+from dataloaders.sources.class_folders import read_class_map
 from dataloaders.sources.foreign import index_shards
-from dataloaders.sources.homes import user_cache
-from dataloaders.sources.remote import is_url, shown_url
+from dataloaders.storage.homes import user_cache
+from dataloaders.storage.remote import is_url, shown_url
 from launch.data.sheet import size_text
 from setformer_dist.core.errors import ConfigError
 

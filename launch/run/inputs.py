@@ -14,12 +14,12 @@ from torch import nn
 
 from dataloaders.config import DataConfig, TokenConfig
 from dataloaders.ffcv.check import load_ffcv_engine
+from dataloaders.opening import check_mixture_room, open_source
 from dataloaders.order.mixture import MixtureSource
 from dataloaders.order.resolution import bucket_shape
 from dataloaders.reading.device import Prepare as ImagePrepare
 from dataloaders.reading.streams import ShardEvalStream, ShardTrainStream
 from dataloaders.source import Source
-from dataloaders.sources.opening import check_mixture_room, open_source
 from dataloaders.sources.shards import check_same_classes
 from dataloaders.tokens import (
     TokenEvalStream,
@@ -110,7 +110,7 @@ class Inputs(Protocol):
 
 @dataclass(frozen=True)
 class ImageInputs:
-    """Images from any container that `dataloaders.sources.opening` knows."""
+    """Images from any container that `dataloaders.opening` knows."""
 
     config: DataConfig
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dataloaders.opening import open_source
 from dataloaders.packing.convert import convert
-from dataloaders.sources.opening import open_source
 from dataloaders.testing.determinism import (
     Checked,
     Pixels,

@@ -399,7 +399,7 @@ def test_a_shard_that_vanishes_or_shrinks_stops_the_run_and_is_not_taken_for_dam
 
 
 def test_more_shards_than_open_files_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("dataloaders.sources.storage._MAX_OPEN", 3)
+    monkeypatch.setattr("dataloaders.storage.base._MAX_OPEN", 3)
     for i in range(12):
         out = io.BytesIO()
         Image.new("RGB", (4, 4), (i, 0, 0)).save(out, "PNG")

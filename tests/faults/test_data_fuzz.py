@@ -15,11 +15,11 @@ from benchmarks.measure import peak_bytes
 from dataloaders.beton.reader import BetonSample, open_beton, write_beton
 from dataloaders.beton.sidecar import sidecar_path
 from dataloaders.config import AugmentConfig, DataConfig
+from dataloaders.opening import open_source
 from dataloaders.packing.pack import PackOptions, pack_image_folder
 from dataloaders.pixels.decode import UndecodableError, decode
 from dataloaders.reading.streams import ShardTrainStream
 from dataloaders.source import DamagedSampleError
-from dataloaders.sources.opening import open_source
 from setformer_dist.core.errors import DataError
 from setformer_dist.core.ranks import RankInfo
 

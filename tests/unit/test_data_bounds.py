@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from dataloaders.config import DataConfig
+from dataloaders.opening import open_source
 from dataloaders.packing.pack import pack_image_folder
 from dataloaders.pixels.decode import UndecodableError, decode
 from dataloaders.source import DamagedSampleError
@@ -23,10 +24,9 @@ from dataloaders.sources import files
 from dataloaders.sources.arrays import map_arrays, write_arrays
 from dataloaders.sources.files import MOST_VALUES, OddFileError, open_regular, parse_json, read_whole, walk
 from dataloaders.sources.foreign import index_shards
-from dataloaders.sources.homes import make_private, trusted, why_not_private
 from dataloaders.sources.index import ARRAYS_NAME, INDEX_NAME, fingerprint_of
-from dataloaders.sources.opening import open_source
-from dataloaders.sources.storage import read_small
+from dataloaders.storage.base import read_small
+from dataloaders.storage.homes import make_private, trusted, why_not_private
 from setformer_dist.core.errors import DataError
 from tests.unit.serving import served
 from tests.unit.test_data_foreign import picture, sample, write_tar
@@ -328,7 +328,7 @@ def test_files_that_never_end_or_drip_do_end(monkeypatch):
     with pytest.raises(DataError, match="more than the 1000 bytes"):
         read_small(Endless(b" " * 100), "index.json", 1000, 5.0)
     now = [0.0]
-    monkeypatch.setattr("dataloaders.sources.storage.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("dataloaders.storage.base.time.monotonic", lambda: now[0])
 
     def pause():
         now[0] += 0.5

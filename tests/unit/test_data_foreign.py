@@ -21,13 +21,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import dataloaders.sources.foreign
-from dataloaders.reading.processes import helper_context, lean_start
+from dataloaders.helpers import helper_context, lean_start
 from dataloaders.source import DamagedSampleError
 from dataloaders.sources.foreign import find_shards, index_shards, open_foreign
-from dataloaders.sources.homes import INDEX_FOLDER, user_cache
 from dataloaders.sources.index import ARRAYS_NAME, INDEX_NAME, write_index
 from dataloaders.sources.shards import check_same_classes
 from dataloaders.sources.tars import FileReader, StreamReader, members
+from dataloaders.storage.homes import INDEX_FOLDER, user_cache
 from setformer_dist.core.errors import DataError
 from tests.unit.serving import served
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dataloaders.config import AugmentConfig, DataConfig, MixtureEntry
+from dataloaders.opening import open_source
 from dataloaders.order.mixture import WINDOW, MixturePlan, MixtureSource, Shares, quotas, set_of
 from dataloaders.order.order import BlockOrder, Cut, FullOrder, cursor_at, step_of_cursor
 from dataloaders.packing.pack import PackOptions, pack_image_folder
 from dataloaders.reading.streams import ShardTrainStream
-from dataloaders.sources.opening import open_source
 from setformer_dist.core.config import build
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.ranks import RankInfo

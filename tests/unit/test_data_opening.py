@@ -15,6 +15,7 @@ import dataloaders.sources.index
 from dataloaders.beton.reader import BetonDataset
 from dataloaders.beton.writer import BetonSample, write_beton
 from dataloaders.config import DataConfig
+from dataloaders.opening import open_source
 from dataloaders.packing.pack import PackOptions, pack_image_folder
 from dataloaders.reading.streams import ShardTrainStream
 from dataloaders.sources import image_folder
@@ -29,7 +30,6 @@ from dataloaders.sources.index import (
     read_index,
     write_index,
 )
-from dataloaders.sources.opening import open_source
 from dataloaders.sources.shards import ShardDataset, check_same_classes, open_split
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.ranks import RankInfo

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from dataloaders.config import DataConfig
+from dataloaders.opening import open_source
 from dataloaders.packing.pack import PackOptions, pack_image_folder
-from dataloaders.sources.cache import Known
-from dataloaders.sources.opening import open_source
-from dataloaders.sources.pipes import SequentialStorage
-from dataloaders.sources.remote import HttpStorage
 from dataloaders.sources.shards import open_split
+from dataloaders.storage.cache import Known
+from dataloaders.storage.memory import SequentialStorage
+from dataloaders.storage.remote import HttpStorage
 from setformer_dist.core.errors import DataError
 from tests.unit.serving import served
 from tests.unit.test_data_foreign import picture

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dataloaders.config import AugmentConfig, DataConfig, ResolutionStage
+from dataloaders.opening import open_source
 from dataloaders.order.order import Cut, cursor_at, step_of_cursor
 from dataloaders.order.resolution import BucketPlan, ImageSizes, assign_buckets, bucket_shape
 from dataloaders.packing.pack import PackOptions, pack_image_folder
 from dataloaders.reading.device import Prepare
 from dataloaders.reading.streams import ShardTrainStream
-from dataloaders.sources.opening import open_source
 from setformer_dist.core.config import build
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.ranks import RankInfo

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from dataloaders.reading.processes import helper_context, lean_start
-from dataloaders.sources.cache import CachedStorage, Known, ShardCache, locked
-from dataloaders.sources.pipes import SequentialStorage
-from dataloaders.sources.remote import FsspecStorage, HttpStorage, join_url, open_storage, shown_url
-from dataloaders.sources.storage import DeniedError, LocalFolder, MissingError, NoRangesError, UnreadableError
+from dataloaders.helpers import helper_context, lean_start
+from dataloaders.storage.base import DeniedError, LocalFolder, MissingError, NoRangesError, UnreadableError
+from dataloaders.storage.cache import CachedStorage, Known, ShardCache, locked
+from dataloaders.storage.memory import SequentialStorage
+from dataloaders.storage.remote import FsspecStorage, HttpStorage, join_url, open_storage, shown_url
 from setformer_dist.core.errors import DataError
 from tests.unit.serving import served
 
@@ -88,7 +88,7 @@ def test_reads_are_the_files_bytes(storage, folder):
 
 
 def test_threads_read_at_once(storage, folder, monkeypatch):
-    monkeypatch.setattr("dataloaders.sources.storage._MAX_OPEN", 2)
+    monkeypatch.setattr("dataloaders.storage.base._MAX_OPEN", 2)
     whole = {f"s{n}.tar": (folder / f"s{n}.tar").read_bytes() for n in range(4)}
 
     def work(seed):
@@ -348,7 +348,7 @@ def test_what_is_not_what_the_index_says_never_gets_into_the_cache(server, folde
 
 
 def test_a_file_of_unknown_size_gets_no_more_room_than_there_is(server, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("dataloaders.sources.cache._STRETCH", SIZE // 3)
+    monkeypatch.setattr("dataloaders.storage.cache._STRETCH", SIZE // 3)
     server.say_length, limit = False, int(1.5 * SIZE)
     storage = cached(server, folder, tmp_path, gib=limit / 2**30, known={"s0.tar": Known(-1), "s1.tar": Known(-1)})
     for name in ("s0.tar", "s1.tar"):

@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 
 from dataloaders.config import DataConfig
+from dataloaders.opening import open_source
 from dataloaders.packing.finding import open_container
 from dataloaders.packing.pack import REJECTS_NAME, PackOptions, pack_image_folder
 from dataloaders.pixels.decode import UndecodableError, decode
 from dataloaders.pixels.formats import FORMATS, IMAGE_SUFFIXES
 from dataloaders.sources.classes import LabelError, label_of, parse_class_map
-from dataloaders.sources.opening import open_source
 from dataloaders.sources.passed import IGNORED
 from setformer_dist.core.errors import DataError
 from tests.unit.test_data_foreign import picture, sample, write_tar

@@ -19,20 +19,20 @@ import torch
 
 from dataloaders.beton.writer import BetonSample, write_beton
 from dataloaders.config import DataConfig, MixtureEntry
+from dataloaders.helpers import helper_context, lean_start
+from dataloaders.opening import open_source
 from dataloaders.order.order import BlockOrder, FullOrder, SetPlan
 from dataloaders.packing.pack import PackOptions, pack_image_folder
 from dataloaders.reading.ahead import coming_files, coming_of_split
 from dataloaders.reading.loading import Loaded, Request
-from dataloaders.reading.processes import helper_context, lean_start
 from dataloaders.reading.readers import Readers
 from dataloaders.reading.streams import ShardEvalStream, ShardTrainStream
 from dataloaders.source import Boxes, Stored
-from dataloaders.sources.cache import CachedStorage, Known, ShardCache, fitting, locked
-from dataloaders.sources.opening import open_source
-from dataloaders.sources.pipes import SequentialStorage
-from dataloaders.sources.remote import FsspecStorage, HttpStorage
 from dataloaders.sources.shards import open_split
-from dataloaders.sources.storage import UnreadableError
+from dataloaders.storage.base import UnreadableError
+from dataloaders.storage.cache import CachedStorage, Known, ShardCache, fitting, locked
+from dataloaders.storage.memory import SequentialStorage
+from dataloaders.storage.remote import FsspecStorage, HttpStorage
 from launch.run.inputs import ImageInputs
 from setformer_dist.core.errors import ConfigError, DataError, PassingError
 from setformer_dist.core.ranks import RankInfo
@@ -281,7 +281,7 @@ def test_a_cached_shard_that_is_locked_is_not_waited_for_without_end(server, pac
 
 
 def test_a_thread_that_fetches_is_not_waited_for_without_end(server, packed, monkeypatch, caplog):
-    monkeypatch.setattr("dataloaders.sources.cache._CLOSE_S", 0.2)
+    monkeypatch.setattr("dataloaders.storage.cache._CLOSE_S", 0.2)
     storage = SequentialStorage(HttpStorage(f"{server.url}/packed", 30), known_of(packed), 1, 0.3)
     server.always["/packed/shard-000001.tar"] = ("stall",)
     storage.expect(["shard-000001.tar"])

@@ -27,6 +27,11 @@ FORBIDDEN = {
     ),
     "setformer_dist/report": ("setformer_dist.engine", "dataloaders", "checkpoints", "launch"),
     "dataloaders": ("setformer_dist.engine", "setformer_dist.models", "checkpoints", "launch", "torch.distributed"),
+    "dataloaders/storage": ("dataloaders.packing", "dataloaders.reading", "dataloaders.opening"),
+    "dataloaders/sources": ("dataloaders.packing", "dataloaders.reading", "dataloaders.opening"),
+    "dataloaders/order": ("dataloaders.packing", "dataloaders.reading", "dataloaders.sources", "dataloaders.storage"),
+    "dataloaders/pixels": ("dataloaders.packing", "dataloaders.reading", "dataloaders.sources", "dataloaders.storage"),
+    "dataloaders/reading": ("dataloaders.packing", "dataloaders.opening"),
     "checkpoints": ("setformer_dist.engine", "setformer_dist.models", "dataloaders", "launch", "torch.distributed"),
 }  # fmt: skip
 

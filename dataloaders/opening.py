@@ -26,10 +26,8 @@ from dataloaders.beton.reader import BetonDataset, open_beton
 from dataloaders.beton.sidecar import sidecar_path
 from dataloaders.config import DataConfig
 from dataloaders.source import Source
-from dataloaders.sources.cache import CachedStorage, Known, ShardCache, locked
 from dataloaders.sources.files import LARGEST_TABLE, read_whole
 from dataloaders.sources.foreign import Shards, find_shards, open_foreign
-from dataloaders.sources.homes import own_folder, user_cache
 from dataloaders.sources.image_folder import open_image_folder
 from dataloaders.sources.index import (
     ARRAYS_NAME,
@@ -41,10 +39,8 @@ from dataloaders.sources.index import (
     read_table,
 )
 from dataloaders.sources.kinds import kind_of
-from dataloaders.sources.pipes import SequentialStorage
-from dataloaders.sources.remote import is_url, join_url, open_storage
 from dataloaders.sources.shards import ShardDataset, check_shards, open_split
-from dataloaders.sources.storage import (
+from dataloaders.storage.base import (
     DeniedError,
     LocalFolder,
     MissingError,
@@ -55,6 +51,10 @@ from dataloaders.sources.storage import (
     read_blocks,
     read_small,
 )
+from dataloaders.storage.cache import CachedStorage, Known, ShardCache, locked
+from dataloaders.storage.homes import own_folder, user_cache
+from dataloaders.storage.memory import SequentialStorage
+from dataloaders.storage.remote import is_url, join_url, open_storage
 from setformer_dist.core.errors import ConfigError, DataError
 
 _log = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
-from dataloaders.sources.cache import Ahead, Known, fitting
-from dataloaders.sources.storage import FileFacts, Storage, UnreadableError
+from dataloaders.storage.base import FileFacts, Storage, UnreadableError
+from dataloaders.storage.cache import Ahead, Known, fitting
 
 _GIB = 1 << 30
 

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import fsspec
 import urllib3
 
-from dataloaders.sources.storage import (
+from dataloaders.storage.base import (
     BLOCK,
     DeniedError,
     FileFacts,

@@ -1,7 +1,7 @@
 """Where bytes are: files by name under a root. Here the protocol, its errors and the local folder.
 
 What may pass (a reset, a time-out, a short read, a disk that hiccups) is tried again with growing waits; what will not
-is not. Each failure is one sentence that names the file. URLs are in `dataloaders.sources.remote`.
+is not. Each failure is one sentence that names the file. URLs are in `dataloaders.storage.remote`.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ size and sha256 where the index knows them, synced and renamed, so what has a sh
 on the disk before a byte is fetched, after the files used longest ago have gone; none goes while it is being read.
 A killed process leaves at most a `.partial` that nobody holds locked: the next one to make room removes it.
 
-The folder is this user's alone (`dataloaders.sources.homes`), links in it are never followed, and a shard whose
+The folder is this user's alone (`dataloaders.storage.homes`), links in it are never followed, and a shard whose
 sha256 the index knows is compared with it once by each process that reads it.
 """
 
@@ -34,8 +34,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dataloaders.sources.files import OddFileError, open_new, open_regular
-from dataloaders.sources.homes import make_private
-from dataloaders.sources.storage import FileFacts, Storage, UnreadableError
+from dataloaders.storage.base import FileFacts, Storage, UnreadableError
+from dataloaders.storage.homes import make_private
 from setformer_dist.core.errors import DataError
 
 _log = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""Where bytes lie: a local folder, a URL, a cache, memory."""
