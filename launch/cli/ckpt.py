@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from launch.cli.options import CheckpointPath, ImportOption, WeightsOption
+from launch.run.own_code import bring
 from setformer_dist.core.metric import weights_named
 
 app = typer.Typer(help="Look at checkpoints, check them, take them elsewhere, make room.", no_args_is_help=True)
@@ -16,9 +18,6 @@ app = typer.Typer(help="Look at checkpoints, check them, take them elsewhere, ma
 _DAMAGED = 4
 
 RunFolder = Annotated[Path, typer.Argument(help="A run folder or its checkpoints folder.", show_default=False)]
-CheckpointPath = Annotated[
-    Path, typer.Argument(help="A run folder, its checkpoints folder, or one step's folder.", show_default=False)
-]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -95,10 +94,11 @@ def diff(
 def export(
     checkpoint: CheckpointPath,
     dest: Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)],
-    weights: Annotated[str, typer.Option(help="plain, ema, or auto: whichever scored better in the run.")] = "auto",
+    weights: WeightsOption = "auto",
     deepspeed: Annotated[
         bool, typer.Option("--deepspeed", help="Write what DeepSpeed's zero_to_fp32.py reads, with Adam's states.")
     ] = False,
+    imports: ImportOption = None,
 ) -> None:
     """Write the weights as a folder that plain timm loads, preprocessing and class names included.
 
@@ -111,6 +111,7 @@ def export(
         setformer ckpt export runs/demo for-deepspeed --deepspeed
     """
     chosen = weights_named(weights)
+    bring(imports or ())
     if deepspeed:
         from launch.ckpt import transfer
 

@@ -26,6 +26,7 @@ from launch.cli import ckpt as cli_ckpt
 from launch.cli import data as cli_data
 from launch.cli import lra as cli_lra
 from launch.cli import runs as cli_runs
+from launch.cli.options import CheckpointPath, ImportOption, WeightsOption
 from launch.cli.usage import UsageError, usage_fault
 from launch.ranks.supervise import run_supervised
 from launch.run.config import RunConfig, check_folder, continued, load_run, resolve
@@ -56,14 +57,6 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Dotted overrides, such as optim.lr=1e-3; ~key takes one away.", show_default=False),
 ]
-CheckpointPath = Annotated[
-    Path, typer.Argument(help="A run folder, its checkpoints folder, or one step's folder.", show_default=False)
-]
-ImportOption = Annotated[
-    list[str] | None,
-    typer.Option("--import", help="Module of your own that registers the model or the task.", show_default=False),
-]
-WeightsOption = Annotated[str, typer.Option(help="plain, ema, or auto: whichever scored better in the run.")]
 
 
 def _show_version(asked: bool) -> None:

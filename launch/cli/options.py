@@ -1,0 +1,17 @@
+"""Arguments and options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+CheckpointPath = Annotated[
+    Path, typer.Argument(help="A run folder, its checkpoints folder, or one step's folder.", show_default=False)
+]
+ImportOption = Annotated[
+    list[str] | None,
+    typer.Option("--import", help="Module of your own that registers the model or the task.", show_default=False),
+]
+WeightsOption = Annotated[str, typer.Option(help="plain, ema, or auto: whichever scored better in the run.")]
