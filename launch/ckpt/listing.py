@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from checkpoints import layout
 from checkpoints.reader import Entry, checkpoints_folder, list_checkpoints, open_checkpoint
 from launch.shown import cell
 from setformer_dist.core.errors import CheckpointError
+from setformer_dist.core.terminal import open_table
 
 
 def list_folder(folder: Path, verify: bool, console: Console, as_json: bool = False) -> int:
@@ -35,7 +35,7 @@ def list_folder(folder: Path, verify: bool, console: Console, as_json: bool = Fa
     if as_json:
         print(json.dumps([_line(entry) for entry in entries], indent=2))
         return faulty
-    table = Table("step", "written", "ranks", "ZeRO", "MiB", "metrics", "state")
+    table = open_table("step", "written", "ranks", "ZeRO", "MiB", "metrics", "state")
     for entry in entries:
         manifest = entry.manifest
         if manifest is None:
@@ -98,7 +98,7 @@ def show(path: Path, console: Console, as_json: bool = False) -> None:
     if as_json:
         print(json.dumps(value, indent=2))
         return
-    table = Table(show_header=False, box=None)
+    table = open_table("", "", show_header=False, box=None)
     for key in ("path", "step", "created", "tags"):
         table.add_row(key, cell(value[key] or "none"))
     identity = checkpoint.identity

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from setformer_dist.core.metric import weights_named
+from setformer_dist.core.terminal import open_console
 
 app = typer.Typer(help="Look at checkpoints, check them, take them elsewhere, make room.", no_args_is_help=True)
 
@@ -36,7 +36,7 @@ def ls(
     """
     from launch.ckpt import listing
 
-    if listing.list_folder(folder, verify, Console(), as_json):
+    if listing.list_folder(folder, verify, open_console(), as_json):
         raise typer.Exit(_DAMAGED)
 
 
@@ -52,7 +52,7 @@ def show(checkpoint: CheckpointPath, as_json: AsJson = False) -> None:
     """
     from launch.ckpt import listing
 
-    listing.show(checkpoint, Console(), as_json)
+    listing.show(checkpoint, open_console(), as_json)
 
 
 @app.command("verify")
@@ -67,7 +67,7 @@ def verify(checkpoint: CheckpointPath, as_json: AsJson = False) -> None:
     """
     from launch.ckpt import transfer
 
-    if transfer.verify(checkpoint, Console(), as_json):
+    if transfer.verify(checkpoint, open_console(), as_json):
         raise typer.Exit(_DAMAGED)
 
 
@@ -88,7 +88,7 @@ def diff(
     """
     from launch.ckpt import transfer
 
-    transfer.diff(first, second, state, Console(), as_json)
+    transfer.diff(first, second, state, open_console(), as_json)
 
 
 @app.command("export")
@@ -114,11 +114,11 @@ def export(
     if deepspeed:
         from launch.ckpt import transfer
 
-        transfer.export_deepspeed(checkpoint, dest, Console())
+        transfer.export_deepspeed(checkpoint, dest, open_console())
     else:
         from launch.ckpt import export
 
-        export.export(checkpoint, dest, chosen, Console())
+        export.export(checkpoint, dest, chosen, open_console())
 
 
 @app.command("import")
@@ -146,7 +146,7 @@ def import_(
     """
     from launch.ckpt import transfer
 
-    transfer.import_deepspeed(source, dest, model, trust_pickle, Console())
+    transfer.import_deepspeed(source, dest, model, trust_pickle, open_console())
 
 
 @app.command("convert")
@@ -169,7 +169,7 @@ def convert(
     """
     from launch.ckpt import convert
 
-    convert.convert(source, dest, key, Console())
+    convert.convert(source, dest, key, open_console())
 
 
 @app.command("prune")
@@ -192,4 +192,4 @@ def prune(
     changes = {key: value for key, value in asked.items() if value is not None}
     from launch.ckpt import transfer
 
-    transfer.prune(folder, changes, dry_run, Console())
+    transfer.prune(folder, changes, dry_run, open_console())

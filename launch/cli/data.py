@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from setformer_dist.core.errors import ConfigError, DataError
+from setformer_dist.core.terminal import open_console
 
 if TYPE_CHECKING:
     from dataloaders.packing.convert import BetonResult
@@ -164,7 +165,7 @@ def index(
         from launch.data import commands
 
         said = commands.index(path, classes, checksums, workers, steps.start, steps.advance)
-    _say(Console(), said)
+    _say(open_console(), said)
 
 
 @app.command()
@@ -201,7 +202,7 @@ def verify(
                 results.append(verify.unreadable(path, error))
     from launch.data import commands
 
-    damaged = commands.show_verified(results, as_json, Console())
+    damaged = commands.show_verified(results, as_json, open_console())
     if damaged:
         raise typer.Exit(_DAMAGED)
 
@@ -225,7 +226,7 @@ def inspect(
 
         setformer data inspect packed/train --sheet train.html --count 100
     """
-    console = Console(stderr=as_json)
+    console = open_console(stderr=as_json)
     from launch.data.sheet import describe
 
     found = describe(path, look_at, sheet, count, side, console)
@@ -284,7 +285,7 @@ def bench(
         found = commands.measure(path, image_size, randaugment, most, seconds, steps.say)
     from launch.data import commands
 
-    commands.show_throughput(found, as_json, Console())
+    commands.show_throughput(found, as_json, open_console())
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -314,7 +315,7 @@ class _Steps:
 def _progress(first: str, later: str) -> Iterator[_Steps]:
     """Show a progress bar on stderr, so that what is printed can be piped on."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=open_console(stderr=True), transient=True) as progress:
         yield _Steps(progress, first, later)
 
 
@@ -346,14 +347,14 @@ def _pack_text(
     with _progress(f"reading {source}", "packing") as steps:
         packed = text.pack_text(source, dest, options, steps.advance)
     _say(
-        Console(),
+        open_console(),
         f"packed {packed.num_samples} texts of {len(packed.classes)} classes, at most {packed.facts.length} bytes "
         f"long, in {dest}",
     )
 
 
 def _report_packing(dest: Path, result: Packed) -> None:
-    console = Console()
+    console = open_console()
     for note in result.notes:
         _say(console, f"note: {note}")
     for name, reason in result.rejected:

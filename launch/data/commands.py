@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from dataloaders.beton.reader import index_beton, open_beton
 from dataloaders.config import AugmentConfig, DataConfig
@@ -22,6 +21,7 @@ from dataloaders.sources.homes import user_cache
 from dataloaders.sources.remote import is_url, shown_url
 from launch.data.sheet import size_text
 from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.terminal import open_table
 
 # Damaged things named in the terminal; --json names all.
 _NAMED = 50
@@ -115,9 +115,9 @@ def show_throughput(found: Throughput, as_json: bool, console: Console) -> None:
         f"on average, to {found.image_size} x {found.image_size}",
     )
     total = sum(part.seconds for part in found.parts)
-    table = Table(box=None, pad_edge=False)
+    table = open_table(box=None, pad_edge=False)
     for name in ("part", "ms per image", "share"):
-        table.add_column(name, justify="left" if name == "part" else "right")
+        table.add_column(name, justify="left" if name == "part" else "right", overflow="fold")
     for part in found.parts:
         table.add_row(part.name, f"{1000 * part.seconds:.3f}", f"{part.seconds / total:.1%}")
         if part.name == "read":

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from dataloaders.packing.finding import open_container
 from dataloaders.packing.inspection import Inspection, Picture, Spread, colour, inspect, pictures
 from dataloaders.tokens import TOKENS_NAME, TokenSplit, open_token_split
 from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.terminal import open_table
 from setformer_dist.report.sheet import Cell, ClassBar, Sheet, write_html, write_png
 
 # Classes named in the terminal at either end of the balance, and on the sheet.
@@ -48,7 +48,7 @@ def _describe_tokens(split: TokenSplit, sheet: Path | None, console: Console) ->
         raise ConfigError(f"--sheet shows images, and {split.folder} holds token sequences")
     lengths = split.lengths
     counts = np.bincount(split.labels(np.arange(split.num_samples)).numpy(), minlength=len(split.classes))
-    table = Table(show_header=False, box=None, pad_edge=False)
+    table = open_table("", "", show_header=False, box=None, pad_edge=False)
     for label, value in [
         ("data", str(split.folder)),
         ("samples", f"{split.num_samples:,} token sequences ({split.facts.task})"),
@@ -67,7 +67,7 @@ def _describe_tokens(split: TokenSplit, sheet: Path | None, console: Console) ->
 
 
 def _show(found: Inspection, console: Console) -> None:
-    table = Table(show_header=False, box=None, pad_edge=False)
+    table = open_table("", "", show_header=False, box=None, pad_edge=False)
     for label, value in [("data", found.name), *_facts(found)]:
         table.add_row(label, value)
     console.print(table, markup=False, highlight=False)

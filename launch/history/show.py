@@ -16,6 +16,7 @@ from launch.shown import cell, plain
 from setformer_dist.core import ledger, strictjson
 from setformer_dist.core.errors import DataError
 from setformer_dist.core.files import lines_of
+from setformer_dist.core.terminal import open_table
 from setformer_dist.report.html import write_report
 from setformer_dist.report.rows import METRICS, Row, RunRecord, finite, read_run
 
@@ -53,7 +54,7 @@ def list_runs(root: Path, console: Console) -> None:
     Raises:
         DataError: there is none.
     """
-    table = Table("run", "state", "step", "best", "loss", "goodput", "attempts", box=None)
+    table = open_table("run", "state", "step", "best", "loss", "goodput", "attempts", box=None)
     for folder in run_folders(root):
         try:
             run = read_run(folder)
@@ -125,7 +126,9 @@ def report(folder: Path, console: Console) -> None:
 
 
 def _time_table(account: ledger.Account) -> Table:
-    table = Table("", "seconds", "share", "", box=None, title=f"goodput {account.goodput:.1%}", title_justify="left")
+    table = open_table(
+        "", "seconds", "share", "", box=None, title=f"goodput {account.goodput:.1%}", title_justify="left"
+    )
     for kind, seconds in ledger.kinds_by_size(account):
         table.add_row(kind, f"{seconds:,.1f}", f"{seconds / account.total:.1%}", _MEANING[kind])
     table.add_row("all", f"{account.total:,.1f}", "100.0%", f"{account.attempts} attempts")
