@@ -13,6 +13,7 @@ from checkpoints.reader import Entry, checkpoints_folder, list_checkpoints, open
 from launch.shown import cell
 from setformer_dist.core.errors import CheckpointError
 from setformer_dist.core.terminal import open_table
+from setformer_dist.core.words import counted
 
 
 def list_folder(folder: Path, verify: bool, console: Console, as_json: bool = False) -> int:
@@ -103,8 +104,10 @@ def show(path: Path, console: Console, as_json: bool = False) -> None:
         table.add_row(key, cell(value[key] or "none"))
     identity = checkpoint.identity
     table.add_row("model", cell(f"{identity.model} {identity.model_args}"))
-    table.add_row("written by", cell(f"{identity.world_size} ranks, ZeRO stage {identity.stage}, {identity.versions}"))
-    table.add_row("size", f"{manifest.size / 2**20:.1f} MiB in {len(manifest.files)} files, verified")
+    table.add_row(
+        "written by", cell(f"{counted(identity.world_size, 'rank')}, ZeRO stage {identity.stage}, {identity.versions}")
+    )
+    table.add_row("size", f"{manifest.size / 2**20:.1f} MiB in {counted(len(manifest.files), 'file')}, verified")
     table.add_row("parameters", f"{len(shapes)} of {states.get('param', 0):,} elements")
     table.add_row("states", cell(", ".join(f"{state} {count:,}" for state, count in states.items())))
     table.add_row("metrics", cell(", ".join(f"{k} {v:.4f}" for k, v in sorted(manifest.metrics.items())) or "none"))

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.terminal import open_console
+from setformer_dist.core.words import counted
 
 if TYPE_CHECKING:
     from dataloaders.packing.convert import BetonResult
@@ -348,8 +349,8 @@ def _pack_text(
         packed = text.pack_text(source, dest, options, steps.advance)
     _say(
         open_console(),
-        f"packed {packed.num_samples} texts of {len(packed.classes)} classes, at most {packed.facts.length} bytes "
-        f"long, in {dest}",
+        f"packed {counted(packed.num_samples, 'text')} of {counted(len(packed.classes), 'class', 'classes')}, at most "
+        f"{packed.facts.length} bytes long, in {dest}",
     )
 
 
@@ -361,11 +362,13 @@ def _report_packing(dest: Path, result: Packed) -> None:
         _say(console, f"left out: {name}: {reason}")
     if hasattr(result, "index"):
         mib = sum(shard.size for shard in result.index.shards) / (1 << 20)
-        count, classes, shards = len(result.index), len(result.index.classes), len(result.index.shards)
-        _say(console, f"packed {count} images of {classes} classes into {shards} shards ({mib:.1f} MiB) in {dest}")
+        images, classes = counted(len(result.index), "image"), counted(len(result.index.classes), "class", "classes")
+        shards = counted(len(result.index.shards), "shard")
+        _say(console, f"packed {images} of {classes} into {shards} ({mib:.1f} MiB) in {dest}")
     else:
         mib = dest.stat().st_size / (1 << 20)
-        _say(console, f"packed {result.samples} images of {len(result.classes)} classes ({mib:.1f} MiB) into {dest}")
+        images, classes = counted(result.samples, "image"), counted(len(result.classes), "class", "classes")
+        _say(console, f"packed {images} of {classes} ({mib:.1f} MiB) into {dest}")
 
 
 def _say(console: Console, text: str) -> None:

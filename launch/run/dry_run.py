@@ -130,12 +130,11 @@ def _beginning(run: ResolvedRun, model: nn.Module, classes: int) -> list[tuple[s
 
 
 def _assumed(run: ResolvedRun) -> _Known:
-    """Return the model for images of 1000 classes, where the data are not there."""
+    """Return the model for images of so many classes, where the data are not there."""
     c = run.config
     assert isinstance(c.data, DataConfig)
     model = build_model(c.model, _ASSUMED_CLASSES, c.data.image_size, c.run.seed)
-    rows = (("data", f"not there; {_ASSUMED_CLASSES} classes are assumed below"),)
-    return _Known(model, (3, c.data.image_size, c.data.image_size), None, rows)
+    return _Known(model, (3, c.data.image_size, c.data.image_size), None, ())
 
 
 def dry_run(run: ResolvedRun, console: Console) -> None:
@@ -159,6 +158,12 @@ def dry_run(run: ResolvedRun, console: Console) -> None:
     print_heading(console, "DeepSpeed config")
     console.print_json(json.dumps(run.deepspeed_json()))
     print_heading(console, "predicted")
+    if missing is not None:
+        console.print(
+            "The data are not there or cannot be opened (the error at the end says why): "
+            f"{_ASSUMED_CLASSES} classes are assumed, and how many steps the run takes is not known.",
+            highlight=False,
+        )
     table = open_table("", "", show_header=False, box=None)
     for row in (*_rows(run, known, costs), *_memory_rows(run, costs), *_disk_rows(run, costs)):
         table.add_row(*map(redacted, row))
