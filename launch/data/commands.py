@@ -78,7 +78,7 @@ def show_verified(results: list[Verified], as_json: bool, console: Console) -> b
         if len(found.damaged) > _NAMED:
             _say(console, f"and {len(found.damaged) - _NAMED} more (all of them with --json)")
         looked = counted(found.samples, "sample") + (" decoded" if found.decoded else "")
-        looked += f", {counted(found.shards, 'shard')} compared with the sha256" if found.shards else ""
+        looked += f", {counted(found.shards, 'shard')} compared with their sha256" if found.shards else ""
         state = f"{len(found.damaged)} damaged" if found.damaged else "all whole"
         _say(console, f"{found.path}: {state} ({looked})")
     return any(found.damaged for found in results)

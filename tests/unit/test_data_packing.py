@@ -448,7 +448,7 @@ def test_command_line(folder, tmp_path):
     run = CliRunner().invoke(app, ["pack", str(folder), str(tmp_path / "out"), "--workers", "0"])
     assert isinstance(run.exception, DataError)
     run = CliRunner().invoke(app, ["verify", str(tmp_path / "out")])
-    assert "all whole (20 samples decoded, 1 shards compared" in run.output
+    assert "all whole (20 samples decoded, 1 shard compared" in run.output
     help_text = CliRunner().invoke(app, ["pack", "--help"]).output
     assert "setformer data pack" in help_text
     assert "--classes-from" in help_text
