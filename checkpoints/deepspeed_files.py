@@ -206,6 +206,10 @@ def _adam_states(adam: dict[int, dict[str, torch.Tensor]], groups: int) -> dict[
 
 def _gather12(ranks: list[_Groups], shapes: _Shapes, paddings: list[list[int]]) -> Iterator[tuple[str, torch.Tensor]]:
     """Stages 1 and 2: a group is one flat tensor cut over the ranks, its parameters one after the other."""
+    if any(len(rank) != len(shapes) for rank in ranks):
+        raise ValueError(
+            f"the ranks have {[len(rank) for rank in ranks]} groups of parameters, the shapes {len(shapes)}"
+        )
     for g, group in enumerate(shapes):
         flat = torch.cat([rank[g].float() for rank in ranks])
         offset = 0
@@ -213,6 +217,9 @@ def _gather12(ranks: list[_Groups], shapes: _Shapes, paddings: list[list[int]]) 
             numel = math.prod(shape)
             yield name, flat[offset : offset + numel].reshape(shape)
             offset += numel + padding
+        # DeepSpeed fills a group up to an even share for each rank.
+        if not 0 <= flat.numel() - offset < 2 * len(ranks):
+            raise ValueError(f"the flat vectors of group {g} have {flat.numel()} elements, its shapes {offset}")
 
 
 def _gather3(ranks: list[_Groups], shapes: _Shapes, paddings: list[list[int]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -226,6 +233,9 @@ def _gather3(ranks: list[_Groups], shapes: _Shapes, paddings: list[list[int]]) -
             part = math.ceil(numel / len(ranks))
             yield name, torch.cat([rank[offset : offset + part] for rank in flat])[:numel].reshape(shape)
             offset += part
+    if any(part.numel() != offset for part in flat):
+        sizes = [part.numel() for part in flat]
+        raise ValueError(f"the flat vectors have {sizes} elements, a rank's share of the shapes is {offset}")
 
 
 def write(

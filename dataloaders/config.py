@@ -22,6 +22,7 @@ _Range = Annotated[tuple[float, float], pydantic.Field(strict=False)]
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 
+LARGEST_SIDE = 65_536  # pixels of what a model sees, beyond which no tensor could hold a picture
 _LARGEST_STATISTIC = 1000.0  # of mean and std; beyond 1 only by mistake, and far beyond no pixel can be padded with it
 
 
@@ -103,7 +104,7 @@ class ResolutionStage(FrozenConfig):
 
     epoch: int | None = pydantic.Field(default=None, ge=0)
     step: int | None = pydantic.Field(default=None, ge=0)
-    image_size: int = pydantic.Field(ge=1)
+    image_size: int = pydantic.Field(ge=1, le=LARGEST_SIDE)
 
     @pydantic.model_validator(mode="after")
     def _one_place(self) -> Self:
@@ -172,10 +173,10 @@ class DataConfig(FrozenConfig):
     block_shards: int = pydantic.Field(default=64, ge=1)
     epoch_end: Literal["drop", "wrap"] = "drop"
     mixture: Annotated[tuple[MixtureEntry, ...], pydantic.Field(strict=False)] = ()
-    image_size: int = pydantic.Field(default=224, ge=1)
+    image_size: int = pydantic.Field(default=224, ge=1, le=LARGEST_SIDE)
     resolutions: Annotated[tuple[ResolutionStage, ...], pydantic.Field(strict=False)] = ()
     aspect_buckets: Annotated[tuple[float, ...], pydantic.Field(strict=False)] = ()
-    bucket_multiple: int = pydantic.Field(default=32, ge=1)
+    bucket_multiple: int = pydantic.Field(default=32, ge=1, le=LARGEST_SIDE)
     eval_crop: float = pydantic.Field(default=0.875, gt=0.0, le=1.0)
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     mean: _Triple = _IMAGENET_MEAN

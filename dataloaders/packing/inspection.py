@@ -23,6 +23,7 @@ from dataloaders.packing.intake import VOID
 from dataloaders.pixels.decode import MASK_FORMATS, UndecodableError, decode, is_jpeg
 from dataloaders.pixels.formats import FORMATS
 from dataloaders.source import Boxes, DamagedSampleError, Source, Stored
+from dataloaders.sources.image_folder import ImageFolderDataset
 from dataloaders.sources.scanning import shared_keys
 from dataloaders.sources.shards import ShardDataset
 
@@ -52,6 +53,7 @@ class Inspection:
         name: of the data.
         samples: how many.
         shards: files or pages.
+        shard_kind: what these are: "shard", or "folder" of an image folder.
         classes: class names.
         counts: (C,) images, boxes or pixels of each class; of the samples looked at for boxes and pixels.
         counted: what `counts` counts: "images", "boxes" or "pixels".
@@ -74,6 +76,7 @@ class Inspection:
     name: str
     samples: int
     shards: int
+    shard_kind: str
     classes: tuple[str, ...]
     counts: npt.NDArray[np.int64]
     counted: str
@@ -120,6 +123,7 @@ def inspect(source: Source, look_at: int = LOOKED_AT) -> Inspection:
         name=source.name,
         samples=source.num_samples,
         shards=len(np.unique(source.shards)),
+        shard_kind="folder" if isinstance(source, ImageFolderDataset) else "shard",
         classes=source.classes,
         counts=counts,
         counted=counted,

@@ -64,6 +64,7 @@ from dataloaders.sources.index import (
 )
 from dataloaders.storage.whole_folder import check_destination, commit_folder, work_folder, work_name
 from setformer_dist.core.errors import ConfigError, DataError
+from setformer_dist.core.words import counted
 
 _BLOCK = tarfile.BLOCKSIZE
 REJECTS_NAME = "rejects.tsv"
@@ -250,7 +251,8 @@ def unfinished(destination: Path) -> str:
     done = len(list(work.glob("shard-*.rows"))) if work.is_dir() else 0
     if not done:
         return ""
-    return f"{done} finished shards are kept in {work}: the same command goes on with them, or remove the folder"
+    kept = counted(done, "finished shard is", "finished shards are")
+    return f"{kept} kept in {work}: the same command goes on from there, or remove the folder"
 
 
 def _pack(
@@ -598,11 +600,13 @@ def _notes(index: Index, shards: list[_Packed], before: int) -> list[str]:
     elif before:
         notes.append("an unfinished packing of another source or other options was there: all was packed anew")
     if rewritten := sum(shard.rewritten for shard in shards):
-        notes.append(f"{rewritten} images were written anew (shrunk, or CMYK or 16 bits a channel before)")
+        images = counted(rewritten, "image was", "images were")
+        notes.append(f"{images} written anew (shrunk, or CMYK or 16 bits a channel before)")
     return notes + ([] if index.parts else _empty_classes(index))
 
 
 def _empty_classes(index: Index) -> list[str]:
     counts = np.bincount(index.columns["label"], minlength=len(index.classes))
     empty = [name for name, count in zip(index.classes, counts.tolist(), strict=True) if not count]
-    return [f"{len(empty)} classes of the class map have no images, the first {empty[0]!r}"] if empty else []
+    have = "class of the class map has" if len(empty) == 1 else "classes of the class map have"
+    return [f"{len(empty):,} {have} no images, the first {empty[0]!r}"] if empty else []

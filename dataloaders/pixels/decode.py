@@ -18,6 +18,7 @@ from __future__ import annotations
 import io
 import re
 import struct
+import warnings
 import zlib
 from collections.abc import Callable
 
@@ -36,6 +37,9 @@ MASK_FORMATS = ("PNG",)
 
 # PIL's own limit, beyond which it speaks of a decompression bomb: half a gigabyte of pixels.
 MAX_PIXELS = 178_956_970
+
+# What is large is refused here, in our own words and by its bytes, also below PIL's limit, where it only warns.
+warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
 
 # Bytes that an image may take while PIL decodes it, and libjpeg a progressive one.
 _MOST_BYTES = 1 << 29
@@ -216,6 +220,8 @@ def _why_not(data: bytes, error: Exception) -> str:
         return f"it is no image but {what}"
     if isinstance(error, PIL.UnidentifiedImageError):
         return f"it is no image of a format that is read ({', '.join(FORMATS)})"
+    if isinstance(error, PIL.Image.DecompressionBombError):
+        return f"it has more than {MAX_PIXELS:,} pixels"
     return f"it is not a whole image: {re.sub(r' ?<[^<>]* object at 0x[0-9a-f]+>', '', str(error))}"
 
 

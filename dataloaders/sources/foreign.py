@@ -19,14 +19,13 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import itertools
 import json
 import logging
-import math
 import multiprocessing
 import os
 import re
 import shutil
+import string
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -68,7 +67,9 @@ _OURS = re.compile(r"[0-9a-f]{32}(-skip)?(-crc)?|\.[0-9a-f]{32}(-skip)?(-crc)?\.
 
 # Shards that a pattern may name, and the ranges by which it names them.
 _MOST_SHARDS = 1 << 20
-_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}")
+_NUMBERS = re.compile(r"-?(\d+)\.\.-?(\d+)(?:\.\.-?\d+)?")
+_MOST_DIGITS = 18
+_LETTERS = re.compile(r"[A-Za-z]\.\.[A-Za-z](?:\.\.-?\d+)?")
 
 # Entries of a folder that a message lists.
 _NAMED = 8
@@ -154,14 +155,14 @@ def find_shards(root: str, pattern: str, timeout: float, skip_bad: bool = False)
 
 def _piece(storage: Storage, piece: str) -> str:
     """Return one part of a pattern, with a folder as the shards in it."""
-    if isinstance(storage, LocalFolder) and Path(storage.shown(piece)).is_dir():
+    if isinstance(storage, LocalFolder) and os.path.isdir(storage.shown(piece)):  # noqa: PTH112 - false also for a name too long
         return str(PurePosixPath(piece, "*.tar"))
     return PurePosixPath(piece).as_posix()
 
 
 def _literal(root: str, piece: str) -> str:
     """Return a piece with the marks of patterns escaped, where a file or folder is there under just this name."""
-    if is_url(root) or not re.search(r"[*?\[{]", piece) or not Path(root, piece).exists():
+    if is_url(root) or not re.search(r"[*?\[{]", piece) or not os.path.exists(Path(root, piece)):  # noqa: PTH110 - as above
         return piece
     return piece if Path(root, piece).is_dir() else glob.escape(piece).replace("{", r"\{").replace("}", r"\}")
 
@@ -172,17 +173,45 @@ def _expanded(pattern: str) -> list[str]:
     Raises:
         DataError: they do not match, or stand for more names than a data set has shards.
     """
-    counts = [abs(int(last) - int(first)) + 1 for first, last in _RANGE.findall(pattern)]
     many = DataError(f"shard pattern {pattern!r} stands for more than {_MOST_SHARDS:,} shards: check its ranges")
-    if math.prod(counts) > 16 * _MOST_SHARDS:  # the library holds each range's names in memory
-        raise many
     try:
-        names = list(itertools.islice(braceexpand.braceexpand(pattern), _MOST_SHARDS + 1))
-        if len(names) > _MOST_SHARDS:
+        if _count(pattern) > _MOST_SHARDS:
             raise many
-        return names
+        return list(braceexpand.braceexpand(pattern))
     except ValueError as error:
         raise DataError(f"shard pattern {pattern!r} has braces that do not match ({error})") from None
+    except RecursionError:
+        raise DataError(f"shard pattern {pattern!r} has braces within braces too deep to read") from None
+
+
+def _count(pattern: str) -> int:
+    """Return how many names the braces of a pattern stand for, at most, without making one of them."""
+    total, depth, start, parts = 1, 0, 0, 0
+    for mark in re.finditer(r"\\.|[{},]", pattern, re.DOTALL):
+        depth -= mark[0] == "}"
+        if mark[0] == "{" and depth == 0:
+            start, parts = mark.end(), 0
+        elif mark[0] == "," and depth == 1:
+            parts += _count(pattern[start : mark.start()])
+            start = mark.end()
+        elif mark[0] == "}" and depth == 0:
+            total *= parts + _count_last(pattern[start : mark.start()], parts > 0)
+        depth += mark[0] == "{"
+    return total
+
+
+def _count_last(text: str, in_list: bool) -> int:
+    """Return how many names the last part of a list stands for, or what stands alone in its braces."""
+    if not in_list and _LETTERS.fullmatch(text):
+        return 2 * len(string.ascii_lowercase)
+    numbers = None if in_list else _NUMBERS.fullmatch(text)
+    if numbers is None:
+        return _count(text)
+    if max(map(len, numbers.groups())) > _MOST_DIGITS:
+        return _MOST_SHARDS + 1
+    first, last = map(int, text.split("..")[:2])
+    step = abs(int(text.split("..")[2])) if text.count("..") == 2 else 1
+    return abs(last - first) // max(step, 1) + 1
 
 
 def _named(storage: Storage, name: str) -> list[str]:

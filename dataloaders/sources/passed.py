@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from dataloaders.pixels.formats import IMAGE_SUFFIXES
+from setformer_dist.core.words import counted
 
 # Files and folders that systems and tools leave behind, in lower case; every name with a leading dot is one too
 # (.ipynb_checkpoints, .DS_Store, .git, ._image.jpg of macOS's archives, our own .setformer-index).
@@ -94,11 +95,13 @@ class Passed:
         """Return all of it in one line; "" if there is nothing."""
         parts = []
         if self.unread:
-            parts.append(f"{self.unread.total()} files that are no images ({_listed(self.unread)})")
+            parts.append(_counted(self.unread, "file that is no image", "files that are no images"))
         if self.ignored:
-            parts.append(f"{self.ignored.total()} hidden or system files and folders ({_listed(self.ignored)})")
+            parts.append(
+                _counted(self.ignored, "hidden or system file or folder", "hidden or system files and folders")
+            )
         if self.odd:
-            parts.append(f"{self.odd.total()} entries that are no files ({_listed(self.odd)})")
+            parts.append(_counted(self.odd, "entry that is no file", "entries that are no files"))
         parts += [f"{count} {what}" for what, count in sorted(self.others.items())]
         return ", ".join(parts)
 
@@ -107,6 +110,10 @@ def is_image(name: str) -> bool:
     """Return whether a file's name is that of an image that is read."""
     dot = name.rfind(".")
     return dot > name.rfind("/") and name[dot:].lower() in IMAGE_SUFFIXES
+
+
+def _counted(counts: Counter[str], one: str, more: str) -> str:
+    return f"{counted(counts.total(), one, more)} ({_listed(counts)})"
 
 
 def _listed(counts: Counter[str]) -> str:

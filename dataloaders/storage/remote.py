@@ -175,6 +175,7 @@ class HttpStorage:
 
     def _request(self, method: str, name: str, headers: dict[str, str] | None = None) -> urllib3.BaseHTTPResponse:
         url, own = _without_user(join_url(self._url, name))
+        self._check_address(name, url)
         try:
             return self._connections().request(
                 method,
@@ -187,7 +188,7 @@ class HttpStorage:
                 decode_content=False,
             )
         except (urllib3.exceptions.LocationValueError, ValueError, UnicodeError):
-            # Of the server's answer: the URL itself was read when it was opened.
+            # Of the server's answer: the URL itself was read above.
             raise UnreadableError(
                 self.shown(name), "is redirected to an address that cannot be read: check the server"
             ) from None
@@ -197,6 +198,25 @@ class HttpStorage:
             raise PassingError(_reason(error)) from None
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise PassingError(_reason(error)) from None
+
+    def _check_address(self, name: str, url: str) -> None:
+        """Raise for a URL, or a proxy's, that cannot be read: a later fault of this kind is the server's."""
+        try:
+            parsed = urllib3.util.parse_url(url)
+            if not parsed.host:
+                raise ValueError("it has no host")
+            parsed.host.encode("idna")
+            urllib.parse.urlsplit(url)
+        except (urllib3.exceptions.LocationValueError, ValueError):
+            raise UnreadableError(
+                self.shown(name), "is no address that can be read: check its host, and its port (1 to 65535)"
+            ) from None
+        try:
+            self._connections()
+        except (urllib3.exceptions.LocationValueError, ValueError):
+            raise UnreadableError(
+                self.shown(name), "has a proxy whose address cannot be read: check http_proxy and https_proxy"
+            ) from None
 
     def _connections(self) -> urllib3.PoolManager:
         with self._lock:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from checkpoints import layout
 from checkpoints.reader import Entry, checkpoints_folder, list_checkpoints, open_checkpoint
 from launch.shown import cell
 from setformer_dist.core.errors import CheckpointError
+from setformer_dist.core.terminal import open_table
+from setformer_dist.core.words import counted
 
 
 def list_folder(folder: Path, verify: bool, console: Console, as_json: bool = False) -> int:
@@ -35,7 +36,7 @@ def list_folder(folder: Path, verify: bool, console: Console, as_json: bool = Fa
     if as_json:
         print(json.dumps([_line(entry) for entry in entries], indent=2))
         return faulty
-    table = Table("step", "written", "ranks", "ZeRO", "MiB", "metrics", "state")
+    table = open_table("step", "written", "ranks", "ZeRO", "MiB", "metrics", "state")
     for entry in entries:
         manifest = entry.manifest
         if manifest is None:
@@ -98,13 +99,15 @@ def show(path: Path, console: Console, as_json: bool = False) -> None:
     if as_json:
         print(json.dumps(value, indent=2))
         return
-    table = Table(show_header=False, box=None)
+    table = open_table("", "", show_header=False, box=None)
     for key in ("path", "step", "created", "tags"):
         table.add_row(key, cell(value[key] or "none"))
     identity = checkpoint.identity
     table.add_row("model", cell(f"{identity.model} {identity.model_args}"))
-    table.add_row("written by", cell(f"{identity.world_size} ranks, ZeRO stage {identity.stage}, {identity.versions}"))
-    table.add_row("size", f"{manifest.size / 2**20:.1f} MiB in {len(manifest.files)} files, verified")
+    table.add_row(
+        "written by", cell(f"{counted(identity.world_size, 'rank')}, ZeRO stage {identity.stage}, {identity.versions}")
+    )
+    table.add_row("size", f"{manifest.size / 2**20:.1f} MiB in {counted(len(manifest.files), 'file')}, verified")
     table.add_row("parameters", f"{len(shapes)} of {states.get('param', 0):,} elements")
     table.add_row("states", cell(", ".join(f"{state} {count:,}" for state, count in states.items())))
     table.add_row("metrics", cell(", ".join(f"{k} {v:.4f}" for k, v in sorted(manifest.metrics.items())) or "none"))

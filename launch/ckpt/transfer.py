@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-from rich.table import Table
 
 from checkpoints import deepspeed_files, layout
 from checkpoints.commit import delete_checkpoint
@@ -39,6 +38,7 @@ from setformer_dist.core.continuing import flatten
 from setformer_dist.core.errors import CheckpointError, ConfigError
 from setformer_dist.core.files import read_state
 from setformer_dist.core.fragments import Fragment
+from setformer_dist.core.terminal import open_console, open_table
 
 # verify
 
@@ -68,8 +68,12 @@ def verify(path: Path, console: Console, as_json: bool = False) -> int:
         print(json.dumps({"checkpoints": answers, "bytes": total, "seconds": seconds}, indent=2))
     else:
         for answer in answers:
-            console.print(f"{answer['path']}: {answer['fault'] or 'verifies'}", highlight=False, soft_wrap=True)
-        console.print(f"{total / 2**20:.1f} MiB in {seconds:.2f} s, {total / seconds / 1e9:.2f} GB/s", highlight=False)
+            console.print(f"{answer['path']}: {answer['fault'] or 'verifies'}", highlight=False, markup=False)
+        console.print(
+            f"{total / 2**20:.1f} MiB in {seconds:.2f} s, {total / seconds / 1e9:.2f} GB/s",
+            highlight=False,
+            markup=False,
+        )
     return sum(answer["fault"] is not None for answer in answers)
 
 
@@ -83,7 +87,9 @@ def _bytes_of(folder: Path) -> int:
 @contextmanager
 def _progress(console: Console, what: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True, quiet=quiet or console.quiet), transient=True) as progress:
+    with Progress(
+        *columns, console=open_console(stderr=True, quiet=quiet or console.quiet), transient=True
+    ) as progress:
         task = progress.add_task(what, total=total)
         yield lambda count: progress.advance(task, count)
 
@@ -122,20 +128,20 @@ def diff(first: Path, second: Path, state: str, console: Console, as_json: bool 
         return different
     for key in ("only_first", "only_second"):
         if found[key]:
-            console.print(f"{key.replace('_', ' in the ')}: {', '.join(found[key])}", highlight=False)
-    table = Table("what", str(a.path), str(b.path))
+            console.print(f"{key.replace('_', ' in the ')}: {', '.join(found[key])}", highlight=False, markup=False)
+    table = open_table("what", str(a.path), str(b.path))
     for group in ("shapes", "metrics", "config"):
         for key, (left, right) in found[group].items():
             table.add_row(key, str(left), str(right))
     if table.row_count:
         console.print(table)
-    distances = Table(f"{state} of", "largest difference", "relative to the largest value")
+    distances = open_table(f"{state} of", "largest difference", "relative to the largest value")
     for name, (absolute, relative) in found["parameters"].items():
         distances.add_row(name, f"{absolute:.3e}", f"{relative:.3e}")
     if distances.row_count:
         console.print(distances)
     same = len(both) - len(found["parameters"])
-    console.print(f"{same} of {len(both)} common parameters are the same bit by bit", highlight=False)
+    console.print(f"{same} of {len(both)} common parameters are the same bit by bit", highlight=False, markup=False)
     return different
 
 
@@ -189,7 +195,9 @@ def export_deepspeed(path: Path, dest: Path, console: Console) -> None:
         )
         ordered = _holds_model(checkpoint)
         (folder / "README.md").write_text(_FOR_DEEPSPEED[ordered], encoding="utf-8")
-    console.print(f"{dest / tag.name}: {', '.join(states)} of {len(states['param'])} parameters", highlight=False)
+    console.print(
+        f"{dest / tag.name}: {', '.join(states)} of {len(states['param'])} parameters", highlight=False, markup=False
+    )
 
 
 _FOR_DEEPSPEED = {
@@ -309,8 +317,12 @@ def prune(path: Path, changes: dict[str, int], dry_run: bool, console: Console) 
         folder = layout.step_folder(root, step)
         if not dry_run:
             delete_checkpoint(folder)
-        console.print(f"{'would delete' if dry_run else 'deleted'} {folder}", highlight=False, soft_wrap=True)
-    console.print(f"{len(entries) - len(going)} stay, the newest that verifies is step {anchor.step}", highlight=False)
+        console.print(f"{'would delete' if dry_run else 'deleted'} {folder}", highlight=False, markup=False)
+    console.print(
+        f"{len(entries) - len(going)} stay, the newest that verifies is step {anchor.step}",
+        highlight=False,
+        markup=False,
+    )
 
 
 def _retention_of(run_folder: Path) -> dict[str, Any]:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from launch.cli.options import CheckpointPath, ImportOption, WeightsOption
 from launch.run.own_code import bring
 from setformer_dist.core.metric import weights_named
+from setformer_dist.core.terminal import open_console
 
 app = typer.Typer(help="Look at checkpoints, check them, take them elsewhere, make room.", no_args_is_help=True)
 
@@ -35,7 +35,7 @@ def ls(
     """
     from launch.ckpt import listing
 
-    if listing.list_folder(folder, verify, Console(), as_json):
+    if listing.list_folder(folder, verify, open_console(), as_json):
         raise typer.Exit(_DAMAGED)
 
 
@@ -51,7 +51,7 @@ def show(checkpoint: CheckpointPath, as_json: AsJson = False) -> None:
     """
     from launch.ckpt import listing
 
-    listing.show(checkpoint, Console(), as_json)
+    listing.show(checkpoint, open_console(), as_json)
 
 
 @app.command("verify")
@@ -66,7 +66,7 @@ def verify(checkpoint: CheckpointPath, as_json: AsJson = False) -> None:
     """
     from launch.ckpt import transfer
 
-    if transfer.verify(checkpoint, Console(), as_json):
+    if transfer.verify(checkpoint, open_console(), as_json):
         raise typer.Exit(_DAMAGED)
 
 
@@ -87,7 +87,7 @@ def diff(
     """
     from launch.ckpt import transfer
 
-    transfer.diff(first, second, state, Console(), as_json)
+    transfer.diff(first, second, state, open_console(), as_json)
 
 
 @app.command("export")
@@ -115,11 +115,11 @@ def export(
     if deepspeed:
         from launch.ckpt import transfer
 
-        transfer.export_deepspeed(checkpoint, dest, Console())
+        transfer.export_deepspeed(checkpoint, dest, open_console())
     else:
         from launch.ckpt import export
 
-        export.export(checkpoint, dest, chosen, Console())
+        export.export(checkpoint, dest, chosen, open_console())
 
 
 @app.command("import")
@@ -147,7 +147,7 @@ def import_(
     """
     from launch.ckpt import transfer
 
-    transfer.import_deepspeed(source, dest, model, trust_pickle, Console())
+    transfer.import_deepspeed(source, dest, model, trust_pickle, open_console())
 
 
 @app.command("convert")
@@ -170,7 +170,7 @@ def convert(
     """
     from launch.ckpt import convert
 
-    convert.convert(source, dest, key, Console())
+    convert.convert(source, dest, key, open_console())
 
 
 @app.command("prune")
@@ -193,4 +193,4 @@ def prune(
     changes = {key: value for key, value in asked.items() if value is not None}
     from launch.ckpt import transfer
 
-    transfer.prune(folder, changes, dry_run, Console())
+    transfer.prune(folder, changes, dry_run, open_console())

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from setformer_dist.core.errors import ConfigError, DataError
+from setformer_dist.core.terminal import open_console
+from setformer_dist.core.words import counted
 
 if TYPE_CHECKING:
     from dataloaders.packing.convert import BetonResult
@@ -164,7 +166,7 @@ def index(
         from launch.data import commands
 
         said = commands.index(path, classes, checksums, workers, steps.start, steps.advance)
-    _say(Console(), said)
+    _say(open_console(), said)
 
 
 @app.command()
@@ -201,7 +203,7 @@ def verify(
                 results.append(verify.unreadable(path, error))
     from launch.data import commands
 
-    damaged = commands.show_verified(results, as_json, Console())
+    damaged = commands.show_verified(results, as_json, open_console())
     if damaged:
         raise typer.Exit(_DAMAGED)
 
@@ -225,7 +227,7 @@ def inspect(
 
         setformer data inspect packed/train --sheet train.html --count 100
     """
-    console = Console(stderr=as_json)
+    console = open_console(stderr=as_json)
     from launch.data.sheet import describe
 
     found = describe(path, look_at, sheet, count, side, console)
@@ -284,7 +286,7 @@ def bench(
         found = commands.measure(path, image_size, randaugment, most, seconds, steps.say)
     from launch.data import commands
 
-    commands.show_throughput(found, as_json, Console())
+    commands.show_throughput(found, as_json, open_console())
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -314,7 +316,7 @@ class _Steps:
 def _progress(first: str, later: str) -> Iterator[_Steps]:
     """Show a progress bar on stderr, so that what is printed can be piped on."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=open_console(stderr=True), transient=True) as progress:
         yield _Steps(progress, first, later)
 
 
@@ -346,25 +348,27 @@ def _pack_text(
     with _progress(f"reading {source}", "packing") as steps:
         packed = text.pack_text(source, dest, options, steps.advance)
     _say(
-        Console(),
-        f"packed {packed.num_samples} texts of {len(packed.classes)} classes, at most {packed.facts.length} bytes "
-        f"long, in {dest}",
+        open_console(),
+        f"packed {counted(packed.num_samples, 'text')} of {counted(len(packed.classes), 'class', 'classes')}, at most "
+        f"{packed.facts.length} bytes long, in {dest}",
     )
 
 
 def _report_packing(dest: Path, result: Packed) -> None:
-    console = Console()
+    console = open_console()
     for note in result.notes:
         _say(console, f"note: {note}")
     for name, reason in result.rejected:
         _say(console, f"left out: {name}: {reason}")
     if hasattr(result, "index"):
         mib = sum(shard.size for shard in result.index.shards) / (1 << 20)
-        count, classes, shards = len(result.index), len(result.index.classes), len(result.index.shards)
-        _say(console, f"packed {count} images of {classes} classes into {shards} shards ({mib:.1f} MiB) in {dest}")
+        images, classes = counted(len(result.index), "image"), counted(len(result.index.classes), "class", "classes")
+        shards = counted(len(result.index.shards), "shard")
+        _say(console, f"packed {images} of {classes} into {shards} ({mib:.1f} MiB) in {dest}")
     else:
         mib = dest.stat().st_size / (1 << 20)
-        _say(console, f"packed {result.samples} images of {len(result.classes)} classes ({mib:.1f} MiB) into {dest}")
+        images, classes = counted(result.samples, "image"), counted(len(result.classes), "class", "classes")
+        _say(console, f"packed {images} of {classes} ({mib:.1f} MiB) into {dest}")
 
 
 def _say(console: Console, text: str) -> None:

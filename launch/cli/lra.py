@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from typer.core import TyperGroup
 
 from launch.ranks.local import has_gpu
+from setformer_dist.core.terminal import open_console, open_table
 
 
 class TaskFirst(TyperGroup):
@@ -88,7 +87,7 @@ def run(
     from launch.examples import lra
 
     comparison = lra.Comparison(chosen, lra.kinds_named(attention), root, out, ranks, tuple(overrides or []))
-    code = lra.compare(comparison, Console())
+    code = lra.compare(comparison, open_console())
     if code:
         raise typer.Exit(code)
 
@@ -122,7 +121,7 @@ def prepare(
 
     chosen = tasks.task_named(task, short)
     how = tasks.Preparation(source=source, seed=seed, workers=workers, force=force)
-    console = Console()
+    console = open_console()
     made: list[str] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -162,7 +161,7 @@ def stats(task: TaskName, root: Root = _ROOT, short: Short = False) -> None:
     found = figures.statistics(
         tasks.open_task(chosen, root).values(), published=chosen.name == "listops" and not chosen.short
     )
-    table = Table("figure", "here", "published", title=chosen.title)
+    table = open_table("figure", "here", "published", title=chosen.title)
     for row in found:
         table.add_row(row.name, f"{row.value:,.4g}", "" if row.published is None else f"{row.published:,.4g}")
-    Console().print(table)
+    open_console().print(table)

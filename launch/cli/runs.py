@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from setformer_dist.core.terminal import open_console
 
 app = typer.Typer(help="Look at runs: how far, how well, and where their time went.", no_args_is_help=True)
 
@@ -21,7 +22,7 @@ def ls(
     """
     from launch.history import show
 
-    show.list_runs(root, Console())
+    show.list_runs(root, open_console())
 
 
 @app.command("report")
@@ -33,7 +34,7 @@ def report(folder: Annotated[Path, typer.Argument(help="A run's folder.", show_d
     """
     from launch.history import show
 
-    show.report(folder, Console())
+    show.report(folder, open_console())
 
 
 @app.command("show")
@@ -50,4 +51,4 @@ def show(
     """
     from launch.history import show
 
-    show.show_run(folder, Console(), as_json)
+    show.show_run(folder, open_console(), as_json)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from dataloaders.beton.reader import index_beton, open_beton
-from dataloaders.config import AugmentConfig, DataConfig
+from dataloaders.config import LARGEST_SIDE, AugmentConfig, DataConfig
 from dataloaders.packing.finding import open_container, parted
 from dataloaders.packing.throughput import Throughput
 from dataloaders.packing.throughput import measure as measure_source
@@ -22,6 +21,8 @@ from dataloaders.storage.homes import user_cache
 from dataloaders.storage.remote import is_url, shown_url
 from launch.data.sheet import size_text
 from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.terminal import open_table
+from setformer_dist.core.words import counted
 
 # Damaged things named in the terminal; --json names all.
 _NAMED = 50
@@ -48,7 +49,7 @@ def index(
         on_start(open_beton(Path(path)).num_samples)
         index_beton(Path(path), names, on_progress)
         beton = open_beton(Path(path))
-        return f"indexed {beton.num_samples} samples of {len(beton.classes)} classes in {path}"
+        return f"indexed {counted(beton.num_samples, 'sample')} of {_classes(beton.classes)} in {path}"
     if names is not None:
         raise ConfigError("--classes is for .beton files: shards are packed anew with another class map")
     root, pattern = parted(path)
@@ -61,7 +62,8 @@ def index(
         on_start=on_start,
         on_progress=on_progress,
     )
-    return f"indexed {len(made)} samples of {len(made.classes)} classes in {len(made.shards)} shards of {path}"
+    shards = counted(len(made.shards), "shard")
+    return f"indexed {counted(len(made), 'sample')} of {_classes(made.classes)} in {shards} of {path}"
 
 
 def show_verified(results: list[Verified], as_json: bool, console: Console) -> bool:
@@ -75,8 +77,8 @@ def show_verified(results: list[Verified], as_json: bool, console: Console) -> b
             _say(console, f"damaged: {damage.shard}{key}: {damage.kind}: {damage.detail}")
         if len(found.damaged) > _NAMED:
             _say(console, f"and {len(found.damaged) - _NAMED} more (all of them with --json)")
-        looked = f"{found.samples} samples" + (" decoded" if found.decoded else "")
-        looked += f", {found.shards} shards compared with their sha256" if found.shards else ""
+        looked = counted(found.samples, "sample") + (" decoded" if found.decoded else "")
+        looked += f", {counted(found.shards, 'shard')} compared with their sha256" if found.shards else ""
         state = f"{len(found.damaged)} damaged" if found.damaged else "all whole"
         _say(console, f"{found.path}: {state} ({looked})")
     return any(found.damaged for found in results)
@@ -91,9 +93,10 @@ def measure(
         ConfigError: a number that cannot be.
         DataError: the data cannot be opened.
     """
-    if image_size < 1 or not 0 <= randaugment <= 14 or threads < 1 or seconds <= 0:
+    if not 1 <= image_size <= LARGEST_SIDE or not 0 <= randaugment <= 14 or threads < 1 or seconds <= 0:
         raise ConfigError(
-            "--image-size, --threads and --seconds must be above 0, and --randaugment from 0 to 14 operations"
+            f"--image-size must be from 1 to {LARGEST_SIDE}, --threads and --seconds above 0, and --randaugment from 0 "
+            "to 14 operations"
         )
     config = DataConfig(root=path, image_size=image_size, augment=AugmentConfig(randaugment_ops=randaugment))
     source = open_container(path)
@@ -111,13 +114,14 @@ def show_throughput(found: Throughput, as_json: bool, console: Console) -> None:
         return
     _say(
         console,
-        f"{found.name}: {found.images} images of {size_text(found.image_bytes)} and {found.megapixels:.2f} megapixels "
+        f"{found.name}: {counted(found.images, 'image')} of {size_text(found.image_bytes)} and "
+        f"{found.megapixels:.3g} megapixels "
         f"on average, to {found.image_size} x {found.image_size}",
     )
     total = sum(part.seconds for part in found.parts)
-    table = Table(box=None, pad_edge=False)
+    table = open_table(box=None, pad_edge=False)
     for name in ("part", "ms per image", "share"):
-        table.add_column(name, justify="left" if name == "part" else "right")
+        table.add_column(name, justify="left" if name == "part" else "right", overflow="fold")
     for part in found.parts:
         table.add_row(part.name, f"{1000 * part.seconds:.3f}", f"{part.seconds / total:.1%}")
         if part.name == "read":
@@ -131,9 +135,13 @@ def show_throughput(found: Throughput, as_json: bool, console: Console) -> None:
     _say(console, f"one core: {found.rate:,.0f} images/s ({megabytes:,.0f} MB/s){bare}")
     one = found.threads[0][1]
     for count, rate in found.threads:
-        _say(console, f"{count} threads: {rate:,.0f} images/s by the clock, {rate / one:.2f} times one")
+        _say(console, f"{counted(count, 'thread')}: {rate:,.0f} images/s by the clock, {rate / one:.2f} times one")
     for line in found.advice:
         _say(console, line)
+
+
+def _classes(names: Sequence[str]) -> str:
+    return counted(len(names), "class", "classes")
 
 
 def _say(console: Console, text: str) -> None:

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from dataloaders.packing.finding import open_container
 from dataloaders.packing.inspection import Inspection, Picture, Spread, colour, inspect, pictures
 from dataloaders.tokens import TOKENS_NAME, TokenSplit, open_token_split
 from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.terminal import open_table
+from setformer_dist.core.words import counted
 from setformer_dist.report.sheet import Cell, ClassBar, Sheet, write_html, write_png
 
 # Classes named in the terminal at either end of the balance, and on the sheet.
@@ -48,7 +49,7 @@ def _describe_tokens(split: TokenSplit, sheet: Path | None, console: Console) ->
         raise ConfigError(f"--sheet shows images, and {split.folder} holds token sequences")
     lengths = split.lengths
     counts = np.bincount(split.labels(np.arange(split.num_samples)).numpy(), minlength=len(split.classes))
-    table = Table(show_header=False, box=None, pad_edge=False)
+    table = open_table("", "", show_header=False, box=None, pad_edge=False)
     for label, value in [
         ("data", str(split.folder)),
         ("samples", f"{split.num_samples:,} token sequences ({split.facts.task})"),
@@ -67,7 +68,7 @@ def _describe_tokens(split: TokenSplit, sheet: Path | None, console: Console) ->
 
 
 def _show(found: Inspection, console: Console) -> None:
-    table = Table(show_header=False, box=None, pad_edge=False)
+    table = open_table("", "", show_header=False, box=None, pad_edge=False)
     for label, value in [("data", found.name), *_facts(found)]:
         table.add_row(label, value)
     console.print(table, markup=False, highlight=False)
@@ -75,7 +76,7 @@ def _show(found: Inspection, console: Console) -> None:
 
 def _facts(found: Inspection) -> list[tuple[str, str]]:
     facts = [
-        ("samples", f"{found.samples:,} in {found.shards:,} shards" if found.shards > 1 else f"{found.samples:,}"),
+        ("samples", f"{found.samples:,}{_in_shards(found)}"),
         ("classes", _classes(found)),
         ("balance", _balance(found)),
         ("height", _range(found.height, " pixels")),
@@ -88,10 +89,14 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
     if found.parts:
         facts.insert(2, ("besides", ", ".join(found.parts)))
     if found.shared_keys:
-        facts.append(("same keys", f"{found.shared_keys:,} samples, the first {found.first_shared_key}"))
+        facts.append(("same keys", f"{counted(found.shared_keys, 'sample')}, the first {found.first_shared_key}"))
     if found.damaged:
         facts.append(("damaged", f"{found.damaged:,}{_of(found)}: name them with `setformer data verify`"))
     return facts
+
+
+def _in_shards(found: Inspection) -> str:
+    return f" in {counted(found.shards, found.shard_kind)}" if found.shards > 1 else ""
 
 
 def _of(found: Inspection) -> str:
@@ -115,12 +120,12 @@ def _balance(found: Inspection) -> str:
         f"{found.counted} per class from {counts[least]:,} ({found.classes[least]}, {counts[least] / total:.1%}) "
         f"to {counts[most]:,} ({found.classes[most]}, {counts[most] / total:.1%})"
     )
-    text += f"; {empty} classes have none" if empty else ""
+    text += f"; {empty} {'class has' if empty == 1 else 'classes have'} none" if empty else ""
     return text + (_of(found) if found.counted != "images" else "")
 
 
 def _range(spread: Spread, unit: str) -> str:
-    low, middle, high = (f"{value:,.2f}" if value < 10 else f"{value:,.0f}" for value in vars(spread).values())
+    low, middle, high = (f"{value:,.3g}" if value < 10 else f"{value:,.0f}" for value in vars(spread).values())
     if spread.smallest == spread.largest:
         return f"all {low}{unit}"
     return f"{low} to {high}{unit}, median {middle}"
@@ -146,7 +151,7 @@ def _duplicates(found: Inspection) -> str:
     if not found.duplicate_samples:
         return f"none{of}"
     first = " = ".join(found.duplicates[0][:3])
-    return f"{found.duplicate_samples:,} samples equal an earlier one{of}, such as {first}"
+    return f"{counted(found.duplicate_samples, 'sample equals', 'samples equal')} an earlier one{of}, such as {first}"
 
 
 def _named(item: Picture) -> tuple[str, str]:
@@ -177,18 +182,23 @@ def _sheet(found: Inspection, shown: list[Picture], side: int) -> Sheet:
     ]
     return Sheet(
         title=Path(found.name).name or found.name,
-        lead=f"{found.samples:,} images of {len(found.classes):,} classes, {len(shown)} of them below, spread evenly.",
+        lead=(
+            f"{counted(found.samples, 'image')} of {counted(len(found.classes), 'class', 'classes')}, {len(shown)} of "
+            "them below, spread evenly."
+        ),
         tiles=[
             (f"{found.samples:,}", "images"),
             (f"{len(found.classes):,}", "classes"),
             (size_text(found.image_bytes), "of images"),
             (size_text(mean), "per image"),
             (f"{found.width.median:,.0f} × {found.height.median:,.0f}", "median size"),
-            (f"{found.megapixels.median:,.2f}", "median megapixels"),
+            (f"{found.megapixels.median:,.3g}", "median megapixels"),
         ],
         bars=[] if balanced and hidden else bars,
         bars_title=f"Classes by {found.counted}" + (_of(found) if coloured else ""),
-        bars_note=f"and {hidden} more classes, down to {found.counts.min():,}" if hidden else "",
+        bars_note=f"and {hidden} more {'class' if hidden == 1 else 'classes'}, down to {found.counts.min():,}"
+        if hidden
+        else "",
         facts=_facts(found),
         cells=[Cell(item.pixels, item.caption, *_named(item), item.damage) for item in shown],
         side=side,

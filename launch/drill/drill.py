@@ -26,13 +26,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from checkpoints.reader import open_checkpoint
 from dataloaders.packing.pack import PackOptions, pack_image_folder
 from launch.drill.faults import CHECKPOINT_EVERY, FAULTS, DrillError, Hand, Run
 from launch.drill.mounts import keep_mounts_private
 from launch.examples.demo import write_digits
+from setformer_dist.core.terminal import open_table
 
 _DISK_MIB = 192
 _STATES = ("param", "exp_avg", "exp_avg_sq", "ema")
@@ -280,7 +280,7 @@ def _show(made: list[Fault], runs: int, epochs: int, console: Console) -> None:
     by_kind: dict[str, list[Fault]] = defaultdict(list)
     for fault in made:
         by_kind[fault.kind].append(fault)
-    table = Table(
+    table = open_table(
         "fault", "times", "recovered", "steps lost: mean", "most", "allowed", "seconds to go on: median", "most"
     )
     rows = [*sorted(by_kind.items()), ("all", made)]

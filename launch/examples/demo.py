@@ -68,7 +68,7 @@ def run_demo(ranks: int, data: Path, console: Console) -> int:
     if code:
         return code
     figures = json.loads((folder / "summary.json").read_text())
-    console.print(Panel.fit(_text(figures), title="what happened", border_style="green"))
+    console.print(Panel.fit(_text(figures), title="what happened", border_style="green"), soft_wrap=False)
     console.print("what to type next:")
     for command in _next(data):  # outside the box and unbroken, so that they can be copied
         console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)

@@ -24,7 +24,6 @@ from deepspeed.accelerator import get_accelerator
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
 
 from dataloaders.lra.stats import majority, root_operator_alone
 from dataloaders.lra.tasks import Task, open_task
@@ -36,6 +35,7 @@ from launch.run.trained import evaluate_checkpoint, load_trained
 from setformer_dist.core.config import nearest
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.files import write_json
+from setformer_dist.core.terminal import open_table
 from setformer_dist.models.attention import AttentionKind
 
 PAGES = Path(__file__).parent.parent.parent / "configs" / "lra"
@@ -260,7 +260,9 @@ def report(comparison: Comparison, rows: Iterable[Row], test: TokenSplit, consol
     title = f"{comparison.task.title}, {test.num_samples} test samples; majority class {least:.1%}"
     if nested is not None:
         title += f", best label of the root operator {nested:.1%}"
-    table = Table("attention", "test accuracy", "validation", "steps/s", "peak MiB", "parameters", "min", title=title)
+    table = open_table(
+        "attention", "test accuracy", "validation", "steps/s", "peak MiB", "parameters", "min", title=title
+    )
     for row in rows:
         table.add_row(
             row.attention,

@@ -16,6 +16,8 @@ from launch.shown import cell, plain
 from setformer_dist.core import ledger, strictjson
 from setformer_dist.core.errors import DataError
 from setformer_dist.core.files import lines_of
+from setformer_dist.core.terminal import open_table
+from setformer_dist.core.words import counted
 from setformer_dist.report.html import write_report
 from setformer_dist.report.rows import METRICS, Row, RunRecord, finite, read_run
 
@@ -53,7 +55,7 @@ def list_runs(root: Path, console: Console) -> None:
     Raises:
         DataError: there is none.
     """
-    table = Table("run", "state", "step", "best", "loss", "goodput", "attempts", box=None)
+    table = open_table("run", "state", "step", "best", "loss", "goodput", "attempts", box=None)
     for folder in run_folders(root):
         try:
             run = read_run(folder)
@@ -67,7 +69,7 @@ def list_runs(root: Path, console: Console) -> None:
         table.add_row(
             cell(folder),
             cell(state_of(folder)),
-            str(max((row["step"] for row in run.train), default=0)),
+            str(_step_of(run, account)),
             cell(f"{best['metric']} {value:.4f}") if isinstance(best, dict) and value is not None else "",
             f"{loss:.4f}" if loss is not None else "",
             f"{account.goodput:.1%}" if account.total else "",
@@ -101,8 +103,8 @@ def show_run(folder: Path, console: Console, as_json: bool = False) -> None:
     if as_json:
         print(json.dumps(_as_json(folder, run, account, guarded, slow), indent=2))
         return
-    steps = max((row["step"] for row in (*run.train, *run.evals)), default=0)
-    console.print(cell(folder, "bold"), cell(f": {state_of(folder)}, step {steps:,}"), sep="", highlight=False)
+    state = f": {state_of(folder)}, step {_step_of(run, account):,}"
+    console.print(cell(folder, "bold"), cell(state), sep="", highlight=False)
     evaluation = run.summary.get("evaluation")
     if isinstance(evaluation, dict) and evaluation:
         scores = ", ".join(f"{k} {v:.4f}" for k, v in evaluation.items() if isinstance(v, int | float))
@@ -111,6 +113,11 @@ def show_run(folder: Path, console: Console, as_json: bool = False) -> None:
         console.print(_time_table(account))
     for line in _trouble(account, guarded, slow):
         console.print(plain(line), markup=False, highlight=False, soft_wrap=True)
+
+
+def _step_of(run: RunRecord, account: ledger.Account) -> int:
+    """Return the step that a run is at: not every step is logged, but the ledger has the last before every end."""
+    return account.step or max((int(row["step"]) for row in (*run.train, *run.evals)), default=0)
 
 
 def report(folder: Path, console: Console) -> None:
@@ -125,16 +132,18 @@ def report(folder: Path, console: Console) -> None:
 
 
 def _time_table(account: ledger.Account) -> Table:
-    table = Table("", "seconds", "share", "", box=None, title=f"goodput {account.goodput:.1%}", title_justify="left")
+    table = open_table(
+        "", "seconds", "share", "", box=None, title=f"goodput {account.goodput:.1%}", title_justify="left"
+    )
     for kind, seconds in ledger.kinds_by_size(account):
         table.add_row(kind, f"{seconds:,.1f}", f"{seconds / account.total:.1%}", _MEANING[kind])
-    table.add_row("all", f"{account.total:,.1f}", "100.0%", f"{account.attempts} attempts")
+    table.add_row("all", f"{account.total:,.1f}", "100.0%", counted(account.attempts, "attempt"))
     return table
 
 
 def _trouble(account: ledger.Account, guarded: list[Row], slow: Counter[tuple[int, str]]) -> Iterable[str]:
     if account.failures:
-        yield f"{len(account.failures)} failures, {account.steps_lost} steps computed again:"
+        yield f"{counted(len(account.failures), 'failure')}, {counted(account.steps_lost, 'step')} computed again:"
         for at, how, step in account.failures[-_FAILURES_SHOWN:]:
             yield f"  {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(at))}  {how} at step {step}"
     for row in guarded:
@@ -176,6 +185,7 @@ def _as_json(
     return {
         "folder": str(folder),
         "state": state_of(folder),
+        "step": _step_of(run, account),
         "summary": dict(run.summary),
         "goodput": account.goodput,
         "seconds": account.seconds,

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.table import Table
 
 from dataloaders.ffcv.check import FFCV_VERSION, REPAIR, ffcv_trouble
 from launch.ranks.local import has_gpu, usable_cores
 from setformer_dist.core.errors import LaunchError
+from setformer_dist.core.terminal import open_console, open_table
 
 OUR_PACKAGES = ("setformer_dist", "dataloaders", "checkpoints", "launch", "configs")
 
@@ -107,10 +107,8 @@ def diagnose(run_folder: Path) -> list[Finding]:
 
 def render(findings: list[Finding], console: Console | None = None) -> int:
     """Print the findings and return 0, or 1 if one of them is a problem."""
-    console = console or Console()
-    table = Table(title="setformer doctor", title_justify="left")
-    for column in ("", "what", "found", "what to do"):
-        table.add_column(column, overflow="fold")
+    console = console or open_console()
+    table = open_table("", "what", "found", "what to do", title="setformer doctor", title_justify="left")
     marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "problem": "[bold red]problem[/]"}
     for finding in findings:
         table.add_row(marks[finding.status], *map(_escaped, (finding.topic, finding.value, finding.repair)))

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from checkpoints.reader import list_checkpoints
@@ -30,6 +29,7 @@ from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.core.secrets import redacted
+from setformer_dist.core.terminal import open_table, print_heading
 from setformer_dist.engine.deepspeed_engine import DTYPES
 from setformer_dist.models.build import build_model, check_name
 from setformer_dist.models.measure import multiply_adds_of, parameters, predict_memory
@@ -134,12 +134,11 @@ def _beginning(run: ResolvedRun, model: nn.Module, outputs: int) -> list[tuple[s
 
 
 def _assumed(run: ResolvedRun) -> _Known:
-    """Return the model for images of 1000 classes, where the data are not there."""
+    """Return the model for images of so many classes, where the data are not there."""
     c = run.config
     assert isinstance(c.data, DataConfig)
     model = build_model(c.model, _ASSUMED_CLASSES, c.data.image_size, c.run.seed)
-    rows = (("data", f"not there; {_ASSUMED_CLASSES} classes are assumed below"),)
-    return _Known(model, (3, c.data.image_size, c.data.image_size), None, rows)
+    return _Known(model, (3, c.data.image_size, c.data.image_size), None, ())
 
 
 def dry_run(run: ResolvedRun, console: Console) -> None:
@@ -159,12 +158,18 @@ def dry_run(run: ResolvedRun, console: Console) -> None:
             raise
         known, missing = _assumed(run), error
     costs = predict_costs(run, known)
-    console.rule("resolved config", align="left")
+    print_heading(console, "resolved config")
     console.print_json(json.dumps(run.as_json()))
-    console.rule("DeepSpeed config", align="left")
+    print_heading(console, "DeepSpeed config")
     console.print_json(json.dumps(run.deepspeed_json()))
-    console.rule("predicted", align="left")
-    table = Table(show_header=False, box=None)
+    print_heading(console, "predicted")
+    if missing is not None:
+        console.print(
+            "The data are not there or cannot be opened (the error at the end says why): "
+            f"{_ASSUMED_CLASSES} classes are assumed, and how many steps the run takes is not known.",
+            highlight=False,
+        )
+    table = open_table("", "", show_header=False, box=None)
     for row in (*_rows(run, known, costs), *_memory_rows(run, costs), *_disk_rows(run, costs)):
         table.add_row(*map(redacted, row))
     console.print(table, markup=False)

@@ -6,10 +6,10 @@ import timm
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import setformer_dist.models  # noqa: F401  (registers the models)
 from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.terminal import open_table
 from setformer_dist.models import measure
 
 OURS = ("setformer_*", "soft_*")
@@ -30,7 +30,7 @@ def list_models(pattern: str, size: int | None, console: Console) -> None:
     chosen = [name for name in names if name in timm.list_models(pattern or "*")]
     if not chosen:
         raise ConfigError(f"no model is named like {pattern!r}: there are {', '.join(names)}")
-    table = Table("model", "parameters", "image", "multiply-adds")
+    table = open_table("model", "parameters", "image", "multiply-adds")
     for name in track(chosen, "counting", console=console, transient=True):
         side = size or timm.get_pretrained_cfg(name, allow_unregistered=True).input_size[-1]
         with torch.device("meta"):

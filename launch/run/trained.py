@@ -251,6 +251,9 @@ def predict(trained: Trained, images: Iterable[Path], top: int) -> Iterator[Pred
         try:
             pixels = decode_for_eval(read_whole(path, LARGEST_SAMPLE), data_config)
         except OSError as error:
+            if path.is_dir():
+                yield DataError(f"image {path} is a folder: name its images, such as {path}/*.jpg or {path}/*/*.jpg")
+                continue
             yield DataError(f"image {path} cannot be read: {error.strerror}")
             continue
         except DataError as error:

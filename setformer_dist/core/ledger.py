@@ -128,12 +128,14 @@ class Account:
         attempts: times that ranks were started.
         failures: (time, how, step) of each attempt that failed.
         steps_lost: optimizer steps computed again.
+        step: optimizer steps done, as the last event says that names one; 0 where none has.
     """
 
     seconds: dict[str, float]
     attempts: int
     failures: list[tuple[float, str, int]]
     steps_lost: int
+    step: int
 
     @property
     def total(self) -> float:
@@ -280,7 +282,7 @@ def account(events: Iterable[dict[str, Any]], now: float | None = None) -> Accou
     for span in book.spans:
         for kind, value in span.seconds.items():
             book.seconds[kind] += value
-    return Account(book.seconds, book.attempts, book.failures, book.steps_lost)
+    return Account(book.seconds, book.attempts, book.failures, book.steps_lost, book.step)
 
 
 def kinds_by_size(account: Account) -> Sequence[tuple[str, float]]:

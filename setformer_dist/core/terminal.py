@@ -2,17 +2,28 @@
 
 What a run says is a courtesy, and losing the listener must not cost the run. Both streams are wrapped once, at the
 start of a process; whatever prints (progress bars, warnings, tracebacks) goes through the wrapper without knowing.
+
+What a stream is also decides how wide the output is. A terminal has a width: it wraps messages by itself, and the cells
+of tables fold. A pipe or a file has none, and another program may read it: no line is broken there and no cell cut.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
+from rich.console import Console
+from rich.rule import Rule
+from rich.table import Table
+
 log = logging.getLogger(__name__)
+
+_NO_WIDTH = 100_000  # columns of a stream that has none: wider than any row of a table
+_RULE = 80  # columns of a line across, at most
 
 
 class Tolerant:
@@ -61,3 +72,36 @@ def bear_lost_streams() -> None:
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, Tolerant):
             setattr(sys, name, Tolerant(stream))
+
+
+def open_console(stderr: bool = False, quiet: bool = False) -> Console:
+    """Return a console that breaks no message and cuts nothing; all that this project prints by rich goes to one.
+
+    Args:
+        stderr: print there, not on standard output.
+        quiet: print nothing.
+    """
+    console = Console(stderr=stderr, quiet=quiet, soft_wrap=True)
+    stream = sys.stderr if stderr else sys.stdout
+    # Not rich's own is_terminal, which FORCE_COLOR and the like change without giving a pipe a width.
+    if not os.environ.get("COLUMNS", "").isdigit() and not (stream is not None and stream.isatty()):
+        console.width = _NO_WIDTH
+    return console
+
+
+def open_table(*headers: str, **settings: Any) -> Table:
+    """Return a rich table whose cells fold where the terminal is too narrow, instead of being cut.
+
+    Args:
+        headers: one per column.
+        settings: of the table.
+    """
+    table = Table(**settings)
+    for header in headers:
+        table.add_column(header, overflow="fold")
+    return table
+
+
+def print_heading(console: Console, text: str) -> None:
+    """Print a line across the terminal that begins with a text; where there is no width, a short one."""
+    console.print(Rule(text, align="left"), width=min(console.width, _RULE))

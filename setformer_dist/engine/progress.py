@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,6 +18,8 @@ from rich.progress import (
 )
 from rich.table import Column
 from rich.text import Text
+
+from setformer_dist.core.terminal import open_console
 
 LINE_EVERY_S = 15.0
 
@@ -37,7 +38,7 @@ class RunProgress:
     """Steps, loss, images/s and time left; silent on all ranks but 0."""
 
     def __init__(self, total_steps: int, first_step: int, visible: bool) -> None:
-        self._console = Console(stderr=True, quiet=not visible)
+        self._console = open_console(stderr=True, quiet=not visible)
         self._total = total_steps
         self._step = first_step
         self._text = ""
@@ -93,8 +94,8 @@ class RunProgress:
             self._bar.update(self._task, text=self._text)
         elif news or time.monotonic() - self._last_line >= LINE_EVERY_S:
             self._last_line = time.monotonic()
-            self._console.print(f"step {self._step}/{self._total} · {self._text}", highlight=False)
+            self._console.print(f"step {self._step}/{self._total} · {self._text}", highlight=False, markup=False)
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self._console.print(text, highlight=False)
+        self._console.print(text, highlight=False, markup=False)

@@ -97,6 +97,51 @@ def test_deepspeed_files_that_say_the_impossible_are_refused(tmp_path: Path, cha
         deepspeed_files.read(tmp_path)
 
 
+def deepspeed_of(folder: Path, stage: int, extra: int = 0, state: str = "param", groups: int = 1) -> None:
+    """Two ranks' files of one parameter of 5 elements, with `extra` elements more than that in one state."""
+    (folder / "t").mkdir(parents=True)
+    (folder / "latest").write_text("t")
+    model = {
+        "module": {}, "buffer_names": [], "param_shapes": [{"a": torch.Size([5])}],
+        "global_steps": 3, "skipped_steps": 0, "dp_world_size": 2,
+    }  # fmt: skip
+    torch.save(model, folder / "t" / "mp_rank_00_model_states.pt")
+    for rank in range(2):
+        sizes = {
+            name: 3 - (rank if stage == 2 else 0) + (extra if name == state else 0) for name in ("param", "exp_avg")
+        }
+        adam = {"state": {g: {"exp_avg": torch.zeros(sizes["exp_avg"])} for g in range(groups)}}
+        masters = [torch.arange(sizes["param"]).float() for _ in range(groups)]
+        if stage == 3:
+            saved = {"fp32_flat_groups": masters, "optimizer_state_dict": adam}
+        else:
+            saved = {"single_partition_of_fp32_groups": masters, "base_optimizer_state": adam}
+        name = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        torch.save({"optimizer_state_dict": saved}, folder / "t" / name)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("state", ["param", "exp_avg"])
+def test_flat_vectors_of_another_length_than_the_shapes_are_refused(tmp_path: Path, stage: int, state: str) -> None:
+    deepspeed_of(tmp_path / "sound", stage)
+    assert deepspeed_files.read(tmp_path / "sound").states[state]["a"].shape == (5,)
+    for extra in (2, -1, 100):
+        deepspeed_of(tmp_path / str(extra), stage, extra, state)
+        with pytest.raises(CheckpointError, match="not laid out as DeepSpeed"):
+            deepspeed_files.read(tmp_path / str(extra))
+
+
+def test_the_filling_up_to_equal_shares_is_no_length_of_its_own(tmp_path: Path) -> None:
+    deepspeed_of(tmp_path, 2, extra=1, state="exp_avg")  # 7 elements for 5: DeepSpeed cuts 8 for two ranks
+    assert deepspeed_files.read(tmp_path).states["exp_avg"]["a"].shape == (5,)
+
+
+def test_groups_that_no_shape_belongs_to_are_refused(tmp_path: Path) -> None:
+    deepspeed_of(tmp_path, 2, groups=2)
+    with pytest.raises(CheckpointError, match="groups of parameters"):
+        deepspeed_files.read(tmp_path)
+
+
 @pytest.mark.parametrize("tag", ["x" * 900, "../x", "a\0b", "", "\x1b[31m"])
 def test_a_tag_that_is_no_name_of_a_folder_is_refused(tmp_path: Path, tag: str) -> None:
     (tmp_path / "latest").write_text(tag)

@@ -133,9 +133,23 @@ def test_a_run_folder_of_another_config_and_a_checkpoint_of_another_model(digits
     assert setformer(*train_words(digits, tmp_path, ranks=1)).code == 0
     other = setformer(*train_words(digits, tmp_path, "optim.lr=0.1", ranks=1))
     assert_one_sentence(other, 2, "holds a run of another config", "optim.lr is 0.003 there and 0.1 here", "run.name")
+    run, images = str(tmp_path / "demo"), digits / "images" / "val"
+    assert_one_sentence(
+        setformer("predict", run, str(images)), 3, "val is a folder: name its images, such as", "*/*.jpg"
+    )
     (tmp_path / "demo" / "config.json").unlink()
     wider = setformer(*train_words(digits, tmp_path, "model.args.embed_dim=96", ranks=1))
     assert_one_sentence(wider, 4, "of another model", "embed_dim")
+
+
+def test_a_dry_run_without_data_says_so_before_its_figures(tmp_path: Path) -> None:
+    ended = setformer(*train_words(tmp_path / "nowhere", tmp_path), "--dry-run")
+    assert_one_sentence(ended, 3, "nowhere")
+    heading, said, *figures = ended.out[ended.out.index("predicted") :].splitlines()
+    assert "─" in heading
+    assert said.startswith("The data are not there or cannot be opened")
+    assert "1000 classes are assumed" in said
+    assert any(line.strip().startswith("parameters") for line in figures)
 
 
 def test_port_in_use(digits: Path, tmp_path: Path) -> None:

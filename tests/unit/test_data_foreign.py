@@ -13,6 +13,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import braceexpand
 import numpy as np
 import pytest
 import webdataset
@@ -23,7 +24,7 @@ from PIL import Image
 import dataloaders.sources.foreign
 from dataloaders.helpers import helper_context, lean_start
 from dataloaders.source import DamagedSampleError
-from dataloaders.sources.foreign import find_shards, index_shards, open_foreign
+from dataloaders.sources.foreign import _count, find_shards, index_shards, open_foreign
 from dataloaders.sources.index import ARRAYS_NAME, INDEX_NAME, write_index
 from dataloaders.sources.shards import check_same_classes
 from dataloaders.sources.tars import FileReader, StreamReader, members
@@ -405,11 +406,43 @@ def test_patterns(folder):
         ("{0..999999999}.tar", r"stands for more than 1,048,576 shards"),
         ("x{-999999999..0..2}{a,b}.tar", r"stands for more than 1,048,576 shards"),
         ("{0..9}" * 9 + ".tar", r"stands for more than 1,048,576 shards"),
+        ("{a,b}" * 21 + ".tar", r"stands for more than 1,048,576 shards"),
+        ("{" + "9" * 5000 + "..0}.tar", r"stands for more than 1,048,576 shards"),
+        ("{{0..999999}{0..9},a}.tar", r"stands for more than 1,048,576 shards"),
+        ("{" * 3000 + "}" * 3000, r"braces within braces too deep"),
     ],
 )
 def test_patterns_that_name_nothing(folder, pattern, said):
     with pytest.raises(DataError, match=said):
         find_shards(str(folder), pattern, 5)
+
+
+def test_the_names_of_a_pattern_are_counted_before_they_are_made(folder):
+    for pattern in ("{a,b}" * 21, "{a..z}" * 6, "x{{0..1023},b}{0..1023}"):
+        began = time.process_time()
+        with pytest.raises(DataError, match="stands for more than"):
+            find_shards(str(folder), pattern, 5)
+        assert time.process_time() - began < 0.2  # a million names take a second
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "a",
+        "",
+        "{a,b}{0..3}",
+        "{3..0}",
+        "{0..9..4}",
+        "x{a,{1..3}y,}",
+        "{a}{,b}",
+        r"\{a,b\}{1..2}",
+        "{x{0..2}}",
+        "{01..10}",
+        "a,b",
+    ],
+)
+def test_as_many_names_are_counted_as_are_made(pattern):
+    assert _count(pattern) == len(list(braceexpand.braceexpand(pattern)))
 
 
 def test_an_empty_folder(tmp_path):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from dataloaders.config import AugmentConfig, DataConfig
 from dataloaders.packing.finding import open_container
@@ -13,6 +14,8 @@ from dataloaders.packing.inspection import colour, inspect, pictures, spread_eve
 from dataloaders.packing.pack import PackOptions, pack_image_folder
 from dataloaders.packing.throughput import measure
 from dataloaders.sources.shards import open_split
+from launch.data.sheet import describe
+from setformer_dist.core.words import counted
 from setformer_dist.report.sheet import Cell, ClassBar, Sheet, write_html, write_png
 from tests.unit.test_data_foreign import sample, write_tar
 
@@ -56,6 +59,24 @@ def test_figures_are_those_of_the_data(packed):
     assert found.formats == {"JPEG": 5, "PNG": 1}
     assert (found.duplicate_samples, found.duplicates) == (1, [["000000001-1", "000000002-2"]])
     assert (found.damaged, found.shared_keys) == (0, 0)
+
+
+def test_small_images_folders_and_single_things_are_said_as_they_are(tmp_path):
+    for name in ("a/0", "b/1"):
+        (tmp_path / "s" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "s" / f"{name}.png").write_bytes(saved(plain((1, 2, len(name)), (64, 64)), "PNG"))
+    shown = io.StringIO()
+    describe(str(tmp_path / "s"), 10, None, 1, 1, Console(file=shown, width=200))
+    facts = {line.split()[0]: " ".join(line.split()[1:]) for line in shown.getvalue().splitlines()}
+    assert facts["megapixels"] == "all 0.0041"
+    assert facts["samples"] == "2 in 2 folders"
+    assert facts["duplicates"].startswith("1 sample equals an earlier one")
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0 shards"), (1, "1 shard"), (2, "2 shards"), (1200, "1,200 shards")])
+def test_numbers_have_their_nouns(number, text):
+    assert counted(number, "shard") == text
+    assert counted(number, "class", "classes").endswith("class" if number == 1 else "classes")
 
 
 def test_keys_that_several_shards_have_are_counted(tmp_path):

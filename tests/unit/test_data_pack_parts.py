@@ -333,7 +333,7 @@ def test_a_full_destination_keeps_what_is_finished(tmp_path):
             noise = np.random.default_rng(i).integers(0, 256, (80, 80, 3), dtype=np.uint8)
             write(tmp_path / "s" / "a" / f"{i:02d}.png", saved(noise, "PNG"))  # 19 kB each
         options = PackOptions(samples_per_shard=5)
-        with pytest.raises(DataError, match=r"failed, \d finished shards are kept in .*No space left"):
+        with pytest.raises(DataError, match=r"failed, \d finished shards? (is|are) kept in .*No space left"):
             pack_image_folder(tmp_path / "s", small / "out", options)
         subprocess.run(["mount", "-o", "remount,size=4m", small], check=True)
         result = pack_image_folder(tmp_path / "s", small / "out", options)

@@ -74,9 +74,7 @@ def in_tar(folder, path, top=""):
 def test_original_bytes_labels_and_sizes_come_back(folder, tmp_path):
     result = pack_image_folder(folder, tmp_path / "out", PackOptions(samples_per_shard=6))
     assert not result.rejected
-    assert result.notes == [
-        "passed over: 1 files that are no images (1 .txt), 1 hidden or system files and folders (1 ._*)"
-    ]
+    assert result.notes == ["passed over: 1 file that is no image (1 .txt), 1 hidden or system file or folder (1 ._*)"]
     split = open_split(tmp_path / "out")
     assert split.classes == CLASSES
     assert split.num_samples == 20
@@ -446,11 +444,11 @@ def test_cifar10_packs_whole(tmp_path):
 def test_command_line(folder, tmp_path):
     run = CliRunner().invoke(app, ["pack", str(folder), str(tmp_path / "out"), "--workers", "0"])
     assert run.exit_code == 0, run.output
-    assert "packed 20 images of 3 classes into 1 shards" in run.output
+    assert "packed 20 images of 3 classes into 1 shard (" in run.output
     run = CliRunner().invoke(app, ["pack", str(folder), str(tmp_path / "out"), "--workers", "0"])
     assert isinstance(run.exception, DataError)
     run = CliRunner().invoke(app, ["verify", str(tmp_path / "out")])
-    assert "all whole (20 samples decoded, 1 shards compared" in run.output
+    assert "all whole (20 samples decoded, 1 shard compared" in run.output
     help_text = CliRunner().invoke(app, ["pack", "--help"]).output
     assert "setformer data pack" in help_text
     assert "--classes-from" in help_text

@@ -143,6 +143,23 @@ def test_the_storage_of_a_root_and_an_unknown_scheme(folder):
 
 
 @pytest.mark.parametrize(
+    "url", ["http://[::1", "http://host:99999", "http://", f"http://{'a' * 70}.org", "http://a..b"]
+)
+def test_an_address_that_cannot_be_read_is_not_called_a_redirection(url, waits, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    with pytest.raises(UnreadableError, match="is no address that can be read: check its host, and its port"):
+        HttpStorage(url, 1.0, waits.append).facts("s0.tar")
+    assert waits == []
+
+
+def test_a_proxy_that_cannot_be_read_is_named(waits, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://[::1")
+    monkeypatch.setenv("no_proxy", "")
+    with pytest.raises(UnreadableError, match="has a proxy whose address cannot be read: check http_proxy"):
+        HttpStorage("http://host", 1.0, waits.append).facts("s0.tar")
+
+
+@pytest.mark.parametrize(
     ("url", "said"),
     [
         ("ftp://someone:sEcReT@127.0.0.1:1/x", r"ftp://127\.0\.0\.1:1/x.*tries \(.*refused"),

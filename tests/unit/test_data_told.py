@@ -188,7 +188,7 @@ def test_a_class_folder_without_images_is_an_error_unless_allowed(tmp_path, capl
             use(root)
     found = opened(root, allow_empty_classes=True)
     assert found.classes == CAT_DOG
-    assert "1 files that are no images (1 .heic)" in caplog.text
+    assert "1 file that is no image (1 .heic)" in caplog.text
     packed = pack_image_folder(root, tmp_path / "p", PackOptions(allow_empty_classes=True))
     assert packed.index.classes == CAT_DOG
     (root / "bird" / "1.heic").unlink()

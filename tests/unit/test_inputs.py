@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from dataloaders.config import DataConfig, MixtureEntry, ResolutionStage
 from dataloaders.order.mixture import MixtureSource
@@ -26,6 +27,15 @@ def test_a_mixture_whose_set_is_missing_names_it(digits: Path) -> None:
     entries = (MixtureEntry(root=str(digits)), MixtureEntry(root=str(digits / "nowhere")))
     with pytest.raises(DataError, match="nowhere"):
         ImageInputs(DataConfig(mixture=entries)).open_train()
+
+
+@pytest.mark.parametrize(
+    "table",
+    [{"image_size": 10**12}, {"resolutions": ({"step": 0, "image_size": 65_537},)}, {"bucket_multiple": 10**9}],
+)
+def test_sizes_that_no_tensor_could_hold_are_refused_on_the_page(table) -> None:
+    with pytest.raises(ValidationError, match="less than or equal to 65536"):
+        DataConfig.model_validate({"root": "d", **table})
 
 
 def test_models_take_every_size_that_training_shows() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launch.history.show import list_runs
+from launch.history.show import list_runs, show_run
 from launch.ranks.restarts import Again, Failure, GiveUp, RestartConfig, verdict
 from launch.run.config import load_run
 from setformer_dist.core import ledger
@@ -229,6 +230,35 @@ def test_a_damaged_run_does_not_hide_the_others_in_the_list(tmp_path):
     lines = {line.split()[0]: line for line in shown.get().splitlines()[1:]}
     assert "is damaged" in lines[str(tmp_path / "bad")]
     assert "unknown" in lines[str(tmp_path / "good")]
+
+
+def test_the_step_shown_is_the_one_that_the_run_is_at(tmp_path, capsys):
+    """Not every step is logged: of 276 that are done and saved, 275 is the last in metrics.jsonl."""
+    (tmp_path / "config.json").write_text("{}")
+    rows = ({"kind": "train", "step": step, "loss": 0.5} for step in (250, 275))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def shown():
+        console = Console(width=300)
+        with console.capture() as out:
+            list_runs(tmp_path, console)
+            show_run(tmp_path, console)
+        show_run(tmp_path, console, as_json=True)
+        listed, said = out.get().splitlines()[1:3]
+        return listed, said, json.loads(capsys.readouterr().out)["step"]
+
+    assert shown()[2] == 275  # a run of before there were ledgers
+    ledger.record(tmp_path, "attempt", number=1, ranks=2)
+    ledger.record(tmp_path, "began", step=0)
+    ledger.record(tmp_path, "spent", step=276, seconds={})
+    ledger.record(tmp_path, "ended", why="stopped", final=True)
+    listed, said, step = shown()
+    assert " 276 " in listed
+    assert said.endswith(": stopped, step 276")
+    assert step == 276
+    ledger.record(tmp_path, "attempt", number=1, ranks=2)
+    ledger.record(tmp_path, "began", step=260)  # the newest checkpoint did not verify
+    assert shown()[2] == 260
 
 
 def test_a_beat_is_seen_from_outside_also_after_a_kill():

@@ -1,0 +1,96 @@
+"""What is printed comes whole: on a terminal of any width, and where there is no terminal."""
+
+from __future__ import annotations
+
+import ast
+import io
+import sys
+from pathlib import Path
+
+import pytest
+
+from setformer_dist.core.terminal import open_console, open_table, print_heading
+from setformer_dist.engine.progress import RunProgress
+
+ROOT = Path(__file__).parent.parent.parent
+MESSAGE = " ".join(f"word{number}" for number in range(60))
+CELLS = ("2026-11-28T05:47:13.123456+00:00", "top1 0.1234 loss 0.2362", "/a/long/path/" + "x" * 120, "complete")
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(params=["stdout", "stderr"])
+def stream(request, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    return request.param
+
+
+def print_all(monkeypatch, stream: str, file: io.StringIO) -> list[str]:
+    monkeypatch.setattr(sys, stream, file)
+    console = open_console(stderr=stream == "stderr")
+    table = open_table("written", "metrics", "path", "state")
+    table.add_row(*CELLS)
+    console.print(MESSAGE)
+    console.print(table)
+    print_heading(console, "heading")
+    return file.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("force_color", [False, True])
+def test_a_pipe_gets_whole_lines_and_whole_cells(stream, force_color, monkeypatch):
+    if force_color:  # rich takes such a pipe for a terminal
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("NO_COLOR", "1")
+    lines = print_all(monkeypatch, stream, io.StringIO())
+    plain = [line.replace("\x1b[0m", "").replace("\x1b[1m", "") for line in lines]
+    assert plain[0] == MESSAGE
+    assert sum(all(cell in line for cell in CELLS) for line in plain) == 1
+    assert all(len(line) < 500 for line in plain)  # and none is filled up to the width
+
+
+@pytest.mark.parametrize("columns", [30, 40, 80])
+def test_a_narrow_terminal_folds_cells_and_cuts_none(stream, columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    message, *lines = (
+        line.replace("\x1b[0m", "").replace("\x1b[1m", "") for line in print_all(monkeypatch, stream, Terminal())
+    )
+    assert message == MESSAGE  # the terminal wraps it, so that it can be copied in one piece
+    assert all(len(line) <= columns for line in lines)
+    rows = [line.strip("│").split("│") for line in lines if line.startswith("│")]
+    for number, cell in enumerate(CELLS):
+        shown = "".join(row[number] for row in rows).replace(" ", "")
+        assert shown == cell.replace(" ", "")
+
+
+def test_columns_hold_for_a_pipe_too(stream, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    assert all(len(line) <= 60 for line in print_all(monkeypatch, stream, io.StringIO())[1:])
+
+
+def test_what_rank_0_says_is_one_line_of_a_log(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with RunProgress(10, 0, visible=True) as progress:
+        progress.say(f"{MESSAGE} [of runs/a[1]]")
+        progress.figures(0.5, 1000.0, 12, 1.0, 1e-3)
+    said, figures = sys.stderr.getvalue().splitlines()
+    assert said == f"{MESSAGE} [of runs/a[1]]"
+    assert figures.endswith("12 damaged samples replaced (see the log)")
+
+
+def test_consoles_and_tables_are_opened_in_one_place():
+    here = {"setformer_dist/core/terminal.py", "launch/cli/main.py"}
+    for folder in ("launch", "setformer_dist", "dataloaders", "checkpoints"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if str(path.relative_to(ROOT)) in here:
+                continue
+            calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+            names = {node.func.id for node in calls if isinstance(node.func, ast.Name)}
+            assert not names & {"Console", "Table"}, f"{path}: use open_console and open_table"
