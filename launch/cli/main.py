@@ -7,6 +7,7 @@ of launch/cli are the only ones that import inside functions.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import io
 import logging
@@ -14,13 +15,13 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.control import Control
 from rich.logging import RichHandler
 from rich.segment import ControlType
+from rich.text import Text
 
 from launch.cli import ckpt as cli_ckpt
 from launch.cli import data as cli_data
@@ -35,6 +36,7 @@ from launch.shown import plain, plain_lines
 from setformer_dist.core.errors import ConfigError, DataError, LaunchError, RankFailedError, SetformerError
 from setformer_dist.core.metric import headline, weights_named
 from setformer_dist.core.secrets import redact_tracebacks, redacted
+from setformer_dist.core.terminal import open_console
 
 app = typer.Typer(
     name="setformer",
@@ -111,7 +113,7 @@ def train(
     if dry_run:
         from launch.run import dry_run as predicted
 
-        predicted.dry_run(run, Console())
+        predicted.dry_run(run, open_console())
         return
     check_folder(run)
     folder, policy = run.config.folder, run.config.restart
@@ -119,7 +121,7 @@ def train(
         policy = policy.model_copy(update={"limit": restarts})
     existed = folder.exists()
     try:
-        say = Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print
+        say = functools.partial(open_console(stderr=True).print, highlight=False, markup=False)
         if sys.stderr.isatty():
             say(f"starting {ranks} rank{'s' if ranks > 1 else ''} …")
         code = run_supervised([str(page), *chosen], ranks, folder, policy, port=port, grace_s=grace, say=say)
@@ -246,7 +248,7 @@ def models(
     """
     from launch.run import models
 
-    models.list_models(pattern, size, Console())
+    models.list_models(pattern, size, open_console())
 
 
 @app.command()
@@ -262,7 +264,7 @@ def demo(
     """
     from launch.examples import demo
 
-    code = demo.run_demo(ranks, data, Console())
+    code = demo.run_demo(ranks, data, open_console())
     if code:
         raise typer.Exit(code)
 
@@ -289,11 +291,16 @@ def drill(
     """
     from launch.drill import drill
 
-    drill.run_drill(out, faults, seed, ranks, epochs, Console(), json_file)
+    drill.run_drill(out, faults, seed, ranks, epochs, open_console(), json_file)
 
 
 class AboveBar(RichHandler):
     """Prints where rank 0's progress bar is, which is drawn again below: one write, so that none comes in between."""
+
+    def render(self, *, record: logging.LogRecord, traceback: Any, message_renderable: Any) -> Any:
+        """Return level and message as one text: rich's own table would break it, or fill it up to the width."""
+        assert isinstance(message_renderable, Text)
+        return Text.assemble(self.get_level_text(record), " ", message_renderable)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a record."""
@@ -313,7 +320,7 @@ def main() -> None:
     logging.basicConfig(
         level=logging.WARNING,
         format="%(message)s",
-        handlers=[AboveBar(console=Console(stderr=True), show_time=False, show_path=False)],
+        handlers=[AboveBar(console=open_console(stderr=True), show_time=False, show_path=False)],
     )
     try:
         sys.exit(app(standalone_mode=False))
