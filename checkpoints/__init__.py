@@ -2,4 +2,15 @@
 
 `manager.CheckpointManager` is all that the engine sees; `reader.open_checkpoint` serves everyone else. How a save
 becomes a checkpoint, step by step, is the docstring of `commit`.
+
+    config.py            when a checkpoint is due, how it is written, and which ones stay
+    deepspeed_files.py   deepSpeed's own checkpoints: read, and written for its tools
+    digest.py            digests of files: which algorithm, and how bytes on disk are held against what was written
+    errors.py            damage, which another checkpoint can make good, and storage that fails
+    identity.py          what a checkpoint belongs to: enough to refuse another model and to say what differs
+    layout.py            names of everything a run keeps under its `checkpoints` folder, and nothing else
+    manifest.py          what a checkpoint consists of, with sizes and digests, protected by a hash of its own
+    policy.py            which checkpoints stay: a pure function, tested without a disk
+    rankfile.py          fragments in the safetensors format, written and read by our own few lines
+    strictjson.py        `core.strictjson` for checkpoints: what it refuses is damage
 """

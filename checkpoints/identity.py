@@ -21,7 +21,7 @@ class Identity(FrozenConfig):
         model: registered name of the model.
         model_args: the model's arguments, as JSON text with sorted keys.
         parameters: `digest_shapes` of all parameters.
-        config_hash: `digest_json` of the resolved config.
+        config_hash: sha256 of the keys of the config that a continuation must share; for information.
         stage: ZeRO stage; for information, since any stage reads what any other wrote.
         world_size: ranks that wrote; for information likewise.
         classes: `digest_json` of the class names in order, "" where there are none.

@@ -1,1 +1,5 @@
-"""FFCV's own loader as a second engine."""
+"""FFCV's own loader as a second engine.
+
+check.py      whether FFCV can be used here
+pipeline.py   FFCV's loader driven by our order: which samples, which crops, which are damaged
+"""

@@ -5,4 +5,8 @@
     text, retrieval                read from the public files of IMDB and AAN
 
 Everything ends as `dataloaders.tokens.TokenSplit`: a folder per split that the ordinary streams read.
+
+    generating.py   generated tasks, each candidate a function of (seed, number) alone
+    readers.py      samples from public files: CIFAR-10 as an ImageFolder, IMDB as aclImdb or TSV, AAN as TSV pairs
+    stats.py        statistics of a prepared task, beside those that are published for ListOps
 """

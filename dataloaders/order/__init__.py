@@ -1,1 +1,7 @@
-"""Which sample is where: permutations, plans, mixtures, resolutions. Pure functions."""
+"""Which sample is where: permutations, plans, mixtures, resolutions. Pure functions.
+
+mixture.py       several data sets with shares: which set a position belongs to, and which sample
+order.py         which sample is where: a pure function of (samples, seed, epoch, step)
+permutation.py   a keyed permutation without a table: the same cost at any size
+resolution.py    the size of training images: a pure function of the optimizer step and of the shape of its batch
+"""

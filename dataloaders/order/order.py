@@ -15,7 +15,7 @@ of any epoch is computed when it is asked for (`order.permutation`), so a resump
     SetPlan, wrap = True     places go on from epoch to epoch: step k is places k B .. (k + 1) B - 1 of all orders
                              joined, and an epoch counts as s = ceil(N / B) steps, so that after the steps of e
                              epochs each sample was seen at least e times
-    MixturePlan, BucketPlan  several sets with shares; batches of one shape (`dataloaders.order.mixture`, `.buckets`)
+    MixturePlan, BucketPlan  several sets with shares; batches of one shape (`dataloaders.order.mixture`, `.plans`)
 """
 
 from __future__ import annotations

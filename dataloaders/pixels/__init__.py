@@ -1,1 +1,10 @@
-"""From bytes to augmented pixels, keyed by (seed, epoch, sample)."""
+"""From bytes to augmented pixels, keyed by (seed, epoch, sample).
+
+augment.py      changes of colours and content after crop and flip, by torchvision's kernels
+decode.py       from image bytes to pixels, strictly: what is damaged is refused, never shown half
+draws.py        randomness as a function of (seed, epoch, sample, purpose), for many at once
+formats.py      the image formats that are read: one list for everything
+mixing.py       mixup and CutMix: who mixes with whom
+transforms.py   from a stored sample to what a model is shown of it, for training and for evaluation
+view.py         what part of a stored image is seen, and where: one value that image, mask and boxes all follow
+"""

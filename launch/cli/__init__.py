@@ -1,1 +1,10 @@
-"""The words typed: Typer alone."""
+"""The words typed: Typer alone.
+
+ckpt.py      `setformer ckpt`: looking at checkpoints, checking them, taking them elsewhere, making room
+data.py      `setformer data`: making, checking and looking at the data that training reads
+lra.py       `setformer lra`: Long Range Arena, from the data to the table
+main.py      `setformer`: one command for packing, training, evaluation and looking at what came out
+options.py   arguments and options that several commands have
+runs.py      `setformer runs`: looking at runs
+usage.py     what is said of words that no command takes
+"""

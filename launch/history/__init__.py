@@ -1,1 +1,4 @@
-"""What runs there are, and where their time went."""
+"""What runs there are, and where their time went.
+
+show.py   `setformer runs`: what runs there are, how far they came, and where their time went
+"""

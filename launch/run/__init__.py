@@ -1,1 +1,14 @@
-"""One run: its config, its parts, what begins, continues and ends it, and its trained weights."""
+"""One run: its config, its parts, what begins, continues and ends it, and its trained weights.
+
+compose.py           the composition root: every part of a run is built here
+config.py            one page -> RunConfig -> ResolvedRun for a number of ranks
+dry_run.py           what a run would be and cost, checked as far as a run checks before its first step
+imported.py          how a run goes on from a checkpoint that `setformer ckpt import` has put into its folder
+initial_weights.py   weights that a new run begins with: model.weights, model.skip
+inputs.py            what a run reads, behind one interface: images, or token sequences
+models.py            every architecture that this package registers with timm, with its size and cost
+outcome.py           what rank 0 leaves behind when training ends: summary.json and report.html in the run's folder
+own_code.py          a user's own modules: run.imports, --import
+timm_weights.py      weights in timm's layout for a model of another size or another number of classes
+trained.py           a trained checkpoint used by one process: eval, predict, the report's pictures
+"""

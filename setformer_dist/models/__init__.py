@@ -1,4 +1,15 @@
-"""Architectures, one file each, registered with timm: `import setformer_dist.models`, then `timm.create_model`."""
+"""Architectures, one file each, registered with timm: `import setformer_dist.models`, then `timm.create_model`.
+
+arguments.py   which arguments of a model a config may set: those of its own constructor
+attention.py   the attention modules, one interface for images and sequences
+build.py       a model from the `[model]` table: any name that timm knows, ours included
+cost.py        parameters and multiply-adds of a SeTformer as closed formulas of its config, without building it
+layers.py      what our image models share: keyed stochastic depth, small layers, and timm's method set over stages
+measure.py     counted costs: multiply-adds and memory of any model, without computing it
+sequence.py    an encoder of token sequences, with any attention
+setformer.py   a hierarchical vision transformer whose attention is optimal transport to a small reference set
+soft.py        SOFT and SOFT++: vision transformers with a Gaussian kernel through 49 landmarks in place of softmax
+"""
 
 from setformer_dist.models.sequence import SequenceConfig, SequenceEncoder
 from setformer_dist.models.setformer import SeTformer, SetformerConfig

@@ -4,7 +4,7 @@
     output = S (G^T x):  G gathers the tokens into m references, S scatters them back to n tokens
 
 With one reference set and no filter, S G^T = n m T T^T: non-negative, symmetric, rows summing to 1, and of rank m.
-The n x n matrix is never formed; the cost is linear in n. Equations: Shajari et al., "SeTformer is what you need
+The n x n matrix is never formed; the cost is linear in n. Equations: Shamsolmoali et al., "SeTformer is what you need
 for vision and language" (AAAI 2024); plan and kernel: Mialon et al. (ICLR 2021). How the m references return to n
 tokens is not in the paper; docs/ablation.md says what was tried.
 

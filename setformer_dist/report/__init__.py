@@ -1,1 +1,7 @@
-"""A page about a run that opens anywhere: one HTML file with no network, no script and nothing beside it."""
+"""A page about a run that opens anywhere: one HTML file with no network, no script and nothing beside it.
+
+figures.py   the curves of a report as inline SVG that follows the page's colours
+html.py      writes the report: reads a run folder, draws its curves, fills the template
+rows.py      reading what a run left: metrics.jsonl, config.json, summary.json
+sheet.py     a data set's page: figures, classes and pictures, as HTML or PNG
+"""
