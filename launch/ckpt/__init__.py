@@ -3,5 +3,8 @@
 convert.py    `setformer ckpt convert`: weights in a pickle of torch (.pth, .pt, .bin) as a .safetensors file
 export.py     `setformer ckpt export`: a folder that plain timm loads, preprocessing included
 listing.py    `setformer ckpt ls` and `show`: the checkpoints of a run as a table, and one of them in full
-transfer.py   what `setformer ckpt verify | diff | export | import | prune` do
+diff.py       `setformer ckpt diff`: in which parameters, metrics and config keys two checkpoints differ
+prune.py      `setformer ckpt prune`: checkpoints that retention lets go are deleted
+transfer.py   `setformer ckpt export --deepspeed` and `import`: to and from DeepSpeed's own form
+verify.py     `setformer ckpt verify`: every byte of checkpoints read
 """

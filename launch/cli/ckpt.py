@@ -64,9 +64,9 @@ def verify(checkpoint: CheckpointPath, as_json: AsJson = False) -> None:
 
         setformer ckpt verify runs/demo/checkpoints/step-00000440 --json
     """
-    from launch.ckpt import transfer
+    from launch.ckpt import verify as verify_command
 
-    if transfer.verify(checkpoint, open_console(), as_json):
+    if verify_command.verify(checkpoint, open_console(), as_json):
         raise typer.Exit(_DAMAGED)
 
 
@@ -85,9 +85,9 @@ def diff(
 
         setformer ckpt diff runs/one runs/two --state ema --json
     """
-    from launch.ckpt import transfer
+    from launch.ckpt import diff as diff_command
 
-    transfer.diff(first, second, state, open_console(), as_json)
+    diff_command.diff(first, second, state, open_console(), as_json)
 
 
 @app.command("export")
@@ -191,6 +191,6 @@ def prune(
     """
     asked = {"keep_last": keep_last, "keep_every": keep_every, "keep_best": keep_best}
     changes = {key: value for key, value in asked.items() if value is not None}
-    from launch.ckpt import transfer
+    from launch.ckpt import prune as prune_command
 
-    transfer.prune(folder, changes, dry_run, open_console())
+    prune_command.prune(folder, changes, dry_run, open_console())

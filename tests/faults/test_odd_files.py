@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from launch.ckpt.transfer import _retention_of
+from launch.ckpt.prune import _retention_of
 from launch.history.show import list_runs, report, show_run
 from launch.ranks.lock import held, supervising
 from launch.run.config import RunConfig, check_folder, continued, load_run, resolve

@@ -1,0 +1,67 @@
+"""`setformer ckpt prune`: checkpoints that retention lets go are deleted."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from checkpoints import layout
+from checkpoints.commit import delete_checkpoint
+from checkpoints.config import CheckpointConfig
+from checkpoints.policy import steps_to_delete
+from checkpoints.reader import (
+    candidates,
+    checkpoints_folder,
+    list_checkpoints,
+    open_checkpoint,
+)
+from setformer_dist.core import config as base
+from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.files import read_state
+
+
+def prune(path: Path, changes: dict[str, int], dry_run: bool, console: Console) -> None:
+    """Delete what retention lets go, now.
+
+    The newest checkpoint that verifies, all its bytes read, stays in any case, and so does what is newer than it.
+
+    Args:
+        path: a run's folder or its checkpoints folder.
+        changes: to the run's own keep_last, keep_every and keep_best.
+        dry_run: only say what would go.
+        console: where to.
+
+    Raises:
+        CheckpointError: there is none that verifies, and nothing is deleted.
+    """
+    root = checkpoints_folder(path)
+    config = base.build(CheckpointConfig, {**_retention_of(root.parent), **changes}, str(path))
+    anchor = open_checkpoint(root)
+    entries = list_checkpoints(root)
+    going = steps_to_delete(candidates(entries), anchor.step, config)
+    for step in going:
+        folder = layout.step_folder(root, step)
+        if not dry_run:
+            delete_checkpoint(folder)
+        console.print(f"{'would delete' if dry_run else 'deleted'} {folder}", highlight=False, markup=False)
+    console.print(
+        f"{len(entries) - len(going)} stay, the newest that verifies is step {anchor.step}",
+        highlight=False,
+        markup=False,
+    )
+
+
+def _retention_of(run_folder: Path) -> dict[str, Any]:
+    path = run_folder / "config.json"
+    if not os.path.lexists(path):
+        return {}
+    try:
+        table = read_state(path)[0].get("checkpoint")
+        if not isinstance(table, dict):
+            raise ValueError("has no table [checkpoint]")
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{path} is damaged ({error}): name --keep-last and the folder of checkpoints") from None
+    return table

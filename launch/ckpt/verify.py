@@ -1,0 +1,74 @@
+"""`setformer ckpt verify`: every byte of checkpoints read, and what is wrong said."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from checkpoints import layout
+from checkpoints.manifest import read_manifest
+from checkpoints.reader import (
+    checkpoints_folder,
+    verified,
+)
+from setformer_dist.core.errors import CheckpointError
+from setformer_dist.core.terminal import open_console
+
+
+def verify(path: Path, console: Console, as_json: bool = False) -> int:
+    """Read every byte of one checkpoint, or of all of a run; print what is wrong; return how many do not verify.
+
+    Raises:
+        CheckpointError: there is no checkpoint there.
+    """
+    single = layout.step_of(path) is not None or (path / layout.MANIFEST).exists()
+    folders = [path] if single else layout.step_folders(checkpoints_folder(path))
+    if not folders:
+        raise CheckpointError(f"{path} holds no checkpoints: name a run's folder, such as runs/demo")
+    answers: list[dict[str, Any]] = []
+    total = sum(_bytes_of(folder) for folder in folders)
+    began = time.perf_counter()
+    with _progress(console, "verify", total, as_json) as advance:
+        for folder in folders:
+            try:
+                verified(folder, workers=len(os.sched_getaffinity(0)), advance=advance)
+                answers.append({"path": str(folder), "fault": None})
+            except CheckpointError as error:
+                answers.append({"path": str(folder), "fault": str(error)})
+    seconds = time.perf_counter() - began
+    if as_json:
+        print(json.dumps({"checkpoints": answers, "bytes": total, "seconds": seconds}, indent=2))
+    else:
+        for answer in answers:
+            console.print(f"{answer['path']}: {answer['fault'] or 'verifies'}", highlight=False, markup=False)
+        console.print(
+            f"{total / 2**20:.1f} MiB in {seconds:.2f} s, {total / seconds / 1e9:.2f} GB/s",
+            highlight=False,
+            markup=False,
+        )
+    return sum(answer["fault"] is not None for answer in answers)
+
+
+def _bytes_of(folder: Path) -> int:
+    try:
+        return read_manifest(folder).size
+    except CheckpointError:
+        return 0
+
+
+@contextmanager
+def _progress(console: Console, what: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(
+        *columns, console=open_console(stderr=True, quiet=quiet or console.quiet), transient=True
+    ) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda count: progress.advance(task, count)
