@@ -517,7 +517,8 @@ def check_rejects(rejected: list[tuple[str, str]], options: PackOptions, total: 
         DataError: naming them, or none is left.
     """
     if rejected and not options.skip_bad:
-        lines = "".join(f"\n  {name}: {reason}" for name, reason in rejected[:_NAMED_REJECTS])
+        named = [f"{name}: {reason}".replace("\n", "\\n") for name, reason in rejected[:_NAMED_REJECTS]]
+        lines = "".join(f"\n  {line}" for line in named)
         more = f"\n  and {len(rejected) - _NAMED_REJECTS} more" if len(rejected) > _NAMED_REJECTS else ""
         raise DataError(
             f"{len(rejected)} of {total} images cannot be packed: restore them, or leave them out with --skip-bad "

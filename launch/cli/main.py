@@ -28,7 +28,7 @@ from launch.cli import data as cli_data
 from launch.cli import lra as cli_lra
 from launch.cli import runs as cli_runs
 from launch.cli.options import CheckpointPath, ImportOption, WeightsOption
-from launch.cli.usage import UsageError, usage_fault
+from launch.cli.usage import UsageError, check_homes, usage_fault
 from launch.ranks.supervise import run_supervised
 from launch.run.config import RunConfig, check_folder, continued, load_run, resolve
 from launch.run.own_code import bring
@@ -323,6 +323,7 @@ def main() -> None:
         handlers=[AboveBar(console=open_console(stderr=True), show_time=False, show_path=False)],
     )
     try:
+        check_homes(sys.argv[1:])
         sys.exit(app(standalone_mode=False))
     except SetformerError as error:
         if str(error):  # empty where a rank has told the user already

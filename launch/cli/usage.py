@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import pydantic
 import typer
 
-from setformer_dist.core.config import all_keys, meaning
+from setformer_dist.core.config import HOME_NOT_EXPANDED, all_keys, first_key, meaning
+from setformer_dist.core.errors import ConfigError
 
 # The class of the command-line library that typer brings along.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -31,6 +34,17 @@ _COMMANDS = {
 }
 
 
+def check_homes(words: Iterable[str]) -> None:
+    """Refuse --option=~/path, which shells do not expand: a folder named ~ would be made.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    for word in words:
+        if re.fullmatch(r"--[\w-]+=~(/.*)?", word, re.DOTALL):
+            raise ConfigError(f"{word}: {HOME_NOT_EXPANDED}")
+
+
 def usage_fault(error: Any, config: type[pydantic.BaseModel]) -> str:
     """Return what to print for an error of the command line: the help where nothing was typed, else one line.
 
@@ -46,18 +60,15 @@ def usage_fault(error: Any, config: type[pydantic.BaseModel]) -> str:
     option = getattr(error, "option_name", None)
     if option is not None and path.endswith(" train"):
         said = f"no such option {option}{_as_key(option, config)}"
-    words = getattr(context, "protected_args", None) or getattr(context, "args", None) or []
-    command = said.rsplit("'", 2)[1] if said.startswith("No such command '") else (words[0] if words else "")
-    if said.startswith("No such command") and command in _COMMANDS:
-        said += f": did you mean {_COMMANDS[command]}?"
+    unknown = re.match(r"No such command '([^']*)'", said)
+    if unknown is not None and unknown[1] in _COMMANDS and context.parent is None:  # "runs list" is near enough to ls
+        said = f"{unknown[0]}: did you mean {_COMMANDS[unknown[1]]}?"
     return f"error: {said} ({path} --help says what it takes)"
 
 
 def _as_key(option: str, config: type[pydantic.BaseModel]) -> str:
     name = option.lstrip("-").replace("-", "_")
-    keys = all_keys(config)
-    found = [key for key in keys if key == name or key.rsplit(".", 1)[-1] == name]
-    meant = found[0] if name in found or len(found) == 1 else meaning(config, name)
+    meant = name if name in all_keys(config) else first_key(config, name) or meaning(config, name)
     if meant is None:
         return "; keys of the page are given as key=value, such as optim.lr=1e-3"
-    return f": keys of the page are given as key=value, so {meant}=..." if meant in keys else f": {meant}"
+    return f": {meant}" if " " in meant else f": keys of the page are given as key=value, so {meant}=..."

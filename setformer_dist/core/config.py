@@ -18,6 +18,11 @@ import pydantic
 
 from setformer_dist.core.errors import ConfigError
 
+_SHORT = 200  # characters of a value that a message repeats whole
+
+# After the text of a path, by whoever refuses it.
+HOME_NOT_EXPANDED = "~ is not expanded here: write the whole path, or $HOME on a command line (./~ is a folder named ~)"
+
 
 class FrozenConfig(pydantic.BaseModel):
     """Frozen; unknown keys are errors; no silent conversion (a string is never read as a number); finite numbers.
@@ -86,11 +91,13 @@ def parse_override(text: str) -> dict[str, Any]:
         ConfigError: there is no `=` or no key.
     """
     if text.startswith("+"):
-        raise ConfigError(f"override {text!r}: leave the + out, any key can be set: {text.lstrip('+')}")
+        raise ConfigError(
+            f"override {_short(text)}: leave the + out, any key can be set: {_shortened(text.lstrip('+'))}"
+        )
     key, sign, value_text = text.partition("=")
     parts = key.strip().split(".")
     if not sign or not all(parts):
-        raise ConfigError(f"override {text!r} is not of the form table.key=value, such as optim.lr=1e-3")
+        raise ConfigError(f"override {_short(text)} is not of the form table.key=value, such as optim.lr=1e-3")
     try:
         value: Any = tomllib.loads(f"value = {value_text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -112,7 +119,9 @@ def apply_override(table: Mapping[str, Any], text: str) -> dict[str, Any]:
     key, _, rest = text[1:].partition(".")
     inner = table.get(key)
     if key not in table or (rest and not isinstance(inner, Mapping)):
-        raise ConfigError(f"override {text!r}: the page says nothing of {key!r}, so there is nothing to take away")
+        raise ConfigError(
+            f"override {_short(text)}: the page says nothing of {_short(key)}, so there is nothing to take away"
+        )
     if rest:
         assert isinstance(inner, Mapping)
         return {**table, key: apply_override(inner, f"~{rest}")}
@@ -143,7 +152,7 @@ def _impossible(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
         elif isinstance(value, int) and not -(2**63) <= value < 2**63:
             yield f"{prefix}{key}: an integer of a page has at most 64 bits, as TOML says"
         elif isinstance(value, str) and any(unicodedata.category(c) in ("Cc", "Cs") for c in value):
-            yield f"{prefix}{key} = {value!r}: text of a page has no control characters"
+            yield f"{prefix}{key} = {_short(value)}: text of a page has no control characters"
 
 
 def load(model: type[ConfigT], path: Path, overrides: Iterable[str] = ()) -> ConfigT:
@@ -151,7 +160,20 @@ def load(model: type[ConfigT], path: Path, overrides: Iterable[str] = ()) -> Con
     table = read_toml(path)
     for text in overrides:
         table = apply_override(table, text)
+    if (fault := next(_homes(table), None)) is not None:
+        raise ConfigError(f"{path}: {fault}")
     return build(model, table, str(path))
+
+
+def _homes(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield paths that begin with a ~, which no shell has expanded: a run is a function of what its config says."""
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _homes(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            yield from _homes({str(place): inner for place, inner in enumerate(value)}, f"{prefix}{key}.")
+        elif isinstance(value, str) and value.split("/")[0] == "~":
+            yield f"{prefix}{key} = {_short(value)}: {HOME_NOT_EXPANDED}"
 
 
 def readable(error: pydantic.ValidationError, model: type[pydantic.BaseModel] | None = None) -> str:
@@ -163,11 +185,10 @@ def _explain(model: type[pydantic.BaseModel], fault: Any) -> str:
     keys, siblings = _place(model, fault["loc"])
     place = ".".join(keys)
     if fault["type"] == "extra_forbidden":
-        if isinstance(fault["input"], dict) and fault["input"] and len(keys) == 1:  # a table of another program
-            inner = next(iter(fault["input"]))
-            if (meant := meaning(model, str(inner))) is not None:
-                return f"unknown table {place!r} with {inner!r}: {_suggested(meant)}"
-        return f"unknown key {place!r}{_nearest(model, keys, siblings)}"
+        inner = _innermost(fault["input"]) if isinstance(fault["input"], dict) else None
+        if inner is not None and (meant := meaning(model, inner)) is not None:  # a table of another program
+            return f"unknown table {_short(place)} with {_short(inner)}: {_suggested(meant)}"
+        return f"unknown key {_short(place)}{_nearest(model, keys, siblings)}"
     if fault["type"] == "missing":
         return f"key {place!r} is missing"
     message = fault["msg"].removeprefix("Value error, ")
@@ -176,8 +197,10 @@ def _explain(model: type[pydantic.BaseModel], fault: Any) -> str:
     if fault["type"] == "value_error":
         return f"{place}: {message}"
     if fault["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        first = next((key for key in all_keys(model) if key.startswith(f"{place}.")), f"{place}.key")
-        return f"{place} is a table of keys, not {_short(fault['input'])}: name a key of it, such as {first}"
+        value = fault["input"]
+        first = first_key(model, place) or f"{place}.key"
+        written = f"={value}" if isinstance(value, str) and len(value) <= _SHORT else ""
+        return f"{place} is a table of keys, not {_short(value)}: name a key of it, such as {first}{written}"
     if isinstance(fault["input"], dict):
         return f"{place}: {message[0].lower()}{message[1:]}"
     return f"{place} = {_short(fault['input'])}: {message[0].lower()}{message[1:]}"
@@ -185,14 +208,41 @@ def _explain(model: type[pydantic.BaseModel], fault: Any) -> str:
 
 def _short(value: object) -> str:
     """Return a value as it is written, without the middle of a long one."""
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:120]} … {text[-40:]} ({len(text)} characters)"
+    return _shortened(repr(value))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHORT else f"{text[:120]} … {text[-40:]} ({len(text)} characters)"
+
+
+def _innermost(table: Mapping[str, Any]) -> str | None:
+    """Return the first key of a table, or of the tables in it, that is no table; None if there is none."""
+    for key, value in table.items():
+        inner = _innermost(value) if isinstance(value, Mapping) else str(key)
+        if inner is not None:
+            return inner
+    return None
+
+
+def _of_others(model: type[pydantic.BaseModel], key: str) -> str | None:
+    known: Mapping[str, str] = getattr(model, "SYNONYMS", {})
+    return known.get(key.lower())
 
 
 def meaning(model: type[pydantic.BaseModel], key: str) -> str | None:
-    """Return what another program's key means here, a dotted key or a sentence; None if that is not known."""
-    known: Mapping[str, str] = getattr(model, "SYNONYMS", {})
-    return known.get(key.lower())
+    """Return what a key without its table means, a dotted key or a sentence; None if that is not known.
+
+    It may be another program's, or one of ours that just one table has.
+    """
+    if (meant := _of_others(model, key)) is not None:
+        return meant
+    ours = [path for path in all_keys(model) if path.rsplit(".", 1)[-1] == key]
+    return ours[0] if len(ours) == 1 else None
+
+
+def first_key(model: type[pydantic.BaseModel], table: str) -> str | None:
+    """Return the first dotted key of a table; None if there is no such table, or any key may be in it."""
+    return next((key for key in all_keys(model) if key.startswith(f"{table}.")), None)
 
 
 def _suggested(meant: str) -> str:
@@ -200,12 +250,13 @@ def _suggested(meant: str) -> str:
 
 
 def _nearest(model: type[pydantic.BaseModel], keys: list[str], siblings: list[str]) -> str:
-    """Suggest a known key: first among the siblings, then anywhere in the config."""
+    """Suggest a known key: what it means elsewhere, else one like it among the siblings, then anywhere."""
     key = keys[-1]
-    meant = meaning(model, key)
+    misspelt = difflib.get_close_matches(key, siblings, n=1, cutoff=0.8)
+    meant = _of_others(model, key) if misspelt else meaning(model, key)
     if meant is not None:
         return f": {_suggested(meant)}"
-    close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)
+    close = misspelt or difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
     if close:
         return f": did you mean {'.'.join([*keys[:-1], close[0]])}?"
     elsewhere = {path.rsplit(".", 1)[-1]: path for path in all_keys(model) if path != ".".join(keys)}

@@ -187,6 +187,10 @@ def test_other_commands(words: list[str], code: int, part: str) -> None:
         (["train"], "Missing argument"),
         (["fit", "demo"], "did you mean train?"),
         (["validate", "runs/demo"], "did you mean eval?"),
+        (["runs", "list"], "No such command 'list'. Did you mean 'ls'? ("),
+        (["data", "packs"], "No such command 'packs'. Did you mean 'pack'? ("),
+        (["train", "demo", "--model", "soft_tiny"], "so model.name=..."),
+        (["drill", "--out=~/drill"], "--out=~/drill: ~ is not expanded here"),
         (["train", "demo", "trainer.max_epochs=5"], "'trainer' with 'max_epochs': did you mean schedule.epochs?"),
         (["train", "demo", "model.num_classes=5"], "the number of classes comes from the data"),
         (["train", "demo", "++optim.lr=1"], "leave the + out"),
@@ -210,11 +214,11 @@ def test_a_folder_of_the_name_of_a_shipped_page_hides_it_not(tmp_path: Path) -> 
 
 def test_an_error_of_several_lines_keeps_them(tmp_path: Path) -> None:
     (tmp_path / "in" / "cat").mkdir(parents=True)
-    for name in ("a.jpg", "b\x1b[2J.jpg"):
+    for name in ("a.jpg", "b\x1b[2J.jpg", "c\n  x.jpg"):
         (tmp_path / "in" / "cat" / name).write_text("no image")
     ended = setformer("data", "pack", str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "0")
     assert ended.code == 3
-    assert re.search(r"\n  cat/a\.jpg: .*\n  cat/b\\x1b\[2J\.jpg: ", ended.err), ended.err
+    assert re.search(r"\n  cat/a\.jpg: .*\n  cat/b\\x1b\[2J\.jpg: .*\n  cat/c\\+n  x\.jpg: ", ended.err), ended.err
 
 
 def test_help_everywhere() -> None:

@@ -2,14 +2,72 @@ from pathlib import Path
 
 import pytest
 
-from launch.run.config import check_folder, load_run, resolve
-from setformer_dist.core.config import merge, parse_override, read_toml
+from launch.run.config import RunConfig, check_folder, load_run, resolve
+from setformer_dist.core.config import all_keys, first_key, meaning, merge, parse_override, read_toml
 from setformer_dist.core.continuing import must_stay
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.files import write_json, write_state
 
 PAGES = Path(__file__).parent.parent.parent / "configs" / "runs"
 DEMO = PAGES / "demo.toml"
+
+# Options of timm's train.py and arguments of Lightning's Trainer, as keys.
+TIMM = [
+    "opt",
+    "sched",
+    "warmup_epochs",
+    "weight_decay",
+    "amp",
+    "model_ema",
+    "mixup",
+    "cutmix",
+    "smoothing",
+    "drop_path",
+    "clip_grad",
+    "workers",
+    "seed",
+    "output",
+    "experiment",
+    "resume",
+    "val_split",
+    "mean",
+    "std",
+    "crop_pct",
+    "input_size",
+    "img_size",
+    "batch_size",
+    "epochs",
+    "lr",
+    "log_interval",
+    "data_dir",
+    "aa",
+    "reprob",
+    "hflip",
+    "color_jitter",
+    "layer_decay",
+    "min_lr",
+    "warmup_lr",
+    "eval_metric",
+    "checkpoint_hist",
+    "initial_checkpoint",
+    "num_classes",
+]
+LIGHTNING = [
+    "max_epochs",
+    "max_steps",
+    "accelerator",
+    "devices",
+    "precision",
+    "gradient_clip_val",
+    "accumulate_grad_batches",
+    "num_nodes",
+    "ckpt_path",
+    "strategy",
+    "log_every_n_steps",
+    "check_val_every_n_epoch",
+    "default_root_dir",
+    "deterministic",
+]
 
 
 @pytest.mark.parametrize(
@@ -24,12 +82,59 @@ DEMO = PAGES / "demo.toml"
         ("checkpoint.best_metric=ema_top1 ema.decay=0", "needs averaged weights: set ema.decay"),
         ("batch.micro=0", "must be a positive number of samples"),
         ("run.name=a/b", "must be a folder name"),
+        ("trainer.epochs=3", "unknown table 'trainer' with 'epochs': did you mean schedule.epochs?"),
+        ("a.b.max_epochs=3", "unknown table 'a' with 'max_epochs': did you mean schedule.epochs?"),
+        ("trainer.devices=3", "unknown table 'trainer' with 'devices': ranks are given by --ranks"),
+        ("seed=3", "unknown key 'seed': did you mean run.seed?"),
+        ("data.seed=3", "unknown key 'data.seed': did you mean run.seed?"),
+        ("mean=[1,1,1]", "did you mean data.mean?"),
+        ("schedule.epoch=3", "did you mean schedule.epochs?"),
+        ("checkpoint_hist=3", "did you mean checkpoint.keep_last?"),
+        ("data=data/photos", "name a key of it, such as data.root=data/photos"),
+        ("optim=adamw", "name a key of it, such as optim.name=adamw"),
+        ("eval=3", "eval is a table of keys, not 3: name a key of it, such as eval.every_epochs"),
+        ("data.root=~/x", "data.root = '~/x': ~ is not expanded here: write the whole path, or $HOME"),
+        ("run.out=~", "run.out = '~': ~ is not expanded here"),
+        ('data.mixture=[{root="~/x",train="a",weight=1}]', "data.mixture.0.root = '~/x': ~ is not expanded here"),
     ],
 )
 def test_a_bad_key_is_named_with_the_repair(override: str, sentence: str) -> None:
     with pytest.raises(ConfigError) as error:
         load_run(DEMO, override.split(" "))
     assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["zero.stage=x{}", "{}", "x{}=1", "optim.{}=1", "+{}", "~{}", "optim.name=\a{}", "data={}", "data.root=~/{}"],
+)
+def test_what_is_long_is_repeated_in_part(override: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_run(DEMO, [override.format("x" * 5000)])
+    assert "characters)" in str(error.value)
+    assert len(str(error.value)) < 1200
+
+
+def test_a_folder_that_is_named_tilde_and_names_with_one_are_taken(tmp_path: Path) -> None:
+    config = load_run(DEMO, ["data.root=./~/x", "data.train=~train", f"run.out={tmp_path}/~"])
+    assert (config.data.root, config.data.train, config.run.out) == ("./~/x", "~train", f"{tmp_path}/~")
+
+
+def test_what_other_programs_call_keys_are_no_keys_here_and_mean_some() -> None:
+    keys = all_keys(RunConfig)
+    for name, meant in RunConfig.SYNONYMS.items():
+        assert name == name.lower()
+        assert name not in keys
+        assert " " in meant or meant in keys, name
+
+
+@pytest.mark.parametrize("name", TIMM + LIGHTNING)
+def test_options_of_timm_and_keys_of_lightning_are_known(name: str) -> None:
+    meant = first_key(RunConfig, name) or meaning(RunConfig, name)
+    assert meant is not None
+    with pytest.raises(ConfigError) as error:
+        load_run(DEMO, [f"{name}=5"])
+    assert meant in str(error.value)
 
 
 def test_a_string_is_not_read_as_a_number() -> None:
