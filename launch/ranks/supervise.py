@@ -9,11 +9,13 @@ mistake (bad config, damaged data, a loss that is not finite) is never tried aga
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from checkpoints.layout import MANIFEST, step_folders, step_of
 from launch.ranks.local import (
     AttemptError,
     FolderLostError,
@@ -49,7 +51,7 @@ def run_supervised(
         config: when to start again.
         port: as `run_local`.
         grace_s: as `run_local`.
-        say: tells the user of a restart.
+        say: tells the user of a restart, and after a stop that rank 0 does not tell of, where the run goes on.
 
     Returns:
         0, or 128 + signal.
@@ -93,11 +95,14 @@ def run_supervised(
                     raise
                 wait = _judge(error, failures, config, run_folder, say)
                 if _stopped_within(received, wait):
+                    say(f"stopped before starting again; {how_to_go_on(run_folder)}")
                     return _stopped(run_folder, received.stop[0])
                 continue
             if code:
-                if not _began(run_folder):  # else rank 0 has said at which step
-                    say("stopped before training began, with nothing new to save; the same command goes on")
+                if not _began(run_folder):
+                    say(f"stopped before the first step, with nothing new to save; {how_to_go_on(run_folder)}")
+                elif received.forced:  # else rank 0 has said at which step
+                    say(f"ended at once, without waiting for a checkpoint; {how_to_go_on(run_folder)}")
                 return _stopped(run_folder, code - 128)
             ledger.record(run_folder, "ended", why="done", final=True)
             return 0
@@ -113,6 +118,16 @@ def _began(run_folder: Path) -> bool:
     """Return whether the last attempt came as far as its first step."""
     kinds = [str(event["event"]) for event in ledger.read_events(run_folder)]
     return "began" in kinds[max((at for at, kind in enumerate(kinds) if kind == "attempt"), default=0) :]
+
+
+def how_to_go_on(run_folder: Path) -> str:
+    """Return where the same command goes on, as far as names tell: nothing is verified in a process that is to end."""
+    with contextlib.suppress(OSError):
+        found = [folder for folder in step_folders(run_folder / "checkpoints") if (folder / MANIFEST).is_file()]
+        if not found:
+            return "the same command begins at step 0"
+        return f"the same command goes on from the newest checkpoint, step {step_of(found[0])}"
+    return "the same command goes on from the newest checkpoint"
 
 
 def _stopped(run_folder: Path, signum: int) -> int:

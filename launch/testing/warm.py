@@ -311,8 +311,11 @@ def _fork(begin: Callable[[], NoReturn], fds: dict[int, int], kept: Sequence[int
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     gc.freeze()  # objects of this process that own descriptors must not be collected there, and close others' numbers
+    # A signal to a process that still has our handlers would be lost; so it waits until there are default ones.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.close(fds[0])
         return pid
     try:
@@ -322,6 +325,7 @@ def _fork(begin: Callable[[], NoReturn], fds: dict[int, int], kept: Sequence[int
                 ours = {signal.SIGINT: signal.default_int_handler}.get(number, signal.SIG_DFL)
                 ignored = number in (signal.SIGPIPE, signal.SIGXFSZ)  # as Python has it at its start
                 signal.signal(number, signal.SIG_IGN if ignored else ours)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for place, fd in fds.items():
             os.dup2(fd, place)
             if place:  # the stream that is inherited believes to have another kind of file

@@ -47,6 +47,10 @@ def last_step(run: Path) -> int:
     return max(step for _, step in losses(run))
 
 
+def attempts(run: Path) -> int:
+    return sum(event["event"] == "attempt" for event in ledger.read_events(run))
+
+
 def ends(run: Path) -> list[dict[str, object]]:
     return [event for event in ledger.read_events(run) if event["event"] == "ended"]
 
@@ -65,6 +69,45 @@ def test_ctrl_c_in_a_terminal_leaves_lines_whole_and_says_what_was_saved(digits:
     (bar,) = [line for line in lines if f"{step}/1100" in line]  # in 80 columns
     assert re.fullmatch(r"[━╸╺ ]+ +\d+/1100 epoch \d\.\d · loss .* \d:\d\d:\d\d left [\d:-]+", bar), bar
     assert terminal.text.count("\x1b[?25l") == terminal.text.count("\x1b[?25h")
+
+
+def stop_at_once(digits: Path, out: Path) -> str:
+    """Start a run, press Ctrl-C as soon as its rank is there, and return the last line."""
+    before = attempts(out / "demo")
+    with training(digits, out, LONG, NEVER, ranks=1) as terminal:
+        terminal.wait_until(lambda: attempts(out / "demo") > before)
+        terminal.press(b"\x03")
+        assert terminal.ended() == 130, terminal.text[-2000:]
+    return shown(terminal.text)[-1]
+
+
+NOTHING_NEW = "stopped before the first step, with nothing new to save; the same command "
+
+
+def test_ctrl_c_before_the_first_step_says_where_the_run_goes_on(digits: Path, tmp_path: Path) -> None:
+    assert stop_at_once(digits, tmp_path) == f"{NOTHING_NEW}begins at step 0"
+
+
+@pytest.mark.drill
+def test_ctrl_c_says_where_a_run_with_a_checkpoint_goes_on(digits: Path, tmp_path: Path) -> None:
+    run = tmp_path / "demo"
+    with training(digits, tmp_path, LONG, NEVER, ranks=1) as terminal:
+        terminal.wait_for("loss")
+        terminal.press(b"\x03")
+        assert terminal.ended() == 130
+    (step,) = saved_steps(run)
+    goes_on = f"goes on from the newest checkpoint, step {step}"
+    assert stop_at_once(digits, tmp_path) == f"{NOTHING_NEW}{goes_on}"
+    with training(digits, tmp_path, LONG, NEVER, ranks=1) as terminal:
+        terminal.wait_for("loss")
+        (rank,) = children(terminal.process.pid)
+        os.kill(rank, signal.SIGSTOP)  # it will save nothing
+        terminal.press(b"\x03")
+        terminal.wait_for("ends at once")
+        terminal.press(b"\x03")
+        assert terminal.ended() == 130
+    said = "ended at once, without waiting for a checkpoint; the same command "
+    assert shown(terminal.text)[-1] == f"{said}{goes_on}"
 
 
 def test_a_killed_rank_0_leaves_the_terminal_usable(digits: Path, tmp_path: Path) -> None:

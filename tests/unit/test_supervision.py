@@ -14,6 +14,7 @@ from rich.console import Console
 
 from launch.history.show import list_runs, show_run
 from launch.ranks.restarts import Again, Failure, GiveUp, RestartConfig, verdict
+from launch.ranks.supervise import how_to_go_on
 from launch.run.config import load_run
 from setformer_dist.core import ledger
 from setformer_dist.core.errors import ConfigError
@@ -259,6 +260,15 @@ def test_the_step_shown_is_the_one_that_the_run_is_at(tmp_path, capsys):
     ledger.record(tmp_path, "attempt", number=1, ranks=2)
     ledger.record(tmp_path, "began", step=260)  # the newest checkpoint did not verify
     assert shown()[2] == 260
+
+
+def test_where_the_same_command_goes_on(tmp_path):
+    assert how_to_go_on(tmp_path) == "the same command begins at step 0"
+    for step in (5, 10, 15):
+        (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+        if step < 15:  # the last one was not committed
+            (tmp_path / "checkpoints" / f"step-{step:08d}" / "manifest.json").write_text("{}")
+    assert how_to_go_on(tmp_path) == "the same command goes on from the newest checkpoint, step 10"
 
 
 def test_a_beat_is_seen_from_outside_also_after_a_kill():
