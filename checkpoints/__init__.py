@@ -4,7 +4,7 @@
 becomes a checkpoint, step by step, is the docstring of `commit`.
 
     config.py            when a checkpoint is due, how it is written, and which ones stay
-    deepspeed_files.py   deepSpeed's own checkpoints: read, and written for its tools
+    deepspeed_files.py   DeepSpeed's own checkpoints: read, and written for its tools
     digest.py            digests of files: which algorithm, and how bytes on disk are held against what was written
     errors.py            damage, which another checkpoint can make good, and storage that fails
     identity.py          what a checkpoint belongs to: enough to refuse another model and to say what differs
@@ -13,4 +13,8 @@ becomes a checkpoint, step by step, is the docstring of `commit`.
     policy.py            which checkpoints stay: a pure function, tested without a disk
     rankfile.py          fragments in the safetensors format, written and read by our own few lines
     strictjson.py        `core.strictjson` for checkpoints: what it refuses is damage
+    commit.py            the commit protocol: how the files of all ranks become one checkpoint, or nothing
+    disk.py              every operation on the disk, in one place, where tests make each of them fail
+    manager.py           the only class of this package that the engine sees: save, find the newest that verifies, load
+    reader.py            any ranges of any parameter, from whichever rank files hold them
 """

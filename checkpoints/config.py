@@ -8,6 +8,7 @@ import pydantic
 from pydantic import Field
 
 from setformer_dist.core.config import FrozenConfig
+from setformer_dist.core.metric import mode_by_name
 
 
 class CheckpointConfig(FrozenConfig):
@@ -49,10 +50,10 @@ class CheckpointConfig(FrozenConfig):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _mode_by_name(cls, table: Any) -> Any:
-        """Fill in which way is better, by the name alone: configs of versions that had losses and shares only."""
+        """Fill in which way is better where neither the config nor its task says so."""
         if not isinstance(table, dict) or "best_mode" in table:
             return table
-        return {**table, "best_mode": "min" if str(table.get("best_metric", "")).endswith("loss") else "max"}
+        return {**table, "best_mode": mode_by_name(str(table.get("best_metric", "")))}
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is due after `step` optimizer steps."""

@@ -3,4 +3,5 @@
 reader.py    FFCV's .beton files as a source of samples, without FFCV: `read(i)` is one `pread`, checked
 sidecar.py   what a .beton file cannot say of itself: checksums, class names and keys, in a file beside it
 writer.py    writes .beton files: JPEG bytes as they are, or raw pixels
+format.py    the layout of a .beton file
 """

@@ -9,10 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from checkpoints.reader import (
-    Checkpoint,
-    open_checkpoint,
-)
+from checkpoints.reader import Checkpoint, open_checkpoint
 from setformer_dist.core.continuing import flatten
 from setformer_dist.core.terminal import open_table
 

@@ -12,12 +12,7 @@ from checkpoints import layout
 from checkpoints.commit import delete_checkpoint
 from checkpoints.config import CheckpointConfig
 from checkpoints.policy import steps_to_delete
-from checkpoints.reader import (
-    candidates,
-    checkpoints_folder,
-    list_checkpoints,
-    open_checkpoint,
-)
+from checkpoints.reader import candidates, checkpoints_folder, list_checkpoints, open_checkpoint
 from setformer_dist.core import config as base
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.files import read_state

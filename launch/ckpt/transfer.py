@@ -13,10 +13,7 @@ from checkpoints import deepspeed_files, layout
 from checkpoints.config import CheckpointConfig
 from checkpoints.identity import Identity, digest_shapes
 from checkpoints.manager import CheckpointManager
-from checkpoints.reader import (
-    Checkpoint,
-    open_checkpoint,
-)
+from checkpoints.reader import Checkpoint, open_checkpoint
 from launch.ckpt.export import check_free, made
 from launch.ranks.lock import held
 from launch.run.trained import load_trained

@@ -15,10 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from checkpoints import layout
 from checkpoints.manifest import read_manifest
-from checkpoints.reader import (
-    checkpoints_folder,
-    verified,
-)
+from checkpoints.reader import checkpoints_folder, verified
 from setformer_dist.core.errors import CheckpointError
 from setformer_dist.core.terminal import open_console
 

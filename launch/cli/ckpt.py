@@ -189,8 +189,8 @@ def prune(
 
         setformer ckpt prune runs/demo --keep-last 2 --keep-every 1000
     """
-    asked = {"keep_last": keep_last, "keep_every": keep_every, "keep_best": keep_best}
-    changes = {key: value for key, value in asked.items() if value is not None}
     from launch.ckpt import prune as prune_command
 
+    asked = {"keep_last": keep_last, "keep_every": keep_every, "keep_best": keep_best}
+    changes = {key: value for key, value in asked.items() if value is not None}
     prune_command.prune(folder, changes, dry_run, open_console())

@@ -100,15 +100,13 @@ def pack(
     force: Force = False,
 ) -> None:
     """Pack a source; the long help is `_PACK_HELP`."""
-    from dataloaders.packing import text
+    from dataloaders.packing import convert, pack, text
 
     if text.holds_text(Path(source)):
         _pack_text(Path(source), dest, split, classes, classes_from, length, force)
         return
     if length:
         raise ConfigError(f"--length is for texts, and {source} holds none")
-    from dataloaders.packing import pack
-
     options = pack.PackOptions(
         samples_per_shard=samples_per_shard,
         mib_per_shard=mib_per_shard,
@@ -129,14 +127,10 @@ def pack(
     )
     with _progress(f"looking for images in {source}", "packing") as steps, _goes_on(dest):
         if dest.suffix == ".beton":
-            from dataloaders.packing import convert
-
             result: Packed = convert.pack_beton(source, dest, options, raw, steps.start, steps.advance)
         elif raw is not None:
             raise ConfigError("--raw stores pixels, which only a .beton file can hold: name a destination *.beton")
         else:
-            from dataloaders.packing import pack
-
             result = pack.pack_image_folder(source, dest, options, steps.start, steps.advance)
     _report_packing(dest, result)
 
@@ -162,9 +156,9 @@ def index(
 
         setformer data index train.beton --classes names.txt
     """
-    with _progress(f"opening {path}", "indexing") as steps:
-        from launch.data import commands
+    from launch.data import commands
 
+    with _progress(f"opening {path}", "indexing") as steps:
         said = commands.index(path, classes, checksums, workers, steps.start, steps.advance)
     _say(open_console(), said)
 
@@ -188,21 +182,18 @@ def verify(
 
         setformer data verify packed/train --no-decode --json
     """
+    from dataloaders.packing import verify
+    from launch.data import commands
+
     results = []
     for path in paths:
         if "://" not in path and not any(sign in path for sign in "*{[") and not Path(path).exists():
             raise ConfigError(f"{path} does not exist: name a packed split, shards, a .beton file or an image folder")
         with _progress(f"opening {path}", "verifying") as steps:
             try:
-                from dataloaders.packing import verify
-
                 results.append(verify.verify(path, workers, decode, steps.start, steps.advance))
             except DataError as error:  # not even its index is whole, or it is no data
-                from dataloaders.packing import verify
-
                 results.append(verify.unreadable(path, error))
-    from launch.data import commands
-
     damaged = commands.show_verified(results, as_json, open_console())
     if damaged:
         raise typer.Exit(_DAMAGED)
@@ -227,9 +218,9 @@ def inspect(
 
         setformer data inspect packed/train --sheet train.html --count 100
     """
-    console = open_console(stderr=as_json)
     from launch.data.sheet import describe
 
+    console = open_console(stderr=as_json)
     found = describe(path, look_at, sheet, count, side, console)
     if as_json:
         print(json.dumps(found))
@@ -255,9 +246,9 @@ def convert(
 
         setformer data convert packed/train train-raw.beton --raw 256
     """
-    with _progress(f"opening {source}", "converting") as steps, _goes_on(dest):
-        from dataloaders.packing import convert
+    from dataloaders.packing import convert
 
+    with _progress(f"opening {source}", "converting") as steps, _goes_on(dest):
         result = convert.convert(source, dest, raw, workers, force, steps.start, steps.advance)
     _report_packing(dest, result)
 
@@ -279,13 +270,11 @@ def bench(
 
         setformer data bench train.beton --image-size 288 --randaugment 2 --threads 8
     """
-    most = threads or len(os.sched_getaffinity(0))
-    with _progress("measuring", "measuring") as steps:
-        from launch.data import commands
-
-        found = commands.measure(path, image_size, randaugment, most, seconds, steps.say)
     from launch.data import commands
 
+    most = threads or len(os.sched_getaffinity(0))
+    with _progress("measuring", "measuring") as steps:
+        found = commands.measure(path, image_size, randaugment, most, seconds, steps.say)
     commands.show_throughput(found, as_json, open_console())
 
 

@@ -82,10 +82,9 @@ def run(
     if not has_gpu(os.environ):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for devices, and says so
     from dataloaders.lra import tasks
-
-    chosen = tasks.task_named(task, short)
     from launch.examples import lra
 
+    chosen = tasks.task_named(task, short)
     comparison = lra.Comparison(chosen, lra.kinds_named(attention), root, out, ranks, tuple(overrides or []))
     code = lra.compare(comparison, open_console())
     if code:

@@ -24,7 +24,7 @@ from setformer_dist.core import revisions
 from setformer_dist.core.comm import Collectives
 from setformer_dist.core.errors import CheckpointError, ConfigError
 from setformer_dist.core.fragments import Fragment
-from setformer_dist.core.metric import Mode, better_weights
+from setformer_dist.core.metric import Mode, better_weights, mode_by_name
 from setformer_dist.core.model_config import ModelConfig
 
 _NAMED = 3  # faults that an error names before it only counts
@@ -210,7 +210,7 @@ def better_of(checkpoint: Checkpoint) -> Literal["plain", "ema"]:
     scores = {n: float(v) for n, v in _table(run, "evaluation").items() if isinstance(v, int | float)}
     best = _table(config, "checkpoint")
     name = str(best.get("best_metric", "top1"))
-    mode: Mode = "min" if best.get("best_mode", "min" if name.endswith("loss") else "max") == "min" else "max"
+    mode: Mode = "min" if best.get("best_mode", mode_by_name(name)) == "min" else "max"
     return better_weights(scores, name, mode) if "ema" in checkpoint.states() else "plain"
 
 

@@ -142,17 +142,24 @@ def build(model: type[ConfigT], table: Mapping[str, Any], source: str) -> Config
         raise ConfigError(f"{source}: {readable(error, model)}") from None
 
 
-def _impossible(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield what no key takes: integers that whoever reads them cannot pack, text that is no path, name or word."""
+def _values(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted keys of nested tables and lists with their values."""
     for key, value in table.items():
+        if isinstance(value, list):
+            value = {str(place): inner for place, inner in enumerate(value)}
         if isinstance(value, Mapping):
-            yield from _impossible(value, f"{prefix}{key}.")
-        elif isinstance(value, list):
-            yield from _impossible({str(place): inner for place, inner in enumerate(value)}, f"{prefix}{key}.")
-        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
-            yield f"{prefix}{key}: an integer of a page has at most 64 bits, as TOML says"
+            yield from _values(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _impossible(table: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what no key takes: integers that whoever reads them cannot pack, text that is no path, name or word."""
+    for key, value in _values(table):
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            yield f"{key}: an integer of a page has at most 64 bits, as TOML says"
         elif isinstance(value, str) and any(unicodedata.category(c) in ("Cc", "Cs") for c in value):
-            yield f"{prefix}{key} = {_short(value)}: text of a page has no control characters"
+            yield f"{key} = {_short(value)}: text of a page has no control characters"
 
 
 def load(model: type[ConfigT], path: Path, overrides: Iterable[str] = ()) -> ConfigT:
@@ -165,15 +172,11 @@ def load(model: type[ConfigT], path: Path, overrides: Iterable[str] = ()) -> Con
     return build(model, table, str(path))
 
 
-def _homes(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def _homes(table: Mapping[str, Any]) -> Iterator[str]:
     """Yield paths that begin with a ~, which no shell has expanded: a run is a function of what its config says."""
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _homes(value, f"{prefix}{key}.")
-        elif isinstance(value, list):
-            yield from _homes({str(place): inner for place, inner in enumerate(value)}, f"{prefix}{key}.")
-        elif isinstance(value, str) and value.split("/")[0] == "~":
-            yield f"{prefix}{key} = {_short(value)}: {HOME_NOT_EXPANDED}"
+    for key, value in _values(table):
+        if isinstance(value, str) and value.split("/")[0] == "~":
+            yield f"{key} = {_short(value)}: {HOME_NOT_EXPANDED}"
 
 
 def readable(error: pydantic.ValidationError, model: type[pydantic.BaseModel] | None = None) -> str:

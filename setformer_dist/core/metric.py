@@ -59,6 +59,11 @@ def metric_named(metrics: Sequence[Metric], name: str) -> Metric | None:
     return next((metric for metric in metrics if metric.name == plain), None)
 
 
+def mode_by_name(name: str) -> Mode:
+    """Return which way a metric is better by its name alone: versions before there were tasks had shares and losses."""
+    return "min" if name.endswith(LOSS.name) else "max"
+
+
 def better_weights(scores: Mapping[str, float], best_metric: str, mode: Mode) -> Literal["plain", "ema"]:
     """Return whether the weights or their average scored better in an evaluation; without scores, the weights.
 

@@ -47,7 +47,7 @@ class RedactingFormatter(logging.Formatter):
 def redact_tracebacks() -> None:
     """Print uncaught errors of this process without secrets; those of threads go to the log, where there is one.
 
-    Whoever has started a thread notices its end and says what it means (TensorBoard's writer: nothing for the run).
+    A thread's end is told by whoever waits for it; TensorBoard's writer may fail without loss to the run.
     """
 
     def shown(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from setformer_dist.core import config as base
 from setformer_dist.core.batch import MicroBatch
 from setformer_dist.core.config import FrozenConfig
+from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.metric import METRICS_OF, Metric
 
 # A label counts as predicted from this confidence on.
@@ -41,9 +42,20 @@ class MultiLabel:
     exclusive = False
 
     def __init__(self, args: Mapping[str, Any], classes: tuple[str, ...]) -> None:
+        """Read the labels from the classes' names.
+
+        Raises:
+            ConfigError: an argument is not the task's own, or the classes name no labels.
+        """
         config = base.build(MultiLabelConfig, args, "task.args")
         sets = [() if name == config.none else tuple(name.split(config.separator)) for name in classes]
         self.outputs = tuple(sorted({label for labels in sets for label in labels}))
+        if not self.outputs or "" in self.outputs:
+            what = f"no label but {config.none!r}" if not self.outputs else "an empty label"
+            raise ConfigError(
+                f"task multilabel: the data's classes ({', '.join(classes[:4])} …) name {what}: join labels by "
+                f"{config.separator!r}, or set task.args.separator"
+            )
         place = {label: at for at, label in enumerate(self.outputs)}
         self._labels_of_class = torch.zeros(len(classes), len(self.outputs))
         for row, labels in zip(self._labels_of_class, sets, strict=True):

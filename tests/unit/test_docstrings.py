@@ -35,4 +35,4 @@ def test_every_file_that_a_docstring_names_exists() -> None:
 def test_every_module_is_listed_in_its_package(package: Path) -> None:
     text = ast.get_docstring(ast.parse(package.read_text())) or ""
     modules = [p.stem for p in package.parent.glob("*.py") if not p.name.startswith("__")]
-    assert not [name for name in modules if not re.search(rf"\b{name}\b", text)]
+    assert not [name for name in modules if not re.search(rf"\b{name}\.py\b", text)]

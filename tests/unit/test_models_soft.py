@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import setformer_dist.models  # noqa: F401  (registers the models)
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.model_config import ModelConfig
-from setformer_dist.models.build import build_model
+from setformer_dist.models.build import build_model, check_name
 from setformer_dist.models.soft import SOFT, resize
 
 # Published sizes in millions of parameters, 1000 classes.
@@ -186,8 +186,8 @@ def test_built_from_the_model_table_layer_norm_runs_and_batch_norm_is_refused():
 
 
 def test_a_misspelt_name_is_answered_with_the_nearest():
-    with pytest.raises(ValueError, match="did you mean soft_small_norm"):
-        ModelConfig(name="soft_smal_norm")
+    with pytest.raises(ConfigError, match="did you mean soft_small_norm"):
+        check_name("soft_smal_norm")
 
 
 # ------------------------------------------------------------------------------------------------------- positions

@@ -58,6 +58,10 @@ def test_multilabel_reads_its_own_table():
     assert MultiLabel({"separator": "|", "none": "-"}, ("a|b", "-", "a+b")).outputs == ("a", "a+b", "b")
     with pytest.raises(ConfigError, match=r"task\.args: unknown key 'seperator': did you mean separator"):
         MultiLabel({"seperator": "|"}, CLASSES)
+    with pytest.raises(ConfigError, match=r"\(none …\) name no label but 'none'"):
+        MultiLabel({}, ("none",))
+    with pytest.raises(ConfigError, match=r"name an empty label: join labels by '\+'"):
+        MultiLabel({}, ("cat", "cat+"))
     with pytest.raises(ConfigError, match=r"unknown key 'separator'"):
         Classification({"separator": "|"}, CLASSES)
 
