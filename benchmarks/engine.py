@@ -43,6 +43,7 @@ from setformer_dist.engine.progress import RunProgress
 from setformer_dist.engine.signals import StopRequest
 from setformer_dist.engine.trainer import Trainer
 from setformer_dist.models.build import build_model
+from setformer_dist.tasks.build import build_task
 from setformer_dist.tasks.classification import soft_cross_entropy
 
 STEPS = 10  # per block
@@ -72,7 +73,9 @@ def ours_and_deepspeed(page: str, overrides: list[str], blocks: int) -> dict[str
     run.config.folder.mkdir(parents=True, exist_ok=True)
     splits = open_splits(run)
     c = run.config
-    trainer: Trainer = compose(run, splits, build_model(c.model, len(splits.train.classes), c.data.image_size, 0), comm)
+    task = build_task(c.task, splits.train.classes)
+    model = build_model(c.model, len(task.outputs), c.data.image_size, 0)
+    trainer: Trainer = compose(run, splits, task, model, comm)
     parts = trainer._p
     ours: list[float] = []
     bare: list[float] = []

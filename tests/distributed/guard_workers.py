@@ -16,6 +16,7 @@ from setformer_dist.core.batch import MicroBatch
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
 from setformer_dist.engine.deepspeed_engine import quiet_deepspeed
+from setformer_dist.tasks.build import build_task
 
 
 class Poisoned:
@@ -60,11 +61,12 @@ def run_poisoned(
     run = resolve(config, ranks.world_size)
     splits = open_splits(run)
     inputs = inputs_of(config.data)
-    model = inputs.build_model(config.model, len(splits.train.classes), inputs.told(splits.train), config.run.seed)
+    task = build_task(config.task, splits.train.classes)
+    model = inputs.build_model(config.model, len(task.outputs), inputs.told(splits.train), config.run.seed)
     connect(ranks, os.environ["SETFORMER_RENDEZVOUS"])
     config.folder.mkdir(parents=True, exist_ok=True)
     try:
-        trainer = compose(run, splits, model, TorchCollectives(ranks))
+        trainer = compose(run, splits, task, model, TorchCollectives(ranks))
         trainer._step._prepare = Poisoned(trainer._step._prepare, steps)
         if death is not None:
             part, name, when, call = death

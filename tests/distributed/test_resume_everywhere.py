@@ -25,6 +25,7 @@ from launch.testing.commands import DEMO, SHORT
 from launch.testing.ranks import run_ranks
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
+from setformer_dist.tasks.build import build_task
 
 LAYOUTS = [
     (0, "none"),
@@ -67,9 +68,10 @@ def train(words: list[str]) -> dict[str, Any]:
     check_device(run)
     splits = open_splits(run)
     inputs = inputs_of(config.data)
-    model = inputs.build_model(config.model, len(splits.train.classes), inputs.told(splits.train), config.run.seed)
+    task = build_task(config.task, splits.train.classes)
+    model = inputs.build_model(config.model, len(task.outputs), inputs.told(splits.train), config.run.seed)
     config.folder.mkdir(parents=True, exist_ok=True)
-    trainer = compose(run, splits, model, TorchCollectives(ranks))
+    trainer = compose(run, splits, task, model, TorchCollectives(ranks))
     trainer.resume()
     resumed = trainer._state.step
     scale = trainer._p.master.loss_scale()

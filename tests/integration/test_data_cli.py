@@ -121,7 +121,7 @@ def test_verify_ends_with_4_for_damage_and_2_for_mistakes(photos, tmp_path):
         (("inspect", "{photos}", "--sheet", "x.gif"), 2, "must end in .html or .png"),
         (("convert", "{photos}/ant", "{photos}/out"), 3, "holds images and no shards"),
         (("bench", "nowhere"), 3, "does not exist"),
-        (("bench", "{photos}", "--image-size", "0"), 2, "must be above 0"),
+        (("bench", "{photos}", "--image-size", "0"), 2, "--image-size must be from 1 to 65536"),
     ],
 )
 def test_mistakes_are_one_sentence(photos, words, code, fault):
