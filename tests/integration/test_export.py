@@ -40,7 +40,7 @@ def test_plain_timm_scores_as_eval_does(digits: Path, tmp_path: Path, overrides:
     ended = setformer(*train_words(digits, tmp_path, *overrides, "data.augment.pad=2", ranks=1))
     assert ended.code == 0, ended.err
     scored = setformer("eval", str(tmp_path / "demo"))
-    top1, samples = re.findall(r"top-1 ([\d.]+)%.* on (\d+) images", scored.out)[0]
+    top1, samples = re.findall(r"top-1 ([\d.]+)%.* on (\d+) samples", scored.out)[0]
     exported = setformer("ckpt", "export", str(tmp_path / "demo"), str(tmp_path / "out"))
     assert exported.code == 0, exported.err
     done = subprocess.run(
