@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from launch.testing.commands import setformer
 
 
+@pytest.mark.drill
 def test_a_short_drill_loses_nothing(tmp_path: Path) -> None:
     ended = setformer(
         *("drill", "--faults", "2", "--seed", "3", "--epochs", "3", "--out", str(tmp_path / "drill")),

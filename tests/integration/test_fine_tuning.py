@@ -80,6 +80,7 @@ def test_names_that_only_the_file_has_are_told(pretrained: Path, tmp_path: Path)
     assert adapted(pretrained, NAME, {"num_classes": 10, "img_size": 64}).unused == ()
 
 
+@pytest.mark.drill  # five cold starts
 def test_a_run_begins_with_a_hubs_model_and_needs_it_never_again(
     digits: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

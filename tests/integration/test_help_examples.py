@@ -164,6 +164,7 @@ def _shortened(words: list[str]) -> list[str]:
 
 
 @pytest.mark.drill
+@pytest.mark.timeout(1500)
 def test_every_example_runs(place: Path) -> None:
     small = ["schedule.steps=440", "~schedule.epochs", "~schedule.warmup_epochs", "run.log_every=50",
              "model.args.depths=[1,1,1]", "model.args.embed_dim=16", "checkpoint.every_steps=110",

@@ -88,7 +88,7 @@ def test_a_metric_of_another_task_is_refused_on_the_page(tmp_path: Path) -> None
 def test_a_task_outside_the_package_trains(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_tasks.py").write_text(OUTSIDE)
     words = train_words(digits, tmp_path / "runs", "task.name=halves", "checkpoint.best_metric=right",
-                        'run.imports=["my_tasks"]', "schedule.epochs=3", "eval.every_epochs=3", ranks=2)  # fmt: skip
+                        'run.imports=["my_tasks"]', "schedule.epochs=2", "eval.every_epochs=2", ranks=1)  # fmt: skip
     ended = setformer(*words, cwd=tmp_path)
     assert ended.code == 0, ended.err
     assert "right half" in ended.err

@@ -123,8 +123,8 @@ def assert_same(given: Inputs, p: SetProblem, splits: int | None = 1, tolerance:
     ("n", "m", "d", "splits"),
     [
         *((1, 1, 16, 1), (1, 9, 24, 2), (7, 1, 8, 1), (7, 49, 24, 1), (40, 9, 64, 4), (33, 9, 7, None)),
-        (60, 9, 16, 32),  # more splits than references, most without a token
-        pytest.param(197, 49, 32, 2, marks=pytest.mark.drill),
+        # More splits than references, most without a token; more than a tile of both.
+        *(pytest.param(*size, marks=pytest.mark.drill) for size in ((60, 9, 16, 32), (197, 49, 32, 2))),
     ],
 )
 def test_any_sizes(n: int, m: int, d: int, splits: int | None) -> None:
@@ -159,6 +159,7 @@ def test_small_epsilon_in_fp32_and_bf16() -> None:
     assert_same(inputs(n=40, dtype=torch.bfloat16), problem(epsilon=0.01), tolerance=0.2)
 
 
+@pytest.mark.drill
 def test_many_images_with_positions_of_their_own_and_any_layout() -> None:
     given = inputs(n=18, b=3, k=5, masked=True)
     x = given.x_bhnd.transpose(1, 2).contiguous().transpose(1, 2)
@@ -236,6 +237,7 @@ def test_a_reference_far_from_all_tokens_gets_its_share(epsilon: float) -> None:
     )
 
 
+@pytest.mark.drill
 def test_splits_change_rounding_only_and_repeats_change_nothing() -> None:
     given, p = inputs(n=70, m=33, sets=1), problem(iterations=2)
     dy = gradient_of(given.x_bhnd)

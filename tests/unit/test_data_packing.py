@@ -373,7 +373,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("how", "workers"), [(signal.SIGKILL, 2), (signal.SIGINT, 2)])
+@pytest.mark.parametrize(
+    ("how", "workers"), [(signal.SIGKILL, 2), pytest.param(signal.SIGINT, 2, marks=pytest.mark.drill)]
+)
 def test_killed_packing_leaves_nothing_that_opens(tmp_path, how, workers):
     (tmp_path / "s" / "a").mkdir(parents=True)
     data = image_bytes(0, (600, 600), form="PNG")
