@@ -1,6 +1,6 @@
 """What each rank executes: `python -m launch.entry PAGE [KEY=VALUE ...]` under RANK and WORLD_SIZE.
 
-`setformer train` starts it through launch/ranks/local.py. DeepSpeed's own launcher starts it just as well:
+`setformer train` starts it. DeepSpeed's own launcher starts it just as well:
 
     deepspeed --num_accelerators 2 --module launch.entry configs/runs/demo.toml data.root=...
 """
@@ -25,8 +25,9 @@ from checkpoints.identity import digest_json
 from dataloaders.order.order import CURSOR_FORMAT, ORDER_ID
 from dataloaders.sources.index import INDEX_FORMAT
 from launch.machine.doctor import check_package_origins
-from launch.ranks.local import LOG_DIR_VARIABLE, log_file, usable_cores
+from launch.ranks.environment import usable_cores
 from launch.ranks.lock import held
+from launch.ranks.logs import LOG_DIR_VARIABLE, log_file
 from launch.ranks.orphans import use_scratch
 from launch.run.compose import Splits, check_device, compose, open_splits
 from launch.run.config import ResolvedRun, check_folder, continued, load_run, resolve
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SetformerError as error:
         if logging.getLogger().handlers:
             log.error("%s", error)
-        # Rank 0 speaks to the user; of the others only the log file hears, and launch/ranks/local.py quotes it.
+        # Rank 0 speaks to the user; of the others only the log file hears, and the supervisor quotes it.
         print(f"error: {redacted(str(error))}", file=sys.stderr, flush=True)
         return error.exit_code
     except (OSError, RuntimeError) as error:

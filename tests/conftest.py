@@ -12,7 +12,7 @@ import torch
 from dataloaders.packing.pack import pack_image_folder
 from launch.drill.mounts import keep_mounts_private
 from launch.examples.demo import write_digits
-from launch.ranks.local import usable_cores
+from launch.ranks.environment import usable_cores
 from launch.testing.commands import end_all
 
 ROOT = Path(__file__).parent.parent

@@ -10,7 +10,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typer.core import TyperGroup
 
-from launch.ranks.local import has_gpu
+from launch.ranks.environment import has_gpu
 from setformer_dist.core.terminal import open_console, open_table
 
 

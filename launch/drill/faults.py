@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.examples.demo import PAGE
-from launch.ranks.local import die_with_parent
+from launch.ranks.processes import die_with_parent
 from setformer_dist.core import ledger
 from setformer_dist.core.errors import SetformerError
 

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from dataloaders.ffcv.check import FFCV_VERSION, REPAIR, ffcv_trouble
-from launch.ranks.local import has_gpu, usable_cores
+from launch.ranks.environment import has_gpu, usable_cores
 from setformer_dist.core.errors import LaunchError
 from setformer_dist.core.terminal import open_console, open_table
 

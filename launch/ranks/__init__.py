@@ -1,8 +1,13 @@
 """The processes of a run: starting, watching, ending and restarting them.
 
-local.py       start all ranks of one host and stand by them: they begin together and end together
+attempt.py     all ranks, of one host or of many, from start to end, and who is to blame for it
+environment.py what ranks find in their environment, and what this machine has for them
+local.py       start all ranks of this machine and stand by them: they begin together and end together
 lock.py        locks on the run's folder, held by the supervisor and by rank 0 while they run
+logs.py        log files of the ranks, and what they said last
 orphans.py     what a run leaves on the machine when it is killed, processes, temporary files and semaphores
+processes.py   the ranks of one machine, as processes
 restarts.py    whether a run that failed is started again, and when: a pure function of what failed before
+signals.py     stop signals, collected instead of died of
 supervise.py   the process of `setformer train`: starts the ranks, watches them, restarts them
 """

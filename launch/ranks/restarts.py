@@ -48,7 +48,7 @@ class Failure:
     Attributes:
         at: seconds of a monotonic clock.
         step: optimizer step the ranks were at; -1 before the first.
-        how: as `launch.ranks.local.AttemptError.how`.
+        how: as `launch.ranks.attempt.AttemptError.how`.
     """
 
     at: float

@@ -16,17 +16,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from checkpoints.layout import MANIFEST, step_folders, step_of
-from launch.ranks.local import (
-    AttemptError,
-    FolderLostError,
-    Patience,
-    Received,
-    last_lines,
-    run_local,
-    stop_signals,
-)
+from launch.ranks.attempt import AttemptError, FolderLostError, Patience
+from launch.ranks.local import run_local
 from launch.ranks.lock import supervising
 from launch.ranks.restarts import Failure, GiveUp, RestartConfig, verdict
+from launch.ranks.signals import Received, stop_signals
 from setformer_dist.core import ledger
 from setformer_dist.core.errors import LaunchError, RankFailedError
 from setformer_dist.core.terminal import bear_lost_streams
@@ -151,9 +145,9 @@ def _judge(
     judged = GiveUp("") if error.mistake else verdict(failures, config)
     final = isinstance(judged, GiveUp)
     ledger.record(run_folder, "ended", why=error.how, step=error.step, message=str(error), final=final)
-    if error.log.name != "rank-00000.log" and not error.mistake:  # rank 0 speaks to the terminal itself
-        say(f"the last lines of {error.log}:")
-        for line in last_lines(error.log, error.log_start):
+    if error.member is not None and error.member.rank and not error.mistake:  # rank 0 speaks to the terminal itself
+        say(f"the last lines of {error.member.log}:")
+        for line in error.member.last_lines():
             say(f"  {line}")
     if isinstance(judged, GiveUp):
         if not judged.reason:

@@ -18,7 +18,7 @@ from checkpoints.reader import Checkpoint, open_checkpoint
 from dataloaders.config import DataConfig
 from dataloaders.pixels.transforms import decode_for_eval
 from dataloaders.sources.files import LARGEST_SAMPLE, read_whole
-from launch.ranks.local import usable_cores
+from launch.ranks.environment import usable_cores
 from launch.run.config import RunConfig
 from launch.run.initial_weights import better_of
 from launch.run.inputs import Split, images_of, inputs_of

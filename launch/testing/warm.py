@@ -33,7 +33,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any, NoReturn
 
-import launch.ranks.local
+import launch.ranks.processes
+from launch.ranks.environment import has_gpu
 from setformer_dist.core.exits import leave
 
 ROOT = Path(__file__).parent.parent.parent
@@ -57,7 +58,7 @@ _NUMBER = 8  # bytes of a process id or an exit code on the way back
 
 def possible() -> bool:
     """Return whether processes may be forked from one that has imported torch."""
-    return sys.platform == "linux" and not os.environ.get(COLD_VARIABLE) and not launch.ranks.local.has_gpu(os.environ)
+    return sys.platform == "linux" and not os.environ.get(COLD_VARIABLE) and not has_gpu(os.environ)
 
 
 # ------------------------------------------------------------------------------------------------- the test's side
@@ -226,7 +227,7 @@ def _begin(request: dict[str, Any]) -> NoReturn:
     os.chdir(request["cwd"])
     sys.path.insert(0, request["cwd"])  # as `python -m` does
     _set_environment(request["env"])
-    launch.ranks.local.subprocess = SimpleNamespace(  # type: ignore[attr-defined, assignment]
+    launch.ranks.processes.subprocess = SimpleNamespace(  # type: ignore[attr-defined, assignment]
         Popen=_popen, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired
     )
     _run_module(request["args"])
@@ -241,7 +242,7 @@ def _popen(command: Sequence[str], **options: Any) -> Any:
 
 
 class _Rank:
-    """A rank forked from its supervisor, with the arguments of `subprocess.Popen` that `launch.ranks.local` gives."""
+    """A rank forked from its supervisor, with the arguments of `subprocess.Popen` that a host gives."""
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.ranks.local import choose_port
+from launch.ranks.environment import choose_port
 from launch.testing.commands import (
     DEMO,
     ROOT,

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.ranks.local import choose_port, last_error_line, log_file, rank_environment, run_local, usable_cores
+from launch.ranks.environment import choose_port, rank_environment, usable_cores
+from launch.ranks.local import run_local
+from launch.ranks.logs import last_error_line, log_file
 from setformer_dist.core.errors import LaunchError, RankFailedError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
