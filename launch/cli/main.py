@@ -29,7 +29,10 @@ from launch.cli import lra as cli_lra
 from launch.cli import runs as cli_runs
 from launch.cli.options import CheckpointPath, ImportOption, WeightsOption
 from launch.cli.usage import UsageError, check_homes, usage_fault
-from launch.ranks.supervise import run_supervised
+from launch.hosts.fleet import Fleet
+from launch.hosts.names import HostSpec, of_slurm, parse_hosts, read_hostfile
+from launch.ranks.local import LocalCrew
+from launch.ranks.supervise import Crew, run_supervised
 from launch.run.config import RunConfig, check_folder, continued, load_run, resolve
 from launch.run.own_code import bring
 from launch.shown import plain, plain_lines
@@ -80,7 +83,16 @@ def setformer(
 def train(
     page: Page,
     overrides: Overrides = None,
-    ranks: Annotated[int, typer.Option("--ranks", "-n", help="Processes on this machine.")] = 1,
+    ranks: Annotated[int | None, typer.Option("--ranks", "-n", help="Processes on this machine, by default 1.")] = None,
+    hosts: Annotated[str, typer.Option(help="Hosts and the ranks on each, as a:8,b:8.")] = "",
+    hostfile: Annotated[
+        Path | None, typer.Option(help="The same as a file of DeepSpeed's: a line HOST slots=N.")
+    ] = None,
+    include: Annotated[str, typer.Option(help="Hosts of the hostfile to take, as a@b:0,1.")] = "",
+    exclude: Annotated[str, typer.Option(help="Hosts of the hostfile to leave out.")] = "",
+    via: Annotated[
+        str | None, typer.Option(help='How to reach a host: ssh, srun, or a prefix such as "docker exec -i {host}".')
+    ] = None,
     port: Annotated[int | None, typer.Option(help="Port at which rank 0 is met; by default a free one.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print config and predicted costs, then stop.")] = False,
     grace: Annotated[
@@ -103,12 +115,16 @@ def train(
 
         setformer train configs/runs/imagenet_base.toml --ranks 8 --dry-run
 
+        setformer train demo data.root=runs/demo-data --hosts localhost:2
+
     Under DeepSpeed's own launcher the same run starts with
     `deepspeed --num_accelerators 2 --module launch.entry configs/runs/demo.toml data.root=data/digits`.
     """
     chosen = overrides or []
     _refuse_other_launchers()
     page = shipped(page)
+    specs = chosen_hosts(ranks, hosts, hostfile, include, exclude)
+    ranks = sum(spec.slots for spec in specs) if specs else ranks or 1
     run = resolve(continued(load_run(page, chosen)), ranks)
     if dry_run:
         from launch.run import dry_run as predicted
@@ -124,7 +140,12 @@ def train(
         say = functools.partial(open_console(stderr=True).print, highlight=False, markup=False)
         if sys.stderr.isatty():
             say(f"starting {ranks} rank{'s' if ranks > 1 else ''} …")
-        code = run_supervised([str(page), *chosen], ranks, folder, policy, port=port, grace_s=grace, say=say)
+        args = [str(page), *chosen]
+        crew: Crew = LocalCrew(args, ranks, port, grace)
+        if specs:
+            fits = functools.partial(can_share, run.config)
+            crew = Fleet(specs, args, folder, run.config.launch, fits, say, via, port, grace)
+        code = run_supervised(crew, folder, policy, say=say)
     except SetformerError as error:
         names_a_log = isinstance(error, RankFailedError) and str(error)
         if not existed and not names_a_log and not (folder / "config.json").exists():
@@ -132,6 +153,33 @@ def train(
         raise
     if code:
         raise typer.Exit(code)
+
+
+def chosen_hosts(ranks: int | None, hosts: str, hostfile: Path | None, include: str, exclude: str) -> list[HostSpec]:
+    """Return the hosts to train on; none for this machine alone.
+
+    Raises:
+        LaunchError: two ways at once, or names that are none.
+    """
+    given = [name for name, value in (("--ranks", ranks), ("--hosts", hosts), ("--hostfile", hostfile)) if value]
+    if len(given) > 1:
+        raise LaunchError(f"{given[0]} and {given[1]} say both where to train: give one of them")
+    if (include or exclude) and hostfile is None:
+        raise LaunchError(f"{'--include' if include else '--exclude'} chooses from a hostfile: give --hostfile")
+    if hosts:
+        return parse_hosts(hosts)
+    if hostfile is not None:
+        return read_hostfile(hostfile, include, exclude)
+    return [] if ranks else of_slurm(os.environ) or []
+
+
+def can_share(config: RunConfig, ranks: int) -> bool:
+    """Return whether a number of ranks can share the run's global batch."""
+    try:
+        resolve(config, ranks)
+    except ConfigError:
+        return False
+    return True
 
 
 def shipped(page: Path) -> Path:

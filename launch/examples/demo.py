@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.panel import Panel
 
 from dataloaders.packing.pack import pack_image_folder
+from launch.ranks.local import LocalCrew
 from launch.ranks.restarts import RestartConfig
 from launch.ranks.supervise import run_supervised
 from setformer_dist.core.errors import ConfigError, LaunchError
@@ -64,7 +65,7 @@ def run_demo(ranks: int, data: Path, console: Console) -> int:
     """Prepare, train, print the summary; return the exit code."""
     prepare_data(data, console)
     folder = Path("runs") / "demo"
-    code = run_supervised([str(PAGE), f"data.root={data}"], ranks, folder, RestartConfig())
+    code = run_supervised(LocalCrew([str(PAGE), f"data.root={data}"], ranks), folder, RestartConfig())
     if code:
         return code
     figures = json.loads((folder / "summary.json").read_text())

@@ -28,6 +28,7 @@ from rich.console import Console
 from dataloaders.lra.stats import majority, root_operator_alone
 from dataloaders.lra.tasks import Task, open_task
 from dataloaders.tokens import TokenSplit
+from launch.ranks.local import LocalCrew
 from launch.ranks.supervise import run_supervised
 from launch.run.compose import device_label
 from launch.run.config import ResolvedRun, check_folder, load_run, resolve
@@ -155,7 +156,7 @@ def compare(comparison: Comparison, console: Console) -> int:
             write_json(folder / DATA_NAME, trained_on(splits))
             restart = comparison.resolved(kind).config.restart
             say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
-            code = run_supervised(comparison.words(kind), comparison.ranks, folder, restart, say=say)
+            code = run_supervised(LocalCrew(comparison.words(kind), comparison.ranks), folder, restart, say=say)
             if code:
                 return code
         rows.append(row_of(folder, kind, splits["test"]))

@@ -71,13 +71,11 @@ class Member(Protocol):
 
 
 class Host(Protocol):
-    """The ranks of one host.
+    """The ranks of one host."""
 
-    Attributes:
-        lost: one sentence where nothing can be known of them any more, None otherwise.
-    """
-
-    lost: str | None
+    @property
+    def lost(self) -> str | None:
+        """One sentence where nothing can be known of them any more, None otherwise."""
 
     @property
     def members(self) -> Sequence[Member]:

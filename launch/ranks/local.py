@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.ranks.attempt import Attempt, Patience
@@ -66,3 +67,43 @@ def run_local(
         host = LocalHost(rank_command(command_args, module), range(ranks), base, log_dir, until=lambda: signals.stop)
         with contextlib.closing(host):
             return Attempt([host], grace_s, signals, patience or Patience(), lost).supervise()
+
+
+@dataclass
+class LocalCrew:
+    """Starts the ranks of a run on this machine; see `launch.ranks.supervise.Crew`.
+
+    Attributes:
+        args: of every rank.
+        ranks: processes to start.
+        port: at which rank 0 is met; by default a free one.
+        grace_s: seconds that ranks have for a checkpoint after a stop signal.
+    """
+
+    args: Sequence[str]
+    ranks: int
+    port: int | None = None
+    grace_s: float = 60.0
+    hosts: list[str] = field(default_factory=list)
+
+    def show_life(self) -> None:
+        """Nothing is to be done: a child knows that its parent lives."""
+
+    def prepare(self, received: Received) -> None:
+        """Nothing is to be done: this machine is there."""
+
+    def attempt(self, log_dir: Path, received: Received, patience: Patience, lost: Callable[[], str | None]) -> int:
+        """Run all ranks once; see `run_local`."""
+        return run_local(
+            self.args,
+            self.ranks,
+            log_dir,
+            port=self.port,
+            grace_s=self.grace_s,
+            patience=patience,
+            received=received,
+            lost=lost,
+        )
+
+    def close(self) -> None:
+        """Nothing is left: an attempt ends with all its ranks."""

@@ -21,7 +21,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO
 
 from launch.ranks.logs import last_error_line, last_lines, log_file
 from launch.ranks.orphans import Guardian
@@ -93,7 +92,7 @@ class LocalHost:
         base: Mapping[str, str],
         log_dir: Path,
         until: Callable[[], object] = lambda: False,
-        output: BinaryIO | None = None,
+        output: tuple[int, int] | None = None,
     ) -> None:
         """Start the ranks.
 
@@ -103,7 +102,7 @@ class LocalHost:
             base: environment that all of them share.
             log_dir: folder of the logs; it is there.
             until: asked after each start; true where no further one is wanted.
-            output: where rank 0's output goes; by default to that of this process.
+            output: descriptors for rank 0's output and errors; by default it has those of this process.
         """
         self.members: list[LocalRank] = []
         self._guardian = Guardian()
@@ -171,7 +170,12 @@ def rank_command(args: Sequence[str], module: str = ENTRY_MODULE) -> list[str]:
 
 
 def _start(
-    command: Sequence[str], rank: int, local: int, base: Mapping[str, str], log_dir: Path, first_output: BinaryIO | None
+    command: Sequence[str],
+    rank: int,
+    local: int,
+    base: Mapping[str, str],
+    log_dir: Path,
+    first_output: tuple[int, int] | None,
 ) -> LocalRank:
     path = log_file(log_dir, rank)
     pulse = Pulse()
@@ -180,13 +184,13 @@ def _start(
         log.write(_header(command, rank, base).encode())
         log.flush()
         start = log.tell()
-        output = first_output if rank == 0 else log
+        out, err = (first_output or (None, None)) if rank == 0 else (log, log)
         process = subprocess.Popen(
             command,
             env=env,
             stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
+            stdout=out,
+            stderr=err,
             start_new_session=True,
             pass_fds=(pulse.fileno(),),
             preexec_fn=die_with_parent(),

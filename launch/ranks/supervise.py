@@ -12,12 +12,12 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from checkpoints.layout import MANIFEST, step_folders, step_of
 from launch.ranks.attempt import AttemptError, FolderLostError, Patience
-from launch.ranks.local import run_local
 from launch.ranks.lock import supervising
 from launch.ranks.restarts import Failure, GiveUp, RestartConfig, verdict
 from launch.ranks.signals import Received, stop_signals
@@ -26,80 +26,128 @@ from setformer_dist.core.errors import LaunchError, RankFailedError
 from setformer_dist.core.terminal import bear_lost_streams
 
 
+class Crew(Protocol):
+    """Starts the ranks of a run, attempt by attempt: on this machine, or on many hosts."""
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of the attempt that comes or runs."""
+
+    @property
+    def hosts(self) -> list[str]:
+        """Names of its hosts; none where it is this machine alone."""
+
+    def show_life(self) -> None:
+        """Do what must be done twice a second."""
+
+    def prepare(self, received: Received) -> None:
+        """Get ready for an attempt; wait for hosts, unless a stop signal comes.
+
+        Raises:
+            LaunchError: there can be no attempt.
+        """
+
+    def attempt(self, log_dir: Path, received: Received, patience: Patience, lost: Callable[[], str | None]) -> int:
+        """Run all ranks until they have ended; return 0, or 128 + the stop signal that ended them.
+
+        Args:
+            log_dir: of the ranks' logs; it is there.
+            received: stop signals.
+            patience: when a rank counts as hanging.
+            lost: says what happened to the run's folder where it is gone.
+
+        Raises:
+            LaunchError: they cannot be started.
+            AttemptError: one failed, or a host was lost; all others have ended.
+            FolderLostError: the run's folder is gone.
+        """
+
+    def close(self) -> None:
+        """End whatever is left."""
+
+
 def run_supervised(
-    command_args: Sequence[str],
-    ranks: int,
+    crew: Crew,
     run_folder: Path,
     config: RestartConfig,
     *,
-    port: int | None = None,
-    grace_s: float = 60.0,
     say: Callable[[str], None] = lambda line: None,
 ) -> int:
-    """Run all ranks of this host until the run is done, stopped, or given up.
+    """Run all ranks until the run is done, stopped, or given up.
 
     Args:
-        command_args: arguments of each rank.
-        ranks: processes to start.
+        crew: starts them.
         run_folder: of the run; logs and the ledger are below it.
         config: when to start again.
-        port: as `run_local`.
-        grace_s: as `run_local`.
         say: tells the user of a restart, and after a stop that rank 0 does not tell of, where the run goes on.
 
     Returns:
         0, or 128 + signal.
 
     Raises:
-        LaunchError: as `run_local`, or another process trains in the folder.
+        LaunchError: as `Crew`, or another process trains in the folder.
         PassingError: the folder cannot be written, or is gone.
         RankFailedError: the last attempt's error, and why there is no further one.
     """
     bear_lost_streams()
+    with supervising(run_folder) as folder:
+
+        def show_life() -> None:
+            folder.show_life()
+            crew.show_life()
+
+        with stop_signals(show_life) as received, contextlib.closing(crew):
+            ledger.close_killed(run_folder, folder.seen)
+            folder.show_life()
+            return _attempts(crew, run_folder, config, received, folder.fault, say)
+
+
+def _attempts(
+    crew: Crew,
+    run_folder: Path,
+    config: RestartConfig,
+    received: Received,
+    lost: Callable[[], str | None],
+    say: Callable[[str], None],
+) -> int:
+    """Start the ranks again and again, as `run_supervised` says."""
     failures: list[Failure] = []
     patience = Patience(config.hang_after_s, config.start_after_s, config.save_after_s)
     log_dir = run_folder / "logs"
-    with supervising(run_folder) as folder, stop_signals(folder.show_life) as received:
-        ledger.close_killed(run_folder, folder.seen)
-        folder.show_life()
-        while True:
-            log_dir.mkdir(parents=True, exist_ok=True)
-            ledger.record(run_folder, "attempt", number=len(failures) + 1, ranks=ranks)
-            try:
-                code = run_local(
-                    command_args,
-                    ranks,
-                    log_dir,
-                    port=port,
-                    grace_s=grace_s,
-                    patience=patience,
-                    received=received,
-                    lost=folder.fault,
-                )
-            except FolderLostError:
-                _take_back_terminal()
-                raise  # nothing is written where it was: that would make another folder of its name
-            except LaunchError:
-                ledger.record(run_folder, "ended", why="not started", final=True)
+    while True:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            crew.prepare(received)
+            if received.stop:
+                say(f"stopped before starting; {how_to_go_on(run_folder)}")
+                return _stopped(run_folder, received.stop[0])
+            hosts = {"hosts": crew.hosts} if crew.hosts else {}
+            ledger.record(run_folder, "attempt", number=len(failures) + 1, ranks=crew.ranks, **hosts)
+            code = crew.attempt(log_dir, received, patience, lost)
+        except FolderLostError:
+            _take_back_terminal()
+            raise  # nothing is written where it was: that would make another folder of its name
+        except LaunchError:
+            ledger.record(run_folder, "ended", why="not started", final=True)
+            raise
+        except AttemptError as error:
+            _take_back_terminal()
+            if received.stop:
+                ledger.record(run_folder, "ended", why=error.how, step=error.step, message=str(error), final=True)
                 raise
-            except AttemptError as error:
-                _take_back_terminal()
-                if received.stop:
-                    ledger.record(run_folder, "ended", why=error.how, step=error.step, message=str(error), final=True)
-                    raise
-                wait = _judge(error, failures, config, run_folder, say)
-                if _stopped_within(received, wait):
-                    say(f"stopped before starting again; {how_to_go_on(run_folder)}")
-                    return _stopped(run_folder, received.stop[0])
-                continue
-            if code:
-                if not _began(run_folder):
-                    say(f"stopped before the first step, with nothing new to save; {how_to_go_on(run_folder)}")
-                elif received.forced:  # else rank 0 has said at which step
-                    say(f"ended at once, without waiting for a checkpoint; {how_to_go_on(run_folder)}")
-                return _stopped(run_folder, code - 128)
-            ledger.record(run_folder, "ended", why="done", final=True)
-            return 0
+            wait = _judge(error, failures, config, run_folder, say)
+            if _stopped_within(received, wait):
+                say(f"stopped before starting again; {how_to_go_on(run_folder)}")
+                return _stopped(run_folder, received.stop[0])
+            continue
+        if code:
+            if not _began(run_folder):
+                say(f"stopped before the first step, with nothing new to save; {how_to_go_on(run_folder)}")
+            elif received.forced:  # else rank 0 has said at which step
+                say(f"ended at once, without waiting for a checkpoint; {how_to_go_on(run_folder)}")
+            return _stopped(run_folder, code - 128)
+        ledger.record(run_folder, "ended", why="done", final=True)
+        return 0
 
 
 def _take_back_terminal() -> None:

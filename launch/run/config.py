@@ -19,6 +19,7 @@ import pydantic
 
 from checkpoints.config import CheckpointConfig
 from dataloaders.config import AnyDataConfig
+from launch.hosts.config import LaunchConfig
 from launch.ranks.restarts import RestartConfig
 from setformer_dist.core import config as base
 from setformer_dist.core import revisions
@@ -185,7 +186,7 @@ class RunConfig(FrozenConfig):
         "lr_scheduler_type": "the schedule is linear warm-up, then cosine: see schedule",
         "deterministic": "every run is deterministic, by run.seed",
         "local_rank": "ranks are given by --ranks",
-        "num_nodes": "ranks of several machines are started by DeepSpeed's launcher with --module launch.entry",
+        "num_nodes": "hosts are given by --hosts or --hostfile",
     }
 
     run: RunTable
@@ -201,6 +202,7 @@ class RunConfig(FrozenConfig):
     eval: Annotated[EvalConfig, FREE] = EvalConfig()
     checkpoint: Annotated[CheckpointConfig, FREE] = CheckpointConfig()
     restart: Annotated[RestartConfig, FREE] = RestartConfig()
+    launch: Annotated[LaunchConfig, FREE] = LaunchConfig()
     guard: GuardConfig = GuardConfig()
     deepspeed: dict[str, Any] = pydantic.Field(default_factory=dict)
 

@@ -1,0 +1,240 @@
+"""One host's end of a run: it starts its ranks, tells of their lives, and ends them when nobody listens any more.
+
+    python -m launch.hosts.agent      a supervisor starts it, on its own machine or behind ssh, srun or any prefix
+
+It speaks JSON lines over its standard input and output. There is no listening port, no daemon and no file: when the
+pipe ends, or nothing is heard for a while, the ranks are killed and the agent ends. torch is not imported.
+
+    comes   {"do": "start" | "terminate" | "stacks" | "kill" | "listen" | "reach" | "look" | "forget", ...},
+            {"alive": true}
+    goes    {"is": "facts" | "started" | "beats" | "ended" | "killed" | "output" | "answer", ...}
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import logging
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from launch.hosts.facts import facts, interface_of
+from launch.hosts.wire import ALIVE_S, Message, Wire
+from launch.ranks.environment import rank_environment
+from launch.ranks.processes import LocalHost, LocalRank, rank_command
+from launch.ranks.signals import Received, stop_signals
+from setformer_dist.core.errors import LaunchError
+
+SILENCE_S = 60.0  # until the supervisor says otherwise
+_REACH_S = 10.0
+_CHUNK = 1 << 16
+
+
+class Agent:
+    """Answers one supervisor."""
+
+    def __init__(self, wire: Wire, received: Received) -> None:
+        self._wire = wire
+        self._received = received
+        self._host: LocalHost | None = None
+        self._told: set[int] = set()
+        self._silence_s = SILENCE_S
+        self._listening: socket.socket | None = None
+        self._outputs: dict[int, int] = {}  # descriptor of rank 0's output -> 1 or 2
+        self._beaten_at = 0.0
+        self._asked = False
+
+    def serve(self) -> None:
+        """Serve until the supervisor goes away."""
+        self._wire.send({"is": "facts", **facts()})
+        while not self._wire.ended and self._wire.silence() < self._silence_s:
+            self._received.wait(ALIVE_S / 2, [0, *self._outputs])
+            for message in self._wire.receive():
+                self._obey(message)
+            self._forward_output()
+            self._tell_of_ranks()
+            if self._received.stop and not self._asked:  # the supervisor decides what that means
+                self._asked = True
+                self._wire.send({"is": "asked", "signal": self._received.stop[0]})
+            self._wire.show_life()
+        self.close()
+
+    def close(self) -> None:
+        """End whatever this agent has started."""
+        if self._host is not None:
+            self._host.close()
+            self._host = None
+        if self._listening is not None:
+            self._listening.close()
+            self._listening = None
+        for descriptor in self._outputs:
+            os.close(descriptor)
+        self._outputs = {}
+
+    def _obey(self, message: Message) -> None:
+        do = message.get("do")
+        if do is None:
+            return
+        acts: dict[str, Callable[[Message], dict[str, Any] | None]] = {
+            "start": self._start,
+            "terminate": lambda _: self._with_ranks(LocalHost.terminate),
+            "stacks": lambda _: self._with_ranks(LocalHost.write_stacks),
+            "kill": self._kill,
+            "listen": self._listen,
+            "reach": _reach,
+            "look": _look,
+            "forget": _forget,
+        }
+        try:
+            answer = acts[do](message)
+        except (LaunchError, OSError) as error:
+            answer = {"error": str(error)}
+        if answer is not None:
+            self._wire.send({"is": "answer", "to": do, **(answer or {"done": True})})
+
+    def _with_ranks(self, act: Callable[[LocalHost], None]) -> None:
+        if self._host is not None:
+            act(self._host)
+
+    def _start(self, message: Message) -> dict[str, Any]:
+        self.close()
+        self._silence_s = float(message["silence_s"])
+        self._told = set()
+        ranks = range(*message["ranks"])
+        base = rank_environment(len(ranks), 0, None, {**os.environ, **message["env"]}) | message["own"]
+        log_dir = Path(message["log_dir"])
+        log_dir.mkdir(parents=True, exist_ok=True)
+        writing = self._open_outputs() if 0 in ranks else None
+        try:
+            self._host = LocalHost(
+                rank_command(message["args"], message["module"]), ranks, base, log_dir, output=writing
+            )
+        finally:
+            for descriptor in writing or ():
+                os.close(descriptor)
+        return {"ranks": [{"rank": m.rank, "log": str(m.log), "pid": m.process.pid} for m in self._host.members]}
+
+    def _open_outputs(self) -> tuple[int, int]:
+        (out, out_write), (err, err_write) = os.pipe(), os.pipe()
+        self._outputs = {out: 1, err: 2}
+        for descriptor in self._outputs:
+            os.set_blocking(descriptor, False)
+        return out_write, err_write
+
+    def _kill(self, message: Message) -> None:
+        if self._host is not None:
+            self._host.kill()
+        self._forward_output()
+        self._tell_of_ranks()
+        self._wire.send({"is": "killed"})
+
+    def _listen(self, message: Message) -> dict[str, Any]:
+        """Hold a port for the rendezvous until the ranks start."""
+        if self._listening is not None:
+            self._listening.close()
+        self._listening = socket.socket()
+        self._listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._listening.bind((message["address"], message.get("port") or 0))
+        self._listening.listen(1024)
+        return {"port": self._listening.getsockname()[1], "interface": interface_of(message["address"])}
+
+    def _forward_output(self) -> None:
+        for descriptor, stream in list(self._outputs.items()):
+            with contextlib.suppress(BlockingIOError):
+                while data := os.read(descriptor, _CHUNK):
+                    self._wire.send({"is": "output", "stream": stream, "text": data.decode(errors="replace")})
+                os.close(descriptor)
+                del self._outputs[descriptor]
+
+    def _tell_of_ranks(self) -> None:
+        if self._host is None:
+            return
+        self._host.poll()
+        ended = [m for m in self._host.members if m.ended_at is not None and m.rank not in self._told]
+        if ended or time.monotonic() - self._beaten_at > ALIVE_S:
+            self._beaten_at = time.monotonic()
+            running = [m for m in self._host.members if m.rank not in self._told]
+            self._wire.send({"is": "beats", "ranks": [_beat(m) for m in running]})
+        for member in ended:
+            self._told.add(member.rank)
+            self._wire.send(
+                {"is": "ended", "rank": member.rank, "code": member.code, "said": member.said(),
+                 "lines": member.last_lines()}
+            )  # fmt: skip
+
+
+def _beat(member: LocalRank) -> list[Any]:
+    beat = member.beat()
+    return [member.rank, beat.count, beat.step, beat.phase, beat.age, beat.stop, member.is_suspended()]
+
+
+def _reach(message: Message) -> dict[str, Any]:
+    """Try to reach another host's port, and tell by which interface that goes."""
+    begun = time.monotonic()
+    address, port = message["address"], message["port"]
+    try:
+        with socket.create_connection((address, port), timeout=_REACH_S) as connection:
+            mine = connection.getsockname()[0]
+    except OSError as error:
+        raise LaunchError(f"{address} port {port} cannot be reached: {error.strerror or error}") from None
+    interface = "lo" if mine.startswith("127.") or mine == address else interface_of(mine)
+    return {"address": mine, "interface": interface, "seconds": time.monotonic() - begun}
+
+
+def _look(message: Message) -> dict[str, Any]:
+    """Make a file in the run's folder, see which ones other hosts have made there, and read the page."""
+    folder, page = Path(message["folder"]), Path(message["page"])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / message["name"]).touch()
+        seen = sorted(path.name for path in folder.glob(f"{message['prefix']}*"))
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise LaunchError(f"run folder {folder.absolute()} cannot be written: {error.strerror}") from None
+    try:
+        digest = hashlib.sha256(page.read_bytes()).hexdigest()
+    except OSError as error:
+        raise LaunchError(f"page {page.absolute()} cannot be read: {error.strerror}") from None
+    return {"seen": seen, "free": free, "page": digest}
+
+
+def _forget(message: Message) -> dict[str, Any]:
+    """Remove the files that `_look` has made."""
+    for path in Path(message["folder"]).glob(f"{message['prefix']}*"):
+        with contextlib.suppress(OSError):
+            path.unlink()
+    return {}
+
+
+def main() -> int:
+    """Serve the supervisor at the other end of standard input and output."""
+    parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__)
+    parser.add_argument("--directory", default=".", help="where the ranks work")
+    directory = parser.parse_args().directory
+    try:
+        os.chdir(directory)
+    except OSError as error:
+        print(f"there is no folder {directory} here ({error.strerror})", file=sys.stderr)
+        return LaunchError.exit_code
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
+    # Nothing but messages may reach standard output: ranks and libraries get standard error instead.
+    out = os.dup(1)
+    os.dup2(2, 1)
+    with stop_signals() as received:
+        agent = Agent(Wire(0, out), received)
+        try:
+            agent.serve()
+        finally:
+            agent.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""The `[launch]` table: a run on several hosts."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+import pydantic
+
+from setformer_dist.core.config import FrozenConfig
+
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(=.*)?", re.S)
+
+
+class LaunchConfig(FrozenConfig):
+    """The `[launch]` table: a run on several hosts.
+
+    Attributes:
+        silence_s: seconds without a word from a host after which it counts as lost, and after which its own ranks end
+            because they hear nothing of the supervisor.
+        connect_s: seconds that a host has to answer at the start.
+        min_hosts: the run waits for hosts rather than going on with fewer than these.
+        max_hosts: hosts that train at a time; further ones of the list stand by. 0 takes all.
+        retry_s: seconds for which a host that was lost is left out; doubled each time it is lost again.
+        env: environment variables that travel to all ranks besides those that always do: names, or NAME=value.
+    """
+
+    silence_s: float = pydantic.Field(default=60.0, ge=2)
+    connect_s: float = pydantic.Field(default=30.0, gt=0)
+    min_hosts: int = pydantic.Field(default=1, ge=1)
+    max_hosts: int = pydantic.Field(default=0, ge=0)
+    retry_s: float = pydantic.Field(default=60.0, ge=0)
+    env: Annotated[tuple[str, ...], pydantic.Field(strict=False)] = ()
+
+    @pydantic.field_validator("env")
+    @classmethod
+    def _variables(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in value:
+            if not _VARIABLE.fullmatch(entry):
+                raise ValueError(f"{entry.partition('=')[0]!r} is no name of an environment variable")
+        return value

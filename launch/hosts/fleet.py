@@ -1,0 +1,211 @@
+"""The hosts of a run over all its attempts: who is there, who is left out for a while, who comes back."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from launch.hosts.check import check_alike, check_folder_is_shared, check_slots
+from launch.hosts.config import LaunchConfig
+from launch.hosts.facts import facts
+from launch.hosts.link import Link, RemoteHost, ask, greeted
+from launch.hosts.meeting import Meeting, arrange
+from launch.hosts.names import HostSpec
+from launch.hosts.reach import agent_command, travelling
+from launch.ranks.attempt import Attempt, AttemptError, Patience
+from launch.ranks.logs import LOG_DIR_VARIABLE
+from launch.ranks.signals import Received
+from setformer_dist.core.errors import LaunchError
+from setformer_dist.core.ranks import PORT_GIVEN_VARIABLE
+
+_START_S = 60.0
+
+
+@dataclass
+class _Absence:
+    """How often a host was lost, and until when it is left out."""
+
+    times: int = 0
+    until: float = 0.0
+
+
+@dataclass
+class Fleet:
+    """Starts the ranks of a run on several hosts; see `launch.ranks.supervise.Crew`.
+
+    Attributes:
+        specs: all hosts, in order of rank.
+        args: of every rank; the first one is the page.
+        run_folder: of the run, on all hosts.
+        config: the [launch] table.
+        fits: whether a number of ranks can share the global batch.
+        say: tells the user.
+        via: see `launch.hosts.reach.agent_command`.
+        port: at which rank 0 is met; by default a free one.
+        grace_s: seconds that ranks have for a checkpoint after a stop signal.
+    """
+
+    specs: Sequence[HostSpec]
+    args: Sequence[str]
+    run_folder: Path
+    config: LaunchConfig
+    fits: Callable[[int], bool]
+    say: Callable[[str], None]
+    via: str | None = None
+    port: int | None = None
+    grace_s: float = 60.0
+    _links: dict[str, Link] = field(default_factory=dict)
+    _absences: dict[str, _Absence] = field(default_factory=dict)
+    _checked: set[str] = field(default_factory=set)
+    _chosen: list[HostSpec] = field(default_factory=list)
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of the attempt that comes or runs."""
+        return sum(spec.slots for spec in self._chosen or self.specs)
+
+    @property
+    def hosts(self) -> list[str]:
+        """Names of the hosts of the attempt that comes or runs."""
+        return [spec.name for spec in self._chosen or self.specs]
+
+    def show_life(self) -> None:
+        """Show all agents that somebody listens."""
+        for link in self._links.values():
+            link.show_life()
+
+    def prepare(self, received: Received) -> None:
+        """Connect to the hosts, check them, and choose those of the next attempt. Waits for `launch.min_hosts`.
+
+        Raises:
+            LaunchError: at the first start any host that does not answer; later too few hosts, or ones that differ.
+        """
+        first = not self._checked
+        told = False
+        while True:
+            self._connect(complete=first)
+            present = [spec for spec in self.specs if spec.name in self._links]
+            if self.config.max_hosts:
+                present = present[: self.config.max_hosts]
+            chosen = self._fitting(present)
+            if chosen and len(chosen) >= self.config.min_hosts:
+                self._chosen = chosen
+                return
+            if received.stop:
+                self._chosen = []
+                return
+            if not told:
+                told = True
+                self.say(f"{len(present)} of at least {self.config.min_hosts} hosts are there; waiting for the others")
+            received.wait_for_stop(1.0)
+
+    def _connect(self, complete: bool) -> None:
+        now = time.monotonic()
+        for name, link in list(self._links.items()):
+            link.poll()
+            if link.lost is not None:
+                self._leave_out(name)
+        missing = [
+            spec for spec in self.specs
+            if spec.name not in self._links and self._absences.get(spec.name, _Absence()).until <= now
+        ]  # fmt: skip
+        if not missing:
+            return
+        new = [Link(spec.name, agent_command(spec.name, self.via), self.config.silence_s) for spec in missing]
+        try:
+            greeted(new, self.config.connect_s)
+            if complete and (lost := next((link.lost for link in new if link.lost), None)):
+                raise LaunchError(lost)
+            there = [link for link in new if link.lost is None]
+            check_alike(there, facts())
+            slots = {spec.name: spec.slots for spec in self.specs}
+            check_slots(there, [slots[link.name] for link in there])
+            if len(there) > 1 or self._links:
+                check_folder_is_shared([*self._links.values(), *there], self.run_folder, Path(self.args[0]))
+        except BaseException:
+            for link in new:
+                link.close()
+            raise
+        for link in new:
+            if link.lost is None:
+                self._links[link.name] = link
+                self._checked.add(link.name)
+            else:
+                link.close()
+                self._leave_out(link.name)
+
+    def _leave_out(self, name: str) -> None:
+        """Leave a host out for a while that grows with each loss."""
+        absence = self._absences.setdefault(name, _Absence())
+        absence.until = time.monotonic() + self.config.retry_s * 2**absence.times
+        absence.times += 1
+        link = self._links.pop(name, None)
+        if link is not None:
+            link.close()
+
+    def _fitting(self, specs: Sequence[HostSpec]) -> list[HostSpec]:
+        """Return the hosts with as many of their slots as can share the global batch, the last ones losing theirs."""
+        total = sum(spec.slots for spec in specs)
+        ranks = next((n for n in range(total, 0, -1) if self.fits(n)), 0)
+        chosen = []
+        for spec in specs:
+            slots = min(spec.slots, ranks)
+            ranks -= slots
+            if slots:
+                chosen.append(HostSpec(spec.name, slots))
+        return chosen
+
+    def attempt(self, log_dir: Path, received: Received, patience: Patience, lost: Callable[[], str | None]) -> int:
+        """Run all ranks once; see `launch.ranks.supervise.Crew.attempt`.
+
+        Raises:
+            LaunchError: the hosts cannot meet.
+            AttemptError: as `launch.ranks.attempt.Attempt.supervise`.
+        """
+        links = [self._links[spec.name] for spec in self._chosen]
+        try:
+            meeting = arrange(links, self.port)
+        except LaunchError as error:
+            if any(link.lost for link in links):
+                raise AttemptError(str(next(link.lost for link in links if link.lost)), "host", -1) from None
+            raise error
+        hosts = self._started(links, meeting, log_dir.absolute(), received)
+        attempt = Attempt(hosts, self.grace_s, received, patience, lost)
+        try:
+            return attempt.supervise()
+        finally:
+            attempt.kill()
+
+    def _started(self, links: Sequence[Link], meeting: Meeting, log_dir: Path, received: Received) -> list[RemoteHost]:
+        own = {
+            "WORLD_SIZE": str(self.ranks),
+            "MASTER_ADDR": meeting.address,
+            "MASTER_PORT": str(meeting.port),
+            LOG_DIR_VARIABLE: str(log_dir),
+            PORT_GIVEN_VARIABLE: str(int(self.port is not None)),
+        }
+        env = travelling(self.config.env)
+        hosts, begun, rank = [], [], 0
+        for spec, link, interface in zip(self._chosen, links, meeting.interfaces, strict=True):
+            host = RemoteHost(link, range(rank, rank + spec.slots), received.note)
+            rank += spec.slots
+            ways = {name: os.environ.get(name, interface) for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
+            begun.append(host.begin(self.args, {**own, "LOCAL_WORLD_SIZE": str(spec.slots), **ways}, env, log_dir))
+            hosts.append(host)
+        for host, answer in zip(hosts, ask(links, begun, _START_S), strict=True):
+            if "error" in answer:
+                for other in hosts:
+                    other.kill()
+                how = "host" if host.lost else "error"
+                raise AttemptError(f"host {host.link.name}: {answer['error']}", how, -1)
+            host.started(answer)
+        return hosts
+
+    def close(self) -> None:
+        """End all agents and what they have started."""
+        for link in self._links.values():
+            link.close()
+        self._links = {}

@@ -1,0 +1,63 @@
+"""Where the ranks of several hosts meet: an address of the first host that all others reach, and the interface to it.
+
+Which of a host's addresses others can reach nobody knows beforehand: 127.0.0.1 is the trap of gloo, a container's
+bridge another. So it is tried: the first host listens, the others connect, and each sees by which interface it went.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from launch.hosts.link import Link, ask
+from launch.ranks.environment import HOST
+from setformer_dist.core.errors import LaunchError
+
+_LIMIT_S = 15.0
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where rank 0 is met.
+
+    Attributes:
+        address: of the first host.
+        port: free there.
+        interfaces: by which each host gets there, in order of the hosts.
+    """
+
+    address: str
+    port: int
+    interfaces: tuple[str, ...]
+
+
+def arrange(links: Sequence[Link], port: int | None = None) -> Meeting:
+    """Find where the ranks of some hosts meet.
+
+    Args:
+        links: of the hosts, the first one rank 0's.
+        port: to meet at; by default a free one.
+
+    Raises:
+        LaunchError: no address of the first host can be reached from all others.
+    """
+    first, others = links[0], links[1:]
+    candidates = [address for _, address in first.facts["addresses"]] if others else [HOST]
+    faults = [f"host {first.name} has no address but 127.0.0.1"] if not candidates else []
+    for address in candidates:
+        [heard] = ask([first], [{"do": "listen", "address": address, "port": port}], _LIMIT_S)
+        if "error" in heard:
+            faults.append(f"host {first.name}, port {port} of {address}: {heard['error']}")
+            continue
+        request = {"do": "reach", "address": address, "port": heard["port"]}
+        answers = ask(others, [request] * len(others), _LIMIT_S)
+        wrong = [(link, a["error"]) for link, a in zip(others, answers, strict=True) if "error" in a]
+        if wrong:
+            faults += [f"from host {link.name}: {error}" for link, error in wrong]
+            continue
+        ways = [heard["interface"] or "lo", *(answer["interface"] for answer in answers)]
+        if None in ways:
+            faults.append(f"host {links[ways.index(None)].name} has no interface of its own to {address}")
+            continue
+        return Meeting(address, heard["port"], tuple(ways) if others else ("lo",))
+    raise LaunchError(f"the hosts cannot meet at host {first.name}: {'; '.join(faults)}: open its firewall for them")

@@ -1,0 +1,193 @@
+"""Several hosts on one machine: network namespaces joined by a bridge, a real sshd in each. For tests and drills.
+
+To ssh, pdsh, gloo and NCCL they are hosts with addresses of their own; they share the file system, as the hosts of a
+cluster share a folder. It takes root, `ip` and `sshd`. Whatever was made is removed, also after an error.
+
+    with Cluster(2) as cluster:
+        setformer train demo --hosts a:1,b:1 --via cluster.via
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+
+_TOOLS = ("ip", "ssh", "sshd", "ssh-keygen", "unshare")
+_READY_S = 20.0
+_PATH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
+
+
+def why_impossible() -> str | None:
+    """Return why no hosts can be made here, None where they can."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        return "network namespaces take root on Linux"
+    missing = [tool for tool in _TOOLS if shutil.which(tool, path=_PATH) is None]
+    if missing:
+        return f"{', '.join(missing)} not installed (Debian: iproute2, openssh-server, openssh-client)"
+    name = f"sf{secrets.token_hex(3)}"
+    made = _try("ip", "netns", "add", name)
+    if made:
+        _try("ip", "netns", "del", name)
+    return None if made else "network namespaces cannot be made here"
+
+
+class Cluster:
+    """Hosts `a`, `b`, `c` … until the end of a with statement.
+
+    Attributes:
+        names: of the hosts.
+        via: a prefix for `--via` that logs in to them.
+        folder: with the keys and the ssh config.
+    """
+
+    def __init__(self, hosts: int) -> None:
+        self.names = [chr(ord("a") + at) for at in range(hosts)]
+        self._tag = f"s{secrets.token_hex(2)}"
+        self._net = f"10.{200 + secrets.randbelow(50)}.{secrets.randbelow(250)}"
+        self._daemons: list[subprocess.Popen[bytes]] = []
+        self.folder = Path(tempfile.mkdtemp(prefix="sf-hosts-"))
+        self.config = self.folder / "config"
+        self.via = f"ssh -F {self.config} {{host}}"
+
+    def address(self, name: str) -> str:
+        """Return a host's address."""
+        return f"{self._net}.{self.names.index(name) + 1}"
+
+    def namespace(self, name: str) -> str:
+        """Return a host's network namespace."""
+        return f"{self._tag}-{name}"
+
+    def __enter__(self) -> Cluster:
+        try:
+            self._bridge()
+            self._keys()
+            for name in self.names:
+                self._host(name)
+            self._wait()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _bridge(self) -> None:
+        _do("ip", "link", "add", self._tag, "type", "bridge")
+        _do("ip", "addr", "add", f"{self._net}.254/24", "dev", self._tag)
+        _do("ip", "link", "set", self._tag, "up")
+
+    def _keys(self) -> None:
+        for key in ("user", "host"):
+            _do("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / key))
+        shutil.copy(self.folder / "user.pub", self.folder / "authorized")
+        host_key = " ".join((self.folder / "host.pub").read_text().split()[:2])
+        (self.folder / "known").write_text("".join(f"{self.address(n)} {host_key}\n" for n in self.names))
+        lines = [f"Host {n}\n  HostName {self.address(n)}" for n in self.names]
+        common = (
+            f"Host *\n  User root\n  IdentityFile {self.folder / 'user'}\n  IdentitiesOnly yes\n  BatchMode yes\n"
+            f"  UserKnownHostsFile {self.folder / 'known'}\n  StrictHostKeyChecking yes\n  ConnectTimeout 10\n"
+            "  LogLevel ERROR\n"
+        )
+        self.config.write_text("\n".join([*lines, common]))
+        (self.folder / "sshd_config").write_text(
+            f"HostKey {self.folder / 'host'}\nAuthorizedKeysFile {self.folder / 'authorized'}\nStrictModes no\n"
+            "UsePAM no\nPasswordAuthentication no\nPermitRootLogin yes\nPidFile none\nMaxStartups 100\n"
+        )
+
+    def _host(self, name: str) -> None:
+        space, inside = self.namespace(name), f"{self._tag}{name}"
+        _do("ip", "netns", "add", space)
+        _do("ip", "link", "add", inside, "type", "veth", "peer", "name", "eth0", "netns", space)
+        _do("ip", "link", "set", inside, "master", self._tag, "up")
+        _do("ip", "-n", space, "addr", "add", f"{self.address(name)}/24", "dev", "eth0")
+        for device in ("lo", "eth0"):
+            _do("ip", "-n", space, "link", "set", device, "up")
+        sshd = shutil.which("sshd", path=_PATH)
+        Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # where sshd leaves its privileges
+        start = f"hostname {name} && exec {sshd} -D -e -f {self.folder / 'sshd_config'}"
+        with (self.folder / f"sshd-{name}.log").open("wb") as log:
+            self._daemons.append(
+                subprocess.Popen(
+                    ["ip", "netns", "exec", space, "unshare", "--uts", "sh", "-c", start],
+                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                )
+            )  # fmt: skip
+
+    def _wait(self) -> None:
+        limit = time.monotonic() + _READY_S
+        for name in self.names:
+            while not _try("ssh", "-F", str(self.config), name, "true"):
+                if time.monotonic() > limit:
+                    raise RuntimeError((self.folder / f"sshd-{name}.log").read_text())
+                time.sleep(0.1)
+
+    def processes(self, name: str) -> list[int]:
+        """Return the processes of a host but its sshd."""
+        listed = _output("ip", "netns", "pids", self.namespace(name)).split()
+        daemons = {daemon.pid for daemon in self._daemons}
+        return [pid for pid in map(int, listed) if pid not in daemons and not _is_sshd(pid)]
+
+    def cut(self, name: str) -> None:
+        """Cut a host's link, without a word to anybody."""
+        _do("ip", "link", "set", f"{self._tag}{name}", "nomaster")
+
+    def join(self, name: str) -> None:
+        """Put a host's link back."""
+        _do("ip", "link", "set", f"{self._tag}{name}", "master", self._tag)
+
+    def disturb(self, name: str, *how: str) -> None:
+        """Disturb what goes to a host, as `tc netem` has it: "delay", "50ms", "loss", "1%", "rate", "1mbit"."""
+        _do("tc", "qdisc", "replace", "dev", f"{self._tag}{name}", "root", "netem", *how)
+
+    def kill(self, name: str) -> None:
+        """Kill everything on a host, its sshd too: its power is gone."""
+        for pid in map(int, _output("ip", "netns", "pids", self.namespace(name)).split()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Remove all hosts."""
+        for name in self.names:
+            with contextlib.suppress(subprocess.CalledProcessError):
+                self.kill(name)
+            _try("ip", "netns", "del", self.namespace(name))
+            _try("ip", "link", "del", f"{self._tag}{name}")
+        for daemon in self._daemons:
+            daemon.kill()
+            daemon.wait()
+        _try("ip", "link", "del", self._tag)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _is_sshd(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip() in ("sshd", "sshd-session")
+    except OSError:
+        return True  # it has ended
+
+
+def _do(*words: str) -> None:
+    subprocess.run(words, check=True, capture_output=True, timeout=30)
+
+
+def _output(*words: str) -> str:
+    return subprocess.run(words, check=True, capture_output=True, text=True, timeout=30).stdout
+
+
+def _try(*words: str) -> bool:
+    try:
+        return subprocess.run(words, check=False, capture_output=True, timeout=30).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
