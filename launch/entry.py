@@ -26,6 +26,7 @@ from dataloaders.order.order import CURSOR_FORMAT, ORDER_ID
 from dataloaders.sources.index import INDEX_FORMAT
 from launch.machine.doctor import check_package_origins
 from launch.ranks.environment import usable_cores
+from launch.ranks.launchers import adopt
 from launch.ranks.lock import held
 from launch.ranks.logs import LOG_DIR_VARIABLE, log_file
 from launch.ranks.orphans import use_scratch
@@ -72,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     redact_tracebacks()
     write_stacks_when_asked()
     try:
+        adopt(os.environ)
         return run_rank(arguments.page, arguments.overrides)
     except SetformerError as error:
         if logging.getLogger().handlers:

@@ -199,8 +199,10 @@ def _refuse_other_launchers() -> None:
     Raises:
         LaunchError: with the right commands.
     """
-    world = os.environ.get("WORLD_SIZE", "1")
-    if "RANK" in os.environ and "LOCAL_RANK" in os.environ and world != "1":
+    world = os.environ.get("WORLD_SIZE", "1") if "RANK" in os.environ and "LOCAL_RANK" in os.environ else "1"
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        world = os.environ.get(name, world)
+    if world != "1":
         raise LaunchError(
             f"setformer train starts its ranks itself, and a launcher has started {world} processes of it: say "
             f"setformer train PAGE --ranks {world}, or have the launcher start -m launch.entry PAGE"

@@ -25,9 +25,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch.hosts.facts import facts, interface_of
+from launch.hosts.facts import facts
 from launch.hosts.wire import ALIVE_S, Message, Wire
 from launch.ranks.environment import rank_environment
+from launch.ranks.network import interface_of
 from launch.ranks.processes import LocalHost, LocalRank, rank_command
 from launch.ranks.signals import Received, stop_signals
 from setformer_dist.core.errors import LaunchError

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 
 from launch.ranks.environment import has_gpu, usable_cores
+from launch.ranks.network import addresses
 
 _HOME = Path(__file__).resolve().parents[2]
 _PACKAGES = ("setformer_dist", "dataloaders", "checkpoints", "launch")
@@ -47,22 +48,6 @@ def code_digest() -> str:
             digest.update(path.relative_to(_HOME).as_posix().encode() + b"\0")
             digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:16]
-
-
-def addresses() -> list[tuple[str, str]]:
-    """Return (interface, IPv4 address) of every interface that is up and leads to other hosts."""
-    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
-    return [
-        (name, entry.address)
-        for name, entries in psutil.net_if_addrs().items()
-        for entry in entries
-        if name in up and entry.family == socket.AF_INET and not entry.address.startswith("127.")
-    ]
-
-
-def interface_of(address: str) -> str | None:
-    """Return the interface that has an address."""
-    return next((name for name, known in addresses() if known == address), None)
 
 
 def gpus() -> int:

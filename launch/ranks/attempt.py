@@ -274,8 +274,8 @@ class Attempt:
     def _give_up_hosts(self) -> NoReturn:
         """End the ranks of the hosts that answer."""
         lost, step = self._lost_hosts(), self.step()
-        self._terminate()
-        self._wait(min(self._grace_s, _FAILURE_GRACE_S), until=lambda: bool(self._received.stop))
+        self._terminate()  # they wait for the lost ranks, and can save nothing; who writes a checkpoint may finish
+        self._wait(min(self._grace_s, _ECHO_S), until=lambda: bool(self._received.stop))
         self.kill()
         raise AttemptError("; ".join(str(host.lost) for host in lost), "host", step)
 

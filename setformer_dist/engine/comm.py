@@ -22,7 +22,7 @@ import torch.distributed as dist
 from deepspeed import init_distributed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops import __compatible_ops__ as deepspeed_ops
-from torch._C._distributed_c10d import HashStore, Store, TCPStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 from setformer_dist.core.errors import LaunchError, PassingError
 from setformer_dist.core.ranks import PORT_GIVEN_VARIABLE, RankInfo
@@ -85,6 +85,9 @@ def _meeting_place(ranks: RankInfo, limit: timedelta) -> Store:
     if ranks.world_size == 1:
         return HashStore()
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun listens there itself, for all its attempts
+        shared = TCPStore(host, port, ranks.world_size, is_master=False, timeout=limit)
+        return PrefixStore(f"/worker/attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared)
     if not ranks.is_main:
         return TCPStore(host, port, ranks.world_size, is_master=False, timeout=limit)
     try:

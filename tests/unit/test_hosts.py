@@ -1,0 +1,176 @@
+"""Which hosts, how they are reached, what they say over their pipes, and where they meet."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.hosts.config import LaunchConfig
+from launch.hosts.facts import facts
+from launch.hosts.link import Link, ask, greeted
+from launch.hosts.meeting import arrange
+from launch.hosts.names import HostSpec, of_slurm, parse_hosts, read_hostfile
+from launch.hosts.reach import agent_command, travelling
+from launch.hosts.wire import Wire
+from setformer_dist.core.errors import LaunchError
+
+
+def names(hosts: list[HostSpec]) -> list[tuple[str, int]]:
+    return [(host.name, host.slots) for host in hosts]
+
+
+def test_hosts_of_the_command_line() -> None:
+    assert names(parse_hosts("a:8, b:4,me@node-3.local")) == [("a", 8), ("b", 4), ("me@node-3.local", 1)]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a:8,a:8", "names host a twice"),
+        ("a:0", "has 0 slots"),
+        ("a:-1", "has -1 slots"),
+        ("a:x", "'x' is not a number of slots"),
+        ("", "'' is no name of a host"),
+        ("-oProxyCommand=x:1", "is no name of a host"),
+        ("a;rm:1", "is no name of a host"),
+        ("a,,b", "'' is no name of a host"),
+    ],
+)
+def test_hosts_that_are_none(text: str, said: str) -> None:
+    with pytest.raises(LaunchError, match=said):
+        parse_hosts(text)
+
+
+def hostfile(folder: Path, text: str) -> Path:
+    (folder / "hostfile").write_text(text)
+    return folder / "hostfile"
+
+
+def test_a_hostfile_is_read_as_deepspeed_does(tmp_path: Path) -> None:
+    path = hostfile(tmp_path, "# ours\nworker-0 slots=4\n\nworker-1 slots=4  # new\nworker-2 slots = 2\n")
+    assert names(read_hostfile(path)) == [("worker-0", 4), ("worker-1", 4), ("worker-2", 2)]
+    assert names(read_hostfile(path, include="worker-1:0,2@worker-2")) == [("worker-1", 2), ("worker-2", 2)]
+    assert names(read_hostfile(path, exclude="worker-1@worker-0:3")) == [("worker-0", 3), ("worker-2", 2)]
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "said"),
+    [
+        ("a\n", {}, "line 1: 'a' is not of the form HOST slots=N"),
+        ("a slots=1\na slots=2\n", {}, "names host a twice"),
+        ("", {}, "names no host"),
+        ("a slots=2\n", {"include": "b"}, "--include names host 'b', which is not in the hostfile"),
+        ("a slots=2\n", {"include": "a:2"}, "has slots 0 to 1, and 2 is named"),
+        ("a slots=2\n", {"exclude": "a"}, "leaves no host"),
+        ("a slots=2\n", {"exclude": "a", "include": "a"}, "give one of them"),
+    ],
+)
+def test_hostfiles_that_are_none(tmp_path: Path, text: str, options: dict[str, str], said: str) -> None:
+    with pytest.raises(LaunchError, match=said):
+        read_hostfile(hostfile(tmp_path, text), **options)
+    with pytest.raises(LaunchError, match="cannot be read"):
+        read_hostfile(tmp_path / "nothing")
+
+
+def test_hosts_of_an_allocation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "scontrol").write_text('#!/bin/sh\n[ "$3" = "n[1-3]" ] && printf "n1\\nn2\\nn3\\n"\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert of_slurm({}) is None
+    found = of_slurm({"SLURM_JOB_NODELIST": "n[1-3]", "SLURM_TASKS_PER_NODE": "4(x2),2"})
+    assert found is not None
+    assert names(found) == [("n1", 4), ("n2", 4), ("n3", 2)]
+    with pytest.raises(LaunchError, match="does not fit the 3 hosts"):
+        of_slurm({"SLURM_JOB_NODELIST": "n[1-3]", "SLURM_TASKS_PER_NODE": "4"})
+
+
+def test_how_an_agent_is_reached() -> None:
+    here = agent_command("localhost", None)
+    assert sys.executable in here
+    assert agent_command("far", None)[:2] == ["ssh", "-T"]
+    assert agent_command("far", None)[-2] == "far"
+    assert agent_command("far", "srun")[:3] == ["srun", "--nodelist", "far"]
+    assert agent_command("far", "docker exec -i {host}")[:5] == ["docker", "exec", "-i", "far", "env"]
+    assert len(agent_command("far", "ssh -p 7 {host}")) == 5  # one word for the shell at the other end
+    with pytest.raises(LaunchError, match="does not say where the host's name belongs"):
+        agent_command("far", "docker exec")
+    with pytest.raises(LaunchError, match="cannot be split"):
+        agent_command("far", "a ' {host}")
+
+
+def test_what_travels() -> None:
+    environ = {"NCCL_IB_HCA": "mlx5", "HOME": "/root", "SECRET": "s3", "CUDA_VISIBLE_DEVICES": "1", "PYTHONPATH": "/x"}
+    assert travelling((), environ) == {"NCCL_IB_HCA": "mlx5"}
+    assert travelling(("SECRET", "A=b=c"), environ) == {"NCCL_IB_HCA": "mlx5", "SECRET": "s3", "A": "b=c"}
+    with pytest.raises(LaunchError, match=r"launch\.env names MISSING, which is not set here"):
+        travelling(("MISSING",), environ)
+    with pytest.raises(ValueError, match="'not a name' is no name of an environment variable"):
+        LaunchConfig(env=("not a name=1",))
+
+
+def piped() -> tuple[Wire, Wire]:
+    (a, b), (c, d) = os.pipe(), os.pipe()
+    return Wire(a, d), Wire(c, b)
+
+
+def test_a_wire_carries_messages_and_keeps_banners_apart() -> None:
+    one, other = piped()
+    os.write(other._write, b'Welcome to node 7!\n{"json": 1}\nprompt$ ')
+    other.send({"is": "facts", "text": "ä\n"})
+    assert one.receive() == [{"is": "facts", "text": "ä\n"}]
+    assert list(one.strange) == ["Welcome to node 7!", '{"json": 1}']
+    assert one.receive() == []
+    assert not one.ended
+    os.close(other._write)
+    assert one.receive() == []
+    assert one.ended
+
+
+def test_a_wire_never_waits_for_a_peer_that_does_not_read() -> None:
+    one, _ = piped()
+    begun = time.monotonic()
+    for _ in range(100):
+        one.send({"text": "x" * 100_000})
+    assert time.monotonic() - begun < 5
+    assert len(one._kept) <= 1 << 20
+
+
+def test_an_agent_tells_of_its_host_and_ends_with_its_pipe(tmp_path: Path) -> None:
+    links = [Link(name, agent_command("localhost", None), 20.0) for name in ("x", "y")]
+    try:
+        greeted(links, 30.0)
+        assert [link.lost for link in links] == [None, None]
+        here = facts()
+        assert all(link.facts["code"] == here["code"] for link in links)
+        assert all(link.facts["libraries"] == here["libraries"] for link in links)
+        answers = ask(links, [{"do": "forget", "folder": str(tmp_path), "prefix": "x"}] * 2, 10.0)
+        assert all("error" not in answer for answer in answers)
+        meeting = arrange(links[:1])
+        assert (meeting.address, meeting.interfaces) == ("127.0.0.1", ("lo",))
+    finally:
+        for link in links:
+            link.close()
+    assert all(link._process.returncode is not None for link in links)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["sh", "-c", "echo Welcome; echo permission denied >&2; exit 9"], "exit code 9 (permission denied)"),
+        (["sh", "-c", "sleep 60"], "did not answer within 1 s: its command may be waiting for a password"),
+        (["sh", "-c", "echo Banner; exec 1>&-; sleep 60"], "(Banner)"),
+    ],
+)
+def test_hosts_that_do_not_answer(command: list[str], said: str) -> None:
+    link = Link("far", command, 5.0)
+    try:
+        greeted([link], 1.0)
+        assert said in (link.lost or "")
+    finally:
+        link.close()
+    with pytest.raises(LaunchError, match="cannot be run: No such file"):
+        Link("far", ["no-such-command"], 5.0)
