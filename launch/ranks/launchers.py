@@ -65,12 +65,14 @@ def _of_slurm(environ: MutableMapping[str, str]) -> None:
         str(tasks[int(environ["SLURM_NODEID"])]),
     )
     environ.update(zip(_OURS, values, strict=True))
+    if len(tasks) == 1:
+        environ.setdefault("MASTER_ADDR", HOST)
     if "MASTER_ADDR" not in environ:
         try:
             done = subprocess.run(
                 ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=30, check=True
             )
-            environ["MASTER_ADDR"] = done.stdout.split()[0] if len(tasks) > 1 else HOST
+            environ["MASTER_ADDR"] = done.stdout.split()[0]
         except (OSError, IndexError, subprocess.SubprocessError):
             raise LaunchError("scontrol does not say which host is the first of this job: set MASTER_ADDR") from None
     environ.setdefault("MASTER_PORT", str(port_of(f"{environ['SLURM_JOB_ID']}.{environ['SLURM_STEP_ID']}")))

@@ -41,7 +41,8 @@ def one(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def on_each(cluster: Cluster, command: Callable[[int], list[str]]) -> list[list[str]]:
     """Return commands that log in to each host and run what it is told."""
     return [
-        ["ssh", "-F", str(cluster.config), name, f"cd {ROOT} && DS_ACCELERATOR=cpu PATH={BIN}:$PATH {shlex.join(command(at))}"]
+        ["ssh", "-F", str(cluster.config), name,
+         f"cd {ROOT} && DS_ACCELERATOR=cpu PATH={BIN}:$PATH {shlex.join(command(at))}"]
         for at, name in enumerate(cluster.names)
     ]  # fmt: skip
 
@@ -84,13 +85,15 @@ def test_a_launcher_gives_the_losses_of_one_host(
         pytest.skip(f"{NEEDS[way]} is not installed")
     entry = ["launch.entry", DEMO, f"data.root={digits}", f"run.out={tmp_path}", *SHORT]
     environment = {
-        **os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
+        **os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
         "PDSH_RCMD_TYPE": "ssh", "PDSH_SSH_ARGS_APPEND": f"-F {cluster.config}",
         "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     }  # fmt: skip
     commands = WAYS[way](cluster, entry, cluster.address("a"))
     processes = [
-        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         for command in commands
     ]  # fmt: skip
     said = [process.communicate(timeout=240)[0] for process in processes]
