@@ -27,7 +27,7 @@ from launch.cli import ckpt as cli_ckpt
 from launch.cli import data as cli_data
 from launch.cli import lra as cli_lra
 from launch.cli import runs as cli_runs
-from launch.cli.options import CheckpointPath, ImportOption, WeightsOption
+from launch.cli.options import CheckpointPath, HostfileOption, HostsOption, ImportOption, ViaOption, WeightsOption
 from launch.cli.usage import UsageError, check_homes, usage_fault
 from launch.hosts.fleet import Fleet
 from launch.hosts.names import HostSpec, of_slurm, parse_hosts, read_hostfile
@@ -84,15 +84,11 @@ def train(
     page: Page,
     overrides: Overrides = None,
     ranks: Annotated[int | None, typer.Option("--ranks", "-n", help="Processes on this machine, by default 1.")] = None,
-    hosts: Annotated[str, typer.Option(help="Hosts and the ranks on each, as a:8,b:8.")] = "",
-    hostfile: Annotated[
-        Path | None, typer.Option(help="The same as a file of DeepSpeed's: a line HOST slots=N.")
-    ] = None,
+    hosts: HostsOption = "",
+    hostfile: HostfileOption = None,
     include: Annotated[str, typer.Option(help="Hosts of the hostfile to take, as a@b:0,1.")] = "",
     exclude: Annotated[str, typer.Option(help="Hosts of the hostfile to leave out.")] = "",
-    via: Annotated[
-        str | None, typer.Option(help='How to reach a host: ssh, srun, or a prefix such as "docker exec -i {host}".')
-    ] = None,
+    via: ViaOption = None,
     port: Annotated[int | None, typer.Option(help="Port at which rank 0 is met; by default a free one.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print config and predicted costs, then stop.")] = False,
     grace: Annotated[
@@ -271,15 +267,24 @@ def predict(
 @app.command()
 def doctor(
     run_folder: Annotated[Path, typer.Option(help="Where runs will be written.")] = Path("runs"),
+    hosts: HostsOption = "",
+    hostfile: HostfileOption = None,
+    via: ViaOption = None,
 ) -> None:
-    """Say whether the main job can run here, and what is missing; exit code non-zero if it cannot.
+    """Say whether the main job can run here, or on several hosts; exit code non-zero if it cannot.
 
-    Example:
+    Examples:
 
         setformer doctor --run-folder runs
+
+        setformer doctor --hosts localhost:2
     """
     from launch.machine import doctor as checks
+    from launch.machine.hosts import survey
 
+    if hosts or hostfile:
+        found = survey(chosen_hosts(None, hosts, hostfile, "", ""), via, run_folder)
+        raise typer.Exit(checks.render(found))
     raise typer.Exit(checks.render(checks.diagnose(run_folder)))
 
 

@@ -15,3 +15,13 @@ ImportOption = Annotated[
     typer.Option("--import", help="Module of your own that registers the model or the task.", show_default=False),
 ]
 WeightsOption = Annotated[str, typer.Option(help="plain, ema, or auto: whichever scored better in the run.")]
+HostsOption = Annotated[str, typer.Option(help="Hosts and the ranks on each, as a:8,b:8.", show_default=False)]
+HostfileOption = Annotated[
+    Path | None, typer.Option(help="The same as a file of DeepSpeed's: lines HOST slots=N.", show_default=False)
+]
+ViaOption = Annotated[
+    str | None,
+    typer.Option(
+        help='How to reach a host: ssh, srun, or a prefix such as "docker exec -i {host}".', show_default=False
+    ),
+]

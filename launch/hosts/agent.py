@@ -20,6 +20,7 @@ import os
 import shutil
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -72,12 +73,17 @@ class Agent:
         if self._host is not None:
             self._host.close()
             self._host = None
-        if self._listening is not None:
-            self._listening.close()
-            self._listening = None
+        self._stop_listening()
         for descriptor in self._outputs:
             os.close(descriptor)
         self._outputs = {}
+
+    def _stop_listening(self) -> None:
+        if self._listening is not None:
+            with contextlib.suppress(OSError):
+                self._listening.shutdown(socket.SHUT_RDWR)  # whoever waits in accept wakes up
+            self._listening.close()
+            self._listening = None
 
     def _obey(self, message: Message) -> None:
         do = message.get("do")
@@ -138,12 +144,12 @@ class Agent:
 
     def _listen(self, message: Message) -> dict[str, Any]:
         """Hold a port for the rendezvous until the ranks start."""
-        if self._listening is not None:
-            self._listening.close()
+        self._stop_listening()
         self._listening = socket.socket()
         self._listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._listening.bind((message["address"], message.get("port") or 0))
         self._listening.listen(1024)
+        threading.Thread(target=_swallow, args=(self._listening,), daemon=True).start()
         return {"port": self._listening.getsockname()[1], "interface": interface_of(message["address"])}
 
     def _forward_output(self) -> None:
@@ -176,6 +182,18 @@ def _beat(member: LocalRank) -> list[Any]:
     return [member.rank, beat.count, beat.step, beat.phase, beat.age, beat.stop, member.is_suspended()]
 
 
+def _swallow(listening: socket.socket) -> None:
+    """Take what others send, until nobody listens any more; one byte says that all has come."""
+    with contextlib.suppress(OSError):
+        while True:
+            connection, _ = listening.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.settimeout(_REACH_S)
+                while connection.recv(_CHUNK):
+                    pass
+                connection.sendall(b"\0")
+
+
 def _reach(message: Message) -> dict[str, Any]:
     """Try to reach another host's port, and tell by which interface that goes."""
     begun = time.monotonic()
@@ -183,15 +201,30 @@ def _reach(message: Message) -> dict[str, Any]:
     try:
         with socket.create_connection((address, port), timeout=_REACH_S) as connection:
             mine = connection.getsockname()[0]
+            seconds = time.monotonic() - begun
+            bulk = _sent(connection, message.get("bulk", 0))
     except OSError as error:
         raise LaunchError(f"{address} port {port} cannot be reached: {error.strerror or error}") from None
     interface = "lo" if mine.startswith("127.") or mine == address else interface_of(mine)
-    return {"address": mine, "interface": interface, "seconds": time.monotonic() - begun}
+    return {"address": mine, "interface": interface, "seconds": seconds, **bulk}
+
+
+def _sent(connection: socket.socket, count: int) -> dict[str, Any]:
+    """Send bytes for some seconds at most, until the other end, which counts them, has them all."""
+    if not count:
+        return {}
+    begun, sent, block = time.monotonic(), 0, b"\0" * _CHUNK
+    while sent < count and time.monotonic() - begun < _REACH_S:
+        connection.sendall(block)
+        sent += len(block)
+    connection.shutdown(socket.SHUT_WR)
+    connection.recv(1)
+    return {"bulk_bytes": sent, "bulk_seconds": time.monotonic() - begun}
 
 
 def _look(message: Message) -> dict[str, Any]:
     """Make a file in the run's folder, see which ones other hosts have made there, and read the page."""
-    folder, page = Path(message["folder"]), Path(message["page"])
+    folder, page = Path(message["folder"]), Path(message["page"]) if message["page"] else None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / message["name"]).touch()
@@ -199,10 +232,12 @@ def _look(message: Message) -> dict[str, Any]:
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise LaunchError(f"run folder {folder.absolute()} cannot be written: {error.strerror}") from None
-    try:
-        digest = hashlib.sha256(page.read_bytes()).hexdigest()
-    except OSError as error:
-        raise LaunchError(f"page {page.absolute()} cannot be read: {error.strerror}") from None
+    digest = None
+    if page is not None:
+        try:
+            digest = hashlib.sha256(page.read_bytes()).hexdigest()
+        except OSError as error:
+            raise LaunchError(f"page {page.absolute()} cannot be read: {error.strerror}") from None
     return {"seen": seen, "free": free, "page": digest}
 
 

@@ -16,43 +16,35 @@ _SEEN_WITHIN_S = 10.0  # how long a network's file system may take to show a new
 _MARK = ".host-"
 
 
-def check_alike(links: Sequence[Link], here: dict[str, Any]) -> None:
-    """Check that all hosts have this machine's code and libraries.
+def check_alike(link: Link, here: dict[str, Any]) -> None:
+    """Check that a host has this machine's code and libraries.
 
     Raises:
         LaunchError: naming the host and what differs.
     """
-    for link in links:
-        theirs = link.facts
-        for what, repair in (("code", "the project's code"), ("python", "the version of Python")):
-            if theirs[what] != here[what]:
-                raise LaunchError(
-                    f"host {link.name} has other {repair} than this one ({theirs[what]}, not {here[what]}): install "
-                    "the same there"
-                )
-        for name, version in here["libraries"].items():
-            if theirs["libraries"].get(name) != version:
-                raise LaunchError(
-                    f"host {link.name} has {name} {theirs['libraries'].get(name)}, and this one {version}: install "
-                    "the same there"
-                )
+    theirs = link.facts
+    for what, name in (("code", "other code of this project"), ("python", "another version of Python")):
+        if theirs[what] != here[what]:
+            raise LaunchError(
+                f"host {link.name} has {name} ({theirs[what]} there, {here[what]} here): install the same there"
+            )
+    for name, version in here["libraries"].items():
+        if (found := theirs["libraries"].get(name)) != version:
+            raise LaunchError(f"host {link.name} has {name} {found}, and this one {version}: install the same there")
 
 
-def check_slots(links: Sequence[Link], slots: Sequence[int]) -> None:
-    """Check that no host has more ranks than devices, where it has devices.
+def check_slots(link: Link, slots: int) -> None:
+    """Check that a host has no more ranks than devices, where it has devices.
 
     Raises:
         LaunchError: naming the host.
     """
-    for link, number in zip(links, slots, strict=True):
-        devices = link.facts["gpus"]
-        if devices and number > devices:
-            raise LaunchError(
-                f"host {link.name} has {devices} devices, and {number} ranks are asked for: give fewer slots"
-            )
+    devices = link.facts["gpus"]
+    if devices and slots > devices:
+        raise LaunchError(f"host {link.name} has {devices} devices, and {slots} ranks are asked for: give fewer slots")
 
 
-def check_folder_is_shared(links: Sequence[Link], folder: Path, page: Path) -> None:
+def check_folder_is_shared(links: Sequence[Link], folder: Path, page: Path | None = None) -> None:
     """Check that every host sees one and the same run folder, and this machine's page.
 
     Each host makes a file there, and each must see those of all others.
@@ -63,7 +55,10 @@ def check_folder_is_shared(links: Sequence[Link], folder: Path, page: Path) -> N
     prefix = f"{_MARK}{secrets.token_hex(6)}-"
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"{prefix}{at}" for at in range(len(links))]
-    look = [{"do": "look", "folder": str(folder), "prefix": prefix, "name": name, "page": str(page)} for name in names]
+    look = [
+        {"do": "look", "folder": str(folder), "prefix": prefix, "name": name, "page": str(page) if page else None}
+        for name in names
+    ]
     try:
         mine = None
         for link, answer in zip(links, ask(links, look, _LIMIT_S), strict=True):

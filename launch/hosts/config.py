@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pydantic
 
@@ -22,6 +22,8 @@ class LaunchConfig(FrozenConfig):
         min_hosts: the run waits for hosts rather than going on with fewer than these.
         max_hosts: hosts that train at a time; further ones of the list stand by. 0 takes all.
         retry_s: seconds for which a host that was lost is left out; doubled each time it is lost again.
+        take_back: when a host that answers again takes part again: once the next checkpoint is written, at once (the
+            ranks save and start again), or never before the next start.
         env: environment variables that travel to all ranks besides those that always do: names, or NAME=value.
     """
 
@@ -29,6 +31,7 @@ class LaunchConfig(FrozenConfig):
     connect_s: float = pydantic.Field(default=30.0, gt=0)
     min_hosts: int = pydantic.Field(default=1, ge=1)
     max_hosts: int = pydantic.Field(default=0, ge=0)
+    take_back: Literal["checkpoint", "at_once", "never"] = "checkpoint"
     retry_s: float = pydantic.Field(default=60.0, ge=0)
     env: Annotated[tuple[str, ...], pydantic.Field(strict=False)] = ()
 

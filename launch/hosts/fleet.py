@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from checkpoints.layout import MANIFEST, step_folders
 from launch.hosts.check import check_alike, check_folder_is_shared, check_slots
 from launch.hosts.config import LaunchConfig
 from launch.hosts.facts import facts
@@ -61,6 +63,8 @@ class Fleet:
     _absences: dict[str, _Absence] = field(default_factory=dict)
     _checked: set[str] = field(default_factory=set)
     _chosen: list[HostSpec] = field(default_factory=list)
+    _coming: dict[str, tuple[Link, float]] = field(default_factory=dict)  # on trial again, since when
+    _back: dict[str, Path | None] = field(default_factory=dict)  # hosts that answer again; the newest checkpoint then
 
     @property
     def ranks(self) -> int:
@@ -74,7 +78,7 @@ class Fleet:
 
     def show_life(self) -> None:
         """Show all agents that somebody listens."""
-        for link in self._links.values():
+        for link in (*self._links.values(), *(link for link, _ in self._coming.values())):
             link.show_life()
 
     def prepare(self, received: Received) -> None:
@@ -114,28 +118,73 @@ class Fleet:
         ]  # fmt: skip
         if not missing:
             return
-        new = [Link(spec.name, agent_command(spec.name, self.via), self.config.silence_s) for spec in missing]
-        try:
-            greeted(new, self.config.connect_s)
-            if complete and (lost := next((link.lost for link in new if link.lost), None)):
-                raise LaunchError(lost)
-            there = [link for link in new if link.lost is None]
-            check_alike(there, facts())
-            slots = {spec.name: spec.slots for spec in self.specs}
-            check_slots(there, [slots[link.name] for link in there])
-            if len(there) > 1 or self._links:
-                check_folder_is_shared([*self._links.values(), *there], self.run_folder, Path(self.args[0]))
-        except BaseException:
-            for link in new:
-                link.close()
-            raise
+        new = [self._taken_back(spec.name) or self._link(spec.name) for spec in missing]
+        greeted(new, self.config.connect_s)
+        slots = {spec.name: spec.slots for spec in self.specs}
+        here = facts()
         for link in new:
-            if link.lost is None:
+            fault = link.lost or self._fault(link, slots[link.name], here)
+            if fault is None:
                 self._links[link.name] = link
-                self._checked.add(link.name)
-            else:
+                continue
+            link.close()
+            if complete:
+                for other in new:
+                    other.close()
+                raise LaunchError(fault)
+            if link.name in self._checked:
+                self.say(f"{fault}; it is left out for a while")
+            self._leave_out(link.name)
+        self._checked.update(self._links)
+
+    def _fault(self, link: Link, slots: int, here: dict[str, Any]) -> str | None:
+        """Return why a host that answers cannot take part."""
+        try:
+            check_alike(link, here)
+            check_slots(link, slots)
+            if self._links:
+                check_folder_is_shared([*self._links.values(), link], self.run_folder, Path(self.args[0]))
+        except LaunchError as error:
+            return str(error)
+        return None
+
+    def _link(self, name: str) -> Link:
+        return Link(name, agent_command(name, self.via), self.config.silence_s)
+
+    def _taken_back(self, name: str) -> Link | None:
+        """Return the link to a host that answers again."""
+        self._back.pop(name, None)
+        link, _ = self._coming.pop(name, (None, 0.0))
+        return link
+
+    def regroup(self) -> str | None:
+        """Return why all ranks should start again: a host answers that was lost. Never waits."""
+        now = time.monotonic()
+        if self.config.take_back == "never" or (self.config.max_hosts and len(self._chosen) >= self.config.max_hosts):
+            return None
+        for name, absence in self._absences.items():
+            if name not in self._links and name not in self._coming and absence.until <= now:
+                self._coming[name] = (self._link(name), now)
+        for name, (link, since) in list(self._coming.items()):
+            link.poll()
+            if link.lost is not None or (not link.facts and now - since > self.config.connect_s):
                 link.close()
-                self._leave_out(link.name)
+                self._taken_back(name)
+                self._leave_out(name)
+            elif link.facts:
+                self._back.setdefault(name, self._newest())
+        for name, before in self._back.items():
+            if self.config.take_back == "at_once" or self._newest() != before:
+                return f"host {name} is back"
+        return None
+
+    def _newest(self) -> Path | None:
+        """Return the newest checkpoint, as far as names tell."""
+        try:
+            folders = step_folders(self.run_folder / "checkpoints")
+        except OSError:
+            return None
+        return next((folder for folder in folders if (folder / MANIFEST).is_file()), None)
 
     def _leave_out(self, name: str) -> None:
         """Leave a host out for a while that grows with each loss."""
@@ -173,7 +222,7 @@ class Fleet:
                 raise AttemptError(str(next(link.lost for link in links if link.lost)), "host", -1) from None
             raise error
         hosts = self._started(links, meeting, log_dir.absolute(), received)
-        attempt = Attempt(hosts, self.grace_s, received, patience, lost)
+        attempt = Attempt(hosts, self.grace_s, received, patience, lost, self.regroup)
         try:
             return attempt.supervise()
         finally:
@@ -206,6 +255,6 @@ class Fleet:
 
     def close(self) -> None:
         """End all agents and what they have started."""
-        for link in self._links.values():
+        for link in (*self._links.values(), *(link for link, _ in self._coming.values())):
             link.close()
-        self._links = {}
+        self._links, self._coming = {}, {}

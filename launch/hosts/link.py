@@ -42,7 +42,7 @@ class Link:
         self.facts: dict[str, Any] = {}
         self.lost: str | None = None
         self.silence_s = silence_s
-        self._messages: list[Message] = []
+        self._unread: list[Message] = []
         self._errors = b""
         try:
             self._process = subprocess.Popen(
@@ -77,9 +77,10 @@ class Link:
 
     def poll(self) -> list[Message]:
         """Return what has come, and find out whether the host is lost."""
+        messages, self._unread = self._unread, []
         if self.lost is not None:
-            return []
-        messages = [m for m in self._wire.receive() if "is" in m]
+            return messages
+        messages += [m for m in self._wire.receive() if "is" in m]
         with contextlib.suppress(OSError):
             self._errors = (self._errors + os.read(self._stderr, 1 << 16))[-_ERROR_BYTES:]
         for message in messages:
@@ -91,6 +92,10 @@ class Link:
             self.lost = f"host {self.name} is lost: nothing heard of it for {self._wire.silence():.0f} s"
         self._wire.show_life()
         return messages
+
+    def put_back(self, messages: list[Message]) -> None:
+        """Have `poll` return these again."""
+        self._unread += messages
 
     def _end(self) -> str:
         """Say how the command that reached the host has ended."""
@@ -123,16 +128,20 @@ def ask(links: Sequence[Link], messages: Sequence[Message], limit_s: float) -> l
     answers: list[dict[str, Any]] = [{} for _ in links]
     for link, message in zip(links, messages, strict=True):
         link.send(message)
+    others: list[list[Message]] = [[] for _ in links]
     limit = time.monotonic() + limit_s
     while time.monotonic() < limit and not all(answers):
         for at, (link, message) in enumerate(zip(links, messages, strict=True)):
             for came in link.poll():
                 if came["is"] == "answer" and came.get("to") == message["do"]:
                     answers[at] = came
+                else:
+                    others[at].append(came)  # of a rank that ends while other hosts still start theirs
             if link.lost is not None and not answers[at]:
                 answers[at] = {"error": link.lost}
         time.sleep(0.005)
-    for link, answer in zip(links, answers, strict=True):
+    for link, answer, more in zip(links, answers, others, strict=True):
+        link.put_back(more)
         if not answer:
             answer["error"] = f"host {link.name} did not answer within {limit_s:.0f} s"
     return answers

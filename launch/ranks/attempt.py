@@ -121,6 +121,10 @@ class AttemptError(RankFailedError):
         self.member = member
 
 
+class Regroup(Exception):  # noqa: N818 - nothing went wrong
+    """An attempt that ended well, with a checkpoint, to be started again with other hosts."""
+
+
 class FolderLostError(PassingError):
     """The run's folder was moved or removed while the run was at work in it."""
 
@@ -154,6 +158,7 @@ class Attempt:
         received: stop signals.
         patience: when a rank counts as hanging.
         folder_lost: asked now and then; says what happened to the run's folder where it is gone.
+        regroup: asked now and then; says why all ranks should save and start again, None where they should not.
     """
 
     def __init__(
@@ -163,7 +168,9 @@ class Attempt:
         received: Received,
         patience: Patience,
         folder_lost: Callable[[], str | None] = lambda: None,
+        regroup: Callable[[], str | None] = lambda: None,
     ) -> None:
+        self._regroup = regroup
         self._hosts = hosts
         self._grace_s = grace_s
         self._received = received
@@ -181,6 +188,7 @@ class Attempt:
         Raises:
             AttemptError: one failed by itself; by then all others have ended too.
             FolderLostError: the run's folder is gone; the ranks are killed, as they have nowhere to save.
+            Regroup: they have saved and ended, as `regroup` has asked.
         """
         while not self._received.stop:
             self._poll()
@@ -200,8 +208,21 @@ class Attempt:
             hanging = [m for m in self._running() if self._patience.exceeded_by(m.beat())]
             if hanging:
                 self._give_up_on(hanging)
+            if (reason := self._regroup()) is not None and self.step() >= 0:
+                self._end_for(reason)
             self._sleep(TICK_S)
         return self._stop()
+
+    def _end_for(self, reason: str) -> None:
+        """Have all ranks save and end, and raise `Regroup` where they did; where they did not, it is a failure."""
+        self._terminate()
+        self._wait(self._grace_s, until=lambda: bool(self._received.stop or self._lost_hosts()))
+        if self._received.stop or self._lost_hosts():
+            return
+        if all(m.ended_at is not None and (m.code == 0 or _stopped_by(m)) for m in self.members):
+            if all(m.code == 0 for m in self.members):
+                return  # the run was done
+            raise Regroup(reason)
 
     def step(self) -> int:
         """Return the optimizer step that the ranks are at, or were; -1 before the first."""

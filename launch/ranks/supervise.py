@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from checkpoints.layout import MANIFEST, step_folders, step_of
-from launch.ranks.attempt import AttemptError, FolderLostError, Patience
+from launch.ranks.attempt import AttemptError, FolderLostError, Patience, Regroup
 from launch.ranks.lock import supervising
 from launch.ranks.restarts import Failure, GiveUp, RestartConfig, verdict
 from launch.ranks.signals import Received, stop_signals
@@ -60,6 +60,7 @@ class Crew(Protocol):
             LaunchError: they cannot be started.
             AttemptError: one failed, or a host was lost; all others have ended.
             FolderLostError: the run's folder is gone.
+            Regroup: the ranks have saved, to start again on other hosts.
         """
 
     def close(self) -> None:
@@ -130,6 +131,11 @@ def _attempts(
         except LaunchError:
             ledger.record(run_folder, "ended", why="not started", final=True)
             raise
+        except Regroup as reason:
+            _take_back_terminal()
+            ledger.record(run_folder, "ended", why="regrouped", message=str(reason), final=False)
+            say(f"{reason}; all ranks have saved and start again")
+            continue
         except AttemptError as error:
             _take_back_terminal()
             if received.stop:

@@ -39,7 +39,7 @@ LOCK_FILE = "run.lock"
 # What counts as progress, by the sections of the engine's clock; everything else has its own name.
 _TRAINING = frozenset({"forward", "backward", "optimizer", "communication", "other"})
 KINDS = ("training", "data", "checkpoint", "evaluation", "refresh", "start", "restart", "lost", "finish")
-WELL = ("done", "stopped")
+WELL = ("done", "stopped", "regrouped")
 _LATEST = 2.0**37  # Unix time that the calendar still has a year for
 _CRC = re.compile(rb', "crc": "([0-9a-f]{8})"\}$')
 

@@ -171,3 +171,24 @@ def test_hosts_that_cannot_train_are_named(cluster: Cluster, digits: Path, tmp_p
     assert ended.code in (0, 2)
     assert not (tmp_path / "demo" / "checkpoints").exists() or ended.code == 0
     assert all(cluster.processes(name) == [] for name in cluster.names)
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("when", ["at_once", "checkpoint"])
+def test_a_host_that_answers_again_takes_part_again(
+    when: str, cluster: Cluster, one: Path, digits: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "demo"
+    words = train_words(digits, tmp_path, "schedule.epochs=9", "launch.silence_s=5", "launch.retry_s=2",
+                        f"launch.take_back={when}", "checkpoint.every_steps=20")  # fmt: skip
+    process = start(cluster, words)
+    wait_for_step(run, 12, process)
+    os.kill(process_of(cluster, "b", "launch.hosts.agent"), signal.SIGKILL)
+    said = end(process, cluster)
+    assert process.returncode == 0, said
+    assert "host b is back; all ranks have saved and start again" in said
+    events = ledger.read_events(run)
+    assert [event["why"] for event in events if event["event"] == "ended"] == ["host", "regrouped", "done"]
+    assert [event["hosts"] for event in events if event["event"] == "attempt"] == [["a", "b"], ["a"], ["a", "b"]]
+    assert [how for _, how, _ in ledger.account(events).failures] == ["host"]
+    assert [step for kind, step in losses(run) if kind == "train"] == list(range(1, 199))

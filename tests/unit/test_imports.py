@@ -64,7 +64,7 @@ ROOMS = {
     "examples": {"ranks", "run"},
     "history": set(),
     "hosts": {"ranks"},
-    "machine": {"ranks"},
+    "machine": {"hosts", "ranks"},
     "ranks": set(),
     "run": {"hosts", "ranks"},
 }  # fmt: skip
