@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import logging
+import queue
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -71,6 +72,7 @@ class CheckpointManager:
         self._failures: list[Failure] = []  # of saves that could not even begin
         self._images: list[torch.Tensor] = []
         self._begun = -1  # step of the last save that was begun
+        self._committed: queue.SimpleQueue[int] = queue.SimpleQueue()  # steps, from rank 0's writing threads
 
     # Saving.
 
@@ -158,6 +160,11 @@ class CheckpointManager:
         """Return whether a save has failed on this rank since the last `finish`. No communication, no waiting."""
         return bool(self._failures) or any(save.failure is not None for save in self._saves)
 
+    def committed(self) -> Sequence[tuple[int, Path]]:
+        """Return the steps and folders that became durable since the last call; rank 0 alone knows. Does not wait."""
+        steps = [self._committed.get() for _ in range(self._committed.qsize())]
+        return [(step, layout.step_folder(self.root, step)) for step in steps]
+
     def finish(self, last: bool = False) -> None:
         """Wait until all saves that were begun have ended, and hear how, on every rank.
 
@@ -244,7 +251,7 @@ class CheckpointManager:
         patience_s = 60 * self._config.write_timeout_minutes
         before = self._saves[-1] if self._saves else None
         free = functools.partial(self._images.extend, image)
-        self._saves.append(Save(attempt, payload, self._disk, patience_s, before, self._apply_policy, free))
+        self._saves.append(Save(attempt, payload, self._disk, patience_s, before, self._after_commit, free))
         self._saves[-1].start(in_background=asynchronous)
         return folder
 
@@ -349,6 +356,11 @@ class CheckpointManager:
         if pinned:
             return torch.empty(placed.nbytes, dtype=torch.uint8, pin_memory=True)
         return host_memory(placed.nbytes)
+
+    def _after_commit(self, step: int) -> None:
+        """Rank 0, in the thread that wrote: note what became durable, and delete what may go."""
+        self._committed.put(step)
+        self._apply_policy(step)
 
     def _apply_policy(self, step: int) -> None:
         """Rank 0: delete what may go. A failure costs space, not the run, so it only warns."""

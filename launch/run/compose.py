@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from launch.run.config import ResolvedRun
 from launch.run.imported import is_imported, loadable, trainer_state
 from launch.run.initial_weights import FirstWeights
 from launch.run.inputs import Split, check_splits, inputs_of
+from setformer_dist.callbacks.build import build_callbacks
+from setformer_dist.core.callback import Callback
 from setformer_dist.core.errors import CheckpointError, ConfigError
 from setformer_dist.core.fragments import Fragment
 from setformer_dist.core.heartbeat import Heartbeat
@@ -32,6 +34,7 @@ from setformer_dist.engine.comm import CommMeter, TorchCollectives
 from setformer_dist.engine.deepspeed_engine import DTYPES, initialize, supported_dtypes
 from setformer_dist.engine.ema import Ema
 from setformer_dist.engine.evaluate import Watch
+from setformer_dist.engine.events import Callbacks
 from setformer_dist.engine.guard import Guard
 from setformer_dist.engine.master import OPTIMIZER_STATES, MasterState
 from setformer_dist.engine.metrics import RunRecord, peak_flops
@@ -153,6 +156,10 @@ class RunStore:
         about = {**trainer, **self._about}
         return self._manager.save_renumbered(step, fragments, about, self._identity, metrics)
 
+    def committed(self) -> Sequence[tuple[int, Path]]:
+        """Return the steps and folders that became durable since the last call, on rank 0."""
+        return self._manager.committed()
+
     def failed(self) -> bool:
         """Return whether a save has failed on this rank since the last `finish`."""
         return self._manager.failed()
@@ -260,9 +267,21 @@ def _check_new_batch(saved: dict[str, Any], here: dict[str, Any]) -> None:
         )
 
 
-def compose(run: ResolvedRun, splits: Splits, task: Task, model: nn.Module, comm: TorchCollectives) -> Trainer:
-    """Build a run on this rank around a model fresh from its seed. Collective."""
+def compose(
+    run: ResolvedRun,
+    splits: Splits,
+    task: Task,
+    model: nn.Module,
+    comm: TorchCollectives,
+    callbacks: Sequence[Callback] = (),
+) -> Trainer:
+    """Build a run on this rank around a model fresh from its seed. Collective.
+
+    `callbacks` hear the events of the run after those that its config names.
+    """
     c = run.config
+    named = build_callbacks(c.logging, c.run.callbacks, c.run.callback_args)
+    heard = Callbacks([*named, *callbacks], c.folder, run.as_json(), comm.ranks.is_main)
     ranks, plan, classes = comm.ranks, run.plan, splits.train.classes
     watch = watch_of(run, model)
     check_metric(task, c.checkpoint.best_metric, c.checkpoint.best_mode)
@@ -320,6 +339,7 @@ def compose(run: ResolvedRun, splits: Splits, task: Task, model: nn.Module, comm
         costs=costs,
         guard=Guard(c.guard, c.folder, comm, scaled=c.precision.dtype == "fp16"),
         heartbeat=Heartbeat.from_env(),
+        callbacks=heard,
         watch=watch,
         first_weights=first_weights,
     )

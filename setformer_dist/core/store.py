@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,6 +65,13 @@ class CheckpointStore(Protocol):
 
     def failed(self) -> bool:
         """Return whether a save has failed on this rank since the last `finish`. Not collective; does not wait."""
+        ...
+
+    def committed(self) -> Sequence[tuple[int, Path]]:
+        """Return the steps and folders that became durable since the last call, on rank 0; elsewhere nothing.
+
+        Not collective; does not wait.
+        """
         ...
 
     def finish(self, last: bool = False) -> None:

@@ -8,7 +8,8 @@
     optim.py      parameter groups, AdamW, learning-rate schedule
     ema.py        an average of the weights as one more fragment state
     evaluate.py   one pass over a split, each sample once
-    metrics.py    the clock of a step, metrics.jsonl, TensorBoard
+    metrics.py    the clock of a step, metrics.jsonl
+    events.py     tells the callbacks of a run's events, and says what an exception in one does
     comm.py       torch.distributed behind the Collectives protocol, and what it costs
     signals.py    SIGTERM and Ctrl-C as a wish to stop at the next step
     batch_plan.py         global batch = micro batch × accumulation × ranks: the one equation, solved in this one place

@@ -1,9 +1,8 @@
-"""Where a step's time goes, and the run's record.
+"""Where a step's time goes, and the run's record: callbacks hear the same figures (`core.callback`).
 
     runs/<run>/metrics.jsonl   one JSON object a line, kind "train", "eval" or "guard"; after a resume steps may repeat,
                                and the last line of a step counts; what is no finite number is null
     runs/<run>/samples.jsonl   with run.record_samples: the sample ids of every optimizer step
-    runs/<run>/tensorboard/    the same figures for TensorBoard
 
 Only rank 0 writes.
 """
@@ -22,7 +21,6 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from torch.utils.tensorboard import SummaryWriter
 
 from setformer_dist.core import ledger
 from setformer_dist.core.files import finite, open_record
@@ -121,13 +119,12 @@ def peak_memory_mib() -> float:
 
 
 class RunRecord:
-    """Writes metrics.jsonl and TensorBoard on rank 0, nothing elsewhere."""
+    """Writes metrics.jsonl, samples.jsonl and the ledger on rank 0, nothing elsewhere."""
 
     def __init__(self, folder: Path, is_main: bool) -> None:
         self._folder = folder
         self._is_main = is_main
         self._file: FileIO | None = None
-        self._board: Any = None
 
     def _open(self) -> FileIO:
         """Open on the first line, so that a run that never begins leaves nothing."""
@@ -135,24 +132,10 @@ class RunRecord:
         self._file = FileIO(open_record(path), "ab")  # a line is one write
         if self._file.tell() and not _ends_with_newline(path):
             self._file.write(b"\n")  # the last process died within a line
-        with self._bearing_the_board():
-            self._board = SummaryWriter(str(self._folder / "tensorboard"))
         return self._file
 
-    @contextmanager
-    def _bearing_the_board(self) -> Iterator[None]:
-        """Go on without TensorBoard where it fails: metrics.jsonl holds the same.
-
-        Its writer is a thread whose errors come back at later calls, and as whatever they are.
-        """
-        try:
-            yield
-        except Exception as error:  # noqa: BLE001 — see above
-            log.warning("no more figures for TensorBoard: %s: %s", type(error).__name__, error)
-            self._board = None
-
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Append one line, and the same figures to TensorBoard; the line survives a death of this process.
+        """Append one line; it survives a death of this process.
 
         A full disk costs the line, and a warning, but not the run.
         """
@@ -164,9 +147,6 @@ class RunRecord:
             file.write(line.encode() + b"\n")
         except OSError as error:
             log.warning("metrics of step %d could not be written: %s", step, error)
-        with self._bearing_the_board():
-            for name, value in _flatten(values) if self._board is not None else ():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def write_samples(self, step: int, ids: list[int]) -> None:
         """Append the sample ids of one optimizer step, in the order of the stream, to samples.jsonl."""
@@ -189,9 +169,6 @@ class RunRecord:
         """Flush and close."""
         if self._file is not None:
             self._file.close()
-        if self._board is not None:
-            with self._bearing_the_board():
-                self._board.close()
 
 
 def _ends_with_newline(path: Path) -> bool:
@@ -200,11 +177,3 @@ def _ends_with_newline(path: Path) -> bool:
             return True
         file.seek(-1, 2)
         return file.read(1) == b"\n"
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}/")
-        elif isinstance(value, (int, float)):
-            yield f"{prefix}{name}", float(value)

@@ -21,6 +21,7 @@ import pydantic
 import torch
 
 from setformer_dist.core.batch import EvalStream, MicroBatch, TrainStream
+from setformer_dist.core.callback import RunEnd
 from setformer_dist.core.errors import CheckpointError, TrainingError
 from setformer_dist.core.fragments import Fragment
 from setformer_dist.core.heartbeat import Heartbeat
@@ -32,6 +33,7 @@ from setformer_dist.engine.comm import CommMeter, TorchCollectives
 from setformer_dist.engine.config import EvalConfig
 from setformer_dist.engine.ema import Ema
 from setformer_dist.engine.evaluate import EvalResult, Watch, evaluate
+from setformer_dist.engine.events import Callbacks
 from setformer_dist.engine.guard import Guard, Trouble, Updates
 from setformer_dist.engine.master import OPTIMIZER_STATES, MasterState
 from setformer_dist.engine.metrics import RunRecord, StepClock, peak_memory_mib
@@ -141,6 +143,9 @@ def check_trainer(trainer: dict[str, Any], place: Path) -> None:
                 raise ValueError(f"{key} is no {kind.__name__}")
         window = trainer.get("guard", {}).get("window", [])
         pydantic.TypeAdapter(list[float]).validate_json(json.dumps(window), strict=True)
+        for name, state in trainer.get("callbacks", {}).items():
+            if not isinstance(state, dict):
+                raise ValueError(f"callbacks.{name} is no object")
         _LOSS_SCALE.validate_json(json.dumps(trainer["loss_scale"]), strict=True)
     except (KeyError, TypeError, AttributeError, ValueError) as error:  # pydantic's are ValueErrors
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error).replace("\n", " ")
@@ -188,6 +193,7 @@ class Parts:
     costs: Costs
     guard: Guard
     heartbeat: Heartbeat
+    callbacks: Callbacks
     watch: Watch | None = None
     first_weights: Callable[[list[Fragment]], str] | None = None
 
@@ -256,6 +262,7 @@ class Trainer:
         self._started = time.perf_counter() - self._state.seconds
         with (
             StopRequest(self._p.heartbeat) as stop,  # first, so that a signal does not cut a save that is being ended
+            self._telling_of_errors(),
             contextlib.closing(self._p.record),
             contextlib.closing(self._p.store),
             contextlib.closing(self._p.stream),
@@ -270,6 +277,9 @@ class Trainer:
                 self._p.record.note("weights", what=self._began_with)
             self._p.heartbeat.step = self._state.step
             self._p.record.note("began", step=self._state.step)
+            self._p.callbacks.start(
+                self._state.step, self._total_steps, saved.path if saved is not None else None, progress.say
+            )
             self._clock.take()
             signum = self._pay_owed_evaluation(stop, progress)
             while signum is None and self._state.step < self._total_steps:
@@ -280,11 +290,26 @@ class Trainer:
                     self._rewind(rewind.trouble, progress)
             self._state.seconds = time.perf_counter() - self._started
             self._p.record.note("spent", step=self._state.step, seconds=self._clock.take()[0])
+            self._tell_of_checkpoints()
+            self._p.callbacks.end(RunEnd(self._state.step, signum, self._state.evaluation))
         if signum is not None:  # below the bar: it is the last that a user sees
             progress.say(f"stopped and saved at step {self._state.step}; the same command goes on from there")
         images = self._state.train_steps * self._p.plan.global_size
         speed = images / self._state.train_seconds if images else 0.0
         return Outcome(self._state, signum, speed)
+
+    @contextlib.contextmanager
+    def _telling_of_errors(self) -> Iterator[None]:
+        """Tell the callbacks of an error that ends the run."""
+        try:
+            yield
+        except BaseException as error:
+            self._p.callbacks.exception(error)
+            raise
+
+    def _tell_of_checkpoints(self) -> None:
+        for step, folder in self._p.store.committed():
+            self._p.callbacks.saved(step, folder)
 
     def train_until(
         self, last_step: int, batches: Iterator[MicroBatch], stop: StopRequest, progress: RunProgress
@@ -303,9 +328,11 @@ class Trainer:
             self._state.step += 1
             self._state.seconds = time.perf_counter() - self._started
             progress.advance(self._state.step)
+            self._p.callbacks.step_end(self._state.step)
             if self._state.step % self._log_every == 0 or self._state.step == self._total_steps:
                 self._log(lr, progress)
             signum = self._after_step(stop, progress)
+            self._tell_of_checkpoints()
         self._stop_answer()
         self._stop_answer = _nobody
         return signum
@@ -405,6 +432,7 @@ class Trainer:
             best = Best(best.metric, best.mode, run["best"]["value"], run["best"]["step"])
         self._state = RunState(step, **{**run, "best": best})
         self._p.guard.take_back(trainer.get("guard", {}))
+        self._p.callbacks.load_state(trainer.get("callbacks", {}))
 
     def _save(self, evaluation: dict[str, float], replace: bool = False) -> None:
         self._reduce_losses()
@@ -424,6 +452,7 @@ class Trainer:
             "loss_scale": self._p.master.loss_scale(),
             "run": self._state.as_dict(),
             "guard": self._p.guard.state(),
+            "callbacks": self._p.callbacks.state(),
         }
 
     # After each step.
@@ -505,7 +534,9 @@ class Trainer:
                 text += f" · averaged weights: {headline(metrics, averaged.figures)}"
         self._state.evaluation = measured
         left_out = {"left_out": result.left_out} if result.left_out else {}
-        self._p.record.write("eval", self._state.step, {**measured, "samples": result.samples, **left_out})
+        values = {**measured, "samples": result.samples, **left_out}
+        self._p.record.write("eval", self._state.step, values)
+        self._p.callbacks.figures("on_evaluation_end", self._state.step, values)
         progress.say(f"{text} ({result.samples} validation samples)")
         log.info(text)
         return measured
@@ -582,6 +613,7 @@ class Trainer:
             ids = [sample for part in parts for sample in part]
             values = {**vars(trouble), "sample_ids": ids}
             self._p.record.write("guard", trouble.step, values)
+            self._p.callbacks.figures("on_bad_step", trouble.step, values)
             log.warning("bad step: %s", values)
             self._p.guard.remember(trouble, ids)
             if trouble.action == "rollback":
@@ -616,6 +648,7 @@ class Trainer:
         }
         values |= self._slowest_rank(seconds, steps)
         self._p.record.write("train", self._state.step, values)
+        self._p.callbacks.figures("on_metrics", self._state.step, values)
         self._p.record.note("spent", step=self._state.step, seconds=seconds)
         log.info("step %d loss %.6f lr %.3g %.0f images/s", self._state.step, loss, lr, images_per_s)
         self._state.pending_losses = []

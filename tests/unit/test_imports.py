@@ -20,8 +20,13 @@ FORBIDDEN = {
     ),
     "setformer_dist/ops": ("setformer_dist.engine", "setformer_dist.models", "dataloaders", "checkpoints", "launch"),
     "setformer_dist/models": ("setformer_dist.engine", "dataloaders", "checkpoints", "launch", "torch.distributed"),
-    "setformer_dist/engine": ("dataloaders", "checkpoints", "launch", "setformer_dist.models", "setformer_dist.tasks"),
+    "setformer_dist/engine": ("dataloaders", "checkpoints", "launch", "setformer_dist.models", "setformer_dist.tasks",
+                              "setformer_dist.callbacks"),
     "setformer_dist/tasks": (
+        "setformer_dist.engine", "setformer_dist.models", "setformer_dist.ops", "dataloaders", "checkpoints", "launch",
+        "torch.distributed",
+    ),
+    "setformer_dist/callbacks": (
         "setformer_dist.engine", "setformer_dist.models", "setformer_dist.ops", "dataloaders", "checkpoints", "launch",
         "torch.distributed",
     ),
