@@ -31,13 +31,13 @@ from typing import Any
 
 from setformer_dist.core import strictjson
 from setformer_dist.core.files import finite, lines_of, open_record
+from setformer_dist.core.phases import TRAINING
 from setformer_dist.core.secrets import redacted_json
 
 LEDGER = "ledger.jsonl"
 LOCK_FILE = "run.lock"
 
-# What counts as progress, by the sections of the engine's clock; everything else has its own name.
-_TRAINING = frozenset({"forward", "backward", "optimizer", "communication", "other"})
+# Where wall time goes: progress (phases.TRAINING), and everything else by its own name.
 KINDS = ("training", "data", "checkpoint", "evaluation", "refresh", "start", "restart", "lost", "finish")
 WELL = ("done", "stopped")
 _LATEST = 2.0**37  # Unix time that the calendar still has a year for
@@ -203,7 +203,7 @@ class _Book:
         wall = event["time"] - self.mark
         seconds = dict.fromkeys(KINDS, 0.0)
         for name, value in event.get("seconds", {}).items():
-            kind = "training" if name in _TRAINING else name if name in KINDS else "training"
+            kind = "training" if name in TRAINING else name if name in KINDS else "training"
             seconds[kind] += float(value)
         seconds["training"] += wall - sum(seconds.values())  # what the clock did not see
         self.spans.append(_Span(self.step, int(event["step"]), seconds))

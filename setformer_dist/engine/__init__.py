@@ -2,6 +2,12 @@
 
     config.py     the tables of a run config that the engine reads, without torch
     trainer.py    the loop: knows steps, schedule, evaluation, checkpoints, signals
+    components.py what a trainer works with, as the composition root makes it
+    run_state.py  what changes while a run goes on, and what trainer.json holds of it
+    step_log.py   the steps since the last line of metrics: losses reduced, judged, written
+    evaluation.py evaluations during training: when, of which weights, who hears of them
+    stop_vote.py  how all ranks come to stop at the same step
+    protocol.py   what this package uses of DeepSpeed's engine, as a type
     step.py       one optimizer step: forward, backward, update
     zero.py       typed config -> DeepSpeed's JSON
     master.py     every ZeRO stage seen as fragments of fp32 masters and optimizer states
@@ -18,5 +24,5 @@
     offload.py            CPU offload: no step sees a gradient of an earlier one
     progress.py           what rank 0 shows while a run goes on: a bar on a terminal, a line now and then elsewhere
 
-Only zero.py, master.py and comm.py know DeepSpeed's insides.
+Only zero.py, master.py, comm.py and offload.py know DeepSpeed's insides.
 """

@@ -36,6 +36,7 @@ from setformer_dist.core.comm import Collectives
 from setformer_dist.core.errors import CheckpointError, TrainingError
 from setformer_dist.core.files import read_state, write_state
 from setformer_dist.engine.config import SPIKE_NEEDS, GuardConfig
+from setformer_dist.engine.protocol import Engine
 
 log = logging.getLogger(__name__)
 
@@ -283,7 +284,7 @@ class Updates:
     touched, nor are its states. Gradients are the same on all ranks by then, so all ranks decide alike.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._left_out = False
         if not (engine.zero_optimization_stage() or engine.fp16_enabled() or engine.bfloat16_enabled()):

@@ -25,11 +25,10 @@ from deepspeed.accelerator import get_accelerator
 from setformer_dist.core import ledger
 from setformer_dist.core.files import finite, open_record
 from setformer_dist.core.heartbeat import Heartbeat
+from setformer_dist.core.phases import ON_HOST, SECTIONS, Section
 from setformer_dist.engine.comm import CommMeter
 
 log = logging.getLogger(__name__)
-
-SECTIONS = ("data", "forward", "backward", "optimizer", "communication", "checkpoint", "evaluation", "other")
 
 # Dense bf16 peak without sparsity, in FLOP/s, by a part of the device's name (vendors' data sheets).
 PEAK_FLOPS = {
@@ -63,16 +62,16 @@ class StepClock:
         self._asynchronous = not get_accelerator().is_synchronized_device()
         self._meter = None if self._asynchronous else meter
         self._seconds = dict.fromkeys(SECTIONS, 0.0)
-        self._events: list[tuple[str, Any, Any]] = []
+        self._events: list[tuple[Section, Any, Any]] = []
         self._comm_seen = self._meter.seconds if self._meter else 0.0
         self._start = time.perf_counter()
 
     @contextmanager
-    def section(self, name: str) -> Iterator[None]:
+    def section(self, name: Section) -> Iterator[None]:
         """Count the time spent inside under `name`, and let the supervisor know that it begins."""
         if self._heartbeat is not None:
             self._heartbeat.beat(name)
-        host_only = name in ("data", "checkpoint", "evaluation")
+        host_only = name in ON_HOST
         if self._asynchronous and not host_only:
             begin, end = (get_accelerator().Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -92,7 +91,7 @@ class StepClock:
         if self._meter and host_only:
             self._comm_seen += self._meter.seconds - comm  # evaluation's own collectives stay in evaluation
 
-    def take(self) -> tuple[dict[str, float], float]:
+    def take(self) -> tuple[dict[Section, float], float]:
         """Return (seconds by section, wall seconds) since the last call, and start anew."""
         if self._events:
             get_accelerator().synchronize()

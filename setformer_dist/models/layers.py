@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from setformer_dist.core.config import FrozenConfig, merge
 from setformer_dist.core.errors import ConfigError
+from setformer_dist.ops.splitmix import GOLDEN, mix64
 
 USE_EXPORT = "use torch.export.export, torch.onnx.export(..., dynamo=True) or torch.compile (docs/operators.md)"
 
@@ -60,8 +61,7 @@ def drop_path_rates(depths: Sequence[int], last: float) -> list[float]:
 def keyed_uniform(keys: torch.Tensor, streams: int) -> torch.Tensor:
     """Return numbers in [0, 1) that depend on (key, stream) alone.
 
-    The key and the stream are mixed by the finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014); int64
-    products wrap around on every device, and a logical shift is an arithmetic one with the sign bits masked.
+    They are SplitMix64's: a key is the word that its stream begins at.
 
     Args:
         keys: (b,) int64, any values.
@@ -71,10 +71,7 @@ def keyed_uniform(keys: torch.Tensor, streams: int) -> torch.Tensor:
         (s, b) fp32 with 24 random bits.
     """
     stream = torch.arange(1, streams + 1, device=keys.device, dtype=torch.int64).unsqueeze(1)
-    x = keys.unsqueeze(0) + stream * -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685  # 0x94D049BB133111EB
-    x = x ^ ((x >> 31) & 0x1FFFFFFFF)
+    x = mix64(keys.unsqueeze(0) + stream * GOLDEN)
     return ((x >> 40) & 0xFFFFFF).float() * 2.0**-24
 
 

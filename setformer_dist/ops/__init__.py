@@ -12,6 +12,7 @@ set_reference.py        SeT attention, every equation one line, gradients by aut
 set_triton.py           SeT attention on GPUs: buffers and launches
 set_triton_kernels.py   its Triton kernels
 sinkhorn.py             entropic optimal transport with uniform marginals: the plan that SeT uses as attention
+splitmix.py             SplitMix64 on tensors
 soft_attention.py       SOFT: a Gaussian kernel between tokens by way of m landmarks
 kernels.py              kernel maps and position filters: pure functions from features to similarities
 """
