@@ -46,7 +46,7 @@ from setformer_dist.models.layers import (
     run_blocks,
     scale_branch,
 )
-from setformer_dist.ops.set_attention import IntTuple, SetAttentionConfig
+from setformer_dist.ops.set.attention import IntTuple, SetAttentionConfig
 
 # ------------------------------------------------------------------------------------------------ configuration
 

@@ -48,7 +48,7 @@ from setformer_dist.models.layers import (
     run_blocks,
     scale_branch,
 )
-from setformer_dist.ops.set_attention import IntTuple
+from setformer_dist.ops.set.attention import IntTuple
 
 STEM_WIDTH = 32
 MLP_RATIO = 4.0
