@@ -226,7 +226,7 @@ class CheckpointManager:
             save.wait()
         self._saves = [save for save in self._saves if save.running or save.failure is not None]
 
-    def _prepare(self, step: int, trainer: Mapping[str, Any], replace: bool) -> dict[str, Any]:
+    def _prepare(self, step: int, trainer: Mapping[str, object], replace: bool) -> dict[str, object]:
         """Rank 0: make room and a folder.
 
         Returns:
@@ -298,7 +298,7 @@ class CheckpointManager:
         self,
         fragments: Sequence[Fragment],
         image: list[torch.Tensor] | None,
-        trainer: Mapping[str, Any],
+        trainer: Mapping[str, object],
         manifest: Manifest,
     ) -> Payload:
         """Lay the fragments out; where an image is wanted, copy them into one, which goes into the list."""
@@ -534,7 +534,7 @@ class CheckpointManager:
         return answer["value"]
 
 
-def _tried(work: Callable[[], Any]) -> tuple[dict[str, Any], Exception | None]:
+def _tried(work: Callable[[], object]) -> tuple[dict[str, object], Exception | None]:
     """Return what work returned, or how it failed, as JSON for the other ranks, and the error itself."""
     try:
         return {"value": work()}, None

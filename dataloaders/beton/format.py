@@ -64,7 +64,7 @@ _WITHOUT_DATA = frozenset({0, 1})
 _MOST_FIELDS = 1024
 
 
-def record_type(image_first: bool = True) -> np.dtype[Any]:
+def record_type(image_first: bool = True) -> np.dtype[np.generic]:
     """Return the type of a sample's record: its fields with C's alignment, 24 bytes."""
     parts: list[Any] = [("image", IMAGE), ("label", LABEL)]
     return np.dtype(parts if image_first else parts[::-1], align=True)
@@ -249,6 +249,6 @@ class _Parser:
         self._refuse_first(size > LARGEST_SAMPLE, numbers, "has more bytes than any image")
         self._refuse_first((mode == RAW) & (size != pixels), numbers, "has not as many bytes as its height and width")
 
-    def _refuse_first(self, wrong: npt.NDArray[np.bool_], samples: npt.NDArray[Any], what: str) -> None:
+    def _refuse_first(self, wrong: npt.NDArray[np.bool_], samples: npt.NDArray[np.generic], what: str) -> None:
         if wrong.any():
             raise self.refuse(f"is damaged: sample {int(samples[np.argmax(wrong)])} {what}")

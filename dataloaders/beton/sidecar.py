@@ -99,7 +99,7 @@ def write_sidecar(
     durable_write(path, safetensors.numpy.save(arrays, {_ENTRY: json.dumps(said, sort_keys=True)}))
 
 
-def _digest(arrays: dict[str, npt.NDArray[Any]]) -> str:
+def _digest(arrays: dict[str, npt.NDArray[np.generic]]) -> str:
     digest = hashlib.sha256()
     for name in ("check", "key"):
         digest.update(f"{name} {arrays[name].shape}".encode())

@@ -559,7 +559,7 @@ def _write_index(
 
 def _gathered(
     files: list[Path], counts: list[int], parts: frozenset[str]
-) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.uint8]]:
+) -> tuple[dict[str, npt.NDArray[np.generic]], npt.NDArray[np.uint8]]:
     """Return the columns and keys of all shards, in arrays set aside once: some 100 bytes per sample."""
     wanted = [*list(COLUMNS)[1:], *(f"{part}_{name}" for part in PARTS if part in parts for name in _PART_NAMES)]
     total, widest = sum(counts), max(map(_key_width, files))

@@ -92,7 +92,7 @@ def _event(line: bytes) -> dict[str, Any] | None:
     return value if sound else None
 
 
-def _is_over(events: Sequence[dict[str, Any]]) -> bool:
+def _is_over(events: Sequence[dict[str, object]]) -> bool:
     return next((e["event"] == "ended" for e in reversed(events) if e["event"] in ("attempt", "began", "ended")), True)
 
 
@@ -265,7 +265,7 @@ class _Book:
             span.last -= gone
 
 
-def account(events: Iterable[dict[str, Any]], now: float | None = None) -> Account:
+def account(events: Iterable[dict[str, object]], now: float | None = None) -> Account:
     """Add up a run's events.
 
     Args:

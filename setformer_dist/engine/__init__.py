@@ -24,5 +24,6 @@
     offload.py            CPU offload: no step sees a gradient of an earlier one
     progress.py           what rank 0 shows while a run goes on: a bar on a terminal, a line now and then elsewhere
 
-Only zero.py, master.py, comm.py and offload.py know DeepSpeed's insides.
+Few know DeepSpeed: deepspeed_engine.py makes the engine and zero.py its JSON, master.py and offload.py know how it lays
+out memory, comm.py which of its collectives are measured. All others see protocol.py.
 """

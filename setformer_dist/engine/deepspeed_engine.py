@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from typing import Any
+from collections.abc import Mapping
 
 import deepspeed
 import pydantic
@@ -39,7 +39,7 @@ def supported_dtypes() -> set[str]:
     return names
 
 
-def initialize(model: nn.Module, optim: OptimConfig, deepspeed_json: dict[str, Any]) -> Engine:
+def initialize(model: nn.Module, optim: OptimConfig, deepspeed_json: Mapping[str, object]) -> Engine:
     """Return a DeepSpeed engine with AdamW over the model's parameter groups.
 
     Args:

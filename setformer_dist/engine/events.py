@@ -27,7 +27,9 @@ class Callbacks:
         ConfigError: two callbacks have the same name.
     """
 
-    def __init__(self, callbacks: Sequence[Callback], folder: Path, config: Mapping[str, Any], is_main: bool) -> None:
+    def __init__(
+        self, callbacks: Sequence[Callback], folder: Path, config: Mapping[str, object], is_main: bool
+    ) -> None:
         names = [callback.name or type(callback).__name__ for callback in callbacks]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ConfigError(f"two callbacks are named {twice[0]!r}: give one of them another name")
@@ -54,7 +56,7 @@ class Callbacks:
         """Tell that a step is done."""
         self.tell("on_step_end", step, step)
 
-    def figures(self, event: Event, step: int, values: Mapping[str, Any]) -> None:
+    def figures(self, event: Event, step: int, values: Mapping[str, object]) -> None:
         """Tell figures of a step: of training, of an evaluation, of a bad step."""
         self.tell(event, step, step, values)
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -295,7 +295,7 @@ class Updates:
         """Whether the last optimizer step was left out."""
         return self._left_out or not self._engine.was_step_applied()
 
-    def _check(self, adam: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _check(self, adam: torch.optim.Optimizer, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
         parameters = [p for group in adam.param_groups for p in group["params"] if p.grad is not None]
         norms = torch._foreach_norm([p.grad for p in parameters])
         self._left_out = bool(norms) and not bool(torch.stack([n.float() for n in norms]).isfinite().all())

@@ -7,8 +7,8 @@
 
 With zero.offload the same tensors lie in host memory.
 
-Checkpoints, the EMA, and later overwrites of references are loops over these. This file, zero.py and offload.py are
-the only ones that know how DeepSpeed lays out memory (written against 0.19.8).
+Checkpoints, the EMA, and later overwrites of references are loops over these. This file and offload.py are the
+only ones that know how DeepSpeed lays out memory (written against 0.19.8).
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ class RunRecord:
         except OSError as error:
             log.warning("the samples of step %d could not be written: %s", step, error)
 
-    def note(self, event: str, **values: Any) -> None:
+    def note(self, event: str, **values: object) -> None:
         """Append an event to the run's ledger (`core.ledger`)."""
         if self._is_main:
             ledger.record(self._folder, event, **values)

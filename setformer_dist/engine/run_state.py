@@ -55,7 +55,7 @@ class RunState:
     pending_losses: list[float] = field(default_factory=list)
     evaluation_owed: bool = False
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return JSON."""
         return {
             "best": {"metric": self.best.metric, "value": self.best.value, "step": self.best.step},

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from timm.models import build_model_with_cfg
@@ -93,7 +92,7 @@ def channels_last(image_bchw: torch.Tensor) -> torch.Tensor:
     return image_bchw.contiguous(memory_format=torch.channels_last)
 
 
-def refuse_tracers(inputs: Any) -> None:
+def refuse_tracers(inputs: object) -> None:
     """Refuse tracers that cannot follow the checks, or write down the choices of one call without saying so.
 
     Raises:
@@ -108,7 +107,7 @@ def refuse_tracers(inputs: Any) -> None:
 class Untraceable:
     """Answers torch.jit.script of a model, which cannot compile it, in one sentence."""
 
-    def __prepare_scriptable__(self) -> Any:
+    def __prepare_scriptable__(self) -> object:
         """Raise ConfigError; torch.jit.script asks every module for this first."""
         raise ConfigError(f"torch.jit.script cannot compile this model: {USE_EXPORT}")
 
@@ -201,7 +200,7 @@ class Pyramid(Untraceable, nn.Module, ABC):
                     names.add(f"{prefix}.{name}" if prefix else name)
         return names
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+    def group_matcher(self, coarse: bool = False) -> dict[str, object]:
         """Return timm's patterns that order the parameters by depth, for layer decay."""
         if coarse:
             return {"stem": r"^stem", "blocks": [(r"^stages\.(\d+)", None), (r"^norm", (99999,))]}
@@ -297,7 +296,7 @@ class Pyramid(Untraceable, nn.Module, ABC):
 # ------------------------------------------------------------------------------------------------- entry points
 
 
-def pretrained_cfg(size: int, classes: int, **fields: Any) -> dict[str, Any]:
+def pretrained_cfg(size: int, classes: int, **fields: object) -> dict[str, object]:
     """Describe a model to timm; there are no weights to download."""
     return {
         "url": "",
@@ -314,7 +313,7 @@ def pretrained_cfg(size: int, classes: int, **fields: Any) -> dict[str, Any]:
 
 
 def create(
-    model: type[Pyramid], variant: str, pretrained: bool, shape: Mapping[str, Any], overrides: Mapping[str, Any]
+    model: type[Pyramid], variant: str, pretrained: bool, shape: Mapping[str, object], overrides: Mapping[str, object]
 ) -> nn.Module:
     """Build a registered variant: its shape, overridden field by field, tables of choices included."""
     tables = {

@@ -146,7 +146,7 @@ def _fake_backward(
     features: Maybe,
     gather: torch.Tensor,
     scatter: Maybe,
-    *rest: Any,
+    *rest: object,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
         torch.empty_like(x),
@@ -188,7 +188,12 @@ def _differentiate_by_operator(
 set_attention_op.register_autograd(_differentiate, setup_context=_setup)
 
 
-def _products(x: Any, gather: Any, scatter: Any) -> tuple[int, int, int, int]:
+# What the counter of operations hands over for a tensor.
+_Shape = Sequence[int]
+_MaybeShape = _Shape | None
+
+
+def _products(x: _Shape, gather: _Shape, scatter: _Shape | None) -> tuple[int, int, int, int]:
     """Return (n m b h, features, values, sets) from shapes."""
     b, h, n, d = x
     m, k = gather[1], gather[2]
@@ -197,9 +202,17 @@ def _products(x: Any, gather: Any, scatter: Any) -> tuple[int, int, int, int]:
 
 @register_flop_formula(torch.ops.setformer.set_attention)
 def _flops(
-    x: Any, features: Any, gather: Any, scatter: Any, positions: Any, places: Any, mask: Any,
-    numbers: Any, *rest: Any, **kwargs: Any,
-) -> int:  # fmt: skip
+    x: _Shape,
+    features: _MaybeShape,
+    gather: _Shape,
+    scatter: _MaybeShape,
+    positions: _MaybeShape,
+    places: _MaybeShape,
+    mask: _MaybeShape,
+    numbers: Sequence[float],
+    *rest: object,
+    **kwargs: object,
+) -> int:
     """Similarity with each set, two products a round, gathering, scattering; exponentials are not counted."""
     pairs, k, d, sets = _products(x, gather, scatter)
     return 2 * pairs * (sets * k + 2 * d + 2 * SetProblem.of(numbers).iterations * sets)
@@ -207,9 +220,19 @@ def _flops(
 
 @register_flop_formula(torch.ops.setformer.set_attention_backward)
 def _backward_flops(
-    grad_y: Any, rounds: Any, x: Any, features: Any, gather: Any, scatter: Any, positions: Any, places: Any, mask: Any,
-    numbers: Any, *rest: Any, **kwargs: Any,
-) -> int:  # fmt: skip
+    grad_y: _Shape,
+    rounds: _Shape,
+    x: _Shape,
+    features: _MaybeShape,
+    gather: _Shape,
+    scatter: _MaybeShape,
+    positions: _MaybeShape,
+    places: _MaybeShape,
+    mask: _MaybeShape,
+    numbers: Sequence[float],
+    *rest: object,
+    **kwargs: object,
+) -> int:
     """What is run: the forward's similarities and pooling again, their gradients, the adjoint of the rounds."""
     pairs, k, d, sets = _products(x, gather, scatter)
     return 2 * pairs * (3 * sets * k + 6 * d + 5 * SetProblem.of(numbers).iterations * sets)
