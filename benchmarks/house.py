@@ -263,6 +263,11 @@ def checkout(commit: str, folder: Path) -> Path:
     return folder
 
 
+def shown(value: float) -> str:
+    """Return a figure as the table has it."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -280,7 +285,7 @@ def main() -> None:
     measured["here"] = columns(ROOT)
     print(f"| {' | '.join(['', *measured])} |\n|{' --- |' * (len(measured) + 1)}")
     for name in measured["here"]:
-        print(f"| {' | '.join([name, *(f'{found[name]:,.4g}' for found in measured.values())])} |")
+        print(f"| {' | '.join([name, *(shown(found[name]) for found in measured.values())])} |")
     if arguments.json:
         arguments.json.write_text(json.dumps(measured, indent=2) + "\n")
 

@@ -523,7 +523,7 @@ class CheckpointManager:
 
     def _on_main(self, what: str, work: Callable[[], Any]) -> Any:
         """Do something on rank 0 alone and tell all its result, or raise on all if it failed."""
-        answer: dict[str, Any] = {}
+        answer: dict[str, object] = {}
         cause: Exception | None = None
         if self._comm.ranks.is_main:
             answer, cause = _tried(work)

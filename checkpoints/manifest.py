@@ -74,7 +74,7 @@ class Manifest:
 
     def to_json(self) -> dict[str, object]:
         """Return a JSON-able value with the hash over all the rest."""
-        body: dict[str, Any] = {
+        body: dict[str, object] = {
             "format": FORMAT,
             "version": VERSION,
             "step": self.step,

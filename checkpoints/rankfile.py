@@ -79,7 +79,7 @@ class Layout:
         self.placed: list[tuple[int, Fragment]] = []
         # Shapes of empty fragments count too: a reader must know each parameter that the writer had.
         shapes = {f.name: list(f.shape) for f in fragments}
-        header: dict[str, Any] = {"__metadata__": {"shapes": json.dumps(shapes)}}
+        header: dict[str, object] = {"__metadata__": {"shapes": json.dumps(shapes)}}
         offset = 0
         for fragment in full:
             numel = fragment.tensor.numel()

@@ -49,7 +49,7 @@ _IMAGE_TYPE, _INT_TYPE = 2, 1
 
 # What a record holds of each type of field, by FFCV's numbers; a field of a type of somebody's own has no known size.
 _POINTER = np.dtype([("place", "<u8"), ("size", "<u8")])
-_RECORD_OF: dict[int, np.dtype[Any]] = {
+_RECORD_OF: dict[int, np.dtype[np.generic]] = {
     0: np.dtype("<f8"),
     1: LABEL,
     2: IMAGE,
@@ -66,7 +66,7 @@ _MOST_FIELDS = 1024
 
 def record_type(image_first: bool = True) -> np.dtype[np.generic]:
     """Return the type of a sample's record: its fields with C's alignment, 24 bytes."""
-    parts: list[Any] = [("image", IMAGE), ("label", LABEL)]
+    parts: list[object] = [("image", IMAGE), ("label", LABEL)]
     return np.dtype(parts if image_first else parts[::-1], align=True)
 
 

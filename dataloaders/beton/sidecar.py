@@ -83,11 +83,11 @@ def write_sidecar(
     """Write a sidecar, whole or not at all."""
     width = max(map(len, keys))
     matrix = np.frombuffer(b"".join(key.encode("ascii").ljust(width, b"\0") for key in keys), np.uint8)
-    arrays: dict[str, npt.NDArray[Any]] = {
+    arrays: dict[str, npt.NDArray[np.generic]] = {
         "check": np.ascontiguousarray(checks, np.uint64),
         "key": matrix.reshape(len(keys), width),
     }
-    said: dict[str, Any] = {
+    said: dict[str, object] = {
         "format": FORMAT,
         "classes": list(classes),
         "tables": table.sha256,

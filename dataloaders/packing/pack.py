@@ -38,7 +38,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -541,7 +541,7 @@ def _write_index(
     columns, keys = _gathered([rows_of(plan.path) for plan in plans], counts, origin.parts)
     top = max(shard.top_class for shard in packed)
     classes = origin.classes or tuple(f"class {number}" for number in range(top + 1))
-    said: dict[str, Any] = {
+    said: dict[str, object] = {
         "samples_per_shard": options.samples_per_shard,
         "mib_per_shard": options.mib_per_shard,
         "strict": options.strict,

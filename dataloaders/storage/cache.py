@@ -238,12 +238,12 @@ class ShardCache:
     def _turn(self, storage: Storage, name: str, path: Path) -> Iterator[None]:
         """Wait until no other process fetches this shard; as long as bytes come, however long that takes."""
         partial = path.with_name(path.name + ".partial")
-        before: Any = None
+        before: object = None
 
         def seen() -> Any:
             nonlocal before
             try:
-                now: Any = partial.stat().st_mtime_ns
+                now: object = partial.stat().st_mtime_ns
             except FileNotFoundError:
                 now = path.exists()
             if now != before:

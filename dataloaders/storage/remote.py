@@ -272,7 +272,7 @@ class FsspecStorage:
         self._url = url
         self._timeout = timeout
         self._sleep = sleep
-        self._opened: tuple[Any, str] | None = None
+        self._opened: tuple[object, str] | None = None
 
     @property
     def name(self) -> str:

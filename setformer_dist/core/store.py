@@ -25,7 +25,7 @@ class Snapshot:
 
     step: int
     fragments: Iterable[Fragment]
-    trainer: Mapping[str, Any]
+    trainer: Mapping[str, object]
     metrics: Mapping[str, float]
     tags: Sequence[str] = ()
 

@@ -96,7 +96,7 @@ class Callbacks:
         Raises:
             TrainingError: as `tell`.
         """
-        found: dict[str, Any] = {}
+        found: dict[str, object] = {}
 
         def take(name: str, callback: Callback) -> None:
             if type(callback).state is not Callback.state:

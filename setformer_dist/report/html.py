@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import torch
@@ -132,7 +131,7 @@ def _lead(run: RunRecord) -> str:
 
 def _flat(summary: Mapping[str, object]) -> dict[str, object]:
     """Return the summary with its tables opened; the latest evaluation speaks for the run, so without prefix."""
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for key, value in summary.items():
         if isinstance(value, Mapping):
             prefix = "" if key == "evaluation" else f"{key}_"

@@ -40,8 +40,8 @@ class RunRecord:
     name: str
     train: Sequence[Row]
     evals: Sequence[Row]
-    config: Mapping[str, Any]
-    summary: Mapping[str, Any]
+    config: Mapping[str, object]
+    summary: Mapping[str, object]
 
 
 def read_run(run_folder: Path) -> RunRecord:
