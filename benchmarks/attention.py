@@ -45,7 +45,7 @@ from benchmarks.measure import (
     write,
 )
 from setformer_dist.ops.cast_attention import cast_attention
-from setformer_dist.ops.set_attention import SetAttentionConfig, set_attention
+from setformer_dist.ops.set.attention import SetAttentionConfig, set_attention
 from setformer_dist.ops.soft_attention import pool_grid, soft_attention
 
 BATCH, HEADS, WIDTH, REFERENCES = 2 if DEVICE == "cpu" else 16, 4, 32, 49
@@ -94,7 +94,7 @@ def operators() -> dict[str, tuple[int, Operator]]:
         "SDPA": (3, F.scaled_dot_product_attention),
         "SeT": (1, set_of(PLAIN)),
         "SeT default": (1, set_of(SetAttentionConfig(references=REFERENCES, implementation=FUSED))),
-        "SeT in PyTorch": (1, set_of(PLAIN.model_copy(update={"implementation": "fast"}))),
+        "SeT in PyTorch": (1, set_of(PLAIN.model_copy(update={"implementation": "torch"}))),
         "SeT reference": (1, set_of(PLAIN.model_copy(update={"implementation": "reference"}))),
         "SOFT": (2, soft),
         "CAST": (3, cast),

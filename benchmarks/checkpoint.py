@@ -39,6 +39,7 @@ from checkpoints.reader import verified
 from launch.testing.ranks import run_ranks
 from setformer_dist.core.config import build
 from setformer_dist.core.ranks import RankInfo
+from setformer_dist.core.store import Snapshot
 from setformer_dist.engine.batch_plan import solve
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
 from setformer_dist.engine.config import BatchConfig, OptimConfig, PrecisionConfig, ZeroConfig
@@ -122,7 +123,7 @@ class Bench:
     def begin(self, manager: CheckpointManager, step: int) -> None:
         """Begin a save of masters and optimizer states."""
         fragments = self.master.fragments("param", *OPTIMIZER_STATES)
-        manager.begin(step, fragments, {"step": step}, Identity(model="bench"), {})
+        manager.begin(Snapshot(step, fragments, {"step": step}, {}), Identity(model="bench"))
 
     def ours(self, asynchronous: bool, repeats: int) -> tuple[list[float], list[float]]:
         """Return how long saves hold the caller up, and how long they take in all."""

@@ -41,6 +41,7 @@ from setformer_dist.engine.metrics import peak_memory_mib
 from setformer_dist.engine.optim import adamw, parameter_groups
 from setformer_dist.engine.progress import RunProgress
 from setformer_dist.engine.signals import StopRequest
+from setformer_dist.engine.stop_vote import StopVote
 from setformer_dist.engine.trainer import Trainer
 from setformer_dist.models.build import build_model
 from setformer_dist.tasks.build import build_task
@@ -76,10 +77,11 @@ def ours_and_deepspeed(page: str, overrides: list[str], blocks: int) -> dict[str
     task = build_task(c.task, splits.train.classes)
     model = build_model(c.model, len(task.outputs), c.data.image_size, 0)
     trainer: Trainer = compose(run, splits, task, model, comm)
-    parts = trainer._p
+    parts = trainer._c
     ours: list[float] = []
     bare: list[float] = []
-    with StopRequest() as stop, RunProgress(1_000_000, 0, visible=False) as progress:
+    with StopRequest() as signals, RunProgress(1_000_000, 0, visible=False) as progress:
+        stop = StopVote(signals, comm, parts.store)
         batches = parts.stream.micro_batches(0)
         trainer.train_until(STEPS, batches, stop, progress)
         for block in range(blocks):

@@ -30,13 +30,13 @@ from rich.table import Table
 from benchmarks.machine import describe
 from benchmarks.measure import DEVICE, write
 from setformer_dist.core.errors import ConfigError
-from setformer_dist.ops import set_reference
 from setformer_dist.ops.kernels import at_least_fp32, grid_places, line_places, log_filter, nystrom, unit
-from setformer_dist.ops.set_attention import Implementation, SetAttentionConfig, set_attention
-from setformer_dist.ops.set_problem import SetProblem
+from setformer_dist.ops.set import reference as set_reference
+from setformer_dist.ops.set.attention import Implementation, SetAttentionConfig, set_attention
+from setformer_dist.ops.set.problem import Inputs, SetProblem
 from setformer_dist.ops.sinkhorn import sinkhorn_log, transport_plan
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "fast", "cpp", "triton")
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "torch", "cpp", "triton")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 EPSILONS = (0.01, 0.05, 0.1, 0.5)
 
@@ -144,7 +144,7 @@ def rows_of(implementation: str, epsilon: float, x: torch.Tensor, *sets: torch.T
     tensors = (torch.ones_like(x), unit(at_least_fp32(x)).to(x.dtype), *sets, positions[None], places, None)
     problem = SetProblem(epsilon, 0.0, 0.25, 5)
     if implementation == "reference":
-        return set_reference.forward(*tensors, problem)
+        return set_reference.forward(Inputs(*tensors), problem)
     found: torch.Tensor = torch.ops.setformer.set_attention(*tensors, problem.numbers(), implementation)[0]
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import pydantic
 from pydantic import Field
@@ -49,7 +49,7 @@ class CheckpointConfig(FrozenConfig):
 
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _mode_by_name(cls, table: Any) -> Any:
+    def _mode_by_name(cls, table: object) -> object:
         """Fill in which way is better where neither the config nor its task says so."""
         if not isinstance(table, dict) or "best_mode" in table:
             return table

@@ -267,7 +267,7 @@ def write(
     flat = {
         state: torch.cat([tensors[name].float().reshape(-1) for name in shapes]) for state, tensors in states.items()
     }
-    model: dict[str, Any] = {
+    model: dict[str, object] = {
         "module": OrderedDict(states["param"]),
         "buffer_names": [],
         "param_shapes": [shapes],

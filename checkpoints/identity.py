@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from pydantic import Field
 
@@ -74,7 +73,7 @@ def _differing_arguments(ours: str, theirs: str) -> list[tuple[str, str, str]]:
     return [(f"argument {key}", repr(a.get(key)), repr(b.get(key))) for key in keys]
 
 
-def digest_json(value: Any) -> str:
+def digest_json(value: object) -> str:
     """Return the sha256 of a JSON-able value, independent of the order of its keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

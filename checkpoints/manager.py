@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import logging
+import queue
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -46,6 +47,7 @@ from checkpoints.reader import Checkpoint, Entry, Skipped, candidates, check_ran
 from setformer_dist.core.comm import Collectives
 from setformer_dist.core.errors import CheckpointError, SetformerError
 from setformer_dist.core.fragments import Fragment
+from setformer_dist.core.store import Snapshot
 
 _log = logging.getLogger(__name__)
 
@@ -71,34 +73,20 @@ class CheckpointManager:
         self._failures: list[Failure] = []  # of saves that could not even begin
         self._images: list[torch.Tensor] = []
         self._begun = -1  # step of the last save that was begun
+        self._committed: queue.SimpleQueue[int] = queue.SimpleQueue()  # steps, from rank 0's writing threads
 
     # Saving.
 
-    def save(
-        self,
-        step: int,
-        fragments: Iterable[Fragment],
-        trainer: dict[str, Any],
-        identity: Identity,
-        metrics: Mapping[str, float],
-        tags: Sequence[str] = (),
-    ) -> Path:
+    def save(self, snapshot: Snapshot, identity: Identity) -> Path:
         """Write a checkpoint; when this returns it is durable and visible, on every rank.
 
         Args and errors: as `begin`, and what `finish` raises.
         """
-        folder = self._begin(step, fragments, trainer, identity, metrics, tags, asynchronous=False)
+        folder = self._begin(snapshot, identity, asynchronous=False)
         self.finish(last=True)
         return folder
 
-    def save_renumbered(
-        self,
-        step: int,
-        fragments: Iterable[Fragment],
-        trainer: dict[str, Any],
-        identity: Identity,
-        metrics: Mapping[str, float],
-    ) -> Path:
+    def save_renumbered(self, snapshot: Snapshot, identity: Identity) -> Path:
         """Write the checkpoint from which on steps are counted in another way; durable when this returns.
 
         Folders of this step and of later ones were numbered by the old count, and would be taken for newer. They
@@ -108,9 +96,9 @@ class CheckpointManager:
         Args and errors: as `save`.
         """
         reason = "its number is of another count of steps: the run goes on with another global batch or other data"
-        self._on_main("put aside", lambda: self._supersede(lambda old: old == step, reason))
-        folder = self.save(step, fragments, trainer, identity, metrics)
-        self._on_main("put aside", lambda: self._supersede(lambda old: old > step, reason))
+        self._on_main("put aside", lambda: self._supersede(lambda old: old == snapshot.step, reason))
+        folder = self.save(snapshot, identity)
+        self._on_main("put aside", lambda: self._supersede(lambda old: old > snapshot.step, reason))
         return folder
 
     def _supersede(self, which: Callable[[int], bool], reason: str) -> None:
@@ -123,16 +111,7 @@ class CheckpointManager:
             self._disk.sync_folder(self.root / layout.ASIDE)
             self._disk.sync_folder(self.root)
 
-    def begin(
-        self,
-        step: int,
-        fragments: Iterable[Fragment],
-        trainer: dict[str, Any],
-        identity: Identity,
-        metrics: Mapping[str, float],
-        tags: Sequence[str] = (),
-        replace: bool = False,
-    ) -> Path:
+    def begin(self, snapshot: Snapshot, identity: Identity, replace: bool = False) -> Path:
         """Copy the state of this step to host memory and return; threads write the checkpoint.
 
         With `asynchronous = false` it is written before this returns. A checkpoint of this step that verifies
@@ -140,23 +119,24 @@ class CheckpointManager:
         the writing went, `failed` and `finish` tell.
 
         Args:
-            step: optimizer steps done.
-            fragments: this rank's share, or everything on every rank (then each writes an equal part of it).
-            trainer: JSON-able state besides tensors; rank 0's counts.
+            snapshot: the state; this rank's fragments.
             identity: what writes; its world size is taken from the ranks.
-            metrics: latest evaluation, for the listing and for `keep_best`.
-            tags: words for the manifest; `policy.KEEP_TAG` protects from deletion.
             replace: write a checkpoint of this step anew although it verifies; the old one is valid until the new
                 one takes its name.
 
         Raises:
             CheckpointError: on every rank, if any of them could not even begin.
         """
-        return self._begin(step, fragments, trainer, identity, metrics, tags, self._config.asynchronous, replace)
+        return self._begin(snapshot, identity, self._config.asynchronous, replace)
 
     def failed(self) -> bool:
         """Return whether a save has failed on this rank since the last `finish`. No communication, no waiting."""
         return bool(self._failures) or any(save.failure is not None for save in self._saves)
+
+    def committed(self) -> Sequence[tuple[int, Path]]:
+        """Return the steps and folders that became durable since the last call; rank 0 alone knows. Does not wait."""
+        steps = [self._committed.get() for _ in range(self._committed.qsize())]
+        return [(step, layout.step_folder(self.root, step)) for step in steps]
 
     def finish(self, last: bool = False) -> None:
         """Wait until all saves that were begun have ended, and hear how, on every rank.
@@ -206,21 +186,12 @@ class CheckpointManager:
             save.wait()
         self._saves.clear()
 
-    def _begin(
-        self,
-        step: int,
-        fragments: Iterable[Fragment],
-        trainer: dict[str, Any],
-        identity: Identity,
-        metrics: Mapping[str, float],
-        tags: Sequence[str],
-        asynchronous: bool,
-        replace: bool = False,
-    ) -> Path:
+    def _begin(self, snapshot: Snapshot, identity: Identity, asynchronous: bool, replace: bool = False) -> Path:
+        step = snapshot.step
         self._wait_for_room()
         self._begun = step
         ranks = self._comm.ranks
-        told = self._on_main("prepare", lambda: self._prepare(step, trainer, replace))
+        told = self._on_main("prepare", lambda: self._prepare(step, snapshot.trainer, replace))
         folder = layout.step_folder(self.root, step)
         if told["full"] is not None:
             self._failures.append(Failure(step, told["full"], disk_full=True))
@@ -228,14 +199,14 @@ class CheckpointManager:
         if told["attempt"] is None:
             return folder
         identity = identity.model_copy(update={"world_size": ranks.world_size})
-        manifest = Manifest(step, _now(), identity, (), dict(metrics), tuple(tags))
+        manifest = Manifest(step, _now(), identity, (), dict(snapshot.metrics), tuple(snapshot.tags))
         attempt = Attempt(self.root, step, told["attempt"], ranks, told["replaces"])
         payload: Payload | Exception
         image: list[torch.Tensor] = []
         try:
-            mine = self._collect(attempt, fragments)
+            mine = self._collect(attempt, snapshot.fragments)
             try:
-                payload = self._payload(mine, image if asynchronous else None, trainer, manifest)
+                payload = self._payload(mine, image if asynchronous else None, snapshot.trainer, manifest)
             except Exception as error:  # noqa: BLE001 — this rank's word tells rank 0, and `finish` all
                 payload = error
         except BaseException:  # a peer's death in the middle of a collective included
@@ -244,7 +215,7 @@ class CheckpointManager:
         patience_s = 60 * self._config.write_timeout_minutes
         before = self._saves[-1] if self._saves else None
         free = functools.partial(self._images.extend, image)
-        self._saves.append(Save(attempt, payload, self._disk, patience_s, before, self._apply_policy, free))
+        self._saves.append(Save(attempt, payload, self._disk, patience_s, before, self._after_commit, free))
         self._saves[-1].start(in_background=asynchronous)
         return folder
 
@@ -255,7 +226,7 @@ class CheckpointManager:
             save.wait()
         self._saves = [save for save in self._saves if save.running or save.failure is not None]
 
-    def _prepare(self, step: int, trainer: dict[str, Any], replace: bool) -> dict[str, Any]:
+    def _prepare(self, step: int, trainer: Mapping[str, object], replace: bool) -> dict[str, object]:
         """Rank 0: make room and a folder.
 
         Returns:
@@ -327,7 +298,7 @@ class CheckpointManager:
         self,
         fragments: Sequence[Fragment],
         image: list[torch.Tensor] | None,
-        trainer: dict[str, Any],
+        trainer: Mapping[str, object],
         manifest: Manifest,
     ) -> Payload:
         """Lay the fragments out; where an image is wanted, copy them into one, which goes into the list."""
@@ -349,6 +320,11 @@ class CheckpointManager:
         if pinned:
             return torch.empty(placed.nbytes, dtype=torch.uint8, pin_memory=True)
         return host_memory(placed.nbytes)
+
+    def _after_commit(self, step: int) -> None:
+        """Rank 0, in the thread that wrote: note what became durable, and delete what may go."""
+        self._committed.put(step)
+        self._apply_policy(step)
 
     def _apply_policy(self, step: int) -> None:
         """Rank 0: delete what may go. A failure costs space, not the run, so it only warns."""
@@ -547,7 +523,7 @@ class CheckpointManager:
 
     def _on_main(self, what: str, work: Callable[[], Any]) -> Any:
         """Do something on rank 0 alone and tell all its result, or raise on all if it failed."""
-        answer: dict[str, Any] = {}
+        answer: dict[str, object] = {}
         cause: Exception | None = None
         if self._comm.ranks.is_main:
             answer, cause = _tried(work)
@@ -558,7 +534,7 @@ class CheckpointManager:
         return answer["value"]
 
 
-def _tried(work: Callable[[], Any]) -> tuple[dict[str, Any], Exception | None]:
+def _tried(work: Callable[[], object]) -> tuple[dict[str, object], Exception | None]:
     """Return what work returned, or how it failed, as JSON for the other ranks, and the error itself."""
     try:
         return {"value": work()}, None

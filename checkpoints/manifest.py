@@ -72,9 +72,9 @@ class Manifest:
         """Return the record of a file that the manifest lists."""
         return next(record for record in self.files if record.name == name)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return a JSON-able value with the hash over all the rest."""
-        body: dict[str, Any] = {
+        body: dict[str, object] = {
             "format": FORMAT,
             "version": VERSION,
             "step": self.step,
@@ -123,13 +123,13 @@ class Manifest:
         return manifest
 
 
-def _whole(value: Any) -> int:
+def _whole(value: object) -> int:
     if type(value) is not int or not 0 <= value <= _MAX_STEP:
         raise ValueError("step is not a number of steps")
     return value
 
 
-def _record(value: dict[str, Any], version: int) -> FileRecord:
+def _record(value: Mapping[str, object], version: int) -> FileRecord:
     if version == 1:
         value = {"name": value["name"], "size": value["size"], "digest": f"sha256:{value['sha256']}"}
     return FileRecord.model_validate(value)

@@ -79,7 +79,7 @@ class Layout:
         self.placed: list[tuple[int, Fragment]] = []
         # Shapes of empty fragments count too: a reader must know each parameter that the writer had.
         shapes = {f.name: list(f.shape) for f in fragments}
-        header: dict[str, Any] = {"__metadata__": {"shapes": json.dumps(shapes)}}
+        header: dict[str, object] = {"__metadata__": {"shapes": json.dumps(shapes)}}
         offset = 0
         for fragment in full:
             numel = fragment.tensor.numel()
@@ -244,7 +244,7 @@ def open_rank_file(path: Path) -> Iterator[RankFile]:
         yield RankFile(descriptor, path.name)
 
 
-def _read_header(descriptor: int, size: int, name: str) -> tuple[dict[str, Any], int]:
+def _read_header(descriptor: int, size: int, name: str) -> tuple[dict[str, object], int]:
     start = os.pread(descriptor, 8, 0)
     if len(start) < 8:
         raise DamagedError(f"{name} is too short for a rank file")
@@ -263,7 +263,7 @@ def _read_header(descriptor: int, size: int, name: str) -> tuple[dict[str, Any],
     return header, 8 + length
 
 
-def _shapes(metadata: Any, name: str) -> dict[str, tuple[int, ...]]:
+def _shapes(metadata: object, name: str) -> dict[str, tuple[int, ...]]:
     text = metadata.get("shapes") if isinstance(metadata, dict) else None
     shapes = parse(text.encode(), f"the list of shapes in {name}") if isinstance(text, str) else None
     if not isinstance(shapes, dict):

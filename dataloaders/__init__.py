@@ -22,7 +22,7 @@ is checked without torch.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dataloaders.config import AugmentConfig, DataConfig
@@ -78,7 +78,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Return a name of `__all__`; its module is imported now."""
     if name not in _HOME:
         raise AttributeError(f"module 'dataloaders' has no attribute {name!r}")

@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.context import ForkServerContext
-from typing import Any
 
 import torch
 
@@ -47,7 +46,7 @@ def lean_start() -> Iterator[None]:
     # First, as it would lift the signal mask when it starts by itself.
     resource_tracker.ensure_running()
     main = sys.modules["__main__"]
-    hidden: dict[str, Any] = {
+    hidden: dict[str, object] = {
         name: main.__dict__.pop(name) for name in ("__spec__", "__file__") if name in main.__dict__
     }
     main.__spec__ = None

@@ -7,7 +7,7 @@ image folder, local or behind a URL. Streams, augmentation, damage and benchmark
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -121,7 +121,7 @@ class Source(Protocol):
         """Close files and connections; a later read opens them again."""
         ...
 
-    def __getstate__(self) -> Any:
+    def __getstate__(self) -> object:
         """Return what another process needs to open the same."""
         ...
 
@@ -135,7 +135,7 @@ class Fetching(Protocol):
         """Whether it does."""
         ...
 
-    def expect(self, shards: npt.NDArray[np.integer[Any]], share: float = 1.0) -> None:
+    def expect(self, shards: npt.NDArray[np.integer], share: float = 1.0) -> None:
         """Say which files are being read, and which will be after them; they are fetched in the background.
 
         Args:

@@ -88,7 +88,7 @@ def write_token_split(
     destination: Path,
     facts: TokenFacts,
     samples: Iterable[TokenSample],
-    options: Callable[[], dict[str, Any]] = dict,
+    options: Callable[[], dict[str, object]] = dict,
     force: bool = False,
     part_tokens: int = PART_TOKENS,
 ) -> TokenSplit:
@@ -133,7 +133,7 @@ def _is_ours(name: str) -> bool:
 
 def _write_parts(
     work: Path, facts: TokenFacts, samples: Iterable[TokenSample], part_tokens: int
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[dict[str, object]]:
     """Write part after part; yield what the index says of each."""
     held: list[TokenSample] = []
     tokens = number = 0
@@ -167,7 +167,7 @@ def _fitted(sample: TokenSample, facts: TokenFacts) -> TokenSample:
     return TokenSample(cut, sample.label)
 
 
-def _write_part(work: Path, number: int, facts: TokenFacts, samples: list[TokenSample]) -> dict[str, Any]:
+def _write_part(work: Path, number: int, facts: TokenFacts, samples: list[TokenSample]) -> dict[str, object]:
     name = f"part-{number:05d}.safetensors"
     dtype = np.uint8 if facts.vocabulary <= 257 else np.uint16
     data = safetensors.numpy.save(

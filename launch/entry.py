@@ -41,6 +41,7 @@ from setformer_dist.core.files import write_json, write_state
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.core.secrets import RedactingFormatter, redact_tracebacks, redacted
 from setformer_dist.core.shared_memory import NO_SHARED_MEMORY, is_no_room
+from setformer_dist.core.stopping import exit_code_of
 from setformer_dist.core.terminal import bear_lost_streams
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
 from setformer_dist.engine.deepspeed_engine import quiet_deepspeed
@@ -162,7 +163,7 @@ def run_rank(page: Path, overrides: Sequence[str]) -> int:
             disconnect()
         if ranks.is_main:
             finish(run, splits, outcome)
-    return 0 if outcome.signum is None else 128 + outcome.signum
+    return 0 if outcome.signum is None else exit_code_of(outcome.signum)
 
 
 def check_agreement(run: ResolvedRun, splits: Splits, comm: TorchCollectives) -> None:

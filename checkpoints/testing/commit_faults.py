@@ -31,6 +31,7 @@ from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import CheckpointError
 from setformer_dist.core.fragments import Fragment
 from setformer_dist.core.ranks import RankInfo
+from setformer_dist.core.store import Snapshot
 
 _NUMEL = 1000
 _IDENTITY = Identity(model="m")
@@ -159,7 +160,7 @@ def run_case(folder: Path, case: Case, asynchronous: bool = True) -> Found:
     step = -1 if checkpoint is None else checkpoint.step
     whole = checkpoint is not None and checkpoint.trainer == {"step": step}
     whole = whole and torch.equal(checkpoint.read_full()["w"], _values(step))  # type: ignore[union-attr]
-    manager.save(3, [Fragment("w", "param", 0, (_NUMEL,), _values(3))], {"step": 3}, _IDENTITY, {})
+    manager.save(Snapshot(3, [Fragment("w", "param", 0, (_NUMEL,), _values(3))], {"step": 3}, {}), _IDENTITY)
     after = manager.newest()
     return Found(step, whole, told, after is not None and after.step == 3 and not layout.leftovers(root))
 
@@ -251,7 +252,7 @@ def _as_rank(root: Path, rank: int, end: socket.socket, case: Case, asynchronous
         config = CheckpointConfig(keep_last=1, keep_best=0, asynchronous=asynchronous, write_timeout_minutes=patience)
         disk = FaultyDisk() if rank == case.rank else Disk()
         manager = CheckpointManager(root, _PairCollectives(rank, end), config, disk)
-        manager.save(1, _fragments(rank, 1), {"step": 1}, _IDENTITY, {})
+        manager.save(Snapshot(1, _fragments(rank, 1), {"step": 1}, {}), _IDENTITY)
         if rank == 0:
             (root / ".tmp-step-00000002-dead").mkdir()
             (root / "step-00000002").mkdir()
@@ -263,7 +264,7 @@ def _as_rank(root: Path, rank: int, end: socket.socket, case: Case, asynchronous
             if case.fault.operation == "copy":
                 fragments = [Fragment("w", "param", 0, (1,), torch.zeros(1, dtype=torch.complex64))]
         try:
-            manager.begin(2, fragments, {"step": 2}, _IDENTITY, {})
+            manager.begin(Snapshot(2, fragments, {"step": 2}, {}), _IDENTITY)
             manager.finish(last=True)
             text = "saved"
         except (CheckpointError, ConnectionError) as error:

@@ -49,7 +49,7 @@ _IMAGE_TYPE, _INT_TYPE = 2, 1
 
 # What a record holds of each type of field, by FFCV's numbers; a field of a type of somebody's own has no known size.
 _POINTER = np.dtype([("place", "<u8"), ("size", "<u8")])
-_RECORD_OF: dict[int, np.dtype[Any]] = {
+_RECORD_OF: dict[int, np.dtype[np.generic]] = {
     0: np.dtype("<f8"),
     1: LABEL,
     2: IMAGE,
@@ -64,9 +64,9 @@ _WITHOUT_DATA = frozenset({0, 1})
 _MOST_FIELDS = 1024
 
 
-def record_type(image_first: bool = True) -> np.dtype[Any]:
+def record_type(image_first: bool = True) -> np.dtype[np.generic]:
     """Return the type of a sample's record: its fields with C's alignment, 24 bytes."""
-    parts: list[Any] = [("image", IMAGE), ("label", LABEL)]
+    parts: list[object] = [("image", IMAGE), ("label", LABEL)]
     return np.dtype(parts if image_first else parts[::-1], align=True)
 
 
@@ -249,6 +249,6 @@ class _Parser:
         self._refuse_first(size > LARGEST_SAMPLE, numbers, "has more bytes than any image")
         self._refuse_first((mode == RAW) & (size != pixels), numbers, "has not as many bytes as its height and width")
 
-    def _refuse_first(self, wrong: npt.NDArray[np.bool_], samples: npt.NDArray[Any], what: str) -> None:
+    def _refuse_first(self, wrong: npt.NDArray[np.bool_], samples: npt.NDArray[np.generic], what: str) -> None:
         if wrong.any():
             raise self.refuse(f"is damaged: sample {int(samples[np.argmax(wrong)])} {what}")

@@ -213,7 +213,7 @@ class BetonDataset:
         if getattr(self, "_file", -1) >= 0:
             self.close()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {"path": self.path, "classes": self._classes, "fingerprint": self._fingerprint}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

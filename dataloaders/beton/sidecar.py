@@ -83,11 +83,11 @@ def write_sidecar(
     """Write a sidecar, whole or not at all."""
     width = max(map(len, keys))
     matrix = np.frombuffer(b"".join(key.encode("ascii").ljust(width, b"\0") for key in keys), np.uint8)
-    arrays: dict[str, npt.NDArray[Any]] = {
+    arrays: dict[str, npt.NDArray[np.generic]] = {
         "check": np.ascontiguousarray(checks, np.uint64),
         "key": matrix.reshape(len(keys), width),
     }
-    said: dict[str, Any] = {
+    said: dict[str, object] = {
         "format": FORMAT,
         "classes": list(classes),
         "tables": table.sha256,
@@ -99,7 +99,7 @@ def write_sidecar(
     durable_write(path, safetensors.numpy.save(arrays, {_ENTRY: json.dumps(said, sort_keys=True)}))
 
 
-def _digest(arrays: dict[str, npt.NDArray[Any]]) -> str:
+def _digest(arrays: dict[str, npt.NDArray[np.generic]]) -> str:
     digest = hashlib.sha256()
     for name in ("check", "key"):
         digest.update(f"{name} {arrays[name].shape}".encode())

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -66,7 +65,7 @@ class ListOpsConfig:
                 "leave room for at least one length of 4 or more"
             )
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """Return the parameters as a JSON-able table."""
         return asdict(self)
 
@@ -183,7 +182,7 @@ def _write(
     return tokens
 
 
-def to_text(tokens: npt.NDArray[np.integer[Any]]) -> str:
+def to_text(tokens: npt.NDArray[np.integer]) -> str:
     """Return raw tokens as the expression they stand for."""
     words = [*map(str, range(10)), *(f"[{name}" for name in OPERATORS), "]"]
     return " ".join(words[int(token)] for token in tokens)

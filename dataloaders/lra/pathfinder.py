@@ -93,7 +93,7 @@ class PathfinderConfig:
                 f"keeps twice that from every border: take a window of at least {math.ceil(4 * self.seed_distance) + 1}"
             )
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """Return the parameters as a JSON-able table."""
         return {**asdict(self), "margins": list(self.margins)}
 
@@ -173,7 +173,7 @@ class _Scene:
         self._drawn += 1
         return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
-    def keep(self, rows: npt.NDArray[Any]) -> None:
+    def keep(self, rows: npt.NDArray[np.generic]) -> None:
         """Keep some of the attempts, given as a mask or as their places in the order wanted."""
         self.ids, self.margin_b = self.ids[rows], self.margin_b[rows]
         self.tails_bp2, self.heads_bp2 = self.tails_bp2[rows], self.heads_bp2[rows]

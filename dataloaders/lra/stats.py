@@ -85,13 +85,13 @@ def _has_trees(splits: list[TokenSplit]) -> bool:
     return all("max_depth" in split.options.get("generator", {}) for split in splits)
 
 
-def _trees(splits: list[TokenSplit]) -> tuple[list[npt.NDArray[Any]], npt.NDArray[np.int64]]:
+def _trees(splits: list[TokenSplit]) -> tuple[list[npt.NDArray[np.generic]], npt.NDArray[np.int64]]:
     """Return all trees, and their labels."""
     labels = [split.labels(np.arange(split.num_samples)).numpy() for split in splits]
     return [split.raw(i)[0] for split in splits for i in range(split.num_samples)], np.concatenate(labels)
 
 
-def _root_operator(trees: list[npt.NDArray[Any]], labels: npt.NDArray[np.int64]) -> float:
+def _root_operator(trees: list[npt.NDArray[np.generic]], labels: npt.NDArray[np.int64]) -> float:
     counts = np.zeros((len(OPERATORS), 10), np.int64)
     np.add.at(counts, (np.array([int(tree[0]) for tree in trees]) - 10, labels), 1)
     return float(counts.max(1).sum() / len(trees))

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -239,7 +238,7 @@ class MixtureSource:
         """Whether the storage of any set fetches whole files."""
         return any(source.fetches for source in self.sources if isinstance(source, Fetching))
 
-    def expect(self, shards: npt.NDArray[np.integer[Any]], share: float = 1.0) -> None:
+    def expect(self, shards: npt.NDArray[np.integer], share: float = 1.0) -> None:
         """Say which files are being read, and which will be; each set gets an equal share of the room."""
         begin = 0
         for source in self.sources:
@@ -267,7 +266,7 @@ class MixtureSource:
         for source in self.sources:
             source.close()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return dict(vars(self))
 
 

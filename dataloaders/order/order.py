@@ -303,7 +303,7 @@ class Cursor:
     order: str
     format: int = CURSOR_FORMAT
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return the cursor as a JSON-able table."""
         return asdict(self)
 

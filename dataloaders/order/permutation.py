@@ -1,11 +1,11 @@
-"""A keyed permutation of any size, place by place: no table, no sort, the same cost at ten and at ten milliard places.
+"""A keyed permutation of any size, position by position: no table, no sort; a position costs as much of 10 as of 10^10.
 
 A Feistel network on pairs (l, r), 0 <= l < a, 0 <= r < b, with a b just above the size (Black and Rogaway, "Ciphers
 with arbitrary finite domains", 2002). Each round adds to one half, modulo its range, a hash of the other half, which
 the other half can always take away again: so the network is a permutation of the a b pairs. What falls outside the
 size is sent through again until it falls inside (cycle walking; less than one place in sqrt(size) does).
 
-The hash is splitmix64's finaliser (Steele, Lea, Flood 2014) on words of a keyed Philox stream, both in exact integer
+The hash is SplitMix64 (`core/splitmix.py`) on words of a keyed Philox stream, both in exact integer
 arithmetic, so the numbers are the same on any machine and with any version of numpy.
 """
 
@@ -17,22 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from setformer_dist.core.seeding import Purpose, generator
+from setformer_dist.core.splitmix import GOLDEN, mix64
 
 # Four rounds of random functions cannot be told from a random permutation where halves are large (Luby and Rackoff
 # 1988). Halves of a few values need more; eight pass all tests of tests/unit/test_order.py from 8 samples on.
 _ROUNDS = 8
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def mix64(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Return a well mixed bijection of 64-bit words (splitmix64's finaliser), in place where it can be."""
-    with np.errstate(over="ignore"):
-        words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        words ^= words >> np.uint64(27)
-        words *= np.uint64(0x94D049BB133111EB)
-        words ^= words >> np.uint64(31)
-    return words
+_GOLDEN = np.uint64(GOLDEN)
 
 
 class Permutation:

@@ -11,7 +11,6 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -187,5 +186,5 @@ class Catalog:
         return Stretch(f"{self._base}/{text}" if self._is_folder else self._base, start, size, text, stamp)
 
 
-def _place(file: Stretch) -> tuple[Any, ...]:
+def _place(file: Stretch) -> tuple[object, ...]:
     return file.offset, file.size, file.stamp

@@ -143,11 +143,11 @@ class FileOrigin:
             self._opened.close()
             self._opened = None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_opened": None}
 
 
-def _facts(listed: Listed) -> list[Any]:
+def _facts(listed: Listed) -> list[object]:
     def of(stretch: Stretch) -> list[Any]:
         return [stretch.name.encode(errors="surrogateescape").hex(), stretch.offset, stretch.size, stretch.stamp]
 

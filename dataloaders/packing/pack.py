@@ -38,7 +38,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -541,7 +541,7 @@ def _write_index(
     columns, keys = _gathered([rows_of(plan.path) for plan in plans], counts, origin.parts)
     top = max(shard.top_class for shard in packed)
     classes = origin.classes or tuple(f"class {number}" for number in range(top + 1))
-    said: dict[str, Any] = {
+    said: dict[str, object] = {
         "samples_per_shard": options.samples_per_shard,
         "mib_per_shard": options.mib_per_shard,
         "strict": options.strict,
@@ -559,7 +559,7 @@ def _write_index(
 
 def _gathered(
     files: list[Path], counts: list[int], parts: frozenset[str]
-) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.uint8]]:
+) -> tuple[dict[str, npt.NDArray[np.generic]], npt.NDArray[np.uint8]]:
     """Return the columns and keys of all shards, in arrays set aside once: some 100 bytes per sample."""
     wanted = [*list(COLUMNS)[1:], *(f"{part}_{name}" for part in PARTS if part in parts for name in _PART_NAMES)]
     total, widest = sum(counts), max(map(_key_width, files))

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -130,7 +129,7 @@ class _Held:
     def close(self) -> None:
         pass
 
-    def __getstate__(self) -> Any:
+    def __getstate__(self) -> object:
         return self.__dict__
 
 
@@ -241,7 +240,7 @@ def _view(image: bytes | npt.NDArray[np.uint8]) -> bytes | memoryview:
     return image if isinstance(image, bytes) else np.ascontiguousarray(image).reshape(-1).data
 
 
-def _timed(work: Callable[[int], Any], count: int, seconds: float) -> float:
+def _timed(work: Callable[[int], object], count: int, seconds: float) -> float:
     """Return the processor's seconds per call, over whole rounds of `count` calls."""
     work(0)
     calls, start, begin = 0, time.thread_time(), time.perf_counter()
@@ -254,7 +253,7 @@ def _timed(work: Callable[[int], Any], count: int, seconds: float) -> float:
     return (time.thread_time() - start) / calls
 
 
-def _loader(held: Source, config: DataConfig) -> Callable[[int], Any]:
+def _loader(held: Source, config: DataConfig) -> Callable[[int], object]:
     loading = TrainLoading(held, config, seed=0)
     shape = (config.image_size, config.image_size)
 

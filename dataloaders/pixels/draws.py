@@ -1,7 +1,7 @@
 """Random numbers of a sample, as plain numbers: a function of (seed, epoch, sample, what for), drawn for many at once.
 
 A generator object per sample would cost as much as reading the sample. Here a micro batch's numbers come from one
-vectorised pass of splitmix64 (Steele, Lea, Flood 2014): the key of a sample is the state its stream begins at.
+vectorised pass of SplitMix64 (`core/splitmix.py`): the key of a sample is the state its stream begins at.
 Integer arithmetic throughout, so the numbers are the same on any machine.
 """
 
@@ -12,10 +12,9 @@ import enum
 import numpy as np
 import numpy.typing as npt
 
-from dataloaders.order.permutation import mix64
 from setformer_dist.core.seeding import Purpose, derive_key
+from setformer_dist.core.splitmix import GOLDEN, counted, mix64
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _TO_UNIT = 2.0**-53
 
 
@@ -34,16 +33,14 @@ class Lane(enum.IntEnum):
 
 def sample_words(seed: int, epochs: npt.NDArray[np.int64], samples: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
     """Return the key of each sample's streams, (k,) uint64."""
-    base = np.uint64(derive_key(Purpose.AUGMENT, seed) & (2**64 - 1))
-    with np.errstate(over="ignore"):
-        by_epoch = mix64(base + (epochs.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
-        return mix64(by_epoch + (samples.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
+    by_epoch = mix64(counted(derive_key(Purpose.AUGMENT, seed) & (2**64 - 1), epochs))
+    return mix64(counted(by_epoch, samples))
 
 
 def uniforms(words: npt.NDArray[np.uint64], lane: Lane, count: int) -> npt.NDArray[np.float64]:
     """Return `count` numbers in [0, 1) for each key, (k, count) float64."""
     # Lanes are 2^32 numbers apart in a sample's stream, far more than any of them draws.
-    counters = (np.uint64(int(lane) << 32) + np.arange(1, count + 1, dtype=np.uint64)) * _GOLDEN
+    counters = (np.uint64(int(lane) << 32) + np.arange(1, count + 1, dtype=np.uint64)) * np.uint64(GOLDEN)
     with np.errstate(over="ignore"):
         drawn = mix64(words[:, None] + counters)
     return (drawn >> np.uint64(11)).astype(np.float64) * _TO_UNIT

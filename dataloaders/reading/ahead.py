@@ -10,7 +10,6 @@ import copy
 import itertools
 from collections import deque
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +18,7 @@ from dataloaders.order.order import Ints, Plan
 
 
 def coming_files(
-    plan: Plan, places: Ints, shards: npt.NDArray[np.integer[Any]], first_step: int, count: int, behind: int
+    plan: Plan, places: Ints, shards: npt.NDArray[np.integer], first_step: int, count: int, behind: int
 ) -> Iterator[tuple[int, ...]]:
     """Yield, for each step from `first_step` on, the files that it and the steps after it need, by first need.
 
@@ -50,7 +49,7 @@ def coming_files(
 
 
 def coming_of_split(
-    shards: npt.NDArray[np.integer[Any]], behind: int, share: range, begin: int, end: int
+    shards: npt.NDArray[np.integer], behind: int, share: range, begin: int, end: int
 ) -> tuple[int, ...]:
     """Return the files of a share's samples, `behind` before `begin` to `end`, and the one after: evaluation's way."""
     if not len(share):

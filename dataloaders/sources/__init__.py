@@ -9,6 +9,7 @@ index.py           the index beside a split's shards: where each sample is, and 
 kinds.py           what a folder holds: shards, class folders, or something that a sentence can name
 passed.py          files that are passed over: told apart, counted, said in one line
 scanning.py        shards that others made, scanned each by itself, in any process
+tar_headers.py     the files in a tar, header by header
 tars.py            the samples of a tar, or an error that names the place
 foreign.py         WebDataset shards that others made: indexed when first seen, then read like packed ones
 shards.py          packed shards: `read(i)` is one read at a known position, checked against the index

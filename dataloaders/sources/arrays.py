@@ -42,7 +42,7 @@ _LARGEST_HEADER = 1 << 20
 _BLOCK = 1 << 24
 
 
-def write_arrays(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> str:
+def write_arrays(path: Path, arrays: dict[str, npt.NDArray[np.generic]]) -> str:
     """Write arrays under a temporary name, fsync, rename; return the file's sha256."""
     order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))  # each aligned to its own size
     header: dict[str, Any] = {}
@@ -67,7 +67,7 @@ def write_arrays(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> str:
     return sha256.hexdigest()
 
 
-def map_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
+def map_arrays(path: Path) -> dict[str, npt.NDArray[np.generic]]:
     """Return read-only views of the arrays in a file.
 
     Raises:
@@ -98,7 +98,7 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def chunk_digest(columns: dict[str, npt.NDArray[Any]], chunk: int) -> str:
+def chunk_digest(columns: dict[str, npt.NDArray[np.generic]], chunk: int) -> str:
     """Return the sha256 of one chunk's rows: column after column, by name."""
     sha256 = hashlib.sha256()
     for name in sorted(columns):
@@ -122,5 +122,5 @@ def _view(data: mmap.mmap, base: int, facts: dict[str, Any]) -> npt.NDArray[Any]
     return np.frombuffer(data, dtype, count, base + start).reshape(shape)
 
 
-def _bytes_of(array: npt.NDArray[Any]) -> memoryview:
+def _bytes_of(array: npt.NDArray[np.generic]) -> memoryview:
     return np.ascontiguousarray(array).data.cast("B")

@@ -175,7 +175,7 @@ class ImageFolderDataset:
     def close(self) -> None:
         """Nothing is open between reads."""
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {"folder": self._folder, "index": self._index, "seal": self._seal}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -352,7 +352,7 @@ def _write_index(folder: Path, listing: _Listing, target: Path, alive: Callable[
     work.rename(target)
 
 
-def _identity(classes: tuple[str, ...], arrays: dict[str, npt.NDArray[Any]]) -> str:
+def _identity(classes: tuple[str, ...], arrays: dict[str, npt.NDArray[np.generic]]) -> str:
     """Return the fingerprint of the images, from all that is known of them."""
     digest = hashlib.sha256(json.dumps(classes).encode())
     for name in sorted(arrays):

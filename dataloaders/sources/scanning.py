@@ -22,7 +22,8 @@ from dataloaders.sources.classes import LARGEST_CLASS_FILE, parse_class_map
 from dataloaders.sources.files import open_regular
 from dataloaders.sources.index import Index, ShardFacts, key_matrix_of
 from dataloaders.sources.passed import Passed
-from dataloaders.sources.tars import FileReader, Row, StreamReader, scan
+from dataloaders.sources.tar_headers import FileReader, StreamReader
+from dataloaders.sources.tars import Row, scan
 from dataloaders.storage.base import (
     DeniedError,
     FileFacts,
@@ -160,7 +161,7 @@ def left_out_of(index: Index) -> list[tuple[str, str]]:
     return [(str(row[0]), str(row[1])) for row in rows if isinstance(row, list) and len(row) == 2]
 
 
-def _columns(rows: list[Row]) -> dict[str, npt.NDArray[Any]]:
+def _columns(rows: list[Row]) -> dict[str, npt.NDArray[np.generic]]:
     """Return the columns of rows, of which there may be none."""
     columns: dict[str, npt.NDArray[Any]] = {
         "height": np.array([row.height for row in rows], np.int32),
@@ -333,7 +334,7 @@ def shared_keys(
     return int(same.sum()), f"{key!r} in {one} and {other}"
 
 
-def identity_of(shards: list[Scanned], columns: dict[str, npt.NDArray[Any]], classes: tuple[str, ...]) -> str:
+def identity_of(shards: list[Scanned], columns: dict[str, npt.NDArray[np.generic]], classes: tuple[str, ...]) -> str:
     """Return the fingerprint: of all but checksums, which may come later, and times, which a copy changes.
 
     Headers hold the times at which members were written; they are part of it.
@@ -342,7 +343,7 @@ def identity_of(shards: list[Scanned], columns: dict[str, npt.NDArray[Any]], cla
     return identity_by(said, columns, classes)
 
 
-def identity_by(said: list[list[Any]], columns: dict[str, npt.NDArray[Any]], classes: tuple[str, ...]) -> str:
+def identity_by(said: list[list[object]], columns: dict[str, npt.NDArray[np.generic]], classes: tuple[str, ...]) -> str:
     """Return the fingerprint by [name, size, digest of the headers] of each shard, columns and classes."""
     digest = hashlib.sha256(json.dumps([said, list(classes)]).encode())
     for name in sorted(columns):

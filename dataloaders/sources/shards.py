@@ -197,7 +197,7 @@ class ShardDataset:
         """Whether the storage fetches whole shards."""
         return isinstance(self.storage, WholeStorage)
 
-    def expect(self, shards: npt.NDArray[np.integer[Any]], share: float = 1.0) -> None:
+    def expect(self, shards: npt.NDArray[np.integer], share: float = 1.0) -> None:
         """Say which shards are being read, and which will be; storage that fetches whole shards does so ahead."""
         if isinstance(self.storage, WholeStorage):
             self.storage.expect([self._names[shard] for shard in shards.tolist()], share)
@@ -210,7 +210,7 @@ class ShardDataset:
         """Close files and connections; a later read opens them again."""
         self.storage.close()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {
             "storage": self.storage,
             "index": self.index.place,

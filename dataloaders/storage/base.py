@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 from dataloaders.sources.files import OddFileError, check_regular, open_regular
 from setformer_dist.core.errors import DataError
@@ -277,7 +277,7 @@ class LocalFolder:
         with self._lock:
             self._files.pop(name, None)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return LocalFolder, (self.folder, self._sleep)
 
 

@@ -238,12 +238,12 @@ class ShardCache:
     def _turn(self, storage: Storage, name: str, path: Path) -> Iterator[None]:
         """Wait until no other process fetches this shard; as long as bytes come, however long that takes."""
         partial = path.with_name(path.name + ".partial")
-        before: Any = None
+        before: object = None
 
         def seen() -> Any:
             nonlocal before
             try:
-                now: Any = partial.stat().st_mtime_ns
+                now: object = partial.stat().st_mtime_ns
             except FileNotFoundError:
                 now = path.exists()
             if now != before:
@@ -415,7 +415,7 @@ class CachedStorage:
             path = self._paths[name] = self._cache.folder / f"{digest}-{PurePosixPath(name).name}"
         return path
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return _cached_anew, (self._storage, self._cache.folder, self._cache.limit, self._cache._timeout, self._known)
 
 
@@ -489,7 +489,7 @@ def _nothing() -> None:
 
 
 @contextmanager
-def locked(path: Path, timeout: float, progress: Callable[[], Any] = _nothing) -> Iterator[bool]:
+def locked(path: Path, timeout: float, progress: Callable[[], object] = _nothing) -> Iterator[bool]:
     """Hold an exclusive lock on a file, which is made where it is missing; it ends with the process.
 
     Args:
@@ -507,7 +507,7 @@ def locked(path: Path, timeout: float, progress: Callable[[], Any] = _nothing) -
         os.close(file)
 
 
-def _acquired(file: int, timeout: float, progress: Callable[[], Any], kind: int = fcntl.LOCK_EX) -> bool:
+def _acquired(file: int, timeout: float, progress: Callable[[], object], kind: int = fcntl.LOCK_EX) -> bool:
     seen, since = progress(), time.monotonic()
     while True:
         try:

@@ -14,7 +14,6 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Any
 
 from dataloaders.storage.base import FileFacts, Storage, UnreadableError
 from dataloaders.storage.cache import Ahead, Known, fitting
@@ -165,5 +164,5 @@ class SequentialStorage:
             )
         return data
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return SequentialStorage, (self._storage, self._known, self._gib, self._timeout)

@@ -255,7 +255,7 @@ class HttpStorage:
         if not said.startswith(f"bytes {offset}-"):
             raise PassingError(f"bytes from {offset} on were asked for, the answer is {said!r}")
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return HttpStorage, (self._url, self._timeout, self._sleep)
 
 
@@ -272,7 +272,7 @@ class FsspecStorage:
         self._url = url
         self._timeout = timeout
         self._sleep = sleep
-        self._opened: tuple[Any, str] | None = None
+        self._opened: tuple[object, str] | None = None
 
     @property
     def name(self) -> str:
@@ -358,7 +358,7 @@ class FsspecStorage:
 
         return insist(self.shown(name), attempt, self._sleep, self._timeout)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return FsspecStorage, (self._url, self._timeout, self._sleep)
 
 

@@ -20,6 +20,7 @@ from launch.run.trained import load_trained
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.fragments import Fragment
+from setformer_dist.core.store import Snapshot
 
 
 def export_deepspeed(path: Path, dest: Path, console: Console) -> None:
@@ -135,7 +136,7 @@ def import_deepspeed(source: Path, dest: Path, model: str, trust_pickle: bool, c
             stack.enter_context(held(dest.parent, Alone(), patience_s=0))
         if (there := layout.step_folder(dest, found.steps)).exists():
             raise ConfigError(f"{there} is there already: move it away, or name another folder")
-        path = manager.save(found.steps, fragments, trainer, identity, {}, tags=("imported",))
+        path = manager.save(Snapshot(found.steps, fragments, trainer, {}, tags=("imported",)), identity)
     console.print(
         f"{path}: {', '.join(found.states)} of {len(shapes)} parameters, from ZeRO stage {found.stage} on "
         f"{found.world_size} ranks",

@@ -29,9 +29,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from checkpoints.reader import open_checkpoint
 from dataloaders.packing.pack import PackOptions, pack_image_folder
-from launch.drill.faults import CHECKPOINT_EVERY, FAULTS, DrillError, Hand, Run
+from launch.drill.faults import CHECKPOINT_EVERY, FAULTS, Hand, Run
 from launch.drill.mounts import keep_mounts_private
 from launch.examples.demo import write_digits
+from setformer_dist.core.errors import DrillError
 from setformer_dist.core.terminal import open_table
 
 _DISK_MIB = 192

@@ -21,17 +21,12 @@ from typing import Any
 from launch.examples.demo import PAGE
 from launch.ranks.processes import die_with_parent
 from setformer_dist.core import ledger
-from setformer_dist.core.errors import SetformerError
+from setformer_dist.core.errors import DrillError
+from setformer_dist.core.stopping import exit_code_of
 
 CHECKPOINT_EVERY = 20
 _SILENCE_S = 180.0  # longest time without a word from the run
 _LIMIT_S = 1800.0  # longest time that a recovery or a run's end may take, whatever it says
-
-
-class DrillError(SetformerError):
-    """The drill found something lost, or could not be made."""
-
-    exit_code = 8
 
 
 class Run:
@@ -236,7 +231,7 @@ class Hand:
         ended = self.run.wait(lambda: self.run.code is not None, limit_s=60)
         if not ended:
             raise DrillError(f"{signal.Signals(number).name} to the {name} did not end the run within 60 s")
-        if begun and self.run.code not in (128 + number, 0):
+        if begun and self.run.code not in (exit_code_of(number), 0):
             raise DrillError(
                 f"{signal.Signals(number).name} to the {name} ended the run with exit code {self.run.code}:\n"
                 f"{self.run.said()}"

@@ -40,12 +40,14 @@ REQUIRED: Mapping[str, str] = {
     "safetensors": "0.5",
     "simplejpeg": "1.8",
     "pillow": "11",
+    "tensorboard": "2.18",
     "matplotlib": "3.9",
     "jinja2": "3.1",
 }
 # Distribution to what it is for; each is a `pip install` away and a run does without.
 OPTIONAL: Mapping[str, str] = {
-    "tensorboard": "curves in TensorBoard",
+    "wandb": "logging.wandb",
+    "mlflow-skinny": "logging.mlflow",
     "ray": "sweeps, scheduling and the reference refresh service",
     "pot": "comparison of the transport plans with POT",
     "webdataset": "comparison of the loader with WebDataset's own",

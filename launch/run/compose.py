@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.metadata
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,21 +23,26 @@ from launch.run.config import ResolvedRun
 from launch.run.imported import is_imported, loadable, trainer_state
 from launch.run.initial_weights import FirstWeights
 from launch.run.inputs import Split, check_splits, inputs_of
+from setformer_dist.callbacks.build import build_callbacks
+from setformer_dist.core.callback import Callback
 from setformer_dist.core.errors import CheckpointError, ConfigError
 from setformer_dist.core.fragments import Fragment
 from setformer_dist.core.heartbeat import Heartbeat
 from setformer_dist.core.revisions import unnamed
-from setformer_dist.core.store import SavedState
+from setformer_dist.core.store import SavedState, Snapshot
 from setformer_dist.core.task import Task
 from setformer_dist.engine.comm import CommMeter, TorchCollectives
+from setformer_dist.engine.components import Components, Costs
 from setformer_dist.engine.deepspeed_engine import DTYPES, initialize, supported_dtypes
 from setformer_dist.engine.ema import Ema
 from setformer_dist.engine.evaluate import Watch
+from setformer_dist.engine.events import Callbacks
 from setformer_dist.engine.guard import Guard
 from setformer_dist.engine.master import OPTIMIZER_STATES, MasterState
 from setformer_dist.engine.metrics import RunRecord, peak_flops
 from setformer_dist.engine.optim import Schedule
-from setformer_dist.engine.trainer import Best, Costs, Parts, Trainer, check_trainer
+from setformer_dist.engine.run_state import Best, check_trainer
+from setformer_dist.engine.trainer import Trainer
 from setformer_dist.engine.zero import check_precision
 from setformer_dist.models.attention import set_attentions, watched_marginals
 from setformer_dist.models.measure import multiply_adds_of
@@ -134,24 +140,20 @@ class RunStore:
         """Return whether the config wants a checkpoint after this many steps."""
         return self._run.config.checkpoint.due(step)
 
-    def save(
-        self,
-        step: int,
-        fragments: Iterable[Fragment],
-        trainer: dict[str, Any],
-        metrics: Mapping[str, float],
-        replace: bool = False,
-    ) -> Path:
+    def save(self, snapshot: Snapshot, replace: bool = False) -> Path:
         """Begin a checkpoint; when this returns the fragments may change."""
-        about = {**trainer, **self._about}
-        return self._manager.begin(step, fragments, about, self._identity, metrics, replace=replace)
+        return self._manager.begin(self._described(snapshot), self._identity, replace)
 
-    def save_renumbered(
-        self, step: int, fragments: Iterable[Fragment], trainer: dict[str, Any], metrics: Mapping[str, float]
-    ) -> Path:
+    def save_renumbered(self, snapshot: Snapshot) -> Path:
         """Write the checkpoint from which on steps are counted in another way; durable when this returns."""
-        about = {**trainer, **self._about}
-        return self._manager.save_renumbered(step, fragments, about, self._identity, metrics)
+        return self._manager.save_renumbered(self._described(snapshot), self._identity)
+
+    def _described(self, snapshot: Snapshot) -> Snapshot:
+        return dataclasses.replace(snapshot, trainer={**snapshot.trainer, **self._about})
+
+    def committed(self) -> Sequence[tuple[int, Path]]:
+        """Return the steps and folders that became durable since the last call, on rank 0."""
+        return self._manager.committed()
 
     def failed(self) -> bool:
         """Return whether a save has failed on this rank since the last `finish`."""
@@ -260,9 +262,21 @@ def _check_new_batch(saved: dict[str, Any], here: dict[str, Any]) -> None:
         )
 
 
-def compose(run: ResolvedRun, splits: Splits, task: Task, model: nn.Module, comm: TorchCollectives) -> Trainer:
-    """Build a run on this rank around a model fresh from its seed. Collective."""
+def compose(
+    run: ResolvedRun,
+    splits: Splits,
+    task: Task,
+    model: nn.Module,
+    comm: TorchCollectives,
+    callbacks: Sequence[Callback] = (),
+) -> Trainer:
+    """Build a run on this rank around a model fresh from its seed. Collective.
+
+    `callbacks` hear the events of the run after those that its config names.
+    """
     c = run.config
+    named = build_callbacks(c.logging, c.run.callbacks, c.run.callback_args)
+    heard = Callbacks([*named, *callbacks], c.folder, run.as_json(), comm.ranks.is_main)
     ranks, plan, classes = comm.ranks, run.plan, splits.train.classes
     watch = watch_of(run, model)
     check_metric(task, c.checkpoint.best_metric, c.checkpoint.best_mode)
@@ -292,7 +306,7 @@ def compose(run: ResolvedRun, splits: Splits, task: Task, model: nn.Module, comm
 
     manager = CheckpointManager(c.folder / "checkpoints", comm, c.checkpoint)
     states = ("param", *OPTIMIZER_STATES, *(["ema"] if c.ema.decay else []))
-    parts = Parts(
+    components = Components(
         engine=engine,
         master=master,
         ema=Ema(master, c.ema) if c.ema.decay else None,
@@ -320,11 +334,12 @@ def compose(run: ResolvedRun, splits: Splits, task: Task, model: nn.Module, comm
         costs=costs,
         guard=Guard(c.guard, c.folder, comm, scaled=c.precision.dtype == "fp16"),
         heartbeat=Heartbeat.from_env(),
+        callbacks=heard,
         watch=watch,
         first_weights=first_weights,
     )
     best = Best(c.checkpoint.best_metric, c.checkpoint.best_mode)
-    return Trainer(parts, c.eval, best, schedule_steps, c.run.log_every, c.run.seed, c.run.record_samples)
+    return Trainer(components, c.eval, best, schedule_steps, c.run.log_every, c.run.seed, c.run.record_samples)
 
 
 def watch_of(run: ResolvedRun, model: nn.Module) -> Watch | None:

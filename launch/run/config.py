@@ -27,6 +27,7 @@ from setformer_dist.core.config import FrozenConfig
 from setformer_dist.core.continuing import FREE, Permitted, differences, must_stay, unknown_keys
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.files import read_state
+from setformer_dist.core.logging_config import LoggingConfig
 from setformer_dist.core.metric import METRICS_OF, check_best, metric_named
 from setformer_dist.core.model_config import ModelConfig
 from setformer_dist.core.secrets import redacted_json
@@ -59,7 +60,10 @@ class RunTable(FrozenConfig):
             in another order, so losses then agree to rounding only.
         timeout_minutes: how long a rank waits for the others before it gives up.
         imports: modules of your own that every rank imports first, from where Python finds them or from the working
-            directory: models that they register with timm, tasks. Commands on a checkpoint need --import as well.
+            directory: models that they register with timm, tasks, callbacks. Commands on a checkpoint need --import
+            as well.
+        callbacks: names of registered callbacks, in the order in which they hear each event.
+        callback_args: for each of them, what it is made with, as a table: run.callback_args.NAME.
         record_samples: write the sample ids of every optimizer step to samples.jsonl, as a proof of order.
     """
 
@@ -71,6 +75,8 @@ class RunTable(FrozenConfig):
     timeout_minutes: Annotated[float, FREE] = pydantic.Field(default=10.0, gt=0)
     record_samples: Annotated[bool, FREE] = False
     imports: Annotated[tuple[str, ...], FREE, pydantic.Field(strict=False)] = ()
+    callbacks: Annotated[tuple[str, ...], FREE, pydantic.Field(strict=False)] = ()
+    callback_args: Annotated[dict[str, dict[str, Any]], FREE] = pydantic.Field(default_factory=dict)
 
     @pydantic.field_validator("name")
     @classmethod
@@ -80,6 +86,13 @@ class RunTable(FrozenConfig):
                 f"must be a folder name of at most {_LONGEST_NAME} letters, digits, dots, dashes and underscores"
             )
         return value
+
+    @pydantic.model_validator(mode="after")
+    def _of_callbacks(self) -> RunTable:
+        for name in self.callback_args:
+            if name not in self.callbacks:
+                raise ValueError(f"callback_args.{name}: run.callbacks does not name {name!r}")
+        return self
 
     @pydantic.field_validator("out")
     @classmethod
@@ -204,6 +217,7 @@ class RunConfig(FrozenConfig):
     restart: Annotated[RestartConfig, FREE] = RestartConfig()
     launch: Annotated[LaunchConfig, FREE] = LaunchConfig()
     guard: GuardConfig = GuardConfig()
+    logging: Annotated[LoggingConfig, FREE] = LoggingConfig()
     deepspeed: dict[str, Any] = pydantic.Field(default_factory=dict)
 
     @pydantic.model_validator(mode="before")

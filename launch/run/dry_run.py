@@ -25,6 +25,7 @@ from launch.run.config import ResolvedRun, check_folder
 from launch.run.initial_weights import FirstWeights
 from launch.run.inputs import inputs_of
 from launch.run.own_code import bring
+from setformer_dist.callbacks.build import build_callbacks
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.ranks import RankInfo
@@ -148,6 +149,7 @@ def dry_run(run: ResolvedRun, console: Console) -> None:
         SetformerError: as the run would before its first step, after all that can be said was printed.
     """
     bring(run.config.run.imports)
+    build_callbacks(run.config.logging, run.config.run.callbacks, run.config.run.callback_args)
     check_name(run.config.model.name)
     check_device(run)
     missing: DataError | None = None

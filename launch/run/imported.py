@@ -18,7 +18,7 @@ from checkpoints.reader import Checkpoint
 from setformer_dist.core.errors import CheckpointError
 from setformer_dist.core.fragments import Fragment
 from setformer_dist.engine.master import OPTIMIZER_STATES
-from setformer_dist.engine.trainer import Best, RunState
+from setformer_dist.engine.run_state import Best, RunState
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from launch.run.config import ResolvedRun
 from launch.run.trained import classified_samples, load_trained
 from setformer_dist.core import ledger
 from setformer_dist.core.files import write_state
-from setformer_dist.engine.trainer import Outcome
+from setformer_dist.engine.run_state import Outcome
 from setformer_dist.models.measure import parameters
 from setformer_dist.report.html import write_report
 

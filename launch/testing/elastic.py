@@ -21,6 +21,7 @@ from checkpoints.manager import CheckpointManager
 from dataloaders.order.order import Cut, FullOrder, SetPlan, cursor_at, step_of_cursor
 from setformer_dist.core.config import build
 from setformer_dist.core.ranks import RankInfo
+from setformer_dist.core.store import Snapshot
 from setformer_dist.engine.batch_plan import solve
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
 from setformer_dist.engine.config import BatchConfig, EmaConfig, OptimConfig, PrecisionConfig, ZeroConfig
@@ -115,7 +116,7 @@ class _Trainee:
         }
         # The writers work while the next steps change what they would see if they looked at it.
         self.saving = self.manager(root)
-        self.saving.begin(step, self.held(), trainer, _IDENTITY, {})
+        self.saving.begin(Snapshot(step, self.held(), trainer, {}), _IDENTITY)
 
     def load(self, root: Path) -> int:
         manager = self.manager(root)

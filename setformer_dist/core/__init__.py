@@ -3,6 +3,7 @@
 Nothing here imports torch.distributed, touches a device or has an effect at import time.
 
     batch.py           the value that the loaders hand to the engine, and the protocols by which the two meet
+    callback.py        events of a training run, and the base class of what hears them
     comm.py            the few collective operations that packages outside the engine need, as a protocol
     config.py          from a TOML page to a frozen, checked value
     continuing.py      which keys of a config may change in a continuation
@@ -12,13 +13,17 @@ Nothing here imports torch.distributed, touches a device or has an effect at imp
     fragments.py       a fragment: this rank's piece of one state of one parameter
     heartbeat.py       what a rank does and since when, for its supervisor to see
     ledger.py          where the wall time of a run went, over all its attempts: the goodput ledger
+    logging_config.py  the `[logging]` table of a run config
     metric.py          what evaluations report: names, directions, and which weights are better
     model_config.py    the `[model]` table of a run config; it imports neither torch nor timm, so a typo is told at once
+    phases.py          what a rank does at an instant, as clock, heartbeat, ledger and report name it
     ranks.py           rank, world size and their local counterparts: one frozen value
     revisions.py       what a config of an older version means
     secrets.py         URLs without what is secret in them: user, password and query (signatures are in the query)
     seeding.py         seeds by purpose: what is drawn, and from what
     shared_memory.py   shared memory that is full: how the system and torch say so, and how we do
+    splitmix.py        SplitMix64: words that look random, the same on any machine
+    stopping.py        signals that ask a run to stop, and their exit codes
     store.py           checkpoints as the engine sees them; `checkpoints` implements them, the engine never imports it
     strictjson.py      JSON of others: no key twice, nothing that exhausts or misleads the reader
     task.py            what a run learns, as an interface

@@ -43,7 +43,7 @@ class Difference:
     here: Any
 
 
-def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Return nested tables as one level of dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
@@ -68,7 +68,7 @@ def must_stay(config: pydantic.BaseModel, permitted: Collection[str] = ()) -> di
 
 
 def differences(
-    there: Mapping[str, Any], here: pydantic.BaseModel, permitted: Collection[str] = ()
+    there: Mapping[str, object], here: pydantic.BaseModel, permitted: Collection[str] = ()
 ) -> list[Difference]:
     """Return what differs, of the keys that must stay, between the config of a run's folder and a run's.
 
@@ -119,7 +119,7 @@ def _marks(config: pydantic.BaseModel, prefix: str = "") -> Iterator[tuple[str, 
             yield from _marks(value, f"{prefix}{name}.")
 
 
-def _defaults(config: pydantic.BaseModel) -> dict[str, Any]:
+def _defaults(config: pydantic.BaseModel) -> dict[str, object]:
     """Return the defaults of all keys that have one, as JSON, of the kinds of tables that this config has."""
     table: dict[str, Any] = type(config).model_construct().model_dump(mode="json", warnings=False)
     for name in type(config).model_fields:

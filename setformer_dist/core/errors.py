@@ -57,6 +57,12 @@ class TrainingError(SetformerError):
     exit_code = 7
 
 
+class DrillError(SetformerError):
+    """The drill found something lost, or could not be made."""
+
+    exit_code = 8
+
+
 class PassingError(SetformerError):
     """What comes from outside the run and may pass: a process that died, storage that hangs. Worth another start."""
 

@@ -16,8 +16,10 @@ import tempfile
 import time
 from dataclasses import dataclass
 
+from setformer_dist.core.phases import START as START
+from setformer_dist.core.phases import Section
+
 FD_VARIABLE = "SETFORMER_HEARTBEAT_FD"
-START = "start"
 
 # Beats so far, optimizer step, seconds of the monotonic clock (one for all processes of a host), stop signal, phase.
 _RECORD = struct.Struct("<qqdq16s")
@@ -30,7 +32,7 @@ class Beat:
     Attributes:
         count: beats so far; a rank that is behind the others has fewer.
         step: optimizer step it is at; -1 before the first.
-        phase: "start", or what its clock was set to: "data", "forward", "backward", "optimizer", ...
+        phase: `phases.START`, or the section that its clock is in.
         age: seconds since.
         stop: the signal that asked this rank to stop, 0 for none.
     """
@@ -60,7 +62,7 @@ class Heartbeat:
             return cls(mmap.mmap(-1, mmap.PAGESIZE))
         return cls(mmap.mmap(int(descriptor), mmap.PAGESIZE))
 
-    def beat(self, phase: str) -> None:
+    def beat(self, phase: Section) -> None:
         """Say that this phase begins; until the first step is done all of it is "start"."""
         self._count += 1
         shown = phase if self.warm else START

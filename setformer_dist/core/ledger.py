@@ -31,13 +31,13 @@ from typing import Any
 
 from setformer_dist.core import strictjson
 from setformer_dist.core.files import finite, lines_of, open_record
+from setformer_dist.core.phases import TRAINING
 from setformer_dist.core.secrets import redacted_json
 
 LEDGER = "ledger.jsonl"
 LOCK_FILE = "run.lock"
 
-# What counts as progress, by the sections of the engine's clock; everything else has its own name.
-_TRAINING = frozenset({"forward", "backward", "optimizer", "communication", "other"})
+# Where wall time goes: progress (phases.TRAINING), and everything else by its own name.
 KINDS = ("training", "data", "checkpoint", "evaluation", "refresh", "start", "restart", "lost", "finish")
 WELL = ("done", "stopped", "regrouped")
 _LATEST = 2.0**37  # Unix time that the calendar still has a year for
@@ -92,7 +92,7 @@ def _event(line: bytes) -> dict[str, Any] | None:
     return value if sound else None
 
 
-def _is_over(events: Sequence[dict[str, Any]]) -> bool:
+def _is_over(events: Sequence[dict[str, object]]) -> bool:
     return next((e["event"] == "ended" for e in reversed(events) if e["event"] in ("attempt", "began", "ended")), True)
 
 
@@ -203,7 +203,7 @@ class _Book:
         wall = event["time"] - self.mark
         seconds = dict.fromkeys(KINDS, 0.0)
         for name, value in event.get("seconds", {}).items():
-            kind = "training" if name in _TRAINING else name if name in KINDS else "training"
+            kind = "training" if name in TRAINING else name if name in KINDS else "training"
             seconds[kind] += float(value)
         seconds["training"] += wall - sum(seconds.values())  # what the clock did not see
         self.spans.append(_Span(self.step, int(event["step"]), seconds))
@@ -265,7 +265,7 @@ class _Book:
             span.last -= gone
 
 
-def account(events: Iterable[dict[str, Any]], now: float | None = None) -> Account:
+def account(events: Iterable[dict[str, object]], now: float | None = None) -> Account:
     """Add up a run's events.
 
     Args:

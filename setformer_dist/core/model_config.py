@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pydantic
@@ -36,7 +37,7 @@ class ModelConfig(FrozenConfig):
 
     @pydantic.field_validator("args")
     @classmethod
-    def _scale_is_named(cls, value: dict[str, Any], info: pydantic.ValidationInfo) -> dict[str, Any]:
+    def _scale_is_named(cls, value: Mapping[str, object], info: pydantic.ValidationInfo) -> dict[str, object]:
         # Written back, unlike other defaults: a config that does not name it is of an older version, and means another.
         return revisions.named(str(info.data.get("name", "")), value)
 

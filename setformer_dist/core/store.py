@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from setformer_dist.core.fragments import Fragment
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of a run after so many optimizer steps, on its way into a checkpoint.
+
+    Attributes:
+        step: optimizer steps done.
+        fragments: this rank's share, or everything on every rank (then each writes an equal part of it); live views
+            until the save has copied or written them.
+        trainer: JSON-able state besides tensors; rank 0's counts.
+        metrics: latest evaluation, for the listing and for `keep_best`.
+        tags: words for the manifest; `checkpoints.policy.KEEP_TAG` protects from deletion.
+    """
+
+    step: int
+    fragments: Iterable[Fragment]
+    trainer: Mapping[str, object]
+    metrics: Mapping[str, float]
+    tags: Sequence[str] = ()
 
 
 class SavedState(Protocol):
@@ -40,23 +61,14 @@ class CheckpointStore(Protocol):
         """Return whether the policy wants a checkpoint after this many optimizer steps."""
         ...
 
-    def save(
-        self,
-        step: int,
-        fragments: Iterable[Fragment],
-        trainer: dict[str, Any],
-        metrics: Mapping[str, float],
-        replace: bool = False,
-    ) -> Path:
+    def save(self, snapshot: Snapshot, replace: bool = False) -> Path:
         """Begin a checkpoint; when this returns the fragments may change. Return its folder to be.
 
         One of this step that verifies stays as it is, unless it is to be replaced.
         """
         ...
 
-    def save_renumbered(
-        self, step: int, fragments: Iterable[Fragment], trainer: dict[str, Any], metrics: Mapping[str, float]
-    ) -> Path:
+    def save_renumbered(self, snapshot: Snapshot) -> Path:
         """Write the checkpoint from which on steps are counted in another way; durable when this returns.
 
         Those whose numbers are of the old count, and not below this step, are never found again.
@@ -65,6 +77,13 @@ class CheckpointStore(Protocol):
 
     def failed(self) -> bool:
         """Return whether a save has failed on this rank since the last `finish`. Not collective; does not wait."""
+        ...
+
+    def committed(self) -> Sequence[tuple[int, Path]]:
+        """Return the steps and folders that became durable since the last call, on rank 0; elsewhere nothing.
+
+        Not collective; does not wait.
+        """
         ...
 
     def finish(self, last: bool = False) -> None:

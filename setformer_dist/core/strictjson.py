@@ -42,7 +42,7 @@ def parse(data: bytes) -> Any:
     return value
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) != len(pairs):
         seen: set[str] = set()
@@ -51,7 +51,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _refuse_depth(value: Any) -> None:
+def _refuse_depth(value: object) -> None:
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [

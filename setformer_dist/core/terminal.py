@@ -53,7 +53,7 @@ class Tolerant:
         with self._borne():
             self._stream.flush()
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)
 
     @contextlib.contextmanager

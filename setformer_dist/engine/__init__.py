@@ -2,13 +2,20 @@
 
     config.py     the tables of a run config that the engine reads, without torch
     trainer.py    the loop: knows steps, schedule, evaluation, checkpoints, signals
+    components.py what a trainer works with, as the composition root makes it
+    run_state.py  what changes while a run goes on, and what trainer.json holds of it
+    step_log.py   the steps since the last line of metrics: losses reduced, judged, written
+    evaluation.py evaluations during training: when, of which weights, who hears of them
+    stop_vote.py  how all ranks come to stop at the same step
+    protocol.py   what this package uses of DeepSpeed's engine, as a type
     step.py       one optimizer step: forward, backward, update
     zero.py       typed config -> DeepSpeed's JSON
     master.py     every ZeRO stage seen as fragments of fp32 masters and optimizer states
     optim.py      parameter groups, AdamW, learning-rate schedule
     ema.py        an average of the weights as one more fragment state
     evaluate.py   one pass over a split, each sample once
-    metrics.py    the clock of a step, metrics.jsonl, TensorBoard
+    metrics.py    the clock of a step, metrics.jsonl
+    events.py     tells the callbacks of a run's events, and says what an exception in one does
     comm.py       torch.distributed behind the Collectives protocol, and what it costs
     signals.py    SIGTERM and Ctrl-C as a wish to stop at the next step
     batch_plan.py         global batch = micro batch × accumulation × ranks: the one equation, solved in this one place
@@ -17,5 +24,6 @@
     offload.py            CPU offload: no step sees a gradient of an earlier one
     progress.py           what rank 0 shows while a run goes on: a bar on a terminal, a line now and then elsewhere
 
-Only zero.py, master.py and comm.py know DeepSpeed's insides.
+Few know DeepSpeed: deepspeed_engine.py makes the engine and zero.py its JSON, master.py and offload.py know how it lays
+out memory, comm.py which of its collectives are measured. All others see protocol.py.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from typing import Any
+from collections.abc import Mapping
 
 import deepspeed
 import pydantic
@@ -17,6 +17,7 @@ from setformer_dist.core.errors import ConfigError
 from setformer_dist.engine.config import OptimConfig
 from setformer_dist.engine.offload import forget_gradients_after_steps
 from setformer_dist.engine.optim import adamw, parameter_groups
+from setformer_dist.engine.protocol import Engine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -38,7 +39,7 @@ def supported_dtypes() -> set[str]:
     return names
 
 
-def initialize(model: nn.Module, optim: OptimConfig, deepspeed_json: dict[str, Any]) -> Any:
+def initialize(model: nn.Module, optim: OptimConfig, deepspeed_json: Mapping[str, object]) -> Engine:
     """Return a DeepSpeed engine with AdamW over the model's parameter groups.
 
     Args:
@@ -59,4 +60,5 @@ def initialize(model: nn.Module, optim: OptimConfig, deepspeed_json: dict[str, A
         raise ConfigError(f"DeepSpeed refuses its config: {' '.join(str(error).split())}") from None
     if engine.zero_use_cpu_optimizer():
         forget_gradients_after_steps(engine.optimizer)
-    return engine
+    made: Engine = engine
+    return made

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -40,7 +39,7 @@ class EvalResult:
 
 @torch.no_grad()
 def evaluate(
-    model: Callable[[torch.Tensor], Any],
+    model: Callable[[torch.Tensor], object],
     task: Task,
     stream: EvalStream,
     prepare: Prepare,

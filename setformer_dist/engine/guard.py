@@ -24,7 +24,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -36,6 +36,7 @@ from setformer_dist.core.comm import Collectives
 from setformer_dist.core.errors import CheckpointError, TrainingError
 from setformer_dist.core.files import read_state, write_state
 from setformer_dist.engine.config import SPIKE_NEEDS, GuardConfig
+from setformer_dist.engine.protocol import Engine
 
 log = logging.getLogger(__name__)
 
@@ -283,7 +284,7 @@ class Updates:
     touched, nor are its states. Gradients are the same on all ranks by then, so all ranks decide alike.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._left_out = False
         if not (engine.zero_optimization_stage() or engine.fp16_enabled() or engine.bfloat16_enabled()):
@@ -294,7 +295,7 @@ class Updates:
         """Whether the last optimizer step was left out."""
         return self._left_out or not self._engine.was_step_applied()
 
-    def _check(self, adam: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _check(self, adam: torch.optim.Optimizer, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
         parameters = [p for group in adam.param_groups for p in group["params"] if p.grad is not None]
         norms = torch._foreach_norm([p.grad for p in parameters])
         self._left_out = bool(norms) and not bool(torch.stack([n.float() for n in norms]).isfinite().all())

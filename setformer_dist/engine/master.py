@@ -7,8 +7,8 @@
 
 With zero.offload the same tensors lie in host memory.
 
-Checkpoints, the EMA, and later overwrites of references are loops over these. This file, zero.py and offload.py are
-the only ones that know how DeepSpeed lays out memory (written against 0.19.8).
+Checkpoints, the EMA, and later overwrites of references are loops over these. This file and offload.py are the
+only ones that know how DeepSpeed lays out memory (written against 0.19.8).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import nn
 
 from setformer_dist.core.fragments import Fragment
+from setformer_dist.engine.protocol import Engine
 
 OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -43,7 +44,7 @@ class MasterState:
     stage 0 in low precision, which would leave Adam one step ahead and the masters once decayed, is undone.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._names = {p: n for n, p in engine.module.named_parameters() if p.requires_grad}
         self._shapes = {p: tuple(getattr(p, "ds_shape", p.shape)) for p in self._names}
         optimizer = engine.optimizer
@@ -112,7 +113,7 @@ def _undo_dummy_step(optimizer: FP16_UnfusedOptimizer) -> None:
     optimizer.refresh_fp32_params()
 
 
-def _layout_of(engine: Any) -> _Layout:
+def _layout_of(engine: Engine) -> _Layout:
     stage = engine.zero_optimization_stage()
     if stage == 3:
         return _Stage3(engine)
@@ -124,7 +125,7 @@ def _layout_of(engine: Any) -> _Layout:
 
 
 class _Stage0:
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._adam = engine.optimizer
 
     def views(self, state: str) -> Iterator[tuple[nn.Parameter, int, torch.Tensor]]:
@@ -154,7 +155,7 @@ class _Stage0LowPrecision:
 
 
 class _Stage12:
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._optimizer = engine.optimizer
 
@@ -173,11 +174,12 @@ class _Stage12:
 
 
 class _Stage3:
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._optimizer = engine.optimizer
 
     def views(self, state: str) -> Iterator[tuple[nn.Parameter, int, torch.Tensor]]:
+        p: Any  # a parameter with what ZeRO-3 adds to it
         for p in self._engine.module.parameters():
             if not p.requires_grad:
                 continue

@@ -1,9 +1,8 @@
-"""Where a step's time goes, and the run's record.
+"""Where a step's time goes, and the run's record: callbacks hear the same figures (`core.callback`).
 
     runs/<run>/metrics.jsonl   one JSON object a line, kind "train", "eval" or "guard"; after a resume steps may repeat,
                                and the last line of a step counts; what is no finite number is null
     runs/<run>/samples.jsonl   with run.record_samples: the sample ids of every optimizer step
-    runs/<run>/tensorboard/    the same figures for TensorBoard
 
 Only rank 0 writes.
 """
@@ -22,16 +21,14 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from torch.utils.tensorboard import SummaryWriter
 
 from setformer_dist.core import ledger
 from setformer_dist.core.files import finite, open_record
 from setformer_dist.core.heartbeat import Heartbeat
+from setformer_dist.core.phases import ON_HOST, SECTIONS, Section
 from setformer_dist.engine.comm import CommMeter
 
 log = logging.getLogger(__name__)
-
-SECTIONS = ("data", "forward", "backward", "optimizer", "communication", "checkpoint", "evaluation", "other")
 
 # Dense bf16 peak without sparsity, in FLOP/s, by a part of the device's name (vendors' data sheets).
 PEAK_FLOPS = {
@@ -65,16 +62,16 @@ class StepClock:
         self._asynchronous = not get_accelerator().is_synchronized_device()
         self._meter = None if self._asynchronous else meter
         self._seconds = dict.fromkeys(SECTIONS, 0.0)
-        self._events: list[tuple[str, Any, Any]] = []
+        self._events: list[tuple[Section, Any, Any]] = []
         self._comm_seen = self._meter.seconds if self._meter else 0.0
         self._start = time.perf_counter()
 
     @contextmanager
-    def section(self, name: str) -> Iterator[None]:
+    def section(self, name: Section) -> Iterator[None]:
         """Count the time spent inside under `name`, and let the supervisor know that it begins."""
         if self._heartbeat is not None:
             self._heartbeat.beat(name)
-        host_only = name in ("data", "checkpoint", "evaluation")
+        host_only = name in ON_HOST
         if self._asynchronous and not host_only:
             begin, end = (get_accelerator().Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -94,7 +91,7 @@ class StepClock:
         if self._meter and host_only:
             self._comm_seen += self._meter.seconds - comm  # evaluation's own collectives stay in evaluation
 
-    def take(self) -> tuple[dict[str, float], float]:
+    def take(self) -> tuple[dict[Section, float], float]:
         """Return (seconds by section, wall seconds) since the last call, and start anew."""
         if self._events:
             get_accelerator().synchronize()
@@ -121,13 +118,12 @@ def peak_memory_mib() -> float:
 
 
 class RunRecord:
-    """Writes metrics.jsonl and TensorBoard on rank 0, nothing elsewhere."""
+    """Writes metrics.jsonl, samples.jsonl and the ledger on rank 0, nothing elsewhere."""
 
     def __init__(self, folder: Path, is_main: bool) -> None:
         self._folder = folder
         self._is_main = is_main
         self._file: FileIO | None = None
-        self._board: Any = None
 
     def _open(self) -> FileIO:
         """Open on the first line, so that a run that never begins leaves nothing."""
@@ -135,24 +131,10 @@ class RunRecord:
         self._file = FileIO(open_record(path), "ab")  # a line is one write
         if self._file.tell() and not _ends_with_newline(path):
             self._file.write(b"\n")  # the last process died within a line
-        with self._bearing_the_board():
-            self._board = SummaryWriter(str(self._folder / "tensorboard"))
         return self._file
 
-    @contextmanager
-    def _bearing_the_board(self) -> Iterator[None]:
-        """Go on without TensorBoard where it fails: metrics.jsonl holds the same.
-
-        Its writer is a thread whose errors come back at later calls, and as whatever they are.
-        """
-        try:
-            yield
-        except Exception as error:  # noqa: BLE001 — see above
-            log.warning("no more figures for TensorBoard: %s: %s", type(error).__name__, error)
-            self._board = None
-
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Append one line, and the same figures to TensorBoard; the line survives a death of this process.
+        """Append one line; it survives a death of this process.
 
         A full disk costs the line, and a warning, but not the run.
         """
@@ -164,9 +146,6 @@ class RunRecord:
             file.write(line.encode() + b"\n")
         except OSError as error:
             log.warning("metrics of step %d could not be written: %s", step, error)
-        with self._bearing_the_board():
-            for name, value in _flatten(values) if self._board is not None else ():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def write_samples(self, step: int, ids: list[int]) -> None:
         """Append the sample ids of one optimizer step, in the order of the stream, to samples.jsonl."""
@@ -180,7 +159,7 @@ class RunRecord:
         except OSError as error:
             log.warning("the samples of step %d could not be written: %s", step, error)
 
-    def note(self, event: str, **values: Any) -> None:
+    def note(self, event: str, **values: object) -> None:
         """Append an event to the run's ledger (`core.ledger`)."""
         if self._is_main:
             ledger.record(self._folder, event, **values)
@@ -189,9 +168,6 @@ class RunRecord:
         """Flush and close."""
         if self._file is not None:
             self._file.close()
-        if self._board is not None:
-            with self._bearing_the_board():
-                self._board.close()
 
 
 def _ends_with_newline(path: Path) -> bool:
@@ -200,11 +176,3 @@ def _ends_with_newline(path: Path) -> bool:
             return True
         file.seek(-1, 2)
         return file.read(1) == b"\n"
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}/")
-        elif isinstance(value, (int, float)):
-            yield f"{prefix}{name}", float(value)

@@ -7,21 +7,18 @@ import time
 from types import FrameType, TracebackType
 
 from setformer_dist.core.heartbeat import Heartbeat
+from setformer_dist.core.stopping import REPEAT_S, STOP_SIGNALS
 
 
 class StopRequest:
     """Remembers the first stop signal while it is active; a second one kills, as users expect.
 
-    SIGUSR1 is what job schedulers send ahead of the end (Slurm: `--signal=USR1@120`). They signal every process of a
-    job, and so does our supervisor: repeats within `REPEAT_S` seconds are the same wish. SIGHUP is one too unless it
-    is ignored (nohup).
+    What counts as one, and when two are the same wish, is in `core.stopping`. SIGHUP is left alone where it is ignored
+    (nohup).
 
     Args:
         heartbeat: shows the wish to the supervisor, whose grace begins with it.
     """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-    REPEAT_S = 2.0
 
     def __init__(self, heartbeat: Heartbeat | None = None) -> None:
         self._heartbeat = heartbeat
@@ -31,7 +28,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
-        for signum in (s for s in self.SIGNALS if s not in ignored):
+        for signum in (s for s in STOP_SIGNALS if s not in ignored):
             self._previous[signum] = signal.signal(signum, self._on_signal)
         return self
 
@@ -44,7 +41,7 @@ class StopRequest:
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.signum is not None:
-            if now - self._at < self.REPEAT_S:
+            if now - self._at < REPEAT_S:
                 return
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -14,6 +13,7 @@ from setformer_dist.core.seeding import Purpose, sample_keys, torch_seed
 from setformer_dist.core.task import Prepare, Task
 from setformer_dist.engine.guard import Updates
 from setformer_dist.engine.metrics import StepClock
+from setformer_dist.engine.protocol import Engine
 
 
 def seed_generators(seed: int) -> None:
@@ -44,7 +44,7 @@ class TrainStep:
 
     def __init__(
         self,
-        engine: Any,
+        engine: Engine,
         task: Task,
         prepare: Prepare,
         clock: StepClock,

@@ -6,6 +6,7 @@ two places never disagree.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from setformer_dist.core.config import merge
@@ -41,8 +42,8 @@ def deepspeed_config(
     zero: ZeroConfig,
     plan: BatchPlan,
     clip_norm: float,
-    extra: dict[str, Any],
-) -> dict[str, Any]:
+    extra: Mapping[str, object],
+) -> dict[str, object]:
     """Return the JSON for `deepspeed.initialize`.
 
     Raises:
@@ -77,7 +78,7 @@ def deepspeed_config(
     return merge(config, extra)
 
 
-def _zero_section(zero: ZeroConfig) -> dict[str, Any]:
+def _zero_section(zero: ZeroConfig) -> dict[str, object]:
     elements = zero.bucket_mib * 2**20 // 4
     section: dict[str, Any] = {
         "stage": zero.stage,

@@ -1,6 +1,6 @@
 """One interface for every attention: `module(x_bnc, grid, mask_bn) -> (b, n, c)`, for images and for sequences.
 
-    set      optimal transport to m references and back                     ops/set_attention.py
+    set      optimal transport to m references and back                     ops/set/attention.py
     soft     Gaussian kernel through m landmarks                            ops/soft_attention.py
     soft_norm  the same with the symmetric normalisation of SOFT++
     cast     softmax inside clusters of tokens, summaries between them      ops/cast_attention.py
@@ -30,7 +30,7 @@ from setformer_dist.core.config import FrozenConfig
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.ops.cast_attention import Assignment, cast_attention
 from setformer_dist.ops.kernels import at_least_fp32
-from setformer_dist.ops.set_attention import IntTuple, SetAttentionConfig, marginal_error, set_attention
+from setformer_dist.ops.set.attention import IntTuple, SetAttentionConfig, marginal_error, set_attention
 from setformer_dist.ops.soft_attention import pool_grid, pool_sequence, soft_attention
 
 AttentionKind = Literal["set", "soft", "soft_norm", "cast", "softmax"]

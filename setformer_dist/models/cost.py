@@ -15,7 +15,7 @@ import math
 
 from setformer_dist.models.attention import AttentionConfig, CastAttentionConfig, SoftAttentionConfig
 from setformer_dist.models.setformer import SetformerConfig
-from setformer_dist.ops.set_attention import SetAttentionConfig
+from setformer_dist.ops.set.attention import SetAttentionConfig
 
 Grid = tuple[int, int]
 

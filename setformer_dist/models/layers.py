@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from timm.models import build_model_with_cfg
@@ -18,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from setformer_dist.core.config import FrozenConfig, merge
 from setformer_dist.core.errors import ConfigError
+from setformer_dist.ops.splitmix import GOLDEN, mix64
 
 USE_EXPORT = "use torch.export.export, torch.onnx.export(..., dynamo=True) or torch.compile (docs/operators.md)"
 
@@ -60,8 +60,7 @@ def drop_path_rates(depths: Sequence[int], last: float) -> list[float]:
 def keyed_uniform(keys: torch.Tensor, streams: int) -> torch.Tensor:
     """Return numbers in [0, 1) that depend on (key, stream) alone.
 
-    The key and the stream are mixed by the finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014); int64
-    products wrap around on every device, and a logical shift is an arithmetic one with the sign bits masked.
+    They are SplitMix64's: a key is the word that its stream begins at.
 
     Args:
         keys: (b,) int64, any values.
@@ -71,10 +70,7 @@ def keyed_uniform(keys: torch.Tensor, streams: int) -> torch.Tensor:
         (s, b) fp32 with 24 random bits.
     """
     stream = torch.arange(1, streams + 1, device=keys.device, dtype=torch.int64).unsqueeze(1)
-    x = keys.unsqueeze(0) + stream * -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685  # 0x94D049BB133111EB
-    x = x ^ ((x >> 31) & 0x1FFFFFFFF)
+    x = mix64(keys.unsqueeze(0) + stream * GOLDEN)
     return ((x >> 40) & 0xFFFFFF).float() * 2.0**-24
 
 
@@ -96,7 +92,7 @@ def channels_last(image_bchw: torch.Tensor) -> torch.Tensor:
     return image_bchw.contiguous(memory_format=torch.channels_last)
 
 
-def refuse_tracers(inputs: Any) -> None:
+def refuse_tracers(inputs: object) -> None:
     """Refuse tracers that cannot follow the checks, or write down the choices of one call without saying so.
 
     Raises:
@@ -111,7 +107,7 @@ def refuse_tracers(inputs: Any) -> None:
 class Untraceable:
     """Answers torch.jit.script of a model, which cannot compile it, in one sentence."""
 
-    def __prepare_scriptable__(self) -> Any:
+    def __prepare_scriptable__(self) -> object:
         """Raise ConfigError; torch.jit.script asks every module for this first."""
         raise ConfigError(f"torch.jit.script cannot compile this model: {USE_EXPORT}")
 
@@ -204,7 +200,7 @@ class Pyramid(Untraceable, nn.Module, ABC):
                     names.add(f"{prefix}.{name}" if prefix else name)
         return names
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+    def group_matcher(self, coarse: bool = False) -> dict[str, object]:
         """Return timm's patterns that order the parameters by depth, for layer decay."""
         if coarse:
             return {"stem": r"^stem", "blocks": [(r"^stages\.(\d+)", None), (r"^norm", (99999,))]}
@@ -300,7 +296,7 @@ class Pyramid(Untraceable, nn.Module, ABC):
 # ------------------------------------------------------------------------------------------------- entry points
 
 
-def pretrained_cfg(size: int, classes: int, **fields: Any) -> dict[str, Any]:
+def pretrained_cfg(size: int, classes: int, **fields: object) -> dict[str, object]:
     """Describe a model to timm; there are no weights to download."""
     return {
         "url": "",
@@ -317,7 +313,7 @@ def pretrained_cfg(size: int, classes: int, **fields: Any) -> dict[str, Any]:
 
 
 def create(
-    model: type[Pyramid], variant: str, pretrained: bool, shape: Mapping[str, Any], overrides: Mapping[str, Any]
+    model: type[Pyramid], variant: str, pretrained: bool, shape: Mapping[str, object], overrides: Mapping[str, object]
 ) -> nn.Module:
     """Build a registered variant: its shape, overridden field by field, tables of choices included."""
     tables = {

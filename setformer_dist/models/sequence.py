@@ -15,7 +15,7 @@ Letters: b = samples, s = sequences of a sample, z = b * s, n = tokens, c = chan
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import pydantic
 import torch
@@ -167,7 +167,7 @@ class Embedding(nn.Module):
 class SequenceEncoder(Untraceable, nn.Module):
     """Classifier of one sequence, or of two that are compared."""
 
-    def __init__(self, **fields: Any) -> None:
+    def __init__(self, **fields: object) -> None:
         """Build from the fields of SequenceConfig.
 
         Raises:
@@ -201,7 +201,7 @@ class SequenceEncoder(Untraceable, nn.Module):
         linear = {f"{name}.weight" for name, module in self.named_modules() if isinstance(module, nn.Linear)}
         return {name for name, _ in self.named_parameters()} - linear
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+    def group_matcher(self, coarse: bool = False) -> dict[str, object]:
         """Return timm's patterns that order the parameters by depth, for layer decay."""
         return {"stem": r"^embedding", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
 
@@ -275,10 +275,10 @@ _SHAPE = {
 @register_model  # type: ignore[untyped-decorator]
 def lra_encoder(
     pretrained: bool = False,
-    pretrained_cfg: Any = None,
-    pretrained_cfg_overlay: Any = None,
-    cache_dir: Any = None,
-    **overrides: Any,
+    pretrained_cfg: object = None,
+    pretrained_cfg_overlay: object = None,
+    cache_dir: object = None,
+    **overrides: object,
 ) -> nn.Module:
     """Long Range Arena's encoder; `vocabulary` and `length` must be given.
 

@@ -17,7 +17,6 @@ Letters: B = images, H, W = token rows and columns, C = channels, h = heads, n =
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import pydantic
 import torch
@@ -46,7 +45,7 @@ from setformer_dist.models.layers import (
     run_blocks,
     scale_branch,
 )
-from setformer_dist.ops.set_attention import IntTuple, SetAttentionConfig
+from setformer_dist.ops.set.attention import IntTuple, SetAttentionConfig
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -205,7 +204,7 @@ class SeTformer(Pyramid):
 
     output_fmt = "NHWC"
 
-    def __init__(self, **fields: Any) -> None:
+    def __init__(self, **fields: object) -> None:
         """Build from the fields of SetformerConfig.
 
         Raises:
@@ -275,7 +274,7 @@ class SeTformer(Pyramid):
 CAST_CLUSTERS = (56, 28, 14, 7)
 
 
-def _cfg(size: int, classes: int, **fields: Any) -> dict[str, Any]:
+def _cfg(size: int, classes: int, **fields: object) -> dict[str, object]:
     """Describe a variant to timm."""
     return pretrained_cfg(size, classes, **{"first_conv": "stem.conv1", "classifier": "head.fc", **fields})
 
@@ -292,7 +291,7 @@ default_cfgs = generate_default_cfgs(
 
 
 @register_model  # type: ignore[untyped-decorator]
-def setformer_nano(pretrained: bool = False, **overrides: Any) -> nn.Module:
+def setformer_nano(pretrained: bool = False, **overrides: object) -> nn.Module:
     """For images of 8 to 32 pixels and for tests: 0.6 M parameters."""
     shape = {
         "embed_dim": 48,
@@ -308,7 +307,7 @@ def setformer_nano(pretrained: bool = False, **overrides: Any) -> nn.Module:
 
 
 @register_model  # type: ignore[untyped-decorator]
-def setformer_mini(pretrained: bool = False, **overrides: Any) -> nn.Module:
+def setformer_mini(pretrained: bool = False, **overrides: object) -> nn.Module:
     """16.4 M parameters; widths and depths of NAT-Mini."""
     shape = {
         "embed_dim": 64,
@@ -322,7 +321,7 @@ def setformer_mini(pretrained: bool = False, **overrides: Any) -> nn.Module:
 
 
 @register_model  # type: ignore[untyped-decorator]
-def setformer_tiny(pretrained: bool = False, **overrides: Any) -> nn.Module:
+def setformer_tiny(pretrained: bool = False, **overrides: object) -> nn.Module:
     """22.7 M parameters; widths and depths of NAT-Tiny."""
     shape = {
         "embed_dim": 64,
@@ -336,7 +335,7 @@ def setformer_tiny(pretrained: bool = False, **overrides: Any) -> nn.Module:
 
 
 @register_model  # type: ignore[untyped-decorator]
-def setformer_small(pretrained: bool = False, **overrides: Any) -> nn.Module:
+def setformer_small(pretrained: bool = False, **overrides: object) -> nn.Module:
     """35.5 M parameters; width of NAT-Small, 14 blocks in stage 3."""
     shape = {
         "embed_dim": 96,
@@ -351,7 +350,7 @@ def setformer_small(pretrained: bool = False, **overrides: Any) -> nn.Module:
 
 
 @register_model  # type: ignore[untyped-decorator]
-def setformer_base(pretrained: bool = False, **overrides: Any) -> nn.Module:
+def setformer_base(pretrained: bool = False, **overrides: object) -> nn.Module:
     """57.15 M parameters; width of NAT-Base, 3 blocks in stage 4."""
     shape = {
         "embed_dim": 128,

@@ -25,6 +25,7 @@ Letters: B = images, H, W = token rows and columns, C = channels, n = H * W.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import pydantic
@@ -48,7 +49,7 @@ from setformer_dist.models.layers import (
     run_blocks,
     scale_branch,
 )
-from setformer_dist.ops.set_attention import IntTuple
+from setformer_dist.ops.set.attention import IntTuple
 
 STEM_WIDTH = 32
 MLP_RATIO = 4.0
@@ -222,7 +223,7 @@ class SOFT(Pyramid):
 
     output_fmt = "NHWC"
 
-    def __init__(self, **fields: Any) -> None:
+    def __init__(self, **fields: object) -> None:
         """Build from the fields of SoftConfig.
 
         Raises:
@@ -312,67 +313,67 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _soft(name: str, pretrained: bool, overrides: dict[str, Any]) -> nn.Module:
+def _soft(name: str, pretrained: bool, overrides: Mapping[str, object]) -> nn.Module:
     attention = "soft_norm" if name.endswith("_norm") else "soft"
     shape = {**VARIANTS[name.removesuffix("_norm")], "attention": attention, "soft": PUBLISHED}
     return create(SOFT, name, pretrained, shape, overrides)
 
 
 @register_model  # type: ignore[untyped-decorator]
-def soft_tiny(pretrained: bool = False, **overrides: Any) -> nn.Module:
+def soft_tiny(pretrained: bool = False, **overrides: object) -> nn.Module:
     """13.07 M parameters."""
     return _soft("soft_tiny", pretrained, overrides)
 
 
 @register_model  # type: ignore[untyped-decorator]
-def soft_small(pretrained: bool = False, **overrides: Any) -> nn.Module:
+def soft_small(pretrained: bool = False, **overrides: object) -> nn.Module:
     """24.11 M parameters."""
     return _soft("soft_small", pretrained, overrides)
 
 
 @register_model  # type: ignore[untyped-decorator]
-def soft_medium(pretrained: bool = False, **overrides: Any) -> nn.Module:
+def soft_medium(pretrained: bool = False, **overrides: object) -> nn.Module:
     """45.81 M parameters."""
     return _soft("soft_medium", pretrained, overrides)
 
 
 @register_model  # type: ignore[untyped-decorator]
-def soft_large(pretrained: bool = False, **overrides: Any) -> nn.Module:
+def soft_large(pretrained: bool = False, **overrides: object) -> nn.Module:
     """64.70 M parameters."""
     return _soft("soft_large", pretrained, overrides)
 
 
 @register_model  # type: ignore[untyped-decorator]
-def soft_huge(pretrained: bool = False, **overrides: Any) -> nn.Module:
+def soft_huge(pretrained: bool = False, **overrides: object) -> nn.Module:
     """87.11 M parameters."""
     return _soft("soft_huge", pretrained, overrides)
 
 
 @register_model  # type: ignore[untyped-decorator]
-def soft_tiny_norm(pretrained: bool = False, **overrides: Any) -> nn.Module:
+def soft_tiny_norm(pretrained: bool = False, **overrides: object) -> nn.Module:
     """13.07 M parameters, symmetric normalisation."""
     return _soft("soft_tiny_norm", pretrained, overrides)
 
 
 @register_model  # type: ignore[untyped-decorator]
-def soft_small_norm(pretrained: bool = False, **overrides: Any) -> nn.Module:
+def soft_small_norm(pretrained: bool = False, **overrides: object) -> nn.Module:
     """24.11 M parameters, symmetric normalisation."""
     return _soft("soft_small_norm", pretrained, overrides)
 
 
 @register_model  # type: ignore[untyped-decorator]
-def soft_medium_norm(pretrained: bool = False, **overrides: Any) -> nn.Module:
+def soft_medium_norm(pretrained: bool = False, **overrides: object) -> nn.Module:
     """45.81 M parameters, symmetric normalisation."""
     return _soft("soft_medium_norm", pretrained, overrides)
 
 
 @register_model  # type: ignore[untyped-decorator]
-def soft_large_norm(pretrained: bool = False, **overrides: Any) -> nn.Module:
+def soft_large_norm(pretrained: bool = False, **overrides: object) -> nn.Module:
     """64.70 M parameters, symmetric normalisation."""
     return _soft("soft_large_norm", pretrained, overrides)
 
 
 @register_model  # type: ignore[untyped-decorator]
-def soft_huge_norm(pretrained: bool = False, **overrides: Any) -> nn.Module:
+def soft_huge_norm(pretrained: bool = False, **overrides: object) -> nn.Module:
     """87.11 M parameters, symmetric normalisation."""
     return _soft("soft_huge_norm", pretrained, overrides)

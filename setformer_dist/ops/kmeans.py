@@ -28,6 +28,7 @@ import torch
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.seeding import Purpose, torch_seed
 from setformer_dist.ops.kernels import at_least_fp32
+from setformer_dist.ops.splitmix import GOLDEN, mix64
 
 # Numbers in one tile of distances: 32 MiB of fp64.
 TILE = 1 << 22
@@ -294,13 +295,11 @@ def _plus_plus(points: _Points, k: int, seed: int) -> torch.Tensor:
 def _uniform(ids_n: torch.Tensor, g: int, seed: int, centre: int) -> torch.Tensor:
     """Return numbers in (0, 1), (g, n), fp64, each a function of (seed, group, centre, id) alone.
 
-    The mixing is splitmix64 (Steele, Lea, Flood 2014) in wrapping int64 arithmetic.
+    The numbers are SplitMix64's.
     """
     keys = [torch_seed(Purpose.KMEANS, seed, group, centre) for group in range(g)]
-    x = torch.tensor(keys, device=ids_n.device).unsqueeze(1) + ids_n * -0x61C8864680B583EB
-    x = (x ^ (x >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47
-    x = (x ^ (x >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15
-    x = x ^ (x >> 31 & (1 << 33) - 1)
+    x = torch.tensor(keys, device=ids_n.device).unsqueeze(1) + ids_n * GOLDEN
+    x = mix64(x)
     return ((x >> 11 & (1 << 53) - 1).double() + 0.5) * 2.0**-53
 
 

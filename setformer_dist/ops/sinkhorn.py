@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from setformer_dist.core.errors import ConfigError
-from setformer_dist.ops import cpp
+from setformer_dist.ops import cpp_library
 from setformer_dist.ops.kernels import at_least_fp32, no_autocast
 
 # exp(20) bounds the entries of K in fp32, exp(100) in fp64; scalings and their products stay within their squares.
@@ -170,7 +170,7 @@ def _plan_and_rounds(
     """Return the plan and the v of every round: in C++ on CPUs that have it, each problem within the caches."""
     n = similarity_znm.shape[1]
     if similarity_znm.device.type == "cpu" and tolerance == 0:
-        library = cpp.library()
+        library = cpp_library.library()
         if not isinstance(library, str):
             return _plans_in_cpp(library, similarity_znm, epsilon, iterations)
     kernel = torch.exp(similarity_znm * (1.0 / epsilon))

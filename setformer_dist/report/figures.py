@@ -19,12 +19,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from setformer_dist.core.metric import AVERAGED, LOSS, Metric
+from setformer_dist.core.phases import SECTIONS
 from setformer_dist.report.rows import Row, finite, series
 
-PARTS = ("data", "forward", "backward", "optimizer", "communication", "checkpoint", "evaluation", "other")
-
 _INK, _GRID = "#010101", "#020202"  # stand-ins, see `_to_page_colours`
-_SERIES = tuple(f"#0300{i:02x}" for i in range(1, len(PARTS) + 1))
+_SERIES = tuple(f"#0300{i:02x}" for i in range(1, len(SECTIONS) + 1))
 _TRAINING, _WEIGHTS, _EMA = _SERIES[:3]  # one colour for one thing on all figures
 _MAX_POINTS = 400  # more than the pixels a curve is shown with only make the page heavy
 _SIZE_INCHES = (6.4, 3.0)
@@ -90,8 +89,8 @@ def split_figure(train: Sequence[Row]) -> str:
         return ""
     with mpl.rc_context(_STYLE):
         figure, axes = _new_axes("Milliseconds per step")
-        columns = [[1000 * value for value in thin(steps, parts[name])[1]] for name in PARTS]
-        at = thin(steps, parts[PARTS[0]])[0]
+        columns = [[1000 * value for value in thin(steps, parts[name])[1]] for name in SECTIONS]
+        at = thin(steps, parts[SECTIONS[0]])[0]
         if len(at) == 1:  # an area over one step has no width
             at, columns = [at[0] - 1, at[0]], [column * 2 for column in columns]
         axes.stackplot(at, *columns, colors=_SERIES, linewidth=0)
@@ -102,7 +101,9 @@ def split_figure(train: Sequence[Row]) -> str:
 def split(train: Sequence[Row]) -> tuple[list[int], dict[str, list[float]]]:
     """Return steps, and seconds per step of each part, for the rows that tell; a part not told is 0."""
     rows = [row for row in train if isinstance(row.get("seconds"), dict)]
-    parts = {name: [finite(row["seconds"].get(name)) or 0.0 for row in rows] for name in PARTS}
+    parts: dict[str, list[float]] = {
+        name: [finite(row["seconds"].get(name)) or 0.0 for row in rows] for name in SECTIONS
+    }
     return [row["step"] for row in rows], parts
 
 

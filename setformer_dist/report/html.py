@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import torch
@@ -130,9 +129,9 @@ def _lead(run: RunRecord) -> str:
     return f"{model}, {state} step {max(steps):,}, evaluated {len(run.evals)} times."
 
 
-def _flat(summary: Mapping[str, Any]) -> dict[str, Any]:
+def _flat(summary: Mapping[str, object]) -> dict[str, object]:
     """Return the summary with its tables opened; the latest evaluation speaks for the run, so without prefix."""
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for key, value in summary.items():
         if isinstance(value, Mapping):
             prefix = "" if key == "evaluation" else f"{key}_"
@@ -142,7 +141,7 @@ def _flat(summary: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _shown(summary: Mapping[str, Any], metrics: Sequence[Metric]) -> list[tuple[str, str]]:
+def _shown(summary: Mapping[str, object], metrics: Sequence[Metric]) -> list[tuple[str, str]]:
     return [(key, label) for key, label in _tiles(metrics) if summary.get(key) is not None]
 
 
@@ -165,7 +164,7 @@ def _metrics_of(run: RunRecord) -> tuple[Metric, ...]:
     return (*(Metric(key, key, share=False) for key in other), LOSS)
 
 
-def show(key: str, value: Any) -> str:
+def show(key: str, value: object) -> str:
     """Return a figure as people read it: shares in percent, long times in hours, large counts with M."""
     number = finite(value)
     if number is None:
@@ -204,7 +203,7 @@ def _eval_row(row: Row, columns: Sequence[str]) -> list[str]:
     return [f"{row['step']:,}", *cells]
 
 
-def _image(sample: ClassifiedImage) -> dict[str, Any]:
+def _image(sample: ClassifiedImage) -> dict[str, object]:
     buffer = io.BytesIO()
     Image.fromarray(sample.image.permute(1, 2, 0).contiguous().numpy()).save(buffer, "PNG", optimize=True)
     return {

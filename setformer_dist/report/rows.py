@@ -40,8 +40,8 @@ class RunRecord:
     name: str
     train: Sequence[Row]
     evals: Sequence[Row]
-    config: Mapping[str, Any]
-    summary: Mapping[str, Any]
+    config: Mapping[str, object]
+    summary: Mapping[str, object]
 
 
 def read_run(run_folder: Path) -> RunRecord:
@@ -85,7 +85,7 @@ def series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
-def finite(value: Any) -> float | None:
+def finite(value: object) -> float | None:
     """Return the value as a float if it is a finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
@@ -96,7 +96,7 @@ def finite(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, object]:
     if not path.exists():
         return {}
     try:

@@ -134,7 +134,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
-def _legend(sheet: Sheet, font: Any, room: float) -> list[list[ClassBar]]:
+def _legend(sheet: Sheet, font: object, room: float) -> list[list[ClassBar]]:
     """Return the classes that have colours, in lines that fit into `room` pixels."""
     lines: list[list[ClassBar]] = []
     left = room

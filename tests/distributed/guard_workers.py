@@ -70,7 +70,7 @@ def run_poisoned(
         trainer._step._prepare = Poisoned(trainer._step._prepare, steps)
         if death is not None:
             part, name, when, call = death
-            Deadly(getattr(trainer._p, part), name, when, call)
+            Deadly(getattr(trainer._c, part), name, when, call)
         trainer.resume()
         outcome = trainer.run()
         held = trainer._fragments()

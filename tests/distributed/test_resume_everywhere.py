@@ -74,7 +74,7 @@ def train(words: list[str]) -> dict[str, Any]:
     trainer = compose(run, splits, task, model, TorchCollectives(ranks))
     trainer.resume()
     resumed = trainer._state.step
-    scale = trainer._p.master.loss_scale()
+    scale = trainer._c.master.loss_scale()
     outcome = trainer.run()
     return {"resumed": resumed, "scale": scale, "step": outcome.state.step}
 

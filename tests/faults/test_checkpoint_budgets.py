@@ -24,6 +24,7 @@ from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import CheckpointError
 from setformer_dist.core.files import MAX_STATE, read_state
 from setformer_dist.core.fragments import Fragment
+from setformer_dist.core.store import Snapshot
 from tests.faults.test_killed_then_damaged import reseal
 
 STATES = ("param", "exp_avg", "exp_avg_sq", "ema")
@@ -43,7 +44,7 @@ def bounded() -> Iterator[None]:
 def saved(root: Path, fragments: list[Fragment] | None = None, trainer: dict[str, object] | None = None) -> Path:
     fragments = fragments or [Fragment("w", "param", 0, (4,), torch.zeros(4))]
     return CheckpointManager(root, Alone(), CheckpointConfig()).save(
-        1, fragments, trainer or {"x": 1}, Identity(model="m"), {}
+        Snapshot(1, fragments, trainer or {"x": 1}, {}), Identity(model="m")
     )
 
 

@@ -30,6 +30,7 @@ from checkpoints.reader import list_checkpoints, open_checkpoint, verify
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import CheckpointError
 from setformer_dist.core.fragments import Fragment
+from setformer_dist.core.store import Snapshot
 from setformer_dist.testing.threads import run_on_threads
 
 IDENTITY = Identity(model="setformer_tiny")
@@ -46,7 +47,7 @@ def save(root: Path, step: int, world: int = 2, numel: int = 64, config: Checkpo
         rank = comm.ranks.rank
         a, b = numel * rank // world, numel * (rank + 1) // world
         mine = [Fragment("w", "param", a, (numel,), weights(step, numel)[a:b])]
-        CheckpointManager(root, comm, config).save(step, mine, {"step": step}, IDENTITY, {})
+        CheckpointManager(root, comm, config).save(Snapshot(step, mine, {"step": step}, {}), IDENTITY)
 
     run_on_threads(world, work)
 
@@ -273,7 +274,7 @@ def test_a_write_that_the_system_refuses_on_one_rank_is_told_to_all_and_the_last
         big = comm.ranks.rank * 100_000 + 10  # only rank 1 goes over the limit
         mine = [Fragment(f"w{comm.ranks.rank}", "param", 0, (big,), torch.zeros(big))]
         with pytest.raises(CheckpointError, match=r"rank 1: OSError: \[Errno 27\] File too large"):
-            CheckpointManager(tmp_path, comm, KEEP_TWO).save(2, mine, {}, IDENTITY, {})
+            CheckpointManager(tmp_path, comm, KEEP_TWO).save(Snapshot(2, mine, {}, {}), IDENTITY)
 
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -290,7 +291,7 @@ def test_storage_that_is_not_shared_is_noticed_and_leaves_nothing(tmp_path):
         root = tmp_path / f"host-{comm.ranks.rank}"
         mine = [Fragment("w", "param", 2 * comm.ranks.rank, (4,), torch.zeros(2))]
         with pytest.raises(CheckpointError, match=r"rank 1 does not see .*all hosts share"):
-            CheckpointManager(root, comm, KEEP_TWO).save(1, mine, {}, IDENTITY, {})
+            CheckpointManager(root, comm, KEEP_TWO).save(Snapshot(1, mine, {}, {}), IDENTITY)
 
     run_on_threads(2, work)
     assert [list((tmp_path / f"host-{rank}").glob("*")) for rank in range(2)] == [[], []]
@@ -302,7 +303,7 @@ def test_a_root_that_is_a_file_is_an_error_on_all_ranks(tmp_path):
 
     def work(comm):
         with pytest.raises(CheckpointError, match="NotADirectoryError"):
-            CheckpointManager(root, comm, KEEP_TWO).save(1, [], {}, IDENTITY, {})
+            CheckpointManager(root, comm, KEEP_TWO).save(Snapshot(1, [], {}, {}), IDENTITY)
 
     run_on_threads(2, work)
 

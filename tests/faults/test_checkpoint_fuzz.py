@@ -26,6 +26,7 @@ from checkpoints.reader import open_checkpoint, verified
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import CheckpointError
 from setformer_dist.core.fragments import Fragment
+from setformer_dist.core.store import Snapshot
 
 VALUES = {"w": torch.arange(12.0).reshape(3, 4), "b": torch.ones(5, dtype=torch.bfloat16)}
 RANK_FILE = layout.rank_file(0, 1)
@@ -33,7 +34,9 @@ RANK_FILE = layout.rank_file(0, 1)
 
 def save(root: Path) -> Path:
     fragments = [Fragment(name, "param", 0, tuple(t.shape), t.reshape(-1)) for name, t in VALUES.items()]
-    return CheckpointManager(root, Alone(), CheckpointConfig()).save(1, fragments, {"x": 1}, Identity(model="m"), {})
+    return CheckpointManager(root, Alone(), CheckpointConfig()).save(
+        Snapshot(1, fragments, {"x": 1}, {}), Identity(model="m")
+    )
 
 
 @pytest.fixture
@@ -175,7 +178,7 @@ def test_elements_that_two_fragments_hold_are_refused(tmp_path):
     manager = CheckpointManager(tmp_path, Alone(), CheckpointConfig())
     fragments = [Fragment("w", "param", a, (4,), torch.zeros(b - a)) for a, b in ((0, 3), (2, 4))]
     with pytest.raises(CheckpointError, match="holds elements of param of w twice"):
-        manager.save(1, fragments, {}, Identity(model="m"), {})
+        manager.save(Snapshot(1, fragments, {}, {}), Identity(model="m"))
 
 
 @pytest.mark.parametrize("name", [RANK_FILE, layout.TRAINER, layout.MANIFEST])

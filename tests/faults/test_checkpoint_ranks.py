@@ -17,6 +17,7 @@ from launch.testing.ranks import RanksFailedError, run_ranks
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.fragments import Fragment
 from setformer_dist.core.ranks import RankInfo
+from setformer_dist.core.store import Snapshot
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
 
 NUMEL = 1000
@@ -37,7 +38,7 @@ def joined(root: str) -> CheckpointManager:
 def save_and_load(root: str) -> list[float]:
     manager = joined(root)
     rank = RankInfo.from_env().rank
-    manager.save(1, share(rank, 2, 1), {"step": 1}, IDENTITY, {})
+    manager.save(Snapshot(1, share(rank, 2, 1), {"step": 1}, {}), IDENTITY)
     mine = [Fragment("w", "param", 0, (NUMEL,), torch.zeros(NUMEL))]
     checkpoint = manager.newest()
     assert checkpoint is not None
@@ -50,7 +51,7 @@ def die_in_the_middle(root: str) -> None:
     """Rank 1 is killed while its fragments are being collected for the second checkpoint."""
     manager = joined(root)
     rank = RankInfo.from_env().rank
-    manager.save(1, share(rank, 2, 1), {"step": 1}, IDENTITY, {})
+    manager.save(Snapshot(1, share(rank, 2, 1), {"step": 1}, {}), IDENTITY)
 
     def fragments():
         yield from share(rank, 2, 2)
@@ -59,7 +60,7 @@ def die_in_the_middle(root: str) -> None:
 
     began = time.monotonic()
     try:
-        manager.save(2, fragments(), {"step": 2}, IDENTITY, {})
+        manager.save(Snapshot(2, fragments(), {"step": 2}, {}), IDENTITY)
     finally:
         (Path(root).parent / f"waited-{rank}").write_text(str(time.monotonic() - began))
 

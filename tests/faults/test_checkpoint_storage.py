@@ -26,6 +26,7 @@ from checkpoints.testing.disk_faults import Fault, FaultyDisk
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import CheckpointError, PassingError
 from setformer_dist.core.fragments import Fragment
+from setformer_dist.core.store import Snapshot
 from setformer_dist.testing.threads import run_on_threads
 
 IDENTITY = Identity(model="m")
@@ -41,7 +42,7 @@ def fragment(value: float) -> list[Fragment]:
 
 
 def save(root: Path, step: int, tags: tuple[str, ...] = (), disk: Disk | None = None, **config: Any) -> Path:
-    return manager_of(root, disk, **config).save(step, fragment(step), {"step": step}, IDENTITY, {}, tags)
+    return manager_of(root, disk, **config).save(Snapshot(step, fragment(step), {"step": step}, {}, tags), IDENTITY)
 
 
 def steps(root: Path) -> list[int | None]:
@@ -89,7 +90,7 @@ def test_a_run_does_not_begin_anew_because_its_only_checkpoint_cannot_be_read(tm
 
 def test_a_host_that_does_not_see_the_files_moves_nothing_aside(tmp_path: Path) -> None:
     def write(comm: Any) -> None:
-        manager_of(tmp_path / "host-0", comm=comm).save(1, fragment(1), {}, IDENTITY, {})
+        manager_of(tmp_path / "host-0", comm=comm).save(Snapshot(1, fragment(1), {}, {}), IDENTITY)
 
     run_on_threads(2, write)
 
@@ -114,7 +115,7 @@ def test_a_failed_save_says_whether_it_may_pass(tmp_path: Path, number: int, pas
         disk = Failing() if comm.ranks.rank == 1 else Disk()
         manager = manager_of(tmp_path, disk, comm)
         with pytest.raises(CheckpointError, match="rank 1: ") as caught:
-            manager.save(1, fragment(1), {}, IDENTITY, {})
+            manager.save(Snapshot(1, fragment(1), {}, {}), IDENTITY)
         assert isinstance(caught.value, PassingError) is passes
         assert caught.value.exit_code == (9 if passes else 4)
 
@@ -126,7 +127,7 @@ def test_a_rank_that_is_too_slow_is_worth_another_start(tmp_path: Path) -> None:
         fault = Fault("create", layout.rank_file(1, 2), "silent") if comm.ranks.rank == 1 else None
         manager = manager_of(tmp_path, FaultyDisk(fault), comm, write_timeout_minutes=0.005)
         with pytest.raises(PassingError, match="rank 1 did not finish its file in time"):
-            manager.save(1, fragment(1), {}, IDENTITY, {})
+            manager.save(Snapshot(1, fragment(1), {}, {}), IDENTITY)
 
     run_on_threads(2, work)
 
@@ -168,14 +169,14 @@ def test_a_prune_at_the_same_time_does_not_fail_a_save(
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "step-00000001")
 
     monkeypatch.setattr(manager, "list", gone)
-    manager.save(1, fragment(1), {}, IDENTITY, {})
+    manager.save(Snapshot(1, fragment(1), {}, {}), IDENTITY)
     assert "could not all be deleted" in caplog.text
     assert open_checkpoint(tmp_path).step == 1
 
 
 def replace(root: Path, disk: Disk | None = None) -> None:
     manager = manager_of(root, disk)
-    manager.begin(1, fragment(1), {}, IDENTITY, {"top1": 0.5}, replace=True)
+    manager.begin(Snapshot(1, fragment(1), {}, {"top1": 0.5}), IDENTITY, replace=True)
     manager.finish(last=True)
 
 
@@ -229,7 +230,7 @@ def test_what_another_process_has_written_meanwhile_is_not_moved_if_it_verifies(
         def sync_folder(self, folder: Path) -> None:
             if folder.name.startswith(".tmp-"):
                 other = manager_of(tmp_path / "other")
-                other.save(1, fragment(7), {}, IDENTITY, {}).rename(tmp_path / "step-00000001")
+                other.save(Snapshot(1, fragment(7), {}, {}), IDENTITY).rename(tmp_path / "step-00000001")
             super().sync_folder(folder)
 
     save(tmp_path, 1, disk=Interrupted())
@@ -242,7 +243,7 @@ def test_folders_of_an_old_count_of_steps_are_kept_but_never_found_again(tmp_pat
     for step in (4, 5, 8, 10):
         save(tmp_path, step)
     manager = manager_of(tmp_path)
-    manager.save_renumbered(5, fragment(-5), {}, IDENTITY, {})
+    manager.save_renumbered(Snapshot(5, fragment(-5), {}, {}), IDENTITY)
     assert steps(tmp_path) == [5, 4]
     assert manager.newest().read_full()["w"][0] == -5
     kept = sorted(path.name for path in (tmp_path / layout.ASIDE).iterdir() if path.is_dir())
@@ -281,5 +282,5 @@ def test_without_room_for_the_first_of_a_new_count_the_old_one_stays(tmp_path: P
     save(tmp_path, 10)
     disk = FaultyDisk(Fault("write", RANK_FILE, "disk full"))
     with pytest.raises(CheckpointError, match="No space left"):
-        manager_of(tmp_path, disk, on_disk_full="continue").save_renumbered(5, fragment(5), {}, IDENTITY, {})
+        manager_of(tmp_path, disk, on_disk_full="continue").save_renumbered(Snapshot(5, fragment(5), {}, {}), IDENTITY)
     assert [entry.manifest.step for entry in list_checkpoints(tmp_path) if entry.manifest] == [10]

@@ -20,12 +20,14 @@ from checkpoints.strictjson import parse
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import CheckpointError
 from setformer_dist.core.fragments import Fragment
+from setformer_dist.core.store import Snapshot
 
 
 def save(root: Path, step: int, value: float) -> Path:
     manager = CheckpointManager(root, Alone(), CheckpointConfig())
     return manager.save(
-        step, [Fragment("w", "param", 0, (100,), torch.full((100,), value))], {"v": value}, Identity(model="m"), {}
+        Snapshot(step, [Fragment("w", "param", 0, (100,), torch.full((100,), value))], {"v": value}, {}),
+        Identity(model="m"),
     )
 
 

@@ -16,6 +16,7 @@ from launch.ranks.lock import held
 from launch.testing.commands import setformer, train_words
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.fragments import Fragment
+from setformer_dist.core.store import Snapshot
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def owing(folder: Path) -> None:
     ]
     shutil.rmtree(folder)
     CheckpointManager(folder.parent, Alone(), CheckpointConfig(keep_last=99)).save(
-        old.step, fragments, trainer, old.identity, {}
+        Snapshot(old.step, fragments, trainer, {}), old.identity
     )
 
 

@@ -35,6 +35,7 @@ from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import CheckpointError, ConfigError, LaunchError
 from setformer_dist.core.fragments import Fragment
 from setformer_dist.core.ranks import RankInfo
+from setformer_dist.core.store import Snapshot
 from setformer_dist.engine.comm import connect
 from tests.distributed.workers import Trainee
 
@@ -49,7 +50,7 @@ def save(root: Path, step: int, top1: float = 0.5, **tensors: torch.Tensor) -> P
     fragments = [Fragment(n, "param", 0, tuple(t.shape), t.reshape(-1)) for n, t in tensors.items()]
     manager = CheckpointManager(root, Alone(), CheckpointConfig(keep_last=99))
     trainer = {"config": {"optim": {"lr": top1}}}
-    return manager.save(step, fragments, trainer, Identity(model="m"), {"top1": top1})
+    return manager.save(Snapshot(step, fragments, trainer, {"top1": top1}), Identity(model="m"))
 
 
 def deepspeed_writes(root: str, stage: int, dtype: str) -> dict[str, dict[str, list[float]]]:

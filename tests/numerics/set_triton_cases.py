@@ -10,10 +10,10 @@ import itertools
 import pytest
 import torch
 
-from setformer_dist.ops import set_reference, set_triton
 from setformer_dist.ops.kernels import at_least_fp32, unit
-from setformer_dist.ops.set_fast import Gradients, Inputs
-from setformer_dist.ops.set_problem import SetProblem
+from setformer_dist.ops.set import reference as set_reference
+from setformer_dist.ops.set import triton as set_triton
+from setformer_dist.ops.set.problem import Gradients, Inputs, SetProblem
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The widest dtype that the kernels have; on a GPU, its products are sums of three of TF32.
@@ -90,7 +90,7 @@ def by_reference(given: Inputs, p: SetProblem, dy: torch.Tensor) -> tuple[torch.
     """Return y and gradients in fp64, with 0 at masked tokens."""
     tensors = (given.x_bhnd, given.features_bhnk, given.gather_hmk, given.scatter_hmk)
     leaves = [None if t is None else t.detach().double().requires_grad_() for t in tensors]
-    y = set_reference.forward(*leaves, given.positions_bna, given.places_ma, given.mask_bn, p)
+    y = set_reference.forward(Inputs(*leaves, given.positions_bna, given.places_ma, given.mask_bn), p)
     if given.mask_bn is not None:
         y = y.masked_fill(~given.mask_bn[:, None, :, None], 0.0)
     y.backward(dy.double())
@@ -165,7 +165,7 @@ def test_many_images_with_positions_of_their_own_and_any_layout() -> None:
     x = given.x_bhnd.transpose(1, 2).contiguous().transpose(1, 2)
     features = given.features_bhnk
     assert features is not None
-    odd = Inputs(x, features.mT.contiguous().mT, *list(vars(given).values())[2:])
+    odd = Inputs(x, features.mT.contiguous().mT, *given[2:])
     assert_same(odd, problem(), splits=2)
     assert set_triton.forward(odd, problem())[0].stride() == x.stride()
     whole = torch.ones((), dtype=x.dtype, device=DEVICE).expand(x.shape)
@@ -178,7 +178,7 @@ def test_masked_tokens_are_never_read_and_an_image_may_have_no_others() -> None:
     assert given.mask_bn is not None
     expected, expected_gradients = by_triton(given, problem(), gradient_of(given.x_bhnd), 2)
     hidden = ~given.mask_bn[:, None, :, None]
-    dirty = Inputs(given.x_bhnd.masked_fill(hidden, torch.nan), *list(vars(given).values())[1:])
+    dirty = Inputs(given.x_bhnd.masked_fill(hidden, torch.nan), *given[1:])
     dy = gradient_of(given.x_bhnd).masked_fill(hidden, torch.nan)
     y, gradients = by_triton(dirty, problem(), dy, 2)
     assert torch.equal(y, expected)
@@ -211,7 +211,7 @@ def test_tokens_of_any_length(dtype: torch.dtype, size: float) -> None:
     x[0, 1, :] = x[0, 1, :1].clone()
     if dtype != torch.float16:  # whose range the gradient 1 / 1e-6 of the unit vector of zero leaves
         x[0, 0, 3] = 0.0
-    y, gradients = by_triton(Inputs(x, *list(vars(given).values())[1:]), problem(0.01), gradient_of(x), 1)
+    y, gradients = by_triton(Inputs(x, *given[1:]), problem(0.01), gradient_of(x), 1)
     torch.testing.assert_close(y[0, 1], x[0, 1], rtol=0.02, atol=0)  # tokens all alike come back
     assert float(y.double().abs().max()) <= 1.02 * float(x.double().abs().max())  # rows of weights sum to 1
     assert gradients.x.isfinite().all()
@@ -220,7 +220,7 @@ def test_tokens_of_any_length(dtype: torch.dtype, size: float) -> None:
 
 def test_a_narrow_filter_on_a_coarse_grid_does_not_vanish() -> None:
     given = inputs(n=30, m=4, dtype=torch.float32)
-    ones = Inputs(torch.full_like(given.x_bhnd, 0.7), *list(vars(given).values())[1:])
+    ones = Inputs(torch.full_like(given.x_bhnd, 0.7), *given[1:])
     y, gradients = by_triton(ones, problem(tau=0.01), gradient_of(given.x_bhnd), 2)
     torch.testing.assert_close(y, ones.x_bhnd, atol=1e-4, rtol=0)
     assert gradients.x.isfinite().all()
@@ -232,9 +232,7 @@ def test_a_reference_far_from_all_tokens_gets_its_share(epsilon: float) -> None:
     x = given.gather_hmk[None, :, :1] + 0.01 * given.x_bhnd  # around the first reference
     references = given.gather_hmk.clone()
     references[:, 1] = -references[:, 0]
-    assert_same(
-        Inputs(x, None, references, *list(vars(given).values())[3:]), problem(epsilon), splits=2, tolerance=2e-4
-    )
+    assert_same(Inputs(x, None, references, *given[3:]), problem(epsilon), splits=2, tolerance=2e-4)
 
 
 @pytest.mark.drill
@@ -294,5 +292,5 @@ def test_what_the_kernels_cannot_do_is_said() -> None:
     given = inputs()
     assert "implicit" in str(set_triton.why_not(given, SetProblem(0.1, 0.0, 1.0, 3, implicit=True)))
     assert "16384" in str(set_triton.why_not(inputs(m=200, d=65), problem()))
-    whole = Inputs(given.x_bhnd.long(), *list(vars(given).values())[1:])
+    whole = Inputs(given.x_bhnd.long(), *given[1:])
     assert "int64" in str(set_triton.why_not(whole, problem()))

@@ -15,9 +15,8 @@ from triton.backends.driver import DriverBase
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from setformer_dist.ops import set_triton
-from setformer_dist.ops.set_fast import Inputs
-from setformer_dist.ops.set_problem import SetProblem
+from setformer_dist.ops.set import triton as set_triton
+from setformer_dist.ops.set.problem import Inputs, SetProblem
 
 SHARED_MEMORY = 227 * 1024  # bytes that a program can have on Hopper
 

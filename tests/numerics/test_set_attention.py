@@ -23,7 +23,7 @@ from setformer_dist.ops.kernels import (
     nystrom,
     unit,
 )
-from setformer_dist.ops.set_attention import SetAttentionConfig, set_attention
+from setformer_dist.ops.set.attention import SetAttentionConfig, set_attention
 from setformer_dist.ops.sinkhorn import sinkhorn_log, sinkhorn_scaling, transport_plan
 
 

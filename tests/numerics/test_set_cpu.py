@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
 import subprocess
@@ -13,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from setformer_dist.ops import cpp, set_cpu, set_fast, set_reference
+from setformer_dist.ops import cpp_library as cpp
 from setformer_dist.ops.kernels import unit
-from setformer_dist.ops.set_fast import Gradients, Inputs
-from setformer_dist.ops.set_problem import SetProblem
+from setformer_dist.ops.set import cpp as set_cpu
+from setformer_dist.ops.set import in_torch as set_fast
+from setformer_dist.ops.set import reference as set_reference
+from setformer_dist.ops.set.problem import Gradients, Inputs, SetProblem
 
 PLAIN = SetProblem(epsilon=0.1, sigma=0.0, tau=0.25, iterations=5)
 
@@ -55,14 +56,14 @@ def gradient_like(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 def by_reference(inputs: Inputs, grad: torch.Tensor, problem: SetProblem) -> list[torch.Tensor]:
     """y and the gradients of x, features, gather and scatter, as far as they are there, by autograd in fp64."""
-    wide = [None if t is None or t.dtype == torch.bool else t.double() for t in vars(inputs).values()]
+    wide = [None if t is None or t.dtype == torch.bool else t.double() for t in inputs]
     operands = [t.requires_grad_() for t in wide[:4] if t is not None]
-    y = set_reference.forward(*wide[:6], inputs.mask_bn, problem)
+    y = set_reference.forward(Inputs(*wide[:6], inputs.mask_bn), problem)
     return [y.detach(), *torch.autograd.grad(y, operands, grad.double())]
 
 
 def as_list(y: torch.Tensor, gradients: Gradients) -> list[torch.Tensor]:
-    return [y, *(g for g in vars(gradients).values() if g is not None)]
+    return [y, *(g for g in gradients if g is not None)]
 
 
 def by_kernel(
@@ -150,8 +151,8 @@ def test_any_strides(layout):
         "every other one": lambda: torch.randn(b, h, n, 2 * d)[..., ::2],
     }[layout]()
     inputs = make(b, h, n, 9, d, axes=2, dtype=torch.float32)
-    strided = Inputs(x, *list(vars(inputs).values())[1:])
-    dense = Inputs(x.clone(memory_format=torch.contiguous_format), *list(vars(inputs).values())[1:])
+    strided = Inputs(x, *inputs[1:])
+    dense = Inputs(x.clone(memory_format=torch.contiguous_format), *inputs[1:])
     grad = torch.randn(b, h, d, n).mT
     got, _ = by_kernel(strided, grad, PLAIN, torch.float32)
     expected, _ = by_kernel(dense, grad.contiguous(), PLAIN, torch.float32)
@@ -163,7 +164,7 @@ def test_any_strides(layout):
 @pytest.mark.parametrize("features", [0, 16])
 def test_narrow_inputs_are_computed_in_fp32_and_rounded_once(dtype, features):
     narrow = make(n=50, d=24, features=features, axes=2, dtype=dtype)
-    operands = vars(narrow)
+    operands = narrow._asdict()
     wide = Inputs(**operands | {k: operands[k].float() for k in ("x_bhnd", "features_bhnk") if operands[k] is not None})
     grad = gradient_like(narrow.x_bhnd, None)
     got, _ = by_kernel(narrow, grad, PLAIN, torch.float32)
@@ -219,7 +220,7 @@ def test_nan_stays_in_its_head_and_is_not_hidden():
 def test_references_of_zeros_and_of_tiny_length_have_the_gradient_of_unit():
     inputs = make(n=40, d=16, m=4)
     lengths = torch.tensor([0.0, 1e-9, 1e-6, 1.0], dtype=torch.float64).unsqueeze(-1)
-    tiny = dataclasses.replace(inputs, gather_hmk=inputs.gather_hmk * lengths)
+    tiny = inputs._replace(gather_hmk=inputs.gather_hmk * lengths)
     check(tiny, PLAIN, torch.float64, 1e-12)
 
 
@@ -256,7 +257,7 @@ def test_supports_names_what_is_left_to_others(monkeypatch):
     assert set_cpu.supports(inputs, PLAIN) is None
     assert "tolerance" in str(set_cpu.supports(inputs, SetProblem(0.1, 0.0, 0.25, 5, tolerance=1e-3, implicit=True)))
     assert "implicit" in str(set_cpu.supports(inputs, SetProblem(0.1, 0.0, 0.25, 5, implicit=True)))
-    elsewhere = Inputs(inputs.x_bhnd.to("meta"), *list(vars(inputs).values())[1:])
+    elsewhere = Inputs(inputs.x_bhnd.to("meta"), *inputs[1:])
     assert "meta" in str(set_cpu.supports(elsewhere, PLAIN))
     monkeypatch.setenv(cpp.OFF, "1")
     assert cpp.OFF in str(set_cpu.supports(inputs, PLAIN))
@@ -264,9 +265,9 @@ def test_supports_names_what_is_left_to_others(monkeypatch):
 
 ASK = """
 import torch
-from setformer_dist.ops import set_cpu
-from setformer_dist.ops.set_fast import Inputs
-from setformer_dist.ops.set_problem import SetProblem
+from setformer_dist.ops.set import cpp as set_cpu
+from setformer_dist.ops.set.problem import Inputs
+from setformer_dist.ops.set.problem import SetProblem
 one = torch.ones(1, 1, 4, 4)
 inputs = Inputs(one, None, one[0], None, None, None, None)
 problem = SetProblem(0.1, 0.0, 0.25, 2)

@@ -15,11 +15,11 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from setformer_dist.core.errors import ConfigError
-from setformer_dist.ops import set_attention as module
-from setformer_dist.ops import set_reference
 from setformer_dist.ops.kernels import grid_places, line_places, unit, unit_backward
-from setformer_dist.ops.set_attention import SetAttentionConfig, marginal_error, set_attention
-from setformer_dist.ops.set_problem import SetProblem
+from setformer_dist.ops.set import attention as module
+from setformer_dist.ops.set import reference as set_reference
+from setformer_dist.ops.set.attention import SetAttentionConfig, marginal_error, set_attention
+from setformer_dist.ops.set.problem import Inputs, SetProblem
 from setformer_dist.ops.sinkhorn import transport_plan
 
 CASES = [
@@ -75,7 +75,7 @@ def variant(config: SetAttentionConfig, **changes) -> SetAttentionConfig:
 # --------------------------------------------------------------------------------- equal to the reference
 
 
-@pytest.mark.parametrize("implementation", ["fast", "cpp"])
+@pytest.mark.parametrize("implementation", ["torch", "cpp"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_scalings_equal_reference_in_fp64(case, masked, implementation):
@@ -87,7 +87,7 @@ def test_scalings_equal_reference_in_fp64(case, masked, implementation):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 @pytest.mark.parametrize("epsilon", [0.02, 0.1, 0.5])
-@pytest.mark.parametrize("implementation", ["fast", "cpp"])
+@pytest.mark.parametrize("implementation", ["torch", "cpp"])
 def test_scalings_in_lower_precision(dtype, tolerance, epsilon, implementation):
     config = SetAttentionConfig(references=16, epsilon=epsilon)
     tensors, extra = operands(config, n=64, d=16, dtype=dtype)
@@ -117,7 +117,7 @@ def test_any_shape_equals_the_reference(shape, side, epsilon, nearness, sets, ma
     if masked and not extra["mask_bn"].any():
         extra["mask_bn"][0, 0] = True
     wanted = run(variant(config, implementation="reference"), tensors, extra)
-    for implementation in ("fast", "cpp"):
+    for implementation in ("torch", "cpp"):
         assert_same(run(variant(config, implementation=implementation), tensors, extra), wanted, 1e-8)
 
 
@@ -192,10 +192,10 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(("n", "m", "d", "h"), [(49, 9, 32, 4), (49, 49, 64, 1), (17, 33, 7, 2), (784, 49, 32, 2)])
-@pytest.mark.parametrize("implementation", ["cpp", "fast", "reference"])
+@pytest.mark.parametrize("implementation", ["cpp", "torch", "reference"])
 def test_an_image_is_computed_alike_whatever_shares_its_batch(implementation, n, m, d, h, dtype, options):
     """Bit by bit, forward and backward, masks included; the reference, which takes products as they come, nearly."""
-    if implementation != "fast" and "tolerance" in OPTIONS[options]:
+    if implementation != "torch" and "tolerance" in OPTIONS[options]:
         pytest.skip("only fast stops at a tolerance")
     fields = {"position_filter": "linear", **OPTIONS[options]}
     config = SetAttentionConfig(references=m, implementation=implementation, **fields)
@@ -235,8 +235,8 @@ def test_the_fall_to_the_slower_implementation_is_said_once(caplog, monkeypatch)
     run(variant(config, gradient="exact"), tensors, extra)  # this is what cpp is for
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 2
-    assert said[0].startswith("SeT attention runs as 'fast': gradient = 'implicit'")
-    assert said[1].startswith("SeT attention runs as 'fast': tolerance = 0.001")
+    assert said[0].startswith("SeT attention runs as 'torch': gradient = 'implicit'")
+    assert said[1].startswith("SeT attention runs as 'torch': tolerance = 0.001")
 
 
 def test_marginal_error_is_that_of_the_plan():
@@ -285,7 +285,7 @@ def test_nothing_breaks_where_training_may_go(danger, epsilon, dtype, iterations
     assert (y.float() <= high + slack).all()
 
 
-@pytest.mark.parametrize("implementation", ["reference", "fast", "cpp"])
+@pytest.mark.parametrize("implementation", ["reference", "torch", "cpp"])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 3e-6), (torch.float64, 1e-14)])
 @pytest.mark.parametrize("epsilon", [0.01, 0.05, 0.5])
 def test_rows_sum_to_one(implementation, dtype, bound, epsilon):
@@ -299,7 +299,7 @@ def test_rows_sum_to_one(implementation, dtype, bound, epsilon):
     tensors = (torch.ones(2, 3, 200, 8, dtype=dtype), features, gather, scatter, positions, places, None)
     problem = SetProblem(epsilon, 0.0, 0.25, 5)
     if implementation == "reference":
-        y = set_reference.forward(*tensors, problem)
+        y = set_reference.forward(Inputs(*tensors), problem)
     else:
         y, _ = torch.ops.setformer.set_attention(*tensors, problem.numbers(), implementation)
     assert float((y - 1).abs().max()) < bound
@@ -355,7 +355,7 @@ def test_padding_changes_nothing_and_may_hold_anything(nearness):
     assert (leaves["x_bhnd"].grad[:, :, 20:] == 0).all()
 
 
-@pytest.mark.parametrize("implementation", ["reference", "fast", "cpp"])
+@pytest.mark.parametrize("implementation", ["reference", "torch", "cpp"])
 def test_an_image_without_tokens_gives_zeros_and_leaves_the_others(implementation):
     config = SetAttentionConfig(references=9, position_filter="linear", implementation=implementation)
     tensors, _ = operands(config, b=3)
@@ -379,7 +379,7 @@ def op_arguments(masked=False, requires_grad=True, **changes):
     positions, places = module._places(x, 9, extra["grid"], extra["mask_bn"], config)
     r = tensors["references_hmd"].requires_grad_(requires_grad)
     s = tensors["return_references_hmd"].requires_grad_(requires_grad) if config.reference_sets == 2 else None
-    return (x, None, r, s, positions, places, extra["mask_bn"], SetProblem(0.1, 0.0, 0.25, 3).numbers(), "fast")
+    return (x, None, r, s, positions, places, extra["mask_bn"], SetProblem(0.1, 0.0, 0.25, 3).numbers(), "torch")
 
 
 @pytest.mark.parametrize("sets", [1, 2])
@@ -395,7 +395,7 @@ def test_opcheck(sets, masked):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("implementation", ["fast", "cpp"])
+@pytest.mark.parametrize("implementation", ["torch", "cpp"])
 def test_the_operator_and_the_way_around_it_give_the_same_bits(implementation, masked):
     config = SetAttentionConfig(references=9, implementation=implementation)
     tensors, extra = operands(config, dtype=torch.float32, masked=masked)
@@ -408,7 +408,7 @@ def test_the_operator_and_the_way_around_it_give_the_same_bits(implementation, m
     assert all(torch.equal(around[1][name], through[1][name]) for name in around[1])
 
 
-@pytest.mark.parametrize("implementation", ["fast", "cpp"])
+@pytest.mark.parametrize("implementation", ["torch", "cpp"])
 def test_tensors_that_stand_for_others_and_batches_of_gradients(implementation):
     config = SetAttentionConfig(references=9, implementation=implementation)
     tensors, extra = operands(config, dtype=torch.float32)
@@ -437,7 +437,7 @@ def test_tensors_that_stand_for_others_and_batches_of_gradients(implementation):
     assert not set_attention(zeros, config=config, **rest, **extra).any()
 
 
-@pytest.mark.parametrize("implementation", ["fast", "cpp"])
+@pytest.mark.parametrize("implementation", ["torch", "cpp"])
 def test_each_reference_set_has_a_gradient_of_its_own_dtype(implementation):
     config = SetAttentionConfig(references=9, implementation=implementation)
     tensors, extra = operands(config, dtype=torch.float32)
@@ -587,8 +587,9 @@ def test_bad_choices_are_named(changes, words):
 
 def test_a_forced_implementation_refuses_what_it_cannot_compute():
     tensors, extra = operands(SetAttentionConfig(references=9), dtype=torch.float32)
-    with pytest.raises(ConfigError, match=r"'fast' cannot compute this: epsilon = 0.005"):
-        set_attention(config=SetAttentionConfig(references=9, epsilon=0.005, implementation="fast"), **tensors, **extra)
+    config = SetAttentionConfig(references=9, epsilon=0.005, implementation="fast")  # as older versions named it
+    with pytest.raises(ConfigError, match=r"'torch' cannot compute this: epsilon = 0.005"):
+        set_attention(config=config, **tensors, **extra)
     implicit = SetAttentionConfig(references=9, gradient="implicit", implementation="reference")
     with pytest.raises(ConfigError, match=r"'reference' cannot compute this: .*'implicit' is not for it"):
         set_attention(config=implicit, **tensors, **extra)
@@ -612,7 +613,7 @@ def test_epsilon_below_the_scalings_takes_the_reference():
 
 
 @pytest.mark.parametrize("kernel", ["similarity", "gaussian"])
-@pytest.mark.parametrize("implementation", ["reference", "fast", "cpp"])
+@pytest.mark.parametrize("implementation", ["reference", "torch", "cpp"])
 def test_zero_vectors_are_fine_and_a_bad_image_spoils_no_other(implementation, kernel):
     config = SetAttentionConfig(references=9, implementation=implementation, kernel=kernel, reference_sets=1)
     rng = torch.Generator().manual_seed(0)

@@ -20,6 +20,7 @@ from checkpoints.reader import list_checkpoints, open_checkpoint, verify
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import CheckpointError
 from setformer_dist.core.fragments import Fragment
+from setformer_dist.core.store import Snapshot
 from setformer_dist.testing.threads import run_on_threads
 
 IDENTITY = Identity(model="setformer_tiny", model_args='{"depth": 2}', parameters="abc")
@@ -52,7 +53,8 @@ def save(root: Path, full, world: int = 1, step: int = 10, config=None, metrics=
     def work(comm):
         manager = CheckpointManager(root, comm, config or CheckpointConfig())
         return manager.save(
-            step, divide(full, comm.ranks.rank, world), trainer or {"step": step}, IDENTITY, metrics or {}, tags
+            Snapshot(step, divide(full, comm.ranks.rank, world), trainer or {"step": step}, metrics or {}, tags),
+            IDENTITY,
         )
 
     return run_on_threads(world, work)[0]
@@ -112,7 +114,7 @@ def test_any_partition_reads_back_as_any_other(tmp_path_factory, case):
             for a, b, owner in zip(cuts, cuts[1:], owners, strict=False)
             if owner == comm.ranks.rank
         ]
-        CheckpointManager(root, comm, CheckpointConfig()).save(1, mine, {}, IDENTITY, {})
+        CheckpointManager(root, comm, CheckpointConfig()).save(Snapshot(1, mine, {}, {}), IDENTITY)
 
     run_on_threads(world, work)
     wanted = [Fragment("w", "param", a, (numel,), torch.zeros(b - a, dtype=dtype)) for a, b in ranges]
@@ -129,7 +131,7 @@ def test_fragments_that_every_rank_holds_whole_are_written_once(tmp_path):
 
     def work(comm):
         manager = CheckpointManager(tmp_path / "four", comm, CheckpointConfig())
-        return manager.save(10, divide(full, 0, 1), {}, IDENTITY, {})
+        return manager.save(Snapshot(10, divide(full, 0, 1), {}, {}), IDENTITY)
 
     four = run_on_threads(4, work)[0]
     assert_equal(
@@ -146,7 +148,7 @@ def test_special_values_and_dtypes_are_kept_bit_for_bit(tmp_path):
     single = bits.view(torch.float32)  # zero, denormals, infinities, NaN with a payload
     half = bits.view(torch.bfloat16)
     fragments = [Fragment("a", "param", 0, (8,), single), Fragment("b", "param", 0, (16,), half)]
-    CheckpointManager(tmp_path, Alone(), CheckpointConfig()).save(1, fragments, {}, IDENTITY, {})
+    CheckpointManager(tmp_path, Alone(), CheckpointConfig()).save(Snapshot(1, fragments, {}, {}), IDENTITY)
     out = [
         Fragment("a", "param", 0, (8,), torch.zeros(8)),
         Fragment("b", "param", 0, (16,), torch.zeros(16).bfloat16()),
@@ -209,7 +211,7 @@ def test_an_error_on_one_rank_is_raised_on_all_and_leaves_nothing(tmp_path, bad_
     def work(comm):
         manager = CheckpointManager(tmp_path, comm, CheckpointConfig())
         with pytest.raises(CheckpointError, match=rf"rank {bad_rank}: MemoryError: no room"):
-            manager.save(2, broken(comm.ranks.rank), {}, IDENTITY, {})
+            manager.save(Snapshot(2, broken(comm.ranks.rank), {}, {}), IDENTITY)
         return manager.newest().step
 
     assert run_on_threads(3, work) == [1, 1, 1]
@@ -220,7 +222,7 @@ def test_trainer_state_that_is_not_json_is_refused_on_all_ranks(tmp_path):
     def work(comm):
         manager = CheckpointManager(tmp_path, comm, CheckpointConfig())
         with pytest.raises(CheckpointError, match="not JSON serializable"):
-            manager.save(2, divide(values(), comm.ranks.rank, 2), {"x": object()}, IDENTITY, {})
+            manager.save(Snapshot(2, divide(values(), comm.ranks.rank, 2), {"x": object()}, {}), IDENTITY)
 
     run_on_threads(2, work)
     assert list(tmp_path.iterdir()) == []
@@ -230,18 +232,20 @@ def test_a_fragment_that_cannot_be_stored_is_named(tmp_path):
     manager = CheckpointManager(tmp_path, Alone(), CheckpointConfig())
     twice = [Fragment("w", "param", 0, (4,), torch.zeros(4))] * 2
     with pytest.raises(CheckpointError, match=r"w\|param\|0\|4 was given twice"):
-        manager.save(1, twice, {}, IDENTITY, {})
+        manager.save(Snapshot(1, twice, {}, {}), IDENTITY)
     with pytest.raises(CheckpointError, match="leaves its parameter of shape"):
-        manager.save(1, [Fragment("w", "param", 2, (4,), torch.zeros(4))], {}, IDENTITY, {})
+        manager.save(Snapshot(1, [Fragment("w", "param", 2, (4,), torch.zeros(4))], {}, {}), IDENTITY)
     with pytest.raises(CheckpointError, match="complex64, which cannot be stored"):
-        manager.save(1, [Fragment("w", "param", 0, (4,), torch.zeros(4, dtype=torch.complex64))], {}, IDENTITY, {})
+        manager.save(
+            Snapshot(1, [Fragment("w", "param", 0, (4,), torch.zeros(4, dtype=torch.complex64))], {}, {}), IDENTITY
+        )
 
 
 def test_ranks_at_different_steps_are_refused(tmp_path):
     def work(comm):
         manager = CheckpointManager(tmp_path, comm, CheckpointConfig())
         with pytest.raises(CheckpointError, match=r"different steps: \[1, 2\]"):
-            manager.save(1 + comm.ranks.rank, divide(values(), comm.ranks.rank, 2), {}, IDENTITY, {})
+            manager.save(Snapshot(1 + comm.ranks.rank, divide(values(), comm.ranks.rank, 2), {}, {}), IDENTITY)
 
     run_on_threads(2, work)
 
@@ -261,7 +265,7 @@ def test_another_model_is_named_with_its_first_parameters(tmp_path):
 
 def test_a_missing_state_and_a_missing_range_are_named(tmp_path):
     CheckpointManager(tmp_path, Alone(), CheckpointConfig()).save(
-        1, [Fragment("w", "param", 2, (6,), torch.ones(3))], {}, IDENTITY, {}
+        Snapshot(1, [Fragment("w", "param", 2, (6,), torch.ones(3))], {}, {}), IDENTITY
     )
     checkpoint = open_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match=r"no state 'ema' of w \(it holds param\)"):
@@ -292,7 +296,7 @@ def test_whole_tensors_fall_back_to_another_state(tmp_path):
         Fragment("b", "param", 0, (2,), torch.ones(2).bfloat16()),
         Fragment("none", "param", 0, (0, 4), torch.zeros(0)),
     ]
-    CheckpointManager(tmp_path, Alone(), CheckpointConfig()).save(1, fragments, {}, IDENTITY, {})
+    CheckpointManager(tmp_path, Alone(), CheckpointConfig()).save(Snapshot(1, fragments, {}, {}), IDENTITY)
     full = open_checkpoint(tmp_path).read_full("ema", fallback="param")
     assert torch.equal(full["w"], torch.arange(6.0).reshape(2, 3) + 10)
     assert full["b"].dtype == torch.float32

@@ -22,6 +22,7 @@ from checkpoints.testing.disk_faults import Fault, FaultyDisk
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import CheckpointError
 from setformer_dist.core.fragments import Fragment
+from setformer_dist.core.store import Snapshot
 from setformer_dist.testing.threads import run_on_threads
 
 IDENTITY = Identity(model="m")
@@ -45,7 +46,7 @@ def manager_of(root: Path, disk: Disk | None = None, **config) -> CheckpointMana
 
 
 def begin(manager: CheckpointManager, step: int, tensor: torch.Tensor) -> None:
-    manager.begin(step, [Fragment("w", "param", 0, (NUMEL,), tensor)], {"step": step}, IDENTITY, {})
+    manager.begin(Snapshot(step, [Fragment("w", "param", 0, (NUMEL,), tensor)], {"step": step}, {}), IDENTITY)
 
 
 def test_training_may_change_the_tensors_at_once(tmp_path):
@@ -113,14 +114,14 @@ def test_a_failure_in_a_thread_is_noticed_there_and_raised_on_all(tmp_path, bad_
         fault = Fault("sync", "rank-*", "exception") if rank == bad_rank else None
         manager = CheckpointManager(tmp_path, comm, CheckpointConfig(), FaultyDisk(fault))
         mine = [Fragment("w", "param", rank * 5, (10,), torch.ones(5))]
-        manager.begin(1, mine, {}, IDENTITY, {})
+        manager.begin(Snapshot(1, mine, {}, {}), IDENTITY)
         manager._saves[0].wait()
         noticed = manager.failed()
         with pytest.raises(StorageError, match=rf"step 1 .*rank {bad_rank}: OSError: .*Input/output error"):
             manager.finish()
         assert not manager.failed()
         manager._disk = Disk()
-        manager.begin(2, mine, {}, IDENTITY, {})
+        manager.begin(Snapshot(2, mine, {}, {}), IDENTITY)
         manager.finish()
         return noticed
 
@@ -183,7 +184,7 @@ def test_each_rank_reads_the_bytes_of_its_ranges_and_headers_alone(tmp_path, mon
     def write(comm):
         a, b = numel * comm.ranks.rank // 3, numel * (comm.ranks.rank + 1) // 3
         mine = [Fragment("w", state, a, (numel,), whole[a:b]) for state in ("param", "exp_avg")]
-        CheckpointManager(tmp_path, comm, CheckpointConfig()).save(1, mine, {}, IDENTITY, {})
+        CheckpointManager(tmp_path, comm, CheckpointConfig()).save(Snapshot(1, mine, {}, {}), IDENTITY)
 
     run_on_threads(3, write)
     headers = sum(8 + int.from_bytes(p.read_bytes()[:8], "little") for p in tmp_path.glob("step-*/*.safetensors"))

@@ -17,7 +17,7 @@ from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import CheckpointError
 from setformer_dist.engine.config import GuardConfig
 from setformer_dist.engine.guard import GUARD_FILE, Guard, Trouble
-from setformer_dist.engine.trainer import Best, RunState, check_trainer
+from setformer_dist.engine.run_state import Best, RunState, check_trainer
 
 GOOD = {
     "stream": {"seed": 0},

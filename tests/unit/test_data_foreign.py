@@ -27,7 +27,7 @@ from dataloaders.source import DamagedSampleError
 from dataloaders.sources.foreign import _count, find_shards, index_shards, open_foreign
 from dataloaders.sources.index import ARRAYS_NAME, INDEX_NAME, write_index
 from dataloaders.sources.shards import check_same_classes
-from dataloaders.sources.tars import FileReader, StreamReader, members
+from dataloaders.sources.tar_headers import FileReader, StreamReader, members
 from dataloaders.storage.homes import INDEX_FOLDER, user_cache
 from setformer_dist.core.errors import DataError
 from tests.unit.serving import served

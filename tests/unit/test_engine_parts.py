@@ -13,7 +13,7 @@ from setformer_dist.engine.batch_plan import BatchPlan
 from setformer_dist.engine.config import EmaConfig, OptimConfig, PrecisionConfig, ScheduleConfig, ZeroConfig
 from setformer_dist.engine.metrics import RunRecord, StepClock, peak_flops
 from setformer_dist.engine.optim import Schedule, adamw, parameter_groups
-from setformer_dist.engine.trainer import Best
+from setformer_dist.engine.run_state import Best
 from setformer_dist.engine.zero import check_precision, deepspeed_config
 from setformer_dist.models.build import build_model
 from setformer_dist.models.measure import Memory, parameters, predict_memory

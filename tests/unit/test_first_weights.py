@@ -16,6 +16,7 @@ from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import CheckpointError, ConfigError
 from setformer_dist.core.fragments import Fragment
 from setformer_dist.core.model_config import ModelConfig
+from setformer_dist.core.store import Snapshot
 
 SHAPES = {"body.w": (2, 3), "head.w": (5, 3), "head.b": (5,)}
 
@@ -28,7 +29,7 @@ def checkpoint(run: Path, scores: dict[str, float], *states: str, shapes: dict =
     ]
     trainer = {"run": {"evaluation": scores}}
     return CheckpointManager(run / "checkpoints", Alone(), CheckpointConfig()).save(
-        7, fragments, trainer, Identity(model="m"), {}
+        Snapshot(7, fragments, trainer, {}), Identity(model="m")
     )
 
 

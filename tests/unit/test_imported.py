@@ -15,7 +15,8 @@ from launch.run.imported import is_imported, loadable, trainer_state
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import CheckpointError
 from setformer_dist.core.fragments import Fragment
-from setformer_dist.engine.trainer import check_trainer
+from setformer_dist.core.store import Snapshot
+from setformer_dist.engine.run_state import check_trainer
 
 SHAPES = {"w": (4,)}
 MINE = Identity(model="m", parameters=digest_shapes(SHAPES))
@@ -24,7 +25,7 @@ MINE = Identity(model="m", parameters=digest_shapes(SHAPES))
 def imported(root: Path, *states: str) -> Checkpoint:
     fragments = [Fragment("w", state, 0, (4,), torch.full((4,), float(i))) for i, state in enumerate(states)]
     trainer = {"imported": {"stage": 2, "ranks": 8}, "optimizer_steps": 5, "loss_scale": {}}
-    CheckpointManager(root, Alone(), CheckpointConfig()).save(5, fragments, trainer, MINE, {})
+    CheckpointManager(root, Alone(), CheckpointConfig()).save(Snapshot(5, fragments, trainer, {}), MINE)
     return open_checkpoint(root)
 
 

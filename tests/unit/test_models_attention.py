@@ -21,7 +21,7 @@ from setformer_dist.models.attention import (
     split_heads,
     watched_marginals,
 )
-from setformer_dist.ops.set_attention import marginal_error
+from setformer_dist.ops.set.attention import marginal_error
 
 # Every kind on a grid, with each of its ways to go; sequences take those without a convolution or a 2-D filter.
 GRID = {

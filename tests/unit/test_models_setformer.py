@@ -19,7 +19,7 @@ from setformer_dist.models import cost
 from setformer_dist.models.build import check_name
 from setformer_dist.models.layers import keyed_uniform
 from setformer_dist.models.setformer import SeTformer
-from setformer_dist.ops.set_attention import SetAttentionConfig
+from setformer_dist.ops.set.attention import SetAttentionConfig
 
 NAMES = ["setformer_nano", "setformer_mini", "setformer_tiny", "setformer_small", "setformer_base"]
 # Published sizes in millions of parameters, 1000 classes (Mini, Tiny, Base; Small is the one that fits best).

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from setformer_dist.core.errors import DataError
-from setformer_dist.report.figures import PARTS, thin
+from setformer_dist.core.phases import SECTIONS
+from setformer_dist.report.figures import thin
 from setformer_dist.report.html import ClassifiedImage, show, write_report
 from setformer_dist.report.rows import read_metrics
 
@@ -48,7 +49,7 @@ def train_row(step, **changes):
     row = {
         "kind": "train", "step": step, "epoch": step / 10, "loss": 2.0 / step, "lr": 1e-3, "grad_norm": 1.0,
         "images_per_s": 100.0, "tokens_per_s": 1e4, "memory_mib": 500.0, "mfu": None,
-        "seconds": {name: 0.001 * (i + 1) for i, name in enumerate(PARTS)},
+        "seconds": {name: 0.001 * (i + 1) for i, name in enumerate(SECTIONS)},
     }  # fmt: skip
     return row | changes
 
@@ -120,7 +121,7 @@ def test_figures_are_sound_svg_with_distinct_ids_and_page_colours(run, tmp_path)
         assert not re.search(r"#[0-9a-f]{6}\b", re.sub(r'(url\(|href=")#[\w-]+', "", drawing))
         assert "currentColor" in drawing
     split = next(d for d in drawings if "stacked" in d)
-    assert all(f"var(--series-{i})" in split for i in range(1, len(PARTS) + 1))
+    assert all(f"var(--series-{i})" in split for i in range(1, len(SECTIONS) + 1))
 
 
 def test_headline_figures_are_written_as_people_read_them(run, tmp_path):

@@ -1,4 +1,4 @@
-// SeT attention on CPUs, forward and backward, one head of one image at a time (set_fast.py has the mathematics).
+// SeT attention on CPUs, forward and backward, one head of one image at a time (ops/set/in_torch.py has the mathematics).
 //
 // A head's tokens pass in tiles that stay in the nearest cache; a pass does all that can be done while its tile is
 // there: both halves of a Sinkhorn round, and gathering in the last one. K = exp(s / epsilon) is kept between passes,

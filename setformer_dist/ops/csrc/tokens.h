@@ -17,7 +17,7 @@ constexpr long TILE = 32;  // tokens; K of a tile and what goes with it fit into
 
 enum Type : int64_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 
-// These two are mirrored in set_cpu.py, field by field; absent tensors have no data.
+// These two are mirrored in ops/set/cpp.py, field by field; absent tensors have no data.
 struct Tokens {
   void* data;
   int64_t type;

@@ -238,7 +238,7 @@ def _place(data, spec):
 
     Programs take their places in the order in which they begin. So, whenever one waits, those that it waits for have
     begun or are next, and earlier groups wait for nobody that has not begun: the wait ends, as a group fits on the
-    device (`set_triton._may_wait`).
+    device (`triton._may_wait`).
     """
     index = tl.program_id(0)
     if spec.TOGETHER:

@@ -1,9 +1,43 @@
-"""The numbers of one SeT attention, as every implementation takes them."""
+"""One SeT attention as every implementation takes it: its tensors, its numbers, and the gradients it gives back."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+
+class Inputs(NamedTuple):
+    """The tensors of one call; b images, h heads, n tokens, m references, k features, d values, a axes of a place.
+
+    Attributes:
+        x_bhnd: values, any float dtype.
+        features_bhnk: what is compared with the references, of length at most 1; None means x of unit length.
+        gather_hmk: references that gather, of any length and brought to unit length by the implementation.
+        scatter_hmk: references that scatter, likewise; None means one plan for both ways.
+        positions_bna: places of the tokens, (b or 1, n, a), None for no position filter.
+        places_ma: places of the references, given with `positions_bna`.
+        mask_bn: True for valid tokens, at least one per image; None means all.
+    """
+
+    x_bhnd: torch.Tensor
+    features_bhnk: torch.Tensor | None
+    gather_hmk: torch.Tensor
+    scatter_hmk: torch.Tensor | None
+    positions_bna: torch.Tensor | None
+    places_ma: torch.Tensor | None
+    mask_bn: torch.Tensor | None
+
+
+class Gradients(NamedTuple):
+    """Of x, features and both reference sets; None where the input was None."""
+
+    x: torch.Tensor
+    features: torch.Tensor | None
+    gather: torch.Tensor
+    scatter: torch.Tensor | None
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 Registered with fake kernels, autograd and a formula for the FLOP counter, so torch.compile, activation checkpointing
 and ZeRO-3 see one opaque operator instead of a loop, and `torch.library.opcheck` accepts both. The implementation is an
-argument, "triton", "cpp", "fast" or "cpu": the C++ kernel where this machine has a compiler, otherwise "fast". Which
-one fits the device and the numbers was found before (set_attention.py).
+argument, "triton", "cpp", "torch" or "cpp or torch": the C++ kernel where this machine has a compiler, otherwise
+PyTorch. That is found out when the operator runs, as a compiled graph may run on another machine; which one fits the
+device and the numbers was found before (attention.py).
 
 Where nobody looks at operators, `differentiable` leaves out the dispatcher's way through Python, which costs as much as
 attention over a hundred tokens, and runs the same functions.
@@ -19,17 +20,20 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from setformer_dist.ops import set_cpu, set_fast
-from setformer_dist.ops.set_problem import SetProblem
+from setformer_dist.ops.set import cpp, in_torch
+from setformer_dist.ops.set.problem import Gradients, Inputs, SetProblem
 from setformer_dist.ops.sinkhorn import working_dtype
 
 try:
-    from setformer_dist.ops import set_triton as _set_triton
+    from setformer_dist.ops.set import triton as _set_triton
 except ImportError:  # a PyTorch without Triton
     _set_triton = None  # type: ignore[assignment]
 
 # The module of the Triton kernels, or None.
 TRITON: Any = _set_triton
+
+# The C++ kernel, or PyTorch where there is no compiler.
+CPP_OR_TORCH = "cpp or torch"
 
 Maybe = torch.Tensor | None
 
@@ -48,9 +52,10 @@ def set_attention_op(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (y, what the backward needs of the rounds).
 
-    Args are the tensors of `set_reference.forward`, `SetProblem.numbers` and the implementation's name.
+    Args are the fields of `Inputs`, `SetProblem.numbers` and the implementation's name.
     """
-    return _forward((x, features, gather, scatter, positions, places, mask), SetProblem.of(numbers), implementation)
+    inputs = Inputs(x, features, gather, scatter, positions, places, mask)
+    return _forward(inputs, SetProblem.of(numbers), implementation)
 
 
 @torch.library.custom_op("setformer::set_attention_backward", mutates_args=())
@@ -68,18 +73,13 @@ def set_attention_backward_op(
     implementation: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of x, features, gather and scatter; empty tensors stand for inputs that were None."""
-    tensors = (x, features, gather, scatter, positions, places, mask)
-    found = _backward(grad_y, rounds, tensors, SetProblem.of(numbers), implementation)
+    inputs = Inputs(x, features, gather, scatter, positions, places, mask)
+    found = _backward(grad_y, rounds, inputs, SetProblem.of(numbers), implementation)
     return found.x, _or_empty(found.features, x), found.gather, _or_empty(found.scatter, x)
 
 
-# The fields of `set_fast.Inputs`.
-Tensors = tuple[torch.Tensor, Maybe, torch.Tensor, Maybe, Maybe, Maybe, Maybe]
-
-
-def _forward(tensors: Tensors, problem: SetProblem, implementation: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(inputs: Inputs, problem: SetProblem, implementation: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (y, what the backward needs of the rounds)."""
-    inputs = set_fast.Inputs(*tensors)
     if implementation == "triton":
         y, kept = TRITON.forward(inputs, problem)
         return y, kept
@@ -89,22 +89,21 @@ def _forward(tensors: Tensors, problem: SetProblem, implementation: str) -> tupl
 
 
 def _backward(
-    grad_y: torch.Tensor, kept: torch.Tensor, tensors: Tensors, problem: SetProblem, implementation: str
-) -> set_fast.Gradients:
+    grad_y: torch.Tensor, kept: torch.Tensor, inputs: Inputs, problem: SetProblem, implementation: str
+) -> Gradients:
     """Return the gradients of what `_forward` got."""
-    inputs = set_fast.Inputs(*tensors)
     if implementation == "triton":
         return TRITON.backward(grad_y, inputs, kept, problem)  # type: ignore[no-any-return]
     chosen = _by_scalings(implementation, inputs, problem)
-    found: set_fast.Gradients = chosen.backward(grad_y, inputs, kept, problem, _working(inputs.x_bhnd, problem.epsilon))
+    found: Gradients = chosen.backward(grad_y, inputs, kept, problem, _working(inputs.x_bhnd, problem.epsilon))
     return found
 
 
-def _by_scalings(implementation: str, inputs: set_fast.Inputs, problem: SetProblem) -> ModuleType:
+def _by_scalings(implementation: str, inputs: Inputs, problem: SetProblem) -> ModuleType:
     """Return the module of an implementation by scalings; both keep the same numbers for the backward."""
-    if implementation == "cpu":
-        return set_fast if set_cpu.supports(inputs, problem) else set_cpu
-    return set_cpu if implementation == "cpp" else set_fast
+    if implementation in (CPP_OR_TORCH, "cpu"):  # the latter in graphs that older versions exported
+        return in_torch if cpp.supports(inputs, problem) else cpp
+    return cpp if implementation == "cpp" else in_torch
 
 
 def _working(x: torch.Tensor, epsilon: float) -> torch.dtype:
@@ -129,7 +128,7 @@ def _fake(
     numbers: Sequence[float],
     implementation: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    inputs = set_fast.Inputs(x, features, gather, scatter, positions, places, mask)
+    inputs = Inputs(x, features, gather, scatter, positions, places, mask)
     problem = SetProblem.of(numbers)
     if implementation == "triton":
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -147,7 +146,7 @@ def _fake_backward(
     features: Maybe,
     gather: torch.Tensor,
     scatter: Maybe,
-    *rest: Any,
+    *rest: object,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
         torch.empty_like(x),
@@ -189,7 +188,12 @@ def _differentiate_by_operator(
 set_attention_op.register_autograd(_differentiate, setup_context=_setup)
 
 
-def _products(x: Any, gather: Any, scatter: Any) -> tuple[int, int, int, int]:
+# What the counter of operations hands over for a tensor.
+_Shape = Sequence[int]
+_MaybeShape = _Shape | None
+
+
+def _products(x: _Shape, gather: _Shape, scatter: _Shape | None) -> tuple[int, int, int, int]:
     """Return (n m b h, features, values, sets) from shapes."""
     b, h, n, d = x
     m, k = gather[1], gather[2]
@@ -198,9 +202,17 @@ def _products(x: Any, gather: Any, scatter: Any) -> tuple[int, int, int, int]:
 
 @register_flop_formula(torch.ops.setformer.set_attention)
 def _flops(
-    x: Any, features: Any, gather: Any, scatter: Any, positions: Any, places: Any, mask: Any,
-    numbers: Any, *rest: Any, **kwargs: Any,
-) -> int:  # fmt: skip
+    x: _Shape,
+    features: _MaybeShape,
+    gather: _Shape,
+    scatter: _MaybeShape,
+    positions: _MaybeShape,
+    places: _MaybeShape,
+    mask: _MaybeShape,
+    numbers: Sequence[float],
+    *rest: object,
+    **kwargs: object,
+) -> int:
     """Similarity with each set, two products a round, gathering, scattering; exponentials are not counted."""
     pairs, k, d, sets = _products(x, gather, scatter)
     return 2 * pairs * (sets * k + 2 * d + 2 * SetProblem.of(numbers).iterations * sets)
@@ -208,9 +220,19 @@ def _flops(
 
 @register_flop_formula(torch.ops.setformer.set_attention_backward)
 def _backward_flops(
-    grad_y: Any, rounds: Any, x: Any, features: Any, gather: Any, scatter: Any, positions: Any, places: Any, mask: Any,
-    numbers: Any, *rest: Any, **kwargs: Any,
-) -> int:  # fmt: skip
+    grad_y: _Shape,
+    rounds: _Shape,
+    x: _Shape,
+    features: _MaybeShape,
+    gather: _Shape,
+    scatter: _MaybeShape,
+    positions: _MaybeShape,
+    places: _MaybeShape,
+    mask: _MaybeShape,
+    numbers: Sequence[float],
+    *rest: object,
+    **kwargs: object,
+) -> int:
     """What is run: the forward's similarities and pooling again, their gradients, the adjoint of the rounds."""
     pairs, k, d, sets = _products(x, gather, scatter)
     return 2 * pairs * (3 * sets * k + 6 * d + 5 * SetProblem.of(numbers).iterations * sets)
@@ -219,21 +241,21 @@ def _backward_flops(
 # ------------------------------------------------------------------------------------------ without the dispatcher
 
 
-def differentiable(tensors: Tensors, problem: SetProblem, implementation: str) -> torch.Tensor:
+def differentiable(inputs: Inputs, problem: SetProblem, implementation: str) -> torch.Tensor:
     """Return y, by the operator where something looks at operators, otherwise by the same functions directly.
 
     On the way through the dispatcher an operator of Python passes four layers of Python; a compiler, fake tensors, a
     counter of operations, function transforms and tracers need them.
 
     Args:
-        tensors: the fields of `set_fast.Inputs`.
+        inputs: the tensors.
         problem: the numbers.
         implementation: its name.
     """
-    if _watched(tensors):
-        y: torch.Tensor = set_attention_op(*tensors, problem.numbers(), implementation)[0]
+    if _watched(inputs):
+        y: torch.Tensor = set_attention_op(*inputs, problem.numbers(), implementation)[0]
         return y
-    return _SetAttention.apply(*tensors, problem, implementation)  # type: ignore[no-any-return]
+    return _SetAttention.apply(*inputs, problem, implementation)  # type: ignore[no-any-return]
 
 
 def _watched(tensors: Sequence[Maybe]) -> bool:
@@ -261,9 +283,9 @@ class _SetAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
-        tensors, ctx.rest = arguments[:7], arguments[7:]
-        y, kept = _forward(tensors, *ctx.rest)
-        ctx.save_for_backward(kept, *tensors)
+        inputs, ctx.rest = Inputs(*arguments[:7]), arguments[7:]
+        y, kept = _forward(inputs, *ctx.rest)
+        ctx.save_for_backward(kept, *inputs)
         return y
 
     @staticmethod
@@ -273,5 +295,5 @@ class _SetAttention(torch.autograd.Function):
         batched = torch._C._functorch.is_legacy_batchedtensor(grad_y)  # is_grads_batched, vectorize=True
         if batched or _watched((grad_y, *tensors)):
             return _differentiate_by_operator(grad_y, kept, tensors, ctx.rest[0].numbers(), ctx.rest[1])
-        found = _backward(grad_y, kept, tuple(tensors), *ctx.rest)
+        found = _backward(grad_y, kept, Inputs(*tensors), *ctx.rest)
         return found.x, found.features, found.gather, found.scatter, *(None,) * (3 + len(ctx.rest))

@@ -1,6 +1,6 @@
-"""SeT attention in fused Triton kernels: buffers and launches around `set_triton_kernels`, one forward, one backward.
+"""SeT attention in fused Triton kernels: buffers and launches around `triton_kernels`, one forward, one backward.
 
-Same tensors in, same numbers out as `set_reference`; everything but the operands of products is fp32 (fp64 for fp64
+Same tensors in, same numbers out as `reference`; everything but the operands of products is fp32 (fp64 for fp64
 inputs). Only the column potentials of the rounds and what the references gathered are kept for the backward, which is
 the exact derivative of the rounds that were run. Beyond inputs and outputs the memory is a few buffers of size m x d
 for each head, image and split, and one number per token and head; nothing of size n x m exists. Results are the same
@@ -20,10 +20,9 @@ import torch
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
-from setformer_dist.ops import set_triton_kernels as kernels
 from setformer_dist.ops.kernels import at_least_fp32, unit, unit_backward
-from setformer_dist.ops.set_fast import Gradients, Inputs
-from setformer_dist.ops.set_problem import SetProblem
+from setformer_dist.ops.set import triton_kernels as kernels
+from setformer_dist.ops.set.problem import Gradients, Inputs, SetProblem
 
 # Bytes of one reference set of one head: with more, compiled for Hopper, the backward needs more shared memory than the
 # chip has.
@@ -69,7 +68,7 @@ def forward(inputs: Inputs, problem: SetProblem, splits: int | None = None) -> t
     """Gather the tokens into m references and scatter them back.
 
     Args:
-        inputs: see `set_reference.forward`; masked tokens are never read, and an image may be all masked.
+        inputs: see `problem.Inputs`; masked tokens are never read, and an image may be all masked.
         problem: the numbers; `why_not` must have nothing against them.
         splits: programs that share the tokens of one head and image, a power of two; None chooses.
 

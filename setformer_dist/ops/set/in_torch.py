@@ -18,13 +18,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional as F
 
 from setformer_dist.ops.kernels import log_filter, no_autocast, unit, unit_backward
-from setformer_dist.ops.set_problem import SetProblem
+from setformer_dist.ops.set.problem import Gradients, Inputs, SetProblem
 from setformer_dist.ops.sinkhorn import implicit_adjoint, last_rows, product, scaling_rounds, unrolled_adjoint
 
 # Numbers in one n x m matrix of a chunk: 1 MiB of fp32, so that a handful stay within the caches of two cores.
@@ -32,36 +31,24 @@ CHUNK = {"cpu": 1 << 18}
 CHUNK_ELSEWHERE = 1 << 26
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """The tensors of one call; see `set_reference.forward` for their meaning."""
+def _chunks(inputs: Inputs) -> Iterator[tuple[slice | list[int], slice]]:
+    """Yield (images, heads) of each chunk: many images where they are small, a part of the heads otherwise.
 
-    x_bhnd: torch.Tensor
-    features_bhnk: torch.Tensor | None
-    gather_hmk: torch.Tensor
-    scatter_hmk: torch.Tensor | None
-    positions_bna: torch.Tensor | None
-    places_ma: torch.Tensor | None
-    mask_bn: torch.Tensor | None
-
-    def chunks(self) -> Iterator[tuple[slice | list[int], slice]]:
-        """Yield (images, heads) of each chunk: many images where they are small, a part of the heads otherwise.
-
-        A single head that could have had company comes as a pair with itself: the library divides a single product
-        among threads, and adds up in another order than in a batch.
-        """
-        b, h, n, _ = self.x_bhnd.shape
-        one = n * self.gather_hmk.shape[1]
-        heads = max(1, CHUNK.get(self.x_bhnd.device.type, CHUNK_ELSEWHERE) // one)
-        if heads >= h:
-            images = heads // h
-            for i in range(0, b, images):
-                alone = heads > 1 and h == 1 and min(images, b - i) == 1
-                yield [i, i] if alone else slice(i, i + images), slice(0, h)
-        else:
-            for i in range(b):
-                for j in range(0, h, heads):
-                    yield slice(i, i + 1), slice(j, j + heads)
+    A single head that could have had company comes as a pair with itself: the library divides a single product among
+    threads, and adds up in another order than in a batch.
+    """
+    b, h, n, _ = inputs.x_bhnd.shape
+    one = n * inputs.gather_hmk.shape[1]
+    heads = max(1, CHUNK.get(inputs.x_bhnd.device.type, CHUNK_ELSEWHERE) // one)
+    if heads >= h:
+        images = heads // h
+        for i in range(0, b, images):
+            alone = heads > 1 and h == 1 and min(images, b - i) == 1
+            yield [i, i] if alone else slice(i, i + images), slice(0, h)
+    else:
+        for i in range(b):
+            for j in range(0, h, heads):
+                yield slice(i, i + 1), slice(j, j + heads)
 
 
 class _Chunk:
@@ -148,7 +135,7 @@ def _prepared(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     """Bring the references to unit length in the working dtype, and fill up the tokens."""
     gather, scatter = (None if r is None else unit(r.to(dtype)) for r in (inputs.gather_hmk, inputs.scatter_hmk))
     assert gather is not None
-    return _filled_up(replace(inputs, gather_hmk=gather, scatter_hmk=scatter))
+    return _filled_up(inputs._replace(gather_hmk=gather, scatter_hmk=scatter))
 
 
 def _filled_up(inputs: Inputs) -> Inputs:
@@ -169,8 +156,7 @@ def _filled_up(inputs: Inputs) -> Inputs:
         mask = torch.ones(1, n, dtype=torch.bool)
     x = rows(inputs.x_bhnd)
     assert x is not None
-    return replace(
-        inputs,
+    return inputs._replace(
         x_bhnd=x,
         features_bhnk=rows(inputs.features_bhnk),
         positions_bna=rows(inputs.positions_bna),
@@ -197,7 +183,7 @@ def forward(inputs: Inputs, problem: SetProblem, dtype: torch.dtype) -> tuple[to
     with torch.no_grad(), no_autocast(y.device):
         inputs = _prepared(inputs, dtype)
         filters = _Filters(inputs, problem, dtype)
-        for images, heads in inputs.chunks():
+        for images, heads in _chunks(inputs):
             chunk = _Chunk(inputs, images, heads, dtype, filters)
             y_z, rounds_z = _chunk_forward(chunk, problem)
             y[images, heads] = y_z.view(chunk.b, chunk.h, chunk.n, chunk.d)[:, :, :n].to(y.dtype)
@@ -255,16 +241,6 @@ class _Scatter:
 # ------------------------------------------------------------------------------------------------------ backward
 
 
-@dataclass
-class Gradients:
-    """Of x, features and both reference sets; None where the input was None."""
-
-    x: torch.Tensor
-    features: torch.Tensor | None
-    gather: torch.Tensor
-    scatter: torch.Tensor | None
-
-
 def backward(
     grad_y: torch.Tensor, inputs: Inputs, rounds: torch.Tensor, problem: SetProblem, dtype: torch.dtype
 ) -> Gradients:
@@ -290,7 +266,7 @@ def backward(
         inputs = _prepared(inputs, dtype)
         grad_y = F.pad(grad_y, (0, 0, 0, inputs.x_bhnd.shape[2] - n))
         filters = _Filters(inputs, problem, dtype)
-        for images, heads in inputs.chunks():
+        for images, heads in _chunks(inputs):
             chunk = _Chunk(inputs, images, heads, dtype, filters)
             e = grad_y[images, heads].reshape(-1, chunk.n, chunk.d).to(dtype)
             rounds_z = [r[images, heads].flatten(0, 1) for r in rounds]

@@ -1,7 +1,7 @@
-"""SeT attention by a C++ kernel for CPUs (csrc/set_attention.cpp): the same functions as set_fast.py, fused.
+"""SeT attention by a C++ kernel for CPUs (csrc/set_attention.cpp): the same functions as in_torch.py, fused.
 
-`forward` and `backward` take and give what those of `set_fast` do, so one may run forward by this and backward by that.
-`supports` says whether they can compute a problem; nobody asks them otherwise (cpp.py
+`forward` and `backward` take and give what those of `in_torch` do, so one may run forward by this and backward by that.
+`supports` says whether they can compute a problem; nobody asks them otherwise (ops/cpp_library.py
 builds the kernel).
 """
 
@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from setformer_dist.ops import cpp
-from setformer_dist.ops.set_fast import Gradients, Inputs
-from setformer_dist.ops.set_problem import SetProblem
+from setformer_dist.ops import cpp_library
+from setformer_dist.ops.set.problem import Gradients, Inputs, SetProblem
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _LARGE = 8 << 20  # bytes; below, an allocator has such memory at hand
@@ -58,7 +57,7 @@ def _pointer(tensor: torch.Tensor | None) -> int | None:
 
 def _run(inputs: Inputs, problem: SetProblem, dtype: torch.dtype, backward: bool, **more: Any) -> None:
     """Call the kernel; `more` are the remaining fields of `_Call`, tensors that the caller holds."""
-    library = cpp.library()
+    library = cpp_library.library()
     assert isinstance(library, ctypes.CDLL), library
 
     def plain(tensor: torch.Tensor | None, as_type: torch.dtype = dtype) -> torch.Tensor | None:
@@ -100,7 +99,7 @@ def _run(inputs: Inputs, problem: SetProblem, dtype: torch.dtype, backward: bool
 def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
     """Return memory for an output; a large one in huge pages, as the system gives them out zeroed page by page."""
     out = torch.empty_like(tensor)
-    library = cpp.library()
+    library = cpp_library.library()
     assert isinstance(library, ctypes.CDLL), library
     if out.nbytes >= _LARGE:
         library.setformer_prefer_huge_pages(ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(out.nbytes))
@@ -136,7 +135,7 @@ def supports(inputs: Inputs, problem: SetProblem) -> str | None:
     reason = unsuitable(inputs, problem)
     if reason is not None:
         return reason
-    library = cpp.library()
+    library = cpp_library.library()
     return library if isinstance(library, str) else None
 
 
@@ -144,7 +143,7 @@ def forward(inputs: Inputs, problem: SetProblem, dtype: torch.dtype) -> tuple[to
     """Return y (b, h, n, d) in the dtype of x, and the v of every round (s, b, h, L + 1, m) for `backward`.
 
     Args:
-        inputs: as those of `set_fast.forward`; `supports` has accepted them.
+        inputs: as those of `in_torch.forward`; `supports` has accepted them.
         problem: likewise.
         dtype: in which to work, fp32 or fp64 (`sinkhorn.working_dtype`).
     """
@@ -201,7 +200,7 @@ def exponential(numbers: torch.Tensor) -> torch.Tensor:
     Args:
         numbers: fp32 or fp64, on the CPU.
     """
-    library = cpp.library()
+    library = cpp_library.library()
     assert isinstance(library, ctypes.CDLL), library
     padded = numbers.new_zeros(-(-numbers.numel() // 16) * 16)
     padded[: numbers.numel()] = numbers.flatten()

@@ -13,35 +13,17 @@ import math
 import torch
 
 from setformer_dist.ops.kernels import at_least_fp32, gaussian, log_filter, no_autocast, unit
-from setformer_dist.ops.set_problem import SetProblem
+from setformer_dist.ops.set.problem import Inputs, SetProblem
 from setformer_dist.ops.sinkhorn import log_plan
 
 
-def forward(
-    x_bhnd: torch.Tensor,
-    features_bhnk: torch.Tensor | None,
-    gather_hmk: torch.Tensor,
-    scatter_hmk: torch.Tensor | None,
-    positions_bna: torch.Tensor | None,
-    places_ma: torch.Tensor | None,
-    mask_bn: torch.Tensor | None,
-    problem: SetProblem,
-) -> torch.Tensor:
+def forward(inputs: Inputs, problem: SetProblem) -> torch.Tensor:
     """Gather the tokens into m references and scatter them back.
-
-    Args:
-        x_bhnd: values, any float dtype.
-        features_bhnk: what is compared with the references, of length at most 1; None means x of unit length.
-        gather_hmk: references that gather, of any length and brought to unit length here.
-        scatter_hmk: references that scatter, likewise; None means one plan for both ways.
-        positions_bna: places of the tokens, (b or 1, n, a), None for no position filter.
-        places_ma: places of the references, given with `positions_bna`.
-        mask_bn: True for valid tokens, at least one per image; None means all.
-        problem: the numbers.
 
     Returns:
         (b, h, n, d) in the dtype of x. What stands at masked tokens has no meaning.
     """
+    x_bhnd, features_bhnk, gather_hmk, scatter_hmk, positions_bna, places_ma, mask_bn = inputs
     with no_autocast(x_bhnd.device):
         x = at_least_fp32(x_bhnd)
         features = unit(x) if features_bhnk is None else features_bhnk.to(x.dtype)

@@ -1,0 +1,65 @@
+"""What a trainer works with, as the composition root makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from setformer_dist.core.batch import EvalStream, TrainStream
+from setformer_dist.core.fragments import Fragment
+from setformer_dist.core.heartbeat import Heartbeat
+from setformer_dist.core.store import CheckpointStore
+from setformer_dist.core.task import Prepare, Task
+from setformer_dist.engine.batch_plan import BatchPlan
+from setformer_dist.engine.comm import CommMeter, TorchCollectives
+from setformer_dist.engine.ema import Ema
+from setformer_dist.engine.evaluate import Watch
+from setformer_dist.engine.events import Callbacks
+from setformer_dist.engine.guard import Guard
+from setformer_dist.engine.master import MasterState
+from setformer_dist.engine.metrics import RunRecord
+from setformer_dist.engine.optim import Schedule
+from setformer_dist.engine.protocol import Engine
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one image costs, for images/s, tokens/s and model-FLOPs utilisation.
+
+    Attributes:
+        tokens: tokens of the first stage.
+        multiply_adds: of one forward pass.
+        peak_flops: of one device, where known.
+    """
+
+    tokens: int
+    multiply_adds: int
+    peak_flops: float | None
+
+
+@dataclass(frozen=True)
+class Components:
+    """The parts of a run on one rank.
+
+    `first_weights`, where a run begins with other weights than its seed's, fills fragments with them and says which.
+    """
+
+    engine: Engine
+    master: MasterState
+    ema: Ema | None
+    plan: BatchPlan
+    stream: TrainStream
+    validation: EvalStream
+    task: Task
+    prepare: Prepare
+    schedule: Schedule
+    store: CheckpointStore
+    comm: TorchCollectives
+    meter: CommMeter
+    record: RunRecord
+    costs: Costs
+    guard: Guard
+    heartbeat: Heartbeat
+    callbacks: Callbacks
+    watch: Watch | None = None
+    first_weights: Callable[[list[Fragment]], str] | None = None

@@ -1,0 +1,75 @@
+"""Evaluations during training: when they are due, of the weights and of their average, and who hears of the figures."""
+
+from __future__ import annotations
+
+import logging
+
+from setformer_dist.core.metric import AVERAGED, headline
+from setformer_dist.engine.components import Components
+from setformer_dist.engine.config import EvalConfig
+from setformer_dist.engine.evaluate import EvalResult, evaluate
+from setformer_dist.engine.metrics import StepClock
+from setformer_dist.engine.progress import RunProgress
+from setformer_dist.engine.run_state import RunState
+from setformer_dist.engine.stop_vote import StopVote
+
+log = logging.getLogger(__name__)
+
+
+class Evaluation:
+    """Scores a run's weights on its validation split."""
+
+    def __init__(self, components: Components, config: EvalConfig, clock: StepClock) -> None:
+        self._c = components
+        self._config = config
+        self._clock = clock
+
+    def due(self, step: int) -> bool:
+        """Return whether the config wants an evaluation after so many steps; the end of the run has one always."""
+        every_steps = self._config.every_steps
+        every_epochs = self._config.every_epochs * self._c.stream.steps_per_epoch
+        return (every_steps > 0 and step % every_steps == 0) or (every_epochs > 0 and step % every_epochs == 0)
+
+    def run(self, state: RunState, stop: StopVote, progress: RunProgress) -> dict[str, float] | None:
+        """Score the weights and their average; None if a signal came before the end, the same on all ranks."""
+        with self._clock.section("evaluation"):
+            result = self._score(stop)
+            if result is None:
+                return None
+            measured: dict[str, float] = result.as_dict()
+            metrics = self._c.task.metrics
+            text = f"step {state.step}: {headline(metrics, result.figures)}"
+            if self._c.ema is not None:
+                with self._c.ema.swapped_in():
+                    averaged = self._score(stop)
+                if averaged is None:
+                    return None
+                measured |= averaged.as_dict(AVERAGED)
+                text += f" · averaged weights: {headline(metrics, averaged.figures)}"
+        state.evaluation = measured
+        left_out = {"left_out": result.left_out} if result.left_out else {}
+        values = {**measured, "samples": result.samples, **left_out}
+        self._c.record.write("eval", state.step, values)
+        self._c.callbacks.figures("on_evaluation_end", state.step, values)
+        progress.say(f"{text} ({result.samples} validation samples)")
+        log.info(text)
+        return measured
+
+    def _score(self, stop: StopVote) -> EvalResult | None:
+        self._c.engine.eval()
+        try:
+            return evaluate(
+                self._c.engine,
+                self._c.task,
+                self._c.validation,
+                self._c.prepare,
+                self._c.comm,
+                given_up=lambda: self._given_up(stop),
+                watch=self._c.watch,
+            )
+        finally:
+            self._c.engine.train()
+
+    def _given_up(self, stop: StopVote) -> bool:
+        self._c.heartbeat.beat("evaluation")
+        return stop.now() is not None

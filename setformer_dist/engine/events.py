@@ -1,0 +1,142 @@
+"""Tells a run's callbacks of its events, in their order, and says what an exception in one of them does."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from setformer_dist.core.callback import Callback, Event, RunEnd, RunStart
+from setformer_dist.core.errors import ConfigError, PassingError, TrainingError
+
+log = logging.getLogger(__name__)
+
+
+class Callbacks:
+    """The callbacks that this rank calls.
+
+    Args:
+        callbacks: of the run, on every rank the same, in the order in which each event is told.
+        folder: of the run.
+        config: of the run, as config.json has it.
+        is_main: whether this is rank 0.
+
+    Raises:
+        ConfigError: two callbacks have the same name.
+    """
+
+    def __init__(
+        self, callbacks: Sequence[Callback], folder: Path, config: Mapping[str, object], is_main: bool
+    ) -> None:
+        names = [callback.name or type(callback).__name__ for callback in callbacks]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ConfigError(f"two callbacks are named {twice[0]!r}: give one of them another name")
+        self._folder = folder
+        self._config = config
+        self._active = {
+            name: callback for name, callback in zip(names, callbacks, strict=True) if is_main or callback.every_rank
+        }
+        self._say: Callable[[str], None] = log.warning
+
+    def start(self, step: int, total_steps: int, resumed_from: Path | None, say: Callable[[str], None]) -> None:
+        """Tell that the run begins or goes on.
+
+        Args:
+            step: optimizer steps done.
+            total_steps: at the end of the run.
+            resumed_from: the checkpoint's folder.
+            say: tells the user of a callback that is left out.
+        """
+        self._say = say
+        self.tell("on_run_start", step, RunStart(self._folder, self._config, step, total_steps, resumed_from))
+
+    def step_end(self, step: int) -> None:
+        """Tell that a step is done."""
+        self.tell("on_step_end", step, step)
+
+    def figures(self, event: Event, step: int, values: Mapping[str, object]) -> None:
+        """Tell figures of a step: of training, of an evaluation, of a bad step."""
+        self.tell(event, step, step, values)
+
+    def saved(self, step: int, folder: Path) -> None:
+        """Tell that a checkpoint is durable."""
+        self.tell("on_checkpoint_saved", step, step, folder)
+
+    def end(self, end: RunEnd) -> None:
+        """Tell that the run ended or was stopped."""
+        self.tell("on_run_end", end.step, end)
+
+    def tell(self, event: Event, step: int, *values: object) -> None:
+        """Call one event on every callback.
+
+        Args:
+            event: its method.
+            step: for the message.
+            values: its arguments.
+
+        Raises:
+            TrainingError: an essential callback raised an exception.
+            PassingError: likewise, and it was one of these.
+        """
+        self._each(f"{event} at step {step}", lambda _, callback: getattr(callback, event)(*values))
+
+    def exception(self, error: BaseException) -> None:
+        """Tell of the error that ends the run, all but the callback that raised it; raises nothing."""
+        for name, callback in self._active.items():
+            try:
+                callback.on_exception(error)
+            except Exception:
+                log.exception("callback %r failed in on_exception", name)
+
+    def state(self) -> dict[str, Any]:
+        """Return the states of those that have one, by name, for the checkpoint.
+
+        Raises:
+            TrainingError: as `tell`.
+        """
+        found: dict[str, object] = {}
+
+        def take(name: str, callback: Callback) -> None:
+            if type(callback).state is not Callback.state:
+                found[name] = dict(callback.state())
+                json.dumps(found[name])  # what cannot be JSON is told here, with the callback's name
+
+        self._each("state", take)
+        return found
+
+    def load_state(self, states: Mapping[str, Any]) -> None:
+        """Give the states of a checkpoint back; a callback that is not in it keeps what it has.
+
+        Raises:
+            TrainingError: as `tell`.
+        """
+
+        def give(name: str, callback: Callback) -> None:
+            if name in states:
+                callback.load_state(states[name])
+
+        self._each("load_state", give)
+
+    def _each(self, where: str, call: Callable[[str, Callback], object]) -> None:
+        for name, callback in list(self._active.items()):
+            try:
+                call(name, callback)
+            except Exception as error:  # noqa: BLE001 — of code that is not ours
+                self._failed(name, callback, where, error)
+
+    def _failed(self, name: str, callback: Callback, where: str, error: Exception) -> None:
+        del self._active[name]
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        told = f"callback {name!r} failed in {where} ({what})"
+        if not callback.essential:
+            log.warning("%s", told, exc_info=True)
+            self._say(f"warning: {told}; the run goes on without it")
+            return
+        log.error("%s", told, exc_info=True)
+        kind = PassingError if isinstance(error, PassingError) else TrainingError
+        raise kind(
+            f"{told}: mend it, or take it out of the run, and the same command goes on from the newest checkpoint; the "
+            "rank's log has the traceback"
+        ) from error

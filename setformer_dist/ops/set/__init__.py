@@ -1,0 +1,11 @@
+"""SeT attention: one operator, four implementations of it.
+
+attention.py        `set_attention`, its config, and which implementation computes it
+op.py               the PyTorch operator `torch.ops.setformer.set_attention`
+problem.py          tensors, numbers and gradients, as every implementation takes and gives them
+reference.py        every equation one line, gradients by autograd
+in_torch.py         PyTorch, few heads at a time, so that n x m matrices stay in cache
+cpp.py              C++ for CPUs, fused
+triton.py           GPUs: buffers and launches
+triton_kernels.py   its Triton kernels
+"""
