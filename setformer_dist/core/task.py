@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -50,7 +50,7 @@ class Task(Protocol):
         ...
 
     def loss(self, outputs: Any, targets: torch.Tensor) -> torch.Tensor:
-        """Return the mean loss of a micro batch, shape (), fp32, differentiable.
+        """Return the mean loss of a micro batch, shape (), fp32, differentiable; of a `Counted` task the sum.
 
         Args:
             outputs: the model's, (m, outputs) where it classifies.
@@ -73,4 +73,21 @@ class Task(Protocol):
 
     def confidences(self, outputs: Any) -> torch.Tensor:
         """Return how sure the model is of each output, (m, outputs) fp32, 0 to 1."""
+        ...
+
+
+@runtime_checkable
+class Counted(Protocol):
+    """What a task has as well if its samples hold different amounts of what counts, such as pixels or tokens.
+
+    Its `loss` is then a sum, and an optimizer step divides by the count of all its micro batches on all ranks. A mean
+    of means would weight a pixel by the micro batch that it happens to be in, so that the loss would depend on the
+    number of ranks.
+    """
+
+    def count(self, batch: MicroBatch) -> float:
+        """Return how much of a micro batch counts in `loss`, such as its pixels that have a class; on the CPU.
+
+        It is known before the model runs. A step in which nothing counts must have a loss of 0.
+        """
         ...

@@ -231,7 +231,7 @@ class Trainer:
             self._clock,
             parts.plan.accumulation,
             seed,
-            parts.comm.ranks.rank,
+            parts.comm,
             Updates(parts.engine),
         )
         self._state = RunState(step=0, best=best)
