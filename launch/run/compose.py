@@ -33,7 +33,7 @@ from setformer_dist.engine.deepspeed_engine import DTYPES, initialize, supported
 from setformer_dist.engine.ema import Ema
 from setformer_dist.engine.evaluate import Watch
 from setformer_dist.engine.guard import Guard
-from setformer_dist.engine.master import OPTIMIZER_STATES, MasterState
+from setformer_dist.engine.master import MasterState
 from setformer_dist.engine.metrics import RunRecord, peak_flops
 from setformer_dist.engine.optim import Schedule
 from setformer_dist.engine.trainer import Best, Costs, Parts, Trainer, check_trainer
@@ -198,7 +198,8 @@ class RunStore:
             return None
         if is_imported(found):
             says = says and self._is_main
-            state = trainer_state(found, self._identity, self._cursor_at, self._total_steps, says=says)
+            optimizer = self._run.config.optim.name
+            state = trainer_state(found, self._identity, self._cursor_at, self._total_steps, says, optimizer)
             found.trainer.update(state)
             check_trainer(found.trainer, found.path)
             return found
@@ -211,7 +212,8 @@ class RunStore:
     def load(self, saved: SavedState, fragments: Iterable[Fragment]) -> None:
         """Fill the fragments."""
         assert isinstance(saved, Checkpoint)  # what `newest` returned
-        self._manager.load(saved, loadable(saved, fragments) if is_imported(saved) else fragments)
+        found = loadable(saved, fragments, self._run.config.optim.name) if is_imported(saved) else fragments
+        self._manager.load(saved, found)
 
 
 def continued_cursor(saved: dict[str, Any], here: dict[str, Any], allowed: Collection[str]) -> dict[str, Any]:
@@ -291,7 +293,7 @@ def compose(run: ResolvedRun, splits: Splits, task: Task, model: nn.Module, comm
     meter.install()
 
     manager = CheckpointManager(c.folder / "checkpoints", comm, c.checkpoint)
-    states = ("param", *OPTIMIZER_STATES, *(["ema"] if c.ema.decay else []))
+    states = ("param", *master.states, *(["ema"] if c.ema.decay else []))
     parts = Parts(
         engine=engine,
         master=master,

@@ -31,6 +31,7 @@ from setformer_dist.core.ranks import RankInfo
 from setformer_dist.core.secrets import redacted
 from setformer_dist.core.terminal import open_table, print_heading
 from setformer_dist.engine.deepspeed_engine import DTYPES
+from setformer_dist.engine.optim import OPTIMIZERS
 from setformer_dist.models.build import build_model, check_name
 from setformer_dist.models.measure import multiply_adds_of, parameters, predict_memory
 from setformer_dist.tasks.build import build_task, check_metric
@@ -71,6 +72,7 @@ def predict_costs(run: ResolvedRun, known: _Known) -> dict[str, Any]:
         known.dtype,
         c.zero.offload,
         run.plan.accumulation,
+        len(OPTIMIZERS[c.optim.name].states),
     )
     return {
         "parameters": parameters(model),
@@ -211,8 +213,9 @@ def _memory_of_machine() -> int:
 
 
 def checkpoint_bytes(run: ResolvedRun, costs: dict[str, Any]) -> int:
-    """Return what one checkpoint takes: fp32 masters, Adam's two states, and the average where there is one."""
-    return int(costs["parameters"]) * 4 * (3 + (run.config.ema.decay > 0))
+    """Return what one checkpoint takes: fp32 masters, the optimizer's states, and the average where there is one."""
+    states = len(OPTIMIZERS[run.config.optim.name].states)
+    return int(costs["parameters"]) * 4 * (1 + states + (run.config.ema.decay > 0))
 
 
 def _disk_need(run: ResolvedRun, costs: dict[str, Any]) -> tuple[int, int, int]:

@@ -33,7 +33,7 @@ from setformer_dist.engine.config import EvalConfig
 from setformer_dist.engine.ema import Ema
 from setformer_dist.engine.evaluate import EvalResult, Watch, evaluate
 from setformer_dist.engine.guard import Guard, Trouble, Updates
-from setformer_dist.engine.master import OPTIMIZER_STATES, MasterState
+from setformer_dist.engine.master import MasterState
 from setformer_dist.engine.metrics import RunRecord, StepClock, peak_memory_mib
 from setformer_dist.engine.optim import Schedule
 from setformer_dist.engine.progress import RunProgress
@@ -361,7 +361,7 @@ class Trainer:
 
     def _fragments(self) -> list[Fragment]:
         averaged = self._p.ema.fragments() if self._p.ema is not None else []
-        return [*self._p.master.fragments("param", *OPTIMIZER_STATES), *averaged]
+        return [*self._p.master.fragments("param", *self._p.master.states), *averaged]
 
     def resume(self) -> None:
         """Take over the newest checkpoint that verifies, or the first weights. Collective; call it before `run`.
