@@ -157,6 +157,8 @@ class DataConfig(FrozenConfig):
         skip_bad: leave out what of shards that others made is no whole sample (no image, no label, members that belong
             to none, empty shards), and say how much; else it is an error.
         allow_empty_classes: class folders may hold no image that is read; they become no class. Else it is an error.
+        channels_last: hand images to the model with the channels of a pixel side by side in memory, which makes
+            convolutions faster on many devices; results differ by rounding.
         bad_validation: what a damaged validation sample does: stop the run, or count with weight 0.
         augment: what is done to training images.
     """
@@ -187,6 +189,7 @@ class DataConfig(FrozenConfig):
     max_bad_share: Annotated[float, FREE] = pydantic.Field(default=1e-3, ge=0.0, le=1.0)
     skip_bad: Annotated[bool, FREE] = False
     allow_empty_classes: Annotated[bool, FREE] = False
+    channels_last: Annotated[bool, FREE] = False
     bad_validation: Annotated[Literal["raise", "zero_weight"], FREE] = "raise"
     augment: AugmentConfig = AugmentConfig()
 

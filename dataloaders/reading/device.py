@@ -18,7 +18,7 @@ class Prepare:
     """Makes images and soft targets of a micro batch.
 
     Args:
-        config: gives mean, std and label smoothing.
+        config: gives mean, std, label smoothing and the layout of images in memory.
         num_classes: C.
         device: where to.
         dtype: of the images; normalisation and mixing are computed in float32 all the same.
@@ -31,6 +31,8 @@ class Prepare:
         self._device = torch.device(device)
         self._dtype = dtype
         self._smoothing = config.augment.smoothing
+        # Weights keep their layout, as ZeRO cuts them flat; a convolution follows either of its two operands.
+        self._layout = torch.channels_last if config.channels_last else torch.preserve_format
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (config.mean, config.std))
         # (x / 255 - mean) / std as one multiply-add
         self._scale = (1 / (255 * std)).to(self._device)
@@ -45,7 +47,7 @@ class Prepare:
         targets = self._one_hot(batch.labels, self._smoothing if train else 0.0)
         if train and batch.mix is not None:
             images, targets = _mix(images, targets, batch.mix)
-        return images.to(self._dtype), targets
+        return images.to(self._dtype, memory_format=self._layout), targets
 
     def _one_hot(self, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
         rest = smoothing / self._num_classes

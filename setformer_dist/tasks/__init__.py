@@ -2,5 +2,6 @@
 
 build.py            the task that a config names
 classification.py   one class per sample
+losses.py           what both of them may take for a loss
 multilabel.py       any number of labels per sample
 """

@@ -10,8 +10,10 @@ import torch
 
 from setformer_dist.core.config import build
 from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.model_config import ModelConfig
 from setformer_dist.engine.config import OptimConfig, ScheduleConfig
-from setformer_dist.engine.optim import OPTIMIZERS, Schedule, optimizer_of
+from setformer_dist.engine.optim import OPTIMIZERS, Schedule, optimizer_of, parameter_groups
+from setformer_dist.models.build import build_model
 
 STEPS, WARMUP = 100, 10
 
