@@ -19,6 +19,8 @@ from checkpoints.manager import CheckpointManager
 from checkpoints.reader import Checkpoint
 from dataloaders.order.order import counts_samples
 from launch.run.config import ResolvedRun
+from launch.run.distill import KEY as TEACHER
+from launch.run.distill import check_one_teacher, check_same_teacher, digest_of, distilled, teacher_of
 from launch.run.imported import is_imported, loadable, trainer_state
 from launch.run.initial_weights import FirstWeights
 from launch.run.inputs import Split, check_splits, inputs_of
@@ -119,7 +121,9 @@ class RunStore:
         is_main: bool,
         check_place: Callable[[dict[str, Any]], object],
         holds: Callable[[Checkpoint], object],
+        teacher: str | None = None,
     ) -> None:
+        self._teacher = teacher
         self._check_place = check_place
         self._holds = holds
         self._manager = manager
@@ -129,6 +133,8 @@ class RunStore:
         self._run = run
         self._identity = identity
         self._about = {"config": run.as_json(), "classes": list(classes), "inputs": told}
+        if teacher is not None:
+            self._about[TEACHER] = teacher
 
     def due(self, step: int) -> bool:
         """Return whether the config wants a checkpoint after this many steps."""
@@ -205,6 +211,7 @@ class RunStore:
             return found
         check_trainer(found.trainer, found.path)
         found.identity.check_same_model(self._identity)
+        check_same_teacher(found.trainer, self._teacher, found.path)
         allowed = self._run.config.checkpoint.allow_changes
         found.trainer["stream"] = continued_cursor(found.trainer["stream"], self._cursor_at(0), allowed)
         return found
@@ -287,6 +294,12 @@ def compose(run: ResolvedRun, splits: Splits, task: Task, model: nn.Module, comm
         buffers = frozenset(name for name, _ in model.named_buffers())
         arguments = inputs.model_arguments(c.model, len(task.outputs))
         first_weights = FirstWeights(c.model, shapes_of(model), buffers, comm, arguments)
+    prepare = inputs.prepare(len(classes), device, DTYPES[c.precision.dtype])
+    taught_by: str | None = None
+    if (teacher := teacher_of(run, task, told)) is not None:
+        taught_by = digest_of(teacher)
+        check_one_teacher(taught_by, comm)
+        task, prepare = distilled(run, task, prepare, teacher, device)
     engine = initialize(model, c.optim, run.deepspeed_json())
     master = MasterState(engine)
     meter = CommMeter()
@@ -302,7 +315,7 @@ def compose(run: ResolvedRun, splits: Splits, task: Task, model: nn.Module, comm
         stream=stream,
         validation=validation,
         task=task,
-        prepare=inputs.prepare(len(classes), device, DTYPES[c.precision.dtype]),
+        prepare=prepare,
         schedule=Schedule(engine.optimizer, c.schedule, stream.steps_per_epoch),
         store=RunStore(
             manager,
@@ -315,6 +328,7 @@ def compose(run: ResolvedRun, splits: Splits, task: Task, model: nn.Module, comm
             ranks.is_main,
             check_place=stream.check_state,
             holds=functools.partial(Checkpoint.check_holds, shapes=master.shapes, states=states),
+            teacher=taught_by,
         ),
         comm=comm,
         meter=meter,

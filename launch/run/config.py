@@ -33,6 +33,7 @@ from setformer_dist.core.task_config import TaskConfig
 from setformer_dist.engine.batch_plan import BatchPlan, solve
 from setformer_dist.engine.config import (
     BatchConfig,
+    DistillConfig,
     EmaConfig,
     EvalConfig,
     GuardConfig,
@@ -160,6 +161,9 @@ class RunConfig(FrozenConfig):
         "hflip": "data.augment.flip",
         "train_interpolation": "data.interpolation",
         "initial_checkpoint": "model.weights",
+        "teacher_model": "distill.teacher",
+        "kd_alpha": "distill.share",
+        "kd_temperature": "distill.temperature",
         "amp_dtype": "precision.dtype",
         "opt_betas": "optim.betas",
         "opt_eps": "optim.eps",
@@ -195,6 +199,7 @@ class RunConfig(FrozenConfig):
     batch: BatchConfig
     schedule: ScheduleConfig
     optim: OptimConfig = OptimConfig()
+    distill: DistillConfig = DistillConfig()
     precision: PrecisionConfig = PrecisionConfig()
     zero: Annotated[ZeroConfig, FREE] = ZeroConfig()
     ema: EmaConfig = EmaConfig()

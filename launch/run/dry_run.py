@@ -22,6 +22,7 @@ from checkpoints.reader import list_checkpoints
 from dataloaders.config import DataConfig
 from launch.run.compose import check_device, open_splits, shapes_of, watch_of
 from launch.run.config import ResolvedRun, check_folder
+from launch.run.distill import teacher_of
 from launch.run.initial_weights import FirstWeights
 from launch.run.inputs import inputs_of
 from launch.run.own_code import bring
@@ -103,6 +104,7 @@ def _examine(run: ResolvedRun) -> _Known:
     model = inputs.build_model(c.model, len(task.outputs), inputs.told(splits.train), c.run.seed)
     check_folder(run)
     watch_of(run, model)
+    teacher = teacher_of(run, task, inputs.told(splits.train))
     ranks = RankInfo(rank=0, world_size=run.plan.world_size, local_rank=0, local_world_size=run.plan.world_size)
     with contextlib.ExitStack() as stack:
         stream = inputs.train_stream(splits.train, c.run.seed, ranks, run.plan)
@@ -116,6 +118,10 @@ def _examine(run: ResolvedRun) -> _Known:
          f"{len(classes)} classes"),
         ("steps", f"{c.schedule.total_steps(per_epoch):,} of which {warmup:,} warm up; {per_epoch:,} per epoch"),
     ]  # fmt: skip
+    if c.schedule.name == "wsd":
+        rows.append(("decay", f"over the last {c.schedule.decay(per_epoch):,} steps"))
+    if teacher is not None:
+        rows.append(("teacher", f"{teacher.checkpoint.path}, {teacher.config.model.name}, {teacher.weights} weights"))
     rows += _beginning(run, model, len(task.outputs))
     return _Known(model, inputs.shape(splits.train), inputs.dtype, tuple(rows))
 

@@ -139,7 +139,7 @@ class ImageInputs:
                 "leave it out"
             )
         model = build_model(config, num_classes, self.config.image_size, seed)
-        _check_shapes(model, config.name, self.config)
+        check_shapes(model, config.name, self.config)
         return model
 
     def model_arguments(self, config: ModelConfig, num_classes: int) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def images_of(split: Split) -> Source:
     return cast(Source, split)
 
 
-def _check_shapes(model: nn.Module, name: str, config: DataConfig) -> None:
+def check_shapes(model: nn.Module, name: str, config: DataConfig) -> None:
     """Refuse a model that is made for one image size where training changes it, before the step that does.
 
     Raises:

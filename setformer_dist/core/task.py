@@ -14,10 +14,11 @@ from setformer_dist.core.metric import Metric
 class Prepare(Protocol):
     """Turns a micro batch into what the model takes and what the loss compares it with."""
 
-    def __call__(self, batch: MicroBatch, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return inputs of the compute dtype, such as images (m, 3, H, W), and fp32 targets (m, classes).
+    def __call__(self, batch: MicroBatch, train: bool) -> tuple[torch.Tensor, Any]:
+        """Return inputs of the compute dtype, such as images (m, 3, H, W), and what the task's loss takes for targets.
 
-        Both lie on the device. Smoothing and mixing are for training alone.
+        For tasks of this package these are fp32, (m, classes). Both lie on the device. Smoothing and mixing are for
+        training alone.
         """
         ...
 
@@ -49,7 +50,7 @@ class Task(Protocol):
         """Whether each sample has exactly one class, so that a prediction is right or wrong."""
         ...
 
-    def loss(self, outputs: Any, targets: torch.Tensor) -> torch.Tensor:
+    def loss(self, outputs: Any, targets: Any) -> torch.Tensor:
         """Return the mean loss of a micro batch, shape (), fp32, differentiable; of a `Counted` task the sum.
 
         Args:
@@ -58,7 +59,7 @@ class Task(Protocol):
         """
         ...
 
-    def sums(self, outputs: Any, batch: MicroBatch, targets: torch.Tensor) -> torch.Tensor:
+    def sums(self, outputs: Any, batch: MicroBatch, targets: Any) -> torch.Tensor:
         """Return what `figures` is made of, (k,), summed over the samples that count (batch.weights); on the CPU."""
         ...
 

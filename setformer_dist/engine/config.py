@@ -9,6 +9,7 @@ import pydantic
 from setformer_dist.core.config import FrozenConfig
 from setformer_dist.core.continuing import FREE, Permitted
 from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.metric import Weights
 
 # The solutions are divisors, and to find those of any number that TOML can write would take longer than training.
 LARGEST_GLOBAL_BATCH = 2**31 - 1
@@ -218,6 +219,32 @@ class OptimConfig(FrozenConfig):
         for key in _SGD_KEYS:
             if self.name != "sgd" and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f'optim.{key} is of name = "sgd"; "{self.name}" has betas: leave it out')
+        return self
+
+
+class DistillConfig(FrozenConfig):
+    """Learning from a trained model as well (Hinton et al. 2015): loss = (1 - share) · own + share · teacher's.
+
+    Attributes:
+        teacher: run folder or checkpoint of the teacher; "" is none. Its weights are part of what the run is, wherever
+            they lie.
+        weights: which of its weights: "plain", "ema", or "auto", those that scored better.
+        share: of the loss that compares with the teacher, 0 to 1.
+        temperature: what both models' logits are divided by there; its square multiplies that part of the loss, so
+            that gradients keep their size.
+    """
+
+    teacher: Annotated[str, FREE] = ""
+    weights: Weights = "auto"
+    share: float = pydantic.Field(default=0.5, gt=0, le=1)
+    temperature: float = pydantic.Field(default=2.0, gt=0)
+
+    @pydantic.model_validator(mode="after")
+    def _of_a_teacher(self) -> DistillConfig:
+        if not self.teacher and any(
+            getattr(self, name) != field.default for name, field in type(self).model_fields.items()
+        ):
+            raise ValueError("distill.teacher is missing: name the run folder or the checkpoint to learn from")
         return self
 
 

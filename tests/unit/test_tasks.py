@@ -13,6 +13,7 @@ from setformer_dist.core.metric import METRICS_OF, better_weights, headline, met
 from setformer_dist.core.task_config import TaskConfig
 from setformer_dist.tasks.build import build_task, check_metric, register_task
 from setformer_dist.tasks.classification import Classification
+from setformer_dist.tasks.distilled import Distilled, Taught, TeachingPrepare
 from setformer_dist.tasks.multilabel import MultiLabel
 
 CLASSES = ("cat", "cat+dog", "dog", "none")
@@ -171,3 +172,32 @@ def test_arguments_of_a_loss_that_cannot_be_are_refused(args, said):
         Classification(args, CLASSES)
     with pytest.raises(ConfigError, match="loss"):
         MultiLabel({"loss": "cross_entropy"}, CLASSES)
+
+
+def test_a_distilled_loss_is_shares_of_its_own_and_the_teachers():
+    rng = torch.Generator().manual_seed(4)
+    ours, theirs = torch.randn(6, 4, generator=rng), torch.randn(6, 4, generator=rng)
+    targets = torch.rand(6, 4, generator=rng).softmax(dim=1)
+    task = Classification({}, CLASSES)
+    p, q = (theirs.double() / 3).softmax(dim=1), (ours.double() / 3).softmax(dim=1)
+    distance = (p * (p.log() - q.log())).sum(dim=1).mean()
+    expected = 0.75 * task.loss(ours, targets).double() + 0.25 * 9 * distance
+    found = Distilled(task, 0.25, 3.0).loss(ours, Taught(targets, theirs))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    multi = MultiLabel({}, CLASSES)
+    a, b = (theirs[:, :2].double() / 3).sigmoid(), (ours[:, :2].double() / 3).sigmoid()
+    distance = -(a * b.log() + (1 - a) * (1 - b).log()).mean()
+    expected = 0.75 * multi.loss(ours[:, :2], targets).double() + 0.25 * 9 * distance
+    found = Distilled(multi, 0.25, 3.0).loss(ours[:, :2], Taught(targets, theirs[:, :2]))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_teacher_sees_what_the_model_sees_and_only_in_training():
+    batch, teacher = batch_of([0, 1]), torch.nn.Linear(3, 4)
+    inputs, targets = torch.randn(2, 3), torch.zeros(2, 4)
+    prepare = TeachingPrepare(lambda batch, train: (inputs, targets), teacher)
+    seen, taught = prepare(batch, train=True)
+    assert torch.equal(seen, inputs)
+    assert torch.equal(taught.logits, teacher(inputs))
+    assert not taught.logits.requires_grad
+    assert prepare(batch, train=False)[1] is targets
