@@ -44,7 +44,7 @@ class Classification:
     def sums(self, outputs: torch.Tensor, batch: MicroBatch, targets: torch.Tensor) -> torch.Tensor:
         """Return (loss, top-1 hits, top-5 hits) summed over the samples that count."""
         weights, logits = batch.weights, outputs.float().cpu()
-        loss = self._loss.each(logits, batch.labels)
+        loss = self._loss.each(logits, batch.labels if batch.soft is None else targets.cpu())
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
         top1, top5 = ranked[:, 0].float(), ranked.any(dim=1).float()
         return torch.stack([(loss * weights).sum(), (top1 * weights).sum(), (top5 * weights).sum()])

@@ -76,7 +76,8 @@ class MultiLabel:
     def sums(self, outputs: torch.Tensor, batch: MicroBatch, targets: torch.Tensor) -> torch.Tensor:
         """Return (loss, wholly right samples, true positives, predicted, present) over the samples that count."""
         weights, logits, wanted = batch.weights, outputs.float().cpu(), self._labels_of_class[batch.labels]
-        loss = self._loss.each(logits, wanted)
+        soft = wanted if batch.soft is None else targets.cpu() @ self._labels_of_class.cpu()
+        loss = self._loss.each(logits, soft)
         found = (logits.sigmoid() >= _LIKELY).float()
         right = (found == wanted).all(dim=1).float()
         counts = [(found * wanted).sum(dim=1), found.sum(dim=1), wanted.sum(dim=1)]
