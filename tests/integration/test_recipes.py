@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import signal
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -81,3 +83,39 @@ def test_a_teacher_that_does_not_fit_is_refused_before_training(digits: Path, te
 def test_a_run_without_a_teacher_writes_nothing_of_one(teacher: Path) -> None:
     trainer = json.loads(next((teacher / "checkpoints").glob("step-*/trainer.json")).read_text())
     assert "teacher" not in trainer
+
+
+def test_soft_labels_are_trained_evaluated_and_inspected(digits: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write_soft(digits / "images" / split, tmp_path / "shards" / split)
+        packed = setformer("data", "pack", str(tmp_path / "shards" / split), str(tmp_path / "packed" / split))
+        assert packed.code == 0, packed.err
+    told = setformer("data", "inspect", str(tmp_path / "packed" / "train"))
+    assert told.code == 0, told.err
+    assert "soft" in told.out
+    ended = setformer(*train_words(tmp_path / "packed", tmp_path / "runs", "data.augment.mixup=0.2", ranks=2))
+    assert ended.code == 0, ended.err
+    run = tmp_path / "runs" / "demo"
+    assert min(loss for loss, _ in losses(run).values()) > 0.8  # the labels' entropy, which no model goes below
+    assert setformer("eval", str(run)).code == 0
+    image = sorted((digits / "images" / "val" / "2").iterdir())[0]
+    assert setformer("predict", str(run), str(image), "--top", "3").code == 0
+
+
+def write_soft(images: Path, root: Path) -> None:
+    """Write a shard in which each digit is itself to 70 % and its neighbours to the rest."""
+    root.mkdir(parents=True)
+    (root / "classes.txt").write_text("\n".join(map(str, range(10))))
+    with tarfile.open(root / "a.tar", "w") as tar:
+        for number, path in enumerate(sorted(images.glob("*/*"))):
+            label = int(path.parent.name)
+            soft = {str(label): 0.7, str((label + 1) % 10): 0.2, str((label - 1) % 10): 0.1}
+            members = (
+                (path.suffix[1:], path.read_bytes()),
+                ("cls", b"%d" % label),
+                ("soft.json", json.dumps(soft).encode()),
+            )
+            for name, data in members:
+                info = tarfile.TarInfo(f"{number:05d}.{name}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
