@@ -301,8 +301,7 @@ class _EvalWork:
         self._config = loading.config
         self._request = request
         self._samples = request.samples.tolist()
-        size = loading.config.image_size
-        self._batch = _Batch(loading.micro_batch, (size, size), loading.source)
+        self._batch = _Batch(loading.micro_batch, loading.config.shape, loading.source)
         self._delivered = np.full(loading.micro_batch, -1, dtype=np.int64)
         self._delivered[: len(self._samples)] = request.samples
         self.spans = spans_of(len(self._samples))

@@ -24,7 +24,7 @@ from launch.run.compose import check_device, open_splits, shapes_of, watch_of
 from launch.run.config import ResolvedRun, check_folder
 from launch.run.distill import teacher_of
 from launch.run.initial_weights import FirstWeights
-from launch.run.inputs import inputs_of
+from launch.run.inputs import ImageInputs, inputs_of
 from launch.run.own_code import bring
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import ConfigError, DataError
@@ -33,7 +33,7 @@ from setformer_dist.core.secrets import redacted
 from setformer_dist.core.terminal import open_table, print_heading
 from setformer_dist.engine.deepspeed_engine import DTYPES
 from setformer_dist.engine.optim import OPTIMIZERS
-from setformer_dist.models.build import build_model, check_name
+from setformer_dist.models.build import check_name
 from setformer_dist.models.measure import multiply_adds_of, parameters, predict_memory
 from setformer_dist.tasks.build import build_task, check_metric
 
@@ -145,8 +145,8 @@ def _assumed(run: ResolvedRun) -> _Known:
     """Return the model for images of so many classes, where the data are not there."""
     c = run.config
     assert isinstance(c.data, DataConfig)
-    model = build_model(c.model, _ASSUMED_CLASSES, c.data.image_size, c.run.seed)
-    return _Known(model, (3, c.data.image_size, c.data.image_size), None, ())
+    model = ImageInputs(c.data).build_model(c.model, _ASSUMED_CLASSES, {}, c.run.seed)
+    return _Known(model, (3, *c.data.shape), None, ())
 
 
 def dry_run(run: ResolvedRun, console: Console) -> None:

@@ -119,3 +119,15 @@ def write_soft(images: Path, root: Path) -> None:
                 info = tarfile.TarInfo(f"{number:05d}.{name}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
+
+
+def test_rectangular_images_train_and_predict(digits: Path, tmp_path: Path) -> None:
+    own = ("data.image_width=24", "data.augment.crop=resized")
+    ended = setformer(*train_words(digits, tmp_path, *own, ranks=1))
+    assert ended.code == 0, ended.err
+    image = sorted((digits / "images" / "val" / "2").iterdir())[0]
+    told = setformer("predict", str(tmp_path / "demo"), str(image), "--top", "3")
+    assert told.code == 0, told.err
+    exported = setformer("ckpt", "export", str(tmp_path / "demo"), str(tmp_path / "out"))
+    assert exported.code == 0, exported.err
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"]["input_size"] == [3, 16, 24]
