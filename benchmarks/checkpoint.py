@@ -44,7 +44,7 @@ from setformer_dist.engine.batch_plan import solve
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
 from setformer_dist.engine.config import BatchConfig, OptimConfig, PrecisionConfig, ZeroConfig
 from setformer_dist.engine.deepspeed_engine import initialize
-from setformer_dist.engine.master import OPTIMIZER_STATES, MasterState
+from setformer_dist.engine.master import MasterState
 from setformer_dist.engine.zero import deepspeed_config
 
 SIZES = {"small": (384, 4), "large": (768, 8)}  # width and depth
@@ -122,7 +122,7 @@ class Bench:
 
     def begin(self, manager: CheckpointManager, step: int) -> None:
         """Begin a save of masters and optimizer states."""
-        fragments = self.master.fragments("param", *OPTIMIZER_STATES)
+        fragments = self.master.fragments("param", *self.master.states)
         manager.begin(Snapshot(step, fragments, {"step": step}, {}), Identity(model="bench"))
 
     def ours(self, asynchronous: bool, repeats: int) -> tuple[list[float], list[float]]:
@@ -165,7 +165,7 @@ def measure(size: str, folder: str, repeats: int) -> dict[str, Any]:
         manager = bench.manager(root, asynchronous=True)
         found: list[Any] = []
         finding.append(bench.timed(lambda m=manager, f=found: f.append(m.newest())))
-        fragments = bench.master.fragments("param", *OPTIMIZER_STATES)
+        fragments = bench.master.fragments("param", *bench.master.states)
         loading.append(bench.timed(lambda m=manager, f=found, x=fragments: m.load(f[0], x)))
         bench.dropped()
         loading_theirs.append(bench.timed(lambda: bench.engine.load_checkpoint(str(bench.folder / "deepspeed"))))

@@ -38,7 +38,7 @@ from setformer_dist.core.batch import MicroBatch
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
 from setformer_dist.engine.metrics import peak_memory_mib
-from setformer_dist.engine.optim import adamw, parameter_groups
+from setformer_dist.engine.optim import optimizer_of, parameter_groups
 from setformer_dist.engine.progress import RunProgress
 from setformer_dist.engine.signals import StopRequest
 from setformer_dist.engine.stop_vote import StopVote
@@ -110,7 +110,7 @@ def ddp(page: str, overrides: list[str], blocks: int) -> dict[str, Any]:
     stream = ShardTrainStream(splits.train, c.data, c.run.seed, comm.ranks, run.plan.global_size, run.plan.micro)
     make = Prepare(c.data, len(splits.train.classes), "cpu", torch.float32)
     model = build_model(c.model, len(splits.train.classes), c.data.image_size, 0)
-    optimizer = adamw(parameter_groups(model, c.optim), c.optim)
+    optimizer = optimizer_of(parameter_groups(model, c.optim), c.optim)
     parallel = DistributedDataParallel(model)
     batches = stream.micro_batches(0)
 

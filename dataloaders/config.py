@@ -99,7 +99,7 @@ class ResolutionStage(FrozenConfig):
     Attributes:
         epoch: first epoch; give this or `step`.
         step: first optimizer step.
-        image_size: height and width in pixels.
+        image_size: height in pixels; the width goes along, in the proportion of `data.image_width`.
     """
 
     epoch: int | None = pydantic.Field(default=None, ge=0)
@@ -138,8 +138,9 @@ class DataConfig(FrozenConfig):
             Each walks epochs of its own, so nothing is left out of them whatever `epoch_end` says; an epoch of the
             run is as many samples as all have together.
         image_size: height and width of the images the model sees, in pixels.
-        eval_crop: share of the resized image's side that the centre crop of evaluation keeps; an image that is
-            already image_size x image_size is taken as it is.
+        image_width: their width, where it is another than their height, which is then image_size; 0 is square.
+        eval_crop: share of the resized image's side that the centre crop of evaluation keeps; an image that already
+            has the model's size is taken as it is.
         interpolation: how images are resized (antialiased).
         mean: channel means that normalisation subtracts, in units of the full range 0 to 1.
         std: channel deviations that normalisation divides by, in the same units.
@@ -157,6 +158,8 @@ class DataConfig(FrozenConfig):
         skip_bad: leave out what of shards that others made is no whole sample (no image, no label, members that belong
             to none, empty shards), and say how much; else it is an error.
         allow_empty_classes: class folders may hold no image that is read; they become no class. Else it is an error.
+        channels_last: hand images to the model with the channels of a pixel side by side in memory, which makes
+            convolutions faster on many devices; results differ by rounding.
         bad_validation: what a damaged validation sample does: stop the run, or count with weight 0.
         augment: what is done to training images.
     """
@@ -174,6 +177,7 @@ class DataConfig(FrozenConfig):
     epoch_end: Literal["drop", "wrap"] = "drop"
     mixture: Annotated[tuple[MixtureEntry, ...], pydantic.Field(strict=False)] = ()
     image_size: int = pydantic.Field(default=224, ge=1, le=LARGEST_SIDE)
+    image_width: int = pydantic.Field(default=0, ge=0, le=LARGEST_SIDE)
     resolutions: Annotated[tuple[ResolutionStage, ...], pydantic.Field(strict=False)] = ()
     aspect_buckets: Annotated[tuple[float, ...], pydantic.Field(strict=False)] = ()
     bucket_multiple: int = pydantic.Field(default=32, ge=1, le=LARGEST_SIDE)
@@ -187,8 +191,14 @@ class DataConfig(FrozenConfig):
     max_bad_share: Annotated[float, FREE] = pydantic.Field(default=1e-3, ge=0.0, le=1.0)
     skip_bad: Annotated[bool, FREE] = False
     allow_empty_classes: Annotated[bool, FREE] = False
+    channels_last: Annotated[bool, FREE] = False
     bad_validation: Annotated[Literal["raise", "zero_weight"], FREE] = "raise"
     augment: AugmentConfig = AugmentConfig()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(height, width) of the images that the model sees."""
+        return self.image_size, self.image_width or self.image_size
 
     @property
     def group(self) -> int:
@@ -205,9 +215,9 @@ class DataConfig(FrozenConfig):
             raise ValueError(
                 f"mean = {list(self.mean)} and std = {list(self.std)} are in units of the full range: divide by 255"
             )
-        if self.augment.crop == "pad" and self.augment.pad >= self.image_size:
+        if self.augment.crop == "pad" and self.augment.pad >= min(self.shape):
             raise ValueError(
-                f"augment.pad = {self.augment.pad} must be smaller than image_size = {self.image_size}, "
+                f"augment.pad = {self.augment.pad} must be smaller than image_size = {min(self.shape)}, "
                 "or a crop can miss the image altogether"
             )
         return self
@@ -219,6 +229,8 @@ class DataConfig(FrozenConfig):
                 'augment.crop = "pad" keeps images as large as they are stored, so it goes with neither resolutions '
                 'nor aspect_buckets: set augment.crop = "resized"'
             )
+        if self.aspect_buckets and self.image_width:
+            raise ValueError("image_width gives all images one shape, aspect_buckets several: leave one out")
         if self.aspect_buckets and (self.mixture or self.order == "block"):
             other = "mixture" if self.mixture else 'order = "block"'
             raise ValueError(f"aspect_buckets makes batches by shape, {other} makes them otherwise: leave one out")

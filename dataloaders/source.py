@@ -36,11 +36,13 @@ class Stored:
         image: an image file's bytes (JPEG, PNG, ...), or (H, W, 3) uint8 pixels where the container holds raw ones.
         mask: a PNG file's bytes, one byte per pixel: its class, 255 where it does not count; None without.
         boxes: None without.
+        soft: (classes,) float32, how probable each class is, summing to 1; None without.
     """
 
     image: bytes | npt.NDArray[np.uint8]
     mask: bytes | None = None
     boxes: Boxes | None = None
+    soft: npt.NDArray[np.float32] | None = None
 
 
 class Source(Protocol):
@@ -76,7 +78,7 @@ class Source(Protocol):
 
     @property
     def parts(self) -> frozenset[str]:
-        """What each sample has besides image and label: "mask", "boxes"."""
+        """What each sample has besides image and label: "mask", "boxes", "soft"."""
         ...
 
     @property

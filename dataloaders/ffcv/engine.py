@@ -91,7 +91,7 @@ class FfcvEvalStream(ShardEvalStream):
         super().__init__(source, config, ranks, micro_batch)
         beton = _only_beton(source)
         _check_offered(config)
-        shape = (config.image_size, config.image_size)
+        shape = config.shape
 
         def views(request: Request) -> list[View]:
             return [centre_view(beton.size(sample), shape, config.eval_crop) for sample in request.samples.tolist()]
@@ -153,7 +153,7 @@ class _FfcvReaders:
         self._native = native
         self._mix = mix
         self._timeout = config.read_timeout
-        self._size = config.image_size
+        self._shape = config.shape
         self._pipeline = Pipeline(str(beton.path), micro_batch, max(1, config.threads), config.prefetch)
         self._run: Run | None = None
         self._call = 0
@@ -178,7 +178,7 @@ class _FfcvReaders:
 
     def _answers(self, stretch: list[Request], call: int) -> Iterator[Loaded]:
         count = sum(len(request.samples) for request in stretch)
-        shape = stretch[0].shape if stretch[0].epochs is not None else (self._size, self._size)
+        shape = stretch[0].shape if stretch[0].epochs is not None else self._shape
         if count:
             self._run = self._pipeline.run(count, shape, lambda batch, records: self._fill(stretch[batch], records))
         for request in stretch:

@@ -41,6 +41,7 @@ class ImageSizes:
 
     def __init__(self, config: DataConfig, steps_per_epoch: int) -> None:
         self._multiple = config.bucket_multiple if config.aspect_buckets else 1
+        self._shape = config.shape
         stages = {0: config.image_size}
         begins: set[int] = set()
         for stage in config.resolutions:
@@ -53,15 +54,21 @@ class ImageSizes:
         self._sizes = [stages[step] for step in self._steps]
 
     def side(self, step: int) -> int:
-        """Return the image size that holds at a step."""
+        """Return the image size that holds at a step: the height."""
         return self._sizes[int(np.searchsorted(self._steps, step, side="right")) - 1]
 
     def shape(self, step: int, aspect: float = 1.0) -> Shape:
         """Return (height, width) of a step's images, of width / height near `aspect`."""
         side = self.side(step)
         if self._multiple == 1:
-            return side, side
+            return proportional(side, self._shape)
         return bucket_shape(side, aspect, self._multiple)
+
+
+def proportional(side: int, shape: Shape) -> Shape:
+    """Return the (height, width) of height `side` that is as wide as a shape."""
+    height, width = shape
+    return side, max(1, round(side * width / height))
 
 
 def bucket_shape(side: int, aspect: float, multiple: int) -> Shape:

@@ -73,6 +73,7 @@ class Taken:
         boxes: or None.
         rewritten: the image's bytes are not those of the source.
         top_class: largest class of the mask, -1 without.
+        soft: as `Stored.soft`.
     """
 
     image: bytes
@@ -82,6 +83,7 @@ class Taken:
     boxes: Boxes | None
     rewritten: bool
     top_class: int
+    soft: npt.NDArray[np.float32] | None = None
 
 
 def take_in(stored: Stored, how: Intake) -> Taken:
@@ -95,7 +97,7 @@ def take_in(stored: Stored, how: Intake) -> Taken:
     image, height, width = _image(data, before[0], before[1], how)
     mask, top = (None, -1) if stored.mask is None else _mask(stored.mask, before, (height, width), how)
     boxes = None if stored.boxes is None else _boxes(stored.boxes, before, (height, width), how)
-    return Taken(image, height, width, mask, boxes, image is not data, top)
+    return Taken(image, height, width, mask, boxes, image is not data, top, stored.soft)
 
 
 def check(stored: Stored, classes: int) -> tuple[int, int]:
@@ -232,6 +234,11 @@ def _boxes(boxes: Boxes, stored: tuple[int, int], packed: tuple[int, int], how: 
             raise UndecodableError(f"box ({place}) has class {label}, but there are {how.classes} classes")
     scale = np.array([packed[1] / stored[1], packed[0] / stored[0]] * 2, np.float32)
     return Boxes(corners * scale, boxes.labels)
+
+
+def encode_soft(soft: npt.NDArray[np.float32]) -> bytes:
+    """Return a soft label as the JSON file that a shard holds, each number to its last bit."""
+    return json.dumps(soft.tolist()).encode()
 
 
 def encode_boxes(boxes: Boxes) -> bytes:

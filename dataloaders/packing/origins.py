@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any, Protocol
@@ -59,7 +59,7 @@ class Origin(Protocol):
 
     @property
     def parts(self) -> frozenset[str]:
-        """What samples have besides image and label: "mask", "boxes"."""
+        """What samples have besides image and label: "mask", "boxes", "soft"."""
         ...
 
     def weights(self) -> Iterable[int]:
@@ -209,9 +209,17 @@ class SourceOrigin:
             label = int(self.source.labels(np.array([place], np.int64)))
             label = label if self.labels is None else int(self.labels[label])
             try:
-                yield Raw(number, self.source.key(place), label, self.source.read(place))
+                yield Raw(number, self.source.key(place), label, self._with_our_classes(self.source.read(place)))
             except DamagedSampleError as error:
                 yield self.source.key(place), UndecodableError(str(error))
+
+    def _with_our_classes(self, stored: Stored) -> Stored:
+        """Return a sample whose soft label is over the classes to be packed with."""
+        if stored.soft is None or self.labels is None:
+            return stored
+        soft = np.zeros(len(self.classes), np.float32)
+        np.add.at(soft, self.labels, stored.soft)
+        return replace(stored, soft=soft)
 
     def _part(self, first: int, end: int) -> npt.NDArray[np.int64] | None:
         return None if self.order is None else self.order[first:end]

@@ -47,7 +47,7 @@ import safetensors.numpy
 
 from dataloaders.helpers import begin_helper, helper_context, lean_start
 from dataloaders.packing.finding import FoundOrigin, Wanted, find_origin
-from dataloaders.packing.intake import Intake, Taken, encode_boxes, take_in
+from dataloaders.packing.intake import Intake, Taken, encode_boxes, encode_soft, take_in
 from dataloaders.packing.origins import Origin, Raw
 from dataloaders.pixels.decode import UndecodableError, suffix_for
 from dataloaders.sources.index import (
@@ -74,7 +74,7 @@ _SCRATCH, _RUN = ".scratch", ".run-"
 _NAMED_REJECTS = 20
 
 # Version of what a shard's bytes are made of: raised when the same plan gives other bytes.
-_ROWS_FORMAT = 1
+_ROWS_FORMAT = 2
 
 _ROW_NAMES = [*list(COLUMNS)[1:], *PART_COLUMNS]
 _PART_NAMES = ("offset", "size", "crc32")
@@ -469,7 +469,8 @@ def _add_sample(shard: _HashedFile, key: str, sample: Raw, taken: Taken) -> tupl
     shard.add_member(f"{key}.cls", b"%d" % sample.label)
     row = [offset, len(image), sample.label, taken.width, taken.height, zlib.crc32(image)]
     boxes = None if taken.boxes is None else encode_boxes(taken.boxes)
-    for name, data in (("mask.png", taken.mask), ("boxes.json", boxes)):
+    soft = None if taken.soft is None else encode_soft(taken.soft)
+    for name, data in (("mask.png", taken.mask), ("boxes.json", boxes), ("soft.json", soft)):
         if data is None:
             row += [0, 0, 0]
         else:

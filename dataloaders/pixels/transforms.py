@@ -57,11 +57,13 @@ class Shown:
         image: (3, H, W) uint8.
         mask: (H, W) uint8, for samples with masks.
         boxes: (k, 4) float32 x0, y0, x1, y1 in pixels, and (k,) int64 classes, for samples with boxes.
+        soft: as the sample has it.
     """
 
     image: torch.Tensor
     mask: torch.Tensor | None = None
     boxes: tuple[torch.Tensor, torch.Tensor] | None = None
+    soft: npt.NDArray[np.float32] | None = None
 
 
 class Choices(NamedTuple):
@@ -133,7 +135,7 @@ class TrainTransform:
         mask = None if sample.mask is None else see_mask(view, decode_mask(sample.mask, stored))
         if self._recolours:
             image, mask = self._recoloured(image, mask, choices)
-        return Shown(image, mask, None if sample.boxes is None else see_boxes(view, sample.boxes))
+        return Shown(image, mask, None if sample.boxes is None else see_boxes(view, sample.boxes), sample.soft)
 
     def _view(self, stored: Shape, shape: Shape, draws: list[float]) -> View:
         if self._augment.crop == "resized":
@@ -164,9 +166,9 @@ class TrainTransform:
 
 
 def show_for_eval(sample: Stored, config: DataConfig) -> Shown:
-    """Return a sample as evaluation sees it, in (S, S): shorter side resized to S / eval_crop, centre cut.
+    """Return a sample as evaluation sees it, in (H, W): resized so that it covers (H, W) / eval_crop, centre cut.
 
-    An image of S x S is taken as it is. The resize is antialiased; against timm's (PIL's) the mean difference
+    An image of H x W is taken as it is. The resize is antialiased; against timm's (PIL's) the mean difference
     is below 1 of 255.
 
     Raises:
@@ -174,14 +176,14 @@ def show_for_eval(sample: Stored, config: DataConfig) -> Shown:
     """
     pixels = decode(sample.image)
     stored = pixels.shape[0], pixels.shape[1]
-    view = centre_view(stored, (config.image_size, config.image_size), config.eval_crop)
+    view = centre_view(stored, config.shape, config.eval_crop)
     mask = None if sample.mask is None else see_mask(view, decode_mask(sample.mask, stored))
     image = see_image(view, pixels, stored, config.interpolation)
-    return Shown(image, mask, None if sample.boxes is None else see_boxes(view, sample.boxes))
+    return Shown(image, mask, None if sample.boxes is None else see_boxes(view, sample.boxes), sample.soft)
 
 
 def decode_for_eval(data: bytes | npt.NDArray[np.uint8], config: DataConfig) -> torch.Tensor:
-    """Return an image as evaluation sees it, (3, S, S) uint8; see `show_for_eval`.
+    """Return an image as evaluation sees it, (3, H, W) uint8; see `show_for_eval`.
 
     Raises:
         UndecodableError: the bytes are not a whole image.
@@ -211,10 +213,10 @@ def _check_sizes(config: DataConfig, source: Source) -> None:
     if config.augment.crop != "pad":
         return
     smallest, largest = source.extent()
-    square = (config.image_size, config.image_size)
-    if not smallest == largest == square:
+    wanted = config.shape
+    if not smallest == largest == wanted:
         raise ConfigError(
-            f'augment.crop = "pad" needs images of {square[0]} x {square[0]} (data.image_size), but those '
+            f'augment.crop = "pad" needs images of {wanted[0]} x {wanted[1]} (data.image_size), but those '
             f"of {source.name} go from {smallest[0]} x {smallest[1]} to {largest[0]} x {largest[1]}: set image_size "
             'to their size or augment.crop = "resized"'
         )
@@ -222,9 +224,10 @@ def _check_sizes(config: DataConfig, source: Source) -> None:
 
 def _check_parts(augment: AugmentConfig, source: Source) -> None:
     """Refuse what masks and boxes cannot follow."""
-    if not source.parts:
+    placed = source.parts - {"soft"}  # which is mixed as labels are
+    if not placed:
         return
-    with_parts = f"samples of {source.name} come with {' and '.join(sorted(source.parts))}"
+    with_parts = f"samples of {source.name} come with {' and '.join(sorted(placed))}"
     if augment.randaugment_ops:
         raise ConfigError(
             f"augment.randaugment_ops = {augment.randaugment_ops} shears, shifts and turns images, but {with_parts}, "

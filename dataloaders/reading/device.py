@@ -1,7 +1,7 @@
 """From a micro batch of bytes on the CPU to what a model and a loss take, on the device.
 
     uint8 -> device -> float, normalised -> mixup or cutmix -> model
-    labels -> device -> one-hot, smoothed -> the same mixing  -> loss
+    labels -> device -> one-hot or soft, smoothed -> the same mixing -> loss
 
 m = micro batch, C = classes, H, W = height, width of the images.
 """
@@ -18,7 +18,7 @@ class Prepare:
     """Makes images and soft targets of a micro batch.
 
     Args:
-        config: gives mean, std and label smoothing.
+        config: gives mean, std, label smoothing and the layout of images in memory.
         num_classes: C.
         device: where to.
         dtype: of the images; normalisation and mixing are computed in float32 all the same.
@@ -31,6 +31,8 @@ class Prepare:
         self._device = torch.device(device)
         self._dtype = dtype
         self._smoothing = config.augment.smoothing
+        # Weights keep their layout, as ZeRO cuts them flat; a convolution follows either of its two operands.
+        self._layout = torch.channels_last if config.channels_last else torch.preserve_format
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (config.mean, config.std))
         # (x / 255 - mean) / std as one multiply-add
         self._scale = (1 / (255 * std)).to(self._device)
@@ -39,13 +41,21 @@ class Prepare:
     def __call__(self, batch: MicroBatch, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Return images (m, 3, H, W) of the dtype and targets (m, C) float32, rows summing to 1.
 
-        Smoothing and mixing are for training alone; evaluation gets hard one-hot targets.
+        Smoothing and mixing are for training alone; evaluation gets one-hot targets, or the data's soft labels.
         """
         images = batch.inputs.to(self._device, non_blocking=True).float() * self._scale + self._shift
-        targets = self._one_hot(batch.labels, self._smoothing if train else 0.0)
+        targets = self._targets(batch, self._smoothing if train else 0.0)
         if train and batch.mix is not None:
             images, targets = _mix(images, targets, batch.mix)
-        return images.to(self._dtype), targets
+        return images.to(self._dtype, memory_format=self._layout), targets
+
+    def _targets(self, batch: MicroBatch, smoothing: float) -> torch.Tensor:
+        hard = self._one_hot(batch.labels, smoothing)
+        if batch.soft is None:
+            return hard
+        soft = batch.soft.to(self._device, non_blocking=True)
+        smooth = soft * (1.0 - smoothing) + smoothing / self._num_classes
+        return torch.where(soft.any(dim=1, keepdim=True), smooth, hard)
 
     def _one_hot(self, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
         rest = smoothing / self._num_classes

@@ -84,6 +84,7 @@ class Loaded:
         error: what stops the run, in place of pixels.
         masks: (m, H, W) uint8, for samples that have them.
         boxes: for samples that have them.
+        soft: (m, classes) float32, for samples that have soft labels; zeros for those of them that do not.
     """
 
     request: Request
@@ -94,6 +95,7 @@ class Loaded:
     error: SetformerError | None = None
     masks: torch.Tensor | None = None
     boxes: PackedBoxes | None = None
+    soft: torch.Tensor | None = None
 
     @property
     def annotations(self) -> Annotations | None:
@@ -150,11 +152,13 @@ def spans_of(count: int, length: int = _SPAN) -> list[range]:
 class _Batch:
     """The micro batch that a request's spans are written into."""
 
-    def __init__(self, count: int, shape: tuple[int, int], parts: frozenset[str]) -> None:
+    def __init__(self, count: int, shape: tuple[int, int], source: Source) -> None:
+        parts = source.parts
         self.images = torch.zeros((count, 3, *shape), dtype=torch.uint8)
         self.masks = torch.full((count, *shape), NOT_COUNTED, dtype=torch.uint8) if "mask" in parts else None
         none = torch.empty((0, 4)), torch.empty(0, dtype=torch.int64)
         self.boxes = [none] * count if "boxes" in parts else None
+        self.soft = torch.zeros((count, len(source.classes))) if "soft" in parts else None
         self.bad: dict[int, str] = {}
         self.errors: dict[int, SetformerError] = {}
 
@@ -168,6 +172,8 @@ class _Batch:
             self.masks[place] = shown.mask
         if self.boxes is not None and shown.boxes is not None:
             self.boxes[place] = shown.boxes
+        if self.soft is not None and shown.soft is not None:
+            self.soft[place] = torch.from_numpy(shown.soft)
 
     def loaded(self, request: Request, samples: npt.NDArray[np.int64], mix: MixArrays | None = None) -> Loaded:
         if self.errors:  # the first by place, whichever thread met one first
@@ -178,7 +184,7 @@ class _Batch:
             counts = np.array([len(one) for one in labels], np.int64)
             boxes = PackedBoxes(counts, torch.cat(corners).numpy(), torch.cat(labels).numpy())
         bad = sorted(self.bad.items())
-        return Loaded(request, self.images, samples, bad, mix, masks=self.masks, boxes=boxes)
+        return Loaded(request, self.images, samples, bad, mix, masks=self.masks, boxes=boxes, soft=self.soft)
 
 
 class _Sourced:
@@ -231,7 +237,7 @@ class _TrainWork:
         self._choices = draw_choices(loading.config.augment, loading.seed, request.epochs, request.samples)
         self._asked = list(zip(request.samples.tolist(), request.epochs.tolist(), strict=True))
         self._delivered = request.samples.copy()
-        self._batch = _Batch(len(request.samples), request.shape, loading.source.parts)
+        self._batch = _Batch(len(request.samples), request.shape, loading.source)
         self.spans = spans_of(len(request.samples))
 
     def fill(self, span: range) -> None:
@@ -295,8 +301,7 @@ class _EvalWork:
         self._config = loading.config
         self._request = request
         self._samples = request.samples.tolist()
-        size = loading.config.image_size
-        self._batch = _Batch(loading.micro_batch, (size, size), loading.source.parts)
+        self._batch = _Batch(loading.micro_batch, loading.config.shape, loading.source)
         self._delivered = np.full(loading.micro_batch, -1, dtype=np.int64)
         self._delivered[: len(self._samples)] = request.samples
         self.spans = spans_of(len(self._samples))

@@ -171,6 +171,7 @@ class ShardTrainStream:
                 step=loaded.request.step,
                 substitutions=[line for _, line in loaded.bad],
                 annotations=loaded.annotations,
+                soft=loaded.soft,
             )
 
     def _coming_files(self, first_step: int) -> Iterator[tuple[int, ...]]:
@@ -245,6 +246,7 @@ class ShardEvalStream:
                 sample_ids=torch.from_numpy(loaded.samples),
                 substitutions=[line for _, line in loaded.bad],
                 annotations=loaded.annotations,
+                soft=loaded.soft,
             )
 
     def close(self) -> None:

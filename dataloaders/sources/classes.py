@@ -7,7 +7,8 @@
     0,cat   cat,0   with or without    two columns, one of them the numbers 0 to n - 1, by comma, semicolon or tab
     a header
 
-A label is a whole number (3, 3.0 as pandas writes it), or a name. Byte order marks are skipped.
+A label is a whole number (3, 3.0 as pandas writes it), or a name. A soft label is a list of probabilities, or a table
+of them by class name. Byte order marks are skipped.
 """
 
 from __future__ import annotations
@@ -18,11 +19,17 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from dataloaders.sources.files import parse_json
 from setformer_dist.core.errors import DataError
 
 # Bytes of a file of class names: a million names.
 LARGEST_CLASS_FILE = 1 << 24
+
+# A soft label may sum to 1 but for this much; it is divided by its sum.
+_SOFT_ROUNDING = 1e-3
 
 _TABLES = ("id2label", "label2id", "class_to_idx", "idx_to_class")
 _HEADERS = frozenset({"class", "classes", "name", "names", "label", "labels", "class_name", "classname"})
@@ -227,3 +234,39 @@ def _check_spaced(lines: list[str], shown: str) -> None:
                 f"class map {shown} has line {lines[0][:60]!r} at label 0: put a comma between names and numbers, or "
                 "sort the lines"
             )
+
+
+def soft_label(said: object, classes: Sequence[str]) -> npt.NDArray[np.float32]:
+    """Return how probable each class is, (classes,) float32, summing to 1.
+
+    Args:
+        said: a number for each class, in order; or a table from class names to numbers, 0 for those not named.
+        classes: their names.
+
+    Raises:
+        ValueError: it is neither, names no class, or is no distribution.
+        TypeError: a number is none.
+    """
+    if isinstance(said, dict):
+        place = {name: at for at, name in enumerate(classes)}
+        values = np.zeros(len(classes))
+        for name, value in said.items():
+            if name not in place:
+                raise ValueError(f"{name!r:.40} is no class")
+            values[place[name]] = _probability(value)
+    elif isinstance(said, list):
+        if len(said) != len(classes):
+            raise ValueError(f"it has {len(said)} numbers for {len(classes)} classes")
+        values = np.array([_probability(value) for value in said])
+    else:
+        raise ValueError("it is neither a list of numbers nor a table of classes")
+    total = float(values.sum())
+    if abs(total - 1) > _SOFT_ROUNDING:
+        raise ValueError(f"it sums to {total:.6g} and not to 1")
+    return np.asarray(values / total, np.float32)
+
+
+def _probability(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1 + _SOFT_ROUNDING:
+        raise ValueError(f"{value!r:.40} is no probability")
+    return float(value)

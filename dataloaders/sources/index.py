@@ -61,7 +61,7 @@ COLUMNS: dict[str, np.dtype[Any]] = {
 }
 
 # Parts that a sample may have besides image and label; size 0 is a sample without.
-PARTS = ("mask", "boxes")
+PARTS = ("mask", "boxes", "soft")
 PART_COLUMNS: dict[str, np.dtype[Any]] = {
     f"{part}_{name}": COLUMNS[name] for part in PARTS for name in ("offset", "size", "crc32")
 }

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from dataloaders.sources.classes import LARGEST_CLASS_FILE, parse_class_map
 from dataloaders.sources.files import open_regular
-from dataloaders.sources.index import Index, ShardFacts, key_matrix_of
+from dataloaders.sources.index import PARTS, Index, ShardFacts, key_matrix_of
 from dataloaders.sources.passed import Passed
 from dataloaders.sources.tar_headers import FileReader, StreamReader
 from dataloaders.sources.tars import Row, scan
@@ -167,7 +167,7 @@ def _columns(rows: list[Row]) -> dict[str, npt.NDArray[np.generic]]:
         "height": np.array([row.height for row in rows], np.int32),
         "width": np.array([row.width for row in rows], np.int32),
     }
-    for part, prefix in (("image", ""), ("mask", "mask_"), ("boxes", "boxes_")):
+    for part, prefix in (("image", ""), ("mask", "mask_"), ("boxes", "boxes_"), ("soft", "soft_")):
         places = np.array([getattr(row, part) for row in rows], np.int64).reshape(-1, 3)
         columns[f"{prefix}offset"], columns[f"{prefix}size"] = places[:, 0], places[:, 1]
         columns[f"{prefix}crc32"] = places[:, 2].clip(0).astype(np.uint32)
@@ -211,7 +211,7 @@ def joined(shards: list[Scanned], whole: bool) -> tuple[dict[str, npt.NDArray[An
     """
     columns = {name: np.concatenate([one.columns[name] for one in shards]) for name in shards[0].columns}
     columns["shard"] = np.repeat(np.arange(len(shards), dtype=np.int32), [one.facts.samples for one in shards])
-    for part in ("mask", "boxes"):
+    for part in PARTS:
         if not columns[f"{part}_size"].any():
             columns = {name: column for name, column in columns.items() if not name.startswith(f"{part}_")}
     if not whole:

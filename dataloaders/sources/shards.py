@@ -20,6 +20,7 @@ import torch
 
 from dataloaders.source import Boxes, DamagedSampleError, Source, Stored
 from dataloaders.sources.arrays import CHUNK_SHIFT, num_chunks
+from dataloaders.sources.classes import soft_label
 from dataloaders.sources.files import LARGEST_SAMPLE, parse_json
 from dataloaders.sources.index import INDEX_NAME, Index, ShardFacts, read_index
 from dataloaders.storage.base import (
@@ -127,8 +128,8 @@ class ShardDataset:
         """Return a sample.
 
         Raises:
-            DamagedSampleError: its bytes do not have the checksum of the index, its image has none, or its boxes are
-                not such as its classes allow.
+            DamagedSampleError: its bytes do not have the checksum of the index, its image has none, or its boxes
+                or soft label are not such as its classes allow.
             DataError: the shard cannot be read, or is shorter than when it was opened.
         """
         if not self._sure[sample >> CHUNK_SHIFT]:
@@ -140,7 +141,8 @@ class ShardDataset:
             return Stored(image)
         mask = self._bytes(sample, self._further["mask"]) if "mask" in self._further else b""
         boxes = self._boxes(sample, self._further["boxes"]) if "boxes" in self._further else None
-        return Stored(image, mask or None, boxes)
+        soft = self._soft(sample, self._further["soft"]) if "soft" in self._further else None
+        return Stored(image, mask or None, boxes, soft)
 
     def _bytes(self, sample: int, place: _Place) -> bytes:
         offsets, sizes, checksums = place
@@ -184,6 +186,15 @@ class ShardDataset:
                 f"{len(self.classes) - 1}"
             )
         return Boxes(corners, labels)
+
+    def _soft(self, sample: int, place: _Place) -> npt.NDArray[np.float32] | None:
+        data = self._bytes(sample, place)
+        if not data:
+            return None
+        try:
+            return soft_label(parse_json(data), self.classes)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise DamagedSampleError(f"{self.place(sample)}: its soft label is none ({error})") from None
 
     def _make_sure(self, chunks: Any) -> None:
         """Check the rows of chunks of the index that were not touched before."""

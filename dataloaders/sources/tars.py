@@ -42,7 +42,8 @@ _LONGEST_KEY = 512
 # Members between two signs of life.
 _TOLD = 64
 
-MASK_PART, BOXES_PART = "mask.png", "boxes.json"
+MASK_PART, BOXES_PART, SOFT_PART = "mask.png", "boxes.json", "soft.json"
+_FURTHER_PARTS = (MASK_PART, BOXES_PART, SOFT_PART)
 _LABEL_PARTS = ("cls", "json")
 _READ_SUFFIXES = frozenset((*IMAGE_PARTS, *_LABEL_PARTS))
 LABEL_FIELDS = ("label", "cls", "class")
@@ -71,6 +72,7 @@ class Row:
     image: tuple[int, int, int]
     mask: tuple[int, int, int]
     boxes: tuple[int, int, int]
+    soft: tuple[int, int, int]
     height: int
     width: int
 
@@ -186,7 +188,7 @@ class _Scanner:
 
     def _look(self, member: Member, part: str) -> _Look:
         look, body = _Look(), None
-        if part not in (*IMAGE_PARTS, *_LABEL_PARTS, MASK_PART, BOXES_PART):
+        if part not in (*IMAGE_PARTS, *_LABEL_PARTS, *_FURTHER_PARTS):
             return look
         limit = _LARGEST_LABEL.get(part, LARGEST_SAMPLE)
         if member.size > limit:
@@ -226,7 +228,7 @@ class _Scanner:
         for part in sample.parts:
             if part in IMAGE_PARTS and part != image:
                 self._passed.others["further images of a sample"] += 1
-            elif part not in (*IMAGE_PARTS, *_LABEL_PARTS, MASK_PART, BOXES_PART):
+            elif part not in (*IMAGE_PARTS, *_LABEL_PARTS, *_FURTHER_PARTS):
                 self._passed.unread[f".{part}"] += 1
 
     def _is_whole(self, sample: Sample) -> bool:
@@ -237,7 +239,7 @@ class _Scanner:
             what = f"it has no image, only {', '.join(sorted(sample.parts))}"
             self._refuse(sample.key, what, _why_no_image(sample.key, sorted(sample.parts), self._shown))
             return False
-        for part in (image, *(part for part in (*_LABEL_PARTS, MASK_PART, BOXES_PART) if part in sample.parts)):
+        for part in (image, *(part for part in (*_LABEL_PARTS, *_FURTHER_PARTS) if part in sample.parts)):
             trouble = self._looked[_place_of(sample.parts[part], part)].trouble
             if trouble:
                 self._refuse(sample.key, trouble, f"shard {self._shown}: {trouble}: restore or pack it again, {_SKIP}")
@@ -269,7 +271,7 @@ def _place_of(member: Member, part: str) -> tuple[int, str]:
     """Return where a member's bytes are, and as what they are looked at; "" for parts that are not."""
     if part in IMAGE_PARTS:
         return member.offset, "image"
-    return member.offset, part if part in (*_LABEL_PARTS, MASK_PART, BOXES_PART) else ""
+    return member.offset, part if part in (*_LABEL_PARTS, *_FURTHER_PARTS) else ""
 
 
 def _whole(reader: Reader, member: Member, shown: str) -> bytes:
@@ -355,6 +357,7 @@ def _rows(samples: list[Sample], looked: dict[tuple[int, str], _Look], shown: st
                 _place(image, "image", looked),
                 _place(sample.parts.get(MASK_PART), MASK_PART, looked),
                 _place(sample.parts.get(BOXES_PART), BOXES_PART, looked),
+                _place(sample.parts.get(SOFT_PART), SOFT_PART, looked),
                 *some,
             )
         )

@@ -22,6 +22,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from dataloaders.config import DataConfig
+from launch.run.inputs import ImageInputs
 from launch.run.trained import Trained, load_trained
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.metric import Weights
@@ -96,8 +97,8 @@ def export(path: Path, dest: Path, weights: Weights, console: Console) -> None:
 
 def _timm_config(trained: Trained, data: DataConfig) -> dict[str, Any]:
     """Return the config.json of timm's hub layout."""
-    name, size = trained.config.model.name, data.image_size
-    arguments = timm_arguments(trained.config.model, len(trained.task.outputs), size)
+    name = trained.config.model.name
+    arguments = ImageInputs(data).model_arguments(trained.config.model, len(trained.task.outputs))
     default = timm.get_pretrained_cfg(name, allow_unregistered=True)
     kept = default.to_dict() if default is not None else {}
     same = ("first_conv", "classifier", "fixed_input_size", "pool_size")
@@ -110,7 +111,7 @@ def _timm_config(trained: Trained, data: DataConfig) -> dict[str, Any]:
         "pretrained_cfg": {
             **{key: kept[key] for key in same if key in kept},
             "num_classes": len(trained.task.outputs),
-            "input_size": [3, size, size],
+            "input_size": [3, *data.shape],
             "mean": list(data.mean),
             "std": list(data.std),
             "interpolation": data.interpolation,

@@ -16,6 +16,7 @@ from checkpoints.manager import CheckpointManager
 from checkpoints.reader import Checkpoint, open_checkpoint
 from launch.ckpt.export import check_free, made
 from launch.ranks.lock import held
+from launch.run.imported import ADAMS
 from launch.run.trained import load_trained
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import ConfigError
@@ -24,7 +25,7 @@ from setformer_dist.core.store import Snapshot
 
 
 def export_deepspeed(path: Path, dest: Path, console: Console) -> None:
-    """Write a directory that DeepSpeed's zero_to_fp32.py reads: fp32 masters and Adam's states.
+    """Write a directory that DeepSpeed's zero_to_fp32.py reads: fp32 masters, and the states where they are Adam's.
 
     Raises:
         CheckpointError: nothing there verifies.
@@ -32,10 +33,10 @@ def export_deepspeed(path: Path, dest: Path, console: Console) -> None:
     """
     check_free(dest)
     checkpoint = open_checkpoint(path)
-    there = checkpoint.states()
-    wanted = [state for state in ("param", "exp_avg", "exp_avg_sq") if state in there]
-    whole: dict[str, dict[str, torch.Tensor]] = {state: checkpoint.read_full(state) for state in wanted}
     names, options = _as_trained(path, checkpoint)
+    states_of = {"param"} if options is None else {"param", "exp_avg", "exp_avg_sq"}
+    wanted = [state for state in ("param", "exp_avg", "exp_avg_sq") if state in states_of & set(checkpoint.states())]
+    whole: dict[str, dict[str, torch.Tensor]] = {state: checkpoint.read_full(state) for state in wanted}
     states = {state: {name: tensors[name] for name in names} for state, tensors in whole.items()}
     updates = checkpoint.trainer.get("optimizer_steps")
     with made(dest) as folder:
@@ -46,8 +47,8 @@ def export_deepspeed(path: Path, dest: Path, console: Console) -> None:
             updates=updates if isinstance(updates, int) and 0 <= updates <= checkpoint.step else None,
             hyperparameters=options,
         )
-        ordered = _holds_model(checkpoint)
-        (folder / "README.md").write_text(_FOR_DEEPSPEED[ordered], encoding="utf-8")
+        about = _WEIGHTS_ALONE if options is None else _FOR_DEEPSPEED[_holds_model(checkpoint)]
+        (folder / "README.md").write_text(about, encoding="utf-8")
     console.print(
         f"{dest / tag.name}: {', '.join(states)} of {len(states['param'])} parameters", highlight=False, markup=False
     )
@@ -72,18 +73,30 @@ checkpoint was imported and holds no config, so the order of the model's paramet
 """,
 }
 
+_WEIGHTS_ALONE = """# Written by setformer ckpt export --deepspeed
+
+fp32 weights, for `zero_to_fp32.py` and `engine.load_checkpoint(..., load_module_only=True)`. The run had another
+optimizer than Adam, whose states DeepSpeed's own form has no names for.
+"""
+
 
 def _holds_model(checkpoint: Checkpoint) -> bool:
     config = checkpoint.trainer.get("config")
     return isinstance(config, dict) and "model" in config
 
 
-def _as_trained(path: Path, checkpoint: Checkpoint) -> tuple[list[str], dict[str, Any]]:
-    """Return the parameters' names in the model's order, and what the optimizer was set to, as far as is known."""
+def _as_trained(path: Path, checkpoint: Checkpoint) -> tuple[list[str], dict[str, Any] | None]:
+    """Return the parameters' names in the model's order, and what Adam was set to, as far as is known.
+
+    None in place of the latter where the optimizer was not Adam.
+    """
     if not _holds_model(checkpoint):
         return list(checkpoint.parameters()), {}
     trained = load_trained(path, "plain")
     optim = trained.config.optim
+    names = [name for name, _ in trained.model.named_parameters()]
+    if optim.name not in ADAMS:
+        return names, None
     options = {
         "lr": optim.lr,
         "betas": optim.betas,
@@ -95,9 +108,9 @@ def _as_trained(path: Path, checkpoint: Checkpoint) -> tuple[list[str], dict[str
         "capturable": False,
         "differentiable": False,
         "fused": None,
-        "decoupled_weight_decay": True,
+        "decoupled_weight_decay": optim.name == "adamw",
     }
-    return [name for name, _ in trained.model.named_parameters()], options
+    return names, options
 
 
 def import_deepspeed(source: Path, dest: Path, model: str, trust_pickle: bool, console: Console) -> None:

@@ -74,7 +74,7 @@ def verify(checkpoint: CheckpointPath, as_json: AsJson = False) -> None:
 def diff(
     first: CheckpointPath,
     second: CheckpointPath,
-    state: Annotated[str, typer.Option(help="Which state to compare: param, ema, exp_avg, exp_avg_sq.")] = "param",
+    state: Annotated[str, typer.Option(help="Which state to compare: param, ema, exp_avg, ...")] = "param",
     as_json: AsJson = False,
 ) -> None:
     """Print in which parameters, metrics and config keys two checkpoints differ.
@@ -96,7 +96,8 @@ def export(
     dest: Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)],
     weights: WeightsOption = "auto",
     deepspeed: Annotated[
-        bool, typer.Option("--deepspeed", help="Write what DeepSpeed's zero_to_fp32.py reads, with Adam's states.")
+        bool,
+        typer.Option("--deepspeed", help="Write what DeepSpeed's zero_to_fp32.py reads, with Adam's states."),
     ] = False,
     imports: ImportOption = None,
 ) -> None:

@@ -2,6 +2,7 @@
 
 compose.py           the composition root: every part of a run is built here
 config.py            one page -> RunConfig -> ResolvedRun for a number of ranks
+distill.py           the teacher of a run
 dry_run.py           what a run would be and cost, checked as far as a run checks before its first step
 imported.py          how a run goes on from a checkpoint that `setformer ckpt import` has put into its folder
 initial_weights.py   weights that a new run begins with: model.weights, model.skip

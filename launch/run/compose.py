@@ -20,6 +20,8 @@ from checkpoints.manager import CheckpointManager
 from checkpoints.reader import Checkpoint
 from dataloaders.order.order import counts_samples
 from launch.run.config import ResolvedRun
+from launch.run.distill import KEY as TEACHER
+from launch.run.distill import check_one_teacher, check_same_teacher, digest_of, distilled, teacher_of
 from launch.run.imported import is_imported, loadable, trainer_state
 from launch.run.initial_weights import FirstWeights
 from launch.run.inputs import Split, check_splits, inputs_of
@@ -38,7 +40,7 @@ from setformer_dist.engine.ema import Ema
 from setformer_dist.engine.evaluate import Watch
 from setformer_dist.engine.events import Callbacks
 from setformer_dist.engine.guard import Guard
-from setformer_dist.engine.master import OPTIMIZER_STATES, MasterState
+from setformer_dist.engine.master import MasterState
 from setformer_dist.engine.metrics import RunRecord, peak_flops
 from setformer_dist.engine.optim import Schedule
 from setformer_dist.engine.run_state import Best, check_trainer
@@ -125,7 +127,9 @@ class RunStore:
         is_main: bool,
         check_place: Callable[[dict[str, Any]], object],
         holds: Callable[[Checkpoint], object],
+        teacher: str | None = None,
     ) -> None:
+        self._teacher = teacher
         self._check_place = check_place
         self._holds = holds
         self._manager = manager
@@ -135,6 +139,8 @@ class RunStore:
         self._run = run
         self._identity = identity
         self._about = {"config": run.as_json(), "classes": list(classes), "inputs": told}
+        if teacher is not None:
+            self._about[TEACHER] = teacher
 
     def due(self, step: int) -> bool:
         """Return whether the config wants a checkpoint after this many steps."""
@@ -200,12 +206,14 @@ class RunStore:
             return None
         if is_imported(found):
             says = says and self._is_main
-            state = trainer_state(found, self._identity, self._cursor_at, self._total_steps, says=says)
+            optimizer = self._run.config.optim.name
+            state = trainer_state(found, self._identity, self._cursor_at, self._total_steps, says, optimizer)
             found.trainer.update(state)
             check_trainer(found.trainer, found.path)
             return found
         check_trainer(found.trainer, found.path)
         found.identity.check_same_model(self._identity)
+        check_same_teacher(found.trainer, self._teacher, found.path)
         allowed = self._run.config.checkpoint.allow_changes
         found.trainer["stream"] = continued_cursor(found.trainer["stream"], self._cursor_at(0), allowed)
         return found
@@ -213,7 +221,8 @@ class RunStore:
     def load(self, saved: SavedState, fragments: Iterable[Fragment]) -> None:
         """Fill the fragments."""
         assert isinstance(saved, Checkpoint)  # what `newest` returned
-        self._manager.load(saved, loadable(saved, fragments) if is_imported(saved) else fragments)
+        found = loadable(saved, fragments, self._run.config.optim.name) if is_imported(saved) else fragments
+        self._manager.load(saved, found)
 
 
 def continued_cursor(saved: dict[str, Any], here: dict[str, Any], allowed: Collection[str]) -> dict[str, Any]:
@@ -299,13 +308,19 @@ def compose(
         buffers = frozenset(name for name, _ in model.named_buffers())
         arguments = inputs.model_arguments(c.model, len(task.outputs))
         first_weights = FirstWeights(c.model, shapes_of(model), buffers, comm, arguments)
+    prepare = inputs.prepare(len(classes), device, DTYPES[c.precision.dtype])
+    taught_by: str | None = None
+    if (teacher := teacher_of(run, task, told)) is not None:
+        taught_by = digest_of(teacher)
+        check_one_teacher(taught_by, comm)
+        task, prepare = distilled(run, task, prepare, teacher, device)
     engine = initialize(model, c.optim, run.deepspeed_json())
     master = MasterState(engine)
     meter = CommMeter()
     meter.install()
 
     manager = CheckpointManager(c.folder / "checkpoints", comm, c.checkpoint)
-    states = ("param", *OPTIMIZER_STATES, *(["ema"] if c.ema.decay else []))
+    states = ("param", *master.states, *(["ema"] if c.ema.decay else []))
     components = Components(
         engine=engine,
         master=master,
@@ -314,7 +329,7 @@ def compose(
         stream=stream,
         validation=validation,
         task=task,
-        prepare=inputs.prepare(len(classes), device, DTYPES[c.precision.dtype]),
+        prepare=prepare,
         schedule=Schedule(engine.optimizer, c.schedule, stream.steps_per_epoch),
         store=RunStore(
             manager,
@@ -327,6 +342,7 @@ def compose(
             ranks.is_main,
             check_place=stream.check_state,
             holds=functools.partial(Checkpoint.check_holds, shapes=master.shapes, states=states),
+            teacher=taught_by,
         ),
         comm=comm,
         meter=meter,

@@ -35,6 +35,7 @@ from setformer_dist.core.task_config import TaskConfig
 from setformer_dist.engine.batch_plan import BatchPlan, solve
 from setformer_dist.engine.config import (
     BatchConfig,
+    DistillConfig,
     EmaConfig,
     EvalConfig,
     GuardConfig,
@@ -156,8 +157,8 @@ class RunConfig(FrozenConfig):
         "bf16": "precision.dtype",
         "opt": "optim.name",
         "optimizer": "optim.name",
-        "sched": "the schedule is linear warm-up, then cosine: see schedule",
-        "lr_scheduler": "the schedule is linear warm-up, then cosine: see schedule",
+        "sched": "schedule.name",
+        "lr_scheduler": "schedule.name",
         "model_ema": "ema.decay",
         "drop_path": "model.drop_path",
         "crop_pct": "data.eval_crop",
@@ -174,10 +175,13 @@ class RunConfig(FrozenConfig):
         "hflip": "data.augment.flip",
         "train_interpolation": "data.interpolation",
         "initial_checkpoint": "model.weights",
+        "teacher_model": "distill.teacher",
+        "kd_alpha": "distill.share",
+        "kd_temperature": "distill.temperature",
         "amp_dtype": "precision.dtype",
         "opt_betas": "optim.betas",
         "opt_eps": "optim.eps",
-        "momentum": "optim.betas",
+        "momentum": "optim.momentum",
         "eval_metric": "checkpoint.best_metric",
         "checkpoint_hist": "checkpoint.keep_last",
         "save_total_limit": "checkpoint.keep_last",
@@ -196,7 +200,7 @@ class RunConfig(FrozenConfig):
         "train_dir": "data.train",
         "val_dir": "data.val",
         "strategy": "zero.stage",
-        "lr_scheduler_type": "the schedule is linear warm-up, then cosine: see schedule",
+        "lr_scheduler_type": "schedule.name",
         "deterministic": "every run is deterministic, by run.seed",
         "local_rank": "ranks are given by --ranks",
         "num_nodes": "hosts are given by --hosts or --hostfile",
@@ -209,6 +213,7 @@ class RunConfig(FrozenConfig):
     batch: BatchConfig
     schedule: ScheduleConfig
     optim: OptimConfig = OptimConfig()
+    distill: DistillConfig = DistillConfig()
     precision: PrecisionConfig = PrecisionConfig()
     zero: Annotated[ZeroConfig, FREE] = ZeroConfig()
     ema: EmaConfig = EmaConfig()

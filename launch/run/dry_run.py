@@ -22,8 +22,9 @@ from checkpoints.reader import list_checkpoints
 from dataloaders.config import DataConfig
 from launch.run.compose import check_device, open_splits, shapes_of, watch_of
 from launch.run.config import ResolvedRun, check_folder
+from launch.run.distill import teacher_of
 from launch.run.initial_weights import FirstWeights
-from launch.run.inputs import inputs_of
+from launch.run.inputs import ImageInputs, inputs_of
 from launch.run.own_code import bring
 from setformer_dist.callbacks.build import build_callbacks
 from setformer_dist.core.comm import Alone
@@ -32,7 +33,8 @@ from setformer_dist.core.ranks import RankInfo
 from setformer_dist.core.secrets import redacted
 from setformer_dist.core.terminal import open_table, print_heading
 from setformer_dist.engine.deepspeed_engine import DTYPES
-from setformer_dist.models.build import build_model, check_name
+from setformer_dist.engine.optim import OPTIMIZERS
+from setformer_dist.models.build import check_name
 from setformer_dist.models.measure import multiply_adds_of, parameters, predict_memory
 from setformer_dist.tasks.build import build_task, check_metric
 
@@ -72,6 +74,7 @@ def predict_costs(run: ResolvedRun, known: _Known) -> dict[str, Any]:
         known.dtype,
         c.zero.offload,
         run.plan.accumulation,
+        len(OPTIMIZERS[c.optim.name].states),
     )
     return {
         "parameters": parameters(model),
@@ -102,6 +105,7 @@ def _examine(run: ResolvedRun) -> _Known:
     model = inputs.build_model(c.model, len(task.outputs), inputs.told(splits.train), c.run.seed)
     check_folder(run)
     watch_of(run, model)
+    teacher = teacher_of(run, task, inputs.told(splits.train))
     ranks = RankInfo(rank=0, world_size=run.plan.world_size, local_rank=0, local_world_size=run.plan.world_size)
     with contextlib.ExitStack() as stack:
         stream = inputs.train_stream(splits.train, c.run.seed, ranks, run.plan)
@@ -115,6 +119,10 @@ def _examine(run: ResolvedRun) -> _Known:
          f"{len(classes)} classes"),
         ("steps", f"{c.schedule.total_steps(per_epoch):,} of which {warmup:,} warm up; {per_epoch:,} per epoch"),
     ]  # fmt: skip
+    if c.schedule.name == "wsd":
+        rows.append(("decay", f"over the last {c.schedule.decay(per_epoch):,} steps"))
+    if teacher is not None:
+        rows.append(("teacher", f"{teacher.checkpoint.path}, {teacher.config.model.name}, {teacher.weights} weights"))
     rows += _beginning(run, model, len(task.outputs))
     return _Known(model, inputs.shape(splits.train), inputs.dtype, tuple(rows))
 
@@ -138,8 +146,8 @@ def _assumed(run: ResolvedRun) -> _Known:
     """Return the model for images of so many classes, where the data are not there."""
     c = run.config
     assert isinstance(c.data, DataConfig)
-    model = build_model(c.model, _ASSUMED_CLASSES, c.data.image_size, c.run.seed)
-    return _Known(model, (3, c.data.image_size, c.data.image_size), None, ())
+    model = ImageInputs(c.data).build_model(c.model, _ASSUMED_CLASSES, {}, c.run.seed)
+    return _Known(model, (3, *c.data.shape), None, ())
 
 
 def dry_run(run: ResolvedRun, console: Console) -> None:
@@ -213,8 +221,9 @@ def _memory_of_machine() -> int:
 
 
 def checkpoint_bytes(run: ResolvedRun, costs: dict[str, Any]) -> int:
-    """Return what one checkpoint takes: fp32 masters, Adam's two states, and the average where there is one."""
-    return int(costs["parameters"]) * 4 * (3 + (run.config.ema.decay > 0))
+    """Return what one checkpoint takes: fp32 masters, the optimizer's states, and the average where there is one."""
+    states = len(OPTIMIZERS[run.config.optim.name].states)
+    return int(costs["parameters"]) * 4 * (1 + states + (run.config.ema.decay > 0))
 
 
 def _disk_need(run: ResolvedRun, costs: dict[str, Any]) -> tuple[int, int, int]:

@@ -2,8 +2,8 @@
 
 DeepSpeed's directory holds weights and, from stage 1 on, Adam's states by name; it knows neither our order of samples
 nor our averages. What is not in it begins where it must: the samples as if the steps so far had been trained by this
-config, the average from the weights, and Adam anew where its states have no names (stage 0). All of it is said in one
-line, and the next checkpoint is an ordinary one.
+config, the average from the weights, and the optimizer anew where Adam's states have no names (stage 0) or the run has
+another optimizer. All of it is said in one line, and the next checkpoint is an ordinary one.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from checkpoints.identity import Identity
 from checkpoints.reader import Checkpoint
 from setformer_dist.core.errors import CheckpointError
 from setformer_dist.core.fragments import Fragment
-from setformer_dist.engine.master import OPTIMIZER_STATES
 from setformer_dist.engine.run_state import Best, RunState
 
 log = logging.getLogger(__name__)
 
 KEY = "imported"
+_ADAM_STATES = ("exp_avg", "exp_avg_sq")
+# Optimizers of ours to which those states mean the same.
+ADAMS = ("adamw", "adam")
 
 
 def is_imported(checkpoint: Checkpoint) -> bool:
@@ -36,6 +38,7 @@ def trainer_state(
     cursor_at: Callable[[int], dict[str, Any]],
     total_steps: int,
     says: bool,
+    optimizer: str = "adamw",
 ) -> dict[str, Any]:
     """Return trainer.json as a run of this config would have written it after as many steps.
 
@@ -45,6 +48,7 @@ def trainer_state(
         cursor_at: the stream's cursor after a number of steps.
         total_steps: length of the run.
         says: log what goes on and what begins anew.
+        optimizer: the run's optim.name.
 
     Raises:
         CheckpointError: it is of another model, or the run is not longer than the steps done.
@@ -64,7 +68,7 @@ def trainer_state(
             f"{checkpoint.path} was imported after {checkpoint.step} steps, and this run has {total_steps}: lengthen "
             "schedule.steps or schedule.epochs"
         )
-    adam = set(OPTIMIZER_STATES) <= set(checkpoint.states())
+    adam = optimizer in ADAMS and set(_ADAM_STATES) <= set(checkpoint.states())
     if says:
         source = checkpoint.trainer[KEY]
         log.warning(
@@ -73,7 +77,7 @@ def trainer_state(
             checkpoint.step,
             source.get("stage"),
             source.get("ranks"),
-            "weights and Adam's states go on" if adam else "the weights go on, Adam begins anew",
+            "weights and Adam's states go on" if adam else "the weights go on, the optimizer begins anew",
         )
     fresh = RunState(step=checkpoint.step, best=Best("", "max")).as_dict()
     return {
@@ -84,12 +88,12 @@ def trainer_state(
     }
 
 
-def loadable(checkpoint: Checkpoint, fragments: Iterable[Fragment]) -> list[Fragment]:
+def loadable(checkpoint: Checkpoint, fragments: Iterable[Fragment], optimizer: str = "adamw") -> list[Fragment]:
     """Return the fragments that the checkpoint fills: averages from the weights. What it lacks begins with zeros.
 
     The zeros are written, for a rollback of the guard comes here with states that have been trained.
     """
-    there = set(checkpoint.states())
+    there = set(checkpoint.states()) - set(() if optimizer in ADAMS else _ADAM_STATES)
     as_held = [dataclasses.replace(f, state="param") if f.state == "ema" else f for f in fragments]
     for fragment in as_held:
         if fragment.state not in there:

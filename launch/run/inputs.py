@@ -16,7 +16,7 @@ from dataloaders.config import DataConfig, TokenConfig
 from dataloaders.ffcv.check import load_ffcv_engine
 from dataloaders.opening import check_mixture_room, open_source
 from dataloaders.order.mixture import MixtureSource
-from dataloaders.order.resolution import bucket_shape
+from dataloaders.order.resolution import bucket_shape, proportional
 from dataloaders.reading.device import Prepare as ImagePrepare
 from dataloaders.reading.streams import ShardEvalStream, ShardTrainStream
 from dataloaders.source import Source
@@ -129,7 +129,13 @@ class ImageInputs:
 
     def told(self, split: Split) -> dict[str, Any]:
         """Return the image size."""
-        return {"image_size": self.config.image_size}
+        return {"image_size": self._size if isinstance(self._size, int) else list(self._size)}
+
+    @property
+    def _size(self) -> int | tuple[int, int]:
+        """What a model is told: one number for square images, as ever."""
+        height, width = self.config.shape
+        return height if height == width else (height, width)
 
     def build_model(self, config: ModelConfig, num_classes: int, told: dict[str, Any], seed: int) -> nn.Module:
         """Build for the image size, and check that the model takes all others that training will show it."""
@@ -138,13 +144,13 @@ class ImageInputs:
                 f"model.args.in_chans = {config.args['in_chans']!r}: images are read as RGB, so it is {_CHANNELS}; "
                 "leave it out"
             )
-        model = build_model(config, num_classes, self.config.image_size, seed)
-        _check_shapes(model, config.name, self.config)
+        model = build_model(config, num_classes, self._size, seed)
+        check_shapes(model, config.name, self.config)
         return model
 
     def model_arguments(self, config: ModelConfig, num_classes: int) -> dict[str, Any]:
         """Return them for the image size."""
-        return timm_arguments(config, num_classes, self.config.image_size)
+        return timm_arguments(config, num_classes, self._size)
 
     def train_stream(self, split: Split, seed: int, ranks: RankInfo, plan: BatchPlan) -> TrainStream:
         """Return augmented images."""
@@ -171,14 +177,15 @@ class ImageInputs:
         return
 
     def shape(self, split: Split) -> tuple[int, ...]:
-        """Return (3, S, S)."""
-        return (3, self.config.image_size, self.config.image_size)
+        """Return (3, H, W)."""
+        return (3, *self.config.shape)
 
     def tokens(self, model: nn.Module, split: Split) -> int:
         """Return the tokens of the first stage, from timm's feature_info."""
         info: Any = getattr(model, "feature_info", None)
         reduction = info[0]["reduction"] if info else 1
-        return int(-(-self.config.image_size // reduction)) ** 2
+        height, width = self.config.shape
+        return int(-(-height // reduction)) * int(-(-width // reduction))
 
 
 def images_of(split: Split) -> Source:
@@ -187,16 +194,16 @@ def images_of(split: Split) -> Source:
     return cast(Source, split)
 
 
-def _check_shapes(model: nn.Module, name: str, config: DataConfig) -> None:
+def check_shapes(model: nn.Module, name: str, config: DataConfig) -> None:
     """Refuse a model that is made for one image size where training changes it, before the step that does.
 
     Raises:
         ConfigError: naming the size.
     """
-    if not (config.resolutions or config.aspect_buckets):
+    if not (config.resolutions or config.aspect_buckets or config.image_width):
         return
     sides = {config.image_size, *(stage.image_size for stage in config.resolutions)}
-    shapes = {(side, side) for side in sides}
+    shapes = {proportional(side, config.shape) for side in sides}
     if config.aspect_buckets:
         shapes = {bucket_shape(side, a, config.bucket_multiple) for side in sides for a in config.aspect_buckets}
     was_training = model.training
@@ -207,8 +214,9 @@ def _check_shapes(model: nn.Module, name: str, config: DataConfig) -> None:
                 model(torch.zeros(1, 3, *shape))
         except (RuntimeError, AssertionError, ValueError) as error:
             raise ConfigError(
-                f"model {name} does not take images of {shape[0]} x {shape[1]}, which data.resolutions or "
-                f"data.aspect_buckets ask for ({str(error).splitlines()[0]}): choose other sizes or another model"
+                f"model {name} does not take images of {shape[0]} x {shape[1]}, which data.image_width, "
+                f"data.resolutions or data.aspect_buckets ask for ({str(error).splitlines()[0]}): choose other sizes "
+                "or another model"
             ) from None
     model.train(was_training)
 

@@ -24,17 +24,35 @@ from setformer_dist.core.ranks import RankInfo
 from setformer_dist.core.store import Snapshot
 from setformer_dist.engine.batch_plan import solve
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
-from setformer_dist.engine.config import BatchConfig, EmaConfig, OptimConfig, PrecisionConfig, ZeroConfig
+from setformer_dist.engine.config import (
+    BatchConfig,
+    EmaConfig,
+    OptimConfig,
+    PrecisionConfig,
+    ScheduleConfig,
+    ZeroConfig,
+)
 from setformer_dist.engine.deepspeed_engine import DTYPES, initialize
 from setformer_dist.engine.ema import Ema
-from setformer_dist.engine.master import OPTIMIZER_STATES, MasterState
+from setformer_dist.engine.master import MasterState
+from setformer_dist.engine.optim import Schedule
 from setformer_dist.engine.zero import deepspeed_config
 from setformer_dist.tasks.classification import soft_cross_entropy
 
 GLOBAL_BATCH = 24  # shared by 1, 2, 3 and 4 ranks
 SAMPLES = 24 * 12 + 5
 _SEED = 7
-_OPTIM = OptimConfig(lr=1e-3, clip_norm=1.0)
+# What is trained with: an optimizer, and a schedule as a function of the step.
+RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "adamw": ({"name": "adamw"}, {"name": "constant"}),
+    "adam": ({"name": "adam", "weight_decay": 1e-3}, {"name": "linear", "warmup_steps": 2}),
+    "nadamw": ({"name": "nadamw"}, {"name": "polynomial"}),
+    "adopt": ({"name": "adopt", "lr": 3e-3}, {"name": "step", "drop_steps": 3, "drop_factor": 0.5}),
+    "lion": ({"name": "lion", "lr": 3e-4}, {"name": "wsd", "decay_steps": 3}),
+    "sgd": ({"name": "sgd", "lr": 0.1, "weight_decay": 1e-3, "nesterov": True}, {"name": "cosine"}),
+    "layers": ({"name": "adamw", "layer_decay": 0.6}, {"name": "cosine", "warmup_steps": 2}),
+}
+_RUN = 8  # steps that the schedules reach over
 _IDENTITY = Identity(model="elastic")
 _KEEP_ALL = CheckpointConfig(keep_last=1000)
 
@@ -57,7 +75,7 @@ class Where:
 class _Trainee:
     """A DeepSpeed engine with fragments, average, manager and place in the order of samples."""
 
-    def __init__(self, stage: int, dtype: str, offload: str) -> None:
+    def __init__(self, stage: int, dtype: str, offload: str, recipe: str = "adamw") -> None:
         self.ranks = RankInfo.from_env()
         connect(self.ranks, os.environ["SETFORMER_RENDEZVOUS"])
         self.comm = TorchCollectives(self.ranks)
@@ -70,11 +88,14 @@ class _Trainee:
             build(PrecisionConfig, {"dtype": dtype}, "layout"),
             build(ZeroConfig, {"stage": stage, "offload": offload, "bucket_mib": 1}, "layout"),
         )
-        json = deepspeed_config(precision, zero, self.batch, _OPTIM.clip_norm, {})
+        optim = build(OptimConfig, {"lr": 1e-3, "clip_norm": 1.0, **RECIPES[recipe][0]}, "recipe")
+        schedule = build(ScheduleConfig, {"steps": _RUN, **RECIPES[recipe][1]}, "recipe")
+        json = deepspeed_config(precision, zero, self.batch, optim.clip_norm, {})
         self.dtype = DTYPES[dtype]
         self.saving: CheckpointManager | None = None
-        self.engine = initialize(model, _OPTIM, json)
+        self.engine = initialize(model, optim, json)
         self.master = MasterState(self.engine)
+        self.schedule = Schedule(self.engine.optimizer, schedule, SAMPLES // GLOBAL_BATCH)
         self.ema = Ema(self.master, EmaConfig(decay=0.9))
         self.plan = SetPlan(FullOrder(SAMPLES, _SEED), GLOBAL_BATCH)
         self.cut = Cut(GLOBAL_BATCH, self.batch.micro, self.ranks.rank, self.ranks.world_size)
@@ -82,6 +103,7 @@ class _Trainee:
     def step(self, step: int) -> tuple[float, list[int]]:
         """Run optimizer step `step`; return the mean loss over all ranks and the ids that this rank saw."""
         total, seen = 0.0, []
+        self.schedule.apply(step)
         for places in self.cut.places():
             ids, epochs = self.plan.pick(step, places)
             images, targets = _samples(ids.tolist())
@@ -103,7 +125,7 @@ class _Trainee:
         return {"losses": losses, "ids": sorted(sample for part in self.comm.gather_json(mine) for sample in part)}
 
     def held(self) -> list[Any]:
-        return [*self.master.fragments("param", *OPTIMIZER_STATES), *self.ema.fragments()]
+        return [*self.master.fragments("param", *self.master.states), *self.ema.fragments()]
 
     def manager(self, root: Path) -> CheckpointManager:
         return CheckpointManager(root, self.comm, _KEEP_ALL)
@@ -144,13 +166,17 @@ def write(root: str, stage: int, dtype: str, offload: str, before: int, after: i
     Returns:
         "losses" and "ids" of the steps after the checkpoint, "before" the ids up to it.
     """
-    trainee = _Trainee(stage, dtype, offload)
+    found = _write(_Trainee(stage, dtype, offload), root, before, after)
+    disconnect()
+    return found
+
+
+def _write(trainee: _Trainee, root: str, before: int, after: int) -> dict[str, Any]:
     first = trainee.steps(0, before)
     trainee.save(Path(root), before)
     then = trainee.steps(before, after)
     assert trainee.saving is not None
     trainee.saving.finish(last=True)
-    disconnect()
     return {**then, "before": first["ids"]}
 
 
@@ -158,6 +184,23 @@ def resume(roots: list[str], stage: int, dtype: str, offload: str, count: int) -
     """Continue from each of several checkpoints for `count` steps; return losses and ids of each."""
     trainee = _Trainee(stage, dtype, offload)
     found = [trainee.steps(trainee.load(Path(root)), count) for root in roots]
+    disconnect()
+    return found
+
+
+def write_recipes(root: str, stage: int, dtype: str, offload: str, before: int, after: int) -> dict[str, Any]:
+    """Return what `write` does of each of `RECIPES`, which are trained one after the other."""
+    found = {name: _write(_Trainee(stage, dtype, offload, name), f"{root}/{name}", before, after) for name in RECIPES}
+    disconnect()
+    return found
+
+
+def resume_recipes(root: str, stage: int, dtype: str, offload: str, count: int) -> dict[str, Any]:
+    """Continue each of `RECIPES` from its checkpoint below a root; return losses and ids of each."""
+    found = {}
+    for name in RECIPES:
+        trainee = _Trainee(stage, dtype, offload, name)
+        found[name] = trainee.steps(trainee.load(Path(root) / name), count)
     disconnect()
     return found
 

@@ -61,6 +61,8 @@ class MicroBatch:
         step: optimizer step since the start of the run that this micro batch belongs to (training only).
         substitutions: one line for each sample that was damaged and replaced.
         annotations: masks or boxes, for data that have them.
+        soft: (m, classes) float32, how probable each class is, for data with soft labels; a row of zeros is of a sample
+            that has only its label.
     """
 
     inputs: torch.Tensor
@@ -71,6 +73,7 @@ class MicroBatch:
     step: int = -1
     substitutions: list[str] = field(default_factory=list)
     annotations: Annotations | None = None
+    soft: torch.Tensor | None = None
 
 
 class TrainStream(Protocol):

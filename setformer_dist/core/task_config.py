@@ -15,7 +15,9 @@ class TaskConfig(FrozenConfig):
     Attributes:
         name: "classification" (one class per sample), "multilabel" (a class of the data names a set of labels, such as
             "cat+dog"), or a task that a module of run.imports registers.
-        args: the task's own; "multilabel" has separator ("+") and none ("none", the class without any label).
+        args: the task's own. "classification" and "multilabel" have loss ("cross_entropy", "binary_cross_entropy" or
+            "focal"), class_weights (a factor for each class, by name), and gamma and alpha of "focal"; "multilabel" has
+            separator ("+") and none ("none", the class without any label) as well.
     """
 
     name: str = "classification"

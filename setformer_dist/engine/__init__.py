@@ -11,7 +11,7 @@
     step.py       one optimizer step: forward, backward, update
     zero.py       typed config -> DeepSpeed's JSON
     master.py     every ZeRO stage seen as fragments of fp32 masters and optimizer states
-    optim.py      parameter groups, AdamW, learning-rate schedule
+    optim.py      parameter groups, optimizers, learning-rate schedules
     ema.py        an average of the weights as one more fragment state
     evaluate.py   one pass over a split, each sample once
     metrics.py    the clock of a step, metrics.jsonl

@@ -9,6 +9,7 @@ import pydantic
 from setformer_dist.core.config import FrozenConfig
 from setformer_dist.core.continuing import FREE, Permitted
 from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.metric import Weights
 
 # The solutions are divisors, and to find those of any number that TOML can write would take longer than training.
 LARGEST_GLOBAL_BATCH = 2**31 - 1
@@ -38,24 +39,50 @@ class BatchConfig(FrozenConfig):
         return value
 
 
+# Which schedule a key is of, where it is not of all.
+_SCHEDULE_KEYS = {
+    "power": "polynomial",
+    "drop_epochs": "step",
+    "drop_steps": "step",
+    "drop_factor": "step",
+    "decay_epochs": "wsd",
+    "decay_steps": "wsd",
+}
+
+
 class ScheduleConfig(FrozenConfig):
-    """Linear warm-up, then cosine decay (Loshchilov & Hutter 2017). Give epochs or steps, not both.
+    """The learning rate: linear warm-up, then what `name` says. Give epochs or steps, not both.
 
     Attributes:
+        name: what follows the warm-up: "cosine" (Loshchilov & Hutter 2017), "linear", "polynomial", "step" (drops at
+            equal distances), "constant", or "wsd" (constant, then a linear decay at the end; Hu et al. 2024).
         epochs: length of the run in epochs.
         steps: length of the run in optimizer steps.
         warmup_epochs: length of the warm-up in epochs (of the run's own epochs).
         warmup_steps: length of the warm-up in optimizer steps.
         warmup_lr: learning rate at step 0.
-        min_lr: learning rate at the end.
+        min_lr: learning rate at the end; "step" and "constant" do not go there.
+        power: exponent of "polynomial": the rate falls as (1 - t)^power from its peak to min_lr.
+        drop_epochs: epochs between two drops of "step", counted from the end of the warm-up.
+        drop_steps: the same in optimizer steps.
+        drop_factor: what each drop of "step" multiplies the rate by.
+        decay_epochs: length of the decay that ends "wsd", in epochs.
+        decay_steps: the same in optimizer steps.
     """
 
+    name: Literal["cosine", "linear", "polynomial", "step", "constant", "wsd"] = "cosine"
     epochs: int | None = pydantic.Field(default=None, gt=0)
     steps: int | None = pydantic.Field(default=None, gt=0)
     warmup_epochs: float | None = pydantic.Field(default=None, ge=0, le=1e9)
     warmup_steps: int | None = pydantic.Field(default=None, ge=0)
     warmup_lr: float = pydantic.Field(default=1e-6, ge=0)
     min_lr: float = pydantic.Field(default=5e-6, ge=0)
+    power: float = pydantic.Field(default=2.0, gt=0)
+    drop_epochs: float | None = pydantic.Field(default=None, gt=0, le=1e9)
+    drop_steps: int | None = pydantic.Field(default=None, gt=0)
+    drop_factor: float = pydantic.Field(default=0.1, gt=0, le=1)
+    decay_epochs: float | None = pydantic.Field(default=None, gt=0, le=1e9)
+    decay_steps: int | None = pydantic.Field(default=None, gt=0)
 
     @pydantic.model_validator(mode="after")
     def _one_of(self) -> ScheduleConfig:
@@ -63,6 +90,18 @@ class ScheduleConfig(FrozenConfig):
             raise ValueError("schedule: give either epochs or steps, one of them")
         if self.warmup_epochs is not None and self.warmup_steps is not None:
             raise ValueError("schedule: give warmup_epochs or warmup_steps, not both")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _of_this_schedule(self) -> ScheduleConfig:
+        for key, name in _SCHEDULE_KEYS.items():
+            default = type(self).model_fields[key].default
+            if self.name != name and getattr(self, key) != default:
+                raise ValueError(f'schedule.{key} is of name = "{name}", and this one is "{self.name}": leave it out')
+        for name, part in {"step": "drop", "wsd": "decay"}.items():
+            given = [getattr(self, f"{part}_{unit}") is not None for unit in ("epochs", "steps")]
+            if self.name == name and sum(given) != 1:
+                raise ValueError(f'schedule: name = "{name}" needs {part}_epochs or {part}_steps, one of them')
         return self
 
     def total_steps(self, steps_per_epoch: int) -> int:
@@ -84,24 +123,84 @@ class ScheduleConfig(FrozenConfig):
             raise ConfigError(f"schedule: a warm-up of {steps} steps does not fit into a run of {total} steps")
         return steps
 
+    def drop_every(self, steps_per_epoch: int) -> int:
+        """Return the optimizer steps between two drops of "step", at least 1."""
+        return self.drop_steps or max(1, round((self.drop_epochs or 0) * steps_per_epoch))
+
+    def decay(self, steps_per_epoch: int) -> int:
+        """Return the length of the decay that ends "wsd", in optimizer steps, at least 1.
+
+        Raises:
+            ConfigError: warm-up and decay together are longer than the run.
+        """
+        steps = self.decay_steps or max(1, round((self.decay_epochs or 0) * steps_per_epoch))
+        total, warmup = self.total_steps(steps_per_epoch), self.warmup(steps_per_epoch)
+        if warmup + steps > total:
+            raise ConfigError(
+                f"schedule: a warm-up of {warmup} steps and a decay of {steps} steps do not fit into a run of {total} "
+                "steps: shorten one of them"
+            )
+        return steps
+
+
+_WHOLE = "needs whole parameters, and ZeRO cuts them into flat parts, so that its steps would depend on the ranks"
+# Optimizers that people ask for and that cannot be had here, and why.
+_REFUSED_OPTIMIZERS = {
+    "lamb": f"scales each parameter by a norm of it, so it {_WHOLE}",
+    "lars": f"scales each parameter by a norm of it, so it {_WHOLE}",
+    "muon": f"orthogonalises whole matrices, so it {_WHOLE}",
+    "shampoo": f"multiplies with roots of whole matrices, so it {_WHOLE}",
+    "soap": f"rotates whole matrices, so it {_WHOLE}",
+    "adafactor": f"keeps sums of rows and columns, so it {_WHOLE}",
+    "adagrad": "is made anew by DeepSpeed without its parameter groups, so that weight and layer decay would be lost",
+    "adan": "counts its steps per group, and DeepSpeed steps a group several times at stage 3",
+    "laprop": "keeps sums of learning rates beside its states, which no checkpoint holds",
+}
+# Defaults of optimizers that differ from AdamW's, as their authors have them.
+_OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "lion": {"betas": (0.9, 0.99)},
+    "adopt": {"betas": (0.9, 0.9999), "eps": 1e-6},
+}
+_SGD_KEYS = ("momentum", "nesterov")
+
 
 class OptimConfig(FrozenConfig):
-    """AdamW (Loshchilov & Hutter 2019).
+    """The optimizer.
 
     Attributes:
+        name: "adamw" (Loshchilov & Hutter 2019), "adam", "nadamw", "adopt" (Taniguchi et al. 2024), "lion" (Chen et al.
+            2023) or "sgd".
         lr: peak learning rate at the configured global batch.
-        weight_decay: decoupled; not applied to norms, biases, references and what else the model names.
+        weight_decay: not applied to norms, biases, references and what else the model names. Decoupled from the
+            gradient, but for "adam" and "sgd", which add it to the gradient as PyTorch's do.
+        betas: decays of the averages of gradients and their squares; "lion" has (0.9, 0.99) unless they are given,
+            "adopt" (0.9, 0.9999). Not of "sgd".
+        eps: added to the denominator of an update; 1e-6 for "adopt" unless it is given. Not of "lion" and "sgd".
+        momentum: of "sgd".
+        nesterov: Nesterov's momentum, of "sgd".
         clip_norm: bound of the global gradient norm; 0 turns clipping off.
         layer_decay: factor per layer group from the head down; 1 turns it off.
     """
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "adam", "nadamw", "adopt", "lion", "sgd"] = "adamw"
     lr: float = pydantic.Field(default=1e-3, gt=0)
     weight_decay: float = pydantic.Field(default=0.05, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = pydantic.Field(default=1e-8, gt=0)
+    momentum: float = pydantic.Field(default=0.9, gt=0, lt=1)
+    nesterov: bool = False
     clip_norm: float = pydantic.Field(default=5.0, ge=0)
     layer_decay: float = pydantic.Field(default=1.0, gt=0, le=1)
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _as_its_authors(cls, table: Any) -> Any:
+        """Fill in the defaults of the optimizer that is named; refuse by name what cannot be had."""
+        if not isinstance(table, dict) or not isinstance(name := table.get("name", "adamw"), str):
+            return table
+        if (reason := _REFUSED_OPTIMIZERS.get(name.lower())) is not None:
+            raise ValueError(f'name = "{name}" {reason}: take "adamw", "lion" or "sgd"')
+        return {**_OPTIMIZER_DEFAULTS.get(name, {}), **table}
 
     @pydantic.field_validator("betas", mode="before")
     @classmethod
@@ -114,6 +213,39 @@ class OptimConfig(FrozenConfig):
         if not all(0 <= beta < 1 for beta in value):
             raise ValueError("both must lie in [0, 1)")
         return value
+
+    @pydantic.model_validator(mode="after")
+    def _of_this_optimizer(self) -> OptimConfig:
+        for key in _SGD_KEYS:
+            if self.name != "sgd" and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f'optim.{key} is of name = "sgd"; "{self.name}" has betas: leave it out')
+        return self
+
+
+class DistillConfig(FrozenConfig):
+    """Learning from a trained model as well (Hinton et al. 2015): loss = (1 - share) · own + share · teacher's.
+
+    Attributes:
+        teacher: run folder or checkpoint of the teacher; "" is none. Its weights are part of what the run is, wherever
+            they lie.
+        weights: which of its weights: "plain", "ema", or "auto", those that scored better.
+        share: of the loss that compares with the teacher, 0 to 1.
+        temperature: what both models' logits are divided by there; its square multiplies that part of the loss, so
+            that gradients keep their size.
+    """
+
+    teacher: Annotated[str, FREE] = ""
+    weights: Weights = "auto"
+    share: float = pydantic.Field(default=0.5, gt=0, le=1)
+    temperature: float = pydantic.Field(default=2.0, gt=0)
+
+    @pydantic.model_validator(mode="after")
+    def _of_a_teacher(self) -> DistillConfig:
+        if not self.teacher and any(
+            getattr(self, name) != field.default for name, field in type(self).model_fields.items()
+        ):
+            raise ValueError("distill.teacher is missing: name the run folder or the checkpoint to learn from")
+        return self
 
 
 class PrecisionConfig(FrozenConfig):
@@ -138,8 +270,8 @@ class ZeroConfig(FrozenConfig):
         overlap_comm: overlap the reduction of gradients with the backward pass.
         bucket_mib: size of the reduction and gather buckets.
         offload: what lies in host memory and is updated there (ZeRO-Offload, Ren et al. 2021): "none"; "optimizer",
-            the masters, Adam's states, the average and the gradients that Adam takes (stages 1, 2, 3); or "all", the
-            weights as well, brought to the device where they are needed (stage 3). May change at a resume.
+            the masters, the optimizer's states, the average and the gradients that it takes (stages 1, 2, 3); or "all",
+            the weights as well, brought to the device where they are needed (stage 3). May change at a resume.
     """
 
     stage: Literal[0, 1, 2, 3] = 2

@@ -11,12 +11,13 @@ import pydantic
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfigError
+from deepspeed.runtime.zero.utils import is_zero_supported_optimizer
 from torch import nn
 
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.engine.config import OptimConfig
 from setformer_dist.engine.offload import forget_gradients_after_steps
-from setformer_dist.engine.optim import adamw, parameter_groups
+from setformer_dist.engine.optim import optimizer_of, parameter_groups
 from setformer_dist.engine.protocol import Engine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,7 +41,7 @@ def supported_dtypes() -> set[str]:
 
 
 def initialize(model: nn.Module, optim: OptimConfig, deepspeed_json: Mapping[str, object]) -> Engine:
-    """Return a DeepSpeed engine with AdamW over the model's parameter groups.
+    """Return a DeepSpeed engine with an optimizer over the model's parameter groups.
 
     Args:
         model: on the CPU, in fp32.
@@ -51,7 +52,9 @@ def initialize(model: nn.Module, optim: OptimConfig, deepspeed_json: Mapping[str
         ConfigError: DeepSpeed does not take a key or a value of its config.
     """
     quiet_deepspeed()
-    optimizer = adamw(parameter_groups(model, optim), optim)
+    optimizer = optimizer_of(parameter_groups(model, optim), optim)
+    if not is_zero_supported_optimizer(optimizer):  # DeepSpeed has not tested it; our tests have, under every stage
+        deepspeed_json = {**deepspeed_json, "zero_allow_untested_optimizer": True}
     try:
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_json, dist_init_required=False

@@ -1,4 +1,4 @@
-"""Every ZeRO stage seen as fragments: for each parameter, the elements of fp32 master and states this rank holds.
+"""Every ZeRO stage seen as fragments: for each parameter, the elements of master and states this rank holds.
 
     stage 0, fp32        the parameters themselves, whole on every rank
     stage 0, bf16/fp16   whole fp32 masters beside them (DeepSpeed's FP16_UnfusedOptimizer)
@@ -21,9 +21,9 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import nn
 
 from setformer_dist.core.fragments import Fragment
+from setformer_dist.engine.optim import kind_of
 from setformer_dist.engine.protocol import Engine
 
-OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -41,7 +41,10 @@ class MasterState:
     """The fp32 masters and optimizer states of a DeepSpeed engine, as live fragments.
 
     Optimizer states exist from the start on (zeros at step 0), and DeepSpeed's dummy optimizer step at
-    stage 0 in low precision, which would leave Adam one step ahead and the masters once decayed, is undone.
+    stage 0 in low precision, which would leave the optimizer one step ahead and the masters once decayed, is undone.
+
+    Attributes:
+        states: names of what the optimizer keeps per element.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -49,15 +52,17 @@ class MasterState:
         self._shapes = {p: tuple(getattr(p, "ds_shape", p.shape)) for p in self._names}
         optimizer = engine.optimizer
         self._scaler = getattr(optimizer, "loss_scaler", getattr(optimizer, "loss_scale_config", None))
-        self._adam: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+        self._inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+        kind = kind_of(self._inner)
+        self.states = kind.states
         if isinstance(optimizer, FP16_UnfusedOptimizer):
             _undo_dummy_step(optimizer)
-        grouped = [p for group in self._adam.param_groups for p in group["params"]]
-        self._create_states(getattr(optimizer, "fp32_partitioned_groups_flat", grouped))
+        grouped = [p for group in self._inner.param_groups for p in group["params"]]
+        self._create_states(getattr(optimizer, "fp32_partitioned_groups_flat", grouped), kind.counts)
         self._layout = _layout_of(engine)
 
     def fragments(self, *states: str) -> list[Fragment]:
-        """Return all that this rank holds of the states ("param", "exp_avg", "exp_avg_sq"), as live views."""
+        """Return all that this rank holds of the states ("param", and of `states`), as live views."""
         return [
             Fragment(self._names[p], state, start, self._shapes[p], view)
             for state in states
@@ -76,13 +81,15 @@ class MasterState:
 
     @property
     def optimizer_steps(self) -> int:
-        """Updates Adam has made."""
-        return int(next(iter(self._adam.state.values()))["step"].item()) if self._adam.state else 0
+        """Updates the optimizer has made; 0 of one that does not count them."""
+        counted = [state["step"] for state in self._inner.state.values() if "step" in state]
+        return int(counted[0].item()) if counted else 0
 
     @optimizer_steps.setter
     def optimizer_steps(self, steps: int) -> None:
-        for state in self._adam.state.values():
-            state["step"].fill_(steps)
+        for state in self._inner.state.values():
+            if "step" in state:
+                state["step"].fill_(steps)
 
     def loss_scale(self) -> dict[str, float]:
         """Return the state of fp16's loss scaling; what a scaler lacks or has as None is left out."""
@@ -98,17 +105,17 @@ class MasterState:
             if key in _SCALER_STATE and value is not None and hasattr(self._scaler, key):
                 setattr(self._scaler, key, value)
 
-    def _create_states(self, masters: Iterable[torch.Tensor]) -> None:
+    def _create_states(self, masters: Iterable[torch.Tensor], counts: bool) -> None:
+        fused = bool(self._inner.defaults.get("fused"))  # then the count lies beside the weights
         for p in masters:
-            if p.numel() and not self._adam.state.get(p):
-                self._adam.state[p] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                    **{state: torch.zeros_like(p, memory_format=torch.preserve_format) for state in OPTIMIZER_STATES},
-                }
+            if p.numel() and not self._inner.state.get(p):
+                step = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")
+                zeros = {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in self.states}
+                self._inner.state[p] = {**({"step": step} if counts else {}), **zeros}
 
 
 def _undo_dummy_step(optimizer: FP16_UnfusedOptimizer) -> None:
-    """Undo the zero-gradient step of initialize_optimizer_states: drop Adam's state, take the masters anew."""
+    """Undo the zero-gradient step of initialize_optimizer_states: drop its states, take the masters anew."""
     optimizer.optimizer.state.clear()
     optimizer.refresh_fp32_params()
 
@@ -126,12 +133,12 @@ def _layout_of(engine: Engine) -> _Layout:
 
 class _Stage0:
     def __init__(self, engine: Engine) -> None:
-        self._adam = engine.optimizer
+        self._optimizer = engine.optimizer
 
     def views(self, state: str) -> Iterator[tuple[nn.Parameter, int, torch.Tensor]]:
-        for group in self._adam.param_groups:
+        for group in self._optimizer.param_groups:
             for p in group["params"]:
-                tensor = p.data if state == "param" else self._adam.state[p][state]
+                tensor = p.data if state == "param" else self._optimizer.state[p][state]
                 yield p, 0, tensor.view(-1)
 
     def refresh(self) -> None:

@@ -30,7 +30,7 @@ def forget_gradients_after_steps(optimizer: Any) -> None:
 
 
 def _in_host_memory(optimizer: Any) -> Iterator[torch.Tensor]:
-    """Yield what Adam takes, and what micro batches are added into."""
+    """Yield what the optimizer takes, and what micro batches are added into."""
     if hasattr(optimizer, "single_partition_of_fp32_groups"):  # stages 1 and 2
         masters = optimizer.single_partition_of_fp32_groups
         yield from optimizer.accumulated_grads_in_cpu.values()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,7 +11,8 @@ from deepspeed.accelerator import get_accelerator
 
 from setformer_dist.core.batch import MicroBatch
 from setformer_dist.core.seeding import Purpose, sample_keys, torch_seed
-from setformer_dist.core.task import Prepare, Task
+from setformer_dist.core.task import Counted, Prepare, Task
+from setformer_dist.engine.comm import TorchCollectives
 from setformer_dist.engine.guard import Updates
 from setformer_dist.engine.metrics import StepClock
 from setformer_dist.engine.protocol import Engine
@@ -28,8 +30,8 @@ class StepOutcome:
     """What one optimizer step left on this rank.
 
     Attributes:
-        loss: sum over this rank's micro batches of their mean losses, on the device, shape (); NaN where the update was
-            left out for its gradients.
+        loss: sum over this rank's micro batches of their losses, on the device, shape (); its mean over all micro
+            batches of all ranks is the step's loss. NaN where the update was left out for its gradients.
         substitutions: damaged samples that were replaced, one line each.
         sample_ids: of this rank's micro batches, in order.
     """
@@ -50,7 +52,7 @@ class TrainStep:
         clock: StepClock,
         accumulation: int,
         seed: int,
-        rank: int,
+        comm: TorchCollectives,
         updates: Updates,
     ) -> None:
         self._engine = engine
@@ -59,7 +61,7 @@ class TrainStep:
         self._clock = clock
         self._accumulation = accumulation
         self._seed = seed
-        self._rank = rank
+        self._comm = comm
         self._updates = updates
         self._set_sample_keys = getattr(engine.module, "set_sample_keys", None)
 
@@ -67,19 +69,22 @@ class TrainStep:
         """Run optimizer step `step` (0-based) on the next micro batches of the stream."""
         # What a model still draws from torch's own generator is a function of the step, so a resumed run
         # draws the same without any generator state in the checkpoint.
-        seed_generators(torch_seed(Purpose.DROP_PATH, self._seed, step, self._rank))
+        seed_generators(torch_seed(Purpose.DROP_PATH, self._seed, step, self._comm.ranks.rank))
         losses: list[torch.Tensor] = []
         substitutions: list[str] = []
         sample_ids: list[int] = []
+        micro_batches, factor = self._counted(batches)
         for _ in range(self._accumulation):
             with self._clock.section("data"):
-                batch = next(batches)
+                batch = next(micro_batches)
                 inputs, targets = self._prepare(batch, train=True)
             substitutions += batch.substitutions
             sample_ids += batch.sample_ids.tolist()
             self._key_drop_path(step, batch, inputs.device)
             with self._clock.section("forward"):
                 loss = self._task.loss(self._engine(inputs), targets)
+                if factor is not None:
+                    loss = loss * factor
             with self._clock.section("backward"):
                 self._engine.backward(loss)
             with self._clock.section("optimizer"):
@@ -87,6 +92,18 @@ class TrainStep:
             losses.append(loss.detach())
         loss = torch.stack(losses).sum()
         return StepOutcome(loss * torch.nan if self._updates.left_out else loss, substitutions, sample_ids)
+
+    def _counted(self, batches: Iterator[MicroBatch]) -> tuple[Iterator[MicroBatch], float | None]:
+        """Return the step's micro batches and, for a task that counts, what makes the mean of its sums their quotient.
+
+        DeepSpeed takes the mean over micro batches and ranks: sum · parts / count has the mean that is wanted.
+        """
+        if not isinstance(self._task, Counted):
+            return batches, None
+        with self._clock.section("data"):
+            held = [next(batches) for _ in range(self._accumulation)]
+        [count] = self._comm.sum([math.fsum(map(self._task.count, held))])
+        return iter(held), self._accumulation * self._comm.ranks.world_size / (count or 1.0)
 
     def _key_drop_path(self, step: int, batch: MicroBatch, device: torch.device) -> None:
         if self._set_sample_keys is not None:

@@ -20,7 +20,6 @@ from setformer_dist.engine.components import Components
 from setformer_dist.engine.config import EvalConfig
 from setformer_dist.engine.evaluation import Evaluation
 from setformer_dist.engine.guard import Trouble, Updates
-from setformer_dist.engine.master import OPTIMIZER_STATES
 from setformer_dist.engine.metrics import StepClock
 from setformer_dist.engine.progress import RunProgress
 from setformer_dist.engine.run_state import Best, Outcome, RunState
@@ -49,8 +48,8 @@ class Trainer:
         self._total_steps = total_steps
         self._log_every = log_every
         self._clock = StepClock(c.meter, c.heartbeat)
-        rank, updates = c.comm.ranks.rank, Updates(c.engine)
-        self._step = TrainStep(c.engine, c.task, c.prepare, self._clock, c.plan.accumulation, seed, rank, updates)
+        updates = Updates(c.engine)
+        self._step = TrainStep(c.engine, c.task, c.prepare, self._clock, c.plan.accumulation, seed, c.comm, updates)
         self._steps = StepLog(c, self._clock, record_samples)
         self._evaluation = Evaluation(c, evaluation, self._clock)
         self._state = RunState(step=0, best=best)
@@ -269,7 +268,7 @@ class Trainer:
 
     def _fragments(self) -> list[Fragment]:
         averaged = self._c.ema.fragments() if self._c.ema is not None else []
-        return [*self._c.master.fragments("param", *OPTIMIZER_STATES), *averaged]
+        return [*self._c.master.fragments("param", *self._c.master.states), *averaged]
 
     def _snapshot(self, evaluation: dict[str, float]) -> Snapshot:
         """Return the run at this step, as `_take_over` takes it; `check_trainer` knows the form of its JSON."""

@@ -64,7 +64,7 @@ def deepspeed_config(
         "zero_optimization": _zero_section(zero),
     }
     if zero.offload != "none":
-        # AdamW stays PyTorch's fused one: the numbers of a run without offload, and nothing to compile.
+        # The optimizer stays PyTorch's or timm's: the numbers of a run without offload, and nothing to compile.
         config["zero_force_ds_cpu_optimizer"] = False
     if precision.dtype == "bf16":
         config["bf16"] = {"enabled": True}

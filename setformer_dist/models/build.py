@@ -34,7 +34,7 @@ def check_name(name: str) -> None:
         raise ConfigError(f"key 'model.name': no model {name!r}{hint}")
 
 
-def timm_arguments(config: ModelConfig, num_classes: int, image_size: int) -> dict[str, Any]:
+def timm_arguments(config: ModelConfig, num_classes: int, image_size: int | tuple[int, int]) -> dict[str, Any]:
     """Return the arguments with which `timm.create_model` makes the architecture, besides what only training needs."""
     arguments = {"num_classes": num_classes, **config.args}
     if _fixes_input_size(config.name):
@@ -42,13 +42,14 @@ def timm_arguments(config: ModelConfig, num_classes: int, image_size: int) -> di
     return arguments
 
 
-def build_model(config: ModelConfig, num_classes: int, image_size: int, seed: int) -> nn.Module:
+def build_model(config: ModelConfig, num_classes: int, image_size: int | tuple[int, int], seed: int) -> nn.Module:
     """Return the model with weights drawn from the seed alone.
 
     Args:
         config: see `ModelConfig`.
         num_classes: classes of the data set.
-        image_size: passed on as `img_size` to models that fix their input size; others take any size.
+        image_size: height and width, or one number for both; passed on as `img_size` to models that fix their input
+            size; others take any size.
         seed: the run's.
 
     Raises:

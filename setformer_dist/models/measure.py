@@ -57,7 +57,7 @@ class Memory:
     Attributes:
         parameters: weights the model computes with.
         gradients: as they accumulate.
-        masters: fp32 masters (beside the weights, where these are of low precision), Adam's two states, EMA.
+        masters: fp32 masters (beside the weights, where these are of low precision), the optimizer's states, EMA.
         activations: kept for the backward pass of one micro batch.
         host: what offload keeps in host memory instead, and the fp32 gradients that Adam takes there.
     """
@@ -85,8 +85,9 @@ def predict_memory(
     batch_dtype: torch.dtype | None = None,
     offload: str = "none",
     accumulation: int = 1,
+    states: int = 2,
 ) -> Memory:
-    """Predict a rank's memory under ZeRO (Rajbhandari et al. 2020, section 3) and AdamW.
+    """Predict a rank's memory under ZeRO (Rajbhandari et al. 2020, section 3).
 
     Args:
         model: with its activation checkpointing set as in the run.
@@ -99,6 +100,7 @@ def predict_memory(
         batch_dtype: of the micro batch; None is that of the weights.
         offload: "none", "optimizer" or "all", as ZeRO-Offload lays them out in DeepSpeed.
         accumulation: micro batches of a step.
+        states: what the optimizer keeps of each element, such as Adam's two averages.
     """
     count = parameters(model)
 
@@ -108,9 +110,9 @@ def predict_memory(
     activations = _saved_bytes(model, dtype, batch, batch_dtype or dtype)
     weights, gradients = share(3) * dtype.itemsize, share(2) * grad_dtype.itemsize
     if offload == "none":
-        master_bytes = 8 + 4 * ema + (4 if dtype != torch.float32 or stage in (1, 2) else 0)
+        master_bytes = 4 * states + 4 * ema + (4 if dtype != torch.float32 or stage in (1, 2) else 0)
         return Memory(weights, gradients, share(1) * master_bytes, activations)
-    held = share(1) * (4 + 8 + 4 + 4 * ema)  # master, Adam's states, the gradient that Adam takes, average
+    held = share(1) * (4 + 4 * states + 4 + 4 * ema)  # master, states, the gradient that is taken, average
     if stage == 3:  # gradients accumulate in host memory
         on_device = 0 if offload == "all" else weights
         return Memory(on_device, 0, 0, activations, held + gradients + weights - on_device)

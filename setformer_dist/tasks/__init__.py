@@ -2,5 +2,7 @@
 
 build.py            the task that a config names
 classification.py   one class per sample
+distilled.py        any of them, learnt from a trained model as well
+losses.py           what both of them may take for a loss
 multilabel.py       any number of labels per sample
 """

@@ -1,4 +1,4 @@
-"""One class per sample: cross entropy with soft targets, top-1 and top-5."""
+"""One class per sample: a loss with soft targets, top-1 and top-5."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from setformer_dist.core import config as base
 from setformer_dist.core.batch import MicroBatch
-from setformer_dist.core.config import FrozenConfig
 from setformer_dist.core.metric import METRICS_OF, Metric
+from setformer_dist.tasks.losses import Loss, LossConfig
 
 
 def soft_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -25,24 +25,26 @@ def soft_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Ten
 
 
 class Classification:
-    """Cross entropy; a sample is right where its class is the most probable (top-1), or among five (top-5)."""
+    """A sample is right where its class is the most probable (top-1), or among five (top-5)."""
 
     name = "classification"
     metrics: tuple[Metric, ...] = METRICS_OF["classification"]
     exclusive = True
 
     def __init__(self, args: Mapping[str, Any], classes: tuple[str, ...]) -> None:
-        base.build(FrozenConfig, args, "task.args")  # it takes none
+        config = base.build(LossConfig, args, "task.args")
         self.outputs = classes
+        self._loss = Loss(config, classes)
+        self._exclusive = config.loss == "cross_entropy"
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return `soft_cross_entropy` of logits and targets, both (m, classes)."""
-        return soft_cross_entropy(outputs, targets)
+        """Return the loss that the config names, of logits and targets, both (m, classes)."""
+        return self._loss.mean(outputs, targets)
 
     def sums(self, outputs: torch.Tensor, batch: MicroBatch, targets: torch.Tensor) -> torch.Tensor:
         """Return (loss, top-1 hits, top-5 hits) summed over the samples that count."""
         weights, logits = batch.weights, outputs.float().cpu()
-        loss = F.cross_entropy(logits, batch.labels, reduction="none")
+        loss = self._loss.each(logits, batch.labels if batch.soft is None else targets.cpu())
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
         top1, top5 = ranked[:, 0].float(), ranked.any(dim=1).float()
         return torch.stack([(loss * weights).sum(), (top1 * weights).sum(), (top5 * weights).sum()])
@@ -53,5 +55,5 @@ class Classification:
         return {"loss": loss / count, "top1": top1 / count, "top5": top5 / count}
 
     def confidences(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Return class probabilities."""
-        return outputs.float().softmax(dim=1)
+        """Return class probabilities; of a loss that takes each class by itself they need not sum to 1."""
+        return outputs.float().softmax(dim=1) if self._exclusive else outputs.float().sigmoid()

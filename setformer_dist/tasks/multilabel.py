@@ -1,4 +1,4 @@
-"""Any number of labels per sample: binary cross entropy; a class of the data names a set of labels, such as "cat+dog".
+"""Any number of labels per sample, each by itself; a class of the data names a set of labels, such as "cat+dog".
 
 So class folders, text labels of shards and packed splits all serve: their classes are the sets that occur, and the
 model has one output per label. Mixed and smoothed targets over the classes become soft targets over the labels.
@@ -7,35 +7,37 @@ model has one output per label. Mixed and smoothed targets over the classes beco
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 
 from setformer_dist.core import config as base
 from setformer_dist.core.batch import MicroBatch
-from setformer_dist.core.config import FrozenConfig
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.metric import METRICS_OF, Metric
+from setformer_dist.tasks.losses import Loss, LossConfig
 
 # A label counts as predicted from this confidence on.
 _LIKELY = 0.5
 
 
-class MultiLabelConfig(FrozenConfig):
+class MultiLabelConfig(LossConfig):
     """The table [task.args] of task "multilabel".
 
     Attributes:
         separator: between the labels in a class's name.
         none: name of the class without any label.
+        loss: "binary_cross_entropy" or "focal".
     """
+
+    loss: Literal["binary_cross_entropy", "focal"] = "binary_cross_entropy"
 
     separator: str = "+"
     none: str = "none"
 
 
 class MultiLabel:
-    """Binary cross entropy, mean over samples and labels; micro-averaged F1, and the share of wholly right samples."""
+    """Losses are means over samples and labels; micro-averaged F1, and the share of wholly right samples."""
 
     name = "multilabel"
     metrics: tuple[Metric, ...] = METRICS_OF["multilabel"]
@@ -57,6 +59,7 @@ class MultiLabel:
                 f"{config.separator!r}, or set task.args.separator"
             )
         place = {label: at for at, label in enumerate(self.outputs)}
+        self._loss = Loss(config, self.outputs)
         self._labels_of_class = torch.zeros(len(classes), len(self.outputs))
         for row, labels in zip(self._labels_of_class, sets, strict=True):
             row[[place[label] for label in labels]] = 1.0
@@ -68,12 +71,13 @@ class MultiLabel:
             outputs: (m, labels) logits.
             targets: (m, classes) fp32, rows sum to 1.
         """
-        return F.binary_cross_entropy_with_logits(outputs.float(), self._soft(targets))
+        return self._loss.mean(outputs, self._soft(targets))
 
     def sums(self, outputs: torch.Tensor, batch: MicroBatch, targets: torch.Tensor) -> torch.Tensor:
         """Return (loss, wholly right samples, true positives, predicted, present) over the samples that count."""
         weights, logits, wanted = batch.weights, outputs.float().cpu(), self._labels_of_class[batch.labels]
-        loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(dim=1)
+        soft = wanted if batch.soft is None else targets.cpu() @ self._labels_of_class.cpu()
+        loss = self._loss.each(logits, soft)
         found = (logits.sigmoid() >= _LIKELY).float()
         right = (found == wanted).all(dim=1).float()
         counts = [(found * wanted).sum(dim=1), found.sum(dim=1), wanted.sum(dim=1)]

@@ -52,12 +52,13 @@ class Trainee:
         clip_norm: float = OPTIM.clip_norm,
         module: torch.nn.Module | None = None,
         deepspeed: dict[str, Any] | None = None,
+        global_size: int = 16,
     ) -> None:
         self.ranks = RankInfo.from_env()
         if not torch.distributed.is_initialized():
             connect(self.ranks, os.environ["SETFORMER_RENDEZVOUS"])
         self.comm = TorchCollectives(self.ranks)
-        self.plan = solve(BatchConfig(global_size=16, micro=micro), self.ranks.world_size)
+        self.plan = solve(BatchConfig(global_size=global_size, micro=micro), self.ranks.world_size)
         zero = ZeroConfig(stage=stage, offload=offload, bucket_mib=1)
         json = deepspeed_config(
             PrecisionConfig(dtype=dtype, grad_accum=grad_accum), zero, self.plan, clip_norm, deepspeed or {}

@@ -617,6 +617,17 @@ def test_prepare_normalises_and_smooths():
     torch.testing.assert_close(exact.double(), expected.double(), atol=1e-5, rtol=0)
 
 
+def test_channels_last_is_another_layout_of_the_same_images():
+    images = torch.randint(0, 256, (2, 3, 8, 6), dtype=torch.uint8)
+    plain, other = (
+        Prepare(DataConfig(root="", channels_last=last), 5, "cpu", torch.bfloat16)(micro_batch(images, [1, 4]), True)[0]
+        for last in (False, True)
+    )
+    assert torch.equal(plain, other)
+    assert plain.is_contiguous()
+    assert other.is_contiguous(memory_format=torch.channels_last)
+
+
 # Config
 
 

@@ -12,7 +12,7 @@ from setformer_dist.core.seeding import Purpose, derive_key, generator, sample_k
 from setformer_dist.engine.batch_plan import BatchPlan
 from setformer_dist.engine.config import EmaConfig, OptimConfig, PrecisionConfig, ScheduleConfig, ZeroConfig
 from setformer_dist.engine.metrics import RunRecord, StepClock, peak_flops
-from setformer_dist.engine.optim import Schedule, adamw, parameter_groups
+from setformer_dist.engine.optim import Schedule, optimizer_of, parameter_groups
 from setformer_dist.engine.run_state import Best
 from setformer_dist.engine.zero import check_precision, deepspeed_config
 from setformer_dist.models.build import build_model
@@ -59,7 +59,7 @@ def test_norms_biases_and_references_do_not_decay() -> None:
         if parameter.ndim == 1 or "references" in name:
             assert id(parameter) in free, name
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
-    assert adamw(groups, OptimConfig()).param_groups
+    assert optimizer_of(groups, OptimConfig()).param_groups
 
 
 def test_layer_decay_scales_the_learning_rate() -> None:

@@ -29,8 +29,10 @@ def imported(root: Path, *states: str) -> Checkpoint:
     return open_checkpoint(root)
 
 
-def state_of(checkpoint: Checkpoint, mine: Identity = MINE, total: int = 9) -> dict[str, object]:
-    return trainer_state(checkpoint, mine, lambda step: {"step": step}, total, says=True)
+def state_of(
+    checkpoint: Checkpoint, mine: Identity = MINE, total: int = 9, optimizer: str = "adamw"
+) -> dict[str, object]:
+    return trainer_state(checkpoint, mine, lambda step: {"step": step}, total, says=True, optimizer=optimizer)
 
 
 def test_samples_go_on_behind_the_steps_done_and_the_rest_begins(tmp_path, caplog):
@@ -49,13 +51,22 @@ def test_samples_go_on_behind_the_steps_done_and_the_rest_begins(tmp_path, caplo
     assert held.tensor.tolist() == [2.0] * 4
 
 
-def test_adam_begins_anew_where_its_states_have_no_names(tmp_path, caplog):
+def test_the_optimizer_begins_anew_where_adams_states_have_no_names(tmp_path, caplog):
     found = imported(tmp_path, "param")
     assert state_of(found)["optimizer_steps"] == 0
-    assert "Adam begins anew" in caplog.text
+    assert "the optimizer begins anew" in caplog.text
     trained = Fragment("w", "exp_avg", 0, (4,), torch.ones(4))
     assert loadable(found, [trained]) == []
     assert trained.tensor.tolist() == [0.0] * 4  # the guard may come back here later
+
+
+def test_another_optimizer_does_not_take_adams_states_for_its_own(tmp_path, caplog):
+    found = imported(tmp_path, "param", "exp_avg", "exp_avg_sq")
+    assert state_of(found, optimizer="lion")["optimizer_steps"] == 0
+    assert "the optimizer begins anew" in caplog.text
+    held, weights = (Fragment("w", state, 0, (4,), torch.ones(4)) for state in ("exp_avg", "param"))
+    found.load_into(loadable(found, [held, weights], "lion"))
+    assert held.tensor.tolist() == weights.tensor.tolist() == [0.0] * 4
 
 
 def test_another_model_and_a_run_that_is_too_short_are_refused(tmp_path):

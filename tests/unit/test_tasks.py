@@ -13,6 +13,7 @@ from setformer_dist.core.metric import METRICS_OF, better_weights, headline, met
 from setformer_dist.core.task_config import TaskConfig
 from setformer_dist.tasks.build import build_task, check_metric, register_task
 from setformer_dist.tasks.classification import Classification
+from setformer_dist.tasks.distilled import Distilled, Taught, TeachingPrepare
 from setformer_dist.tasks.multilabel import MultiLabel
 
 CLASSES = ("cat", "cat+dog", "dog", "none")
@@ -109,3 +110,94 @@ def test_a_task_is_found_by_name_or_refused_with_the_nearest():
         ConfigError, match=r"best_metric = 'top1' is no metric of task multilabel: it has f1, exact, loss"
     ):
         check_metric(MultiLabel({}, CLASSES), "top1", "max")
+
+
+def test_the_losses_are_their_formulas_with_weights_of_classes():
+    rng = torch.Generator().manual_seed(1)
+    logits = torch.randn(5, 4, generator=rng)
+    targets = torch.rand(5, 4, generator=rng).softmax(dim=1)
+    wanted, p = targets.double(), logits.double().sigmoid()
+    weights = torch.tensor([1.0, 1.0, 3.0, 1.0]).double()
+    of_dog = {"class_weights": {"dog": 3.0}}
+    entropy = -(wanted * weights * logits.double().log_softmax(dim=1)).sum(dim=1)
+    binary = -(wanted * p.log() + (1 - wanted) * (1 - p).log())
+    right = p * wanted + (1 - p) * (1 - wanted)
+    share = 0.3 * wanted + 0.7 * (1 - wanted)
+    for args, expected in (
+        (of_dog, entropy),
+        ({"loss": "binary_cross_entropy", **of_dog}, (binary * weights).mean(dim=1)),
+        ({"loss": "focal", "gamma": 1.5, "alpha": 0.3, **of_dog},
+         (share * (1 - right) ** 1.5 * binary * weights).mean(dim=1)),
+        ({"loss": "focal", "gamma": 0.0, "alpha": -1.0}, binary.mean(dim=1)),
+    ):  # fmt: skip
+        task = Classification(args, CLASSES)
+        assert task.loss(logits, targets).item() == pytest.approx(expected.mean().item(), rel=1e-5), args
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "binary_cross_entropy", "focal"])
+def test_an_evaluation_has_the_loss_that_is_trained(loss):
+    task = Classification({"loss": loss, "class_weights": {"dog": 3.0}}, CLASSES)
+    logits, labels = torch.randn(6, 4, generator=torch.Generator().manual_seed(2)), [0, 2, 2, 1, 3, 2]
+    trained = task.loss(logits, torch.nn.functional.one_hot(torch.tensor(labels), 4).float()).item()
+    found = figures(task, [logits[:4], logits[4:]], [batch_of(labels[:4]), batch_of(labels[4:])])
+    assert found["loss"] == pytest.approx(trained, rel=1e-5)
+    sure = task.confidences(logits)
+    assert torch.allclose(sure.sum(dim=1), torch.ones(6)) == (loss == "cross_entropy")
+
+
+def test_a_loss_without_arguments_has_the_bits_that_it_had():
+    logits = torch.randn(64, 4, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    targets = torch.rand(64, 4).softmax(dim=1)
+    functional = torch.nn.functional
+    assert torch.equal(Classification({}, CLASSES).loss(logits, targets), functional.cross_entropy(logits, targets))
+    multi = MultiLabel({}, CLASSES)
+    wanted = multi._soft(targets)
+    outputs = logits[:, :2]
+    expected = functional.binary_cross_entropy_with_logits(outputs, wanted)
+    assert torch.equal(multi.loss(outputs, targets), expected)
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ({"class_weights": {"dgo": 2.0}}, "class_weights: 'dgo' is no output: did you mean dog"),
+        ({"class_weights": {"dog": 0.0}}, "class_weights"),
+        ({"class_weights": {"dog": math.inf}}, "class_weights"),
+        ({"gamma": 1.0}, r'task.args.gamma is of loss = "focal"'),
+        ({"loss": "hinge"}, "loss"),
+    ],
+)
+def test_arguments_of_a_loss_that_cannot_be_are_refused(args, said):
+    with pytest.raises(ConfigError, match=said):
+        Classification(args, CLASSES)
+    with pytest.raises(ConfigError, match="loss"):
+        MultiLabel({"loss": "cross_entropy"}, CLASSES)
+
+
+def test_a_distilled_loss_is_shares_of_its_own_and_the_teachers():
+    rng = torch.Generator().manual_seed(4)
+    ours, theirs = torch.randn(6, 4, generator=rng), torch.randn(6, 4, generator=rng)
+    targets = torch.rand(6, 4, generator=rng).softmax(dim=1)
+    task = Classification({}, CLASSES)
+    p, q = (theirs.double() / 3).softmax(dim=1), (ours.double() / 3).softmax(dim=1)
+    distance = (p * (p.log() - q.log())).sum(dim=1).mean()
+    expected = 0.75 * task.loss(ours, targets).double() + 0.25 * 9 * distance
+    found = Distilled(task, 0.25, 3.0).loss(ours, Taught(targets, theirs))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    multi = MultiLabel({}, CLASSES)
+    a, b = (theirs[:, :2].double() / 3).sigmoid(), (ours[:, :2].double() / 3).sigmoid()
+    distance = -(a * b.log() + (1 - a) * (1 - b).log()).mean()
+    expected = 0.75 * multi.loss(ours[:, :2], targets).double() + 0.25 * 9 * distance
+    found = Distilled(multi, 0.25, 3.0).loss(ours[:, :2], Taught(targets, theirs[:, :2]))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_teacher_sees_what_the_model_sees_and_only_in_training():
+    batch, teacher = batch_of([0, 1]), torch.nn.Linear(3, 4)
+    inputs, targets = torch.randn(2, 3), torch.zeros(2, 4)
+    prepare = TeachingPrepare(lambda batch, train: (inputs, targets), teacher)
+    seen, taught = prepare(batch, train=True)
+    assert torch.equal(seen, inputs)
+    assert torch.equal(taught.logits, teacher(inputs))
+    assert not taught.logits.requires_grad
+    assert prepare(batch, train=False)[1] is targets

@@ -1,0 +1,128 @@
+"""The teacher of a run: a trained checkpoint, read as every other, whose weights are part of what the run is.
+
+Its folder may lie anywhere and move; a digest of its weights is in the run's checkpoints, and a run goes on with the
+same weights or not at all. Nothing in a checkpoint names a teacher that is opened: the run's page does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dataloaders.config import DataConfig
+from launch.run.config import ResolvedRun
+from launch.run.inputs import check_shapes
+from launch.run.trained import Trained, load_trained
+from setformer_dist.core.comm import Collectives
+from setformer_dist.core.errors import CheckpointError, ConfigError, LaunchError
+from setformer_dist.core.task import Counted, Prepare, Task
+from setformer_dist.engine.deepspeed_engine import DTYPES
+from setformer_dist.tasks.distilled import Distilled, TeachingPrepare
+
+KEY = "teacher"  # in trainer.json
+
+
+def teacher_of(run: ResolvedRun, task: Task, told: dict[str, Any]) -> Trained | None:
+    """Return the trained model that a run learns from, None where it learns from none.
+
+    Args:
+        run: whose page may name it.
+        task: of the run.
+        told: what the run's model is told about its inputs.
+
+    Raises:
+        CheckpointError: nothing there verifies, or it is no trained run.
+        ConfigError: it does not fit the run.
+    """
+    config = run.config.distill
+    if not config.teacher:
+        return None
+    if isinstance(task, Counted):
+        raise ConfigError(
+            f"distill.teacher: task {task.name} has a sum and a count for a loss, of which no share can be taken: "
+            "leave distill out"
+        )
+    trained = load_trained(Path(config.teacher), config.weights)
+    _check_fits(run, task, told, trained)
+    return trained
+
+
+def _check_fits(run: ResolvedRun, task: Task, told: dict[str, Any], teacher: Trained) -> None:
+    """Refuse a teacher that would see other inputs than it was trained with, or whose outputs mean something else.
+
+    Raises:
+        ConfigError: naming what differs.
+    """
+    place, ours, theirs = run.config.distill.teacher, run.config.data, teacher.config.data
+    if teacher.task.outputs != task.outputs or teacher.task.exclusive != task.exclusive:
+        raise ConfigError(
+            f"distill.teacher = {place!r} was trained for other outputs ({', '.join(teacher.task.outputs[:4])} …) than "
+            f"this run has ({', '.join(task.outputs[:4])} …): take a teacher of the same classes in the same order"
+        )
+    seen = teacher.checkpoint.trainer.get("inputs", {})
+    names = ("kind", "mean", "std")
+    pairs = [(name, getattr(theirs, name, None), getattr(ours, name, None)) for name in names]
+    pairs += [(name, seen.get(name), told.get(name)) for name in sorted({*seen, *told})]
+    for name, a, b in pairs:
+        if a != b:
+            raise ConfigError(
+                f"distill.teacher = {place!r} was trained with data.{name} = {a!r}, and this run has {b!r}: both see "
+                "the same inputs, so set it alike or take another teacher"
+            )
+    if isinstance(ours, DataConfig):
+        check_shapes(teacher.model, teacher.config.model.name, ours)
+
+
+def digest_of(teacher: Trained) -> str:
+    """Return what a teacher is, wherever it lies and however it was sharded: its weights and its model's config."""
+    found = hashlib.sha256(json.dumps(teacher.config.model.model_dump(mode="json"), sort_keys=True).encode())
+    for name, parameter in sorted(teacher.model.state_dict().items()):
+        found.update(name.encode())
+        found.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def check_one_teacher(digest: str, comm: Collectives) -> None:
+    """Check that all ranks have read the same teacher. Collective.
+
+    Raises:
+        LaunchError: naming the ranks that have not.
+    """
+    views = comm.gather_json({"digest": digest})
+    odd = [rank for rank, view in enumerate(views) if view != views[0]]
+    if odd:
+        raise LaunchError(
+            f"ranks {', '.join(map(str, odd))} have another teacher than rank 0: every host must see the same "
+            "checkpoint at distill.teacher"
+        )
+
+
+def distilled(
+    run: ResolvedRun, task: Task, prepare: Prepare, teacher: Trained, device: torch.device
+) -> tuple[Task, Prepare]:
+    """Return a run's task and prepare with the teacher in them; it is whole on every rank, in the compute dtype."""
+    config, dtype = run.config.distill, DTYPES[run.config.precision.dtype]
+    model: nn.Module = teacher.model.eval().requires_grad_(False)
+    taught = TeachingPrepare(prepare, model.to(device=device, dtype=dtype))
+    return Distilled(task, config.share, config.temperature), taught
+
+
+def check_same_teacher(trainer: dict[str, Any], mine: str | None, place: Path) -> None:
+    """Refuse a checkpoint that was trained with another teacher.
+
+    Raises:
+        CheckpointError: with what differs.
+    """
+    theirs = trainer.get(KEY)
+    if theirs == mine:
+        return
+    there, here = ("no teacher" if digest is None else f"teacher {str(digest)[:12]}" for digest in (theirs, mine))
+    raise CheckpointError(
+        f"{place} was trained with {there}, and this run has {here} (distill.teacher, by a digest of its weights): put "
+        "the same one back, or give this run another run.name"
+    )
