@@ -30,7 +30,7 @@ from launch.cli import runs as cli_runs
 from launch.cli.options import CheckpointPath, ImportOption, WeightsOption
 from launch.cli.usage import UsageError, check_homes, usage_fault
 from launch.ranks.supervise import run_supervised
-from launch.run.config import RunConfig, check_folder, continued, load_run, resolve
+from launch.run.config import RunConfig, check_folder, continued, load_run, resolve, shipped
 from launch.run.own_code import bring
 from launch.shown import plain, plain_lines
 from setformer_dist.core.errors import ConfigError, DataError, LaunchError, RankFailedError, SetformerError
@@ -49,8 +49,6 @@ app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_lra.app, name="lra")
 app.add_typer(cli_runs.app, name="runs")
 app.add_typer(cli_ckpt.app, name="ckpt")
-
-CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
 
 Page = Annotated[
     Path, typer.Argument(help="The run's TOML page, or the name of a shipped one, such as demo.", show_default=False)
@@ -132,17 +130,6 @@ def train(
         raise
     if code:
         raise typer.Exit(code)
-
-
-def shipped(page: Path) -> Path:
-    """Return a page that is there, or the shipped one of that name or at that place below configs/."""
-    if page.exists() and not (page.is_dir() and len(page.parts) == 1):  # photos/ may lie beside what is typed
-        return page
-    below = page.parts[1:] if page.parts[:1] == ("configs",) else page.parts
-    for place in (CONFIGS.joinpath(*below), CONFIGS / "runs" / f"{page}.toml"):
-        if place.is_file() and place.resolve().is_relative_to(CONFIGS):
-            return place
-    return page
 
 
 def _refuse_other_launchers() -> None:

@@ -26,7 +26,7 @@ from launch.ranks.local import has_gpu, usable_cores
 from setformer_dist.core.errors import LaunchError
 from setformer_dist.core.terminal import open_console, open_table
 
-OUR_PACKAGES = ("setformer_dist", "dataloaders", "checkpoints", "launch", "configs")
+OUR_PACKAGES = ("setformer_dist", "dataloaders", "checkpoints", "launch", "configs", "setformer")
 
 # Distribution to the lowest version that works; the same bounds as in pyproject.toml.
 REQUIRED: Mapping[str, str] = {

@@ -9,6 +9,7 @@ inputs.py            what a run reads, behind one interface: images, or token se
 models.py            every architecture that this package registers with timm, with its size and cost
 outcome.py           what rank 0 leaves behind when training ends: summary.json and report.html in the run's folder
 own_code.py          a user's own modules: run.imports, --import
+session.py           one rank's part of a run, for launch.entry and for the library
 timm_weights.py      weights in timm's layout for a model of another size or another number of classes
 trained.py           a trained checkpoint used by one process: eval, predict, the report's pictures
 """

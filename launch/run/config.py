@@ -43,6 +43,8 @@ from setformer_dist.engine.config import (
 )
 from setformer_dist.engine.zero import deepspeed_config
 
+_CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
+
 _LONGEST_NAME = 255  # bytes of a folder's name, on every file system that we know
 
 
@@ -266,6 +268,17 @@ class ResolvedRun:
     def identity_hash(self) -> str:
         """Return the hash of `identity`."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+
+def shipped(page: Path) -> Path:
+    """Return a page that is there, or the shipped one of that name or at that place below configs/."""
+    if page.exists() and not (page.is_dir() and len(page.parts) == 1):  # photos/ may lie beside what is typed
+        return page
+    below = page.parts[1:] if page.parts[:1] == ("configs",) else page.parts
+    for place in (_CONFIGS.joinpath(*below), _CONFIGS / "runs" / f"{page}.toml"):
+        if place.is_file() and place.resolve().is_relative_to(_CONFIGS):
+            return place
+    return page
 
 
 def load_run(page: Path, overrides: Iterable[str] = ()) -> RunConfig:

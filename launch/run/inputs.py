@@ -139,7 +139,7 @@ class ImageInputs:
                 "leave it out"
             )
         model = build_model(config, num_classes, self.config.image_size, seed)
-        _check_shapes(model, config.name, self.config)
+        check_sizes(model, config.name, self.config)
         return model
 
     def model_arguments(self, config: ModelConfig, num_classes: int) -> dict[str, Any]:
@@ -187,13 +187,13 @@ def images_of(split: Split) -> Source:
     return cast(Source, split)
 
 
-def _check_shapes(model: nn.Module, name: str, config: DataConfig) -> None:
+def check_sizes(model: nn.Module, name: str, config: DataConfig | TokenConfig) -> None:
     """Refuse a model that is made for one image size where training changes it, before the step that does.
 
     Raises:
         ConfigError: naming the size.
     """
-    if not (config.resolutions or config.aspect_buckets):
+    if isinstance(config, TokenConfig) or not (config.resolutions or config.aspect_buckets):
         return
     sides = {config.image_size, *(stage.image_size for stage in config.resolutions)}
     shapes = {(side, side) for side in sides}

@@ -30,8 +30,8 @@ from setformer_dist.core.ranks import PORT_GIVEN_VARIABLE, RankInfo
 log = logging.getLogger(__name__)
 
 
-def connect(ranks: RankInfo, init_method: str | None = None, timeout_minutes: float = 10.0) -> None:
-    """Join the other ranks: NCCL on GPUs, gloo on CPUs.
+def connect(ranks: RankInfo, init_method: str | None = None, timeout_minutes: float = 10.0) -> bool:
+    """Join the other ranks: NCCL on GPUs, gloo on CPUs. Return False, and do nothing, where this process has joined.
 
     DeepSpeed's shared-memory all-reduce is switched off before: it serves inference only, costs a compilation,
     and leaves 69 MB per rank in /dev/shm even after a clean exit.
@@ -41,7 +41,7 @@ def connect(ranks: RankInfo, init_method: str | None = None, timeout_minutes: fl
         PassingError: the other ranks did not come within the time limit, or went away.
     """
     if dist.is_initialized():
-        return
+        return False
     devices = get_accelerator().device_count()
     if get_accelerator().device_name() != "cpu":
         if ranks.local_rank >= devices:
@@ -71,6 +71,7 @@ def connect(ranks: RankInfo, init_method: str | None = None, timeout_minutes: fl
             raise taken(f"port {place} is in use by another process: give a free one with --port") from None
         raise PassingError(f"rank {ranks.rank} could not join {ranks.world_size} ranks at {place}: {reason}") from None
     init_distributed(dist_init_required=False, verbose=False)
+    return True
 
 
 def _meeting_place(ranks: RankInfo, limit: timedelta) -> Store:

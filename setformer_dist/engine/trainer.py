@@ -152,11 +152,11 @@ def check_trainer(trainer: dict[str, Any], place: Path) -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a call of `Trainer.run` ended.
+    """How a call of `Trainer.run` or `Trainer.advance` ended.
 
     Attributes:
         state: the run's state at the end.
-        signum: the signal that stopped it, or None when it ran to its end.
+        signum: the signal that stopped it, 0 where it came to the step that was asked for, None at the run's end.
         images_per_s: mean over the run's training steps, without evaluation and checkpoints.
     """
 
@@ -244,44 +244,102 @@ class Trainer:
         self._resumed: SavedState | None = None
         self._began_with = ""
         self._stop_answer: Callable[[], float] = _nobody
+        self._began = False
+
+    @property
+    def began(self) -> bool:
+        """Whether training has begun in this process."""
+        return self._began
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self._state.step
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self._total_steps
 
     def run(self) -> Outcome:
-        """Train to the end, or to a signal. Collective; the same step on all ranks.
+        """Train to the end, or to a signal, and close all that training uses. Collective; as `advance`."""
+        with StopRequest(self._p.heartbeat) as stop, contextlib.closing(self):  # the signal's first: it cuts no save
+            return self._advance(self._total_steps, stop)
+
+    def advance(self, last_step: int) -> Outcome:
+        """Train up to a step, or to a signal, and leave all open for more. Collective; the same step on all ranks.
+
+        Args:
+            last_step: optimizer steps done at the end; the run's own end comes before.
 
         Raises:
             TrainingError: the loss is not finite, or leaps, and the guard does not bear it (`engine.guard`).
             SetformerError: from the stream or the store.
         """
-        saved = self._resumed
-        self._started = time.perf_counter() - self._state.seconds
+        with StopRequest(self._p.heartbeat) as stop:
+            return self._advance(min(last_step, self._total_steps), stop)
+
+    def close(self) -> None:
+        """Close the streams, the store and the record; wait for what is being written."""
         with (
-            StopRequest(self._p.heartbeat) as stop,  # first, so that a signal does not cut a save that is being ended
             contextlib.closing(self._p.record),
             contextlib.closing(self._p.store),
             contextlib.closing(self._p.stream),
             contextlib.closing(self._p.validation),
-            RunProgress(self._total_steps, self._state.step, self._main) as progress,
         ):
-            if saved is not None:
-                progress.say(f"resumed at step {saved.step} from {saved.path}")
-            elif self._began_with:
-                progress.say(self._began_with)
-                log.info(self._began_with)
-                self._p.record.note("weights", what=self._began_with)
-            self._p.heartbeat.step = self._state.step
-            self._p.record.note("began", step=self._state.step)
+            return
+
+    def save(self) -> None:
+        """Write a checkpoint of where the run is, unless it is there; durable when this returns. Collective.
+
+        Raises:
+            CheckpointError: it could not be written, on every rank.
+        """
+        self._save({})
+        self._p.store.finish(last=True)
+
+    def score(self) -> dict[str, float]:
+        """Evaluate the weights and their average, and leave no record of it. Collective.
+
+        Returns:
+            The task's metrics; those of averaged weights with `ema_` before their names.
+        """
+        measured = self._scores(StopRequest())  # not entered: Ctrl-C is an ordinary one
+        assert measured is not None
+        return {name: value for result, prefix in measured for name, value in result.as_dict(prefix).items()}
+
+    def _begin(self, progress: RunProgress) -> None:
+        """Say and record from where the run goes on, once."""
+        self._began = True
+        self._started = time.perf_counter() - self._state.seconds
+        if self._resumed is not None:
+            progress.say(f"resumed at step {self._resumed.step} from {self._resumed.path}")
+        elif self._began_with:
+            progress.say(self._began_with)
+            log.info(self._began_with)
+            self._p.record.note("weights", what=self._began_with)
+        self._p.heartbeat.step = self._state.step
+        self._p.record.note("began", step=self._state.step)
+
+    def _advance(self, last_step: int, stop: StopRequest) -> Outcome:
+        with RunProgress(self._total_steps, self._state.step, self._main) as progress:
+            if not self._began:
+                self._begin(progress)
             self._clock.take()
             signum = self._pay_owed_evaluation(stop, progress)
-            while signum is None and self._state.step < self._total_steps:
+            while signum is None and self._state.step < last_step:
                 batches = self._p.stream.micro_batches(self._state.step)
                 try:
-                    signum = self.train_until(self._total_steps, batches, stop, progress)
+                    signum = self.train_until(last_step, batches, stop, progress)
                 except _RewindError as rewind:
                     self._rewind(rewind.trouble, progress)
             self._state.seconds = time.perf_counter() - self._started
             self._p.record.note("spent", step=self._state.step, seconds=self._clock.take()[0])
+            self._steps_timed = 0
         if signum is not None:  # below the bar: it is the last that a user sees
             progress.say(f"stopped and saved at step {self._state.step}; the same command goes on from there")
+        elif self._state.step < self._total_steps:
+            signum = 0
         images = self._state.train_steps * self._p.plan.global_size
         speed = images / self._state.train_seconds if images else 0.0
         return Outcome(self._state, signum, speed)
@@ -490,25 +548,30 @@ class Trainer:
     def _evaluate(self, stop: StopRequest, progress: RunProgress) -> dict[str, float] | None:
         """Score the weights and their average; None if a signal came before the end, the same on all ranks."""
         with self._clock.section("evaluation"):
-            result = self._score(stop)
-            if result is None:
+            scores = self._scores(stop)
+            if scores is None:
                 return None
-            measured: dict[str, float] = result.as_dict()
+            (result, _), *averaged = scores
+            measured = {name: value for part, prefix in scores for name, value in part.as_dict(prefix).items()}
             metrics = self._p.task.metrics
             text = f"step {self._state.step}: {headline(metrics, result.figures)}"
-            if self._p.ema is not None:
-                with self._p.ema.swapped_in():
-                    averaged = self._score(stop)
-                if averaged is None:
-                    return None
-                measured |= averaged.as_dict(AVERAGED)
-                text += f" · averaged weights: {headline(metrics, averaged.figures)}"
+            for part, _ in averaged:
+                text += f" · averaged weights: {headline(metrics, part.figures)}"
         self._state.evaluation = measured
         left_out = {"left_out": result.left_out} if result.left_out else {}
         self._p.record.write("eval", self._state.step, {**measured, "samples": result.samples, **left_out})
         progress.say(f"{text} ({result.samples} validation samples)")
         log.info(text)
         return measured
+
+    def _scores(self, stop: StopRequest) -> list[tuple[EvalResult, str]] | None:
+        """Score the weights and, where there is one, their average; with what its metrics' names begin with."""
+        result = self._score(stop)
+        if result is None or self._p.ema is None:
+            return None if result is None else [(result, "")]
+        with self._p.ema.swapped_in():
+            averaged = self._score(stop)
+        return None if averaged is None else [(result, ""), (averaged, AVERAGED)]
 
     def _score(self, stop: StopRequest) -> EvalResult | None:
         self._p.engine.eval()
