@@ -12,7 +12,7 @@ ifeq ($(DS_ACCELERATOR),)
 unexport DS_ACCELERATOR
 endif
 
-.PHONY: help setup ffcv demo test drills drills-ci lint types check clean
+.PHONY: help setup ffcv demo test drills drills-ci lint types docs check clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -49,6 +49,11 @@ lint: $(STAMP)  ## ruff: lint and format
 
 types: $(STAMP)  ## mypy, strict
 	$(BIN)/mypy
+
+docs: $(STAMP)  ## build the site into build/site; every warning is an error
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m launch.run.keys docs/keys.md
+	$(BIN)/python -m mkdocs build --quiet
 
 check: lint types test  ## all that CI runs
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from launch.run import trained as runs
-from launch.run.own_code import OwnModel, bring
+from launch.run.own_code import bring
+from launch.run.own_model import OwnModel
 from launch.run.trained import Prediction, Trained
 from setformer_dist.core.errors import DataError
 from setformer_dist.core.metric import weights_named

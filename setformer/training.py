@@ -18,7 +18,7 @@ from torch import nn
 
 from launch.machine.doctor import check_package_origins
 from launch.run.config import RunConfig, continued
-from launch.run.own_code import OwnModel, named_own
+from launch.run.own_model import OwnModel, named_own
 from launch.run.session import Session, log_to_file, session
 from setformer_dist.core.errors import LaunchError
 from setformer_dist.core.ranks import RankInfo
@@ -67,7 +67,7 @@ class Training:
                 os.environ["LOCAL_RANK"] = str(ranks.local_rank)
                 stack.callback(os.environ.pop, "LOCAL_RANK", None)
             at_the_end = stack.enter_context(contextlib.ExitStack())
-            begun = stack.enter_context(session(self._config, ranks, supervised=False, own=self._own))
+            begun = stack.enter_context(session(self._config, ranks, supervised=False, own=self._own, stays=True))
             stack.enter_context(contextlib.closing(begun.trainer))
             level = logging.getLogger().level
             at_the_end.callback(_stop_logging, log_to_file(begun.run, ranks), level)  # after summary and report

@@ -7,13 +7,16 @@ of launch/cli are the only ones that import inside functions.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.metadata
 import io
+import json
 import logging
 import os
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +33,7 @@ from launch.cli import runs as cli_runs
 from launch.cli.options import CheckpointPath, ImportOption, WeightsOption
 from launch.cli.usage import UsageError, check_homes, usage_fault
 from launch.ranks.supervise import run_supervised
+from launch.run import keys
 from launch.run.config import RunConfig, check_folder, continued, load_run, resolve, shipped
 from launch.run.own_code import bring
 from launch.shown import plain, plain_lines
@@ -218,6 +222,31 @@ def doctor(
     from launch.machine import doctor as checks
 
     raise typer.Exit(checks.render(checks.diagnose(run_folder)))
+
+
+@app.command("config")
+def show_config(
+    key: Annotated[str, typer.Argument(help="A key such as optim.lr, or a table.", show_default=False)] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print the keys of a run config with type, default, unit and meaning: one, those of a table, or all.
+
+    Examples:
+
+        setformer config optim.lr
+
+        setformer config checkpoint
+
+        setformer config --json
+    """
+    found = keys.keys_named(key)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(entry) for entry in found], indent=2, ensure_ascii=False))
+        return
+    for entry in found:
+        unit, kind = f"; unit: {entry.unit}" if entry.unit else "", f" ({entry.of})" if entry.of else ""
+        print(f"{entry.key}{kind}\n  {entry.type}{unit}; default {entry.default}")
+        print(textwrap.fill(entry.meaning, width=100, initial_indent="  ", subsequent_indent="  "))
 
 
 @app.command()

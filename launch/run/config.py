@@ -91,7 +91,11 @@ class RunTable(FrozenConfig):
 
 
 class RunConfig(FrozenConfig):
-    """One run, as its page says it."""
+    """One run, as its page says it.
+
+    Attributes:
+        deepspeed: DeepSpeed's own keys, passed through; those that this package sets itself are refused.
+    """
 
     SYNONYMS: ClassVar[Mapping[str, str]] = {
         "pretrained": "model.weights",

@@ -10,7 +10,7 @@ from typing import Any
 
 from launch.run.compose import Splits
 from launch.run.config import ResolvedRun
-from launch.run.own_code import OwnModel
+from launch.run.own_model import OwnModel
 from launch.run.trained import classified_samples, load_trained
 from setformer_dist.core import ledger
 from setformer_dist.core.files import write_state

@@ -6,6 +6,7 @@ here, so that what is computed does not depend on who starts it.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import importlib.metadata
@@ -27,7 +28,8 @@ from launch.run.compose import Splits, check_device, compose, open_splits
 from launch.run.config import ResolvedRun, RunConfig, check_folder, resolve
 from launch.run.inputs import inputs_of
 from launch.run.outcome import finish
-from launch.run.own_code import OwnModel, bring, build_own
+from launch.run.own_code import bring
+from launch.run.own_model import OwnModel, build_own
 from setformer_dist.core import ledger
 from setformer_dist.core.errors import LaunchError
 from setformer_dist.core.files import write_json, write_state
@@ -62,14 +64,18 @@ class Session:
 
 
 @contextlib.contextmanager
-def session(config: RunConfig, ranks: RankInfo, supervised: bool, own: OwnModel | None = None) -> Iterator[Session]:
-    """Build a run on this rank and take over its newest checkpoint; leave the other ranks at the end. Collective.
+def session(
+    config: RunConfig, ranks: RankInfo, supervised: bool, own: OwnModel | None = None, stays: bool = False
+) -> Iterator[Session]:
+    """Build a run on this rank and take over its newest checkpoint. Collective.
 
     Args:
         config: of the run.
         ranks: this process's place.
         supervised: a supervisor holds its own lock of the run's folder.
         own: a model of the user's own, in place of the one that the config names.
+        stays: leave the group of ranks when the process ends, not before: DeepSpeed keeps its groups, so that a second
+            engine of the process would find those of the first.
 
     Raises:
         SetformerError: the run cannot begin, or cannot go on from its checkpoint.
@@ -84,7 +90,8 @@ def session(config: RunConfig, ranks: RankInfo, supervised: bool, own: OwnModel 
     model = _model(config, splits, task, own)
     torch.set_num_threads(config.run.threads or max(1, usable_cores() // ranks.local_world_size))
     check_folder(run)
-    connect(ranks, timeout_minutes=config.run.timeout_minutes)
+    if connect(ranks, timeout_minutes=config.run.timeout_minutes) and stays:
+        atexit.register(disconnect)
     with contextlib.ExitStack() as until_all_is_written:
         try:
             comm = TorchCollectives(ranks, config.run.timeout_minutes)
@@ -98,7 +105,8 @@ def session(config: RunConfig, ranks: RankInfo, supervised: bool, own: OwnModel 
             claim_folder(run, comm)
             yield begun
         finally:
-            disconnect()
+            if not stays:
+                disconnect()
         if ranks.is_main and begun.outcome is not None:
             finish(run, splits, begun.outcome, own)
 

@@ -23,7 +23,7 @@ from launch.run.compose import shapes_of
 from launch.run.config import RunConfig
 from launch.run.initial_weights import better_of
 from launch.run.inputs import Split, images_of, inputs_of
-from launch.run.own_code import OwnModel, made_own
+from launch.run.own_model import OwnModel, made_own
 from setformer_dist.core import config as base
 from setformer_dist.core.batch import MicroBatch
 from setformer_dist.core.errors import CheckpointError, ConfigError, DataError

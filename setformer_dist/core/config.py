@@ -266,6 +266,12 @@ def _suggested(meant: str) -> str:
     return meant if " " in meant else f"did you mean {meant}?"
 
 
+def suggested_key(model: type[pydantic.BaseModel], key: str) -> str:
+    """Return what a dotted key that is not known may mean, as the end of a sentence."""
+    keys, siblings = _place(model, tuple(key.split(".")))
+    return _nearest(model, keys, siblings)
+
+
 def _nearest(model: type[pydantic.BaseModel], keys: list[str], siblings: list[str]) -> str:
     """Suggest a known key: what it means elsewhere, else one like it among the siblings, then anywhere."""
     key = keys[-1]

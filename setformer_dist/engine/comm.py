@@ -241,6 +241,11 @@ class CommMeter:
         """Put the meter in place of the backend (DeepSpeed's one global, `deepspeed.comm.comm.cdb`)."""
         deepspeed_comm.cdb = self
 
+    def remove(self) -> None:
+        """Give the backend its place back; DeepSpeed's collectives are not measured any more."""
+        if deepspeed_comm.cdb is self:
+            deepspeed_comm.cdb = self._backend
+
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._backend, name)
         if name not in self.TIMED:

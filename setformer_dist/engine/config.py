@@ -89,8 +89,12 @@ class OptimConfig(FrozenConfig):
     """AdamW (Loshchilov & Hutter 2019).
 
     Attributes:
+        name: which optimizer.
         lr: peak learning rate at the configured global batch.
-        weight_decay: decoupled; not applied to norms, biases, references and what else the model names.
+        weight_decay: decay of the weights, apart from the gradient (decoupled); not applied to norms, biases,
+            references and what else the model names.
+        betas: decay of the averages of the gradient and of its square, per optimizer step.
+        eps: added to the root of the averaged square, against divisions by zero.
         clip_norm: bound of the global gradient norm; 0 turns clipping off.
         layer_decay: factor per layer group from the head down; 1 turns it off.
     """

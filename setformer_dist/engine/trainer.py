@@ -281,6 +281,7 @@ class Trainer:
 
     def close(self) -> None:
         """Close the streams, the store and the record; wait for what is being written."""
+        self._p.meter.remove()
         with (
             contextlib.closing(self._p.record),
             contextlib.closing(self._p.store),

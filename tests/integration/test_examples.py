@@ -39,7 +39,7 @@ def test_a_run_from_python_is_read_by_the_commands(place: Path) -> None:
     for words, said in (
         (("runs", "ls", "runs"), "from-python"),
         (("runs", "show", run), "done"),
-        (("ckpt", "ls", run, "--verify"), "step-00000006"),
+        (("ckpt", "ls", run, "--verify"), "verified"),
         (("eval", run), "top-1"),
         (("predict", run, str(next((place / "runs/demo-data/images/val/3").iterdir()))), "%"),
     ):
