@@ -224,9 +224,17 @@ def doctor(
     raise typer.Exit(checks.render(checks.diagnose(run_folder)))
 
 
+def _keys_beginning(incomplete: str) -> list[str]:
+    """Return what a shell offers while a key is typed."""
+    return sorted({entry.key for entry in keys.all_run_keys() if entry.key.startswith(incomplete)})
+
+
 @app.command("config")
 def show_config(
-    key: Annotated[str, typer.Argument(help="A key such as optim.lr, or a table.", show_default=False)] = "",
+    key: Annotated[
+        str,
+        typer.Argument(help="A key such as optim.lr, or a table.", show_default=False, autocompletion=_keys_beginning),
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print the keys of a run config with type, default, unit and meaning: one, those of a table, or all.

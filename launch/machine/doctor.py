@@ -173,8 +173,8 @@ def print_accelerator() -> None:
 
 def _python() -> Finding:
     found = ".".join(map(str, sys.version_info[:3]))
-    if not (3, 11) <= sys.version_info[:2] <= (3, 12):
-        return Finding("Python", found, "problem", "use Python 3.11 or 3.12")
+    if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+        return Finding("Python", found, "problem", "use Python 3.11, 3.12 or 3.13")
     return Finding("Python", found)
 
 
