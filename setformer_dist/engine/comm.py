@@ -51,8 +51,8 @@ def connect(ranks: RankInfo, init_method: str | None = None, timeout_minutes: fl
         get_accelerator().set_device(ranks.local_rank)
     deepspeed_ops["deepspeed_shm_comm"] = False
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if init_method is None and "MASTER_PORT" not in os.environ and ranks.world_size > 1:
-        raise LaunchError("MASTER_PORT is not set: start the ranks with `setformer train` or `deepspeed`")
+    if init_method is None and os.environ.get("MASTER_PORT", "0") == "0" and ranks.world_size > 1:
+        raise LaunchError("MASTER_PORT is not set, or 0: start the ranks with `setformer train` or `deepspeed`")
     limit = timedelta(minutes=timeout_minutes)
     try:
         dist.init_process_group(
@@ -78,7 +78,8 @@ def _meeting_place(ranks: RankInfo, limit: timedelta) -> Store:
     """Return the store by which the ranks find each other, at MASTER_ADDR and MASTER_PORT.
 
     Rank 0 listens on the address that the others are told and on no other: torch's own would listen on all interfaces,
-    and whoever reaches it could read and change what the ranks tell each other. One rank alone listens nowhere.
+    and whoever reaches it could read and change what the ranks tell each other. One rank alone listens nowhere. Under
+    torchrun its agent listens there already, and every rank is a client.
 
     Raises:
         DistNetworkError: the address is taken, not of this host, or does not answer in time.
@@ -86,7 +87,7 @@ def _meeting_place(ranks: RankInfo, limit: timedelta) -> Store:
     if ranks.world_size == 1:
         return HashStore()
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    if not ranks.is_main:
+    if not ranks.is_main or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return TCPStore(host, port, ranks.world_size, is_master=False, timeout=limit)
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

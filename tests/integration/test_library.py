@@ -66,7 +66,7 @@ def test_a_module_is_a_template_and_its_code_is_given_again(digits: Path, tmp_pa
 @pytest.mark.drill
 def test_ranks_of_torchrun_train_the_same(digits: Path, tmp_path: Path) -> None:
     assert module(PROGRAM, "own_model", str(digits), str(tmp_path / "one")).code == 0
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     done = subprocess.run(
         [*launcher, "-m", PROGRAM, "own_model", str(digits), str(tmp_path / "two")],
         cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400, check=False,
