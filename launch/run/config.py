@@ -60,7 +60,8 @@ class RunTable(FrozenConfig):
             in another order, so losses then agree to rounding only.
         timeout_minutes: how long a rank waits for the others before it gives up.
         imports: modules of your own that every rank imports first, from where Python finds them or from the working
-            directory: models that they register with timm, tasks. Commands on a checkpoint need --import as well.
+            directory: models that they register with timm, tasks, augmentations. Commands on a checkpoint need --import
+            as well.
         record_samples: write the sample ids of every optimizer step to samples.jsonl, as a proof of order.
     """
 
