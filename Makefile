@@ -1,7 +1,7 @@
-# `make demo` and `make test` do everything from a fresh machine with Python 3.11 or 3.12, make and g++.
+# `make demo` and `make test` do everything from a fresh machine with Python 3.11 to 3.13, make and g++.
 
-PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
-	if command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; \
+PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
+	if command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; \
 	then echo $$p; break; fi; done)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +12,7 @@ ifeq ($(DS_ACCELERATOR),)
 unexport DS_ACCELERATOR
 endif
 
-.PHONY: help setup ffcv demo test drills drills-ci lint types check clean
+.PHONY: help setup ffcv demo test drills drills-ci lint types docs check clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,7 +21,7 @@ setup: $(STAMP)  ## make .venv with everything the demo and the tests need
 
 # A stamp newer than what it was made from: a second call costs nothing.
 $(STAMP): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found: install one, or say make PYTHON=/path/to/python3.11"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found: install one, or say make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $(STAMP)
@@ -49,6 +49,11 @@ lint: $(STAMP)  ## ruff: lint and format
 
 types: $(STAMP)  ## mypy, strict
 	$(BIN)/mypy
+
+docs: $(STAMP)  ## build the site into build/site; every warning is an error
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m launch.run.keys docs/keys.md
+	$(BIN)/python -m mkdocs build --quiet
 
 check: lint types test  ## all that CI runs
 

@@ -46,6 +46,8 @@ class AugmentConfig(FrozenConfig):
         mix_group: consecutive positions of the global order that mix among themselves; must divide the micro
             batch, so that who mixes with whom does not depend on ranks.
         smoothing: label smoothing of the training targets.
+        own: augmentations of your own, in their order, after all others that change an image and before mixing; a
+            module of run.imports registers them (docs/library.md).
     """
 
     crop: Literal["resized", "pad", "none"] = "resized"
@@ -62,6 +64,7 @@ class AugmentConfig(FrozenConfig):
     mix_prob: float = pydantic.Field(default=1.0, ge=0.0, le=1.0)
     mix_group: int = pydantic.Field(default=2, ge=2)
     smoothing: float = pydantic.Field(default=0.0, ge=0.0, lt=1.0)
+    own: tuple[str, ...] = pydantic.Field(default=(), strict=False)
 
     @property
     def mixes(self) -> bool:

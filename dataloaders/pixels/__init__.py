@@ -6,5 +6,6 @@ draws.py        randomness as a function of (seed, epoch, sample, purpose), for 
 formats.py      the image formats that are read: one list for everything
 mixing.py       mixup and CutMix: who mixes with whom
 transforms.py   from a stored sample to what a model is shown of it, for training and for evaluation
+own.py          augmentations of a user's own, by name: functions of an image and a key
 view.py         what part of a stored image is seen, and where: one value that image, mask and boxes all follow
 """

@@ -115,5 +115,5 @@ def erased_box(height: int, width: int, probability: float, draws: Sequence[floa
 
 
 def recolours(augment: AugmentConfig) -> bool:
-    """Return whether anything in this file is switched on."""
-    return bool(augment.randaugment_ops or augment.color_jitter or augment.erasing)
+    """Return whether anything in this file, or an augmentation of the user's own, is switched on."""
+    return bool(augment.randaugment_ops or augment.color_jitter or augment.erasing or augment.own)

@@ -29,6 +29,7 @@ class Lane(enum.IntEnum):
     RANDAUGMENT = 2
     JITTER = 3
     ERASING = 4
+    OWN = 5
 
 
 def sample_words(seed: int, epochs: npt.NDArray[np.int64], samples: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
@@ -37,10 +38,18 @@ def sample_words(seed: int, epochs: npt.NDArray[np.int64], samples: npt.NDArray[
     return mix64(counted(by_epoch, samples))
 
 
+def own_keys(words: npt.NDArray[np.uint64], count: int) -> npt.NDArray[np.uint64]:
+    """Return `count` keys below 2^63 for each sample's key, (k, count): one for each augmentation of a user's own."""
+    return _drawn(words, Lane.OWN, count) >> np.uint64(1)
+
+
 def uniforms(words: npt.NDArray[np.uint64], lane: Lane, count: int) -> npt.NDArray[np.float64]:
     """Return `count` numbers in [0, 1) for each key, (k, count) float64."""
+    return (_drawn(words, lane, count) >> np.uint64(11)).astype(np.float64) * _TO_UNIT
+
+
+def _drawn(words: npt.NDArray[np.uint64], lane: Lane, count: int) -> npt.NDArray[np.uint64]:
     # Lanes are 2^32 numbers apart in a sample's stream, far more than any of them draws.
     counters = (np.uint64(int(lane) << 32) + np.arange(1, count + 1, dtype=np.uint64)) * np.uint64(GOLDEN)
     with np.errstate(over="ignore"):
-        drawn = mix64(words[:, None] + counters)
-    return (drawn >> np.uint64(11)).astype(np.float64) * _TO_UNIT
+        return mix64(words[:, None] + counters)

@@ -27,7 +27,8 @@ from dataloaders.pixels.augment import (
     recolours,
 )
 from dataloaders.pixels.decode import UndecodableError, decode, decode_mask
-from dataloaders.pixels.draws import Lane, sample_words, uniforms
+from dataloaders.pixels.draws import Lane, own_keys, sample_words, uniforms
+from dataloaders.pixels.own import apply, own_augmentations
 from dataloaders.pixels.view import (
     DRAWS_OF_CROP,
     NOT_COUNTED,
@@ -67,13 +68,14 @@ class Shown:
 
 
 class Choices(NamedTuple):
-    """The random numbers of one sample, each in [0, 1)."""
+    """The random numbers of one sample, each in [0, 1); of `own` the keys, integers."""
 
     crop: list[float]
     flip: float
     randaugment: list[float]
     jitter: list[float]
     erasing: list[float]
+    own: list[int]
 
 
 def draw_choices(
@@ -93,6 +95,7 @@ def draw_choices(
             drawn(Lane.RANDAUGMENT, DRAWS_PER_OPERATION * augment.randaugment_ops),
             drawn(Lane.JITTER, DRAWS_OF_JITTER if augment.color_jitter else 0),
             drawn(Lane.ERASING, DRAWS_OF_ERASING if augment.erasing else 0),
+            own_keys(words, len(augment.own)).tolist(),
             strict=True,
         )
     ]
@@ -106,7 +109,8 @@ class TrainTransform:
         source: what the samples are of.
 
     Raises:
-        ConfigError: an augmentation that images of this size, or samples with masks or boxes, cannot have.
+        ConfigError: an augmentation that images of this size, or samples with masks or boxes, cannot have; or one of
+            the user's own that is not registered or not keyed.
     """
 
     def __init__(self, config: DataConfig, source: Source) -> None:
@@ -114,6 +118,7 @@ class TrainTransform:
         self._interpolation = config.interpolation
         self._keep = config.eval_crop
         self._recolours = recolours(config.augment)
+        self._own = own_augmentations(config.augment.own, config.image_size, config.workers)
         # The mean colour is zero once normalised: what the network sees as "nothing there".
         self._mean_colour = [float(round(255 * value)) for value in config.mean]
         self._erased = torch.tensor(self._mean_colour, dtype=torch.uint8).view(3, 1, 1)
@@ -162,6 +167,8 @@ class TrainTransform:
                 if mask is not None:
                     mask = mask.clone()
                     mask[rows, columns] = NOT_COUNTED
+        for (name, function), key in zip(self._own, choices.own, strict=True):
+            image = apply(name, function, image, key)
         return image, mask
 
 

@@ -7,13 +7,16 @@ of launch/cli are the only ones that import inside functions.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.metadata
 import io
+import json
 import logging
 import os
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +36,8 @@ from launch.hosts.fleet import Fleet
 from launch.hosts.names import HostSpec, of_slurm, parse_hosts, read_hostfile
 from launch.ranks.local import LocalCrew
 from launch.ranks.supervise import Crew, run_supervised
-from launch.run.config import RunConfig, check_folder, continued, load_run, resolve
+from launch.run import keys
+from launch.run.config import RunConfig, check_folder, continued, load_run, resolve, shipped
 from launch.run.own_code import bring
 from launch.shown import plain, plain_lines
 from setformer_dist.core.errors import ConfigError, DataError, LaunchError, RankFailedError, SetformerError
@@ -52,8 +56,6 @@ app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_lra.app, name="lra")
 app.add_typer(cli_runs.app, name="runs")
 app.add_typer(cli_ckpt.app, name="ckpt")
-
-CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
 
 Page = Annotated[
     Path, typer.Argument(help="The run's TOML page, or the name of a shipped one, such as demo.", show_default=False)
@@ -178,17 +180,6 @@ def can_share(config: RunConfig, ranks: int) -> bool:
     return True
 
 
-def shipped(page: Path) -> Path:
-    """Return a page that is there, or the shipped one of that name or at that place below configs/."""
-    if page.exists() and not (page.is_dir() and len(page.parts) == 1):  # photos/ may lie beside what is typed
-        return page
-    below = page.parts[1:] if page.parts[:1] == ("configs",) else page.parts
-    for place in (CONFIGS.joinpath(*below), CONFIGS / "runs" / f"{page}.toml"):
-        if place.is_file() and place.resolve().is_relative_to(CONFIGS):
-            return place
-    return page
-
-
 def _refuse_other_launchers() -> None:
     """Refuse to be one of several processes that another launcher has started: each would start all ranks.
 
@@ -286,6 +277,39 @@ def doctor(
         found = survey(chosen_hosts(None, hosts, hostfile, "", ""), via, run_folder)
         raise typer.Exit(checks.render(found))
     raise typer.Exit(checks.render(checks.diagnose(run_folder)))
+
+
+def _keys_beginning(incomplete: str) -> list[str]:
+    """Return what a shell offers while a key is typed."""
+    return sorted({entry.key for entry in keys.all_run_keys() if entry.key.startswith(incomplete)})
+
+
+@app.command("config")
+def show_config(
+    key: Annotated[
+        str,
+        typer.Argument(help="A key such as optim.lr, or a table.", show_default=False, autocompletion=_keys_beginning),
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print the keys of a run config with type, default, unit and meaning: one, those of a table, or all.
+
+    Examples:
+
+        setformer config optim.lr
+
+        setformer config checkpoint
+
+        setformer config --json
+    """
+    found = keys.keys_named(key)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(entry) for entry in found], indent=2, ensure_ascii=False))
+        return
+    for entry in found:
+        unit, kind = f"; unit: {entry.unit}" if entry.unit else "", f" ({entry.of})" if entry.of else ""
+        print(f"{entry.key}{kind}\n  {entry.type}{unit}; default {entry.default}")
+        print(textwrap.fill(entry.meaning, width=100, initial_indent="  ", subsequent_indent="  "))
 
 
 @app.command()

@@ -26,7 +26,7 @@ from launch.ranks.environment import has_gpu, usable_cores
 from setformer_dist.core.errors import LaunchError
 from setformer_dist.core.terminal import open_console, open_table
 
-OUR_PACKAGES = ("setformer_dist", "dataloaders", "checkpoints", "launch", "configs")
+OUR_PACKAGES = ("setformer_dist", "dataloaders", "checkpoints", "launch", "configs", "setformer")
 
 # Distribution to the lowest version that works; the same bounds as in pyproject.toml.
 REQUIRED: Mapping[str, str] = {
@@ -175,8 +175,8 @@ def print_accelerator() -> None:
 
 def _python() -> Finding:
     found = ".".join(map(str, sys.version_info[:3]))
-    if not (3, 11) <= sys.version_info[:2] <= (3, 12):
-        return Finding("Python", found, "problem", "use Python 3.11 or 3.12")
+    if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+        return Finding("Python", found, "problem", "use Python 3.11, 3.12 or 3.13")
     return Finding("Python", found)
 
 

@@ -7,9 +7,12 @@ dry_run.py           what a run would be and cost, checked as far as a run check
 imported.py          how a run goes on from a checkpoint that `setformer ckpt import` has put into its folder
 initial_weights.py   weights that a new run begins with: model.weights, model.skip
 inputs.py            what a run reads, behind one interface: images, or token sequences
+keys.py              every key of a run config with type, default, unit and meaning
 models.py            every architecture that this package registers with timm, with its size and cost
 outcome.py           what rank 0 leaves behind when training ends: summary.json and report.html in the run's folder
 own_code.py          a user's own modules: run.imports, --import
+own_model.py         models that a program gives as objects
+session.py           one rank's part of a run, for launch.entry and for the library
 timm_weights.py      weights in timm's layout for a model of another size or another number of classes
 trained.py           a trained checkpoint used by one process: eval, predict, the report's pictures
 """

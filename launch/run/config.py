@@ -46,6 +46,8 @@ from setformer_dist.engine.config import (
 )
 from setformer_dist.engine.zero import deepspeed_config
 
+_CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
+
 _LONGEST_NAME = 255  # bytes of a folder's name, on every file system that we know
 
 
@@ -61,8 +63,8 @@ class RunTable(FrozenConfig):
             in another order, so losses then agree to rounding only.
         timeout_minutes: how long a rank waits for the others before it gives up.
         imports: modules of your own that every rank imports first, from where Python finds them or from the working
-            directory: models that they register with timm, tasks, callbacks. Commands on a checkpoint need --import
-            as well.
+            directory: models that they register with timm, tasks, callbacks, augmentations. Commands on a checkpoint
+            need --import as well.
         callbacks: names of registered callbacks, in the order in which they hear each event.
         callback_args: for each of them, what it is made with, as a table: run.callback_args.NAME.
         record_samples: write the sample ids of every optimizer step to samples.jsonl, as a proof of order.
@@ -104,7 +106,11 @@ class RunTable(FrozenConfig):
 
 
 class RunConfig(FrozenConfig):
-    """One run, as its page says it."""
+    """One run, as its page says it.
+
+    Attributes:
+        deepspeed: DeepSpeed's own keys, passed through; those that this package sets itself are refused.
+    """
 
     SYNONYMS: ClassVar[Mapping[str, str]] = {
         "pretrained": "model.weights",
@@ -287,6 +293,17 @@ class ResolvedRun:
     def identity_hash(self) -> str:
         """Return the hash of `identity`."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+
+def shipped(page: Path) -> Path:
+    """Return a page that is there, or the shipped one of that name or at that place below configs/."""
+    if page.exists() and not (page.is_dir() and len(page.parts) == 1):  # photos/ may lie beside what is typed
+        return page
+    below = page.parts[1:] if page.parts[:1] == ("configs",) else page.parts
+    for place in (_CONFIGS.joinpath(*below), _CONFIGS / "runs" / f"{page}.toml"):
+        if place.is_file() and place.resolve().is_relative_to(_CONFIGS):
+            return place
+    return page
 
 
 def load_run(page: Path, overrides: Iterable[str] = ()) -> RunConfig:

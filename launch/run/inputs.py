@@ -194,12 +194,14 @@ def images_of(split: Split) -> Source:
     return cast(Source, split)
 
 
-def check_shapes(model: nn.Module, name: str, config: DataConfig) -> None:
+def check_shapes(model: nn.Module, name: str, config: DataConfig | TokenConfig) -> None:
     """Refuse a model that is made for one image size where training changes it, before the step that does.
 
     Raises:
         ConfigError: naming the size.
     """
+    if isinstance(config, TokenConfig):
+        return
     if not (config.resolutions or config.aspect_buckets or config.image_width):
         return
     sides = {config.image_size, *(stage.image_size for stage in config.resolutions)}

@@ -10,6 +10,7 @@ from typing import Any
 
 from launch.run.compose import Splits
 from launch.run.config import ResolvedRun
+from launch.run.own_model import OwnModel
 from launch.run.trained import classified_samples, load_trained
 from setformer_dist.core import ledger
 from setformer_dist.core.files import write_state
@@ -47,7 +48,7 @@ def summary(run: ResolvedRun, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def finish(run: ResolvedRun, splits: Splits, outcome: Outcome) -> None:
+def finish(run: ResolvedRun, splits: Splits, outcome: Outcome, own: OwnModel | None = None) -> None:
     """Write the summary and the report, for a run that came to its end with pictures of what it gets right and wrong.
 
     The run is over and saved by now: what fails here is told in one line, and costs the report alone.
@@ -57,7 +58,7 @@ def finish(run: ResolvedRun, splits: Splits, outcome: Outcome) -> None:
         figures = summary(run, outcome)
         write_state(folder / "summary.json", figures)
         if outcome.signum is None:
-            _report(run, splits, figures)
+            _report(run, splits, figures, own)
         else:
             write_report(folder, folder / "report.html", [])
     except Exception as error:
@@ -70,9 +71,9 @@ def finish(run: ResolvedRun, splits: Splits, outcome: Outcome) -> None:
         )
 
 
-def _report(run: ResolvedRun, splits: Splits, figures: dict[str, Any]) -> None:
+def _report(run: ResolvedRun, splits: Splits, figures: dict[str, Any], own: OwnModel | None) -> None:
     folder: Path = run.config.folder
-    trained = load_trained(folder / "checkpoints")
+    trained = load_trained(folder / "checkpoints", own=own)
     figures |= {
         "parameters": parameters(trained.model),
         "checkpoint": str(trained.checkpoint.path),

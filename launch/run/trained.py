@@ -19,9 +19,11 @@ from dataloaders.config import DataConfig
 from dataloaders.pixels.transforms import decode_for_eval
 from dataloaders.sources.files import LARGEST_SAMPLE, read_whole
 from launch.ranks.environment import usable_cores
+from launch.run.compose import shapes_of
 from launch.run.config import RunConfig
 from launch.run.initial_weights import better_of
 from launch.run.inputs import Split, images_of, inputs_of
+from launch.run.own_model import OwnModel, made_own
 from setformer_dist.core import config as base
 from setformer_dist.core.batch import MicroBatch
 from setformer_dist.core.errors import CheckpointError, ConfigError, DataError
@@ -64,7 +66,7 @@ def _device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def load_trained(path: Path, weights: Weights = "auto") -> Trained:
+def load_trained(path: Path, weights: Weights = "auto", own: OwnModel | None = None) -> Trained:
     """Load the model of a step folder, a checkpoints folder or a run folder, in fp32 on the CPU.
 
     Nothing that the checkpoint says is followed further than its own bytes: the model is one that this program knows,
@@ -74,6 +76,7 @@ def load_trained(path: Path, weights: Weights = "auto") -> Trained:
     Args:
         path: where the checkpoint is.
         weights: "plain", "ema", or "auto": what scored better in the run's last evaluation.
+        own: makes the model, where it was given to the run as an object: its code is in no checkpoint.
 
     Raises:
         CheckpointError: nothing there verifies, it was not written by a run, or it holds no average.
@@ -89,10 +92,14 @@ def load_trained(path: Path, weights: Weights = "auto") -> Trained:
     shapes = checkpoint.parameters()
     try:
         task = build_task(config.task, about.classes)
-        with _no_more_parameters_than(shapes), torch.device("meta"):
-            empty = inputs.build_model(config.model, len(task.outputs), about.inputs, config.run.seed)
-        _check_shapes({name: tuple(p.shape) for name, p in empty.named_parameters()}, shapes, place)
-        model = inputs.build_model(config.model, len(task.outputs), about.inputs, config.run.seed)
+        if own is not None:
+            model = made_own(own, config, len(task.outputs))
+        else:
+            with _no_more_parameters_than(shapes), torch.device("meta"):
+                empty = inputs.build_model(config.model, len(task.outputs), about.inputs, config.run.seed)
+            _check_shapes(shapes_of(empty), shapes, place)
+            model = inputs.build_model(config.model, len(task.outputs), about.inputs, config.run.seed)
+        _check_shapes(shapes_of(model), shapes, place)
     except ConfigError as error:
         raise CheckpointError(
             f"the model of checkpoint {place} cannot be built: {error}{_own_code(about.imports)}"
@@ -218,7 +225,7 @@ def evaluate_checkpoint(trained: Trained, split: Split, micro_batch: int) -> Eva
             "pack it with --classes-from the training split"
         )
     ranks = RankInfo()
-    connect(ranks)
+    joined = connect(ranks)
     stream = inputs_of(trained.config.data).eval_stream(split, ranks, micro_batch)
     try:
         result = evaluate(trained.model, trained.task, stream, trained.prepare(), TorchCollectives(ranks))
@@ -226,7 +233,8 @@ def evaluate_checkpoint(trained: Trained, split: Split, micro_batch: int) -> Eva
         return result
     finally:
         stream.close()
-        disconnect()
+        if joined:  # not within a training, whose ranks go on
+            disconnect()
 
 
 @dataclass(frozen=True)

@@ -65,9 +65,14 @@ def environment() -> dict[str, str]:
 
 def setformer(*words: str, timeout: float = 280, cwd: Path = ROOT) -> Ended:
     """Run `setformer words` to its end."""
+    return module("launch.cli.main", *words, timeout=timeout, cwd=cwd)
+
+
+def module(*words: str, timeout: float = 280, cwd: Path = ROOT) -> Ended:
+    """Run `python -m words` to its end; the first word is a module that is found from the checkout."""
     if possible():
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-            process = Warm(["launch.cli.main", *words], environment(), cwd, out, err)
+            process = Warm(words, environment(), cwd, out, err)
             try:
                 said = process.communicate(timeout)
             finally:
@@ -75,7 +80,13 @@ def setformer(*words: str, timeout: float = 280, cwd: Path = ROOT) -> Ended:
         assert process.returncode is not None
         return Ended(process.returncode, *said)
     done = subprocess.run(
-        command(*words), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+        [sys.executable, "-m", *words],
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
     return Ended(done.returncode, done.stdout, done.stderr)
 

@@ -162,14 +162,28 @@ def _impossible(table: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key} = {_short(value)}: text of a page has no control characters"
 
 
-def load(model: type[ConfigT], path: Path, overrides: Iterable[str] = ()) -> ConfigT:
-    """Read a page, lay the overrides on top, validate."""
-    table = read_toml(path)
+def load(
+    model: type[ConfigT], path: Path | None, overrides: Iterable[str] = (), tables: Mapping[str, Any] | None = None
+) -> ConfigT:
+    """Read a page, lay overrides and then tables on top, validate.
+
+    Args:
+        model: of the config.
+        path: of the page; None begins with nothing.
+        overrides: such as optim.lr=1e-3.
+        tables: nested, as TOML has them.
+
+    Raises:
+        ConfigError: naming the page, the key and the repair.
+    """
+    table = read_toml(path) if path is not None else {}
     for text in overrides:
         table = apply_override(table, text)
+    table = merge(table, tables or {})
+    source = str(path) if path is not None else "config"
     if (fault := next(_homes(table), None)) is not None:
-        raise ConfigError(f"{path}: {fault}")
-    return build(model, table, str(path))
+        raise ConfigError(f"{source}: {fault}")
+    return build(model, table, source)
 
 
 def _homes(table: Mapping[str, Any]) -> Iterator[str]:
@@ -250,6 +264,12 @@ def first_key(model: type[pydantic.BaseModel], table: str) -> str | None:
 
 def _suggested(meant: str) -> str:
     return meant if " " in meant else f"did you mean {meant}?"
+
+
+def suggested_key(model: type[pydantic.BaseModel], key: str) -> str:
+    """Return what a dotted key that is not known may mean, as the end of a sentence."""
+    keys, siblings = _place(model, tuple(key.split(".")))
+    return _nearest(model, keys, siblings)
 
 
 def _nearest(model: type[pydantic.BaseModel], keys: list[str], siblings: list[str]) -> str:

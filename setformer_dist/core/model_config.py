@@ -10,6 +10,9 @@ import pydantic
 from setformer_dist.core import revisions
 from setformer_dist.core.config import FrozenConfig
 
+# What model.name begins with where a program gave the model as an object; no checkpoint holds its code.
+OWN_MODEL = "own:"
+
 
 class ModelConfig(FrozenConfig):
     """Which model, and what differs from its registered shape.

@@ -30,8 +30,8 @@ from setformer_dist.core.ranks import PORT_GIVEN_VARIABLE, RankInfo
 log = logging.getLogger(__name__)
 
 
-def connect(ranks: RankInfo, init_method: str | None = None, timeout_minutes: float = 10.0) -> None:
-    """Join the other ranks: NCCL on GPUs, gloo on CPUs.
+def connect(ranks: RankInfo, init_method: str | None = None, timeout_minutes: float = 10.0) -> bool:
+    """Join the other ranks: NCCL on GPUs, gloo on CPUs. Return False, and do nothing, where this process has joined.
 
     DeepSpeed's shared-memory all-reduce is switched off before: it serves inference only, costs a compilation,
     and leaves 69 MB per rank in /dev/shm even after a clean exit.
@@ -41,7 +41,7 @@ def connect(ranks: RankInfo, init_method: str | None = None, timeout_minutes: fl
         PassingError: the other ranks did not come within the time limit, or went away.
     """
     if dist.is_initialized():
-        return
+        return False
     devices = get_accelerator().device_count()
     if get_accelerator().device_name() != "cpu":
         if ranks.local_rank >= devices:
@@ -51,8 +51,8 @@ def connect(ranks: RankInfo, init_method: str | None = None, timeout_minutes: fl
         get_accelerator().set_device(ranks.local_rank)
     deepspeed_ops["deepspeed_shm_comm"] = False
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if init_method is None and "MASTER_PORT" not in os.environ and ranks.world_size > 1:
-        raise LaunchError("MASTER_PORT is not set: start the ranks with `setformer train` or `deepspeed`")
+    if init_method is None and os.environ.get("MASTER_PORT", "0") == "0" and ranks.world_size > 1:
+        raise LaunchError("MASTER_PORT is not set, or 0: start the ranks with `setformer train` or `deepspeed`")
     limit = timedelta(minutes=timeout_minutes)
     try:
         dist.init_process_group(
@@ -71,13 +71,15 @@ def connect(ranks: RankInfo, init_method: str | None = None, timeout_minutes: fl
             raise taken(f"port {place} is in use by another process: give a free one with --port") from None
         raise PassingError(f"rank {ranks.rank} could not join {ranks.world_size} ranks at {place}: {reason}") from None
     init_distributed(dist_init_required=False, verbose=False)
+    return True
 
 
 def _meeting_place(ranks: RankInfo, limit: timedelta) -> Store:
     """Return the store by which the ranks find each other, at MASTER_ADDR and MASTER_PORT.
 
     Rank 0 listens on the address that the others are told and on no other: torch's own would listen on all interfaces,
-    and whoever reaches it could read and change what the ranks tell each other. One rank alone listens nowhere.
+    and whoever reaches it could read and change what the ranks tell each other. One rank alone listens nowhere. Under
+    torchrun its agent listens there already, and every rank is a client.
 
     Raises:
         DistNetworkError: the address is taken, not of this host, or does not answer in time.
@@ -242,6 +244,11 @@ class CommMeter:
     def install(self) -> None:
         """Put the meter in place of the backend (DeepSpeed's one global, `deepspeed.comm.comm.cdb`)."""
         deepspeed_comm.cdb = self
+
+    def remove(self) -> None:
+        """Give the backend its place back; DeepSpeed's collectives are not measured any more."""
+        if deepspeed_comm.cdb is self:
+            deepspeed_comm.cdb = self._backend
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._backend, name)

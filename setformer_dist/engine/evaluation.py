@@ -33,19 +33,15 @@ class Evaluation:
     def run(self, state: RunState, stop: StopVote, progress: RunProgress) -> dict[str, float] | None:
         """Score the weights and their average; None if a signal came before the end, the same on all ranks."""
         with self._clock.section("evaluation"):
-            result = self._score(stop)
-            if result is None:
+            scores = self.scores(stop)
+            if scores is None:
                 return None
-            measured: dict[str, float] = result.as_dict()
+            (result, _), *averaged = scores
+            measured = {name: value for part, prefix in scores for name, value in part.as_dict(prefix).items()}
             metrics = self._c.task.metrics
             text = f"step {state.step}: {headline(metrics, result.figures)}"
-            if self._c.ema is not None:
-                with self._c.ema.swapped_in():
-                    averaged = self._score(stop)
-                if averaged is None:
-                    return None
-                measured |= averaged.as_dict(AVERAGED)
-                text += f" · averaged weights: {headline(metrics, averaged.figures)}"
+            for part, _ in averaged:
+                text += f" · averaged weights: {headline(metrics, part.figures)}"
         state.evaluation = measured
         left_out = {"left_out": result.left_out} if result.left_out else {}
         values = {**measured, "samples": result.samples, **left_out}
@@ -54,6 +50,18 @@ class Evaluation:
         progress.say(f"{text} ({result.samples} validation samples)")
         log.info(text)
         return measured
+
+    def scores(self, stop: StopVote) -> list[tuple[EvalResult, str]] | None:
+        """Score the weights and, where there is one, their average; with what its metrics' names begin with.
+
+        None if a signal came before the end, the same on all ranks.
+        """
+        result = self._score(stop)
+        if result is None or self._c.ema is None:
+            return None if result is None else [(result, "")]
+        with self._c.ema.swapped_in():
+            averaged = self._score(stop)
+        return None if averaged is None else [(result, ""), (averaged, AVERAGED)]
 
     def _score(self, stop: StopVote) -> EvalResult | None:
         self._c.engine.eval()

@@ -61,6 +61,10 @@ class StepLog:
         self._samples_seen.clear()
         self._steps_timed = 0
 
+    def restart_clock(self) -> None:
+        """Forget how many steps were timed: their time has been taken."""
+        self._steps_timed = 0
+
     def reduce(self, state: RunState) -> None:
         """Turn the losses of the last steps into means over all ranks, step by step; report damaged samples.
 

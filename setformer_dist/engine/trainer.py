@@ -56,34 +56,97 @@ class Trainer:
         self._started = time.perf_counter()
         self._resumed: SavedState | None = None
         self._began_with = ""
+        self._began = False
+        self._over = False
+
+    @property
+    def began(self) -> bool:
+        """Whether training has begun in this process."""
+        return self._began
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self._state.step
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self._total_steps
 
     def run(self) -> Outcome:
-        """Train to the end, or to a signal. Collective; the same step on all ranks.
+        """Train to the end, or to a signal, and close all that training uses. Collective; as `advance`."""
+        with StopRequest(self._c.heartbeat) as stop, contextlib.closing(self):  # the signal's first: it cuts no save
+            return self._advance(self._total_steps, stop)
+
+    def advance(self, last_step: int) -> Outcome:
+        """Train up to a step, or to a signal, and leave all open for more. Collective; the same step on all ranks.
+
+        Args:
+            last_step: optimizer steps done at the end; the run's own end comes before.
 
         Raises:
             TrainingError: the loss is not finite, or leaps, and the guard does not bear it (`engine.guard`); or a
                 callback failed (`engine.events`).
             SetformerError: from the stream or the store.
         """
+        with StopRequest(self._c.heartbeat) as stop:
+            return self._advance(min(last_step, self._total_steps), stop)
+
+    def close(self) -> None:
+        """Close the streams, the store and the record; wait for what is being written."""
         c = self._c
-        self._started = time.perf_counter() - self._state.seconds
+        c.meter.remove()
         with (
-            StopRequest(c.heartbeat) as stop,  # first, so that a signal does not cut a save that is being ended
-            self._telling_of_errors(),
             contextlib.closing(c.record),
             contextlib.closing(c.store),
             contextlib.closing(c.stream),
             contextlib.closing(c.validation),
+        ):
+            if self._began and not self._over:  # paused, and nobody goes on
+                self._end(0)
+
+    def save(self) -> None:
+        """Write a checkpoint of where the run is, unless it is there; durable when this returns. Collective.
+
+        Raises:
+            CheckpointError: it could not be written, on every rank.
+        """
+        self._save({})
+        self._finish_saving()
+        self._tell_of_checkpoints()
+
+    def score(self) -> dict[str, float]:
+        """Evaluate the weights and their average, and leave no record of it. Collective.
+
+        Returns:
+            The task's metrics; those of averaged weights with `ema_` before their names.
+        """
+        not_entered = StopRequest()  # Ctrl-C is an ordinary one
+        scores = self._evaluation.scores(StopVote(not_entered, self._c.comm, self._c.store))
+        assert scores is not None
+        return {name: value for result, prefix in scores for name, value in result.as_dict(prefix).items()}
+
+    def _advance(self, last_step: int, stop: StopRequest) -> Outcome:
+        c = self._c
+        with (
+            self._telling_of_errors(),
             RunProgress(self._total_steps, self._state.step, c.comm.ranks.is_main) as progress,
         ):
-            self._begin(progress)
-            signum = self._steps_to_the_end(StopVote(stop, c.comm, c.store), progress)
+            if not self._began:
+                self._begin(progress)
+            self._clock.take()
+            signum = self._steps_until(last_step, StopVote(stop, c.comm, c.store), progress)
             self._state.seconds = time.perf_counter() - self._started
             c.record.note("spent", step=self._state.step, seconds=self._clock.take()[0])
+            self._steps.restart_clock()
             self._tell_of_checkpoints()
-            c.callbacks.end(RunEnd(self._state.step, signum, self._state.evaluation))
+            if signum is not None or self._state.step == self._total_steps:
+                self._end(signum)
         if signum is not None:  # below the bar: it is the last that a user sees
             progress.say(f"stopped and saved at step {self._state.step}; the same command goes on from there")
+        elif self._state.step < self._total_steps:
+            signum = 0
         images = self._state.train_steps * c.plan.global_size
         speed = images / self._state.train_seconds if images else 0.0
         return Outcome(self._state, signum, speed)
@@ -94,12 +157,21 @@ class Trainer:
         try:
             yield
         except BaseException as error:
+            self._over = True
             self._c.callbacks.exception(error)
             raise
 
+    def _end(self, signum: int | None) -> None:
+        """Tell the callbacks, once, that the run is over; 0 where it was left before its end."""
+        if not self._over:
+            self._over = True
+            self._c.callbacks.end(RunEnd(self._state.step, signum, self._state.evaluation))
+
     def _begin(self, progress: RunProgress) -> None:
-        """Say where the run begins or goes on."""
+        """Say where the run begins or goes on, once."""
         c, saved = self._c, self._resumed
+        self._began = True
+        self._started = time.perf_counter() - self._state.seconds
         if saved is not None:
             progress.say(f"resumed at step {saved.step} from {saved.path}")
         elif self._began_with:
@@ -110,15 +182,14 @@ class Trainer:
         c.record.note("began", step=self._state.step)
         folder = saved.path if saved is not None else None
         c.callbacks.start(self._state.step, self._total_steps, folder, progress.say)
-        self._clock.take()
 
-    def _steps_to_the_end(self, stop: StopVote, progress: RunProgress) -> int | None:
-        """Run all steps that are left, over all rollbacks; return a signal that ended it."""
+    def _steps_until(self, last_step: int, stop: StopVote, progress: RunProgress) -> int | None:
+        """Run the steps that are left up to one, over all rollbacks; return a signal that ended it."""
         signum = self._pay_owed_evaluation(stop, progress)
-        while signum is None and self._state.step < self._total_steps:
+        while signum is None and self._state.step < last_step:
             batches = self._c.stream.micro_batches(self._state.step)
             try:
-                signum = self.train_until(self._total_steps, batches, stop, progress)
+                signum = self.train_until(last_step, batches, stop, progress)
             except RewindError as rewind:
                 self._rewind(rewind.trouble, stop, progress)
         return signum

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from typing import Any
 
 import pydantic
@@ -13,7 +14,7 @@ from torch import nn
 import setformer_dist.models  # noqa: F401 — registers our models with timm
 from setformer_dist.core.config import readable
 from setformer_dist.core.errors import ConfigError
-from setformer_dist.core.model_config import ModelConfig
+from setformer_dist.core.model_config import OWN_MODEL, ModelConfig
 from setformer_dist.core.seeding import Purpose, torch_seed
 from setformer_dist.models.arguments import check_arguments
 
@@ -25,8 +26,13 @@ def check_name(name: str) -> None:
     """Check that timm knows the architecture.
 
     Raises:
-        ConfigError: with the nearest name that it knows.
+        ConfigError: with the nearest name that it knows; or saying that the model was given as an object.
     """
+    if name.startswith(OWN_MODEL):
+        raise ConfigError(
+            f"its code ({name.removeprefix(OWN_MODEL)}) was given to the run as an object, and no file holds it: give "
+            "it again from Python, setformer.load(PATH, model=...) or setformer.Training(config, model=...)"
+        )
     if not timm.is_model(name):
         ours = [*timm.list_models("setformer_*"), *timm.list_models("soft_*")]
         close = difflib.get_close_matches(name, [*ours, *timm.list_models()], n=1)
@@ -69,6 +75,35 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int | tuple[i
     _refuse_running_statistics(model, config.name)
     if config.activation_checkpointing:
         switch: Any = model.set_grad_checkpointing
+        switch(True)
+    return model
+
+
+def own_model(make: Callable[[int], nn.Module], config: ModelConfig, outputs: int, seed: int) -> nn.Module:
+    """Return a model of a user's own.
+
+    Args:
+        make: makes it for a number of outputs; what it draws from torch's generator follows from the seed.
+        config: says whether activations are recomputed.
+        outputs: of the task.
+        seed: the run's.
+
+    Raises:
+        ConfigError: it is no module, keeps running statistics, has no parameters, or cannot recompute activations.
+    """
+    name = config.name.removeprefix(OWN_MODEL)
+    torch.manual_seed(torch_seed(Purpose.INIT, seed))
+    model = make(outputs)
+    if not isinstance(model, nn.Module) or not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError(f"model {name} is no torch.nn.Module with parameters that are trained")
+    _refuse_running_statistics(model, name)
+    if config.activation_checkpointing:
+        switch = getattr(model, "set_grad_checkpointing", None)
+        if switch is None:
+            raise ConfigError(
+                f"model.activation_checkpointing needs model {name} to have set_grad_checkpointing, as "
+                "timm's models do: add it, or leave the key out"
+            )
         switch(True)
     return model
 

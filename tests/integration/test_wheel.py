@@ -1,10 +1,11 @@
-"""The wheel works outside the checkout: configs, templates and C++ sources are inside."""
+"""Wheel and sdist work outside the checkout: configs, templates and C++ sources are inside."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from launch.testing.commands import ROOT, SHORT
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the sdist, and the wheel that is built from it."""
     out = tmp_path_factory.mktemp("wheel")
     copy = out / "source"  # a build leaves folders where it builds
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
@@ -22,10 +24,27 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             (copy / name).write_bytes((ROOT / name).read_bytes())
-    words = ["pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out), str(copy)]
+    # As `python -m build` does, without an environment of its own: that would fetch setuptools.
+    program = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", program, str(out)], cwd=copy, check=True, timeout=200, capture_output=True)
+    (sdist,) = out.glob("*.tar.gz")
+    words = ["pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out), str(sdist)]
     subprocess.run([sys.executable, "-m", *words], check=True, timeout=200)
-    (made,) = out.glob("*.whl")
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    (made,) = built.glob("*.whl")
     return made
+
+
+@pytest.mark.drill
+def test_the_sdist_holds_what_builds_it(built: Path) -> None:
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    assert {"pyproject.toml", "README.md", "LICENSE", "NOTICE", "setformer_dist/ops/csrc/set_attention.cpp"} <= names
 
 
 @pytest.mark.drill
@@ -37,9 +56,11 @@ def test_the_wheel_holds_what_it_needs_and_nothing_else(wheel: Path) -> None:
     ):  # fmt: skip
         assert needed in names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {
-        "setformer_dist", "dataloaders", "checkpoints", "launch", "configs",
+        "setformer", "setformer_dist", "dataloaders", "checkpoints", "launch", "configs",
     }  # fmt: skip
-    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert "setformer/py.typed" in names
+    for license_file in ("LICENSE", "NOTICE"):
+        assert any(name.endswith(f"licenses/{license_file}") for name in names)
 
 
 @pytest.mark.drill
@@ -60,3 +81,7 @@ def test_the_demo_trains_from_the_wheel(wheel: Path, digits: Path, tmp_path: Pat
                           check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (place / "runs" / "demo" / "report.html").exists()
+    program = "import setformer; trained = setformer.load('runs/demo'); print(len(trained.classes), setformer.__file__)"
+    used = subprocess.run([sys.executable, "-P", "-c", program], cwd=place, env=environment, capture_output=True,
+                          text=True, timeout=300, check=True)  # fmt: skip
+    assert used.stdout.startswith(f"10 {site}")

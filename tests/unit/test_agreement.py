@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.entry import check_agreement, facts_of
 from launch.run.compose import open_splits
 from launch.run.config import load_run, resolve
+from launch.run.session import check_agreement, facts_of
 from launch.testing.commands import DEMO
 from setformer_dist.core.errors import LaunchError
 from setformer_dist.testing.threads import run_on_threads

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-PACKAGES = ("setformer_dist", "dataloaders", "checkpoints", "launch")
+PACKAGES = ("setformer", "setformer_dist", "dataloaders", "checkpoints", "launch")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 # Files of others, which docstrings speak of.

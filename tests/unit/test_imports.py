@@ -11,7 +11,7 @@ import pytest
 import dataloaders
 
 ROOT = Path(__file__).parent.parent.parent
-OURS = ("setformer_dist", "dataloaders", "checkpoints", "launch")
+OURS = ("setformer", "setformer_dist", "dataloaders", "checkpoints", "launch")
 
 FORBIDDEN = {
     "setformer_dist/core": (
@@ -87,6 +87,12 @@ def test_rooms_of_launch_import_one_way(room: str) -> None:
 def test_every_room_is_listed() -> None:
     rooms = {path.parent.name for path in (ROOT / "launch").glob("*/__init__.py")}
     assert rooms == {*ROOMS, "testing"}
+
+
+@pytest.mark.parametrize("package", [name for name in OURS if name != "setformer"])
+def test_nothing_imports_the_library(package: str) -> None:
+    for path in sorted((ROOT / package).rglob("*.py")):
+        assert not [name for name in imports(ast.parse(path.read_text())) if name.split(".")[0] == "setformer"], path
 
 
 def test_no_import_of_ours_inside_a_function() -> None:

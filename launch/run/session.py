@@ -1,0 +1,192 @@
+"""One rank's part of a run, from its config to a trainer that goes on where the newest checkpoint is.
+
+`launch.entry` runs it to its end; the library (`setformer.Training`) hands it to a user's program. Both begin and end
+here, so that what is computed does not depend on who starts it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import importlib.metadata
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from checkpoints.identity import digest_json
+from dataloaders.order.order import CURSOR_FORMAT, ORDER_ID
+from dataloaders.sources.index import INDEX_FORMAT
+from launch.ranks.environment import usable_cores
+from launch.ranks.lock import held
+from launch.ranks.logs import log_file
+from launch.run.compose import Splits, check_device, compose, open_splits
+from launch.run.config import ResolvedRun, RunConfig, check_folder, resolve
+from launch.run.inputs import inputs_of
+from launch.run.outcome import finish
+from launch.run.own_code import bring
+from launch.run.own_model import OwnModel, build_own
+from setformer_dist.core import ledger
+from setformer_dist.core.errors import LaunchError
+from setformer_dist.core.files import write_json, write_state
+from setformer_dist.core.ranks import RankInfo
+from setformer_dist.core.secrets import RedactingFormatter
+from setformer_dist.core.task import Task
+from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
+from setformer_dist.engine.run_state import Outcome
+from setformer_dist.engine.trainer import Trainer
+from setformer_dist.models.build import check_name
+from setformer_dist.tasks.build import build_task
+
+
+@dataclass
+class Session:
+    """A run on this rank, ready to train.
+
+    Attributes:
+        run: the config on this number of ranks.
+        splits: the run's data.
+        task: what it learns.
+        model: the module, as DeepSpeed has changed it.
+        trainer: at the step of the newest checkpoint.
+        outcome: how training ended; set by who trains, and rank 0 writes summary and report by it at the end.
+    """
+
+    run: ResolvedRun
+    splits: Splits
+    task: Task
+    model: nn.Module
+    trainer: Trainer
+    outcome: Outcome | None = None
+
+
+@contextlib.contextmanager
+def session(
+    config: RunConfig, ranks: RankInfo, supervised: bool, own: OwnModel | None = None, stays: bool = False
+) -> Iterator[Session]:
+    """Build a run on this rank and take over its newest checkpoint. Collective.
+
+    Args:
+        config: of the run.
+        ranks: this process's place.
+        supervised: a supervisor holds its own lock of the run's folder.
+        own: a model of the user's own, in place of the one that the config names.
+        stays: leave the group of ranks when the process ends, not before: DeepSpeed keeps its groups, so that a second
+            engine of the process would find those of the first.
+
+    Raises:
+        SetformerError: the run cannot begin, or cannot go on from its checkpoint.
+    """
+    run = resolve(config, ranks.world_size)
+    bring(config.run.imports)
+    if own is None:
+        check_name(config.model.name)
+    check_device(run)
+    splits = open_splits(run)
+    task = build_task(config.task, splits.train.classes)
+    model = _model(config, splits, task, own)
+    torch.set_num_threads(config.run.threads or max(1, usable_cores() // ranks.local_world_size))
+    check_folder(run)
+    if connect(ranks, timeout_minutes=config.run.timeout_minutes) and stays:
+        atexit.register(disconnect)
+    with contextlib.ExitStack() as until_all_is_written:
+        try:
+            comm = TorchCollectives(ranks, config.run.timeout_minutes)
+            check_agreement(run, splits, comm)
+            trainer = compose(run, splits, task, model, comm)
+            until_all_is_written.enter_context(held(config.folder, comm, supervised=supervised))
+            begun = Session(run, splits, task, model, trainer)
+            if ranks.is_main and not supervised:
+                until_all_is_written.push(functools.partial(_record_end, begun))
+            trainer.resume()
+            claim_folder(run, comm)
+            yield begun
+        finally:
+            if not stays:
+                disconnect()
+        if ranks.is_main and begun.outcome is not None:
+            finish(run, splits, begun.outcome, own)
+
+
+def _record_end(
+    begun: Session, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+) -> None:
+    """Write into the ledger how training ended, as a supervisor would."""
+    if not begun.trainer.began:
+        return
+    values: dict[str, Any] = {"why": "done", "step": begun.trainer.step, "final": True}
+    if kind is not None:
+        values |= {"why": "error", "message": f"{kind.__name__}: {error}"}
+    elif begun.outcome is None or begun.outcome.signum is not None:
+        values |= {"why": "stopped"}
+    ledger.record(begun.run.config.folder, "ended", **values)
+
+
+def _model(config: RunConfig, splits: Splits, task: Task, own: OwnModel | None) -> nn.Module:
+    """Return the run's model, fresh from its seed."""
+    inputs = inputs_of(config.data)
+    if own is not None:
+        return build_own(own, config, inputs.shape(splits.train), task)
+    told = inputs.told(splits.train)
+    return inputs.build_model(config.model, len(task.outputs), told, config.run.seed)
+
+
+def check_agreement(run: ResolvedRun, splits: Splits, comm: TorchCollectives) -> None:
+    """Check that all ranks run the same config on the same data, before any of them can wait in vain.
+
+    Where a run that resumes goes on is checked as well, but by those who read it: one checkpoint is chosen for all
+    ranks, and each refuses a cursor that does not have the sha256 of its manifest.
+
+    Raises:
+        LaunchError: naming what differs, and on which ranks.
+    """
+    mine = facts_of(run, splits)
+    views = comm.gather_json(mine)
+    for what in mine:
+        odd = [rank for rank, view in enumerate(views) if view.get(what) != views[0][what]]
+        if odd:
+            theirs, ours = views[odd[0]].get(what), views[0][what]
+            raise LaunchError(
+                f"ranks {', '.join(map(str, odd))} have another {what} than rank 0 ({theirs}, not {ours}): every host "
+                "must see the same page, overrides, data and version of setformer_dist"
+            )
+
+
+def facts_of(run: ResolvedRun, splits: Splits) -> dict[str, str]:
+    """Return what the samples and the steps of a run follow from, by name."""
+    return {
+        "version": importlib.metadata.version("setformer_dist"),
+        "rule of samples": f"{ORDER_ID}, cursor {CURSOR_FORMAT}, index {INDEX_FORMAT}",
+        "seed": str(run.config.run.seed),
+        "global batch": str(run.plan.global_size),
+        "training data": splits.train.fingerprint[:16],
+        "validation data": splits.val.fingerprint[:16],
+        "config": digest_json(run.as_json())[:16],
+    }
+
+
+def claim_folder(run: ResolvedRun, comm: TorchCollectives) -> None:
+    """Rank 0 makes the run's folder and writes what is run there."""
+    folder = run.config.folder
+    if comm.ranks.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_state(folder / "config.json", run.as_json())
+        write_json(folder / "deepspeed.json", run.deepspeed_json())
+    comm.barrier()
+
+
+def log_to_file(run: ResolvedRun, ranks: RankInfo) -> logging.Handler:
+    """Send this process's log to the rank's file in the run's folder, and return what does so."""
+    folder = run.config.folder / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(log_file(folder, ranks.rank))
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    return handler

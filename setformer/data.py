@@ -1,0 +1,85 @@
+"""The data of a run without a run: the same samples in the same order, for a loop of one's own.
+
+m = micro batch, C = classes, H, W = height, width, n = tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from launch.run.compose import Splits, open_splits
+from launch.run.config import RunConfig, resolve
+from launch.run.inputs import inputs_of
+from launch.run.own_code import bring
+from setformer_dist.core.batch import EvalStream, TrainStream
+from setformer_dist.core.ranks import RankInfo
+from setformer_dist.core.task import Prepare
+
+
+def open_data(config: RunConfig) -> Splits:
+    """Open the training and the validation split of a run.
+
+    Args:
+        config: of the run; the modules of `run.imports` are imported first.
+
+    Returns:
+        `train` and `val`; of each `classes` (names; a label is a position in it), `num_samples`, `fingerprint`.
+
+    Raises:
+        ConfigError: a module of `run.imports` cannot be imported.
+        DataError: a split is missing or damaged, or the two speak of different classes.
+    """
+    bring(config.run.imports)
+    return open_splits(resolve(config, RankInfo.from_env().world_size))
+
+
+def train_stream(config: RunConfig, data: Splits, ranks: RankInfo | None = None) -> TrainStream:
+    """Return one rank's training samples, augmented, in the order that a run of this config sees.
+
+    `stream.micro_batches(first_step)` yields micro batches without end, `resolve(config, ranks).plan.accumulation` of
+    them for each optimizer step: `inputs` (m, 3, H, W) uint8 or (m, n) int32, `labels` (m,) int64, `sample_ids` (m,)
+    int64. Close it at the end.
+
+    Args:
+        config: of the run.
+        data: from `open_data`.
+        ranks: this process's place; None reads RANK and WORLD_SIZE, which torchrun and deepspeed set.
+
+    Raises:
+        ConfigError: the batch does not divide among the ranks, or does not fit the data.
+    """
+    place = ranks or RankInfo.from_env()
+    run = resolve(config, place.world_size)
+    return inputs_of(config.data).train_stream(data.train, config.run.seed, place, run.plan)
+
+
+def eval_stream(config: RunConfig, data: Splits, ranks: RankInfo | None = None) -> EvalStream:
+    """Return one rank's share of the validation split, each sample once over all ranks.
+
+    `stream.micro_batches()` yields it; filling at the end has `weights` 0. Close it at the end.
+
+    Args:
+        config: of the run.
+        data: from `open_data`.
+        ranks: as `train_stream`.
+
+    Raises:
+        ConfigError: the batch does not divide among the ranks.
+    """
+    place = ranks or RankInfo.from_env()
+    run = resolve(config, place.world_size)
+    return inputs_of(config.data).eval_stream(data.val, place, run.plan.micro)
+
+
+def prepare(config: RunConfig, data: Splits, device: torch.device | str = "cpu") -> Prepare:
+    """Return what turns a micro batch into inputs and targets on a device: normalised, mixed, smoothed.
+
+    `prepare(...)(batch, train=True)` returns inputs, (m, 3, H, W) float32 or (m, n) int32, and targets, (m, C) float32
+    whose rows sum to 1.
+
+    Args:
+        config: of the run.
+        data: from `open_data`.
+        device: where to.
+    """
+    return inputs_of(config.data).prepare(len(data.train.classes), device, torch.float32)

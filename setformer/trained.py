@@ -1,0 +1,84 @@
+"""What a run has trained, in one process: its scores on a split, its predictions for images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from launch.run import trained as runs
+from launch.run.own_code import bring
+from launch.run.own_model import OwnModel
+from launch.run.trained import Prediction, Trained
+from setformer_dist.core.errors import DataError
+from setformer_dist.core.metric import weights_named
+from setformer_dist.engine.evaluate import EvalResult
+
+
+def load(
+    path: str | Path, weights: str = "auto", *, model: OwnModel | None = None, imports: Iterable[str] = ()
+) -> Trained:
+    """Load the model of a checkpoint, verified, in fp32 on the CPU.
+
+    A checkpoint brings no code. Where its run had code of its own, that is given again: modules by `imports`, or simply
+    imported before; a model that was given as an object by `model`.
+
+    Args:
+        path: a run's folder (its newest checkpoint that verifies), its checkpoints folder, or one step's folder.
+        weights: "plain", "ema", or "auto": whichever scored better in the run.
+        model: as `Training`; a copy is filled.
+        imports: modules to import first.
+
+    Returns:
+        `model` (an `nn.Module` in evaluation mode), `classes`, `config`, `task`, and `probabilities(images)`, which
+        takes (k, 3, S, S) uint8 and returns (k, outputs) float32.
+
+    Raises:
+        CheckpointError: nothing there verifies, or its model cannot be built without code of the user's own.
+        ConfigError: `weights` is none of the three, or a module cannot be imported.
+    """
+    bring(imports)
+    return runs.load_trained(Path(path), weights_named(weights), own=model)
+
+
+def evaluate(
+    trained: Trained, data: str | Path | None = None, split: str | None = None, batch: int = 128
+) -> EvalResult:
+    """Score a model on a split, each sample once.
+
+    Args:
+        trained: from `load`.
+        data: folder or URL of packed splits; None takes the run's own folder.
+        split: its name below `data`; None takes the run's validation split.
+        batch: samples computed at once.
+
+    Returns:
+        `figures` (the task's metrics by name), `samples` (that count), `left_out` (damaged ones).
+
+    Raises:
+        DataError: the split is missing or damaged, or has other classes than the model.
+    """
+    root = str(data) if data is not None else None
+    return runs.evaluate_checkpoint(trained, runs.open_named_split(trained, root, split), batch)
+
+
+def predict(trained: Trained, images: Iterable[str | Path], top: int = 3) -> list[Prediction]:
+    """Classify image files.
+
+    Args:
+        trained: from `load`, of a run on images.
+        images: files.
+        top: classes for each image.
+
+    Returns:
+        For each image `image`, `classes` and `probabilities`, the most likely first.
+
+    Raises:
+        DataError: a file cannot be read, or is no image.
+        ConfigError: the model does not take images.
+    """
+    found = []
+    for prediction in runs.predict(trained, map(Path, images), top):
+        if isinstance(prediction, DataError):
+            raise prediction
+        found.append(prediction)
+    return found

@@ -1,0 +1,105 @@
+"""Programs of users, for test_library.py: `python -m tests.integration.library_runs NAME DATA OUT`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import setformer
+from launch.run.config import RunConfig
+from launch.testing.commands import SHORT
+from setformer_dist.core.errors import SetformerError
+
+LENGTH = ("~schedule.epochs", "~schedule.warmup_epochs", "schedule.steps=7", "run.record_samples=true",
+          "checkpoint.every_steps=4", "eval.every_steps=6", "batch.global_size=16")  # fmt: skip
+
+
+def config_of(data: str, out: str, **tables: Any) -> RunConfig:
+    return setformer.load_config("demo", *SHORT, *LENGTH, data={"root": Path(data)}, run={"out": out}, **tables)
+
+
+def in_pieces(data: str, out: str) -> None:
+    """Train in pieces, over two openings, looked at in between."""
+    threads = torch.get_num_threads()
+    config = config_of(data, out)
+    with setformer.Training(config) as run:
+        assert (run.step, run.total_steps) == (0, 7)
+        outcome = run.train(steps=3)
+        assert (outcome.signum, run.step) == (0, 3)
+        first = run.evaluate()
+        assert first == run.evaluate()
+        assert {"loss", "top1", "ema_top1"} <= set(first)
+        run.save()
+        run.save()
+        assert (run.folder / "checkpoints" / "step-00000003" / "manifest.json").exists()
+        run.train(steps=2)
+    assert torch.get_num_threads() == threads
+    assert json.loads((config.folder / "summary.json").read_text())["finished"] is False
+    with setformer.Training(config) as run:
+        assert run.step == 5  # saved on leaving
+        assert run.train().signum is None
+        trained = setformer.load(run.folder)
+        figures = setformer.evaluate(trained, batch=64).figures  # within a training, whose group stays
+        assert abs(figures["loss"] - run.evaluate()["ema_loss" if trained.weights == "ema" else "loss"]) < 1e-5
+    print("pieces", outcome.state.step)
+
+
+class Tiny(nn.Module):
+    """What every rank and every load makes alike."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 24, 4, 4), nn.GELU(), nn.Flatten(), nn.LayerNorm(24 * 16))
+        self.head = nn.Linear(24 * 16, outputs)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(images))
+
+
+def noisy(image: torch.Tensor, key: int) -> torch.Tensor:
+    noise = torch.randint(0, 40, image.shape, generator=torch.Generator().manual_seed(key), dtype=torch.uint8)
+    return image // 2 + noise
+
+
+def own_model(data: str, out: str) -> None:
+    """Train a module and an augmentation that are nowhere but here; on as many ranks as there are."""
+    setformer.register_augmentation("noisy", noisy)
+    table = {**config_of(data, out).model_dump(), "model": {}}
+    table["data"]["augment"]["own"] = ["noisy"]
+    config = RunConfig.model_validate(table)
+    torch.manual_seed(7)  # a module begins with the weights that it has
+    template = Tiny(10)
+    before = template.head.weight.clone()
+    with setformer.Training(config, model=template) as run:
+        run.train(steps=4)
+    with contextlib.suppress(ZeroDivisionError), setformer.Training(config, model=template) as run:
+        run.train(steps=1)
+        _ = 1 / 0  # an error of the user's: nothing more is saved, the folder is let go
+    with setformer.Training(config, model=template) as run:
+        assert run.step == 4
+        run.train()
+    assert torch.equal(template.head.weight, before)
+    trained = setformer.load(config.folder, model=template)
+    assert not torch.equal(trained.model.head.weight, before)
+    assert torch.equal(template.head.weight, before)
+    try:
+        setformer.load(config.folder)
+    except SetformerError as error:
+        print(error)
+    try:
+        setformer.load(config.folder, model=nn.Linear(3, 4))
+    except SetformerError as error:
+        print(error)
+
+
+PROGRAMS: dict[str, Callable[[str, str], None]] = {"in_pieces": in_pieces, "own_model": own_model}
+
+if __name__ == "__main__":
+    PROGRAMS[sys.argv[1]](sys.argv[2], sys.argv[3])

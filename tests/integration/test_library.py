@@ -1,0 +1,192 @@
+"""Runs from Python: bit by bit those of the command line, on any ranks, with models and augmentations of one's own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import setformer
+from launch.testing.commands import DEMO, ROOT, SHORT, environment, losses, module
+from launch.testing.commands import setformer as command
+from setformer_dist.core.errors import CheckpointError, ConfigError, LaunchError
+from setformer_dist.core.ranks import RankInfo
+from tests.integration.library_runs import LENGTH, Tiny, config_of
+
+PROGRAM = "tests.integration.library_runs"
+
+
+def sample_lines(run: Path) -> dict[int, str]:
+    """Return the lines of samples.jsonl by step; the last of a step counts."""
+    lines = (run / "samples.jsonl").read_text().splitlines()
+    return {json.loads(line)["step"]: line for line in lines}
+
+
+def test_a_run_in_pieces_is_the_commands_run_bit_by_bit(digits: Path, tmp_path: Path) -> None:
+    words = ["train", DEMO, *SHORT, *LENGTH, f"data.root={digits}", f"run.out={tmp_path / 'command'}"]
+    ended = command(*words, "--ranks", "1")
+    assert ended.code == 0, ended.err
+    said = module(PROGRAM, "in_pieces", str(digits), str(tmp_path / "library"))
+    assert said.code == 0, said.err
+    theirs, ours = tmp_path / "command" / "demo", tmp_path / "library" / "demo"
+    assert losses(ours) == losses(theirs)
+    assert sample_lines(ours) == sample_lines(theirs)
+    shard = Path("checkpoints/step-00000007/rank-00000-of-00001.safetensors")
+    assert (ours / shard).read_bytes() == (theirs / shard).read_bytes()
+    assert (ours / "deepspeed.json").read_text() == (theirs / "deepspeed.json").read_text()
+    figures = [json.loads((run / "summary.json").read_text()) for run in (ours, theirs)]
+    assert figures[0]["evaluation"] == figures[1]["evaluation"]
+    assert figures[0]["finished"] is True
+
+
+def test_a_module_is_a_template_and_its_code_is_given_again(digits: Path, tmp_path: Path) -> None:
+    said = module(PROGRAM, "own_model", str(digits), str(tmp_path))
+    assert said.code == 0, said.err
+    given, other = said.out.splitlines()[-2:]
+    assert "its code (Tiny) was given to the run as an object, and no file holds it: give it again from Python" in given
+    assert "disagree about" in other
+    shown = command("runs", "show", str(tmp_path / "demo"))
+    assert shown.code == 0, shown.err
+    assert "ZeroDivisionError" in shown.out or "error" in shown.out
+    refused = command("eval", str(tmp_path / "demo"))
+    assert (refused.code, len(refused.error_lines)) == (CheckpointError.exit_code, 1), refused.err
+    mixed = command("train", DEMO, *SHORT, *LENGTH, f"data.root={digits}", f"run.out={tmp_path}")
+    assert mixed.code == ConfigError.exit_code
+    assert "holds a run of another config" in mixed.err
+
+
+@pytest.mark.drill
+def test_ranks_of_torchrun_train_the_same(digits: Path, tmp_path: Path) -> None:
+    assert module(PROGRAM, "own_model", str(digits), str(tmp_path / "one")).code == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    done = subprocess.run(
+        [*launcher, "-m", PROGRAM, "own_model", str(digits), str(tmp_path / "two")],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    alone, together = losses(tmp_path / "one" / "demo"), losses(tmp_path / "two" / "demo")
+    assert alone.keys() == together.keys()
+    assert all(abs(alone[key][0] - together[key][0]) < 1e-5 for key in alone)
+    assert sample_lines(tmp_path / "one" / "demo") == sample_lines(tmp_path / "two" / "demo")
+
+
+class Wide(Tiny):
+    """One output too many."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__(outputs + 1)
+
+
+class Normed(Tiny):
+    """Keeps running statistics."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__(outputs)
+        self.norm = nn.BatchNorm2d(3)
+
+
+def fails(outputs: int) -> nn.Module:
+    return nn.Linear(7, outputs)
+
+
+@pytest.mark.parametrize(
+    ("model", "tables", "said"),
+    [
+        (Wide, {}, r"model Wide makes \(1, 11\) of one sample, and task classification on this data needs \(1, 10\)"),
+        (Normed, {}, r"model Normed keeps running statistics \(norm.running_mean"),
+        (fails, {}, r"model fails does not take a batch of shape \(1, 3, 16, 16\): RuntimeError"),
+        (lambda outputs: 3, {}, "is no torch.nn.Module with parameters that are trained"),
+        (Tiny, {"model": {"drop_path": 0.1}}, "model.drop_path is for models that are built by name"),
+        (Tiny, {"model": {"activation_checkpointing": True}}, "to have set_grad_checkpointing"),
+        (Tiny, {"run": {"imports": ["no_such_module"]}}, "module 'no_such_module'"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_is_refused(
+    digits: Path, tmp_path: Path, model: Callable[[int], nn.Module], tables: dict[str, Any], said: str
+) -> None:
+    table = {**config_of(str(digits), str(tmp_path)).model_dump(), "model": {}}
+    for name, keys in tables.items():
+        table[name].update(keys)
+    config = setformer.load_config(**table)
+    with pytest.raises(ConfigError, match=said), setformer.Training(config, model=model):
+        pass
+    assert not config.folder.exists()
+
+
+def test_a_training_is_used_where_it_is_open_and_in_the_main_thread(digits: Path, tmp_path: Path) -> None:
+    training = setformer.Training(config_of(str(digits), str(tmp_path)))
+    with pytest.raises(LaunchError, match="this training is not open"):
+        training.train()
+    raised: list[Exception] = []
+
+    def elsewhere() -> None:
+        try:
+            training.__enter__()
+        except LaunchError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert "main thread" in str(raised[0])
+
+
+def test_a_config_from_a_page_words_and_keywords(tmp_path: Path) -> None:
+    config = setformer.load_config("demo", "optim.lr=1", "~ema.decay", optim={"lr": 2.0}, data={"root": tmp_path})
+    assert (config.optim.lr, config.ema.decay, config.data.root) == (2.0, 0.0, str(tmp_path))
+    assert config.model.name == "setformer_nano"
+    tables = {"data": {"root": "x", "mean": (0, 0.5, 1)}, "batch": {"global_size": 8}, "schedule": {"steps": 3}}
+    bare = setformer.load_config(run={"name": "bare"}, **tables)
+    assert (bare.model.name, bare.data.mean) == ("setformer_tiny", (0, 0.5, 1))
+    for words, keywords, said in (
+        (("demo", "optim.lrr=1"), {}, "demo.toml: unknown key 'optim.lrr': did you mean optim.lr?"),
+        ((), {"run": {"name": "x"}, "optimizer": {"lr": 1}, **tables}, "config: unknown table 'optimizer' with 'lr'"),
+        (("no-such-page",), {}, "config page no-such-page does not exist"),
+        (("demo",), {"data": {"root": "~/x"}}, "~ is not expanded here"),
+        (("demo", "optim.lr"), {}, "is not of the form table.key=value"),
+    ):
+        with pytest.raises(ConfigError, match=said.replace("?", r"\?")):
+            setformer.load_config(*words, **keywords)
+
+
+def test_streams_alone_are_those_of_the_run(digits: Path) -> None:
+    config = setformer.load_config("demo", "batch.micro=16", data={"root": digits})
+    data = setformer.open_data(config)
+    together = {}
+    for world in (1, 2):
+        parts = []
+        for rank in range(world):
+            stream = setformer.train_stream(config, data, RankInfo(rank, world))
+            batches = stream.micro_batches(3)
+            parts.append([next(batches).sample_ids for _ in range(64 // 16 // world)])
+            stream.close()
+            data = setformer.open_data(config)  # a stream closes what it reads
+        together[world] = torch.cat([part[at] for at in range(len(parts[0])) for part in parts])
+    assert torch.equal(together[1], together[2])
+    validation = setformer.eval_stream(config, data)
+    counted = sum(float(batch.weights.sum()) for batch in validation.micro_batches())
+    validation.close()
+    assert counted == validation.num_samples == 360
+
+
+def test_names_of_the_library_are_where_they_are_said_to_be() -> None:
+    assert sorted(setformer.__all__) == sorted(setformer._HOME)
+    for name in setformer.__all__:
+        assert getattr(setformer, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'nosuch'"):
+        _ = setformer.nosuch
+
+
+def test_registering_needs_no_deepspeed() -> None:
+    program = (
+        "import sys; from setformer import register_augmentation, register_task; print('deepspeed' in sys.modules)"
+    )
+    assert subprocess.check_output([sys.executable, "-c", program], text=True, cwd=ROOT).strip() == "False"
