@@ -20,9 +20,10 @@ from torch import nn
 
 from checkpoints.reader import list_checkpoints
 from dataloaders.config import DataConfig
-from launch.run.compose import check_device, open_splits, shapes_of, watch_of
+from launch.run.compose import check_device, open_splits, watch_of
 from launch.run.config import ResolvedRun, check_folder
 from launch.run.distill import teacher_of
+from launch.run.identity import shapes_of
 from launch.run.initial_weights import FirstWeights
 from launch.run.inputs import ImageInputs, inputs_of
 from launch.run.own_code import bring

@@ -60,7 +60,12 @@ UNITS = {
     "restart.limit": "restarts", "restart.window_minutes": _MINUTES, "restart.backoff_s": _SECONDS,
     "restart.backoff_max_s": _SECONDS, "restart.same_step": "failures", "restart.hang_after_s": _SECONDS,
     "restart.start_after_s": _SECONDS, "restart.save_after_s": _SECONDS,
-    "guard.spike": "median losses", "guard.window": _STEPS, "guard.limit": _STEPS,
+    "launch.silence_s": _SECONDS, "launch.connect_s": _SECONDS, "launch.min_hosts": "hosts",
+    "launch.max_hosts": "hosts", "launch.retry_s": _SECONDS,
+    "schedule.power": "exponent", "schedule.drop_epochs": _EPOCHS, "schedule.drop_steps": _STEPS,
+    "schedule.drop_factor": _FACTOR, "schedule.decay_epochs": _EPOCHS, "schedule.decay_steps": _STEPS,
+    "optim.momentum": _FACTOR, "data.image_width": _PIXELS,
+    "distill.share": _SHARE, "distill.temperature": "", "guard.spike": "median losses", "guard.window": _STEPS, "guard.limit": _STEPS,
 }  # fmt: skip
 
 

@@ -19,8 +19,8 @@ from dataloaders.config import DataConfig
 from dataloaders.pixels.transforms import decode_for_eval
 from dataloaders.sources.files import LARGEST_SAMPLE, read_whole
 from launch.ranks.environment import usable_cores
-from launch.run.compose import shapes_of
 from launch.run.config import RunConfig
+from launch.run.identity import shapes_of
 from launch.run.initial_weights import better_of
 from launch.run.inputs import Split, images_of, inputs_of
 from launch.run.own_model import OwnModel, made_own

@@ -6,7 +6,7 @@ import pytest
 from dataloaders.order.mixture import MixturePlan
 from dataloaders.order.order import BlockOrder, FullOrder, SetPlan, counts_samples, cursor_at, step_of_cursor
 from dataloaders.order.resolution import BucketPlan
-from launch.run.compose import continued_cursor
+from launch.run.store import continued_cursor
 from setformer_dist.core.errors import CheckpointError, DataError
 
 N, SEED = 100, 3

@@ -1,0 +1,35 @@
+"""What a run's checkpoints belong to: model, classes, config, versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from typing import Any
+
+from torch import nn
+
+from checkpoints.identity import Identity, digest_json, digest_shapes
+from launch.run.config import ResolvedRun
+from setformer_dist.core.revisions import unnamed
+
+VERSIONS_OF = ("setformer_dist", "torch", "deepspeed", "timm", "safetensors")
+
+
+def identity_of(run: ResolvedRun, model: nn.Module, classes: tuple[str, ...], told: dict[str, Any]) -> Identity:
+    """Return what the run's checkpoints belong to; `told` is what the model was told about its inputs."""
+    c = run.config
+    return Identity(
+        model=c.model.name,
+        model_args=json.dumps({**unnamed(c.model.args), **told}, sort_keys=True),
+        parameters=digest_shapes(shapes_of(model)),
+        config_hash=run.identity_hash(),
+        stage=c.zero.stage,
+        world_size=run.plan.world_size,
+        classes=digest_json(list(classes)),
+        versions={name: importlib.metadata.version(name) for name in VERSIONS_OF},
+    )
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the whole shape of every parameter, sharded or not."""
+    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
