@@ -65,7 +65,8 @@ UNITS = {
     "schedule.power": "exponent", "schedule.drop_epochs": _EPOCHS, "schedule.drop_steps": _STEPS,
     "schedule.drop_factor": _FACTOR, "schedule.decay_epochs": _EPOCHS, "schedule.decay_steps": _STEPS,
     "optim.momentum": _FACTOR, "data.image_width": _PIXELS,
-    "distill.share": _SHARE, "distill.temperature": "", "guard.spike": "median losses", "guard.window": _STEPS, "guard.limit": _STEPS,
+    "distill.share": _SHARE, "distill.temperature": "",
+    "guard.spike": "median losses", "guard.window": _STEPS, "guard.limit": _STEPS,
 }  # fmt: skip
 
 
