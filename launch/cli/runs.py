@@ -52,3 +52,18 @@ def show(
     from launch.history import show
 
     show.show_run(folder, open_console(), as_json)
+
+
+@app.command("top")
+def top(
+    folder: Annotated[Path, typer.Argument(help="A run's folder.", show_default=False)],
+    once: Annotated[bool, typer.Option("--once", help="Show it once, and end.")] = False,
+) -> None:
+    """Show what every rank of a running run does: host, step, phase, data wait, memory, last sign of life.
+
+    Example:
+        setformer runs top runs/demo
+    """
+    from launch.history import top as live
+
+    live.top(folder, open_console(), once)

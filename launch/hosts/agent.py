@@ -179,7 +179,8 @@ class Agent:
 
 def _beat(member: LocalRank) -> list[Any]:
     beat = member.beat()
-    return [member.rank, beat.count, beat.step, beat.phase, beat.age, beat.stop, member.is_suspended()]
+    return [member.rank, beat.count, beat.step, beat.phase, beat.age, beat.stop, member.is_suspended(),
+            member.memory_mib()]  # fmt: skip
 
 
 def _swallow(listening: socket.socket) -> None:

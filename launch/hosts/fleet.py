@@ -17,7 +17,7 @@ from launch.hosts.link import Link, RemoteHost, ask, greeted
 from launch.hosts.meeting import Meeting, arrange
 from launch.hosts.names import HostSpec
 from launch.hosts.reach import agent_command, travelling
-from launch.ranks.attempt import Attempt, AttemptError, Patience
+from launch.ranks.attempt import Attempt, AttemptError, Member, Patience
 from launch.ranks.logs import LOG_DIR_VARIABLE
 from launch.ranks.signals import Received
 from setformer_dist.core.errors import LaunchError
@@ -207,7 +207,14 @@ class Fleet:
                 chosen.append(HostSpec(spec.name, slots))
         return chosen
 
-    def attempt(self, log_dir: Path, received: Received, patience: Patience, lost: Callable[[], str | None]) -> int:
+    def attempt(
+        self,
+        log_dir: Path,
+        received: Received,
+        patience: Patience,
+        lost: Callable[[], str | None],
+        look: Callable[[Sequence[Member]], None],
+    ) -> int:
         """Run all ranks once; see `launch.ranks.supervise.Crew.attempt`.
 
         Raises:
@@ -222,7 +229,7 @@ class Fleet:
                 raise AttemptError(str(next(link.lost for link in links if link.lost)), "host", -1) from None
             raise error
         hosts = self._started(links, meeting, log_dir.absolute(), received)
-        attempt = Attempt(hosts, self.grace_s, received, patience, lost, self.regroup)
+        attempt = Attempt(hosts, self.grace_s, received, patience, lost, self.regroup, look)
         try:
             return attempt.supervise()
         finally:

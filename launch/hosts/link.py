@@ -175,6 +175,7 @@ class RemoteRank:
     beaten: Beat = field(default_factory=lambda: Beat(0, -1, START, 0.0))
     beaten_at: float = field(default_factory=time.monotonic)
     suspended: bool = False
+    memory: float | None = None
     told: str = ""
     lines: list[str] = field(default_factory=list)
 
@@ -194,6 +195,10 @@ class RemoteRank:
     def is_suspended(self) -> bool:
         """Return whether somebody has stopped it."""
         return self.suspended
+
+    def memory_mib(self) -> float | None:
+        """Return its resident memory."""
+        return self.memory
 
 
 class RemoteHost:
@@ -245,10 +250,10 @@ class RemoteHost:
     def _take(self, message: Message) -> None:
         kind = message["is"]
         if kind == "beats":
-            for rank, count, step, phase, age, stop, suspended in message["ranks"]:
+            for rank, count, step, phase, age, stop, suspended, memory in message["ranks"]:
                 member = self.members[rank - self._first]
                 member.beaten = Beat(count, step, phase, age, stop)
-                member.beaten_at, member.suspended = time.monotonic(), suspended
+                member.beaten_at, member.suspended, member.memory = time.monotonic(), suspended, memory
         elif kind == "ended":
             member = self.members[message["rank"] - self._first]
             member.code, member.told, member.lines = message["code"], message["said"], message["lines"]

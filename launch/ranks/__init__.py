@@ -1,6 +1,7 @@
 """The processes of a run: starting, watching, ending and restarting them.
 
 attempt.py     all ranks, of one host or of many, from start to end, and who is to blame for it
+board.py       what the supervisor shows of its ranks while they run
 environment.py what ranks find in their environment, and what this machine has for them
 launchers.py   ranks that another launcher has started: srun, mpirun
 local.py       start all ranks of this machine and stand by them: they begin together and end together

@@ -69,6 +69,9 @@ class Member(Protocol):
     def is_suspended(self) -> bool:
         """Return whether somebody has stopped it (SIGSTOP)."""
 
+    def memory_mib(self) -> float | None:
+        """Return its resident memory, None where it cannot be told."""
+
 
 class Host(Protocol):
     """The ranks of one host."""
@@ -159,6 +162,7 @@ class Attempt:
         patience: when a rank counts as hanging.
         folder_lost: asked now and then; says what happened to the run's folder where it is gone.
         regroup: asked now and then; says why all ranks should save and start again, None where they should not.
+        look: called now and then with all ranks.
     """
 
     def __init__(
@@ -169,7 +173,9 @@ class Attempt:
         patience: Patience,
         folder_lost: Callable[[], str | None] = lambda: None,
         regroup: Callable[[], str | None] = lambda: None,
+        look: Callable[[Sequence[Member]], None] = lambda members: None,
     ) -> None:
+        self._look = look
         self._regroup = regroup
         self._hosts = hosts
         self._grace_s = grace_s
@@ -239,6 +245,7 @@ class Attempt:
             host.poll()
 
     def _sleep(self, seconds: float) -> None:
+        self._look(self.members)
         self._received.wait(seconds, [number for host in self._hosts for number in host.readable()])
 
     def _running(self) -> list[Member]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch.ranks.attempt import Attempt, Patience
+from launch.ranks.attempt import Attempt, Member, Patience
 from launch.ranks.environment import choose_port, rank_environment
 from launch.ranks.logs import LOG_DIR_VARIABLE
 from launch.ranks.processes import ENTRY_MODULE, LocalHost, rank_command
@@ -34,6 +34,7 @@ def run_local(
     patience: Patience | None = None,
     received: Received | None = None,
     lost: Callable[[], str | None] = lambda: None,
+    look: Callable[[Sequence[Member]], None] = lambda members: None,
 ) -> int:
     """Run `python -m module *command_args` on every rank of this host until all have ended.
 
@@ -49,6 +50,7 @@ def run_local(
         patience: when a rank counts as hanging; by default never.
         received: stop signals that the caller collects; by default they are collected here.
         lost: asked now and then; says what happened to the run's folder where it is gone.
+        look: called now and then with all ranks.
 
     Returns:
         0, or 128 + signal number when a stop signal ended the run (130 for Ctrl-C, 143 for SIGTERM).
@@ -66,7 +68,7 @@ def run_local(
     with contextlib.nullcontext(received) if received else stop_signals() as signals:
         host = LocalHost(rank_command(command_args, module), range(ranks), base, log_dir, until=lambda: signals.stop)
         with contextlib.closing(host):
-            return Attempt([host], grace_s, signals, patience or Patience(), lost).supervise()
+            return Attempt([host], grace_s, signals, patience or Patience(), lost, look=look).supervise()
 
 
 @dataclass
@@ -92,7 +94,14 @@ class LocalCrew:
     def prepare(self, received: Received) -> None:
         """Nothing is to be done: this machine is there."""
 
-    def attempt(self, log_dir: Path, received: Received, patience: Patience, lost: Callable[[], str | None]) -> int:
+    def attempt(
+        self,
+        log_dir: Path,
+        received: Received,
+        patience: Patience,
+        lost: Callable[[], str | None],
+        look: Callable[[Sequence[Member]], None],
+    ) -> int:
         """Run all ranks once; see `run_local`."""
         return run_local(
             self.args,
@@ -103,6 +112,7 @@ class LocalCrew:
             patience=patience,
             received=received,
             lost=lost,
+            look=look,
         )
 
     def close(self) -> None:

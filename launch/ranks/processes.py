@@ -74,6 +74,10 @@ class LocalRank:
         """Return whether somebody has stopped it (SIGSTOP)."""
         return _process_state(self.process.pid) == "T"
 
+    def memory_mib(self) -> float | None:
+        """Return its resident memory."""
+        return resident_mib(self.process.pid) if self.ended_at is None else None
+
 
 class LocalHost:
     """All ranks of this machine, from the first start to the last end.
@@ -216,6 +220,14 @@ def die_with_parent() -> Callable[[], None] | None:
             os._exit(1)
 
     return arm
+
+
+def resident_mib(pid: int) -> float | None:
+    """Return a process's resident memory, None where it cannot be told."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    except (OSError, IndexError, ValueError):
+        return None
 
 
 def _process_state(pid: int) -> str:

@@ -12,12 +12,13 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from checkpoints.layout import MANIFEST, step_folders, step_of
-from launch.ranks.attempt import AttemptError, FolderLostError, Patience, Regroup
+from launch.ranks.attempt import AttemptError, FolderLostError, Member, Patience, Regroup
+from launch.ranks.board import Board
 from launch.ranks.lock import supervising
 from launch.ranks.restarts import Failure, GiveUp, RestartConfig, verdict
 from launch.ranks.signals import Received, stop_signals
@@ -47,7 +48,14 @@ class Crew(Protocol):
             LaunchError: there can be no attempt.
         """
 
-    def attempt(self, log_dir: Path, received: Received, patience: Patience, lost: Callable[[], str | None]) -> int:
+    def attempt(
+        self,
+        log_dir: Path,
+        received: Received,
+        patience: Patience,
+        lost: Callable[[], str | None],
+        look: Callable[[Sequence[Member]], None],
+    ) -> int:
         """Run all ranks until they have ended; return 0, or 128 + the stop signal that ended them.
 
         Args:
@@ -55,6 +63,7 @@ class Crew(Protocol):
             received: stop signals.
             patience: when a rank counts as hanging.
             lost: says what happened to the run's folder where it is gone.
+            look: is to be called now and then with all ranks.
 
         Raises:
             LaunchError: they cannot be started.
@@ -114,7 +123,7 @@ def _attempts(
     """Start the ranks again and again, as `run_supervised` says."""
     failures: list[Failure] = []
     patience = Patience(config.hang_after_s, config.start_after_s, config.save_after_s)
-    log_dir = run_folder / "logs"
+    log_dir, board = run_folder / "logs", Board(run_folder)
     while True:
         log_dir.mkdir(parents=True, exist_ok=True)
         try:
@@ -124,7 +133,7 @@ def _attempts(
                 return _stopped(run_folder, received.stop[0])
             hosts = {"hosts": crew.hosts} if crew.hosts else {}
             ledger.record(run_folder, "attempt", number=len(failures) + 1, ranks=crew.ranks, **hosts)
-            code = crew.attempt(log_dir, received, patience, lost)
+            code = crew.attempt(log_dir, received, patience, lost, board.look)
         except FolderLostError:
             _take_back_terminal()
             raise  # nothing is written where it was: that would make another folder of its name

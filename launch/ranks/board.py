@@ -1,0 +1,51 @@
+"""What the supervisor shows of its ranks while they run: `live.json`, for `setformer runs top`."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.ranks.attempt import Member
+from setformer_dist.core import live
+
+_EVERY_S = 1.0
+_LOOKS = 60  # over which shares and rates are taken
+
+
+class Board:
+    """Takes a look at the ranks now and then, and writes it down.
+
+    Args:
+        run_folder: of the run.
+    """
+
+    def __init__(self, run_folder: Path) -> None:
+        self._folder = run_folder
+        self._looked_at = 0.0
+        self._steps: deque[tuple[float, int]] = deque(maxlen=_LOOKS)
+        self._waited: dict[int, deque[bool]] = {}
+
+    def look(self, members: Sequence[Member]) -> None:
+        """Look at the ranks, unless that was done a moment ago."""
+        now = time.monotonic()
+        if now - self._looked_at < _EVERY_S or not members:
+            return
+        self._looked_at = now
+        rows = [self._row(member) for member in members]
+        step = max(row.step for row in rows)
+        if self._steps and step < self._steps[-1][1]:  # another attempt
+            self._steps.clear()
+        self._steps.append((now, step))
+        (then, before), (_, after) = self._steps[0], self._steps[-1]
+        rate = (after - before) / (now - then) if now > then else None
+        live.write(self._folder, time.time(), rate, rows)
+
+    def _row(self, member: Member) -> live.LiveRank:
+        beat = member.beat()
+        waited = self._waited.setdefault(member.rank, deque(maxlen=_LOOKS))
+        waited.append(beat.phase == "data")
+        phase = beat.phase if member.ended_at is None else "ended"
+        share = sum(waited) / len(waited)
+        return live.LiveRank(member.rank, member.host, beat.step, phase, beat.age, member.memory_mib(), share)

@@ -1,0 +1,94 @@
+"""What the supervisor shows of its ranks, and the table made of it."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from launch.history.top import top
+from launch.ranks.board import Board
+from setformer_dist.core import ledger, live
+from setformer_dist.core.errors import DataError
+from setformer_dist.core.heartbeat import Beat
+
+
+@dataclass
+class Rank:
+    """A rank as the supervisor sees one."""
+
+    rank: int
+    seen: Beat
+    host: str = ""
+    log: Path = field(default_factory=Path)
+    log_start: int = 0
+    ended_at: float | None = None
+    code: int | None = None
+
+    def beat(self) -> Beat:
+        return self.seen
+
+    def said(self) -> str:
+        return ""
+
+    def last_lines(self) -> list[str]:
+        return []
+
+    def is_suspended(self) -> bool:
+        return False
+
+    def memory_mib(self) -> float | None:
+        return 512.0
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps({"batch": {"global_size": 64}}))
+    ledger.record(tmp_path, "attempt", number=1, ranks=2)
+    return tmp_path
+
+
+def shown(run: Path) -> str:
+    console = Console(width=140, record=True, file=io.StringIO())
+    top(run, console, once=True)
+    return console.export_text()
+
+
+def test_a_rank_that_is_behind_is_named(run: Path) -> None:
+    Board(run).look([Rank(0, Beat(9, 12, "communication", 0.1), "a"), Rank(1, Beat(7, 11, "data", 6.0), "b")])
+    text = shown(run)
+    assert "step 12, 2 ranks on 2 hosts" in " ".join(text.replace("\n", " ").split())
+    assert "behind, in data" in text
+    assert "512 MiB" in text
+    assert "100%" in text
+
+
+def test_it_is_written_at_most_once_a_second(run: Path) -> None:
+    board = Board(run)
+    board.look([Rank(0, Beat(1, 1, "forward", 0.0))])
+    board.look([Rank(0, Beat(2, 9, "forward", 0.0))])
+    seen = live.read(run)
+    assert seen is not None
+    assert seen.ranks[0].step == 1
+
+
+@pytest.mark.parametrize("text", ["", "[", "{}", '{"time": 1, "steps_per_s": null, "ranks": [1]}', "null"])
+def test_a_damaged_file_shows_nothing(run: Path, text: str) -> None:
+    (run / live.LIVE).write_text(text)
+    with pytest.raises(DataError, match="is not running under a supervisor"):
+        top(run, Console(), once=True)
+
+
+def test_an_old_look_is_no_news_and_a_link_is_not_followed(run: Path, tmp_path: Path) -> None:
+    live.write(run, time.time() - 60, 1.0, [])
+    with pytest.raises(DataError, match="is not running"):
+        top(run, Console(), once=True)
+    (tmp_path / "precious").write_text("mine")
+    (run / f".{live.LIVE}.part").symlink_to(tmp_path / "precious")
+    live.write(run, time.time(), 1.0, [])
+    assert (tmp_path / "precious").read_text() == "mine"
