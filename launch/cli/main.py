@@ -139,7 +139,7 @@ def train(
         if sys.stderr.isatty():
             say(f"starting {ranks} rank{'s' if ranks > 1 else ''} …")
         args = [str(page), *chosen]
-        crew: Crew = LocalCrew(args, ranks, port, grace)
+        crew: Crew = LocalCrew(args, ranks, port, grace, run.config.launch.warm)
         if specs:
             fits = functools.partial(can_share, run.config)
             crew = Fleet(specs, args, folder, run.config.launch, fits, say, via, port, grace)

@@ -28,7 +28,9 @@ from typing import Any
 
 from launch.hosts.facts import facts
 from launch.hosts.wire import ALIVE_S, Message, Wire
+from launch.ranks import forkserver
 from launch.ranks.environment import rank_environment
+from launch.ranks.forkserver import ForkServer
 from launch.ranks.network import interface_of
 from launch.ranks.processes import LocalHost, LocalRank, rank_command
 from launch.ranks.signals import Received, stop_signals
@@ -52,6 +54,7 @@ class Agent:
         self._outputs: dict[int, int] = {}  # descriptor of rank 0's output -> 1 or 2
         self._beaten_at = 0.0
         self._asked = False
+        self._server: ForkServer | None = None
 
     def serve(self) -> None:
         """Serve until the supervisor goes away."""
@@ -77,6 +80,12 @@ class Agent:
         for descriptor in self._outputs:
             os.close(descriptor)
         self._outputs = {}
+
+    def end_server(self) -> None:
+        """End the interpreter from which ranks are forked."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
 
     def _stop_listening(self) -> None:
         if self._listening is not None:
@@ -119,14 +128,27 @@ class Agent:
         log_dir = Path(message["log_dir"])
         log_dir.mkdir(parents=True, exist_ok=True)
         writing = self._open_outputs() if 0 in ranks else None
+        if self._server is None and message["warm"] and forkserver.possible(base):
+            self._server = ForkServer(base)
         try:
             self._host = LocalHost(
-                rank_command(message["args"], message["module"]), ranks, base, log_dir, output=writing
+                rank_command(message["args"], message["module"]),
+                ranks,
+                base,
+                log_dir,
+                output=writing,
+                server=self._server,
+                until=self._unwanted,
             )
         finally:
             for descriptor in writing or ():
                 os.close(descriptor)
         return {"ranks": [{"rank": m.rank, "log": str(m.log), "pid": m.process.pid} for m in self._host.members]}
+
+    def _unwanted(self) -> bool:
+        """Show life while ranks are started, and return whether nobody is there to see it."""
+        self._wire.show_life()
+        return self._wire.hung_up()
 
     def _open_outputs(self) -> tuple[int, int]:
         (out, out_write), (err, err_write) = os.pipe(), os.pipe()
@@ -270,6 +292,7 @@ def main() -> int:
             agent.serve()
         finally:
             agent.close()
+            agent.end_server()
     return 0
 
 

@@ -24,6 +24,8 @@ class LaunchConfig(FrozenConfig):
         retry_s: seconds for which a host that was lost is left out; doubled each time it is lost again.
         take_back: when a host that answers again takes part again: once the next checkpoint is written, at once (the
             ranks save and start again), or never before the next start.
+        warm: fork the ranks of a host from one interpreter that has imported everything, which makes restarts faster;
+            not done on GPUs.
         env: environment variables that travel to all ranks besides those that always do: names, or NAME=value.
     """
 
@@ -33,6 +35,7 @@ class LaunchConfig(FrozenConfig):
     max_hosts: int = pydantic.Field(default=0, ge=0)
     take_back: Literal["checkpoint", "at_once", "never"] = "checkpoint"
     retry_s: float = pydantic.Field(default=60.0, ge=0)
+    warm: bool = True
     env: Annotated[tuple[str, ...], pydantic.Field(strict=False)] = ()
 
     @pydantic.field_validator("env")

@@ -119,7 +119,7 @@ class Fleet:
         if not missing:
             return
         new = [self._taken_back(spec.name) or self._link(spec.name) for spec in missing]
-        greeted(new, self.config.connect_s)
+        greeted(new, self.config.connect_s, self.show_life)
         slots = {spec.name: spec.slots for spec in self.specs}
         here = facts()
         for link in new:
@@ -223,7 +223,7 @@ class Fleet:
         """
         links = [self._links[spec.name] for spec in self._chosen]
         try:
-            meeting = arrange(links, self.port)
+            meeting = arrange(links, self.port, self.show_life)
         except LaunchError as error:
             if any(link.lost for link in links):
                 raise AttemptError(str(next(link.lost for link in links if link.lost)), "host", -1) from None
@@ -249,9 +249,13 @@ class Fleet:
             host = RemoteHost(link, range(rank, rank + spec.slots), received.note)
             rank += spec.slots
             ways = {name: os.environ.get(name, interface) for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
-            begun.append(host.begin(self.args, {**own, "LOCAL_WORLD_SIZE": str(spec.slots), **ways}, env, log_dir))
+            begun.append(
+                host.begin(
+                    self.args, {**own, "LOCAL_WORLD_SIZE": str(spec.slots), **ways}, env, log_dir, self.config.warm
+                )
+            )
             hosts.append(host)
-        for host, answer in zip(hosts, ask(links, begun, _START_S), strict=True):
+        for host, answer in zip(hosts, ask(links, begun, _START_S, self.show_life), strict=True):
             if "error" in answer:
                 for other in hosts:
                     other.kill()

@@ -123,8 +123,17 @@ class Link:
         self.lost = self.lost or f"host {self.name} is given back"
 
 
-def ask(links: Sequence[Link], messages: Sequence[Message], limit_s: float) -> list[dict[str, Any]]:
-    """Ask every host something at once; return the answers, {"error": sentence} where none came."""
+def ask(
+    links: Sequence[Link], messages: Sequence[Message], limit_s: float, meanwhile: Callable[[], object] = lambda: None
+) -> list[dict[str, Any]]:
+    """Ask every host something at once; return the answers, {"error": sentence} where none came.
+
+    Args:
+        links: of the hosts.
+        messages: one for each.
+        limit_s: how long to wait.
+        meanwhile: called while waiting, so that hosts that are not asked hear something too.
+    """
     answers: list[dict[str, Any]] = [{} for _ in links]
     for link, message in zip(links, messages, strict=True):
         link.send(message)
@@ -139,6 +148,7 @@ def ask(links: Sequence[Link], messages: Sequence[Message], limit_s: float) -> l
                     others[at].append(came)  # of a rank that ends while other hosts still start theirs
             if link.lost is not None and not answers[at]:
                 answers[at] = {"error": link.lost}
+        meanwhile()
         time.sleep(0.005)
     for link, answer, more in zip(links, answers, others, strict=True):
         link.put_back(more)
@@ -147,12 +157,13 @@ def ask(links: Sequence[Link], messages: Sequence[Message], limit_s: float) -> l
     return answers
 
 
-def greeted(links: Sequence[Link], limit_s: float) -> None:
-    """Wait until every agent has told of its host; those that have not in time are lost."""
+def greeted(links: Sequence[Link], limit_s: float, meanwhile: Callable[[], object] = lambda: None) -> None:
+    """Wait until every agent has told of its host; those that have not in time are lost. `meanwhile` is as in `ask`."""
     limit = time.monotonic() + limit_s
     while time.monotonic() < limit and not all(link.facts or link.lost for link in links):
         for link in links:
             link.poll()
+        meanwhile()
         time.sleep(0.005)
     for link in links:
         if not link.facts and link.lost is None:
@@ -222,7 +233,9 @@ class RemoteHost:
         """Why the host does not answer."""
         return self.link.lost
 
-    def begin(self, args: Sequence[str], own: Mapping[str, str], env: Mapping[str, str], log_dir: Path) -> Message:
+    def begin(
+        self, args: Sequence[str], own: Mapping[str, str], env: Mapping[str, str], log_dir: Path, warm: bool
+    ) -> Message:
         """Return the message that starts the ranks.
 
         Args:
@@ -230,6 +243,7 @@ class RemoteHost:
             own: variables that the ranks must have.
             env: variables that travel.
             log_dir: folder of the logs.
+            warm: fork them from one interpreter, where the device allows it.
         """
         return {
             "do": "start",
@@ -240,6 +254,7 @@ class RemoteHost:
             "env": dict(env),
             "log_dir": str(log_dir),
             "silence_s": self.link.silence_s,
+            "warm": warm,
         }
 
     def poll(self) -> None:

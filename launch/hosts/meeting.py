@@ -6,7 +6,7 @@ bridge another. So it is tried: the first host listens, the others connect, and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from launch.hosts.link import Link, ask
@@ -31,12 +31,13 @@ class Meeting:
     interfaces: tuple[str, ...]
 
 
-def arrange(links: Sequence[Link], port: int | None = None) -> Meeting:
+def arrange(links: Sequence[Link], port: int | None = None, meanwhile: Callable[[], object] = lambda: None) -> Meeting:
     """Find where the ranks of some hosts meet.
 
     Args:
         links: of the hosts, the first one rank 0's.
         port: to meet at; by default a free one.
+        meanwhile: as in `ask`.
 
     Raises:
         LaunchError: no address of the first host can be reached from all others.
@@ -45,12 +46,12 @@ def arrange(links: Sequence[Link], port: int | None = None) -> Meeting:
     candidates = [address for _, address in first.facts["addresses"]] if others else [HOST]
     faults = [f"host {first.name} has no address but 127.0.0.1"] if not candidates else []
     for address in candidates:
-        [heard] = ask([first], [{"do": "listen", "address": address, "port": port}], _LIMIT_S)
+        [heard] = ask([first], [{"do": "listen", "address": address, "port": port}], _LIMIT_S, meanwhile)
         if "error" in heard:
             faults.append(f"host {first.name}, port {port} of {address}: {heard['error']}")
             continue
         request = {"do": "reach", "address": address, "port": heard["port"]}
-        answers = ask(others, [request] * len(others), _LIMIT_S)
+        answers = ask(others, [request] * len(others), _LIMIT_S, meanwhile)
         wrong = [(link, a["error"]) for link, a in zip(others, answers, strict=True) if "error" in a]
         if wrong:
             faults += [f"from host {link.name}: {error}" for link, error in wrong]

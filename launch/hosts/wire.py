@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import time
 from collections import deque
 from typing import Any
@@ -86,6 +87,12 @@ class Wire:
         if len(self._came) > _LONGEST:
             self._came = b""
         return [message for line in lines if (message := self._parse(line)) is not None]
+
+    def hung_up(self) -> bool:
+        """Return whether the peer has closed the pipe, without reading from it."""
+        poll = select.poll()
+        poll.register(self._read, 0)
+        return any(event & (select.POLLHUP | select.POLLERR) for _, event in poll.poll(0))
 
     def silence(self) -> float:
         """Return the seconds since something came."""

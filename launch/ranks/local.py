@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from launch.ranks import forkserver
 from launch.ranks.attempt import Attempt, Member, Patience
 from launch.ranks.environment import choose_port, rank_environment
+from launch.ranks.forkserver import ForkServer
 from launch.ranks.logs import LOG_DIR_VARIABLE
 from launch.ranks.processes import ENTRY_MODULE, LocalHost, rank_command
 from launch.ranks.signals import Received, stop_signals
@@ -35,6 +37,7 @@ def run_local(
     received: Received | None = None,
     lost: Callable[[], str | None] = lambda: None,
     look: Callable[[Sequence[Member]], None] = lambda members: None,
+    server: ForkServer | None = None,
 ) -> int:
     """Run `python -m module *command_args` on every rank of this host until all have ended.
 
@@ -51,6 +54,7 @@ def run_local(
         received: stop signals that the caller collects; by default they are collected here.
         lost: asked now and then; says what happened to the run's folder where it is gone.
         look: called now and then with all ranks.
+        server: forks the ranks; by default each starts cold.
 
     Returns:
         0, or 128 + signal number when a stop signal ended the run (130 for Ctrl-C, 143 for SIGTERM).
@@ -66,7 +70,8 @@ def run_local(
     base |= {LOG_DIR_VARIABLE: str(log_dir), PORT_GIVEN_VARIABLE: str(int(port is not None)), **(env or {})}
     log_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.nullcontext(received) if received else stop_signals() as signals:
-        host = LocalHost(rank_command(command_args, module), range(ranks), base, log_dir, until=lambda: signals.stop)
+        command = rank_command(command_args, module)
+        host = LocalHost(command, range(ranks), base, log_dir, until=lambda: signals.stop, server=server)
         with contextlib.closing(host):
             return Attempt([host], grace_s, signals, patience or Patience(), lost, look=look).supervise()
 
@@ -80,19 +85,24 @@ class LocalCrew:
         ranks: processes to start.
         port: at which rank 0 is met; by default a free one.
         grace_s: seconds that ranks have for a checkpoint after a stop signal.
+        warm: fork the ranks from one interpreter, where the device allows it.
     """
 
     args: Sequence[str]
     ranks: int
     port: int | None = None
     grace_s: float = 60.0
+    warm: bool = True
     hosts: list[str] = field(default_factory=list)
+    _server: ForkServer | None = None
 
     def show_life(self) -> None:
         """Nothing is to be done: a child knows that its parent lives."""
 
     def prepare(self, received: Received) -> None:
-        """Nothing is to be done: this machine is there."""
+        """Begin to import what the ranks need."""
+        if self._server is None and self.warm and forkserver.possible(os.environ):
+            self._server = ForkServer(rank_environment(self.ranks, 0, None, os.environ))
 
     def attempt(
         self,
@@ -113,7 +123,11 @@ class LocalCrew:
             received=received,
             lost=lost,
             look=look,
+            server=self._server,
         )
 
     def close(self) -> None:
-        """Nothing is left: an attempt ends with all its ranks."""
+        """End the server of ranks; an attempt ends with all its ranks."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None

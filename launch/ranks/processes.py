@@ -9,7 +9,7 @@ Each rank is a session of its own, so Ctrl-C in a terminal reaches the superviso
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import functools
 import logging
 import os
 import shlex
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from launch.ranks.forkserver import Forked, ForkServer, die_with
 from launch.ranks.logs import last_error_line, last_lines, log_file
 from launch.ranks.orphans import Guardian
 from setformer_dist.core.heartbeat import FD_VARIABLE, Beat, Pulse
@@ -29,7 +30,6 @@ from setformer_dist.core.secrets import redacted
 
 ENTRY_MODULE = "launch.entry"
 _log = logging.getLogger(__name__)
-_PR_SET_PDEATHSIG = 1
 _STACKS_SIGNAL = signal.SIGUSR2  # launch/entry.py answers it with the stacks of all threads
 _KILL_S = 30.0  # how long a killed process may take to go
 
@@ -46,7 +46,7 @@ class LocalRank:
     """
 
     rank: int
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     log: Path
     log_start: int
     pulse: Pulse
@@ -97,6 +97,7 @@ class LocalHost:
         log_dir: Path,
         until: Callable[[], object] = lambda: False,
         output: tuple[int, int] | None = None,
+        server: ForkServer | None = None,
     ) -> None:
         """Start the ranks.
 
@@ -107,14 +108,18 @@ class LocalHost:
             log_dir: folder of the logs; it is there.
             until: asked after each start; true where no further one is wanted.
             output: descriptors for rank 0's output and errors; by default it has those of this process.
+            server: forks the ranks; by default, and where it is gone, each starts cold.
         """
         self.members: list[LocalRank] = []
         self._guardian = Guardian()
         base = {**base, **self._guardian.environment}
         try:
             for local, rank in enumerate(ranks):
-                self.members.append(_start(command, rank, local, base, log_dir, output))
-                self._guardian.watch(self.members[-1].process.pid)
+                member = _start(command, rank, local, base, log_dir, output, server, until)
+                if member is None:
+                    break
+                self.members.append(member)
+                self._guardian.watch(member.process.pid)
                 if until():
                     break
         except BaseException:
@@ -128,8 +133,8 @@ class LocalHost:
                 member.ended_at = time.monotonic()
 
     def readable(self) -> list[int]:
-        """Return descriptors that have something to read when there is news; a child's end is a signal instead."""
-        return []
+        """Return descriptors that have something to read when a rank has ended; a child's end is a signal instead."""
+        return [m.process.readable() for m in self.members if isinstance(m.process, Forked) and m.ended_at is None]
 
     def terminate(self) -> None:
         """Ask all ranks to save and stop."""
@@ -180,7 +185,10 @@ def _start(
     base: Mapping[str, str],
     log_dir: Path,
     first_output: tuple[int, int] | None,
-) -> LocalRank:
+    server: ForkServer | None,
+    until: Callable[[], object],
+) -> LocalRank | None:
+    """Start a rank; None where it is not wanted any more before it is there."""
     path = log_file(log_dir, rank)
     pulse = Pulse()
     env = {**base, "RANK": str(rank), "LOCAL_RANK": str(local), FD_VARIABLE: str(pulse.fileno())}
@@ -188,8 +196,15 @@ def _start(
         log.write(_header(command, rank, base).encode())
         log.flush()
         start = log.tell()
-        out, err = (first_output or (None, None)) if rank == 0 else (log, log)
-        process = subprocess.Popen(
+        out, err = (first_output or (None, None)) if rank == 0 else (log.fileno(), log.fileno())
+        process: subprocess.Popen[bytes] | Forked | None = None
+        if server is not None:
+            ends = (1 if out is None else out, 2 if err is None else err)
+            process = server.start(command, env, *ends, pulse.fileno(), until)
+            if process is None and until():
+                pulse.close()
+                return None
+        process = process or subprocess.Popen(
             command,
             env=env,
             stdin=subprocess.DEVNULL,
@@ -209,17 +224,7 @@ def _header(command: Sequence[str], rank: int, base: Mapping[str, str]) -> str:
 
 def die_with_parent() -> Callable[[], None] | None:
     """Return what a child does before exec, so that the kernel kills it when this process dies."""
-    if sys.platform != "linux":
-        return None
-    libc = ctypes.CDLL(None)
-    parent = os.getpid()
-
-    def arm() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # the supervisor died between fork and prctl: nobody will tell us
-            os._exit(1)
-
-    return arm
+    return functools.partial(die_with, os.getpid()) if sys.platform == "linux" else None
 
 
 def resident_mib(pid: int) -> float | None:

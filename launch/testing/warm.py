@@ -13,29 +13,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import importlib
-import itertools
 import json
 import logging
 import os
-import runpy
 import select
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any, NoReturn
 
+import launch.ranks.forkserver
 import launch.ranks.processes
 from launch.ranks.environment import has_gpu
-from setformer_dist.core.exits import leave
+from launch.ranks.forkserver import fork, report, run_module, set_environment, threads
 
 ROOT = Path(__file__).parent.parent.parent
 COLD_VARIABLE = "SETFORMER_COLD_TESTS"
@@ -173,7 +169,7 @@ def serve(requests: socket.socket) -> None:
     """Fork a process for each request until the other end is closed, and kill what then still runs."""
     for module in PRELOADED:
         importlib.import_module(module)
-    assert _threads() == 1, "an import starts threads, with which a process cannot be forked safely"
+    assert threads() == 1, "an import starts threads, with which a process cannot be forked safely"
     wake, waker = socket.socketpair()
     for end in (wake, waker):
         end.setblocking(False)
@@ -184,7 +180,7 @@ def serve(requests: socket.socket) -> None:
         ready, _, _ = select.select([requests, wake], [], [])
         if wake in ready:
             wake.recv(4096)
-            _report(running)
+            report(running)
         if requests not in ready:
             continue
         mark, given, _, _ = socket.recv_fds(requests, 1, 4)
@@ -195,7 +191,7 @@ def serve(requests: socket.socket) -> None:
         body, out, err, status = given
         with socket.socket(fileno=body) as sock:
             request = json.loads(b"".join(iter(lambda: sock.recv(1 << 16), b"")))
-        pid = _fork(
+        pid = fork(
             lambda: _begin(request),  # noqa: B023 - called before the next request
             {0: os.open(os.devnull, os.O_RDONLY), 1: out, 2: err},
         )
@@ -205,38 +201,22 @@ def serve(requests: socket.socket) -> None:
         os.write(status, pid.to_bytes(_NUMBER, "little", signed=True))
 
 
-def _threads() -> int:
-    """Return the threads of this process, those of libraries included."""
-    return len(list(Path("/proc/self/task").iterdir()))
-
-
-def _report(running: dict[int, int]) -> None:
-    """Tell the end of each process that has ended to whoever asked for it."""
-    for pid in list(running):
-        found, raw = os.waitpid(pid, os.WNOHANG)
-        if found:
-            status = running.pop(pid)
-            code = os.waitstatus_to_exitcode(raw).to_bytes(_NUMBER, "little", signed=True)
-            with contextlib.suppress(BrokenPipeError):  # nobody waits for it any more
-                os.write(status, code)
-            os.close(status)
-
-
 def _begin(request: dict[str, Any]) -> NoReturn:
     """Become `python -m args`, whose ranks are forked in turn."""
     os.chdir(request["cwd"])
     sys.path.insert(0, request["cwd"])  # as `python -m` does
-    _set_environment(request["env"])
+    set_environment(request["env"])
+    launch.ranks.forkserver.possible = lambda environ: False  # this process forks them itself
     launch.ranks.processes.subprocess = SimpleNamespace(  # type: ignore[attr-defined, assignment]
         Popen=_popen, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired
     )
-    _run_module(request["args"])
+    run_module(request["args"])
 
 
 def _popen(command: Sequence[str], **options: Any) -> Any:
     """Stand in for `subprocess.Popen` where ranks are started."""
     first = [sys.executable, "-m", _FORKED_MODULE]
-    if list(command[:3]) != first or _threads() > 1:
+    if list(command[:3]) != first or threads() > 1:
         return subprocess.Popen(command, **options)
     return _Rank(command, **options)
 
@@ -265,15 +245,15 @@ class _Rank:
             os.setsid()
             if preexec_fn is not None:
                 preexec_fn()
-            _set_environment(env)
+            set_environment(env)
             for handler in list(logging.root.handlers):  # the command's own
                 logging.root.removeHandler(handler)
             logging.root.setLevel(logging.WARNING)
-            _run_module(self.args[2:])
+            run_module(self.args[2:])
 
         fds = {0: os.open(os.devnull, os.O_RDONLY)}
-        fds |= {number: file.fileno() for number, file in ((1, stdout), (2, stderr)) if file is not None}
-        self.pid = _fork(begin, fds, pass_fds)
+        fds |= {number: file for number, file in ((1, stdout), (2, stderr)) if file is not None}
+        self.pid = fork(begin, fds, pass_fds)
 
     def poll(self) -> int | None:
         if self.returncode is None:
@@ -299,86 +279,6 @@ class _Rank:
 
 
 # ------------------------------------------------------------------------------------------------- the new process
-
-
-def _fork(begin: Callable[[], NoReturn], fds: dict[int, int], kept: Sequence[int] = ()) -> int:
-    """Fork a process that has these descriptors and no others, default signals, and runs `begin`; return its id.
-
-    Args:
-        begin: never returns; how it ends is the process's end.
-        fds: its 0, 1 and 2 where they are not those of this process. That of /dev/null is closed here.
-        kept: descriptors that keep their numbers.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    gc.freeze()  # objects of this process that own descriptors must not be collected there, and close others' numbers
-    # A signal to a process that still has our handlers would be lost; so it waits until there are default ones.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    pid = os.fork()
-    if pid:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        os.close(fds[0])
-        return pid
-    try:
-        signal.set_wakeup_fd(-1)
-        for number in signal.valid_signals():
-            with contextlib.suppress(OSError, ValueError):
-                ours = {signal.SIGINT: signal.default_int_handler}.get(number, signal.SIG_DFL)
-                ignored = number in (signal.SIGPIPE, signal.SIGXFSZ)  # as Python has it at its start
-                signal.signal(number, signal.SIG_IGN if ignored else ours)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for place, fd in fds.items():
-            os.dup2(fd, place)
-            if place:  # the stream that is inherited believes to have another kind of file
-                _open_stream(place)
-        edges = [2, *sorted(kept), 1 << 16]
-        for below, above in itertools.pairwise(edges):
-            os.closerange(below + 1, above)
-        begin()
-    except BaseException:  # noqa: BLE001 - whatever it is, it ends here
-        traceback.print_exc()
-    os._exit(1)
-
-
-def _open_stream(place: int) -> None:
-    """Make standard output (1) or error (2) anew, as an interpreter does at its start."""
-    lines = place == 2 or os.isatty(place)
-    stream = open(  # noqa: SIM115 - it is a descriptor, and open as long as the process
-        place,
-        "w",
-        buffering=1 if lines else -1,
-        encoding="utf-8",
-        errors="backslashreplace" if place == 2 else "strict",
-        closefd=False,
-    )
-    setattr(sys, "stderr" if place == 2 else "stdout", stream)
-
-
-def _set_environment(env: Mapping[str, str]) -> None:
-    os.environ.clear()
-    os.environ.update(env)
-
-
-def _run_module(args: Sequence[str]) -> NoReturn:
-    """Run a module as the interpreter would, from its start to its exit code."""
-    sys.argv = list(args)
-    sys.modules.pop(args[0], None)  # it is run as the main module, not imported
-    try:
-        runpy.run_module(args[0], run_name="__main__", alter_sys=True)
-        code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
-        raise
-    except BaseException:  # noqa: BLE001 - whatever it is, it ends here
-        traceback.print_exc()
-        code = 1
-    threading._shutdown()  # type: ignore[attr-defined]
-    leave(code)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,9 @@ def end(process: subprocess.Popen[str], cluster: Cluster) -> str:
 def process_of(cluster: Cluster, host: str, module: str) -> int:
     for pid in cluster.processes(host):
         words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-        if "-m" in words and words[words.index("-m") + 1] == module:
+        forked = Path(f"/proc/{pid}/comm").read_text().startswith("rank ")
+        name = "launch.entry" if forked else words[words.index("-m") + 1] if "-m" in words else ""
+        if name == module:
             return pid
     raise AssertionError(f"no {module} on {host}")
 
