@@ -314,12 +314,12 @@ def test_an_index_where_nothing_can_be_written_is_read(images, tmp_path, monkeyp
     first = image_folder.open_image_folder(images, tmp_path / "cache", 1)
 
     def refused(homes, shown):
-        raise DataError(f"the index of {shown} can be written nowhere")
+        raise DataError(f"the index of {shown} cannot be written anywhere")
 
     monkeypatch.setattr(image_folder, "own_folder", refused)  # permissions do not bind the superuser
     assert image_folder.open_image_folder(images, tmp_path / "cache", 1).fingerprint == first.fingerprint
     (images / "a" / "new.jpg").write_bytes(picture(50))
-    with pytest.raises(DataError, match="can be written nowhere"):
+    with pytest.raises(DataError, match="cannot be written anywhere"):
         image_folder.open_image_folder(images, tmp_path / "cache", 1)
 
 
