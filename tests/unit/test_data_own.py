@@ -113,7 +113,7 @@ def test_each_has_its_own_key_and_they_go_in_order(data: Path) -> None:
         ("fails", "failed: KeyError: 'no such colour'"),
         ("floats", r"returned \(3, 8, 8\) torch.float32: it must return an image like the one it gets"),
         ("smaller", r"returned \(3, 7, 8\) torch.uint8"),
-        ("inverted", r"no augmentation: did you mean invert\?; a module of yours"),
+        ("inverted", r"not an augmentation: did you mean invert\?; to use your own"),
     ],
 )
 def test_what_is_no_keyed_augmentation_is_refused(data: Path, name: str, said: str) -> None:

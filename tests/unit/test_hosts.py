@@ -64,7 +64,7 @@ def test_a_hostfile_is_read_as_deepspeed_does(tmp_path: Path) -> None:
         ("a slots=1\na slots=2\n", {}, "names host a twice"),
         ("", {}, "names no host"),
         ("a slots=2\n", {"include": "b"}, "--include names host 'b', which is not in the hostfile"),
-        ("a slots=2\n", {"include": "a:2"}, "has slots 0 to 1, and 2 is named"),
+        ("a slots=2\n", {"include": "a:2"}, "has slots 0 to 1, but 2 is named"),
         ("a slots=2\n", {"exclude": "a"}, "leaves no host"),
         ("a slots=2\n", {"exclude": "a", "include": "a"}, "give one of them"),
     ],
