@@ -210,7 +210,9 @@ class Save:
             self._work()
         except Exception as error:  # noqa: BLE001 — raised on all ranks, see CheckpointManager.finish
             self.failure = self._failure(error)
-            log.warning("checkpoint of step %d is given up: %s", self.attempt.step, self.failure.text)
+            log.warning(
+                "saving the checkpoint of step %d failed and is abandoned: %s", self.attempt.step, self.failure.text
+            )
             self._say_error(self.failure)
             discard(self.attempt, self._disk)
         except BaseException:
@@ -294,7 +296,9 @@ class Save:
         data = read_small(path, _MAX_WORD)
         if not data:
             # Why, its own failure tells in `CheckpointManager.finish`.
-            raise PeerFailedError(f"rank {rank}: could not write its file, nor say why", disk_full=False, passing=True)
+            raise PeerFailedError(
+                f"rank {rank}: could not write its file, and gave no reason", disk_full=False, passing=True
+            )
         word = parse(data, str(path))
         if "record" not in word:
             raise PeerFailedError(str(word["error"]), bool(word["disk_full"]), bool(word["passing"]))
@@ -342,7 +346,7 @@ class Save:
             sound = not isinstance(error, DamagedError)
             put_aside(disk, attempt.root, attempt.final, attempt.name, f"{error}; it was saved anew", keep=sound)
             return True
-        log.warning("checkpoint %s verifies by now and stays", attempt.final)
+        log.warning("checkpoint %s verifies now and is kept", attempt.final)
         discard(attempt, disk)
         return False
 
@@ -404,7 +408,9 @@ def restore_replaced(root: Path, disk: Disk) -> None:
         try:
             _settle(root, old, final, disk)
         except (OSError, CheckpointError) as error:
-            log.warning("%s stays beside %s for now: %s", old.name, final.name, describe(error))
+            log.warning(
+                "%s could not be deleted and stays beside %s for now: %s", old.name, final.name, describe(error)
+            )
 
 
 def _settle(root: Path, old: Path, final: Path, disk: Disk) -> None:
@@ -419,7 +425,7 @@ def _settle(root: Path, old: Path, final: Path, disk: Disk) -> None:
     if (also := _damage(old, final.name)) is not None:  # which of the two is worth more, nobody knows: both are kept
         put_aside(disk, root, old, attempt, f"{also}; and the one that was to replace it: {fault}")
         return
-    log.warning("checkpoint %s does not verify, so the one that it replaced is taken back: %s", final, fault)
+    log.warning("checkpoint %s does not verify, so the one that it replaced is restored: %s", final, fault)
     put_aside(disk, root, final, attempt, f"{fault}; the checkpoint that it replaced verifies and has its name again")
     disk.rename(old, final)
     disk.sync_folder(root)

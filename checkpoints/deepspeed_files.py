@@ -77,7 +77,7 @@ def tag_folder(path: Path) -> Path:
     latest = path / "latest"
     if not latest.is_file():
         raise CheckpointError(
-            f"{path} is no directory of DeepSpeed's save_checkpoint: it holds neither *_model_states.pt nor latest"
+            f"{path} was not written by DeepSpeed's save_checkpoint: it holds neither *_model_states.pt nor latest"
         )
     tag = latest.read_text()[:1000].strip()
     folder = path / tag
@@ -170,9 +170,7 @@ def _load(path: Path, trust_pickle: bool) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"objects of {named[1]}" if named else "more than tensors and plain values"
-        raise CheckpointError(
-            f"{path} holds {what}: --trust-pickle reads it, and lets it run whatever code it names"
-        ) from None
+        raise CheckpointError(f"{path} holds {what}: --trust-pickle reads it, but then it can run any code") from None
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, MemoryError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path} cannot be read: {first}") from None

@@ -106,7 +106,7 @@ class CheckpointManager:
         going = [folder for folder in layout.step_folders(self.root) if which(layout.step_of(folder) or 0)]
         for folder in going:
             put_aside(self._disk, self.root, folder, secrets.token_hex(4), reason, keep=True)
-            _log.warning("checkpoint %s is put into %s: %s", folder.name, self.root / layout.ASIDE, reason)
+            _log.warning("checkpoint %s is moved to %s: %s", folder.name, self.root / layout.ASIDE, reason)
         if going:
             self._disk.sync_folder(self.root / layout.ASIDE)
             self._disk.sync_folder(self.root)
@@ -174,7 +174,7 @@ class CheckpointManager:
         if not borne:
             raise (StorageError if all(failure.passing for failure in failures) else CheckpointError)(message)
         if self._comm.ranks.is_main and last:
-            _log.warning("%s; the last checkpoint, of step %d, is there", message, self._begun)
+            _log.warning("%s; the last checkpoint, of step %d, exists", message, self._begun)
         elif self._comm.ranks.is_main:
             _log.warning("%s; training goes on with the checkpoint before it (checkpoint.on_disk_full)", message)
 
@@ -267,7 +267,7 @@ class CheckpointManager:
         try:
             verify(folder)
         except CheckpointError as error:
-            _log.warning("checkpoint is written anew: %s", error)
+            _log.warning("checkpoint is written again: %s", error)
             return False
         return True
 
@@ -443,7 +443,7 @@ class CheckpointManager:
             if self._comm.ranks.is_main:
                 if error.kind == "damaged":
                     place = self._put_aside(folder, fault)
-                _log.warning("checkpoint %s is passed over and %s: %s", folder.name, place, fault)
+                _log.warning("checkpoint %s is skipped and %s: %s", folder.name, place, fault)
             return None
         if self._comm.ranks.is_main:  # their steps will be saved anew, under these names
             for refused, fault in search.refused:
@@ -506,7 +506,7 @@ class CheckpointManager:
             put_aside(self._disk, self.root, folder, secrets.token_hex(4), fault, keep)
         except (OSError, ValueError) as error:  # whatever is there, it must not stop a resume
             return f"could not be put aside ({error})"
-        return f"put into {self.root / layout.ASIDE}"
+        return f"moved to {self.root / layout.ASIDE}"
 
     # Telling everyone.
 
@@ -577,7 +577,7 @@ def _accepted(accept: Accept, found: Checkpoint) -> dict[str, Any]:
     except SetformerError as error:
         return {"fault": str(error), "kind": "refused"}
     except Exception as error:  # noqa: BLE001 — what a crafted file leads to must not stop a resume
-        _log.warning("checkpoint %s could not be judged", found.path, exc_info=True)
+        _log.warning("checkpoint %s could not be checked", found.path, exc_info=True)
         return {"fault": f"{found.path} is not as a run of this program saves it: {error!r}", "kind": "refused"}
     return {"value": None}
 

@@ -117,7 +117,7 @@ def host_memory(nbytes: int) -> torch.Tensor:
     """Return uninitialised bytes of the host, in huge pages where the system has them.
 
     The first save of a process fills memory that the system gives out while training waits: in pages of 2 MiB and not
-    of 4 KiB that takes a fraction of the time (docs/decisions.md).
+    of 4 KiB that takes a fraction of the time (docs/decisions.md, "Copies have the layout of the file").
     """
     memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):

@@ -130,7 +130,7 @@ def _open_folder(path: Path, is_val: bool, config: DataConfig) -> Source:
     kind, passed = kind_of(path)
     if kind == "shards":
         if passed:
-            _log.warning("%s: passed over %s", path, passed.line())
+            _log.warning("%s: skipped %s", path, passed.line())
         return _open_shards(find_shards(str(path), "*.tar", config.read_timeout, config.skip_bad), is_val, config)
     if kind == "images":
         return open_image_folder(path, index_home(config), config.read_timeout, config.allow_empty_classes)
@@ -237,12 +237,14 @@ def _remote_index(storage: Storage, config: DataConfig) -> Index:
         try:
             if read_whole(target / INDEX_NAME, LARGEST_TABLE, follow=False) == data:
                 return read_index(target)
-            _log.warning("the copy of the index of %s in %s is another one and is fetched anew", storage.name, target)
+            _log.warning("the copy of the index of %s in %s is out of date and is fetched again", storage.name, target)
         except (DataError, OSError) as error:
             if last:
                 raise DataError(str(error)) from None
         shutil.rmtree(target, ignore_errors=True)
-    raise DataError(f"the copy of the index of {storage.name} in {target} changes behind our back: set data.cache")
+    raise DataError(
+        f"the copy of the index of {storage.name} in {target} is changed by another process: set data.cache"
+    )
 
 
 def _fetched_beton(url: str, config: DataConfig) -> BetonDataset:

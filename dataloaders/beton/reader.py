@@ -237,7 +237,7 @@ def open_beton(path: Path, classes: tuple[str, ...] | None = None) -> BetonDatas
     path = Path(path)
     table = read_table(path)
     if table.passed:
-        _log.warning("%s: passed over the fields %s", path, ", ".join(table.passed))
+        _log.warning("%s: skipped the fields %s", path, ", ".join(table.passed))
     sidecar = read_sidecar(sidecar_path(path), table)
     if sidecar is not None and classes not in (None, sidecar.classes):
         raise DataError(

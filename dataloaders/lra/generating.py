@@ -98,7 +98,7 @@ def _chunks(make: MakeChunk, chunk: int, workers: int) -> Iterator[Chunk]:
             yield made
     except BrokenProcessPool:
         raise DataError(
-            f"one of the {workers} processes that make samples was killed, most likely for want of memory: give "
+            f"one of the {workers} processes that make samples was killed, most likely because memory ran out: use "
             "fewer --workers (0 works in one process; the data are the same)"
         ) from None
     except GeneratorExit:

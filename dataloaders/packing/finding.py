@@ -221,7 +221,7 @@ def _with_masks(source: Path, wanted: Wanted, scratch: Path) -> FoundOrigin:
 
 
 def _said(passed: Passed) -> list[str]:
-    return [f"passed over: {line}"] if (line := passed.line()) else []
+    return [f"skipped: {line}"] if (line := passed.line()) else []
 
 
 def _without_suffix(name: str) -> str:

@@ -227,7 +227,7 @@ def _boxes(boxes: Boxes, stored: tuple[int, int], packed: tuple[int, int], how: 
     for given, cut, label in zip(boxes.corners, corners, boxes.labels.tolist(), strict=True):
         place = ", ".join(f"{value:g}" for value in given.tolist())
         if not np.isfinite(given).all() or np.abs(cut - given).max() > _SLACK:
-            raise UndecodableError(f"box ({place}) stands out of its {stored[1]}x{stored[0]} pixels")
+            raise UndecodableError(f"box ({place}) extends beyond its image of {stored[1]}x{stored[0]} pixels")
         if cut[2] <= cut[0] or cut[3] <= cut[1]:
             raise UndecodableError(f"box ({place}) has no area")
         if how.classes and not 0 <= label < how.classes:

@@ -289,8 +289,8 @@ def explained(destination: Path) -> Iterator[None]:
         raise DataError(f"packing into {destination} failed, {_kept(destination)}: {error}") from None
     except BrokenProcessPool:
         raise DataError(
-            f"packing into {destination} failed, {_kept(destination)}: a process died, perhaps for want of memory; "
-            "take fewer --workers"
+            f"packing into {destination} failed, {_kept(destination)}: a process died, perhaps because memory ran out; "
+            "use fewer --workers"
         ) from None
 
 
@@ -523,11 +523,11 @@ def check_rejects(rejected: list[tuple[str, str]], options: PackOptions, total: 
         more = f"\n  and {len(rejected) - _NAMED_REJECTS} more" if len(rejected) > _NAMED_REJECTS else ""
         raise DataError(
             f"{len(rejected)} of {total} images cannot be packed: restore them, or leave them out with --skip-bad "
-            f"(what is whole is kept for the next try)"
+            f"(finished shards are kept for the next run)"
             f"{lines}{more}"
         )
     if len(rejected) == total:
-        raise DataError(f"none of {total} images decodes, the first: {rejected[0][0]}: {rejected[0][1]}")
+        raise DataError(f"none of the {total} images can be decoded; the first is {rejected[0][0]}: {rejected[0][1]}")
 
 
 def _write_index(

@@ -269,7 +269,7 @@ def _in_processes(path: Path | str, jobs: list[_Job], workers: int, decode: bool
             yield futures[future], future.result()
     except BrokenProcessPool:
         raise PassingError(
-            f"a process that was verifying {path} died, perhaps for want of memory: verify again, with fewer --workers"
+            f"a process that verified {path} died, perhaps because memory ran out: run it again with fewer --workers"
         ) from None
     except BaseException:  # Ctrl-C too
         for helper in helpers:

@@ -59,8 +59,8 @@ def own_augmentations(names: Sequence[str], side: int, workers: int) -> tuple[tu
         if name not in _OWN:
             known = nearest(name, _OWN) if _OWN else "none is registered"
             raise ConfigError(
-                f"data.augment.own names {name!r}, which is no augmentation: {known}; a module of yours that registers "
-                "one is named in run.imports"
+                f"data.augment.own names {name!r}, which is not an augmentation: {known}; to use your own, "
+                "name the module that registers it in run.imports"
             )
         function = _OWN[name]
         if workers and (fault := _out_of_reach(function)):
@@ -96,12 +96,12 @@ def _try(name: str, function: Augmentation, side: int) -> None:
         first, second = (apply(name, function, image.clone(), key) for _ in range(2))
         if not torch.equal(first, second):
             raise ConfigError(
-                f"augmentation {name!r} makes two images of one image and one key: all that it draws must come from "
-                "the key, as by torch.Generator().manual_seed(key)"
+                f"augmentation {name!r} gives different results for the same image and key: all of its random "
+                "numbers must come from the key, as by torch.Generator().manual_seed(key)"
             )
     if _generators() != before:
         raise ConfigError(
-            f"augmentation {name!r} draws from a generator of the process: all that it draws must come from the key, "
+            f"augmentation {name!r} draws from a global generator: all of its random numbers must come from the key, "
             "as by torch.Generator().manual_seed(key)"
         )
 

@@ -126,7 +126,7 @@ class ThreadPool:
                 elif time.monotonic() - since >= self._wait_s:
                     raise PassingError(
                         f"a data reader gave no sample for {self._wait_s:.0f} s: the storage hangs, or its threads get "
-                        "no time; check it, or raise data.read_timeout"
+                        "no CPU time; check the storage, or raise data.read_timeout"
                     )
             part.result()
         return work.loaded()
@@ -315,8 +315,8 @@ class Readers:
                 seen, since = now, time.monotonic()
             elif time.monotonic() - since >= wait_s:
                 raise PassingError(
-                    f"no data reader process gave a sample for {wait_s:.0f} s: the storage hangs, or they get no "
-                    "time; check it, or raise data.read_timeout"
+                    f"no data reader process gave a sample for {wait_s:.0f} s: the storage hangs, or they get no CPU "
+                    "time; check the storage, or raise data.read_timeout"
                 )
 
     def _loader(self, requests: Iterable[Request], moved: Any) -> DataLoader[Loaded]:

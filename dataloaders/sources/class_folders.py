@@ -181,7 +181,7 @@ class Tree:
         if not self._images:
             raise DataError(
                 f"source {self.source} holds no images ({suffixes_read()}) among {self._files} files"
-                + (f"; passed over were {line}" if (line := self.passed.line()) else "")
+                + (f"; skipped: {line}" if (line := self.passed.line()) else "")
             )
 
     def _below_split(self, split: str) -> int:

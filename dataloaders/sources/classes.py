@@ -150,7 +150,7 @@ def _from_table(table: dict[str, Any], shown: str) -> list[str]:
     if table and all(number is not None for number in keys) and all(isinstance(v, str) for v in table.values()):
         if all(number is not None for number in numbers) and keys != numbers:
             raise DataError(
-                f"class map {shown} holds texts of numbers on both sides, so which are the labels cannot be told: "
+                f"class map {shown} maps numbers to numbers, both as text, so it is unclear which are the labels: "
                 "make it a JSON list of names in label order"
             )
         return _numbered(list(zip(keys, table.values(), strict=True)), shown)
@@ -203,7 +203,9 @@ def _from_lines(text: str, shown: str) -> list[str]:
         if (found := _from_columns(lines, mark, shown)) is not None:
             return found
     if shown.lower().endswith(".csv") and any("," in line for line in lines):
-        raise DataError(f"class map {shown} has columns, but none of the numbers 0 to n - 1: leave the names alone")
+        raise DataError(
+            f"class map {shown} has columns, but none holds the numbers 0 to n - 1: keep only the column of names"
+        )
     if len(lines) > 1 and lines[0].lower() in _HEADERS:
         raise DataError(f"class map {shown} begins with {lines[0]!r}, which may be a header or a class: make it JSON")
     _check_spaced(lines, shown)

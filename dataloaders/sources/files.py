@@ -157,7 +157,7 @@ def walk(top: str) -> Iterator[tuple[str, list[os.DirEntry[str]], list[os.DirEnt
             ways[here] = ways.get(here, 0) + 1
             if ways[here] > _MOST_WAYS:
                 raise DataError(
-                    f"folder {path} in the source is reached in over {_MOST_WAYS} ways by links: remove them"
+                    f"folder {path} in the source is reached by links in more than {_MOST_WAYS} ways: remove the links"
                 )
             folders: list[os.DirEntry[str]] = []
             others: list[os.DirEntry[str]] = []

@@ -268,7 +268,7 @@ def _tell(shards: Shards, index: Index) -> None:
     if left_out:
         parts.append(f"{len(left_out)} odd members and samples, the first {left_out[0][0]} ({left_out[0][1]})")
     if parts:
-        _log.warning("%s: passed over %s", shards.storage.name, ", ".join(parts))
+        _log.warning("%s: skipped %s", shards.storage.name, ", ".join(parts))
 
 
 def index_shards(
@@ -328,7 +328,7 @@ def index_foreign(
     with locked(lock, timeout, lambda: lock.stat().st_mtime_ns) as got:
         if not got:
             raise DataError(
-                f"the index of {shards.storage.name} is being made by another process, of which nothing was seen for "
+                f"the index of {shards.storage.name} is being made by another process, which has shown no progress for "
                 f"{timeout:g} s: end that process, or raise data.read_timeout"
             )
         kept = _kept_checksums(shards, cache)
@@ -338,11 +338,11 @@ def index_foreign(
         if _sound(target, shards) is not None:
             return
         if (target / INDEX_NAME).exists():
-            _log.warning("the index of %s is damaged and is made anew: %s", shards.storage.name, target)
+            _log.warning("the index of %s is damaged and is made again: %s", shards.storage.name, target)
         old = _of_same_pattern(home, shards.pattern)
         if any(not path.name.startswith(shards.signature) for path in old):
             how = ", with checksums, so that all is read" if whole else ""
-            _log.warning("the index of %s is older than its shards and is made anew%s", shards.storage.name, how)
+            _log.warning("the index of %s is older than its shards and is made again%s", shards.storage.name, how)
         with _explained(home):
             _build(shards, target, whole, kept, workers, lambda: os.utime(lock), on_progress, timeout)
             for path in old:
@@ -460,7 +460,9 @@ def _explained(home: Path) -> Iterator[None]:
             f"the index cannot be written to {home} ({error.strerror}): free the disk, or set data.cache"
         ) from None
     except BrokenProcessPool:
-        raise DataError("a process that reads headers died, perhaps for want of memory: take fewer --workers") from None
+        raise DataError(
+            "a process that reads headers died, perhaps because memory ran out: use fewer --workers"
+        ) from None
 
 
 def _build(

@@ -246,7 +246,7 @@ def open_image_folder(folder: Path, cache: Path, timeout: float, allow_empty: bo
     folder = Path(os.path.abspath(folder))  # noqa: PTH100  (keep links as they are)
     listing = _listed(folder, allow_empty)
     if line := listing.passed.line():
-        _log.warning("%s: passed over %s", folder, line)
+        _log.warning("%s: skipped %s", folder, line)
     if (at := out_of_place(listing.classes)) is not None:
         _log.warning(
             "%s: label %d is class folder '%s', as folders are sorted as text; predictions give the folder's name. "
@@ -264,8 +264,8 @@ def open_image_folder(folder: Path, cache: Path, timeout: float, allow_empty: bo
     with locked(lock, timeout, lambda: lock.stat().st_mtime_ns) as got:
         if not got:
             raise DataError(
-                f"the index of {folder} is being made by another process, of which nothing was seen for {timeout:g} s: "
-                "end that process, or raise data.read_timeout"
+                f"the index of {folder} is being made by another process, which has shown no progress for {timeout:g} "
+                "s: end that process, or raise data.read_timeout"
             )
         if (found := _believed(target, listing)) is None:
             _remove_old(home, folder)
@@ -322,7 +322,7 @@ def _remove_old(home: Path, folder: Path) -> None:
         if re.fullmatch(r"[0-9a-f]{32}|\.[0-9a-f]{32}\.partial", path.name) and path.is_dir()
     ]
     if any(not path.name.startswith(".") for path in old):
-        _log.warning("the index of %s is older than its images, or damaged, and is made anew", folder)
+        _log.warning("the index of %s is older than its images, or damaged, and is made again", folder)
     for path in old:
         if not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

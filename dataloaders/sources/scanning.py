@@ -253,7 +253,7 @@ def labelled(
             )
         if named is None:
             raise DataError(
-                f"the shards in {root} have masks or boxes, but nothing says of which classes: lay a {CLASS_FILES[0]} "
+                f"the shards in {root} have masks or boxes, but their classes are unknown: put a {CLASS_FILES[0]} "
                 "with one name per line beside them"
             )
         return np.zeros(sum(one.facts.samples for one in shards), np.int64), named
@@ -263,7 +263,7 @@ def labelled(
     total = sum(one.facts.samples for one in shards)
     if named is None and most >= max(_MOST_NAMELESS, total):
         raise DataError(
-            f"a label in {root} is {most}, but there are {total} samples: lay a {CLASS_FILES[0]} with the names of all "
+            f"a label in {root} is {most}, but there are {total} samples: put a {CLASS_FILES[0]} with the names of all "
             "classes beside the shards, or repair it"
         )
     classes = named or tuple(map(str, range(most + 1)))

@@ -224,9 +224,7 @@ def _until_zero(text: bytes) -> str:
 def _check_plain(header: bytes, shown: str) -> None:
     packed = next((kind for start, kind in _PACKED.items() if header.startswith(start)), None)
     if packed:
-        raise DataError(
-            f"shard {shown} is compressed by {packed}, so no sample in it has a place of its own: unpack it"
-        )
+        raise DataError(f"shard {shown} is compressed by {packed}, so its samples cannot be read one by one: unpack it")
 
 
 def _parsed(header: bytes, place: int, shown: str) -> tuple[bytes, int, str]:
@@ -244,7 +242,7 @@ def _parsed(header: bytes, place: int, shown: str) -> tuple[bytes, int, str]:
             raise ValueError("its size is negative" if size < 0 else "its size is that of no file")
     except ValueError as error:
         raise DataError(
-            f"shard {shown} has a damaged header at byte {place} ({error}), beyond which nothing is sure: restore it"
+            f"shard {shown} has a damaged header at byte {place} ({error}), and cannot be read beyond it: restore it"
         ) from None
     name = header[:100].split(b"\0", 1)[0]
     if header[257:263] == b"ustar\0" and header[345]:
@@ -300,7 +298,7 @@ def _check_end(reader: Reader, place: int, shown: str) -> None:
         if rest.strip(b"\0"):
             at = place + len(rest) - len(rest.lstrip(b"\0"))
             raise DataError(
-                f"shard {shown} goes on at byte {at} behind an empty header: a damaged header, or tars joined; restore "
-                "it or pack it again"
+                f"shard {shown} continues at byte {at} after an empty header: a damaged header, or joined tars; "
+                "restore it or pack it again"
             )
         place += len(rest)

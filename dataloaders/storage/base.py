@@ -307,7 +307,7 @@ def read_blocks(storage: Storage, name: str, limit: int, timeout: float) -> Iter
             )
         if time.monotonic() - begun > timeout + got / _SLOWEST:
             raise UnreadableError(
-                storage.shown(name), f"comes too slowly ({got} bytes in {timeout:g} s): check the server"
+                storage.shown(name), f"arrives too slowly ({got} bytes in {timeout:g} s): check the server"
             )
         yield block
 

@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 
 _GIB = 1 << 30
 
-# Seconds that closing waits for a fetch that is not wanted any more.
+# Seconds that closing waits for a fetch that is no longer needed.
 _CLOSE_S = 10.0
 
 # Seconds between looks at what another process holds, and between notes of when a shard was last used.
@@ -126,7 +126,7 @@ class ShardCache:
             if not found.st_nlink or size not in (found.st_size, -1):
                 return None
             if sha256 and not self._has_digest(file, found, sha256):
-                _log.warning("cached shard %s does not have the sha256 of the index and is fetched anew", path)
+                _log.warning("cached shard %s does not have the sha256 of the index and is fetched again", path)
                 return None
             if time.time() - found.st_atime > _TOUCH:
                 os.utime(path, (time.time(), found.st_mtime))
@@ -454,7 +454,7 @@ class Ahead:
         if thread is not None:
             thread.join(_CLOSE_S)
             if thread.is_alive():
-                _log.warning("a shard that is fetched ahead is left behind, as nothing came for %g s", _CLOSE_S)
+                _log.warning("fetching a shard in advance is abandoned: no data arrived for %g s", _CLOSE_S)
 
     def _run(self) -> None:
         while True:
@@ -537,11 +537,11 @@ def _download(
     take(taken)
     for block in storage.blocks(name):
         if not wanted():
-            raise UnreadableError(storage.shown(name), "is not wanted any more")
+            raise UnreadableError(storage.shown(name), "is no longer needed")
         came()
         if done + len(block) > known.size >= 0:
             raise UnreadableError(
-                storage.shown(name), f"has more than the {known.size} bytes that were said: restore the file"
+                storage.shown(name), f"has more than the {known.size} bytes that were announced: restore the file"
             )
         if done + len(block) > taken:  # also where more comes than was said
             taken = done + max(len(block), _STRETCH)

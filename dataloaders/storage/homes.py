@@ -75,7 +75,7 @@ def make_private(folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
     if why := why_not_private(folder):
-        raise DataError(f"cache folder {folder} {why}, so it is not believed: set data.cache to a folder of yours")
+        raise DataError(f"cache folder {folder} {why}, so it is not trusted: set data.cache to a folder of yours")
 
 
 def trusted(home: Path) -> bool:
@@ -85,7 +85,7 @@ def trusted(home: Path) -> bool:
         return False
     why = _why_not_beside(top) if top.name == INDEX_FOLDER else why_not_private(top)
     if why:
-        _log.warning("indexes in %s are not believed: it %s", top, why)
+        _log.warning("indexes in %s are not trusted: it %s", top, why)
     return not why
 
 
@@ -126,5 +126,5 @@ def own_folder(homes: list[Path], shown: str) -> Path:
         else:
             return home
     raise DataError(
-        f"the index of {shown} can be written nowhere, not even to {trouble}: set data.cache to a folder of yours"
+        f"the index of {shown} cannot be written anywhere, not even to {trouble}: set data.cache to a folder of yours"
     )

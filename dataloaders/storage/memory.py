@@ -147,13 +147,13 @@ class SequentialStorage:
         most = known.size if known.size >= 0 else int(self._gib * _GIB)
         for block in self._storage.blocks(name):
             if threading.current_thread().name == Ahead.NAME and not self._ahead.wanted:
-                raise UnreadableError(self.shown(name), "is not wanted any more")
+                raise UnreadableError(self.shown(name), "is no longer needed")
             self.moved += 1
             got += len(block)
             if got > most:
                 raise UnreadableError(
                     self.shown(name),
-                    f"has more than the {most} bytes that were said or that data.cache_gib holds",
+                    f"has more than the {most} bytes that were announced or that data.cache_gib allows",
                 )
             sha256.update(block)
             parts.append(block)

@@ -194,7 +194,7 @@ class HttpStorage:
             ) from None
         except urllib3.exceptions.MaxRetryError as error:
             if isinstance(error.reason, urllib3.exceptions.ResponseError):
-                raise UnreadableError(self.shown(name), "is redirected again and again: check the server") from None
+                raise UnreadableError(self.shown(name), "is redirected too often: check the server") from None
             raise PassingError(_reason(error)) from None
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise PassingError(_reason(error)) from None
@@ -253,7 +253,7 @@ class HttpStorage:
             )
         said = response.headers.get("Content-Range", "")
         if not said.startswith(f"bytes {offset}-"):
-            raise PassingError(f"bytes from {offset} on were asked for, the answer is {said!r}")
+            raise PassingError(f"bytes from {offset} on were requested, the server sent {said!r}")
 
     def __reduce__(self) -> tuple[object, ...]:
         return HttpStorage, (self._url, self._timeout, self._sleep)

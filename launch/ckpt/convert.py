@@ -39,9 +39,9 @@ def convert(source: Path, dest: Path, key: str | None, console: Console) -> None
         CheckpointError: the pickle is damaged, holds more than tensors and plain values, or holds no weights.
     """
     if dest.exists():
-        raise ConfigError(f"{dest} is there already: name a file that is not")
+        raise ConfigError(f"{dest} already exists: name a new file")
     if dest.suffix != ".safetensors":
-        raise ConfigError(f"{dest} does not end in .safetensors: name the file to make so")
+        raise ConfigError(f"{dest} does not end in .safetensors: give it that suffix")
     table, entry = _weights(_read(source), key, source)
     tensors = _plain_tensors(table, source)
     left = [name for name, value in table.items() if not isinstance(value, torch.Tensor)]
@@ -61,7 +61,7 @@ def convert(source: Path, dest: Path, key: str | None, console: Console) -> None
     console.print(f"{dest}: {len(tensors)} tensors, {count:,} elements{where}", highlight=False, markup=False)
     if left:
         names = ", ".join(map(plain, left[:8]))
-        console.print(f"left out, being no tensors: {names}", highlight=False, markup=False)
+        console.print(f"left out because they are not tensors: {names}", highlight=False, markup=False)
 
 
 def _plain_tensors(table: Mapping[Any, Any], source: Path) -> dict[str, torch.Tensor]:
@@ -76,7 +76,7 @@ def _plain_tensors(table: Mapping[Any, Any], source: Path) -> dict[str, torch.Te
             continue
         name = key.removeprefix(_PREFIX) if isinstance(key, str) else ""
         if not name.isprintable() or not name:  # half characters are not printable either
-            raise CheckpointError(f"{source} has a tensor under {plain(repr(key))}, which is no name of a parameter")
+            raise CheckpointError(f"{source} has a tensor under {plain(repr(key))}, which is not a parameter name")
         if name in tensors:
             raise CheckpointError(f"{source} has two tensors for {name}, with and without {_PREFIX!r}: name one --key")
         if (fault := _unwritable(value)) is not None:
@@ -113,7 +113,7 @@ def _read(source: Path) -> Any:
             f"state_dict alone where you trust it ({_first_sentence(error)})"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, MemoryError) as error:
-        raise CheckpointError(f"{source} is no whole file of torch.save: {_first_sentence(error)}") from None
+        raise CheckpointError(f"{source} is not a complete file of torch.save: {_first_sentence(error)}") from None
 
 
 def _first_sentence(error: Exception) -> str:

@@ -176,7 +176,7 @@ def check_free(dest: Path) -> None:
         ConfigError: naming it.
     """
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
-        raise ConfigError(f"{dest} is there already: name a folder that is not, or an empty one")
+        raise ConfigError(f"{dest} already exists: name a new or an empty folder")
 
 
 @contextmanager

@@ -148,7 +148,7 @@ def import_deepspeed(source: Path, dest: Path, model: str, trust_pickle: bool, c
         if dest.name == "checkpoints":  # of a run, which may be training there
             stack.enter_context(held(dest.parent, Alone(), patience_s=0))
         if (there := layout.step_folder(dest, found.steps)).exists():
-            raise ConfigError(f"{there} is there already: move it away, or name another folder")
+            raise ConfigError(f"{there} already exists: move it away, or name another folder")
         path = manager.save(Snapshot(found.steps, fragments, trainer, {}, tags=("imported",)), identity)
     console.print(
         f"{path}: {', '.join(found.states)} of {len(shapes)} parameters, from ZeRO stage {found.stage} on "

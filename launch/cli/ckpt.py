@@ -12,7 +12,7 @@ from launch.run.own_code import bring
 from setformer_dist.core.metric import weights_named
 from setformer_dist.core.terminal import open_console
 
-app = typer.Typer(help="Look at checkpoints, check them, take them elsewhere, make room.", no_args_is_help=True)
+app = typer.Typer(help="List, verify, compare, export, import and delete checkpoints.", no_args_is_help=True)
 
 # What ends a command that has found something damaged.
 _DAMAGED = 4
@@ -177,12 +177,12 @@ def convert(
 @app.command("prune")
 def prune(
     folder: RunFolder,
-    keep_last: Annotated[int | None, typer.Option(help="Newest that stay; by default the run's.")] = None,
-    keep_every: Annotated[int | None, typer.Option(help="Multiples of this step stay; by default the run's.")] = None,
-    keep_best: Annotated[int | None, typer.Option(help="Best that stay; by default the run's.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    keep_last: Annotated[int | None, typer.Option(help="Number of newest to keep; default: the run's.")] = None,
+    keep_every: Annotated[int | None, typer.Option(help="Keep multiples of this step; default: the run's.")] = None,
+    keep_best: Annotated[int | None, typer.Option(help="Number of best to keep; default: the run's.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be deleted.")] = False,
 ) -> None:
-    """Delete the checkpoints that retention lets go; the newest that verifies always stays.
+    """Delete the checkpoints that retention does not keep; the newest that verifies always stays.
 
     Examples:
 

@@ -78,7 +78,7 @@ def pack(
     dest: Annotated[Path, typer.Argument(help="New or empty folder for shards, or a file *.beton.")],
     split: Annotated[str | None, typer.Option(help=_SPLIT_HELP)] = None,
     masks: Annotated[str | None, typer.Option(metavar="FOLDER", help="Folder of masks beside images/.")] = None,
-    void: Annotated[int | None, typer.Option(metavar="VALUE", help="Mask value that does not count.")] = None,
+    void: Annotated[int | None, typer.Option(metavar="VALUE", help="Mask value to ignore.")] = None,
     coco: Annotated[
         str | None, typer.Option(metavar="JSON", help="COCO instances: a file, or its name within SOURCE.")
     ] = None,
@@ -89,14 +89,16 @@ def pack(
     samples_per_shard: Annotated[int, typer.Option(help="Most samples in one shard.")] = 2000,
     mib_per_shard: Annotated[int, typer.Option(help=_MIB_HELP)] = 512,
     max_side: Annotated[int, typer.Option(help="Shrink images to this longer side in pixels; 0 keeps all.")] = 0,
-    quality: Annotated[int | None, typer.Option(help="Of JPEG files that are written; alone, of all.")] = None,
+    quality: Annotated[
+        int | None, typer.Option(help="JPEG quality; given alone, all JPEG files are re-encoded.")
+    ] = None,
     raw: RawSide = None,
     length: Annotated[int, typer.Option(min=0, help="For texts: bytes to which they are cut; 0 keeps all.")] = 0,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 packs in this one. Same result.")] = 2,
     strict: Annotated[bool, typer.Option(help="Decode every image, or only look at headers.")] = True,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help=_SKIP_HELP)] = False,
     allow_empty_classes: Annotated[bool, typer.Option("--allow-empty-classes", help=_EMPTY_HELP)] = False,
-    shuffle: Annotated[int | None, typer.Option(metavar="SEED", help="Mix the samples by this seed.")] = None,
+    shuffle: Annotated[int | None, typer.Option(metavar="SEED", help="Shuffle the samples with this seed.")] = None,
     force: Force = False,
 ) -> None:
     """Pack a source; the long help is `_PACK_HELP`."""
@@ -210,7 +212,7 @@ def inspect(
     look_at: Annotated[int, typer.Option(min=0, help="Samples whose bytes are read for formats.")] = 2000,
     as_json: AsJson = False,
 ) -> None:
-    """Say what is in data: counts, classes, sizes, bytes, formats, duplicates; and show it.
+    """Summarise data: counts, classes, sizes, bytes, formats, duplicates; and show it.
 
     Examples:
 
@@ -256,10 +258,10 @@ def convert(
 @app.command()
 def bench(
     path: PathArgument,
-    image_size: Annotated[int, typer.Option(help="Of what the model sees, in pixels.")] = 224,
+    image_size: Annotated[int, typer.Option(help="Model input size in pixels.")] = 224,
     randaugment: Annotated[int, typer.Option(help="RandAugment operations per image.")] = 0,
     threads: Annotated[int, typer.Option(help="Most threads to try; 0 is as many as there are cores.")] = 0,
-    seconds: Annotated[float, typer.Option(help="Of each measurement.")] = 2.0,
+    seconds: Annotated[float, typer.Option(help="Seconds per measurement.")] = 2.0,
     as_json: AsJson = False,
 ) -> None:
     """Measure how fast data loads on this machine, where an image's time goes, and what would help.

@@ -111,9 +111,9 @@ def prepare(
     source: Annotated[Path | None, typer.Option(help="Folder of the public files, for tasks that are read.")] = None,
     root: Root = _ROOT,
     short: Short = False,
-    seed: Annotated[int, typer.Option(help="Of what is generated or mixed.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for generating or shuffling.")] = 0,
     workers: Annotated[int, typer.Option(help="Processes; 0 works in this one. Same data.")] = 2,
-    force: Annotated[bool, typer.Option("--force", help="Make it again, whatever is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Make it again, even if it exists.")] = False,
 ) -> None:
     """Generate a task, or read it from its public files, and pack its splits."""
     from dataloaders.lra import tasks

@@ -161,7 +161,7 @@ def chosen_hosts(ranks: int | None, hosts: str, hostfile: Path | None, include: 
     """
     given = [name for name, value in (("--ranks", ranks), ("--hosts", hosts), ("--hostfile", hostfile)) if value]
     if len(given) > 1:
-        raise LaunchError(f"{given[0]} and {given[1]} say both where to train: give one of them")
+        raise LaunchError(f"{given[0]} and {given[1]} both say where to train: give only one of them")
     if (include or exclude) and hostfile is None:
         raise LaunchError(f"{'--include' if include else '--exclude'} chooses from a hostfile: give --hostfile")
     if hosts:
@@ -350,8 +350,8 @@ def demo(
 
 @app.command()
 def drill(
-    faults: Annotated[int, typer.Option(help="Faults to make.")] = 100,
-    seed: Annotated[int, typer.Option(help="Of the faults: which, when, where.")] = 0,
+    faults: Annotated[int, typer.Option(help="Number of faults to inject.")] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of the faults: which, when, where.")] = 0,
     ranks: Annotated[int, typer.Option("--ranks", "-n", help="Processes of the run.")] = 2,
     epochs: Annotated[int, typer.Option(help="Length of each run; 22 steps an epoch.", min=3)] = 16,
     out: Annotated[Path, typer.Option(help="Folder for all of it.")] = Path("runs/drill"),

@@ -117,7 +117,7 @@ def run_drill(
         DrillError: something was lost, or a fault was not recovered from.
     """
     if out.exists() and any(out.iterdir()) and not (out / "drill.json").exists():
-        raise DrillError(f"{out} is not empty and holds no drill: name another folder")
+        raise DrillError(f"{out} is not empty and does not belong to a drill: name another folder")
     if (out / "disk").is_mount():  # of a drill that was killed
         subprocess.run(["umount", str(out / "disk")], check=False)
     shutil.rmtree(out, ignore_errors=True)
@@ -130,7 +130,7 @@ def run_drill(
     with small_disk(out / "disk") as mounted, Progress(*columns, console=console, transient=True) as progress:
         kinds = [kind for kind in FAULTS if mounted or kind != "full disk"]
         if not mounted:
-            console.print("no small disk can be mounted here (that takes root): no fault will fill it")
+            console.print("no small disk can be mounted here (that needs root), so there are no full-disk faults")
         bar = progress.add_task("reference run", total=faults)
         reference = _reference(out, data, ranks, epochs)
         runs = 0
@@ -163,7 +163,7 @@ def run_drill(
         _write(json_file, made)
     bad = [f for f in made if not f.recovered]
     if bad:
-        raise DrillError(f"{len(bad)} of {len(made)} faults cost more than they may, the first: {bad[0]}")
+        raise DrillError(f"{len(bad)} of {len(made)} faults lost more steps than allowed, the first: {bad[0]}")
 
 
 def _write(path: Path, made: list[Fault]) -> None:
@@ -206,7 +206,7 @@ def _one_run(hand: Hand, kinds: list[str], made: list[Fault], faults: int, advan
         advance()
     ended = run.wait(lambda: run.code is not None)
     if not ended or run.code != 0:
-        raise DrillError(f"a run did not come to its end (exit code {run.code}):\n{run.said()}")
+        raise DrillError(f"a run did not finish (exit code {run.code}):\n{run.said()}")
 
 
 def _one_fault(hand: Hand, kind: str) -> Fault:

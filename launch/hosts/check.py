@@ -26,11 +26,13 @@ def check_alike(link: Link, here: dict[str, Any]) -> None:
     for what, name in (("code", "other code of this project"), ("python", "another version of Python")):
         if theirs[what] != here[what]:
             raise LaunchError(
-                f"host {link.name} has {name} ({theirs[what]} there, {here[what]} here): install the same there"
+                f"host {link.name} has {name} ({theirs[what]} there, {here[what]} here): install the same version there"
             )
     for name, version in here["libraries"].items():
         if (found := theirs["libraries"].get(name)) != version:
-            raise LaunchError(f"host {link.name} has {name} {found}, and this one {version}: install the same there")
+            raise LaunchError(
+                f"host {link.name} has {name} {found}, and this one {version}: install the same version there"
+            )
 
 
 def check_slots(link: Link, slots: int) -> None:
@@ -41,7 +43,7 @@ def check_slots(link: Link, slots: int) -> None:
     """
     devices = link.facts["gpus"]
     if devices and slots > devices:
-        raise LaunchError(f"host {link.name} has {devices} devices, and {slots} ranks are asked for: give fewer slots")
+        raise LaunchError(f"host {link.name} has {devices} devices, but {slots} ranks are requested: give fewer slots")
 
 
 def check_folder_is_shared(links: Sequence[Link], folder: Path, page: Path | None = None) -> None:

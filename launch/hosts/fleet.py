@@ -133,7 +133,7 @@ class Fleet:
                     other.close()
                 raise LaunchError(fault)
             if link.name in self._checked:
-                self.say(f"{fault}; it is left out for a while")
+                self.say(f"{fault}; the run continues without it and will try it again")
             self._leave_out(link.name)
         self._checked.update(self._links)
 

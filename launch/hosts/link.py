@@ -54,7 +54,9 @@ class Link:
                 preexec_fn=die_with_parent(),
             )
         except OSError as error:
-            raise LaunchError(f"{command[0]}, which is to reach host {name}, cannot be run: {error.strerror}") from None
+            raise LaunchError(
+                f"{command[0]} is needed to reach host {name} and cannot be run: {error.strerror}"
+            ) from None
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         assert self._process.stderr is not None

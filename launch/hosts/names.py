@@ -30,7 +30,7 @@ class HostSpec:
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
-            raise LaunchError(f"{self.name!r} is no name of a host: letters, digits, dots and dashes, or user@host")
+            raise LaunchError(f"{self.name!r} is not a host name: use letters, digits, dots and dashes, or user@host")
         if self.slots < 1:
             raise LaunchError(f"host {self.name} has {self.slots} slots: give 1 or more, or leave it out")
 
@@ -117,7 +117,7 @@ def _filtered(hosts: Sequence[HostSpec], text: str, keep: bool) -> list[HostSpec
             )
         numbers = {_number(n, name) for n in listed.split(",")} if colon else set(range(known[name]))
         if beyond := [n for n in sorted(numbers) if not 0 <= n < known[name]]:
-            raise LaunchError(f"host {name} has slots 0 to {known[name] - 1}, and {beyond[0]} is named")
+            raise LaunchError(f"host {name} has slots 0 to {known[name] - 1}, but {beyond[0]} is named")
         named[name] = numbers
     left = {
         name: len(named.get(name, ())) if keep else slots - len(named.get(name, ())) for name, slots in known.items()

@@ -50,7 +50,7 @@ def agent_command(host: str, via: str | None, environ: Mapping[str, str] = os.en
     except ValueError as error:
         raise LaunchError(f"--via {via!r} cannot be split into words: {error}") from None
     if "{host}" not in via:
-        raise LaunchError(f"--via {via!r} does not say where the host's name belongs: write {{host}} there")
+        raise LaunchError(f"--via {via!r} has no place for the host's name: write {{host}} where it belongs")
     prefix = [word.replace("{host}", host) for word in words]
     # ssh hands what it is given to a shell; docker and kubectl hand on words.
     return [*prefix, shlex.join(agent)] if Path(prefix[0]).name == "ssh" else [*prefix, *agent]

@@ -62,7 +62,7 @@ def build_ffcv(run: Run | None = None, is_root: bool | None = None) -> str:
         environment = {"PKG_CONFIG_PATH": ":".join(paths), "CPPFLAGS": " ".join(flags).strip()}
         _step(run, [*pip, "--no-deps", f"ffcv=={FFCV_VERSION}"], "FFCV itself", environment)
     if trouble := ffcv_trouble():
-        raise LaunchError(f"FFCV was built, but does not work: {trouble}")
+        raise LaunchError(f"FFCV was built but does not work: {trouble}")
     return f"FFCV {FFCV_VERSION} was built and works"
 
 

@@ -274,7 +274,7 @@ class Attempt:
         self._poll()
         self._terminate()
         _log.warning(
-            "%s: ranks have %.0f s for a checkpoint; Ctrl-C (or any signal once more) ends at once",
+            "%s: ranks have %.0f s to save a checkpoint; Ctrl-C (or a second signal) ends them at once",
             signal.Signals(first).name,
             self._grace_s,
         )
@@ -287,7 +287,7 @@ class Attempt:
             return 128 + first
         culprit = min(unsaved, key=_blame)
         raise AttemptError(
-            f"asked to stop by {signal.Signals(first).name}, but {_describe(culprit)}; the checkpoint before it stays",
+            f"asked to stop by {signal.Signals(first).name}, but {_describe(culprit)}; the previous checkpoint is kept",
             "unsaved",
             self.step(),
             culprit,
@@ -322,7 +322,7 @@ class Attempt:
         step = self.step()
         self.kill()
         raise AttemptError(
-            f"{_name(behind)} gave no sign of life for {beat.age:.0f} s {where}{why}: the stacks of all ranks are "
+            f"{_name(behind)} sent no heartbeat for {beat.age:.0f} s {where}{why}: the stacks of all ranks are "
             f"in {behind.log.parent}",
             "hang",
             step,

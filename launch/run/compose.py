@@ -170,7 +170,7 @@ def watch_of(run: ResolvedRun, model: nn.Module) -> Watch | None:
     if not set_attentions(model):
         raise ConfigError(
             f"eval.marginal_error = true, but {run.config.model.name} has no SeT attention in this config, and only "
-            "its plans have marginals: leave the key out, or take a model with attention.kind = 'set'"
+            "its plans have marginals: remove the key, or use a model with attention.kind = 'set'"
         )
     return functools.partial(watched_marginals, model)
 

@@ -371,7 +371,7 @@ def check_folder(run: ResolvedRun) -> None:
     if newer := unknown_keys(there, RunConfig):
         raise ConfigError(
             f"{path} has the key {newer[0]!r}, which this version of setformer_dist does not know: a later version "
-            "wrote it, and only that one can go on with the run"
+            "wrote it, and only that version can continue the run"
         )
     found = differences(there, run.config, run.config.checkpoint.allow_changes)
     differing = [(d.key, redacted_json(d.there), redacted_json(d.here)) for d in found]

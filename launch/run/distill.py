@@ -44,8 +44,8 @@ def teacher_of(run: ResolvedRun, task: Task, told: dict[str, Any]) -> Trained | 
         return None
     if isinstance(task, Counted):
         raise ConfigError(
-            f"distill.teacher: task {task.name} has a sum and a count for a loss, of which no share can be taken: "
-            "leave distill out"
+            f"distill.teacher: task {task.name} has a loss of a sum and a count, which cannot be mixed with a "
+            "teacher's: remove distill"
         )
     trained = load_trained(Path(config.teacher), config.weights)
     _check_fits(run, task, told, trained)

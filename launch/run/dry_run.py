@@ -176,8 +176,8 @@ def dry_run(run: ResolvedRun, console: Console) -> None:
     print_heading(console, "predicted")
     if missing is not None:
         console.print(
-            "The data are not there or cannot be opened (the error at the end says why): "
-            f"{_ASSUMED_CLASSES} classes are assumed, and how many steps the run takes is not known.",
+            "The data do not exist or cannot be opened (the error at the end says why): "
+            f"{_ASSUMED_CLASSES} classes are assumed, and the number of steps is unknown.",
             highlight=False,
         )
     table = open_table("", "", show_header=False, box=None)

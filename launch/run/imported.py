@@ -56,7 +56,7 @@ def trainer_state(
     if checkpoint.identity.model not in (KEY, mine.model):  # the first: nobody has named it
         raise CheckpointError(
             f"{checkpoint.path} was imported as {checkpoint.identity.model}, and this config has model.name = "
-            f"{mine.model!r}: set it, or import it anew with another --model"
+            f"{mine.model!r}: set it, or import the checkpoint again with another --model"
         )
     if checkpoint.identity.parameters != mine.parameters:
         raise CheckpointError(

@@ -108,7 +108,7 @@ class FirstWeights:
         left = drawn | {name for name in self.shapes if name.startswith(self.config.skip or ())}
         if len(left) == len(self.shapes):
             raise ConfigError(
-                f"model.skip = {list(self.config.skip or ())} leaves nothing to take from model.weights: drop both"
+                f"model.skip = {list(self.config.skip or ())} excludes every parameter of model.weights: remove both"
             )
         if left:
             notes.append(f"left as drawn from the seed: {', '.join(sorted(left))}")
@@ -245,5 +245,5 @@ def _of_file(path: Path) -> _Source:
         with safe_open(path, "pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"model.weights = {path} is no whole .safetensors file: {error}") from None
+        raise CheckpointError(f"model.weights = {path} is not a complete .safetensors file: {error}") from None
     return _Source(f"the weights of {path}", [path.stat().st_size, sorted(shapes)], shapes, fill, file=path)

@@ -158,8 +158,8 @@ def continued_cursor(saved: dict[str, Any], here: dict[str, Any], allowed: Colle
             continue
         if change not in allowed:
             raise CheckpointError(
-                f"the checkpoint was written with {name} = {theirs!r}, this run has {ours!r}: set it back, or see "
-                f"what checkpoint.allow_changes = [{change!r}] does to the order of samples"
+                f"the checkpoint was written with {name} = {theirs!r}, this run has {ours!r}: restore the old value, "
+                f"or see what checkpoint.allow_changes = [{change!r}] does to the order of samples"
             )
         if name == "global_batch":
             _check_new_batch(saved, here)
@@ -177,11 +177,12 @@ def _check_new_batch(saved: dict[str, Any], here: dict[str, Any]) -> None:
     if not counts_samples(str(saved.get("order"))):
         raise CheckpointError(
             f"the checkpoint was written with global_batch = {theirs!r}, this run has {global_batch}, and with "
-            "data.mixture, data.aspect_buckets or epoch_end = 'wrap' samples would be lost or repeated: set it back"
+            "data.mixture, data.aspect_buckets or epoch_end = 'wrap' samples would be lost or repeated: restore the "
+            "old value"
         )
     whole_steps = range(0, here["num_samples"] // global_batch * global_batch, global_batch)
     if consumed not in whole_steps:
         raise CheckpointError(
             f"the checkpoint was written after {consumed} samples of its epoch, where no step of global_batch = "
-            f"{global_batch} begins: set it back to {theirs!r}"
+            f"{global_batch} begins: set it to {theirs!r} again"
         )

@@ -120,7 +120,7 @@ def apply_override(table: Mapping[str, Any], text: str) -> dict[str, Any]:
     inner = table.get(key)
     if key not in table or (rest and not isinstance(inner, Mapping)):
         raise ConfigError(
-            f"override {_short(text)}: the page says nothing of {_short(key)}, so there is nothing to take away"
+            f"override {_short(text)}: the run config does not set {_short(key)}, so there is nothing to remove"
         )
     if rest:
         assert isinstance(inner, Mapping)

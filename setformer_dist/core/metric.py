@@ -108,10 +108,10 @@ def check_best(metrics: Sequence[Metric], name: str, mode: Mode, task: str) -> N
     if metric is None:
         known = ", ".join(m.name for m in metrics)
         raise ValueError(
-            f"checkpoint.best_metric = {name!r} is no metric of task {task}: it has {known}, and each with {AVERAGED} "
-            "before it for the averaged weights"
+            f"checkpoint.best_metric = {name!r} is not a metric of task {task}: it has {known}, and each with "
+            f"{AVERAGED} before it for the averaged weights"
         )
     if metric.mode != mode:
         raise ValueError(
-            f"checkpoint.best_mode = {mode!r} is wrong for {name}, of which the {metric.mode} is best: leave it out"
+            f"checkpoint.best_mode = {mode!r} is wrong for {name}, whose best value is the {metric.mode}: remove it"
         )

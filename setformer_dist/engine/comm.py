@@ -98,7 +98,7 @@ def _meeting_place(ranks: RankInfo, limit: timedelta) -> Store:
             descriptor = os.dup(server.fileno())  # the store closes its own
     except OSError as error:
         if error.errno == errno.EADDRNOTAVAIL:  # an address that is translated on its way here
-            log.warning("MASTER_ADDR %s is no address of this host: rank 0 listens on all interfaces", host)
+            log.warning("MASTER_ADDR %s is not an address of this host: rank 0 listens on all interfaces", host)
             return TCPStore(host, port, ranks.world_size, is_master=True, timeout=limit, wait_for_workers=False)
         taken = " (EADDRINUSE)" if error.errno == errno.EADDRINUSE else ""
         raise dist.DistNetworkError(f"{error}{taken}") from None

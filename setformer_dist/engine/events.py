@@ -137,6 +137,6 @@ class Callbacks:
         log.error("%s", told, exc_info=True)
         kind = PassingError if isinstance(error, PassingError) else TrainingError
         raise kind(
-            f"{told}: mend it, or take it out of the run, and the same command goes on from the newest checkpoint; the "
-            "rank's log has the traceback"
+            f"{told}: fix it, or remove it from the run, and the same command continues from the newest checkpoint; "
+            "the rank's log has the traceback"
         ) from error

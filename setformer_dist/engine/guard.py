@@ -109,14 +109,14 @@ def read_guard(folder: Path) -> GuardFile:
             faults.append(f"{path} is damaged: {' '.join(str(error).split())}")
         else:
             if not vouched:
-                log.warning("%s is of an earlier version and has no digest: it is believed as it is", path)
+                log.warning("%s is of an earlier version and has no digest, so its content cannot be checked", path)
     if not whole and faults:
         raise CheckpointError(
-            f"{'; '.join(faults)}; so it is not known which steps this run passes over: put one of the two back from a "
-            "copy, or remove both to have all steps judged anew"
+            f"{'; '.join(faults)}; so the steps that this run skips are not known: restore one of the two from a "
+            "copy, or remove both to have all steps judged again"
         )
     for fault in faults:
-        log.warning("%s; the other copy is whole and taken", fault)
+        log.warning("%s; the other copy is intact and is used", fault)
     return max(whole, key=lambda found: found.revision, default=GuardFile())
 
 
@@ -164,7 +164,9 @@ class Guard:
     def forget(self) -> None:
         """Drop which steps are passed over: from here on their numbers stand for other batches. Collective."""
         if self._passed or self._skipped:
-            log.warning("steps %s are no longer passed over: steps are counted anew", sorted(self._passed))
+            log.warning(
+                "steps %s are no longer skipped, because steps are counted differently now", sorted(self._passed)
+            )
         self._passed.clear()
         self._skipped.clear()
         self._troubles.clear()
@@ -211,13 +213,13 @@ class Guard:
         repair = "lower optim.lr or optim.clip_norm, or lengthen the warm-up"
         if why == "nonfinite" and self._config.nonfinite == "stop":
             raise TrainingError(
-                f"the loss is not finite at step {step}: {repair}, or let such steps be left out "
+                f"the loss is not finite at step {step}: {repair}, or skip such steps "
                 '(guard.nonfinite = "skip" or "rollback"); the newest checkpoint is from before and stays'
             )
         borne = len(self._passed) + len(self._skipped)
         if borne >= self._config.limit:
             raise TrainingError(
-                f"the loss is {loss:.4g} at step {step}, and {borne} bad steps were borne before (guard.limit): "
+                f"the loss is {loss:.4g} at step {step}, after {borne} bad steps that were tolerated (guard.limit): "
                 f"{repair}"
             )
         if why == "nonfinite" and self._config.nonfinite == "skip":

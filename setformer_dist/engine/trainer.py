@@ -313,7 +313,7 @@ class Trainer:
         progress.advance(self._state.step)
         progress.say(
             f"loss {trouble.loss:.4g} at step {trouble.step} ({trouble.why}): back to step {self._state.step}, "
-            f"step {trouble.step} will be passed over"
+            f"step {trouble.step} will be skipped"
         )
 
     def _to_go_on_from(self) -> SavedState | None:
@@ -323,7 +323,7 @@ class Trainer:
             return self._c.store.newest()
         saved = self._c.store.newest_before(below, f"after a rollback to step {below} there was trouble again")
         if saved is None and self._c.comm.ranks.is_main:
-            log.warning("there is no checkpoint below step %d, so the newest is gone back to once more", below)
+            log.warning("there is no checkpoint before step %d, so the run returns to the newest one again", below)
         return saved or self._c.store.newest()
 
     def _take_over(self, saved: SavedState) -> None:

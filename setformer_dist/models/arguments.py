@@ -77,7 +77,7 @@ def check_arguments(name: str, arguments: Iterable[str]) -> None:
         return
     if foreign[0] in _arguments_of_loaders():
         repair = "name the file in model.weights, if you want to begin with trained weights"
-        raise ConfigError(f"model.args.{foreign[0]} would load or write files, which no config may do: {repair}")
+        raise ConfigError(f"model.args.{foreign[0]} would load or write files, which a config may not do: {repair}")
     raise ConfigError(
-        f"model.args.{foreign[0]} is no argument of {name}: {nearest(foreign[0], sorted(model_arguments(name)))}"
+        f"model.args.{foreign[0]} is not an argument of {name}: {nearest(foreign[0], sorted(model_arguments(name)))}"
     )

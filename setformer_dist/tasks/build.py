@@ -41,8 +41,8 @@ def build_task(config: TaskConfig, classes: tuple[str, ...]) -> Task:
     """
     if config.name not in _TASKS:
         raise ConfigError(
-            f"task.name = {config.name!r} is no task: {nearest(config.name, _TASKS)}; a module of yours that registers "
-            "one is named in run.imports"
+            f"task.name = {config.name!r} is not a task: {nearest(config.name, _TASKS)}; to use your own, name the "
+            "module that registers it in run.imports"
         )
     return _TASKS[config.name](config.args, classes)
 

@@ -121,7 +121,7 @@ def test_with_everything_damaged_there_is_no_checkpoint_and_every_reason_is_told
     found = manager(tmp_path)
     assert found.newest() is None
     assert [s.path.name for s in found.skipped] == ["step-00000002", "step-00000001"]
-    assert caplog.text.count(f"put into {tmp_path / 'aside'}: rank-00001-of-00002.safetensors is damaged") == 2
+    assert caplog.text.count(f"moved to {tmp_path / 'aside'}: rank-00001-of-00002.safetensors is damaged") == 2
     assert "none of the 2 checkpoints" in caplog.text
     assert [p.name.rpartition("-")[0] for p in layout.put_aside(tmp_path)] == ["step-00000001", "step-00000002"]
     with pytest.raises(CheckpointError, match=r"holds no checkpoint: .* 2 that did not verify are in .*aside"):

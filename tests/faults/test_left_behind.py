@@ -184,7 +184,7 @@ def test_one_damaged_guard_file_costs_nothing_and_two_stop_the_run(
     assert not again.passes_over(6)
     for both in (GUARD_FILE, GUARD_COPY):
         (tmp_path / both).write_bytes(b"{")
-    with pytest.raises(CheckpointError, match=r"guard\.json is damaged.*not known which steps"):
+    with pytest.raises(CheckpointError, match=r"guard\.json is damaged.*steps that this run skips are not known"):
         again.load()
 
 

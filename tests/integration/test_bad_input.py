@@ -147,7 +147,7 @@ def test_a_dry_run_without_data_says_so_before_its_figures(tmp_path: Path) -> No
     assert_one_sentence(ended, 3, "nowhere")
     heading, said, *figures = ended.out[ended.out.index("predicted") :].splitlines()
     assert "─" in heading
-    assert said.startswith("The data are not there or cannot be opened")
+    assert said.startswith("The data do not exist or cannot be opened")
     assert "1000 classes are assumed" in said
     assert any(line.strip().startswith("parameters") for line in figures)
 

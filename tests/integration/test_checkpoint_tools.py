@@ -261,7 +261,7 @@ def test_a_destination_that_is_there_or_cannot_be_written_stays_as_it_is(tmp_pat
     with small_files_only():
         refused(CheckpointError, "import", tmp_path / "ds", tmp_path / "new" / "checkpoints")
     assert list((tmp_path / "new" / "checkpoints").iterdir()) == []
-    assert "step-00000004 is there already" in refused(
+    assert "step-00000004 already exists" in refused(
         ConfigError, "import", tmp_path / "ds", tmp_path / "run" / "checkpoints"
     )
 

@@ -28,5 +28,5 @@ def test_a_folder_that_is_no_drill_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("mine")
     ended = setformer("drill", "--out", str(tmp_path))
     assert ended.code == 8
-    assert ended.error_lines == [f"error: {tmp_path} is not empty and holds no drill: name another folder"]
+    assert ended.error_lines == [f"error: {tmp_path} is not empty and does not belong to a drill: name another folder"]
     assert (tmp_path / "precious").read_text() == "mine"

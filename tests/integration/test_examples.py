@@ -71,7 +71,7 @@ def test_own_task(place: Path) -> None:
     assert "'top1': " in example("own_task", "--steps", 6, cwd=place).out
     refused = setformer("eval", "runs/own-task", cwd=place)
     assert refused.code == 4
-    assert "task.name = 'poly' is no task" in refused.err
+    assert "task.name = 'poly' is not a task" in refused.err
     shutil.copytree(ROOT / "examples", place / "examples")  # as the user's own folder
     scored = setformer("eval", "runs/own-task", "--import", "examples.own_task", cwd=place)
     assert scored.code == 0, scored.err

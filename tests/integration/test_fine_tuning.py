@@ -126,7 +126,7 @@ def test_a_pickle_is_refused_with_the_command_that_converts_it(pretrained: Path,
     assert len(modes) == 1, "its mode does not follow the umask"
     assert all(torch.equal(found[name], table[name]) for name in table)
     again = setformer("ckpt", "convert", str(tmp_path / "model.pth"), str(tmp_path / "model.safetensors"))
-    assert (again.code, "is there already" in again.err) == (2, True)
+    assert (again.code, "already exists" in again.err) == (2, True)
 
 
 class _Runs:

@@ -46,7 +46,7 @@ def test_a_rank_that_hangs_is_found_its_stack_written_and_the_run_goes_on(
     os.kill(pids[1], signal.SIGSTOP)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    assert "rank 1 gave no sign of life for" in err
+    assert "rank 1 sent no heartbeat for" in err
     assert "rank 1 is suspended by SIGSTOP" in err
     assert_gone(pids)
     stacks = (tmp_path / "demo" / "logs" / "rank-00000.log").read_text()

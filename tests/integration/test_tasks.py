@@ -82,7 +82,7 @@ def test_multilabel_trains_resumes_and_predicts(digits: Path, tmp_path: Path) ->
 def test_a_metric_of_another_task_is_refused_on_the_page(tmp_path: Path) -> None:
     ended = setformer("train", "demo", "task.name=multilabel", "checkpoint.best_metric=top1")
     assert ended.code == 2
-    assert "checkpoint.best_metric = 'top1' is no metric of task multilabel: it has f1, exact, loss" in ended.err
+    assert "checkpoint.best_metric = 'top1' is not a metric of task multilabel: it has f1, exact, loss" in ended.err
 
 
 def test_a_task_outside_the_package_trains(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,7 @@ def test_ctrl_c_in_a_terminal_leaves_lines_whole_and_says_what_was_saved(digits:
     assert lines[-1] == f"stopped and saved at step {step}; the same command goes on from there"
     assert saved_steps(tmp_path / "demo") == [step]
     (warning,) = [line for line in lines if "SIGINT" in line]
-    assert warning.startswith("WARNING  SIGINT: ranks have 60 s for a checkpoint")
+    assert warning.startswith("WARNING  SIGINT: ranks have 60 s to save a checkpoint")
     (bar,) = [line for line in lines if f"{step}/1100" in line]  # in 80 columns
     assert re.fullmatch(r"[━╸╺ ]+ +\d+/1100 epoch \d\.\d · loss .* \d:\d\d:\d\d left [\d:-]+", bar), bar
     assert terminal.text.count("\x1b[?25l") == terminal.text.count("\x1b[?25h")
@@ -103,7 +103,7 @@ def test_ctrl_c_says_where_a_run_with_a_checkpoint_goes_on(digits: Path, tmp_pat
         (rank,) = children(terminal.process.pid)
         os.kill(rank, signal.SIGSTOP)  # it will save nothing
         terminal.press(b"\x03")
-        terminal.wait_for("ends at once")
+        terminal.wait_for("ends them at once")
         terminal.press(b"\x03")
         assert terminal.ended() == 130
     said = "ended at once, without waiting for a checkpoint; the same command "

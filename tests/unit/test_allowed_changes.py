@@ -41,7 +41,7 @@ def test_another_global_batch_loses_and_repeats_nothing_of_the_epoch(kind):
 def test_plans_that_deal_out_by_the_batch_refuse_another_one(kind):
     saved, here = cursor(plan_of(kind, 10), 4), cursor(plan_of(kind, 5), 0)
     assert not counts_samples(here["order"])
-    with pytest.raises(CheckpointError, match=r"global_batch = 10, this run has 5, .*lost or repeated: set it back"):
+    with pytest.raises(CheckpointError, match=r"global_batch = 10, this run has 5, .*repeated: restore the old value"):
         continued_cursor(saved, here, CHANGED)
     assert continued_cursor(cursor(plan_of(kind, 5), 4), here, CHANGED) == cursor(plan_of(kind, 5), 4)
 

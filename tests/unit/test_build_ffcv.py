@@ -69,5 +69,5 @@ def test_a_failed_step_or_a_build_that_does_not_work_is_an_error(machine):
     with pytest.raises(LaunchError, match=r"FFCV itself could not be installed \(exit code 1"):
         building.build_ffcv(machine.run, is_root=True)
     machine.codes, machine.works = {}, "libturbojpeg.so.0: cannot open shared object file"
-    with pytest.raises(LaunchError, match="built, but does not work: libturbojpeg"):
+    with pytest.raises(LaunchError, match="built but does not work: libturbojpeg"):
         building.build_ffcv(machine.run, is_root=True)

@@ -151,7 +151,7 @@ def test_an_override_of_another_form_is_refused(text: str) -> None:
 def test_a_tilde_takes_a_key_away() -> None:
     config = load_run(DEMO, ["~schedule.epochs", "~schedule.warmup_epochs", "schedule.steps=7"])
     assert (config.schedule.steps, config.schedule.epochs, config.schedule.warmup_epochs) == (7, None, None)
-    with pytest.raises(ConfigError, match="nothing to take away"):
+    with pytest.raises(ConfigError, match="nothing to remove"):
         load_run(DEMO, ["~schedule.nosuch"])
 
 

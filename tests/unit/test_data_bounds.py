@@ -333,7 +333,7 @@ def test_files_that_never_end_or_drip_do_end(monkeypatch):
     def pause():
         now[0] += 0.5
 
-    with pytest.raises(DataError, match="comes too slowly"):
+    with pytest.raises(DataError, match="arrives too slowly"):
         read_small(Endless(b" ", pause), "index.json", 1000, 5.0)
 
 

@@ -269,7 +269,7 @@ def test_masks_and_boxes(tmp_path):
         files += [(f"{i}.jpg", picture(i)), (f"{i}.mask.png", picture(i, "PNG"))]
         files += [(f"{i}.boxes.json", json.dumps(boxes[i]).encode())] if i < 2 else []
     write_tar(root / "a.tar", files)
-    with pytest.raises(DataError, match=r"have masks or boxes, but nothing says of which classes: lay a classes\.txt"):
+    with pytest.raises(DataError, match=r"have masks or boxes, but their classes are unknown: put a classes\.txt"):
         opened(root)
     (root / "classes.txt").write_text("road\nsky\ntree\ncar\n")
     for checksums in (False, True):
@@ -518,7 +518,7 @@ def test_a_folder_that_cannot_be_written(folder, tmp_path):
     assert source.num_samples == 15
     assert (tmp_path / "cache" / "indexes").is_dir()
     (tmp_path / "blocked").write_text("")
-    with pytest.raises(DataError, match=r"the index of .*shards can be written nowhere, .*blocked.*: set data\.cache"):
+    with pytest.raises(DataError, match=r"the index of .*cannot be written anywhere, .*blocked.*: set data\.cache"):
         opened(folder, cache=tmp_path / "blocked")
 
 
@@ -566,7 +566,7 @@ def test_a_process_killed_while_it_indexes_leaves_nothing_in_the_way(folder, tmp
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert homes(folder) == []
-    with pytest.raises(DataError, match=r"is being made by another process, of which nothing was seen for 0\.1 s"):
+    with pytest.raises(DataError, match=r"is being made by another process, which has shown no progress for 0\.1 s"):
         open_foreign(find_shards(str(folder), "*.tar", 5), tmp_path, 0.1)
     victim.kill()
     victim.join(60)
@@ -588,7 +588,7 @@ def test_an_index_damaged_on_disk_is_made_anew_and_a_line_says_so(folder, caplog
             again = opened(folder)
             assert again.fingerprint == whole.fingerprint
             assert ("crc32" in again.index.columns) == checksums
-    assert caplog.text.count("is damaged and is made anew") == 1
+    assert caplog.text.count("is damaged and is made again") == 1
     assert homes(folder) == [home]
 
 

@@ -107,13 +107,13 @@ def test_each_has_its_own_key_and_they_go_in_order(data: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("from_torch", "draws from a generator of the process"),
-        ("from_numpy", "makes two images of one image and one key"),
-        ("from_random", "makes two images of one image and one key"),
+        ("from_torch", "draws from a global generator"),
+        ("from_numpy", "gives different results for the same image and key"),
+        ("from_random", "gives different results for the same image and key"),
         ("fails", "failed: KeyError: 'no such colour'"),
         ("floats", r"returned \(3, 8, 8\) torch.float32: it must return an image like the one it gets"),
         ("smaller", r"returned \(3, 7, 8\) torch.uint8"),
-        ("inverted", r"no augmentation: did you mean invert\?; a module of yours"),
+        ("inverted", r"not an augmentation: did you mean invert\?; to use your own"),
     ],
 )
 def test_what_is_no_keyed_augmentation_is_refused(data: Path, name: str, said: str) -> None:

@@ -74,7 +74,7 @@ def in_tar(folder, path, top=""):
 def test_original_bytes_labels_and_sizes_come_back(folder, tmp_path):
     result = pack_image_folder(folder, tmp_path / "out", PackOptions(samples_per_shard=6))
     assert not result.rejected
-    assert result.notes == ["passed over: 1 file that is no image (1 .txt), 1 hidden or system file or folder (1 ._*)"]
+    assert result.notes == ["skipped: 1 file that is no image (1 .txt), 1 hidden or system file or folder (1 ._*)"]
     split = open_split(tmp_path / "out")
     assert split.classes == CLASSES
     assert split.num_samples == 20

@@ -72,7 +72,7 @@ def test_class_maps_are_read_for_what_they_mean(text, code):
         ('["0", "1", "10", "2", "3", "4", "5", "6", "7", "8", "9"]', "sorted as text"),
         ('{"cat": 0, "dog": 2}', "none of number 1"),
         ('{"cat": 0, "dog": 0}', "gives number 0 to"),
-        ('{"0": "1", "1": "0"}', "numbers on both sides"),
+        ('{"0": "1", "1": "0"}', "maps numbers to numbers"),
         ('{"0": ["n1", "cat"]}', "table of names and numbers"),
         ('["cat", 3]', "must hold class names"),
         ("dog 1\ncat 0\n", "put a comma"),
@@ -127,7 +127,7 @@ def test_dotted_keys_never_merge(tmp_path):
 def test_further_pictures_of_a_sample_are_no_keys_with_dots(tmp_path, caplog):
     write_tar(tmp_path / "a.tar", [*sample(0), ("0000.depth.png", picture(1, "PNG")), ("0000.txt", b"a cat")])
     assert opened(tmp_path).num_samples == 1
-    assert "passed over 2 files that are no images (1 .txt, 1 .depth.png)" in caplog.text
+    assert "skipped 2 files that are no images (1 .txt, 1 .depth.png)" in caplog.text
 
 
 def test_class_folders_that_are_numbers_in_text_order_are_told(tmp_path, caplog):

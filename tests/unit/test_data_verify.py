@@ -150,7 +150,7 @@ def test_a_killed_helper_is_one_sentence(packed):
         for helper in multiprocessing.active_children():
             helper.kill()
 
-    with pytest.raises(PassingError, match=r"a process that was verifying .* died"):
+    with pytest.raises(PassingError, match=r"a process that verified .* died"):
         verify(packed, workers=2, on_progress=kill)
     assert multiprocessing.active_children() == []
 

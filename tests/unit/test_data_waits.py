@@ -291,7 +291,7 @@ def test_a_thread_that_fetches_is_not_waited_for_without_end(server, packed, mon
     begun = time.monotonic()
     storage.close()
     assert time.monotonic() - begun < 20
-    assert "fetched ahead is left behind" in caplog.text
+    assert "fetching a shard in advance is abandoned" in caplog.text
     server.always.clear()
     server.ended.set()
     wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name == "shards ahead"])

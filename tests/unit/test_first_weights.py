@@ -108,7 +108,7 @@ def test_missing_and_unknown_names_are_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("skip", "match"), [("hed.", "no parameter's name begins with 'hed.'"), ("", "leaves nothing to take")]
+    ("skip", "match"), [("hed.", "no parameter's name begins with 'hed.'"), ("", "excludes every parameter")]
 )
 def test_what_to_skip_must_be_some_parameters_and_not_all(tmp_path, skip, match):
     with pytest.raises(ConfigError, match=match):
@@ -125,7 +125,7 @@ def test_paths_that_hold_no_weights_of_ours(tmp_path):
         filled(tmp_path / "model.pt")
     file = file_of(tmp_path / "model.safetensors")
     file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(CheckpointError, match=r"is no whole \.safetensors file"):
+    with pytest.raises(CheckpointError, match=r"is not a complete \.safetensors file"):
         filled(file)
 
 

@@ -34,10 +34,10 @@ def test_hosts_of_the_command_line() -> None:
         ("a:0", "has 0 slots"),
         ("a:-1", "has -1 slots"),
         ("a:x", "'x' is not a number of slots"),
-        ("", "'' is no name of a host"),
-        ("-oProxyCommand=x:1", "is no name of a host"),
-        ("a;rm:1", "is no name of a host"),
-        ("a,,b", "'' is no name of a host"),
+        ("", "'' is not a host name"),
+        ("-oProxyCommand=x:1", "is not a host name"),
+        ("a;rm:1", "is not a host name"),
+        ("a,,b", "'' is not a host name"),
     ],
 )
 def test_hosts_that_are_none(text: str, said: str) -> None:
@@ -64,7 +64,7 @@ def test_a_hostfile_is_read_as_deepspeed_does(tmp_path: Path) -> None:
         ("a slots=1\na slots=2\n", {}, "names host a twice"),
         ("", {}, "names no host"),
         ("a slots=2\n", {"include": "b"}, "--include names host 'b', which is not in the hostfile"),
-        ("a slots=2\n", {"include": "a:2"}, "has slots 0 to 1, and 2 is named"),
+        ("a slots=2\n", {"include": "a:2"}, "has slots 0 to 1, but 2 is named"),
         ("a slots=2\n", {"exclude": "a"}, "leaves no host"),
         ("a slots=2\n", {"exclude": "a", "include": "a"}, "give one of them"),
     ],
@@ -96,7 +96,7 @@ def test_how_an_agent_is_reached() -> None:
     assert agent_command("far", "srun")[:3] == ["srun", "--nodelist", "far"]
     assert agent_command("far", "docker exec -i {host}")[:5] == ["docker", "exec", "-i", "far", "env"]
     assert len(agent_command("far", "ssh -p 7 {host}")) == 5  # one word for the shell at the other end
-    with pytest.raises(LaunchError, match="does not say where the host's name belongs"):
+    with pytest.raises(LaunchError, match="has no place for the host's name"):
         agent_command("far", "docker exec")
     with pytest.raises(LaunchError, match="cannot be split"):
         agent_command("far", "a ' {host}")

@@ -101,13 +101,13 @@ def test_metrics_are_named_and_shown():
 
 def test_a_task_is_found_by_name_or_refused_with_the_nearest():
     assert build_task(TaskConfig(), CLASSES).outputs == CLASSES
-    with pytest.raises(ConfigError, match=r"'multilable' is no task: did you mean multilabel\?.*run\.imports"):
+    with pytest.raises(ConfigError, match=r"'multilable' is not a task: did you mean multilabel\?.*run\.imports"):
         build_task(TaskConfig(name="multilable"), CLASSES)
     register_task("multilabel", MultiLabel)
     with pytest.raises(ConfigError, match="registered twice"):
         register_task("multilabel", Classification)
     with pytest.raises(
-        ConfigError, match=r"best_metric = 'top1' is no metric of task multilabel: it has f1, exact, loss"
+        ConfigError, match=r"best_metric = 'top1' is not a metric of task multilabel: it has f1, exact, loss"
     ):
         check_metric(MultiLabel({}, CLASSES), "top1", "max")
 
