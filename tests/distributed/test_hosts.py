@@ -106,6 +106,7 @@ def test_two_hosts_train_like_one_and_leave_nothing(cluster: Cluster, one: Path,
 
 
 @pytest.mark.drill
+@pytest.mark.hosts
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_run_outlives_its_hosts(fault: str, cluster: Cluster, one: Path, digits: Path, tmp_path: Path) -> None:
     run = tmp_path / "demo"
@@ -130,6 +131,7 @@ def test_a_run_outlives_its_hosts(fault: str, cluster: Cluster, one: Path, digit
 
 
 @pytest.mark.drill
+@pytest.mark.hosts
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_a_stop_and_the_supervisors_death_end_all_hosts(
     how: int, cluster: Cluster, one: Path, digits: Path, tmp_path: Path
@@ -146,6 +148,7 @@ def test_a_stop_and_the_supervisors_death_end_all_hosts(
 
 
 @pytest.mark.drill
+@pytest.mark.hosts
 def test_hosts_that_cannot_train_are_named(cluster: Cluster, digits: Path, tmp_path: Path) -> None:
     words = train_words(digits, tmp_path, "launch.connect_s=8")[:-2]
     known = cluster.config.read_text()
@@ -176,6 +179,7 @@ def test_hosts_that_cannot_train_are_named(cluster: Cluster, digits: Path, tmp_p
 
 
 @pytest.mark.drill
+@pytest.mark.hosts
 @pytest.mark.parametrize("when", ["at_once", "checkpoint"])
 def test_a_host_that_answers_again_takes_part_again(
     when: str, cluster: Cluster, one: Path, digits: Path, tmp_path: Path

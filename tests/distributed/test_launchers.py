@@ -77,6 +77,7 @@ NEEDS = {"deepspeed_pdsh": "pdsh", "mpirun": "mpirun"}
 
 
 @pytest.mark.drill
+@pytest.mark.hosts
 @pytest.mark.parametrize("way", WAYS)
 def test_a_launcher_gives_the_losses_of_one_host(
     way: str, cluster: Cluster, one: Path, digits: Path, tmp_path: Path

@@ -15,7 +15,7 @@ from launch.testing.slurm import Slurm, why_impossible
 from setformer_dist.core import ledger
 
 REASON = why_impossible()
-pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.drill]
+pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.drill, pytest.mark.hosts]
 
 # As docs/hosts.md has it.
 SCRIPT = """#!/bin/bash
