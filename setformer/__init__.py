@@ -28,9 +28,12 @@ if TYPE_CHECKING:
     from setformer.data import eval_stream, open_data, prepare, train_stream
     from setformer.trained import evaluate, load, predict
     from setformer.training import Training, train
+    from setformer_dist.callbacks.build import register_callback
+    from setformer_dist.core.callback import Callback
     from setformer_dist.tasks.build import register_task
 
 _HOME = {
+    "Callback": "setformer_dist.core.callback",
     "Training": "setformer.training",
     "eval_stream": "setformer.data",
     "evaluate": "setformer.trained",
@@ -40,12 +43,14 @@ _HOME = {
     "predict": "setformer.trained",
     "prepare": "setformer.data",
     "register_augmentation": "dataloaders.pixels.own",
+    "register_callback": "setformer_dist.callbacks.build",
     "register_task": "setformer_dist.tasks.build",
     "train": "setformer.training",
     "train_stream": "setformer.data",
 }
 
 __all__ = [
+    "Callback",
     "Training",
     "eval_stream",
     "evaluate",
@@ -55,6 +60,7 @@ __all__ = [
     "predict",
     "prepare",
     "register_augmentation",
+    "register_callback",
     "register_task",
     "train",
     "train_stream",

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -20,6 +21,7 @@ from launch.machine.doctor import check_package_origins
 from launch.run.config import RunConfig, continued
 from launch.run.own_model import OwnModel, named_own
 from launch.run.session import Session, log_to_file, session
+from setformer_dist.core.callback import Callback
 from setformer_dist.core.errors import LaunchError
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.engine.deepspeed_engine import quiet_deepspeed
@@ -43,12 +45,14 @@ class Training:
         config: of the run, from `load_config`.
         model: in place of `model.name`: a module, of which a copy is trained, or a function of the number of outputs
             that returns one. Its weights begin as they are, or as the function draws them under the run's seed.
+        callbacks: called after those that the config names, in this order; see `setformer.Callback`.
 
     Raises (on entry):
         SetformerError: the run cannot begin here, or cannot go on from what its folder holds.
     """
 
-    def __init__(self, config: RunConfig, model: OwnModel | None = None) -> None:
+    def __init__(self, config: RunConfig, model: OwnModel | None = None, callbacks: Sequence[Callback] = ()) -> None:
+        self._callbacks = tuple(callbacks)
         self._config = continued(config if model is None else named_own(config, model), tell=log.warning)
         self._own = model
         self._stack = contextlib.ExitStack()
@@ -67,7 +71,9 @@ class Training:
                 os.environ["LOCAL_RANK"] = str(ranks.local_rank)
                 stack.callback(os.environ.pop, "LOCAL_RANK", None)
             at_the_end = stack.enter_context(contextlib.ExitStack())
-            begun = stack.enter_context(session(self._config, ranks, supervised=False, own=self._own, stays=True))
+            begun = stack.enter_context(
+                session(self._config, ranks, supervised=False, own=self._own, stays=True, callbacks=self._callbacks)
+            )
             stack.enter_context(contextlib.closing(begun.trainer))
             level = logging.getLogger().level
             at_the_end.callback(_stop_logging, log_to_file(begun.run, ranks), level)  # after summary and report
@@ -162,12 +168,13 @@ def _stop_logging(handler: logging.Handler, level: int) -> None:
     handler.close()
 
 
-def train(config: RunConfig, model: OwnModel | None = None) -> Outcome:
+def train(config: RunConfig, model: OwnModel | None = None, callbacks: Sequence[Callback] = ()) -> Outcome:
     """Train a run to its end, or go on with it; what `setformer train` does on each rank.
 
     Args:
         config: of the run, from `load_config`.
         model: as `Training`.
+        callbacks: as `Training`.
 
     Returns:
         As `Training.train`.
@@ -175,5 +182,5 @@ def train(config: RunConfig, model: OwnModel | None = None) -> Outcome:
     Raises:
         SetformerError: as `Training` and `Training.train`.
     """
-    with Training(config, model) as run:
+    with Training(config, model, callbacks) as run:
         return run.train()

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import importlib.metadata
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -32,6 +32,7 @@ from launch.run.outcome import finish
 from launch.run.own_code import bring
 from launch.run.own_model import OwnModel, build_own
 from setformer_dist.core import ledger
+from setformer_dist.core.callback import Callback
 from setformer_dist.core.errors import LaunchError
 from setformer_dist.core.files import write_json, write_state
 from setformer_dist.core.ranks import RankInfo
@@ -67,7 +68,12 @@ class Session:
 
 @contextlib.contextmanager
 def session(
-    config: RunConfig, ranks: RankInfo, supervised: bool, own: OwnModel | None = None, stays: bool = False
+    config: RunConfig,
+    ranks: RankInfo,
+    supervised: bool,
+    own: OwnModel | None = None,
+    stays: bool = False,
+    callbacks: Sequence[Callback] = (),
 ) -> Iterator[Session]:
     """Build a run on this rank and take over its newest checkpoint. Collective.
 
@@ -78,6 +84,7 @@ def session(
         own: a model of the user's own, in place of the one that the config names.
         stays: leave the group of ranks when the process ends, not before: DeepSpeed keeps its groups, so that a second
             engine of the process would find those of the first.
+        callbacks: called after those that the config names.
 
     Raises:
         SetformerError: the run cannot begin, or cannot go on from its checkpoint.
@@ -98,7 +105,7 @@ def session(
         try:
             comm = TorchCollectives(ranks, config.run.timeout_minutes)
             check_agreement(run, splits, comm)
-            trainer = compose(run, splits, task, model, comm)
+            trainer = compose(run, splits, task, model, comm, callbacks)
             until_all_is_written.enter_context(held(config.folder, comm, supervised=supervised))
             begun = Session(run, splits, task, model, trainer)
             if ranks.is_main and not supervised:

@@ -9,7 +9,7 @@ import pytest
 
 from launch.testing.commands import ROOT, Ended, module, setformer
 
-EXAMPLES = ("own_loop", "own_model", "own_task", "train", "use_checkpoint")
+EXAMPLES = ("own_callback", "own_loop", "own_model", "own_task", "train", "use_checkpoint")
 
 
 def example(name: str, *words: object, cwd: Path) -> Ended:
@@ -55,6 +55,11 @@ def test_use_checkpoint(place: Path) -> None:
     assert "10 classes" in said
     assert said.count(".png: ") == 2
     assert "torch.Size([1, 10])" in said
+
+
+def test_own_callback(place: Path) -> None:
+    said = example("own_callback", "--steps", 4, cwd=place).out
+    assert [line.split(":")[0] for line in said.splitlines() if line.startswith("step ")] == ["step 2", "step 4"]
 
 
 def test_own_model(place: Path) -> None:
