@@ -1,6 +1,6 @@
 """Devices and links, as a small table; each figure names its source. A guess is called an assumption.
 
-How fast kernels run is measured on one GPU only (H100, docs/results.md: SeTformer-Tiny at 224², batch 128, bf16: 58 ms of
+How fast kernels run is measured on one GPU (H100, docs/results.md: SeTformer-Tiny at 224², batch 128, bf16: 58 ms of
 kernels in a step of 152 ms) and on CPUs. Those kernels reach 5 % of the peak of matrix products: memory and special
 functions bound them. So other GPUs are scaled by memory bandwidth, which is an assumption.
 """

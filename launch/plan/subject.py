@@ -103,10 +103,11 @@ def subject_of(config: RunConfig) -> Subject:
     return Subject(
         config=config,
         shape=shape,
-        model=Model(
+        model=Model.of(
             tuple(tuple(p.numel() for p in group["params"]) for group in groups),
             dtype.itemsize,
-            config.zero.bucket_mib * 2**20 // 4,
+            config.zero.bucket_mib,
+            config.deepspeed,
         ),
         references=sum(p.numel() for name, p in model.named_parameters() if "references" in name.split(".")[-1]),
         multiply_adds=multiply_adds_of(model, shape, inputs.dtype or torch.float32),

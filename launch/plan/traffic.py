@@ -13,15 +13,15 @@ tests/distributed/test_plan.py, which counts them on running ranks:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from launch.plan.hardware import Device
 
 Operation = Literal["all_reduce", "all_gather", "reduce_scatter"]
 
-PERSISTENT = 100_000  # elements: stage3_param_persistence_threshold, DeepSpeed's default
+_PERSISTENT = 100_000  # elements: stage3_param_persistence_threshold, DeepSpeed's default
 _REUSE = 1_000_000_000  # elements: stage3_max_reuse_distance, likewise
 _STAGE0_BUCKET = 500_000_000  # elements: DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE
 _ALIGNED = 2  # elements: ZeRO-1 and 2 pad a group to a multiple of this times the ranks
@@ -57,11 +57,23 @@ class Model:
         groups: elements of each parameter, by the optimizer's parameter groups.
         item: bytes of an element as the model computes.
         bucket: elements of a reduction bucket.
+        persistent: elements up to which ZeRO-3 keeps a parameter whole on every rank.
+        reuse: elements; a parameter that is needed again before so many others stays.
     """
 
     groups: tuple[tuple[int, ...], ...]
     item: int
     bucket: int
+    persistent: int = _PERSISTENT
+    reuse: int = _REUSE
+
+    @classmethod
+    def of(cls, groups: tuple[tuple[int, ...], ...], item: int, bucket_mib: int, deepspeed: Mapping[str, Any]) -> Model:
+        """Return the facts with what a page's [deepspeed] table says of ZeRO-3."""
+        zero = deepspeed.get("zero_optimization", {})
+        persistent = int(zero.get("stage3_param_persistence_threshold", _PERSISTENT))
+        reuse = int(zero.get("stage3_max_reuse_distance", _REUSE))
+        return cls(groups, item, bucket_mib * 2**20 // 4, persistent, reuse)
 
     @property
     def sizes(self) -> list[int]:
@@ -88,9 +100,9 @@ def traffic(model: Model, stage: int, world_size: int, accumulation: int) -> tup
             Transfer("all_reduce", times * gradients, calls, "gradients"),
             Transfer("all_gather", padded, len(model.groups), "updated weights"),
         )
-    large = [size for size in model.sizes if size > PERSISTENT]
-    small = [size for size in model.sizes if size <= PERSISTENT]
-    gathers = large + _gathered_again(model.sizes)
+    large = [size for size in model.sizes if size > model.persistent]
+    small = [size for size in model.sizes if size <= model.persistent]
+    gathers = large + _gathered_again(model)
     reduced = _padded(model.sizes, world_size) * model.item
     found = [
         Transfer("all_gather", accumulation * _padded(gathers, world_size) * model.item, accumulation * len(gathers),
@@ -106,12 +118,15 @@ def _padded(sizes: Sequence[int], world_size: int) -> int:
     return sum(math.ceil(size / world_size) * world_size for size in sizes)
 
 
-def _gathered_again(sizes: Sequence[int]) -> list[int]:
-    """Return the large parameters that are released between forward and backward: what lies between is too long."""
+def _gathered_again(model: Model) -> list[int]:
+    """Return the large parameters that are released between forward and backward: what lies between is too long.
+
+    DeepSpeed's prefetching keeps some of them that this rule lets go.
+    """
     behind, again = 0, []
-    for size in reversed(sizes):
+    for size in reversed(model.sizes):
         behind += size
-        if size > PERSISTENT and 2 * behind > _REUSE:
+        if size > model.persistent and 2 * behind > model.reuse:
             again.append(size)
     return again
 
