@@ -4,7 +4,7 @@
 
 Each layout runs in two fresh gloo ranks, which train three steps on random images. A peak is how far the resident set
 rises above what a rank takes after it has imported, connected and trained a tiny model, so that libraries are loaded;
-memory that is freed goes back to the system at once (MALLOC_TRIM_THRESHOLD_).
+memory that is freed goes back to the system at once (mallopt).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks.machine import describe
 from benchmarks.measure import resident, write
 from launch.plan.hardware import DEVICES
 from launch.plan.rows import rank_memory
-from launch.plan.subject import subject_of
+from launch.plan.subject import Subject, subject_of
 from launch.run.config import ResolvedRun, load_run, resolve
 from launch.run.inputs import inputs_of
 from launch.testing.ranks import run_ranks
@@ -40,8 +40,7 @@ from setformer_dist.tasks.classification import soft_cross_entropy
 PAGE = "configs/runs/imagenet_tiny.toml"
 CLASSES = 1000
 MODELS = ("setformer_mini", "swin_tiny_patch4_window7_224", "convnext_tiny")
-# Blocks of 32 KiB and more are mapped afresh and given back when they are freed.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "32768", "MALLOC_TRIM_THRESHOLD_": "0"}
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 def run_of(words: list[str], ranks: int) -> ResolvedRun:
@@ -52,6 +51,9 @@ def run_of(words: list[str], ranks: int) -> ResolvedRun:
 def peak(words: list[str]) -> dict[str, int]:
     """Train on this rank; return how far its memory rises, in bytes: at rest, and at the most in a later step."""
     torch.set_num_threads(1)
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(_MMAP_THRESHOLD, 32 * 1024)  # such blocks and larger ones are mapped afresh and given back when freed
+    libc.mallopt(_TRIM_THRESHOLD, 0)
     ranks = RankInfo.from_env()
     connect(ranks, os.environ["SETFORMER_RENDEZVOUS"])
     run = run_of(words, ranks.world_size)
@@ -104,10 +106,8 @@ def _give_back() -> None:
     ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def predicted(words: list[str], ranks: int) -> dict[str, int]:
+def predicted(subject: Subject, run: ResolvedRun) -> dict[str, int]:
     """Return what the plan says of the same layout."""
-    run = run_of(words, ranks)
-    subject = subject_of(run.config)
     checkpointed = run.config.model.activation_checkpointing
     memory = rank_memory(subject, DEVICES["cpu"], run.config.zero.stage, run.plan, checkpointed)
     return {"peak": memory.total, "working": memory.working, "held": memory.parameters + memory.masters}
@@ -129,14 +129,17 @@ def main() -> None:
     rows = []
     for name in arguments.models:
         for size in arguments.sizes:
+            subject = None
             for stage in arguments.stages:
                 words = [
                     f"model.name={name}", f"data.image_size={size}", f"zero.stage={stage}",
                     f"batch.global_size={arguments.micro * arguments.ranks}", f"batch.micro={arguments.micro}",
                     "precision.dtype=fp32", "precision.grad_accum=auto", "data.augment.mix_group=2", *arguments.words,
                 ]  # fmt: skip
-                found = run_ranks(peak, arguments.ranks, words, timeout=600, env=MALLOC, cold=True)
-                foretold = predicted(words, arguments.ranks)
+                found = run_ranks(peak, arguments.ranks, words, timeout=600)
+                run = run_of(words, arguments.ranks)
+                subject = subject or subject_of(run.config)
+                foretold = predicted(subject, run)
                 most = max(one["peak"] for one in found)
                 rows.append({"model": name, "size": size, "stage": stage, "ranks": found, "predicted": foretold})
                 console.print(f"{name} {size} {stage}: {found} {foretold}", style="dim")

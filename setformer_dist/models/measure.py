@@ -105,7 +105,7 @@ def measure_activations(
     alive = _Alive(list(fakes.values()))
     for fake in fakes.values():
         if fake.requires_grad:
-            fake.register_post_accumulate_grad_hook(alive.settle)
+            fake.register_post_accumulate_grad_hook(alive.settle)  # type: ignore[no-untyped-call]
     was_training = model.training
     model.train()
     both = _ForwardBackward(model)
@@ -212,11 +212,12 @@ def _working(
 ) -> int:
     """Return the most that activations and gradients take together (DeepSpeed 0.19.8, read and measured).
 
-    Stages 0 and 1 keep whole gradients until the last micro batch; stages 2 and 3 reduce those of each micro batch into
-    a part, which is there all the time. A reduction takes whole gradients, and a flat copy of them beside.
+    Stage 0 keeps whole gradients, and writes into them again; stage 1 keeps them until the last micro batch; stages 2
+    and 3 reduce those of each micro batch into a part, which is there all the time. A reduction takes whole gradients,
+    and a flat copy of them beside.
     """
     fresh = count * dtype.itemsize
-    whole = accumulation > 1 and stage < 2
+    whole = stage == 0 or (stage == 1 and accumulation > 1)
     summed = count * grad_dtype.itemsize if stage == 1 and grad_dtype != dtype else fresh
     backward = summed + passes.added if whole else passes.peak
     kept = part * grad_dtype.itemsize if stage else 0
@@ -239,7 +240,7 @@ class _ForwardBackward(nn.Module):
         return kept
 
 
-class _Alive(TorchDispatchMode):
+class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the storages that operators make, each once, until they are freed.
 
     Attributes:
@@ -249,7 +250,7 @@ class _Alive(TorchDispatchMode):
     """
 
     def __init__(self, known: Sequence[torch.Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.most = self.most_unsettled = self._settled = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
