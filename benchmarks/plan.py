@@ -28,17 +28,16 @@ from launch.plan.subject import Subject, subject_of
 from launch.run.config import ResolvedRun, load_run, resolve
 from launch.run.inputs import inputs_of
 from launch.testing.ranks import run_ranks
-from setformer_dist.core.model_config import ModelConfig
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.engine.comm import connect, disconnect
 from setformer_dist.engine.deepspeed_engine import DTYPES, initialize
 from setformer_dist.engine.ema import Ema
 from setformer_dist.engine.master import MasterState
-from setformer_dist.models.build import build_model
 from setformer_dist.tasks.classification import soft_cross_entropy
 
 PAGE = "configs/runs/imagenet_tiny.toml"
 CLASSES = 1000
+TINY = ("model.name=setformer_nano", "data.image_size=32")
 MODELS = ("setformer_mini", "swin_tiny_patch4_window7_224", "convnext_tiny")
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
@@ -58,7 +57,10 @@ def peak(words: list[str]) -> dict[str, int]:
     connect(ranks, os.environ["SETFORMER_RENDEZVOUS"])
     run = run_of(words, ranks.world_size)
     dtype = DTYPES[run.config.precision.dtype]
-    _load_libraries(dtype)
+    step, held = _trainer(run_of([*words, *TINY], ranks.world_size), dtype)
+    step()
+    del step, held
+    _give_back()
     before, _ = resident()
     step, held = _trainer(run, dtype)
     for _ in range(2):
@@ -90,15 +92,6 @@ def _trainer(run: ResolvedRun, dtype: torch.dtype) -> tuple[Any, list[Any]]:
             average.update(0)
 
     return step, [engine, master, average]
-
-
-def _load_libraries(dtype: torch.dtype) -> None:
-    model = build_model(ModelConfig(name="setformer_nano"), 10, 32, 0).to(dtype)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    model(torch.randn(2, 3, 32, 32, dtype=dtype)).float().sum().backward()
-    optimizer.step()
-    del model, optimizer
-    _give_back()
 
 
 def _give_back() -> None:

@@ -163,7 +163,6 @@ def _print_memory(subject: Subject, cluster: Cluster, rows: Sequence[Row], conso
     )  # fmt: skip
     for row in rows:
         if row.memory is None or row.batch is None:
-            table.add_row(f"{row.world_size:,}", str(row.stage), row.why_not)
             continue
         part = memory_parts(subject, row)
         kept = {k: rank_memory(subject, cluster.device, row.stage, row.batch, k).activations for k in subject.passes}
@@ -175,6 +174,9 @@ def _print_memory(subject: Subject, cluster: Cluster, rows: Sequence[Row], conso
             " / ".join(f"{dict(row.largest)[k]:,}" if k in dict(row.largest) else "-" for k in (False, True)),
         )  # fmt: skip
     console.print(table, markup=False, highlight=False)
+    for why in dict.fromkeys(row.why_not for row in rows if row.why_not):
+        which = ", ".join(f"{row.world_size:,} under ZeRO-{row.stage}" for row in rows if row.why_not == why)
+        console.print(f"not possible on {which}: {why}", highlight=False, markup=False)
     console.print(
         "At work: the most that gradients, activations and reduction buckets take together; they are not all there at "
         "once. Total: weights, masters, states, average, and that.",

@@ -4,7 +4,8 @@ Time of a step, in seconds:
 
     compute   micro batches x (3 x 2 x multiply-adds x samples / reached FLOP/s + modules x launch_s); recomputed
               activations are a fourth pass beside a forward pass and a backward pass of twice its work
-    traffic   launch.plan.traffic; with zero.overlap_comm what fits into the backward pass of the last micro batch hides
+    traffic   launch.plan.traffic; with zero.overlap_comm gradients hide behind backward passes, weights of ZeRO-3 behind
+              forward passes, as far as they are shorter; updated weights are waited for
     update    bytes of masters, gradients, states and average, read and written once, by the memory's bandwidth
 
 Samples are taken to be there in time, and offload's transfers are left out.
@@ -135,9 +136,12 @@ def row_of(subject: Subject, cluster: Cluster, stage: int, world_size: int) -> R
     )
     transfers = traffic(subject.model, stage, world_size, accumulation)
     compute, last_backward = _compute(subject, device, batch)
-    sending = sum(seconds(transfer, device, world_size, cluster.per_node) for transfer in transfers)
-    if c.zero.overlap_comm:
-        sending = max(0.0, sending - last_backward)
+    times = {t.what: seconds(t, device, world_size, cluster.per_node) for t in transfers}
+    if c.zero.overlap_comm and stage:
+        passes = accumulation if stage > 1 else 1
+        times["gradients"] = max(0.0, times["gradients"] - passes * last_backward)
+        times["weights"] = max(0.0, times.get("weights", 0.0) - accumulation * last_backward / 2)
+    sending = sum(times.values())
     return Row(
         world_size,
         stage,

@@ -221,6 +221,8 @@ def _working(
     summed = count * grad_dtype.itemsize if stage == 1 and grad_dtype != dtype else fresh
     backward = summed + passes.added if whole else passes.peak
     kept = part * grad_dtype.itemsize if stage else 0
+    if stage == 3 and not bucket_bytes:  # its bucket stays, as far as it was ever filled
+        kept += fresh
     update = count * 4 if stage == 0 and dtype != torch.float32 else fresh
     return max(backward, summed + update) + kept + bucket_bytes
 
