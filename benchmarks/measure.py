@@ -106,6 +106,13 @@ def peak_bytes(work: Callable[[], Any]) -> int:
     return max(0, _status("VmHWM") - before)
 
 
+def resident(begin: bool = False) -> tuple[int, int]:
+    """Return (bytes resident now, most bytes resident so far) of this process; `begin` starts the second anew."""
+    if begin:
+        Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS"), _status("VmHWM")
+
+
 def _status(name: str) -> int:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024

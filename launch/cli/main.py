@@ -29,8 +29,18 @@ from rich.text import Text
 from launch.cli import ckpt as cli_ckpt
 from launch.cli import data as cli_data
 from launch.cli import lra as cli_lra
+from launch.cli import plan as cli_plan
 from launch.cli import runs as cli_runs
-from launch.cli.options import CheckpointPath, HostfileOption, HostsOption, ImportOption, ViaOption, WeightsOption
+from launch.cli.options import (
+    CheckpointPath,
+    HostfileOption,
+    HostsOption,
+    ImportOption,
+    Overrides,
+    Page,
+    ViaOption,
+    WeightsOption,
+)
 from launch.cli.usage import UsageError, check_homes, usage_fault
 from launch.hosts.fleet import Fleet
 from launch.hosts.names import HostSpec, of_slurm, parse_hosts, read_hostfile
@@ -57,13 +67,7 @@ app.add_typer(cli_lra.app, name="lra")
 app.add_typer(cli_runs.app, name="runs")
 app.add_typer(cli_ckpt.app, name="ckpt")
 
-Page = Annotated[
-    Path, typer.Argument(help="The run's TOML page, or the name of a shipped one, such as demo.", show_default=False)
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="Dotted overrides, such as optim.lr=1e-3; ~key takes one away.", show_default=False),
-]
+app.command()(cli_plan.plan)
 
 
 def _show_version(asked: bool) -> None:

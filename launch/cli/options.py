@@ -7,6 +7,13 @@ from typing import Annotated
 
 import typer
 
+Page = Annotated[
+    Path, typer.Argument(help="The run's TOML page, or the name of a shipped one, such as demo.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Dotted overrides, such as optim.lr=1e-3; ~key takes one away.", show_default=False),
+]
 CheckpointPath = Annotated[
     Path, typer.Argument(help="A run folder, its checkpoints folder, or one step's folder.", show_default=False)
 ]

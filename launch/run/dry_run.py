@@ -76,6 +76,7 @@ def predict_costs(run: ResolvedRun, known: _Known) -> dict[str, Any]:
         c.zero.offload,
         run.plan.accumulation,
         len(OPTIMIZERS[c.optim.name].states),
+        _set_aside(run),
     )
     return {
         "parameters": parameters(model),
@@ -85,10 +86,19 @@ def predict_costs(run: ResolvedRun, known: _Known) -> dict[str, Any]:
             "gradients": memory.gradients,
             "masters_and_optimizer": memory.masters,
             "activations": memory.activations,
+            "gradients_and_activations_at_once": memory.working,
             "total": memory.total,
             "host": memory.host,
         },
     }
+
+
+def _set_aside(run: ResolvedRun) -> int:
+    """Return the bytes of the reduction buckets that DeepSpeed sets aside on a GPU; a CPU's are taken as they fill."""
+    zero = run.config.zero
+    item = DTYPES[run.config.precision.dtype].itemsize
+    whole = torch.cuda.is_available() and zero.stage > 0
+    return (1 + zero.overlap_comm) * zero.bucket_mib * 2**20 // 4 * item if whole else 0
 
 
 def _examine(run: ResolvedRun) -> _Known:

@@ -1,0 +1,264 @@
+"""The pure model of `setformer plan`, against sums done by hand and published formulas."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from launch.plan.goodput import Saving, best_interval, goodput
+from launch.plan.hardware import DEVICES, GB
+from launch.plan.plan import counts_of, device_named, memory_parts, plan, recovery_of, with_batch
+from launch.plan.rows import Cluster, Row, rank_memory, recommended, row_of, saving_of
+from launch.plan.subject import Passes, Subject, subject_of
+from launch.plan.traffic import Model, Transfer, seconds, traffic
+from launch.run.config import load_run
+from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.model_config import ModelConfig
+from setformer_dist.core.terminal import open_console
+from setformer_dist.models.build import build_model
+from setformer_dist.models.measure import Activations, measure_activations, memory_of, parameters
+
+PAGE = Path("configs/runs/demo.toml")
+H100 = Cluster(DEVICES["h100"], 8, 2 * GB, 50_000, 180)
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    return subject_of(load_run(PAGE, ["data.root=nowhere", "precision.dtype=bf16"]))
+
+
+def test_activations_of_a_chain_are_those_counted_by_hand() -> None:
+    # Without bias, autograd keeps the input of each product; ReLU keeps its output, which is the next input.
+    model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.ReLU(), nn.Linear(16, 4, bias=False))
+    found = measure_activations(model, torch.float32, (32, 8))
+    inputs, hidden = 4 * 32 * 8, 4 * 32 * 16
+    assert found.kept == inputs + hidden + 4  # and the loss
+    assert found.peak >= found.kept + 4 * (16 * 4)  # the gradient of the last weights
+    assert found.added < found.peak
+
+
+def test_recomputed_activations_count_what_is_alive_while_a_block_is_recomputed() -> None:
+    shape = (4, 3, 64, 64)
+    kept, recomputed = (
+        measure_activations(
+            build_model(ModelConfig(name="setformer_nano", activation_checkpointing=choice), 10, 64, 0),
+            torch.float32,
+            shape,
+        )
+        for choice in (False, True)
+    )
+    assert recomputed.kept < 0.5 * kept.kept
+    assert recomputed.kept < recomputed.peak < kept.peak
+    assert recomputed.added - recomputed.kept > 0.1 * kept.kept  # a block's own, which is not kept
+
+
+def test_measuring_leaves_the_model_as_it_was() -> None:
+    model = build_model(ModelConfig(name="setformer_nano"), 10, 32, 0).eval()
+    measure_activations(model, torch.bfloat16, (2, 3, 32, 32))
+    assert not model.training
+    assert all(p.grad is None and p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_activations_between_measured_batches_are_not_below_the_true_ones() -> None:
+    model = build_model(ModelConfig(name="setformer_nano"), 10, 32, 0)
+
+    def measured(micro: int) -> Activations:
+        return measure_activations(model, torch.float32, (micro, 3, 32, 32))
+
+    passes = Passes({m: measured(m) for m in (1, 8, 64)})
+    for micro in (2, 8, 20, 100):
+        true, found = measured(micro), passes.at(micro)
+        assert found.kept == pytest.approx(true.kept, rel=0.01)
+        assert true.peak * 0.99 <= found.peak <= true.peak * 1.15
+
+
+def test_stages_share_what_they_say_they_share() -> None:
+    nothing = Activations(0, 0, 0)
+    count, world = 1_000_000, 4
+    held = [
+        memory_of(count, nothing, torch.bfloat16, torch.bfloat16, stage, world, ema=False) for stage in (0, 1, 2, 3)
+    ]
+    share = count // world
+    assert [m.masters for m in held] == [12 * count, 12 * share, 12 * share, 12 * share]
+    assert [m.gradients for m in held] == [2 * count, 2 * count, 2 * share, 2 * share]
+    # Gradients and their flat copy; at stage 0 the fp32 copies that the optimizer takes; ZeRO-3's bucket, once filled.
+    assert [m.working for m in held] == [
+        6 * count,
+        4 * count + 2 * share,
+        4 * count + 2 * share,
+        6 * count + 2 * share,
+    ]
+    assert [m.parameters for m in held] == [2 * count, 2 * count, 2 * count, 2 * share + 2 * count]
+    assert all(m.total == m.parameters + m.masters + m.working for m in held)
+
+
+def test_traffic_of_the_stages_by_hand() -> None:
+    model = Model(((150_000, 11), (7,)), 2, 100_000)
+    gradients = 2 * 150_018
+    assert traffic(model, 0, 4, 3) == (Transfer("all_reduce", gradients, 1, "gradients"),)
+    padded = 2 * (150_016 + 8)  # each group to a multiple of 2 x 4
+    assert traffic(model, 1, 4, 3) == (
+        Transfer("all_reduce", gradients, 2, "gradients"),
+        Transfer("all_gather", padded, 2, "updated weights"),
+    )
+    assert traffic(model, 2, 4, 3)[0] == Transfer("all_reduce", 3 * gradients, 6, "gradients")
+    assert [(t.operation, t.payload) for t in traffic(model, 3, 4, 3)] == [
+        ("all_gather", 3 * 2 * 150_000),
+        ("all_gather", 2 * (12 + 8)),
+        ("reduce_scatter", 3 * 2 * (150_000 + 12 + 8)),
+    ]
+
+
+def test_weights_too_far_from_their_next_use_are_gathered_twice() -> None:
+    model = Model(((200_000, 150_000, 300_000),), 2, 100_000, reuse=700_000)
+    gathers = traffic(model, 3, 1, 1)[0]
+    assert gathers.payload == 2 * (650_000 + 200_000 + 150_000)  # 2 x 300,000 elements lie behind the third only
+
+
+def test_a_ring_sends_all_parts_but_ones_own() -> None:
+    assert Transfer("all_gather", 800, 1, "").sent(8) == 700
+    assert Transfer("reduce_scatter", 800, 1, "").sent(8) == 700
+    assert Transfer("all_reduce", 800, 1, "").sent(8) == 1400
+    assert Transfer("all_reduce", 800, 1, "").sent(1) == 0
+
+
+def test_seconds_of_an_all_reduce_inside_and_between_nodes() -> None:
+    device, payload = DEVICES["h100"], 10**9
+    transfer = Transfer("all_reduce", payload, 1, "")
+    assert seconds(transfer, device, 1, 8) == 0
+    inside = 2 * (7 / 8 * payload / 450e9 + 7 * 3e-6)
+    assert seconds(transfer, device, 8, 8) == pytest.approx(inside)
+    between = 2 * (3 / 4 * payload / 8 / 50e9 + 2 * 8e-6)  # 4 nodes, log2 of them hops
+    assert seconds(transfer, device, 32, 8) == pytest.approx(inside + between)
+    assert seconds(Transfer("all_gather", payload, 3, ""), device, 32, 8) == pytest.approx(
+        7 / 8 * payload / 450e9 + 3 / 4 * payload / 8 / 50e9 + 3 * (7 * 3e-6 + 3 * 8e-6)
+    )
+
+
+def test_best_interval_is_the_maximum_of_goodput() -> None:
+    saving = Saving(size=1, pause_s=5.0, write_s=20.0)
+    for between in (600.0, 7_200.0, 1e6):
+        best = best_interval(saving.pause_s, between)
+        shares = [goodput(best * factor, saving, between, 60) for factor in (0.5, 0.9, 1.0, 1.1, 2.0)]
+        assert max(shares) == shares[2]
+        assert 0 < shares[2] < 1
+
+
+def test_best_interval_for_rare_failures_is_youngs() -> None:
+    assert best_interval(2.0, 1e9) == pytest.approx(math.sqrt(2 * 2.0 * 1e9), rel=1e-3)
+    assert best_interval(100.0, 40.0) == 40.0  # a checkpoint costs more than a failure leaves time for
+
+
+def test_goodput_of_a_machine_that_does_not_fail_is_what_saving_leaves() -> None:
+    assert goodput(95.0, Saving(1, 5.0, 20.0), 1e12, 60) == pytest.approx(0.95, rel=1e-6)
+
+
+def test_a_row_is_the_sum_of_its_parts(subject: Subject) -> None:
+    row = row_of(subject, H100, 2, 8)
+    assert row.batch is not None
+    assert row.batch.global_size == row.batch.micro * row.batch.accumulation * 8 == 64
+    assert row.fits
+    assert row.step_s == pytest.approx(row.compute_s + row.traffic_s + row.update_s)
+    assert row.efficiency == pytest.approx(row.compute_s / row.step_s)
+    assert memory_parts(subject, row)["total"] == rank_memory(subject, H100.device, 2, row.batch, False).total
+    overlapped = subject.config.model_copy(
+        update={"zero": subject.config.zero.model_copy(update={"overlap_comm": True})}
+    )
+    hidden = row_of(dataclasses.replace(subject, config=overlapped), H100, 2, 8)
+    updated = seconds(row.transfers[1], H100.device, 8, 8)
+    assert hidden.traffic_s == pytest.approx(updated)  # these are waited for
+    assert row.traffic_s == pytest.approx(updated + seconds(row.transfers[0], H100.device, 8, 8))
+
+
+def test_the_largest_micro_batch_fits_and_the_next_does_not(subject: Subject) -> None:
+    small = dataclasses.replace(DEVICES["cpu"], memory=2**28, reserved=2**24)
+    cluster = dataclasses.replace(H100, device=small)
+    row = row_of(subject, cluster, 1, 2)
+    largest = dict(row.largest)
+    assert 0 < largest[False] < largest[True]
+    assert row.batch is not None
+    for choice, micro in largest.items():
+        room = small.memory - small.reserved
+        sizes = [
+            rank_memory(subject, small, 1, dataclasses.replace(row.batch, micro=m), choice).total
+            for m in (micro, micro + 1)
+        ]
+        assert sizes[0] <= room < sizes[1]
+
+
+def test_what_does_not_fit_is_said_and_not_recommended(subject: Subject) -> None:
+    tiny = dataclasses.replace(H100, device=dataclasses.replace(DEVICES["cpu"], memory=2**21, reserved=0))
+    rows = [row_of(subject, tiny, stage, 2) for stage in (0, 1, 2, 3)]
+    assert not any(row.fits for row in rows)
+    assert dict(rows[0].largest)[False] == 0
+    assert recommended(rows) is None
+
+
+def test_the_fastest_that_fits_is_recommended_and_of_equals_the_lowest_stage() -> None:
+    rows = [
+        Row(8, 3, fits=True, compute_s=1.0),
+        Row(8, 0, fits=False, compute_s=0.1),
+        Row(8, 2, fits=True, compute_s=1.005),
+        Row(8, 1, fits=True, compute_s=1.5),
+    ]
+    assert recommended(rows) is rows[2]
+
+
+def test_a_layout_that_cannot_be_is_told_with_its_reason(subject: Subject) -> None:
+    assert "fewer samples per step than the 128 ranks" in row_of(subject, H100, 2, 128).why_not
+    v100 = dataclasses.replace(H100, device=DEVICES["v100"])
+    assert "does not compute bf16" in row_of(subject, v100, 2, 8).why_not
+    grown = with_batch(subject, 128, 4)
+    assert row_of(grown, H100, 2, 128).why_not == ""
+    assert grown.config.batch.global_size == 512
+
+
+def test_a_checkpoint_holds_masters_states_and_average(subject: Subject) -> None:
+    saving = saving_of(subject, H100, 8)
+    assert saving.size == 4 * 4 * subject.model.count  # weights, two averages of Adam, average of weights
+    found = recovery_of(subject, H100, row_of(subject, H100, 2, 8))
+    assert found.failures_s == pytest.approx(50_000 * 3600 / 8)
+    assert found.goodput >= found.as_written
+
+
+def test_counted_parameters_are_the_models(subject: Subject) -> None:
+    model = build_model(subject.config.model, 1000, 16, 0)
+    assert subject.model.count == parameters(model)
+    assert subject.references > 0
+    assert subject.assumed
+
+
+@pytest.mark.parametrize("text", ["", "8,", "0", "eight", "-1", "1.5", "8;9", "99999999"])
+def test_numbers_of_devices_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--gpus .*such as 8,64,512"):
+        counts_of(text)
+
+
+def test_devices_are_named() -> None:
+    assert counts_of("64, 8,8") == [8, 64]
+    with pytest.raises(ConfigError, match="--gpu 'tpu': give one of h100, a100, v100, cpu"):
+        device_named("tpu")
+
+
+def test_the_command_prints_tables_and_writes_the_same_as_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_run(PAGE, ["data.root=nowhere"])
+    cpu = Cluster(DEVICES["cpu"], 8, 2 * GB, 50_000, 180)
+    plan(config, [1, 2, 128], cpu, None, tmp_path / "plan.json", open_console())
+    printed = capsys.readouterr().out
+    assert "1000 classes" in printed
+    assert printed.count("recommended") >= 2
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert [(row["gpus"], row["stage"]) for row in found["rows"]] == [(n, s) for n in (1, 2, 128) for s in range(4)]
+    assert all("128 ranks" in row["why_not"] for row in found["rows"] if row["gpus"] == 128)
+    assert sum(row.get("recommended", False) for row in found["rows"]) == 2
+    with pytest.raises(ConfigError, match="128 ranks"):
+        plan(config, [128], cpu, None, tmp_path / "none.json", open_console())
+    assert not (tmp_path / "none.json").exists()
