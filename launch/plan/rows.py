@@ -13,6 +13,7 @@ Samples are taken to be there in time, and offload's transfers are left out.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -130,10 +131,11 @@ def row_of(subject: Subject, cluster: Cluster, stage: int, world_size: int) -> R
     fitting = [m for m in micros if memory(plan(m)).total <= room]
     batch = plan(fitting[-1] if fitting else micros[0])
     accumulation = batch.accumulation
-    largest = tuple(
-        (choice, _largest(lambda m, k=choice: memory(BatchPlan(0, m, accumulation, world_size), k).total <= room))
-        for choice in subject.passes
-    )
+
+    def fits(choice: bool, micro: int) -> bool:
+        return memory(BatchPlan(0, micro, accumulation, world_size), choice).total <= room
+
+    largest = tuple((choice, _largest(functools.partial(fits, choice))) for choice in subject.passes)
     transfers = traffic(subject.model, stage, world_size, accumulation)
     compute, last_backward = _compute(subject, device, batch)
     times = {t.what: seconds(t, device, world_size, cluster.per_node) for t in transfers}
