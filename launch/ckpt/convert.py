@@ -81,6 +81,11 @@ def _plain_tensors(table: Mapping[Any, Any], source: Path) -> dict[str, torch.Te
             raise CheckpointError(f"{source} has two tensors for {name}, with and without {_PREFIX!r}: name one --key")
         if (fault := _unwritable(value)) is not None:
             raise CheckpointError(f"{source}: {name} is {fault}, which a .safetensors file does not hold")
+        if value.is_floating_point() and bool(value.isnan().any()):
+            raise CheckpointError(
+                f"{source}: {name} has values that are not numbers (NaN): the training that saved it had diverged; "
+                "take an earlier checkpoint"
+            )
         tensors[name] = value.detach().contiguous().clone()
     return tensors
 

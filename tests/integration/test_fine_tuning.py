@@ -129,6 +129,14 @@ def test_a_pickle_is_refused_with_the_command_that_converts_it(pretrained: Path,
     assert (again.code, "already exists" in again.err) == (2, True)
 
 
+def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
+    torch.save({"a.weight": torch.ones(2), "b.weight": torch.tensor([1.0, float("nan")])}, tmp_path / "model.pth")
+    ended = setformer("ckpt", "convert", str(tmp_path / "model.pth"), str(tmp_path / "model.safetensors"))
+    assert ended.code == 4
+    assert "b.weight has values that are not numbers (NaN)" in ended.err
+    assert not (tmp_path / "model.safetensors").exists()
+
+
 class _Runs:
     def __reduce__(self) -> tuple[object, tuple[str, ...]]:
         return (eval, ("open('ran', 'w')",))
