@@ -5,6 +5,7 @@ data.py      `setformer data`: making, checking and looking at the data that tra
 lra.py       `setformer lra`: Long Range Arena, from the data to the table
 main.py      `setformer`: one command for packing, training, evaluation and looking at what came out
 options.py   arguments and options that several commands have
+plan.py      `setformer plan`: a run on machines that are not there
 runs.py      `setformer runs`: looking at runs
 usage.py     what is said of words that no command takes
 """

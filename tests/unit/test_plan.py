@@ -247,8 +247,9 @@ def test_devices_are_named() -> None:
 
 
 def test_the_command_prints_tables_and_writes_the_same_as_json(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     config = load_run(PAGE, ["data.root=nowhere"])
     cpu = Cluster(DEVICES["cpu"], 8, 2 * GB, 50_000, 180)
     plan(config, [1, 2, 128], cpu, None, tmp_path / "plan.json", open_console())
