@@ -156,7 +156,7 @@ def test_the_marginal_error_of_the_plans_is_reported_when_asked(
 def test_without_plans_there_is_no_marginal_error(root: Path, tmp_path: Path) -> None:
     words = Comparison(task_named("listops", short=True), ("softmax",), root, tmp_path, 1, FEW).words("softmax")
     ended = setformer("train", *words, "eval.marginal_error=true", "--ranks", "1")
-    assert_one_sentence(ended, 2, "lra_encoder has no SeT attention", "leave the key out")
+    assert_one_sentence(ended, 2, "lra_encoder has no SeT attention", "remove the key")
 
 
 def test_dry_run_knows_sequences(root: Path) -> None:

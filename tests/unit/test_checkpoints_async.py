@@ -157,7 +157,7 @@ def test_a_failure_borne_before_does_not_fail_a_run_whose_last_checkpoint_is_the
     disk.fault = None
     begin(manager, 2, torch.ones(NUMEL))
     manager.finish(last=True)
-    assert "the last checkpoint, of step 2, is there" in caplog.text
+    assert "the last checkpoint, of step 2, exists" in caplog.text
     assert manager.newest().step == 2
 
 
