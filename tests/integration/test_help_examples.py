@@ -31,6 +31,8 @@ ELSEWHERE = {
     "lra stats listops": "tests/integration/test_lra.py",
     "lra prepare listops --short": "tests/integration/test_lra.py",
     "lra prepare image --source cifar10/": "tests/integration/test_lra.py",
+    "plan imagenet_base --gpus 8,64,512 --batch-per-gpu 128 --json plan.json": "tests/unit/test_plan.py",
+    "runs top runs/demo": "tests/unit/test_live.py",  # of a run that is running
     "demo --ranks 2": "tests/integration/test_train.py",
     "drill --faults 10": "tests/integration/test_drill.py",
     "drill --faults 100 --seed 7 --json drill.json": "tests/integration/test_drill.py",

@@ -84,10 +84,10 @@ def test_a_signal_ends_it(tmp_path: Path, number: signal.Signals) -> None:
 def test_a_signal_to_a_process_that_was_just_forked_is_not_lost() -> None:
     """The forking one has handlers of its own, as a supervisor; what they take must not be taken in the fork."""
     code = (
-        "import os, signal, time; from launch.testing.warm import _fork\n"
+        "import os, signal, time; from launch.ranks.forkserver import fork\n"
         "signal.signal(signal.SIGTERM, lambda number, frame: None)\n"
         "for _ in range(20):\n"
-        "    pid = _fork(lambda: time.sleep(5), {0: os.open(os.devnull, os.O_RDONLY)})\n"
+        "    pid = fork(lambda: time.sleep(5), {0: os.open(os.devnull, os.O_RDONLY)})\n"
         "    os.kill(pid, signal.SIGTERM)\n"
         "    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM"
     )
