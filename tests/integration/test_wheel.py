@@ -84,4 +84,4 @@ def test_the_demo_trains_from_the_wheel(wheel: Path, digits: Path, tmp_path: Pat
     program = "import setformer; trained = setformer.load('runs/demo'); print(len(trained.classes), setformer.__file__)"
     used = subprocess.run([sys.executable, "-P", "-c", program], cwd=place, env=environment, capture_output=True,
                           text=True, timeout=300, check=True)  # fmt: skip
-    assert used.stdout.startswith(f"10 {site}")
+    assert used.stdout.splitlines()[-1].startswith(f"10 {site}")  # DeepSpeed warns on standard output
