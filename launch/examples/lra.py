@@ -154,9 +154,10 @@ def compare(comparison: Comparison, console: Console) -> int:
             console.print(f"[bold]{comparison.task.title}[/], attention {kind}: {folder}")
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / DATA_NAME, trained_on(splits))
-            restart = comparison.resolved(kind).config.restart
+            config = comparison.resolved(kind).config
+            crew = LocalCrew(comparison.words(kind), comparison.ranks, warm=config.launch.warm)
             say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
-            code = run_supervised(LocalCrew(comparison.words(kind), comparison.ranks), folder, restart, say=say)
+            code = run_supervised(crew, folder, config.restart, say=say)
             if code:
                 return code
         rows.append(row_of(folder, kind, splits["test"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Sequence
@@ -39,7 +40,8 @@ def top(folder: Path, console: Console, once: bool) -> None:
     if once or not console.is_terminal:
         console.print(_picture(folder, seen))
         return
-    with Screen(_picture(folder, seen), console=console, auto_refresh=False) as screen:
+    screen = Screen(_picture(folder, seen), console=console, auto_refresh=False)
+    with contextlib.suppress(KeyboardInterrupt), screen:
         while True:
             time.sleep(_EVERY_S)
             try:

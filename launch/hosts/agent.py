@@ -7,7 +7,7 @@ pipe ends, or nothing is heard for a while, the ranks are killed and the agent e
 
     comes   {"do": "start" | "terminate" | "stacks" | "kill" | "listen" | "reach" | "look" | "forget", ...},
             {"alive": true}
-    goes    {"is": "facts" | "started" | "beats" | "ended" | "killed" | "output" | "answer", ...}
+    goes    {"is": "facts" | "beats" | "asked" | "ended" | "killed" | "output" | "answer", ...}
 """
 
 from __future__ import annotations
@@ -59,9 +59,12 @@ class Agent:
     def serve(self) -> None:
         """Serve until the supervisor goes away."""
         self._wire.send({"is": "facts", **facts()})
-        while not self._wire.ended and self._wire.silence() < self._silence_s:
+        while True:
             self._received.wait(ALIVE_S / 2, [0, *self._outputs])
-            for message in self._wire.receive():
+            messages = self._wire.receive()  # first: what came while ranks were started is no silence
+            if self._wire.ended or self._wire.silence() > self._silence_s:
+                break
+            for message in messages:
                 self._obey(message)
             self._forward_output()
             self._tell_of_ranks()

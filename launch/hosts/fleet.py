@@ -17,7 +17,7 @@ from launch.hosts.link import Link, RemoteHost, ask, greeted
 from launch.hosts.meeting import Meeting, arrange
 from launch.hosts.names import HostSpec
 from launch.hosts.reach import agent_command, travelling
-from launch.ranks.attempt import Attempt, AttemptError, Member, Patience
+from launch.ranks.attempt import Attempt, AttemptError, Watch
 from launch.ranks.logs import LOG_DIR_VARIABLE
 from launch.ranks.signals import Received
 from setformer_dist.core.errors import LaunchError
@@ -85,7 +85,7 @@ class Fleet:
         """Connect to the hosts, check them, and choose those of the next attempt. Waits for `launch.min_hosts`.
 
         Raises:
-            LaunchError: at the first start any host that does not answer; later too few hosts, or ones that differ.
+            LaunchError: at the first start, a host does not answer or differs; later such a host is left out.
         """
         first = not self._checked
         told = False
@@ -207,14 +207,7 @@ class Fleet:
                 chosen.append(HostSpec(spec.name, slots))
         return chosen
 
-    def attempt(
-        self,
-        log_dir: Path,
-        received: Received,
-        patience: Patience,
-        lost: Callable[[], str | None],
-        look: Callable[[Sequence[Member]], None],
-    ) -> int:
+    def attempt(self, log_dir: Path, watch: Watch) -> int:
         """Run all ranks once; see `launch.ranks.supervise.Crew.attempt`.
 
         Raises:
@@ -228,8 +221,8 @@ class Fleet:
             if any(link.lost for link in links):
                 raise AttemptError(str(next(link.lost for link in links if link.lost)), "host", -1) from None
             raise error
-        hosts = self._started(links, meeting, log_dir.absolute(), received)
-        attempt = Attempt(hosts, self.grace_s, received, patience, lost, self.regroup, look)
+        hosts = self._started(links, meeting, log_dir.absolute(), watch.received)
+        attempt = Attempt(hosts, self.grace_s, watch, self.regroup)
         try:
             return attempt.supervise()
         finally:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.ranks.slurm import hosts_of, tasks_of
 from setformer_dist.core.errors import LaunchError
 
 # What ssh could take for an option, and what a shell could take for a command, is no host's name.
 _NAME = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9][A-Za-z0-9._-]*")
 _LINE = re.compile(r"(\S+)\s+slots\s*=\s*(\S+)(?:\s+.*)?")
-_SLURM_TASKS = re.compile(r"(\d+)(?:\(x(\d+)\))?")
 
 
 @dataclass(frozen=True)
@@ -85,20 +84,8 @@ def of_slurm(environ: Mapping[str, str]) -> list[HostSpec] | None:
     nodes = environ.get("SLURM_JOB_NODELIST")
     if not nodes:
         return None
-    try:
-        done = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=30, check=True
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        raise LaunchError(f"scontrol does not name the hosts of this allocation ({error})") from None
-    names = done.stdout.split()
-    per_node = environ.get("SLURM_TASKS_PER_NODE", "1")
-    slots: list[int] = []
-    for part in per_node.split(","):
-        found = _SLURM_TASKS.fullmatch(part.strip())
-        if found is None:
-            raise LaunchError(f"SLURM_TASKS_PER_NODE = {per_node!r} is not understood")
-        slots += [int(found[1])] * int(found[2] or 1)
+    names, per_node = hosts_of(nodes), environ.get("SLURM_TASKS_PER_NODE", "1")
+    slots = tasks_of(per_node)
     if len(slots) != len(names):
         raise LaunchError(f"SLURM_TASKS_PER_NODE = {per_node!r} does not fit the {len(names)} hosts of the allocation")
     return [HostSpec(name, number) for name, number in zip(names, slots, strict=True)]

@@ -13,5 +13,6 @@ orphans.py     what a run leaves on the machine when it is killed, processes, te
 processes.py   the ranks of one machine, as processes
 restarts.py    whether a run that failed is started again, and when: a pure function of what failed before
 signals.py     stop signals, collected instead of died of
+slurm.py       what Slurm says of the hosts of a job
 supervise.py   the process of `setformer train`: starts the ranks, watches them, restarts them
 """

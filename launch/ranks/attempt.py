@@ -152,36 +152,45 @@ class Patience:
         return limit > 0 and beat.age > limit
 
 
+@dataclass(frozen=True)
+class Watch:
+    """What a supervisor looks for while ranks run.
+
+    Attributes:
+        received: stop signals.
+        patience: when a rank counts as hanging; by default never.
+        folder_lost: asked now and then; says what happened to the run's folder where it is gone.
+        look: called now and then with all ranks.
+    """
+
+    received: Received
+    patience: Patience = Patience()
+    folder_lost: Callable[[], str | None] = lambda: None
+    look: Callable[[Sequence[Member]], None] = lambda members: None
+
+
 class Attempt:
     """All ranks of one attempt; when it is over, all have ended.
 
     Args:
         hosts: with their ranks, started.
         grace_s: seconds that ranks have for a checkpoint after a stop signal.
-        received: stop signals.
-        patience: when a rank counts as hanging.
-        folder_lost: asked now and then; says what happened to the run's folder where it is gone.
+        watch: what to look for.
         regroup: asked now and then; says why all ranks should save and start again, None where they should not.
-        look: called now and then with all ranks.
     """
 
     def __init__(
         self,
         hosts: Sequence[Host],
         grace_s: float,
-        received: Received,
-        patience: Patience,
-        folder_lost: Callable[[], str | None] = lambda: None,
+        watch: Watch,
         regroup: Callable[[], str | None] = lambda: None,
-        look: Callable[[Sequence[Member]], None] = lambda members: None,
     ) -> None:
-        self._look = look
-        self._regroup = regroup
         self._hosts = hosts
         self._grace_s = grace_s
-        self._received = received
-        self._patience = patience
-        self._folder_lost = folder_lost
+        self._watch = watch
+        self._received = watch.received
+        self._regroup = regroup
 
     @property
     def members(self) -> list[Member]:
@@ -208,10 +217,10 @@ class Attempt:
             if asked and not self._received.stop:  # somebody signalled a rank and not us: its grace begins now
                 self._received.note(asked)
                 break
-            if (fault := self._folder_lost()) is not None:
+            if (fault := self._watch.folder_lost()) is not None:
                 self.kill()
                 raise FolderLostError(fault)
-            hanging = [m for m in self._running() if self._patience.exceeded_by(m.beat())]
+            hanging = [m for m in self._running() if self._watch.patience.exceeded_by(m.beat())]
             if hanging:
                 self._give_up_on(hanging)
             if (reason := self._regroup()) is not None and self.step() >= 0:
@@ -245,7 +254,7 @@ class Attempt:
             host.poll()
 
     def _sleep(self, seconds: float) -> None:
-        self._look(self.members)
+        self._watch.look(self.members)
         self._received.wait(seconds, [number for host in self._hosts for number in host.readable()])
 
     def _running(self) -> list[Member]:

@@ -4,13 +4,14 @@
 
 What runs is an ordinary process, with an id, signals, a session and an end of its own. It differs from a cold start by
 what lies in memory, which its siblings share, and by its command line in `ps`. A machine with a GPU starts every rank
-cold, as CUDA must not be forked; so does `restart.warm = false`.
+cold, as CUDA must not be forked; so does `launch.warm = false`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import importlib
 import itertools
@@ -32,11 +33,12 @@ from launch.ranks.environment import has_gpu
 from setformer_dist.core.exits import leave
 from setformer_dist.core.heartbeat import FD_VARIABLE
 
-PRELOADED = ("launch.entry",)
 _NUMBER = 8  # bytes of a process id or an exit code on the way back
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 _LOOK_S = 0.2
 _HOME = Path(__file__).resolve().parents[2]
+
+Server = subprocess.Popen[bytes]
 
 
 def possible(environ: Mapping[str, str]) -> bool:
@@ -44,31 +46,71 @@ def possible(environ: Mapping[str, str]) -> bool:
     return sys.platform == "linux" and not has_gpu(environ)
 
 
+def start_server(module: str, environ: Mapping[str, str], **options: Any) -> tuple[socket.socket, Server]:
+    """Start a module that calls `serve`; return the socket for requests, and the process.
+
+    Args:
+        module: run with the server's end of the socket as its argument.
+        environ: of the server, and of what it imports.
+        options: of `subprocess.Popen`.
+    """
+    mine, its = socket.socketpair()
+    # One thread each, libraries included: a process with threads cannot be forked safely.
+    environment = {**environ, **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")}
+    path = os.pathsep.join(filter(None, (str(_HOME), environ.get("PYTHONPATH"))))
+    environment |= {"DS_ACCELERATOR": "cpu", "PYTHONPATH": path}
+    server = subprocess.Popen(
+        [sys.executable, "-P", "-m", module, str(its.fileno())],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        pass_fds=[its.fileno()],
+        start_new_session=True,  # Ctrl-C in a terminal is not for it
+        **options,
+    )
+    its.close()
+    return mine, server
+
+
+def ask_for_process(requests: socket.socket, request: Mapping[str, Any], descriptors: Sequence[int]) -> int:
+    """Ask a server for a process; return the descriptor on which it tells the process's id, and then its end.
+
+    Args:
+        requests: from `start_server`.
+        request: JSON, for the `begin` of `serve`.
+        descriptors: the process's output, its errors, and others that it keeps.
+
+    Raises:
+        OSError: the server is gone.
+    """
+    status, its = os.pipe()
+    body, remote = socket.socketpair()
+    try:
+        socket.send_fds(requests, [b"\0"], [remote.fileno(), *descriptors, its])
+        remote.close()
+        body.sendall(json.dumps(request).encode())
+    except OSError:
+        os.close(status)
+        raise
+    finally:
+        for end in (remote, body):
+            end.close()
+        os.close(its)
+    return status
+
+
 class ForkServer:
-    """The supervisor's end of a server; it ends when this process does.
+    """The supervisor's end of a server of ranks; it ends when this process does.
 
     Args:
         environ: of the server, and of what it imports.
     """
 
     def __init__(self, environ: Mapping[str, str]) -> None:
-        self._requests, its = socket.socketpair()
-        # One thread each, libraries included: a process with threads cannot be forked safely.
-        environment = {**environ, **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")}
-        path = os.pathsep.join(filter(None, (str(_HOME), environ.get("PYTHONPATH"))))
-        environment |= {"DS_ACCELERATOR": "cpu", "PYTHONPATH": path}
-        parent = os.getpid()
-        self._server = subprocess.Popen(
-            [sys.executable, "-P", "-m", "launch.ranks.forkserver", str(its.fileno())],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            pass_fds=[its.fileno()],
-            start_new_session=True,  # Ctrl-C in a terminal is not for it
-            preexec_fn=lambda: die_with(parent),
+        die = functools.partial(die_with, os.getpid())
+        self._requests, self._server = start_server(
+            "launch.ranks.forkserver", environ, stderr=subprocess.DEVNULL, preexec_fn=die
         )
-        its.close()
 
     def start(
         self,
@@ -93,29 +135,20 @@ class ForkServer:
             The process; None where the server is gone, or the rank is not wanted any more.
         """
         args = list(command[list(command).index("-m") + 1 :])
-        request = json.dumps({"args": args, "env": dict(env), "cwd": str(Path.cwd())}).encode()
-        status, its = os.pipe()
-        body, remote = socket.socketpair()
+        request = {"args": args, "env": dict(env), "cwd": str(Path.cwd())}
         try:
-            socket.send_fds(self._requests, [b"\0"], [remote.fileno(), out, err, pulse, its])
-            remote.close()
-            body.sendall(request)
-            body.shutdown(socket.SHUT_WR)
-            os.close(its)
-            its = -1
+            status = ask_for_process(self._requests, request, [out, err, pulse])
+        except OSError:
+            return None
+        try:
             while not select.select([status], [], [], _LOOK_S)[0]:
                 if until():
                     self.close()  # it would still start the rank
                     raise EOFError
             return Forked(args, status)
-        except (OSError, EOFError):
+        except EOFError:
             os.close(status)
             return None
-        finally:
-            if its >= 0:
-                os.close(its)
-            remote.close()
-            body.close()
 
     def close(self) -> None:
         """End the server, and whatever it has started."""
@@ -199,9 +232,17 @@ def die_with(parent: int) -> None:
 # ------------------------------------------------------------------------------------------------- the server's side
 
 
-def serve(requests: socket.socket) -> None:
-    """Fork a rank for each request until the other end is closed, and kill what then still runs."""
-    for module in PRELOADED:
+def serve(
+    requests: socket.socket, preloaded: Sequence[str], begin: Callable[[dict[str, Any], Sequence[int]], NoReturn]
+) -> None:
+    """Fork a process for each request until the other end is closed, and kill what then still runs.
+
+    Args:
+        requests: the server's end of the socket of `start_server`.
+        preloaded: modules to import first.
+        begin: becomes the process: of a request, and of the numbers of the descriptors that it keeps.
+    """
+    for module in preloaded:
         importlib.import_module(module)
     assert threads() == 1, "an import starts threads, with which a process cannot be forked safely"
     wake, waker = socket.socketpair()
@@ -214,38 +255,37 @@ def serve(requests: socket.socket) -> None:
         ready, _, _ = select.select([requests, wake], [], [])
         if wake in ready:
             wake.recv(4096)
-            report(running)
+            _report(running)
         if requests not in ready:
             continue
         mark, given, _, _ = socket.recv_fds(requests, 1, 5)
         if not mark:
             for pid in running:
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(pid, signal.SIGKILL)
+                    os.kill(pid, signal.SIGKILL)
             return
-        body, out, err, pulse, status = given
+        body, out, err, *kept, status = given
         with socket.socket(fileno=body) as sock:
             request = json.loads(b"".join(iter(lambda: sock.recv(1 << 16), b"")))
-        request["env"][FD_VARIABLE] = str(pulse)
-        server = os.getpid()
         pid = fork(
-            lambda: _begin(request, server),  # noqa: B023 - called before the next request
+            lambda: begin(request, kept),  # noqa: B023 - called before the next request
             {0: os.open(os.devnull, os.O_RDONLY), 1: out, 2: err},
-            [pulse],
+            kept,
         )
-        for fd in (out, err, pulse):
+        for fd in (out, err, *kept):
             os.close(fd)
         running[pid] = status
         os.write(status, pid.to_bytes(_NUMBER, "little", signed=True))
 
 
-def _begin(request: dict[str, Any], server: int) -> NoReturn:
-    """Become `python -m args`."""
+def _begin_rank(server: int, request: dict[str, Any], kept: Sequence[int]) -> NoReturn:
+    """Become a rank, `python -m args`, that dies with the server."""
     os.setsid()
     die_with(server)
     os.chdir(request["cwd"])
-    set_environment(request["env"])
-    name = f"rank {request['env'].get('RANK', '')}"  # what ps and top show beside the server's command line
+    env = {**request["env"], FD_VARIABLE: str(kept[0])}
+    set_environment(env)
+    name = f"rank {env.get('RANK', '')}"  # what ps and top show beside the server's command line
     ctypes.CDLL(None).prctl(_PR_SET_NAME, ctypes.c_char_p(name.encode()), 0, 0, 0)
     run_module(request["args"])
 
@@ -255,7 +295,7 @@ def threads() -> int:
     return len(list(Path("/proc/self/task").iterdir()))
 
 
-def report(running: dict[int, int]) -> None:
+def _report(running: dict[int, int]) -> None:
     """Tell the end of each process that has ended to whoever asked for it."""
     for pid in list(running):
         found, raw = os.waitpid(pid, os.WNOHANG)
@@ -350,4 +390,4 @@ def run_module(args: Sequence[str]) -> NoReturn:
 
 if __name__ == "__main__":
     with socket.socket(fileno=int(sys.argv[1])) as connection:
-        serve(connection)
+        serve(connection, ("launch.entry",), functools.partial(_begin_rank, os.getpid()))

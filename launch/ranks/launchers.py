@@ -7,13 +7,12 @@ name, which is 127.0.0.1 on many hosts, and waits for nobody.
 
 from __future__ import annotations
 
-import re
-import subprocess
 import zlib
 from collections.abc import MutableMapping
 
 from launch.ranks.environment import HOST
 from launch.ranks.network import interface_to
+from launch.ranks.slurm import hosts_of, tasks_of
 from setformer_dist.core.errors import LaunchError
 
 _MPI = (  # rank, ranks, rank on its host, ranks on its host
@@ -22,7 +21,6 @@ _MPI = (  # rank, ranks, rank on its host, ranks on its host
 )
 _OURS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _PORTS = range(20_000, 32_000)  # below those that systems give to outgoing connections
-_TASKS = re.compile(r"(\d+)(?:\(x(\d+)\))?")
 
 
 def adopt(environ: MutableMapping[str, str]) -> None:
@@ -51,13 +49,7 @@ def port_of(job: str) -> int:
 
 
 def _of_slurm(environ: MutableMapping[str, str]) -> None:
-    nodes = environ["SLURM_STEP_NODELIST"]
-    tasks = [
-        int(found[1])
-        for part in environ["SLURM_STEP_TASKS_PER_NODE"].split(",")
-        if (found := _TASKS.fullmatch(part.strip()))
-        for _ in range(int(found[2] or 1))
-    ]
+    tasks = tasks_of(environ["SLURM_STEP_TASKS_PER_NODE"])
     values = (
         environ["SLURM_PROCID"],
         environ["SLURM_STEP_NUM_TASKS"],
@@ -65,16 +57,8 @@ def _of_slurm(environ: MutableMapping[str, str]) -> None:
         str(tasks[int(environ["SLURM_NODEID"])]),
     )
     environ.update(zip(_OURS, values, strict=True))
-    if len(tasks) == 1:
-        environ.setdefault("MASTER_ADDR", HOST)
     if "MASTER_ADDR" not in environ:
-        try:
-            done = subprocess.run(
-                ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=30, check=True
-            )
-            environ["MASTER_ADDR"] = done.stdout.split()[0]
-        except (OSError, IndexError, subprocess.SubprocessError):
-            raise LaunchError("scontrol does not say which host is the first of this job: set MASTER_ADDR") from None
+        environ["MASTER_ADDR"] = HOST if len(tasks) == 1 else hosts_of(environ["SLURM_STEP_NODELIST"])[0]
     environ.setdefault("MASTER_PORT", str(port_of(f"{environ['SLURM_JOB_ID']}.{environ['SLURM_STEP_ID']}")))
 
 

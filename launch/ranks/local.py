@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.ranks import forkserver
-from launch.ranks.attempt import Attempt, Member, Patience
+from launch.ranks.attempt import Attempt, Watch
 from launch.ranks.environment import choose_port, rank_environment
 from launch.ranks.forkserver import ForkServer
 from launch.ranks.logs import LOG_DIR_VARIABLE
@@ -33,10 +33,7 @@ def run_local(
     module: str = ENTRY_MODULE,
     grace_s: float = 60.0,
     env: Mapping[str, str] | None = None,
-    patience: Patience | None = None,
-    received: Received | None = None,
-    lost: Callable[[], str | None] = lambda: None,
-    look: Callable[[Sequence[Member]], None] = lambda members: None,
+    watch: Watch | None = None,
     server: ForkServer | None = None,
 ) -> int:
     """Run `python -m module *command_args` on every rank of this host until all have ended.
@@ -50,10 +47,7 @@ def run_local(
         module: what each rank runs.
         grace_s: seconds that ranks have for a checkpoint after a stop signal.
         env: added to the environment of each rank.
-        patience: when a rank counts as hanging; by default never.
-        received: stop signals that the caller collects; by default they are collected here.
-        lost: asked now and then; says what happened to the run's folder where it is gone.
-        look: called now and then with all ranks.
+        watch: what to look for; by default stop signals alone, which are collected here.
         server: forks the ranks; by default each starts cold.
 
     Returns:
@@ -69,11 +63,11 @@ def run_local(
     base = rank_environment(ranks, choose_port(port), threads_per_rank, os.environ)
     base |= {LOG_DIR_VARIABLE: str(log_dir), PORT_GIVEN_VARIABLE: str(int(port is not None)), **(env or {})}
     log_dir.mkdir(parents=True, exist_ok=True)
-    with contextlib.nullcontext(received) if received else stop_signals() as signals:
+    with contextlib.nullcontext(watch.received) if watch else stop_signals() as signals:
         command = rank_command(command_args, module)
         host = LocalHost(command, range(ranks), base, log_dir, until=lambda: signals.stop, server=server)
         with contextlib.closing(host):
-            return Attempt([host], grace_s, signals, patience or Patience(), lost, look=look).supervise()
+            return Attempt([host], grace_s, watch or Watch(signals)).supervise()
 
 
 @dataclass
@@ -104,14 +98,7 @@ class LocalCrew:
         if self._server is None and self.warm and forkserver.possible(os.environ):
             self._server = ForkServer(rank_environment(self.ranks, 0, None, os.environ))
 
-    def attempt(
-        self,
-        log_dir: Path,
-        received: Received,
-        patience: Patience,
-        lost: Callable[[], str | None],
-        look: Callable[[Sequence[Member]], None],
-    ) -> int:
+    def attempt(self, log_dir: Path, watch: Watch) -> int:
         """Run all ranks once; see `run_local`."""
         return run_local(
             self.args,
@@ -119,10 +106,7 @@ class LocalCrew:
             log_dir,
             port=self.port,
             grace_s=self.grace_s,
-            patience=patience,
-            received=received,
-            lost=lost,
-            look=look,
+            watch=watch,
             server=self._server,
         )
 

@@ -77,7 +77,7 @@ def verdict(failures: Sequence[Failure], config: RestartConfig) -> Again | GiveU
         return GiveUp("")
     if last.step < 0 and last.how == "error" and all(f.step < 0 for f in failures):
         return GiveUp("it failed before its first step, which starting again does not mend")
-    same = _in_a_row(failures)
+    same = 0 if last.how == "host" else _in_a_row(failures)
     if same >= config.same_step:
         return GiveUp(
             f"it failed {same} times at step {last.step}, so the cause is in the run: a poisoned batch or a bug"
@@ -91,9 +91,9 @@ def verdict(failures: Sequence[Failure], config: RestartConfig) -> Again | GiveU
 
 
 def _in_a_row(failures: Sequence[Failure]) -> int:
-    """Return how many of the last failures were at the step of the last one."""
+    """Return how many of the last failures were at the step of the last one; those of hosts are not the run's own."""
     count = 0
-    for failure in reversed(failures):
+    for failure in reversed([failure for failure in failures if failure.how != "host"]):
         if failure.step != failures[-1].step:
             break
         count += 1

@@ -12,12 +12,12 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 from checkpoints.layout import MANIFEST, step_folders, step_of
-from launch.ranks.attempt import AttemptError, FolderLostError, Member, Patience, Regroup
+from launch.ranks.attempt import AttemptError, FolderLostError, Patience, Regroup, Watch
 from launch.ranks.board import Board
 from launch.ranks.lock import supervising
 from launch.ranks.restarts import Failure, GiveUp, RestartConfig, verdict
@@ -48,22 +48,12 @@ class Crew(Protocol):
             LaunchError: there can be no attempt.
         """
 
-    def attempt(
-        self,
-        log_dir: Path,
-        received: Received,
-        patience: Patience,
-        lost: Callable[[], str | None],
-        look: Callable[[Sequence[Member]], None],
-    ) -> int:
+    def attempt(self, log_dir: Path, watch: Watch) -> int:
         """Run all ranks until they have ended; return 0, or 128 + the stop signal that ended them.
 
         Args:
             log_dir: of the ranks' logs; it is there.
-            received: stop signals.
-            patience: when a rank counts as hanging.
-            lost: says what happened to the run's folder where it is gone.
-            look: is to be called now and then with all ranks.
+            watch: what to look for.
 
         Raises:
             LaunchError: they cannot be started.
@@ -123,7 +113,8 @@ def _attempts(
     """Start the ranks again and again, as `run_supervised` says."""
     failures: list[Failure] = []
     patience = Patience(config.hang_after_s, config.start_after_s, config.save_after_s)
-    log_dir, board = run_folder / "logs", Board(run_folder)
+    log_dir = run_folder / "logs"
+    watch = Watch(received, patience, lost, Board(run_folder).look)
     while True:
         log_dir.mkdir(parents=True, exist_ok=True)
         try:
@@ -133,7 +124,7 @@ def _attempts(
                 return _stopped(run_folder, received.stop[0])
             hosts = {"hosts": crew.hosts} if crew.hosts else {}
             ledger.record(run_folder, "attempt", number=len(failures) + 1, ranks=crew.ranks, **hosts)
-            code = crew.attempt(log_dir, received, patience, lost, board.look)
+            code = crew.attempt(log_dir, watch)
         except FolderLostError:
             _take_back_terminal()
             raise  # nothing is written where it was: that would make another folder of its name

@@ -11,13 +11,9 @@ end of its own; it differs from a cold start by what lies in memory, and by its 
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib
-import json
 import logging
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -31,7 +27,16 @@ from typing import IO, Any, NoReturn
 import launch.ranks.forkserver
 import launch.ranks.processes
 from launch.ranks.environment import has_gpu
-from launch.ranks.forkserver import fork, report, run_module, set_environment, threads
+from launch.ranks.forkserver import (
+    Forked,
+    ask_for_process,
+    fork,
+    run_module,
+    serve,
+    set_environment,
+    start_server,
+    threads,
+)
 
 ROOT = Path(__file__).parent.parent.parent
 COLD_VARIABLE = "SETFORMER_COLD_TESTS"
@@ -60,62 +65,16 @@ def possible() -> bool:
 # ------------------------------------------------------------------------------------------------- the test's side
 
 
-class Warm:
-    """A process that the server has forked; the part of `subprocess.Popen` that tests use.
-
-    Attributes:
-        pid: its id.
-        args: module and arguments.
-        returncode: None while it runs, then the exit code or minus the number of a signal.
-    """
+class Warm(Forked):
+    """A process that the server has forked; the part of `subprocess.Popen` that tests use."""
 
     def __init__(
         self, args: Sequence[str], env: Mapping[str, str], cwd: Path, out: IO[bytes], err: IO[bytes] | None = None
     ) -> None:
         """Start `python -m args`; its output goes to the files `out` and `err` (by default `out`, too)."""
-        self.args = list(args)
-        self.returncode: int | None = None
         self._out, self._err = out, out if err is None else err
-        self._status, status = os.pipe()
-        request = json.dumps({"args": self.args, "env": dict(env), "cwd": str(cwd)}).encode()
-        server = _server()
-        body, remote = socket.socketpair()
-        try:
-            socket.send_fds(server, [b"\0"], [remote.fileno(), self._out.fileno(), self._err.fileno(), status])
-            body.sendall(request)
-        finally:
-            remote.close()
-            body.close()
-            os.close(status)
-        self.pid = self._number()
-
-    def _number(self) -> int:
-        data = b""
-        while len(data) < _NUMBER and (more := os.read(self._status, _NUMBER - len(data))):
-            data += more
-        assert len(data) == _NUMBER, "the server of warm processes has died"
-        return int.from_bytes(data, "little", signed=True)
-
-    def poll(self) -> int | None:
-        """Return the exit code if it has ended."""
-        return self._ended(0)
-
-    def wait(self, timeout: float | None = None) -> int:
-        """Return the exit code once it has ended.
-
-        Raises:
-            subprocess.TimeoutExpired: it has not within `timeout` seconds.
-        """
-        code = self._ended(timeout)
-        if code is None:
-            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
-        return code
-
-    def _ended(self, timeout: float | None) -> int | None:
-        if self.returncode is None and select.select([self._status], [], [], timeout)[0]:
-            self.returncode = self._number()
-            os.close(self._status)
-        return self.returncode
+        request = {"args": list(args), "env": dict(env), "cwd": str(cwd)}
+        super().__init__(args, ask_for_process(_server(), request, [self._out.fileno(), self._err.fileno()]))
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Wait for the end and return what it has written to both files.
@@ -126,12 +85,6 @@ class Warm:
         self.wait(timeout)
         out, err = (_text(file) for file in (self._out, self._err))
         return out, err
-
-    def send_signal(self, number: int) -> None:
-        """Send a signal, if it still runs."""
-        if self.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, number)
 
     def kill(self) -> None:
         """Send SIGKILL."""
@@ -146,62 +99,14 @@ def _text(file: IO[bytes]) -> str:
 @functools.cache
 def _server() -> socket.socket:
     """Start the server once per process; it ends when this process does."""
-    mine, its = socket.socketpair()
-    # One thread each, libraries included: a process with threads cannot be forked safely.
-    environment = {**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")}
-    environment |= {"DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
-    subprocess.Popen(
-        [sys.executable, "-m", "launch.testing.warm", str(its.fileno())],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        pass_fds=[its.fileno()],
-        start_new_session=True,  # Ctrl-C at the tests is not for it
-    )
-    its.close()
-    return mine
+    path = os.pathsep.join(filter(None, sys.path))
+    return start_server("launch.testing.warm", {**os.environ, "PYTHONPATH": path})[0]
 
 
 # ------------------------------------------------------------------------------------------------- the server's side
 
 
-def serve(requests: socket.socket) -> None:
-    """Fork a process for each request until the other end is closed, and kill what then still runs."""
-    for module in PRELOADED:
-        importlib.import_module(module)
-    assert threads() == 1, "an import starts threads, with which a process cannot be forked safely"
-    wake, waker = socket.socketpair()
-    for end in (wake, waker):
-        end.setblocking(False)
-    signal.signal(signal.SIGCHLD, lambda number, frame: None)
-    signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
-    running: dict[int, int] = {}
-    while True:
-        ready, _, _ = select.select([requests, wake], [], [])
-        if wake in ready:
-            wake.recv(4096)
-            report(running)
-        if requests not in ready:
-            continue
-        mark, given, _, _ = socket.recv_fds(requests, 1, 4)
-        if not mark:
-            for pid in running:
-                os.kill(pid, signal.SIGKILL)
-            return
-        body, out, err, status = given
-        with socket.socket(fileno=body) as sock:
-            request = json.loads(b"".join(iter(lambda: sock.recv(1 << 16), b"")))
-        pid = fork(
-            lambda: _begin(request),  # noqa: B023 - called before the next request
-            {0: os.open(os.devnull, os.O_RDONLY), 1: out, 2: err},
-        )
-        for fd in (out, err):
-            os.close(fd)
-        running[pid] = status
-        os.write(status, pid.to_bytes(_NUMBER, "little", signed=True))
-
-
-def _begin(request: dict[str, Any]) -> NoReturn:
+def _begin(request: dict[str, Any], kept: Sequence[int]) -> NoReturn:
     """Become `python -m args`, whose ranks are forked in turn."""
     os.chdir(request["cwd"])
     sys.path.insert(0, request["cwd"])  # as `python -m` does
@@ -278,9 +183,6 @@ class _Rank:
         self.send_signal(signal.SIGTERM)
 
 
-# ------------------------------------------------------------------------------------------------- the new process
-
-
 if __name__ == "__main__":
     with socket.socket(fileno=int(sys.argv[1])) as connection:
-        serve(connection)
+        serve(connection, PRELOADED, _begin)

@@ -2,8 +2,7 @@
 
     runs/<run>/live.json
 
-It is a window and no record: written at most once a second, never synced, gone with the next start. What happened is in
-the ledger.
+It is written at most once a second, never synced, and replaced by the next start. The record is the ledger.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import pytest
 
 from launch.hosts.config import LaunchConfig
 from launch.hosts.facts import facts
-from launch.hosts.link import Link, ask, greeted
+from launch.hosts.link import Link, RemoteHost, ask, greeted
 from launch.hosts.meeting import arrange
 from launch.hosts.names import HostSpec, of_slurm, parse_hosts, read_hostfile
 from launch.hosts.reach import agent_command, travelling
@@ -155,6 +155,32 @@ def test_an_agent_tells_of_its_host_and_ends_with_its_pipe(tmp_path: Path) -> No
         for link in links:
             link.close()
     assert all(link._process.returncode is not None for link in links)
+
+
+def test_an_agent_that_starts_ranks_for_longer_than_the_silence_limit_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    link = Link("x", agent_command("localhost", None), 2.0)
+    try:
+        greeted([link], 30.0)
+        host = RemoteHost(link, range(1), lambda number: None)
+        own = {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+        begin = host.begin(["no-such-page"], own, {}, tmp_path, warm=True)  # its interpreter imports for seconds
+        begun = time.monotonic()
+        [answer] = ask([link], [begin], 120.0)
+        assert "error" not in answer
+        assert time.monotonic() - begun > 2.0
+        host.started(answer)
+        limit = time.monotonic() + 60
+        while host.members[0].ended_at is None and link.lost is None:
+            assert time.monotonic() < limit
+            host.poll()
+            time.sleep(0.01)
+        assert link.lost is None
+        assert host.members[0].code == 2
+        assert "no-such-page" in capsys.readouterr().err  # rank 0's words are for the terminal
+    finally:
+        link.close()
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,12 @@ def test_a_first_death_is_followed_by_a_restart():
     assert verdict(failures(40), POLICY) == Again(1)
 
 
+def test_hosts_that_are_lost_at_one_step_are_not_the_runs_own_failure():
+    assert isinstance(verdict(failures(40, 40, 40), POLICY), GiveUp)
+    assert isinstance(verdict(failures(40, 40, 40, how="host"), POLICY), Again)
+    assert isinstance(verdict([*failures(40, 40, how="host"), Failure(9, 40, "killed")], POLICY), Again)
+
+
 def test_the_wait_doubles_without_progress_and_begins_anew_with_it():
     assert verdict(failures(40, 39), POLICY) == Again(2)
     assert verdict(failures(40, 39, 38), POLICY) == Again(4)
