@@ -15,6 +15,7 @@ import pytest
 from launch.testing.commands import ROOT, losses, setformer, train_words
 from launch.testing.hosts import Cluster, why_impossible
 from setformer_dist.core import ledger
+from setformer_dist.core.errors import LaunchError
 
 REASON = why_impossible()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -151,14 +152,13 @@ def test_a_stop_and_the_supervisors_death_end_all_hosts(
 @pytest.mark.hosts
 def test_hosts_that_cannot_train_are_named(cluster: Cluster, digits: Path, tmp_path: Path) -> None:
     words = train_words(digits, tmp_path, "launch.connect_s=8")[:-2]
-    known = cluster.config.read_text()
     cases = {
         "a:1,c:1": ("host c is lost: its command ended with exit code 255",),
         "a:1,b:x": ("host b: 'x' is not a number of slots",),
     }
     for hosts, said in cases.items():
         ended = setformer(*words, "--hosts", hosts, "--via", cluster.via)
-        assert ended.code == 2, ended.err
+        assert ended.code == LaunchError.exit_code, ended.err
         assert all(part in ended.err for part in said)
         assert len(ended.error_lines) == 1
     (cluster.folder / "known").rename(cluster.folder / "known.kept")
@@ -169,12 +169,9 @@ def test_hosts_that_cannot_train_are_named(cluster: Cluster, digits: Path, tmp_p
         ended = setformer(*words, "--hosts", "a:1,b:1", "--via", cluster.via)
     finally:
         (cluster.folder / "known.kept").rename(cluster.folder / "known")
-    assert ended.code == 2
+    assert ended.code == LaunchError.exit_code
     assert "Host key verification failed" in ended.err
-    assert cluster.config.read_text() == known
-    ended = setformer(*words, "--hosts", "a:1,b:1", "--via", f"ssh -F {cluster.config} -o IdentityFile=none {{host}}")
-    assert ended.code in (0, 2)
-    assert not (tmp_path / "demo" / "checkpoints").exists() or ended.code == 0
+    assert not (tmp_path / "demo").exists()
     assert all(cluster.processes(name) == [] for name in cluster.names)
 
 
