@@ -126,8 +126,10 @@ def train(
     _refuse_other_launchers()
     page = shipped(page)
     specs = chosen_hosts(ranks, hosts, hostfile, include, exclude)
-    ranks = sum(spec.slots for spec in specs) if specs else ranks or 1
-    run = resolve(continued(load_run(page, chosen)), ranks)
+    config = continued(load_run(page, chosen))
+    if specs:
+        ranks = sum(spec.slots for spec in specs[: config.launch.max_hosts or None])
+    run = resolve(config, ranks or 1)
     if dry_run:
         from launch.run import dry_run as predicted
 
@@ -141,9 +143,9 @@ def train(
     try:
         say = functools.partial(open_console(stderr=True).print, highlight=False, markup=False)
         if sys.stderr.isatty():
-            say(f"starting {ranks} rank{'s' if ranks > 1 else ''} …")
+            say(f"starting {run.plan.world_size} rank{'s' if run.plan.world_size > 1 else ''} …")
         args = [str(page), *chosen]
-        crew: Crew = LocalCrew(args, ranks, port, grace, run.config.launch.warm)
+        crew: Crew = LocalCrew(args, run.plan.world_size, port, grace, run.config.launch.warm)
         if specs:
             fits = functools.partial(can_share, run.config)
             crew = Fleet(specs, args, folder, run.config.launch, fits, say, via, port, grace)
@@ -357,6 +359,9 @@ def drill(
     faults: Annotated[int, typer.Option(help="Number of faults to inject.")] = 100,
     seed: Annotated[int, typer.Option(help="Seed of the faults: which, when, where.")] = 0,
     ranks: Annotated[int, typer.Option("--ranks", "-n", help="Processes of the run.")] = 2,
+    hosts: Annotated[
+        int, typer.Option(help="Make this many hosts (network namespaces, root) and train on all but one.", min=0)
+    ] = 0,
     epochs: Annotated[int, typer.Option(help="Length of each run; 22 steps an epoch.", min=3)] = 16,
     out: Annotated[Path, typer.Option(help="Folder for all of it.")] = Path("runs/drill"),
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the faults to this file.")] = None,
@@ -364,17 +369,20 @@ def drill(
     """Make random faults in a real small training, and check that nothing is lost.
 
     Kills ranks and the launcher, suspends ranks, sends SIGTERM and SIGUSR1, damages checkpoints and fills the disk
-    (where a small one can be mounted, which takes root). Exit code 8 if anything was lost.
+    (where a small one can be mounted, which takes root). With --hosts it kills agents and ssh, takes hosts' power
+    away and cuts, slows and half opens their links. Exit code 8 if anything was lost.
 
     Examples:
 
         setformer drill --faults 10
 
         setformer drill --faults 100 --seed 7 --json drill.json
+
+        setformer drill --hosts 3 --faults 100
     """
     from launch.drill import drill
 
-    drill.run_drill(out, faults, seed, ranks, epochs, open_console(), json_file)
+    drill.run_drill(out, faults, seed, ranks, epochs, open_console(), hosts=hosts, json_file=json_file)
 
 
 class AboveBar(RichHandler):

@@ -19,24 +19,26 @@ import statistics
 import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from checkpoints.reader import open_checkpoint
 from dataloaders.packing.pack import PackOptions, pack_image_folder
-from launch.drill.faults import CHECKPOINT_EVERY, FAULTS, Hand, Run
+from launch.drill.compare import same_as
+from launch.drill.faults import FAULTS, Hand
+from launch.drill.host_faults import HOST_FAULTS, HostHand, crew_of
 from launch.drill.mounts import keep_mounts_private
+from launch.drill.namespaces import Cluster, why_impossible
+from launch.drill.run import CHECKPOINT_EVERY, Run
 from launch.examples.demo import write_digits
 from setformer_dist.core.errors import DrillError
 from setformer_dist.core.terminal import open_table
 
 _DISK_MIB = 192
-_STATES = ("param", "exp_avg", "exp_avg_sq", "ema")
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,13 @@ class Fault:
     """One fault and what came of it.
 
     Attributes:
-        kind: see `launch.drill.faults`.
+        kind: see `launch.drill.faults` and `launch.drill.host_faults`.
         detail: on what.
         reached: steps done when it came.
         resumed: step that the run went on from.
         floor: step that it had to go on from at least: the newest complete checkpoint's.
-        seconds: until the next step.
+        seconds: from the fault to the next optimizer step.
+        noticed: seconds from the fault to the end of the attempt, where a supervisor saw it.
     """
 
     kind: str
@@ -58,6 +61,7 @@ class Fault:
     resumed: int
     floor: int
     seconds: float
+    noticed: float | None = None
 
     @property
     def lost(self) -> int:
@@ -99,8 +103,65 @@ def _unmount(folder: Path) -> None:
     subprocess.run(["umount", str(folder)], check=False)  # says why
 
 
+class AnyHand(Protocol):
+    """What makes faults in a run."""
+
+    run: Run
+    draw: random.Random
+
+    def mend(self) -> None:
+        """Mend what stays broken after a fault, once the run goes on."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Where the runs of a drill take place.
+
+    Attributes:
+        crew: words of the command that say where ranks run.
+        folder: for the runs.
+        hand: makes what makes the faults in a run.
+        kinds: the faults: each takes a hand, and returns what it hit and the step from which the run must go on at
+            least.
+        harmless: kinds that a run may survive without starting again.
+    """
+
+    crew: Sequence[str]
+    folder: Path
+    hand: Callable[[Run], AnyHand]
+    kinds: Mapping[str, Callable[[Any], tuple[str, int]]]
+    harmless: frozenset[str] = frozenset()
+
+
+@contextlib.contextmanager
+def _one_machine(out: Path, ranks: int, draw: random.Random, console: Console) -> Iterator[Scene]:
+    with small_disk(out / "disk") as mounted:
+        if not mounted:
+            console.print("no small disk can be mounted here (that needs root), so there are no full-disk faults")
+        kinds = {name: act for name, act in FAULTS.items() if mounted or name != "full disk"}
+        disk = out / "disk"
+        yield Scene(("--ranks", str(ranks)), disk, lambda run: Hand(run, draw, disk if mounted else None), kinds)
+
+
+@contextlib.contextmanager
+def _several_hosts(out: Path, hosts: int, draw: random.Random) -> Iterator[Scene]:
+    with Cluster(hosts) as cluster:
+        (out / "disk").mkdir()
+        acts = {name: act for name, (act, _) in HOST_FAULTS.items()}
+        harmless = frozenset(name for name, (_, survives) in HOST_FAULTS.items() if survives)
+        yield Scene(crew_of(cluster), out / "disk", lambda run: HostHand(run, draw, cluster), acts, harmless)
+
+
 def run_drill(
-    out: Path, faults: int, seed: int, ranks: int, epochs: int, console: Console, json_file: Path | None = None
+    out: Path,
+    faults: int,
+    seed: int,
+    ranks: int,
+    epochs: int,
+    console: Console,
+    *,
+    hosts: int = 0,
+    json_file: Path | None = None,
 ) -> None:
     """Make faults until there were enough, and print what came of them.
 
@@ -108,31 +169,26 @@ def run_drill(
         out: folder for all of it; what an earlier drill left there is removed.
         faults: how many.
         seed: of the faults.
-        ranks: of the run.
+        ranks: of the run, on one machine.
         epochs: of each run; when one has come to its end and faults are left, another begins.
         console: for the table.
+        hosts: network namespaces with an sshd each, of which all but one train, with one rank each; 0 is one machine.
         json_file: where the table goes as JSON.
 
     Raises:
-        DrillError: something was lost, or a fault was not recovered from.
+        DrillError: something was lost, or a fault was not recovered from, or there can be no hosts here.
     """
-    if out.exists() and any(out.iterdir()) and not (out / "drill.json").exists():
-        raise DrillError(f"{out} is not empty and does not belong to a drill: name another folder")
-    if (out / "disk").is_mount():  # of a drill that was killed
-        subprocess.run(["umount", str(out / "disk")], check=False)
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    (out / "drill.json").write_text("{}")
+    if hosts and (reason := why_impossible()) is not None:
+        raise DrillError(f"hosts cannot be made on this machine: {reason}")
+    _clear(out)
     data = _digits(out)
     draw = random.Random(seed)
     made: list[Fault] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with small_disk(out / "disk") as mounted, Progress(*columns, console=console, transient=True) as progress:
-        kinds = [kind for kind in FAULTS if mounted or kind != "full disk"]
-        if not mounted:
-            console.print("no small disk can be mounted here (that needs root), so there are no full-disk faults")
+    place = _several_hosts(out, hosts, draw) if hosts else _one_machine(out, ranks, draw, console)
+    with place as scene, Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("reference run", total=faults)
-        reference = _reference(out, data, ranks, epochs)
+        reference = _reference(out, data, ["--ranks", str(hosts - 1 if hosts else ranks)], epochs)
         runs = 0
 
         def advance() -> None:
@@ -141,18 +197,18 @@ def run_drill(
 
         while len(made) < faults:
             progress.update(bar, description=f"run {runs + 1}")
-            folder = out / "disk" / f"run-{runs}"
+            folder = scene.folder / f"run-{runs}"
             folder.mkdir()
-            run = Run(folder, data, ranks, seed=0, epochs=epochs)
-            hand = Hand(run, draw, out / "disk" if mounted else None)
+            run = Run(folder, data, scene.crew, epochs)
+            hand = scene.hand(run)
             try:
-                _one_run(hand, kinds, made, faults, advance)
-                _same_as(reference, run)
+                _one_run(hand, scene, made, faults, advance)
+                same_as(reference, run)
             except DrillError as error:
                 run.end()
                 shutil.copytree(folder, out / "failed")  # the small disk goes
                 raise DrillError(
-                    f"{error}\nfault {len(made) + 1} of seed {seed}; the run is kept in {out / 'failed'}"
+                    f"{error}\n  fault {len(made) + 1} of seed {seed}; the run is kept in {out / 'failed'}"
                 ) from None
             finally:
                 run.end()
@@ -166,6 +222,21 @@ def run_drill(
         raise DrillError(f"{len(bad)} of {len(made)} faults lost more steps than allowed, the first: {bad[0]}")
 
 
+def _clear(out: Path) -> None:
+    """Remove what an earlier drill has left.
+
+    Raises:
+        DrillError: the folder is not a drill's.
+    """
+    if out.exists() and any(out.iterdir()) and not (out / "drill.json").exists():
+        raise DrillError(f"{out} is not empty and does not belong to a drill: name another folder")
+    if (out / "disk").is_mount():  # of a drill that was killed
+        subprocess.run(["umount", str(out / "disk")], check=False)
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / "drill.json").write_text("{}")
+
+
 def _write(path: Path, made: list[Fault]) -> None:
     path.write_text(json.dumps([asdict(f) | {"lost": f.lost, "recovered": f.recovered} for f in made], indent=1))
 
@@ -177,21 +248,21 @@ def _digits(out: Path) -> Path:
     return out / "data"
 
 
-def _reference(out: Path, data: Path, ranks: int, epochs: int) -> Run:
+def _reference(out: Path, data: Path, crew: Sequence[str], epochs: int) -> Run:
     folder = out / "reference"
     folder.mkdir()
-    run = Run(folder, data, ranks, seed=0, epochs=epochs)
+    run = Run(folder, data, crew, epochs)
     try:
         run.start()
         run.wait(lambda: run.code is not None)
         if run.code != 0:
-            raise DrillError(f"the run without faults ended with exit code {run.code}:\n{run.said()}")
+            raise DrillError(f"the run without faults ended with exit code {run.code}:\n  {run.said()}")
     finally:
         run.end()
     return run
 
 
-def _one_run(hand: Hand, kinds: list[str], made: list[Fault], faults: int, advance: Callable[[], None]) -> None:
+def _one_run(hand: AnyHand, scene: Scene, made: list[Fault], faults: int, advance: Callable[[], None]) -> None:
     """Run to the end, with faults on the way."""
     run = hand.run
     run.start()
@@ -202,25 +273,31 @@ def _one_run(hand: Hand, kinds: list[str], made: list[Fault], faults: int, advan
         time.sleep(hand.draw.uniform(0, 2.5))
         if run.code is not None or len(made) >= faults:
             break
-        made.append(_one_fault(hand, hand.draw.choice(kinds)))
+        made.append(_one_fault(hand, hand.draw.choice(list(scene.kinds)), scene))
         advance()
     ended = run.wait(lambda: run.code is not None)
     if not ended or run.code != 0:
-        raise DrillError(f"a run did not finish (exit code {run.code}):\n{run.said()}")
+        raise DrillError(f"a run did not finish (exit code {run.code}):\n  {run.said()}")
 
 
-def _one_fault(hand: Hand, kind: str) -> Fault:
+def _one_fault(hand: AnyHand, kind: str, scene: Scene) -> Fault:
     """Make a fault and wait until the run goes on."""
     run = hand.run
-    at, begun = time.monotonic(), run.began()
-    reached = run.reached()
-    detail, floor = FAULTS[kind](hand)
-    came = run.wait(lambda: run.began() > begun or run.code == 0)
-    if not came or (run.code not in (None, 0) and run.began() <= begun):
-        raise DrillError(f"{kind} ({detail}) at step {reached}: the run did not go on:\n{run.said()}")
+    at, since, begun = time.monotonic(), time.time(), run.began()
+    reached, logged = run.reached(), run.logged()
+    detail, floor = scene.kinds[kind](hand)
+
+    def goes_on() -> bool:
+        return run.stepped(begun) or (kind in scene.harmless and run.began() == begun and run.logged() > logged)
+
+    came = run.wait(lambda: goes_on() or run.code is not None)
+    seconds = time.monotonic() - at
+    hand.mend()
+    if not came or (run.code not in (None, 0) and not goes_on()):
+        raise DrillError(f"{kind} ({detail}) at step {reached}: the run did not go on:\n  {run.said()}")
     steps, reached = _attempts(run)[begun:], _attempts(run)[begun - 1][1] if begun else 0
     resumed = steps[0][0] if steps else reached
-    return Fault(kind, detail, reached, resumed, floor, time.monotonic() - at)
+    return Fault(kind, detail, reached, resumed, floor, seconds, run.noticed(since))
 
 
 def _attempts(run: Run) -> list[tuple[int, int]]:
@@ -234,59 +311,18 @@ def _attempts(run: Run) -> list[tuple[int, int]]:
     return found
 
 
-def _same_as(reference: Run, run: Run) -> None:
-    """Compare losses, samples and weights with the run without faults.
-
-    Raises:
-        DrillError: naming the first that differs.
-    """
-    for name, read in (("loss", _losses), ("samples", _samples)):
-        ours, theirs = read(run.folder), read(reference.folder)
-        differing = sorted(step for step in {*ours, *theirs} if ours.get(step) != theirs.get(step))
-        if differing:
-            step = differing[0]
-            raise DrillError(
-                f"the {name} of step {step} is {ours.get(step)!r} after faults and {theirs.get(step)!r} without"
-            )
-    one, other = (open_checkpoint(r.folder / "checkpoints") for r in (run, reference))
-    if one.step != other.step:
-        raise DrillError(f"the run ended at step {one.step} after faults and at {other.step} without")
-    for state in _STATES:
-        after, without = one.read_full(state), other.read_full(state)
-        for key, value in without.items():
-            if not torch.equal(after[key], value):
-                raise DrillError(f"{state} of {key} differs from the run without faults")
-
-
-def _losses(folder: Path) -> dict[int, float]:
-    found = {}
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            if row["kind"] == "train":
-                found[row["step"]] = row["loss"]
-    return found
-
-
-def _samples(folder: Path) -> dict[int, list[int]]:
-    found = {}
-    for line in (folder / "samples.jsonl").read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            found[row["step"]] = row["ids"]
-    return found
-
-
 def _show(made: list[Fault], runs: int, epochs: int, console: Console) -> None:
     by_kind: dict[str, list[Fault]] = defaultdict(list)
     for fault in made:
         by_kind[fault.kind].append(fault)
     table = open_table(
-        "fault", "times", "recovered", "steps lost: mean", "most", "allowed", "seconds to go on: median", "most"
+        *("fault", "times", "recovered", "steps lost: mean", "most", "allowed"),
+        *("seconds to notice: median", "to the next step: median", "most"),
     )
     rows = [*sorted(by_kind.items()), ("all", made)]
     for kind, found in rows:
         seconds = [f.seconds for f in found]
+        noticed = [f.noticed for f in found if f.noticed is not None]
         table.add_row(
             kind,
             str(len(found)),
@@ -294,6 +330,7 @@ def _show(made: list[Fault], runs: int, epochs: int, console: Console) -> None:
             f"{statistics.mean(f.lost for f in found):.1f}",
             str(max(f.lost for f in found)),
             str(max(f.reached - f.floor for f in found)),
+            f"{statistics.median(noticed):.1f}" if noticed else "",
             f"{statistics.median(seconds):.1f}",
             f"{max(seconds):.1f}",
             end_section=kind == rows[-2][0],

@@ -21,7 +21,8 @@ class LaunchConfig(FrozenConfig):
         connect_s: seconds that a host has to answer at the start.
         min_hosts: the run waits for hosts rather than going on with fewer than these.
         max_hosts: hosts that train at a time; further ones of the list stand by. 0 takes all.
-        retry_s: seconds for which a host that was lost is left out; doubled each time it is lost again.
+        retry_s: seconds for which a host that was lost is left out; doubled each time it is lost again, up to an hour,
+            until it has trained for ten times as long.
         take_back: when a host that answers again takes part again: once the next checkpoint is written, at once (the
             ranks save and start again), or never before the next start.
         warm: fork the ranks of a host from one interpreter that has imported everything, which makes restarts faster;

@@ -24,14 +24,23 @@ from setformer_dist.core.errors import LaunchError
 from setformer_dist.core.ranks import PORT_GIVEN_VARIABLE
 
 _START_S = 60.0
+_WELL = 10  # a host is as good as new once it was not lost for so many times as long as it was left out
+_LONGEST_S = 3600.0
 
 
 @dataclass
 class _Absence:
-    """How often a host was lost, and until when it is left out."""
+    """For how long a host that was lost is left out."""
 
-    times: int = 0
+    seconds: float = 0.0
     until: float = 0.0
+
+    def lose(self, first: float) -> None:
+        """Leave the host out for twice as long as the last time, or for `first` seconds where it was well since."""
+        now = time.monotonic()
+        well = now - self.until > _WELL * self.seconds
+        self.seconds = first if well else min(2 * self.seconds, max(first, _LONGEST_S))
+        self.until = now + self.seconds
 
 
 @dataclass
@@ -188,9 +197,7 @@ class Fleet:
 
     def _leave_out(self, name: str) -> None:
         """Leave a host out for a while that grows with each loss."""
-        absence = self._absences.setdefault(name, _Absence())
-        absence.until = time.monotonic() + self.config.retry_s * 2**absence.times
-        absence.times += 1
+        self._absences.setdefault(name, _Absence()).lose(self.config.retry_s)
         link = self._links.pop(name, None)
         if link is not None:
             link.close()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch.testing.commands import ROOT, losses, setformer, train_words
-from launch.testing.hosts import Cluster, why_impossible
+from launch.drill.namespaces import Cluster, why_impossible
 from setformer_dist.core import ledger
 from setformer_dist.core.errors import LaunchError
 

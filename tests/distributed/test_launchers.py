@@ -14,7 +14,7 @@ import pytest
 
 from launch.ranks.launchers import adopt, port_of
 from launch.testing.commands import DEMO, ROOT, SHORT, losses, setformer, train_words
-from launch.testing.hosts import Cluster, why_impossible
+from launch.drill.namespaces import Cluster, why_impossible
 from setformer_dist.core.errors import LaunchError
 
 REASON = why_impossible()

@@ -1,4 +1,4 @@
-"""Several hosts on one machine: network namespaces joined by a bridge, a real sshd in each. For tests and drills.
+"""Several hosts on one machine: network namespaces joined by a bridge, a real sshd in each. For drills and tests.
 
 To ssh, pdsh, gloo and NCCL they are hosts with addresses of their own; they share the file system, as the hosts of a
 cluster share a folder. It takes root, `ip` and `sshd`. Whatever was made is removed, also after an error.
@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-_TOOLS = ("ip", "ssh", "sshd", "ssh-keygen", "unshare")
+_TOOLS = ("ip", "ssh", "sshd", "ssh-keygen", "unshare", "tc", "nft")
 _READY_S = 20.0
 _PATH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
 
@@ -32,7 +32,7 @@ def why_impossible() -> str | None:
         return "network namespaces take root on Linux"
     missing = [tool for tool in _TOOLS if shutil.which(tool, path=_PATH) is None]
     if missing:
-        return f"{', '.join(missing)} not installed (Debian: iproute2, openssh-server, openssh-client)"
+        return f"{', '.join(missing)} not installed (Debian: iproute2, openssh-server, openssh-client, nftables)"
     name = f"sf{secrets.token_hex(3)}"
     made = _try("ip", "netns", "add", name)
     if made:
@@ -114,13 +114,17 @@ class Cluster:
         _do("ip", "-n", space, "addr", "add", f"{self.address(name)}/24", "dev", "eth0")
         for device in ("lo", "eth0"):
             _do("ip", "-n", space, "link", "set", device, "up")
+        self.boot(name)
+
+    def boot(self, name: str) -> None:
+        """Start a host's sshd, the first time or after `kill`."""
         sshd = shutil.which("sshd", path=_PATH)
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # where sshd leaves its privileges
         start = f"hostname {name} && exec {sshd} -D -e -f {self.folder / 'sshd_config'}"
         with (self.folder / f"sshd-{name}.log").open("wb") as log:
             self._daemons.append(
                 subprocess.Popen(
-                    ["ip", "netns", "exec", space, "unshare", "--uts", "sh", "-c", start],
+                    ["ip", "netns", "exec", self.namespace(name), "unshare", "--uts", "sh", "-c", start],
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                 )
             )  # fmt: skip
@@ -147,9 +151,32 @@ class Cluster:
         """Put a host's link back."""
         _do("ip", "link", "set", f"{self._tag}{name}", "master", self._tag)
 
-    def disturb(self, name: str, *how: str) -> None:
-        """Disturb what goes to a host, as `tc netem` has it: "delay", "50ms", "loss", "1%", "rate", "1mbit"."""
-        _do("tc", "qdisc", "replace", "dev", f"{self._tag}{name}", "root", "netem", *how)
+    def mute(self, name: str) -> None:
+        """Drop whatever a host sends; it hears all."""
+        self._rule(name, "output", "drop")
+
+    def lose(self, name: str, share: float) -> None:
+        """Drop a share of the packets that a host sends and gets, drawn at random. Takes nftables."""
+        for way in ("input", "output"):
+            self._rule(name, way, "numgen", "random", "mod", "1000", "<", str(round(1000 * share)), "drop")
+
+    def slow(self, name: str, kbit: int) -> None:
+        """Limit the bandwidth of a host's link, both ways."""
+        limit = ("tbf", "rate", f"{kbit}kbit", "burst", "16kb", "latency", "200ms")
+        _do("tc", "qdisc", "replace", "dev", f"{self._tag}{name}", "root", *limit)
+        _do("tc", "-n", self.namespace(name), "qdisc", "replace", "dev", "eth0", "root", *limit)
+
+    def mend(self, name: str) -> None:
+        """End what `mute`, `lose` and `slow` have done to a host."""
+        _try("ip", "netns", "exec", self.namespace(name), "nft", "delete", "table", "inet", "drill")
+        _try("tc", "qdisc", "del", "dev", f"{self._tag}{name}", "root")
+        _try("tc", "-n", self.namespace(name), "qdisc", "del", "dev", "eth0", "root")
+
+    def _rule(self, name: str, way: str, *rule: str) -> None:
+        nft = ("ip", "netns", "exec", self.namespace(name), "nft", "add")
+        _do(*nft, "table", "inet", "drill")
+        _do(*nft, "chain", "inet", "drill", way, f"{{ type filter hook {way} priority 0; }}")
+        _do(*nft, "rule", "inet", "drill", way, "oifname" if way == "output" else "iifname", "eth0", *rule)
 
     def kill(self, name: str) -> None:
         """Kill everything on a host, its sshd too: its power is gone."""
