@@ -44,6 +44,7 @@ from launch.cli.options import (
 from launch.cli.usage import UsageError, check_homes, usage_fault
 from launch.hosts.fleet import Fleet
 from launch.hosts.names import HostSpec, of_slurm, parse_hosts, read_hostfile
+from launch.hosts.reach import opener
 from launch.ranks.local import LocalCrew
 from launch.ranks.supervise import Crew, run_supervised
 from launch.run import keys
@@ -148,7 +149,7 @@ def train(
         crew: Crew = LocalCrew(args, run.plan.world_size, port, grace, run.config.launch.warm)
         if specs:
             fits = functools.partial(can_share, run.config)
-            crew = Fleet(specs, args, folder, run.config.launch, fits, say, via, port, grace)
+            crew = Fleet(specs, args, folder, run.config.launch, fits, say, opener(via), port, grace)
         code = run_supervised(crew, folder, policy, say=say)
     except SetformerError as error:
         names_a_log = isinstance(error, RankFailedError) and str(error)

@@ -5,6 +5,7 @@ check.py       what must hold on all hosts before anything starts
 config.py      the [launch] table of a page
 facts.py       what a host says of itself
 fleet.py       the hosts of a run, over all its attempts
+channel.py     what reaches an agent: a command with pipes to it, as ssh
 link.py        the supervisor's end of one host, and the ranks behind it
 meeting.py     where the ranks of several hosts meet: an address that all can reach, and the interfaces to it
 names.py       which hosts, and how many ranks on each: --hosts, a hostfile, a Slurm allocation

@@ -194,12 +194,10 @@ class Agent:
             self._beaten_at = time.monotonic()
             running = [m for m in self._host.members if m.rank not in self._told]
             self._wire.send({"is": "beats", "ranks": [_beat(m) for m in running]})
-        for member in ended:
-            self._told.add(member.rank)
-            self._wire.send(
-                {"is": "ended", "rank": member.rank, "code": member.code, "said": member.said(),
-                 "lines": member.last_lines()}
-            )  # fmt: skip
+        if ended:
+            self._told.update(m.rank for m in ended)
+            told = [[m.rank, m.code, m.said(), m.last_lines()] for m in ended]
+            self._wire.send({"is": "ended", "ranks": told})
 
 
 def _beat(member: LocalRank) -> list[Any]:
@@ -254,7 +252,7 @@ def _look(message: Message) -> dict[str, Any]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / message["name"]).touch()
-        seen = sorted(path.name for path in folder.glob(f"{message['prefix']}*"))
+        names = sorted(path.name for path in folder.glob(f"{message['prefix']}*"))
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise LaunchError(f"run folder {folder.absolute()} cannot be written: {error.strerror}") from None
@@ -264,6 +262,7 @@ def _look(message: Message) -> dict[str, Any]:
             digest = hashlib.sha256(page.read_bytes()).hexdigest()
         except OSError as error:
             raise LaunchError(f"page {page.absolute()} cannot be read: {error.strerror}") from None
+    seen = hashlib.sha256("\n".join(names).encode()).hexdigest()  # thousands of hosts see thousands of names
     return {"seen": seen, "free": free, "page": digest}
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,40 +47,56 @@ def check_slots(link: Link, slots: int) -> None:
         raise LaunchError(f"host {link.name} has {devices} devices, but {slots} ranks are requested: give fewer slots")
 
 
-def check_folder_is_shared(links: Sequence[Link], folder: Path, page: Path | None = None) -> None:
-    """Check that every host sees one and the same run folder, and this machine's page.
+def folder_faults(
+    links: Sequence[Link], folder: Path, page: Path | None = None, meanwhile: Callable[[], object] = lambda: None
+) -> dict[str, str]:
+    """Find the hosts that do not share the run folder, or have another run config; return a sentence for each.
 
-    Each host makes a file there, and each must see those of all others.
+    Each host makes a file in the folder, and each must see those of all others. Where they see different ones, those
+    of the largest group are right.
 
-    Raises:
-        LaunchError: naming the host.
+    Args:
+        links: of the hosts.
+        folder: of the run.
+        page: the run config's file, where there is one.
+        meanwhile: as in `launch.hosts.link.ask`.
     """
     prefix = f"{_MARK}{secrets.token_hex(6)}-"
     folder.mkdir(parents=True, exist_ok=True)
-    names = [f"{prefix}{at}" for at in range(len(links))]
-    look = [
-        {"do": "look", "folder": str(folder), "prefix": prefix, "name": name, "page": str(page) if page else None}
-        for name in names
-    ]
+    common = {"do": "look", "folder": str(folder), "prefix": prefix, "page": str(page) if page else None}
+    looks = [{**common, "name": f"{prefix}{at}"} for at in range(len(links))]
+    limit = time.monotonic() + _SEEN_WITHIN_S
     try:
-        mine = None
-        for link, answer in zip(links, ask(links, look, _LIMIT_S), strict=True):
-            if "error" in answer:
-                raise LaunchError(f"host {link.name}: {answer['error']}")
-            mine = mine or answer["page"]
-            if answer["page"] != mine:
-                raise LaunchError(f"host {link.name} has another {page} than host {links[0].name}: copy it there")
-        limit = time.monotonic() + _SEEN_WITHIN_S
         while True:
-            answers = ask(links, look, _LIMIT_S)
-            short = [link for link, a in zip(links, answers, strict=True) if set(a.get("seen", ())) < set(names)]
-            if not short:
-                return
-            if time.monotonic() > limit:
-                raise LaunchError(
-                    f"run folder {folder.absolute()} of host {short[0].name} is not that of the others: put it on a "
-                    "file system that all hosts share (run.out)"
-                )
-            time.sleep(0.2)
+            answers = ask(links, looks, _LIMIT_S, meanwhile)
+            faults = {link.name: f"host {link.name}: {a['error']}" for link, a in zip(links, answers, strict=True)
+                      if "error" in a}  # fmt: skip
+            seen = {link: a["seen"] for link, a in zip(links, answers, strict=True) if link.name not in faults}
+            groups = collections.Counter(seen.values())
+            if len(groups) <= 1 or time.monotonic() > limit:
+                break
+            time.sleep(0.2)  # a file system of a network may take a moment to show a new name
     finally:
-        ask(links, [{"do": "forget", "folder": str(folder), "prefix": prefix}] * len(links), _LIMIT_S)
+        ask(links, [{"do": "forget", "folder": str(folder), "prefix": prefix}] * len(links), _LIMIT_S, meanwhile)
+    common_view = max(groups, key=lambda view: groups[view], default="")
+    digests = {link: a.get("page") for link, a in zip(links, answers, strict=True)}
+    first = next((link for link in links if link.name not in faults), links[0])
+    for link, view in seen.items():
+        if view != common_view:
+            faults[link.name] = (
+                f"run folder {folder.absolute()} of host {link.name} is not that of the others: put it on a file "
+                "system that all hosts share (run.out)"
+            )
+        elif digests[link] != digests[first]:
+            faults[link.name] = f"host {link.name} has another {page} than host {first.name}: copy it there"
+    return faults
+
+
+def check_folder_is_shared(links: Sequence[Link], folder: Path, page: Path | None = None) -> None:
+    """Check what `folder_faults` finds.
+
+    Raises:
+        LaunchError: the first fault.
+    """
+    for fault in folder_faults(links, folder, page).values():
+        raise LaunchError(fault)

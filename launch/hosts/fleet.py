@@ -7,17 +7,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from checkpoints.layout import MANIFEST, step_folders
-from launch.hosts.check import check_alike, check_folder_is_shared, check_slots
+from launch.hosts.channel import Opener
+from launch.hosts.check import check_alike, check_slots, folder_faults
 from launch.hosts.config import LaunchConfig
 from launch.hosts.facts import facts
-from launch.hosts.link import Link, RemoteHost, ask, greeted
+from launch.hosts.link import Link, RemoteHost, ask, close_all, greeted
 from launch.hosts.meeting import Meeting, arrange
 from launch.hosts.names import HostSpec
-from launch.hosts.reach import agent_command, travelling
-from launch.ranks.attempt import Attempt, AttemptError, Watch
+from launch.hosts.reach import opener, travelling
+from launch.ranks.attempt import Attempt, AttemptError, Watch, kill_all
 from launch.ranks.logs import LOG_DIR_VARIABLE
 from launch.ranks.signals import Received
 from setformer_dist.core.errors import LaunchError
@@ -54,7 +54,7 @@ class Fleet:
         config: the [launch] table.
         fits: whether a number of ranks can share the global batch.
         say: tells the user.
-        via: see `launch.hosts.reach.agent_command`.
+        reach: opens a channel to a host's agent, as `launch.hosts.reach.opener` says.
         port: at which rank 0 is met; by default a free one.
         grace_s: seconds that ranks have for a checkpoint after a stop signal.
     """
@@ -65,7 +65,7 @@ class Fleet:
     config: LaunchConfig
     fits: Callable[[int], bool]
     say: Callable[[str], None]
-    via: str | None = None
+    reach: Opener = field(default_factory=lambda: opener(None))
     port: int | None = None
     grace_s: float = 60.0
     _links: dict[str, Link] = field(default_factory=dict)
@@ -129,36 +129,41 @@ class Fleet:
             return
         new = [self._taken_back(spec.name) or self._link(spec.name) for spec in missing]
         greeted(new, self.config.connect_s, self.show_life)
-        slots = {spec.name: spec.slots for spec in self.specs}
-        here = facts()
+        faults = self._faults(new)
+        if complete and faults:
+            close_all(new)
+            raise LaunchError(next(iter(faults.values())))
         for link in new:
-            fault = link.lost or self._fault(link, slots[link.name], here)
-            if fault is None:
+            if link.name not in faults:
                 self._links[link.name] = link
                 continue
             link.close()
-            if complete:
-                for other in new:
-                    other.close()
-                raise LaunchError(fault)
             if link.name in self._checked:
-                self.say(f"{fault}; the run continues without it and will try it again")
+                self.say(f"{faults[link.name]}; the run continues without it and will try it again")
             self._leave_out(link.name)
         self._checked.update(self._links)
 
-    def _fault(self, link: Link, slots: int, here: dict[str, Any]) -> str | None:
-        """Return why a host that answers cannot take part."""
-        try:
-            check_alike(link, here)
-            check_slots(link, slots)
-            if self._links:
-                check_folder_is_shared([*self._links.values(), link], self.run_folder, Path(self.args[0]))
-        except LaunchError as error:
-            return str(error)
-        return None
+    def _faults(self, new: Sequence[Link]) -> dict[str, str]:
+        """Return why hosts that were asked cannot take part, by their names."""
+        slots = {spec.name: spec.slots for spec in self.specs}
+        here = facts()
+        faults = {}
+        for link in new:
+            try:
+                if link.lost is not None:
+                    raise LaunchError(link.lost)
+                check_alike(link, here)
+                check_slots(link, slots[link.name])
+            except LaunchError as error:
+                faults[link.name] = str(error)
+        sound = [*self._links.values(), *(link for link in new if link.name not in faults)]
+        if len(sound) > 1:
+            found = folder_faults(sound, self.run_folder, Path(self.args[0]), self.show_life)
+            faults |= {link.name: found[link.name] for link in new if link.name in found}
+        return faults
 
     def _link(self, name: str) -> Link:
-        return Link(name, agent_command(name, self.via), self.config.silence_s)
+        return Link(name, self.reach(name), self.config.silence_s)
 
     def _taken_back(self, name: str) -> Link | None:
         """Return the link to a host that answers again."""
@@ -257,8 +262,7 @@ class Fleet:
             hosts.append(host)
         for host, answer in zip(hosts, ask(links, begun, _START_S, self.show_life), strict=True):
             if "error" in answer:
-                for other in hosts:
-                    other.kill()
+                kill_all(hosts)
                 how = "host" if host.lost else "error"
                 raise AttemptError(f"host {host.link.name}: {answer['error']}", how, -1)
             host.started(answer)
@@ -266,6 +270,5 @@ class Fleet:
 
     def close(self) -> None:
         """End all agents and what they have started."""
-        for link in (*self._links.values(), *(link for link, _ in self._coming.values())):
-            link.close()
+        close_all([*self._links.values(), *(link for link, _ in self._coming.values())])
         self._links, self._coming = {}, {}

@@ -1,10 +1,8 @@
-"""The supervisor's end of one host: the command that reaches its agent, and the ranks behind it."""
+"""The supervisor's end of one host: the link to its agent, and the ranks behind it."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,15 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launch.hosts.channel import Channel
 from launch.hosts.wire import Message, Wire
-from launch.ranks.processes import ENTRY_MODULE, die_with_parent
-from setformer_dist.core.errors import LaunchError
+from launch.ranks.processes import ENTRY_MODULE
+from launch.ranks.signals import Pause
 from setformer_dist.core.heartbeat import START, Beat
 from setformer_dist.core.secrets import redacted
 
 _KILL_S = 30.0
 _GONE_S = 5.0  # how long a command may take to end once its pipe is closed
-_ERROR_BYTES = 4096
 
 
 class Link:
@@ -32,42 +30,24 @@ class Link:
         lost: one sentence where the host does not answer any more.
     """
 
-    def __init__(self, name: str, command: Sequence[str], silence_s: float) -> None:
-        """Start the command of an agent.
+    def __init__(self, name: str, channel: Channel, silence_s: float) -> None:
+        """Args:
 
-        Raises:
-            LaunchError: there is no such command.
+        name: of the host.
+        channel: to its agent.
+        silence_s: seconds without a word after which it counts as lost.
         """
         self.name = name
         self.facts: dict[str, Any] = {}
         self.lost: str | None = None
         self.silence_s = silence_s
         self._unread: list[Message] = []
-        self._errors = b""
-        try:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-                preexec_fn=die_with_parent(),
-            )
-        except OSError as error:
-            raise LaunchError(
-                f"{command[0]} is needed to reach host {name} and cannot be run: {error.strerror}"
-            ) from None
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        assert self._process.stderr is not None
-        self._stderr = self._process.stderr.fileno()
-        os.set_blocking(self._stderr, False)
-        self._wire = Wire(self._process.stdout.fileno(), self._process.stdin.fileno())
+        self._channel = channel
+        self._wire = Wire(channel.reads, channel.writes)
 
     def readable(self) -> list[int]:
         """Return descriptors that have something to read when there is news."""
-        assert self._process.stdout is not None
-        return [] if self.lost is not None else [self._process.stdout.fileno()]
+        return [] if self.lost is not None else [self._channel.reads]
 
     def send(self, message: Message) -> None:
         """Send a message."""
@@ -83,8 +63,7 @@ class Link:
         if self.lost is not None:
             return messages
         messages += [m for m in self._wire.receive() if "is" in m]
-        with contextlib.suppress(OSError):
-            self._errors = (self._errors + os.read(self._stderr, 1 << 16))[-_ERROR_BYTES:]
+        self._channel.listen()
         for message in messages:
             if message["is"] == "facts":
                 self.facts = message
@@ -100,29 +79,28 @@ class Link:
         self._unread += messages
 
     def _end(self) -> str:
-        """Say how the command that reached the host has ended."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(1.0)
-        with contextlib.suppress(OSError):
-            self._errors = (self._errors + os.read(self._stderr, 1 << 16))[-_ERROR_BYTES:]
-        code = self._process.returncode
-        how = "its command closed the pipe" if code is None else f"its command ended with exit code {code}"
-        said = [line.strip() for line in self._errors.decode(errors="replace").splitlines() if line.strip()]
-        said = said[-1:] or list(self._wire.strange)[-1:]
-        return how + (f" ({redacted(said[0])})" if said else "")
+        """Say how the channel has ended."""
+        how, said = self._channel.end()
+        said = said or next(reversed(self._wire.strange), "")
+        return how + (f" ({redacted(said)})" if said else "")
+
+    def let_go(self) -> None:
+        """Close the pipe, which ends the agent and all it has started."""
+        self._channel.close()
 
     def close(self) -> None:
-        """Close the pipe, which ends the agent and all it has started; wait for the command."""
-        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
-            assert stream is not None
-            with contextlib.suppress(OSError):
-                stream.close()
-        try:
-            self._process.wait(0.0 if self.lost is not None else _GONE_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        """Close the pipe, and wait for what reached the host."""
+        self.let_go()
+        self._channel.wait(0.0 if self.lost is not None else _GONE_S)
         self.lost = self.lost or f"host {self.name} is given back"
+
+
+def close_all(links: Sequence[Link]) -> None:
+    """Close links, all at once."""
+    for link in links:
+        link.let_go()
+    for link in links:
+        link.close()
 
 
 def ask(
@@ -140,7 +118,7 @@ def ask(
     for link, message in zip(links, messages, strict=True):
         link.send(message)
     others: list[list[Message]] = [[] for _ in links]
-    limit = time.monotonic() + limit_s
+    limit, pause = time.monotonic() + limit_s, Pause()
     while time.monotonic() < limit and not all(answers):
         for at, (link, message) in enumerate(zip(links, messages, strict=True)):
             for came in link.poll():
@@ -151,7 +129,7 @@ def ask(
             if link.lost is not None and not answers[at]:
                 answers[at] = {"error": link.lost}
         meanwhile()
-        time.sleep(0.005)
+        pause.sleep()
     for link, answer, more in zip(links, answers, others, strict=True):
         link.put_back(more)
         if not answer:
@@ -161,12 +139,12 @@ def ask(
 
 def greeted(links: Sequence[Link], limit_s: float, meanwhile: Callable[[], object] = lambda: None) -> None:
     """Wait until every agent has told of its host; those that have not in time are lost. `meanwhile` is as in `ask`."""
-    limit = time.monotonic() + limit_s
+    limit, pause = time.monotonic() + limit_s, Pause()
     while time.monotonic() < limit and not all(link.facts or link.lost for link in links):
         for link in links:
             link.poll()
         meanwhile()
-        time.sleep(0.005)
+        pause.sleep()
     for link in links:
         if not link.facts and link.lost is None:
             link.lost = (
@@ -229,6 +207,7 @@ class RemoteHost:
         self._first = ranks.start
         self._asked = asked
         self._killed = False
+        self._kill_by = 0.0
 
     @property
     def lost(self) -> str | None:
@@ -267,14 +246,15 @@ class RemoteHost:
     def _take(self, message: Message) -> None:
         kind = message["is"]
         if kind == "beats":
+            now = time.monotonic()
             for rank, count, step, phase, age, stop, suspended, memory in message["ranks"]:
                 member = self.members[rank - self._first]
                 member.beaten = Beat(count, step, phase, age, stop)
-                member.beaten_at, member.suspended, member.memory = time.monotonic(), suspended, memory
+                member.beaten_at, member.suspended, member.memory = now, suspended, memory
         elif kind == "ended":
-            member = self.members[message["rank"] - self._first]
-            member.code, member.told, member.lines = message["code"], message["said"], message["lines"]
-            member.ended_at = time.monotonic()
+            for rank, code, said, lines in message["ranks"]:
+                member = self.members[rank - self._first]
+                member.code, member.told, member.lines, member.ended_at = code, said, lines, time.monotonic()
         elif kind == "output":
             stream = sys.stdout if message["stream"] == 1 else sys.stderr
             with contextlib.suppress(OSError, ValueError):
@@ -302,10 +282,11 @@ class RemoteHost:
         self.link.send({"do": "stacks"})
 
     def kill(self) -> None:
-        """Kill whatever is left; wait for it, as long as the host answers."""
+        """Have the agent kill whatever is left."""
         self._killed = False
+        self._kill_by = time.monotonic() + _KILL_S
         self.link.send({"do": "kill"})
-        limit = time.monotonic() + _KILL_S
-        while not self._killed and self.link.lost is None and time.monotonic() < limit:
-            self.poll()
-            time.sleep(0.005)
+
+    def killed(self) -> bool:
+        """Return whether nothing is left, or nothing can be known of it any more; news of it comes by `poll`."""
+        return self._killed or self.link.lost is not None or time.monotonic() > self._kill_by

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from launch.hosts.channel import Command, Opener
 from setformer_dist.core.errors import LaunchError
 
 AGENT_MODULE = "launch.hosts.agent"
@@ -54,6 +55,11 @@ def agent_command(host: str, via: str | None, environ: Mapping[str, str] = os.en
     prefix = [word.replace("{host}", host) for word in words]
     # ssh hands what it is given to a shell; docker and kubectl hand on words.
     return [*prefix, shlex.join(agent)] if Path(prefix[0]).name == "ssh" else [*prefix, *agent]
+
+
+def opener(via: str | None) -> Opener:
+    """Return what opens a channel to a host; `via` is as in `agent_command`."""
+    return lambda host: Command(host, agent_command(host, via))
 
 
 def is_here(host: str) -> bool:

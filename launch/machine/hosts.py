@@ -9,10 +9,10 @@ from typing import Any
 
 from launch.hosts.check import check_alike, check_folder_is_shared, check_slots
 from launch.hosts.facts import facts
-from launch.hosts.link import Link, ask, greeted
+from launch.hosts.link import Link, ask, close_all, greeted
 from launch.hosts.meeting import arrange
 from launch.hosts.names import HostSpec
-from launch.hosts.reach import agent_command
+from launch.hosts.reach import opener
 from launch.machine.doctor import Finding
 from setformer_dist.core.errors import LaunchError
 
@@ -34,7 +34,7 @@ def survey(specs: Sequence[HostSpec], via: str | None, run_folder: Path) -> list
     links, findings = [], []
     for spec in specs:
         try:
-            links.append(Link(spec.name, agent_command(spec.name, via), _CONNECT_S))
+            links.append(Link(spec.name, opener(via)(spec.name), _CONNECT_S))
         except LaunchError as error:
             return [Finding(spec.name, "cannot be reached", "problem", str(error))]
     try:
@@ -46,8 +46,7 @@ def survey(specs: Sequence[HostSpec], via: str | None, run_folder: Path) -> list
         if len(there) > 1:
             findings += _together(there, run_folder)
     finally:
-        for link in links:
-            link.close()
+        close_all(links)
     return findings
 
 

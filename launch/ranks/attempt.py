@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, Protocol
 
-from launch.ranks.signals import STOP_SIGNALS, TICK_S, Received
+from launch.ranks.signals import STOP_SIGNALS, TICK_S, Pause, Received
 from setformer_dist.core.errors import (
     CheckpointError,
     ConfigError,
@@ -97,7 +97,21 @@ class Host(Protocol):
         """Have all ranks write their stacks to their logs."""
 
     def kill(self) -> None:
-        """Kill whatever is left, with all children, and wait for it."""
+        """Kill whatever is left, with all children."""
+
+    def killed(self) -> bool:
+        """Return whether nothing is left, or nothing can be known of it any more."""
+
+
+def kill_all(hosts: Sequence[Host]) -> None:
+    """Kill whatever is left on some hosts, on all at once, and wait for it."""
+    for host in hosts:
+        host.kill()
+    pause = Pause()
+    while not all(host.killed() for host in hosts):
+        pause.sleep()
+        for host in hosts:
+            host.poll()
 
 
 class AttemptError(RankFailedError):
@@ -187,15 +201,12 @@ class Attempt:
         regroup: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._hosts = hosts
+        self.members: list[Member] = [member for host in hosts for member in host.members]
         self._grace_s = grace_s
+        self._woke_at = time.monotonic()
         self._watch = watch
         self._received = watch.received
         self._regroup = regroup
-
-    @property
-    def members(self) -> list[Member]:
-        """All ranks."""
-        return [member for host in self._hosts for member in host.members]
 
     def supervise(self) -> int:
         """Return when all ranks have ended well or were stopped.
@@ -211,16 +222,18 @@ class Attempt:
                 return self._fail()
             if self._lost_hosts():
                 self._give_up_hosts()
-            if not self._running():
+            running = self._running()
+            if not running:
                 return 0
-            asked = next((beat.stop for m in self._running() if (beat := m.beat()).stop), 0)
+            beats = [m.beat() for m in running]
+            asked = next((beat.stop for beat in beats if beat.stop), 0)
             if asked and not self._received.stop:  # somebody signalled a rank and not us: its grace begins now
                 self._received.note(asked)
                 break
             if (fault := self._watch.folder_lost()) is not None:
                 self.kill()
                 raise FolderLostError(fault)
-            hanging = [m for m in self._running() if self._watch.patience.exceeded_by(m.beat())]
+            hanging = [m for m, beat in zip(running, beats, strict=True) if self._watch.patience.exceeded_by(beat)]
             if hanging:
                 self._give_up_on(hanging)
             if (reason := self._regroup()) is not None and self.step() >= 0:
@@ -245,8 +258,7 @@ class Attempt:
 
     def kill(self) -> None:
         """Kill whatever is left, with all children, and wait for it."""
-        for host in self._hosts:
-            host.kill()
+        kill_all(self._hosts)
         self._poll()
 
     def _poll(self) -> None:
@@ -255,7 +267,10 @@ class Attempt:
 
     def _sleep(self, seconds: float) -> None:
         self._watch.look(self.members)
+        # Thousands of hosts have news all the time: wait until some has gathered, as long as the last look took.
+        time.sleep(min(seconds, time.monotonic() - self._woke_at))
         self._received.wait(seconds, [number for host in self._hosts for number in host.readable()])
+        self._woke_at = time.monotonic()
 
     def _running(self) -> list[Member]:
         return [m for host in self._hosts if host.lost is None for m in host.members if m.ended_at is None]

@@ -11,6 +11,7 @@ from launch.ranks.attempt import Member
 from setformer_dist.core import live
 
 _EVERY_S = 1.0
+_SHARE = 20  # a look at thousands of ranks takes its time: a twentieth of it at most
 _LOOKS = 60  # over which shares and rates are taken
 
 
@@ -23,14 +24,14 @@ class Board:
 
     def __init__(self, run_folder: Path) -> None:
         self._folder = run_folder
-        self._looked_at = 0.0
+        self._looked_at = self._took = 0.0
         self._steps: deque[tuple[float, int]] = deque(maxlen=_LOOKS)
         self._waited: dict[int, deque[bool]] = {}
 
     def look(self, members: Sequence[Member]) -> None:
         """Look at the ranks, unless that was done a moment ago."""
         now = time.monotonic()
-        if now - self._looked_at < _EVERY_S or not members:
+        if now - self._looked_at < max(_EVERY_S, _SHARE * self._took) or not members:
             return
         self._looked_at = now
         rows = [self._row(member) for member in members]
@@ -41,6 +42,7 @@ class Board:
         (then, before), (_, after) = self._steps[0], self._steps[-1]
         rate = (after - before) / (now - then) if now > then else None
         live.write(self._folder, time.time(), rate, rows)
+        self._took = time.monotonic() - now
 
     def _row(self, member: Member) -> live.LiveRank:
         beat = member.beat()

@@ -163,6 +163,10 @@ class LocalHost:
                 _log.warning("rank %d (process %d) does not end after SIGKILL", member.rank, member.process.pid)
         self.poll()
 
+    def killed(self) -> bool:
+        """Return that nothing is left: `kill` has waited."""
+        return True
+
     def close(self) -> None:
         """End all ranks and clear up after them."""
         self.kill()

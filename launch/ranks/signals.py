@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import select
 import signal
 import socket
@@ -18,6 +19,20 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 TICK_S = 0.5  # longest time between two looks at the ranks; signals wake the loop at once
 # A scheduler signals every process of a job, and we hand on what we get: repeats this soon after are no second wish.
 _REPEAT_S = 2.0
+_MOMENT_S = 0.005
+
+
+class Pause:
+    """A pause between two looks at all hosts: as long as the look took, where there are thousands of them."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+
+    def sleep(self, at_most: float = math.inf) -> None:
+        """Sleep as long as was worked since the last sleep, and a moment at least."""
+        worked = time.monotonic() - self._since
+        time.sleep(min(at_most, max(_MOMENT_S, worked)))
+        self._since = time.monotonic()
 
 
 @dataclass
@@ -42,11 +57,14 @@ class Received:
     def wait(self, seconds: float, readable: Sequence[int] = ()) -> None:
         """Sleep, but wake up at any signal or where a descriptor has something to read, and show life before."""
         self.show_life()
+        news = select.poll()  # select ends at 1,024 descriptors
+        for descriptor in readable:
+            news.register(descriptor, select.POLLIN)
         if self.wake is None:
-            select.select(list(readable), [], [], min(seconds, 0.05))
+            news.poll(1e3 * min(seconds, 0.05))
             return
-        ready, _, _ = select.select([self.wake.fileno(), *readable], [], [], seconds)
-        if self.wake.fileno() in ready:
+        news.register(self.wake.fileno(), select.POLLIN)
+        if any(descriptor == self.wake.fileno() for descriptor, _ in news.poll(1e3 * seconds)):
             self.wake.recv(4096)
 
     def wait_for_stop(self, seconds: float) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.testing.commands import ROOT, losses, setformer, train_words
 from launch.drill.namespaces import Cluster, why_impossible
+from launch.testing.commands import ROOT, losses, setformer, train_words
 from setformer_dist.core import ledger
 from setformer_dist.core.errors import LaunchError
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from launch.drill.namespaces import Cluster, why_impossible
 from launch.ranks.launchers import adopt, port_of
 from launch.testing.commands import DEMO, ROOT, SHORT, losses, setformer, train_words
-from launch.drill.namespaces import Cluster, why_impossible
 from setformer_dist.core.errors import LaunchError
 
 REASON = why_impossible()

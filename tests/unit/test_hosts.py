@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from launch.hosts.channel import Command
+from launch.hosts.check import folder_faults
 from launch.hosts.config import LaunchConfig
 from launch.hosts.facts import facts
-from launch.hosts.link import Link, RemoteHost, ask, greeted
+from launch.hosts.link import Link, RemoteHost, ask, close_all, greeted
 from launch.hosts.meeting import arrange
 from launch.hosts.names import HostSpec, of_slurm, parse_hosts, read_hostfile
-from launch.hosts.reach import agent_command, travelling
+from launch.hosts.reach import agent_command, opener, travelling
 from launch.hosts.wire import Wire
 from setformer_dist.core.errors import LaunchError
 
@@ -140,7 +142,8 @@ def test_a_wire_never_waits_for_a_peer_that_does_not_read() -> None:
 
 
 def test_an_agent_tells_of_its_host_and_ends_with_its_pipe(tmp_path: Path) -> None:
-    links = [Link(name, agent_command("localhost", None), 20.0) for name in ("x", "y")]
+    commands = [Command(name, agent_command("localhost", None)) for name in ("x", "y")]
+    links = [Link(name, command, 20.0) for name, command in zip(("x", "y"), commands, strict=True)]
     try:
         greeted(links, 30.0)
         assert [link.lost for link in links] == [None, None]
@@ -152,15 +155,14 @@ def test_an_agent_tells_of_its_host_and_ends_with_its_pipe(tmp_path: Path) -> No
         meeting = arrange(links[:1])
         assert (meeting.address, meeting.interfaces) == ("127.0.0.1", ("lo",))
     finally:
-        for link in links:
-            link.close()
-    assert all(link._process.returncode is not None for link in links)
+        close_all(links)
+    assert all(command._process.returncode is not None for command in commands)
 
 
 def test_an_agent_that_starts_ranks_for_longer_than_the_silence_limit_stays(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    link = Link("x", agent_command("localhost", None), 2.0)
+    link = Link("x", opener(None)("localhost"), 2.0)
     try:
         greeted([link], 30.0)
         host = RemoteHost(link, range(1), lambda number: None)
@@ -183,6 +185,33 @@ def test_an_agent_that_starts_ranks_for_longer_than_the_silence_limit_stays(
         link.close()
 
 
+def test_a_host_with_another_folder_is_named_wherever_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "run.toml"
+    page.write_text("")
+    links = []
+    for name, folder in (("x", "elsewhere"), ("y", "shared"), ("z", "shared")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / folder)  # agents work where their supervisor does: a relative path differs
+        links.append(Link(name, opener(None)("localhost"), 20.0))
+    try:
+        greeted(links, 30.0)
+        assert folder_faults(links[1:], Path("run"), page) == {}
+        assert list(Path("run").iterdir()) == []
+        faults = folder_faults(links, Path("run"), page)
+        assert faults.keys() == {"x"}
+        assert "run of host x is not that of the others" in faults["x"]
+        (tmp_path / "elsewhere" / "own.toml").write_text("other")
+        Path("own.toml").write_text("ours")
+        found = folder_faults([links[1], links[0]], tmp_path / "run", Path("own.toml"))
+        assert found == {"x": "host x has another own.toml than host y: copy it there"}
+        Path("own.toml").unlink()
+        assert "own.toml cannot be read" in folder_faults(links[1:], Path("run"), Path("own.toml"))["y"]
+    finally:
+        close_all(links)
+
+
 @pytest.mark.parametrize(
     ("command", "said"),
     [
@@ -192,11 +221,11 @@ def test_an_agent_that_starts_ranks_for_longer_than_the_silence_limit_stays(
     ],
 )
 def test_hosts_that_do_not_answer(command: list[str], said: str) -> None:
-    link = Link("far", command, 5.0)
+    link = Link("far", Command("far", command), 5.0)
     try:
         greeted([link], 1.0)
         assert said in (link.lost or "")
     finally:
         link.close()
     with pytest.raises(LaunchError, match="cannot be run: No such file"):
-        Link("far", ["no-such-command"], 5.0)
+        Command("far", ["no-such-command"])
