@@ -4,7 +4,7 @@ Training is held up by steps 1 to 3 alone; the rest runs in one thread per rank,
 meets the training's collectives nowhere. The ranks' threads speak through small files in the folder that is being
 written. At every instant, and whichever process dies at it, the folder `step-…` is absent, the old one, or complete:
 
-     1  rank 0  removes what killed attempts left; makes `.tmp-step-…-<attempt>`; tells all the attempt's name
+     1  rank 0  removes what killed attempts left; makes `.tmp-step-…-<attempt>`; broadcasts the attempt's name
      2  all     agree that the step is the same and that every rank sees that folder (else: storage is not shared)
      3  each    copies its fragments to host memory; from here on training may change the originals
      4  each    creates `rank-….safetensors`
@@ -62,7 +62,7 @@ log = logging.getLogger(__name__)
 _LOOK_EVERY_S = (0.002, 0.1)  # first and longest pause between two looks for the other ranks' words
 _MAX_WORD = 1 << 20  # bytes
 
-# Errors of the system that somebody must mend; of all others (an input/output error, a stale handle) some pass.
+# System errors that need a repair; of all others (an input/output error, a stale handle) some are transient.
 _LASTING = frozenset(
     (
         errno.ENOSPC,
@@ -88,13 +88,13 @@ class Failure:
         step: that was being saved.
         text: the reason, with the rank that failed in front.
         disk_full: there was no room.
-        passing: it may go well another time.
+        transient: it may go well another time.
     """
 
     step: int
     text: str
     disk_full: bool
-    passing: bool = False
+    transient: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Attempt:
     Attributes:
         root: the `checkpoints` folder.
         step: optimizer steps done.
-        name: drawn anew for each try.
+        name: drawn again for each try.
         ranks: this process's place.
         replaces: takes the place of a checkpoint of this step that verifies.
     """
@@ -257,7 +257,7 @@ class Save:
             return
         discard(self.attempt, self._disk)  # room for the word
         try:
-            self._say({"error": failure.text, "disk_full": failure.disk_full, "passing": failure.passing})
+            self._say({"error": failure.text, "disk_full": failure.disk_full, "transient": failure.transient})
         except OSError:
             with contextlib.suppress(OSError):
                 (self.attempt.folder / layout.done_file(ranks.rank, ranks.world_size)).touch()
@@ -295,13 +295,13 @@ class Save:
             return None
         data = read_small(path, _MAX_WORD)
         if not data:
-            # Why, its own failure tells in `CheckpointManager.finish`.
+            # The reason is in its own failure, see `CheckpointManager.finish`.
             raise PeerFailedError(
-                f"rank {rank}: could not write its file, and gave no reason", disk_full=False, passing=True
+                f"rank {rank}: could not write its file, and gave no reason", disk_full=False, transient=True
             )
         word = parse(data, str(path))
         if "record" not in word:
-            raise PeerFailedError(str(word["error"]), bool(word["disk_full"]), bool(word["passing"]))
+            raise PeerFailedError(str(word["error"]), bool(word["disk_full"]), bool(word["transient"]))
         return FileRecord.model_validate(word["record"])
 
     # Rank 0.
@@ -318,7 +318,7 @@ class Save:
             raise DamagedError(f"{attempt.folder} is not as it was written: {'; '.join(faults)}")
         check_rank_files(attempt.folder, world_size)
         write_bytes(disk, attempt.folder / layout.MANIFEST, json.dumps(manifest.to_json(), indent=1).encode())
-        read_manifest(attempt.folder)  # the one file whose size nothing else tells
+        read_manifest(attempt.folder)  # the one file whose size nothing else states
         disk.sync_folder(attempt.folder)
         if not self._make_way():
             return
@@ -344,7 +344,7 @@ class Save:
             verify(attempt.final)
         except CheckpointError as error:
             sound = not isinstance(error, DamagedError)
-            put_aside(disk, attempt.root, attempt.final, attempt.name, f"{error}; it was saved anew", keep=sound)
+            put_aside(disk, attempt.root, attempt.final, attempt.name, f"{error}; it was saved again", keep=sound)
             return True
         log.warning("checkpoint %s verifies now and is kept", attempt.final)
         discard(attempt, disk)
@@ -352,9 +352,9 @@ class Save:
 
     def _failure(self, error: Exception) -> Failure:
         if isinstance(error, PeerFailedError):
-            return Failure(self.attempt.step, str(error), error.disk_full, error.passing)
+            return Failure(self.attempt.step, str(error), error.disk_full, error.transient)
         text = f"rank {self.attempt.ranks.rank}: {describe(error)}"
-        return Failure(self.attempt.step, text, disk_full(error), may_pass(error))
+        return Failure(self.attempt.step, text, disk_full(error), is_transient(error))
 
 
 def discard(attempt: Attempt, disk: Disk) -> None:
@@ -370,10 +370,10 @@ def discard(attempt: Attempt, disk: Disk) -> None:
 class PeerFailedError(CheckpointError):
     """Another rank has said that it failed; the message is its own, and the rest as in `Failure`."""
 
-    def __init__(self, message: str, disk_full: bool, passing: bool) -> None:
+    def __init__(self, message: str, disk_full: bool, transient: bool) -> None:
         super().__init__(message)
         self.disk_full = disk_full
-        self.passing = passing
+        self.transient = transient
 
 
 def put_aside(disk: Disk, root: Path, folder: Path, attempt: str, reason: str, keep: bool = False) -> None:
@@ -422,7 +422,7 @@ def _settle(root: Path, old: Path, final: Path, disk: Disk) -> None:
         delete_checkpoint(old, disk)
         return
     _, _, attempt = old.name.rpartition("-")
-    if (also := _damage(old, final.name)) is not None:  # which of the two is worth more, nobody knows: both are kept
+    if (also := _damage(old, final.name)) is not None:  # which of the two is worth more is unknown: both are kept
         put_aside(disk, root, old, attempt, f"{also}; and the one that was to replace it: {fault}")
         return
     log.warning("checkpoint %s does not verify, so the one that it replaced is restored: %s", final, fault)
@@ -498,7 +498,7 @@ def disk_full(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def may_pass(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Return whether the same may go well another time: the storage failed, or what it holds changed meanwhile."""
     if isinstance(error, OSError):
         return error.errno not in _LASTING

@@ -226,7 +226,7 @@ class RankFile:
         """Compare the file with what it was when it was opened.
 
         Raises:
-            DamagedError: somebody has written to it since.
+            DamagedError: another process has written to it since.
         """
         if Seen.of(self._descriptor) != self.seen:
             raise DamagedError(f"{self.name} changed while it was read")

@@ -97,7 +97,7 @@ class _RankFiles:
         return {state for _, state in self.pieces}
 
     def fill(self, name: str, state: str, start: int, out: torch.Tensor) -> None:
-        """Copy elements [start, start + out.numel()) into `out`, whatever its device and dtype."""
+        """Copy elements [start, start + out.numel()) into `out`, on any device, of any dtype."""
         position, end = start, start + out.numel()
         for piece, file in self.pieces.get((name, state), ()):
             if piece.start <= position < piece.end:
@@ -335,7 +335,7 @@ def verified(folder: Path, workers: int = 1, advance: Callable[[int], None] | No
     Args:
         folder: of a checkpoint.
         workers: files read at the same time.
-        advance: told the number of bytes after each piece read, from any thread.
+        advance: called with the number of bytes after each piece read, from any thread.
 
     Raises:
         CheckpointError: with every fault found; a DamagedError where it is the bytes that are wrong, a StorageError

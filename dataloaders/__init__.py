@@ -16,7 +16,7 @@ is checked without torch.
     source.py    what every container of samples looks like to the loaders: samples by number, nothing else
     tokens.py    packed token sequences: a split on disk, its samples by number, and the streams that training reads
     config.py    the `[data]` table: images or tokens
-    opening.py   the one place that tells containers apart: from the names of a config to samples by number
+    opening.py   the one place that detects the container: from the names of a config to samples by number
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The `[data]` table: images (where the shards are, what is done to each image, what damage is borne) or tokens.
+"""The `[data]` table: images (where the shards are, transforms, tolerated damage) or tokens.
 
 Everything here changes what a sample looks like or whether it counts; nothing here names ranks, micro batches
 or devices, so a config means the same data on every machine. `workers`, `threads`, `prefetch` and `cache` change
@@ -156,8 +156,8 @@ class DataConfig(FrozenConfig):
             is asked for. One hides loading behind a step that computes on the same cores; beside a GPU give each
             rank the cores it has but one.
         prefetch: micro batches that the threads, or each worker, prepare ahead.
-        max_bad_share: largest share of damaged training samples borne before the run stops; `SPARED` of them
-            are borne in any case (see `dataloaders.reading.damage`).
+        max_bad_share: largest share of damaged training samples tolerated before the run stops; `SPARED` of them
+            are tolerated in any case (see `dataloaders.reading.damage`).
         skip_bad: leave out what of shards that others made is no whole sample (no image, no label, members that belong
             to none, empty shards), and say how much; else it is an error.
         allow_empty_classes: class folders may hold no image that is read; they become no class. Else it is an error.
@@ -274,7 +274,7 @@ def _kind_of(data: object) -> str:
     return str(kind)
 
 
-# A page without data.kind speaks of images, as all did before there were tokens.
+# A config without data.kind describes images, as all did before there were tokens.
 AnyDataConfig = Annotated[
     Annotated[DataConfig, pydantic.Tag("images")] | Annotated[TokenConfig, pydantic.Tag("tokens")],
     pydantic.Discriminator(

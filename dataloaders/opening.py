@@ -1,4 +1,4 @@
-"""The one place that tells containers apart: from the names of a config to samples by number.
+"""The one place that detects the container: from the names of a config to samples by number.
 
     train            folder with index.json           packed split
                      folder of .tar files             WebDataset shards that others made

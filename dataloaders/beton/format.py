@@ -47,7 +47,7 @@ MIN_PAGE, MAX_PAGE = 1 << 21, 1 << 31  # powers of two below 2^32, as FFCV's wri
 _TYPE_NAMES = {0: "float", 1: "int", 2: "image", 3: "bytes", 4: "array", 5: "json", 6: "tensor", 255: "custom"}
 _IMAGE_TYPE, _INT_TYPE = 2, 1
 
-# What a record holds of each type of field, by FFCV's numbers; a field of a type of somebody's own has no known size.
+# What a record holds of each type of field, by FFCV's numbers; a field of a custom type has no known size.
 _POINTER = np.dtype([("place", "<u8"), ("size", "<u8")])
 _RECORD_OF: dict[int, np.dtype[np.generic]] = {
     0: np.dtype("<f8"),

@@ -34,7 +34,7 @@ from setformer_dist.core.errors import DataError
 FORMAT = 1
 SUFFIX = ".index.safetensors"
 _ENTRY = "beton-index"
-_REPAIR = "make it anew with `setformer data index`"
+_REPAIR = "rebuild it with `setformer data index`"
 
 
 # Bytes of the longest key.

@@ -122,7 +122,7 @@ def is_container(source: Path | str) -> bool:
 
 
 def parted(path: Path | str) -> tuple[str, str]:
-    """Return the folder or URL, and the name or pattern below it, as a run's page gives them."""
+    """Return the folder or URL, and the name or pattern below it, as a run config gives them."""
     root, _, name = os.fspath(path).rstrip("/").rpartition("/")
     return root or ("/" if os.fspath(path).startswith("/") else "."), name
 

@@ -96,7 +96,7 @@ def decode(data: bytes | npt.NDArray[np.uint8], min_height: int = 0, min_width: 
     except UndecodableError:
         raise
     # PIL's plugins raise nearly anything on damaged bytes (OSError, ValueError, SyntaxError, struct.error,
-    # DecompressionBombError …): whatever it is, this sample has no pixels.
+    # DecompressionBombError …): any error: this sample has no pixels.
     except Exception as error:  # noqa: BLE001
         raise UndecodableError(_why_not(data, error)) from None
 

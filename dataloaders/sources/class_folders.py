@@ -1,7 +1,7 @@
 """The files of a source: a directory, a tar, or a compressed tar; and which of them are images of which class.
 
 An ImageFolder is `<class>/…/image.jpg`; a label is the place of the class folder's name in the class map. A file is
-found as a stretch of bytes in a file (a file of its own, or the tar), so whoever packs reads both alike, from
+found as a stretch of bytes in a file (a file of its own, or the tar), so the packer reads both alike, from
 any process. A compressed tar has no stretches: it is unpacked to a plain tar aside first.
 """
 
@@ -114,7 +114,7 @@ def find_images(
 
 @dataclass
 class Tree:
-    """The shape of a source's folders, told one file after the other: enough to find the class folders.
+    """The shape of a source's folders, fed one file after the other: enough to find the class folders.
 
     Attributes:
         source: for messages.
@@ -343,7 +343,7 @@ def files_below(
     Args:
         source: the directory.
         passed: counts what is not yielded.
-        on_folder: told each visible folder's path within the source, "" for the source itself.
+        on_folder: called with each visible folder's path within the source, "" for the source itself.
 
     Raises:
         DataError: a folder or a link cannot be read.

@@ -8,11 +8,12 @@
                                             those of the class file
       6c0e…-crc/                            one with checksums
 
-An index is made aside and renamed, so half of one is never seen. A shard that changed changes the digits: the index
-that is older than it is not found, a new one is made, and a log line says so; likewise where one is damaged. Where
-checksums were kept they are made anew too, and a shard that has other contents below the same headers is refused: times
-change by a copy, headers by whoever writes a shard, and contents alone by damage. The fingerprint is that of headers,
-places, labels and classes and not of the times, so a copy of the shards elsewhere continues the same run.
+An index is written under a temporary name and renamed, so half of one is never seen. A changed shard changes the digits
+in the name: the old index is not found, a new one is made, and a log line says so. The same happens where an index is
+damaged. Where checksums were kept they are computed again too, and a shard with other contents below the same headers
+is refused: a copy changes times, rewriting a shard changes headers, and only damage changes contents alone. The
+fingerprint covers headers, positions, labels and classes but no times, so a run may continue with a copy of the
+shards.
 """
 
 from __future__ import annotations
@@ -243,7 +244,7 @@ def open_foreign(shards: Shards, cache: Path, timeout: float) -> ShardDataset:
         timeout: seconds to wait for another process that makes it, without a sign of life.
 
     Raises:
-        DataError: the shards are damaged, or cannot be told apart into labelled images.
+        DataError: the shards are damaged, or cannot be parsed into labelled images.
     """
     found = _existing(shards, cache)
     if found is None:
@@ -291,8 +292,8 @@ def index_shards(
         checksums: read every byte, and keep a crc32 of each sample and the sha256 of each shard.
         workers: processes; 0 does it in this one.
         timeout: seconds to wait for a URL, or for another process without a sign of life.
-        on_start: told the number of shards, once.
-        on_progress: told the shards done since the last call.
+        on_start: called with the number of shards, once.
+        on_progress: called with the shards done since the last call.
 
     Raises:
         DataError: as `find_shards` and `open_foreign`.

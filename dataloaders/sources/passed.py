@@ -1,4 +1,4 @@
-"""What is in a source and is not read: told apart by one list of names, counted, and said in one line.
+"""What is in a source and is not read: classified by one list of names, counted, and reported in one line.
 
 Training, packing and looking use this alone, so a folder holds the same samples to all of them.
 """

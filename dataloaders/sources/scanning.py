@@ -95,7 +95,7 @@ def scan_shard(
         name: of the shard.
         facts: its size.
         whole: read every byte, for crc32 and sha256.
-        on_progress: told the members found since the last call, now and then.
+        on_progress: called with the members found since the last call, now and then.
         skip_bad: as there; of samples with labels of several kinds those without any are left out.
 
     Raises:

@@ -140,8 +140,8 @@ def _card(trained: Trained, dest: Path) -> str:
     if isinstance(config.data, DataConfig):
         snippet = _IMAGES.format(register=register, folder=dest.name)
     else:
-        told = checkpoint.trainer.get("inputs", {})
-        arguments = {**told, **timm_arguments(config.model, len(trained.task.outputs), 0)}
+        input_spec = checkpoint.trainer.get("inputs", {})
+        arguments = {**input_spec, **timm_arguments(config.model, len(trained.task.outputs), 0)}
         words = "".join(f"{key}={value!r}, " for key, value in arguments.items())
         snippet = _TOKENS.format(register=register, name=config.model.name, arguments=words)
     few = 0 < len(trained.task.outputs) <= 1000

@@ -60,7 +60,7 @@ _FOR_DEEPSPEED = {
 fp32 weights and Adam's states as DeepSpeed's ZeRO stage 2 on one rank keeps them.
 
 * `zero_to_fp32.py` makes a state_dict of it.
-* `engine.load_checkpoint` goes on from it on one rank, fp32, stage 1 or 2, with one group of parameters, those of
+* `engine.load_checkpoint` resumes from it on one rank, fp32, stage 1 or 2, with one group of parameters, those of
   `model.parameters()` in their order. With other groups (without decay for norms and biases, say) DeepSpeed would cut
   the flat vectors elsewhere and say nothing: there take the weights alone, by `load_module_only=True`.
 * On other ranks or stages: `load_module_only=True`.

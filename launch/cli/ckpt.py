@@ -137,8 +137,8 @@ def import_(
     The files are pickles. They are read by a loader that makes tensors and plain values alone; a file that holds
     other objects is refused unless you trust it.
 
-    Imported into the checkpoints folder of a new run, setformer train goes on from it with weights, Adam's states and
-    step count. It holds no config: the page that you train must be of the same model.
+    Imported into the checkpoints folder of a new run, setformer train resumes from it with weights, Adam's states and
+    step count. It holds no config: the run config that you train must be of the same model.
 
     Examples:
 

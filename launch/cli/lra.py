@@ -55,7 +55,7 @@ _ROOT = Path("data/lra")
 
 _RUN_HELP = """Train the encoder with one attention after the other; print accuracy, speed and memory side by side.
 
-The same command again repeats nothing that is finished and goes on with what was stopped.
+The same command again repeats nothing that is finished and resumes what was stopped.
 
 Examples:
 
@@ -70,7 +70,7 @@ def run(
     task: TaskName,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Dotted overrides of the task's page, for all runs.", show_default=False),
+        typer.Argument(help="Dotted overrides of the task's config, for all runs.", show_default=False),
     ] = None,
     attention: Annotated[str, typer.Option(help="all, or some of set,soft,soft_norm,cast,softmax.")] = "all",
     ranks: Annotated[int, typer.Option("--ranks", "-n", help="Processes on this machine.")] = 1,

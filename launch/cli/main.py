@@ -33,11 +33,11 @@ from launch.cli import plan as cli_plan
 from launch.cli import runs as cli_runs
 from launch.cli.options import (
     CheckpointPath,
+    ConfigPath,
     HostfileOption,
     HostsOption,
     ImportOption,
     Overrides,
-    Page,
     ViaOption,
     WeightsOption,
 )
@@ -87,7 +87,7 @@ def setformer(
 
 @app.command()
 def train(
-    page: Page,
+    config: ConfigPath,
     overrides: Overrides = None,
     ranks: Annotated[int | None, typer.Option("--ranks", "-n", help="Processes on this machine, by default 1.")] = None,
     hosts: HostsOption = "",
@@ -104,10 +104,10 @@ def train(
         int | None, typer.Option(help="Restarts after deaths and hangs within restart.window_minutes; 0 for none.")
     ] = None,
 ) -> None:
-    """Train, or go on with, the run that a page describes.
+    """Start or resume the run that a config describes.
 
     The same command again continues from the newest checkpoint that verifies. A rank that dies or hangs ends the
-    others, and all start again by themselves (the page's [restart] table); Ctrl-C, SIGTERM and SIGUSR1 save first.
+    others, and all start again by themselves (the config's [restart] table); Ctrl-C, SIGTERM and SIGUSR1 save first.
 
     Examples:
 
@@ -124,10 +124,10 @@ def train(
     """
     chosen = overrides or []
     _refuse_other_launchers()
-    page = shipped(page)
+    config = shipped(config)
     specs = chosen_hosts(ranks, hosts, hostfile, include, exclude)
     ranks = sum(spec.slots for spec in specs) if specs else ranks or 1
-    run = resolve(continued(load_run(page, chosen)), ranks)
+    run = resolve(continued(load_run(config, chosen)), ranks)
     if dry_run:
         from launch.run import dry_run as predicted
 
@@ -142,7 +142,7 @@ def train(
         say = functools.partial(open_console(stderr=True).print, highlight=False, markup=False)
         if sys.stderr.isatty():
             say(f"starting {ranks} rank{'s' if ranks > 1 else ''} …")
-        args = [str(page), *chosen]
+        args = [str(config), *chosen]
         crew: Crew = LocalCrew(args, ranks, port, grace, run.config.launch.warm)
         if specs:
             fits = functools.partial(can_share, run.config)
@@ -196,7 +196,7 @@ def _refuse_other_launchers() -> None:
     if world != "1":
         raise LaunchError(
             f"setformer train starts its ranks itself, and a launcher has started {world} processes of it: say "
-            f"setformer train PAGE --ranks {world}, or have the launcher start -m launch.entry PAGE"
+            f"setformer train CONFIG --ranks {world}, or have the launcher start -m launch.entry CONFIG"
         )
 
 
@@ -395,7 +395,7 @@ class AboveBar(RichHandler):
 def main() -> None:
     """Run the command line; a user's mistake becomes one line and its exit code."""
     redact_tracebacks()
-    # DeepSpeed warns on import where there is no GPU; nobody who asks for a list of files is helped by that.
+    # DeepSpeed warns on import where there is no GPU; that is noise for a list of files.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.funcName != "get_accelerator")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -409,7 +409,7 @@ def main() -> None:
         check_homes(sys.argv[1:])
         sys.exit(app(standalone_mode=False))
     except SetformerError as error:
-        if str(error):  # empty where a rank has told the user already
+        if str(error):  # empty where a rank has printed it already
             print(f"error: {plain_lines(redacted(str(error)))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except UsageError as error:

@@ -17,7 +17,7 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 _COMMANDS = {
     "fit": "train",
-    "resume": "train, which goes on by itself",
+    "resume": "train, which resumes an existing run",
     "finetune": "train with model.weights",
     "validate": "eval",
     "evaluate": "eval",
@@ -70,5 +70,5 @@ def _as_key(option: str, config: type[pydantic.BaseModel]) -> str:
     name = option.lstrip("-").replace("-", "_")
     meant = name if name in all_keys(config) else first_key(config, name) or meaning(config, name)
     if meant is None:
-        return "; keys of the page are given as key=value, such as optim.lr=1e-3"
-    return f": {meant}" if " " in meant else f": keys of the page are given as key=value, so {meant}=..."
+        return "; keys of the run config are given as key=value, such as optim.lr=1e-3"
+    return f": {meant}" if " " in meant else f": keys of the run config are given as key=value, so {meant}=..."

@@ -51,7 +51,7 @@ def index(
         beton = open_beton(Path(path))
         return f"indexed {counted(beton.num_samples, 'sample')} of {_classes(beton.classes)} in {path}"
     if names is not None:
-        raise ConfigError("--classes is for .beton files: shards are packed anew with another class map")
+        raise ConfigError("--classes is for .beton files: shards are repacked with another class map")
     root, pattern = parted(path)
     made = index_shards(
         root,

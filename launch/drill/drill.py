@@ -2,7 +2,7 @@
 
     reference   one run without faults
     drill       the same run, again and again, with a fault every few seconds, until enough faults were made:
-                after each the run must go on from at most one checkpoint interval before, and at its end all
+                after each the run must resume from at most one checkpoint interval before, and at its end all
                 losses, the samples of every step and the final weights must equal the reference's, bit by bit
 
 Faults are drawn from a seed: what kind, when, on which rank, which byte of which file. The run is the user's own
@@ -47,8 +47,8 @@ class Fault:
         kind: see `launch.drill.faults`.
         detail: on what.
         reached: steps done when it came.
-        resumed: step that the run went on from.
-        floor: step that it had to go on from at least: the newest complete checkpoint's.
+        resumed: step that the run resumed from.
+        floor: step that it had to resume from at least: the newest complete checkpoint's.
         seconds: until the next step.
     """
 
@@ -66,7 +66,7 @@ class Fault:
 
     @property
     def recovered(self) -> bool:
-        """Whether the run went on from the newest complete checkpoint or later."""
+        """Whether the run resumed from the newest complete checkpoint or later."""
         return self.resumed >= self.floor
 
 
@@ -210,14 +210,14 @@ def _one_run(hand: Hand, kinds: list[str], made: list[Fault], faults: int, advan
 
 
 def _one_fault(hand: Hand, kind: str) -> Fault:
-    """Make a fault and wait until the run goes on."""
+    """Make a fault and wait until the run resumes."""
     run = hand.run
     at, begun = time.monotonic(), run.began()
     reached = run.reached()
     detail, floor = FAULTS[kind](hand)
     came = run.wait(lambda: run.began() > begun or run.code == 0)
     if not came or (run.code not in (None, 0) and run.began() <= begun):
-        raise DrillError(f"{kind} ({detail}) at step {reached}: the run did not go on:\n{run.said()}")
+        raise DrillError(f"{kind} ({detail}) at step {reached}: the run did not resume:\n{run.said()}")
     steps, reached = _attempts(run)[begun:], _attempts(run)[begun - 1][1] if begun else 0
     resumed = steps[0][0] if steps else reached
     return Fault(kind, detail, reached, resumed, floor, time.monotonic() - at)
@@ -282,7 +282,7 @@ def _show(made: list[Fault], runs: int, epochs: int, console: Console) -> None:
     for fault in made:
         by_kind[fault.kind].append(fault)
     table = open_table(
-        "fault", "times", "recovered", "steps lost: mean", "most", "allowed", "seconds to go on: median", "most"
+        "fault", "times", "recovered", "steps lost: mean", "most", "allowed", "seconds to resume: median", "most"
     )
     rows = [*sorted(by_kind.items()), ("all", made)]
     for kind, found in rows:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.examples.demo import PAGE
+from launch.examples.demo import CONFIG
 from launch.ranks.processes import die_with_parent
 from setformer_dist.core import ledger
 from setformer_dist.core.errors import DrillError
@@ -30,14 +30,14 @@ _LIMIT_S = 1800.0  # longest time that a recovery or a run's end may take, whate
 
 
 class Run:
-    """One run of the demo's page as a user starts it, and a hand on its processes."""
+    """One run of the demo's config as a user starts it, and a hand on its processes."""
 
     def __init__(self, out: Path, data: Path, ranks: int, seed: int, epochs: int) -> None:
         self.folder = out / "demo"
         self.data = data
         self._words = [
             sys.executable,
-            *("-m", "launch.cli.main", "train", str(PAGE), f"data.root={data}", f"run.out={out}", f"run.seed={seed}"),
+            *("-m", "launch.cli.main", "train", str(CONFIG), f"data.root={data}", f"run.out={out}", f"run.seed={seed}"),
             *(f"schedule.epochs={epochs}", "run.log_every=1", "run.record_samples=true", "eval.every_epochs=0"),
             *(f"checkpoint.every_steps={CHECKPOINT_EVERY}", "checkpoint.keep_last=3", "restart.backoff_s=0.1"),
             *("restart.limit=1000", "restart.hang_after_s=8", "restart.start_after_s=60", "restart.same_step=20"),
@@ -142,7 +142,7 @@ class Run:
 
 @dataclass
 class Hand:
-    """What makes the faults. Each returns what it hit, and the step from which the run must go on at least:
+    """What makes the faults. Each returns what it hit, and the step from which the run must continue at least:
 
     that of the newest complete checkpoint (of the one before, where a file of the newest is damaged), and the very
     step that it had reached where it was asked to stop.
@@ -208,7 +208,7 @@ class Hand:
             file.write(b"\0" * max(0, free - self.draw.randrange(64 << 10)))
         self.run.wait(lambda: self.run.code is not None, limit_s=self.draw.uniform(1, 4))
         ballast.unlink()
-        if self.run.code is None:  # it went on without a checkpoint: let the next fault find out what that cost
+        if self.run.code is None:  # it continued without a checkpoint: let the next fault find out what that cost
             self.run.end()
         self.run.start()
         return f"{free >> 20} MiB taken", newest
@@ -217,7 +217,7 @@ class Hand:
         self.run.wait(lambda: bool(self.run.ranks()) or self.run.code is not None, limit_s=10)
         ranks = self.run.ranks()
         if not ranks:
-            return "nobody there"
+            return "no such process"
         rank = self.draw.randrange(len(ranks))
         with contextlib.suppress(ProcessLookupError):
             os.kill(ranks[rank], number)

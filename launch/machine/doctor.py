@@ -1,4 +1,4 @@
-"""Tells what this machine can do for a run, what is missing, and how to get it.
+"""Reports what this machine can do for a run, what is missing, and how to get it.
 
 `diagnose` looks and returns findings, `render` prints them as a table and returns an exit code: non-zero if and
 only if an ordinary training run could not start here. `check_package_origins` is also called at start-up.
@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from dataloaders.ffcv.check import FFCV_VERSION, REPAIR, ffcv_trouble
+from dataloaders.ffcv.check import FFCV_VERSION, REPAIR, ffcv_problem
 from launch.ranks.environment import has_gpu, usable_cores
 from setformer_dist.core.errors import LaunchError
 from setformer_dist.core.terminal import open_console, open_table
@@ -213,9 +213,9 @@ def _optional(name: str, purpose: str) -> Finding:
 
 
 def _ffcv() -> Finding:
-    trouble = ffcv_trouble()
-    if trouble:
-        return Finding("ffcv", trouble, "note", f'for data.engine = "ffcv": {REPAIR}')
+    problem = ffcv_problem()
+    if problem:
+        return Finding("ffcv", problem, "note", f'for data.engine = "ffcv": {REPAIR}')
     return Finding("ffcv", f'{FFCV_VERSION}; data.engine = "ffcv" can be used')
 
 

@@ -4,7 +4,7 @@ Two that train in one folder would sweep each other's unfinished checkpoints and
 kernel's (POSIX record locks): they are gone the moment the process is, however it ends, over NFS too; and the file
 stays. Who does not hold its lock writes nothing else into the folder.
 
-    run.lock  byte 0   rank 0, whoever started it
+    run.lock  byte 0   rank 0, whatever launcher started it
               byte 1   the supervisor; or rank 0, where it has none
 """
 
@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from setformer_dist.core.comm import Collectives
-from setformer_dist.core.errors import LaunchError, PassingError
+from setformer_dist.core.errors import LaunchError, TransientError
 from setformer_dist.core.ledger import LEDGER, LOCK_FILE, last_seen
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ _RANK = 0
 def held(folder: Path, comm: Collectives, patience_s: float = PATIENCE_S, supervised: bool = False) -> Iterator[None]:
     """Hold rank 0's lock of a run's folder; make the folder if need be. Collective at its beginning.
 
-    Where the storage knows no locks, rank 0 warns, and the run goes on without.
+    Where the storage knows no locks, rank 0 warns, and the run continues without.
 
     Args:
         folder: of the run.
@@ -94,7 +94,7 @@ class Supervised:
             return None
         return (
             f"{lost} was moved or removed while the run was at work in it, so nothing can be saved there: put it back, "
-            "and start the run again to go on from its newest checkpoint"
+            "and start the run again to resume from its newest checkpoint"
         )
 
     def _lost(self) -> Path | None:
@@ -121,7 +121,7 @@ def supervising(folder: Path, patience_s: float = PATIENCE_S) -> Iterator[Superv
 
     Raises:
         LaunchError: another supervisor holds it, or rank 0 of another launcher.
-        PassingError: the folder cannot be written.
+        TransientError: the folder cannot be written.
     """
     if (odd := odd_file(folder)) is not None:
         raise LaunchError(odd)
@@ -134,7 +134,7 @@ def supervising(folder: Path, patience_s: float = PATIENCE_S) -> Iterator[Superv
                 with contextlib.suppress(OSError):
                     fcntl.lockf(descriptor, fcntl.LOCK_UN, 1, _RANK)
         except OSError as error:
-            raise PassingError(f"run folder {folder} cannot be written: {error}") from None
+            raise TransientError(f"run folder {folder} cannot be written: {error}") from None
         if fault is not None:
             raise LaunchError(fault)
         supervised = Supervised(folder, descriptor, last_seen(folder) if seen is not None else None)
@@ -144,7 +144,7 @@ def supervising(folder: Path, patience_s: float = PATIENCE_S) -> Iterator[Superv
 def odd_file(folder: Path) -> str | None:
     """Return a sentence where something else lies in the place of a file that the run appends to, None otherwise.
 
-    The open of a pipe waits for ever, a link leads to a file of somebody else, and what a device is told is lost.
+    The open of a pipe waits for ever, a link leads to another user's file, and a device keeps nothing.
 
     Args:
         folder: of the run; it need not be there.

@@ -1,6 +1,6 @@
 """Whether a run that failed is started again, and when: a pure function of what failed before.
 
-A failure that comes by itself (a machine, a driver, a neighbour) does not repeat at the same step; one that does is
+A failure from outside (a machine, a driver, a neighbour) does not repeat at the same step; one that does is
 of the run's own making (a poisoned batch, a bug), and to start again would only burn the machines.
 """
 
@@ -57,7 +57,7 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Again:
+class Restart:
     """Start again after a while."""
 
     after_s: float
@@ -70,7 +70,7 @@ class GiveUp:
     reason: str
 
 
-def verdict(failures: Sequence[Failure], config: RestartConfig) -> Again | GiveUp:
+def verdict(failures: Sequence[Failure], config: RestartConfig) -> Restart | GiveUp:
     """Judge the last failure by those before it; `failures` is not empty, oldest first."""
     last = failures[-1]
     if config.limit == 0:
@@ -87,7 +87,7 @@ def verdict(failures: Sequence[Failure], config: RestartConfig) -> Again | GiveU
         return GiveUp(
             f"it failed {recent} times within {config.window_minutes:g} minutes (restart.limit = {config.limit})"
         )
-    return Again(min(config.backoff_max_s, config.backoff_s * 2 ** (_without_progress(failures) - 1)))
+    return Restart(min(config.backoff_max_s, config.backoff_s * 2 ** (_without_progress(failures) - 1)))
 
 
 def _in_a_row(failures: Sequence[Failure]) -> int:

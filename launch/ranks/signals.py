@@ -61,7 +61,7 @@ def stop_signals(show_life: Callable[[], None] = lambda: None) -> Iterator[Recei
     """Collect stop signals instead of dying of them. Only the main thread can; elsewhere the loop polls.
 
     Args:
-        show_life: called at least once in `TICK_S` seconds while somebody waits for signals.
+        show_life: called at least once in `TICK_S` seconds while a caller waits for signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield Received(None, show_life)

@@ -1,4 +1,4 @@
-"""The `[model]` table of a run config; it imports neither torch nor timm, so a typo is told at once."""
+"""The `[model]` table of a run config; it imports neither torch nor timm, so a typo is reported at once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ModelConfig(FrozenConfig):
             epsilon, iterations, references …, [model.args.soft], [model.args.cast]. What timm takes beside them
             (pretrained, checkpoint_path, …) is refused: it would load or write files.
         weights: what a new run begins with, for fine-tuning: a checkpoint of ours (a run's folder, or one step's), or a
-            .safetensors file as `setformer ckpt export` writes it. A run that goes on does not read it again.
+            .safetensors file as `setformer ckpt export` writes it. A run that resumes does not read it again.
         skip: beginnings of the names of parameters that are not taken from there but drawn from the seed, such as
             ["head."] for another number of classes.
     """

@@ -115,7 +115,7 @@ class MasterState:
 
 
 def _undo_dummy_step(optimizer: FP16_UnfusedOptimizer) -> None:
-    """Undo the zero-gradient step of initialize_optimizer_states: drop its states, take the masters anew."""
+    """Undo the zero-gradient step of initialize_optimizer_states: drop its states, take the masters again."""
     optimizer.optimizer.state.clear()
     optimizer.refresh_fp32_params()
 

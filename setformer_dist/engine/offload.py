@@ -21,7 +21,7 @@ def forget_gradients_after_steps(optimizer: Any) -> None:
 
     def reset_all() -> None:
         reset()
-        # The values are buffers on the device that are made anew at need; the dictionary is known elsewhere too.
+        # The values are buffers on the device that are made again at need; the dictionary is known elsewhere too.
         optimizer.averaged_gradients.update(dict.fromkeys(optimizer.averaged_gradients))
         for gradient in _in_host_memory(optimizer):
             gradient.zero_()

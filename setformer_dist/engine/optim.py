@@ -1,7 +1,7 @@
 """Parameter groups, optimizers and learning-rate schedules; all of it timm's and PyTorch's, configured here.
 
 Every optimizer here keeps states of one value per element of a parameter, and nothing else but a count of steps. So
-ZeRO may cut parameters anywhere, and a checkpoint of one layout goes on in every other (`engine.master`); what does
+ZeRO may cut parameters anywhere, and a checkpoint of one layout continues in every other (`engine.master`); what does
 not is refused by name (`engine.config`).
 """
 

@@ -99,7 +99,7 @@ def split_figure(train: Sequence[Row]) -> str:
 
 
 def split(train: Sequence[Row]) -> tuple[list[int], dict[str, list[float]]]:
-    """Return steps, and seconds per step of each part, for the rows that tell; a part not told is 0."""
+    """Return steps, and seconds per step of each part, for the rows that hold them; a missing part is 0."""
     rows = [row for row in train if isinstance(row.get("seconds"), dict)]
     parts: dict[str, list[float]] = {
         name: [finite(row["seconds"].get(name)) or 0.0 for row in rows] for name in SECTIONS

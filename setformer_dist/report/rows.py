@@ -102,5 +102,5 @@ def _read_object(path: Path) -> dict[str, object]:
     try:
         value, _ = read_state(path)
     except (ValueError, OSError) as error:
-        raise DataError(f"{path} is damaged ({error}): delete it or write it anew") from None
+        raise DataError(f"{path} is damaged ({error}): delete it or write it again") from None
     return value

@@ -143,7 +143,7 @@ def test_a_stop_and_the_supervisors_death_end_all_hosts(
     process.send_signal(how)
     said = end(process, cluster)
     assert process.returncode == (143 if how == signal.SIGTERM else -9), said
-    ended = setformer(*words)  # and the run goes on elsewhere
+    ended = setformer(*words)  # and the run resumes elsewhere
     assert ended.code == 0, ended.err
     assert losses(run) == losses(one)
 

@@ -27,8 +27,8 @@ def holder(folder: Path) -> int:
         finally:
             os._exit(1)
     os.close(write)
-    with os.fdopen(read, "rb") as told:
-        assert told.read(1) == b"x"
+    with os.fdopen(read, "rb") as reader:
+        assert reader.read(1) == b"x"
     return pid
 
 

@@ -1,4 +1,4 @@
-"""A process killed within a commit, then a file damaged: what still verifies is what the run goes on with."""
+"""A process killed within a commit, then a file damaged: what still verifies is what the run continues with."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_killed_before_the_commit_then_the_checkpoint_before_damaged(tmp_path: P
 
 
 def reseal(folder: Path, name: str, data: bytes) -> None:
-    """Write a file of a checkpoint anew, and its manifest to match, as a forger would."""
+    """Rewrite a file of a checkpoint, and its manifest to match, as a forger would."""
     (folder / name).write_bytes(data)
     manifest = json.loads((folder / layout.MANIFEST).read_text())
     for record in manifest["files"]:

@@ -205,7 +205,7 @@ def test_processes_and_threads_share_a_file(path):
     assert not wrong
     state = pickle.dumps(beton)
     write_beton(path, some_samples(8), 8, classes=CLASSES)
-    with pytest.raises(DataError, match="written anew while it was in use"):
+    with pytest.raises(DataError, match="rewritten while it was in use"):
         pickle.loads(state)
     beton.close()
     other.close()

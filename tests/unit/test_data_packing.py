@@ -22,7 +22,7 @@ from dataloaders.packing.convert import pack_beton
 from dataloaders.packing.pack import PackOptions, _write_shard, pack_image_folder, unfinished
 from dataloaders.sources.shards import open_split
 from launch.cli.data import app
-from launch.testing.commands import heed_ctrl_c
+from launch.testing.commands import allow_ctrl_c
 from setformer_dist.core.errors import ConfigError, DataError
 
 
@@ -383,7 +383,7 @@ def test_killed_packing_leaves_nothing_that_opens(tmp_path, how, workers):
         (tmp_path / "s" / "a" / f"{i}.png").write_bytes(data)
     out, work = tmp_path / "out", tmp_path / ".out.partial"
     command = [sys.executable, "-c", _PACK, str(tmp_path / "s"), str(out), str(workers)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c, start_new_session=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=allow_ctrl_c, start_new_session=True)
     deadline = time.monotonic() + 150
     while not list(work.glob("shard-000001.rows")):
         assert process.poll() is None, process.stderr.read().decode()

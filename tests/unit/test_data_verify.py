@@ -18,7 +18,7 @@ from dataloaders.packing.text import TextOptions, pack_text
 from dataloaders.packing.verify import unreadable, verify, verify_split
 from dataloaders.sources.index import COLUMNS, read_index, write_index
 from launch.data import commands as data_commands
-from setformer_dist.core.errors import ConfigError, DataError, PassingError
+from setformer_dist.core.errors import ConfigError, DataError, TransientError
 from tests.unit.serving import served
 
 
@@ -150,7 +150,7 @@ def test_a_killed_helper_is_one_sentence(packed):
         for helper in multiprocessing.active_children():
             helper.kill()
 
-    with pytest.raises(PassingError, match=r"a process that verified .* died"):
+    with pytest.raises(TransientError, match=r"a process that verified .* died"):
         verify(packed, workers=2, on_progress=kill)
     assert multiprocessing.active_children() == []
 
