@@ -366,7 +366,7 @@ class CheckpointManager:
 
         Args:
             step: of the oldest checkpoint that is not to be resumed from.
-            reason: why, for the file beside what is put aside.
+            reason: why, for the file next to what is put aside.
             accept: as in `newest`.
 
         Raises:

@@ -29,7 +29,7 @@ FORMAT = "setformer_dist checkpoint"
 VERSION = 2  # 1: files carry "sha256" in place of "digest"
 READABLE = (1, 2)
 MAX_BYTES = 64 << 20  # of a manifest
-# A manifest is read before any digest of it is known: beside its own words it lists the files that lie beside it, in
+# A manifest is read before any digest of it is known: besides its own fields it lists the files next to it, in
 # some 150 bytes each.
 MAX_BYTES_ALONE, MAX_BYTES_PER_FILE = 1 << 20, 512
 _MAX_STEP = 10**15 - 1

@@ -110,7 +110,7 @@ def check_mixture_room(sources: Sequence[Source], config: DataConfig) -> None:
 
 
 def index_home(config: DataConfig) -> Path:
-    """Return the folder for indexes that cannot lie beside their shards."""
+    """Return the folder for indexes that cannot be next to their shards."""
     return Path(config.cache) if config.cache else user_cache()
 
 

@@ -47,7 +47,7 @@ class BetonDataset:
     Attributes:
         path: of the file.
         table: what its tables say.
-        sidecar: what the file beside it says, or None.
+        sidecar: what the file next to it says, or None.
     """
 
     def __init__(

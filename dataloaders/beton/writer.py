@@ -100,7 +100,7 @@ def write_beton(
                 writer.add(sample)
             writer.finish()
         table = read_table(aside)
-        sidecar_path(path).unlink(missing_ok=True)  # never an old sidecar beside a new file
+        sidecar_path(path).unlink(missing_ok=True)  # never an old sidecar next to a new file
         write_sidecar(sidecar_path(path), table, classes, writer.checks[: len(table)], writer.keys)
         aside.replace(path)
     except OSError as error:

@@ -51,7 +51,7 @@ class Wanted:
 
     Attributes:
         split: sub-folder to take.
-        masks: name of the folder of masks beside `images`.
+        masks: name of the folder of masks next to `images`.
         coco: COCO annotations: a file, or the name of one within the source.
         classes_file: class map to use.
         classes_from: packed split whose class map to use.
@@ -211,7 +211,7 @@ def _with_masks(source: Path, wanted: Wanted, scratch: Path) -> FoundOrigin:
     if not catalog.num_files():
         raise DataError(
             f"source {source} has no folder {_IMAGES!r}{f' in {wanted.split!r}' if wanted.split else ''}: "
-            f"--masks {masks} wants {_IMAGES}/a.jpg beside {masks}/a.png"
+            f"--masks {masks} wants {_IMAGES}/a.jpg next to {masks}/a.png"
         )
     _check_partners(catalog, source, "mask")
     notes = _unpaired(catalog.without_image("masks"), "masks have no image")

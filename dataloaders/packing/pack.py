@@ -1,6 +1,6 @@
 """Packing: samples become plain WebDataset shards and an index; what a killed packing finished is not done again.
 
-    .train.partial/          all work happens here, beside the destination
+    .train.partial/          all work happens here, next to the destination
       shard-000000.tar       by one process each; the same bytes on every run; written in .run-*/, then renamed
       shard-000000.rows      written when its shard is on the disk: what the index will say of it, and a digest of
                              all that decided it
@@ -100,7 +100,7 @@ class PackOptions:
         classes_from: packed split whose class map to use.
         max_side: see `dataloaders.packing.intake.Intake`.
         quality: likewise.
-        masks: name of the folder of masks that lies beside `images` in the source.
+        masks: name of the folder of masks that is next to `images` in the source.
         void: mask value that stands for "does not count"; becomes 255.
         coco: COCO annotations with the boxes of the images: a file, or the name of one within the source.
 
@@ -180,7 +180,7 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Packed:
-    """A shard on the disk; its rows are in a file beside it.
+    """A shard on the disk; its rows are in a file next to it.
 
     Attributes:
         facts: of the shard.
@@ -449,7 +449,7 @@ class _Rows:
         self.top_class = max(self.top_class, taken.top_class)
 
     def write(self, path: Path, packed: _Packed, identity: str) -> None:
-        """Write the rows, durably; once they lie beside the shard it is finished."""
+        """Write the rows, durably; once they are next to the shard it is finished."""
         said = {
             "identity": identity,
             "facts": json.dumps(vars(packed.facts)),

@@ -5,7 +5,7 @@ class_folders.py   which images of a folder or tar are of which class
 classes.py         class names and labels as people write them
 files.py           local files, opened and read so that none can stall a process or take its memory
 image_folder.py    an ImageFolder as it is: `<class>/…/image.jpg`, one file per image, without packing
-index.py           the index beside a split's shards: where each sample is, and what it must look like
+index.py           the index next to a split's shards: where each sample is, and what it must look like
 kinds.py           what a folder holds: shards, class folders, or something that a sentence can name
 passed.py          files that are skipped: classified, counted, reported in one line
 scanning.py        shards that others made, scanned each by itself, in any process

@@ -28,7 +28,7 @@ from setformer_dist.core.errors import DataError
 # Folder names that are splits by custom: several of them side by side are no classes.
 SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
 
-# Folder names that hold masks by custom; beside `images` they are no classes.
+# Folder names that hold masks by custom; next to `images` they are no classes.
 MASK_FOLDERS = frozenset({"annotations", "masks", "labels"})
 
 # Names kept of each level of folders: enough to see whether they are splits, and for a message.

@@ -2,7 +2,7 @@
 
     train-0000.tar  train-0001.tar  ...   as they are; never written to
     classes.txt                           names of the classes, if one lies there (or classes.json)
-    .setformer-index/                     beside the shards; in the user's cache folder where that cannot be written
+    .setformer-index/                     next to the shards; in the user's cache folder where that cannot be written
       .lock                               held by the process that makes an index; others wait
       6c0e…/index.json, index.safetensors   one index; the digits are of the shards' names, sizes and times, and
                                             those of the class file
@@ -240,7 +240,7 @@ def open_foreign(shards: Shards, cache: Path, timeout: float) -> ShardDataset:
 
     Args:
         shards: as `find_shards` found them.
-        cache: folder for the index where it cannot lie beside the shards.
+        cache: folder for the index where it cannot be next to the shards.
         timeout: seconds to wait for another process that makes it, without a sign of life.
 
     Raises:
@@ -288,7 +288,7 @@ def index_shards(
     Args:
         root: folder or URL.
         pattern: as `find_shards`.
-        cache: folder for the index where it cannot lie beside the shards.
+        cache: folder for the index where it cannot be next to the shards.
         checksums: read every byte, and keep a crc32 of each sample and the sha256 of each shard.
         workers: processes; 0 does it in this one.
         timeout: seconds to wait for a URL, or for another process without a sign of life.

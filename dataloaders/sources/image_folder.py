@@ -3,7 +3,7 @@
     <cache>/indexes/<folder>/<digits>/files.json, files.safetensors
 
 Indexed when it is first seen: names, sizes, heights and widths. The index lies in `data.cache` or the user's cache
-folder, not beside the images, where others that read class folders would take it for a class. The digits are of the
+folder, not next to the images, where other readers of class folders would take it for a class. The digits are of the
 names and times of all folders, so an image that comes, goes or is renamed makes a new index; one that is replaced in
 place is noticed when it is read, by its size. Two processes that see it first wait for each other, and half an index
 is never seen.

@@ -1,4 +1,4 @@
-"""The index beside a split's shards: where each sample is, and what it must look like.
+"""The index next to a split's shards: where each sample is, and what it must look like.
 
     train/
       shard-000000.tar     plain WebDataset: <key>.jpg (or .png …), <key>.cls and, for data that have them,

@@ -79,7 +79,7 @@ def _count_others(passed: Passed, folders: list[str], unread: list[str]) -> None
     if deeper:
         passed.others["shards one folder deeper"] = deeper
     if folders:
-        passed.others["folders beside the shards"] = len(folders)
+        passed.others["folders next to the shards"] = len(folders)
 
 
 def _tars_in(folder: str) -> int:

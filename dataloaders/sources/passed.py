@@ -32,7 +32,7 @@ IGNORED = frozenset(
     }
 )
 
-# The folder of our own index, beside the shards that it is of.
+# The folder of our own index, next to the shards that it is of.
 OUR_INDEX = ".setformer-index"
 
 # Folders of which it is remembered that they hold files that are not read; of more only the number is.

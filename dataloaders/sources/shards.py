@@ -280,7 +280,7 @@ def check_same_classes(train: Source, val: Source) -> None:
         if ours != theirs:
             found = f"label {label} is {_named(ours)} in {train.name} but {_named(theirs)} in {val.name}"
             if _is_foreign(train) or _is_foreign(val):
-                raise DataError(f"{found}: lay a classes.txt with the names of all classes in order beside the shards")
+                raise DataError(f"{found}: lay a classes.txt with the names of all classes in order next to the shards")
             raise DataError(f"{found}: pack the latter with `--classes-from {train.name}`")
 
 

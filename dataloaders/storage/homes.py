@@ -4,7 +4,7 @@ An index in a cache says which label a sample has; nothing but its folder vouche
 what was just read. So a cache folder is used only if no other user can write to it:
 
     <cache>/indexes, <cache>/shards    made with mode 0700; owned by this user or root, no link, not writable by others
-    .setformer-index beside shards     as safe as the shards: owned by their folder's owner, this user or root, no
+    .setformer-index next to shards     as safe as the shards: owned by their folder's owner, this user or root, no
                                        link, and writable only by users who can write there
 
 A folder of this user that others may write to is closed to them; one of another user is passed over with a warning.

@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all: work continues beside it, and a rename gives it its name.
+"""A folder that appears whole or not at all: work happens next to it, and a rename gives it its name.
 
     .train.partial/     locked while a process works in it; what a killed process left there is thrown away, save what
                         its packer can continue
@@ -56,7 +56,7 @@ def work_name(destination: Path) -> Path:
 
 @contextmanager
 def work_folder(destination: Path, keep: Callable[[Path, str], bool] = lambda work, name: False) -> Iterator[Path]:
-    """Yield a folder beside the destination, locked; it is gone afterwards, renamed or removed.
+    """Yield a folder next to the destination, locked; it is gone afterwards, renamed or removed.
 
     Args:
         destination: folder that is to appear.

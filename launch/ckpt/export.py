@@ -181,7 +181,7 @@ def check_free(dest: Path) -> None:
 
 @contextmanager
 def made(dest: Path) -> Iterator[Path]:
-    """Let a folder be written beside its place and take that place when it is whole; else nothing stays.
+    """Yield a temporary folder that is renamed to its final name when complete, and removed otherwise.
 
     Raises:
         ConfigError: it cannot be written.

@@ -33,7 +33,7 @@ _DAMAGED = 4
 
 _PACK_HELP = """Pack images (with classes, masks or boxes) or texts into what training reads.
 
-SOURCE is a directory of class folders (CLASS/image.jpg), or a tar or tar.gz of one; or images beside masks (--masks),
+SOURCE is a directory of class folders (CLASS/image.jpg), or a tar or tar.gz of one; or images next to masks (--masks),
 images with COCO annotations (--coco), a TSV file of texts and labels, or a container to be repacked (a packed
 split, a pattern of WebDataset shards, a .beton file). DEST is a folder for WebDataset shards and their index, or a
 file that ends in .beton. DEST holds one split; give training and validation the same class map with --classes-from.
@@ -77,7 +77,7 @@ def pack(
     source: Annotated[str, typer.Argument(help="What to pack; see above.")],
     dest: Annotated[Path, typer.Argument(help="New or empty folder for shards, or a file *.beton.")],
     split: Annotated[str | None, typer.Option(help=_SPLIT_HELP)] = None,
-    masks: Annotated[str | None, typer.Option(metavar="FOLDER", help="Folder of masks beside images/.")] = None,
+    masks: Annotated[str | None, typer.Option(metavar="FOLDER", help="Folder of masks next to images/.")] = None,
     void: Annotated[int | None, typer.Option(metavar="VALUE", help="Mask value to ignore.")] = None,
     coco: Annotated[
         str | None, typer.Option(metavar="JSON", help="COCO instances: a file, or its name within SOURCE.")

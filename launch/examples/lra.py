@@ -188,7 +188,7 @@ def trained_on(splits: dict[str, TokenSplit]) -> dict[str, str]:
 
 
 def check_data(folder: Path, splits: dict[str, TokenSplit]) -> None:
-    """Refuse a run that has begun on other data: its figures would stand beside those of these.
+    """Refuse a run that has begun on other data: its figures would not be comparable to these.
 
     Raises:
         DataError: naming the folder.
@@ -199,7 +199,7 @@ def check_data(folder: Path, splits: dict[str, TokenSplit]) -> None:
 
 
 def check_ranks(folder: Path, ranks: int) -> None:
-    """Refuse a run that ended on another number of ranks: its speed would stand beside that of these.
+    """Refuse a run that ended on another number of ranks: its speed would not be comparable to that of these.
 
     Raises:
         ConfigError: naming the folder.

@@ -137,7 +137,7 @@ def check_package_origins(names: tuple[str, ...] = OUR_PACKAGES) -> Path:
     home = places[names[0]]
     for name, place in places.items():
         if place is None:
-            raise LaunchError(f"package {name!r} is not found beside {home}: install setformer_dist again")
+            raise LaunchError(f"package {name!r} is not found next to {home}: install setformer_dist again")
         if place != home:
             raise LaunchError(
                 f"package {name!r} comes from {place} but {names[0]!r} from {home}: uninstall or rename the other "

@@ -285,7 +285,7 @@ def _begin_rank(server: int, request: dict[str, Any], kept: Sequence[int]) -> No
     os.chdir(request["cwd"])
     env = {**request["env"], FD_VARIABLE: str(kept[0])}
     set_environment(env)
-    name = f"rank {env.get('RANK', '')}"  # what ps and top show beside the server's command line
+    name = f"rank {env.get('RANK', '')}"  # what ps and top show next to the server's command line
     ctypes.CDLL(None).prctl(_PR_SET_NAME, ctypes.c_char_p(name.encode()), 0, 0, 0)
     run_module(request["args"])
 

@@ -297,7 +297,7 @@ class ResolvedRun:
 
 def shipped(path: Path) -> Path:
     """Return a run config's path: as given if it exists, else the shipped one of that name or path below configs/."""
-    if path.exists() and not (path.is_dir() and len(path.parts) == 1):  # photos/ may lie beside what is typed
+    if path.exists() and not (path.is_dir() and len(path.parts) == 1):  # photos/ may be a folder here
         return path
     below = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts
     for place in (_CONFIGS.joinpath(*below), _CONFIGS / "runs" / f"{path}.toml"):

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent.parent
 DEMO = str(ROOT / "configs" / "runs" / "demo.toml")
 
 # A short run of the demo's config: 1 epoch of 22 steps, every loss on record. In fp32, as bf16 takes a CPU without
-# instructions for it twice as long; one thread a rank, as other tests run beside it.
+# instructions for it twice as long; one thread a rank, as other tests run at the same time.
 SHORT = (
     "precision.dtype=fp32",
     "run.threads=1",

@@ -290,7 +290,7 @@ def _nearest(model: type[pydantic.BaseModel], keys: list[str], siblings: list[st
 
 
 def _place(model: type[pydantic.BaseModel], loc: tuple[str | int, ...]) -> tuple[list[str], list[str]]:
-    """Return the keys that lead to a fault, and the keys known beside the last of them.
+    """Return the keys that lead to a fault, and the known keys at the level of the last of them.
 
     Where a table is one of several kinds, pydantic puts the kind's tag into `loc`, which is no key of the config.
     """

@@ -1,4 +1,4 @@
-"""Which keys of a config may change between a run and its continuation: said beside each key, read here.
+"""Which keys of a config may change between a run and its continuation: stated at each key, read here.
 
     seed: int = 0                                            must stay
     threads: Annotated[int, FREE] = 0                        may change: what is computed does not depend on it

@@ -1,6 +1,6 @@
 """Small files that are either whole or as they were before, and that say whether their bytes are those written.
 
-A state file (guard.json, config.json, summary.json of a run) is a JSON object with the sha256 of all the rest beside
+A state file (guard.json, config.json, summary.json of a run) is a JSON object with the sha256 of all the rest next to
 it, under the key "sha256". Those of earlier versions have none and are still read; their reader learns that.
 """
 

@@ -23,7 +23,7 @@ class ModelConfig(FrozenConfig):
         activation_checkpointing: recompute activations in the backward pass: less memory, about a third more work.
         args: further arguments of the model's own constructor, such as embed_dim, depths, stem_strides, attention
             ("set", "soft", "soft_norm", "cast", "softmax"), or the tables of their choices: [model.args.attn] with
-            epsilon, iterations, references …, [model.args.soft], [model.args.cast]. What timm takes beside them
+            epsilon, iterations, references …, [model.args.soft], [model.args.cast]. What timm takes besides them
             (pretrained, checkpoint_path, …) is refused: it would load or write files.
         weights: what a new run begins with, for fine-tuning: a checkpoint of ours (a run's folder, or one step's), or a
             .safetensors file as `setformer ckpt export` writes it. A run that resumes does not read it again.

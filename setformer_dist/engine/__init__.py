@@ -1,4 +1,4 @@
-"""The training engine: one loop over optimizer steps, DeepSpeed underneath, checkpoints and metrics beside it.
+"""The training engine: one loop over optimizer steps, DeepSpeed underneath, with checkpoints and metrics.
 
     config.py     the tables of a run config that the engine reads, without torch
     trainer.py    the loop: knows steps, schedule, evaluation, checkpoints, signals

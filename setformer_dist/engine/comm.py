@@ -222,7 +222,7 @@ class _TimedWork:
 class CommMeter:
     """Stands before DeepSpeed's communication backend and adds up the host's time in its collectives.
 
-    On CPUs that is the whole cost; on GPUs, where collectives run beside the computation, it is the time that
+    On CPUs that is the whole cost; on GPUs, where collectives overlap with the computation, it is the time that
     the host waits for them.
     """
 

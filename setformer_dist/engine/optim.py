@@ -28,7 +28,7 @@ class Optimizer:
 
     Attributes:
         make: the class.
-        options: what the config says of its arguments, beside groups and lr.
+        options: what the config says of its arguments, besides groups and lr.
         states: names of what it keeps per element, all zero before the first step.
         counts: whether it keeps, as "step", how many updates it has made.
     """

@@ -62,7 +62,7 @@ def loss_figure(train: Sequence[Row], evals: Sequence[Row]) -> str:
 def metric_figure(evals: Sequence[Row], metric: Metric) -> str:
     """Draw a metric of the weights and of their moving average, shares in percent; "" without data."""
     if metric.name == LOSS.name:
-        return ""  # it is drawn beside the training loss
+        return ""  # it is drawn with the training loss
     found = [("weights", _WEIGHTS, metric.name), ("EMA", _EMA, f"{AVERAGED}{metric.name}")]
     times, unit = (100, ", %") if metric.share else (1, "")
     lines = [

@@ -124,7 +124,7 @@ def test_a_directory_without_its_fp32_weights_is_not_taken_for_one_of_stage_0(tm
 
 def test_a_latest_that_leads_elsewhere_is_refused(tmp_path):
     (tmp_path / "latest").write_text("../elsewhere")
-    with pytest.raises(CheckpointError, match="no folder beside it"):
+    with pytest.raises(CheckpointError, match="no folder next to it"):
         deepspeed_files.read(tmp_path)
 
 

@@ -81,7 +81,7 @@ def test_attentions_side_by_side(root: Path, tmp_path: Path) -> None:
     assert [row["attention"] for row in alone] == ["set"]
     # Another config is another run, not these.
     assert_one_sentence(compare(root, tmp_path, "set", "optim.lr=0.1", ranks=2), 2, "optim.lr is 0.002 there")
-    # So are other data: their figures must not stand beside these.
+    # So are other data: their figures must not stand next to these.
     task = replace(task_named("listops", short=True), counts=(200, 37, 45))
     prepare(task, tmp_path / "other", Preparation(seed=1))
     other = compare(tmp_path / "other", tmp_path, "set", ranks=2)

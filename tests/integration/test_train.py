@@ -52,7 +52,7 @@ def shm_files() -> set[str]:
 
 
 def assert_nothing_shared_stays(before: set[str], timeout: float = 10) -> None:
-    """Wait for the files of other tests, which run beside this one; those of a run that is over would stay."""
+    """Wait for the files of other tests, which run next to this one; those of a run that is over would stay."""
     deadline = time.monotonic() + timeout
     while left := shm_files() - before:
         assert time.monotonic() < deadline, left

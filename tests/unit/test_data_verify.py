@@ -69,7 +69,7 @@ def test_data_behind_a_url_are_compared_as_those_here(packed, tmp_path, monkeypa
         assert verify(f"{server.url}/out").shards == 3
         flip(packed / "shard-000000.tar", 3)  # a header: no sample is touched
         assert found(verify(f"{server.url}/out", decode=False)) == [("shard-000000.tar", "", "shard")]
-        with pytest.raises(ConfigError, match=r"the index of .*/a\.beton lies beside it: make it on a copy"):
+        with pytest.raises(ConfigError, match=r"the index of .*/a\.beton is next to it: make it on a copy"):
             data_commands.index(f"{server.url}/a.beton?key=secret", None, True, 0, print, print)
 
 

@@ -388,7 +388,7 @@ def cached_bytes(cache):
 
 
 def two_kinds(packed, folder):
-    """Write a .beton file beside a copy of the packed split; return the sizes of both."""
+    """Write a .beton file next to a copy of the packed split; return the sizes of both."""
     split = open_split(packed / "packed")
     shutil.copytree(packed / "packed", folder / "packed")
     samples = [BetonSample(split.read(i).image, 0, *split.size(i)) for i in range(EACH)]
@@ -411,7 +411,7 @@ def read_both(url, cache, limit, seed):
 
 
 def test_shards_and_beton_files_have_one_budget(packed, tmp_path):
-    """Several processes hold a .beton file, and read shards for which there is only so much room beside it."""
+    """Several processes hold a .beton file, and read shards for which there is only so much room next to it."""
     folder, cache = tmp_path / "served", tmp_path / "cache"
     folder.mkdir()
     shards, beton = two_kinds(packed, folder)

@@ -218,7 +218,7 @@ def _nystrom_map(
     x = at_least_fp32(x_bhnd)  # fp16 squares overflow from 256 on, and its zero vectors have no inverse length
     flat = unit(x).transpose(0, 1).reshape(h, b * n, d)
     features = nystrom(flat, anchors_hkd, config.sigma).view(h, b, n, anchors_hkd.shape[1]).transpose(0, 1)
-    # The kernel map of Mialon et al. keeps the length of x beside its direction.
+    # The kernel map of Mialon et al. keeps the length of x besides its direction.
     values = features * torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return features.to(x_bhnd.dtype), values.to(x_bhnd.dtype)
 
