@@ -60,7 +60,7 @@ class CheckpointManager:
     """Keeps the checkpoints of one run in one folder. All ranks call each method, in the same order.
 
     Attributes:
-        skipped: what the last search passed over, with reasons.
+        skipped: what the last search skipped, with reasons.
     """
 
     def __init__(self, root: Path, comm: Collectives, config: CheckpointConfig, disk: Disk | None = None) -> None:
@@ -543,7 +543,7 @@ def _tried(work: Callable[[], object]) -> tuple[dict[str, object], Exception | N
 
 
 class _UnusableError(Exception):
-    """A folder is passed over.
+    """A folder is skipped.
 
     Attributes:
         kind: "damaged", "unread" (the storage failed), "foreign" (a later format, a link), or "refused" (sound, and a
@@ -564,7 +564,7 @@ def _judged(work: Callable[[], Any]) -> dict[str, Any]:
         kind = next((kind for error_type, kind in known.items() if isinstance(error, error_type)), "foreign")
         return {"fault": str(error), "kind": kind}
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
-        _log.warning("a checkpoint's contents led to an error that its checks should have met", exc_info=True)
+        _log.warning("a checkpoint's contents led to an error that its checks should have caught", exc_info=True)
         return {"fault": f"its contents are not as this program writes them: {error!r}", "kind": "damaged"}
 
 

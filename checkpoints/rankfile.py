@@ -312,4 +312,4 @@ def _refuse_gaps(header: dict[str, Any], size: int, name: str) -> None:
             raise DamagedError(f"{name} has tensors that {'overlap' if first < position else 'leave a gap'}")
         position = last
     if position != size:
-        raise DamagedError(f"{name} holds {size} bytes of tensors, its header speaks of {position}")
+        raise DamagedError(f"{name} holds {size} bytes of tensors, its header states {position}")

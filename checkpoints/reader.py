@@ -41,7 +41,7 @@ _SCRATCH = 4 << 20  # bytes read at a time where values must be converted
 
 @dataclass(frozen=True)
 class Skipped:
-    """A folder that was passed over, and why."""
+    """A skipped folder, and why."""
 
     path: Path
     reason: str
@@ -410,7 +410,7 @@ def open_checkpoint(path: Path, best_by: CheckpointConfig | None = None) -> Chec
     Args:
         path: a step folder, a `checkpoints` folder, or a run folder.
         best_by: in a folder of several, take the best by this metric; otherwise the newest. What does not
-            verify is passed over either way.
+            verify is skipped either way.
 
     Raises:
         CheckpointError: there is none there, or none verifies; all reasons are named.

@@ -142,8 +142,8 @@ class DataConfig(FrozenConfig):
             epoch of the run has as many samples as all data sets together.
         image_size: height and width of the images the model sees, in pixels.
         image_width: width in pixels of rectangular images, whose height is image_size; 0 means square images.
-        eval_crop: side of the centre crop in evaluation as a share of the resized image's; an image that already has the
-            model's size is not cropped.
+        eval_crop: side of the centre crop in evaluation as a share of the resized image's; an image of the model's
+            size is not cropped.
         interpolation: how images are resized (antialiased).
         mean: channel means that normalisation subtracts, in units of the full range 0 to 1.
         std: channel deviations that normalisation divides by, in the same units.

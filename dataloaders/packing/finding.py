@@ -80,7 +80,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class FoundOrigin:
-    """Samples to be packed, what was chosen or passed over, and what was left out of them (name, reason)."""
+    """Samples to be packed, what was chosen or skipped, and what was left out of them (name, reason)."""
 
     origin: Origin
     notes: list[str]
@@ -258,8 +258,8 @@ def _with_boxes(source: Path, wanted: Wanted, scratch: Path) -> FoundOrigin:
         raise DataError(f"no image of {source} is named in {wanted.coco}, which begins with {next(iter(coco.boxes))!r}")
     _check_partners(catalog, source, "boxes")
     notes = [*coco.notes, *_unpaired(catalog.without_image("boxes"), "images of the annotations are not in the source")]
-    if passed_over := catalog.num_found() - catalog.num_files():
-        tree.passed.others["images that the annotations do not name"] = passed_over
+    if skipped := catalog.num_found() - catalog.num_files():
+        tree.passed.others["images that the annotations do not name"] = skipped
     notes += _said(tree.passed)
     return FoundOrigin(listing.settled(coco.classes, frozenset({"boxes"}), wanted), notes)
 

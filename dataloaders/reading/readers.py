@@ -38,7 +38,7 @@ from setformer_dist.core.shared_memory import NO_SHARED_MEMORY, is_no_room
 
 _log = logging.getLogger(__name__)
 
-# How torch's DataLoader words the death of a worker, and the end of its patience, in a RuntimeError.
+# How torch's DataLoader reports the death of a worker, and its timeout, in a RuntimeError.
 _DEATHS = ("exited unexpectedly", "killed by signal")
 _TIMED_OUT = "timed out after"
 

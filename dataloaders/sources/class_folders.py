@@ -68,7 +68,7 @@ class Found:
 
     Attributes:
         images: sorted by path.
-        notes: what was chosen or passed over, one sentence each.
+        notes: what was chosen or skipped, one sentence each.
     """
 
     images: list[LabelledImage]
@@ -119,7 +119,7 @@ class Tree:
     Attributes:
         source: for messages.
         notes: what was chosen.
-        passed: what was passed over.
+        passed: what was skipped.
     """
 
     source: Path
@@ -220,7 +220,7 @@ class Tree:
         return self.notes
 
     def check_classes(self, classes: Collection[str], depth: int, split: str | None, allow: bool) -> None:
-        """Refuse class folders that hold nothing that is read: their classes would vanish in silence.
+        """Refuse class folders that hold nothing that is read: their classes would vanish silently.
 
         Args:
             classes: those with images.

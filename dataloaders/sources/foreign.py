@@ -391,7 +391,7 @@ def _sound(folder: Path, shards: Shards) -> Index | None:
         if any(sizes[shard.name] not in (shard.size, -1) for shard in index.shards):
             return None
         if "crc32" not in index.columns and "passed" not in index.options:
-            return None  # of a version that did not count what it passed over
+            return None  # of a version that did not count what it skipped
         said = [
             [shard.name, shard.size, headers]
             for shard, headers in zip(index.shards, index.options["headers"], strict=True)
@@ -525,7 +525,7 @@ def _build(
 
 
 def _together(scans: list[Scanned]) -> Passed:
-    """Return what all shards together pass over."""
+    """Return what is skipped in all shards together."""
     passed = Passed()
     for one in scans:
         for name in ("ignored", "unread", "odd", "others"):

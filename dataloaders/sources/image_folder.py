@@ -232,7 +232,7 @@ class _Listing:
 
 
 def open_image_folder(folder: Path, cache: Path, timeout: float, allow_empty: bool = False) -> ImageFolderDataset:
-    """Open a folder of class folders; a log line says what in it is passed over.
+    """Open a folder of class folders; a log line says what in it is skipped.
 
     Args:
         folder: of the class folders.

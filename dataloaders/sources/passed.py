@@ -54,7 +54,7 @@ def is_visible(path: str) -> bool:
 
 @dataclass
 class Passed:
-    """What was passed over in one source.
+    """What was skipped in one source.
 
     Attributes:
         ignored: names of hidden and system files and folders -> how many.
@@ -71,7 +71,7 @@ class Passed:
     folders: dict[str, set[str]] = field(default_factory=dict)
 
     def ignore(self, name: str) -> None:
-        """Count a hidden or system file or folder; our own index is none to speak of."""
+        """Count a hidden or system file or folder; our own index is not counted."""
         if name == OUR_INDEX:
             return
         self.ignored["._*" if name.startswith("._") else name] += 1

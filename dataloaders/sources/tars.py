@@ -4,7 +4,7 @@
     a/b/000017.seg.png         names are cut at the first dot of the last part, as WebDataset does: key a/b/000017
     000017.1.jpg               a key with a dot: refused, or left out where that is asked for, and never merged
 
-Hidden and system members are passed over at any depth and counted, and so are members that are no part of a sample.
+Hidden and system members are skipped at any depth and counted, and so are members that belong to no sample.
 Work and memory are bounded by the bytes of the shard: keys beyond `_LONGEST_KEY` bytes are shortened, and larger bodies
 are no labels.
 

@@ -7,7 +7,7 @@ what was just read. So a cache folder is used only if no other user can write to
     .setformer-index next to shards     as safe as the shards: owned by their folder's owner, this user or root, no
                                        link, and writable only by users who can write there
 
-A folder of this user that others may write to is closed to them; one of another user is passed over with a warning.
+A folder of this user that others may write to is closed to them; one of another user is skipped with a warning.
 Within such folders files are opened without following links.
 """
 

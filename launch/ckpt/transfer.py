@@ -146,7 +146,7 @@ def import_deepspeed(source: Path, dest: Path, model: str, trust_pickle: bool, c
     manager = CheckpointManager(dest, Alone(), CheckpointConfig(keep_last=1_000_000))
     with ExitStack() as stack:
         if dest.name == "checkpoints":  # of a run, which may be training there
-            stack.enter_context(held(dest.parent, Alone(), patience_s=0))
+            stack.enter_context(held(dest.parent, Alone(), timeout_s=0))
         if (there := layout.step_folder(dest, found.steps)).exists():
             raise ConfigError(f"{there} already exists: move it away, or name another folder")
         path = manager.save(Snapshot(found.steps, fragments, trainer, {}, tags=("imported",)), identity)

@@ -105,8 +105,8 @@ def train(
 ) -> None:
     """Start or resume the run that a config describes.
 
-    Run the same command again to resume from the newest checkpoint that verifies. If a rank dies or hangs, all ranks are
-    ended and restarted automatically ([restart]). Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint first.
+    Run the same command again to resume from the newest checkpoint that verifies. If a rank dies or hangs, all ranks
+    are ended and restarted automatically ([restart]). Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint first.
 
     Examples:
 
@@ -194,7 +194,7 @@ def _refuse_other_launchers() -> None:
         world = os.environ.get(name, world)
     if world != "1":
         raise LaunchError(
-            f"setformer train starts its ranks itself, and a launcher has started {world} processes of it: say "
+            f"setformer train starts its ranks itself, and a launcher has started {world} processes of it: run "
             f"setformer train CONFIG --ranks {world}, or have the launcher start -m launch.entry CONFIG"
         )
 

@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from checkpoints.reader import open_checkpoint
 from dataloaders.packing.pack import PackOptions, pack_image_folder
-from launch.drill.faults import CHECKPOINT_EVERY, FAULTS, Hand, Run
+from launch.drill.faults import CHECKPOINT_EVERY, FAULTS, DrillRun, FaultInjector
 from launch.drill.mounts import keep_mounts_private
 from launch.examples.demo import write_digits
 from setformer_dist.core.errors import DrillError
@@ -143,10 +143,10 @@ def run_drill(
             progress.update(bar, description=f"run {runs + 1}")
             folder = out / "disk" / f"run-{runs}"
             folder.mkdir()
-            run = Run(folder, data, ranks, seed=0, epochs=epochs)
-            hand = Hand(run, draw, out / "disk" if mounted else None)
+            run = DrillRun(folder, data, ranks, seed=0, epochs=epochs)
+            injector = FaultInjector(run, draw, out / "disk" if mounted else None)
             try:
-                _one_run(hand, kinds, made, faults, advance)
+                _one_run(injector, kinds, made, faults, advance)
                 _same_as(reference, run)
             except DrillError as error:
                 run.end()
@@ -177,10 +177,10 @@ def _digits(out: Path) -> Path:
     return out / "data"
 
 
-def _reference(out: Path, data: Path, ranks: int, epochs: int) -> Run:
+def _reference(out: Path, data: Path, ranks: int, epochs: int) -> DrillRun:
     folder = out / "reference"
     folder.mkdir()
-    run = Run(folder, data, ranks, seed=0, epochs=epochs)
+    run = DrillRun(folder, data, ranks, seed=0, epochs=epochs)
     try:
         run.start()
         run.wait(lambda: run.code is not None)
@@ -191,30 +191,32 @@ def _reference(out: Path, data: Path, ranks: int, epochs: int) -> Run:
     return run
 
 
-def _one_run(hand: Hand, kinds: list[str], made: list[Fault], faults: int, advance: Callable[[], None]) -> None:
+def _one_run(
+    injector: FaultInjector, kinds: list[str], made: list[Fault], faults: int, advance: Callable[[], None]
+) -> None:
     """Run to the end, with faults on the way."""
-    run = hand.run
+    run = injector.run
     run.start()
     while True:
         # Mostly while it trains, now and then while it starts.
-        if hand.draw.random() < 0.85:
+        if injector.draw.random() < 0.85:
             run.wait(lambda: run.trains() or run.code is not None)
-        time.sleep(hand.draw.uniform(0, 2.5))
+        time.sleep(injector.draw.uniform(0, 2.5))
         if run.code is not None or len(made) >= faults:
             break
-        made.append(_one_fault(hand, hand.draw.choice(kinds)))
+        made.append(_one_fault(injector, injector.draw.choice(kinds)))
         advance()
     ended = run.wait(lambda: run.code is not None)
     if not ended or run.code != 0:
         raise DrillError(f"a run did not finish (exit code {run.code}):\n{run.said()}")
 
 
-def _one_fault(hand: Hand, kind: str) -> Fault:
+def _one_fault(injector: FaultInjector, kind: str) -> Fault:
     """Make a fault and wait until the run resumes."""
-    run = hand.run
+    run = injector.run
     at, begun = time.monotonic(), run.began()
     reached = run.reached()
-    detail, floor = FAULTS[kind](hand)
+    detail, floor = FAULTS[kind](injector)
     came = run.wait(lambda: run.began() > begun or run.code == 0)
     if not came or (run.code not in (None, 0) and run.began() <= begun):
         raise DrillError(f"{kind} ({detail}) at step {reached}: the run did not resume:\n{run.said()}")
@@ -223,7 +225,7 @@ def _one_fault(hand: Hand, kind: str) -> Fault:
     return Fault(kind, detail, reached, resumed, floor, time.monotonic() - at)
 
 
-def _attempts(run: Run) -> list[tuple[int, int]]:
+def _attempts(run: DrillRun) -> list[tuple[int, int]]:
     """Return (first step, steps done at the end) of each attempt that came to its first step."""
     found: list[tuple[int, int]] = []
     for event in run.events():
@@ -234,7 +236,7 @@ def _attempts(run: Run) -> list[tuple[int, int]]:
     return found
 
 
-def _same_as(reference: Run, run: Run) -> None:
+def _same_as(reference: DrillRun, run: DrillRun) -> None:
     """Compare losses, samples and weights with the run without faults.
 
     Raises:

@@ -29,8 +29,8 @@ _SILENCE_S = 180.0  # longest time without a word from the run
 _LIMIT_S = 1800.0  # longest time that a recovery or a run's end may take, whatever it says
 
 
-class Run:
-    """One run of the demo's config as a user starts it, and a hand on its processes."""
+class DrillRun:
+    """One run of the demo's config as a user starts it, with access to its processes."""
 
     def __init__(self, out: Path, data: Path, ranks: int, seed: int, epochs: int) -> None:
         self.folder = out / "demo"
@@ -141,7 +141,7 @@ class Run:
 
 
 @dataclass
-class Hand:
+class FaultInjector:
     """What makes the faults. Each returns what it hit, and the step from which the run must continue at least:
 
     that of the newest complete checkpoint (of the one before, where a file of the newest is damaged), and the very
@@ -153,7 +153,7 @@ class Hand:
         disk: the small file system that the run is on, None where none could be made.
     """
 
-    run: Run
+    run: DrillRun
     draw: random.Random
     disk: Path | None
 
@@ -266,16 +266,16 @@ class Hand:
             raise DrillError("ranks outlived their supervisor")
 
 
-FAULTS: dict[str, Callable[[Hand], tuple[str, int]]] = {
-    "SIGKILL of a rank": Hand.kill_rank,
-    "SIGKILL of the launcher": Hand.kill_launcher,
-    "SIGTERM to the launcher": Hand.terminate,
-    "SIGUSR1 to one rank": Hand.warn,
-    "SIGSTOP of a rank (hang)": Hand.stop_rank,
-    "flipped byte": Hand.flip,
-    "cut file": Hand.cut,
-    "lost file": Hand.lose,
-    "full disk": Hand.fill_disk,
+FAULTS: dict[str, Callable[[FaultInjector], tuple[str, int]]] = {
+    "SIGKILL of a rank": FaultInjector.kill_rank,
+    "SIGKILL of the launcher": FaultInjector.kill_launcher,
+    "SIGTERM to the launcher": FaultInjector.terminate,
+    "SIGUSR1 to one rank": FaultInjector.warn,
+    "SIGSTOP of a rank (hang)": FaultInjector.stop_rank,
+    "flipped byte": FaultInjector.flip,
+    "cut file": FaultInjector.cut,
+    "lost file": FaultInjector.lose,
+    "full disk": FaultInjector.fill_disk,
 }
 
 

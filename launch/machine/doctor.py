@@ -128,7 +128,7 @@ def check_package_origins(names: tuple[str, ...] = OUR_PACKAGES) -> Path:
     """Return the folder that all our top-level packages come from.
 
     Names like `launch` and `configs` are common: another distribution, or a folder in the working directory,
-    may own one of them, and Python would mix the two in silence.
+    may own one of them, and Python would mix the two silently.
 
     Raises:
         LaunchError: one comes from elsewhere or is not found; both places are named.

@@ -133,7 +133,7 @@ class FolderLostError(TransientError):
 
 
 @dataclass(frozen=True)
-class Patience:
+class HangTimeouts:
     """Seconds without a sign of life after which a rank counts as hanging; 0 waits for ever.
 
     Attributes:
@@ -158,13 +158,13 @@ class Watch:
 
     Attributes:
         received: stop signals.
-        patience: when a rank counts as hanging; by default never.
+        timeouts: when a rank counts as hanging; by default never.
         folder_lost: asked now and then; says what happened to the run's folder where it is gone.
         look: called now and then with all ranks.
     """
 
     received: Received
-    patience: Patience = Patience()
+    timeouts: HangTimeouts = HangTimeouts()
     folder_lost: Callable[[], str | None] = lambda: None
     look: Callable[[Sequence[Member]], None] = lambda members: None
 
@@ -220,7 +220,7 @@ class Attempt:
             if (fault := self._watch.folder_lost()) is not None:
                 self.kill()
                 raise FolderLostError(fault)
-            hanging = [m for m in self._running() if self._watch.patience.exceeded_by(m.beat())]
+            hanging = [m for m in self._running() if self._watch.timeouts.exceeded_by(m.beat())]
             if hanging:
                 self._give_up_on(hanging)
             if (reason := self._regroup()) is not None and self.step() >= 0:

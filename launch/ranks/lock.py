@@ -26,13 +26,15 @@ from setformer_dist.core.ledger import LEDGER, LOCK_FILE, last_seen
 
 log = logging.getLogger(__name__)
 
-PATIENCE_S = 15.0  # for a predecessor that is about to end
+LOCK_TIMEOUT_S = 15.0  # for a predecessor that is about to end
 _LOOK_EVERY_S = 0.2
 _RANK = 0
 
 
 @contextlib.contextmanager
-def held(folder: Path, comm: Collectives, patience_s: float = PATIENCE_S, supervised: bool = False) -> Iterator[None]:
+def held(
+    folder: Path, comm: Collectives, timeout_s: float = LOCK_TIMEOUT_S, supervised: bool = False
+) -> Iterator[None]:
     """Hold rank 0's lock of a run's folder; make the folder if need be. Collective at its beginning.
 
     Where the storage knows no locks, rank 0 warns, and the run continues without.
@@ -40,7 +42,7 @@ def held(folder: Path, comm: Collectives, patience_s: float = PATIENCE_S, superv
     Args:
         folder: of the run.
         comm: all ranks.
-        patience_s: how long to wait for a predecessor.
+        timeout_s: how long to wait for a predecessor.
         supervised: a supervisor holds its own lock; otherwise rank 0 holds that as well.
 
     Raises:
@@ -51,7 +53,7 @@ def held(folder: Path, comm: Collectives, patience_s: float = PATIENCE_S, superv
         if comm.ranks.is_main and (fault := odd_file(folder)) is None:
             try:
                 descriptor = stack.enter_context(_opened(folder))
-                fault = _wait_for(descriptor, _RANK, 1 if supervised else 2, folder, patience_s)
+                fault = _wait_for(descriptor, _RANK, 1 if supervised else 2, folder, timeout_s)
             except OSError as error:
                 fault = f"run folder {folder} cannot be written: {error}"
         fault = comm.broadcast_json(fault)
@@ -116,7 +118,7 @@ _GONE_S = 0.5
 
 
 @contextlib.contextmanager
-def supervising(folder: Path, patience_s: float = PATIENCE_S) -> Iterator[Supervised]:
+def supervising(folder: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[Supervised]:
     """Hold the supervisor's lock of a run's folder; make the folder if need be.
 
     Raises:
@@ -129,7 +131,7 @@ def supervising(folder: Path, patience_s: float = PATIENCE_S) -> Iterator[Superv
         try:
             seen = last_seen(folder)
             descriptor = stack.enter_context(_opened(folder))
-            fault = _wait_for(descriptor, _RANK, 2, folder, patience_s)
+            fault = _wait_for(descriptor, _RANK, 2, folder, timeout_s)
             if fault is None:  # rank 0 takes its own byte
                 with contextlib.suppress(OSError):
                     fcntl.lockf(descriptor, fcntl.LOCK_UN, 1, _RANK)
@@ -171,9 +173,9 @@ def _opened(folder: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _wait_for(descriptor: int, first: int, count: int, folder: Path, patience_s: float) -> str | None:
+def _wait_for(descriptor: int, first: int, count: int, folder: Path, timeout_s: float) -> str | None:
     """Take the lock of some bytes; return why that was not possible."""
-    limit = time.monotonic() + patience_s
+    limit = time.monotonic() + timeout_s
     while True:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, count, first)

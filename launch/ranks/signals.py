@@ -16,7 +16,7 @@ from typing import Any
 # What asks a run to save and stop; job schedulers warn with SIGUSR1 (Slurm: --signal=USR1@120).
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 TICK_S = 0.5  # longest time between two looks at the ranks; signals wake the loop at once
-# A scheduler signals every process of a job, and we hand on what we get: repeats this soon after are no second wish.
+# A scheduler signals every process of a job, and we hand on what we get: repeats this soon after are the same request.
 _REPEAT_S = 2.0
 
 

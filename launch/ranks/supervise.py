@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from checkpoints.layout import MANIFEST, step_folders, step_of
-from launch.ranks.attempt import AttemptError, FolderLostError, Patience, Regroup, Watch
+from launch.ranks.attempt import AttemptError, FolderLostError, HangTimeouts, Regroup, Watch
 from launch.ranks.board import Board
 from launch.ranks.lock import supervising
 from launch.ranks.restarts import Failure, GiveUp, RestartConfig, verdict
@@ -112,9 +112,9 @@ def _attempts(
 ) -> int:
     """Start the ranks again and again, as `run_supervised` says."""
     failures: list[Failure] = []
-    patience = Patience(config.hang_after_s, config.start_after_s, config.save_after_s)
+    timeouts = HangTimeouts(config.hang_after_s, config.start_after_s, config.save_after_s)
     log_dir = run_folder / "logs"
-    watch = Watch(received, patience, lost, Board(run_folder).look)
+    watch = Watch(received, timeouts, lost, Board(run_folder).look)
     while True:
         log_dir.mkdir(parents=True, exist_ok=True)
         try:
@@ -134,7 +134,7 @@ def _attempts(
         except Regroup as reason:
             _take_back_terminal()
             ledger.record(run_folder, "ended", why="regrouped", message=str(reason), final=False)
-            say(f"{reason}; all ranks have saved and start again")
+            say(f"{reason}; all ranks have saved and restart")
             continue
         except AttemptError as error:
             _take_back_terminal()
@@ -143,7 +143,7 @@ def _attempts(
                 raise
             wait = _judge(error, failures, config, run_folder, say)
             if _stopped_within(received, wait):
-                say(f"stopped before starting again; {how_to_resume(run_folder)}")
+                say(f"stopped before a restart; {how_to_resume(run_folder)}")
                 return _stopped(run_folder, received.stop[0])
             continue
         if code:
@@ -206,8 +206,8 @@ def _judge(
     if isinstance(judged, GiveUp):
         if not judged.reason:
             raise error
-        raise RankFailedError(f"{error}; not started again: {judged.reason}", error.exit_code) from None
-    say(f"{error}; starting again from the newest checkpoint in {judged.after_s:g} s (restart {len(failures)})")
+        raise RankFailedError(f"{error}; not restarted: {judged.reason}", error.exit_code) from None
+    say(f"{error}; restarting from the newest checkpoint in {judged.after_s:g} s (restart {len(failures)})")
     return judged.after_s
 
 

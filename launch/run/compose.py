@@ -50,7 +50,7 @@ class Splits:
 
 
 def open_splits(run: ResolvedRun) -> Splits:
-    """Open training and validation data and check that they speak of the same classes.
+    """Open training and validation data and check that they have the same classes.
 
     Raises:
         DataError: a folder is missing, empty or damaged, or the class maps differ.

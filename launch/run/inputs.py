@@ -288,7 +288,7 @@ class TokenInputs:
 
 
 def inputs_of(config: DataConfig | TokenConfig) -> ImageInputs | TokenInputs:
-    """Return the kind of data that a config speaks of."""
+    """Return the kind of data that a config names."""
     return TokenInputs(config) if isinstance(config, TokenConfig) else ImageInputs(config)
 
 

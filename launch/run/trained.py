@@ -135,7 +135,7 @@ def _about(checkpoint: Checkpoint) -> _About:
     """Check what trainer.json says of a run.
 
     Raises:
-        CheckpointError: it does not speak of a run, or not as one of this program.
+        CheckpointError: it does not describe a run of this program.
     """
     state, place = checkpoint.trainer, checkpoint.path
     if "config" not in state:
@@ -194,7 +194,7 @@ def _no_more_parameters_than(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[
 
 
 def _check_shapes(model: Mapping[str, tuple[int, ...]], there: Mapping[str, tuple[int, ...]], place: Path) -> None:
-    """Refuse a checkpoint whose config speaks of another model than it holds.
+    """Refuse a checkpoint whose config describes another model than it holds.
 
     Raises:
         CheckpointError: naming the first parameters that differ.

@@ -10,7 +10,7 @@
     {"event": "ended", "time": t, "why": "killed", "step": 53}   supervisor: "done", "stopped", or how it failed, and
                                                                  "final": true where it will not start again
 
-Each line ends with "crc", the CRC-32 of the line without it; a line that it does not fit is passed over. A line is one
+Each line ends with "crc", the CRC-32 of the line without it; a line that it does not fit is skipped. A line is one
 write, so a process that dies leaves at most one torn line. Times are Unix times in seconds. A supervisor sets the time
 of `run.lock` twice a second: where it was killed, that is when. `account` turns events into seconds by kind; it is a
 pure function.
@@ -65,7 +65,7 @@ def record(folder: Path, event: str, **values: Any) -> None:
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """Return the events of a run, in order; what is not a whole event is passed over."""
+    """Return the events of a run, in order; what is not a whole event is skipped."""
     events = []
     for line in lines_of(folder / LEDGER):
         value = _event(line)

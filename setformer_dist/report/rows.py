@@ -1,7 +1,7 @@
 """Reading what a run left: metrics.jsonl, config.json, summary.json.
 
 A run that was interrupted has written some steps twice and perhaps a torn line: the last line for a step wins,
-and what is not JSON is passed over.
+and what is not JSON is skipped.
 """
 
 from __future__ import annotations

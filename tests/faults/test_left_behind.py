@@ -76,12 +76,12 @@ def test_a_second_supervisor_writes_nothing_into_the_run(tmp_path: Path) -> None
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
-        with pytest.raises(LaunchError, match="another process trains"), supervising(tmp_path, patience_s=0.3):
+        with pytest.raises(LaunchError, match="another process trains"), supervising(tmp_path, timeout_s=0.3):
             pass
-        with pytest.raises(LaunchError, match="another process trains"), held(tmp_path, Alone(), patience_s=0.3):
+        with pytest.raises(LaunchError, match="another process trains"), held(tmp_path, Alone(), timeout_s=0.3):
             pass
         assert [path.name for path in tmp_path.iterdir()] == [ledger.LOCK_FILE]
-        with held(tmp_path, Alone(), patience_s=0.3, supervised=True):  # its own rank 0
+        with held(tmp_path, Alone(), timeout_s=0.3, supervised=True):  # its own rank 0
             pass
     finally:
         process.kill()

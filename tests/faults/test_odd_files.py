@@ -153,7 +153,7 @@ WICKED: tuple[Any, ...] = (
 
 
 @pytest.mark.parametrize("row", [TRAIN, GUARD, {**TRAIN, "kind": "eval", "top1": 0.5, "samples": 3}])
-def test_rows_of_others_are_shown_or_passed_over(tmp_path: Path, row: dict[str, Any]) -> None:
+def test_rows_of_others_are_shown_or_skipped(tmp_path: Path, row: dict[str, Any]) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text("{}")

@@ -66,7 +66,7 @@ def test_a_signal_to_one_rank_stops_all_of_them_with_a_checkpoint(digits: Path, 
     os.kill(pids[1], signal.SIGUSR1)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 138, err
-    assert "starting again" not in err
+    assert "restarting" not in err
     assert_gone(pids)
     last = max(step for kind, step in losses(tmp_path / "demo"))
     assert (tmp_path / "demo" / "checkpoints" / f"step-{last:08d}" / "manifest.json").exists()
@@ -96,7 +96,7 @@ def test_deaths_at_one_and_the_same_step_end_the_run(digits: Path, tmp_path: Pat
                     os.kill(pid, signal.SIGKILL)
     err = process.communicate(timeout=120)[1]
     assert process.returncode == 6
-    assert "not started again: it failed 2 times" in err
+    assert "not restarted: it failed 2 times" in err
     assert len(killed) <= 6
     assert not (tmp_path / "demo" / "checkpoints").exists()
 

@@ -124,7 +124,7 @@ def test_killed_ranks_resume_bit_by_bit(digits: Path, tmp_path: Path, dtype: str
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "was ended by SIGKILL" in err
-    assert "starting again from the newest checkpoint" in err
+    assert "restarting from the newest checkpoint" in err
     assert "resumed at step" in err
     assert_gone(pids)
     assert losses(tmp_path / "killed" / "demo") == losses(tmp_path / "whole" / "demo")

@@ -250,7 +250,7 @@ def test_hard_links_in_a_tar_are_images_too(folder, tmp_path):
     assert contents(tmp_path / "dir") == contents(tmp_path / "tar")
 
 
-def test_what_cannot_be_read_is_not_passed_over(folder, tmp_path):
+def test_what_cannot_be_read_is_not_skipped(folder, tmp_path):
     (folder / "ant" / "gone.jpg").symlink_to(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"gone\.jpg in the source cannot be read"):
         pack_image_folder(folder, tmp_path / "out")

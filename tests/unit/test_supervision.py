@@ -206,7 +206,7 @@ def test_runs_under_a_launcher_that_writes_no_ends():
     assert account.attempts == 2
 
 
-def test_a_torn_line_is_passed_over(tmp_path):
+def test_a_torn_line_is_skipped(tmp_path):
     ledger.record(tmp_path, "attempt", number=1)
     with (tmp_path / ledger.LEDGER).open("ab") as file:
         file.write(b'{"event": "ended", "ti')

@@ -1,4 +1,4 @@
-"""Never silently other data: labels mean what they say, and what is passed over is counted, reported, or refused."""
+"""Never silently other data: labels mean what they say, and what is skipped is counted, reported, or refused."""
 
 import io
 import json
@@ -141,7 +141,7 @@ def test_class_folders_that_are_numbers_in_text_order_are_reported(tmp_path, cap
     assert "class folder" not in caplog.text
 
 
-def test_hidden_members_are_passed_over_at_any_depth_and_reported(tmp_path, caplog):
+def test_hidden_members_are_skipped_at_any_depth_and_reported(tmp_path, caplog):
     files = [(f"train/{i}.{part}", data) for i in range(4) for part, data in (("jpg", picture(i)), ("cls", b"0"))]
     hidden = [("train/._0.jpg", b"x"), ("train/.DS_Store", b"x"), ("__MACOSX/train/1.jpg", b"x"), ("README", b"x")]
     write_tar(tmp_path / "a.tar", [*files, *hidden])
