@@ -24,7 +24,7 @@ from rich.table import Table
 
 from benchmarks.machine import describe
 
-PAGES = {"SeTformer": "configs/runs/cifar10.toml", "Swin (timm)": "configs/runs/cifar10_peer.toml"}
+CONFIGS = {"SeTformer": "configs/runs/cifar10.toml", "Swin (timm)": "configs/runs/cifar10_peer.toml"}
 NAMES = {"SeTformer": "cifar10", "Swin (timm)": "cifar10-peer"}
 
 
@@ -61,20 +61,20 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 def measure_speed(packed: Path, out: Path, rounds: int) -> dict[str, dict[str, float]]:
     """Train both for 60 steps in turns; return median images/s of the last 40 steps and peak memory."""
-    speeds: dict[str, list[float]] = {name: [] for name in PAGES}
+    speeds: dict[str, list[float]] = {name: [] for name in CONFIGS}
     memory: dict[str, float] = {}
     for turn in range(rounds):
-        for name, page in PAGES.items():
+        for name, config in CONFIGS.items():
             folder = out / f"{NAMES[name]}-speed-{turn}"
             if not finished(folder):
                 setformer(
-                    "train", page, f"data.root={packed}", f"run.out={out}", f"run.name={folder.name}", "--ranks", "2",
+                    "train", config, f"data.root={packed}", f"run.out={out}", f"run.name={folder.name}", "--ranks", "2",
                     "~schedule.epochs", "~schedule.warmup_epochs", "schedule.steps=60", "eval.every_epochs=0",
                 )  # fmt: skip
             train = [row for row in rows_of(folder) if row["kind"] == "train" and row["step"] > 20]
             speeds[name].append(statistics.median(row["images_per_s"] for row in train))
             memory[name] = max(row["memory_mib"] for row in train)
-    return {name: {"images_per_s": statistics.median(speeds[name]), "memory_mib": memory[name]} for name in PAGES}
+    return {name: {"images_per_s": statistics.median(speeds[name]), "memory_mib": memory[name]} for name in CONFIGS}
 
 
 def plot(out: Path, picture: Path) -> None:
@@ -113,9 +113,9 @@ def main() -> None:
     arguments = parser.parse_args()
     pack(arguments.data, arguments.packed)
     results: dict[str, Any] = {"machine": describe(), "models": {}}
-    for name, page in PAGES.items():
+    for name, config in CONFIGS.items():
         if not finished(arguments.out / NAMES[name]):
-            setformer("train", page, f"data.root={arguments.packed}", f"run.out={arguments.out}", "--ranks", "2")
+            setformer("train", config, f"data.root={arguments.packed}", f"run.out={arguments.out}", "--ranks", "2")
         results["models"][name] = json.loads((arguments.out / NAMES[name] / "summary.json").read_text())
     for name, figures in measure_speed(arguments.packed, arguments.out, arguments.rounds).items():
         results["models"][name]["speed"] = figures

@@ -3,7 +3,7 @@
     python -m benchmarks.damage [--json OUT] [--timeout 60]
 
 One shard, image folder and .beton file of 97 pictures are made, damaged in one place each, and read by WebDataset (as
-its manual has it, and with its handler that warns and goes on), torchvision's ImageFolder, FFCV where it is built, and
+its manual has it, and with its warn_and_continue handler), torchvision's ImageFolder, FFCV where it is built, and
 ours. "wrong" are pictures that came but are not what was stored under their label. Damage to pictures ("jpeg") was
 there before anything was packed; damage to containers came after.
 
@@ -265,7 +265,7 @@ def _member(path: Path, start: str) -> tuple[int, int]:
 
 
 def run_loader(loader: str, jobs: list[Job], timeout: float) -> list[dict[str, Any]]:
-    """Return a loader's reports on its jobs; one that hangs or dies is begun anew with the next job."""
+    """Return a loader's reports on its jobs; one that hangs or dies is started again with the next job."""
     reports: list[dict[str, Any]] = []
     while len(reports) < len(jobs):
         reports += _run_until_it_breaks(loader, jobs[len(reports) :], timeout)

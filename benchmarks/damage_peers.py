@@ -27,7 +27,7 @@ ANOTHER = 40
 
 
 def webdataset(path: str, report: dict[str, Any], careful: bool = False) -> Iterator[tuple[Pixels, int]]:
-    """WebDataset as its manual uses it; `careful` with its handler that warns and goes on."""
+    """WebDataset as its manual uses it; `careful` with its handler that warns and continues."""
     wds = importlib.import_module("webdataset")
     handler = wds.warn_and_continue if careful else wds.reraise_exception
     data = wds.WebDataset(path, shardshuffle=False, handler=handler, empty_check=False)
@@ -58,7 +58,7 @@ def ffcv(path: str, report: dict[str, Any]) -> Iterator[tuple[Pixels, int]]:
 
 
 def native(path: str, report: dict[str, Any], engine: str = "native") -> Iterator[tuple[Pixels, int]]:
-    """Ours: one epoch of a training stream, damage borne, pictures as they are stored."""
+    """Ours: one epoch of a training stream, damage tolerated, pictures as they are stored."""
     opening = importlib.import_module("dataloaders.opening")
     config_module = importlib.import_module("dataloaders.config")
     ranks = importlib.import_module("setformer_dist.core.ranks").RankInfo()

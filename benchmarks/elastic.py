@@ -3,7 +3,7 @@
     python -m benchmarks.elastic [--ranks 1 2 3 4] [--stages 0 1 2 3] [--offload optimizer all] [--dtypes fp32 bf16]
                                  [--steps 20]
 
-Every layout (ranks × stage × precision) trains 3 steps, saves in the background, and goes on; every layout of the same
+Every layout (ranks × stage × precision) trains 3 steps, saves in the background and continues; every layout of the same
 precision resumes from every one of those checkpoints. On 1 and 2 ranks there are layouts with offload besides, as far
 as the stage allows; `--offload` without a word leaves them out. The table shows, per reading layout, the largest
 relative difference over all writers of the first loss and of any of the following ones, and in how many of the resumes

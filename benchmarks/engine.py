@@ -1,6 +1,6 @@
 """What training through our loop costs, against DeepSpeed alone and against bare PyTorch DDP.
 
-    python -m benchmarks.engine [--page configs/runs/demo.toml] [--data DIR] [--ranks 2] [--blocks 12]
+    python -m benchmarks.engine [--config configs/runs/demo.toml] [--data DIR] [--ranks 2] [--blocks 12]
 
 For each ZeRO stage, on the same model and the same batches of our stream:
   ours       the trainer's loop with everything in it: clock, metrics, agreement to stop, drop-path keys
@@ -50,11 +50,11 @@ from setformer_dist.tasks.classification import soft_cross_entropy
 STEPS = 10  # per block
 
 
-def prepare(page: str, overrides: list[str]) -> tuple[ResolvedRun, TorchCollectives]:
+def prepare(config: str, overrides: list[str]) -> tuple[ResolvedRun, TorchCollectives]:
     """Join the ranks and resolve the run."""
     ranks = RankInfo.from_env()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
-    run = resolve(load_run(Path(page), overrides), ranks.world_size)
+    run = resolve(load_run(Path(config), overrides), ranks.world_size)
     connect(ranks, os.environ["SETFORMER_RENDEZVOUS"])
     return run, TorchCollectives(ranks)
 
@@ -68,9 +68,9 @@ def timed(comm: TorchCollectives, work: Any) -> float:
     return time.perf_counter() - start
 
 
-def ours_and_deepspeed(page: str, overrides: list[str], blocks: int) -> dict[str, Any]:
+def ours_and_deepspeed(config: str, overrides: list[str], blocks: int) -> dict[str, Any]:
     """Take turns between our loop and DeepSpeed alone; return seconds of each block and peak memory."""
-    run, comm = prepare(page, overrides)
+    run, comm = prepare(config, overrides)
     run.config.folder.mkdir(parents=True, exist_ok=True)
     splits = open_splits(run)
     c = run.config
@@ -102,9 +102,9 @@ def deepspeed_steps(parts: Any, batches: Iterator[MicroBatch]) -> None:
         parts.engine.step()
 
 
-def ddp(page: str, overrides: list[str], blocks: int) -> dict[str, Any]:
+def ddp(config: str, overrides: list[str], blocks: int) -> dict[str, Any]:
     """Return seconds of each block and peak memory of a bare DDP loop."""
-    run, comm = prepare(page, overrides)
+    run, comm = prepare(config, overrides)
     splits = open_splits(run)
     c = run.config
     stream = ShardTrainStream(splits.train, c.data, c.run.seed, comm.ranks, run.plan.global_size, run.plan.micro)
@@ -135,8 +135,8 @@ def ddp(page: str, overrides: list[str], blocks: int) -> dict[str, Any]:
 def main() -> None:
     """Measure, print, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--page", default="configs/runs/demo.toml")
-    parser.add_argument("--data", type=Path, help="packed data of the page; by default the demo's digits")
+    parser.add_argument("--config", default="configs/runs/demo.toml")
+    parser.add_argument("--data", type=Path, help="packed data of the config; by default the demo's digits")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--blocks", type=int, default=12, help="pairs of blocks per stage")
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
@@ -152,13 +152,13 @@ def main() -> None:
             f"data.root={data}", f"run.out={folder}", "precision.dtype=fp32", "ema.decay=0",
             "eval.every_epochs=0", "checkpoint.every_steps=1000000", "schedule.epochs=1000", "run.log_every=10",
         ]  # fmt: skip
-        base = run_ranks(ddp, arguments.ranks, arguments.page, common, arguments.blocks, timeout=600, cold=True)[0]
+        base = run_ranks(ddp, arguments.ranks, arguments.config, common, arguments.blocks, timeout=600, cold=True)[0]
         per_ddp = statistics.median(base["ddp"]) / STEPS
         rows.append({"loop": "DDP", "stage": None, "steps_per_s": 1 / per_ddp, "memory_mib": max(base["memory_mib"])})
         for stage in arguments.stages:
             words = [*common, f"zero.stage={stage}", f"run.name=stage{stage}"]
             found = run_ranks(
-                ours_and_deepspeed, arguments.ranks, arguments.page, words, arguments.blocks, timeout=900, cold=True
+                ours_and_deepspeed, arguments.ranks, arguments.config, words, arguments.blocks, timeout=900, cold=True
             )[0]
             ratios = [a / b for a, b in zip(found["ours"], found["deepspeed"], strict=True)]
             rows.append(
@@ -186,7 +186,7 @@ def report(rows: list[dict[str, Any]], per_ddp: float, arguments: argparse.Names
         table.add_row(name, f"{speed:.2f}", f"{speed * per_ddp:.2f}×", over, f"{row['memory_mib']:.0f}")
     console.print(table)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    result = {"machine": describe(), "page": arguments.page, "ranks": arguments.ranks, "rows": rows}
+    result = {"machine": describe(), "config": arguments.config, "ranks": arguments.ranks, "rows": rows}
     arguments.out.write_text(json.dumps(result, indent=2) + "\n")
     console.print(f"written to {arguments.out}")
 

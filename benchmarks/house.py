@@ -1,7 +1,7 @@
 """The columns of the house: how large, how documented, how typed and how entangled the packages are.
 
     python -m benchmarks.house                      this checkout, as a table
-    python -m benchmarks.house --commit e09d4ff     another commit beside it
+    python -m benchmarks.house --commit e09d4ff     another commit next to it
     python -m benchmarks.house --graph              which room imports which, as a Mermaid diagram
     python -m benchmarks.house --json out.json      the figures as JSON
 

@@ -165,7 +165,7 @@ MEASURED: dict[str, tuple[Callable[[str], Facts], str]] = {
 
 
 def _resident_mib(peak: bool = False) -> float:
-    """Return the memory of this process: now, which also lets its peak begin anew, or at its peak since then."""
+    """Return the memory of this process: now, which also lets its peak begin again, or at its peak since then."""
     if not peak:
         Path("/proc/self/clear_refs").write_text("5")
     name = "VmHWM" if peak else "VmRSS"

@@ -91,7 +91,7 @@ def peak_bytes(work: Callable[[], Any]) -> int:
     """Return how much the memory of this process (of the device on a GPU) rises during a piece of work.
 
     On a CPU the rise of the resident set, which the kernel tracks; call it in a process that `measured_apart` began,
-    where every large block is mapped afresh and given back at once, and after a first call of the same work.
+    where every large block is mapped again and given back at once, and after a first call of the same work.
     """
     gc.collect()
     if DEVICE == "cuda":
@@ -100,14 +100,14 @@ def peak_bytes(work: Callable[[], Any]) -> int:
         work()
         wait()
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
     before = _status("VmRSS")
     work()
     return max(0, _status("VmHWM") - before)
 
 
 def resident(begin: bool = False) -> tuple[int, int]:
-    """Return (bytes resident now, most bytes resident so far) of this process; `begin` starts the second anew."""
+    """Return (bytes resident now, most bytes resident so far) of this process; `begin` starts the second again."""
     if begin:
         Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS"), _status("VmHWM")

@@ -94,7 +94,7 @@ def targets() -> list[dict[str, Any]]:
         ways = {("POT", "float64"): (24 * plan @ plan.T @ x)[0]}
         for implementation in IMPLEMENTATIONS:
             for dtype in DTYPES:
-                with contextlib.suppress(ConfigError):  # told of below the second table
+                with contextlib.suppress(ConfigError):  # reported below the second table
                     ways[implementation, name_of(dtype)] = converged(implementation, dtype, epsilon)[0]
         add(f"(S x)[0, :], ε = {epsilon}", output, ways)
     for sigma, feature in NYSTROM.items():

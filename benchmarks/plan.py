@@ -35,7 +35,7 @@ from setformer_dist.engine.ema import Ema
 from setformer_dist.engine.master import MasterState
 from setformer_dist.tasks.classification import soft_cross_entropy
 
-PAGE = "configs/runs/imagenet_tiny.toml"
+CONFIG = "configs/runs/imagenet_tiny.toml"
 CLASSES = 1000
 TINY = ("model.name=setformer_nano", "data.image_size=32")
 MODELS = ("setformer_mini", "swin_tiny_patch4_window7_224", "convnext_tiny")
@@ -44,14 +44,14 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 def run_of(words: list[str], ranks: int) -> ResolvedRun:
     """Return the run that words describe."""
-    return resolve(load_run(Path(PAGE), words), ranks)
+    return resolve(load_run(Path(CONFIG), words), ranks)
 
 
 def peak(words: list[str]) -> dict[str, int]:
     """Train on this rank; return how far its memory rises, in bytes: at rest, and at the most in a later step."""
     torch.set_num_threads(1)
     libc = ctypes.CDLL("libc.so.6")
-    libc.mallopt(_MMAP_THRESHOLD, 32 * 1024)  # such blocks and larger ones are mapped afresh and given back when freed
+    libc.mallopt(_MMAP_THRESHOLD, 32 * 1024)  # such blocks and larger ones are mapped again and given back when freed
     libc.mallopt(_TRIM_THRESHOLD, 0)
     ranks = RankInfo.from_env()
     connect(ranks, os.environ["SETFORMER_RENDEZVOUS"])

@@ -2,8 +2,8 @@
 
     python -m benchmarks.stages [--dtypes fp32 bf16] [--steps 20]
 
-For each stage and precision the demo's page is trained on two ranks by the command line, once to the end and once with
-`kill -9` of all ranks after a checkpoint, then started again. Prints the final losses, whether every loss of the
+For each stage and precision the command line trains the demo's config on two ranks: once to the end, and once with
+`kill -9` of all ranks after a checkpoint and a restart. Prints the final losses, whether every loss of the
 resumed run is bit by bit that of the uninterrupted one, and the relative distance to stage 0; writes JSON.
 """
 

@@ -1,20 +1,20 @@
 """The commit protocol: how the files of all ranks become one checkpoint, or nothing.
 
-Training is held up by steps 1 to 3 alone; the rest runs in one thread per rank, without a collective, so that it
-meets the training's collectives nowhere. The ranks' threads speak through small files in the folder that is being
-written. At every instant, and whichever process dies at it, the folder `step-…` is absent, the old one, or complete:
+Training waits for steps 1 to 3 only. The rest runs in one thread per rank without collectives, so it cannot interfere
+with those of training. The ranks' threads communicate through small files in the folder that is being written. At every
+instant, even if any process dies, the folder `step-…` is absent, the old one, or complete:
 
-     1  rank 0  removes what killed attempts left; makes `.tmp-step-…-<attempt>`; tells all the attempt's name
+     1  rank 0  removes what killed attempts left; makes `.tmp-step-…-<attempt>`; broadcasts the attempt's name
      2  all     agree that the step is the same and that every rank sees that folder (else: storage is not shared)
      3  each    copies its fragments to host memory; from here on training may change the originals
      4  each    creates `rank-….safetensors`
-     5  each    writes it, the digest being taken of the bytes as they go out
+     5  each    writes it, and computes the digest of the bytes on the way
      6  each    makes it durable
-     7  each    says so in `rank-….done.json` (size and digest; or the error, so that nobody waits for it), by rename
-     8  rank 0  waits for every rank's word, up to a limit; an error or silence gives the attempt up
+     7  each    renames `rank-….done.json` into place, its completion record: size and digest, or the error
+     8  rank 0  waits for all completion records, up to a timeout; an error or a missing record fails the attempt
      9  rank 0  writes `trainer.json`, durable
-    10  rank 0  removes the ranks' words
-    11  rank 0  compares all files with what the ranks said, and the headers with each other
+    10  rank 0  removes the completion records
+    11  rank 0  compares all files with the records, and the headers with each other
     12  rank 0  writes `manifest.json`, durable, and reads it again: from here on the folder describes itself completely
     13  rank 0  makes the names in the folder durable
     14  rank 0  moves a folder that has the final name out of the way: aside if it does not verify; if it does, and is
@@ -22,14 +22,14 @@ written. At every instant, and whichever process dies at it, the folder `step-�
                 after the folder which has the final name by then has verified
     15  rank 0  renames the folder to `step-…`: the commit
     16  rank 0  makes the rename durable
-    17  rank 0  deletes what retention lets go, manifest first; a failure here costs space alone
+    17  rank 0  deletes what retention does not keep, manifest first; a failure here only costs space
 
-An attempt that fails before 15 removes its folder; one that was killed is swept at step 1 of the next. After a
-failure at 16 the new checkpoint is there and whole, though a power cut might still take it back to the old one.
+An attempt that fails before 15 removes its folder; step 1 of the next attempt removes that of a killed one. After a
+failure at 16 the new checkpoint is complete, though a power failure may still bring back the old one.
 
-What is damaged after a process was killed costs no more than what is damaged: where both folders of a step are there
-(14 to 17) the one that verifies stays, and where no checkpoint verifies, a folder that was complete when its writer
-was killed (13 to 15) and verifies takes its name after all (`adopt_complete`).
+Damage after a kill costs no more than damage alone. Where both folders of a step exist (14 to 17), the one that
+verifies stays. Where no checkpoint verifies, a folder that was complete when its writer was killed (13 to 15) and
+verifies is given its final name (`adopt_complete`).
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ from setformer_dist.core.ranks import RankInfo
 
 log = logging.getLogger(__name__)
 
-_LOOK_EVERY_S = (0.002, 0.1)  # first and longest pause between two looks for the other ranks' words
+_LOOK_EVERY_S = (0.002, 0.1)  # first and longest pause between two looks for completion records
 _MAX_WORD = 1 << 20  # bytes
 
-# Errors of the system that somebody must mend; of all others (an input/output error, a stale handle) some pass.
+# System errors that need a repair; of all others (an input/output error, a stale handle) some are transient.
 _LASTING = frozenset(
     (
         errno.ENOSPC,
@@ -88,25 +88,25 @@ class Failure:
         step: that was being saved.
         text: the reason, with the rank that failed in front.
         disk_full: there was no room.
-        passing: it may go well another time.
+        transient: a later attempt may succeed.
     """
 
     step: int
     text: str
     disk_full: bool
-    passing: bool = False
+    transient: bool = False
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One try to save a step, the same on all ranks.
+    """One attempt to save a step, the same on all ranks.
 
     Attributes:
         root: the `checkpoints` folder.
         step: optimizer steps done.
-        name: drawn anew for each try.
+        name: random, new for each attempt.
         ranks: this process's place.
-        replaces: takes the place of a checkpoint of this step that verifies.
+        replaces: whether it replaces a checkpoint of this step that verifies.
     """
 
     root: Path
@@ -257,7 +257,7 @@ class Save:
             return
         discard(self.attempt, self._disk)  # room for the word
         try:
-            self._say({"error": failure.text, "disk_full": failure.disk_full, "passing": failure.passing})
+            self._say({"error": failure.text, "disk_full": failure.disk_full, "transient": failure.transient})
         except OSError:
             with contextlib.suppress(OSError):
                 (self.attempt.folder / layout.done_file(ranks.rank, ranks.world_size)).touch()
@@ -295,13 +295,13 @@ class Save:
             return None
         data = read_small(path, _MAX_WORD)
         if not data:
-            # Why, its own failure tells in `CheckpointManager.finish`.
+            # The reason is in its own failure, see `CheckpointManager.finish`.
             raise PeerFailedError(
-                f"rank {rank}: could not write its file, and gave no reason", disk_full=False, passing=True
+                f"rank {rank}: could not write its file, and gave no reason", disk_full=False, transient=True
             )
         word = parse(data, str(path))
         if "record" not in word:
-            raise PeerFailedError(str(word["error"]), bool(word["disk_full"]), bool(word["passing"]))
+            raise PeerFailedError(str(word["error"]), bool(word["disk_full"]), bool(word["transient"]))
         return FileRecord.model_validate(word["record"])
 
     # Rank 0.
@@ -318,7 +318,7 @@ class Save:
             raise DamagedError(f"{attempt.folder} is not as it was written: {'; '.join(faults)}")
         check_rank_files(attempt.folder, world_size)
         write_bytes(disk, attempt.folder / layout.MANIFEST, json.dumps(manifest.to_json(), indent=1).encode())
-        read_manifest(attempt.folder)  # the one file whose size nothing else tells
+        read_manifest(attempt.folder)  # the one file whose size nothing else states
         disk.sync_folder(attempt.folder)
         if not self._make_way():
             return
@@ -344,7 +344,7 @@ class Save:
             verify(attempt.final)
         except CheckpointError as error:
             sound = not isinstance(error, DamagedError)
-            put_aside(disk, attempt.root, attempt.final, attempt.name, f"{error}; it was saved anew", keep=sound)
+            put_aside(disk, attempt.root, attempt.final, attempt.name, f"{error}; it was saved again", keep=sound)
             return True
         log.warning("checkpoint %s verifies now and is kept", attempt.final)
         discard(attempt, disk)
@@ -352,9 +352,9 @@ class Save:
 
     def _failure(self, error: Exception) -> Failure:
         if isinstance(error, PeerFailedError):
-            return Failure(self.attempt.step, str(error), error.disk_full, error.passing)
+            return Failure(self.attempt.step, str(error), error.disk_full, error.transient)
         text = f"rank {self.attempt.ranks.rank}: {describe(error)}"
-        return Failure(self.attempt.step, text, disk_full(error), may_pass(error))
+        return Failure(self.attempt.step, text, disk_full(error), is_transient(error))
 
 
 def discard(attempt: Attempt, disk: Disk) -> None:
@@ -370,14 +370,14 @@ def discard(attempt: Attempt, disk: Disk) -> None:
 class PeerFailedError(CheckpointError):
     """Another rank has said that it failed; the message is its own, and the rest as in `Failure`."""
 
-    def __init__(self, message: str, disk_full: bool, passing: bool) -> None:
+    def __init__(self, message: str, disk_full: bool, transient: bool) -> None:
         super().__init__(message)
         self.disk_full = disk_full
-        self.passing = passing
+        self.transient = transient
 
 
 def put_aside(disk: Disk, root: Path, folder: Path, attempt: str, reason: str, keep: bool = False) -> None:
-    """Move a folder to where it is never counted again, with the reason beside it.
+    """Move a folder to where it is never counted again, with the reason next to it.
 
     Args:
         disk: the disk.
@@ -409,7 +409,7 @@ def restore_replaced(root: Path, disk: Disk) -> None:
             _settle(root, old, final, disk)
         except (OSError, CheckpointError) as error:
             log.warning(
-                "%s could not be deleted and stays beside %s for now: %s", old.name, final.name, describe(error)
+                "%s could not be deleted and stays next to %s for now: %s", old.name, final.name, describe(error)
             )
 
 
@@ -422,7 +422,7 @@ def _settle(root: Path, old: Path, final: Path, disk: Disk) -> None:
         delete_checkpoint(old, disk)
         return
     _, _, attempt = old.name.rpartition("-")
-    if (also := _damage(old, final.name)) is not None:  # which of the two is worth more, nobody knows: both are kept
+    if (also := _damage(old, final.name)) is not None:  # which of the two is worth more is unknown: both are kept
         put_aside(disk, root, old, attempt, f"{also}; and the one that was to replace it: {fault}")
         return
     log.warning("checkpoint %s does not verify, so the one that it replaced is restored: %s", final, fault)
@@ -498,7 +498,7 @@ def disk_full(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def may_pass(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Return whether the same may go well another time: the storage failed, or what it holds changed meanwhile."""
     if isinstance(error, OSError):
         return error.errno not in _LASTING

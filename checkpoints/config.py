@@ -12,27 +12,27 @@ from setformer_dist.core.metric import mode_by_name
 
 
 class CheckpointConfig(FrozenConfig):
-    """The `[checkpoint]` table of a run page.
+    """The `[checkpoint]` table of a run config.
 
     Attributes:
         every_steps: optimizer steps between two checkpoints.
-        keep_last: newest checkpoints that stay.
-        keep_every: checkpoints whose step is a multiple of this stay too; 0 keeps none for that.
-        keep_best: checkpoints that stay for their metric, besides the newest; 0 keeps none for that.
-        best_metric: name of the metric, as evaluation reports it, that ranks checkpoints; "ema_" before it means the
-            averaged weights. It also tells which weights are better. By default the task's first.
-        best_mode: whether its largest or its smallest value is best; by default as the task says.
-        asynchronous: a save holds training up only while the state is copied to host memory; threads write it.
-        max_in_flight: copies that may wait to be written at the same time; a save that would make one more waits.
-        on_disk_full: "stop" ends the run with an error when a checkpoint finds no room; "continue" warns and goes
-            on with the previous one. The last checkpoint of a run must always find room.
-        write_timeout_minutes: how long rank 0 waits for the other ranks' files before it gives a checkpoint up.
-        allow_changes: what may differ between a run and its continuation although it changes what is computed.
-            "global_batch" goes on at the sample where the run stopped, which must be the start of a step of the
-            new size: no sample is lost or repeated, but later steps hold other samples than without the change,
-            and schedules go by the new step; refused with mixtures, buckets and wrap. "data" goes on at the same
-            place of the same epoch on other data: which of its samples were seen is not known. The model can never
-            differ.
+        keep_last: number of newest checkpoints to keep.
+        keep_every: also keep checkpoints whose step is a multiple of this; 0 turns this off.
+        keep_best: number of best checkpoints to keep besides the newest; 0 turns this off.
+        best_metric: name of the metric, as evaluation reports it, that ranks checkpoints and decides which
+            weights are better; the prefix "ema_" means the averaged weights. By default the task's first metric.
+        best_mode: whether its largest or its smallest value is best; by default the task decides.
+        asynchronous: a save stops training only while the state is copied to host memory; threads write it.
+        max_in_flight: largest number of copies waiting to be written; a further save waits.
+        on_disk_full: "stop" ends the run with an error when the disk has no room for a checkpoint; "continue" warns and
+            keeps the previous one. The last checkpoint of a run must always find room.
+        write_timeout_minutes: how long rank 0 waits for the other ranks' files before it gives up on a checkpoint.
+        allow_changes: what may differ between a run and its continuation although it changes the results.
+            "global_batch" continues at the sample where the run stopped, which must be the start of a step of the
+            new size. No sample is lost or repeated, but later steps hold other samples than without the change, and
+            schedules use the new step number. It is refused with mixtures, buckets and wrap. "data" continues at the
+            same position of the same epoch on other data: which of its samples were seen is unknown. The model
+            can never differ.
     """
 
     every_steps: int = Field(default=1000, ge=1)

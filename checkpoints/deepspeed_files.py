@@ -82,7 +82,7 @@ def tag_folder(path: Path) -> Path:
     tag = latest.read_text()[:1000].strip()
     folder = path / tag
     if not 0 < len(tag) < _LONGEST_TAG or not tag.isprintable() or Path(tag).name != tag or not folder.is_dir():
-        raise CheckpointError(f"{latest} names {tag!r}, which is no folder beside it")
+        raise CheckpointError(f"{latest} names {tag!r}, which is no folder next to it")
     return folder
 
 

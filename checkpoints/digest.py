@@ -2,9 +2,9 @@
 
 A digest is text that names its algorithm, `xxh3_128:9f…`. New checkpoints use XXH3 with 128 bits: it finds every
 accident (a flipped, lost or swapped byte passes with a chance of 2⁻¹²⁸) at some 30 GB/s per core, above what storage
-delivers, where sha256 takes 2 GB/s. It is no seal against a forger, nor need it be: whoever can change a file can
+delivers, where sha256 takes 2 GB/s. It is no seal against a forger, nor need it be: anyone who can change a file can
 change the manifest too, and a forged file can run no code (rankfile.py). Checkpoints of format version 1 carry
-sha256 and go on verifying.
+sha256 and continue verifying.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def file_digest(path: Path, algorithm: str, advance: Callable[[int], None] | Non
     Args:
         path: the file.
         algorithm: one of those that `algorithm_of` returns.
-        advance: told the number of bytes after each piece read.
+        advance: called with the number of bytes after each piece read.
 
     Raises:
         DamagedError: it is missing, no plain file, or changed while it was read.

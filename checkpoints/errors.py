@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from setformer_dist.core.errors import CheckpointError, PassingError
+from setformer_dist.core.errors import CheckpointError, TransientError
 
 
 class DamagedError(CheckpointError):
@@ -17,5 +17,5 @@ class MissingError(DamagedError):
     """A file is not there."""
 
 
-class StorageError(PassingError, CheckpointError):
+class StorageError(TransientError, CheckpointError):
     """The storage did not give or take what it was asked for, and may do so later: nothing is known of the bytes."""

@@ -4,7 +4,7 @@ runs/<run>/checkpoints/
   step-00001200/                        a checkpoint, if and only if its manifest is there and verifies
     rank-00000-of-00002.safetensors     fragments, keyed name|state|start|end
     rank-00001-of-00002.safetensors
-    trainer.json                        whatever the engine needs besides tensors
+    trainer.json                        what the engine needs besides tensors
     manifest.json                       written last, removed first
   .tmp-step-00001300-5f0c21aa/          being written by the attempt of that name; swept by a later save
     rank-00001-of-00002.done.json       a rank's word that its file is durable, or that it could not be written

@@ -1,8 +1,8 @@
 """The only class of this package that the engine sees: save, find the newest that verifies, load.
 
-How a save proceeds is written down in commit.py. Whatever takes several ranks ends with every rank knowing whether
-every other one succeeded, so that an error anywhere is raised everywhere, nobody waits for a rank that has given up,
-and nobody trains on alone.
+How a save proceeds is written down in commit.py. Every collective operation ends with each rank knowing whether
+every other one succeeded, so that an error anywhere is raised everywhere, no rank waits for one that has given up,
+and no rank trains on alone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from checkpoints.commit import (
     describe,
     discard,
     disk_full,
-    may_pass,
+    is_transient,
     put_aside,
     restore_replaced,
 )
@@ -60,7 +60,7 @@ class CheckpointManager:
     """Keeps the checkpoints of one run in one folder. All ranks call each method, in the same order.
 
     Attributes:
-        skipped: what the last search passed over, with reasons.
+        skipped: what the last search skipped, with reasons.
     """
 
     def __init__(self, root: Path, comm: Collectives, config: CheckpointConfig, disk: Disk | None = None) -> None:
@@ -91,11 +91,11 @@ class CheckpointManager:
 
         Folders of this step and of later ones were numbered by the old count, and would be taken for newer. They
         are put aside and stay there for good: the one whose name is needed before, the others after, so that there
-        is one to go on from at every instant.
+        is one to resume from at every instant.
 
         Args and errors: as `save`.
         """
-        reason = "its number is of another count of steps: the run goes on with another global batch or other data"
+        reason = "its number is of another count of steps: the run continues with another global batch or other data"
         self._on_main("put aside", lambda: self._supersede(lambda old: old == snapshot.step, reason))
         folder = self.save(snapshot, identity)
         self._on_main("put aside", lambda: self._supersede(lambda old: old > snapshot.step, reason))
@@ -116,12 +116,12 @@ class CheckpointManager:
 
         With `asynchronous = false` it is written before this returns. A checkpoint of this step that verifies
         already is left as it is. Where `max_in_flight` copies wait to be written, this waits for the oldest. How
-        the writing went, `failed` and `finish` tell.
+        the writing went, `failed` and `finish` report.
 
         Args:
             snapshot: the state; this rank's fragments.
             identity: what writes; its world size is taken from the ranks.
-            replace: write a checkpoint of this step anew although it verifies; the old one is valid until the new
+            replace: write a checkpoint of this step again although it verifies; the old one is valid until the new
                 one takes its name.
 
         Raises:
@@ -142,7 +142,7 @@ class CheckpointManager:
         """Wait until all saves that were begun have ended, and hear how, on every rank.
 
         Args:
-            last: no checkpoint will follow: the failure of the last one cannot be borne, and one before it no longer
+            last: no checkpoint will follow: then a failure of the last save is an error, and one before it no longer
                 matters.
 
         Raises:
@@ -168,15 +168,15 @@ class CheckpointManager:
         texts = "; ".join(dict.fromkeys(failure.text for failure in failures if failure.step == step))
         message = f"could not write the checkpoint of step {step} in {self.root}: {texts}"
         if last:
-            borne = all(failure.step != self._begun for failure in failures)
+            tolerated = all(failure.step != self._begun for failure in failures)
         else:
-            borne = any(failure.disk_full for failure in failures) and self._config.on_disk_full == "continue"
-        if not borne:
-            raise (StorageError if all(failure.passing for failure in failures) else CheckpointError)(message)
+            tolerated = any(failure.disk_full for failure in failures) and self._config.on_disk_full == "continue"
+        if not tolerated:
+            raise (StorageError if all(failure.transient for failure in failures) else CheckpointError)(message)
         if self._comm.ranks.is_main and last:
             _log.warning("%s; the last checkpoint, of step %d, exists", message, self._begun)
         elif self._comm.ranks.is_main:
-            _log.warning("%s; training goes on with the checkpoint before it (checkpoint.on_disk_full)", message)
+            _log.warning("%s; training continues with the checkpoint before it (checkpoint.on_disk_full)", message)
 
     def close(self) -> None:
         """Wait for this rank's threads after an error; no communication. For the other ranks' files not long."""
@@ -207,7 +207,7 @@ class CheckpointManager:
             mine = self._collect(attempt, snapshot.fragments)
             try:
                 payload = self._payload(mine, image if asynchronous else None, snapshot.trainer, manifest)
-            except Exception as error:  # noqa: BLE001 — this rank's word tells rank 0, and `finish` all
+            except Exception as error:  # noqa: BLE001 — rank 0 learns of it by this rank's file, the others in `finish`
                 payload = error
         except BaseException:  # a peer's death in the middle of a collective included
             discard(attempt, self._disk)
@@ -347,7 +347,7 @@ class CheckpointManager:
         and is not accepted is put aside for good where an older one is accepted; where none is, it is an error.
 
         Args:
-            accept: raises a SetformerError where a run cannot go on from a checkpoint; asked on rank 0, about an
+            accept: raises a SetformerError where a run cannot resume from a checkpoint; asked on rank 0, about an
                 object of its own.
 
         Raises:
@@ -365,8 +365,8 @@ class CheckpointManager:
         no later search finds them; where there is none they stay.
 
         Args:
-            step: of the oldest checkpoint that is not to be gone on from.
-            reason: why, for the file beside what is put aside.
+            step: of the oldest checkpoint that is not to be resumed from.
+            reason: why, for the file next to what is put aside.
             accept: as in `newest`.
 
         Raises:
@@ -389,7 +389,7 @@ class CheckpointManager:
         return self._first_sound(ranked)
 
     def load(self, checkpoint: Checkpoint, fragments: Iterable[Fragment]) -> None:
-        """Fill this rank's fragments; an error on one rank is raised on all, so that nobody trains on alone.
+        """Fill this rank's fragments; an error on one rank is raised on all, so that no rank trains on alone.
 
         Raises:
             CheckpointError: see `Checkpoint.load_into`.
@@ -424,9 +424,9 @@ class CheckpointManager:
                     return found
         if self.skipped and self._comm.ranks.is_main:
             _log.warning("none of the %d checkpoints in %s can be used", len(self.skipped), self.root)
-        if search.unread:  # to begin anew because the storage does not answer would be worse than to wait for it
+        if search.unread:  # to begin again because the storage does not answer would be worse than to wait for it
             raise StorageError(f"no checkpoint in {self.root} can be used, and not all could be read: {search.unread}")
-        if search.refused:  # all belong to another run or config, which somebody must mend
+        if search.refused:  # all belong to another run or config: the user must repair that
             raise CheckpointError(search.refused[0][1])
         return None
 
@@ -445,9 +445,9 @@ class CheckpointManager:
                     place = self._put_aside(folder, fault)
                 _log.warning("checkpoint %s is skipped and %s: %s", folder.name, place, fault)
             return None
-        if self._comm.ranks.is_main:  # their steps will be saved anew, under these names
+        if self._comm.ranks.is_main:  # their steps will be saved again, under these names
             for refused, fault in search.refused:
-                place = self._put_aside(refused, f"{fault}; the run went on from {folder.name}", keep=True)
+                place = self._put_aside(refused, f"{fault}; the run resumed from {folder.name}", keep=True)
                 _log.warning("checkpoint %s is %s", refused.name, place)
         return found
 
@@ -485,7 +485,7 @@ class CheckpointManager:
         return Checkpoint(folder, manifest, seen)
 
     def _check_shared(self, folder: Path, by_rank: Sequence[dict[str, Any]]) -> None:
-        """Refuse to go on where a file is missing for some rank that is there for rank 0: nothing is damaged then.
+        """Refuse to continue where a file is missing for some rank that is there for rank 0: nothing is damaged then.
 
         Raises:
             CheckpointError: naming the ranks.
@@ -504,7 +504,7 @@ class CheckpointManager:
     def _put_aside(self, folder: Path, fault: str, keep: bool = False) -> str:
         try:
             put_aside(self._disk, self.root, folder, secrets.token_hex(4), fault, keep)
-        except (OSError, ValueError) as error:  # whatever is there, it must not stop a resume
+        except (OSError, ValueError) as error:  # any content: it must not stop a resume
             return f"could not be put aside ({error})"
         return f"moved to {self.root / layout.ASIDE}"
 
@@ -516,13 +516,13 @@ class CheckpointManager:
         answers = self._comm.gather_json(answer)
         failed = [f"rank {r}: {a['error']}" for r, a in enumerate(answers) if "error" in a]
         if failed:
-            passing = all(a["passing"] for a in answers if "error" in a)
+            transient = all(a["transient"] for a in answers if "error" in a)
             message = f"could not {what} the checkpoint in {self.root}: {'; '.join(failed)}"
-            raise (StorageError if passing else CheckpointError)(message) from cause
+            raise (StorageError if transient else CheckpointError)(message) from cause
         return [a["value"] for a in answers]
 
     def _on_main(self, what: str, work: Callable[[], Any]) -> Any:
-        """Do something on rank 0 alone and tell all its result, or raise on all if it failed."""
+        """Do something on rank 0 alone and give its result to all, or raise on all if it failed."""
         answer: dict[str, object] = {}
         cause: Exception | None = None
         if self._comm.ranks.is_main:
@@ -530,7 +530,7 @@ class CheckpointManager:
         answer = self._comm.broadcast_json(answer)
         if "error" in answer:
             message = f"could not {what} the checkpoint in {self.root}: {answer['error']}"
-            raise (StorageError if answer["passing"] else CheckpointError)(message) from cause
+            raise (StorageError if answer["transient"] else CheckpointError)(message) from cause
         return answer["value"]
 
 
@@ -538,16 +538,16 @@ def _tried(work: Callable[[], object]) -> tuple[dict[str, object], Exception | N
     """Return what work returned, or how it failed, as JSON for the other ranks, and the error itself."""
     try:
         return {"value": work()}, None
-    except Exception as error:  # noqa: BLE001 — whatever it is, the other ranks must hear of it
-        return {"error": describe(error), "passing": may_pass(error)}, error
+    except Exception as error:  # noqa: BLE001 — any error: the other ranks must learn of it
+        return {"error": describe(error), "transient": is_transient(error)}, error
 
 
 class _UnusableError(Exception):
-    """A folder is passed over.
+    """A folder is skipped.
 
     Attributes:
         kind: "damaged", "unread" (the storage failed), "foreign" (a later format, a link), or "refused" (sound, and a
-            run cannot go on from it).
+            run cannot resume from it).
     """
 
     def __init__(self, fault: str, kind: str) -> None:
@@ -564,7 +564,7 @@ def _judged(work: Callable[[], Any]) -> dict[str, Any]:
         kind = next((kind for error_type, kind in known.items() if isinstance(error, error_type)), "foreign")
         return {"fault": str(error), "kind": kind}
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
-        _log.warning("a checkpoint's contents led to an error that its checks should have met", exc_info=True)
+        _log.warning("a checkpoint's contents led to an error that its checks should have caught", exc_info=True)
         return {"fault": f"its contents are not as this program writes them: {error!r}", "kind": "damaged"}
 
 

@@ -29,7 +29,7 @@ FORMAT = "setformer_dist checkpoint"
 VERSION = 2  # 1: files carry "sha256" in place of "digest"
 READABLE = (1, 2)
 MAX_BYTES = 64 << 20  # of a manifest
-# A manifest is read before any digest of it is known: beside its own words it lists the files that lie beside it, in
+# A manifest is read before any digest of it is known: besides its own fields it lists the files next to it, in
 # some 150 bytes each.
 MAX_BYTES_ALONE, MAX_BYTES_PER_FILE = 1 << 20, 512
 _MAX_STEP = 10**15 - 1
@@ -187,7 +187,7 @@ def size_faults(folder: Path, manifest: Manifest) -> list[str]:
     except OSError as error:
         raise StorageError(f"{folder} cannot be read: {error}") from None
     listed = {layout.MANIFEST, *(record.name for record in manifest.files)}
-    # .nfs…: what an NFS client calls a file that was deleted while somebody reads it.
+    # .nfs…: what an NFS client calls a file that was deleted while a process reads it.
     extra = sorted(name for name in found if name not in listed and not name.startswith(".nfs"))
     return faults + [f"{name} does not belong there" for name in extra]
 
@@ -232,7 +232,7 @@ def examine_files(
         manifest: of the checkpoint.
         records: those of the manifest's files that are to be read.
         workers: files that are read at the same time.
-        advance: told the number of bytes after each piece read, from any thread.
+        advance: called with the number of bytes after each piece read, from any thread.
     """
 
     def examine(record: FileRecord) -> tuple[str, Seen] | DamagedError | OSError:

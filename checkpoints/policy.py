@@ -46,7 +46,7 @@ def steps_to_delete(candidates: Iterable[Candidate], newest_saved: int, config: 
     Checkpoints beyond the one just saved are of an abandoned branch or damaged: they are neither counted nor
     touched, or else a run that fell back to an older step would delete its own new checkpoints.
     Damaged folders count for nothing and go once they are older than all that stays for being new. What could not
-    be told counts for nothing either, and stays: nobody knows that it is of no use.
+    be read counts for nothing either, and stays: nobody knows that it is of no use.
 
     Args:
         candidates: all folders.

@@ -226,7 +226,7 @@ class RankFile:
         """Compare the file with what it was when it was opened.
 
         Raises:
-            DamagedError: somebody has written to it since.
+            DamagedError: another process has written to it since.
         """
         if Seen.of(self._descriptor) != self.seen:
             raise DamagedError(f"{self.name} changed while it was read")
@@ -312,4 +312,4 @@ def _refuse_gaps(header: dict[str, Any], size: int, name: str) -> None:
             raise DamagedError(f"{name} has tensors that {'overlap' if first < position else 'leave a gap'}")
         position = last
     if position != size:
-        raise DamagedError(f"{name} holds {size} bytes of tensors, its header speaks of {position}")
+        raise DamagedError(f"{name} holds {size} bytes of tensors, its header states {position}")

@@ -41,7 +41,7 @@ _SCRATCH = 4 << 20  # bytes read at a time where values must be converted
 
 @dataclass(frozen=True)
 class Skipped:
-    """A folder that was passed over, and why."""
+    """A skipped folder, and why."""
 
     path: Path
     reason: str
@@ -97,7 +97,7 @@ class _RankFiles:
         return {state for _, state in self.pieces}
 
     def fill(self, name: str, state: str, start: int, out: torch.Tensor) -> None:
-        """Copy elements [start, start + out.numel()) into `out`, whatever its device and dtype."""
+        """Copy elements [start, start + out.numel()) into `out`, on any device, of any dtype."""
         position, end = start, start + out.numel()
         for piece, file in self.pieces.get((name, state), ()):
             if piece.start <= position < piece.end:
@@ -335,7 +335,7 @@ def verified(folder: Path, workers: int = 1, advance: Callable[[int], None] | No
     Args:
         folder: of a checkpoint.
         workers: files read at the same time.
-        advance: told the number of bytes after each piece read, from any thread.
+        advance: called with the number of bytes after each piece read, from any thread.
 
     Raises:
         CheckpointError: with every fault found; a DamagedError where it is the bytes that are wrong, a StorageError
@@ -410,7 +410,7 @@ def open_checkpoint(path: Path, best_by: CheckpointConfig | None = None) -> Chec
     Args:
         path: a step folder, a `checkpoints` folder, or a run folder.
         best_by: in a folder of several, take the best by this metric; otherwise the newest. What does not
-            verify is passed over either way.
+            verify is skipped either way.
 
     Raises:
         CheckpointError: there is none there, or none verifies; all reasons are named.

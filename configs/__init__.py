@@ -1,1 +1,1 @@
-"""Run pages: runs/*.toml, one page each."""
+"""Run configs: runs/*.toml, one run each."""

@@ -12,11 +12,11 @@ What this package promises:
 Names of this package are imported when they are first asked for: a rank reads without the code that packs, and a config
 is checked without torch.
 
-    helpers.py   processes that help: started quickly, safely beside threads, never left behind
+    helpers.py   processes that help: started quickly, safely despite threads, never left behind
     source.py    what every container of samples looks like to the loaders: samples by number, nothing else
     tokens.py    packed token sequences: a split on disk, its samples by number, and the streams that training reads
     config.py    the `[data]` table: images or tokens
-    opening.py   the one place that tells containers apart: from the names of a config to samples by number
+    opening.py   the one place that detects the container: from the names of a config to samples by number
 """
 
 from __future__ import annotations

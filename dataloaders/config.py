@@ -1,4 +1,4 @@
-"""The `[data]` table: images (where the shards are, what is done to each image, what damage is borne) or tokens.
+"""The `[data]` table: images (where the shards are, transforms, tolerated damage) or tokens.
 
 Everything here changes what a sample looks like or whether it counts; nothing here names ranks, micro batches
 or devices, so a config means the same data on every machine. `workers`, `threads`, `prefetch` and `cache` change
@@ -97,12 +97,12 @@ class MixtureEntry(FrozenConfig):
 
 
 class ResolutionStage(FrozenConfig):
-    """From this place of the run on, training images have this size.
+    """From this epoch or step on, training images have this size.
 
     Attributes:
         epoch: first epoch; give this or `step`.
         step: first optimizer step.
-        image_size: height in pixels; the width goes along, in the proportion of `data.image_width`.
+        image_size: height in pixels; the width scales with it, in the proportion of `data.image_width`.
     """
 
     epoch: int | None = pydantic.Field(default=None, ge=0)
@@ -121,50 +121,50 @@ class DataConfig(FrozenConfig):
 
     Attributes:
         root: folder that holds the splits, or the URL of one (http, https, or any that fsspec knows).
-        train: the training split below `root`: a folder (packed, of foreign WebDataset shards, or of class folders),
+        train: the training split below `root`: a folder (packed, of external WebDataset shards, or of class folders),
             a .beton file, or a pattern of shards such as "train-{0000..0146}.tar" or "train-*.tar".
-        val: the validation split below `root`, likewise.
-        engine: who reads and decodes: "native" (this package) or "ffcv" (FFCV's loader, for .beton alone).
-        access: "random" reads each sample by its place; "sequential" reads shards from end to end, for storage that
-            cannot do otherwise (pipes, object stores without range requests).
+        val: the validation split below `root`, in the same forms.
+        engine: what reads and decodes: "native" (this package) or "ffcv" (FFCV's loader, for .beton alone).
+        access: "random" reads each sample at its offset; "sequential" reads whole shards, for storage without random
+            access (pipes, object stores without range requests).
         cache: folder for shards fetched from a URL, and for indexes of class folders and of shards in folders that
             cannot be written; "" fetches no shards, and keeps such indexes in the user's cache folder.
-        cache_gib: GiB of shards and whole .beton files that `cache` may hold, all together; those used longest ago go
-            first.
-        read_timeout: seconds that a read from a URL, or a wait for a reader, may take.
+        cache_gib: GiB of shards and whole .beton files that `cache` may hold in total; the least recently used are
+            removed first.
+        read_timeout: longest time in seconds of a read from a URL, or of a wait for a reader.
         order: "full" permutes all samples; "block" permutes shards, then samples within blocks of `block_shards`
-            shards, for storage where random reads are dear.
+            shards, for storage where random reads are slow.
         block_shards: shards per block of order = "block".
-        epoch_end: what becomes of the samples of an epoch that fill no batch: "drop" leaves them out (others each
-            epoch), "wrap" lets batches cross the border of epochs, so that none is left out.
+        epoch_end: what happens to the last samples of an epoch if they fill no batch: "drop" leaves them out (different
+            ones each epoch), "wrap" fills the batch from the next epoch, so that none is left out.
         mixture: several data sets of the same classes, each with a weight, in place of `root`/`train` for training.
-            Each walks epochs of its own, so nothing is left out of them whatever `epoch_end` says; an epoch of the
-            run is as many samples as all have together.
+            Each data set has its own epochs, and none of its samples is left out (`epoch_end` has no effect). An
+            epoch of the run has as many samples as all data sets together.
         image_size: height and width of the images the model sees, in pixels.
-        image_width: their width, where it is another than their height, which is then image_size; 0 is square.
-        eval_crop: share of the resized image's side that the centre crop of evaluation keeps; an image that already
-            has the model's size is taken as it is.
+        image_width: width in pixels of rectangular images, whose height is image_size; 0 means square images.
+        eval_crop: side of the centre crop in evaluation as a share of the resized image's; an image of the model's
+            size is not cropped.
         interpolation: how images are resized (antialiased).
         mean: channel means that normalisation subtracts, in units of the full range 0 to 1.
         std: channel deviations that normalisation divides by, in the same units.
-        resolutions: stages of progressive resizing; before the first, and without any, `image_size` holds.
+        resolutions: stages of progressive resizing; before the first, and without any, images have `image_size`.
         aspect_buckets: shapes (width / height) of training images, such as [0.75, 1.0, 1.33]; each batch has one
-            shape, of about image_size x image_size pixels in all, and holds images that are near to it. Empty: square.
+            shape of about image_size x image_size pixels and the images closest to it. Empty: square.
         bucket_multiple: sides of bucketed images are multiples of this, in pixels.
-        workers: processes that read and decode; 0 does it within the training process.
-        threads: threads that decode within the training process, or within each worker; 0 decodes only when a batch
-            is asked for. One hides loading behind a step that computes on the same cores; beside a GPU give each
-            rank the cores it has but one.
-        prefetch: micro batches that the threads, or each worker, prepare ahead.
-        max_bad_share: largest share of damaged training samples borne before the run stops; `SPARED` of them
-            are borne in any case (see `dataloaders.reading.damage`).
-        skip_bad: leave out what of shards that others made is no whole sample (no image, no label, members that belong
-            to none, empty shards), and say how much; else it is an error.
-        allow_empty_classes: class folders may hold no image that is read; they become no class. Else it is an error.
-        channels_last: hand images to the model with the channels of a pixel side by side in memory, which makes
-            convolutions faster on many devices; results differ by rounding.
-        bad_validation: what a damaged validation sample does: stop the run, or count with weight 0.
-        augment: what is done to training images.
+        workers: processes that read and decode; with 0 the training process does it.
+        threads: threads that decode within the training process, or within each worker; with 0, decoding starts only
+            when a batch is requested. One thread suffices where training computes on the same cores. On a GPU host,
+            use one thread less than the cores of each rank.
+        prefetch: micro batches that the threads, or each worker, prepare in advance.
+        max_bad_share: largest share of damaged training samples that is tolerated; above it the run stops. A few
+            samples are tolerated in any case (`SPARED` in `dataloaders.reading.damage`).
+        skip_bad: skip incomplete samples of external shards (no image, no label, members without a sample, empty
+            shards), and report how many; otherwise they are an error.
+        allow_empty_classes: ignore class folders without a readable image; otherwise they are an error.
+        channels_last: pass images to the model in the channels-last memory format, which makes convolutions faster on
+            many devices; results differ by rounding.
+        bad_validation: "raise" stops the run at a damaged validation sample; "zero_weight" gives it weight 0.
+        augment: augmentations of training images.
     """
 
     root: Annotated[str, FREE] = ""
@@ -205,7 +205,7 @@ class DataConfig(FrozenConfig):
 
     @property
     def group(self) -> int:
-        """Samples that a micro batch must hold a multiple of."""
+        """Factor of the micro batch: the samples that are mixed with each other."""
         return self.augment.mix_group if self.augment.mixes else 1
 
     @pydantic.model_validator(mode="after")
@@ -229,14 +229,14 @@ class DataConfig(FrozenConfig):
     def _possible_sizes(self) -> Self:
         if self.augment.crop == "pad" and (self.resolutions or self.aspect_buckets):
             raise ValueError(
-                'augment.crop = "pad" keeps images as large as they are stored, so it goes with neither resolutions '
-                'nor aspect_buckets: set augment.crop = "resized"'
+                'augment.crop = "pad" keeps images as large as they are stored, so it excludes resolutions '
+                'and aspect_buckets: set augment.crop = "resized"'
             )
         if self.aspect_buckets and self.image_width:
             raise ValueError("image_width gives all images one shape, aspect_buckets several: leave one out")
         if self.aspect_buckets and (self.mixture or self.order == "block"):
             other = "mixture" if self.mixture else 'order = "block"'
-            raise ValueError(f"aspect_buckets makes batches by shape, {other} makes them otherwise: leave one out")
+            raise ValueError(f"aspect_buckets forms batches by shape, which {other} does not allow: leave one out")
         if not all(aspect > 0 for aspect in self.aspect_buckets):
             raise ValueError(f"aspect_buckets = {list(self.aspect_buckets)} must be positive: they are width / height")
         if len(set(self.aspect_buckets)) < len(self.aspect_buckets):
@@ -248,11 +248,11 @@ class TokenConfig(FrozenConfig):
     """The token sequences of a run.
 
     Attributes:
-        kind: says that the data are token sequences and not images.
+        kind: "tokens": the data are token sequences and not images.
         root: folder that holds the packed splits.
         train: sub-folder of `root` with the training split.
         val: sub-folder of `root` with the validation split.
-        length: tokens to which sequences are padded and cut; 0 is what the split was packed with.
+        length: tokens to which sequences are padded and cut; 0 takes the length stored in the split.
         smoothing: label smoothing of the training targets.
     """
 
@@ -265,7 +265,7 @@ class TokenConfig(FrozenConfig):
 
     @property
     def group(self) -> int:
-        """Samples that a micro batch must hold a multiple of: nothing is mixed here."""
+        """Factor of the micro batch: 1, as sequences are not mixed."""
         return 1
 
 
@@ -274,7 +274,7 @@ def _kind_of(data: object) -> str:
     return str(kind)
 
 
-# A page without data.kind speaks of images, as all did before there were tokens.
+# Configs without data.kind describe images: they are older than the key.
 AnyDataConfig = Annotated[
     Annotated[DataConfig, pydantic.Tag("images")] | Annotated[TokenConfig, pydantic.Tag("tokens")],
     pydantic.Discriminator(

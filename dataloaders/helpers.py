@@ -1,4 +1,4 @@
-"""How helper processes (readers, packers) are started: quickly, safely beside threads, and never left behind.
+"""How helper processes (readers, packers) are started: quickly, safely despite threads, and never left behind.
 
 They are forked from a fork server: a clean process that has imported what they need and has no threads, so
 neither CUDA, gloo nor OpenMP of the training process is forked. Compared with a fork of the training process it

@@ -1,4 +1,4 @@
-"""The one place that tells containers apart: from the names of a config to samples by number.
+"""The one place that detects the container: from the names of a config to samples by number.
 
     train            folder with index.json           packed split
                      folder of .tar files             WebDataset shards that others made
@@ -110,7 +110,7 @@ def check_mixture_room(sources: Sequence[Source], config: DataConfig) -> None:
 
 
 def index_home(config: DataConfig) -> Path:
-    """Return the folder for indexes that cannot lie beside their shards."""
+    """Return the folder for indexes that cannot be next to their shards."""
     return Path(config.cache) if config.cache else user_cache()
 
 

@@ -48,7 +48,7 @@ class Stored:
 class Source(Protocol):
     """A split's samples by number, 0 to num_samples - 1.
 
-    May be pickled between our own processes (it opens its files anew there) and read by several threads at once.
+    May be pickled between our own processes (it reopens its files there) and read by several threads at once.
     """
 
     @property
@@ -95,7 +95,7 @@ class Source(Protocol):
         ...
 
     def extent(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Return the smallest and the largest (height, width), each number over all samples by itself."""
+        """Return the smallest and the largest (height, width), each number over all samples independently."""
         ...
 
     def sizes(self) -> npt.NDArray[np.int32]:

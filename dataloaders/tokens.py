@@ -380,7 +380,7 @@ class TokenTrainStream:
         return cursor_at(self._plan, self._seed, self.fingerprint, next_step).to_json()
 
     def check_state(self, state: dict[str, Any]) -> int:
-        """Return the optimizer step to go on from.
+        """Return the optimizer step to resume from.
 
         Raises:
             DataError: the cursor is of other data, order, seed or global batch.

@@ -2,7 +2,7 @@
 
 python examples/own_loop.py --data runs/demo-data
 
-The samples of step k, and every pixel of them, follow from the config and k. So a loop that stops goes on by asking for
+The samples of step k, and every pixel of them, follow from the config and k. A loop that stopped resumes by asking for
 `micro_batches(first_step=k)`.
 """
 

@@ -1,4 +1,4 @@
-"""Train from Python: a run that stops, is looked at, and goes on.
+"""Train from Python: a run that stops, is looked at, and continues.
 
 python examples/train.py                          # the digits that `make demo` has packed
 python examples/train.py --data DATA --steps 40
@@ -17,7 +17,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     config = setformer.load_config(
-        "demo",  # the page; then what differs from it
+        "demo",  # the run config; then what differs from it
         "~schedule.epochs",
         "~schedule.warmup_epochs",
         run={"name": "from-python", "out": arguments.out, "log_every": 5},

@@ -1,4 +1,4 @@
-"""What each rank executes: `python -m launch.entry PAGE [KEY=VALUE ...]` under RANK and WORLD_SIZE.
+"""What each rank executes: `python -m launch.entry CONFIG [KEY=VALUE ...]` under RANK and WORLD_SIZE.
 
 `setformer train` starts it. DeepSpeed's own launcher starts it just as well:
 
@@ -23,7 +23,7 @@ from launch.ranks.logs import LOG_DIR_VARIABLE, log_file
 from launch.ranks.orphans import use_scratch
 from launch.run.config import continued, load_run
 from launch.run.session import log_to_file, session
-from setformer_dist.core.errors import PassingError, RankFailedError, SetformerError
+from setformer_dist.core.errors import RankFailedError, SetformerError, TransientError
 from setformer_dist.core.exits import leave
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.core.secrets import redact_tracebacks, redacted
@@ -44,14 +44,14 @@ _LOST_PEER = re.compile(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one rank; return its exit code (0, an error's, or 128 + the signal that stopped it)."""
     parser = argparse.ArgumentParser(prog="launch.entry", description=__doc__)
-    parser.add_argument("page", type=Path, nargs="?", help="the run's TOML page")
+    parser.add_argument("config", type=Path, nargs="?", help="the run's TOML config")
     parser.add_argument("overrides", nargs="*", help="dotted overrides, such as optim.lr=1e-3")
     parser.add_argument("--local_rank", type=int, default=None, help="given by DeepSpeed's launcher")
     arguments = parser.parse_args(argv)
-    if arguments.page is None:
+    if arguments.config is None:
         parser.error(
-            "name the run's TOML page: python -m launch.entry PAGE [KEY=VALUE ...] runs one rank; "
-            "`setformer train PAGE --ranks N` starts them all"
+            "name the run's TOML config: python -m launch.entry CONFIG [KEY=VALUE ...] runs one rank; "
+            "`setformer train CONFIG --ranks N` starts them all"
         )
     bear_lost_streams()
     use_scratch()
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_stacks_when_asked()
     try:
         adopt(os.environ)
-        return run_rank(arguments.page, arguments.overrides)
+        return run_rank(arguments.config, arguments.overrides)
     except SetformerError as error:
         if logging.getLogger().handlers:
             log.error("%s", error)
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             log.exception("no room in shared memory")
             log.error("%s", fault)  # last, as the supervisor quotes the last
             print(f"error: {fault}", file=sys.stderr, flush=True)
-            return PassingError.exit_code
+            return TransientError.exit_code
         if isinstance(error, OSError) or not _LOST_PEER.search(str(error)):
             log.exception("this rank failed")
             raise
@@ -111,16 +111,16 @@ def write_stacks_when_asked() -> None:
     faulthandler.register(signal.SIGUSR2, file=log, all_threads=True)
 
 
-def run_rank(page: Path, overrides: Sequence[str]) -> int:
+def run_rank(path: Path, overrides: Sequence[str]) -> int:
     """Build and run the training of one rank; return 0, or 128 + signal.
 
     Raises:
-        SetformerError: whatever the user can repair.
+        SetformerError: a mistake that the user can repair.
     """
     ranks = RankInfo.from_env()
     quiet_deepspeed()
     check_package_origins()
-    config = continued(load_run(page, overrides), tell=log.warning)
+    config = continued(load_run(path, overrides), warn=log.warning)
     with session(config, ranks, supervised=LOG_DIR_VARIABLE in os.environ) as begun:
         log_to_file(begun.run, ranks)  # as long as this process is
         outcome = begun.outcome = begun.trainer.run()

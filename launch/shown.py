@@ -1,4 +1,4 @@
-"""Texts from files on a terminal: names of runs, classes, models and errors, whoever wrote them.
+"""Texts from files on a terminal: names of runs, classes, models and errors, no matter who wrote them.
 
 A file may hold escape sequences that repaint a terminal, half characters that cannot be encoded, or rich's markup.
 """

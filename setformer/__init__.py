@@ -7,11 +7,11 @@
     trained = setformer.load("runs/mine")
     print(setformer.evaluate(trained).figures)
 
-Every name here is a thin layer over what the command line runs, so a run is the same, bit by bit, whichever starts it,
+Every name here is a thin layer over what the command line runs, so a run is the same, bit by bit, from either,
 and every command reads its folder. Names are imported when they are first asked for: a module that registers a task or
 an augmentation is imported by reader processes too, which need no DeepSpeed.
 
-    configs.py     the config of a run, from a page and keywords
+    configs.py     the config of a run, from a TOML file and keywords
     data.py        the data of a run, and its streams alone
     training.py    a run within this process
     trained.py     what a run has trained: scores and predictions

@@ -1,4 +1,4 @@
-"""The config of a run: from a page, from keywords, or both."""
+"""The config of a run: from a TOML file, from keywords, or both."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from launch.run.config import RunConfig, shipped
 from setformer_dist.core import config as base
 
 
-def load_config(page: str | Path | None = None, *overrides: str, **tables: Any) -> RunConfig:
+def load_config(path: str | Path | None = None, *overrides: str, **tables: Any) -> RunConfig:
     """Return the config of a run; later arguments have the last word, key by key.
 
     Args:
-        page: a TOML page, or the name of a shipped one, such as "demo"; None begins with the defaults.
+        path: a TOML file, or the name of a shipped one, such as "demo"; None begins with the defaults.
         overrides: as on the command line: "optim.lr=1e-3", "~schedule.epochs".
         tables: tables of the config by name: `optim={"lr": 1e-3}, data={"root": Path("data/digits")}`. Paths become
             strings.
@@ -23,11 +23,11 @@ def load_config(page: str | Path | None = None, *overrides: str, **tables: Any) 
         The config, frozen and checked. `setformer config` lists every key.
 
     Raises:
-        ConfigError: the page does not exist or is not TOML; a key is unknown, or a value impossible.
+        ConfigError: the file does not exist or is not TOML; a key is unknown, or a value impossible.
     """
-    if page is None:
+    if path is None:
         return base.load(RunConfig, None, overrides, _plain({"model": {}, **tables}))
-    return base.load(RunConfig, shipped(Path(page)), overrides, _plain(tables))
+    return base.load(RunConfig, shipped(Path(path)), overrides, _plain(tables))
 
 
 def _plain(value: Any) -> Any:

@@ -27,7 +27,7 @@ def open_data(config: RunConfig) -> Splits:
 
     Raises:
         ConfigError: a module of `run.imports` cannot be imported.
-        DataError: a split is missing or damaged, or the two speak of different classes.
+        DataError: a split is missing or damaged, or the two have different classes.
     """
     bring(config.run.imports)
     return open_splits(resolve(config, RankInfo.from_env().world_size))

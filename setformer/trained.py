@@ -24,7 +24,7 @@ def load(
 
     Args:
         path: a run's folder (its newest checkpoint that verifies), its checkpoints folder, or one step's folder.
-        weights: "plain", "ema", or "auto": whichever scored better in the run.
+        weights: "plain", "ema", or "auto": those that scored better in the run.
         model: as `Training`; a copy is filled.
         imports: modules to import first.
 

@@ -39,7 +39,7 @@ class Training:
             run.train()                      # to the end
 
     Leaving it saves what no checkpoint holds yet (not after an error), writes the summary and the report, and lets the
-    folder go. The same program again goes on where this one stopped, as the same command does.
+    folder go. The same program again continues where this one stopped, as the same command does.
 
     Args:
         config: of the run, from `load_config`.
@@ -48,12 +48,12 @@ class Training:
         callbacks: called after those that the config names, in this order; see `setformer.Callback`.
 
     Raises (on entry):
-        SetformerError: the run cannot begin here, or cannot go on from what its folder holds.
+        SetformerError: the run cannot begin here, or cannot resume from what its folder holds.
     """
 
     def __init__(self, config: RunConfig, model: OwnModel | None = None, callbacks: Sequence[Callback] = ()) -> None:
         self._callbacks = tuple(callbacks)
-        self._config = continued(config if model is None else named_own(config, model), tell=log.warning)
+        self._config = continued(config if model is None else named_own(config, model), warn=log.warning)
         self._own = model
         self._stack = contextlib.ExitStack()
         self._session: Session | None = None
@@ -131,7 +131,7 @@ class Training:
             run's end, 0 after `steps`, or the signal (Ctrl-C, SIGTERM) after which the run saved and stopped.
 
         Raises:
-            TrainingError: the loss is not finite, or leaps, and `guard` does not bear it.
+            TrainingError: the loss is not finite or spikes, and `guard` does not tolerate it.
             DataError: the data cannot be read.
             CheckpointError: a checkpoint cannot be written.
         """
@@ -169,7 +169,7 @@ def _stop_logging(handler: logging.Handler, level: int) -> None:
 
 
 def train(config: RunConfig, model: OwnModel | None = None, callbacks: Sequence[Callback] = ()) -> Outcome:
-    """Train a run to its end, or go on with it; what `setformer train` does on each rank.
+    """Train a run to its end, resuming it if it has begun; what `setformer train` does on each rank.
 
     Args:
         config: of the run, from `load_config`.

@@ -2,7 +2,7 @@
 
 Two forked processes are the two ranks; they hold checkpoint 1 and save checkpoint 2, in which the fault happens on one
 of them. Afterwards a third process looks: it must find checkpoint 1 or checkpoint 2, whole, and be able to save
-checkpoint 3 whatever was left behind.
+checkpoint 3, with anything left behind.
 """
 
 from __future__ import annotations

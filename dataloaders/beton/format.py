@@ -7,7 +7,7 @@
     allocations     24 bytes each, to the end of the file: sample, place, size
 
 Files with one image and one int field are ours to write. Others' may have more: of several ints the one named `label`
-is the label, and further fields are passed over and named.
+is the label, and further fields are skipped and named.
 
 All little-endian. FFCV itself checks the version and nothing else: a file whose last 0.01 % is missing gives other
 samples' pictures there. Here every number of the tables is held against the others and against the file's size, for
@@ -47,7 +47,7 @@ MIN_PAGE, MAX_PAGE = 1 << 21, 1 << 31  # powers of two below 2^32, as FFCV's wri
 _TYPE_NAMES = {0: "float", 1: "int", 2: "image", 3: "bytes", 4: "array", 5: "json", 6: "tensor", 255: "custom"}
 _IMAGE_TYPE, _INT_TYPE = 2, 1
 
-# What a record holds of each type of field, by FFCV's numbers; a field of a type of somebody's own has no known size.
+# What a record holds of each type of field, by FFCV's numbers; a field of a custom type has no known size.
 _POINTER = np.dtype([("place", "<u8"), ("size", "<u8")])
 _RECORD_OF: dict[int, np.dtype[np.generic]] = {
     0: np.dtype("<f8"),
@@ -147,7 +147,7 @@ class _Parser:
     def table(self, file: Any) -> BetonTable:
         records_at = HEADER.itemsize + self._fields * FIELD.itemsize
         if self._fields > _MOST_FIELDS:
-            raise self.refuse(f"is damaged: its header speaks of {self._fields} fields")
+            raise self.refuse(f"is damaged: its header states {self._fields} fields")
         if records_at > self._size:
             raise self.refuse("is damaged or cut short: it ends within its header")
         fields = file.read(records_at - HEADER.itemsize)
@@ -177,7 +177,7 @@ class _Parser:
         more = self._size - expected
         if more if not points else (more < 0 or more % ALLOCATION.itemsize):
             raise self.refuse(
-                f"has {self._size} bytes, its header speaks of {expected} for {self._samples} samples of an image and "
+                f"has {self._size} bytes, its header states {expected} for {self._samples} samples of an image and "
                 "an int each, so it was cut short, damaged or left unfinished"
             )
         if data_at > self._allocations:
@@ -213,7 +213,7 @@ class _Parser:
         # As unsigned numbers: a flipped top bit must look large, not negative.
         count, end = np.uint64(self._samples), np.uint64(self._allocations)
         if (samples >= count).any():
-            raise self.refuse("is damaged: its allocation table names samples that there are not")
+            raise self.refuse("is damaged: its allocation table names samples that do not exist")
         if len(samples) > self._samples:  # further fields have data too: those of the images are where records say
             of_image = places == np.ascontiguousarray(stated)[samples]
             samples, places, sizes = samples[of_image], places[of_image], sizes[of_image]

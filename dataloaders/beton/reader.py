@@ -42,12 +42,12 @@ _MAX_NAMELESS = 1 << 20
 
 
 class BetonDataset:
-    """A .beton file's samples by number (`Source`). Sent to another process, it opens the file anew there.
+    """A .beton file's samples by number (`Source`). Sent to another process, it reopens the file there.
 
     Attributes:
         path: of the file.
         table: what its tables say.
-        sidecar: what the file beside it says, or None.
+        sidecar: what the file next to it says, or None.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class BetonDataset:
         return np.stack([self.table.height, self.table.width], axis=1)
 
     def extent(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Return the smallest and the largest (height, width), each number over all samples by itself."""
+        """Return the smallest and the largest (height, width), each number over all samples independently."""
         height, width = self.table.height, self.table.width
         return (int(height.min()), int(width.min())), (int(height.max()), int(width.max()))
 
@@ -179,19 +179,19 @@ class BetonDataset:
 
     def _retried(self, sample: int, size: int, read: Callable[[int], int]) -> None:
         """Read with retries: a failing disk or network is not the sample's fault, so it never substitutes."""
-        trouble = ""
+        problem = ""
         for wait in (*_RETRY_WAITS, None):
             try:
                 count = read(self._open_file())
                 if count == size:
                     return
-                trouble = f"{count} of {size} bytes"
+                problem = f"{count} of {size} bytes"
             except OSError as error:
-                trouble = str(error)
+                problem = str(error)
             if wait is not None:
                 self._sleep(wait)
         raise DataError(
-            f"{self.place(sample)} cannot be read after {len(_RETRY_WAITS) + 1} tries ({trouble}): check the "
+            f"{self.place(sample)} cannot be read after {len(_RETRY_WAITS) + 1} tries ({problem}): check the "
             "storage, or restore the file"
         )
 
@@ -221,7 +221,7 @@ class BetonDataset:
         sidecar = read_sidecar(sidecar_path(state["path"]), table)
         self.__init__(state["path"], table, sidecar, state["classes"])  # type: ignore[misc]
         if self._fingerprint != state["fingerprint"]:
-            raise DataError(f"data file {self.path} was written anew while it was in use: start again")
+            raise DataError(f"data file {self.path} was rewritten while it was in use: start again")
 
 
 def open_beton(path: Path, classes: tuple[str, ...] | None = None) -> BetonDataset:
@@ -268,7 +268,7 @@ def index_beton(
     Args:
         path: of the file.
         classes: class names; without them those of the sidecar that is replaced, if it is whole, else numbers.
-        on_progress: told the number of samples done since the last call.
+        on_progress: called with the number of samples done since the last call.
 
     Raises:
         DataError: as `open_beton`, or an image is not what its record says.

@@ -1,4 +1,4 @@
-"""What a .beton file cannot say of itself: checksums, class names and keys, in a file beside it.
+"""What a .beton file cannot say of itself: checksums, class names and keys, in a file next to it.
 
     train.beton                     as FFCV reads it
     train.beton.index.safetensors   one checksum and one key per sample; class names; which .beton file it is of
@@ -34,7 +34,7 @@ from setformer_dist.core.errors import DataError
 FORMAT = 1
 SUFFIX = ".index.safetensors"
 _ENTRY = "beton-index"
-_REPAIR = "make it anew with `setformer data index`"
+_REPAIR = "rebuild it with `setformer data index`"
 
 
 # Bytes of the longest key.
@@ -125,7 +125,7 @@ def read_sidecar(path: Path, table: BetonTable) -> Sidecar | None:
             arrays = {name: file.get_tensor(name) for name in ("check", "key")}
         sound = fingerprint_of(said) == said["fingerprint"] and _digest(arrays) == said["arrays"]
     except _OfAnotherError:
-        raise DataError(f"data index {path} is of another .beton file than the one beside it: {_REPAIR}") from None
+        raise DataError(f"data index {path} is of another .beton file than the one next to it: {_REPAIR}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise DataError(f"data index {path} cannot be read ({why}): {_REPAIR}") from None
@@ -136,5 +136,5 @@ def read_sidecar(path: Path, table: BetonTable) -> Sidecar | None:
     if not isinstance(said["classes"], list) or not all(isinstance(name, str) for name in said["classes"]):
         raise DataError(f"data index {path} has no list of class names: {_REPAIR}")
     if said["tables"] != table.sha256 or said["size"] != table.file_size:
-        raise DataError(f"data index {path} is of another .beton file than the one beside it: {_REPAIR}")
+        raise DataError(f"data index {path} is of another .beton file than the one next to it: {_REPAIR}")
     return Sidecar(tuple(said["classes"]), arrays["check"], arrays["key"], said["fingerprint"])

@@ -76,9 +76,9 @@ def write_beton(
         samples: taken one by one, never held.
         num_samples: at most so many will come; sets aside 60 bytes of memory each.
         classes: class names, kept in the sidecar.
-        page_size: bytes, a power of two from 2 MiB to 2 GiB; raised by itself for a sample that needs more.
+        page_size: bytes, a power of two from 2 MiB to 2 GiB; raised automatically for a sample that needs more.
         mode: "jpg" keeps JPEG bytes and stores as raw pixels what is no RGB or grey JPEG (PNG, CMYK: nothing is
-            encoded anew); "raw" stores all as pixels.
+            re-encoded); "raw" stores all as pixels.
 
     Returns:
         How many samples came.
@@ -100,7 +100,7 @@ def write_beton(
                 writer.add(sample)
             writer.finish()
         table = read_table(aside)
-        sidecar_path(path).unlink(missing_ok=True)  # never an old sidecar beside a new file
+        sidecar_path(path).unlink(missing_ok=True)  # never an old sidecar next to a new file
         write_sidecar(sidecar_path(path), table, classes, writer.checks[: len(table)], writer.keys)
         aside.replace(path)
     except OSError as error:

@@ -17,10 +17,10 @@ REPAIR = "`make ffcv` builds it (Debian or Ubuntu)"
 _TIMEOUT_S = 120
 
 
-def ffcv_trouble() -> str:
+def ffcv_problem() -> str:
     """Return why FFCV cannot be used, or "" if it can; imports it in a process of its own, some seconds."""
-    if trouble := _version_trouble():
-        return trouble
+    if problem := _version_problem():
+        return problem
     command = [sys.executable, "-c", "import dataloaders.ffcv.pipeline"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
@@ -30,7 +30,7 @@ def ffcv_trouble() -> str:
     return "" if not done.returncode else said[-1] if said else f"its import ended with code {done.returncode}"
 
 
-def _version_trouble() -> str:
+def _version_problem() -> str:
     try:
         version = importlib.metadata.version("ffcv")
     except importlib.metadata.PackageNotFoundError:
@@ -44,12 +44,12 @@ def load_ffcv_engine() -> Any:
     Raises:
         ConfigError: FFCV is missing or does not work, with the reason.
     """
-    trouble = _version_trouble()
-    if not trouble:
+    problem = _version_problem()
+    if not problem:
         try:
             return importlib.import_module("dataloaders.ffcv.engine")
         except (ImportError, OSError) as error:  # OSError: a system library that FFCV was built against is gone
-            trouble = str(error)
+            problem = str(error)
     raise ConfigError(
-        f'data.engine = "ffcv" needs FFCV, which does not work here ({trouble}): {REPAIR}, or set it to "native"'
+        f'data.engine = "ffcv" needs FFCV, which does not work here ({problem}): {REPAIR}, or set it to "native"'
     )

@@ -34,7 +34,7 @@ from dataloaders.source import DamagedSampleError, Source
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.ranks import RankInfo
 
-# Samples that FFCV is told of at once. Between two such stretches its threads wait for one batch.
+# Samples that FFCV is given at once. Between two such stretches its threads wait for one batch.
 _STRETCH = 1 << 15
 
 Making = Callable[[], Iterator[Request]]
@@ -191,7 +191,7 @@ class _FfcvReaders:
             yield loaded
 
     def _fill(self, request: Request, records: npt.NDArray[Any]) -> None:
-        """Tell FFCV where a batch's samples are and how they are seen, in FFCV's thread; check their bytes."""
+        """Give FFCV a batch's positions and crops, in FFCV's thread; check their bytes."""
         table, samples = self._beton.table, request.samples
         records["place"], records["raw"] = table.place[samples], table.mode[samples]
         records["height"], records["width"] = table.height[samples], table.width[samples]

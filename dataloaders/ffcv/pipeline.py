@@ -39,7 +39,7 @@ from ffcv.pipeline.pipeline_spec import PipelineSpec
 
 from setformer_dist.core.errors import ConfigError, DataError
 
-# What the compiled decoder is told of a position. `size` 0 stands for a sample that must not be decoded.
+# What the compiled decoder gets for a position. `size` 0 stands for a sample that must not be decoded.
 RECORD = np.dtype(
     [
         ("place", "<u8"),

@@ -4,11 +4,11 @@
     a few short distractor snakes in what room is left
     discs: on the begin of the first snake and on the end of the same (label 1) or of the other one (label 0)
 
-Both target snakes are in every image, so only their continuity tells the label. Geometry is exact (ends of paddles as
-real numbers, distances between them); an image is drawn from the distance of each pixel to each paddle, in place of
+Both target snakes are in every image, so only their continuity determines the label. Geometry is exact (ends of paddles
+as real numbers, distances between them). An image is drawn from the distance of each pixel to each paddle instead of by
 oversampling. Target snakes often run into a dead end: image i is the first of its attempts that does not. Many
-attempts go on in lockstep; all that is drawn is keyed by (seed, step, image, attempt), so an image depends on nothing
-else. Every second image is a connected one.
+attempts proceed in lockstep. Every draw is keyed by (seed, step, image, attempt), so an image depends on nothing else.
+Every second image is a connected one.
 
 Letters: b = images, p = paddles, k = proposals; points are (y, x) in pixels, pixel centres at whole numbers.
 """

@@ -1,4 +1,4 @@
-"""Statistics of a prepared task, beside those that are published for ListOps (measured on 20,000 samples of 5.1).
+"""Statistics of a prepared task, next to those published for ListOps (measured on 20,000 samples of 5.1).
 
 Predicting the most frequent label of the root operator is right for 36.3 % of the published task, which is where
 Transformers stop; only a model above that evaluates what is nested.
@@ -49,7 +49,7 @@ def statistics(splits: Iterable[TokenSplit], published: bool) -> list[Statistic]
 
     Args:
         splits: train, val and test.
-        published: whether these are to stand beside the published ones (ListOps at full size).
+        published: whether these are to stand next to the published ones (ListOps at full size).
     """
     splits = list(splits)
     lengths = np.concatenate([split.lengths.reshape(-1) for split in splits])

@@ -160,8 +160,8 @@ def prepare(
         task: which.
         root: folder of all tasks.
         how: source, seed, workers.
-        on_start: told the name of each split and its number of samples, where known, before it is made.
-        on_sample: told of each sample packed.
+        on_start: called with the name of each split and its number of samples, where known, before it is made.
+        on_sample: called for each sample packed.
 
     Raises:
         DataError: the source is missing or not of the format, the destination is in use, or, without `how.force`,
@@ -179,7 +179,7 @@ def prepare(
         on_start(part.split, part.count)
         samples = itertools.islice(part.samples, part.count)
         made[part.split] = write_token_split(
-            folder / part.split, part.facts, _told(samples, on_sample), part.options, force=True
+            folder / part.split, part.facts, _counted(samples, on_sample), part.options, force=True
         )
         found = made[part.split].num_samples
         if part.count is not None and found != part.count:
@@ -188,7 +188,7 @@ def prepare(
 
 
 def _same(splits: dict[str, TokenSplit], task: Task, how: Preparation, folder: Path) -> dict[str, TokenSplit]:
-    """Return the splits that are there if they are what would be made now, as far as the options tell.
+    """Return the splits that are there if they are what would be made now, judged by the options.
 
     Raises:
         DataError: they are not; the first difference is named.
@@ -214,7 +214,7 @@ def _same(splits: dict[str, TokenSplit], task: Task, how: Preparation, folder: P
     return splits
 
 
-def _told(samples: Iterable[TokenSample], on_sample: OnSample) -> Iterator[TokenSample]:
+def _counted(samples: Iterable[TokenSample], on_sample: OnSample) -> Iterator[TokenSample]:
     for sample in samples:
         on_sample()
         yield sample

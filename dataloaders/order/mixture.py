@@ -210,7 +210,7 @@ class MixtureSource:
         return source.size(own)
 
     def extent(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Return the smallest and the largest (height, width), each number over all samples by itself."""
+        """Return the smallest and the largest (height, width), each number over all samples independently."""
         smallest, largest = zip(*(source.extent() for source in self.sources), strict=True)
         return _each(min, smallest), _each(max, largest)
 

@@ -6,13 +6,13 @@
 So the samples of a batch depend on neither W, m nor the number of workers or threads, and the whole state of a
 training stream is a cursor of a few integers, equal on all ranks.
 
-A plan is made of orders. An order permutes one data set anew in each epoch: all of it (`FullOrder`), or shards and
+A plan is made of orders. An order reshuffles one data set in each epoch: all of it (`FullOrder`), or shards and
 then samples within blocks of shards (`BlockOrder`). Nothing is ever written down as a table of N entries: any place
 of any epoch is computed when it is asked for (`order.permutation`), so a resumption costs what a step costs.
 
     SetPlan, wrap = False    epoch e is steps e s .. (e + 1) s - 1, s = N // B; the N % B samples at the end of an
                              epoch's order are left out of it, other ones each time
-    SetPlan, wrap = True     places go on from epoch to epoch: step k is places k B .. (k + 1) B - 1 of all orders
+    SetPlan, wrap = True     positions run on through the epochs: step k is places k B .. (k + 1) B - 1 of all orders
                              joined, and an epoch counts as s = ceil(N / B) steps, so that after the steps of e
                              epochs each sample was seen at least e times
     MixturePlan, BucketPlan  several sets with shares; batches of one shape (`dataloaders.order.mixture`, `.plans`)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from setformer_dist.core.seeding import Purpose, generator
 from setformer_dist.core.splitmix import GOLDEN, mix64
 
-# Four rounds of random functions cannot be told from a random permutation where halves are large (Luby and Rackoff
+# For large halves, four rounds of random functions look like a random permutation (Luby and Rackoff
 # 1988). Halves of a few values need more; eight pass all tests of tests/unit/test_order.py from 8 samples on.
 _ROUNDS = 8
 

@@ -70,7 +70,7 @@ class Catalog:
     def __init__(self, path: Path, base: Path, new: bool = False) -> None:
         self._base = str(base)
         self._is_folder = base.is_dir()
-        # Threads take turns at most: whoever packs reads its own part from one thread.
+        # Threads take turns at most: each packing process reads its own part from one thread.
         self._sql = sqlite3.connect(f"{path.absolute().as_uri()}?mode={'rwc' if new else 'ro'}", uri=True)
         self._sql.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
         self._sql.execute("PRAGMA temp_store = FILE")

@@ -2,7 +2,7 @@
 
 Order, labels and class names stay; JPEG bytes go through untouched. A .beton file in raw mode holds pixels, and comes
 back as PNG, without loss. A .beton file is written by one process in one go (threads decode), so unlike shards it is
-begun anew after an interruption.
+started again after an interruption.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def convert(
         raw: store pixels, images shrunk to this longer side (0: as they are); .beton only.
         workers: processes (shards) or threads (.beton); 0 is none besides this one.
         force: replace what is at the destination.
-        on_start: told the number of samples, once.
-        on_progress: told the number of samples done since the last call.
+        on_start: called with the number of samples, once.
+        on_progress: called with the number of samples done since the last call.
 
     Raises:
         ConfigError: `raw` for shards, or masks and boxes for .beton.
@@ -103,7 +103,7 @@ def pack_beton(
 
 def _check_destination(destination: Path, force: bool) -> None:
     if destination.suffix != ".beton":
-        raise ConfigError(f"destination {destination} must end in .beton: training tells containers by their names")
+        raise ConfigError(f"destination {destination} must end in .beton: training detects containers by their names")
     if destination.is_dir():
         raise DataError(f"destination {destination} is a folder: name another file")
     if destination.exists() and not force:

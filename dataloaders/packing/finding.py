@@ -51,7 +51,7 @@ class Wanted:
 
     Attributes:
         split: sub-folder to take.
-        masks: name of the folder of masks beside `images`.
+        masks: name of the folder of masks next to `images`.
         coco: COCO annotations: a file, or the name of one within the source.
         classes_file: class map to use.
         classes_from: packed split whose class map to use.
@@ -80,7 +80,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class FoundOrigin:
-    """Samples to be packed, what was chosen or passed over, and what was left out of them (name, reason)."""
+    """Samples to be packed, what was chosen or skipped, and what was left out of them (name, reason)."""
 
     origin: Origin
     notes: list[str]
@@ -122,7 +122,7 @@ def is_container(source: Path | str) -> bool:
 
 
 def parted(path: Path | str) -> tuple[str, str]:
-    """Return the folder or URL, and the name or pattern below it, as a run's page gives them."""
+    """Return the folder or URL, and the name or pattern below it, as a run config gives them."""
     root, _, name = os.fspath(path).rstrip("/").rpartition("/")
     return root or ("/" if os.fspath(path).startswith("/") else "."), name
 
@@ -211,7 +211,7 @@ def _with_masks(source: Path, wanted: Wanted, scratch: Path) -> FoundOrigin:
     if not catalog.num_files():
         raise DataError(
             f"source {source} has no folder {_IMAGES!r}{f' in {wanted.split!r}' if wanted.split else ''}: "
-            f"--masks {masks} wants {_IMAGES}/a.jpg beside {masks}/a.png"
+            f"--masks {masks} wants {_IMAGES}/a.jpg next to {masks}/a.png"
         )
     _check_partners(catalog, source, "mask")
     notes = _unpaired(catalog.without_image("masks"), "masks have no image")
@@ -258,8 +258,8 @@ def _with_boxes(source: Path, wanted: Wanted, scratch: Path) -> FoundOrigin:
         raise DataError(f"no image of {source} is named in {wanted.coco}, which begins with {next(iter(coco.boxes))!r}")
     _check_partners(catalog, source, "boxes")
     notes = [*coco.notes, *_unpaired(catalog.without_image("boxes"), "images of the annotations are not in the source")]
-    if passed_over := catalog.num_found() - catalog.num_files():
-        tree.passed.others["images that the annotations do not name"] = passed_over
+    if skipped := catalog.num_found() - catalog.num_files():
+        tree.passed.others["images that the annotations do not name"] = skipped
     notes += _said(tree.passed)
     return FoundOrigin(listing.settled(coco.classes, frozenset({"boxes"}), wanted), notes)
 

@@ -49,7 +49,7 @@ class Intake:
         strict: decode every image; else only headers are read where that is enough.
         max_side: longer side in pixels to which larger images are shrunk; 0 keeps all.
         quality: of JPEG files that are written (90 where not given); given without `max_side`, every JPEG is
-            written anew, and kept so where that made it smaller.
+            rewritten, and kept so where that made it smaller.
         classes: how many there are, for masks and boxes; 0 where that is not known yet.
         void: mask value that becomes 255, "does not count".
     """

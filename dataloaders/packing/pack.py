@@ -1,6 +1,6 @@
 """Packing: samples become plain WebDataset shards and an index; what a killed packing finished is not done again.
 
-    .train.partial/          all work happens here, beside the destination
+    .train.partial/          all work happens here, next to the destination
       shard-000000.tar       by one process each; the same bytes on every run; written in .run-*/, then renamed
       shard-000000.rows      written when its shard is on the disk: what the index will say of it, and a digest of
                              all that decided it
@@ -14,7 +14,7 @@ Which sample goes into which shard is planned before any work, from names and si
 depend on the number of processes. Every image is decoded once, strictly; by default one that does not decode
 fails the packing with a list of all such, so that damage is found by the one who packs and not by a training run.
 
-A packing that was stopped (Ctrl-C, kill -9, a full disk, damaged images) is gone on with by the same command: a shard
+The same command continues a stopped packing (Ctrl-C, kill -9, a full disk, damaged images): a shard
 is taken over if the samples planned for it are those it was made of, by name, size, time of change, label and options,
 and if it has its sha256. So the outcome is that of an uninterrupted packing, byte for byte.
 """
@@ -100,7 +100,7 @@ class PackOptions:
         classes_from: packed split whose class map to use.
         max_side: see `dataloaders.packing.intake.Intake`.
         quality: likewise.
-        masks: name of the folder of masks that lies beside `images` in the source.
+        masks: name of the folder of masks that is next to `images` in the source.
         void: mask value that stands for "does not count"; becomes 255.
         coco: COCO annotations with the boxes of the images: a file, or the name of one within the source.
 
@@ -180,7 +180,7 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Packed:
-    """A shard on the disk; its rows are in a file beside it.
+    """A shard on the disk; its rows are in a file next to it.
 
     Attributes:
         facts: of the shard.
@@ -207,11 +207,11 @@ def pack_image_folder(
     """Pack a source: class folders, images with masks or boxes (directory, tar or compressed tar), or a container.
 
     Args:
-        source: what to pack; anything that `dataloaders.opening.open_source` opens is packed anew.
+        source: what to pack; anything that `dataloaders.opening.open_source` opens is repacked.
         destination: folder that will hold the shards; must not exist, or be empty, unless `options.force`.
         options: how.
-        on_start: told the number of images, once.
-        on_progress: told the number of images done since the last call.
+        on_start: called with the number of images, once.
+        on_progress: called with the number of images done since the last call.
 
     Raises:
         ConfigError: options that cannot be.
@@ -246,13 +246,13 @@ def pack_origin(
 
 
 def unfinished(destination: Path) -> str:
-    """Return what a stopped packing left and how to go on with it; "" if it left nothing."""
+    """Return what a stopped packing left and how to continue it; "" if it left nothing."""
     work = work_name(Path(os.path.abspath(destination)))  # noqa: PTH100
     done = len(list(work.glob("shard-*.rows"))) if work.is_dir() else 0
     if not done:
         return ""
     kept = counted(done, "finished shard is", "finished shards are")
-    return f"{kept} kept in {work}: the same command goes on from there, or remove the folder"
+    return f"{kept} kept in {work}: the same command resumes from there, or remove the folder"
 
 
 def _pack(
@@ -449,7 +449,7 @@ class _Rows:
         self.top_class = max(self.top_class, taken.top_class)
 
     def write(self, path: Path, packed: _Packed, identity: str) -> None:
-        """Write the rows, durably; once they lie beside the shard it is finished."""
+        """Write the rows, durably; once they are next to the shard it is finished."""
         said = {
             "identity": identity,
             "facts": json.dumps(vars(packed.facts)),
@@ -505,7 +505,7 @@ class _HashedFile:
 def key_of(number: int, name: str) -> str:
     """Return a sample's key: unique by its number, short and without dots (WebDataset cuts names at the first).
 
-    The number that an earlier packing put before a key is left out, so that packing anew keeps keys.
+    The number that an earlier packing put before a key is left out, so that repacking keeps keys.
     """
     stem = re.sub(r"^\d{9}-", "", PurePosixPath(name).stem)
     return f"{number:09d}-{re.sub(r'[^A-Za-z0-9_-]', '_', stem)[:40]}"
@@ -600,10 +600,10 @@ def _notes(index: Index, shards: list[_Packed], before: int) -> list[str]:
     if kept:
         notes.append(f"{kept} of {len(shards)} shards were finished by an earlier packing and taken over")
     elif before:
-        notes.append("an unfinished packing of another source or other options was there: all was packed anew")
+        notes.append("an unfinished packing of another source or other options was there: all was repacked")
     if rewritten := sum(shard.rewritten for shard in shards):
         images = counted(rewritten, "image was", "images were")
-        notes.append(f"{images} written anew (shrunk, or CMYK or 16 bits a channel before)")
+        notes.append(f"{images} rewritten (shrunk, or CMYK or 16 bits a channel before)")
     return notes + ([] if index.parts else _empty_classes(index))
 
 

@@ -22,7 +22,7 @@ from setformer_dist.core.errors import ConfigError, DataError
 SUFFIXES = frozenset({".tsv", ".txt"})
 _HEADERS = frozenset({"sentence", "text", "review"})
 
-# What a damaged tar raises, compressed in whichever way.
+# What a damaged tar raises, with any compression.
 _DAMAGED = (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError)
 
 
@@ -78,7 +78,7 @@ def pack_text(
         source: TSV file, or a tar (also compressed) of some.
         destination: folder of the token split.
         options: how.
-        on_progress: told the number of texts packed since the last call.
+        on_progress: called with the number of texts packed since the last call.
 
     Raises:
         DataError: no such file, a line without a label, a label without a class, or a destination in use.

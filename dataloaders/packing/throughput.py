@@ -147,7 +147,7 @@ def measure(
         config: image size and augmentation, as training would have them.
         threads: numbers of threads to try.
         seconds: of each measurement.
-        on_progress: told what is measured next.
+        on_progress: called with what is measured next.
 
     Raises:
         DataError: no sample is whole.

@@ -1,7 +1,7 @@
 """Reading data whole: is every byte still what was packed, and does every image decode?
 
 Opening checks sizes and reading checks samples, which is enough to train safely; this is for a copy just made, or
-for a disk one doubts. Each damaged thing is named, and the search goes on to the end.
+for a disk one doubts. Each damaged thing is named, and the search continues to the end.
 
     shard      the file is missing, or has another size or sha256 than the index says
     read       the storage does not deliver a sample's bytes
@@ -34,7 +34,7 @@ from dataloaders.sources.index import INDEX_NAME, read_index
 from dataloaders.sources.shards import ShardDataset
 from dataloaders.storage.base import UnreadableError
 from dataloaders.tokens import TOKENS_NAME, open_token_split
-from setformer_dist.core.errors import ConfigError, DataError, PassingError
+from setformer_dist.core.errors import ConfigError, DataError, TransientError
 
 # Samples of one job: a second or so of decoding.
 _CHUNK = 1000
@@ -99,13 +99,13 @@ def verify(
         path: its folder, file, pattern or URL.
         workers: processes; 0 reads in this one.
         decode: decode every sample; else files with a sha256 are compared with it, and samples of others are read.
-        on_start: told the number of samples, once.
-        on_progress: told the number of samples done since the last call.
+        on_start: called with the number of samples, once.
+        on_progress: called with the number of samples done since the last call.
 
     Raises:
         ConfigError: `decode` is off, and there is no digest to compare anything with.
         DataError: there is no data of ours, or its index itself is damaged.
-        PassingError: a process died.
+        TransientError: a process died.
     """
     if (Path(path) / TOKENS_NAME).is_file():
         return _verify_tokens(Path(path))
@@ -268,7 +268,7 @@ def _in_processes(path: Path | str, jobs: list[_Job], workers: int, decode: bool
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool:
-        raise PassingError(
+        raise TransientError(
             f"a process that verified {path} died, perhaps because memory ran out: run it again with fewer --workers"
         ) from None
     except BaseException:  # Ctrl-C too
@@ -279,7 +279,7 @@ def _in_processes(path: Path | str, jobs: list[_Job], workers: int, decode: bool
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-# What a worker process opened when it began: opening anew for each job would read the index as often.
+# What a worker process opened when it began: reopening for each job would read the index as often.
 _opened: list[Source] = []
 
 

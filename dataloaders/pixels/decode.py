@@ -35,7 +35,7 @@ _PNG_START = b"\x89PNG\r\n\x1a\n"
 
 MASK_FORMATS = ("PNG",)
 
-# PIL's own limit, beyond which it speaks of a decompression bomb: half a gigabyte of pixels.
+# PIL's own limit, beyond which it warns of a decompression bomb: half a gigabyte of pixels.
 MAX_PIXELS = 178_956_970
 
 # What is large is refused here, in our own words and by its bytes, also below PIL's limit, where it only warns.
@@ -96,7 +96,7 @@ def decode(data: bytes | npt.NDArray[np.uint8], min_height: int = 0, min_width: 
     except UndecodableError:
         raise
     # PIL's plugins raise nearly anything on damaged bytes (OSError, ValueError, SyntaxError, struct.error,
-    # DecompressionBombError …): whatever it is, this sample has no pixels.
+    # DecompressionBombError …): any error: this sample has no pixels.
     except Exception as error:  # noqa: BLE001
         raise UndecodableError(_why_not(data, error)) from None
 
@@ -226,7 +226,7 @@ def _why_not(data: bytes, error: Exception) -> str:
 
 
 def _check_png(data: bytes) -> None:
-    """Check every chunk's checksum: PIL passes over those of the pixels.
+    """Check every chunk's checksum: PIL skips those of the pixels.
 
     Raises:
         UndecodableError: one is wrong, or the end is missing.

@@ -27,7 +27,7 @@ IMAGE_PARTS = (*(suffix for suffixes in SUFFIXES_OF.values() for suffix in suffi
 # Suffixes of image files, with the dot, in lower case.
 IMAGE_SUFFIXES = frozenset(f".{part}" for part in IMAGE_PARTS)
 
-# What else begins a file that somebody may take for an image: said in messages.
+# What else begins a file that may be taken for an image, for messages.
 _OTHERS: tuple[tuple[bytes, str], ...] = (
     (b"<!doctype", "an HTML page"),
     (b"<html", "an HTML page"),

@@ -5,7 +5,7 @@ register_augmentation("dim", dim)      # in a module that run.imports names; dat
 
     dim(image, key) -> image           image (3, H, W) uint8, key 0 <= key < 2^63
 
-The key follows from (seed, epoch, sample) and from the function's place in the list. Whatever a function draws must
+The key follows from (seed, epoch, sample) and from the function's place in the list. All that a function draws must
 come from it, such as `torch.Generator().manual_seed(key)`: a draw from a generator of the process would depend on
 threads, ranks and interruptions. Functions are tried before training, and refused where they draw from elsewhere.
 """

@@ -118,7 +118,7 @@ def see_image(view: View, pixels: npt.NDArray[np.uint8], stored: Shape, interpol
     Args:
         view: what is seen.
         pixels: the image, or a smaller version of it.
-        stored: (height, width) that the view speaks of.
+        stored: (height, width) that the view was made for.
         interpolation: "bilinear" or "bicubic", antialiased.
 
     Raises:

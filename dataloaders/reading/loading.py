@@ -176,7 +176,7 @@ class _Batch:
             self.soft[place] = torch.from_numpy(shown.soft)
 
     def loaded(self, request: Request, samples: npt.NDArray[np.int64], mix: MixArrays | None = None) -> Loaded:
-        if self.errors:  # the first by place, whichever thread met one first
+        if self.errors:  # the first by place, no matter which thread met one first
             return Loaded(request, torch.empty(0), request.samples, error=self.errors[min(self.errors)])
         boxes = None
         if self.boxes is not None:
@@ -192,7 +192,7 @@ class _Sourced:
 
     Attributes:
         source: of the samples.
-        done: samples done; threads may lose a count among them, which matters to nobody.
+        done: samples done; threads may lose a count among them, which does not matter.
     """
 
     def __init__(self, source: Source) -> None:

@@ -6,7 +6,7 @@
     workers = w    w processes, each with such threads, each with `prefetch` requests of its own
 
 What is ready first waits for what comes before it, so the order is that of the requests. A defect in a reader is
-raised where the answer is asked for. Every wait has a limit, which begins anew whenever a sample is done or bytes of a
+raised where the answer is asked for. Every wait has a limit, which begins again whenever a sample is done or bytes of a
 shard come: storage may be slow, but not silent. A thread that hangs is left behind. Each thread computes alone (one
 thread of torch's own), so that a mean over an image's pixels does not depend on how many cores shared it.
 """
@@ -33,12 +33,12 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from dataloaders.config import DataConfig
 from dataloaders.helpers import begin_helper, helper_context, lean_start
 from dataloaders.reading.loading import Loaded, Loading, Request, Work
-from setformer_dist.core.errors import ConfigError, PassingError
+from setformer_dist.core.errors import ConfigError, TransientError
 from setformer_dist.core.shared_memory import NO_SHARED_MEMORY, is_no_room
 
 _log = logging.getLogger(__name__)
 
-# How torch's DataLoader words the death of a worker, and the end of its patience, in a RuntimeError.
+# How torch's DataLoader reports the death of a worker, and its timeout, in a RuntimeError.
 _DEATHS = ("exited unexpectedly", "killed by signal")
 _TIMED_OUT = "timed out after"
 
@@ -112,10 +112,10 @@ class ThreadPool:
         Args:
             work: the request.
             parts: its spans, as `begin` returned them.
-            moved: asked several times a second; the limit begins anew where it changes.
+            moved: asked several times a second; the limit begins again where it changes.
 
         Raises:
-            PassingError: nothing moved for so long.
+            TransientError: nothing moved for so long.
         """
         seen, since = moved(), time.monotonic()
         for part in parts:
@@ -124,7 +124,7 @@ class ThreadPool:
                 if now != seen:
                     seen, since = now, time.monotonic()
                 elif time.monotonic() - since >= self._wait_s:
-                    raise PassingError(
+                    raise TransientError(
                         f"a data reader gave no sample for {self._wait_s:.0f} s: the storage hangs, or its threads get "
                         "no CPU time; check the storage, or raise data.read_timeout"
                     )
@@ -216,7 +216,7 @@ class _InWorker:
 def _shared(loaded: Loaded) -> Loaded:
     """Put an answer's pixels where the training process sees them; where there is no room, answer that.
 
-    torch would do so in a thread that nobody hears of: the answer would never come.
+    torch would do so in a thread whose errors go nowhere: the answer would never come.
     """
     try:
         for pixels in (loaded.images, loaded.masks):
@@ -225,7 +225,7 @@ def _shared(loaded: Loaded) -> Loaded:
     except (OSError, RuntimeError) as error:
         if not is_no_room(error):
             raise
-        return Loaded(loaded.request, torch.empty(0), loaded.samples, error=PassingError(NO_SHARED_MEMORY))
+        return Loaded(loaded.request, torch.empty(0), loaded.samples, error=TransientError(NO_SHARED_MEMORY))
     return loaded
 
 
@@ -250,7 +250,7 @@ class Readers:
         """Yield the answers; the ones being made for an earlier call are given up.
 
         Raises:
-            PassingError: a reader died or hung.
+            TransientError: a reader died or hung.
             DataError: it found what a user must repair.
         """
         self.close()
@@ -282,7 +282,7 @@ class Readers:
                 return
             try:
                 loaded = pool.end(*under_way.popleft(), self._loading.moved)
-            except PassingError:
+            except TransientError:
                 self._end = pool.abandon
                 raise
             yield loaded
@@ -304,7 +304,7 @@ class Readers:
                 return next(answers, None)
             except RuntimeError as error:
                 if any(words in str(error) for words in _DEATHS):
-                    raise PassingError(
+                    raise TransientError(
                         f"a data reader process died ({error}): if memory or /dev/shm ran out, lower data.workers "
                         "or data.prefetch"
                     ) from None
@@ -314,7 +314,7 @@ class Readers:
             if now != seen:
                 seen, since = now, time.monotonic()
             elif time.monotonic() - since >= wait_s:
-                raise PassingError(
+                raise TransientError(
                     f"no data reader process gave a sample for {wait_s:.0f} s: the storage hangs, or they get no CPU "
                     "time; check the storage, or raise data.read_timeout"
                 )
@@ -341,7 +341,7 @@ class Readers:
 
 
 class _Requests:
-    """An iterable that begins anew whenever it is iterated."""
+    """An iterable that begins again whenever it is iterated."""
 
     def __init__(self, make: Making) -> None:
         self._make = make

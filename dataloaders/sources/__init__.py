@@ -5,9 +5,9 @@ class_folders.py   which images of a folder or tar are of which class
 classes.py         class names and labels as people write them
 files.py           local files, opened and read so that none can stall a process or take its memory
 image_folder.py    an ImageFolder as it is: `<class>/…/image.jpg`, one file per image, without packing
-index.py           the index beside a split's shards: where each sample is, and what it must look like
+index.py           the index next to a split's shards: where each sample is, and what it must look like
 kinds.py           what a folder holds: shards, class folders, or something that a sentence can name
-passed.py          files that are passed over: told apart, counted, said in one line
+passed.py          files that are skipped: classified, counted, reported in one line
 scanning.py        shards that others made, scanned each by itself, in any process
 tar_headers.py     the files in a tar, header by header
 tars.py            the samples of a tar, or an error that names the place

@@ -1,7 +1,7 @@
 """The files of a source: a directory, a tar, or a compressed tar; and which of them are images of which class.
 
 An ImageFolder is `<class>/…/image.jpg`; a label is the place of the class folder's name in the class map. A file is
-found as a stretch of bytes in a file (a file of its own, or the tar), so whoever packs reads both alike, from
+found as a stretch of bytes in a file (a file of its own, or the tar), so the packer reads both alike, from
 any process. A compressed tar has no stretches: it is unpacked to a plain tar aside first.
 """
 
@@ -28,7 +28,7 @@ from setformer_dist.core.errors import DataError
 # Folder names that are splits by custom: several of them side by side are no classes.
 SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
 
-# Folder names that hold masks by custom; beside `images` they are no classes.
+# Folder names that hold masks by custom; next to `images` they are no classes.
 MASK_FOLDERS = frozenset({"annotations", "masks", "labels"})
 
 # Names kept of each level of folders: enough to see whether they are splits, and for a message.
@@ -68,7 +68,7 @@ class Found:
 
     Attributes:
         images: sorted by path.
-        notes: what was chosen or passed over, one sentence each.
+        notes: what was chosen or skipped, one sentence each.
     """
 
     images: list[LabelledImage]
@@ -114,12 +114,12 @@ def find_images(
 
 @dataclass
 class Tree:
-    """The shape of a source's folders, told one file after the other: enough to find the class folders.
+    """The shape of a source's folders, fed one file after the other: enough to find the class folders.
 
     Attributes:
         source: for messages.
         notes: what was chosen.
-        passed: what was passed over.
+        passed: what was skipped.
     """
 
     source: Path
@@ -220,7 +220,7 @@ class Tree:
         return self.notes
 
     def check_classes(self, classes: Collection[str], depth: int, split: str | None, allow: bool) -> None:
-        """Refuse class folders that hold nothing that is read: their classes would vanish in silence.
+        """Refuse class folders that hold nothing that is read: their classes would vanish silently.
 
         Args:
             classes: those with images.
@@ -343,7 +343,7 @@ def files_below(
     Args:
         source: the directory.
         passed: counts what is not yielded.
-        on_folder: told each visible folder's path within the source, "" for the source itself.
+        on_folder: called with each visible folder's path within the source, "" for the source itself.
 
     Raises:
         DataError: a folder or a link cannot be read.

@@ -44,7 +44,7 @@ class LabelError(ValueError):
 
 
 def decoded(data: bytes) -> str:
-    """Return text without its byte order mark, by which UTF-16 is told too; raises UnicodeDecodeError."""
+    """Return text without its byte order mark, which also reveals UTF-16; raises UnicodeDecodeError."""
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return data.decode("utf-16")
     return data.decode("utf-8-sig")

@@ -5,7 +5,7 @@
     folders by inode       a link to a folder that it lies in is an error, and so is a web of links
     JSON by its parts      brackets and commas are counted before anything is built of them
 
-All errors of files are `OSError`s whose `strerror` is a sentence, so whoever names the file in a message adds it.
+All errors of files are `OSError`s whose `strerror` is a sentence, so the caller that names the file adds it.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def open_new(path: Path) -> int:
 
 
 def parse_json(data: bytes) -> Any:
-    """Return what JSON says that nobody has vouched for yet.
+    """Return what unverified JSON says.
 
     Raises:
         ValueError: it is not JSON, is nested too deep, or has more than `MOST_VALUES` values.

@@ -2,17 +2,18 @@
 
     train-0000.tar  train-0001.tar  ...   as they are; never written to
     classes.txt                           names of the classes, if one lies there (or classes.json)
-    .setformer-index/                     beside the shards; in the user's cache folder where that cannot be written
+    .setformer-index/                     next to the shards; in the user's cache folder where that cannot be written
       .lock                               held by the process that makes an index; others wait
       6c0e…/index.json, index.safetensors   one index; the digits are of the shards' names, sizes and times, and
                                             those of the class file
       6c0e…-crc/                            one with checksums
 
-An index is made aside and renamed, so half of one is never seen. A shard that changed changes the digits: the index
-that is older than it is not found, a new one is made, and a log line says so; likewise where one is damaged. Where
-checksums were kept they are made anew too, and a shard that has other contents below the same headers is refused: times
-change by a copy, headers by whoever writes a shard, and contents alone by damage. The fingerprint is that of headers,
-places, labels and classes and not of the times, so a copy of the shards elsewhere continues the same run.
+An index is written under a temporary name and renamed, so half of one is never seen. A changed shard changes the digits
+in the name: the old index is not found, a new one is made, and a log line says so. The same happens where an index is
+damaged. Where checksums were kept they are computed again too, and a shard with other contents below the same headers
+is refused: a copy changes times, rewriting a shard changes headers, and only damage changes contents alone. The
+fingerprint covers headers, positions, labels and classes but no times, so a run may continue with a copy of the
+shards.
 """
 
 from __future__ import annotations
@@ -239,11 +240,11 @@ def open_foreign(shards: Shards, cache: Path, timeout: float) -> ShardDataset:
 
     Args:
         shards: as `find_shards` found them.
-        cache: folder for the index where it cannot lie beside the shards.
+        cache: folder for the index where it cannot be next to the shards.
         timeout: seconds to wait for another process that makes it, without a sign of life.
 
     Raises:
-        DataError: the shards are damaged, or cannot be told apart into labelled images.
+        DataError: the shards are damaged, or cannot be parsed into labelled images.
     """
     found = _existing(shards, cache)
     if found is None:
@@ -287,12 +288,12 @@ def index_shards(
     Args:
         root: folder or URL.
         pattern: as `find_shards`.
-        cache: folder for the index where it cannot lie beside the shards.
+        cache: folder for the index where it cannot be next to the shards.
         checksums: read every byte, and keep a crc32 of each sample and the sha256 of each shard.
         workers: processes; 0 does it in this one.
         timeout: seconds to wait for a URL, or for another process without a sign of life.
-        on_start: told the number of shards, once.
-        on_progress: told the shards done since the last call.
+        on_start: called with the number of shards, once.
+        on_progress: called with the shards done since the last call.
 
     Raises:
         DataError: as `find_shards` and `open_foreign`.
@@ -390,7 +391,7 @@ def _sound(folder: Path, shards: Shards) -> Index | None:
         if any(sizes[shard.name] not in (shard.size, -1) for shard in index.shards):
             return None
         if "crc32" not in index.columns and "passed" not in index.options:
-            return None  # of a version that did not count what it passed over
+            return None  # of a version that did not count what it skipped
         said = [
             [shard.name, shard.size, headers]
             for shard, headers in zip(index.shards, index.options["headers"], strict=True)
@@ -524,7 +525,7 @@ def _build(
 
 
 def _together(scans: list[Scanned]) -> Passed:
-    """Return what all shards together pass over."""
+    """Return what is skipped in all shards together."""
     passed = Passed()
     for one in scans:
         for name in ("ignored", "unread", "odd", "others"):

@@ -3,13 +3,13 @@
     <cache>/indexes/<folder>/<digits>/files.json, files.safetensors
 
 Indexed when it is first seen: names, sizes, heights and widths. The index lies in `data.cache` or the user's cache
-folder, not beside the images, where others that read class folders would take it for a class. The digits are of the
+folder, not next to the images, where other readers of class folders would take it for a class. The digits are of the
 names and times of all folders, so an image that comes, goes or is renamed makes a new index; one that is replaced in
 place is noticed when it is read, by its size. Two processes that see it first wait for each other, and half an index
 is never seen.
 
 The folders are listed at every opening, and an index is believed only if its names and labels are those of the
-listing; its sizes are compared when an image is read, and the fingerprint is computed from all of it anew. So whoever
+listing; its sizes are compared when an image is read, and the fingerprint is computed from all of it again. So whoever
 could write into the cache changes no label and no path.
 """
 
@@ -40,7 +40,7 @@ from dataloaders.sources.classes import out_of_place
 from dataloaders.sources.files import LARGEST_SAMPLE, LARGEST_TABLE, OddFileError, open_regular, parse_json, read_whole
 from dataloaders.sources.index import durable_write, fingerprint_of
 from dataloaders.sources.passed import Passed
-from dataloaders.storage.base import PassingError, UnreadableError, insist
+from dataloaders.storage.base import RetriableError, UnreadableError, insist
 from dataloaders.storage.cache import locked
 from dataloaders.storage.homes import own_folder, trusted
 from setformer_dist.core.errors import DataError
@@ -60,7 +60,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 _HEADS = (4096, 1 << 16)
 
 # Files between two signs of life to those who wait for the index.
-_TOLD = 100
+_PROGRESS_EVERY = 100
 
 
 class ImageFolderDataset:
@@ -126,7 +126,7 @@ class ImageFolderDataset:
         return np.stack([self._height, self._width], axis=1)
 
     def extent(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Return the smallest and the largest (height, width), each number over all images by itself."""
+        """Return the smallest and the largest (height, width), each number over all images independently."""
         small = int(self._height.min()), int(self._width.min())
         return small, (int(self._height.max()), int(self._width.max()))
 
@@ -158,7 +158,7 @@ class ImageFolderDataset:
             except OddFileError as error:
                 raise UnreadableError(path, f"cannot be read ({error.strerror}): restore it") from None
             except OSError as error:
-                raise PassingError(str(error)) from None
+                raise RetriableError(str(error)) from None
 
         try:
             data = insist(path, attempt)
@@ -168,7 +168,7 @@ class ImageFolderDataset:
             now = f"{len(data)} bytes" if len(data) < said else "more bytes"
             raise DataError(
                 f"{self.place(sample)} has {now}, {said} when it was indexed: restore it, or remove {self._index} to "
-                "index the folder anew"
+                "index the folder again"
             )
         return Stored(data)
 
@@ -232,7 +232,7 @@ class _Listing:
 
 
 def open_image_folder(folder: Path, cache: Path, timeout: float, allow_empty: bool = False) -> ImageFolderDataset:
-    """Open a folder of class folders; a log line says what in it is passed over.
+    """Open a folder of class folders; a log line says what in it is skipped.
 
     Args:
         folder: of the class folders.
@@ -367,7 +367,7 @@ def _rows(folder: Path, paths: list[bytes], alive: Callable[[], None]) -> tuple[
     rows = np.zeros((len(paths), 4), np.int64)
     unreadable = []
     for number, name in enumerate(paths):
-        if not number % _TOLD:
+        if not number % _PROGRESS_EVERY:
             alive()
         size, rows[number, 2], rows[number, 3] = _look(os.path.join(os.fsencode(folder), name))  # noqa: PTH118
         if size is None:

@@ -1,4 +1,4 @@
-"""The index beside a split's shards: where each sample is, and what it must look like.
+"""The index next to a split's shards: where each sample is, and what it must look like.
 
     train/
       shard-000000.tar     plain WebDataset: <key>.jpg (or .png …), <key>.cls and, for data that have them,
@@ -89,7 +89,7 @@ class Index:
         keys: (N, L) uint8, UTF-8 keys padded with zeros.
         fingerprint: identity of the split.
         options: how it was packed, for people.
-        extent: smallest and largest (height, width), each number over all samples by itself.
+        extent: smallest and largest (height, width), each number over all samples independently.
         chunks: sha256 of each chunk that is still to be checked at its first touch; empty: all is checked.
         place: the folder, for messages.
     """
@@ -331,7 +331,7 @@ def _why_not_a_split(folder: Path) -> str:
     if not entries:
         return f"data folder {folder} is empty: fill it with {pack}"
     if any(entry.name.endswith(".tar") for entry in entries):
-        return f"data folder {folder} has shards but no {INDEX_NAME}, so it is not whole: make it anew with {pack}"
+        return f"data folder {folder} has shards but no {INDEX_NAME}, so it is not whole: rebuild it with {pack}"
     if any((entry / INDEX_NAME).is_file() for entry in entries):
         names = ", ".join(sorted(entry.name for entry in entries if (entry / INDEX_NAME).is_file()))
         return f"data folder {folder} holds no shards itself, but packed splits ({names}): name one of them"

@@ -27,7 +27,7 @@ Kind = Literal["shards", "images", ""]
 
 
 def kind_of(folder: Path) -> tuple[Kind, Passed]:
-    """Return what a folder holds ("" for neither), and what in it is passed over where it holds shards.
+    """Return what a folder holds ("" for neither), and what in it is skipped where it holds shards.
 
     Raises:
         DataError: it holds shards that are not read, and none that are; or it cannot be read.
@@ -79,7 +79,7 @@ def _count_others(passed: Passed, folders: list[str], unread: list[str]) -> None
     if deeper:
         passed.others["shards one folder deeper"] = deeper
     if folders:
-        passed.others["folders beside the shards"] = len(folders)
+        passed.others["folders next to the shards"] = len(folders)
 
 
 def _tars_in(folder: str) -> int:

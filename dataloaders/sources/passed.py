@@ -1,4 +1,4 @@
-"""What is in a source and is not read: told apart by one list of names, counted, and said in one line.
+"""What is in a source and is not read: classified by one list of names, counted, and reported in one line.
 
 Training, packing and looking use this alone, so a folder holds the same samples to all of them.
 """
@@ -32,7 +32,7 @@ IGNORED = frozenset(
     }
 )
 
-# The folder of our own index, beside the shards that it is of.
+# The folder of our own index, next to the shards that it is of.
 OUR_INDEX = ".setformer-index"
 
 # Folders of which it is remembered that they hold files that are not read; of more only the number is.
@@ -54,7 +54,7 @@ def is_visible(path: str) -> bool:
 
 @dataclass
 class Passed:
-    """What was passed over in one source.
+    """What was skipped in one source.
 
     Attributes:
         ignored: names of hidden and system files and folders -> how many.
@@ -71,7 +71,7 @@ class Passed:
     folders: dict[str, set[str]] = field(default_factory=dict)
 
     def ignore(self, name: str) -> None:
-        """Count a hidden or system file or folder; our own index is none to speak of."""
+        """Count a hidden or system file or folder; our own index is not counted."""
         if name == OUR_INDEX:
             return
         self.ignored["._*" if name.startswith("._") else name] += 1

@@ -1,7 +1,7 @@
 """From shards that others made to the columns of an index: each shard is scanned by itself, in any process.
 
 A label is a number (`.cls`, or "label" in a `.json`), or a class name; numbers are named by `classes.txt` or
-`classes.json` beside the shards, "0" to the largest without. All samples have labels of one kind, or none of them
+`classes.json` next to the shards, "0" to the largest without. All samples have labels of one kind, or none of them
 any, which makes sense with masks or boxes alone, whose classes the class file must then name.
 """
 
@@ -95,7 +95,7 @@ def scan_shard(
         name: of the shard.
         facts: its size.
         whole: read every byte, for crc32 and sha256.
-        on_progress: told the members found since the last call, now and then.
+        on_progress: called with the members found since the last call, now and then.
         skip_bad: as there; of samples with labels of several kinds those without any are left out.
 
     Raises:
@@ -231,7 +231,7 @@ def labelled(
 
     Args:
         shards: in order.
-        named: the class names that lie beside them.
+        named: the class names that are next to them.
         annotated: whether there are masks or boxes.
         root: of the shards, for messages.
 
@@ -254,7 +254,7 @@ def labelled(
         if named is None:
             raise DataError(
                 f"the shards in {root} have masks or boxes, but their classes are unknown: put a {CLASS_FILES[0]} "
-                "with one name per line beside them"
+                "with one name per line next to them"
             )
         return np.zeros(sum(one.facts.samples for one in shards), np.int64), named
     if first.kind == "a name for a label":
@@ -264,7 +264,7 @@ def labelled(
     if named is None and most >= max(_MOST_NAMELESS, total):
         raise DataError(
             f"a label in {root} is {most}, but there are {total} samples: put a {CLASS_FILES[0]} with the names of all "
-            "classes beside the shards, or repair it"
+            "classes next to the shards, or repair it"
         )
     classes = named or tuple(map(str, range(most + 1)))
     for one in shards:
@@ -294,7 +294,7 @@ def _from_names(
 
 
 def class_names(storage: Storage, shard: str, timeout: float) -> tuple[str, ...] | None:
-    """Return the class names in a file beside a shard, if there is one; `timeout` as of `read_small`.
+    """Return the class names in a file next to a shard, if there is one; `timeout` as of `read_small`.
 
     Raises:
         DataError: it cannot be read, or holds no class names.

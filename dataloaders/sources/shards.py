@@ -40,7 +40,7 @@ _Place = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any] | None]
 
 
 class ShardDataset:
-    """A split's samples by number (`Source`). Cheap to send to another process: it opens the index anew there.
+    """A split's samples by number (`Source`). Cheap to send to another process: it reopens the index there.
 
     Args:
         storage: of the shards, or their folder.
@@ -103,7 +103,7 @@ class ShardDataset:
         return np.stack([self._height, self._width], axis=1)
 
     def extent(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Return the smallest and the largest (height, width), each number over all samples by itself."""
+        """Return the smallest and the largest (height, width), each number over all samples independently."""
         return self.index.extent
 
     def key(self, sample: int) -> str:
@@ -232,7 +232,7 @@ class ShardDataset:
     def __setstate__(self, state: dict[str, Any]) -> None:
         index = read_index(Path(state["index"]), named=frozenset(state["names"]))
         if index.fingerprint != state["fingerprint"]:
-            raise DataError(f"data folder {state['storage'].name} was packed anew while it was in use: start again")
+            raise DataError(f"data folder {state['storage'].name} was repacked while it was in use: start again")
         self.__init__(state["storage"], index)  # type: ignore[misc]
 
 
@@ -280,7 +280,7 @@ def check_same_classes(train: Source, val: Source) -> None:
         if ours != theirs:
             found = f"label {label} is {_named(ours)} in {train.name} but {_named(theirs)} in {val.name}"
             if _is_foreign(train) or _is_foreign(val):
-                raise DataError(f"{found}: lay a classes.txt with the names of all classes in order beside the shards")
+                raise DataError(f"{found}: lay a classes.txt with the names of all classes in order next to the shards")
             raise DataError(f"{found}: pack the latter with `--classes-from {train.name}`")
 
 

@@ -68,7 +68,7 @@ class FileReader:
         if start >= 0 and start + size <= len(self._window):
             return self._window[start : start + size]
         self._start = offset
-        # Room is made for what is there alone, whatever size a header speaks of.
+        # Room is made for what is there alone, no matter what size a header states.
         self._window = os.pread(self._file, max(0, min(max(size, WINDOW), self._end - offset)), offset)
         return self._window[:size]
 
@@ -126,7 +126,7 @@ def members(reader: Reader, shown: str, on_header: Callable[[bytes], None] = lam
     Args:
         reader: of the tar.
         shown: its name, for messages.
-        on_header: told every block that is no file's contents.
+        on_header: called with every block that is no file's contents.
 
     Raises:
         DataError: a header is damaged, the tar is cut short, something follows its end, or a hard link leads nowhere.

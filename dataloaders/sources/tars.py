@@ -4,7 +4,7 @@
     a/b/000017.seg.png         names are cut at the first dot of the last part, as WebDataset does: key a/b/000017
     000017.1.jpg               a key with a dot: refused, or left out where that is asked for, and never merged
 
-Hidden and system members are passed over at any depth and counted, and so are members that are no part of a sample.
+Hidden and system members are skipped at any depth and counted, and so are members that belong to no sample.
 Work and memory are bounded by the bytes of the shard: keys beyond `_LONGEST_KEY` bytes are shortened, and larger bodies
 are no labels.
 
@@ -40,7 +40,7 @@ _LARGEST_LABEL = {"cls": 1 << 16, "json": 1 << 22}
 _LONGEST_KEY = 512
 
 # Members between two signs of life.
-_TOLD = 64
+_PROGRESS_EVERY = 64
 
 MASK_PART, BOXES_PART, SOFT_PART = "mask.png", "boxes.json", "soft.json"
 _FURTHER_PARTS = (MASK_PART, BOXES_PART, SOFT_PART)
@@ -109,11 +109,11 @@ def scan(
         reader: of the shard.
         shown: its name, for messages.
         whole: read every sample's bytes for its crc32, at rising offsets.
-        on_progress: told now and then the members found since the last call.
+        on_progress: called now and then with the members found since the last call.
         skip_bad: leave out what is no whole sample, and say so in the result; a shard may then have none at all.
 
     Raises:
-        DataError: the shard is damaged, has no samples, or has some that cannot be told apart or have no image.
+        DataError: the shard is damaged, has no samples, or has some that are ambiguous or have no image.
     """
     return _Scanner(reader, shown, whole, skip_bad).scan(on_progress)
 
@@ -133,8 +133,8 @@ class _Scanner:
         """Return what is in the shard."""
         headers = hashlib.sha256()
         for count, member in enumerate(members(self._reader, self._shown, headers.update), 1):
-            if not count % _TOLD:
-                on_progress(_TOLD)
+            if not count % _PROGRESS_EVERY:
+                on_progress(_PROGRESS_EVERY)
             self._take(member)
         for key, part in self._bare.items():
             if key not in self._samples:
@@ -172,7 +172,7 @@ class _Scanner:
             self._refuse(
                 name,
                 "its name is there twice",
-                f"shard {self._shown} holds {name!r} twice, so which of them sample {key!r} is cannot be told: pack "
+                f"shard {self._shown} holds {name!r} twice, so sample {key!r} is ambiguous: pack "
                 f"it again with one name per sample, {_SKIP}",
             )
             return
@@ -192,7 +192,7 @@ class _Scanner:
             return look
         limit = _LARGEST_LABEL.get(part, LARGEST_SAMPLE)
         if member.size > limit:
-            look.trouble = f"{member.name!r} has {member.size} bytes, more than the {limit} that are read"
+            look.problem = f"{member.name!r} has {member.size} bytes, more than the {limit} that are read"
             return look
         if self._whole and part not in _LABEL_PARTS:
             body = _whole(self._reader, member, self._shown)
@@ -203,7 +203,7 @@ class _Scanner:
             try:
                 look.label = _label(_whole(self._reader, member, self._shown), part)
             except LabelError as error:
-                look.trouble = f"label file {member.name!r} {error}"
+                look.problem = f"label file {member.name!r} {error}"
         return look
 
     def _split_dotted(self, sample: Sample) -> None:
@@ -240,9 +240,9 @@ class _Scanner:
             self._refuse(sample.key, what, _why_no_image(sample.key, sorted(sample.parts), self._shown))
             return False
         for part in (image, *(part for part in (*_LABEL_PARTS, *_FURTHER_PARTS) if part in sample.parts)):
-            trouble = self._looked[_place_of(sample.parts[part], part)].trouble
-            if trouble:
-                self._refuse(sample.key, trouble, f"shard {self._shown}: {trouble}: restore or pack it again, {_SKIP}")
+            problem = self._looked[_place_of(sample.parts[part], part)].problem
+            if problem:
+                self._refuse(sample.key, problem, f"shard {self._shown}: {problem}: restore or pack it again, {_SKIP}")
                 return False
         return True
 
@@ -259,12 +259,12 @@ _SKIP = "or leave it out (data.skip_bad = true, or --skip-bad)"
 
 @dataclass(slots=True)
 class _Look:
-    """What reading a member said: its crc32 or -1; height and width of an image; the label of a label; or a trouble."""
+    """What reading a member said: its crc32 or -1; height and width of an image; the label of a label; or a problem."""
 
     crc32: int = -1
     size: tuple[int, int] | None = None
     label: int | str | None = None
-    trouble: str = ""
+    problem: str = ""
 
 
 def _place_of(member: Member, part: str) -> tuple[int, str]:

@@ -67,7 +67,7 @@ class NoRangesError(UnreadableError):
     """A file that can only be read from end to end."""
 
 
-class PassingError(Exception):
+class RetriableError(Exception):
     """A failure that another try may not meet; never leaves this package.
 
     Args:
@@ -82,7 +82,7 @@ class PassingError(Exception):
 
 @dataclass(frozen=True)
 class FileFacts:
-    """A file's size in bytes, -1 where the storage does not say, and what changes when it is written anew, or ""."""
+    """A file's size in bytes, -1 where the storage does not say, and what changes when it is rewritten, or ""."""
 
     size: int
     version: str
@@ -142,7 +142,7 @@ class WholeStorage(Protocol):
 def insist(
     shown: str, attempt: Callable[[], T], sleep: Callable[[float], None] = time.sleep, limit: float = float("inf")
 ) -> T:
-    """Return what an attempt returns, trying again while it raises `PassingError`.
+    """Return what an attempt returns, trying again while it raises `RetriableError`.
 
     Args:
         shown: the file, for the message.
@@ -158,14 +158,14 @@ def insist(
         tries += 1
         try:
             return attempt()
-        except PassingError as error:
-            trouble, asked = str(error), error.wait
+        except RetriableError as error:
+            problem, asked = str(error), error.wait
         if wait is None or time.monotonic() - begun + max(wait, asked) >= limit:
             break
         sleep(max(wait, asked))
     raise UnreadableError(
         shown,
-        f"cannot be read after {tries} {'try' if tries == 1 else 'tries'} ({trouble}): check the storage, or restore "
+        f"cannot be read after {tries} {'try' if tries == 1 else 'tries'} ({problem}): check the storage, or restore "
         "the file",
     )
 
@@ -225,16 +225,18 @@ class LocalFolder:
 
         def attempt() -> bytes:
             try:
-                file = self._file(name)  # held by this name while it is read, whoever drops it from the set
+                file = self._file(
+                    name
+                )  # held by this name while it is read, no matter which thread drops it from the set
                 data = os.pread(file.fd, size, offset)
             except OddFileError as error:
                 raise UnreadableError(self.shown(name), f"cannot be read ({error.strerror})") from None
             except OSError as error:
                 self._forget(name)
-                raise PassingError(str(error)) from None
+                raise RetriableError(str(error)) from None
             if len(data) != size:
                 self._forget(name)
-                raise PassingError(f"{len(data)} of {size} bytes at offset {offset}")
+                raise RetriableError(f"{len(data)} of {size} bytes at offset {offset}")
             return data
 
         return insist(self.shown(name), attempt, self._sleep)

@@ -11,7 +11,7 @@
 A shard is fetched once per host: who comes second waits for the first. Its bytes are written aside, compared with
 size and sha256 where the index knows them, synced and renamed, so what has a shard's name is whole. Room is taken
 on the disk before a byte is fetched, after the files used longest ago have gone; none goes while it is being read.
-A killed process leaves at most a `.partial` that nobody holds locked: the next one to make room removes it.
+A killed process leaves at most a `.partial` that no process holds locked: the next one to make room removes it.
 
 The folder is this user's alone (`dataloaders.storage.homes`), links in it are never followed, and a shard whose
 sha256 the index knows is compared with it once by each process that reads it.
@@ -565,7 +565,7 @@ def _is_odd(error: OSError) -> bool:
 
 
 def _removed(path: Path) -> bool:
-    """Remove a shard unless somebody reads it just now."""
+    """Remove a shard unless a process is reading it."""
     try:
         file = open_regular(path, follow=False)
     except FileNotFoundError:

@@ -1,13 +1,13 @@
 """Where indexes and fetched files may lie, and which of those places are believed.
 
 An index in a cache says which label a sample has; nothing but its folder vouches for that, where it is not bound to
-what was just read. So a cache folder is used only if nobody else can write to it:
+what was just read. So a cache folder is used only if no other user can write to it:
 
     <cache>/indexes, <cache>/shards    made with mode 0700; owned by this user or root, no link, not writable by others
-    .setformer-index beside shards     as safe as the shards: owned by their folder's owner, this user or root, no
-                                       link, and writable by nobody who cannot write there
+    .setformer-index next to shards     as safe as the shards: owned by their folder's owner, this user or root, no
+                                       link, and writable only by users who can write there
 
-A folder of this user that others may write to is closed to them; one of another user is passed over with a warning.
+A folder of this user that others may write to is closed to them; one of another user is skipped with a warning.
 Within such folders files are opened without following links.
 """
 
@@ -107,7 +107,7 @@ def own_folder(homes: list[Path], shown: str) -> Path:
     Raises:
         DataError: none can.
     """
-    trouble = ""
+    problem = ""
     for home in homes:
         try:
             top = next((path for path in (home, *home.parents) if path.name == _INDEXES), None)
@@ -116,15 +116,15 @@ def own_folder(homes: list[Path], shown: str) -> Path:
             if not home.is_symlink():
                 home.mkdir(parents=True, exist_ok=True)
             if not trusted(home):
-                trouble = f"{home} (which is not believed)"
+                problem = f"{home} (which is not believed)"
                 continue
             os.close(os.open(home / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))
         except OSError as error:
-            trouble = f"{home} ({error.strerror})"
+            problem = f"{home} ({error.strerror})"
         except DataError as error:
-            trouble = str(error)
+            problem = str(error)
         else:
             return home
     raise DataError(
-        f"the index of {shown} cannot be written anywhere, not even to {trouble}: set data.cache to a folder of yours"
+        f"the index of {shown} cannot be written anywhere, not even to {problem}: set data.cache to a folder of yours"
     )

@@ -30,7 +30,7 @@ from dataloaders.storage.base import (
     LocalFolder,
     MissingError,
     NoRangesError,
-    PassingError,
+    RetriableError,
     UnreadableError,
     insist,
 )
@@ -38,7 +38,7 @@ from dataloaders.storage.base import (
 T = TypeVar("T")
 
 # Statuses that pass: request time-out, too many requests, and all 5xx but "not implemented" and its like.
-_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504, 507, 509, 520, 521, 522, 523, 524})
+_TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504, 507, 509, 520, 521, 522, 523, 524})
 
 
 class HttpStorage:
@@ -97,7 +97,7 @@ class HttpStorage:
                     if got > size or time.monotonic() > deadline:
                         break
                 if got != size:
-                    raise PassingError(f"{got} of {size} bytes at offset {offset}")
+                    raise RetriableError(f"{got} of {size} bytes at offset {offset}")
                 response.release_conn()
                 return b"".join(parts)
             except BaseException:
@@ -113,19 +113,19 @@ class HttpStorage:
         while True:
             start = functools.partial(self._from, name, done, known)
             blocks, known = insist(self.shown(name), start, self._sleep, self._timeout)
-            before, trouble = done, ""
+            before, problem = done, ""
             try:
                 for block in blocks:
                     done += len(block)
                     if done > known.size >= 0:
                         break
                     yield block
-            except PassingError as error:
-                trouble = str(error)
-            if (known.size < 0 and not trouble) or done == known.size:
+            except RetriableError as error:
+                problem = str(error)
+            if (known.size < 0 and not problem) or done == known.size:
                 return
             if done == before or done > known.size >= 0:
-                said = trouble or f"{done} of {known.size} bytes"
+                said = problem or f"{done} of {known.size} bytes"
                 raise UnreadableError(self.shown(name), f"ended too early ({said}): check the server, or restore it")
 
     def names(self, pattern: str) -> list[str]:
@@ -171,7 +171,7 @@ class HttpStorage:
             while block := response.read1(BLOCK):
                 yield block
         except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise PassingError(_reason(error)) from None
+            raise RetriableError(_reason(error)) from None
 
     def _request(self, method: str, name: str, headers: dict[str, str] | None = None) -> urllib3.BaseHTTPResponse:
         url, own = _without_user(join_url(self._url, name))
@@ -195,9 +195,9 @@ class HttpStorage:
         except urllib3.exceptions.MaxRetryError as error:
             if isinstance(error.reason, urllib3.exceptions.ResponseError):
                 raise UnreadableError(self.shown(name), "is redirected too often: check the server") from None
-            raise PassingError(_reason(error)) from None
+            raise RetriableError(_reason(error)) from None
         except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise PassingError(_reason(error)) from None
+            raise RetriableError(_reason(error)) from None
 
     def _check_address(self, name: str, url: str) -> None:
         """Raise for a URL, or a proxy's, that cannot be read: a later fault of this kind is the server's."""
@@ -238,9 +238,9 @@ class HttpStorage:
             raise DeniedError(
                 self.shown(name), f"may not be read (status {status}): check the URL's user, password or signature"
             )
-        if status in _PASSING:
+        if status in _TRANSIENT:
             asked = response.headers.get("Retry-After", "")
-            raise PassingError(f"status {status}", float(asked) if asked.isdecimal() else 0.0)
+            raise RetriableError(f"status {status}", float(asked) if asked.isdecimal() else 0.0)
         if status not in (200, 206):
             raise UnreadableError(self.shown(name), f"is answered with status {status}: check the URL")
         if offset is None:
@@ -253,7 +253,7 @@ class HttpStorage:
             )
         said = response.headers.get("Content-Range", "")
         if not said.startswith(f"bytes {offset}-"):
-            raise PassingError(f"bytes from {offset} on were requested, the server sent {said!r}")
+            raise RetriableError(f"bytes from {offset} on were requested, the server sent {said!r}")
 
     def __reduce__(self) -> tuple[object, ...]:
         return HttpStorage, (self._url, self._timeout, self._sleep)
@@ -296,7 +296,7 @@ class FsspecStorage:
         def work(files: Any, path: str) -> bytes:
             data: bytes = files.cat_file(path, start=offset, end=offset + size)
             if len(data) != size:
-                raise PassingError(f"{len(data)} of {size} bytes at offset {offset}")
+                raise RetriableError(f"{len(data)} of {size} bytes at offset {offset}")
             return data
 
         return self._do(name, work)
@@ -328,10 +328,10 @@ class FsspecStorage:
                 raise MissingError(self.name, "is not there: check the URL, or restore the file") from None
             except PermissionError as error:
                 raise DeniedError(self.name, f"may not be opened ({_reason(error)}): check the credentials") from None
-            except PassingError:
+            except RetriableError:
                 raise
             except Exception as error:  # noqa: BLE001 - some clients log in as they are made, with errors of their own
-                raise PassingError(_reason(error)) from None
+                raise RetriableError(_reason(error)) from None
             self._opened = files, path.rstrip("/")
         return self._opened
 
@@ -350,11 +350,11 @@ class FsspecStorage:
                 raise NoRangesError(
                     self.shown(name), f'cannot be read in parts ({error}): set data.access = "sequential"'
                 ) from None
-            except PassingError:
+            except RetriableError:
                 raise
-            # Each client has errors of its own, few of them told apart; the worst that a wrong guess costs is 8 s.
+            # Each client has errors of its own, few of them distinguished; the worst that a wrong guess costs is 8 s.
             except Exception as error:  # noqa: BLE001
-                raise PassingError(_reason(error)) from None
+                raise RetriableError(_reason(error)) from None
 
         return insist(self.shown(name), attempt, self._sleep, self._timeout)
 
@@ -370,7 +370,7 @@ def within(limit: float, work: Callable[[], T]) -> T:
         work: to be done.
 
     Raises:
-        PassingError: it did not end in time.
+        RetriableError: it did not end in time.
     """
     answer: Future[T] = Future()
 
@@ -383,7 +383,7 @@ def within(limit: float, work: Callable[[], T]) -> T:
     # A daemon, and none of an executor's, for which the interpreter would wait at its end.
     threading.Thread(target=do, name="storage client", daemon=True).start()
     if not wait((answer,), limit).done:
-        raise PassingError(f"nothing came for {limit:g} s")
+        raise RetriableError(f"nothing came for {limit:g} s")
     return answer.result()
 
 

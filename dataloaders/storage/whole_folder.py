@@ -1,7 +1,7 @@
-"""A folder that appears whole or not at all: work goes on beside it, and a rename gives it its name.
+"""A folder that appears whole or not at all: work happens next to it, and a rename gives it its name.
 
-    .train.partial/     locked while somebody works in it; what a killed process left there is thrown away, save what
-                        its packer can go on with
+    .train.partial/     locked while a process works in it; what a killed process left there is thrown away, save what
+                        its packer can continue
     .train.replaced/    what had the name before, while it is replaced; a kill between two renames leaves it there, and
                         the next work puts it back
     train/              the folder above, renamed
@@ -50,13 +50,13 @@ def check_destination(destination: Path, force: bool, is_ours: Callable[[str], b
 
 
 def work_name(destination: Path) -> Path:
-    """Return the folder in which work for a destination goes on."""
+    """Return the folder in which work for a destination continues."""
     return destination.with_name(f".{destination.name}.partial")
 
 
 @contextmanager
 def work_folder(destination: Path, keep: Callable[[Path, str], bool] = lambda work, name: False) -> Iterator[Path]:
-    """Yield a folder beside the destination, locked; it is gone afterwards, renamed or removed.
+    """Yield a folder next to the destination, locked; it is gone afterwards, renamed or removed.
 
     Args:
         destination: folder that is to appear.

@@ -103,7 +103,7 @@ def check_cuts() -> list[Checked]:
 
 
 def check_interruptions(count: int = 200) -> list[Checked]:
-    """Interrupt runs at random steps and go on with other ranks and micro batches, by the cursor in JSON alone."""
+    """Interrupt runs at random steps and continue with other ranks and micro batches, by the cursor in JSON alone."""
     rows = []
     for name, plan in plans().items():
         numbers = random.Random(name)
@@ -114,7 +114,7 @@ def check_interruptions(count: int = 200) -> list[Checked]:
             found: list[tuple[int, ...]] = []
             while len(found) < steps:
                 state = json.loads(json.dumps(cursor_at(plan, SEED, "data", len(found)).to_json()))
-                again = plans()[name]  # another process would build it anew
+                again = plans()[name]  # another process would build it again
                 first = step_of_cursor(state, again, SEED, "data")
                 world, micro = numbers.choice(cuts())
                 found += step_ids(again, world, micro, first, min(numbers.randint(1, 6), steps - len(found)))

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from launch.shown import plain
 from setformer_dist.core.errors import CheckpointError, ConfigError
 
-# Where training scripts put the weights beside optimizer and epoch; the averaged ones first, as timm does.
+# Where training scripts put the weights besides optimizer and epoch; the averaged ones first, as timm does.
 _INNER = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
 _PREFIX = "module."  # of DistributedDataParallel
 _REPEATED = 1 << 30  # bytes that a tensor may have which repeats fewer (an expanded one)

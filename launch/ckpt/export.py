@@ -140,8 +140,8 @@ def _card(trained: Trained, dest: Path) -> str:
     if isinstance(config.data, DataConfig):
         snippet = _IMAGES.format(register=register, folder=dest.name)
     else:
-        told = checkpoint.trainer.get("inputs", {})
-        arguments = {**told, **timm_arguments(config.model, len(trained.task.outputs), 0)}
+        input_spec = checkpoint.trainer.get("inputs", {})
+        arguments = {**input_spec, **timm_arguments(config.model, len(trained.task.outputs), 0)}
         words = "".join(f"{key}={value!r}, " for key, value in arguments.items())
         snippet = _TOKENS.format(register=register, name=config.model.name, arguments=words)
     few = 0 < len(trained.task.outputs) <= 1000
@@ -181,7 +181,7 @@ def check_free(dest: Path) -> None:
 
 @contextmanager
 def made(dest: Path) -> Iterator[Path]:
-    """Let a folder be written beside its place and take that place when it is whole; else nothing stays.
+    """Yield a temporary folder that is renamed to its final name when complete, and removed otherwise.
 
     Raises:
         ConfigError: it cannot be written.

@@ -60,7 +60,7 @@ _FOR_DEEPSPEED = {
 fp32 weights and Adam's states as DeepSpeed's ZeRO stage 2 on one rank keeps them.
 
 * `zero_to_fp32.py` makes a state_dict of it.
-* `engine.load_checkpoint` goes on from it on one rank, fp32, stage 1 or 2, with one group of parameters, those of
+* `engine.load_checkpoint` resumes from it on one rank, fp32, stage 1 or 2, with one group of parameters, those of
   `model.parameters()` in their order. With other groups (without decay for norms and biases, say) DeepSpeed would cut
   the flat vectors elsewhere and say nothing: there take the weights alone, by `load_module_only=True`.
 * On other ranks or stages: `load_module_only=True`.
@@ -146,7 +146,7 @@ def import_deepspeed(source: Path, dest: Path, model: str, trust_pickle: bool, c
     manager = CheckpointManager(dest, Alone(), CheckpointConfig(keep_last=1_000_000))
     with ExitStack() as stack:
         if dest.name == "checkpoints":  # of a run, which may be training there
-            stack.enter_context(held(dest.parent, Alone(), patience_s=0))
+            stack.enter_context(held(dest.parent, Alone(), timeout_s=0))
         if (there := layout.step_folder(dest, found.steps)).exists():
             raise ConfigError(f"{there} already exists: move it away, or name another folder")
         path = manager.save(Snapshot(found.steps, fragments, trainer, {}, tags=("imported",)), identity)

@@ -1,4 +1,4 @@
-"""`setformer ckpt`: looking at checkpoints, checking them, taking them elsewhere, making room."""
+"""`setformer ckpt`: list, verify, compare, export, import and delete checkpoints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from setformer_dist.core.terminal import open_console
 
 app = typer.Typer(help="List, verify, compare, export, import and delete checkpoints.", no_args_is_help=True)
 
-# What ends a command that has found something damaged.
+# Exit code of a command that found damage.
 _DAMAGED = 4
 
 RunFolder = Annotated[Path, typer.Argument(help="A run folder or its checkpoints folder.", show_default=False)]
@@ -41,7 +41,7 @@ def ls(
 
 @app.command("show")
 def show(checkpoint: CheckpointPath, as_json: AsJson = False) -> None:
-    """Verify a checkpoint and print all that it says about itself; of several, the newest that verifies.
+    """Verify a checkpoint and print its contents; of several, the newest that verifies.
 
     Examples:
 
@@ -56,7 +56,7 @@ def show(checkpoint: CheckpointPath, as_json: AsJson = False) -> None:
 
 @app.command("verify")
 def verify(checkpoint: CheckpointPath, as_json: AsJson = False) -> None:
-    """Read every byte of a checkpoint, or of all of a run, with all cores; exit code 4 if one does not verify.
+    """Read every byte of one or all checkpoints of a run, on all cores; exit code 4 if one does not verify.
 
     Examples:
 
@@ -77,7 +77,7 @@ def diff(
     state: Annotated[str, typer.Option(help="Which state to compare: param, ema, exp_avg, ...")] = "param",
     as_json: AsJson = False,
 ) -> None:
-    """Print in which parameters, metrics and config keys two checkpoints differ.
+    """Print the parameters, metrics and config keys in which two checkpoints differ.
 
     Examples:
 
@@ -93,15 +93,15 @@ def diff(
 @app.command("export")
 def export(
     checkpoint: CheckpointPath,
-    dest: Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)],
+    dest: Annotated[Path, typer.Argument(help="Folder to create.", show_default=False)],
     weights: WeightsOption = "auto",
     deepspeed: Annotated[
         bool,
-        typer.Option("--deepspeed", help="Write what DeepSpeed's zero_to_fp32.py reads, with Adam's states."),
+        typer.Option("--deepspeed", help="Write the format of DeepSpeed's zero_to_fp32.py, with Adam's states."),
     ] = False,
     imports: ImportOption = None,
 ) -> None:
-    """Write the weights as a folder that plain timm loads, preprocessing and class names included.
+    """Write the weights as a folder that timm loads, with preprocessing and class names.
 
     `timm.create_model("local-dir:DEST", pretrained=True)` and `timm.data.resolve_model_data_config` read it.
 
@@ -126,19 +126,19 @@ def export(
 @app.command("import")
 def import_(
     source: Annotated[Path, typer.Argument(help="Directory of DeepSpeed's save_checkpoint.", show_default=False)],
-    dest: Annotated[Path, typer.Argument(help="Folder in which the step's folder is made.", show_default=False)],
+    dest: Annotated[Path, typer.Argument(help="Folder in which the step's folder is created.", show_default=False)],
     model: Annotated[str, typer.Option(help="Name of the model, for the manifest.")] = "imported",
     trust_pickle: Annotated[
-        bool, typer.Option("--trust-pickle", help="Read files that name foreign classes; they can run any code.")
+        bool, typer.Option("--trust-pickle", help="Also read files that name foreign classes; they can run any code.")
     ] = False,
 ) -> None:
-    """Take over a checkpoint that DeepSpeed's own save_checkpoint wrote, under ZeRO 0 to 3 on any number of ranks.
+    """Import a checkpoint that DeepSpeed's own save_checkpoint wrote, under ZeRO 0 to 3 on any number of ranks.
 
-    The files are pickles. They are read by a loader that makes tensors and plain values alone; a file that holds
-    other objects is refused unless you trust it.
+    The files are pickles. The loader creates only tensors and plain values; it refuses a file with other objects unless
+    you pass --trust-pickle.
 
-    Imported into the checkpoints folder of a new run, setformer train goes on from it with weights, Adam's states and
-    step count. It holds no config: the page that you train must be of the same model.
+    If DEST is the checkpoints folder of a new run, setformer train resumes from it with weights, Adam's states and step
+    count. The files hold no config: the config of the run must describe the same model.
 
     Examples:
 
@@ -154,14 +154,14 @@ def import_(
 @app.command("convert")
 def convert(
     source: Annotated[Path, typer.Argument(help="A .pth, .pt or .bin file of torch.save.", show_default=False)],
-    dest: Annotated[Path, typer.Argument(help="The .safetensors file to make.", show_default=False)],
+    dest: Annotated[Path, typer.Argument(help="The .safetensors file to write.", show_default=False)],
     key: Annotated[
         str | None, typer.Option(help="Entry that holds the weights; by default state_dict_ema, state_dict, model …")
     ] = None,
 ) -> None:
-    """Turn weights in a pickle into a .safetensors file, for model.weights of a run.
+    """Convert pickled weights into a .safetensors file, for model.weights of a run.
 
-    The pickle is read by a loader that makes tensors and plain values alone; what would run code is refused.
+    The loader creates only tensors and plain values; it refuses anything that could run code.
 
     Examples:
 
@@ -177,12 +177,12 @@ def convert(
 @app.command("prune")
 def prune(
     folder: RunFolder,
-    keep_last: Annotated[int | None, typer.Option(help="Number of newest to keep; default: the run's.")] = None,
-    keep_every: Annotated[int | None, typer.Option(help="Keep multiples of this step; default: the run's.")] = None,
-    keep_best: Annotated[int | None, typer.Option(help="Number of best to keep; default: the run's.")] = None,
+    keep_last: Annotated[int | None, typer.Option(help="Number of newest to keep; by default the run's.")] = None,
+    keep_every: Annotated[int | None, typer.Option(help="Keep multiples of this step; by default the run's.")] = None,
+    keep_best: Annotated[int | None, typer.Option(help="Number of best to keep; by default the run's.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be deleted.")] = False,
 ) -> None:
-    """Delete the checkpoints that retention does not keep; the newest that verifies always stays.
+    """Delete the checkpoints that retention does not keep; the newest that verifies is always kept.
 
     Examples:
 

@@ -33,13 +33,13 @@ _DAMAGED = 4
 
 _PACK_HELP = """Pack images (with classes, masks or boxes) or texts into what training reads.
 
-SOURCE is a directory of class folders (CLASS/image.jpg), or a tar or tar.gz of one; or images beside masks (--masks),
-images with COCO annotations (--coco), a TSV file of texts and labels, or a container to be packed anew (a packed
+SOURCE is a directory of class folders (CLASS/image.jpg), or a tar or tar.gz of one; or images next to masks (--masks),
+images with COCO annotations (--coco), a TSV file of texts and labels, or a container to be repacked (a packed
 split, a pattern of WebDataset shards, a .beton file). DEST is a folder for WebDataset shards and their index, or a
 file that ends in .beton. DEST holds one split; give training and validation the same class map with --classes-from.
 
 Image bytes are kept as they are, unless --max-side or --quality is given (CMYK and 16-bit images are made RGB of 8
-bits). The same source gives the same bytes. A packing into shards that was stopped goes on by the same command.
+bits). The same source gives the same bytes. The same command continues a packing into shards that was stopped.
 
 Examples:
 
@@ -77,7 +77,7 @@ def pack(
     source: Annotated[str, typer.Argument(help="What to pack; see above.")],
     dest: Annotated[Path, typer.Argument(help="New or empty folder for shards, or a file *.beton.")],
     split: Annotated[str | None, typer.Option(help=_SPLIT_HELP)] = None,
-    masks: Annotated[str | None, typer.Option(metavar="FOLDER", help="Folder of masks beside images/.")] = None,
+    masks: Annotated[str | None, typer.Option(metavar="FOLDER", help="Folder of masks next to images/.")] = None,
     void: Annotated[int | None, typer.Option(metavar="VALUE", help="Mask value to ignore.")] = None,
     coco: Annotated[
         str | None, typer.Option(metavar="JSON", help="COCO instances: a file, or its name within SOURCE.")
@@ -127,7 +127,7 @@ def pack(
         void=void,
         coco=coco,
     )
-    with _progress(f"looking for images in {source}", "packing") as steps, _goes_on(dest):
+    with _progress(f"looking for images in {source}", "packing") as steps, _resumes(dest):
         if dest.suffix == ".beton":
             result: Packed = convert.pack_beton(source, dest, options, raw, steps.start, steps.advance)
         elif raw is not None:
@@ -250,7 +250,7 @@ def convert(
     """
     from dataloaders.packing import convert
 
-    with _progress(f"opening {source}", "converting") as steps, _goes_on(dest):
+    with _progress(f"opening {source}", "converting") as steps, _resumes(dest):
         result = convert.convert(source, dest, raw, workers, force, steps.start, steps.advance)
     _report_packing(dest, result)
 
@@ -284,7 +284,7 @@ def bench(
 
 
 class _Steps:
-    """A progress bar that does as a library's `on_start` and `on_progress` are told."""
+    """A progress bar that takes what a library passes to `on_start` and `on_progress`."""
 
     def __init__(self, progress: Progress, first: str, later: str) -> None:
         self._progress, self._later = progress, later
@@ -312,8 +312,8 @@ def _progress(first: str, later: str) -> Iterator[_Steps]:
 
 
 @contextmanager
-def _goes_on(dest: Path) -> Iterator[None]:
-    """Say after Ctrl-C what is kept and how to go on."""
+def _resumes(dest: Path) -> Iterator[None]:
+    """Say after Ctrl-C what is kept and how to continue."""
     try:
         yield
     except KeyboardInterrupt:

@@ -15,10 +15,10 @@ from setformer_dist.core.terminal import open_console, open_table
 
 
 class TaskFirst(TyperGroup):
-    """Lets `setformer lra listops` mean `setformer lra run listops`."""
+    """Makes `setformer lra listops` an abbreviation of `setformer lra run listops`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put `run` before a first word that is no command."""
+        """Insert `run` before a first argument that is not a command."""
         if args and args[0] not in self.commands and not args[0].startswith("-"):
             args = ["run", *args]
         return super().parse_args(ctx, args)
@@ -53,9 +53,9 @@ Short = Annotated[bool, typer.Option("--short", help="The shortened task, for CP
 _ROOT = Path("data/lra")
 
 
-_RUN_HELP = """Train the encoder with one attention after the other; print accuracy, speed and memory side by side.
+_RUN_HELP = """Train the encoder with one attention after the other; print accuracy, speed and memory as a table.
 
-The same command again repeats nothing that is finished and goes on with what was stopped.
+Run the same command again to resume stopped runs; finished ones are kept.
 
 Examples:
 
@@ -70,7 +70,7 @@ def run(
     task: TaskName,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Dotted overrides of the task's page, for all runs.", show_default=False),
+        typer.Argument(help="Dotted overrides of the task's config, for all runs.", show_default=False),
     ] = None,
     attention: Annotated[str, typer.Option(help="all, or some of set,soft,soft_norm,cast,softmax.")] = "all",
     ranks: Annotated[int, typer.Option("--ranks", "-n", help="Processes on this machine.")] = 1,
@@ -78,9 +78,9 @@ def run(
     root: Root = _ROOT,
     out: Annotated[Path, typer.Option(help="Where the runs go.")] = Path("runs/lra"),
 ) -> None:
-    """Train the encoder with one attention after the other; print accuracy, speed and memory side by side."""
+    """Train the encoder with one attention after the other; print accuracy, speed and memory as a table."""
     if not has_gpu(os.environ):
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for devices, and says so
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed searches for devices and logs it
     from dataloaders.lra import tasks
     from launch.examples import lra
 
@@ -101,7 +101,7 @@ Examples:
 
   setformer lra prepare pathx --workers 16 --root /data/lra
 
-Data that are there are kept if they are the same; of another seed or other parameters they need --force.
+Existing data are kept if they are the same. To replace data of another seed or other parameters, use --force.
 """
 
 
@@ -142,7 +142,7 @@ def prepare(
     console.print(f"{chosen.title} {state} in {root / chosen.folder}: {sizes}", highlight=False, soft_wrap=True)
 
 
-_STATS_HELP = """Print the statistics of a prepared task, for ListOps beside the published ones.
+_STATS_HELP = """Print the statistics of a prepared task, for ListOps next to the published ones.
 
 Example:
 
@@ -152,7 +152,7 @@ Example:
 
 @app.command(help=_STATS_HELP)
 def stats(task: TaskName, root: Root = _ROOT, short: Short = False) -> None:
-    """Print the statistics of a prepared task, for ListOps beside the published ones."""
+    """Print the statistics of a prepared task, for ListOps next to the published ones."""
     from dataloaders.lra import stats as figures
     from dataloaders.lra import tasks
 

@@ -1,8 +1,7 @@
-"""`setformer`: one command for packing, training, evaluation and looking at what came out.
+"""`setformer`: one command for packing, training, evaluation and inspection.
 
-The supervisor that `setformer train` becomes starts at once and stays small: `import torch` alone takes longer than all
-of `setformer --help` should, so what needs torch or DeepSpeed is imported inside the command that needs it. The files
-of launch/cli are the only ones that import inside functions.
+`import torch` takes seconds and hundreds of MiB. So that `setformer --help` is fast and the supervisor of `setformer
+train` stays small, each command imports what it needs when it runs. Only launch/cli imports inside functions.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ from launch.cli import plan as cli_plan
 from launch.cli import runs as cli_runs
 from launch.cli.options import (
     CheckpointPath,
+    ConfigPath,
     HostfileOption,
     HostsOption,
     ImportOption,
     Overrides,
-    Page,
     ViaOption,
     WeightsOption,
 )
@@ -88,7 +87,7 @@ def setformer(
 
 @app.command()
 def train(
-    page: Page,
+    config: ConfigPath,
     overrides: Overrides = None,
     ranks: Annotated[int | None, typer.Option("--ranks", "-n", help="Processes on this machine, by default 1.")] = None,
     hosts: HostsOption = "",
@@ -96,7 +95,7 @@ def train(
     include: Annotated[str, typer.Option(help="Hosts of the hostfile to take, as a@b:0,1.")] = "",
     exclude: Annotated[str, typer.Option(help="Hosts of the hostfile to leave out.")] = "",
     via: ViaOption = None,
-    port: Annotated[int | None, typer.Option(help="Port at which rank 0 is met; by default a free one.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port of rank 0; by default a free one.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print config and predicted costs, then stop.")] = False,
     grace: Annotated[
         float, typer.Option(help="Seconds for a last checkpoint after Ctrl-C, SIGTERM or SIGUSR1.")
@@ -105,10 +104,10 @@ def train(
         int | None, typer.Option(help="Restarts after deaths and hangs within restart.window_minutes; 0 for none.")
     ] = None,
 ) -> None:
-    """Train, or go on with, the run that a page describes.
+    """Start or resume the run that a config describes.
 
-    The same command again continues from the newest checkpoint that verifies. A rank that dies or hangs ends the
-    others, and all start again by themselves (the page's [restart] table); Ctrl-C, SIGTERM and SIGUSR1 save first.
+    Run the same command again to resume from the newest checkpoint that verifies. If a rank dies or hangs, all ranks
+    are ended and restarted automatically ([restart]). Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint first.
 
     Examples:
 
@@ -125,12 +124,12 @@ def train(
     """
     chosen = overrides or []
     _refuse_other_launchers()
-    page = shipped(page)
+    config = shipped(config)
     specs = chosen_hosts(ranks, hosts, hostfile, include, exclude)
-    config = continued(load_run(page, chosen))
+    wanted = continued(load_run(config, chosen))
     if specs:
-        ranks = sum(spec.slots for spec in specs[: config.launch.max_hosts or None])
-    run = resolve(config, ranks or 1)
+        ranks = sum(spec.slots for spec in specs[: wanted.launch.max_hosts or None])
+    run = resolve(wanted, ranks or 1)
     if dry_run:
         from launch.run import dry_run as predicted
 
@@ -145,7 +144,7 @@ def train(
         say = functools.partial(open_console(stderr=True).print, highlight=False, markup=False)
         if sys.stderr.isatty():
             say(f"starting {run.plan.world_size} rank{'s' if run.plan.world_size > 1 else ''} …")
-        args = [str(page), *chosen]
+        args = [str(config), *chosen]
         crew: Crew = LocalCrew(args, run.plan.world_size, port, grace, run.config.launch.warm)
         if specs:
             fits = functools.partial(can_share, run.config)
@@ -164,7 +163,7 @@ def chosen_hosts(ranks: int | None, hosts: str, hostfile: Path | None, include: 
     """Return the hosts to train on; none for this machine alone.
 
     Raises:
-        LaunchError: two ways at once, or names that are none.
+        LaunchError: two options exclude each other, or a host name is invalid.
     """
     given = [name for name, value in (("--ranks", ranks), ("--hosts", hosts), ("--hostfile", hostfile)) if value]
     if len(given) > 1:
@@ -188,18 +187,18 @@ def can_share(config: RunConfig, ranks: int) -> bool:
 
 
 def _refuse_other_launchers() -> None:
-    """Refuse to be one of several processes that another launcher has started: each would start all ranks.
+    """Refuse to run as one of several processes of another launcher: each would start all ranks.
 
     Raises:
-        LaunchError: with the right commands.
+        LaunchError: the message has the right commands.
     """
     world = os.environ.get("WORLD_SIZE", "1") if "RANK" in os.environ and "LOCAL_RANK" in os.environ else "1"
     for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         world = os.environ.get(name, world)
     if world != "1":
         raise LaunchError(
-            f"setformer train starts its ranks itself, and a launcher has started {world} processes of it: say "
-            f"setformer train PAGE --ranks {world}, or have the launcher start -m launch.entry PAGE"
+            f"setformer train starts its ranks itself, and a launcher has started {world} processes of it: run "
+            f"setformer train CONFIG --ranks {world}, or have the launcher start -m launch.entry CONFIG"
         )
 
 
@@ -212,7 +211,7 @@ def evaluate(
     batch: Annotated[int, typer.Option(help="Images computed at once.")] = 128,
     imports: ImportOption = None,
 ) -> None:
-    """Score a checkpoint on a packed split, each image once.
+    """Evaluate a checkpoint on a packed split.
 
     Examples:
 
@@ -269,7 +268,7 @@ def doctor(
     hostfile: HostfileOption = None,
     via: ViaOption = None,
 ) -> None:
-    """Say whether the main job can run here, or on several hosts; exit code non-zero if it cannot.
+    """Check whether a training run can start here, or on several hosts; the exit code is non-zero if it cannot.
 
     Examples:
 
@@ -287,7 +286,7 @@ def doctor(
 
 
 def _keys_beginning(incomplete: str) -> list[str]:
-    """Return what a shell offers while a key is typed."""
+    """Return completions of a key for the shell."""
     return sorted({entry.key for entry in keys.all_run_keys() if entry.key.startswith(incomplete)})
 
 
@@ -299,7 +298,7 @@ def show_config(
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print the keys of a run config with type, default, unit and meaning: one, those of a table, or all.
+    """Print type, default, unit and meaning of run config keys: one key, a table's, or all.
 
     Examples:
 
@@ -321,7 +320,7 @@ def show_config(
 
 @app.command()
 def models(
-    pattern: Annotated[str, typer.Argument(help="Of names, such as 'soft_*'.", show_default=False)] = "",
+    pattern: Annotated[str, typer.Argument(help="Pattern of names, such as 'soft_*'.", show_default=False)] = "",
     size: Annotated[int | None, typer.Option(help="Image side to count for; by default each model's own.")] = None,
 ) -> None:
     """List the architectures of this package with parameters and multiply-adds.
@@ -340,9 +339,9 @@ def models(
 @app.command()
 def demo(
     ranks: Annotated[int, typer.Option("--ranks", "-n", help="Processes on this machine.")] = 2,
-    data: Annotated[Path, typer.Option(help="Where the packed digits go.")] = Path("runs/demo-data"),
+    data: Annotated[Path, typer.Option(help="Folder for the packed digits.")] = Path("runs/demo-data"),
 ) -> None:
-    """Train SeTformer on scikit-learn's handwritten digits: the whole system in a few minutes.
+    """Train SeTformer on scikit-learn's handwritten digits: the whole pipeline in a few minutes.
 
     Example:
 
@@ -358,16 +357,16 @@ def demo(
 @app.command()
 def drill(
     faults: Annotated[int, typer.Option(help="Number of faults to inject.")] = 100,
-    seed: Annotated[int, typer.Option(help="Seed of the faults: which, when, where.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for the kind, time and target of the faults.")] = 0,
     ranks: Annotated[int, typer.Option("--ranks", "-n", help="Processes of the run.")] = 2,
     hosts: Annotated[
         int, typer.Option(help="Make this many hosts (network namespaces, root) and train on all but one.", min=0)
     ] = 0,
     epochs: Annotated[int, typer.Option(help="Length of each run; 22 steps an epoch.", min=3)] = 16,
-    out: Annotated[Path, typer.Option(help="Folder for all of it.")] = Path("runs/drill"),
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/drill"),
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the faults to this file.")] = None,
 ) -> None:
-    """Make random faults in a real small training, and check that nothing is lost.
+    """Inject random faults into small training runs, and check that nothing is lost.
 
     Kills ranks and the launcher, suspends ranks, sends SIGTERM and SIGUSR1, damages checkpoints and fills the disk
     (where a small one can be mounted, which takes root). With --hosts it kills agents and ssh, takes hosts' power
@@ -387,10 +386,10 @@ def drill(
 
 
 class AboveBar(RichHandler):
-    """Prints where rank 0's progress bar is, which is drawn again below: one write, so that none comes in between."""
+    """Prints in place of rank 0's progress bar, which is redrawn below. One write, so that nothing comes between."""
 
     def render(self, *, record: logging.LogRecord, traceback: Any, message_renderable: Any) -> Any:
-        """Return level and message as one text: rich's own table would break it, or fill it up to the width."""
+        """Return level and message as one text: rich's own table would wrap it, or pad it to the width."""
         assert isinstance(message_renderable, Text)
         return Text.assemble(self.get_level_text(record), " ", message_renderable)
 
@@ -404,11 +403,11 @@ class AboveBar(RichHandler):
 def main() -> None:
     """Run the command line; a user's mistake becomes one line and its exit code."""
     redact_tracebacks()
-    # DeepSpeed warns on import where there is no GPU; nobody who asks for a list of files is helped by that.
+    # DeepSpeed warns on import where there is no GPU; that is noise for most commands.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.funcName != "get_accelerator")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names of files may be no text
+            stream.reconfigure(errors="backslashreplace")  # file names may not be valid text
     logging.basicConfig(
         level=logging.WARNING,
         format="%(message)s",
@@ -418,7 +417,7 @@ def main() -> None:
         check_homes(sys.argv[1:])
         sys.exit(app(standalone_mode=False))
     except SetformerError as error:
-        if str(error):  # empty where a rank has told the user already
+        if str(error):  # empty where a rank has printed it already
             print(f"error: {plain_lines(redacted(str(error)))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except UsageError as error:

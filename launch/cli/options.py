@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-Page = Annotated[
-    Path, typer.Argument(help="The run's TOML page, or the name of a shipped one, such as demo.", show_default=False)
+ConfigPath = Annotated[
+    Path, typer.Argument(help="The run's TOML config, or the name of a shipped one, such as demo.", show_default=False)
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -21,7 +21,7 @@ ImportOption = Annotated[
     list[str] | None,
     typer.Option("--import", help="Module of your own that registers the model or the task.", show_default=False),
 ]
-WeightsOption = Annotated[str, typer.Option(help="plain, ema, or auto: whichever scored better in the run.")]
+WeightsOption = Annotated[str, typer.Option(help="plain, ema, or auto: those that scored better in the run.")]
 HostsOption = Annotated[str, typer.Option(help="Hosts and the ranks on each, as a:8,b:8.", show_default=False)]
 HostfileOption = Annotated[
     Path | None, typer.Option(help="The same as a file of DeepSpeed's: lines HOST slots=N.", show_default=False)

@@ -1,4 +1,4 @@
-"""`setformer plan`: what a page would need on devices that are not here."""
+"""`setformer plan`: what a run config would need on devices that are not here."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from launch.cli.options import Overrides, Page
+from launch.cli.options import ConfigPath, Overrides
 from launch.run.config import load_run, shipped
 from setformer_dist.core.terminal import open_console
 
 
 def plan(
-    page: Page,
+    config: ConfigPath,
     overrides: Overrides = None,
     gpus: Annotated[str, typer.Option(help="Numbers of devices, separated by commas.")] = "8,64,512",
     gpu: Annotated[str, typer.Option(help="Which device: h100, a100, v100 or cpu.")] = "h100",
@@ -29,7 +29,7 @@ def plan(
     restart: Annotated[float, typer.Option(help="Seconds from a failure to the next step.", min=0.0)] = 180.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the plan to this file as well.")] = None,
 ) -> None:
-    """Print memory, traffic, time of a step and goodput of a page on machines that are not here.
+    """Print memory, traffic, time of a step and goodput of a run config on machines that are not here.
 
     For each number of devices and each ZeRO stage: memory of a rank, the largest micro batch, bytes sent, time and
     efficiency; then the stage to take, and how often to save. What is measured and what is assumed: docs/scaling.md.
@@ -46,6 +46,6 @@ def plan(
 
     counts = plans.counts_of(gpus)
     device = DEVICES[plans.device_named(gpu)]
-    config = load_run(shipped(page), overrides or [])
+    run = load_run(shipped(config), overrides or [])
     cluster = Cluster(device, nodes_of, storage * GB, mtbf, restart)
-    plans.plan(config, counts, cluster, batch_per_gpu, json_file, open_console())
+    plans.plan(run, counts, cluster, batch_per_gpu, json_file, open_console())

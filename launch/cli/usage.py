@@ -1,4 +1,4 @@
-"""What is said of words that no command takes: in one line, with what people who come from other programs meant."""
+"""One-line messages for arguments that no command takes, with suggestions for users of other programs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 _COMMANDS = {
     "fit": "train",
-    "resume": "train, which goes on by itself",
+    "resume": "train, which resumes an existing run",
     "finetune": "train with model.weights",
     "validate": "eval",
     "evaluate": "eval",
@@ -35,7 +35,7 @@ _COMMANDS = {
 
 
 def check_homes(words: Iterable[str]) -> None:
-    """Refuse --option=~/path, which shells do not expand: a folder named ~ would be made.
+    """Refuse --option=~/path, which shells do not expand: it would create a folder named ~.
 
     Raises:
         ConfigError: naming the option.
@@ -46,7 +46,7 @@ def check_homes(words: Iterable[str]) -> None:
 
 
 def usage_fault(error: Any, config: type[pydantic.BaseModel]) -> str:
-    """Return what to print for an error of the command line: the help where nothing was typed, else one line.
+    """Return the text for a command-line error: the help if no argument was given, else one line.
 
     Args:
         error: a `UsageError`.
@@ -61,14 +61,16 @@ def usage_fault(error: Any, config: type[pydantic.BaseModel]) -> str:
     if option is not None and path.endswith(" train"):
         said = f"no such option {option}{_as_key(option, config)}"
     unknown = re.match(r"No such command '([^']*)'", said)
-    if unknown is not None and unknown[1] in _COMMANDS and context.parent is None:  # "runs list" is near enough to ls
+    if (
+        unknown is not None and unknown[1] in _COMMANDS and context.parent is None
+    ):  # the suggestion for "runs list" is ls already
         said = f"{unknown[0]}: did you mean {_COMMANDS[unknown[1]]}?"
-    return f"error: {said} ({path} --help says what it takes)"
+    return f"error: {said} (see {path} --help)"
 
 
 def _as_key(option: str, config: type[pydantic.BaseModel]) -> str:
     name = option.lstrip("-").replace("-", "_")
     meant = name if name in all_keys(config) else first_key(config, name) or meaning(config, name)
     if meant is None:
-        return "; keys of the page are given as key=value, such as optim.lr=1e-3"
-    return f": {meant}" if " " in meant else f": keys of the page are given as key=value, so {meant}=..."
+        return "; keys of the run config are given as key=value, such as optim.lr=1e-3"
+    return f": {meant}" if " " in meant else f": keys of the run config are given as key=value, so {meant}=..."

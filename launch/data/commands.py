@@ -45,13 +45,13 @@ def index(
     names = None if classes is None else read_class_map(classes)
     if Path(path.partition("?")[0] if is_url(path) else path).suffix == ".beton":
         if is_url(path):
-            raise ConfigError(f"the index of {shown_url(path)} lies beside it: make it on a copy, and upload both")
+            raise ConfigError(f"the index of {shown_url(path)} is next to it: make it on a copy, and upload both")
         on_start(open_beton(Path(path)).num_samples)
         index_beton(Path(path), names, on_progress)
         beton = open_beton(Path(path))
         return f"indexed {counted(beton.num_samples, 'sample')} of {_classes(beton.classes)} in {path}"
     if names is not None:
-        raise ConfigError("--classes is for .beton files: shards are packed anew with another class map")
+        raise ConfigError("--classes is for .beton files: shards are repacked with another class map")
     root, pattern = parted(path)
     made = index_shards(
         root,

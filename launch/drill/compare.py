@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 
 from checkpoints.reader import open_checkpoint
-from launch.drill.run import Run
+from launch.drill.run import DrillRun
 from setformer_dist.core.errors import DrillError
 
 _STATES = ("param", "exp_avg", "exp_avg_sq", "ema")
 
 
-def same_as(reference: Run, run: Run) -> None:
+def same_as(reference: DrillRun, run: DrillRun) -> None:
     """Compare losses, samples and weights with the run without faults.
 
     Raises:

@@ -2,7 +2,7 @@
 
     reference   one run without faults
     drill       the same run, again and again, with a fault every few seconds, until enough faults were made:
-                after each the run must go on from at most one checkpoint interval before, and at its end all
+                after each the run must resume from at most one checkpoint interval before, and at its end all
                 losses, the samples of every step and the final weights must equal the reference's, bit by bit
 
 Faults are drawn from a seed: what kind, when, on which rank, which byte of which file. The run is the user's own
@@ -29,11 +29,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dataloaders.packing.pack import PackOptions, pack_image_folder
 from launch.drill.compare import same_as
-from launch.drill.faults import FAULTS, Hand
-from launch.drill.host_faults import HOST_FAULTS, HostHand, crew_of
+from launch.drill.faults import FAULTS, FaultInjector
+from launch.drill.host_faults import HOST_FAULTS, HostFaultInjector, crew_of
 from launch.drill.mounts import keep_mounts_private
 from launch.drill.namespaces import Cluster, why_impossible
-from launch.drill.run import CHECKPOINT_EVERY, Run
+from launch.drill.run import CHECKPOINT_EVERY, DrillRun
 from launch.examples.demo import write_digits
 from setformer_dist.core.errors import DrillError
 from setformer_dist.core.terminal import open_table
@@ -70,7 +70,7 @@ class Fault:
 
     @property
     def recovered(self) -> bool:
-        """Whether the run went on from the newest complete checkpoint or later."""
+        """Whether the run resumed from the newest complete checkpoint or later."""
         return self.resumed >= self.floor
 
 
@@ -103,10 +103,10 @@ def _unmount(folder: Path) -> None:
     subprocess.run(["umount", str(folder)], check=False)  # says why
 
 
-class AnyHand(Protocol):
+class AnyInjector(Protocol):
     """What makes faults in a run."""
 
-    run: Run
+    run: DrillRun
     draw: random.Random
 
     def mend(self) -> None:
@@ -120,15 +120,15 @@ class Scene:
     Attributes:
         crew: words of the command that say where ranks run.
         folder: for the runs.
-        hand: makes what makes the faults in a run.
-        kinds: the faults: each takes a hand, and returns what it hit and the step from which the run must go on at
+        injector: makes what makes the faults in a run.
+        kinds: the faults: each takes an injector, and returns what it hit and the step from which the run must go on at
             least.
         harmless: kinds that a run may survive without starting again.
     """
 
     crew: Sequence[str]
     folder: Path
-    hand: Callable[[Run], AnyHand]
+    injector: Callable[[DrillRun], AnyInjector]
     kinds: Mapping[str, Callable[[Any], tuple[str, int]]]
     harmless: frozenset[str] = frozenset()
 
@@ -140,7 +140,9 @@ def _one_machine(out: Path, ranks: int, draw: random.Random, console: Console) -
             console.print("no small disk can be mounted here (that needs root), so there are no full-disk faults")
         kinds = {name: act for name, act in FAULTS.items() if mounted or name != "full disk"}
         disk = out / "disk"
-        yield Scene(("--ranks", str(ranks)), disk, lambda run: Hand(run, draw, disk if mounted else None), kinds)
+        yield Scene(
+            ("--ranks", str(ranks)), disk, lambda run: FaultInjector(run, draw, disk if mounted else None), kinds
+        )
 
 
 @contextlib.contextmanager
@@ -149,7 +151,7 @@ def _several_hosts(out: Path, hosts: int, draw: random.Random) -> Iterator[Scene
         (out / "disk").mkdir()
         acts = {name: act for name, (act, _) in HOST_FAULTS.items()}
         harmless = frozenset(name for name, (_, survives) in HOST_FAULTS.items() if survives)
-        yield Scene(crew_of(cluster), out / "disk", lambda run: HostHand(run, draw, cluster), acts, harmless)
+        yield Scene(crew_of(cluster), out / "disk", lambda run: HostFaultInjector(run, draw, cluster), acts, harmless)
 
 
 def run_drill(
@@ -199,10 +201,10 @@ def run_drill(
             progress.update(bar, description=f"run {runs + 1}")
             folder = scene.folder / f"run-{runs}"
             folder.mkdir()
-            run = Run(folder, data, scene.crew, epochs)
-            hand = scene.hand(run)
+            run = DrillRun(folder, data, scene.crew, epochs)
+            injector = scene.injector(run)
             try:
-                _one_run(hand, scene, made, faults, advance)
+                _one_run(injector, scene, made, faults, advance)
                 same_as(reference, run)
             except DrillError as error:
                 run.end()
@@ -248,10 +250,10 @@ def _digits(out: Path) -> Path:
     return out / "data"
 
 
-def _reference(out: Path, data: Path, crew: Sequence[str], epochs: int) -> Run:
+def _reference(out: Path, data: Path, crew: Sequence[str], epochs: int) -> DrillRun:
     folder = out / "reference"
     folder.mkdir()
-    run = Run(folder, data, crew, epochs)
+    run = DrillRun(folder, data, crew, epochs)
     try:
         run.start()
         run.wait(lambda: run.code is not None)
@@ -262,45 +264,45 @@ def _reference(out: Path, data: Path, crew: Sequence[str], epochs: int) -> Run:
     return run
 
 
-def _one_run(hand: AnyHand, scene: Scene, made: list[Fault], faults: int, advance: Callable[[], None]) -> None:
+def _one_run(injector: AnyInjector, scene: Scene, made: list[Fault], faults: int, advance: Callable[[], None]) -> None:
     """Run to the end, with faults on the way."""
-    run = hand.run
+    run = injector.run
     run.start()
     while True:
         # Mostly while it trains, now and then while it starts.
-        if hand.draw.random() < 0.85:
+        if injector.draw.random() < 0.85:
             run.wait(lambda: run.trains() or run.code is not None)
-        time.sleep(hand.draw.uniform(0, 2.5))
+        time.sleep(injector.draw.uniform(0, 2.5))
         if run.code is not None or len(made) >= faults:
             break
-        made.append(_one_fault(hand, hand.draw.choice(list(scene.kinds)), scene))
+        made.append(_one_fault(injector, injector.draw.choice(list(scene.kinds)), scene))
         advance()
     ended = run.wait(lambda: run.code is not None)
     if not ended or run.code != 0:
         raise DrillError(f"a run did not finish (exit code {run.code}):\n  {run.said()}")
 
 
-def _one_fault(hand: AnyHand, kind: str, scene: Scene) -> Fault:
+def _one_fault(injector: AnyInjector, kind: str, scene: Scene) -> Fault:
     """Make a fault and wait until the run goes on."""
-    run = hand.run
+    run = injector.run
     at, since, begun = time.monotonic(), time.time(), run.began()
     reached, logged = run.reached(), run.logged()
-    detail, floor = scene.kinds[kind](hand)
+    detail, floor = scene.kinds[kind](injector)
 
-    def goes_on() -> bool:
+    def resumed_() -> bool:
         return run.stepped(begun) or (kind in scene.harmless and run.began() == begun and run.logged() > logged)
 
-    came = run.wait(lambda: goes_on() or run.code is not None)
+    came = run.wait(lambda: resumed_() or run.code is not None)
     seconds = time.monotonic() - at
-    hand.mend()
-    if not came or (run.code not in (None, 0) and not goes_on()):
-        raise DrillError(f"{kind} ({detail}) at step {reached}: the run did not go on:\n  {run.said()}")
+    injector.mend()
+    if not came or (run.code not in (None, 0) and not resumed_()):
+        raise DrillError(f"{kind} ({detail}) at step {reached}: the run did not resume:\n  {run.said()}")
     steps, reached = _attempts(run)[begun:], _attempts(run)[begun - 1][1] if begun else 0
     resumed = steps[0][0] if steps else reached
     return Fault(kind, detail, reached, resumed, floor, seconds, run.noticed(since))
 
 
-def _attempts(run: Run) -> list[tuple[int, int]]:
+def _attempts(run: DrillRun) -> list[tuple[int, int]]:
     """Return (first step, steps done at the end) of each attempt that came to its first step."""
     found: list[tuple[int, int]] = []
     for event in run.events():

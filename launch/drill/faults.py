@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.drill.run import Run, alive
+from launch.drill.run import DrillRun, alive
 from setformer_dist.core.errors import DrillError
 from setformer_dist.core.stopping import exit_code_of
 
 
 @dataclass
-class Hand:
-    """What makes the faults. Each returns what it hit, and the step from which the run must go on at least:
+class FaultInjector:
+    """What makes the faults. Each returns what it hit, and the step from which the run must continue at least:
 
     that of the newest complete checkpoint (of the one before, where a file of the newest is damaged), and the very
     step that it had reached where it was asked to stop.
@@ -33,7 +33,7 @@ class Hand:
         disk: the small file system that the run is on, None where none could be made.
     """
 
-    run: Run
+    run: DrillRun
     draw: random.Random
     disk: Path | None
 
@@ -91,7 +91,7 @@ class Hand:
             file.write(b"\0" * max(0, free - self.draw.randrange(64 << 10)))
         self.run.wait(lambda: self.run.code is not None, limit_s=self.draw.uniform(1, 4))
         ballast.unlink()
-        if self.run.code is None:  # it went on without a checkpoint: let the next fault find out what that cost
+        if self.run.code is None:  # it continued without a checkpoint: let the next fault find out what that cost
             self.run.end()
         self.run.start()
         return f"{free >> 20} MiB taken", newest
@@ -100,7 +100,7 @@ class Hand:
         self.run.wait(lambda: bool(self.run.ranks()) or self.run.code is not None, limit_s=10)
         ranks = self.run.ranks()
         if not ranks:
-            return "nobody there"
+            return "no such process"
         rank = self.draw.randrange(len(ranks))
         with contextlib.suppress(ProcessLookupError):
             os.kill(ranks[rank], number)
@@ -144,7 +144,7 @@ class Hand:
         path.write_bytes(data)
 
 
-def none_left(run: Run, pids: list[int]) -> None:
+def none_left(run: DrillRun, pids: list[int]) -> None:
     """Wait for processes to go.
 
     Raises:
@@ -155,14 +155,14 @@ def none_left(run: Run, pids: list[int]) -> None:
         raise DrillError("ranks outlived their supervisor")
 
 
-FAULTS: dict[str, Callable[[Hand], tuple[str, int]]] = {
-    "SIGKILL of a rank": Hand.kill_rank,
-    "SIGKILL of the launcher": Hand.kill_launcher,
-    "SIGTERM to the launcher": Hand.terminate,
-    "SIGUSR1 to one rank": Hand.warn,
-    "SIGSTOP of a rank (hang)": Hand.stop_rank,
-    "flipped byte": Hand.flip,
-    "cut file": Hand.cut,
-    "lost file": Hand.lose,
-    "full disk": Hand.fill_disk,
+FAULTS: dict[str, Callable[[FaultInjector], tuple[str, int]]] = {
+    "SIGKILL of a rank": FaultInjector.kill_rank,
+    "SIGKILL of the launcher": FaultInjector.kill_launcher,
+    "SIGTERM to the launcher": FaultInjector.terminate,
+    "SIGUSR1 to one rank": FaultInjector.warn,
+    "SIGSTOP of a rank (hang)": FaultInjector.stop_rank,
+    "flipped byte": FaultInjector.flip,
+    "cut file": FaultInjector.cut,
+    "lost file": FaultInjector.lose,
+    "full disk": FaultInjector.fill_disk,
 }

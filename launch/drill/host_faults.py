@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from launch.drill.faults import none_left
 from launch.drill.namespaces import Cluster
-from launch.drill.run import Run, children, is_rank, runs_module, words_of
+from launch.drill.run import DrillRun, children, is_rank, runs_module, words_of
 from setformer_dist.core.errors import DrillError
 from setformer_dist.core.stopping import exit_code_of
 
@@ -37,8 +37,8 @@ def crew_of(cluster: Cluster) -> list[str]:
 
 
 @dataclass
-class HostHand:
-    """What makes the faults of hosts; see `launch.drill.faults.Hand`.
+class HostFaultInjector:
+    """What makes the faults of hosts; see `launch.drill.faults.FaultInjector`.
 
     Attributes:
         run: the run they are made in.
@@ -46,7 +46,7 @@ class HostHand:
         cluster: its hosts.
     """
 
-    run: Run
+    run: DrillRun
     draw: random.Random
     cluster: Cluster
     _broken: dict[str, Callable[[str], None]] = field(default_factory=dict)  # host -> what mends it
@@ -180,17 +180,17 @@ def _signal_all(pids: list[int], number: int) -> None:
 
 
 # A fault that a run survives without starting again is marked with True.
-HOST_FAULTS: dict[str, tuple[Callable[[HostHand], tuple[str, int]], bool]] = {
-    "SIGKILL of a rank": (HostHand.kill_rank, False),
-    "SIGSTOP of a rank (hang)": (HostHand.stop_rank, False),
-    "SIGKILL of an agent": (HostHand.kill_agent, False),
-    "SIGSTOP of an agent": (HostHand.stop_agent, False),
-    "SIGKILL of ssh": (HostHand.kill_ssh, False),
-    "power off": (HostHand.power_off, False),
-    "link cut": (HostHand.cut, False),
-    "link half open": (HostHand.mute, False),
-    "link away for 1.5 s": (HostHand.cut_briefly, True),
-    "link with 1 % loss, 2 Mbit/s": (HostHand.slow, True),
-    "SIGKILL of the supervisor": (HostHand.kill_supervisor, False),
-    "SIGTERM to the supervisor": (HostHand.terminate, False),
+HOST_FAULTS: dict[str, tuple[Callable[[HostFaultInjector], tuple[str, int]], bool]] = {
+    "SIGKILL of a rank": (HostFaultInjector.kill_rank, False),
+    "SIGSTOP of a rank (hang)": (HostFaultInjector.stop_rank, False),
+    "SIGKILL of an agent": (HostFaultInjector.kill_agent, False),
+    "SIGSTOP of an agent": (HostFaultInjector.stop_agent, False),
+    "SIGKILL of ssh": (HostFaultInjector.kill_ssh, False),
+    "power off": (HostFaultInjector.power_off, False),
+    "link cut": (HostFaultInjector.cut, False),
+    "link half open": (HostFaultInjector.mute, False),
+    "link away for 1.5 s": (HostFaultInjector.cut_briefly, True),
+    "link with 1 % loss, 2 Mbit/s": (HostFaultInjector.slow, True),
+    "SIGKILL of the supervisor": (HostFaultInjector.kill_supervisor, False),
+    "SIGTERM to the supervisor": (HostFaultInjector.terminate, False),
 }

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.examples.demo import PAGE
+from launch.examples.demo import CONFIG
 from launch.ranks.processes import ENTRY_MODULE, die_with_parent
 from setformer_dist.core import ledger
 
@@ -21,7 +21,7 @@ _SILENCE_S = 180.0  # longest time without a word from the run
 _LIMIT_S = 1800.0  # longest time that a recovery or a run's end may take, whatever it says
 
 
-class Run:
+class DrillRun:
     """One run of the demo's config as a user starts it, and a hand on its processes.
 
     Args:
@@ -35,7 +35,7 @@ class Run:
         self.folder = out / "demo"
         self._words = [
             sys.executable,
-            *("-m", "launch.cli.main", "train", str(PAGE), f"data.root={data}", f"run.out={out}", "run.seed=0"),
+            *("-m", "launch.cli.main", "train", str(CONFIG), f"data.root={data}", f"run.out={out}", "run.seed=0"),
             *(
                 f"schedule.epochs={epochs}",
                 "run.log_every=1",

@@ -19,7 +19,7 @@ from launch.ranks.supervise import run_supervised
 from setformer_dist.core.errors import ConfigError, LaunchError
 from setformer_dist.core.seeding import Purpose, generator
 
-PAGE = Path(__file__).parent.parent.parent / "configs" / "runs" / "demo.toml"
+CONFIG = Path(__file__).parent.parent.parent / "configs" / "runs" / "demo.toml"
 SIZE = 16  # pixels; the originals are 8×8 with 17 grey levels
 HELD_OUT = 360
 OURS = ("images", "train", "val")
@@ -65,7 +65,7 @@ def run_demo(ranks: int, data: Path, console: Console) -> int:
     """Prepare, train, print the summary; return the exit code."""
     prepare_data(data, console)
     folder = Path("runs") / "demo"
-    code = run_supervised(LocalCrew([str(PAGE), f"data.root={data}"], ranks), folder, RestartConfig())
+    code = run_supervised(LocalCrew([str(CONFIG), f"data.root={data}"], ranks), folder, RestartConfig())
     if code:
         return code
     figures = json.loads((folder / "summary.json").read_text())

@@ -5,9 +5,9 @@
       set/test.json               the last weights on the test split
       results.json, results.png   all of them side by side
 
-Every run is one call of the ordinary trainer on the page of the task; page, seed and batch are the same for all, so
-all see the same samples in the same order. A run that came to its end is not repeated; one that was stopped goes on.
-The table holds every attention that was trained by the same page, overrides and data, whichever were asked for now.
+Every run is one call of the ordinary trainer on the task's config; config, seed and batch are the same for all, so
+all see the same samples in the same order. A run that came to its end is not repeated; one that was stopped resumes.
+The table holds every attention trained with the same config, overrides and data, those of earlier calls included.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from setformer_dist.core.files import write_json
 from setformer_dist.core.terminal import open_table
 from setformer_dist.models.attention import AttentionKind
 
-PAGES = Path(__file__).parent.parent.parent / "configs" / "lra"
+CONFIGS = Path(__file__).parent.parent.parent / "configs" / "lra"
 KINDS: tuple[str, ...] = get_args(AttentionKind)
 
 # Samples scored at once on the test split.
@@ -57,7 +57,7 @@ class Comparison:
         root: folder of prepared tasks.
         out: folder of the runs; one folder per task is made in it.
         ranks: processes.
-        overrides: of the page, for all runs.
+        overrides: of the config, for all runs.
     """
 
     task: Task
@@ -68,9 +68,9 @@ class Comparison:
     overrides: tuple[str, ...] = ()
 
     @property
-    def page(self) -> Path:
-        """The task's page."""
-        return PAGES / f"{self.task.folder}.toml"
+    def config_path(self) -> Path:
+        """The task's run config."""
+        return CONFIGS / f"{self.task.folder}.toml"
 
     @property
     def folder(self) -> Path:
@@ -78,9 +78,9 @@ class Comparison:
         return self.out / self.task.folder
 
     def words(self, kind: str) -> list[str]:
-        """Return what a rank is told for one attention: page and overrides."""
+        """Return the arguments of a rank for one attention: config and overrides."""
         return [
-            str(self.page),
+            str(self.config_path),
             f"data.root={json.dumps(str(self.root / self.task.folder))}",
             f"run.out={json.dumps(str(self.folder))}",
             f"run.name={json.dumps(kind)}",
@@ -140,7 +140,7 @@ def compare(comparison: Comparison, console: Console) -> int:
     """Train what is not trained yet, print the table, write JSON and plot; return the exit code.
 
     Raises:
-        SetformerError: whatever a user can repair: data that are not there, a config that is impossible.
+        SetformerError: a mistake that a user can repair: data that are not there, a config that is impossible.
     """
     splits = open_task(comparison.task, comparison.root)
     for kind in comparison.kinds:  # before the first run, not hours later
@@ -169,7 +169,7 @@ def compare(comparison: Comparison, console: Console) -> int:
 
 
 def _trained_alike(comparison: Comparison, kind: str, splits: dict[str, TokenSplit]) -> bool:
-    """Return whether an attention was trained to the end by the same page, overrides, ranks and data."""
+    """Return whether an attention was trained to the end by the same config, overrides, ranks and data."""
     folder = comparison.folder / kind
     if not finished(folder):
         return False
@@ -188,7 +188,7 @@ def trained_on(splits: dict[str, TokenSplit]) -> dict[str, str]:
 
 
 def check_data(folder: Path, splits: dict[str, TokenSplit]) -> None:
-    """Refuse a run that has begun on other data: its figures would stand beside those of these.
+    """Refuse a run that has begun on other data: its figures would not be comparable to these.
 
     Raises:
         DataError: naming the folder.
@@ -199,7 +199,7 @@ def check_data(folder: Path, splits: dict[str, TokenSplit]) -> None:
 
 
 def check_ranks(folder: Path, ranks: int) -> None:
-    """Refuse a run that ended on another number of ranks: its speed would stand beside that of these.
+    """Refuse a run that ended on another number of ranks: its speed would not be comparable to that of these.
 
     Raises:
         ConfigError: naming the folder.

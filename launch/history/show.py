@@ -26,7 +26,7 @@ _MEANING = {
     "data": "waiting for samples",
     "checkpoint": "saving",
     "evaluation": "scoring the validation split",
-    "refresh": "setting references anew",
+    "refresh": "refreshing references",
     "start": "from the first start of the ranks to the first step",
     "restart": "from a failure to the next step",
     "lost": "computed, and computed again after a failure",
@@ -111,7 +111,7 @@ def show_run(folder: Path, console: Console, as_json: bool = False) -> None:
         console.print(cell(f"last evaluation: {scores}"))
     if account.total:
         console.print(_time_table(account))
-    for line in _trouble(account, guarded, slow):
+    for line in _problems(account, guarded, slow):
         console.print(plain(line), markup=False, highlight=False, soft_wrap=True)
 
 
@@ -121,7 +121,7 @@ def _step_of(run: RunRecord, account: ledger.Account) -> int:
 
 
 def report(folder: Path, console: Console) -> None:
-    """Write report.html of a run, whatever state it is in; the pictures of its last report need its data and stay out.
+    """Write report.html of a run in any state; the pictures of its last report need its data and stay out.
 
     Raises:
         DataError: there is no such run.
@@ -141,7 +141,7 @@ def _time_table(account: ledger.Account) -> Table:
     return table
 
 
-def _trouble(account: ledger.Account, guarded: list[Row], slow: Counter[tuple[int, str]]) -> Iterable[str]:
+def _problems(account: ledger.Account, guarded: list[Row], slow: Counter[tuple[int, str]]) -> Iterable[str]:
     if account.failures:
         yield f"{counted(len(account.failures), 'failure')}, {counted(account.steps_lost, 'step')} computed again:"
         for at, how, step in account.failures[-_FAILURES_SHOWN:]:

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from dataloaders.ffcv.check import FFCV_VERSION, ffcv_trouble
+from dataloaders.ffcv.check import FFCV_VERSION, ffcv_problem
 from setformer_dist.core.errors import LaunchError
 
 SYSTEM_PACKAGES = ("g++", "pkg-config", "libturbojpeg0-dev", "libopencv-core-dev", "libopencv-imgproc-dev")
@@ -49,9 +49,9 @@ def build_ffcv(run: Run | None = None, is_root: bool | None = None) -> str:
         LaunchError: system packages are missing and cannot be installed here, or a step failed.
     """
     run = run or _run
-    if not (trouble := ffcv_trouble()):
+    if not (problem := ffcv_problem()):
         return f"FFCV {FFCV_VERSION} works already"
-    print(f"FFCV does not work yet: {trouble}", flush=True)
+    print(f"FFCV does not work yet: {problem}", flush=True)
     _system_packages(run, os.geteuid() == 0 if is_root is None else is_root)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     _step(run, [*pip, *PYTHON_PACKAGES], "its Python packages")
@@ -61,8 +61,8 @@ def build_ffcv(run: Run | None = None, is_root: bool | None = None) -> str:
         flags = ["-DOPENCV_ALL_HPP", "-include", "opencv2/imgproc.hpp", os.environ.get("CPPFLAGS", "")]
         environment = {"PKG_CONFIG_PATH": ":".join(paths), "CPPFLAGS": " ".join(flags).strip()}
         _step(run, [*pip, "--no-deps", f"ffcv=={FFCV_VERSION}"], "FFCV itself", environment)
-    if trouble := ffcv_trouble():
-        raise LaunchError(f"FFCV was built but does not work: {trouble}")
+    if problem := ffcv_problem():
+        raise LaunchError(f"FFCV was built but does not work: {problem}")
     return f"FFCV {FFCV_VERSION} was built and works"
 
 

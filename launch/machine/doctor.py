@@ -1,4 +1,4 @@
-"""Tells what this machine can do for a run, what is missing, and how to get it.
+"""Reports what this machine can do for a run, what is missing, and how to get it.
 
 `diagnose` looks and returns findings, `render` prints them as a table and returns an exit code: non-zero if and
 only if an ordinary training run could not start here. `check_package_origins` is also called at start-up.
@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from dataloaders.ffcv.check import FFCV_VERSION, REPAIR, ffcv_trouble
+from dataloaders.ffcv.check import FFCV_VERSION, REPAIR, ffcv_problem
 from launch.ranks.environment import has_gpu, usable_cores
 from setformer_dist.core.errors import LaunchError
 from setformer_dist.core.terminal import open_console, open_table
@@ -128,7 +128,7 @@ def check_package_origins(names: tuple[str, ...] = OUR_PACKAGES) -> Path:
     """Return the folder that all our top-level packages come from.
 
     Names like `launch` and `configs` are common: another distribution, or a folder in the working directory,
-    may own one of them, and Python would mix the two in silence.
+    may own one of them, and Python would mix the two silently.
 
     Raises:
         LaunchError: one comes from elsewhere or is not found; both places are named.
@@ -137,7 +137,7 @@ def check_package_origins(names: tuple[str, ...] = OUR_PACKAGES) -> Path:
     home = places[names[0]]
     for name, place in places.items():
         if place is None:
-            raise LaunchError(f"package {name!r} is not found beside {home}: install setformer_dist again")
+            raise LaunchError(f"package {name!r} is not found next to {home}: install setformer_dist again")
         if place != home:
             raise LaunchError(
                 f"package {name!r} comes from {place} but {names[0]!r} from {home}: uninstall or rename the other "
@@ -213,9 +213,9 @@ def _optional(name: str, purpose: str) -> Finding:
 
 
 def _ffcv() -> Finding:
-    trouble = ffcv_trouble()
-    if trouble:
-        return Finding("ffcv", trouble, "note", f'for data.engine = "ffcv": {REPAIR}')
+    problem = ffcv_problem()
+    if problem:
+        return Finding("ffcv", problem, "note", f'for data.engine = "ffcv": {REPAIR}')
     return Finding("ffcv", f'{FFCV_VERSION}; data.engine = "ffcv" can be used')
 
 

@@ -89,7 +89,7 @@ def _together(links: Sequence[Link], run_folder: Path) -> list[Finding]:
     for link in links[1:]:  # one after the other: each has the whole way
         [answer] = ask([link], [request], 60.0)
         if "error" in answer:
-            findings.append(Finding(link.name, "its way to rank 0 broke", "problem", answer["error"]))
+            findings.append(Finding(link.name, "its connection to rank 0 broke", "problem", answer["error"]))
             continue
         rate = answer["bulk_bytes"] / max(answer["bulk_seconds"], 1e-9) / 1e6
         findings.append(

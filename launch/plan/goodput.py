@@ -42,7 +42,7 @@ def best_interval(pause_s: float, between_failures_s: float) -> float:
 def goodput(interval_s: float, saving: Saving, between_failures_s: float, restart_s: float) -> float:
     """Return the share of the time that is progress (Daly 2006, equation 20), failures being a Poisson process.
 
-    What a failure costs beside the interval it hits: the restart, and the work done while the checkpoint before it was
+    What a failure costs besides the interval it hits: the restart, and the work done while the checkpoint before it was
     still being written.
     """
     lost = math.exp((restart_s + saving.write_s) / between_failures_s)

@@ -45,7 +45,7 @@ class Device:
         bandwidth: bytes/s of its memory.
         peak: FLOP/s of dense matrix products, by dtype that it computes.
         reached: FLOP/s that kernels of a training step reach in 16 bits (in fp32 on a CPU).
-        launch_s: seconds that each module of the model adds to a step beside its kernels.
+        launch_s: seconds that each module of the model adds to a step besides its kernels.
         inside: link between ranks of a node.
         between: link between nodes, of one rank.
         buckets: whether buckets are set aside whole; a CPU gives memory as it is written to.

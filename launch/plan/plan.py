@@ -1,4 +1,4 @@
-"""`setformer plan`: a page on numbers of devices, under every ZeRO stage, as tables and JSON."""
+"""`setformer plan`: a run config on numbers of devices, under every ZeRO stage, as tables and JSON."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Recovery:
         interval_s: seconds of work between checkpoints.
         steps: the same in optimizer steps.
         goodput: share of the time that is progress.
-        as_written: the same with the page's checkpoint.every_steps.
+        as_written: the same with the run's checkpoint.every_steps.
     """
 
     saving: Saving
@@ -92,18 +92,18 @@ def plan(
     file: Path | None,
     console: Console,
 ) -> None:
-    """Print the plan of a page; write it as JSON where a file is given.
+    """Print the plan of a run config; write it as JSON where a file is given.
 
     Args:
-        config: the page's.
+        config: the run's.
         counts: numbers of devices.
         cluster: what they are.
-        per_device: samples of a step for each device, instead of the page's global batch.
+        per_device: samples of a step for each device, instead of the run's global batch.
         file: for JSON.
         console: to print to.
 
     Raises:
-        SetformerError: the model cannot be built, or no number of devices can run the page under any stage.
+        SetformerError: the model cannot be built, or no number of devices can run it under any stage.
     """
     bring(config.run.imports)
     check_name(config.model.name)
@@ -185,7 +185,7 @@ def _print_memory(subject: Subject, cluster: Cluster, rows: Sequence[Row], conso
 
 
 def memory_parts(subject: Subject, row: Row) -> dict[str, int]:
-    """Return the bytes of a row's memory with masters, states and average told apart."""
+    """Return the bytes of a row's memory with masters, states and average listed separately."""
     memory = row.memory
     assert memory is not None
     share = math.ceil(subject.model.count / (row.world_size if row.stage else 1)) if memory.masters else 0

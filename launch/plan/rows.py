@@ -3,7 +3,7 @@
 Time of a step, in seconds:
 
     compute   micro batches x (3 x 2 x multiply-adds x samples / reached FLOP/s + modules x launch_s); recomputed
-              activations are a fourth pass beside a forward pass and a backward pass of twice its work
+              activations are a fourth pass besides a forward pass and a backward pass of twice its work
     traffic   launch.plan.traffic; with zero.overlap_comm gradients hide behind backward passes, weights of ZeRO-3
               behind forward passes, as far as they are shorter; updated weights are waited for
     update    bytes of masters, gradients, states and average, read and written once, by the memory's bandwidth

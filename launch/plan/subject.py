@@ -1,4 +1,4 @@
-"""The model of a page, measured once: what every row of a plan follows from."""
+"""The model of a run config, measured once: what every row of a plan follows from."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Passes:
         """Return the activations of a micro batch.
 
         The largest of several sums that each grow by the sample is convex: between two measured sizes the straight line
-        is at or above it, and beyond the last the last line goes on.
+        is at or above it, and beyond the last the last line continues.
         """
         sizes = sorted(self.measured)
         above = next((i for i, size in enumerate(sizes) if size >= micro and i), len(sizes) - 1)
@@ -50,7 +50,7 @@ class Subject:
     """What is planned.
 
     Attributes:
-        config: the page's.
+        config: the run's.
         shape: of one sample.
         model: what traffic follows from.
         references: parameters in reference sets, of `model.count`.
@@ -91,7 +91,7 @@ class Subject:
 
 
 def subject_of(config: RunConfig) -> Subject:
-    """Build and measure the model of a page.
+    """Build and measure the model of a run config.
 
     Raises:
         SetformerError: the model cannot be built; or its data are tokens, and not there.
@@ -122,7 +122,7 @@ def _model_of(config: RunConfig) -> tuple[nn.Module, tuple[int, ...], str]:
     try:
         train = inputs.open_train()
         outputs = len(build_task(config.task, train.classes).outputs)
-        model = inputs.build_model(config.model, outputs, inputs.told(train), config.run.seed)
+        model = inputs.build_model(config.model, outputs, inputs.spec(train), config.run.seed)
         return model, inputs.shape(train), ""
     except DataError:
         if not isinstance(config.data, DataConfig):

@@ -69,7 +69,7 @@ class Model:
 
     @classmethod
     def of(cls, groups: tuple[tuple[int, ...], ...], item: int, bucket_mib: int, deepspeed: Mapping[str, Any]) -> Model:
-        """Return the facts with what a page's [deepspeed] table says of ZeRO-3."""
+        """Return the facts with what a run's [deepspeed] table says of ZeRO-3."""
         zero = deepspeed.get("zero_optimization", {})
         persistent = int(zero.get("stage3_param_persistence_threshold", _PERSISTENT))
         reuse = int(zero.get("stage3_max_reuse_distance", _REUSE))

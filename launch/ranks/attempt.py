@@ -21,17 +21,17 @@ from setformer_dist.core.errors import (
     ConfigError,
     DataError,
     LaunchError,
-    PassingError,
     RankFailedError,
     TrainingError,
+    TransientError,
 )
 from setformer_dist.core.heartbeat import START, Beat
 
 _log = logging.getLogger(__name__)
 _STACKS_S = 2.0  # how long ranks that hang have to write their stacks
-_ECHO_S = 1.0  # how long to wait for others to fail after the first, to tell a cause from its echoes
+_ECHO_S = 1.0  # how long to wait for others to fail after the first, to distinguish a cause from its echoes
 _CAUSE_S = 10.0  # how long to wait for the cause where so far ranks only say that they lost another one
-_MAY_PASS, _LOST_A_PEER = 2, 3  # kinds of failure that may be echoes of another's, see `_blame`
+_TRANSIENT, _LOST_A_PEER = 2, 3  # kinds of failure that may be echoes of another's, see `_blame`
 _FAILURE_GRACE_S = 10.0
 # Exit codes by which a rank says that it has explained itself in one sentence, and that a user must do something.
 _USER_CODES = {e.exit_code for e in (ConfigError, DataError, CheckpointError, LaunchError, TrainingError)}
@@ -67,10 +67,10 @@ class Member(Protocol):
         """Return the last lines of its log since this start."""
 
     def is_suspended(self) -> bool:
-        """Return whether somebody has stopped it (SIGSTOP)."""
+        """Return whether it is suspended (SIGSTOP)."""
 
     def memory_mib(self) -> float | None:
-        """Return its resident memory, None where it cannot be told."""
+        """Return its resident memory, None where it is unknown."""
 
 
 class Host(Protocol):
@@ -115,10 +115,10 @@ def kill_all(hosts: Sequence[Host]) -> None:
 
 
 class AttemptError(RankFailedError):
-    """An attempt that ended by itself and not well.
+    """An attempt that failed.
 
     Attributes:
-        how: "killed" (a signal that nobody asked for), "hang", "host" (nothing is heard of one), "passing" (something
+        how: "killed" (by a signal that we did not send), "hang", "host" (a host was lost), "transient" (something
             outside the run, which the rank names), "unsaved" (stopped as asked, but not with a checkpoint) or
             "error" (any other end).
         step: optimizer step the ranks were at; -1 before the first.
@@ -133,8 +133,8 @@ class AttemptError(RankFailedError):
         self.how = how
         self.step = step
         self.mistake = code is not None
-        if how == "passing" and code is None:
-            self.exit_code = PassingError.exit_code
+        if how == "transient" and code is None:
+            self.exit_code = TransientError.exit_code
         self.member = member
 
 
@@ -142,12 +142,12 @@ class Regroup(Exception):  # noqa: N818 - nothing went wrong
     """An attempt that ended well, with a checkpoint, to be started again with other hosts."""
 
 
-class FolderLostError(PassingError):
+class FolderLostError(TransientError):
     """The run's folder was moved or removed while the run was at work in it."""
 
 
 @dataclass(frozen=True)
-class Patience:
+class HangTimeouts:
     """Seconds without a sign of life after which a rank counts as hanging; 0 waits for ever.
 
     Attributes:
@@ -172,13 +172,13 @@ class Watch:
 
     Attributes:
         received: stop signals.
-        patience: when a rank counts as hanging; by default never.
+        timeouts: when a rank counts as hanging; by default never.
         folder_lost: asked now and then; says what happened to the run's folder where it is gone.
         look: called now and then with all ranks.
     """
 
     received: Received
-    patience: Patience = Patience()
+    timeouts: HangTimeouts = HangTimeouts()
     folder_lost: Callable[[], str | None] = lambda: None
     look: Callable[[Sequence[Member]], None] = lambda members: None
 
@@ -212,7 +212,7 @@ class Attempt:
         """Return when all ranks have ended well or were stopped.
 
         Raises:
-            AttemptError: one failed by itself; by then all others have ended too.
+            AttemptError: one failed; by then all others have ended too.
             FolderLostError: the run's folder is gone; the ranks are killed, as they have nowhere to save.
             Regroup: they have saved and ended, as `regroup` has asked.
         """
@@ -227,13 +227,13 @@ class Attempt:
                 return 0
             beats = [m.beat() for m in running]
             asked = next((beat.stop for beat in beats if beat.stop), 0)
-            if asked and not self._received.stop:  # somebody signalled a rank and not us: its grace begins now
+            if asked and not self._received.stop:  # a rank was signalled, and not us: its grace begins now
                 self._received.note(asked)
                 break
             if (fault := self._watch.folder_lost()) is not None:
                 self.kill()
                 raise FolderLostError(fault)
-            hanging = [m for m, beat in zip(running, beats, strict=True) if self._watch.patience.exceeded_by(beat)]
+            hanging = [m for m, beat in zip(running, beats, strict=True) if self._watch.timeouts.exceeded_by(beat)]
             if hanging:
                 self._give_up_on(hanging)
             if (reason := self._regroup()) is not None and self.step() >= 0:
@@ -319,7 +319,7 @@ class Attempt:
         )
 
     def _stopped_before_training(self, unsaved: list[Member]) -> bool:
-        """Whether a signal ended ranks that did not heed it yet, and others merely lost them: nothing is unsaved."""
+        """Whether a signal ended ranks that did not obey it yet, and others merely lost them: nothing is unsaved."""
         unheeding = any(m.code in [-number for number in STOP_SIGNALS] for m in self.members)
         return unheeding and all(m.code == RankFailedError.exit_code for m in unsaved)
 
@@ -357,11 +357,11 @@ class Attempt:
         """End all other ranks and raise an error that names the one to blame.
 
         Returns:
-            128 + signal if no rank failed but some were told to stop, by somebody who signalled them and not us.
+            128 + signal if no rank failed but some were signalled to stop, and we were not.
         """
         self._wait(_ECHO_S)
-        if all(_blame(m)[0] >= _MAY_PASS for m in self.members if _failed(m)):
-            # Somebody went away and has not ended yet: its end says more than that others noticed.
+        if all(_blame(m)[0] >= _TRANSIENT for m in self.members if _failed(m)):
+            # A rank closed its connections and has not ended yet: its end says more than its peers' errors.
             self._wait(_CAUSE_S, until=self._cause_is_known)
         failed = sorted((m for m in self.members if _failed(m)), key=_blame)
         if self._lost_hosts() and all(_blame(m)[0] == _LOST_A_PEER for m in failed):
@@ -378,17 +378,17 @@ class Attempt:
         raise self._error(failed)
 
     def _cause_is_known(self) -> bool:
-        return bool(self._lost_hosts()) or any(_blame(m)[0] < _MAY_PASS for m in self.members if _failed(m))
+        return bool(self._lost_hosts()) or any(_blame(m)[0] < _TRANSIENT for m in self.members if _failed(m))
 
     def _error(self, failed: list[Member]) -> AttemptError:
         """Return what the first of some failed ranks is to blame for."""
         culprit, others = failed[0], [str(m.rank) for m in failed[1:]]
         code = culprit.code
         assert code is not None
-        how = "killed" if code < 0 else "passing" if code == PassingError.exit_code else "error"
+        how = "killed" if code < 0 else "transient" if code == TransientError.exit_code else "error"
         said = culprit.said().removeprefix("error: ")
         if code in _USER_CODES and culprit.rank == 0:
-            return AttemptError("", how, self.step(), culprit, code)  # it has told the user itself, on the terminal
+            return AttemptError("", how, self.step(), culprit, code)  # it has printed the error itself
         if code in _USER_CODES and said:
             where = f" on {culprit.host}" if culprit.host else ""
             message = f"{said} (rank {culprit.rank}{where}, log {culprit.log})"
@@ -415,7 +415,7 @@ def _describe(member: Member, *echoes: Member) -> str:
 def _blame(member: Member) -> tuple[int, float]:
     """Order failed ranks: a stated mistake (rank 0's first), a death, what may pass, the loss of a peer; by time."""
     kinds = {
-        PassingError.exit_code: _MAY_PASS,
+        TransientError.exit_code: _TRANSIENT,
         RankFailedError.exit_code: _LOST_A_PEER,
         **dict.fromkeys(_USER_CODES, 0),
     }

@@ -18,7 +18,10 @@ HOST = "127.0.0.1"
 def rank_environment(ranks: int, port: int, threads_per_rank: int | None, environ: Mapping[str, str]) -> dict[str, str]:
     """Return the environment that all ranks share; what the user has set stays."""
     made = dict(environ)
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # all ranks are here: nobody else is to reach them
+    for name in (
+        "GLOO_SOCKET_IFNAME",
+        "NCCL_SOCKET_IFNAME",
+    ):  # all ranks are on this host: no other host may reach them
         made.setdefault(name, "lo")
     made |= {
         "WORLD_SIZE": str(ranks),
@@ -55,7 +58,7 @@ def has_gpu(environ: Mapping[str, str]) -> bool:
 
 
 def choose_port(port: int | None) -> int:
-    """Return a free TCP port, or the given one if nobody listens there.
+    """Return a free TCP port, or the given one if nothing listens there.
 
     Raises:
         LaunchError: the port is taken or not a port.

@@ -151,7 +151,7 @@ class ForkServer:
             return None
 
     def close(self) -> None:
-        """End the server, and whatever it has started."""
+        """End the server, and what it has started."""
         self._requests.close()
         try:
             self._server.wait(5.0)
@@ -225,7 +225,7 @@ class Forked:
 def die_with(parent: int) -> None:
     """Have the kernel kill this process when its parent dies."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before that: nobody will tell us
+    if os.getppid() != parent:  # it died before that: no signal will come
         os._exit(1)
 
 
@@ -285,7 +285,7 @@ def _begin_rank(server: int, request: dict[str, Any], kept: Sequence[int]) -> No
     os.chdir(request["cwd"])
     env = {**request["env"], FD_VARIABLE: str(kept[0])}
     set_environment(env)
-    name = f"rank {env.get('RANK', '')}"  # what ps and top show beside the server's command line
+    name = f"rank {env.get('RANK', '')}"  # what ps and top show next to the server's command line
     ctypes.CDLL(None).prctl(_PR_SET_NAME, ctypes.c_char_p(name.encode()), 0, 0, 0)
     run_module(request["args"])
 
@@ -296,13 +296,13 @@ def threads() -> int:
 
 
 def _report(running: dict[int, int]) -> None:
-    """Tell the end of each process that has ended to whoever asked for it."""
+    """Tell the end of each process that has ended to the process that asked for it."""
     for pid in list(running):
         found, raw = os.waitpid(pid, os.WNOHANG)
         if found:
             status = running.pop(pid)
             code = os.waitstatus_to_exitcode(raw).to_bytes(_NUMBER, "little", signed=True)
-            with contextlib.suppress(BrokenPipeError):  # nobody waits for it any more
+            with contextlib.suppress(BrokenPipeError):  # no process waits for it any more
                 os.write(status, code)
             os.close(status)
 
@@ -341,13 +341,13 @@ def fork(begin: Callable[[], NoReturn], fds: dict[int, int], kept: Sequence[int]
         for below, above in itertools.pairwise(edges):
             os.closerange(below + 1, above)
         begin()
-    except BaseException:  # noqa: BLE001 - whatever it is, it ends here
+    except BaseException:  # noqa: BLE001 - any error ends here
         traceback.print_exc()
     os._exit(1)
 
 
 def _open_stream(place: int) -> None:
-    """Make standard output (1) or error (2) anew, as an interpreter does at its start."""
+    """Recreate standard output (1) or error (2) as an interpreter does at its start."""
     lines = place == 2 or os.isatty(place)
     stream = open(  # noqa: SIM115 - it is a descriptor, and open as long as the process
         place,
@@ -381,7 +381,7 @@ def run_module(args: Sequence[str]) -> NoReturn:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
         raise
-    except BaseException:  # noqa: BLE001 - whatever it is, it ends here
+    except BaseException:  # noqa: BLE001 - any error ends here
         traceback.print_exc()
         code = 1
     threading._shutdown()  # type: ignore[attr-defined]

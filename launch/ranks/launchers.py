@@ -2,7 +2,7 @@
 
 `deepspeed` and `torchrun` set RANK, WORLD_SIZE and the rest themselves. srun and mpirun have names of their own, and
 say nothing of an address to meet at. None of them says which interface leads there. Gloo then takes that of the host's
-name, which is 127.0.0.1 on many hosts, and waits for nobody.
+name, which is 127.0.0.1 on many hosts, and waits for no other rank.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Two that train in one folder would sweep each other's unfinished checkpoints and
 kernel's (POSIX record locks): they are gone the moment the process is, however it ends, over NFS too; and the file
 stays. Who does not hold its lock writes nothing else into the folder.
 
-    run.lock  byte 0   rank 0, whoever started it
+    run.lock  byte 0   rank 0, whatever launcher started it
               byte 1   the supervisor; or rank 0, where it has none
 """
 
@@ -21,26 +21,28 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from setformer_dist.core.comm import Collectives
-from setformer_dist.core.errors import LaunchError, PassingError
+from setformer_dist.core.errors import LaunchError, TransientError
 from setformer_dist.core.ledger import LEDGER, LOCK_FILE, last_seen
 
 log = logging.getLogger(__name__)
 
-PATIENCE_S = 15.0  # for a predecessor that is about to end
+LOCK_TIMEOUT_S = 15.0  # for a predecessor that is about to end
 _LOOK_EVERY_S = 0.2
 _RANK = 0
 
 
 @contextlib.contextmanager
-def held(folder: Path, comm: Collectives, patience_s: float = PATIENCE_S, supervised: bool = False) -> Iterator[None]:
+def held(
+    folder: Path, comm: Collectives, timeout_s: float = LOCK_TIMEOUT_S, supervised: bool = False
+) -> Iterator[None]:
     """Hold rank 0's lock of a run's folder; make the folder if need be. Collective at its beginning.
 
-    Where the storage knows no locks, rank 0 warns, and the run goes on without.
+    Where the storage knows no locks, rank 0 warns, and the run continues without.
 
     Args:
         folder: of the run.
         comm: all ranks.
-        patience_s: how long to wait for a predecessor.
+        timeout_s: how long to wait for a predecessor.
         supervised: a supervisor holds its own lock; otherwise rank 0 holds that as well.
 
     Raises:
@@ -51,7 +53,7 @@ def held(folder: Path, comm: Collectives, patience_s: float = PATIENCE_S, superv
         if comm.ranks.is_main and (fault := odd_file(folder)) is None:
             try:
                 descriptor = stack.enter_context(_opened(folder))
-                fault = _wait_for(descriptor, _RANK, 1 if supervised else 2, folder, patience_s)
+                fault = _wait_for(descriptor, _RANK, 1 if supervised else 2, folder, timeout_s)
             except OSError as error:
                 fault = f"run folder {folder} cannot be written: {error}"
         fault = comm.broadcast_json(fault)
@@ -94,7 +96,7 @@ class Supervised:
             return None
         return (
             f"{lost} was moved or removed while the run was at work in it, so nothing can be saved there: put it back, "
-            "and start the run again to go on from its newest checkpoint"
+            "and start the run again to resume from its newest checkpoint"
         )
 
     def _lost(self) -> Path | None:
@@ -116,12 +118,12 @@ _GONE_S = 0.5
 
 
 @contextlib.contextmanager
-def supervising(folder: Path, patience_s: float = PATIENCE_S) -> Iterator[Supervised]:
+def supervising(folder: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[Supervised]:
     """Hold the supervisor's lock of a run's folder; make the folder if need be.
 
     Raises:
         LaunchError: another supervisor holds it, or rank 0 of another launcher.
-        PassingError: the folder cannot be written.
+        TransientError: the folder cannot be written.
     """
     if (odd := odd_file(folder)) is not None:
         raise LaunchError(odd)
@@ -129,12 +131,12 @@ def supervising(folder: Path, patience_s: float = PATIENCE_S) -> Iterator[Superv
         try:
             seen = last_seen(folder)
             descriptor = stack.enter_context(_opened(folder))
-            fault = _wait_for(descriptor, _RANK, 2, folder, patience_s)
+            fault = _wait_for(descriptor, _RANK, 2, folder, timeout_s)
             if fault is None:  # rank 0 takes its own byte
                 with contextlib.suppress(OSError):
                     fcntl.lockf(descriptor, fcntl.LOCK_UN, 1, _RANK)
         except OSError as error:
-            raise PassingError(f"run folder {folder} cannot be written: {error}") from None
+            raise TransientError(f"run folder {folder} cannot be written: {error}") from None
         if fault is not None:
             raise LaunchError(fault)
         supervised = Supervised(folder, descriptor, last_seen(folder) if seen is not None else None)
@@ -144,7 +146,7 @@ def supervising(folder: Path, patience_s: float = PATIENCE_S) -> Iterator[Superv
 def odd_file(folder: Path) -> str | None:
     """Return a sentence where something else lies in the place of a file that the run appends to, None otherwise.
 
-    The open of a pipe waits for ever, a link leads to a file of somebody else, and what a device is told is lost.
+    The open of a pipe waits for ever, a link leads to another user's file, and a device keeps nothing.
 
     Args:
         folder: of the run; it need not be there.
@@ -171,9 +173,9 @@ def _opened(folder: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _wait_for(descriptor: int, first: int, count: int, folder: Path, patience_s: float) -> str | None:
+def _wait_for(descriptor: int, first: int, count: int, folder: Path, timeout_s: float) -> str | None:
     """Take the lock of some bytes; return why that was not possible."""
-    limit = time.monotonic() + patience_s
+    limit = time.monotonic() + timeout_s
     while True:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, count, first)

@@ -36,6 +36,6 @@ def last_error_line(path: Path, start: int = 0) -> str:
         start: byte at which to begin, so that earlier starts do not speak.
     """
     lines = [line.strip() for line in last_lines(path, start, count=1000)]
-    told = [line for line in lines if line.startswith("error: ")]  # how our own ranks explain themselves
-    errors = told or [line for line in lines if _ERROR_LINE.search(line)]
+    stated = [line for line in lines if line.startswith("error: ")]  # how our own ranks explain themselves
+    errors = stated or [line for line in lines if _ERROR_LINE.search(line)]
     return (errors or lines or [""])[-1]

@@ -24,7 +24,7 @@ def interface_of(address: str) -> str | None:
 
 
 def interface_to(host: str) -> str | None:
-    """Return the interface by which this host reaches another one, None where that cannot be told.
+    """Return the interface by which this host reaches another one, None where it is unknown.
 
     No packet is sent: a datagram socket that is connected knows its way.
     """

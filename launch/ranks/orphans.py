@@ -120,13 +120,13 @@ def remove_ownerless(base: Path) -> None:
         try:
             lock = os.open(folder / _OWNED, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError:
-            continue  # being made, being removed, or somebody else's
+            continue  # being made, being removed, or another user's
         try:
             if os.fstat(lock).st_uid == os.getuid():
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 clear(folder)
         except OSError:
-            continue  # its run goes on
+            continue  # its run continues
         finally:
             os.close(lock)
 
@@ -136,8 +136,8 @@ def _main(pipe: int, folder: Path) -> None:
         os._exit(0)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    with os.fdopen(pipe, "rb") as told:
-        lines = told.read().decode().split()
+    with os.fdopen(pipe, "rb") as reader:
+        lines = reader.read().decode().split()
     if _OVER in lines:
         return
     for session in map(int, lines):

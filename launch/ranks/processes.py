@@ -1,4 +1,4 @@
-"""The ranks of one machine: processes that begin together, give signs of life, and never outlive whoever started them.
+"""The ranks of one machine: processes that begin together, give signs of life, and never outlive their parent.
 
     log_dir/rank-00000.log   header per start, by us; lines, by rank 0's own logging
     log_dir/rank-00001.log   header per start, stdout and stderr of rank 1
@@ -71,7 +71,7 @@ class LocalRank:
         return last_lines(self.log, self.log_start)
 
     def is_suspended(self) -> bool:
-        """Return whether somebody has stopped it (SIGSTOP)."""
+        """Return whether it is suspended (SIGSTOP)."""
         return _process_state(self.process.pid) == "T"
 
     def memory_mib(self) -> float | None:
@@ -150,7 +150,7 @@ class LocalHost:
                     member.process.send_signal(_STACKS_SIGNAL)
 
     def kill(self) -> None:
-        """Kill whatever is left, with all children, and wait for it."""
+        """Kill what is left, with all children, and wait for it."""
         for member in self.members:
             # Its whole session: loader workers go with their rank.
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -232,7 +232,7 @@ def die_with_parent() -> Callable[[], None] | None:
 
 
 def resident_mib(pid: int) -> float | None:
-    """Return a process's resident memory, None where it cannot be told."""
+    """Return a process's resident memory, None where it is unknown."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
     except (OSError, IndexError, ValueError):
@@ -240,7 +240,7 @@ def resident_mib(pid: int) -> float | None:
 
 
 def _process_state(pid: int) -> str:
-    """Return a process's state as the kernel names it ("R", "S", "T" for stopped), or "" where it cannot be told."""
+    """Return a process's state as the kernel names it ("R", "S", "T" for stopped), or "" where it is unknown."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
     except (OSError, IndexError):

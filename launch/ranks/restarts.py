@@ -1,7 +1,7 @@
-"""Whether a run that failed is started again, and when: a pure function of what failed before.
+"""Whether and when a failed run is restarted: a pure function of its failures.
 
-A failure that comes by itself (a machine, a driver, a neighbour) does not repeat at the same step; one that does is
-of the run's own making (a poisoned batch, a bug), and to start again would only burn the machines.
+A failure with an outside cause (a machine, a driver, another job) does not repeat at the same step. One that does has
+its cause in the run (a bad batch, a bug), so a restart would only waste machine time.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ class RestartConfig(FrozenConfig):
     """The `[restart]` table: what `setformer train` does when a rank dies or hangs.
 
     Attributes:
-        limit: restarts within `window_minutes`; 0 never restarts.
-        window_minutes: see `limit`.
-        backoff_s: seconds before the first restart; doubled by each further failure without a new checkpoint's
-            worth of progress, up to `backoff_max_s`.
-        backoff_max_s: see `backoff_s`.
-        same_step: failures at one and the same step after which the run is given up.
-        hang_after_s: seconds without a sign of life from a rank after which all stacks are written to the logs and
-            the ranks are ended; 0 never does. Longer than the longest single forward, backward or save.
-        start_after_s: likewise until the first step, where models are built and compiled.
-        save_after_s: likewise while training waits for a checkpoint to be written; longer than
+        limit: largest number of restarts within `window_minutes`; 0 never restarts.
+        window_minutes: length of the window of `limit`.
+        backoff_s: seconds before the first restart; each further failure without progress doubles them, up to
+            `backoff_max_s`.
+        backoff_max_s: longest backoff in seconds.
+        same_step: number of failures at the same step after which the run ends.
+        hang_after_s: hang timeout in seconds: without a heartbeat from a rank for so long, all stacks are written to
+            the logs and the ranks are ended; 0 turns it off. Must exceed the longest forward, backward or save.
+        start_after_s: hang timeout in seconds until the first step, while models are built and compiled.
+        save_after_s: hang timeout in seconds while training waits for a checkpoint to be written; must exceed
             checkpoint.write_timeout_minutes.
     """
 
@@ -57,41 +57,39 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Again:
-    """Start again after a while."""
+class Restart:
+    """Restart after a backoff."""
 
     after_s: float
 
 
 @dataclass(frozen=True)
 class GiveUp:
-    """Do not start again, because."""
+    """Give up; `reason` says why."""
 
     reason: str
 
 
-def verdict(failures: Sequence[Failure], config: RestartConfig) -> Again | GiveUp:
-    """Judge the last failure by those before it; `failures` is not empty, oldest first."""
+def verdict(failures: Sequence[Failure], config: RestartConfig) -> Restart | GiveUp:
+    """Decide on the last failure, given those before it; `failures` is not empty, oldest first."""
     last = failures[-1]
     if config.limit == 0:
         return GiveUp("")
     if last.step < 0 and last.how == "error" and all(f.step < 0 for f in failures):
-        return GiveUp("it failed before its first step, which starting again does not mend")
+        return GiveUp("it failed before its first step, so a restart would fail again")
     same = 0 if last.how == "host" else _in_a_row(failures)
     if same >= config.same_step:
-        return GiveUp(
-            f"it failed {same} times at step {last.step}, so the cause is in the run: a poisoned batch or a bug"
-        )
+        return GiveUp(f"it failed {same} times at step {last.step}, so the cause is in the run: a bad batch or a bug")
     recent = sum(f.at > last.at - 60 * config.window_minutes for f in failures)
     if recent > config.limit:
         return GiveUp(
             f"it failed {recent} times within {config.window_minutes:g} minutes (restart.limit = {config.limit})"
         )
-    return Again(min(config.backoff_max_s, config.backoff_s * 2 ** (_without_progress(failures) - 1)))
+    return Restart(min(config.backoff_max_s, config.backoff_s * 2 ** (_without_progress(failures) - 1)))
 
 
 def _in_a_row(failures: Sequence[Failure]) -> int:
-    """Return how many of the last failures were at the step of the last one; those of hosts are not the run's own."""
+    """Return how many of the last failures were at the step of the last one; lost hosts do not count."""
     count = 0
     for failure in reversed([failure for failure in failures if failure.how != "host"]):
         if failure.step != failures[-1].step:
@@ -101,7 +99,7 @@ def _in_a_row(failures: Sequence[Failure]) -> int:
 
 
 def _without_progress(failures: Sequence[Failure]) -> int:
-    """Return how many of the last failures came no further than the one before them."""
+    """Return how many of the last failures made no progress over the one before."""
     count = 1
     for earlier, later in zip(failures[-2::-1], failures[:0:-1], strict=False):
         if later.step > earlier.step:

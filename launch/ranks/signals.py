@@ -17,7 +17,7 @@ from typing import Any
 # What asks a run to save and stop; job schedulers warn with SIGUSR1 (Slurm: --signal=USR1@120).
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 TICK_S = 0.5  # longest time between two looks at the ranks; signals wake the loop at once
-# A scheduler signals every process of a job, and we hand on what we get: repeats this soon after are no second wish.
+# A scheduler signals every process of a job, and we hand on what we get: repeats this soon after are the same request.
 _REPEAT_S = 2.0
 _MOMENT_S = 0.005
 
@@ -79,7 +79,7 @@ def stop_signals(show_life: Callable[[], None] = lambda: None) -> Iterator[Recei
     """Collect stop signals instead of dying of them. Only the main thread can; elsewhere the loop polls.
 
     Args:
-        show_life: called at least once in `TICK_S` seconds while somebody waits for signals.
+        show_life: called at least once in `TICK_S` seconds while a caller waits for signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield Received(None, show_life)

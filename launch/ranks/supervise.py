@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from checkpoints.layout import MANIFEST, step_folders, step_of
-from launch.ranks.attempt import AttemptError, FolderLostError, Patience, Regroup, Watch
+from launch.ranks.attempt import AttemptError, FolderLostError, HangTimeouts, Regroup, Watch
 from launch.ranks.board import Board
 from launch.ranks.lock import supervising
 from launch.ranks.restarts import Failure, GiveUp, RestartConfig, verdict
@@ -63,7 +63,7 @@ class Crew(Protocol):
         """
 
     def close(self) -> None:
-        """End whatever is left."""
+        """End what is left."""
 
 
 def run_supervised(
@@ -79,14 +79,14 @@ def run_supervised(
         crew: starts them.
         run_folder: of the run; logs and the ledger are below it.
         config: when to start again.
-        say: tells the user of a restart, and after a stop that rank 0 does not tell of, where the run goes on.
+        say: prints a line for the user: about a restart, or after a stop that rank 0 did not report, where to resume.
 
     Returns:
         0, or 128 + signal.
 
     Raises:
         LaunchError: as `Crew`, or another process trains in the folder.
-        PassingError: the folder cannot be written, or is gone.
+        TransientError: the folder cannot be written, or is gone.
         RankFailedError: the last attempt's error, and why there is no further one.
     """
     bear_lost_streams()
@@ -112,15 +112,15 @@ def _attempts(
 ) -> int:
     """Start the ranks again and again, as `run_supervised` says."""
     failures: list[Failure] = []
-    patience = Patience(config.hang_after_s, config.start_after_s, config.save_after_s)
+    timeouts = HangTimeouts(config.hang_after_s, config.start_after_s, config.save_after_s)
     log_dir = run_folder / "logs"
-    watch = Watch(received, patience, lost, Board(run_folder).look)
+    watch = Watch(received, timeouts, lost, Board(run_folder).look)
     while True:
         log_dir.mkdir(parents=True, exist_ok=True)
         try:
             crew.prepare(received)
             if received.stop:
-                say(f"stopped before starting; {how_to_go_on(run_folder)}")
+                say(f"stopped before starting; {how_to_resume(run_folder)}")
                 return _stopped(run_folder, received.stop[0])
             hosts = {"hosts": crew.hosts} if crew.hosts else {}
             ledger.record(run_folder, "attempt", number=len(failures) + 1, ranks=crew.ranks, **hosts)
@@ -134,7 +134,7 @@ def _attempts(
         except Regroup as reason:
             _take_back_terminal()
             ledger.record(run_folder, "ended", why="regrouped", message=str(reason), final=False)
-            say(f"{reason}; all ranks have saved and start again")
+            say(f"{reason}; all ranks have saved and restart")
             continue
         except AttemptError as error:
             _take_back_terminal()
@@ -143,14 +143,14 @@ def _attempts(
                 raise
             wait = _judge(error, failures, config, run_folder, say)
             if _stopped_within(received, wait):
-                say(f"stopped before starting again; {how_to_go_on(run_folder)}")
+                say(f"stopped before a restart; {how_to_resume(run_folder)}")
                 return _stopped(run_folder, received.stop[0])
             continue
         if code:
             if not _began(run_folder):
-                say(f"stopped before the first step, with nothing new to save; {how_to_go_on(run_folder)}")
+                say(f"stopped before the first step, with nothing new to save; {how_to_resume(run_folder)}")
             elif received.forced:  # else rank 0 has said at which step
-                say(f"ended at once, without waiting for a checkpoint; {how_to_go_on(run_folder)}")
+                say(f"ended at once, without waiting for a checkpoint; {how_to_resume(run_folder)}")
             return _stopped(run_folder, code - 128)
         ledger.record(run_folder, "ended", why="done", final=True)
         return 0
@@ -168,14 +168,14 @@ def _began(run_folder: Path) -> bool:
     return "began" in kinds[max((at for at, kind in enumerate(kinds) if kind == "attempt"), default=0) :]
 
 
-def how_to_go_on(run_folder: Path) -> str:
-    """Return where the same command goes on, as far as names tell: nothing is verified in a process that is to end."""
+def how_to_resume(run_folder: Path) -> str:
+    """Return where the same command resumes, judged by names alone: nothing is verified in a process that will end."""
     with contextlib.suppress(OSError):
         found = [folder for folder in step_folders(run_folder / "checkpoints") if (folder / MANIFEST).is_file()]
         if not found:
             return "the same command begins at step 0"
-        return f"the same command goes on from the newest checkpoint, step {step_of(found[0])}"
-    return "the same command goes on from the newest checkpoint"
+        return f"the same command resumes from the newest checkpoint, step {step_of(found[0])}"
+    return "the same command resumes from the newest checkpoint"
 
 
 def _stopped(run_folder: Path, signum: int) -> int:
@@ -206,8 +206,8 @@ def _judge(
     if isinstance(judged, GiveUp):
         if not judged.reason:
             raise error
-        raise RankFailedError(f"{error}; not started again: {judged.reason}", error.exit_code) from None
-    say(f"{error}; starting again from the newest checkpoint in {judged.after_s:g} s (restart {len(failures)})")
+        raise RankFailedError(f"{error}; not restarted: {judged.reason}", error.exit_code) from None
+    say(f"{error}; restarting from the newest checkpoint in {judged.after_s:g} s (restart {len(failures)})")
     return judged.after_s
 
 

@@ -1,11 +1,11 @@
 """One run: its config, its parts, what begins, continues and ends it, and its trained weights.
 
 compose.py           the composition root: every part of a run is built here
-config.py            one page -> RunConfig -> ResolvedRun for a number of ranks
+config.py            one TOML file -> RunConfig -> ResolvedRun for a number of ranks
 distill.py           the teacher of a run
 dry_run.py           what a run would be and cost, checked as far as a run checks before its first step
 identity.py          what a run's checkpoints belong to
-imported.py          how a run goes on from a checkpoint that `setformer ckpt import` has put into its folder
+imported.py          how a run resumes from a checkpoint that `setformer ckpt import` has put into its folder
 initial_weights.py   weights that a new run begins with: model.weights, model.skip
 inputs.py            what a run reads, behind one interface: images, or token sequences
 keys.py              every key of a run config with type, default, unit and meaning
@@ -14,7 +14,7 @@ outcome.py           what rank 0 leaves behind when training ends: summary.json 
 own_code.py          a user's own modules: run.imports, --import
 own_model.py         models that a program gives as objects
 session.py           one rank's part of a run, for launch.entry and for the library
-store.py             which checkpoints a run may go on from, and what it adds to those that it writes
+store.py             which checkpoints a run may resume from, and what it adds to those that it writes
 timm_weights.py      weights in timm's layout for a model of another size or another number of classes
 trained.py           a trained checkpoint used by one process: eval, predict, the report's pictures
 """

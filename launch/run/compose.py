@@ -50,7 +50,7 @@ class Splits:
 
 
 def open_splits(run: ResolvedRun) -> Splits:
-    """Open training and validation data and check that they speak of the same classes.
+    """Open training and validation data and check that they have the same classes.
 
     Raises:
         DataError: a folder is missing, empty or damaged, or the class maps differ.
@@ -102,8 +102,8 @@ def compose(
         multiply_adds=multiply_adds_of(model, inputs.shape(splits.train), inputs.dtype or torch.float32),
         peak_flops=peak_flops(device_label()),
     )
-    told = inputs.told(splits.train)
-    identity = identity_of(run, model, classes, told)
+    input_spec = inputs.spec(splits.train)
+    identity = identity_of(run, model, classes, input_spec)
     first_weights: FirstWeights | None = None
     if c.model.weights is not None:
         buffers = frozenset(name for name, _ in model.named_buffers())
@@ -111,7 +111,7 @@ def compose(
         first_weights = FirstWeights(c.model, shapes_of(model), buffers, comm, arguments)
     prepare = inputs.prepare(len(classes), device, DTYPES[c.precision.dtype])
     taught_by: str | None = None
-    if (teacher := teacher_of(run, task, told)) is not None:
+    if (teacher := teacher_of(run, task, input_spec)) is not None:
         taught_by = digest_of(teacher)
         check_one_teacher(taught_by, comm)
         task, prepare = distilled(run, task, prepare, teacher, device)
@@ -137,7 +137,7 @@ def compose(
             run,
             identity,
             classes,
-            told,
+            input_spec,
             stream.state,
             schedule_steps,
             ranks.is_main,

@@ -1,6 +1,6 @@
-"""The config of a run: one TOML page, and what follows from it once the ranks and the data are known.
+"""The config of a run: one TOML file, and what follows from it once the ranks and the data are known.
 
-page.toml + overrides -> RunConfig (frozen; what the user said)
+run.toml  + overrides -> RunConfig (frozen; what the user said)
 RunConfig + ranks     -> DeepSpeed's JSON, batch plan
 """
 
@@ -106,7 +106,7 @@ class RunTable(FrozenConfig):
 
 
 class RunConfig(FrozenConfig):
-    """One run, as its page says it.
+    """One run, as its config file says it.
 
     Attributes:
         deepspeed: DeepSpeed's own keys, passed through; those that this package sets itself are refused.
@@ -145,12 +145,12 @@ class RunConfig(FrozenConfig):
         "model_ema_decay": "ema.decay",
         "zero_stage": "zero.stage",
         "save_interval": "checkpoint.every_steps",
-        "resume": "the same command goes on by itself, by run.name",
-        "ckpt_path": "the same command goes on by itself, by run.name; model.weights begins a new run",
-        "resume_from_checkpoint": "the same command goes on by itself, by run.name",
+        "resume": "the same command resumes the run, by run.name",
+        "ckpt_path": "the same command resumes the run, by run.name; model.weights begins a new run",
+        "resume_from_checkpoint": "the same command resumes the run, by run.name",
         "num_classes": "the number of classes comes from the data",
         "nb_classes": "the number of classes comes from the data",
-        "accelerator": "the device is found by itself; `setformer doctor` says which",
+        "accelerator": "the device is detected; `setformer doctor` says which",
         "devices": "ranks are given by --ranks",
         "gpus": "ranks are given by --ranks",
         "nproc_per_node": "ranks are given by --ranks",
@@ -295,32 +295,32 @@ class ResolvedRun:
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
 
-def shipped(page: Path) -> Path:
-    """Return a page that is there, or the shipped one of that name or at that place below configs/."""
-    if page.exists() and not (page.is_dir() and len(page.parts) == 1):  # photos/ may lie beside what is typed
-        return page
-    below = page.parts[1:] if page.parts[:1] == ("configs",) else page.parts
-    for place in (_CONFIGS.joinpath(*below), _CONFIGS / "runs" / f"{page}.toml"):
+def shipped(path: Path) -> Path:
+    """Return a run config's path: as given if it exists, else the shipped one of that name or path below configs/."""
+    if path.exists() and not (path.is_dir() and len(path.parts) == 1):  # photos/ may be a folder here
+        return path
+    below = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts
+    for place in (_CONFIGS.joinpath(*below), _CONFIGS / "runs" / f"{path}.toml"):
         if place.is_file() and place.resolve().is_relative_to(_CONFIGS):
             return place
-    return page
+    return path
 
 
-def load_run(page: Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """Read a page and its overrides.
+def load_run(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a run config and its overrides.
 
     Raises:
-        ConfigError: naming the page, the key and the repair.
+        ConfigError: naming the file, the key and the repair.
     """
-    return base.load(RunConfig, page, overrides)
+    return base.load(RunConfig, path, overrides)
 
 
-def continued(config: RunConfig, tell: Callable[[str], None] = lambda line: None) -> RunConfig:
+def continued(config: RunConfig, warn: Callable[[str], None] = lambda line: None) -> RunConfig:
     """Return the config with what an older version meant where its folder holds a run of that version.
 
     Args:
-        config: of a run that begins or goes on.
-        tell: hears what an older version meant.
+        config: of a run that begins or resumes.
+        warn: called with a line where an older version meant something else.
     """
     try:
         there, _ = read_state(config.folder / "config.json")
@@ -331,9 +331,9 @@ def continued(config: RunConfig, tell: Callable[[str], None] = lambda line: None
     if not old or revisions.scale_of(config.model.model_dump()) != revisions.NEW:
         return config
     soft = {**config.model.args["soft"], "query_scale": revisions.OLD}
-    tell(
+    warn(
         f"the run in {config.folder} samples SOFT's landmarks from undivided queries, as versions before 2026-11-28 "
-        "did, and goes on so (model.args.soft.query_scale = 'after'): a run of another name takes the authors' scale"
+        "did, and continues so (model.args.soft.query_scale = 'after'): a run of another name takes the authors' scale"
     )
     model = config.model.model_copy(update={"args": {**config.model.args, "soft": soft}})
     return config.model_copy(update={"model": model})

@@ -1,7 +1,7 @@
 """The teacher of a run: a trained checkpoint, read as every other, whose weights are part of what the run is.
 
-Its folder may lie anywhere and move; a digest of its weights is in the run's checkpoints, and a run goes on with the
-same weights or not at all. Nothing in a checkpoint names a teacher that is opened: the run's page does.
+Its folder may lie anywhere and move; a digest of its weights is in the run's checkpoints, and a run continues with the
+same weights or not at all. Nothing in a checkpoint names a teacher that is opened: the run's config does.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from setformer_dist.tasks.distilled import Distilled, TeachingPrepare
 KEY = "teacher"  # in trainer.json
 
 
-def teacher_of(run: ResolvedRun, task: Task, told: dict[str, Any]) -> Trained | None:
+def teacher_of(run: ResolvedRun, task: Task, input_spec: dict[str, Any]) -> Trained | None:
     """Return the trained model that a run learns from, None where it learns from none.
 
     Args:
-        run: whose page may name it.
+        run: whose config may name it.
         task: of the run.
-        told: what the run's model is told about its inputs.
+        input_spec: of the run's model.
 
     Raises:
         CheckpointError: nothing there verifies, or it is no trained run.
@@ -48,11 +48,11 @@ def teacher_of(run: ResolvedRun, task: Task, told: dict[str, Any]) -> Trained | 
             "teacher's: remove distill"
         )
     trained = load_trained(Path(config.teacher), config.weights)
-    _check_fits(run, task, told, trained)
+    _check_fits(run, task, input_spec, trained)
     return trained
 
 
-def _check_fits(run: ResolvedRun, task: Task, told: dict[str, Any], teacher: Trained) -> None:
+def _check_fits(run: ResolvedRun, task: Task, input_spec: dict[str, Any], teacher: Trained) -> None:
     """Refuse a teacher that would see other inputs than it was trained with, or whose outputs mean something else.
 
     Raises:
@@ -67,7 +67,7 @@ def _check_fits(run: ResolvedRun, task: Task, told: dict[str, Any], teacher: Tra
     seen = teacher.checkpoint.trainer.get("inputs", {})
     names = ("kind", "mean", "std")
     pairs = [(name, getattr(theirs, name, None), getattr(ours, name, None)) for name in names]
-    pairs += [(name, seen.get(name), told.get(name)) for name in sorted({*seen, *told})]
+    pairs += [(name, seen.get(name), input_spec.get(name)) for name in sorted({*seen, *input_spec})]
     for name, a, b in pairs:
         if a != b:
             raise ConfigError(

@@ -113,10 +113,10 @@ def _examine(run: ResolvedRun) -> _Known:
     classes = splits.train.classes
     task = build_task(c.task, classes)
     check_metric(task, c.checkpoint.best_metric, c.checkpoint.best_mode)
-    model = inputs.build_model(c.model, len(task.outputs), inputs.told(splits.train), c.run.seed)
+    model = inputs.build_model(c.model, len(task.outputs), inputs.spec(splits.train), c.run.seed)
     check_folder(run)
     watch_of(run, model)
-    teacher = teacher_of(run, task, inputs.told(splits.train))
+    teacher = teacher_of(run, task, inputs.spec(splits.train))
     ranks = RankInfo(rank=0, world_size=run.plan.world_size, local_rank=0, local_world_size=run.plan.world_size)
     with contextlib.ExitStack() as stack:
         stream = inputs.train_stream(splits.train, c.run.seed, ranks, run.plan)
@@ -145,7 +145,7 @@ def _beginning(run: ResolvedRun, model: nn.Module, outputs: int) -> list[tuple[s
     whole = [entry for entry in list_checkpoints(folder) if entry.fault is None] if folder.is_dir() else []
     steps = [entry.manifest.step for entry in whole if entry.manifest is not None]
     if steps:
-        return [("begins", f"goes on from the newest checkpoint that verifies; the newest is step {max(steps):,}")]
+        return [("begins", f"resumes from the newest checkpoint that verifies; the newest is step {max(steps):,}")]
     if c.model.weights is not None:
         buffers = frozenset(name for name, _ in model.named_buffers())
         arguments = inputs_of(c.data).model_arguments(c.model, outputs)

@@ -15,12 +15,12 @@ from setformer_dist.core.revisions import unnamed
 VERSIONS_OF = ("setformer_dist", "torch", "deepspeed", "timm", "safetensors")
 
 
-def identity_of(run: ResolvedRun, model: nn.Module, classes: tuple[str, ...], told: dict[str, Any]) -> Identity:
-    """Return what the run's checkpoints belong to; `told` is what the model was told about its inputs."""
+def identity_of(run: ResolvedRun, model: nn.Module, classes: tuple[str, ...], input_spec: dict[str, Any]) -> Identity:
+    """Return what the run's checkpoints belong to; `input_spec` is that of the model (`Inputs.spec`)."""
     c = run.config
     return Identity(
         model=c.model.name,
-        model_args=json.dumps({**unnamed(c.model.args), **told}, sort_keys=True),
+        model_args=json.dumps({**unnamed(c.model.args), **input_spec}, sort_keys=True),
         parameters=digest_shapes(shapes_of(model)),
         config_hash=run.identity_hash(),
         stage=c.zero.stage,

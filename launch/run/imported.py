@@ -1,8 +1,8 @@
-"""How a run goes on from a checkpoint that `setformer ckpt import` has put into its folder.
+"""How a run resumes from a checkpoint that `setformer ckpt import` has put into its folder.
 
 DeepSpeed's directory holds weights and, from stage 1 on, Adam's states by name; it knows neither our order of samples
 nor our averages. What is not in it begins where it must: the samples as if the steps so far had been trained by this
-config, the average from the weights, and the optimizer anew where Adam's states have no names (stage 0) or the run has
+config, the average from the weights, and a fresh optimizer where Adam's states have no names (stage 0) or the run has
 another optimizer. All of it is said in one line, and the next checkpoint is an ordinary one.
 """
 
@@ -44,16 +44,16 @@ def trainer_state(
 
     Args:
         checkpoint: an imported one.
-        mine: identity of the run that is to go on.
+        mine: identity of the run that is to continue.
         cursor_at: the stream's cursor after a number of steps.
         total_steps: length of the run.
-        says: log what goes on and what begins anew.
+        says: log what continues and what starts fresh.
         optimizer: the run's optim.name.
 
     Raises:
         CheckpointError: it is of another model, or the run is not longer than the steps done.
     """
-    if checkpoint.identity.model not in (KEY, mine.model):  # the first: nobody has named it
+    if checkpoint.identity.model not in (KEY, mine.model):  # the first: its model was not named
         raise CheckpointError(
             f"{checkpoint.path} was imported as {checkpoint.identity.model}, and this config has model.name = "
             f"{mine.model!r}: set it, or import the checkpoint again with another --model"
@@ -72,12 +72,12 @@ def trainer_state(
     if says:
         source = checkpoint.trainer[KEY]
         log.warning(
-            "step %d was imported from DeepSpeed (ZeRO stage %s, %s ranks): %s; samples go on as if this config had "
+            "step %d was imported from DeepSpeed (ZeRO stage %s, %s ranks): %s; samples continue as if this config had "
             "trained these steps, the average of the weights begins with them",
             checkpoint.step,
             source.get("stage"),
             source.get("ranks"),
-            "weights and Adam's states go on" if adam else "the weights go on, the optimizer begins anew",
+            "weights and Adam's states continue" if adam else "the weights continue, the optimizer starts fresh",
         )
     fresh = RunState(step=checkpoint.step, best=Best("", "max")).as_dict()
     return {

@@ -3,7 +3,7 @@
 PATH is a checkpoint of ours (a run's folder, its checkpoints, one step), verified before it is read, or a .safetensors
 file as `setformer ckpt export` and timm write it, or a model of a hub ("hf-hub:timm/vit_small_patch16_224.dino"). What
 does not fit a file's names and shapes is adapted by timm's rules (timm_weights.py). Only parameters are taken:
-the optimizer, the schedule, the samples and the average begin anew, the average with these weights. A run that goes on
+the optimizer, the schedule, the samples and the average begin again, the average with these weights. A run that resumes
 from a checkpoint of its own does not look at PATH any more, nor does anything that reads that checkpoint.
 """
 
@@ -83,10 +83,10 @@ class FirstWeights:
                 "all hosts share"
             )
         self._check_scale(source)
-        source, left, told = self._fitted(source)
+        source, left, report = self._fitted(source)
         filled = [f for f in fragments if f.state in ("param", "ema") and f.name not in left]
         source.fill([dataclasses.replace(f, state="param") for f in filled])
-        return told
+        return report
 
     def check(self) -> str:
         """Say what would be filled, and fill nothing; raises as a call does."""
@@ -171,7 +171,7 @@ class FirstWeights:
         repair = "set model.name and model.args to those that they were trained with"
         if len(modules) <= _NAMED:
             skip = [*(self.config.skip or ()), *sorted(modules)]
-            repair += f", or begin these anew (model.skip = {skip})".replace("'", '"')
+            repair += f", or draw these from the seed (model.skip = {skip})".replace("'", '"')
         return f"model.weights do not fit: {source.name}, are of another model ({first}{more}): {repair}"
 
 

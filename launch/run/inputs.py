@@ -1,4 +1,4 @@
-"""What a run reads, behind one interface: images, or token sequences. The one place that tells them apart.
+"""What a run reads, behind one interface: images, or token sequences. The one place that distinguishes them.
 
 All else (trainer, checkpoints, evaluation) sees streams of micro batches, a `Prepare`, and classes.
 """
@@ -70,12 +70,12 @@ class Inputs(Protocol):
         """Open what is trained on; raises DataError."""
         ...
 
-    def told(self, split: Split) -> dict[str, Any]:
-        """Return what a model must be told about the inputs, JSON-able; checkpoints keep it."""
+    def spec(self, split: Split) -> dict[str, Any]:
+        """Return the input spec: arguments of the model about its inputs, JSON-able; checkpoints keep it."""
         ...
 
-    def build_model(self, config: ModelConfig, num_classes: int, told: dict[str, Any], seed: int) -> nn.Module:
-        """Return the model for inputs of which it is told this."""
+    def build_model(self, config: ModelConfig, num_classes: int, input_spec: dict[str, Any], seed: int) -> nn.Module:
+        """Return the model for inputs of this spec."""
         ...
 
     def model_arguments(self, config: ModelConfig, num_classes: int) -> dict[str, Any] | None:
@@ -127,17 +127,17 @@ class ImageInputs:
         check_mixture_room(sources, self.config)
         return MixtureSource(sources, [entry.weight for entry in mixture])
 
-    def told(self, split: Split) -> dict[str, Any]:
+    def spec(self, split: Split) -> dict[str, Any]:
         """Return the image size."""
         return {"image_size": self._size if isinstance(self._size, int) else list(self._size)}
 
     @property
     def _size(self) -> int | tuple[int, int]:
-        """What a model is told: one number for square images, as ever."""
+        """The image size as models take it: one number for square images."""
         height, width = self.config.shape
         return height if height == width else (height, width)
 
-    def build_model(self, config: ModelConfig, num_classes: int, told: dict[str, Any], seed: int) -> nn.Module:
+    def build_model(self, config: ModelConfig, num_classes: int, input_spec: dict[str, Any], seed: int) -> nn.Module:
         """Build for the image size, and check that the model takes all others that training will show it."""
         if config.args.get("in_chans", _CHANNELS) != _CHANNELS:
             raise ConfigError(
@@ -237,7 +237,7 @@ class TokenInputs:
         """Open the training tokens."""
         return self.open(self.config.root, self.config.train)
 
-    def told(self, split: Split) -> dict[str, Any]:
+    def spec(self, split: Split) -> dict[str, Any]:
         """Return vocabulary, length, number of sequences and whether there is padding."""
         assert isinstance(split, TokenSplit)
         facts = split.facts
@@ -248,9 +248,9 @@ class TokenInputs:
             "padded": not facts.full,
         }
 
-    def build_model(self, config: ModelConfig, num_classes: int, told: dict[str, Any], seed: int) -> nn.Module:
-        """Build with what is told as further arguments; those on the page have the last word."""
-        return build_model(config.model_copy(update={"args": {**told, **config.args}}), num_classes, 0, seed)
+    def build_model(self, config: ModelConfig, num_classes: int, input_spec: dict[str, Any], seed: int) -> nn.Module:
+        """Build with the spec as further arguments; those in the config have precedence."""
+        return build_model(config.model_copy(update={"args": {**input_spec, **config.args}}), num_classes, 0, seed)
 
     def model_arguments(self, config: ModelConfig, num_classes: int) -> None:
         """Return None: what encodes sequences has no pretrained weights."""
@@ -288,7 +288,7 @@ class TokenInputs:
 
 
 def inputs_of(config: DataConfig | TokenConfig) -> ImageInputs | TokenInputs:
-    """Return the kind of data that a config speaks of."""
+    """Return the kind of data that a config names."""
     return TokenInputs(config) if isinstance(config, TokenConfig) else ImageInputs(config)
 
 

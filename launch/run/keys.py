@@ -163,7 +163,7 @@ def keys_named(name: str) -> list[Key]:
     name = name.strip().strip(".")
     found = [key for key in keys if not name or key.key == name or key.key.startswith((f"{name}.", f"{name}["))]
     found = found or [key for key in keys if key.key.rsplit(".", 1)[-1] == name]
-    if not found:  # "[]" is written by nobody
+    if not found:  # nobody writes "[]"
         found = [key for key in keys if key.key.replace("[]", "") == name]
     if not found:
         raise ConfigError(f"there is no key {name!r} in a run config{suggested_key(RunConfig, name)}")
@@ -183,7 +183,7 @@ _HEAD = """# Every key of a run config
 
 Written by `make docs` from the config tables: do not edit it. `setformer config KEY` prints the same.
 
-A key is set in its table of the page (`[optim]`, then `lr = 1e-3`), or on the command line (`optim.lr=1e-3`). A key
+Set a key in its table of the run config (`[optim]`, then `lr = 1e-3`), or on the command line (`optim.lr=1e-3`). A key
 without a default is required in its table. A default of `none` means that the key is left out.
 """
 

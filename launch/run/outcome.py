@@ -51,7 +51,7 @@ def summary(run: ResolvedRun, outcome: Outcome) -> dict[str, Any]:
 def finish(run: ResolvedRun, splits: Splits, outcome: Outcome, own: OwnModel | None = None) -> None:
     """Write the summary and the report, for a run that came to its end with pictures of what it gets right and wrong.
 
-    The run is over and saved by now: what fails here is told in one line, and costs the report alone.
+    The run is over and saved by now: an error here costs one line and the report, nothing else.
     """
     folder: Path = run.config.folder
     try:

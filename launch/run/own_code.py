@@ -1,7 +1,7 @@
-"""A user's own modules: models registered with timm, tasks, augmentations. They run because the page or the command
+"""A user's own modules: models registered with timm, tasks, augmentations. They run because the config or the command
 line names them.
 
-A checkpoint's config names them too, as its page did, and is not obeyed: who evaluates a run with code of its own says
+A checkpoint's config names them too, and is not obeyed: who evaluates a run with code of its own says
 so again (`--import`).
 """
 

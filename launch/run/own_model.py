@@ -1,7 +1,7 @@
 """Models that a program gives as objects: a module, or a function that makes one.
 
-Of such a model a checkpoint has the weights and a name to show, and no code; so the object is given again to whatever
-uses the checkpoint (`setformer.load(path, model=...)`).
+A checkpoint of such a model has its weights and a name to show, but no code. So the caller passes the object again when
+using the checkpoint (`setformer.load(path, model=...)`).
 """
 
 from __future__ import annotations

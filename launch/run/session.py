@@ -1,4 +1,4 @@
-"""One rank's part of a run, from its config to a trainer that goes on where the newest checkpoint is.
+"""One rank's part of a run, from its config to a trainer that continues where the newest checkpoint is.
 
 `launch.entry` runs it to its end; the library (`setformer.Training`) hands it to a user's program. Both begin and end
 here, so that what is computed does not depend on who starts it.
@@ -87,7 +87,7 @@ def session(
         callbacks: called after those that the config names.
 
     Raises:
-        SetformerError: the run cannot begin, or cannot go on from its checkpoint.
+        SetformerError: the run cannot begin, or cannot resume from its checkpoint.
     """
     run = resolve(config, ranks.world_size)
     bring(config.run.imports)
@@ -139,14 +139,14 @@ def _model(config: RunConfig, splits: Splits, task: Task, own: OwnModel | None) 
     inputs = inputs_of(config.data)
     if own is not None:
         return build_own(own, config, inputs.shape(splits.train), task)
-    told = inputs.told(splits.train)
-    return inputs.build_model(config.model, len(task.outputs), told, config.run.seed)
+    input_spec = inputs.spec(splits.train)
+    return inputs.build_model(config.model, len(task.outputs), input_spec, config.run.seed)
 
 
 def check_agreement(run: ResolvedRun, splits: Splits, comm: TorchCollectives) -> None:
-    """Check that all ranks run the same config on the same data, before any of them can wait in vain.
+    """Check that all ranks run the same config on the same data, before one of them can wait for ever.
 
-    Where a run that resumes goes on is checked as well, but by those who read it: one checkpoint is chosen for all
+    Where a run resumes is checked as well, but by those who read it: one checkpoint is chosen for all
     ranks, and each refuses a cursor that does not have the sha256 of its manifest.
 
     Raises:
@@ -160,7 +160,7 @@ def check_agreement(run: ResolvedRun, splits: Splits, comm: TorchCollectives) ->
             theirs, ours = views[odd[0]].get(what), views[0][what]
             raise LaunchError(
                 f"ranks {', '.join(map(str, odd))} have another {what} than rank 0 ({theirs}, not {ours}): every host "
-                "must see the same page, overrides, data and version of setformer_dist"
+                "must see the same run config, overrides, data and version of setformer_dist"
             )
 
 

@@ -1,4 +1,4 @@
-"""The engine's checkpoint store: which checkpoints a run may go on from, and what it adds to those that it writes."""
+"""The engine's checkpoint store: which checkpoints a run may resume from, and what it adds to those that it writes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _CURSOR_CHANGES = {"global_batch": "global_batch", "fingerprint": "data", "num_s
 class RunStore:
     """The engine's CheckpointStore: a CheckpointManager that knows whose checkpoints it keeps.
 
-    trainer.json also holds the config, the class names and what the model was told about its inputs, so that a
+    trainer.json also holds the config, the class names and the model's input spec, so that a
     checkpoint serves evaluation alone.
     """
 
@@ -37,7 +37,7 @@ class RunStore:
         run: ResolvedRun,
         identity: Identity,
         classes: tuple[str, ...],
-        told: dict[str, Any],
+        input_spec: dict[str, Any],
         cursor_at: Callable[[int], dict[str, Any]],
         total_steps: int,
         is_main: bool,
@@ -54,7 +54,7 @@ class RunStore:
         self._is_main = is_main
         self._run = run
         self._identity = identity
-        self._about = {"config": run.as_json(), "classes": list(classes), "inputs": told}
+        self._about = {"config": run.as_json(), "classes": list(classes), "inputs": input_spec}
         if teacher is not None:
             self._about[TEACHER] = teacher
 
@@ -109,7 +109,7 @@ class RunStore:
         """Check all that a continuation takes from a checkpoint, before one is chosen for all ranks.
 
         Raises:
-            SetformerError: this run cannot go on from it.
+            SetformerError: this run cannot resume from it.
         """
         imported = is_imported(found)
         self._checked(found, says=False)

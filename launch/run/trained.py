@@ -121,7 +121,7 @@ class _About:
     Attributes:
         config: of the run, with nothing in it that would start processes or write files.
         classes: their names.
-        inputs: what the model was told about its inputs.
+        inputs: the model's input spec.
         imports: modules that the run imported; none is imported because they stand here.
     """
 
@@ -135,7 +135,7 @@ def _about(checkpoint: Checkpoint) -> _About:
     """Check what trainer.json says of a run.
 
     Raises:
-        CheckpointError: it does not speak of a run, or not as one of this program.
+        CheckpointError: it does not describe a run of this program.
     """
     state, place = checkpoint.trainer, checkpoint.path
     if "config" not in state:
@@ -152,10 +152,10 @@ def _about(checkpoint: Checkpoint) -> _About:
     if not isinstance(scores, dict) or not all(isinstance(score, (int, float)) for score in scores.values()):
         raise CheckpointError(f"checkpoint {place}: run.evaluation of trainer.json is no table of numbers")
     try:
-        told = {key: value for key, value in table.items() if key != "resolved"}
-        if isinstance(told.get("model"), dict):
-            told["model"] = as_trained(told["model"])
-        config = base.build(RunConfig, told, str(place))
+        written = {key: value for key, value in table.items() if key != "resolved"}
+        if isinstance(written.get("model"), dict):
+            written["model"] = as_trained(written["model"])
+        config = base.build(RunConfig, written, str(place))
     except ConfigError as error:
         raise CheckpointError(f"checkpoint of a run that this version does not know: {error}") from None
     return _About(_harmless(config), tuple(classes), inputs, config.run.imports)
@@ -194,7 +194,7 @@ def _no_more_parameters_than(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[
 
 
 def _check_shapes(model: Mapping[str, tuple[int, ...]], there: Mapping[str, tuple[int, ...]], place: Path) -> None:
-    """Refuse a checkpoint whose config speaks of another model than it holds.
+    """Refuse a checkpoint whose config describes another model than it holds.
 
     Raises:
         CheckpointError: naming the first parameters that differ.
@@ -229,11 +229,11 @@ def evaluate_checkpoint(trained: Trained, split: Split, micro_batch: int) -> Eva
     stream = inputs_of(trained.config.data).eval_stream(split, ranks, micro_batch)
     try:
         result = evaluate(trained.model, trained.task, stream, trained.prepare(), TorchCollectives(ranks))
-        assert result is not None  # nobody gives up here
+        assert result is not None  # no rank gives up here
         return result
     finally:
         stream.close()
-        if joined:  # not within a training, whose ranks go on
+        if joined:  # not within a training, whose ranks continue
             disconnect()
 
 

@@ -5,6 +5,5 @@ slurm.py      a real Slurm of one node
 terminal.py   a command in a terminal of its own, which a test can type into and take away
 warm.py       commands forked from an interpreter that has imported torch
 elastic.py    checkpoints between layouts: ranks, ZeRO stages, offload
-hosts.py       several hosts on one machine: network namespaces, a real sshd in each
 ranks.py      run a function on N gloo ranks as an ordinary test: processes, a file to meet at, a hard time limit
 """

@@ -21,8 +21,8 @@ from launch.testing.warm import Warm, possible
 ROOT = Path(__file__).parent.parent.parent
 DEMO = str(ROOT / "configs" / "runs" / "demo.toml")
 
-# A short run of the demo's page: 1 epoch of 22 steps, every loss on record. In fp32, as bf16 takes a CPU without
-# instructions for it twice as long; one thread a rank, as other tests run beside it.
+# A short run of the demo's config: 1 epoch of 22 steps, every loss on record. In fp32, as bf16 takes a CPU without
+# instructions for it twice as long; one thread a rank, as other tests run at the same time.
 SHORT = (
     "precision.dtype=fp32",
     "run.threads=1",
@@ -92,9 +92,9 @@ def module(*words: str, timeout: float = 280, cwd: Path = ROOT) -> Ended:
 
 
 def start(*words: str) -> Process:
-    """Start `setformer words`; it heeds Ctrl-C even where this process does not (a shell's background job).
+    """Start `setformer words`; it obeys Ctrl-C even where this process does not (a shell's background job).
 
-    Whatever still runs when `end_all` is called is killed.
+    What still runs when `end_all` is called is killed.
     """
     process: Process
     if possible():
@@ -108,7 +108,7 @@ def start(*words: str) -> Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=heed_ctrl_c,
+            preexec_fn=allow_ctrl_c,
             start_new_session=True,
         )
     _started.append(process)
@@ -124,13 +124,13 @@ def end_all() -> None:
             process.communicate()
 
 
-def heed_ctrl_c() -> None:
+def allow_ctrl_c() -> None:
     """Take SIGINT's default back, which a background job inherits as ignored."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def train_words(data: Path, out: Path, *overrides: str, ranks: int = 2) -> list[str]:
-    """Return the words of a short training of the demo's page."""
+    """Return the words of a short training of the demo's config."""
     return ["train", DEMO, f"data.root={data}", f"run.out={out}", *SHORT, *overrides, "--ranks", str(ranks)]
 
 

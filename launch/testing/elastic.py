@@ -161,7 +161,7 @@ def _samples(ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def write(root: str, stage: int, dtype: str, offload: str, before: int, after: int) -> dict[str, Any]:
-    """Train `before` steps, save, and go on for `after` steps without interruption, while the writers write.
+    """Train `before` steps, save, and continue for `after` steps without interruption, while the writers write.
 
     Returns:
         "losses" and "ids" of the steps after the checkpoint, "before" the ids up to it.

@@ -38,12 +38,12 @@ class InTerminal:
         text: all that it, its children and the terminal's echo have written so far, control sequences included.
     """
 
-    def __init__(self, args: list[str], env: Mapping[str, str], cwd: Path, heeds_hangup: bool = True) -> None:
-        """Start `python -m args`; with `heeds_hangup` false as under nohup, SIGHUP ignored."""
+    def __init__(self, args: list[str], env: Mapping[str, str], cwd: Path, obeys_hangup: bool = True) -> None:
+        """Start `python -m args`; with `obeys_hangup` false as under nohup, SIGHUP ignored."""
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", _ROWS, _COLUMNS, 0, 0))
         self.text = ""
-        words = [_MODULE, *([] if heeds_hangup else [_NOHUP]), *args]
+        words = [_MODULE, *([] if obeys_hangup else [_NOHUP]), *args]
         environment = {name: value for name, value in env.items() if name != "COLUMNS"} | {"TERM": "xterm-256color"}
         with os.fdopen(slave, "wb") as side:
             self.process = Warm(words, environment, cwd, side)

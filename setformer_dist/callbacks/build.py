@@ -1,4 +1,4 @@
-"""The callbacks of a run: the loggers of [logging], then those that the page names, in its order.
+"""The callbacks of a run: the loggers of [logging], then those that the config names, in its order.
 
 from setformer_dist.callbacks.build import register_callback
 register_callback("alarm", Alarm)      # in a module that run.imports names; Alarm(args) is a Callback

@@ -1,6 +1,6 @@
 """Figures in MLflow.
 
-runs/<run>/mlflow.json   the id of the run there, so that a resumed run goes on under it
+runs/<run>/mlflow.json   the id of the run there, so that a resumed run continues under it
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Figures in Weights & Biases.
 
-    runs/<run>/wandb.json   the id of the run there, so that a resumed run goes on under it
+    runs/<run>/wandb.json   the id of the run there, so that a resumed run continues under it
     runs/<run>/wandb/       W&B's own files; in mode "offline" all there is, until `wandb sync`
 
 The x axis of every figure is the optimizer step, under the name "step", so steps that are computed again after a crash

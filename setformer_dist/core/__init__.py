@@ -5,7 +5,7 @@ Nothing here imports torch.distributed, touches a device or has an effect at imp
     batch.py           the value that the loaders hand to the engine, and the protocols by which the two meet
     callback.py        events of a training run, and the base class of what hears them
     comm.py            the few collective operations that packages outside the engine need, as a protocol
-    config.py          from a TOML page to a frozen, checked value
+    config.py          from a TOML file to a frozen, checked value
     continuing.py      which keys of a config may change in a continuation
     errors.py          our exceptions, with their exit codes
     exits.py           how a rank's process ends
@@ -16,7 +16,7 @@ Nothing here imports torch.distributed, touches a device or has an effect at imp
     live.py            what the ranks of a run are doing right now, for `setformer runs top`
     logging_config.py  the `[logging]` table of a run config
     metric.py          what evaluations report: names, directions, and which weights are better
-    model_config.py    the `[model]` table of a run config; it imports neither torch nor timm, so a typo is told at once
+    model_config.py    the `[model]` table of a run config; imports no torch and no timm, so typos are reported at once
     phases.py          what a rank does at an instant, as clock, heartbeat, ledger and report name it
     ranks.py           rank, world size and their local counterparts: one frozen value
     revisions.py       what a config of an older version means

@@ -98,7 +98,7 @@ class TrainStream(Protocol):
         ...
 
     def check_state(self, state: dict[str, Any]) -> int:
-        """Return the optimizer step to go on from; raise DataError if the cursor is of other data or order."""
+        """Return the optimizer step to resume from; raise DataError if the cursor is of other data or order."""
         ...
 
     def close(self) -> None:

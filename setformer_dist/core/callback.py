@@ -11,8 +11,8 @@ Each event is a method. A run calls them in this order, on every callback in tur
     on_run_end                   the last step is done and saved, or a signal stopped the run and it is saved
     on_exception                 in place of on_run_end, where an error ends the run
 
-A resumed run goes on with the first step after its checkpoint. What was told of steps up to there does not come again;
-steps that were lost, after a crash or by a rollback, are computed and told again.
+A resumed run continues with the first step after its checkpoint. Events of earlier steps do not come again. Steps that
+were lost, after a crash or by a rollback, are computed again, and so are their events.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Callback:
         cls.name = cls.__dict__.get("name") or cls.__name__
 
     def on_run_start(self, run: RunStart) -> None:
-        """Hear that the run begins or goes on; its folder is there."""
+        """Hear that the run begins or resumes; its folder is there."""
 
     def on_step_end(self, step: int) -> None:
         """Hear that so many optimizer steps are done. Nothing is measured, so that no rank waits for its device."""

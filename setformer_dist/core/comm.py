@@ -33,7 +33,7 @@ class Collectives(Protocol):
 
 
 class Alone:
-    """One process and nobody to talk to."""
+    """A single process."""
 
     ranks = RankInfo()
 

@@ -1,6 +1,6 @@
-"""The base of all configs and the way from a TOML page to a frozen, checked value.
+"""The base of all configs and the way from a TOML file to a frozen, checked value.
 
-    page.toml --(extends: one other page)--> dict --(dotted overrides)--> pydantic model, frozen, no unknown keys
+    run.toml --(extends: one other file)--> dict --(dotted overrides)--> pydantic model, frozen, no unknown keys
 
 A wrong key, type or value becomes one ConfigError that names the place and the nearest known key.
 """
@@ -20,7 +20,7 @@ from setformer_dist.core.errors import ConfigError
 
 _SHORT = 200  # characters of a value that a message repeats whole
 
-# After the text of a path, by whoever refuses it.
+# Appended to a message that refuses a path.
 HOME_NOT_EXPANDED = "~ is not expanded here: write the whole path, or $HOME on a command line (./~ is a folder named ~)"
 
 
@@ -42,33 +42,33 @@ ConfigT = TypeVar("ConfigT", bound=pydantic.BaseModel)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Read a page and the one page it may extend (`extends = "other.toml"`, relative to the page).
+    """Read a TOML file and the one it may extend (`extends = "other.toml"`, relative to the file).
 
     Raises:
-        ConfigError: a file is missing or not TOML, or the extended page extends another.
+        ConfigError: a file is missing or not TOML, or the extended file extends another.
     """
-    page = _read_page(path)
-    parent = page.pop("extends", None)
+    table = _read_table(path)
+    parent = table.pop("extends", None)
     if parent is None:
-        return page
-    base = _read_page(path.parent / str(parent))
+        return table
+    base = _read_table(path.parent / str(parent))
     if "extends" in base:
-        raise ConfigError(f"{path}: extends {parent!r}, which itself extends a page: only one level is allowed")
-    return merge(base, page)
+        raise ConfigError(f"{path}: extends {parent!r}, which itself extends another file: only one level is allowed")
+    return merge(base, table)
 
 
-def _read_page(path: Path) -> dict[str, Any]:
+def _read_table(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             return tomllib.loads(file.read().decode("utf-8-sig"))  # editors of Windows begin with a mark
     except FileNotFoundError:
         near = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
-        known = f"; pages there: {', '.join(near)}" if near else ""
-        raise ConfigError(f"config page {path} does not exist{known}") from None
+        known = f"; configs there: {', '.join(near)}" if near else ""
+        raise ConfigError(f"config file {path} does not exist{known}") from None
     except IsADirectoryError:
-        raise ConfigError(f"config page {path} is a directory: name a .toml file in it") from None
+        raise ConfigError(f"config file {path} is a directory: name a .toml file in it") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config page {path} is not valid TOML: {error}") from None
+        raise ConfigError(f"config file {path} is not valid TOML: {error}") from None
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def parse_override(text: str) -> dict[str, Any]:
 
 
 def apply_override(table: Mapping[str, Any], text: str) -> dict[str, Any]:
-    """Lay one override on a table: `a.b=value` sets, `~a.b` takes what the page says of a.b away.
+    """Lay one override on a table: `a.b=value` sets, `~a.b` removes a.b from the file's.
 
     Raises:
         ConfigError: not of either form, or nothing there to take away.
@@ -154,27 +154,27 @@ def _values(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def _impossible(table: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what no key takes: integers that whoever reads them cannot pack, text that is no path, name or word."""
+    """Yield what no key takes: integers that do not fit 64 bits, text that is no path, name or word."""
     for key, value in _values(table):
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            yield f"{key}: an integer of a page has at most 64 bits, as TOML says"
+            yield f"{key}: an integer of a config has at most 64 bits, as TOML says"
         elif isinstance(value, str) and any(unicodedata.category(c) in ("Cc", "Cs") for c in value):
-            yield f"{key} = {_short(value)}: text of a page has no control characters"
+            yield f"{key} = {_short(value)}: text of a config has no control characters"
 
 
 def load(
     model: type[ConfigT], path: Path | None, overrides: Iterable[str] = (), tables: Mapping[str, Any] | None = None
 ) -> ConfigT:
-    """Read a page, lay overrides and then tables on top, validate.
+    """Read a TOML file, lay overrides and then tables on top, validate.
 
     Args:
         model: of the config.
-        path: of the page; None begins with nothing.
+        path: of the file; None begins with nothing.
         overrides: such as optim.lr=1e-3.
         tables: nested, as TOML has them.
 
     Raises:
-        ConfigError: naming the page, the key and the repair.
+        ConfigError: naming the file, the key and the repair.
     """
     table = read_toml(path) if path is not None else {}
     for text in overrides:
@@ -290,9 +290,9 @@ def _nearest(model: type[pydantic.BaseModel], keys: list[str], siblings: list[st
 
 
 def _place(model: type[pydantic.BaseModel], loc: tuple[str | int, ...]) -> tuple[list[str], list[str]]:
-    """Return the keys that lead to a fault, and the keys known beside the last of them.
+    """Return the keys that lead to a fault, and the known keys at the level of the last of them.
 
-    Where a table is one of several kinds, pydantic puts the kind's tag into `loc`, which is no key of the page's.
+    Where a table is one of several kinds, pydantic puts the kind's tag into `loc`, which is no key of the config.
     """
     keys: list[str] = []
     siblings: list[str] = list(model.model_fields)

@@ -1,8 +1,8 @@
-"""Which keys of a config may change between a run and its continuation: said beside each key, read here.
+"""Which keys of a config may change between a run and its continuation: stated at each key, read here.
 
     seed: int = 0                                            must stay
     threads: Annotated[int, FREE] = 0                        may change: what is computed does not depend on it
-    global_size: Annotated[int, Permitted("global_batch")]   may change where the page permits it by that name
+    global_size: Annotated[int, Permitted("global_batch")]   may change where the config permits it by that name
 
 A mark on a field that holds a table counts for the whole table, but for keys with a mark of their own. A key that the
 run's config.json does not name is newer than the run, and means its default; one that this version does not know is
@@ -59,7 +59,7 @@ def must_stay(config: pydantic.BaseModel, permitted: Collection[str] = ()) -> di
 
     Args:
         config: of the run.
-        permitted: names that the page permits (checkpoint.allow_changes).
+        permitted: names that the config permits (checkpoint.allow_changes).
     """
     marks = dict(_marks(config))
     return {
@@ -74,7 +74,7 @@ def differences(
 
     Args:
         there: the folder's config, of this version or an older one, without what is no config.
-        here: the config of the run that would go on.
+        here: the config of the run that would continue.
         permitted: as `must_stay`.
     """
     marks, found = dict(_marks(here)), flatten(there)

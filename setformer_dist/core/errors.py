@@ -39,7 +39,7 @@ class RankFailedError(SetformerError):
     """A rank ended with an error; its own log says why.
 
     Args:
-        message: which rank, how, where to read on; empty where the rank has told the user itself.
+        message: which rank, how, where to read on; empty where the rank has printed it itself.
         exit_code: the rank's own, where it is one of ours.
     """
 
@@ -52,7 +52,7 @@ class RankFailedError(SetformerError):
 
 
 class TrainingError(SetformerError):
-    """Training that cannot go on, such as a loss that is not finite."""
+    """Training that cannot continue, such as a loss that is not finite."""
 
     exit_code = 7
 
@@ -63,7 +63,7 @@ class DrillError(SetformerError):
     exit_code = 8
 
 
-class PassingError(SetformerError):
+class TransientError(SetformerError):
     """What comes from outside the run and may pass: a process that died, storage that hangs. Worth another start."""
 
     exit_code = 9

@@ -1,7 +1,7 @@
 """Small files that are either whole or as they were before, and that say whether their bytes are those written.
 
-A state file (guard.json, config.json, summary.json of a run) is a JSON object with the sha256 of all the rest beside
-it, under the key "sha256". Those of earlier versions have none and are still read; their reader is told.
+A state file (guard.json, config.json, summary.json of a run) is a JSON object with the sha256 of all the rest next to
+it, under the key "sha256". Those of earlier versions have none and are still read; their reader learns that.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def open_plain(path: Path, flags: int) -> int:
 
 
 def open_record(path: Path) -> int:
-    """Open, or make, a file to which a run appends lines; a link is not followed to a file of somebody else.
+    """Open, or make, a file to which a run appends lines; a link to another user's file is not followed.
 
     Raises:
         OSError: it cannot be opened, or is no plain file.

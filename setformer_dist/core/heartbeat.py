@@ -1,7 +1,7 @@
 """A rank's sign of life: what it does and since when, for its supervisor to see at any instant, also when it hangs.
 
 The supervisor makes one unnamed file per rank and hands its descriptor down; both map it. A beat is one store of a
-few bytes: no system call, nothing on any disk, nothing left behind whoever is killed.
+few bytes: no system call, nothing on any disk, nothing left behind when a process is killed.
 
     supervisor   Pulse() -> fileno() -> SETFORMER_HEARTBEAT_FD of the rank;  read() -> Beat
     rank         Heartbeat.from_env();  beat("forward")

@@ -10,7 +10,7 @@
     {"event": "ended", "time": t, "why": "killed", "step": 53}   supervisor: "done", "stopped", or how it failed, and
                                                                  "final": true where it will not start again
 
-Each line ends with "crc", the CRC-32 of the line without it; a line that it does not fit is passed over. A line is one
+Each line ends with "crc", the CRC-32 of the line without it; a line that it does not fit is skipped. A line is one
 write, so a process that dies leaves at most one torn line. Times are Unix times in seconds. A supervisor sets the time
 of `run.lock` twice a second: where it was killed, that is when. `account` turns events into seconds by kind; it is a
 pure function.
@@ -58,14 +58,14 @@ def record(folder: Path, event: str, **values: Any) -> None:
         descriptor = open_record(folder / LEDGER)
         try:
             size = os.fstat(descriptor).st_size
-            torn = size and os.pread(descriptor, 1, size - 1) != b"\n"  # whoever wrote last has died within a line
+            torn = size and os.pread(descriptor, 1, size - 1) != b"\n"  # the last writer died within a line
             os.write(descriptor, b"\n" + line if torn else line)
         finally:
             os.close(descriptor)
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """Return the events of a run, in order; what is not a whole event is passed over."""
+    """Return the events of a run, in order; what is not a whole event is skipped."""
     events = []
     for line in lines_of(folder / LEDGER):
         value = _event(line)
@@ -175,7 +175,7 @@ class _Book:
     training: bool = False
 
     def attempt(self, event: dict[str, Any]) -> None:
-        if self.running:  # the supervisor was killed, so nobody wrote the end: the last sign of life is it
+        if self.running:  # the supervisor was killed, so the end was not written: it is the last sign of life
             self.failures.append((self.mark, "supervisor killed", self.step))
             self.close(self.mark, failed=True)
             self.failed_at, self.reached = None, self.step
@@ -232,7 +232,7 @@ class _Book:
             self.reached = max(self.reached, self.step, int(event.get("step", 0)))
             self.failures.append((event["time"], str(event.get("why")), self.reached))
         self.close(event["time"], failed)
-        if event.get("final"):  # whoever starts the run again may do so a day later: that is no restart
+        if event.get("final"):  # a start by the user, perhaps a day later, is no restart
             self.failed_at = None
 
     def close(self, now: float, failed: bool) -> None:
@@ -252,7 +252,7 @@ class _Book:
         self.failed_at = now if failed else None
 
     def _lose(self, step: int) -> None:
-        """What was computed beyond a step that the run goes on from had been in vain."""
+        """Count what was computed beyond the step that the run resumes from as lost."""
         for span in self.spans:
             steps = span.last - span.first
             gone = min(steps, span.last - step)
@@ -270,7 +270,7 @@ def account(events: Iterable[dict[str, object]], now: float | None = None) -> Ac
 
     Args:
         events: as `read_events` returns them.
-        now: the present, for a run that goes on; None takes the last event for the end.
+        now: the present, for a running run; None takes the last event as the end.
     """
     book = _Book()
     known = {"attempt", "began", "spent", "rewound", "ended", "seen"}

@@ -32,7 +32,7 @@ class LiveRank:
         step: optimizer step it is at; -1 before the first.
         phase: as its heartbeat has it; "ended" when it has ended.
         silent_s: seconds since its last sign of life.
-        memory_mib: resident memory of its process; None where it cannot be told.
+        memory_mib: resident memory of its process; None where it is unknown.
         waiting: share of the last looks at which it waited for samples.
     """
 

@@ -36,7 +36,7 @@ class MlflowConfig(FrozenConfig):
 
 
 class LoggingConfig(FrozenConfig):
-    """Where figures go besides metrics.jsonl; an error of a logger costs a warning, and the run goes on without it.
+    """Where figures go besides metrics.jsonl; an error of a logger costs a warning, and the run continues without it.
 
     Attributes:
         tensorboard: write event files to tensorboard/ in the run's folder.

@@ -46,7 +46,7 @@ class Metric:
 
 LOSS = Metric("loss", "loss", mode="min", share=False)
 
-# Of the tasks that come with this package; the first of each tells which weights are better unless the config says so.
+# Of the shipped tasks; the first of each decides which weights are better unless the config names another.
 METRICS_OF: Mapping[str, tuple[Metric, ...]] = {
     "classification": (Metric("top1", "top-1", "top-1 accuracy"), Metric("top5", "top-5", "top-5 accuracy"), LOSS),
     "multilabel": (Metric("f1", "F1", "F1 over all labels"), Metric("exact", "exact match"), LOSS),

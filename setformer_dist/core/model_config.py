@@ -1,4 +1,4 @@
-"""The `[model]` table of a run config; it imports neither torch nor timm, so a typo is told at once."""
+"""The `[model]` table of a run config; it imports neither torch nor timm, so a typo is reported at once."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class ModelConfig(FrozenConfig):
         activation_checkpointing: recompute activations in the backward pass: less memory, about a third more work.
         args: further arguments of the model's own constructor, such as embed_dim, depths, stem_strides, attention
             ("set", "soft", "soft_norm", "cast", "softmax"), or the tables of their choices: [model.args.attn] with
-            epsilon, iterations, references …, [model.args.soft], [model.args.cast]. What timm takes beside them
+            epsilon, iterations, references …, [model.args.soft], [model.args.cast]. What timm takes besides them
             (pretrained, checkpoint_path, …) is refused: it would load or write files.
         weights: what a new run begins with, for fine-tuning: a checkpoint of ours (a run's folder, or one step's), or a
-            .safetensors file as `setformer ckpt export` writes it. A run that goes on does not read it again.
+            .safetensors file as `setformer ckpt export` writes it. A run that resumes does not read it again.
         skip: beginnings of the names of parameters that are not taken from there but drawn from the seed, such as
             ["head."] for another number of classes.
     """

@@ -1,4 +1,4 @@
-"""What a rank does at an instant: the phases that its clock, its heartbeat, the ledger and the report speak of."""
+"""What a rank does at an instant: the phases that its clock, its heartbeat, the ledger and the report name."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 One choice so far. Until 2026-11-28 the learned landmarks of SOFT (`soft.sampling = "conv"`, the default of soft_*) saw
 queries that were not yet divided by d^(1/4), unlike the authors' (`SoftAttentionConfig.query_scale`). A config made
 since then names its scale, so a run's config.json or a checkpoint's config that does not name it is older and means
-"after". What does not say when it was made, an exported .safetensors file, cannot be told apart: name the scale there.
+"after". What does not say when it was made, an exported .safetensors file, is ambiguous: name the scale there.
 """
 
 from __future__ import annotations

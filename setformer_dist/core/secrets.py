@@ -47,7 +47,7 @@ class RedactingFormatter(logging.Formatter):
 def redact_tracebacks() -> None:
     """Print uncaught errors of this process without secrets; those of threads go to the log, where there is one.
 
-    A thread's end is told by whoever waits for it; TensorBoard's writer may fail without loss to the run.
+    The thread that joins it reports its error; TensorBoard's writer may fail without loss to the run.
     """
 
     def shown(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:

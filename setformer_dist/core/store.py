@@ -93,7 +93,7 @@ class CheckpointStore(Protocol):
             last: no other checkpoint will follow.
 
         Raises:
-            PassingError: on all ranks, if a save failed on any for what may pass.
+            TransientError: on all ranks, if a save failed on any for what may pass.
             CheckpointError: likewise for what will not, and the config does not bear it.
         """
         ...

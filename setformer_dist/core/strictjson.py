@@ -1,4 +1,4 @@
-"""JSON from files that nobody vouches for: no key twice, no depth, number or text that exhausts or misleads the reader.
+"""JSON from untrusted files: no key twice, no depth, number or text that exhausts or misleads the reader.
 
 A text of n bytes costs at most some 20 n bytes of memory once it is read: `[` and `{` cost the most, up to a hundred
 times their length, so their number is bounded by the length (docs/checkpoints.md, "Budgets").

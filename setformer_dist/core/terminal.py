@@ -1,4 +1,4 @@
-"""Standard output and error that may go away: a terminal that is closed, a pipe nobody reads, a log on a full disk.
+"""Standard output and error that may go away: a terminal that is closed, a pipe without a reader, a log on a full disk.
 
 What a run says is a courtesy, and losing the listener must not cost the run. Both streams are wrapped once, at the
 start of a process; whatever prints (progress bars, warnings, tracebacks) goes through the wrapper without knowing.
@@ -27,10 +27,10 @@ _RULE = 80  # columns of a line across, at most
 
 
 class Tolerant:
-    """A text stream that passes everything on to another one, and passes over what that one does not take.
+    """A text stream that passes everything on to another one, and drops what that one does not accept.
 
-    A disk that is full may have room again and a terminal may be attached anew, so every write is tried. Only the first
-    that fails is logged: the log may end in the same stream.
+    A full disk may have room later, and a terminal may be attached again, so every write is tried. Only the first that
+    fails is logged: the log may end in the same stream.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -63,7 +63,7 @@ class Tolerant:
         except (OSError, ValueError) as error:  # ValueError: the stream is closed
             if not self._failed:
                 self._failed = True
-                log.warning("%s is gone (%s): the run goes on without it", getattr(self._stream, "name", "?"), error)
+                log.warning("%s is gone (%s): the run continues without it", getattr(self._stream, "name", "?"), error)
 
 
 def bear_lost_streams() -> None:

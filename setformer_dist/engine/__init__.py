@@ -1,9 +1,9 @@
-"""The training engine: one loop over optimizer steps, DeepSpeed underneath, checkpoints and metrics beside it.
+"""The training engine: one loop over optimizer steps, DeepSpeed underneath, with checkpoints and metrics.
 
     config.py     the tables of a run config that the engine reads, without torch
     trainer.py    the loop: knows steps, schedule, evaluation, checkpoints, signals
     components.py what a trainer works with, as the composition root makes it
-    run_state.py  what changes while a run goes on, and what trainer.json holds of it
+    run_state.py  what changes while a run is under way, and what trainer.json holds of it
     step_log.py   the steps since the last line of metrics: losses reduced, judged, written
     evaluation.py evaluations during training: when, of which weights, who hears of them
     stop_vote.py  how all ranks come to stop at the same step
@@ -15,14 +15,14 @@
     ema.py        an average of the weights as one more fragment state
     evaluate.py   one pass over a split, each sample once
     metrics.py    the clock of a step, metrics.jsonl
-    events.py     tells the callbacks of a run's events, and says what an exception in one does
+    events.py     calls the callbacks on a run's events, and handles an exception in one
     comm.py       torch.distributed behind the Collectives protocol, and what it costs
     signals.py    SIGTERM and Ctrl-C as a wish to stop at the next step
     batch_plan.py         global batch = micro batch × accumulation × ranks: the one equation, solved in this one place
     deepspeed_engine.py   the one call of `deepspeed.initialize`
     guard.py              losses that are not finite, and loss spikes: what is done about the step
     offload.py            CPU offload: no step sees a gradient of an earlier one
-    progress.py           what rank 0 shows while a run goes on: a bar on a terminal, a line now and then elsewhere
+    progress.py           what rank 0 shows while a run is under way: a bar on a terminal, a line now and then elsewhere
 
 Few know DeepSpeed: deepspeed_engine.py makes the engine and zero.py its JSON, master.py and offload.py know how it lays
 out memory, comm.py which of its collectives are measured. All others see protocol.py.

@@ -24,7 +24,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops import __compatible_ops__ as deepspeed_ops
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
-from setformer_dist.core.errors import LaunchError, PassingError
+from setformer_dist.core.errors import LaunchError, TransientError
 from setformer_dist.core.ranks import PORT_GIVEN_VARIABLE, RankInfo
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def connect(ranks: RankInfo, init_method: str | None = None, timeout_minutes: fl
 
     Raises:
         LaunchError: the port that the user named is taken.
-        PassingError: the other ranks did not come within the time limit, or went away.
+        TransientError: the other ranks did not come within the time limit, or went away.
     """
     if dist.is_initialized():
         return False
@@ -67,9 +67,11 @@ def connect(ranks: RankInfo, init_method: str | None = None, timeout_minutes: fl
         place = init_method or f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = str(error).splitlines()[0]
         if "EADDRINUSE" in reason or "address already in use" in reason.lower():
-            taken = LaunchError if os.environ.get(PORT_GIVEN_VARIABLE, "1") == "1" else PassingError
+            taken = LaunchError if os.environ.get(PORT_GIVEN_VARIABLE, "1") == "1" else TransientError
             raise taken(f"port {place} is in use by another process: give a free one with --port") from None
-        raise PassingError(f"rank {ranks.rank} could not join {ranks.world_size} ranks at {place}: {reason}") from None
+        raise TransientError(
+            f"rank {ranks.rank} could not join {ranks.world_size} ranks at {place}: {reason}"
+        ) from None
     init_distributed(dist_init_required=False, verbose=False)
     return True
 
@@ -77,9 +79,9 @@ def connect(ranks: RankInfo, init_method: str | None = None, timeout_minutes: fl
 def _meeting_place(ranks: RankInfo, limit: timedelta) -> Store:
     """Return the store by which the ranks find each other, at MASTER_ADDR and MASTER_PORT.
 
-    Rank 0 listens on the address that the others are told and on no other: torch's own would listen on all interfaces,
-    and whoever reaches it could read and change what the ranks tell each other. One rank alone listens nowhere. Under
-    torchrun its agent listens there already, and every rank is a client.
+    Rank 0 listens on the address that the others are given and on no other. torch's own would listen on all
+    interfaces, and anyone who reaches it could read and change what the ranks exchange. A single rank listens nowhere.
+    Under torchrun its agent listens there already, and every rank is a client.
 
     Raises:
         DistNetworkError: the address is taken, not of this host, or does not answer in time.
@@ -220,7 +222,7 @@ class _TimedWork:
 class CommMeter:
     """Stands before DeepSpeed's communication backend and adds up the host's time in its collectives.
 
-    On CPUs that is the whole cost; on GPUs, where collectives run beside the computation, it is the time that
+    On CPUs that is the whole cost; on GPUs, where collectives overlap with the computation, it is the time that
     the host waits for them.
     """
 

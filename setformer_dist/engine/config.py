@@ -1,4 +1,4 @@
-"""The tables of a run config that the engine reads; nothing here imports torch, so a typo is told at once."""
+"""The tables of a run config that the engine reads; nothing here imports torch, so a typo is reported at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from setformer_dist.core.metric import Weights
 # The solutions are divisors, and to find those of any number that TOML can write would take longer than training.
 LARGEST_GLOBAL_BATCH = 2**31 - 1
 
-# A loss spike is told from the start of training by at least so many losses before it.
+# A loss spike is judged only after this many losses: training may start unsteadily.
 SPIKE_NEEDS = 20
 
 
@@ -152,9 +152,9 @@ _REFUSED_OPTIMIZERS = {
     "shampoo": f"multiplies with roots of whole matrices, so it {_WHOLE}",
     "soap": f"rotates whole matrices, so it {_WHOLE}",
     "adafactor": f"keeps sums of rows and columns, so it {_WHOLE}",
-    "adagrad": "is made anew by DeepSpeed without its parameter groups, so that weight and layer decay would be lost",
+    "adagrad": "is made again by DeepSpeed without its parameter groups, so that weight and layer decay would be lost",
     "adan": "counts its steps per group, and DeepSpeed steps a group several times at stage 3",
-    "laprop": "keeps sums of learning rates beside its states, which no checkpoint holds",
+    "laprop": "keeps sums of learning rates besides its states, which no checkpoint holds",
 }
 # Defaults of optimizers that differ from AdamW's, as their authors have them.
 _OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -314,10 +314,10 @@ class EvalConfig(FrozenConfig):
     """Periodic evaluation.
 
     Attributes:
-        every_epochs: evaluate after every so many epochs; 0 turns it off. The end of the run always evaluates.
-        every_steps: evaluate after every so many optimizer steps as well; 0 turns it off.
-        marginal_error: report also how far the plans of SeT attention are from their marginals, largest and mean over
-            blocks, heads and images of the first micro batch of every rank; for models with SeT attention.
+        every_epochs: epochs between two evaluations; 0 turns it off. The end of the run always evaluates.
+        every_steps: optimizer steps between two further evaluations; 0 turns them off.
+        marginal_error: also report the marginal error of the transport plans of SeT attention: the largest and the mean
+            over blocks, heads and images of each rank's first micro batch. Needs a model with SeT attention.
     """
 
     every_epochs: int = pydantic.Field(default=1, ge=0)
@@ -329,12 +329,13 @@ class GuardConfig(FrozenConfig):
     """The `[guard]` table.
 
     Attributes:
-        nonfinite: what a loss or gradient that is NaN or infinite does: "stop", "skip" or "rollback". The update is
-            left out in any case. In fp16 the loss scale falls and the run goes on, whatever is set here.
-        spike: a loss beyond this many times the median of the last `window` is a leap and is rolled back; 0 is off.
-        window: losses that the median is of; and trouble within so many steps after one that a rollback passes over
-            makes the next rollback go to a checkpoint before the one of that rollback.
-        limit: bad steps borne in one run; one more ends it.
+        nonfinite: what happens when a loss or gradient is NaN or infinite: "stop", "skip" or "rollback". The update
+            is left out in any case. In fp16 the loss scale falls and the run continues, regardless of this setting.
+        spike: a loss above this multiple of the median of the last `window` losses is a spike and is rolled back; 0
+            turns this off.
+        window: number of losses in the median. Also: if an incident follows a rollback within this many steps, the
+            next rollback goes to a checkpoint before that of the first.
+        limit: largest number of bad steps tolerated in one run; one more ends it.
     """
 
     nonfinite: Literal["stop", "skip", "rollback"] = "stop"

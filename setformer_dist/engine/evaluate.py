@@ -78,7 +78,7 @@ def evaluate(
         sums = sums + found if len(sums) else found
     *scores, count, damaged = comm.sum(sums.tolist())
     if round(count + damaged) != stream.num_samples:
-        raise DataError(f"evaluation counted {count + damaged:.0f} samples of {stream.num_samples}: this is a defect")
+        raise DataError(f"evaluation counted {count + damaged:.0f} samples of {stream.num_samples}: this is a bug")
     if count == 0:
         raise DataError("evaluation had no sample that decodes: run `setformer data pack` on the split again")
     watched = {} if watch is None else _over_ranks(errors, comm)

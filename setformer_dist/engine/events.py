@@ -1,4 +1,4 @@
-"""Tells a run's callbacks of its events, in their order, and says what an exception in one of them does."""
+"""Calls a run's callbacks on its events, in order, and handles an exception in one of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from setformer_dist.core.callback import Callback, Event, RunEnd, RunStart
-from setformer_dist.core.errors import ConfigError, PassingError, TrainingError
+from setformer_dist.core.errors import ConfigError, TrainingError, TransientError
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +18,7 @@ class Callbacks:
     """The callbacks that this rank calls.
 
     Args:
-        callbacks: of the run, on every rank the same, in the order in which each event is told.
+        callbacks: of the run, on every rank the same, in the order of their calls.
         folder: of the run.
         config: of the run, as config.json has it.
         is_main: whether this is rank 0.
@@ -41,34 +41,34 @@ class Callbacks:
         self._say: Callable[[str], None] = log.warning
 
     def start(self, step: int, total_steps: int, resumed_from: Path | None, say: Callable[[str], None]) -> None:
-        """Tell that the run begins or goes on.
+        """Report that the run begins or resumes.
 
         Args:
             step: optimizer steps done.
             total_steps: at the end of the run.
             resumed_from: the checkpoint's folder.
-            say: tells the user of a callback that is left out.
+            say: prints a line for the user, about a callback that is left out.
         """
         self._say = say
-        self.tell("on_run_start", step, RunStart(self._folder, self._config, step, total_steps, resumed_from))
+        self._call("on_run_start", step, RunStart(self._folder, self._config, step, total_steps, resumed_from))
 
     def step_end(self, step: int) -> None:
-        """Tell that a step is done."""
-        self.tell("on_step_end", step, step)
+        """Report that a step is done."""
+        self._call("on_step_end", step, step)
 
     def figures(self, event: Event, step: int, values: Mapping[str, object]) -> None:
-        """Tell figures of a step: of training, of an evaluation, of a bad step."""
-        self.tell(event, step, step, values)
+        """Report figures of a step: of training, of an evaluation, of a bad step."""
+        self._call(event, step, step, values)
 
     def saved(self, step: int, folder: Path) -> None:
-        """Tell that a checkpoint is durable."""
-        self.tell("on_checkpoint_saved", step, step, folder)
+        """Report that a checkpoint is durable."""
+        self._call("on_checkpoint_saved", step, step, folder)
 
     def end(self, end: RunEnd) -> None:
-        """Tell that the run ended or was stopped."""
-        self.tell("on_run_end", end.step, end)
+        """Report that the run ended or was stopped."""
+        self._call("on_run_end", end.step, end)
 
-    def tell(self, event: Event, step: int, *values: object) -> None:
+    def _call(self, event: Event, step: int, *values: object) -> None:
         """Call one event on every callback.
 
         Args:
@@ -78,12 +78,12 @@ class Callbacks:
 
         Raises:
             TrainingError: an essential callback raised an exception.
-            PassingError: likewise, and it was one of these.
+            TransientError: likewise, and it was one of these.
         """
         self._each(f"{event} at step {step}", lambda _, callback: getattr(callback, event)(*values))
 
     def exception(self, error: BaseException) -> None:
-        """Tell of the error that ends the run, all but the callback that raised it; raises nothing."""
+        """Report the error that ends the run, all but the callback that raised it; raises nothing."""
         for name, callback in self._active.items():
             try:
                 callback.on_exception(error)
@@ -94,14 +94,14 @@ class Callbacks:
         """Return the states of those that have one, by name, for the checkpoint.
 
         Raises:
-            TrainingError: as `tell`.
+            TrainingError: as `step_end`.
         """
         found: dict[str, object] = {}
 
         def take(name: str, callback: Callback) -> None:
             if type(callback).state is not Callback.state:
                 found[name] = dict(callback.state())
-                json.dumps(found[name])  # what cannot be JSON is told here, with the callback's name
+                json.dumps(found[name])  # a value that is not JSON fails here, where the callback's name is known
 
         self._each("state", take)
         return found
@@ -110,7 +110,7 @@ class Callbacks:
         """Give the states of a checkpoint back; a callback that is not in it keeps what it has.
 
         Raises:
-            TrainingError: as `tell`.
+            TrainingError: as `step_end`.
         """
 
         def give(name: str, callback: Callback) -> None:
@@ -129,14 +129,14 @@ class Callbacks:
     def _failed(self, name: str, callback: Callback, where: str, error: Exception) -> None:
         del self._active[name]
         what = " ".join(f"{type(error).__name__}: {error}".split())
-        told = f"callback {name!r} failed in {where} ({what})"
+        failure = f"callback {name!r} failed in {where} ({what})"
         if not callback.essential:
-            log.warning("%s", told, exc_info=True)
-            self._say(f"warning: {told}; the run goes on without it")
+            log.warning("%s", failure, exc_info=True)
+            self._say(f"warning: {failure}; the run continues without it")
             return
-        log.error("%s", told, exc_info=True)
-        kind = PassingError if isinstance(error, PassingError) else TrainingError
+        log.error("%s", failure, exc_info=True)
+        kind = TransientError if isinstance(error, TransientError) else TrainingError
         raise kind(
-            f"{told}: fix it, or remove it from the run, and the same command continues from the newest checkpoint; "
+            f"{failure}: fix it, or remove it from the run, and the same command continues from the newest checkpoint; "
             "the rank's log has the traceback"
         ) from error

@@ -1,9 +1,9 @@
-"""Losses that are not finite, or that leap: what is done about the optimizer step that made them.
+"""Losses that are not finite or that spike: what is done about the optimizer step that made them.
 
     "stop"      the run ends with an error; the newest checkpoint is from before
-    "skip"      the update is left out and the run goes on; no weight has seen the bad gradient
+    "skip"      the update is left out and the run continues; no weight has seen the bad gradient
     "rollback"  all ranks go back to the newest checkpoint, and pass over the step when they come to it again; where
-                trouble is back soon after that, the weights in that checkpoint were on their way to it already, and
+                an incident returns soon after that, the weights in that checkpoint were on their way to it already, and
                 they go back to one before it
 
 Judged are the means over all ranks, which are the same on every rank, whenever they are logged and before every
@@ -45,7 +45,7 @@ GUARD_COPY = "guard.copy.json"
 
 
 @dataclass(frozen=True)
-class Trouble:
+class Incident:
     """A bad step.
 
     Attributes:
@@ -126,7 +126,7 @@ class Guard:
     Args:
         config: what to do.
         folder: of the run.
-        comm: tells all ranks what rank 0 reads.
+        comm: gives all ranks what rank 0 reads.
         scaled: the loss is scaled (fp16), so that steps that are not finite are part of ordinary training.
     """
 
@@ -138,11 +138,11 @@ class Guard:
         self._window: list[float] = []
         self._passed: set[int] = set()
         self._skipped: set[int] = set()
-        self._troubles: list[dict[str, Any]] = []  # as in guard.json, oldest first
+        self._incidents: list[dict[str, Any]] = []  # as in guard.json, oldest first
         self._revision = 0
 
     def load(self) -> None:
-        """Read which steps earlier attempts of this run had trouble with. Collective.
+        """Read which steps earlier attempts of this run had an incident at. Collective.
 
         Raises:
             CheckpointError: on all ranks: both files are damaged, so it is not known which steps to pass over.
@@ -159,7 +159,7 @@ class Guard:
         self._revision = found["revision"]
         self._passed = set(found["passed_over"])
         self._skipped = set(found["skipped"])
-        self._troubles = list(found["troubles"])
+        self._incidents = list(found["troubles"])
 
     def forget(self) -> None:
         """Drop which steps are passed over: from here on their numbers stand for other batches. Collective."""
@@ -169,7 +169,7 @@ class Guard:
             )
         self._passed.clear()
         self._skipped.clear()
-        self._troubles.clear()
+        self._incidents.clear()
         if self._comm.ranks.is_main:
             for name in (GUARD_FILE, GUARD_COPY):
                 (self._folder / name).unlink(missing_ok=True)
@@ -179,7 +179,7 @@ class Guard:
         """Return whether an optimizer step is to be left out."""
         return step in self._passed
 
-    def judge(self, first_step: int, losses: Sequence[float]) -> Trouble | None:
+    def judge(self, first_step: int, losses: Sequence[float]) -> Incident | None:
         """Return the first bad step of some, if there is one; take all before it into the median.
 
         Args:
@@ -187,7 +187,7 @@ class Guard:
             losses: of consecutive steps, means over all ranks; NaN for a step that was passed over.
 
         Raises:
-            TrainingError: a bad step, where the config wants the run to stop or has borne enough of them.
+            TrainingError: a bad step, where the config wants the run to stop or has tolerated the most it may.
         """
         for step, loss in enumerate(losses, first_step):
             if step in self._passed or step in self._skipped:
@@ -198,7 +198,7 @@ class Guard:
             if why is None:
                 self._window = [*self._window, loss][-self._config.window :]
                 continue
-            return self._trouble(step, loss, why)
+            return self._incident(step, loss, why)
         return None
 
     def _fault(self, loss: float) -> Literal["nonfinite", "spike"] | None:
@@ -209,41 +209,40 @@ class Guard:
             return "spike"
         return None
 
-    def _trouble(self, step: int, loss: float, why: Literal["nonfinite", "spike"]) -> Trouble:
+    def _incident(self, step: int, loss: float, why: Literal["nonfinite", "spike"]) -> Incident:
         repair = "lower optim.lr or optim.clip_norm, or lengthen the warm-up"
         if why == "nonfinite" and self._config.nonfinite == "stop":
             raise TrainingError(
                 f"the loss is not finite at step {step}: {repair}, or skip such steps "
                 '(guard.nonfinite = "skip" or "rollback"); the newest checkpoint is from before and stays'
             )
-        borne = len(self._passed) + len(self._skipped)
-        if borne >= self._config.limit:
+        tolerated = len(self._passed) + len(self._skipped)
+        if tolerated >= self._config.limit:
             raise TrainingError(
-                f"the loss is {loss:.4g} at step {step}, after {borne} bad steps that were tolerated (guard.limit): "
-                f"{repair}"
+                f"the loss is {loss:.4g} at step {step}, after {tolerated} tolerated bad steps (guard.limit): {repair}"
             )
         if why == "nonfinite" and self._config.nonfinite == "skip":
-            return Trouble(step, loss, why, "skip")
-        return Trouble(step, loss, why, "rollback", self._too_new(step))
+            return Incident(step, loss, why, "skip")
+        return Incident(step, loss, why, "rollback", self._too_new(step))
 
     def _too_new(self, step: int) -> int | None:
-        """Return the step of the checkpoint that trouble at a step comes from, if a rollback went there lately."""
-        before = next((t for t in reversed(self._troubles) if t["back_to"] is not None), None)
+        """Return the step of the checkpoint that an incident at a step comes from, if a rollback went there lately."""
+        before = next((t for t in reversed(self._incidents) if t["back_to"] is not None), None)
         if before is None or step >= before["step"] + self._config.window:
             return None
         return int(before["back_to"])
 
-    def remember(self, trouble: Trouble, sample_ids: Sequence[int] = ()) -> None:
+    def remember(self, incident: Incident, sample_ids: Sequence[int] = ()) -> None:
         """Keep a bad step for this run and all its continuations; durable when this returns. Collective."""
-        (self._skipped if trouble.action == "skip" else self._passed).add(trouble.step)
-        loss = trouble.loss if math.isfinite(trouble.loss) else None  # JSON has no other numbers
-        self._troubles.append({**asdict(trouble), "loss": loss, "sample_ids": list(sample_ids), "back_to": None})
+        (self._skipped if incident.action == "skip" else self._passed).add(incident.step)
+        loss = incident.loss if math.isfinite(incident.loss) else None  # JSON has no other numbers
+        self._incidents.append({**asdict(incident), "loss": loss, "sample_ids": list(sample_ids), "back_to": None})
         self._write()
 
     @property
     def last(self) -> dict[str, Any]:
         """The last bad step, as guard.json has it."""
-        return dict(self._troubles[-1])
+        return dict(self._incidents[-1])
 
     @property
     def below(self) -> int | None:
@@ -251,14 +250,14 @@ class Guard:
         return self._pending["below"] if self._pending else None
 
     def went_back(self, step: int) -> None:
-        """Complete the rollback that is not, if one is: training goes on from this step. Collective."""
+        """Complete the rollback that is not, if one is: training resumes from this step. Collective."""
         if self._pending is not None:
             self._pending["back_to"] = step
             self._write()
 
     @property
     def _pending(self) -> dict[str, Any] | None:
-        last = self._troubles[-1] if self._troubles else None
+        last = self._incidents[-1] if self._incidents else None
         return last if last is not None and last["action"] == "rollback" and last["back_to"] is None else None
 
     def _write(self) -> None:
@@ -266,7 +265,7 @@ class Guard:
         if self._comm.ranks.is_main:
             kept = {"revision": self._revision, "passed_over": sorted(self._passed), "skipped": sorted(self._skipped)}
             for name in (GUARD_FILE, GUARD_COPY):
-                write_state(self._folder / name, {**kept, "troubles": self._troubles})
+                write_state(self._folder / name, {**kept, "troubles": self._incidents})
         self._comm.barrier()
 
     def state(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Every ZeRO stage seen as fragments: for each parameter, the elements of master and states this rank holds.
 
     stage 0, fp32        the parameters themselves, whole on every rank
-    stage 0, bf16/fp16   whole fp32 masters beside them (DeepSpeed's FP16_UnfusedOptimizer)
+    stage 0, bf16/fp16   whole fp32 masters next to them (DeepSpeed's FP16_UnfusedOptimizer)
     stages 1 and 2       param._hp_mapping: an address within a flat partition per parameter group
     stage 3              each parameter's own partition; rank r holds [r·p, (r+1)·p), zero-padded at the end
 
@@ -106,7 +106,7 @@ class MasterState:
                 setattr(self._scaler, key, value)
 
     def _create_states(self, masters: Iterable[torch.Tensor], counts: bool) -> None:
-        fused = bool(self._inner.defaults.get("fused"))  # then the count lies beside the weights
+        fused = bool(self._inner.defaults.get("fused"))  # then the count is next to the weights
         for p in masters:
             if p.numel() and not self._inner.state.get(p):
                 step = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")
@@ -115,7 +115,7 @@ class MasterState:
 
 
 def _undo_dummy_step(optimizer: FP16_UnfusedOptimizer) -> None:
-    """Undo the zero-gradient step of initialize_optimizer_states: drop its states, take the masters anew."""
+    """Undo the zero-gradient step of initialize_optimizer_states: drop its states, take the masters again."""
     optimizer.optimizer.state.clear()
     optimizer.refresh_fp32_params()
 

@@ -54,7 +54,7 @@ class StepClock:
     """Adds up seconds by section since the last `take`.
 
     On a CPU what collectives cost is taken out of the other sections. A device that runs asynchronously (a GPU) is
-    measured by events on its stream; there collectives overlap with the computation and are not told apart.
+    measured by events on its stream; there collectives overlap with the computation and cannot be separated.
     """
 
     def __init__(self, meter: CommMeter | None, heartbeat: Heartbeat | None = None) -> None:
@@ -92,7 +92,7 @@ class StepClock:
             self._comm_seen += self._meter.seconds - comm  # evaluation's own collectives stay in evaluation
 
     def take(self) -> tuple[dict[Section, float], float]:
-        """Return (seconds by section, wall seconds) since the last call, and start anew."""
+        """Return (seconds by section, wall seconds) since the last call, and start again."""
         if self._events:
             get_accelerator().synchronize()
             for name, begin, end in self._events:

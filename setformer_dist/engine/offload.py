@@ -2,7 +2,7 @@
 
 With zero.offload the gradients of a step end in buffers in host memory that stay from step to step, and DeepSpeed only
 overwrites what the step has gradients for. Two things go wrong by that. A parameter without a gradient in some step is
-updated by that of an earlier one (without offload it would be zero). And where gradients accumulate in fp32 beside
+updated by that of an earlier one (without offload it would be zero). And where gradients accumulate in fp32 besides
 weights of low precision (stages 1 and 2), those of a step that is left out, because they are not finite, are added to,
 so that every later step is left out as well.
 """
@@ -21,7 +21,7 @@ def forget_gradients_after_steps(optimizer: Any) -> None:
 
     def reset_all() -> None:
         reset()
-        # The values are buffers on the device that are made anew at need; the dictionary is known elsewhere too.
+        # The values are buffers on the device that are made again at need; the dictionary is known elsewhere too.
         optimizer.averaged_gradients.update(dict.fromkeys(optimizer.averaged_gradients))
         for gradient in _in_host_memory(optimizer):
             gradient.zero_()

@@ -1,7 +1,7 @@
 """Parameter groups, optimizers and learning-rate schedules; all of it timm's and PyTorch's, configured here.
 
 Every optimizer here keeps states of one value per element of a parameter, and nothing else but a count of steps. So
-ZeRO may cut parameters anywhere, and a checkpoint of one layout goes on in every other (`engine.master`); what does
+ZeRO may cut parameters anywhere, and a checkpoint of one layout continues in every other (`engine.master`); what does
 not is refused by name (`engine.config`).
 """
 
@@ -28,7 +28,7 @@ class Optimizer:
 
     Attributes:
         make: the class.
-        options: what the config says of its arguments, beside groups and lr.
+        options: what the config says of its arguments, besides groups and lr.
         states: names of what it keeps per element, all zero before the first step.
         counts: whether it keeps, as "step", how many updates it has made.
     """

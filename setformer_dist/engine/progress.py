@@ -1,4 +1,4 @@
-"""What rank 0 shows while a run goes on: a bar on a terminal, a line now and then elsewhere."""
+"""What rank 0 shows while a run is under way: a bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 

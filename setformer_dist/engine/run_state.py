@@ -1,4 +1,4 @@
-"""What changes while a run goes on, and what trainer.json holds of it."""
+"""What changes while a run is under way, and what trainer.json holds of it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Best:
 
 @dataclass
 class RunState:
-    """What changes while a run goes on; `as_dict` is what trainer.json holds of it.
+    """What changes while a run is under way; `as_dict` is what trainer.json holds of it.
 
     `seconds` is the wall time of the run over all its interruptions; `train_seconds` of that, spent on
     `train_steps` logged steps without evaluation and checkpoints. `pending_losses` are those of the steps since the
@@ -128,7 +128,7 @@ def check_trainer(trainer: dict[str, Any], place: Path) -> None:
     except (KeyError, TypeError, AttributeError, ValueError) as error:  # pydantic's are ValueErrors
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error).replace("\n", " ")
         raise CheckpointError(
-            f"a run cannot go on from {place} (trainer.json: {what}): only what a run of this program saved can be "
+            f"a run cannot resume from {place} (trainer.json: {what}): only what a run of this program saved can be "
             "resumed"
         ) from None
 

@@ -11,7 +11,7 @@ import torch
 
 from setformer_dist.core.phases import BUSY, Section
 from setformer_dist.engine.components import Components
-from setformer_dist.engine.guard import Trouble
+from setformer_dist.engine.guard import Incident
 from setformer_dist.engine.metrics import StepClock, peak_memory_mib
 from setformer_dist.engine.progress import RunProgress
 from setformer_dist.engine.run_state import RunState
@@ -26,9 +26,9 @@ _SLOWER = 0.1
 class RewindError(Exception):
     """All ranks go back to a checkpoint; raised on all of them at the same place."""
 
-    def __init__(self, trouble: Trouble) -> None:
-        super().__init__(f"step {trouble.step}")
-        self.trouble = trouble
+    def __init__(self, incident: Incident) -> None:
+        super().__init__(f"step {incident.step}")
+        self.incident = incident
 
 
 class StepLog:
@@ -126,18 +126,18 @@ class StepLog:
 
     def _judge(self, first: int, means: list[float]) -> None:
         """Have the guard look at the losses of the last steps, before anything that came of a bad one is kept."""
-        while (trouble := self._c.guard.judge(first, means)) is not None:
-            parts = self._c.comm.gather_json(self._samples_seen.get(trouble.step, []))
+        while (incident := self._c.guard.judge(first, means)) is not None:
+            parts = self._c.comm.gather_json(self._samples_seen.get(incident.step, []))
             ids = [sample for part in parts for sample in part]
-            values = {**vars(trouble), "sample_ids": ids}
-            self._c.record.write("guard", trouble.step, values)
+            values = {**vars(incident), "sample_ids": ids}
+            self._c.record.write("guard", incident.step, values)
             log.warning("bad step: %s", values)
-            self._c.guard.remember(trouble, ids)
-            self._c.callbacks.figures("on_bad_step", trouble.step, values)
-            if trouble.action == "rollback":
-                raise RewindError(trouble)
-            means = means[trouble.step + 1 - first :]
-            first = trouble.step + 1
+            self._c.guard.remember(incident, ids)
+            self._c.callbacks.figures("on_bad_step", incident.step, values)
+            if incident.action == "rollback":
+                raise RewindError(incident)
+            means = means[incident.step + 1 - first :]
+            first = incident.step + 1
 
     def _write_samples(self, first: int, steps: int) -> None:
         """Write which samples each of the last steps took, in the order of the stream; collective."""

@@ -31,7 +31,7 @@ class StopVote:
         return int(self._comm.max(self._stop.signum or 0)) or None
 
     def of_last_step(self) -> int | None:
-        """Return the signal that any rank had a step ago, and ask again: nobody waits for the answer.
+        """Return the signal that any rank had a step ago, and ask again without waiting for the answer.
 
         The same question carries whether a save has failed meanwhile; then all ranks look into it at this step.
 
@@ -40,10 +40,10 @@ class StopVote:
         """
         wish = self._stop.signum or (_SAVE_FAILED if self._store.failed() else 0)
         answer, self._answer = self._answer, self._comm.max_later(wish)
-        told = answer()
-        if told == _SAVE_FAILED:
+        agreed = answer()
+        if agreed == _SAVE_FAILED:
             self._store.finish()
-        return int(told) or None
+        return int(agreed) or None
 
     def settle(self) -> None:
         """Hear the answer that is still to come, where the loop is left: all ranks have asked."""

@@ -19,7 +19,7 @@ from setformer_dist.core.store import SavedState, Snapshot
 from setformer_dist.engine.components import Components
 from setformer_dist.engine.config import EvalConfig
 from setformer_dist.engine.evaluation import Evaluation
-from setformer_dist.engine.guard import Trouble, Updates
+from setformer_dist.engine.guard import Incident, Updates
 from setformer_dist.engine.metrics import StepClock
 from setformer_dist.engine.progress import RunProgress
 from setformer_dist.engine.run_state import Best, Outcome, RunState
@@ -86,7 +86,7 @@ class Trainer:
             last_step: optimizer steps done at the end; the run's own end comes before.
 
         Raises:
-            TrainingError: the loss is not finite, or leaps, and the guard does not bear it (`engine.guard`); or a
+            TrainingError: the loss is not finite or spikes, and the guard does not tolerate it (`engine.guard`); or a
                 callback failed (`engine.events`).
             SetformerError: from the stream or the store.
         """
@@ -103,7 +103,7 @@ class Trainer:
             contextlib.closing(c.stream),
             contextlib.closing(c.validation),
         ):
-            if self._began and not self._over:  # paused, and nobody goes on
+            if self._began and not self._over:  # paused, and nobody continues
                 self._end(0)
 
     def save(self) -> None:
@@ -144,7 +144,7 @@ class Trainer:
             if signum is not None or self._state.step == self._total_steps:
                 self._end(signum)
         if signum is not None:  # below the bar: it is the last that a user sees
-            progress.say(f"stopped and saved at step {self._state.step}; the same command goes on from there")
+            progress.say(f"stopped and saved at step {self._state.step}; the same command resumes from there")
         elif self._state.step < self._total_steps:
             signum = 0
         images = self._state.train_steps * c.plan.global_size
@@ -168,7 +168,7 @@ class Trainer:
             self._c.callbacks.end(RunEnd(self._state.step, signum, self._state.evaluation))
 
     def _begin(self, progress: RunProgress) -> None:
-        """Say where the run begins or goes on, once."""
+        """Say where the run begins or resumes, once."""
         c, saved = self._c, self._resumed
         self._began = True
         self._started = time.perf_counter() - self._state.seconds
@@ -191,7 +191,7 @@ class Trainer:
             try:
                 signum = self.train_until(last_step, batches, stop, progress)
             except RewindError as rewind:
-                self._rewind(rewind.trouble, stop, progress)
+                self._rewind(rewind.incident, stop, progress)
         return signum
 
     def train_until(
@@ -289,7 +289,7 @@ class Trainer:
         c.guard.went_back(self._state.step)  # where a rollback was cut short
         self._resumed = saved
 
-    def _rewind(self, trouble: Trouble, stop: StopVote, progress: RunProgress) -> None:
+    def _rewind(self, incident: Incident, stop: StopVote, progress: RunProgress) -> None:
         """Go back to the newest checkpoint, or to one before it, on all ranks.
 
         Raises:
@@ -299,8 +299,8 @@ class Trainer:
         saved = self._to_go_on_from()
         if saved is None:
             raise TrainingError(
-                f"the loss is {trouble.loss:.4g} at step {trouble.step} ({trouble.why}), and there is no checkpoint to "
-                "go back to: save earlier (checkpoint.every_steps), or lower optim.lr"
+                f"the loss is {incident.loss:.4g} at step {incident.step} ({incident.why}), and there is no checkpoint "
+                "to go back to: save earlier (checkpoint.every_steps), or lower optim.lr"
             )
         self._steps.drop()
         stop.settle()
@@ -312,8 +312,8 @@ class Trainer:
         self._c.record.note("rewound", step=self._state.step, reached=reached, bad=self._c.guard.last)
         progress.advance(self._state.step)
         progress.say(
-            f"loss {trouble.loss:.4g} at step {trouble.step} ({trouble.why}): back to step {self._state.step}, "
-            f"step {trouble.step} will be skipped"
+            f"loss {incident.loss:.4g} at step {incident.step} ({incident.why}): back to step {self._state.step}, "
+            f"step {incident.step} will be skipped"
         )
 
     def _to_go_on_from(self) -> SavedState | None:
@@ -321,7 +321,7 @@ class Trainer:
         below = self._c.guard.below
         if below is None:
             return self._c.store.newest()
-        saved = self._c.store.newest_before(below, f"after a rollback to step {below} there was trouble again")
+        saved = self._c.store.newest_before(below, f"after a rollback to step {below} there was another incident")
         if saved is None and self._c.comm.ranks.is_main:
             log.warning("there is no checkpoint before step %d, so the run returns to the newest one again", below)
         return saved or self._c.store.newest()

@@ -1,6 +1,6 @@
 """DeepSpeed's JSON, made from the tables of precision and ZeRO.
 
-What is not named here passes through the page's [deepspeed] table; what is named must be set here, so that
+What is not named here passes through the config's [deepspeed] table; what is named must be set here, so that
 two places never disagree.
 """
 

@@ -1,7 +1,7 @@
-"""Which arguments a page or a checkpoint may give to a model: those of its own constructor, and no others.
+"""Which arguments a run config or a checkpoint may give to a model: those of its own constructor, and no others.
 
 `timm.create_model` takes more than a model's arguments. Some of it fetches, opens or writes files (`pretrained`,
-`pretrained_cfg`, `checkpoint_path`, `cache_dir`, and what later versions add), so a checkpoint of somebody else could
+`pretrained_cfg`, `checkpoint_path`, `cache_dir`, and what later versions add), so a foreign checkpoint could
 have it done. The list of what is allowed therefore comes from the model: the fields of the config for ours, the
 signature of the constructor for timm's.
 """

@@ -226,7 +226,7 @@ class SetAttention(nn.Module):
         references: (h, m, d) parameter, the set that gathers.
         return_references: (h, m, d) parameter, the set that scatters, or None with one set.
         anchors: (h, k, d) parameter of the Nyström map, or None.
-        watcher: told the marginal error of each forward pass, (b, h); None costs nothing (`watched_marginals`).
+        watcher: called with the marginal error of each forward pass, (b, h); None costs nothing (`watched_marginals`).
     """
 
     def __init__(self, dim: int, num_heads: int, config: SetAttentionConfig) -> None:

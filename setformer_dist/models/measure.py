@@ -60,7 +60,7 @@ class Memory:
     Attributes:
         parameters: weights the model computes with; under ZeRO-3 the rank's part, and all that are gathered.
         gradients: as they accumulate between micro batches and ranks.
-        masters: fp32 masters (beside the weights, where these are of low precision), the optimizer's states, EMA.
+        masters: fp32 masters (besides the weights, where these are of low precision), the optimizer's states, EMA.
         activations: kept for the backward pass of one micro batch.
         working: the most that gradients, activations, and the buckets and copies by which gradients are reduced take
             together: they are not all alive at once.
@@ -86,7 +86,7 @@ class Activations:
 
     Attributes:
         kept: by autograd, at the end of the forward pass.
-        peak: the most that is alive at a time beside the weights: activations, what operators work with, and the
+        peak: the most that is alive at a time besides the weights: activations, what operators work with, and the
             gradients of the weights as they come.
         added: the same without the gradients of the weights, which are there before and added to.
     """
@@ -193,7 +193,7 @@ def memory_of(
         host = held + gradients + weights - on_device
         return Memory(on_device + gathered, 0, 0, passes.kept, working, host)
     # Through a buffer of low precision the weights go back. Micro batches are added up in host memory, but for stage 1,
-    # which waits for the last one, and for gradients that accumulate in fp32 beside weights of low precision.
+    # which waits for the last one, and for gradients that accumulate in fp32 besides weights of low precision.
     summed = accumulation > 1 and stage == 2 and grad_dtype == dtype
     host = held + share(1) * dtype.itemsize * (1 + summed)
     on_device = gradients if stage == 1 or grad_dtype != dtype else 0
@@ -214,7 +214,7 @@ def _working(
 
     Stage 0 keeps whole gradients, and writes into them again; stage 1 keeps them until the last micro batch; stages 2
     and 3 reduce those of each micro batch into a part, which is there all the time. A reduction takes whole gradients,
-    and a flat copy of them beside.
+    and a flat copy of them.
     """
     fresh = count * dtype.itemsize
     whole = stage == 0 or (stage == 1 and accumulation > 1)

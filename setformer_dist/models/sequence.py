@@ -262,7 +262,7 @@ class SequenceEncoder(Untraceable, nn.Module):
 
 # -------------------------------------------------------------------------------------------------- entry point
 
-# For sequences of about a thousand tokens; the pages of each task say what differs.
+# For sequences of about a thousand tokens; the configs of each task say what differs.
 _SHAPE = {
     "attention": {
         "attn": {"references": 32, "position_filter": "linear", "tau": 0.25},

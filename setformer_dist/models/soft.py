@@ -9,7 +9,7 @@ variants are those of "Softmax-free Linear Transformers" (IJCV 2024, arXiv 2207.
 
 Where paper and published code differ, the paper is followed, unless the published numbers of parameters say otherwise:
 
-* landmarks are sampled by a convolution per head, and values pass a depthwise convolution beside the attention
+* landmarks are sampled by a convolution per head, and values pass a depthwise convolution in parallel to the attention
   (code): only with both do all five sizes, 13.07, 24.11, 45.81, 64.70 and 87.11 M, come out to the last digit;
 * queries are divided by d^(1/4) before that convolution (code; until 2026-11-28 ours were not, see core/revisions.py);
 * Small has 7 blocks in stage 3 (paper; the code's 20 make 38.9 M);

@@ -72,7 +72,7 @@ def _built() -> Path:
     Raises:
         _BuildFailedError: the compiler cannot; on record for the others.
         OSError: there is no compiler, or no place for the file.
-        subprocess.SubprocessError: the compiler does not even tell its version.
+        subprocess.SubprocessError: the compiler does not even report its version.
     """
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     include, libraries = (Path(torch.__file__).parent / name for name in ("include", "lib"))

@@ -1,4 +1,4 @@
-"""A page about a run that opens anywhere: one HTML file with no network, no script and nothing beside it.
+"""A page about a run that opens anywhere: one HTML file with no network, no script and no further files.
 
 figures.py   the curves of a report as inline SVG that follows the page's colours
 html.py      writes the report: reads a run folder, draws its curves, fills the template

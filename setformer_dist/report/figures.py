@@ -62,7 +62,7 @@ def loss_figure(train: Sequence[Row], evals: Sequence[Row]) -> str:
 def metric_figure(evals: Sequence[Row], metric: Metric) -> str:
     """Draw a metric of the weights and of their moving average, shares in percent; "" without data."""
     if metric.name == LOSS.name:
-        return ""  # it is drawn beside the training loss
+        return ""  # it is drawn with the training loss
     found = [("weights", _WEIGHTS, metric.name), ("EMA", _EMA, f"{AVERAGED}{metric.name}")]
     times, unit = (100, ", %") if metric.share else (1, "")
     lines = [
@@ -99,7 +99,7 @@ def split_figure(train: Sequence[Row]) -> str:
 
 
 def split(train: Sequence[Row]) -> tuple[list[int], dict[str, list[float]]]:
-    """Return steps, and seconds per step of each part, for the rows that tell; a part not told is 0."""
+    """Return steps, and seconds per step of each part, for the rows that hold them; a missing part is 0."""
     rows = [row for row in train if isinstance(row.get("seconds"), dict)]
     parts: dict[str, list[float]] = {
         name: [finite(row["seconds"].get(name)) or 0.0 for row in rows] for name in SECTIONS

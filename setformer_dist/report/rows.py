@@ -1,7 +1,7 @@
 """Reading what a run left: metrics.jsonl, config.json, summary.json.
 
 A run that was interrupted has written some steps twice and perhaps a torn line: the last line for a step wins,
-and what is not JSON is passed over.
+and what is not JSON is skipped.
 """
 
 from __future__ import annotations
@@ -102,5 +102,5 @@ def _read_object(path: Path) -> dict[str, object]:
     try:
         value, _ = read_state(path)
     except (ValueError, OSError) as error:
-        raise DataError(f"{path} is damaged ({error}): delete it or write it anew") from None
+        raise DataError(f"{path} is damaged ({error}): delete it or write it again") from None
     return value

@@ -1,6 +1,6 @@
 """Several ranks as threads of one process, with the collectives of `setformer_dist.core.comm`.
 
-Enough for whatever communicates by JSON alone (checkpoints, decisions of rank 0), and thousands of times
+Enough for code that communicates by JSON alone (checkpoints, decisions of rank 0), and thousands of times
 quicker to start than processes. Values pass through JSON text, as they do between processes, and a rank that
 gives up is noticed by all that wait for it.
 """
@@ -72,7 +72,7 @@ class ThreadCollectives:
         self._shared.slots[self.ranks.rank] = json.dumps(value)
         self.barrier()
         answers = [json.loads(text) for text in self._shared.slots]
-        self.barrier()  # nobody may write the next value before all have read this one
+        self.barrier()  # no rank may write the next value before all have read this one
         return answers
 
     def broadcast_json(self, value: Any) -> Any:
@@ -103,7 +103,7 @@ def run_on_threads(ranks: int, work: Callable[[ThreadCollectives], T], timeout_s
     with ThreadPoolExecutor(ranks) as pool:
         futures = [pool.submit(one, rank) for rank in range(ranks)]
     errors = [error for future in futures if (error := future.exception()) is not None]
-    # A missing peer is the echo of somebody else's error: show that one.
+    # A missing peer is the echo of another rank's error: show that one.
     errors.sort(key=lambda error: isinstance(error, PeerGoneError))
     if errors:
         raise errors[0]

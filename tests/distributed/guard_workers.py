@@ -51,18 +51,18 @@ class Deadly:
 
 
 def run_poisoned(
-    page: str, overrides: list[str], steps: list[int], death: tuple[str, str, str, int] | None = None
+    path: str, overrides: list[str], steps: list[int], death: tuple[str, str, str, int] | None = None
 ) -> dict[str, Any]:
     """Train to the end, or to a death at a call of a part's method; return what is left."""
     ranks = RankInfo.from_env()
     quiet_deepspeed()
     torch.set_num_threads(1)
-    config = load_run(Path(page), overrides)
+    config = load_run(Path(path), overrides)
     run = resolve(config, ranks.world_size)
     splits = open_splits(run)
     inputs = inputs_of(config.data)
     task = build_task(config.task, splits.train.classes)
-    model = inputs.build_model(config.model, len(task.outputs), inputs.told(splits.train), config.run.seed)
+    model = inputs.build_model(config.model, len(task.outputs), inputs.spec(splits.train), config.run.seed)
     connect(ranks, os.environ["SETFORMER_RENDEZVOUS"])
     config.folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -81,7 +81,9 @@ DEATHS = {
         *(pytest.param(death, marks=pytest.mark.drill) for death in DEATHS if death != "after it was"),
     ],
 )
-def test_trouble_that_is_soon_back_goes_one_checkpoint_further_back(digits: Path, tmp_path: Path, death: str) -> None:
+def test_an_incident_that_soon_returns_goes_one_checkpoint_further_back(
+    digits: Path, tmp_path: Path, death: str
+) -> None:
     bad = [7, 8]
     short = ("~schedule.epochs", "schedule.steps=10", "~schedule.warmup_epochs", "checkpoint.every_steps=3")
     short = (*short, "batch.global_size=16")

@@ -143,7 +143,7 @@ def test_a_stop_and_the_supervisors_death_end_all_hosts(
     process.send_signal(how)
     said = end(process, cluster)
     assert process.returncode == (143 if how == signal.SIGTERM else -9), said
-    ended = setformer(*words)  # and the run goes on elsewhere
+    ended = setformer(*words)  # and the run resumes elsewhere
     assert ended.code == 0, ended.err
     assert losses(run) == losses(one)
 
@@ -189,7 +189,7 @@ def test_a_host_that_answers_again_takes_part_again(
     os.kill(process_of(cluster, "b", "launch.hosts.agent"), signal.SIGKILL)
     said = end(process, cluster)
     assert process.returncode == 0, said
-    assert "host b is back; all ranks have saved and start again" in said
+    assert "host b is back; all ranks have saved and restart" in said
     events = ledger.read_events(run)
     assert [event["why"] for event in events if event["event"] == "ended"] == ["host", "regrouped", "done"]
     assert [event["hosts"] for event in events if event["event"] == "attempt"] == [["a", "b"], ["a"], ["a", "b"]]

@@ -1,4 +1,4 @@
-"""K-means over gloo ranks: the same bits on 1, 2 and 3 of them, whoever holds which points."""
+"""K-means over gloo ranks: the same bits on 1, 2 and 3 of them, however the points are distributed."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def one(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def on_each(cluster: Cluster, command: Callable[[int], list[str]]) -> list[list[str]]:
-    """Return commands that log in to each host and run what it is told."""
+    """Return commands that log in to each host and run its input spec."""
     return [
         ["ssh", "-F", str(cluster.config), name,
          f"cd {ROOT} && DS_ACCELERATOR=cpu PATH={BIN}:$PATH {shlex.join(command(at))}"]

@@ -165,5 +165,5 @@ def test_a_parameter_without_gradient_does_not_get_that_of_an_earlier_step(by_ra
 )
 def test_impossible_pairs_are_refused(stage: int, offload: str, words: list[str]) -> None:
     with pytest.raises(ConfigError) as refused:
-        build(ZeroConfig, {"stage": stage, "offload": offload}, "page")
+        build(ZeroConfig, {"stage": stage, "offload": offload}, "config")
     assert all(word in str(refused.value) for word in words)

@@ -1,4 +1,4 @@
-"""Every optimizer and schedule: the same losses under every ZeRO stage, and a checkpoint of each goes on in each."""
+"""Every optimizer and schedule: the same losses under every ZeRO stage, and a checkpoint of each continues in each."""
 
 from __future__ import annotations
 

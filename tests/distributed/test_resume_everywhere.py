@@ -2,7 +2,7 @@
 
 Whole runs through the composition root, on two gloo ranks that share their start-up: training to step 2 and on to
 step 4, and a second run that finds the checkpoint of step 2 alone. All that both hold at step 4 is compared by the
-digests in the manifests. CPUs do not compute fp16 in DeepSpeed's view, so the accelerator is told that it does.
+digests in the manifests. CPUs do not compute fp16 in DeepSpeed's view, so the test makes the accelerator claim it.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def train(words: list[str]) -> dict[str, Any]:
     splits = open_splits(run)
     inputs = inputs_of(config.data)
     task = build_task(config.task, splits.train.classes)
-    model = inputs.build_model(config.model, len(task.outputs), inputs.told(splits.train), config.run.seed)
+    model = inputs.build_model(config.model, len(task.outputs), inputs.spec(splits.train), config.run.seed)
     config.folder.mkdir(parents=True, exist_ok=True)
     trainer = compose(run, splits, task, model, TorchCollectives(ranks))
     trainer.resume()

@@ -1,4 +1,4 @@
-"""A run in a real Slurm: tasks of srun, a batch script that is warned, requeued, and goes on."""
+"""A run in a real Slurm: tasks of srun, a batch script that is warned, requeued, and continues."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_tasks_of_srun_are_ranks(slurm: Slurm, digits: Path, tmp_path: Path) -> 
     assert "a launcher has started 2 processes of it" in twice.stderr
 
 
-def test_a_batch_job_is_warned_requeued_and_goes_on(slurm: Slurm, digits: Path, tmp_path: Path) -> None:
+def test_a_batch_job_is_warned_requeued_and_resumes(slurm: Slurm, digits: Path, tmp_path: Path) -> None:
     run = tmp_path / "demo"
     words = train_words(digits, tmp_path, "schedule.epochs=6")
     train = shlex.join([sys.executable, "-m", "launch.cli.main", *words[:-2]])  # the ranks are those of the allocation

@@ -112,7 +112,7 @@ def test_a_flip_of_any_byte_is_noticed(tmp_path, name):
     assert_holds(open_checkpoint(path.parent))
 
 
-def test_with_everything_damaged_there_is_no_checkpoint_and_every_reason_is_told(tmp_path, caplog):
+def test_with_everything_damaged_there_is_no_checkpoint_and_every_reason_is_reported(tmp_path, caplog):
     for step in (1, 2):
         save(tmp_path, step)
         flip(layout.step_folder(tmp_path, step) / FILES[1], 200, 3)
@@ -183,7 +183,7 @@ def in_child(work: Callable[[], object]) -> int:
             torch.set_num_threads(1)  # OpenMP's threads are not there after a fork, and would be waited for
             work()
             code = 0
-        except BaseException:  # noqa: BLE001  (nobody above us: say it here)
+        except BaseException:  # noqa: BLE001  (no handler above us: print it here)
             traceback.print_exc()
         finally:
             os._exit(code)
@@ -266,7 +266,7 @@ def test_a_disk_that_fills_up_keeps_what_it_has_and_is_used_again_after_making_r
     assert_holds(found.newest(), 10_000)
 
 
-def test_a_write_that_the_system_refuses_on_one_rank_is_told_to_all_and_the_last_checkpoint_stays(tmp_path):
+def test_a_write_that_the_system_refuses_on_one_rank_reaches_all_and_the_last_checkpoint_stays(tmp_path):
     save(tmp_path, 1)
     before = sorted(p.name for p in tmp_path.iterdir())
 

@@ -195,7 +195,7 @@ def test_links_and_pipes_are_refused_without_waiting(tmp_path, name):
         verified(folder)
 
 
-def test_a_folder_that_is_a_link_is_passed_over_by_a_resume(tmp_path):
+def test_a_folder_that_is_a_link_is_skipped_by_a_resume(tmp_path):
     save(tmp_path / "other")
     root = tmp_path / "checkpoints"
     root.mkdir()

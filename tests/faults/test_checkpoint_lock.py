@@ -27,8 +27,8 @@ def holder(folder: Path) -> int:
         finally:
             os._exit(1)
     os.close(write)
-    with os.fdopen(read, "rb") as told:
-        assert told.read(1) == b"x"
+    with os.fdopen(read, "rb") as reader:
+        assert reader.read(1) == b"x"
     return pid
 
 
@@ -43,13 +43,13 @@ def test_a_second_run_in_the_folder_is_refused_on_all_ranks(tmp_path: Path) -> N
 
     def work(comm):
         with pytest.raises(LaunchError, match=rf"another process trains in run folder {folder}"):
-            held(folder, comm, patience_s=0.3).__enter__()
+            held(folder, comm, timeout_s=0.3).__enter__()
 
     try:
         run_on_threads(2, work)
     finally:
         kill(pid)
-    with held(folder, Alone(), patience_s=0):  # the kernel has let go of it
+    with held(folder, Alone(), timeout_s=0):  # the kernel has let go of it
         assert (folder / LOCK_FILE).exists()
 
 
@@ -60,7 +60,7 @@ def test_a_predecessor_that_is_about_to_end_is_waited_for(tmp_path: Path) -> Non
         time.sleep(0.5)
         os.kill(pid, signal.SIGKILL)
         os._exit(0)
-    with held(tmp_path, Alone(), patience_s=30):
+    with held(tmp_path, Alone(), timeout_s=30):
         pass
     for child in (ender, pid):
         os.waitpid(child, 0)

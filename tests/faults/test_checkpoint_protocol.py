@@ -26,7 +26,7 @@ def test_a_fault_leaves_the_old_checkpoint_or_the_new_one(tmp_path, case):
     expected = {"killed": {"killed"}, "slow": {"saved"}}.get(case.fault.kind)
     if expected is not None:
         assert found.told[case.rank] in expected
-    elif case.number < 17:  # an error is told on both ranks
+    elif case.number < 17:  # an error is raised on both ranks
         assert all(text.startswith(("CheckpointError: could not", "StorageError: could not")) for text in found.told), (
             found.told
         )

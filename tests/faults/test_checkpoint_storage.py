@@ -24,7 +24,7 @@ from checkpoints.policy import KEEP_TAG
 from checkpoints.reader import list_checkpoints, open_checkpoint, verified
 from checkpoints.testing.disk_faults import Fault, FaultyDisk
 from setformer_dist.core.comm import Alone
-from setformer_dist.core.errors import CheckpointError, PassingError
+from setformer_dist.core.errors import CheckpointError, TransientError
 from setformer_dist.core.fragments import Fragment
 from setformer_dist.core.store import Snapshot
 from setformer_dist.testing.threads import run_on_threads
@@ -82,9 +82,9 @@ def test_what_cannot_be_read_for_a_while_is_not_damaged(tmp_path: Path, name: st
 
 def test_a_run_does_not_begin_anew_because_its_only_checkpoint_cannot_be_read(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
-    with unreadable(folder / RANK_FILE), pytest.raises(PassingError, match="not all could be read") as caught:
+    with unreadable(folder / RANK_FILE), pytest.raises(TransientError, match="not all could be read") as caught:
         manager_of(tmp_path).newest()
-    assert caught.value.exit_code == PassingError.exit_code
+    assert caught.value.exit_code == TransientError.exit_code
     assert manager_of(tmp_path).newest().step == 1
 
 
@@ -116,7 +116,7 @@ def test_a_failed_save_says_whether_it_may_pass(tmp_path: Path, number: int, pas
         manager = manager_of(tmp_path, disk, comm)
         with pytest.raises(CheckpointError, match="rank 1: ") as caught:
             manager.save(Snapshot(1, fragment(1), {}, {}), IDENTITY)
-        assert isinstance(caught.value, PassingError) is passes
+        assert isinstance(caught.value, TransientError) is passes
         assert caught.value.exit_code == (9 if passes else 4)
 
     run_on_threads(2, work)
@@ -126,7 +126,7 @@ def test_a_rank_that_is_too_slow_is_worth_another_start(tmp_path: Path) -> None:
     def work(comm: Any) -> None:
         fault = Fault("create", layout.rank_file(1, 2), "silent") if comm.ranks.rank == 1 else None
         manager = manager_of(tmp_path, FaultyDisk(fault), comm, write_timeout_minutes=0.005)
-        with pytest.raises(PassingError, match="rank 1 did not finish its file in time"):
+        with pytest.raises(TransientError, match="rank 1 did not finish its file in time"):
             manager.save(Snapshot(1, fragment(1), {}, {}), IDENTITY)
 
     run_on_threads(2, work)
@@ -136,11 +136,11 @@ def test_a_load_that_fails_may_pass_but_another_model_does_not(tmp_path: Path) -
     folder = save(tmp_path, 1)
     manager = manager_of(tmp_path)
     checkpoint = manager.newest()
-    with unreadable(folder / RANK_FILE), pytest.raises(PassingError, match="could not load"):
+    with unreadable(folder / RANK_FILE), pytest.raises(TransientError, match="could not load"):
         manager.load(checkpoint, fragment(0))
     with pytest.raises(CheckpointError, match="another model") as caught:
         manager.load(checkpoint, [Fragment("x", "param", 0, (1,), torch.zeros(1))])
-    assert not isinstance(caught.value, PassingError)
+    assert not isinstance(caught.value, TransientError)
 
 
 def test_retention_leaves_what_it_cannot_judge(tmp_path: Path) -> None:
@@ -258,13 +258,13 @@ def test_what_is_gone_back_behind_is_kept_but_never_found_again(tmp_path: Path) 
     for step in (4, 5, 8, 10):
         save(tmp_path, step)
     manager = manager_of(tmp_path)
-    assert manager.newest_before(4, "trouble") is None
+    assert manager.newest_before(4, "another incident") is None
     assert steps(tmp_path) == [10, 8, 5, 4]  # with nothing to go back to, all stay
-    assert manager.newest_before(8, "trouble").step == 5
+    assert manager.newest_before(8, "another incident").step == 5
     assert steps(tmp_path) == [5, 4]
     kept = sorted(path for path in (tmp_path / layout.ASIDE).iterdir() if path.is_dir())
     assert [path.name.rpartition("-")[0] for path in kept] == ["superseded-step-00000008", "superseded-step-00000010"]
-    assert layout.reason_file(kept[0]).read_text() == "trouble\n"
+    assert layout.reason_file(kept[0]).read_text() == "another incident\n"
     assert manager.newest().step == 5
 
 
@@ -272,9 +272,9 @@ def test_a_kill_while_they_are_put_aside_leaves_one_to_go_on_from(tmp_path: Path
     for step in (4, 8, 10):
         save(tmp_path, step)
     disk = FaultyDisk(Fault("rename", "superseded-step-00000008-*", "killed"))
-    assert in_child(lambda: manager_of(tmp_path, disk).newest_before(8, "trouble")) == -signal.SIGKILL
+    assert in_child(lambda: manager_of(tmp_path, disk).newest_before(8, "another incident")) == -signal.SIGKILL
     assert steps(tmp_path) == [8, 4]  # which is why the guard keeps how far it goes back until it has
-    assert manager_of(tmp_path).newest_before(8, "trouble").step == 4
+    assert manager_of(tmp_path).newest_before(8, "another incident").step == 4
     assert steps(tmp_path) == [4]
 
 

@@ -333,7 +333,7 @@ def test_damage_count_limits():
     count.add(0, 100, [(3 * i, line) for i in range(6)])
     with pytest.raises(DataError, match="more than"):
         count.add(0, 10, [(3, line)])
-    count.add(1, 10, [(3, line)])  # a new epoch counts anew
+    count.add(1, 10, [(3, line)])  # a new epoch counts again
     count = DamageCount(1.0)
     count.add(0, 100, [(i, line) for i in range(1, 100)])
     with pytest.raises(DataError, match=f"{MAX_IN_ROW} samples in a row"):
@@ -370,10 +370,10 @@ def test_a_read_that_fails_for_a_while_is_tried_again(split, monkeypatch):
     real, failures = os.pread, iter([OSError(5, "Input/output error"), b"short", OSError(116, "Stale file handle")])
 
     def failing(file, size, offset):
-        trouble = next(failures, None)
-        if isinstance(trouble, OSError):
-            raise trouble
-        return real(file, size, offset) if trouble is None else trouble
+        failure = next(failures, None)
+        if isinstance(failure, OSError):
+            raise failure
+        return real(file, size, offset) if failure is None else failure
 
     index = open_split(split).index
     dataset = ShardDataset(split, index, sleep=waits.append)
@@ -420,5 +420,5 @@ def test_packing_anew_during_a_run_is_noticed_by_readers_that_start_later(split)
     index = dataset.index
     facts = (*index.shards[:-1], ShardFacts(**{**vars(index.shards[-1]), "sha256": "0" * 64}))
     write_index(split, index.classes, facts, index.columns, [index.key(i) for i in range(COUNT)], {})
-    with pytest.raises(DataError, match="packed anew"):
+    with pytest.raises(DataError, match="repacked"):
         ShardDataset.__new__(ShardDataset).__setstate__(state)

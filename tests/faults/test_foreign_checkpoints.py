@@ -1,4 +1,4 @@
-"""Checkpoints and run folders of somebody else: right digests, and contents that would have something done.
+"""Foreign checkpoints and run folders: right digests, and contents that would have something done.
 
 Every command that reads a checkpoint gets each of them: none may fetch, write, start or allocate because a file says
 so, and each says what is wrong in one sentence.
@@ -165,7 +165,7 @@ def test_neither_a_run_that_begins_nor_one_that_goes_on_does_it(sound: Path, dig
 
 
 @pytest.mark.parametrize("override", ["pretrained=true", "checkpoint_path=x.pth", "cache_dir=/tmp", "embed_dims=3"])
-def test_a_page_may_not_ask_for_it_either(digits: Path, tmp_path: Path, override: str) -> None:
+def test_a_config_may_not_ask_for_it_either(digits: Path, tmp_path: Path, override: str) -> None:
     ended = setformer(*train_words(digits, tmp_path, f"model.args.{override}", ranks=1))
     assert (ended.code, len(ended.error_lines)) == (2, 1), ended.err
     assert f"model.args.{override.partition('=')[0]}" in ended.err

@@ -145,6 +145,6 @@ def test_groups_that_no_shape_belongs_to_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tag", ["x" * 900, "../x", "a\0b", "", "\x1b[31m"])
 def test_a_tag_that_is_no_name_of_a_folder_is_refused(tmp_path: Path, tag: str) -> None:
     (tmp_path / "latest").write_text(tag)
-    with pytest.raises(CheckpointError, match="no folder beside it") as refused:
+    with pytest.raises(CheckpointError, match="no folder next to it") as refused:
         deepspeed_files.read(tmp_path)
     assert "\x1b" not in str(refused.value)

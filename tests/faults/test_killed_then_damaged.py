@@ -1,4 +1,4 @@
-"""A process killed within a commit, then a file damaged: what still verifies is what the run goes on with."""
+"""A process killed within a commit, then a file damaged: what still verifies is what the run continues with."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_killed_before_the_commit_then_the_checkpoint_before_damaged(tmp_path: P
 
 
 def reseal(folder: Path, name: str, data: bytes) -> None:
-    """Write a file of a checkpoint anew, and its manifest to match, as a forger would."""
+    """Rewrite a file of a checkpoint, and its manifest to match, as a forger would."""
     (folder / name).write_bytes(data)
     manifest = json.loads((folder / layout.MANIFEST).read_text())
     for record in manifest["files"]:
@@ -123,7 +123,7 @@ def accept(found) -> None:
 @pytest.mark.parametrize(
     "text", ["[1]", "[" * 100, '{"v": 1, "v": 2}', '{"v": "\\ud800"}', "{}", '{"v": null}', '{"v": -1}', "nonsense"]
 )
-def test_a_crafted_newest_step_is_passed_over_and_its_name_is_free_again(tmp_path: Path, text: str) -> None:
+def test_a_crafted_newest_step_is_skipped_and_its_name_is_free_again(tmp_path: Path, text: str) -> None:
     save(tmp_path, 1, 1.0)
     crafted = save(tmp_path, 2, 2.0)
     reseal(crafted, layout.TRAINER, text.encode())
@@ -137,7 +137,7 @@ def test_a_crafted_newest_step_is_passed_over_and_its_name_is_free_again(tmp_pat
 
 
 @pytest.mark.parametrize("name", ["\\ud800", "x"])
-def test_a_header_that_names_other_parameters_is_passed_over(tmp_path: Path, name: str) -> None:
+def test_a_header_that_names_other_parameters_is_skipped(tmp_path: Path, name: str) -> None:
     save(tmp_path, 1, 1.0)
     crafted = save(tmp_path, 2, 2.0)
     file = layout.rank_file(0, 1)

@@ -22,7 +22,7 @@ from setformer_dist.core.errors import CheckpointError, LaunchError
 from setformer_dist.core.files import read_state, write_json, write_state
 from setformer_dist.core.terminal import Tolerant
 from setformer_dist.engine.config import GuardConfig
-from setformer_dist.engine.guard import GUARD_COPY, GUARD_FILE, Guard, Trouble, read_guard
+from setformer_dist.engine.guard import GUARD_COPY, GUARD_FILE, Guard, Incident, read_guard
 
 OLD_LINE = '{"event": "began", "time": 1.0, "step": 3}\n'
 # Holds the lock as a supervisor does, or has a guardian watch a session with a semaphore; then waits to be killed.
@@ -76,12 +76,12 @@ def test_a_second_supervisor_writes_nothing_into_the_run(tmp_path: Path) -> None
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
-        with pytest.raises(LaunchError, match="another process trains"), supervising(tmp_path, patience_s=0.3):
+        with pytest.raises(LaunchError, match="another process trains"), supervising(tmp_path, timeout_s=0.3):
             pass
-        with pytest.raises(LaunchError, match="another process trains"), held(tmp_path, Alone(), patience_s=0.3):
+        with pytest.raises(LaunchError, match="another process trains"), held(tmp_path, Alone(), timeout_s=0.3):
             pass
         assert [path.name for path in tmp_path.iterdir()] == [ledger.LOCK_FILE]
-        with held(tmp_path, Alone(), patience_s=0.3, supervised=True):  # its own rank 0
+        with held(tmp_path, Alone(), timeout_s=0.3, supervised=True):  # its own rank 0
             pass
     finally:
         process.kill()
@@ -101,7 +101,7 @@ def test_the_ledger_of_a_killed_supervisor_adds_up_to_the_wall_time(tmp_path: Pa
     wall = time.time() - begun
     shown = ledger.account(ledger.read_events(tmp_path))  # while nobody has started it again
     assert shown.total == pytest.approx(wall, abs=0.3)
-    time.sleep(1.0)  # nobody's time
+    time.sleep(1.0)  # no run's time
     with supervising(tmp_path) as folder:
         ledger.close_killed(tmp_path, folder.seen)
         folder.show_life()
@@ -120,7 +120,7 @@ def test_a_ledger_line_that_was_changed_is_passed_over(tmp_path: Path) -> None:
     assert [event["step"] for event in ledger.read_events(tmp_path)] == [0, 3]  # the last as earlier versions wrote it
 
 
-def test_a_removed_folder_is_told(tmp_path: Path) -> None:
+def test_a_removed_folder_is_reported(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
     with supervising(folder) as run:
@@ -165,7 +165,7 @@ def test_what_has_no_owner_goes_at_the_next_start(tmp_path: Path) -> None:
     assert not alive.folder.exists()
 
 
-TROUBLE = Trouble(7, float("nan"), "nonfinite", "rollback")
+INCIDENT = Incident(7, float("nan"), "nonfinite", "rollback")
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ TROUBLE = Trouble(7, float("nan"), "nonfinite", "rollback")
 def test_one_damaged_guard_file_costs_nothing_and_two_stop_the_run(
     tmp_path: Path, name: str, damage: bytes | None
 ) -> None:
-    Guard(GuardConfig(nonfinite="rollback"), tmp_path, Alone()).remember(TROUBLE)
+    Guard(GuardConfig(nonfinite="rollback"), tmp_path, Alone()).remember(INCIDENT)
     text = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(text.replace(b"7", b"6", 1) if damage is None else damage)
     again = Guard(GuardConfig(), tmp_path, Alone())

@@ -38,8 +38,8 @@ def _folder(path: Path) -> None:
 
 
 def _link_to_a_file(path: Path) -> None:
-    path.with_name("of-somebody-else").write_text("theirs\n")
-    path.symlink_to("of-somebody-else")
+    path.with_name("of-another-user").write_text("theirs\n")
+    path.symlink_to("of-another-user")
 
 
 def _link_to_a_device(path: Path) -> None:
@@ -85,13 +85,13 @@ def test_what_comes_in_the_midst_of_a_run_costs_lines_and_not_the_run(
 ) -> None:
     for name in (ledger.LEDGER, "metrics.jsonl", "samples.jsonl"):
         make(tmp_path / name)
-        (tmp_path / "of-somebody-else").unlink(missing_ok=True)  # and a dangling link is not made good
+        (tmp_path / "of-another-user").unlink(missing_ok=True)  # and a dangling link is not made good
     ledger.record(tmp_path, "attempt", number=1, ranks=1)
     record = RunRecord(tmp_path, is_main=True)
     record.write("train", 1, {"loss": 1.0})
     record.write_samples(1, [1, 2])
     record.close()
-    assert not (tmp_path / "of-somebody-else").exists()
+    assert not (tmp_path / "of-another-user").exists()
 
 
 def test_a_ledger_of_enormous_length_is_read_in_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +153,7 @@ WICKED: tuple[Any, ...] = (
 
 
 @pytest.mark.parametrize("row", [TRAIN, GUARD, {**TRAIN, "kind": "eval", "top1": 0.5, "samples": 3}])
-def test_rows_of_others_are_shown_or_passed_over(tmp_path: Path, row: dict[str, Any]) -> None:
+def test_rows_of_others_are_shown_or_skipped(tmp_path: Path, row: dict[str, Any]) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text("{}")
@@ -205,8 +205,8 @@ def test_a_config_that_says_nothing_of_retention_is_a_sentence(tmp_path: Path, t
 @pytest.mark.parametrize(
     ("override", "why"),
     [
-        ("run.seed=99999999999999999999", r"run\.seed: an integer of a page has at most 64 bits"),
-        ("model.args.stem_strides=[1,99999999999999999999]", r"model\.args\.stem_strides\.1: an integer of a page"),
+        ("run.seed=99999999999999999999", r"run\.seed: an integer of a config has at most 64 bits"),
+        ("model.args.stem_strides=[1,99999999999999999999]", r"model\.args\.stem_strides\.1: an integer of a config"),
         ("batch.global_size=9223372036854775807", r"batch\.global_size"),
         ('run.out="a\\u0000b"', r"run\.out.*control characters"),
         ('run.out="\\u001b[31m"', r"run\.out.*control characters"),
@@ -220,7 +220,7 @@ def test_a_config_that_says_nothing_of_retention_is_a_sentence(tmp_path: Path, t
         (f"run.name={'x' * 256}", r"run\.name.*at most 255"),
     ],
 )
-def test_keys_that_no_system_takes_are_refused_on_the_page(tmp_path: Path, override: str, why: str) -> None:
+def test_keys_that_no_system_takes_are_refused_in_the_config(tmp_path: Path, override: str, why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         demo(tmp_path, override)
 

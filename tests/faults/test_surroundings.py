@@ -163,14 +163,14 @@ def test_the_ledger_of_a_long_run_adds_up_where_its_supervisor_was_killed(digits
     assert_gone(ranks)
     killed = ledger.account(ledger.read_events(run)).total
     assert killed == pytest.approx(wall, abs=1.0)  # the supervisor shows life twice a second
-    time.sleep(5.0)  # nobody's time
+    time.sleep(5.0)  # no run's time
     wall -= time.time()
     again = setformer(*words)
     wall += time.time()
     assert again.code == 0, again.err
     assert wall > 30
     account = ledger.account(ledger.read_events(run))
-    # 1 %, and half a second at most that nobody could tell of: a supervisor shows life twice a second.
+    # 1 %, and half a second at most that could not be observed: a supervisor shows life twice a second.
     assert account.total == pytest.approx(wall, abs=0.5 + 0.01 * wall)
     assert [how for _, how, _ in account.failures] == ["supervisor killed"]
     assert account.steps_lost < 20 + 10  # since the last checkpoint, which may have been in the making

@@ -57,8 +57,10 @@ def test_more_ranks_than_samples_per_step(digits: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "demo").exists()
 
 
-def test_missing_page() -> None:
-    assert_one_sentence(setformer("train", "configs/runs/nosuch.toml"), 2, "does not exist; pages there:", "demo.toml")
+def test_missing_config() -> None:
+    assert_one_sentence(
+        setformer("train", "configs/runs/nosuch.toml"), 2, "does not exist; configs there:", "demo.toml"
+    )
 
 
 def test_empty_data_folder(tmp_path: Path) -> None:
@@ -179,7 +181,7 @@ def test_other_commands(words: list[str], code: int, part: str) -> None:
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["train", "demo", "--lr", "1e-3"], "keys of the page are given as key=value, so optim.lr=..."),
+        (["train", "demo", "--lr", "1e-3"], "keys of the run config are given as key=value, so optim.lr=..."),
         (["train", "demo", "--batch-size", "64"], "so batch.global_size=..."),
         (["train", "demo", "--batch.global_size=64"], "so batch.global_size=..."),
         (["train", "demo", "--num-classes", "5"], "the number of classes comes from the data"),
@@ -205,7 +207,7 @@ def test_words_of_other_programs_get_the_right_ones(words: list[str], part: str)
     assert_one_sentence(setformer(*words), 2, part)
 
 
-def test_a_folder_of_the_name_of_a_shipped_page_hides_it_not(tmp_path: Path) -> None:
+def test_a_folder_of_the_name_of_a_shipped_config_hides_it_not(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     assert_one_sentence(
         setformer("train", "photos", "data.root=nosuch", cwd=tmp_path), 3, "nosuch/train does not exist"

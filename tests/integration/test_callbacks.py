@@ -70,7 +70,7 @@ def events(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_callback_outside_the_package_fails_is_mended_and_goes_on(digits: Path, tmp_path: Path) -> None:
+def test_a_callback_outside_the_package_fails_is_mended_and_resumes(digits: Path, tmp_path: Path) -> None:
     (tmp_path / "my_callbacks.py").write_text(OUTSIDE)
     (tmp_path / "broken").touch()
     notes, watched = tmp_path / "notes.jsonl", tmp_path / "watched.jsonl"
@@ -96,18 +96,18 @@ def test_a_callback_outside_the_package_fails_is_mended_and_goes_on(digits: Path
     (tmp_path / "broken").unlink()
     ended = setformer(*words, cwd=tmp_path)
     assert ended.code == 0, ended.err
-    told = events(notes)
-    assert [(e["event"], e["step"]) for e in told] == [
+    seen = events(notes)
+    assert [(e["event"], e["step"]) for e in seen] == [
         ("start", 4),
         *(("step", 5), ("step", 6), ("metrics", 6), ("step", 7)),
         *(("step", 8), ("metrics", 8), ("evaluation", 8), ("saved", 8)),
         ("end", 8),
     ]
-    assert told[0] == {
+    assert seen[0] == {
         "event": "start", "step": 4, "total": 8, "resumed": "step-00000004", "seen": 4, "run": "demo",
     }  # fmt: skip
-    assert told[-1]["signum"] is None
-    assert {e["step"]: e["loss"] for e in told if e["event"] == "metrics"}[8] == losses(run)["train", 8][0]
+    assert seen[-1]["signum"] is None
+    assert {e["step"]: e["loss"] for e in seen if e["event"] == "metrics"}[8] == losses(run)["train", 8][0]
 
 
 def test_names_that_nobody_registered_are_refused(digits: Path, tmp_path: Path) -> None:

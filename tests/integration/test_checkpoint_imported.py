@@ -1,4 +1,4 @@
-"""A training that plain DeepSpeed began goes on as a run of ours."""
+"""A training that plain DeepSpeed began continues as a run of ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run whose checkpoints fail while it trains: all ranks hear of it at the same step, and end, or go on by config."""
+"""A run whose saves fail while it trains: all ranks learn of it at the same step, and end or continue as configured."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def test_a_disk_that_fills_up_ends_the_run_on_all_ranks_or_is_borne(digits: Path
     root = disk / "stop" / "checkpoints"
     assert [layout.step_of(folder) for folder in layout.step_folders(root)] == [5]
     assert open_checkpoint(root).step == 5
-    # The same command with another choice goes on over the full disk; only the last checkpoint must find room.
-    borne = setformer(*train_words(digits, disk, *STEPS, "run.name=stop", 'checkpoint.on_disk_full="continue"'))
-    assert borne.code == 4, borne.err
+    # The same command with another choice continues over the full disk; only the last checkpoint must find room.
+    tolerated = setformer(*train_words(digits, disk, *STEPS, "run.name=stop", 'checkpoint.on_disk_full="continue"'))
+    assert tolerated.code == 4, tolerated.err
     assert (
-        "training goes on with the checkpoint before it"
-        in borne.err + (disk / "stop" / "logs" / "rank-00000.log").read_text()
+        "training continues with the checkpoint before it"
+        in tolerated.err + (disk / "stop" / "logs" / "rank-00000.log").read_text()
     )
     steps = [json.loads(line) for line in (disk / "stop" / "metrics.jsonl").read_text().splitlines()]
     assert max(row["step"] for row in steps if row["kind"] == "train") == 22

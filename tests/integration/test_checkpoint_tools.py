@@ -124,7 +124,7 @@ def test_a_directory_without_its_fp32_weights_is_not_taken_for_one_of_stage_0(tm
 
 def test_a_latest_that_leads_elsewhere_is_refused(tmp_path):
     (tmp_path / "latest").write_text("../elsewhere")
-    with pytest.raises(CheckpointError, match="no folder beside it"):
+    with pytest.raises(CheckpointError, match="no folder next to it"):
         deepspeed_files.read(tmp_path)
 
 
@@ -139,7 +139,7 @@ def test_what_is_exported_for_deepspeed_is_read_by_its_own_tool(tmp_path):
     assert torch.equal(deepspeed_files.read(tmp_path / "ds").states["param"]["a.weight"], tensors["a.weight"])
 
 
-def deepspeed_goes_on(exported: str, ours: str, stage: int) -> dict[str, Any]:
+def deepspeed_resumes(exported: str, ours: str, stage: int) -> dict[str, Any]:
     """Let DeepSpeed load an export with all of its optimizer's states; return what differs, and the counters."""
     connect(RankInfo.from_env(), os.environ["SETFORMER_RENDEZVOUS"])
     checkpoint = open_checkpoint(Path(ours))
@@ -172,7 +172,7 @@ def test_deepspeed_goes_on_from_an_export_with_every_state_in_its_place(trained,
     exported = tmp_path / "ds"
     done = run("export", trained, exported, "--deepspeed")
     assert done.exit_code == 0, done.exception
-    (found,) = run_ranks(deepspeed_goes_on, 1, str(exported), str(trained), stage)
+    (found,) = run_ranks(deepspeed_resumes, 1, str(exported), str(trained), stage)
     checkpoint = open_checkpoint(trained)
     lr = checkpoint.trainer["config"]["optim"]["lr"]
     assert found == {"wrong": [], "steps": checkpoint.step, "skipped": 0, "lr": lr}
@@ -210,7 +210,7 @@ def test_a_run_with_other_classes_begins_with_the_weights_of_another_and_goes_on
     without = setformer(*words)
     assert without.code == 4, without.err
     assert len(without.error_lines) == 1
-    assert 'begin these anew (model.skip = ["head.fc."])' in without.error_lines[0]
+    assert 'draw these from the seed (model.skip = ["head.fc."])' in without.error_lines[0]
     words.insert(-2, 'model.skip=["head.fc."]')
     ended = setformer(*words)
     assert ended.code == 0, ended.err

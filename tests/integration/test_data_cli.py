@@ -155,7 +155,7 @@ def test_help_has_examples(command):
     assert f"setformer data {command}" in ended.out
 
 
-def test_ctrl_c_keeps_finished_shards_and_says_how_to_go_on(tmp_path):
+def test_ctrl_c_keeps_finished_shards_and_says_how_to_resume(tmp_path):
     folder = tmp_path / "photos" / "a"
     folder.mkdir(parents=True)
     picture = image(0, (500, 500), "PNG")
@@ -173,7 +173,7 @@ def test_ctrl_c_keeps_finished_shards_and_says_how_to_go_on(tmp_path):
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130
     assert " kept in" in said
-    assert "the same command goes on" in said
+    assert "the same command resumes" in said
     assert "Traceback" not in said
     assert_gone(helpers)
     assert not (tmp_path / "out").exists()

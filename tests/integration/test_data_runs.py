@@ -21,7 +21,7 @@ from launch.testing.commands import (
     wait_for,
 )
 
-_B, _MICRO = 64, 32  # of the demo's page on two ranks
+_B, _MICRO = 64, 32  # of the demo's config on two ranks
 
 RESIZED = (
     "data.augment.crop=resized",

@@ -1,4 +1,4 @@
-"""A run that goes on with other ranks, ZeRO stage, offload and micro batch, in the middle of an epoch."""
+"""A run that resumes with other ranks, ZeRO stage, offload and micro batch, in the middle of an epoch."""
 
 from __future__ import annotations
 

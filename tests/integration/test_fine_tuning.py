@@ -41,21 +41,21 @@ def fill(config: ModelConfig, classes: int, size: int) -> tuple[str, dict[str, t
 
 
 def test_another_size_and_other_classes_by_timms_rules(pretrained: Path) -> None:
-    told, ours = fill(ModelConfig(name=NAME, weights=str(pretrained)), 10, 64)
+    report, ours = fill(ModelConfig(name=NAME, weights=str(pretrained)), 10, 64)
     overlay = {"state_dict": safetensors.torch.load_file(pretrained)}
     theirs = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=10, img_size=64)
     fresh = build_model(ModelConfig(name=NAME), 10, 64, seed=1).state_dict()
-    assert "150 of 152 parameters" in told
-    assert "pos_embed (1, 197, 192) → (1, 17, 192)" in told
-    assert "left as drawn from the seed: head.bias, head.weight" in told
+    assert "150 of 152 parameters" in report
+    assert "pos_embed (1, 197, 192) → (1, 17, 192)" in report
+    assert "left as drawn from the seed: head.bias, head.weight" in report
     for name, parameter in theirs.named_parameters():
         expected = fresh[name] if name.startswith("head.") else parameter
         assert torch.equal(ours[name], expected), name
 
 
 def test_the_same_classes_keep_their_head(pretrained: Path) -> None:
-    told, ours = fill(ModelConfig(name=NAME, weights=str(pretrained)), 1000, 64)
-    assert "152 of 152 parameters" in told
+    report, ours = fill(ModelConfig(name=NAME, weights=str(pretrained)), 1000, 64)
+    assert "152 of 152 parameters" in report
     assert torch.equal(ours["head.weight"], safetensors.torch.load_file(pretrained)["head.weight"])
 
 
@@ -72,11 +72,11 @@ def test_another_architecture_is_refused_and_keeps_what_the_user_skips(pretraine
         fill(ModelConfig(name=NAME, weights=str(lacking)), 10, 64)
 
 
-def test_names_that_only_the_file_has_are_told(pretrained: Path, tmp_path: Path) -> None:
+def test_names_that_only_the_file_has_are_reported(pretrained: Path, tmp_path: Path) -> None:
     table = {**safetensors.torch.load_file(pretrained), "extra.weight": torch.ones(2)}
     safetensors.torch.save_file(table, tmp_path / "more.safetensors")
-    told, _ = fill(ModelConfig(name=NAME, weights=str(tmp_path / "more.safetensors")), 10, 64)
-    assert "1 tensors of the file have no place in the model: extra.weight" in told
+    report, _ = fill(ModelConfig(name=NAME, weights=str(tmp_path / "more.safetensors")), 10, 64)
+    assert "1 tensors of the file have no place in the model: extra.weight" in report
     assert adapted(pretrained, NAME, {"num_classes": 10, "img_size": 64}).unused == ()
 
 

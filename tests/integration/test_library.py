@@ -139,7 +139,7 @@ def test_a_training_is_used_where_it_is_open_and_in_the_main_thread(digits: Path
     assert "main thread" in str(raised[0])
 
 
-def test_a_config_from_a_page_words_and_keywords(tmp_path: Path) -> None:
+def test_a_config_from_a_file_words_and_keywords(tmp_path: Path) -> None:
     config = setformer.load_config("demo", "optim.lr=1", "~ema.decay", optim={"lr": 2.0}, data={"root": tmp_path})
     assert (config.optim.lr, config.ema.decay, config.data.root) == (2.0, 0.0, str(tmp_path))
     assert config.model.name == "setformer_nano"
@@ -149,7 +149,7 @@ def test_a_config_from_a_page_words_and_keywords(tmp_path: Path) -> None:
     for words, keywords, said in (
         (("demo", "optim.lrr=1"), {}, "demo.toml: unknown key 'optim.lrr': did you mean optim.lr?"),
         ((), {"run": {"name": "x"}, "optimizer": {"lr": 1}, **tables}, "config: unknown table 'optimizer' with 'lr'"),
-        (("no-such-page",), {}, "config page no-such-page does not exist"),
+        (("no-such-config",), {}, "config file no-such-config does not exist"),
         (("demo",), {"data": {"root": "~/x"}}, "~ is not expanded here"),
         (("demo", "optim.lr"), {}, "is not of the form table.key=value"),
     ):

@@ -79,9 +79,9 @@ def test_attentions_side_by_side(root: Path, tmp_path: Path) -> None:
     assert compare(root, tmp_path / "alone", "set").code == 0
     alone = json.loads((tmp_path / "alone" / "listops-short" / "results.json").read_text())["rows"]
     assert [row["attention"] for row in alone] == ["set"]
-    # Another page is another run, not these.
+    # Another config is another run, not these.
     assert_one_sentence(compare(root, tmp_path, "set", "optim.lr=0.1", ranks=2), 2, "optim.lr is 0.002 there")
-    # So are other data: their figures must not stand beside these.
+    # So are other data: their figures must not stand next to these.
     task = replace(task_named("listops", short=True), counts=(200, 37, 45))
     prepare(task, tmp_path / "other", Preparation(seed=1))
     other = compare(tmp_path / "other", tmp_path, "set", ranks=2)
@@ -89,9 +89,9 @@ def test_attentions_side_by_side(root: Path, tmp_path: Path) -> None:
 
 
 def test_tokens_through_the_ordinary_engine_resume_exactly(root: Path, tmp_path: Path) -> None:
-    """Two ranks that go on from a checkpoint give the losses of an uninterrupted run, dropout included."""
-    page = Comparison(task_named("listops", short=True), ("set",), root, tmp_path / "whole", 2, FEW)
-    words = ["train", *page.words("set"), "checkpoint.every_steps=2", "checkpoint.keep_last=9"]
+    """Two ranks that resume from a checkpoint give the losses of an uninterrupted run, dropout included."""
+    comparison = Comparison(task_named("listops", short=True), ("set",), root, tmp_path / "whole", 2, FEW)
+    words = ["train", *comparison.words("set"), "checkpoint.every_steps=2", "checkpoint.keep_last=9"]
     words += ["model.args.dropout=0.1", "--ranks", "2"]
     whole = setformer(*words, f"run.out={tmp_path / 'whole'}")
     assert whole.code == 0, whole.err
@@ -114,7 +114,7 @@ def test_tokens_through_the_ordinary_engine_resume_exactly(root: Path, tmp_path:
     assert alone.code == 0, alone.err
     for key, value in losses(tmp_path / "alone" / "set").items():
         assert value[0] == pytest.approx(before[key][0], rel=1e-5), key
-    # The checkpoint knows what its model was told, so it serves evaluation alone.
+    # The checkpoint knows its model's input spec, so it serves evaluation alone.
     scored = setformer("eval", str(run), "--split", "test", "--batch", "16")
     assert scored.code == 0, scored.err
     assert "on 45 samples" in scored.out
@@ -198,7 +198,7 @@ def test_mistakes(words: list[str], code: int, parts: list[str], tmp_path: Path)
     assert_one_sentence(setformer("lra", *words), code, *parts)
 
 
-def test_mistakes_on_the_page_stop_before_the_first_run(root: Path, tmp_path: Path) -> None:
+def test_mistakes_in_the_config_stop_before_the_first_run(root: Path, tmp_path: Path) -> None:
     for override, part in (
         ("optim.lrr=1", "did you mean optim.lr?"),
         ("data.image_size=32", "unknown key 'data.image_size'"),
@@ -219,7 +219,7 @@ def test_damaged_tokens_stop_the_run(tmp_path: Path) -> None:
     assert_one_sentence(compare(tmp_path, tmp_path / "runs", "set"), 3, "part-00000.safetensors", "--force")
 
 
-def test_images_and_tokens_are_told_apart(digits: Path, root: Path, tmp_path: Path) -> None:
+def test_images_and_tokens_are_distinguished(digits: Path, root: Path, tmp_path: Path) -> None:
     assert_one_sentence(setformer(*train_words(root / "listops-short", tmp_path, ranks=1)), 3, "setformer data pack")
     comparison = Comparison(task_named("listops", short=True), ("set",), digits, tmp_path, 1, FEW)
     words = ["train", *comparison.words("set"), f"data.root={digits}"]
@@ -228,17 +228,17 @@ def test_images_and_tokens_are_told_apart(digits: Path, root: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("short", [False, True])
-def test_every_page_builds_every_attention(name: str, short: bool, tmp_path: Path) -> None:
-    """The shipped pages: within 10 % of the parameters of softmax attention, as the benchmark asks."""
+def test_every_config_builds_every_attention(name: str, short: bool, tmp_path: Path) -> None:
+    """The shipped configs: within 10 % of the parameters of softmax attention, as the benchmark asks."""
     task = task_named(name, short)
     comparison = Comparison(task, KINDS, tmp_path, tmp_path)
     counts = {}
     for kind in KINDS:
         config = comparison.resolved(kind).config
         assert config.run.name == kind
-        told = {"vocabulary": 257, "length": 8, "sequences": task.facts.sequences, "padded": not task.facts.full}
+        input_spec = {"vocabulary": 257, "length": 8, "sequences": task.facts.sequences, "padded": not task.facts.full}
         with torch.device("meta"):
-            model = build_model(config.model.model_copy(update={"args": {**told, **config.model.args}}), 10, 0, 0)
+            model = build_model(config.model.model_copy(update={"args": {**input_spec, **config.model.args}}), 10, 0, 0)
         counts[kind] = sum(p.numel() for p in model.parameters())
     rest = 257 * 64 + task.facts.length * 64  # embeddings, of which all have the same
     for kind, count in counts.items():

@@ -1,6 +1,6 @@
-"""A run folder that an older version wrote goes on: `tests/golden/run-<commit>` holds one, stopped at step 3 of 6.
+"""A run folder that an older version wrote continues: `tests/golden/run-<commit>` holds one, stopped at step 3 of 6.
 
-Each was made in a checkout of its commit, on the demo's digits: `WORDS` on the page configs/runs/demo.toml.
+Each was made in a checkout of its commit, on the demo's digits: `WORDS` of configs/runs/demo.toml.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ OLD = sorted((ROOT / "tests" / "golden").glob("run-*"))
 
 
 @pytest.mark.parametrize("old", OLD, ids=lambda path: path.name)
-def test_a_run_of_an_older_version_goes_on(old: Path, digits: Path, tmp_path: Path) -> None:
+def test_a_run_of_an_older_version_resumes(old: Path, digits: Path, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "old-run"
     shutil.copytree(old, folder)
     there = losses(folder)
     (folder / "metrics.jsonl").write_text("")
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     (folder / "samples.jsonl").write_text("")
-    page = str(ROOT / "configs" / "runs" / "demo.toml")
-    ended = setformer("train", page, f"data.root={digits}", f"run.out={tmp_path / 'runs'}", *WORDS)
+    path = str(ROOT / "configs" / "runs" / "demo.toml")
+    ended = setformer("train", path, f"data.root={digits}", f"run.out={tmp_path / 'runs'}", *WORDS)
     assert ended.code == 0, ended.err
     assert "resumed at step 3" in ended.err
     again = losses(folder)

@@ -1,4 +1,4 @@
-"""Recipes through the command line: optimizer, schedule, loss, layer decay, layout and a teacher; cut and gone on."""
+"""Recipes through the command line: optimizer, schedule, loss, layer decay, layout and a teacher; cut and resumed."""
 
 from __future__ import annotations
 
@@ -90,9 +90,9 @@ def test_soft_labels_are_trained_evaluated_and_inspected(digits: Path, tmp_path:
         write_soft(digits / "images" / split, tmp_path / "shards" / split)
         packed = setformer("data", "pack", str(tmp_path / "shards" / split), str(tmp_path / "packed" / split))
         assert packed.code == 0, packed.err
-    told = setformer("data", "inspect", str(tmp_path / "packed" / "train"))
-    assert told.code == 0, told.err
-    assert "soft" in told.out
+    shown = setformer("data", "inspect", str(tmp_path / "packed" / "train"))
+    assert shown.code == 0, shown.err
+    assert "soft" in shown.out
     ended = setformer(*train_words(tmp_path / "packed", tmp_path / "runs", "data.augment.mixup=0.2", ranks=2))
     assert ended.code == 0, ended.err
     run = tmp_path / "runs" / "demo"
@@ -126,8 +126,8 @@ def test_rectangular_images_train_and_predict(digits: Path, tmp_path: Path) -> N
     ended = setformer(*train_words(digits, tmp_path, *own, ranks=1))
     assert ended.code == 0, ended.err
     image = sorted((digits / "images" / "val" / "2").iterdir())[0]
-    told = setformer("predict", str(tmp_path / "demo"), str(image), "--top", "3")
-    assert told.code == 0, told.err
+    shown = setformer("predict", str(tmp_path / "demo"), str(image), "--top", "3")
+    assert shown.code == 0, shown.err
     exported = setformer("ckpt", "export", str(tmp_path / "demo"), str(tmp_path / "out"))
     assert exported.code == 0, exported.err
     assert json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"]["input_size"] == [3, 16, 24]

@@ -1,4 +1,4 @@
-"""Deaths, hangs and signals of a real run through the command line: it goes on by itself, or stops as asked."""
+"""Deaths, hangs and signals of a real run through the command line: it continues by itself, or stops as asked."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from launch.testing.commands import (
 
 @pytest.fixture(scope="module")
 def whole_run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the demo's page for one epoch, uninterrupted."""
+    """A run of the demo's config for one epoch, uninterrupted."""
     out = tmp_path_factory.mktemp("whole")
     ended = setformer(*train_words(digits, out))
     assert ended.code == 0, ended.err
@@ -38,7 +38,7 @@ def at_step(run: Path, step: int, process: subprocess.Popen[str]) -> list[int]:
     return [int(pid) for pid in ranks]
 
 
-def test_a_rank_that_hangs_is_found_its_stack_written_and_the_run_goes_on(
+def test_a_rank_that_hangs_is_found_its_stack_written_and_the_run_resumes(
     digits: Path, tmp_path: Path, whole_run: Path
 ) -> None:
     process = start(*train_words(digits, tmp_path, "restart.hang_after_s=3"))
@@ -66,7 +66,7 @@ def test_a_signal_to_one_rank_stops_all_of_them_with_a_checkpoint(digits: Path, 
     os.kill(pids[1], signal.SIGUSR1)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 138, err
-    assert "starting again" not in err
+    assert "restarting" not in err
     assert_gone(pids)
     last = max(step for kind, step in losses(tmp_path / "demo"))
     assert (tmp_path / "demo" / "checkpoints" / f"step-{last:08d}" / "manifest.json").exists()
@@ -96,7 +96,7 @@ def test_deaths_at_one_and_the_same_step_end_the_run(digits: Path, tmp_path: Pat
                     os.kill(pid, signal.SIGKILL)
     err = process.communicate(timeout=120)[1]
     assert process.returncode == 6
-    assert "not started again: it failed 2 times" in err
+    assert "not restarted: it failed 2 times" in err
     assert len(killed) <= 6
     assert not (tmp_path / "demo" / "checkpoints").exists()
 
@@ -115,7 +115,7 @@ def test_a_scheduler_that_signals_every_process_and_then_loses_patience(digits: 
     assert (tmp_path / "demo" / "checkpoints" / f"step-{last:08d}" / "manifest.json").exists()
 
 
-def test_a_deadline_that_passes_is_told_by_the_exit_code(digits: Path, tmp_path: Path) -> None:
+def test_a_deadline_that_passes_shows_in_the_exit_code(digits: Path, tmp_path: Path) -> None:
     process = start(*train_words(digits, tmp_path, "schedule.epochs=50"), "--grace", "2")
     pids = at_step(tmp_path / "demo", 5, process)
     os.kill(pids[1], signal.SIGSTOP)  # it will not save

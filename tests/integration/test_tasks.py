@@ -73,13 +73,13 @@ def test_multilabel_trains_resumes_and_predicts(digits: Path, tmp_path: Path) ->
     assert said.code == 0, said.err
     assert "F1 " in said.out
     image = sorted((digits / "images" / "val" / "2").iterdir())[0]
-    told = setformer("predict", str(run), str(image), "--top", "3")
-    assert told.code == 0, told.err
-    assert all(label in told.out for label in ("even", "prime", "small"))
+    shown = setformer("predict", str(run), str(image), "--top", "3")
+    assert shown.code == 0, shown.err
+    assert all(label in shown.out for label in ("even", "prime", "small"))
     assert "F1 over all labels" in (run / "report.html").read_text()
 
 
-def test_a_metric_of_another_task_is_refused_on_the_page(tmp_path: Path) -> None:
+def test_a_metric_of_another_task_is_refused_in_the_config(tmp_path: Path) -> None:
     ended = setformer("train", "demo", "task.name=multilabel", "checkpoint.best_metric=top1")
     assert ended.code == 2
     assert "checkpoint.best_metric = 'top1' is not a metric of task multilabel: it has f1, exact, loss" in ended.err

@@ -24,9 +24,9 @@ NEVER = "checkpoint.every_steps=1000"
 
 
 @contextmanager
-def training(data: Path, out: Path, *overrides: str, heeds_hangup: bool = True, ranks: int = 2) -> Iterator[InTerminal]:
+def training(data: Path, out: Path, *overrides: str, obeys_hangup: bool = True, ranks: int = 2) -> Iterator[InTerminal]:
     words = train_words(data, out, *overrides, ranks=ranks)
-    with InTerminal(["launch.cli.main", *words], environment(), ROOT, heeds_hangup) as terminal:
+    with InTerminal(["launch.cli.main", *words], environment(), ROOT, obeys_hangup) as terminal:
         yield terminal
 
 
@@ -62,7 +62,7 @@ def test_ctrl_c_in_a_terminal_leaves_lines_whole_and_says_what_was_saved(digits:
         assert terminal.ended() == 130, terminal.text
     lines = shown(terminal.text)
     step = last_step(tmp_path / "demo")
-    assert lines[-1] == f"stopped and saved at step {step}; the same command goes on from there"
+    assert lines[-1] == f"stopped and saved at step {step}; the same command resumes from there"
     assert saved_steps(tmp_path / "demo") == [step]
     (warning,) = [line for line in lines if "SIGINT" in line]
     assert warning.startswith("WARNING  SIGINT: ranks have 60 s to save a checkpoint")
@@ -84,20 +84,20 @@ def stop_at_once(digits: Path, out: Path) -> str:
 NOTHING_NEW = "stopped before the first step, with nothing new to save; the same command "
 
 
-def test_ctrl_c_before_the_first_step_says_where_the_run_goes_on(digits: Path, tmp_path: Path) -> None:
+def test_ctrl_c_before_the_first_step_says_where_the_run_resumes(digits: Path, tmp_path: Path) -> None:
     assert stop_at_once(digits, tmp_path) == f"{NOTHING_NEW}begins at step 0"
 
 
 @pytest.mark.drill
-def test_ctrl_c_says_where_a_run_with_a_checkpoint_goes_on(digits: Path, tmp_path: Path) -> None:
+def test_ctrl_c_says_where_a_run_with_a_checkpoint_resumes(digits: Path, tmp_path: Path) -> None:
     run = tmp_path / "demo"
     with training(digits, tmp_path, LONG, NEVER, ranks=1) as terminal:
         terminal.wait_for("loss")
         terminal.press(b"\x03")
         assert terminal.ended() == 130
     (step,) = saved_steps(run)
-    goes_on = f"goes on from the newest checkpoint, step {step}"
-    assert stop_at_once(digits, tmp_path) == f"{NOTHING_NEW}{goes_on}"
+    resumes = f"resumes from the newest checkpoint, step {step}"
+    assert stop_at_once(digits, tmp_path) == f"{NOTHING_NEW}{resumes}"
     with training(digits, tmp_path, LONG, NEVER, ranks=1) as terminal:
         terminal.wait_for("loss")
         (rank,) = children(terminal.process.pid)
@@ -107,7 +107,7 @@ def test_ctrl_c_says_where_a_run_with_a_checkpoint_goes_on(digits: Path, tmp_pat
         terminal.press(b"\x03")
         assert terminal.ended() == 130
     said = "ended at once, without waiting for a checkpoint; the same command "
-    assert shown(terminal.text)[-1] == f"{said}{goes_on}"
+    assert shown(terminal.text)[-1] == f"{said}{resumes}"
 
 
 def test_a_killed_rank_0_leaves_the_terminal_usable(digits: Path, tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_a_terminal_that_is_closed_stops_the_run_saved(digits: Path, tmp_path: P
 def test_under_nohup_a_terminal_that_is_closed_stops_nothing(digits: Path, tmp_path: Path, first: bool) -> None:
     run = tmp_path / "demo"
     every = "checkpoint.every_steps=5" if first else NEVER
-    with training(digits, tmp_path, every, heeds_hangup=False) as terminal:
+    with training(digits, tmp_path, every, obeys_hangup=False) as terminal:
         if first:
             terminal.wait_until((run / "checkpoints" / "step-00000005" / "manifest.json").exists)
         else:

@@ -34,7 +34,7 @@ from launch.testing.commands import (
 
 @pytest.fixture(scope="module")
 def whole_run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the demo's page for one epoch, uninterrupted."""
+    """A run of the demo's config for one epoch, uninterrupted."""
     out = tmp_path_factory.mktemp("whole")
     ended = setformer(*train_words(digits, out))
     assert ended.code == 0, ended.err
@@ -52,7 +52,7 @@ def shm_files() -> set[str]:
 
 
 def assert_nothing_shared_stays(before: set[str], timeout: float = 10) -> None:
-    """Wait for the files of other tests, which run beside this one; those of a run that is over would stay."""
+    """Wait for the files of other tests, which run next to this one; those of a run that is over would stay."""
     deadline = time.monotonic() + timeout
     while left := shm_files() - before:
         assert time.monotonic() < deadline, left
@@ -94,7 +94,7 @@ def test_eval_and_predict_and_listing_of_a_run(whole_run: Path, digits: Path) ->
     assert [line.split(":")[0] for line in predicted.out.splitlines() if ".png:" in line] == [str(i) for i in images]
     listed = setformer("ckpt", "ls", str(whole_run), "--verify")
     assert listed.code == 0
-    assert listed.out.count("verified") == 2  # keep_last of the page
+    assert listed.out.count("verified") == 2  # keep_last of the config
 
 
 def test_a_finished_run_started_again_says_so_and_changes_nothing(whole_run: Path, digits: Path) -> None:
@@ -124,7 +124,7 @@ def test_killed_ranks_resume_bit_by_bit(digits: Path, tmp_path: Path, dtype: str
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "was ended by SIGKILL" in err
-    assert "starting again from the newest checkpoint" in err
+    assert "restarting from the newest checkpoint" in err
     assert "resumed at step" in err
     assert_gone(pids)
     assert losses(tmp_path / "killed" / "demo") == losses(tmp_path / "whole" / "demo")

@@ -39,8 +39,8 @@ def run(folder: Path, what: str, **variables: str) -> tuple[Warm, str, str]:
     (folder / "warm_program.py").write_text(PROGRAM)
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         process = Warm(["warm_program", what], {"PATH": "", **variables}, folder, out, err)
-        said, told = process.communicate(60)
-    return process, said, told
+        said, errors = process.communicate(60)
+    return process, said, errors
 
 
 def test_it_has_its_own_environment_and_nobody_elses_descriptors(

@@ -1,6 +1,6 @@
 """SOFT and SOFT++ as their authors run them, from the weights of our model; `test_soft_published.py` compares both.
 
-Written anew for this test, from the equations of the papers and the behaviour of the code at
+Written from scratch for this test, from the equations of the papers and the behaviour of the code at
 github.com/fudan-zvg/SOFT (`models/softmax_free_transformer.py`, `SOFT/kernel/inverse.py`): images as (B, C, H, W),
 distances pair by pair, one head at a time, no class of ours. Where that code differs from the papers it is followed:
 the landmarks' convolution with its norm and GELU, the depthwise convolution of the values, 0.01 on the diagonal

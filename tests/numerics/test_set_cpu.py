@@ -138,12 +138,12 @@ def test_a_narrow_filter_on_a_coarse_grid_does_not_vanish():
     assert all(torch.isfinite(t).all() for t in got)
 
 
-@pytest.mark.parametrize("layout", ["heads beside channels", "channels first", "one image for all", "every other one"])
+@pytest.mark.parametrize("layout", ["heads next to channels", "channels first", "one image for all", "every other one"])
 def test_any_strides(layout):
     b, h, n, d = 3, 2, 37, 24
     torch.manual_seed(1)
     x = {
-        "heads beside channels": lambda: (
+        "heads next to channels": lambda: (
             torch.randn(b, n, 3 * h * d)[..., : h * d].unflatten(-1, (h, d)).transpose(1, 2)
         ),
         "channels first": lambda: torch.randn(b, h, d, n).mT,

@@ -632,6 +632,6 @@ def test_zero_vectors_are_fine_and_a_bad_image_spoils_no_other(implementation, k
         assert all(t.isfinite().all() for t in of(0.0, tokens))
     for bad in (math.nan, math.inf, -math.inf):
         y, gradient = of(bad, slice(3, 4))
-        assert not y[0].isfinite().all()  # told by the loss, never hidden
+        assert not y[0].isfinite().all()  # visible in the loss, never hidden
         assert torch.equal(y[1], clean[1])
         assert torch.equal(gradient[1], clean_gradient[1])

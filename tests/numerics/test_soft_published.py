@@ -1,4 +1,4 @@
-"""A whole SOFT beside its authors' equations (soft_published.py), in fp64."""
+"""A whole SOFT next to its authors' equations (soft_published.py), in fp64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real http server over a folder, which can be told to misbehave."""
+"""A real http server over a folder, which can misbehave on request."""
 
 import socket
 import threading

@@ -1,4 +1,4 @@
-"""Ranks that would not see the same samples are told so at the start, before any of them can wait in vain."""
+"""Ranks that would see different samples are refused at the start, before one of them can wait for ever."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def test_ranks_that_agree_go_on(digits: Path) -> None:
 )
 def test_what_differs_is_named_with_its_ranks(digits: Path, override: str, said: str) -> None:
     root = f"data.root={digits}"
-    with pytest.raises(LaunchError, match=said + r".*same page, overrides, data and version"):
+    with pytest.raises(LaunchError, match=said + r".*same run config, overrides, data and version"):
         agree([(root,), *[(root, override)] * 3])
 
 

@@ -1,4 +1,4 @@
-"""The damage benchmark tells a loader that hangs from one that is slow."""
+"""The damage benchmark distinguishes a loader that hangs from one that is slow."""
 
 import selectors
 import subprocess
@@ -17,7 +17,7 @@ from benchmarks import damage
         ("import time; s = time.monotonic()\nwhile time.monotonic() < s + 0.5: pass\nprint(1)", ""),
     ],
 )
-def test_a_loader_that_hangs_is_told_from_one_that_computes(monkeypatch, program, said):
+def test_a_loader_that_hangs_is_distinguished_from_one_that_computes(monkeypatch, program, said):
     monkeypatch.setattr(damage, "_PATIENCE", 4)
     command = [sys.executable, "-S", "-c", program]
     with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:

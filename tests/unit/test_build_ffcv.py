@@ -21,12 +21,12 @@ def machine(monkeypatch):
             self.commands.append((text, dict(environment)))
             return next((code for part, code in self.codes.items() if part in text), 0)
 
-        def trouble(self):
+        def problem(self):
             installed = any("ffcv==1.0.2" in text for text, _ in self.commands)
             return self.works if installed else "it is not installed"
 
     machine = Machine()
-    monkeypatch.setattr(building, "ffcv_trouble", machine.trouble)
+    monkeypatch.setattr(building, "ffcv_problem", machine.problem)
     monkeypatch.setattr(building, "has_libraries", lambda: machine.libraries)
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     return machine

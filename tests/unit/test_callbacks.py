@@ -1,4 +1,4 @@
-"""Callbacks are told of events in their order; what an exception in one does; the loggers, with the real packages."""
+"""Callbacks get events in their order; what an exception in one does; the loggers, with the real packages."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ from setformer_dist.callbacks.mlflow import Mlflow
 from setformer_dist.callbacks.tensorboard import TensorBoard
 from setformer_dist.callbacks.wandb import Wandb
 from setformer_dist.core.callback import Callback, RunEnd, scalars
-from setformer_dist.core.errors import ConfigError, PassingError, TrainingError
+from setformer_dist.core.errors import ConfigError, TrainingError, TransientError
 from setformer_dist.core.logging_config import LoggingConfig, MlflowConfig, WandbConfig
 from setformer_dist.engine.events import Callbacks
 
 FIGURES = {"loss": 0.5, "seconds": {"data": 0.25}, "lr": None, "text": "no number"}
 
 
-class Told(Callback):
+class Recorder(Callback):
     """Notes what it hears."""
 
-    def __init__(self, log: list[Any], name: str = "told", fails_at: str = "", error: Exception | None = None) -> None:
+    def __init__(
+        self, log: list[Any], name: str = "recorder", fails_at: str = "", error: Exception | None = None
+    ) -> None:
         self.name = name
         self._log = log
         self._fails_at = fails_at
@@ -48,7 +50,7 @@ class Told(Callback):
         return super().__getattribute__(name)
 
 
-def told_by(callbacks: list[Callback], folder: Path, is_main: bool = True) -> Callbacks:
+def called(callbacks: list[Callback], folder: Path, is_main: bool = True) -> Callbacks:
     return Callbacks(callbacks, folder, {"run": {"name": "x"}}, is_main)
 
 
@@ -58,9 +60,9 @@ def begin(callbacks: Callbacks) -> list[str]:
     return said
 
 
-def test_each_event_is_told_to_all_in_their_order(tmp_path: Path) -> None:
+def test_each_event_reaches_all_in_order(tmp_path: Path) -> None:
     log: list[Any] = []
-    callbacks = told_by([Told(log, "a"), Told(log, "b")], tmp_path)
+    callbacks = called([Recorder(log, "a"), Recorder(log, "b")], tmp_path)
     begin(callbacks)
     callbacks.step_end(1)
     assert log == [("a", "on_run_start"), ("b", "on_run_start"), ("a", "on_step_end"), ("b", "on_step_end")]
@@ -68,22 +70,22 @@ def test_each_event_is_told_to_all_in_their_order(tmp_path: Path) -> None:
 
 def test_other_ranks_call_only_what_wants_every_rank(tmp_path: Path) -> None:
     log: list[Any] = []
-    everywhere = Told(log, "everywhere")
+    everywhere = Recorder(log, "everywhere")
     everywhere.every_rank = True
-    begin(told_by([Told(log, "main"), everywhere], tmp_path, is_main=False))
+    begin(called([Recorder(log, "main"), everywhere], tmp_path, is_main=False))
     assert log == [("everywhere", "on_run_start")]
 
 
 @pytest.mark.parametrize(
-    ("raised", "ends_with"), [(KeyError("x"), TrainingError), (PassingError("no answer"), PassingError)]
+    ("raised", "ends_with"), [(KeyError("x"), TrainingError), (TransientError("no answer"), TransientError)]
 )
 def test_an_exception_ends_the_run_and_names_callback_event_and_step(
     tmp_path: Path, raised: Exception, ends_with: type[Exception]
 ) -> None:
     log: list[Any] = []
-    callbacks = told_by([Told(log, "a", "on_step_end", raised), Told(log, "b")], tmp_path)
+    callbacks = called([Recorder(log, "a", "on_step_end", raised), Recorder(log, "b")], tmp_path)
     begin(callbacks)
-    with pytest.raises(ends_with, match=r"callback 'a' failed in on_step_end at step 3 \((KeyError|PassingError): "):
+    with pytest.raises(ends_with, match=r"callback 'a' failed in on_step_end at step 3 \((KeyError|TransientError): "):
         callbacks.step_end(3)
     callbacks.exception(raised)  # the one that failed hears no more
     assert log[-1] == ("b", "on_exception")
@@ -92,14 +94,15 @@ def test_an_exception_ends_the_run_and_names_callback_event_and_step(
 
 def test_an_exception_where_it_is_not_essential_costs_a_warning(tmp_path: Path) -> None:
     log: list[Any] = []
-    logger = Told(log, "logger", "on_step_end")
+    logger = Recorder(log, "logger", "on_step_end")
     logger.essential = False
-    callbacks = told_by([logger, Told(log, "b")], tmp_path)
+    callbacks = called([logger, Recorder(log, "b")], tmp_path)
     said = begin(callbacks)
     callbacks.step_end(1)
     callbacks.step_end(2)
     assert said == [
-        "warning: callback 'logger' failed in on_step_end at step 1 (RuntimeError: broken); the run goes on without it"
+        "warning: callback 'logger' failed in on_step_end at step 1 (RuntimeError: broken); "
+        "the run continues without it"
     ]
     assert [entry for entry in log if entry[1] == "on_step_end"] == [
         ("logger", "on_step_end"),
@@ -109,8 +112,8 @@ def test_an_exception_where_it_is_not_essential_costs_a_warning(tmp_path: Path) 
 
 
 def test_two_of_one_name_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="two callbacks are named 'told'"):
-        told_by([Told([]), Told([])], tmp_path)
+    with pytest.raises(ConfigError, match="two callbacks are named 'recorder'"):
+        called([Recorder([]), Recorder([])], tmp_path)
 
 
 class Counter(Callback):
@@ -137,7 +140,7 @@ class Unwritable(Callback):
 def test_state_goes_into_the_checkpoint_and_comes_back(tmp_path: Path) -> None:
     counter = Counter()
     assert counter.name == "Counter"
-    callbacks = told_by([TensorBoard(), counter], tmp_path)
+    callbacks = called([TensorBoard(), counter], tmp_path)
     callbacks.step_end(1)
     state = callbacks.state()
     assert state == {"Counter": {"count": 1}}
@@ -147,7 +150,7 @@ def test_state_goes_into_the_checkpoint_and_comes_back(tmp_path: Path) -> None:
     callbacks.load_state({})  # a checkpoint from before the callback
     assert counter.count == 1
     with pytest.raises(TrainingError, match=r"'Unwritable' failed in state \(TypeError"):
-        told_by([Unwritable()], tmp_path).state()
+        called([Unwritable()], tmp_path).state()
 
 
 @pytest.fixture
@@ -156,7 +159,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Any], None]:
     return register_callback
 
 
-def test_the_page_names_callbacks(registered: Callable[[str, Any], None]) -> None:
+def test_the_config_names_callbacks(registered: Callable[[str, Any], None]) -> None:
     registered("count", lambda args: Counter())
     registered("broken", lambda args: args["every"])
     found = build_callbacks(LoggingConfig(), ["count"], {})
@@ -191,7 +194,7 @@ def test_numbers_of_nested_figures() -> None:
 def log_a_run(callback: Callback, folder: Path, first: int) -> None:
     """Have a logger hear of two steps and an evaluation."""
     folder.mkdir(exist_ok=True)
-    callbacks = told_by([callback], folder)
+    callbacks = called([callback], folder)
     assert not begin(callbacks)
     for step in (first, first + 1):
         callbacks.figures("on_metrics", step, FIGURES)
@@ -208,7 +211,7 @@ def test_tensorboard(tmp_path: Path) -> None:
 
 
 def test_tensorboard_leaves_nothing_of_a_run_without_figures(tmp_path: Path) -> None:
-    callbacks = told_by([TensorBoard()], tmp_path)
+    callbacks = called([TensorBoard()], tmp_path)
     begin(callbacks)
     callbacks.end(RunEnd(0, 15, {}))
     assert not list(tmp_path.iterdir())

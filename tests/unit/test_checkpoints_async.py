@@ -141,7 +141,7 @@ def test_a_full_disk_is_borne_where_the_config_says_so_but_not_at_the_end(tmp_pa
     disk.fault = Fault(operation, ".tmp-*" if operation == "make_folder" else "rank-*", "disk full")
     begin(manager, 2, torch.ones(NUMEL))
     manager.finish()
-    assert "training goes on with the checkpoint before it" in caplog.text
+    assert "training continues with the checkpoint before it" in caplog.text
     begin(manager, 3, torch.ones(NUMEL))
     with pytest.raises(CheckpointError, match="No space left"):
         manager.finish(last=True)

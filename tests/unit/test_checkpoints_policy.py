@@ -93,4 +93,4 @@ def test_due():
 
 def test_a_run_must_keep_at_least_one():
     with pytest.raises(ConfigError, match="keep_last = 0"):
-        build(CheckpointConfig, {"keep_last": 0}, "page.toml")
+        build(CheckpointConfig, {"keep_last": 0}, "run.toml")

@@ -16,7 +16,7 @@ from checkpoints.strictjson import parse
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import CheckpointError
 from setformer_dist.engine.config import GuardConfig
-from setformer_dist.engine.guard import GUARD_FILE, Guard, Trouble
+from setformer_dist.engine.guard import GUARD_FILE, Guard, Incident
 from setformer_dist.engine.run_state import Best, RunState, check_trainer
 
 GOOD = {
@@ -53,7 +53,7 @@ def test_what_a_run_saves_is_taken():
 
 @pytest.mark.parametrize("key", ["stream", "optimizer_steps", "loss_scale", "run", "run.best", "run.best.step"])
 def test_a_key_that_is_missing_is_named(key):
-    with pytest.raises(CheckpointError, match=r"cannot go on from run/checkpoints/step-00000007") as caught:
+    with pytest.raises(CheckpointError, match=r"cannot resume from run/checkpoints/step-00000007") as caught:
         check_trainer(changed(key), PLACE)
     assert key.rpartition(".")[2] in str(caught.value)
 
@@ -118,9 +118,9 @@ def test_crafted_model_arguments_are_an_error_of_ours(text):
         Identity(model="m", model_args=text).check_same_model(Identity(model="m"))
 
 
-def test_steps_that_are_counted_anew_are_not_passed_over(tmp_path, caplog):
+def test_steps_that_are_counted_anew_are_not_skipped(tmp_path, caplog):
     guard = Guard(GuardConfig(nonfinite="rollback"), tmp_path, Alone())
-    guard.remember(Trouble(12, 9.0, "spike", "rollback"))
+    guard.remember(Incident(12, 9.0, "spike", "rollback"))
     guard.forget()
     assert "[12]" in caplog.text
     assert not guard.passes_over(12)

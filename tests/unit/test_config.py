@@ -8,8 +8,8 @@ from setformer_dist.core.continuing import must_stay
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.files import write_json, write_state
 
-PAGES = Path(__file__).parent.parent.parent / "configs" / "runs"
-DEMO = PAGES / "demo.toml"
+CONFIGS = Path(__file__).parent.parent.parent / "configs" / "runs"
+DEMO = CONFIGS / "demo.toml"
 
 # Options of timm's train.py and arguments of Lightning's Trainer, as keys.
 TIMM = [
@@ -167,16 +167,16 @@ def test_merge_goes_table_by_table() -> None:
 
 def test_one_extends_is_followed_and_two_are_refused(tmp_path: Path) -> None:
     (tmp_path / "base.toml").write_text("[a]\nx = 1\ny = 1\n")
-    (tmp_path / "page.toml").write_text('extends = "base.toml"\n[a]\ny = 2\n')
-    assert read_toml(tmp_path / "page.toml") == {"a": {"x": 1, "y": 2}}
-    (tmp_path / "third.toml").write_text('extends = "page.toml"\n')
+    (tmp_path / "run.toml").write_text('extends = "base.toml"\n[a]\ny = 2\n')
+    assert read_toml(tmp_path / "run.toml") == {"a": {"x": 1, "y": 2}}
+    (tmp_path / "third.toml").write_text('extends = "run.toml"\n')
     with pytest.raises(ConfigError, match="only one level"):
         read_toml(tmp_path / "third.toml")
 
 
-def test_a_missing_page_names_its_neighbours(tmp_path: Path) -> None:
+def test_a_missing_config_names_its_neighbours(tmp_path: Path) -> None:
     (tmp_path / "there.toml").write_text("")
-    with pytest.raises(ConfigError, match=r"does not exist; pages there: there\.toml"):
+    with pytest.raises(ConfigError, match=r"does not exist; configs there: there\.toml"):
         read_toml(tmp_path / "absent.toml")
 
 
@@ -201,7 +201,7 @@ def test_a_key_added_later_means_its_default_and_an_unknown_one_is_named(tmp_pat
     older = run.as_json()
     del older["guard"], older["optim"]["layer_decay"], older["data"]["augment"]["pad"], older["restart"]
     write_json(run.config.folder / "config.json", older)
-    with pytest.raises(ConfigError, match=r"\(data\.augment\.pad is 4 there and 2 here\)"):  # the page sets 2
+    with pytest.raises(ConfigError, match=r"\(data\.augment\.pad is 4 there and 2 here\)"):  # the config sets 2
         check_folder(run)
     write_json(run.config.folder / "config.json", {**older, "data": run.as_json()["data"]})
     check_folder(run)

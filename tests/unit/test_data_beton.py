@@ -205,7 +205,7 @@ def test_processes_and_threads_share_a_file(path):
     assert not wrong
     state = pickle.dumps(beton)
     write_beton(path, some_samples(8), 8, classes=CLASSES)
-    with pytest.raises(DataError, match="written anew while it was in use"):
+    with pytest.raises(DataError, match="rewritten while it was in use"):
         pickle.loads(state)
     beton.close()
     other.close()
@@ -279,12 +279,12 @@ def shift(field, place, by):
     [
         ("header", put("version", 0, 1), r"is no \.beton file of format 2 \(its first bytes say 1\)"),
         ("header", put("samples", 0, 0), "has no samples"),
-        ("header", put("samples", 0, 31), "its header speaks of"),
-        ("header", put("samples", 0, 1 << 62), "its header speaks of"),
+        ("header", put("samples", 0, 31), "its header states"),
+        ("header", put("samples", 0, 1 << 62), "its header states"),
         ("header", put("page_size", 0, 3000), "page size 3000 is no power of two"),
         ("header", put("page_size", 0, 4096), "sample 0 crosses a page|crosses a page"),
-        ("header", put("allocations", 0, 1 << 63), "its header speaks of"),
-        ("header", put("fields", 0, 60000), "its header speaks of 60000 fields"),
+        ("header", put("allocations", 0, 1 << 63), "its header states"),
+        ("header", put("fields", 0, 60000), "its header states 60000 fields"),
         ("header", put("fields", 0, 1), r"has the fields 'image' \(image\), but one image and one int"),
         ("fields", put("type", 1, 0), r"'image' \(image\), 'label' \(float\)"),
         ("records", put_image("mode", 3, 2), "sample 3 is stored in a mode"),
@@ -292,7 +292,7 @@ def shift(field, place, by):
         ("records", put_image("width", 3, 0), "sample 3 has no pixels"),
         ("records", put_image("place", 3, 9), "sample 3 is elsewhere by its record"),
         ("allocations", put("sample", 3, 4), "does not name each sample once"),
-        ("allocations", put("sample", 3, 1 << 63), "names samples that there are not"),
+        ("allocations", put("sample", 3, 1 << 63), "names samples that do not exist"),
         ("allocations", put("place", 3, 100), "sample 3 lies outside the data"),
         ("allocations", put("place", 3, (1 << 64) - 5), "sample 3 lies outside the data"),
         ("allocations", put("size", 3, 0), "sample 3 lies outside the data"),
@@ -566,7 +566,7 @@ def test_other_fields_are_named(tmp_path):
     found.close()
 
 
-def test_further_fields_of_any_of_ffcvs_types_are_passed_over_and_named(tmp_path, caplog):
+def test_further_fields_of_any_of_ffcvs_types_are_skipped_and_named(tmp_path, caplog):
     """By FFCV's layout: records with C's alignment, one allocation of a sample for each field that has data."""
     plain, path = tmp_path / "plain.beton", tmp_path / "a.beton"
     write_beton(plain, some_samples(6), 6, classes=CLASSES)

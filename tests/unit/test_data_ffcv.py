@@ -17,7 +17,7 @@ from dataloaders.beton.reader import BetonSample, open_beton, write_beton
 from dataloaders.beton.sidecar import sidecar_path
 from dataloaders.config import AugmentConfig, DataConfig
 from dataloaders.ffcv import check as ffcv_check
-from dataloaders.ffcv.check import ffcv_trouble, load_ffcv_engine
+from dataloaders.ffcv.check import ffcv_problem, load_ffcv_engine
 from dataloaders.reading.streams import ShardEvalStream, ShardTrainStream
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.ranks import RankInfo
@@ -333,11 +333,11 @@ def test_where_ffcv_is_missing_or_of_another_version_it_is_said(monkeypatch):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    assert ffcv_trouble() == "it is not installed"
+    assert ffcv_problem() == "it is not installed"
     with pytest.raises(ConfigError, match=r"does not work here \(it is not installed\): `make ffcv` builds it"):
         load_ffcv_engine()
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.0")
-    assert ffcv_trouble() == "version 2.0 is installed, 1.0.2 is needed"
+    assert ffcv_problem() == "version 2.0 is installed, 1.0.2 is needed"
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.0.2")
 
     def broken(name):
@@ -365,4 +365,4 @@ def test_a_centre_view_becomes_the_part_of_the_image_it_shows(engine, stored):
 
 @needs_ffcv
 def test_ffcv_works_where_it_is_built():
-    assert ffcv_trouble() == ""
+    assert ffcv_problem() == ""

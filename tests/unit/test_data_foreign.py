@@ -330,7 +330,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_what_cannot_be_told_apart_is_refused_by_name(tmp_path, kind):
+def test_what_is_ambiguous_is_refused_by_name(tmp_path, kind):
     root = tmp_path / "shards"
     root.mkdir()
     write_tar(root / "a.tar", BAD[kind][0])
@@ -607,7 +607,7 @@ def test_checksums_outlive_a_change_of_times(folder):
         with pytest.raises(DataError, match=rf"shard train-01\.tar in .* not the sha256 that the index .*{name} says"):
             opened(folder)
     assert homes(folder) == [name]
-    write_tar(folder / "train-01.tar", sample(99))  # written anew: its headers changed
+    write_tar(folder / "train-01.tar", sample(99))  # rewritten: its headers changed
     last = opened(folder).index
     assert last.columns["crc32"][5] == zlib.crc32(picture(99))
 

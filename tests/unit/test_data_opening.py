@@ -41,7 +41,7 @@ COUNT = 24
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """The same images three times: class folders, packed, and as somebody else's shards."""
+    """The same images three times: class folders, packed, and as external shards."""
     root = tmp_path_factory.mktemp("data")
     for number in range(COUNT):
         path = root / "images" / "abc"[number % 3] / f"{number:02d}.jpg"
@@ -303,7 +303,7 @@ def test_a_copy_of_an_image_folder_has_the_same_fingerprint(images, tmp_path):
 
 def test_who_waits_for_an_index_sees_it_go_on(images, tmp_path, monkeypatch):
     """Looking into the images of a large folder takes longer than others wait; each part of it is a sign of life."""
-    monkeypatch.setattr(image_folder, "_TOLD", 3)
+    monkeypatch.setattr(image_folder, "_PROGRESS_EVERY", 3)
     signs = []
     monkeypatch.setattr(os, "utime", lambda path: signs.append(path.name))
     image_folder.open_image_folder(images, tmp_path / "cache", 1)

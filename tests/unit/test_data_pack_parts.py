@@ -236,7 +236,7 @@ def test_images_that_others_refuse_are_rewritten(tmp_path):
     write(tmp_path / "s" / "a" / "deep.png", out.getvalue())
     write(tmp_path / "s" / "a" / "plain.jpg", saved(pixels))
     result = pack_image_folder(tmp_path / "s", tmp_path / "out")
-    assert any(note.startswith("2 images were written anew") for note in result.notes)
+    assert any(note.startswith("2 images were rewritten") for note in result.notes)
     split = open_split(tmp_path / "out")
     cmyk, deep_again, plain = (Image.open(io.BytesIO(split.read(i).image)) for i in range(3))
     assert (cmyk.mode, cmyk.format) == ("RGB", "JPEG")
@@ -274,7 +274,7 @@ def test_quality_alone_rewrites_where_that_is_smaller(tmp_path):
             PackOptions(**bad)
 
 
-# ---------------------------------------------------------------------------------------------- going on, and limits
+# ---------------------------------------------------------------------------------------------- continuing, and limits
 
 
 def shards_of(folder):
@@ -321,7 +321,7 @@ def test_other_options_or_a_damaged_shard_are_not_taken_over(tmp_path):
     result = pack_image_folder(
         tmp_path / "s", tmp_path / "out", PackOptions(samples_per_shard=2, skip_bad=True, shuffle_seed=1)
     )
-    assert any("packed anew" in note for note in result.notes)
+    assert any("repacked" in note for note in result.notes)
     assert not (tmp_path / ".out.partial").exists()
 
 

@@ -22,7 +22,7 @@ from dataloaders.packing.convert import pack_beton
 from dataloaders.packing.pack import PackOptions, _write_shard, pack_image_folder, unfinished
 from dataloaders.sources.shards import open_split
 from launch.cli.data import app
-from launch.testing.commands import heed_ctrl_c
+from launch.testing.commands import allow_ctrl_c
 from setformer_dist.core.errors import ConfigError, DataError
 
 
@@ -250,7 +250,7 @@ def test_hard_links_in_a_tar_are_images_too(folder, tmp_path):
     assert contents(tmp_path / "dir") == contents(tmp_path / "tar")
 
 
-def test_what_cannot_be_read_is_not_passed_over(folder, tmp_path):
+def test_what_cannot_be_read_is_not_skipped(folder, tmp_path):
     (folder / "ant" / "gone.jpg").symlink_to(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"gone\.jpg in the source cannot be read"):
         pack_image_folder(folder, tmp_path / "out")
@@ -383,7 +383,7 @@ def test_killed_packing_leaves_nothing_that_opens(tmp_path, how, workers):
         (tmp_path / "s" / "a" / f"{i}.png").write_bytes(data)
     out, work = tmp_path / "out", tmp_path / ".out.partial"
     command = [sys.executable, "-c", _PACK, str(tmp_path / "s"), str(out), str(workers)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c, start_new_session=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=allow_ctrl_c, start_new_session=True)
     deadline = time.monotonic() + 150
     while not list(work.glob("shard-000001.rows")):
         assert process.poll() is None, process.stderr.read().decode()

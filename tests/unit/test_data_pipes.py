@@ -112,7 +112,7 @@ def test_what_the_server_changed_is_found_by_size_and_digest(server, packed, tmp
     storage.close()
 
 
-def test_a_failure_is_told_to_every_reader_and_does_not_last(server, packed):
+def test_a_failure_reaches_every_reader_and_does_not_last(server, packed):
     server.faults["/packed/shard-000003.tar"] = [("status", 404)] * 2
     source, sample = opened(server), 3 * EACH
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Rectangular images: the same shape in training, evaluation, the model, and what it is told."""
+"""Rectangular images: the same shape in training, evaluation, the model, and its input spec."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_streams_and_pictures_have_the_shape(tmp_path: Path) -> None:
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (50, 60 + i, 3), dtype=np.uint8)).save(path)
     pack_image_folder(tmp_path / "images", tmp_path / "packed")
     source = open_split(tmp_path / "packed")
-    config = build(DataConfig, {**WIDE, "augment": {"cutmix": 1.0}, "threads": 0}, "page")
+    config = build(DataConfig, {**WIDE, "augment": {"cutmix": 1.0}, "threads": 0}, "config")
     train = ShardTrainStream(source, config, 0, RankInfo(0, 1, 0, 1), 4, 4)
     assert next(train.micro_batches(0)).inputs.shape == (4, 3, 32, 64)
     evaluation = ShardEvalStream(source, config, RankInfo(0, 1, 0, 1), 4)
@@ -41,7 +41,7 @@ def test_streams_and_pictures_have_the_shape(tmp_path: Path) -> None:
 
 
 def test_an_image_of_the_shape_is_taken_as_it_is_and_others_keep_their_proportions() -> None:
-    config = build(DataConfig, WIDE, "page")
+    config = build(DataConfig, WIDE, "config")
     pixels = np.random.default_rng(0).integers(0, 256, (32, 64, 3), dtype=np.uint8)
     assert torch.equal(decode_for_eval(encoded(pixels), config), torch.from_numpy(pixels).permute(2, 0, 1))
     disc = np.zeros((400, 400, 3), np.uint8)
@@ -59,29 +59,29 @@ def encoded(pixels: np.ndarray) -> bytes:
 
 def test_the_width_goes_along_with_the_height() -> None:
     table = {**WIDE, "resolutions": [{"step": 5, "image_size": 48}]}
-    sizes = ImageSizes(build(DataConfig, table, "page"), 10)
+    sizes = ImageSizes(build(DataConfig, table, "config"), 10)
     assert [sizes.shape(step) for step in (0, 4, 5)] == [(32, 64), (32, 64), (48, 96)]
     assert ImageSizes(DataConfig(root="x", image_size=32), 10).shape(0) == (32, 32)
 
 
 @pytest.mark.parametrize("name", ["setformer_nano", "soft_tiny", "vit_tiny_patch16_224", "convnext_atto"])
 def test_models_are_built_for_the_shape(name: str) -> None:
-    inputs = ImageInputs(build(DataConfig, WIDE, "page"))
+    inputs = ImageInputs(build(DataConfig, WIDE, "config"))
     model = inputs.build_model(ModelConfig(name=name), 5, {}, 0).eval()
     with torch.no_grad():
         assert model(torch.zeros(1, 3, 32, 64)).shape == (1, 5)
 
 
-def test_what_is_told_of_square_images_is_as_ever() -> None:
+def test_the_spec_of_square_images_is_one_number() -> None:
     no_split: object = None
-    assert ImageInputs(build(DataConfig, WIDE, "page")).told(no_split) == {"image_size": [32, 64]}  # type: ignore[arg-type]
-    assert ImageInputs(DataConfig(root="x", image_size=32)).told(no_split) == {"image_size": 32}  # type: ignore[arg-type]
-    assert ImageInputs(build(DataConfig, {**WIDE, "image_width": 32}, "page")).told(no_split) == {"image_size": 32}  # type: ignore[arg-type]
+    assert ImageInputs(build(DataConfig, WIDE, "config")).spec(no_split) == {"image_size": [32, 64]}  # type: ignore[arg-type]
+    assert ImageInputs(DataConfig(root="x", image_size=32)).spec(no_split) == {"image_size": 32}  # type: ignore[arg-type]
+    assert ImageInputs(build(DataConfig, {**WIDE, "image_width": 32}, "config")).spec(no_split) == {"image_size": 32}  # type: ignore[arg-type]
 
 
 def test_shapes_that_do_not_go_together_are_refused() -> None:
     with pytest.raises(ConfigError, match="image_width gives all images one shape, aspect_buckets several"):
-        build(DataConfig, {**WIDE, "aspect_buckets": [1.0, 2.0]}, "page")
+        build(DataConfig, {**WIDE, "aspect_buckets": [1.0, 2.0]}, "config")
     with pytest.raises(ConfigError, match=r"pad = 8 must be smaller than image_size = 8"):
-        build(DataConfig, {**WIDE, "image_width": 8, "augment": {"crop": "pad", "pad": 8}}, "page")
+        build(DataConfig, {**WIDE, "image_width": 8, "augment": {"crop": "pad", "pad": 8}}, "config")
     assert AugmentConfig().crop == "resized"

@@ -246,7 +246,7 @@ def test_a_file_replaced_while_it_is_read_is_noticed(server, http, folder):
         list(blocks)
 
 
-def test_a_server_without_ranges_is_told_apart(server, http, folder):
+def test_a_server_without_ranges_is_detected(server, http, folder):
     server.ranges = False
     with pytest.raises(NoRangesError, match=r"without byte ranges: set data\.cache .* or data\.access"):
         http.read("s0.tar", 0, 10)

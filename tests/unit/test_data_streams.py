@@ -26,7 +26,7 @@ from dataloaders.reading.readers import Readers
 from dataloaders.reading.streams import ShardEvalStream, ShardTrainStream
 from dataloaders.sources.shards import check_same_classes, open_split
 from setformer_dist.core.batch import EvalStream, TrainStream
-from setformer_dist.core.errors import ConfigError, DataError, PassingError
+from setformer_dist.core.errors import ConfigError, DataError, TransientError
 from setformer_dist.core.ranks import RankInfo
 
 
@@ -438,7 +438,7 @@ def test_a_reader_that_hangs_stops_the_run_with_a_reason(monkeypatch):
     monkeypatch.setattr("dataloaders.reading.readers._GRACE_S", 0.0)
     loading = Hanging()
     readers = Readers(loading, DataConfig(root="", threads=1, read_timeout=0.2))
-    with pytest.raises(PassingError, match=r"gave no sample for 0 s: the storage hangs.*data.read_timeout"):
+    with pytest.raises(TransientError, match=r"gave no sample for 0 s: the storage hangs.*data.read_timeout"):
         next(readers.answers(lambda: iter([Request(np.arange(3))])))
     loading.released.set()
     for thread in reader_threads():
@@ -480,7 +480,7 @@ def test_a_killed_reader_stops_the_run_with_a_reason(data):
     for child in psutil.Process().children(recursive=True):
         if child.pid in reader_pids(stream):
             child.kill()
-    with pytest.raises(PassingError, match="reader process died"):
+    with pytest.raises(TransientError, match="reader process died"):
         list(itertools.islice(batches, 20))
     assert time.monotonic() - before < 100
     stream.close()

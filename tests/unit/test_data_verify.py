@@ -18,7 +18,7 @@ from dataloaders.packing.text import TextOptions, pack_text
 from dataloaders.packing.verify import unreadable, verify, verify_split
 from dataloaders.sources.index import COLUMNS, read_index, write_index
 from launch.data import commands as data_commands
-from setformer_dist.core.errors import ConfigError, DataError, PassingError
+from setformer_dist.core.errors import ConfigError, DataError, TransientError
 from tests.unit.serving import served
 
 
@@ -69,7 +69,7 @@ def test_data_behind_a_url_are_compared_as_those_here(packed, tmp_path, monkeypa
         assert verify(f"{server.url}/out").shards == 3
         flip(packed / "shard-000000.tar", 3)  # a header: no sample is touched
         assert found(verify(f"{server.url}/out", decode=False)) == [("shard-000000.tar", "", "shard")]
-        with pytest.raises(ConfigError, match=r"the index of .*/a\.beton lies beside it: make it on a copy"):
+        with pytest.raises(ConfigError, match=r"the index of .*/a\.beton is next to it: make it on a copy"):
             data_commands.index(f"{server.url}/a.beton?key=secret", None, True, 0, print, print)
 
 
@@ -150,7 +150,7 @@ def test_a_killed_helper_is_one_sentence(packed):
         for helper in multiprocessing.active_children():
             helper.kill()
 
-    with pytest.raises(PassingError, match=r"a process that verified .* died"):
+    with pytest.raises(TransientError, match=r"a process that verified .* died"):
         verify(packed, workers=2, on_progress=kill)
     assert multiprocessing.active_children() == []
 

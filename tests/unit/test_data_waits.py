@@ -34,7 +34,7 @@ from dataloaders.storage.cache import CachedStorage, Known, ShardCache, fitting,
 from dataloaders.storage.memory import SequentialStorage
 from dataloaders.storage.remote import FsspecStorage, HttpStorage
 from launch.run.inputs import ImageInputs
-from setformer_dist.core.errors import ConfigError, DataError, PassingError
+from setformer_dist.core.errors import ConfigError, DataError, TransientError
 from setformer_dist.core.ranks import RankInfo
 from tests.unit.serving import served
 from tests.unit.test_data_foreign import picture
@@ -245,7 +245,7 @@ next(one.answers(lambda: iter([Request(np.arange(3))] * 9)))
 def test_a_process_whose_reader_hangs_does_end():
     ended = subprocess.run([sys.executable, "-c", _HANGS], capture_output=True, timeout=120, check=False, text=True)
     assert ended.returncode == 1
-    assert "PassingError: a data reader gave no sample" in ended.stderr
+    assert "TransientError: a data reader gave no sample" in ended.stderr
 
 
 def test_threads_that_the_system_does_not_start_are_said(monkeypatch):
@@ -388,7 +388,7 @@ def cached_bytes(cache):
 
 
 def two_kinds(packed, folder):
-    """Write a .beton file beside a copy of the packed split; return the sizes of both."""
+    """Write a .beton file next to a copy of the packed split; return the sizes of both."""
     split = open_split(packed / "packed")
     shutil.copytree(packed / "packed", folder / "packed")
     samples = [BetonSample(split.read(i).image, 0, *split.size(i)) for i in range(EACH)]
@@ -411,7 +411,7 @@ def read_both(url, cache, limit, seed):
 
 
 def test_shards_and_beton_files_have_one_budget(packed, tmp_path):
-    """Several processes hold a .beton file, and read shards for which there is only so much room beside it."""
+    """Several processes hold a .beton file, and read shards for which there is only so much room next to it."""
     folder, cache = tmp_path / "served", tmp_path / "cache"
     folder.mkdir()
     shards, beton = two_kinds(packed, folder)
@@ -465,7 +465,7 @@ def test_sets_of_a_mixture_share_one_cache(server, packed, tmp_path):
     source.close()
 
 
-def test_evaluation_is_told_from_training_where_the_url_has_a_query(server, packed, tmp_path):
+def test_evaluation_is_distinguished_from_training_where_the_url_has_a_query(server, packed, tmp_path):
     size = max(path.stat().st_size for path in (packed / "packed").glob("*.tar"))
     config = config_of(server, train="other", val="packed", cache=str(tmp_path / "cache"), cache_gib=1.5 * size / 2**30)
     open_source(f"{server.url}?sig=1", "packed", config).close()
@@ -516,6 +516,6 @@ class Silent(Fake):
 def test_silence_ends_the_wait_in_processes_too():
     readers = Readers(Silent(), DataConfig(root="x", workers=1, threads=0))
     readers._wait_s = 0.5
-    with pytest.raises(PassingError, match="gave no sample"):
+    with pytest.raises(TransientError, match="gave no sample"):
         next(readers.answers(lambda: iter([Request(np.arange(3))])))
     readers.close()

@@ -102,7 +102,7 @@ def test_a_mix_of_packages_is_refused_with_both_places(tmp_path, name):
 
 
 def test_a_package_that_is_not_there_is_named():
-    with pytest.raises(LaunchError, match="'no_such_package' is not found beside"):
+    with pytest.raises(LaunchError, match="'no_such_package' is not found next to"):
         check_package_origins(("setformer_dist", "no_such_package"))
 
 

@@ -55,8 +55,8 @@ def filled(weights: Path, *skip: str) -> tuple[str, dict[str, float]]:
     """Return what is said, and the one value that each fragment then holds."""
     config = ModelConfig(weights=str(weights), skip=skip or None)
     held = fragments()
-    told = FirstWeights(config, SHAPES, frozenset({"filter"}), Alone())(held.values())
-    return told, {key: fragment.tensor.unique().item() for key, fragment in held.items()}
+    report = FirstWeights(config, SHAPES, frozenset({"filter"}), Alone())(held.values())
+    return report, {key: fragment.tensor.unique().item() for key, fragment in held.items()}
 
 
 @pytest.mark.parametrize(
@@ -70,14 +70,14 @@ def filled(weights: Path, *skip: str) -> tuple[str, dict[str, float]]:
 def test_weights_and_average_begin_with_what_scored_better(tmp_path, scores, value, kind):
     folder = checkpoint(tmp_path, scores, "param", "ema")
     for place in (tmp_path, tmp_path / "checkpoints", folder):
-        told, held = filled(place)
-        assert told == f"begins with {kind} of {folder}: 3 of 3 parameters"
+        report, held = filled(place)
+        assert report == f"begins with {kind} of {folder}: 3 of 3 parameters"
         assert held == {"body.w param": value, "body.w ema": value, "body.w exp_avg": 0, "head.b param": value}
 
 
 def test_a_file_serves_as_well_and_its_buffers_are_no_parameters(tmp_path):
-    told, held = filled(file_of(tmp_path / "model.safetensors", filter=torch.ones(2)))
-    assert told.endswith("model.safetensors: 3 of 3 parameters")
+    report, held = filled(file_of(tmp_path / "model.safetensors", filter=torch.ones(2)))
+    assert report.endswith("model.safetensors: 3 of 3 parameters")
     assert held["body.w param"] == held["body.w ema"] == held["head.b param"] == 4
 
 
@@ -88,8 +88,8 @@ def test_another_number_of_classes_is_refused_until_the_head_is_skipped(tmp_path
         CheckpointError, match=r"head.w is \(9, 3\) there and \(5, 3\) here; .*model.skip = \[\"head.\"\]"
     ):
         filled(file)
-    told, held = filled(file, "head.")
-    assert told.endswith("1 of 3 parameters; left as drawn from the seed: head.b, head.w")
+    report, held = filled(file, "head.")
+    assert report.endswith("1 of 3 parameters; left as drawn from the seed: head.b, head.w")
     assert (held["body.w param"], held["head.b param"]) == (4, 0)
     assert filled(checkpoint(tmp_path, {}, "param", shapes=other), "head.")[1] == {
         **held,

@@ -12,16 +12,16 @@ import pytest
 from launch.run.config import load_run, resolve
 
 ROOT = Path(__file__).parent.parent.parent
-PAGES = sorted((ROOT / "configs" / "runs").glob("*.toml"))
+CONFIGS = sorted((ROOT / "configs" / "runs").glob("*.toml"))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 @pytest.mark.parametrize("part", ["resolved", "deepspeed"])
-def test_golden(page: Path, part: str) -> None:
-    run = resolve(load_run(page), 2)
+def test_golden(path: Path, part: str) -> None:
+    run = resolve(load_run(path), 2)
     value = run.as_json() if part == "resolved" else run.deepspeed_json()
     text = json.dumps(value, indent=2) + "\n"
-    golden = ROOT / "tests" / "golden" / f"{page.stem}.{part}.json"
+    golden = ROOT / "tests" / "golden" / f"{path.stem}.{part}.json"
     if os.environ.get("SETFORMER_GOLDEN") == "write":
         golden.write_text(text)
     assert golden.read_text() == text

@@ -20,7 +20,7 @@ def guard(folder, **values):
     return made
 
 
-def test_good_losses_are_no_trouble(tmp_path):
+def test_good_losses_are_no_incident(tmp_path):
     assert guard(tmp_path, spike=2.0).judge(0, [1.0, 0.9, 1.1] * 20) is None
 
 
@@ -34,9 +34,9 @@ def test_skip_goes_on_after_each_bad_step_up_to_the_limit(tmp_path):
     one = guard(tmp_path, nonfinite="skip", limit=2)
     losses = [1.0, math.nan, 1.0, math.nan, 1.0, math.nan]
     for step in (1, 3):
-        trouble = one.judge(0, losses)
-        assert (trouble.step, trouble.why, trouble.action) == (step, "nonfinite", "skip")
-        one.remember(trouble)
+        incident = one.judge(0, losses)
+        assert (incident.step, incident.why, incident.action) == (step, "nonfinite", "skip")
+        one.remember(incident)
     with pytest.raises(TrainingError, match="at step 5, after 2 bad steps"):
         one.judge(0, losses)
 
@@ -45,8 +45,8 @@ def test_a_leap_is_one_against_the_median_before_it(tmp_path):
     one = guard(tmp_path, spike=3.0)
     assert one.judge(0, [1.0] * 19 + [50.0]) is None  # too few to tell
     assert one.judge(20, [2.9]) is None
-    trouble = one.judge(21, [1.0, 3.1, 9.0])
-    assert (trouble.step, trouble.why, trouble.action, trouble.loss) == (22, "spike", "rollback", 3.1)
+    incident = one.judge(21, [1.0, 3.1, 9.0])
+    assert (incident.step, incident.why, incident.action, incident.loss) == (22, "spike", "rollback", 3.1)
 
 
 def test_what_is_passed_over_stays_so_in_every_continuation(tmp_path):
@@ -68,12 +68,12 @@ def test_the_median_goes_on_after_a_resume(tmp_path):
 
 
 def bad_step(one, step):
-    trouble = one.judge(step, [math.nan])
-    one.remember(trouble, [step, step + 1])
-    return trouble
+    incident = one.judge(step, [math.nan])
+    one.remember(incident, [step, step + 1])
+    return incident
 
 
-def test_trouble_soon_after_a_rollback_asks_for_a_checkpoint_before_that_of_the_rollback(tmp_path):
+def test_an_incident_soon_after_a_rollback_asks_for_a_checkpoint_before_that_of_the_rollback(tmp_path):
     one = guard(tmp_path, nonfinite="rollback", window=20)
     assert bad_step(one, 105).below is None
     one.went_back(100)

@@ -167,7 +167,7 @@ def test_an_agent_that_starts_ranks_for_longer_than_the_silence_limit_stays(
         greeted([link], 30.0)
         host = RemoteHost(link, range(1), lambda number: None)
         own = {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-        begin = host.begin(["no-such-page"], own, {}, tmp_path, warm=True)  # its interpreter imports for seconds
+        begin = host.begin(["no-such-config"], own, {}, tmp_path, warm=True)  # its interpreter imports for seconds
         begun = time.monotonic()
         [answer] = ask([link], [begin], 120.0)
         assert "error" not in answer
@@ -180,7 +180,7 @@ def test_an_agent_that_starts_ranks_for_longer_than_the_silence_limit_stays(
             time.sleep(0.01)
         assert link.lost is None
         assert host.members[0].code == 2
-        assert "no-such-page" in capsys.readouterr().err  # rank 0's words are for the terminal
+        assert "no-such-config" in capsys.readouterr().err  # rank 0's words are for the terminal
     finally:
         link.close()
 

@@ -127,7 +127,7 @@ def test_no_pickle_on_any_load_path() -> None:
 
 
 @pytest.mark.parametrize("module", ["launch.cli.main", "launch.run.config"])
-def test_a_typo_is_told_before_heavy_imports(module: str) -> None:
+def test_a_typo_is_reported_before_heavy_imports(module: str) -> None:
     heavy = {"torch", "timm", "deepspeed", "numpy", "PIL"}
     program = f"import sys, {module}; print(sorted({heavy!r} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"

@@ -33,7 +33,7 @@ def test_a_mixture_whose_set_is_missing_names_it(digits: Path) -> None:
     "table",
     [{"image_size": 10**12}, {"resolutions": ({"step": 0, "image_size": 65_537},)}, {"bucket_multiple": 10**9}],
 )
-def test_sizes_that_no_tensor_could_hold_are_refused_on_the_page(table) -> None:
+def test_sizes_that_no_tensor_could_hold_are_refused_in_the_config(table) -> None:
     with pytest.raises(ValidationError, match="less than or equal to 65536"):
         DataConfig.model_validate({"root": "d", **table})
 

@@ -223,9 +223,9 @@ def test_a_killed_process_is_one_sentence() -> None:
 
 def test_generated_images_fill_their_frame(tmp_path: Path) -> None:
     task = replace(task_named("pathfinder", short=True), counts=(20, 10, 10))
-    told: list[tuple[str, int | None]] = []
-    splits = prepare(task, tmp_path, Preparation(), on_start=lambda split, total: told.append((split, total)))
-    assert told == [("train", 20), ("val", 10), ("test", 10)]
+    started: list[tuple[str, int | None]] = []
+    splits = prepare(task, tmp_path, Preparation(), on_start=lambda split, total: started.append((split, total)))
+    assert started == [("train", 20), ("val", 10), ("test", 10)]
     for split in splits.values():
         assert split.facts.full
         assert set(split.lengths.reshape(-1).tolist()) == {144}

@@ -21,8 +21,8 @@ STEPS, WARMUP = 100, 10
 def rates(**table: object) -> list[float]:
     """Return the rate at every step of a run with a peak of 1 and a floor of 0.1."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    page = {"steps": STEPS, "warmup_steps": WARMUP, "warmup_lr": 0.0, "min_lr": 0.1, **table}
-    schedule = Schedule(optimizer, build(ScheduleConfig, page, "page"), steps_per_epoch=20)
+    settings = {"steps": STEPS, "warmup_steps": WARMUP, "warmup_lr": 0.0, "min_lr": 0.1, **table}
+    schedule = Schedule(optimizer, build(ScheduleConfig, settings, "config"), steps_per_epoch=20)
     return [schedule.apply(step) for step in range(STEPS)]
 
 
@@ -77,20 +77,20 @@ def test_what_a_schedule_lacks_or_does_not_know_is_said(table: dict[str, object]
 )
 def test_an_optimizer_that_cannot_be_had_is_refused_with_the_reason(table: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        build(OptimConfig, table, "page")
+        build(OptimConfig, table, "config")
 
 
 def test_defaults_are_those_of_an_optimizers_authors_unless_given() -> None:
-    assert build(OptimConfig, {"name": "lion"}, "page").betas == (0.9, 0.99)
-    assert build(OptimConfig, {"name": "lion", "betas": [0.95, 0.98]}, "page").betas == (0.95, 0.98)
-    assert build(OptimConfig, {"name": "adopt"}, "page").eps == 1e-6
-    assert build(OptimConfig, {}, "page").betas == (0.9, 0.999)
+    assert build(OptimConfig, {"name": "lion"}, "config").betas == (0.9, 0.99)
+    assert build(OptimConfig, {"name": "lion", "betas": [0.95, 0.98]}, "config").betas == (0.95, 0.98)
+    assert build(OptimConfig, {"name": "adopt"}, "config").eps == 1e-6
+    assert build(OptimConfig, {}, "config").betas == (0.9, 0.999)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizer_keeps_the_states_that_are_said_of_it(name: str) -> None:
     weight = torch.nn.Parameter(torch.ones(5, 3))
-    optimizer = optimizer_of([{"params": [weight]}], build(OptimConfig, {"name": name}, "page"))
+    optimizer = optimizer_of([{"params": [weight]}], build(OptimConfig, {"name": name}, "config"))
     for _ in range(2):
         weight.grad = torch.ones_like(weight)
         optimizer.step()

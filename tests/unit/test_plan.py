@@ -24,13 +24,13 @@ from setformer_dist.core.terminal import open_console
 from setformer_dist.models.build import build_model
 from setformer_dist.models.measure import Activations, measure_activations, memory_of, parameters
 
-PAGE = Path("configs/runs/demo.toml")
+CONFIG = Path("configs/runs/demo.toml")
 H100 = Cluster(DEVICES["h100"], 8, 2 * GB, 50_000, 180)
 
 
 @pytest.fixture(scope="module")
 def subject() -> Subject:
-    return subject_of(load_run(PAGE, ["data.root=nowhere", "precision.dtype=bf16"]))
+    return subject_of(load_run(CONFIG, ["data.root=nowhere", "precision.dtype=bf16"]))
 
 
 def test_activations_of_a_chain_are_those_counted_by_hand() -> None:
@@ -210,7 +210,7 @@ def test_the_fastest_that_fits_is_recommended_and_of_equals_the_lowest_stage() -
     assert recommended(rows) is rows[2]
 
 
-def test_a_layout_that_cannot_be_is_told_with_its_reason(subject: Subject) -> None:
+def test_a_layout_that_cannot_be_is_reported_with_its_reason(subject: Subject) -> None:
     assert "fewer samples per step than the 128 ranks" in row_of(subject, H100, 2, 128).why_not
     v100 = dataclasses.replace(H100, device=DEVICES["v100"])
     assert "does not compute bf16" in row_of(subject, v100, 2, 8).why_not
@@ -250,7 +250,7 @@ def test_the_command_prints_tables_and_writes_the_same_as_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    config = load_run(PAGE, ["data.root=nowhere"])
+    config = load_run(CONFIG, ["data.root=nowhere"])
     cpu = Cluster(DEVICES["cpu"], 8, 2 * GB, 50_000, 180)
     plan(config, [1, 2, 128], cpu, None, tmp_path / "plan.json", open_console())
     printed = capsys.readouterr().out

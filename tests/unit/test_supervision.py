@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console
 
 from launch.history.show import list_runs, show_run
-from launch.ranks.restarts import Again, Failure, GiveUp, RestartConfig, verdict
-from launch.ranks.supervise import how_to_go_on
+from launch.ranks.restarts import Failure, GiveUp, Restart, RestartConfig, verdict
+from launch.ranks.supervise import how_to_resume
 from launch.run.config import load_run
 from setformer_dist.core import ledger
 from setformer_dist.core.errors import ConfigError
@@ -29,24 +29,24 @@ def failures(*steps, how="killed", every=1.0):
 
 
 def test_a_first_death_is_followed_by_a_restart():
-    assert verdict(failures(40), POLICY) == Again(1)
+    assert verdict(failures(40), POLICY) == Restart(1)
 
 
 def test_hosts_that_are_lost_at_one_step_are_not_the_runs_own_failure():
     assert isinstance(verdict(failures(40, 40, 40), POLICY), GiveUp)
-    assert isinstance(verdict(failures(40, 40, 40, how="host"), POLICY), Again)
-    assert isinstance(verdict([*failures(40, 40, how="host"), Failure(9, 40, "killed")], POLICY), Again)
+    assert isinstance(verdict(failures(40, 40, 40, how="host"), POLICY), Restart)
+    assert isinstance(verdict([*failures(40, 40, how="host"), Failure(9, 40, "killed")], POLICY), Restart)
 
 
 def test_the_wait_doubles_without_progress_and_begins_anew_with_it():
-    assert verdict(failures(40, 39), POLICY) == Again(2)
-    assert verdict(failures(40, 39, 38), POLICY) == Again(4)
-    assert verdict(failures(40, 39, 38, 37), POLICY) == Again(6)
-    assert verdict(failures(40, 39, 60), POLICY) == Again(1)
+    assert verdict(failures(40, 39), POLICY) == Restart(2)
+    assert verdict(failures(40, 39, 38), POLICY) == Restart(4)
+    assert verdict(failures(40, 39, 38, 37), POLICY) == Restart(6)
+    assert verdict(failures(40, 39, 60), POLICY) == Restart(1)
 
 
 def test_failures_at_one_step_are_of_the_runs_own_making():
-    assert isinstance(verdict(failures(40, 40), POLICY), Again)
+    assert isinstance(verdict(failures(40, 40), POLICY), Restart)
     judged = verdict(failures(7, 40, 40, 40), POLICY)
     assert isinstance(judged, GiveUp)
     assert "3 times at step 40" in judged.reason
@@ -57,13 +57,13 @@ def test_the_window_forgets():
     judged = verdict(failures(*many, every=10), POLICY)
     assert isinstance(judged, GiveUp)
     assert "5 times within 10 minutes" in judged.reason
-    assert isinstance(verdict(failures(*many, every=200), POLICY), Again)
+    assert isinstance(verdict(failures(*many, every=200), POLICY), Restart)
 
 
 def test_an_error_before_the_first_step_is_not_tried_again_but_a_death_is():
     assert isinstance(verdict(failures(-1, how="error"), POLICY), GiveUp)
-    assert isinstance(verdict(failures(-1, how="killed"), POLICY), Again)
-    assert isinstance(verdict([*failures(40), Failure(5, -1, "error")], POLICY), Again)
+    assert isinstance(verdict(failures(-1, how="killed"), POLICY), Restart)
+    assert isinstance(verdict([*failures(40), Failure(5, -1, "error")], POLICY), Restart)
 
 
 def test_limit_zero_never_restarts():
@@ -206,7 +206,7 @@ def test_runs_under_a_launcher_that_writes_no_ends():
     assert account.attempts == 2
 
 
-def test_a_torn_line_is_passed_over(tmp_path):
+def test_a_torn_line_is_skipped(tmp_path):
     ledger.record(tmp_path, "attempt", number=1)
     with (tmp_path / ledger.LEDGER).open("ab") as file:
         file.write(b'{"event": "ended", "ti')
@@ -268,13 +268,13 @@ def test_the_step_shown_is_the_one_that_the_run_is_at(tmp_path, capsys):
     assert shown()[2] == 260
 
 
-def test_where_the_same_command_goes_on(tmp_path):
-    assert how_to_go_on(tmp_path) == "the same command begins at step 0"
+def test_where_the_same_command_resumes(tmp_path):
+    assert how_to_resume(tmp_path) == "the same command begins at step 0"
     for step in (5, 10, 15):
         (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
         if step < 15:  # the last one was not committed
             (tmp_path / "checkpoints" / f"step-{step:08d}" / "manifest.json").write_text("{}")
-    assert how_to_go_on(tmp_path) == "the same command goes on from the newest checkpoint, step 10"
+    assert how_to_resume(tmp_path) == "the same command resumes from the newest checkpoint, step 10"
 
 
 def test_a_beat_is_seen_from_outside_also_after_a_kill():

@@ -64,7 +64,7 @@ class Filter {
 
  private:
   static constexpr int L = LANES<T>;
-  static constexpr T NOWHERE = -1e30, SAFE = 20;  // e^20 times a factor that vanishes (e^-87) is nothing beside 1
+  static constexpr T NOWHERE = -1e30, SAFE = 20;  // e^20 times a factor that vanishes (e^-87) is negligible against 1
 
   // -|p_i - q_j|^2 / tau^2 for L references from j on, and more. AXES: their number, 0 where it is not known here.
   template <int AXES = 0>

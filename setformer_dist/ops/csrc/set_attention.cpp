@@ -438,7 +438,7 @@ void Head<T>::gather_backward(const Plan<T>& plan, bool adds) {
   });
 }
 
-// Carry df and dg back through the rounds (sinkhorn.unrolled_adjoint), a pass for each; the last one goes on to the
+// Carry df and dg back through the rounds (sinkhorn.unrolled_adjoint), a pass for each; the last one continues to the
 // gradients of references and tokens.
 template <class T>
 void Head<T>::rounds_backward(Plan<T>& plan, T* grad_references) {

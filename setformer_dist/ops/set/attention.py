@@ -48,7 +48,7 @@ Implementation = Annotated[
 # Tokens or references of a line, or of the rows and columns of a grid.
 Sides = tuple[int] | tuple[int, int]
 
-# Config pages hold lists where Python code writes tuples; both are welcome.
+# TOML files hold lists where Python code writes tuples; both are welcome.
 IntTuple = Annotated[tuple[int, ...], pydantic.BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 
 
@@ -218,7 +218,7 @@ def _nystrom_map(
     x = at_least_fp32(x_bhnd)  # fp16 squares overflow from 256 on, and its zero vectors have no inverse length
     flat = unit(x).transpose(0, 1).reshape(h, b * n, d)
     features = nystrom(flat, anchors_hkd, config.sigma).view(h, b, n, anchors_hkd.shape[1]).transpose(0, 1)
-    # The kernel map of Mialon et al. keeps the length of x beside its direction.
+    # The kernel map of Mialon et al. keeps the length of x besides its direction.
     values = features * torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return features.to(x_bhnd.dtype), values.to(x_bhnd.dtype)
 
@@ -268,7 +268,7 @@ def _kept_places(
     """Return `_made_places`, made once: ten small operations cost as much as attention over 100 tokens.
 
     They come from the CPU, as a copy waits until it has arrived, whatever stream asks for it next. They are plain
-    tensors whatever goes on around the first call: inference, tracing or a transform of functions.
+    tensors whatever surrounds the first call: inference, tracing or a transform of functions.
     """
     with torch.inference_mode(False), torch._C._DisableFuncTorch(), _disable_current_modes():
         positions, places = _made_places(tokens, references, dtype, torch.device("cpu"))

@@ -6,8 +6,8 @@ argument, "triton", "cpp", "torch" or "cpp or torch": the C++ kernel where this 
 PyTorch. That is found out when the operator runs, as a compiled graph may run on another machine; which one fits the
 device and the numbers was found before (attention.py).
 
-Where nobody looks at operators, `differentiable` leaves out the dispatcher's way through Python, which costs as much as
-attention over a hundred tokens, and runs the same functions.
+Where no mode or tracer is active, `differentiable` skips the dispatcher's way through Python, which costs as much as
+attention over a hundred tokens. It runs the same functions.
 """
 
 from __future__ import annotations
@@ -259,7 +259,7 @@ def differentiable(inputs: Inputs, problem: SetProblem, implementation: str) -> 
 
 
 def _watched(tensors: Sequence[Maybe]) -> bool:
-    """Return whether the dispatcher has something to do: for somebody who looks on, or with what a tensor stands for.
+    """Return whether the call must go through the dispatcher: a mode, transform or tracer is active.
 
     A kernel reads memory, which knows nothing of a lazy minus sign and does not exist for zeros of autograd.
     """

@@ -276,7 +276,7 @@ _PRODUCTS = {
 
 
 def _products(dtype: torch.dtype) -> tuple[tl.dtype, str]:
-    """Return dtype and precision of products; fp32's follow what torch is told."""
+    """Return dtype and precision of products; fp32's follow torch's setting."""
     if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         return tl.float32, "tf32"
     return _PRODUCTS[dtype]

@@ -1,4 +1,4 @@
-"""Never silently other data: labels mean what they say, and what is passed over is counted, told, or refused."""
+"""Never silently other data: labels mean what they say, and what is skipped is counted, reported, or refused."""
 
 import io
 import json
@@ -130,7 +130,7 @@ def test_further_pictures_of_a_sample_are_no_keys_with_dots(tmp_path, caplog):
     assert "skipped 2 files that are no images (1 .txt, 1 .depth.png)" in caplog.text
 
 
-def test_class_folders_that_are_numbers_in_text_order_are_told(tmp_path, caplog):
+def test_class_folders_that_are_numbers_in_text_order_are_reported(tmp_path, caplog):
     root = folder(tmp_path / "photos", [str(number) for number in range(11)], 1)
     assert opened(root).classes[:3] == ("0", "1", "10")
     assert "label 2 is class folder '10'" in caplog.text
@@ -141,7 +141,7 @@ def test_class_folders_that_are_numbers_in_text_order_are_told(tmp_path, caplog)
     assert "class folder" not in caplog.text
 
 
-def test_hidden_members_are_passed_over_at_any_depth_and_told(tmp_path, caplog):
+def test_hidden_members_are_skipped_at_any_depth_and_reported(tmp_path, caplog):
     files = [(f"train/{i}.{part}", data) for i in range(4) for part, data in (("jpg", picture(i)), ("cls", b"0"))]
     hidden = [("train/._0.jpg", b"x"), ("train/.DS_Store", b"x"), ("__MACOSX/train/1.jpg", b"x"), ("README", b"x")]
     write_tar(tmp_path / "a.tar", [*files, *hidden])
@@ -210,7 +210,7 @@ def test_system_folders_are_no_classes_to_anyone(tmp_path, name, caplog):
     assert len(packed.index) == 4
 
 
-def test_shards_that_are_not_read_are_told(tmp_path, caplog):
+def test_shards_that_are_not_read_are_reported(tmp_path, caplog):
     root = tmp_path / "in"
     root.mkdir()
     write_tar(root / "0.tar", sample(0))
