@@ -263,6 +263,8 @@ def predict(
 
 @app.command()
 def doctor(
+    config: Annotated[Path | None, typer.Argument(help="Run config to check on the hosts.", show_default=False)] = None,
+    overrides: Overrides = None,
     run_folder: Annotated[Path, typer.Option(help="Where runs will be written.")] = Path("runs"),
     hosts: HostsOption = "",
     hostfile: HostfileOption = None,
@@ -275,13 +277,18 @@ def doctor(
         setformer doctor --run-folder runs
 
         setformer doctor --hosts localhost:2
+
+        setformer doctor demo data.root=runs/demo-data --hosts localhost:2
     """
     from launch.machine import doctor as checks
     from launch.machine.hosts import survey
 
     if hosts or hostfile:
-        found = survey(chosen_hosts(None, hosts, hostfile, "", ""), via, run_folder)
+        specs = chosen_hosts(None, hosts, hostfile, "", "")
+        found = survey(specs, via, run_folder, shipped(config) if config else None, overrides or ())
         raise typer.Exit(checks.render(found))
+    if config is not None:
+        raise LaunchError("a run config is checked on hosts: add --hosts, or say `setformer train CONFIG --dry-run`")
     raise typer.Exit(checks.render(checks.diagnose(run_folder)))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -241,24 +240,14 @@ class Fleet:
             attempt.kill()
 
     def _started(self, links: Sequence[Link], meeting: Meeting, log_dir: Path, received: Received) -> list[RemoteHost]:
-        own = {
-            "WORLD_SIZE": str(self.ranks),
-            "MASTER_ADDR": meeting.address,
-            "MASTER_PORT": str(meeting.port),
-            LOG_DIR_VARIABLE: str(log_dir),
-            PORT_GIVEN_VARIABLE: str(int(self.port is not None)),
-        }
-        env = travelling(self.config.env)
+        own = {LOG_DIR_VARIABLE: str(log_dir), PORT_GIVEN_VARIABLE: str(int(self.port is not None))}
+        env, warm = travelling(self.config.env), self.config.warm
         hosts, begun, rank = [], [], 0
-        for spec, link, interface in zip(self._chosen, links, meeting.interfaces, strict=True):
+        for at, (spec, link) in enumerate(zip(self._chosen, links, strict=True)):
             host = RemoteHost(link, range(rank, rank + spec.slots), received.note)
             rank += spec.slots
-            ways = {name: os.environ.get(name, interface) for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
-            begun.append(
-                host.begin(
-                    self.args, {**own, "LOCAL_WORLD_SIZE": str(spec.slots), **ways}, env, log_dir, self.config.warm
-                )
-            )
+            met = meeting.variables(at, self.ranks, spec.slots)
+            begun.append(host.begin(self.args, {**own, **met}, env, log_dir, warm))
             hosts.append(host)
         for host, answer in zip(hosts, ask(links, begun, _START_S, self.show_life), strict=True):
             if "error" in answer:

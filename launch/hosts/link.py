@@ -153,6 +153,12 @@ def greeted(links: Sequence[Link], limit_s: float, meanwhile: Callable[[], objec
             )
 
 
+def print_as_it_came(stream: int, text: str) -> None:
+    """Print what rank 0 has printed elsewhere."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, end="", file=sys.stdout if stream == 1 else sys.stderr, flush=True)
+
+
 @dataclass
 class RemoteRank:
     """One rank behind an agent; see `launch.ranks.attempt.Member`."""
@@ -195,13 +201,21 @@ class RemoteRank:
 class RemoteHost:
     """The ranks of one attempt behind one link; see `launch.ranks.attempt.Host`."""
 
-    def __init__(self, link: Link, ranks: range, asked: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        link: Link,
+        ranks: range,
+        asked: Callable[[int], None],
+        show: Callable[[int, str], None] = print_as_it_came,
+    ) -> None:
         """Args:
 
         link: of the host.
         ranks: their numbers over all hosts.
         asked: told of a stop signal that reached the agent there.
+        show: gets what rank 0 prints: 1 for its output, 2 for its errors, and the text.
         """
+        self._show = show
         self.link = link
         self.members = [RemoteRank(rank, link.name) for rank in ranks]
         self._first = ranks.start
@@ -215,7 +229,13 @@ class RemoteHost:
         return self.link.lost
 
     def begin(
-        self, args: Sequence[str], own: Mapping[str, str], env: Mapping[str, str], log_dir: Path, warm: bool
+        self,
+        args: Sequence[str],
+        own: Mapping[str, str],
+        env: Mapping[str, str],
+        log_dir: Path,
+        warm: bool,
+        module: str = ENTRY_MODULE,
     ) -> Message:
         """Return the message that starts the ranks.
 
@@ -225,12 +245,13 @@ class RemoteHost:
             env: variables that travel.
             log_dir: folder of the logs.
             warm: fork them from one interpreter, where the device allows it.
+            module: what they run.
         """
         return {
             "do": "start",
             "ranks": [self._first, self._first + len(self.members)],
             "args": list(args),
-            "module": ENTRY_MODULE,
+            "module": module,
             "own": dict(own),
             "env": dict(env),
             "log_dir": str(log_dir),
@@ -256,9 +277,7 @@ class RemoteHost:
                 member = self.members[rank - self._first]
                 member.code, member.told, member.lines, member.ended_at = code, said, lines, time.monotonic()
         elif kind == "output":
-            stream = sys.stdout if message["stream"] == 1 else sys.stderr
-            with contextlib.suppress(OSError, ValueError):
-                print(message["text"], end="", file=stream, flush=True)
+            self._show(message["stream"], message["text"])
         elif kind == "asked":
             self._asked(message["signal"])
         elif kind == "killed":

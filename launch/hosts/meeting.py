@@ -6,6 +6,7 @@ bridge another. So it is tried: the first host listens, the others connect, and 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,23 @@ class Meeting:
     address: str
     port: int
     interfaces: tuple[str, ...]
+
+    def variables(self, at: int, world_size: int, slots: int) -> dict[str, str]:
+        """Return the variables by which ranks meet; an interface that the user has chosen stays.
+
+        Args:
+            at: the host's place.
+            world_size: ranks on all hosts.
+            slots: ranks on this one.
+        """
+        ways = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+        return {
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(slots),
+            "MASTER_ADDR": self.address,
+            "MASTER_PORT": str(self.port),
+            **{name: os.environ.get(name, self.interfaces[at]) for name in ways},
+        }
 
 
 def arrange(links: Sequence[Link], port: int | None = None, meanwhile: Callable[[], object] = lambda: None) -> Meeting:

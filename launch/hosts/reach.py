@@ -13,6 +13,8 @@ from launch.hosts.channel import Command, Opener
 from setformer_dist.core.errors import LaunchError
 
 AGENT_MODULE = "launch.hosts.agent"
+# What one rank of each host runs for `setformer doctor`, how its line begins, and what it reduces.
+PROBE_MODULE, PROBE_MARK, PROBE_BYTES = "launch.run.probe", "setformer probe ", 8 << 20
 _HOME = Path(__file__).resolve().parents[2]
 _LOCAL = ("localhost", "127.0.0.1")
 # No question can be answered over the agent's pipes; a connection that is dead is noticed by us, sooner than by ssh.

@@ -13,6 +13,7 @@ models.py            every architecture that this package registers with timm, w
 outcome.py           what rank 0 leaves behind when training ends: summary.json and report.html in the run's folder
 own_code.py          a user's own modules: run.imports, --import
 own_model.py         models that a program gives as objects
+probe.py             what `setformer doctor --hosts` has every host run: an all-reduce, and a look at the data
 session.py           one rank's part of a run, for launch.entry and for the library
 store.py             which checkpoints a run may resume from, and what it adds to those that it writes
 timm_weights.py      weights in timm's layout for a model of another size or another number of classes

@@ -199,6 +199,17 @@ def dry_run(run: ResolvedRun, console: Console) -> None:
     _check_disk(run, costs)
 
 
+def needs(run: ResolvedRun) -> tuple[int, int]:
+    """Return bytes of one rank's memory (of its device where it has one), and of the checkpoints kept at a time.
+
+    Raises:
+        SetformerError: as the run would.
+    """
+    costs = predict_costs(run, _examine(run))
+    one, kept, _ = _disk_need(run, costs)
+    return int(costs["memory"]["total"] + costs["memory"]["host"]), one * kept
+
+
 def _rows(run: ResolvedRun, known: _Known, costs: dict[str, Any]) -> list[tuple[str, str]]:
     plan = run.plan
     per_sample = f"{costs['multiply_adds'] / 1e9:.3f} G per sample of {'×'.join(map(str, known.shape))}"

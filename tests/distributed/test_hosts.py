@@ -20,6 +20,8 @@ from setformer_dist.core.errors import LaunchError
 REASON = why_impossible()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
+# Delays what goes through it and limits its rate: this kernel may have no netem.
+RELAY = Path(__file__).with_name("slow_relay.py")
 LONGER = ("schedule.epochs=3", "launch.silence_s=5", "launch.retry_s=600")
 
 
@@ -38,9 +40,9 @@ def one(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "demo"
 
 
-def start(cluster: Cluster, words: list[str], hosts: str = "a:1,b:1") -> subprocess.Popen[str]:
+def start(cluster: Cluster, words: list[str], hosts: str = "a:1,b:1", via: str | None = None) -> subprocess.Popen[str]:
     assert words[-2] == "--ranks"
-    command = [sys.executable, "-m", "launch.cli.main", *words[:-2], "--hosts", hosts, "--via", cluster.via]
+    command = [sys.executable, "-m", "launch.cli.main", *words[:-2], "--hosts", hosts, "--via", via or cluster.via]
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -173,6 +175,56 @@ def test_hosts_that_cannot_train_are_named(cluster: Cluster, digits: Path, tmp_p
     assert "Host key verification failed" in ended.err
     assert not (tmp_path / "demo").exists()
     assert all(cluster.processes(name) == [] for name in cluster.names)
+
+
+@pytest.mark.drill
+@pytest.mark.hosts
+def test_doctor_starts_ranks_on_all_hosts(cluster: Cluster, digits: Path, tmp_path: Path) -> None:
+    options = ("--hosts", "a:1,b:1", "--via", cluster.via, "--run-folder", str(tmp_path))
+    ended = setformer("doctor", "demo", f"data.root={digits}", f"run.out={tmp_path}", *options)
+    assert ended.code == 0, ended.out
+    for said in (
+        "8 MiB over 2 hosts take",
+        "sees the run config and the data of the first host",
+        "GiB predicted for 1",
+    ):
+        assert said in ended.out
+    ended = setformer("doctor", "demo", f"data.root={tmp_path}/none", f"run.out={tmp_path}", *options)
+    assert ended.code == 1
+    assert ended.out.count("does not exist: set data.root") == 2
+    assert list(tmp_path.iterdir()) == []
+    assert all(cluster.processes(name) == [] for name in cluster.names)
+
+
+@pytest.mark.drill
+@pytest.mark.hosts
+def test_two_runs_share_the_hosts(cluster: Cluster, one: Path, digits: Path, tmp_path: Path) -> None:
+    runs = [start(cluster, train_words(digits, tmp_path / name, *LONGER)) for name in ("x", "y")]
+    said = [run.communicate(timeout=280)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], said
+    assert losses(tmp_path / "x" / "demo") == losses(tmp_path / "y" / "demo") == losses(one)
+    assert "step 66: top-1" in end(runs[1], cluster) or "step 66: top-1" in said[1]
+
+
+@pytest.mark.drill
+@pytest.mark.hosts
+def test_a_control_path_that_is_slow_and_loses_packets_loses_no_host(
+    cluster: Cluster, one: Path, digits: Path, tmp_path: Path
+) -> None:
+    relay = f"ProxyCommand={sys.executable} {RELAY} %h %p 0.05 1000"
+    process = start(
+        cluster, train_words(digits, tmp_path, *LONGER), via=f"ssh -F {cluster.config} -o '{relay}' {{host}}"
+    )
+    for name in cluster.names:
+        cluster.lose(name, 0.01)
+    try:
+        said = end(process, cluster)
+    finally:
+        for name in cluster.names:
+            cluster.mend(name)
+    assert process.returncode == 0, said
+    assert losses(tmp_path / "demo") == losses(one)
+    assert [event["why"] for event in ledger.read_events(tmp_path / "demo") if event["event"] == "ended"] == ["done"]
 
 
 @pytest.mark.drill
