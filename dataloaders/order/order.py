@@ -23,7 +23,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -326,7 +326,7 @@ _MUST_AGREE = {
 }
 
 
-def step_of_cursor(state: Mapping[str, Any], plan: Plan, seed: int, fingerprint: str) -> int:
+def step_of_cursor(state: Mapping[str, object], plan: Plan, seed: int, fingerprint: str) -> int:
     """Return the optimizer step that a cursor stands before.
 
     Raises:

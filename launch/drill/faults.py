@@ -240,7 +240,7 @@ class FaultInjector:
             self.run.start()
         return name, reached if begun else newest
 
-    def _damage(self, how: Callable[[Path], Any]) -> tuple[str, int]:
+    def _damage(self, how: Callable[[Path], object]) -> tuple[str, int]:
         """Kill the run, damage a file of its newest checkpoint, start again."""
         ranks = self.run.ranks()
         self.run.end()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from launch.hosts.check import check_alike, check_folder_is_shared, check_slots
 from launch.hosts.facts import facts
@@ -51,7 +50,7 @@ def survey(specs: Sequence[HostSpec], via: str | None, run_folder: Path) -> list
     return findings
 
 
-def _host(spec: HostSpec, link: Link, here: dict[str, Any], took: float) -> list[Finding]:
+def _host(spec: HostSpec, link: Link, here: dict[str, object], took: float) -> list[Finding]:
     if link.lost is not None:
         return [Finding(spec.name, "does not answer", "problem", link.lost)]
     said = link.facts

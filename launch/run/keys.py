@@ -110,7 +110,7 @@ def _walk(model: type[pydantic.BaseModel], prefix: str, of: str) -> Iterator[Key
             yield from _walk(entry, f"{path}[].", of)
 
 
-def _entries(annotation: Any) -> list[type[pydantic.BaseModel]]:
+def _entries(annotation: object) -> list[type[pydantic.BaseModel]]:
     """Return the tables that a list of tables holds."""
     inner = typing.get_args(annotation) if typing.get_origin(annotation) is tuple else ()
     return [kind for kind in inner if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel)]

@@ -37,11 +37,11 @@ class RunStore:
         run: ResolvedRun,
         identity: Identity,
         classes: tuple[str, ...],
-        input_spec: dict[str, Any],
-        cursor_at: Callable[[int], dict[str, Any]],
+        input_spec: dict[str, object],
+        cursor_at: Callable[[int], dict[str, object]],
         total_steps: int,
         is_main: bool,
-        check_place: Callable[[dict[str, Any]], object],
+        check_place: Callable[[dict[str, object]], object],
         holds: Callable[[Checkpoint], object],
         teacher: str | None = None,
     ) -> None:
@@ -141,7 +141,7 @@ class RunStore:
         self._manager.load(saved, found)
 
 
-def continued_cursor(saved: dict[str, Any], here: dict[str, Any], allowed: Collection[str]) -> dict[str, Any]:
+def continued_cursor(saved: dict[str, object], here: dict[str, object], allowed: Collection[str]) -> dict[str, object]:
     """Return a saved cursor of the stream with what may differ as it is in this run.
 
     Args:

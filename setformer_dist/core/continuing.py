@@ -40,12 +40,12 @@ class Difference:
 
     key: str
     there: Any
-    here: Any
+    here: object
 
 
 def flatten(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Return nested tables as one level of dotted keys."""
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for key, value in table.items():
         if isinstance(value, dict) and value:
             flat |= flatten(value, f"{prefix}{key}.")
@@ -85,7 +85,7 @@ def differences(
     return [Difference(key, theirs.get(key), ours.get(key)) for key in keys]
 
 
-def unknown_keys(there: Mapping[str, Any], model: type[pydantic.BaseModel]) -> list[str]:
+def unknown_keys(there: Mapping[str, object], model: type[pydantic.BaseModel]) -> list[str]:
     """Return the dotted keys of a folder's config that this version does not know: a later one wrote them."""
     known = set(all_keys(model))
     return [
