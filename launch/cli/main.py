@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,6 +45,7 @@ from launch.cli.usage import UsageError, check_homes, usage_fault
 from launch.hosts.fleet import Fleet
 from launch.hosts.names import HostSpec, of_slurm, parse_hosts, read_hostfile
 from launch.ranks.local import LocalCrew
+from launch.ranks.restarts import RestartConfig
 from launch.ranks.supervise import Crew, run_supervised
 from launch.run import keys
 from launch.run.config import RunConfig, check_folder, continued, load_run, resolve, shipped
@@ -133,27 +135,29 @@ def train(
         predicted.dry_run(run, open_console())
         return
     check_folder(run)
-    folder, policy = run.config.folder, run.config.restart
-    if restarts is not None:
-        policy = policy.model_copy(update={"limit": restarts})
+    say = functools.partial(open_console(stderr=True).print, highlight=False, markup=False)
+    args = [str(config), *chosen]
+    crew: Crew = LocalCrew(args, ranks, port, grace, run.config.launch.warm)
+    if specs:
+        fits = functools.partial(can_share, run.config)
+        crew = Fleet(specs, args, run.config.folder, run.config.launch, fits, say, via, port, grace)
+    policy = run.config.restart if restarts is None else run.config.restart.model_copy(update={"limit": restarts})
+    if sys.stderr.isatty():
+        say(f"starting {ranks} rank{'s' if ranks > 1 else ''} …")
+    if code := _supervised(crew, run.config.folder, policy, say):
+        raise typer.Exit(code)
+
+
+def _supervised(crew: Crew, folder: Path, policy: RestartConfig, say: Callable[[str], None]) -> int:
+    """Run a crew to its end and return the exit code; a folder in which no run began is removed."""
     existed = folder.exists()
     try:
-        say = functools.partial(open_console(stderr=True).print, highlight=False, markup=False)
-        if sys.stderr.isatty():
-            say(f"starting {ranks} rank{'s' if ranks > 1 else ''} …")
-        args = [str(config), *chosen]
-        crew: Crew = LocalCrew(args, ranks, port, grace, run.config.launch.warm)
-        if specs:
-            fits = functools.partial(can_share, run.config)
-            crew = Fleet(specs, args, folder, run.config.launch, fits, say, via, port, grace)
-        code = run_supervised(crew, folder, policy, say=say)
+        return run_supervised(crew, folder, policy, say=say)
     except SetformerError as error:
         names_a_log = isinstance(error, RankFailedError) and str(error)
         if not existed and not names_a_log and not (folder / "config.json").exists():
-            shutil.rmtree(folder, ignore_errors=True)  # no run began: leave nothing
+            shutil.rmtree(folder, ignore_errors=True)
         raise
-    if code:
-        raise typer.Exit(code)
 
 
 def chosen_hosts(ranks: int | None, hosts: str, hostfile: Path | None, include: str, exclude: str) -> list[HostSpec]:

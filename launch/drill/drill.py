@@ -116,13 +116,7 @@ def run_drill(
     Raises:
         DrillError: something was lost, or a fault was not recovered from.
     """
-    if out.exists() and any(out.iterdir()) and not (out / "drill.json").exists():
-        raise DrillError(f"{out} is not empty and does not belong to a drill: name another folder")
-    if (out / "disk").is_mount():  # of a drill that was killed
-        subprocess.run(["umount", str(out / "disk")], check=False)
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    (out / "drill.json").write_text("{}")
+    _empty(out)
     data = _digits(out)
     draw = random.Random(seed)
     made: list[Fault] = []
@@ -164,6 +158,21 @@ def run_drill(
     bad = [f for f in made if not f.recovered]
     if bad:
         raise DrillError(f"{len(bad)} of {len(made)} faults lost more steps than allowed, the first: {bad[0]}")
+
+
+def _empty(out: Path) -> None:
+    """Make the drill's folder, without what an earlier drill left there.
+
+    Raises:
+        DrillError: the folder holds something else.
+    """
+    if out.exists() and any(out.iterdir()) and not (out / "drill.json").exists():
+        raise DrillError(f"{out} is not empty and does not belong to a drill: name another folder")
+    if (out / "disk").is_mount():  # of a drill that was killed
+        subprocess.run(["umount", str(out / "disk")], check=False)
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / "drill.json").write_text("{}")
 
 
 def _write(path: Path, made: list[Fault]) -> None:

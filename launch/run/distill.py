@@ -101,6 +101,29 @@ def check_one_teacher(digest: str, comm: Collectives) -> None:
         )
 
 
+def with_teacher(
+    run: ResolvedRun,
+    task: Task,
+    prepare: Prepare,
+    input_spec: dict[str, object],
+    device: torch.device,
+    comm: Collectives,
+) -> tuple[Task, Prepare, str | None]:
+    """Return task and input preparation with the teacher's part in them, and the teacher's digest. Collective.
+
+    Without a teacher in the config both stay as they are, and the digest is None.
+
+    Raises:
+        SetformerError: as `teacher_of` and `check_one_teacher`.
+    """
+    teacher = teacher_of(run, task, input_spec)
+    if teacher is None:
+        return task, prepare, None
+    digest = digest_of(teacher)
+    check_one_teacher(digest, comm)
+    return *distilled(run, task, prepare, teacher, device), digest
+
+
 def distilled(
     run: ResolvedRun, task: Task, prepare: Prepare, teacher: Trained, device: torch.device
 ) -> tuple[Task, Prepare]:
