@@ -299,7 +299,7 @@ def show_config(
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print type, default, unit and meaning of run config keys: one key, a table's, or all.
+    """Print the keys of a run config with type, default, unit and meaning: one key, a table, or all.
 
     Examples:
 
@@ -315,7 +315,7 @@ def show_config(
         return
     for entry in found:
         unit, kind = f"; unit: {entry.unit}" if entry.unit else "", f" ({entry.of})" if entry.of else ""
-        print(f"{entry.key}{kind}\n  {entry.type}{unit}; default {entry.default}")
+        print(f"{entry.key}{kind}\n  {entry.type}{unit}; default {entry.default}; when a run resumes: {entry.resume}")
         print(textwrap.fill(entry.meaning, width=100, initial_indent="  ", subsequent_indent="  "))
 
 
