@@ -133,7 +133,7 @@ class _Mapped:
         self.state = (np.asarray(np.memmap(path, np.uint8, mode="r")),)
         self._prepare = prepare
 
-    def schedule_epoch(self, batches: Any) -> _Mapped:
+    def schedule_epoch(self, batches: object) -> _Mapped:
         return self
 
     def __enter__(self) -> _Mapped:
@@ -148,7 +148,7 @@ class _Mapped:
 
 @dataclass
 class _Reader:
-    metadata: npt.NDArray[Any]
+    metadata: npt.NDArray[np.void]
 
 
 class Pipeline:
@@ -168,10 +168,10 @@ class Pipeline:
         self.num_workers = min(threads, numba.config.NUMBA_NUM_THREADS)
         self.reader = _Reader(np.zeros(1, _PLAN))
         self.traversal_order = None
-        self.memory_manager: Any = None
+        self.memory_manager: object = None
         self._decoder, self.graph, self.code = _compiled(self.num_workers > 1)
 
-    def run(self, count: int, shape: tuple[int, int], prepare: Callable[[int, npt.NDArray[Any]], None]) -> Run:
+    def run(self, count: int, shape: tuple[int, int], prepare: Callable[[int, npt.NDArray[np.void]], None]) -> Run:
         """Begin to decode.
 
         Args:
@@ -189,7 +189,7 @@ class Pipeline:
 
 
 @functools.cache
-def _compiled(parallel: bool) -> tuple[_CropDecoder, Graph, Any]:
+def _compiled(parallel: bool) -> tuple[_CropDecoder, Graph, object]:
     """Return FFCV's pipeline; one for all of a process, since compiling takes a second."""
     _choose_threading()
     torch_threads = torch.get_num_threads()

@@ -15,7 +15,7 @@ of any epoch is computed when it is asked for (`order.permutation`), so a resump
     SetPlan, wrap = True     positions run on through the epochs: step k is places k B .. (k + 1) B - 1 of all orders
                              joined, and an epoch counts as s = ceil(N / B) steps, so that after the steps of e
                              epochs each sample was seen at least e times
-    MixturePlan, BucketPlan  several sets with shares; batches of one shape (`dataloaders.order.mixture`, `.plans`)
+    MixturePlan, BucketPlan  several sets with shares; batches of one shape (`dataloaders.order.mixture`, `.resolution`)
 """
 
 from __future__ import annotations
@@ -23,17 +23,21 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Annotated, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from dataloaders.order.permutation import Permutation
+from setformer_dist.core.continuing import Agreed, Position, agreements
 from setformer_dist.core.errors import ConfigError, DataError
 
 Ints = npt.NDArray[np.int64]
 
 CURSOR_FORMAT = 2
+
+_OTHER_DATA = "the data are not those the run was trained on: restore them or start a new run"
+_OTHER_VERSION = "it was written by another version of setformer_dist, with another order and other augmentations"
 
 # The rule by which permutations are made; part of every cursor, so a changed rule is never taken for this one.
 ORDER_ID = "feistel-1"
@@ -284,24 +288,24 @@ class Cursor:
     """The whole state of a training stream at an optimizer step; the same on all ranks and for any W.
 
     Attributes:
+        format: of this record.
         seed: of the run.
         epoch: that the next step belongs to.
         samples_consumed: samples of that epoch's steps already trained on.
+        global_batch: B.
         fingerprint: of the data.
         num_samples: N.
-        global_batch: B.
         order: the rule, `Plan.id`.
-        format: of this record.
     """
 
-    seed: int
-    epoch: int
-    samples_consumed: int
-    fingerprint: str
-    num_samples: int
-    global_batch: int
-    order: str
-    format: int = CURSOR_FORMAT
+    format: Annotated[int, Agreed(_OTHER_VERSION)]
+    seed: Annotated[int, Agreed("set the run's seed back")]
+    epoch: Annotated[int, Position()]
+    samples_consumed: Annotated[int, Position()]
+    global_batch: Annotated[int, Agreed("set the global batch back", by="global_batch")]
+    fingerprint: Annotated[str, Agreed(_OTHER_DATA, by="data")]
+    num_samples: Annotated[int, Agreed(_OTHER_DATA, by="data")]
+    order: Annotated[str, Agreed("set data.order, block_shards, epoch_end, mixture and aspect_buckets back")]
 
     def to_json(self) -> dict[str, object]:
         """Return the cursor as a JSON-able table."""
@@ -312,32 +316,22 @@ def cursor_at(plan: Plan, seed: int, fingerprint: str, next_step: int) -> Cursor
     """Return the cursor before optimizer step `next_step`."""
     epoch, step = divmod(next_step, plan.steps_per_epoch)
     consumed = step * plan.global_batch
-    return Cursor(seed, epoch, consumed, fingerprint, plan.num_samples, plan.global_batch, plan.id)
+    size, batch = plan.num_samples, plan.global_batch
+    return Cursor(CURSOR_FORMAT, seed, epoch, consumed, batch, fingerprint, size, plan.id)
 
 
-# What must agree between a cursor and the stream it continues, and what a user can do when it does not.
-_MUST_AGREE = {
-    "format": "it was written by another version of setformer_dist, whose order and augmentation were others",
-    "fingerprint": "the data are not those the run was trained on: restore them or start a new run",
-    "num_samples": "the data are not those the run was trained on: restore them or start a new run",
-    "seed": "set the run's seed back",
-    "global_batch": "set the global batch back",
-    "order": "set data.order, block_shards, epoch_end, mixture and aspect_buckets back",
-}
-
-
-def step_of_cursor(state: Mapping[str, Any], plan: Plan, seed: int, fingerprint: str) -> int:
+def step_of_cursor(state: Mapping[str, object], plan: Plan, seed: int, fingerprint: str) -> int:
     """Return the optimizer step that a cursor stands before.
 
     Raises:
         DataError: the cursor is of other data, another seed, order, format or global batch, or not a cursor.
     """
     here = cursor_at(plan, seed, fingerprint, 0).to_json()
-    for name, repair in _MUST_AGREE.items():
+    for name, rule in agreements(Cursor).items():
         if name not in state:
             raise DataError(f"data cursor has no {name!r}: it is not one of setformer_dist's, or is damaged")
         if state[name] != here[name]:
-            raise DataError(f"data cursor says {name} {state[name]!r}, this run has {here[name]!r}: {repair}")
+            raise DataError(f"data cursor says {name} {state[name]!r}, this run has {here[name]!r}: {rule.repair}")
     epoch, consumed = state.get("epoch"), state.get("samples_consumed")
     if not isinstance(epoch, int) or not isinstance(consumed, int) or epoch < 0:
         raise DataError(f"data cursor stands at epoch {epoch!r}, sample {consumed!r}: it is damaged")

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import repeat
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -148,7 +148,7 @@ class FileOrigin:
 
 
 def _facts(listed: Listed) -> list[object]:
-    def of(stretch: Stretch) -> list[Any]:
+    def of(stretch: Stretch) -> list[object]:
         return [stretch.name.encode(errors="surrogateescape").hex(), stretch.offset, stretch.size, stretch.stamp]
 
     return [of(listed.image), listed.mask and of(listed.mask), listed.boxes]

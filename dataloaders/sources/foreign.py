@@ -34,7 +34,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import braceexpand
 
@@ -416,7 +415,7 @@ def _kept_checksums(shards: Shards, cache: Path) -> dict[str, _Kept]:
     for home in filter(trusted, (*_homes(shards, cache), _aside(shards, user_cache()))):
         for folder in sorted(home.glob("[!.]*-crc")):
             with suppress(DataError, KeyError, TypeError, ValueError):
-                table: dict[str, Any] = read_table(folder)
+                table = read_table(folder)
                 if table["options"]["pattern"] == shards.pattern:
                     for shard, headers in zip(table["shards"], table["options"]["headers"], strict=True):
                         kept[shard["name"]] = _Kept(headers, shard["sha256"], folder)

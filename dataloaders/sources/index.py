@@ -22,10 +22,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -75,6 +75,28 @@ class ShardFacts:
     size: int
     sha256: str
     samples: int
+
+
+class ArraysTable(TypedDict):
+    """What index.json says of the arrays; format 1 had no chunks."""
+
+    name: str
+    sha256: str
+    chunks: NotRequired[list[str]]
+
+
+class IndexTable(TypedDict):
+    """index.json. Format 1 had no extent, and the tables of packed splits have no identity of their own."""
+
+    format: int
+    samples: int
+    classes: list[str]
+    shards: list[dict[str, Any]]
+    arrays: ArraysTable
+    extent: NotRequired[list[list[int]]]
+    options: dict[str, Any]
+    identity: NotRequired[str]
+    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -132,7 +154,7 @@ class Index:
         _check_ranges(self.place, {name: column[rows] for name, column in self.columns.items()}, self)
 
 
-def fingerprint_of(table: dict[str, Any]) -> str:
+def fingerprint_of(table: Mapping[str, object]) -> str:
     """Return the sha256 of an index table without its own fingerprint."""
     rest = {key: value for key, value in table.items() if key != "fingerprint"}
     text = json.dumps(rest, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
@@ -165,7 +187,7 @@ def write_index(
     arrays = {name: np.ascontiguousarray(columns[name], dtype) for name, dtype in dtypes.items() if name in columns}
     digest = write_arrays(folder / ARRAYS_NAME, {**arrays, "key": key_matrix})
     extent = _extent_of(arrays)
-    table: dict[str, Any] = {
+    table: dict[str, object] = {
         "format": INDEX_FORMAT,
         "samples": len(key_matrix),
         "classes": list(classes),
@@ -232,7 +254,7 @@ def read_index(folder: Path, *, named: Collection[str] | None = None) -> Index:
         keys=keys,
         fingerprint=table.get("identity") or table["fingerprint"],
         options=table["options"],
-        extent=_extent_of(columns) if extent is None else (tuple(extent[0]), tuple(extent[1])),
+        extent=_extent_of(columns) if extent is None else (_pair(extent[0]), _pair(extent[1])),
         chunks=() if checked else tuple(table["arrays"]["chunks"]),
         place=str(folder),
     )
@@ -241,7 +263,7 @@ def read_index(folder: Path, *, named: Collection[str] | None = None) -> Index:
     return index
 
 
-def read_table(folder: Path) -> dict[str, Any]:
+def read_table(folder: Path) -> IndexTable:
     """Read `index.json` and check it against its fingerprint.
 
     Raises:
@@ -255,7 +277,7 @@ def read_table(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise DataError(f"data index {path} cannot be read ({error.strerror}): restore it") from None
     try:
-        table: dict[str, Any] = parse_json(text)
+        table: IndexTable = parse_json(text)
         version, said = table["format"], table["fingerprint"]
     except (ValueError, KeyError, TypeError):
         raise DataError(
@@ -278,7 +300,7 @@ def read_table(folder: Path) -> dict[str, Any]:
     return table
 
 
-def _wrong_field(table: dict[str, Any]) -> str | None:
+def _wrong_field(table: Mapping[str, Any]) -> str | None:
     """Return in words what of a table is not as `write_index` writes it; None if all is."""
     arrays, shards, extent = table.get("arrays"), table.get("shards"), table.get("extent")
     if not (isinstance(table.get("classes"), list) and all(isinstance(name, str) for name in table["classes"])):
@@ -300,9 +322,9 @@ def _wrong_field(table: dict[str, Any]) -> str | None:
     return None
 
 
-def largest_arrays(table: dict[str, Any]) -> int:
+def largest_arrays(table: IndexTable) -> int:
     """Return the most bytes that the arrays of an index can have whose table says this."""
-    return _LARGEST_HEADER + int(table["samples"]) * _LARGEST_ROW
+    return _LARGEST_HEADER + table["samples"] * _LARGEST_ROW
 
 
 def _is_count(value: object) -> bool:
@@ -353,7 +375,7 @@ def _has_images(folder: Path, depth: int = 3) -> bool:
     return False
 
 
-def _map_arrays(folder: Path, table: dict[str, Any]) -> tuple[dict[str, npt.NDArray[Any]], bool]:
+def _map_arrays(folder: Path, table: IndexTable) -> tuple[dict[str, npt.NDArray[Any]], bool]:
     """Return the arrays, and whether all of them were checked."""
     path, said = folder / table["arrays"]["name"], table["arrays"]
     need = num_chunks(table["samples"])
@@ -377,7 +399,9 @@ def _map_arrays(folder: Path, table: dict[str, Any]) -> tuple[dict[str, npt.NDAr
         raise DataError(f"data index {path} is damaged ({error}): restore the file or pack the split again") from None
 
 
-def _check_columns(folder: Path, columns: dict[str, Any], keys: npt.NDArray[Any], count: int) -> None:
+def _check_columns(
+    folder: Path, columns: dict[str, npt.NDArray[Any]], keys: npt.NDArray[np.generic], count: int
+) -> None:
     """Refuse an index whose columns are not those that we write."""
     names = set(columns)
     of_image = {"offset", "size", "crc32"} & names
@@ -395,6 +419,11 @@ def _check_columns(folder: Path, columns: dict[str, Any], keys: npt.NDArray[Any]
     )
     if not sound:
         raise DataError(f"data index in {folder} does not have the columns of an index: pack the split again")
+
+
+def _pair(numbers: list[int]) -> tuple[int, int]:
+    first, second = numbers
+    return first, second
 
 
 def _extent_of(columns: dict[str, npt.NDArray[Any]]) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -318,7 +318,7 @@ class FsspecStorage:
         """Forget the client; fsspec keeps its connections."""
         self._opened = None
 
-    def _files(self) -> tuple[Any, str]:
+    def _files(self) -> tuple[object, str]:
         if self._opened is None:
             try:
                 files, path = within(self._timeout, lambda: fsspec.core.url_to_fs(self._url))

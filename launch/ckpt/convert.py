@@ -102,7 +102,7 @@ def _unwritable(tensor: torch.Tensor) -> str | None:
     return None
 
 
-def _read(source: Path) -> Any:
+def _read(source: Path) -> object:
     """Return what a pickle holds.
 
     Raises:
@@ -128,7 +128,7 @@ def _first_sentence(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def _weights(value: Any, key: str | None, source: Path) -> tuple[Mapping[str, Any], str]:
+def _weights(value: object, key: str | None, source: Path) -> tuple[Mapping[str, object], str]:
     """Return the table of weights and the entry that it was in, "" for the whole file.
 
     Raises:

@@ -74,7 +74,7 @@ def _distances(a: Checkpoint, b: Checkpoint, names: list[str], state: str) -> di
     return found
 
 
-def _config_of(checkpoint: Checkpoint) -> dict[str, Any]:
+def _config_of(checkpoint: Checkpoint) -> dict[str, object]:
     """Return the config of the run that wrote a checkpoint, flat; nothing where it holds none."""
     config = checkpoint.trainer.get("config")
     return flatten(config) if isinstance(config, dict) else {}

@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import timm
@@ -95,7 +94,7 @@ def export(path: Path, dest: Path, weights: Weights, console: Console) -> None:
     console.print(f"{dest}: {', '.join(sorted(written))}, {trained.weights} weights", highlight=False, markup=False)
 
 
-def _timm_config(trained: Trained, data: DataConfig) -> dict[str, Any]:
+def _timm_config(trained: Trained, data: DataConfig) -> dict[str, object]:
     """Return the config.json of timm's hub layout."""
     name = trained.config.model.name
     arguments = ImageInputs(data).model_arguments(trained.config.model, len(trained.task.outputs))

@@ -58,7 +58,7 @@ def list_folder(folder: Path, verify: bool, console: Console, as_json: bool = Fa
     return faulty
 
 
-def _line(entry: Entry) -> dict[str, Any]:
+def _line(entry: Entry) -> dict[str, object]:
     manifest = entry.manifest
     about = {}
     if manifest is not None:

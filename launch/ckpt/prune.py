@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -49,7 +48,7 @@ def prune(path: Path, changes: dict[str, int], dry_run: bool, console: Console) 
     )
 
 
-def _retention_of(run_folder: Path) -> dict[str, Any]:
+def _retention_of(run_folder: Path) -> dict[str, object]:
     path = run_folder / "config.json"
     if not os.path.lexists(path):
         return {}

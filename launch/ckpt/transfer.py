@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -85,7 +84,7 @@ def _holds_model(checkpoint: Checkpoint) -> bool:
     return isinstance(config, dict) and "model" in config
 
 
-def _as_trained(path: Path, checkpoint: Checkpoint) -> tuple[list[str], dict[str, Any] | None]:
+def _as_trained(path: Path, checkpoint: Checkpoint) -> tuple[list[str], dict[str, object] | None]:
     """Return the parameters' names in the model's order, and what Adam was set to, as far as is known.
 
     None in place of the latter where the optimizer was not Adam.

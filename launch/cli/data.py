@@ -61,8 +61,10 @@ _SPLIT_HELP = "Sub-folder of SOURCE to pack, such as train."
 _SKIP_HELP = "Leave damaged images, and odd members of shards, out and list them, instead of failing."
 _EMPTY_HELP = "Class folders may hold no image that is read; they become no class."
 _RAW_HELP = "For .beton: pixels, shrunk to this longer side; 0 as they are."
+_COCO_HELP = "COCO instances: a file, or its name within SOURCE."
 _MIB_HELP = "Most MiB of images in one shard, as SOURCE has them."
 
+ClassMap = Annotated[Path | None, typer.Option(help="Class map: names in label order, one per line or a JSON list.")]
 PathArgument = Annotated[
     str, typer.Argument(metavar="PATH", help="Packed split, pattern of shards, .beton file or image folder.")
 ]
@@ -79,12 +81,8 @@ def pack(
     split: Annotated[str | None, typer.Option(help=_SPLIT_HELP)] = None,
     masks: Annotated[str | None, typer.Option(metavar="FOLDER", help="Folder of masks next to images/.")] = None,
     void: Annotated[int | None, typer.Option(metavar="VALUE", help="Mask value to ignore.")] = None,
-    coco: Annotated[
-        str | None, typer.Option(metavar="JSON", help="COCO instances: a file, or its name within SOURCE.")
-    ] = None,
-    classes: Annotated[
-        Path | None, typer.Option(help="Class map: names in label order, one per line or a JSON list.")
-    ] = None,
+    coco: Annotated[str | None, typer.Option(metavar="JSON", help=_COCO_HELP)] = None,
+    classes: ClassMap = None,
     classes_from: Annotated[Path | None, typer.Option(help="Packed split whose class map to use.")] = None,
     samples_per_shard: Annotated[int, typer.Option(help="Most samples in one shard.")] = 2000,
     mib_per_shard: Annotated[int, typer.Option(help=_MIB_HELP)] = 512,
@@ -127,11 +125,11 @@ def pack(
         void=void,
         coco=coco,
     )
+    if raw is not None and dest.suffix != ".beton":
+        raise ConfigError("--raw stores pixels, which only a .beton file can hold: name a destination *.beton")
     with _progress(f"looking for images in {source}", "packing") as steps, _resumes(dest):
         if dest.suffix == ".beton":
             result: Packed = convert.pack_beton(source, dest, options, raw, steps.start, steps.advance)
-        elif raw is not None:
-            raise ConfigError("--raw stores pixels, which only a .beton file can hold: name a destination *.beton")
         else:
             result = pack.pack_image_folder(source, dest, options, steps.start, steps.advance)
     _report_packing(dest, result)
@@ -142,9 +140,7 @@ def index(
     path: Annotated[
         str, typer.Argument(metavar="PATTERN", help='Shards such as "train-{0000..0146}.tar", or a .beton file.')
     ],
-    classes: Annotated[
-        Path | None, typer.Option(help="Class map: names in label order, one per line or a JSON list.")
-    ] = None,
+    classes: ClassMap = None,
     checksums: Annotated[bool, typer.Option(help="Read all bytes for checksums, or headers alone.")] = True,
     workers: Workers = 2,
 ) -> None:

@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,6 +46,7 @@ from launch.hosts.fleet import Fleet
 from launch.hosts.names import HostSpec, of_slurm, parse_hosts, read_hostfile
 from launch.hosts.reach import opener
 from launch.ranks.local import LocalCrew
+from launch.ranks.restarts import RestartConfig
 from launch.ranks.supervise import Crew, run_supervised
 from launch.run import keys
 from launch.run.config import RunConfig, check_folder, continued, load_run, resolve, shipped
@@ -136,27 +138,29 @@ def train(
         predicted.dry_run(run, open_console())
         return
     check_folder(run)
-    folder, policy = run.config.folder, run.config.restart
-    if restarts is not None:
-        policy = policy.model_copy(update={"limit": restarts})
+    say = functools.partial(open_console(stderr=True).print, highlight=False, markup=False)
+    args = [str(config), *chosen]
+    crew: Crew = LocalCrew(args, run.plan.world_size, port, grace, run.config.launch.warm)
+    if specs:
+        fits = functools.partial(can_share, run.config)
+        crew = Fleet(specs, args, run.config.folder, run.config.launch, fits, say, opener(via), port, grace)
+    policy = run.config.restart if restarts is None else run.config.restart.model_copy(update={"limit": restarts})
+    if sys.stderr.isatty():
+        say(f"starting {run.plan.world_size} rank{'s' if run.plan.world_size > 1 else ''} …")
+    if code := _supervised(crew, run.config.folder, policy, say):
+        raise typer.Exit(code)
+
+
+def _supervised(crew: Crew, folder: Path, policy: RestartConfig, say: Callable[[str], None]) -> int:
+    """Run a crew to its end and return the exit code; a folder in which no run began is removed."""
     existed = folder.exists()
     try:
-        say = functools.partial(open_console(stderr=True).print, highlight=False, markup=False)
-        if sys.stderr.isatty():
-            say(f"starting {run.plan.world_size} rank{'s' if run.plan.world_size > 1 else ''} …")
-        args = [str(config), *chosen]
-        crew: Crew = LocalCrew(args, run.plan.world_size, port, grace, run.config.launch.warm)
-        if specs:
-            fits = functools.partial(can_share, run.config)
-            crew = Fleet(specs, args, folder, run.config.launch, fits, say, opener(via), port, grace)
-        code = run_supervised(crew, folder, policy, say=say)
+        return run_supervised(crew, folder, policy, say=say)
     except SetformerError as error:
         names_a_log = isinstance(error, RankFailedError) and str(error)
         if not existed and not names_a_log and not (folder / "config.json").exists():
-            shutil.rmtree(folder, ignore_errors=True)  # no run began: leave nothing
+            shutil.rmtree(folder, ignore_errors=True)
         raise
-    if code:
-        raise typer.Exit(code)
 
 
 def chosen_hosts(ranks: int | None, hosts: str, hostfile: Path | None, include: str, exclude: str) -> list[HostSpec]:
@@ -305,7 +309,7 @@ def show_config(
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print type, default, unit and meaning of run config keys: one key, a table's, or all.
+    """Print the keys of a run config with type, default, unit and meaning: one key, a table, or all.
 
     Examples:
 
@@ -321,7 +325,7 @@ def show_config(
         return
     for entry in found:
         unit, kind = f"; unit: {entry.unit}" if entry.unit else "", f" ({entry.of})" if entry.of else ""
-        print(f"{entry.key}{kind}\n  {entry.type}{unit}; default {entry.default}")
+        print(f"{entry.key}{kind}\n  {entry.type}{unit}; default {entry.default}; when a run resumes: {entry.resume}")
         print(textwrap.fill(entry.meaning, width=100, initial_indent="  ", subsequent_indent="  "))
 
 

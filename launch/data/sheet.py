@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -21,7 +20,7 @@ from setformer_dist.report.sheet import Cell, ClassBar, Sheet, write_html, write
 _NAMED, _BARS = 5, 40
 
 
-def describe(path: str, look_at: int, sheet: Path | None, count: int, side: int, console: Console) -> dict[str, Any]:
+def describe(path: str, look_at: int, sheet: Path | None, count: int, side: int, console: Console) -> dict[str, object]:
     """Inspect data, write the sheet if one is wanted, and return all as plain values.
 
     Raises:
@@ -44,7 +43,7 @@ def describe(path: str, look_at: int, sheet: Path | None, count: int, side: int,
     return {**asdict(found), "counts": found.counts.tolist()}
 
 
-def _describe_tokens(split: TokenSplit, sheet: Path | None, console: Console) -> dict[str, Any]:
+def _describe_tokens(split: TokenSplit, sheet: Path | None, console: Console) -> dict[str, object]:
     if sheet is not None:
         raise ConfigError(f"--sheet shows images, and {split.folder} holds token sequences")
     lengths = split.lengths

@@ -13,7 +13,6 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from launch.drill.run import DrillRun, alive
 from setformer_dist.core.errors import DrillError
@@ -123,7 +122,7 @@ class FaultInjector:
             self.run.start()
         return name, reached if begun else newest
 
-    def _damage(self, how: Callable[[Path], Any]) -> tuple[str, int]:
+    def _damage(self, how: Callable[[Path], object]) -> tuple[str, int]:
         """Kill the run, damage a file of its newest checkpoint, start again."""
         ranks = self.run.ranks()
         self.run.end()

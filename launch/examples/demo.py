@@ -19,6 +19,11 @@ from launch.ranks.supervise import run_supervised
 from setformer_dist.core.errors import ConfigError, LaunchError
 from setformer_dist.core.seeding import Purpose, generator
 
+try:
+    from sklearn.datasets import load_digits
+except ImportError:  # it ships with the dev extra only
+    load_digits = None
+
 CONFIG = Path(__file__).parent.parent.parent / "configs" / "runs" / "demo.toml"
 SIZE = 16  # pixels; the originals are 8×8 with 17 grey levels
 HELD_OUT = 360
@@ -31,10 +36,8 @@ def write_digits(folder: Path) -> None:
     Raises:
         LaunchError: scikit-learn, which ships the digits, is not installed.
     """
-    try:
-        from sklearn.datasets import load_digits  # noqa: PLC0415 — ships with the dev extra only
-    except ImportError:
-        raise LaunchError("the demo's digits ship with scikit-learn: pip install scikit-learn") from None
+    if load_digits is None:
+        raise LaunchError("the demo's digits ship with scikit-learn: pip install scikit-learn")
     digits = load_digits()
     order = generator(Purpose.PACK, 0).permutation(len(digits.target))
     for place, index in enumerate(order):

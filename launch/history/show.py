@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -181,7 +180,7 @@ def guard_rows(folder: Path) -> list[Row]:
 
 def _as_json(
     folder: Path, run: RunRecord, account: ledger.Account, guarded: list[Row], slow: Counter[tuple[int, str]]
-) -> dict[str, Any]:
+) -> dict[str, object]:
     return {
         "folder": str(folder),
         "state": state_of(folder),

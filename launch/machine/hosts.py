@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from launch.hosts.check import check_alike, check_slots, folder_faults
 from launch.hosts.facts import facts
@@ -65,7 +64,7 @@ def survey(
     return findings
 
 
-def _host(spec: HostSpec, link: Link, here: dict[str, Any], took: float) -> list[Finding]:
+def _host(spec: HostSpec, link: Link, here: dict[str, object], took: float) -> list[Finding]:
     if link.lost is not None:
         return [Finding(spec.name, "does not answer", "problem", link.lost)]
     said = link.facts

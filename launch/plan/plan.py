@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -250,9 +249,9 @@ def _as_json(
     rows: Sequence[Row],
     best: dict[int, Row | None],
     recoveries: dict[int, Recovery],
-) -> dict[str, Any]:
-    def row_json(row: Row) -> dict[str, Any]:
-        known: dict[str, Any] = {"gpus": row.world_size, "stage": row.stage}
+) -> dict[str, object]:
+    def row_json(row: Row) -> dict[str, object]:
+        known: dict[str, object] = {"gpus": row.world_size, "stage": row.stage}
         if row.batch is None:
             return {**known, "why_not": row.why_not}
         return {

@@ -72,7 +72,7 @@ def start_server(module: str, environ: Mapping[str, str], **options: Any) -> tup
     return mine, server
 
 
-def ask_for_process(requests: socket.socket, request: Mapping[str, Any], descriptors: Sequence[int]) -> int:
+def ask_for_process(requests: socket.socket, request: Mapping[str, object], descriptors: Sequence[int]) -> int:
     """Ask a server for a process; return the descriptor on which it tells the process's id, and then its end.
 
     Args:
@@ -233,7 +233,7 @@ def die_with(parent: int) -> None:
 
 
 def serve(
-    requests: socket.socket, preloaded: Sequence[str], begin: Callable[[dict[str, Any], Sequence[int]], NoReturn]
+    requests: socket.socket, preloaded: Sequence[str], begin: Callable[[dict[str, object], Sequence[int]], NoReturn]
 ) -> None:
     """Fork a process for each request until the other end is closed, and kill what then still runs.
 

@@ -10,15 +10,17 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
+from checkpoints.identity import Identity
 from checkpoints.manager import CheckpointManager
 from checkpoints.reader import Checkpoint
 from launch.run.config import ResolvedRun
-from launch.run.distill import check_one_teacher, digest_of, distilled, teacher_of
+from launch.run.distill import with_teacher
 from launch.run.identity import identity_of, shapes_of
 from launch.run.initial_weights import FirstWeights
 from launch.run.inputs import Split, check_splits, inputs_of
 from launch.run.store import RunStore
 from setformer_dist.callbacks.build import build_callbacks
+from setformer_dist.core.batch import TrainStream
 from setformer_dist.core.callback import Callback
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.heartbeat import Heartbeat
@@ -87,7 +89,7 @@ def compose(
     c = run.config
     named = build_callbacks(c.logging, c.run.callbacks, c.run.callback_args)
     heard = Callbacks([*named, *callbacks], c.folder, run.as_json(), comm.ranks.is_main)
-    ranks, plan, classes = comm.ranks, run.plan, splits.train.classes
+    ranks, plan = comm.ranks, run.plan
     watch = watch_of(run, model)
     check_metric(task, c.checkpoint.best_metric, c.checkpoint.best_mode)
     device = torch.device(get_accelerator().current_device_name())
@@ -97,31 +99,17 @@ def compose(
     validation = inputs.eval_stream(splits.val, ranks, plan.micro)
     schedule_steps = c.schedule.total_steps(stream.steps_per_epoch)
 
-    costs = Costs(
-        tokens=inputs.tokens(model, splits.train),
-        multiply_adds=multiply_adds_of(model, inputs.shape(splits.train), inputs.dtype or torch.float32),
-        peak_flops=peak_flops(device_label()),
-    )
+    costs = costs_of(run, splits, model)
     input_spec = inputs.spec(splits.train)
-    identity = identity_of(run, model, classes, input_spec)
-    first_weights: FirstWeights | None = None
-    if c.model.weights is not None:
-        buffers = frozenset(name for name, _ in model.named_buffers())
-        arguments = inputs.model_arguments(c.model, len(task.outputs))
-        first_weights = FirstWeights(c.model, shapes_of(model), buffers, comm, arguments)
-    prepare = inputs.prepare(len(classes), device, DTYPES[c.precision.dtype])
-    taught_by: str | None = None
-    if (teacher := teacher_of(run, task, input_spec)) is not None:
-        taught_by = digest_of(teacher)
-        check_one_teacher(taught_by, comm)
-        task, prepare = distilled(run, task, prepare, teacher, device)
+    identity = identity_of(run, model, splits.train.classes, input_spec)
+    first_weights = first_weights_of(run, task, model, comm)
+    prepare = inputs.prepare(len(splits.train.classes), device, DTYPES[c.precision.dtype])
+    task, prepare, taught_by = with_teacher(run, task, prepare, input_spec, device, comm)
     engine = initialize(model, c.optim, run.deepspeed_json())
     master = MasterState(engine)
     meter = CommMeter()
     meter.install()
 
-    manager = CheckpointManager(c.folder / "checkpoints", comm, c.checkpoint)
-    states = ("param", *master.states, *(["ema"] if c.ema.decay else []))
     components = Components(
         engine=engine,
         master=master,
@@ -132,19 +120,7 @@ def compose(
         task=task,
         prepare=prepare,
         schedule=Schedule(engine.optimizer, c.schedule, stream.steps_per_epoch),
-        store=RunStore(
-            manager,
-            run,
-            identity,
-            classes,
-            input_spec,
-            stream.state,
-            schedule_steps,
-            ranks.is_main,
-            check_place=stream.check_state,
-            holds=functools.partial(Checkpoint.check_holds, shapes=master.shapes, states=states),
-            teacher=taught_by,
-        ),
+        store=store_of(run, identity, splits, comm, stream, master, schedule_steps, taught_by),
         comm=comm,
         meter=meter,
         record=RunRecord(c.folder, ranks.is_main),
@@ -157,6 +133,57 @@ def compose(
     )
     best = Best(c.checkpoint.best_metric, c.checkpoint.best_mode)
     return Trainer(components, c.eval, best, schedule_steps, c.run.log_every, c.run.seed, c.run.record_samples)
+
+
+def costs_of(run: ResolvedRun, splits: Splits, model: nn.Module) -> Costs:
+    """Return what a sample costs, for the throughput metrics."""
+    inputs = inputs_of(run.config.data)
+    return Costs(
+        tokens=inputs.tokens(model, splits.train),
+        multiply_adds=multiply_adds_of(model, inputs.shape(splits.train), inputs.dtype or torch.float32),
+        peak_flops=peak_flops(device_label()),
+    )
+
+
+def store_of(
+    run: ResolvedRun,
+    identity: Identity,
+    splits: Splits,
+    comm: TorchCollectives,
+    stream: TrainStream,
+    master: MasterState,
+    total_steps: int,
+    taught_by: str | None,
+) -> RunStore:
+    """Return the checkpoints of the run, with the checks of what it may resume from."""
+    config = run.config
+    return RunStore(
+        CheckpointManager(config.folder / "checkpoints", comm, config.checkpoint),
+        run,
+        identity,
+        splits.train.classes,
+        inputs_of(config.data).spec(splits.train),
+        stream.state,
+        total_steps,
+        comm.ranks.is_main,
+        check_place=stream.check_state,
+        holds=functools.partial(
+            Checkpoint.check_holds,
+            shapes=master.shapes,
+            states=("param", *master.states, *(["ema"] if config.ema.decay else [])),
+        ),
+        teacher=taught_by,
+    )
+
+
+def first_weights_of(run: ResolvedRun, task: Task, model: nn.Module, comm: TorchCollectives) -> FirstWeights | None:
+    """Return what fills a new run's model with `model.weights`, None where the config names none."""
+    config = run.config.model
+    if config.weights is None:
+        return None
+    buffers = frozenset(name for name, _ in model.named_buffers())
+    arguments = inputs_of(run.config.data).model_arguments(config, len(task.outputs))
+    return FirstWeights(config, shapes_of(model), buffers, comm, arguments)
 
 
 def watch_of(run: ResolvedRun, model: nn.Module) -> Watch | None:

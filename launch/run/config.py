@@ -325,6 +325,8 @@ def continued(config: RunConfig, warn: Callable[[str], None] = lambda line: None
     try:
         there, _ = read_state(config.folder / "config.json")
         table = there["model"]
+        if not isinstance(table, dict):
+            return config
         old = revisions.scale_of(table) == revisions.OLD
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return config  # no run is there, or a damaged one, of which `check_folder` speaks
@@ -366,8 +368,8 @@ def check_folder(run: ResolvedRun) -> None:
     if not isinstance(there, dict):
         raise ConfigError(f"{path} holds no config: move the folder away, or give this run another run.name")
     there = {key: value for key, value in there.items() if key not in ("resolved", "sha256")}
-    if isinstance(there.get("model"), dict):
-        there["model"] = revisions.as_trained(there["model"])
+    if isinstance(model := there.get("model"), dict):
+        there["model"] = revisions.as_trained(model)
     if newer := unknown_keys(there, RunConfig):
         raise ConfigError(
             f"{path} has the key {newer[0]!r}, which this version of setformer_dist does not know: a later version "

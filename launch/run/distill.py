@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -27,7 +26,7 @@ from setformer_dist.tasks.distilled import Distilled, TeachingPrepare
 KEY = "teacher"  # in trainer.json
 
 
-def teacher_of(run: ResolvedRun, task: Task, input_spec: dict[str, Any]) -> Trained | None:
+def teacher_of(run: ResolvedRun, task: Task, input_spec: dict[str, object]) -> Trained | None:
     """Return the trained model that a run learns from, None where it learns from none.
 
     Args:
@@ -52,7 +51,7 @@ def teacher_of(run: ResolvedRun, task: Task, input_spec: dict[str, Any]) -> Trai
     return trained
 
 
-def _check_fits(run: ResolvedRun, task: Task, input_spec: dict[str, Any], teacher: Trained) -> None:
+def _check_fits(run: ResolvedRun, task: Task, input_spec: dict[str, object], teacher: Trained) -> None:
     """Refuse a teacher that would see other inputs than it was trained with, or whose outputs mean something else.
 
     Raises:
@@ -102,6 +101,29 @@ def check_one_teacher(digest: str, comm: Collectives) -> None:
         )
 
 
+def with_teacher(
+    run: ResolvedRun,
+    task: Task,
+    prepare: Prepare,
+    input_spec: dict[str, object],
+    device: torch.device,
+    comm: Collectives,
+) -> tuple[Task, Prepare, str | None]:
+    """Return task and input preparation with the teacher's part in them, and the teacher's digest. Collective.
+
+    Without a teacher in the config both stay as they are, and the digest is None.
+
+    Raises:
+        SetformerError: as `teacher_of` and `check_one_teacher`.
+    """
+    teacher = teacher_of(run, task, input_spec)
+    if teacher is None:
+        return task, prepare, None
+    digest = digest_of(teacher)
+    check_one_teacher(digest, comm)
+    return *distilled(run, task, prepare, teacher, device), digest
+
+
 def distilled(
     run: ResolvedRun, task: Task, prepare: Prepare, teacher: Trained, device: torch.device
 ) -> tuple[Task, Prepare]:
@@ -112,7 +134,7 @@ def distilled(
     return Distilled(task, config.share, config.temperature), taught
 
 
-def check_same_teacher(trainer: dict[str, Any], mine: str | None, place: Path) -> None:
+def check_same_teacher(trainer: dict[str, object], mine: str | None, place: Path) -> None:
     """Refuse a checkpoint that was trained with another teacher.
 
     Raises:

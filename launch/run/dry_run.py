@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import torch
 from rich.console import Console
@@ -59,7 +59,15 @@ class _Known:
     rows: tuple[tuple[str, str], ...]
 
 
-def predict_costs(run: ResolvedRun, known: _Known) -> dict[str, Any]:
+class Costs(TypedDict):
+    """Predicted costs on one rank; memory in bytes."""
+
+    parameters: int
+    multiply_adds: float
+    memory: dict[str, int]
+
+
+def predict_costs(run: ResolvedRun, known: _Known) -> Costs:
     """Return predicted costs on one rank: counts and bytes."""
     c, model = run.config, known.model
     dtype = DTYPES[c.precision.dtype]
@@ -210,7 +218,7 @@ def needs(run: ResolvedRun) -> tuple[int, int]:
     return int(costs["memory"]["total"] + costs["memory"]["host"]), one * kept
 
 
-def _rows(run: ResolvedRun, known: _Known, costs: dict[str, Any]) -> list[tuple[str, str]]:
+def _rows(run: ResolvedRun, known: _Known, costs: Costs) -> list[tuple[str, str]]:
     plan = run.plan
     per_sample = f"{costs['multiply_adds'] / 1e9:.3f} G per sample of {'×'.join(map(str, known.shape))}"
     return [
@@ -225,7 +233,7 @@ def _rows(run: ResolvedRun, known: _Known, costs: dict[str, Any]) -> list[tuple[
     ]
 
 
-def _memory_rows(run: ResolvedRun, costs: dict[str, Any]) -> list[tuple[str, str]]:
+def _memory_rows(run: ResolvedRun, costs: Costs) -> list[tuple[str, str]]:
     memory = dict(costs["memory"])
     host = memory.pop("host")
     rows = [(f"memory per rank: {n.replace('_', ' ')}", f"{v / 2**20:,.1f} MiB") for n, v in memory.items()]
@@ -242,13 +250,13 @@ def _memory_of_machine() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def checkpoint_bytes(run: ResolvedRun, costs: dict[str, Any]) -> int:
+def checkpoint_bytes(run: ResolvedRun, costs: Costs) -> int:
     """Return what one checkpoint takes: fp32 masters, the optimizer's states, and the average where there is one."""
     states = len(OPTIMIZERS[run.config.optim.name].states)
     return int(costs["parameters"]) * 4 * (1 + states + (run.config.ema.decay > 0))
 
 
-def _disk_need(run: ResolvedRun, costs: dict[str, Any]) -> tuple[int, int, int]:
+def _disk_need(run: ResolvedRun, costs: Costs) -> tuple[int, int, int]:
     """Return (bytes of a checkpoint, most that are kept at a time, bytes free where they go)."""
     config = run.config.checkpoint
     kept = config.keep_last + config.keep_best + 1  # one more while it is written
@@ -258,7 +266,7 @@ def _disk_need(run: ResolvedRun, costs: dict[str, Any]) -> tuple[int, int, int]:
     return checkpoint_bytes(run, costs), kept, shutil.disk_usage(place).free
 
 
-def _disk_rows(run: ResolvedRun, costs: dict[str, Any]) -> list[tuple[str, str]]:
+def _disk_rows(run: ResolvedRun, costs: Costs) -> list[tuple[str, str]]:
     one, kept, free = _disk_need(run, costs)
     forever = run.config.checkpoint.keep_every
     more = f", and one every {forever:,} steps for good" if forever else ""
@@ -268,7 +276,7 @@ def _disk_rows(run: ResolvedRun, costs: dict[str, Any]) -> list[tuple[str, str]]
     ]
 
 
-def _check_disk(run: ResolvedRun, costs: dict[str, Any]) -> None:
+def _check_disk(run: ResolvedRun, costs: Costs) -> None:
     """Refuse a run whose checkpoints will not fit.
 
     Raises:

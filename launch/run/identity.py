@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from typing import Any
 
 from torch import nn
 
@@ -15,7 +14,9 @@ from setformer_dist.core.revisions import unnamed
 VERSIONS_OF = ("setformer_dist", "torch", "deepspeed", "timm", "safetensors")
 
 
-def identity_of(run: ResolvedRun, model: nn.Module, classes: tuple[str, ...], input_spec: dict[str, Any]) -> Identity:
+def identity_of(
+    run: ResolvedRun, model: nn.Module, classes: tuple[str, ...], input_spec: dict[str, object]
+) -> Identity:
     """Return what the run's checkpoints belong to; `input_spec` is that of the model (`Inputs.spec`)."""
     c = run.config
     return Identity(

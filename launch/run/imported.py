@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from checkpoints.identity import Identity
 from checkpoints.reader import Checkpoint
@@ -35,11 +34,11 @@ def is_imported(checkpoint: Checkpoint) -> bool:
 def trainer_state(
     checkpoint: Checkpoint,
     mine: Identity,
-    cursor_at: Callable[[int], dict[str, Any]],
+    cursor_at: Callable[[int], dict[str, object]],
     total_steps: int,
     says: bool,
     optimizer: str = "adamw",
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return trainer.json as a run of this config would have written it after as many steps.
 
     Args:

@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -67,7 +67,7 @@ class FirstWeights:
     shapes: Mapping[str, tuple[int, ...]]
     buffers: frozenset[str]
     comm: Collectives
-    arguments: Mapping[str, Any] | None = None
+    arguments: Mapping[str, object] | None = None
 
     def __call__(self, fragments: Iterable[Fragment]) -> str:
         """Fill the masters and their average as far as a rank holds them; say what was filled. Collective.
@@ -214,7 +214,7 @@ def better_of(checkpoint: Checkpoint) -> Literal["plain", "ema"]:
     return better_weights(scores, name, mode) if "ema" in checkpoint.states() else "plain"
 
 
-def _table(table: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def _table(table: Mapping[str, object], key: str) -> Mapping[str, object]:
     value = table.get(key)
     return value if isinstance(value, Mapping) else {}
 

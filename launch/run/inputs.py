@@ -70,15 +70,15 @@ class Inputs(Protocol):
         """Open what is trained on; raises DataError."""
         ...
 
-    def spec(self, split: Split) -> dict[str, Any]:
+    def spec(self, split: Split) -> dict[str, object]:
         """Return the input spec: arguments of the model about its inputs, JSON-able; checkpoints keep it."""
         ...
 
-    def build_model(self, config: ModelConfig, num_classes: int, input_spec: dict[str, Any], seed: int) -> nn.Module:
+    def build_model(self, config: ModelConfig, num_classes: int, input_spec: dict[str, object], seed: int) -> nn.Module:
         """Return the model for inputs of this spec."""
         ...
 
-    def model_arguments(self, config: ModelConfig, num_classes: int) -> dict[str, Any] | None:
+    def model_arguments(self, config: ModelConfig, num_classes: int) -> dict[str, object] | None:
         """Return the arguments of `timm.create_model` for the architecture; None where timm's rules do not hold."""
         ...
 
@@ -127,7 +127,7 @@ class ImageInputs:
         check_mixture_room(sources, self.config)
         return MixtureSource(sources, [entry.weight for entry in mixture])
 
-    def spec(self, split: Split) -> dict[str, Any]:
+    def spec(self, split: Split) -> dict[str, object]:
         """Return the image size."""
         return {"image_size": self._size if isinstance(self._size, int) else list(self._size)}
 
@@ -137,7 +137,7 @@ class ImageInputs:
         height, width = self.config.shape
         return height if height == width else (height, width)
 
-    def build_model(self, config: ModelConfig, num_classes: int, input_spec: dict[str, Any], seed: int) -> nn.Module:
+    def build_model(self, config: ModelConfig, num_classes: int, input_spec: dict[str, object], seed: int) -> nn.Module:
         """Build for the image size, and check that the model takes all others that training will show it."""
         if config.args.get("in_chans", _CHANNELS) != _CHANNELS:
             raise ConfigError(
@@ -148,7 +148,7 @@ class ImageInputs:
         check_shapes(model, config.name, self.config)
         return model
 
-    def model_arguments(self, config: ModelConfig, num_classes: int) -> dict[str, Any]:
+    def model_arguments(self, config: ModelConfig, num_classes: int) -> dict[str, object]:
         """Return them for the image size."""
         return timm_arguments(config, num_classes, self._size)
 
@@ -237,7 +237,7 @@ class TokenInputs:
         """Open the training tokens."""
         return self.open(self.config.root, self.config.train)
 
-    def spec(self, split: Split) -> dict[str, Any]:
+    def spec(self, split: Split) -> dict[str, object]:
         """Return vocabulary, length, number of sequences and whether there is padding."""
         assert isinstance(split, TokenSplit)
         facts = split.facts
@@ -248,7 +248,7 @@ class TokenInputs:
             "padded": not facts.full,
         }
 
-    def build_model(self, config: ModelConfig, num_classes: int, input_spec: dict[str, Any], seed: int) -> nn.Module:
+    def build_model(self, config: ModelConfig, num_classes: int, input_spec: dict[str, object], seed: int) -> nn.Module:
         """Build with the spec as further arguments; those in the config have precedence."""
         return build_model(config.model_copy(update={"args": {**input_spec, **config.args}}), num_classes, 0, seed)
 

@@ -23,6 +23,7 @@ from pydantic_core import PydanticUndefined
 
 from launch.run.config import RunConfig
 from setformer_dist.core.config import inner_models, suggested_key
+from setformer_dist.core.continuing import Permitted
 from setformer_dist.core.errors import ConfigError
 
 _PLAIN = {int: "integer", float: "number", bool: "true or false", str: "text", dict: "table", type(None): "none"}
@@ -80,6 +81,8 @@ class Key:
         type: with its bounds.
         default: as TOML has it; "required" where there is none, "none" where it is left out.
         unit: "" for what has none.
+        resume: "free" where it may change when a run resumes, "fixed" where it may not, else the entry of
+            checkpoint.allow_changes that permits it.
         meaning: one or more sentences.
     """
 
@@ -88,29 +91,31 @@ class Key:
     type: str
     default: str
     unit: str
+    resume: str
     meaning: str
 
 
 def all_run_keys() -> list[Key]:
     """Return every key of a run config, in the order of the tables."""
-    return list(_walk(RunConfig, "", ""))
+    return list(_walk(RunConfig, "", "", "fixed"))
 
 
-def _walk(model: type[pydantic.BaseModel], prefix: str, of: str) -> Iterator[Key]:
+def _walk(model: type[pydantic.BaseModel], prefix: str, of: str, above: str) -> Iterator[Key]:
     meanings = attributes_of(model)
     for name, field in model.model_fields.items():
         path = f"{prefix}{name}"
+        rule = next((mark.by or "free" for mark in field.metadata if isinstance(mark, Permitted)), above)
         entries = _entries(field.annotation)
         if not entries and (inner := inner_models(field.annotation)):
             for tag, kind in inner.items():
-                yield from _walk(kind, f"{path}.", tag or of)
+                yield from _walk(kind, f"{path}.", tag or of, rule)
             continue
-        yield Key(path, of, _type(field), _default(field), UNITS.get(path, ""), meanings.get(name, ""))
+        yield Key(path, of, _type(field), _default(field), UNITS.get(path, ""), rule, meanings.get(name, ""))
         for entry in entries:
-            yield from _walk(entry, f"{path}[].", of)
+            yield from _walk(entry, f"{path}[].", of, rule)
 
 
-def _entries(annotation: Any) -> list[type[pydantic.BaseModel]]:
+def _entries(annotation: object) -> list[type[pydantic.BaseModel]]:
     """Return the tables that a list of tables holds."""
     inner = typing.get_args(annotation) if typing.get_origin(annotation) is tuple else ()
     return [kind for kind in inner if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel)]
@@ -174,7 +179,8 @@ def as_markdown() -> str:
     """Return docs/keys.md."""
     parts = [_HEAD]
     for table, keys in _by_table(all_run_keys()).items():
-        parts.append(f"\n## {table}\n\n| key | type | default | unit | meaning |\n| --- | --- | --- | --- | --- |\n")
+        names = ("key", "type", "default", "unit", "resume", "meaning")
+        parts.append(f"\n## {table}\n\n| {' | '.join(names)} |\n|{' --- |' * len(names)}\n")
         parts += [_row(key) for key in keys]
     return "".join(parts)
 
@@ -185,6 +191,9 @@ Written by `make docs` from the config tables: do not edit it. `setformer config
 
 Set a key in its table of the run config (`[optim]`, then `lr = 1e-3`), or on the command line (`optim.lr=1e-3`). A key
 without a default is required in its table. A default of `none` means that the key is left out.
+
+"Resume" says whether a key may change when a run resumes: `free` keys may, `fixed` keys may not. For the others, it
+names the entry of `checkpoint.allow_changes` that permits a change.
 """
 
 
@@ -197,7 +206,7 @@ def _by_table(keys: list[Key]) -> dict[str, list[Key]]:
 
 
 def _row(key: Key) -> str:
-    cells = (f"`{key.key}`", key.type, f"`{key.default}`", key.unit, key.meaning)
+    cells = (f"`{key.key}`", key.type, f"`{key.default}`", key.unit, key.resume, key.meaning)
     return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |\n"
 
 

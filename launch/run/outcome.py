@@ -6,7 +6,6 @@ import logging
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from launch.run.compose import Splits
 from launch.run.config import ResolvedRun
@@ -21,7 +20,7 @@ from setformer_dist.report.html import write_report
 log = logging.getLogger(__name__)
 
 
-def summary(run: ResolvedRun, outcome: Outcome) -> dict[str, Any]:
+def summary(run: ResolvedRun, outcome: Outcome) -> dict[str, object]:
     """Return the headline figures of a run."""
     c = run.config
     state = outcome.state
@@ -71,7 +70,7 @@ def finish(run: ResolvedRun, splits: Splits, outcome: Outcome, own: OwnModel | N
         )
 
 
-def _report(run: ResolvedRun, splits: Splits, figures: dict[str, Any], own: OwnModel | None) -> None:
+def _report(run: ResolvedRun, splits: Splits, figures: dict[str, object], own: OwnModel | None) -> None:
     folder: Path = run.config.folder
     trained = load_trained(folder / "checkpoints", own=own)
     figures |= {

@@ -10,18 +10,16 @@ from typing import Any
 from checkpoints.identity import Identity
 from checkpoints.manager import CheckpointManager
 from checkpoints.reader import Checkpoint
-from dataloaders.order.order import counts_samples
+from dataloaders.order.order import Cursor, counts_samples
 from launch.run.config import ResolvedRun
 from launch.run.distill import KEY as TEACHER
 from launch.run.distill import check_same_teacher
 from launch.run.imported import is_imported, loadable, trainer_state
+from setformer_dist.core.continuing import agreements
 from setformer_dist.core.errors import CheckpointError
 from setformer_dist.core.fragments import Fragment
 from setformer_dist.core.store import SavedState, Snapshot
 from setformer_dist.engine.run_state import check_trainer
-
-# Which entries of the stream's cursor each of `checkpoint.allow_changes` lets differ.
-_CURSOR_CHANGES = {"global_batch": "global_batch", "fingerprint": "data", "num_samples": "data"}
 
 
 class RunStore:
@@ -37,11 +35,11 @@ class RunStore:
         run: ResolvedRun,
         identity: Identity,
         classes: tuple[str, ...],
-        input_spec: dict[str, Any],
-        cursor_at: Callable[[int], dict[str, Any]],
+        input_spec: dict[str, object],
+        cursor_at: Callable[[int], dict[str, object]],
         total_steps: int,
         is_main: bool,
-        check_place: Callable[[dict[str, Any]], object],
+        check_place: Callable[[dict[str, object]], object],
         holds: Callable[[Checkpoint], object],
         teacher: str | None = None,
     ) -> None:
@@ -141,7 +139,7 @@ class RunStore:
         self._manager.load(saved, found)
 
 
-def continued_cursor(saved: dict[str, Any], here: dict[str, Any], allowed: Collection[str]) -> dict[str, Any]:
+def continued_cursor(saved: dict[str, object], here: dict[str, object], allowed: Collection[str]) -> dict[str, object]:
     """Return a saved cursor of the stream with what may differ as it is in this run.
 
     Args:
@@ -152,14 +150,14 @@ def continued_cursor(saved: dict[str, Any], here: dict[str, Any], allowed: Colle
     Raises:
         CheckpointError: something differs that may not, or that would have samples lost or repeated.
     """
-    for name, change in _CURSOR_CHANGES.items():
+    for name, rule in agreements(Cursor).items():
         ours, theirs = here.get(name), saved.get(name)
-        if ours == theirs:
+        if ours == theirs or rule.by is None:  # the stream itself refuses the latter
             continue
-        if change not in allowed:
+        if rule.by not in allowed:
             raise CheckpointError(
                 f"the checkpoint was written with {name} = {theirs!r}, this run has {ours!r}: restore the old value, "
-                f"or see what checkpoint.allow_changes = [{change!r}] does to the order of samples"
+                f"or see what checkpoint.allow_changes = [{rule.by!r}] does to the order of samples"
             )
         if name == "global_batch":
             _check_new_batch(saved, here)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 import safetensors.torch
@@ -41,7 +40,7 @@ class Adapted:
     unused: tuple[str, ...]
 
 
-def adapted(path: Path, name: str, arguments: Mapping[str, Any]) -> Adapted:
+def adapted(path: Path, name: str, arguments: Mapping[str, object]) -> Adapted:
     """Return the file's weights as the model `name` with these arguments takes them.
 
     Args:

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -127,7 +126,7 @@ class _About:
 
     config: RunConfig
     classes: tuple[str, ...]
-    inputs: dict[str, Any]
+    inputs: dict[str, object]
     imports: tuple[str, ...]
 
 

@@ -34,7 +34,7 @@ def register_callback(name: str, factory: CallbackFactory) -> None:
 
 
 def build_callbacks(
-    logging: LoggingConfig, names: Sequence[str], args: Mapping[str, Mapping[str, Any]]
+    logging: LoggingConfig, names: Sequence[str], args: Mapping[str, Mapping[str, object]]
 ) -> list[Callback]:
     """Return the callbacks that a config asks for, in the order in which they hear each event.
 
@@ -56,7 +56,7 @@ def build_callbacks(
     return [*found, *(_own(name, args.get(name, {})) for name in names)]
 
 
-def _own(name: str, args: Mapping[str, Any]) -> Callback:
+def _own(name: str, args: Mapping[str, object]) -> Callback:
     if name not in _CALLBACKS:
         near = f" ({nearest(name, _CALLBACKS)})" if _CALLBACKS else ""
         raise ConfigError(

@@ -54,15 +54,15 @@ class Mlflow(Callback):
         for first in range(0, len(found), _PARAMETERS_AT_ONCE):
             self._client.log_batch(self._id, params=found[first : first + _PARAMETERS_AT_ONCE])
 
-    def on_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def on_metrics(self, step: int, metrics: Mapping[str, object]) -> None:
         """Send the figures of training."""
         self._send("train", step, metrics)
 
-    def on_evaluation_end(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def on_evaluation_end(self, step: int, metrics: Mapping[str, object]) -> None:
         """Send the figures of an evaluation."""
         self._send("eval", step, metrics)
 
-    def on_bad_step(self, step: int, values: Mapping[str, Any]) -> None:
+    def on_bad_step(self, step: int, values: Mapping[str, object]) -> None:
         """Send what the guard saw."""
         self._send("guard", step, values)
 
@@ -88,7 +88,7 @@ class Mlflow(Callback):
         self._client.log_batch(self._id, metrics=found)
 
 
-def _parameters(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def _parameters(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Yield the keys of a config, dotted, with their values as text."""
     for key, value in config.items():
         if isinstance(value, Mapping) and value:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -25,15 +24,15 @@ class TensorBoard(Callback):
         """Note the folder; it is opened with the first figure."""
         self._folder = run.folder / "tensorboard"
 
-    def on_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def on_metrics(self, step: int, metrics: Mapping[str, object]) -> None:
         """Write the figures of training."""
         self._write("train", step, metrics)
 
-    def on_evaluation_end(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def on_evaluation_end(self, step: int, metrics: Mapping[str, object]) -> None:
         """Write the figures of an evaluation."""
         self._write("eval", step, metrics)
 
-    def on_bad_step(self, step: int, values: Mapping[str, Any]) -> None:
+    def on_bad_step(self, step: int, values: Mapping[str, object]) -> None:
         """Write what the guard saw."""
         self._write("guard", step, values)
 
@@ -45,7 +44,7 @@ class TensorBoard(Callback):
         """Flush and close."""
         self._close()
 
-    def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+    def _write(self, kind: str, step: int, values: Mapping[str, object]) -> None:
         board = self._board = self._board or SummaryWriter(str(self._folder))
         for name, value in scalars(values):
             board.add_scalar(f"{kind}/{name}", value, step)

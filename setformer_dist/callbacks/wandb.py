@@ -53,15 +53,15 @@ class Wandb(Callback):
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
-    def on_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def on_metrics(self, step: int, metrics: Mapping[str, object]) -> None:
         """Send the figures of training."""
         self._send("train", step, metrics)
 
-    def on_evaluation_end(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def on_evaluation_end(self, step: int, metrics: Mapping[str, object]) -> None:
         """Send the figures of an evaluation."""
         self._send("eval", step, metrics)
 
-    def on_bad_step(self, step: int, values: Mapping[str, Any]) -> None:
+    def on_bad_step(self, step: int, values: Mapping[str, object]) -> None:
         """Send what the guard saw."""
         self._send("guard", step, values)
 

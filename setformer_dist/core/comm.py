@@ -6,9 +6,11 @@ Values travel as JSON, so nothing that arrives can run code.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 from setformer_dist.core.ranks import RankInfo
+
+T = TypeVar("T")  # what JSON gives back as it was: no tuples, no keys but text
 
 
 class Collectives(Protocol):
@@ -23,11 +25,11 @@ class Collectives(Protocol):
         """Wait for all ranks."""
         ...
 
-    def broadcast_json(self, value: Any) -> Any:
+    def broadcast_json(self, value: T) -> T:
         """Return rank 0's value (JSON-able) on every rank."""
         ...
 
-    def gather_json(self, value: Any) -> list[Any]:
+    def gather_json(self, value: T) -> list[T]:
         """Return every rank's value (JSON-able), by rank, on every rank."""
         ...
 
@@ -40,10 +42,10 @@ class Alone:
     def barrier(self) -> None:
         """Return at once."""
 
-    def broadcast_json(self, value: Any) -> Any:
+    def broadcast_json(self, value: T) -> T:
         """Return the value."""
         return value
 
-    def gather_json(self, value: Any) -> list[Any]:
+    def gather_json(self, value: T) -> list[T]:
         """Return the value as the only rank's."""
         return [value]

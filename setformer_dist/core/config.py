@@ -41,7 +41,7 @@ class FrozenConfig(pydantic.BaseModel):
 ConfigT = TypeVar("ConfigT", bound=pydantic.BaseModel)
 
 
-def read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, object]:
     """Read a TOML file and the one it may extend (`extends = "other.toml"`, relative to the file).
 
     Raises:
@@ -57,7 +57,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     return merge(base, table)
 
 
-def _read_table(path: Path) -> dict[str, Any]:
+def _read_table(path: Path) -> dict[str, object]:
     try:
         with path.open("rb") as file:
             return tomllib.loads(file.read().decode("utf-8-sig"))  # editors of Windows begin with a mark
@@ -71,18 +71,16 @@ def _read_table(path: Path) -> dict[str, Any]:
         raise ConfigError(f"config file {path} is not valid TOML: {error}") from None
 
 
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, object], over: Mapping[str, object]) -> dict[str, object]:
     """Return `base` with `over` laid on top, table by table."""
     merged = dict(base)
     for key, value in over.items():
-        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
-            merged[key] = merge(merged[key], value)
-        else:
-            merged[key] = value
+        below = merged.get(key)
+        merged[key] = merge(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
     return merged
 
 
-def parse_override(text: str) -> dict[str, Any]:
+def parse_override(text: str) -> dict[str, object]:
     """Read one dotted override, `optim.lr=1e-3`, into a nested table.
 
     The value is TOML (number, boolean, list, quoted string); what is not TOML is taken as a plain string.
@@ -108,7 +106,7 @@ def parse_override(text: str) -> dict[str, Any]:
     return value
 
 
-def apply_override(table: Mapping[str, Any], text: str) -> dict[str, Any]:
+def apply_override(table: Mapping[str, object], text: str) -> dict[str, object]:
     """Lay one override on a table: `a.b=value` sets, `~a.b` removes a.b from the file's.
 
     Raises:
@@ -128,7 +126,7 @@ def apply_override(table: Mapping[str, Any], text: str) -> dict[str, Any]:
     return {name: value for name, value in table.items() if name != key}
 
 
-def build(model: type[ConfigT], table: Mapping[str, Any], source: str) -> ConfigT:
+def build(model: type[ConfigT], table: Mapping[str, object], source: str) -> ConfigT:
     """Validate a table.
 
     Raises:
@@ -142,7 +140,7 @@ def build(model: type[ConfigT], table: Mapping[str, Any], source: str) -> Config
         raise ConfigError(f"{source}: {readable(error, model)}") from None
 
 
-def _values(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _values(table: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     """Yield the dotted keys of nested tables and lists with their values."""
     for key, value in table.items():
         if isinstance(value, list):
@@ -153,7 +151,7 @@ def _values(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{key}", value
 
 
-def _impossible(table: Mapping[str, Any]) -> Iterator[str]:
+def _impossible(table: Mapping[str, object]) -> Iterator[str]:
     """Yield what no key takes: integers that do not fit 64 bits, text that is no path, name or word."""
     for key, value in _values(table):
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
@@ -163,7 +161,7 @@ def _impossible(table: Mapping[str, Any]) -> Iterator[str]:
 
 
 def load(
-    model: type[ConfigT], path: Path | None, overrides: Iterable[str] = (), tables: Mapping[str, Any] | None = None
+    model: type[ConfigT], path: Path | None, overrides: Iterable[str] = (), tables: Mapping[str, object] | None = None
 ) -> ConfigT:
     """Read a TOML file, lay overrides and then tables on top, validate.
 
@@ -186,7 +184,7 @@ def load(
     return build(model, table, source)
 
 
-def _homes(table: Mapping[str, Any]) -> Iterator[str]:
+def _homes(table: Mapping[str, object]) -> Iterator[str]:
     """Yield paths that begin with a ~, which no shell has expanded: a run is a function of what its config says."""
     for key, value in _values(table):
         if isinstance(value, str) and value.split("/")[0] == "~":
@@ -232,7 +230,7 @@ def _shortened(text: str) -> str:
     return text if len(text) <= _SHORT else f"{text[:120]} … {text[-40:]} ({len(text)} characters)"
 
 
-def _innermost(table: Mapping[str, Any]) -> str | None:
+def _innermost(table: Mapping[str, object]) -> str | None:
     """Return the first key of a table, or of the tables in it, that is no table; None if there is none."""
     for key, value in table.items():
         inner = _innermost(value) if isinstance(value, Mapping) else str(key)
@@ -309,7 +307,7 @@ def _place(model: type[pydantic.BaseModel], loc: tuple[str | int, ...]) -> tuple
     return keys, siblings
 
 
-def inner_models(annotation: Any) -> dict[str, type[pydantic.BaseModel]]:
+def inner_models(annotation: object) -> dict[str, type[pydantic.BaseModel]]:
     """Return the models that a field's type names, by their tag in a tagged union, "" for one without a tag."""
     found: dict[str, type[pydantic.BaseModel]] = {}
     for candidate in (annotation, *getattr(annotation, "__args__", ())):

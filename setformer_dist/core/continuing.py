@@ -4,6 +4,8 @@
     threads: Annotated[int, FREE] = 0                        may change: what is computed does not depend on it
     global_size: Annotated[int, Permitted("global_batch")]   may change where the config permits it by that name
 
+The position in the data (`dataloaders.order.order.Cursor`) is marked in the same way, by `Agreed` and `Position`.
+
 A mark on a field that holds a table counts for the whole table, but for keys with a mark of their own. A key that the
 run's config.json does not name is newer than the run, and means its default; one that this version does not know is
 newer than this version.
@@ -11,6 +13,7 @@ newer than this version.
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,17 +38,44 @@ FREE = Permitted()
 
 
 @dataclass(frozen=True)
+class Agreed:
+    """Mark of a field of a stream's cursor that must be the same in the run that resumes.
+
+        seed: Annotated[int, Agreed("set the run's seed back")]
+
+    Attributes:
+        repair: for the user, where it is not the same.
+        by: the entry of checkpoint.allow_changes that permits a difference; None where nothing does.
+    """
+
+    repair: str
+    by: str | None = None
+
+
+@dataclass(frozen=True)
+class Position:
+    """Mark of a field of a cursor that says where the stream is: it differs from step to step."""
+
+
+def agreements(cursor: type) -> dict[str, Agreed]:
+    """Return the fields of a cursor's class that must agree, in order, with their rules."""
+    hints = typing.get_type_hints(cursor, include_extras=True)
+    marks = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
+    return {name: mark for name, found in marks.items() for mark in found if isinstance(mark, Agreed)}
+
+
+@dataclass(frozen=True)
 class Difference:
     """A key that may not change, and did."""
 
     key: str
     there: Any
-    here: Any
+    here: object
 
 
 def flatten(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Return nested tables as one level of dotted keys."""
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for key, value in table.items():
         if isinstance(value, dict) and value:
             flat |= flatten(value, f"{prefix}{key}.")
@@ -85,7 +115,7 @@ def differences(
     return [Difference(key, theirs.get(key), ours.get(key)) for key in keys]
 
 
-def unknown_keys(there: Mapping[str, Any], model: type[pydantic.BaseModel]) -> list[str]:
+def unknown_keys(there: Mapping[str, object], model: type[pydantic.BaseModel]) -> list[str]:
     """Return the dotted keys of a folder's config that this version does not know: a later one wrote them."""
     known = set(all_keys(model))
     return [

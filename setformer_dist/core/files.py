@@ -15,7 +15,6 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from setformer_dist.core import strictjson
 
@@ -37,12 +36,12 @@ def write_text(path: Path, text: str) -> None:
     aside.replace(path)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write a value as indented JSON, whole or not at all."""
     write_text(path, json.dumps(finite(value), indent=2) + "\n")
 
 
-def finite(value: Any) -> Any:
+def finite(value: object) -> object:
     """Return a JSON-able value with None for each number that JSON does not have (NaN and the infinities)."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -53,13 +52,13 @@ def finite(value: Any) -> Any:
     return value
 
 
-def write_state(path: Path, value: dict[str, Any]) -> None:
+def write_state(path: Path, value: dict[str, object]) -> None:
     """Write an object with its digest, whole or not at all."""
     body = json.loads(json.dumps(finite(value)))
     write_json(path, {**body, DIGEST_KEY: _digest(body)})
 
 
-def read_state(path: Path) -> tuple[dict[str, Any], bool]:
+def read_state(path: Path) -> tuple[dict[str, object], bool]:
     """Return what `write_state` wrote, and whether a digest vouches for it (none does for those of earlier versions).
 
     Raises:
@@ -124,5 +123,5 @@ def lines_of(path: Path) -> Iterator[bytes]:
             yield line.rstrip(b"\r\n")
 
 
-def _digest(body: dict[str, Any]) -> str:
+def _digest(body: dict[str, object]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -44,7 +44,7 @@ _LATEST = 2.0**37  # Unix time that the calendar still has a year for
 _CRC = re.compile(rb', "crc": "([0-9a-f]{8})"\}$')
 
 
-def record(folder: Path, event: str, **values: Any) -> None:
+def record(folder: Path, event: str, **values: object) -> None:
     """Append one event to a run's ledger; a full disk costs the line and not the run.
 
     Args:

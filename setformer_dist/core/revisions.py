@@ -9,13 +9,12 @@ since then names its scale, so a run's config.json or a checkpoint's config that
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 OLD, NEW = "after", "before"
 _TABLE, _KEY = "soft", "query_scale"
 
 
-def named(model: str, args: Mapping[str, Any], scale: str = NEW) -> dict[str, Any]:
+def named(model: str, args: Mapping[str, object], scale: str = NEW) -> dict[str, object]:
     """Return the model's arguments with `soft.query_scale` in them where it means something.
 
     Args:
@@ -29,13 +28,13 @@ def named(model: str, args: Mapping[str, Any], scale: str = NEW) -> dict[str, An
     return {**args, _TABLE: {**soft, _KEY: scale}}
 
 
-def _convolves(model: str, args: Mapping[str, Any], soft: Mapping[str, Any]) -> bool:
+def _convolves(model: str, args: Mapping[str, object], soft: Mapping[str, object]) -> bool:
     if model.startswith("soft_"):
         return bool(soft.get("sampling", "conv") == "conv")
     return args.get("attention") in ("soft", "soft_norm") and soft.get("sampling") == "conv"
 
 
-def as_trained(table: Mapping[str, Any]) -> dict[str, Any]:
+def as_trained(table: Mapping[str, object]) -> dict[str, object]:
     """Return the `[model]` table of a run's or a checkpoint's config as it was meant when it was written.
 
     Args:
@@ -47,7 +46,7 @@ def as_trained(table: Mapping[str, Any]) -> dict[str, Any]:
     return {**table, "args": named(name, args, OLD)}
 
 
-def unnamed(args: Mapping[str, Any]) -> dict[str, Any]:
+def unnamed(args: Mapping[str, object]) -> dict[str, object]:
     """Return arguments as older checkpoints identify their model: without the old scale, which they did not know.
 
     Args:
@@ -61,8 +60,9 @@ def unnamed(args: Mapping[str, Any]) -> dict[str, Any]:
     return {**kept, _TABLE: rest} if rest else kept
 
 
-def scale_of(table: Mapping[str, Any]) -> str | None:
+def scale_of(table: Mapping[str, object]) -> str | None:
     """Return the scale of a `[model]` table, None where the model samples no landmarks by a convolution."""
     args = as_trained(table).get("args")
     soft = args.get(_TABLE) if isinstance(args, Mapping) else None
-    return soft.get(_KEY) if isinstance(soft, Mapping) else None
+    scale = soft.get(_KEY) if isinstance(soft, Mapping) else None
+    return scale if isinstance(scale, str) else None

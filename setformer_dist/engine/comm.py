@@ -14,7 +14,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed.comm.comm as deepspeed_comm
 import torch
@@ -28,6 +28,8 @@ from setformer_dist.core.errors import LaunchError, TransientError
 from setformer_dist.core.ranks import PORT_GIVEN_VARIABLE, RankInfo
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def connect(ranks: RankInfo, init_method: str | None = None, timeout_minutes: float = 10.0) -> bool:
@@ -135,7 +137,7 @@ class TorchCollectives:
         """Wait for all ranks."""
         dist.barrier(group=self._group)
 
-    def broadcast_json(self, value: Any) -> Any:
+    def broadcast_json(self, value: T) -> T:
         """Return rank 0's value on every rank."""
         if self._ranks.world_size == 1:
             return value
@@ -146,9 +148,10 @@ class TorchCollectives:
         if self._ranks.is_main:
             data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
         dist.broadcast(data, 0, group=self._group)
-        return json.loads(data.numpy().tobytes())
+        received: T = json.loads(data.numpy().tobytes())
+        return received
 
-    def gather_json(self, value: Any) -> list[Any]:
+    def gather_json(self, value: T) -> list[T]:
         """Return every rank's value, by rank, on every rank."""
         if self._ranks.world_size == 1:
             return [value]
@@ -205,11 +208,11 @@ class TensorSums:
 class _TimedWork:
     """A running collective; waiting for it counts as communication."""
 
-    def __init__(self, work: Any, meter: CommMeter) -> None:
+    def __init__(self, work: dist.Work, meter: CommMeter) -> None:
         self._work = work
         self._meter = meter
 
-    def wait(self, *args: Any) -> Any:
+    def wait(self, *args: timedelta) -> bool:
         start = time.perf_counter()
         result = self._work.wait(*args)
         self._meter.seconds += time.perf_counter() - start
@@ -257,7 +260,7 @@ class CommMeter:
         if name not in self.TIMED:
             return attribute
 
-        def timed(*args: Any, **kwargs: Any) -> Any:
+        def timed(*args: object, **kwargs: object) -> object:
             start = time.perf_counter()
             result = attribute(*args, **kwargs)
             self.seconds += time.perf_counter() - start

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import pydantic
 
@@ -157,7 +157,7 @@ _REFUSED_OPTIMIZERS = {
     "laprop": "keeps sums of learning rates besides its states, which no checkpoint holds",
 }
 # Defaults of optimizers that differ from AdamW's, as their authors have them.
-_OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
+_OPTIMIZER_DEFAULTS: dict[str, dict[str, object]] = {
     "lion": {"betas": (0.9, 0.99)},
     "adopt": {"betas": (0.9, 0.9999), "eps": 1e-6},
 }
@@ -194,7 +194,7 @@ class OptimConfig(FrozenConfig):
 
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _as_its_authors(cls, table: Any) -> Any:
+    def _as_its_authors(cls, table: object) -> object:
         """Fill in the defaults of the optimizer that is named; refuse by name what cannot be had."""
         if not isinstance(table, dict) or not isinstance(name := table.get("name", "adamw"), str):
             return table
@@ -204,7 +204,7 @@ class OptimConfig(FrozenConfig):
 
     @pydantic.field_validator("betas", mode="before")
     @classmethod
-    def _from_list(cls, value: Any) -> Any:
+    def _from_list(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value  # TOML has no tuples
 
     @pydantic.field_validator("betas")

@@ -39,11 +39,11 @@ class Optimizer:
     counts: bool = True
 
 
-def _adam(config: OptimConfig) -> dict[str, Any]:
+def _adam(config: OptimConfig) -> dict[str, object]:
     return {"betas": config.betas, "eps": config.eps}
 
 
-def _sgd(config: OptimConfig) -> dict[str, Any]:
+def _sgd(config: OptimConfig) -> dict[str, object]:
     return {"momentum": config.momentum, "nesterov": config.nesterov, "fused": True}
 
 
@@ -93,7 +93,7 @@ def kind_of(optimizer: torch.optim.Optimizer) -> Optimizer:
 class _WarmupStableDecay(PolyLRScheduler):  # type: ignore[misc]  # timm has no types
     """timm's linear decay, begun only where the stable part ends (Hu et al. 2024, MiniCPM)."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, stable: int, **kwargs: Any) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, stable: int, **kwargs: object) -> None:
         self._stable = stable
         super().__init__(optimizer, power=1.0, **kwargs)
 

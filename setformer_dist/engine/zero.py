@@ -80,7 +80,7 @@ def deepspeed_config(
 
 def _zero_section(zero: ZeroConfig) -> dict[str, object]:
     elements = zero.bucket_mib * 2**20 // 4
-    section: dict[str, Any] = {
+    section: dict[str, object] = {
         "stage": zero.stage,
         "overlap_comm": zero.overlap_comm,
         "contiguous_gradients": True,

@@ -40,7 +40,7 @@ def check_name(name: str) -> None:
         raise ConfigError(f"key 'model.name': no model {name!r}{hint}")
 
 
-def timm_arguments(config: ModelConfig, num_classes: int, image_size: int | tuple[int, int]) -> dict[str, Any]:
+def timm_arguments(config: ModelConfig, num_classes: int, image_size: int | tuple[int, int]) -> dict[str, object]:
     """Return the arguments with which `timm.create_model` makes the architecture, besides what only training needs."""
     arguments = {"num_classes": num_classes, **config.args}
     if _fixes_input_size(config.name):

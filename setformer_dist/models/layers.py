@@ -321,11 +321,13 @@ def create(
         for name, value in overrides.items()
     }
     fields = merge(shape, tables)
+    depths = fields["depths"]
+    assert isinstance(depths, Sequence)
     built = build_model_with_cfg(
         model,
         variant,
         pretrained,
-        feature_cfg={"out_indices": tuple(range(len(fields["depths"]))), "feature_cls": "getter"},
+        feature_cfg={"out_indices": tuple(range(len(depths))), "feature_cls": "getter"},
         **fields,
     )
     assert isinstance(built, nn.Module)

@@ -296,7 +296,7 @@ class SOFT(Pyramid):
 # ------------------------------------------------------------------------------------------------- entry points
 
 
-VARIANTS: dict[str, dict[str, Any]] = {
+VARIANTS: dict[str, dict[str, object]] = {
     "soft_tiny": {"depths": (1, 2, 3, 2)},
     "soft_small": {"depths": (1, 3, 7, 4)},
     "soft_medium": {"depths": (1, 3, 29, 5), "widths": (64, 128, 288, 512), "num_heads": (2, 4, 9, 16)},

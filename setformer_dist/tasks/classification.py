@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +30,7 @@ class Classification:
     metrics: tuple[Metric, ...] = METRICS_OF["classification"]
     exclusive = True
 
-    def __init__(self, args: Mapping[str, Any], classes: tuple[str, ...]) -> None:
+    def __init__(self, args: Mapping[str, object], classes: tuple[str, ...]) -> None:
         config = base.build(LossConfig, args, "task.args")
         self.outputs = classes
         self._loss = Loss(config, classes)

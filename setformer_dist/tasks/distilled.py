@@ -33,7 +33,7 @@ class TeachingPrepare:
         self._prepare = prepare
         self._teacher = teacher
 
-    def __call__(self, batch: MicroBatch, train: bool) -> tuple[torch.Tensor, Any]:
+    def __call__(self, batch: MicroBatch, train: bool) -> tuple[torch.Tensor, object]:
         """Return inputs, and `Taught` in training or the task's own targets in evaluation."""
         inputs, targets = self._prepare(batch, train)
         if not train:
@@ -91,7 +91,7 @@ class Distilled:
             distance = F.binary_cross_entropy_with_logits(ours, theirs.sigmoid())
         return (1 - self._share) * own + self._share * self._temperature**2 * distance
 
-    def sums(self, outputs: Any, batch: MicroBatch, targets: Any) -> torch.Tensor:
+    def sums(self, outputs: object, batch: MicroBatch, targets: object) -> torch.Tensor:
         """Return the task's."""
         return self._task.sums(outputs, batch, targets)
 
@@ -99,6 +99,6 @@ class Distilled:
         """Return the task's."""
         return self._task.figures(sums, count)
 
-    def confidences(self, outputs: Any) -> torch.Tensor:
+    def confidences(self, outputs: object) -> torch.Tensor:
         """Return the task's."""
         return self._task.confidences(outputs)

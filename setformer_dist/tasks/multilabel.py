@@ -7,7 +7,7 @@ model has one output per label. Mixed and smoothed targets over the classes beco
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -43,7 +43,7 @@ class MultiLabel:
     metrics: tuple[Metric, ...] = METRICS_OF["multilabel"]
     exclusive = False
 
-    def __init__(self, args: Mapping[str, Any], classes: tuple[str, ...]) -> None:
+    def __init__(self, args: Mapping[str, object], classes: tuple[str, ...]) -> None:
         """Read the labels from the classes' names.
 
         Raises:

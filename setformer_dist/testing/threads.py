@@ -11,7 +11,7 @@ import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from setformer_dist.core.ranks import RankInfo
 
@@ -67,7 +67,7 @@ class ThreadCollectives:
         """Wait for all ranks."""
         self._shared.meet()
 
-    def gather_json(self, value: Any) -> list[Any]:
+    def gather_json(self, value: T) -> list[T]:
         """Return every rank's value, by rank."""
         self._shared.slots[self.ranks.rank] = json.dumps(value)
         self.barrier()
@@ -75,9 +75,9 @@ class ThreadCollectives:
         self.barrier()  # no rank may write the next value before all have read this one
         return answers
 
-    def broadcast_json(self, value: Any) -> Any:
+    def broadcast_json(self, value: T) -> T:
         """Return rank 0's value."""
-        return self.gather_json(value if self.ranks.is_main else None)[0]
+        return self.gather_json(value)[0]
 
 
 def run_on_threads(ranks: int, work: Callable[[ThreadCollectives], T], timeout_s: float = 60) -> list[T]:

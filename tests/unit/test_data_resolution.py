@@ -210,7 +210,7 @@ def test_bucketed_streams_show_each_batch_in_one_shape(data):
 def test_impossible_sizes_are_refused(data):
     for fault, change in {
         "exactly one": {"resolutions": [{"epoch": 1, "step": 3, "image_size": 8}]},
-        "neither resolutions": {"augment": {"crop": "pad"}, "resolutions": [{"step": 3, "image_size": 8}]},
+        "excludes resolutions": {"augment": {"crop": "pad"}, "resolutions": [{"step": 3, "image_size": 8}]},
         "leave one out": {"aspect_buckets": [1.0, 1.5], "order": "block"},
         "must be positive": {"aspect_buckets": [1.0, -1.5]},
         "names a shape twice": {"aspect_buckets": [1.5, 1.5]},

@@ -37,7 +37,7 @@ def test_skip_goes_on_after_each_bad_step_up_to_the_limit(tmp_path):
         incident = one.judge(0, losses)
         assert (incident.step, incident.why, incident.action) == (step, "nonfinite", "skip")
         one.remember(incident)
-    with pytest.raises(TrainingError, match="at step 5, after 2 bad steps"):
+    with pytest.raises(TrainingError, match="at step 5, after 2 tolerated bad steps"):
         one.judge(0, losses)
 
 
