@@ -33,11 +33,12 @@ from launch.cli import plan as cli_plan
 from launch.cli import runs as cli_runs
 from launch.cli.options import (
     CheckpointPath,
+    FromOption,
     HostfileOption,
     HostsOption,
     ImportOption,
     Overrides,
-    Page,
+    PageOrRun,
     ViaOption,
     WeightsOption,
 )
@@ -45,15 +46,19 @@ from launch.cli.usage import UsageError, check_homes, usage_fault
 from launch.hosts.fleet import Fleet
 from launch.hosts.names import HostSpec, of_slurm, parse_hosts, read_hostfile
 from launch.ranks.local import LocalCrew
+from launch.ranks.restarts import RestartConfig
 from launch.ranks.supervise import Crew, run_supervised
+from launch.record.attempts import Recorder
 from launch.run import keys
 from launch.run.config import RunConfig, check_folder, continued, load_run, resolve, shipped
 from launch.run.own_code import bring
+from launch.run.repeat import Repetition, repetition
 from launch.shown import plain, plain_lines
 from setformer_dist.core.errors import ConfigError, DataError, LaunchError, RankFailedError, SetformerError
 from setformer_dist.core.metric import headline, weights_named
 from setformer_dist.core.secrets import redact_tracebacks, redacted
 from setformer_dist.core.terminal import open_console
+from setformer_dist.core.words import counted
 
 app = typer.Typer(
     name="setformer",
@@ -87,7 +92,7 @@ def setformer(
 
 @app.command()
 def train(
-    page: Page,
+    page: PageOrRun = None,
     overrides: Overrides = None,
     ranks: Annotated[int | None, typer.Option("--ranks", "-n", help="Processes on this machine, by default 1.")] = None,
     hosts: HostsOption = "",
@@ -103,6 +108,7 @@ def train(
     restarts: Annotated[
         int | None, typer.Option(help="Restarts after deaths and hangs within restart.window_minutes; 0 for none.")
     ] = None,
+    source: FromOption = None,
 ) -> None:
     """Train, or go on with, the run that a page describes.
 
@@ -119,42 +125,103 @@ def train(
 
         setformer train demo data.root=runs/demo-data --hosts localhost:2
 
+        setformer train --from runs/demo
+
     Under DeepSpeed's own launcher the same run starts with
     `deepspeed --num_accelerators 2 --module launch.entry configs/runs/demo.toml data.root=data/digits`.
     """
-    chosen = overrides or []
     _refuse_other_launchers()
-    page = shipped(page)
-    specs = chosen_hosts(ranks, hosts, hostfile, include, exclude)
-    ranks = sum(spec.slots for spec in specs) if specs else ranks or 1
-    run = resolve(continued(load_run(page, chosen)), ranks)
+    asked = (ranks, hosts, hostfile, include, exclude)
+    began = _from_run(source, page, overrides or [], asked, via) if source else _from_page(page, overrides or [], asked)
+    run = resolve(began.config, began.world_size)
     if dry_run:
         from launch.run import dry_run as predicted
 
         predicted.dry_run(run, open_console())
         return
     check_folder(run)
-    folder, policy = run.config.folder, run.config.restart
+    policy = run.config.restart
     if restarts is not None:
         policy = policy.model_copy(update={"limit": restarts})
+    code = _supervise(began, via or began.via, port, grace, policy)
+    if code:
+        raise typer.Exit(code)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Start:
+    """A run as a command line names it.
+
+    Attributes:
+        page: that every rank reads.
+        overrides: likewise.
+        config: of the run.
+        specs: hosts; none for this machine alone.
+        world_size: ranks in all.
+        via: how hosts were reached by the run that this one repeats.
+        repeats: that run.
+    """
+
+    page: Path
+    overrides: list[str]
+    config: RunConfig
+    specs: list[HostSpec]
+    world_size: int
+    via: str | None = None
+    repeats: Repetition | None = None
+
+
+_Asked = tuple[int | None, str, Path | None, str, str]
+
+
+def _from_page(page: str | None, overrides: list[str], asked: _Asked) -> _Start:
+    if page is None:
+        raise LaunchError("name the run's TOML page, or --from with the folder of a run to repeat")
+    path = shipped(Path(page))
+    specs = chosen_hosts(*asked)
+    world_size = sum(spec.slots for spec in specs) if specs else asked[0] or 1
+    return _Start(path, overrides, continued(load_run(path, overrides)), specs, world_size)
+
+
+def _from_run(source: Path, page: str | None, overrides: list[str], asked: _Asked, via: str | None) -> _Start:
+    """Return the start of a run that repeats another: on its hosts, or its number of ranks, unless others are named."""
+    if page is not None and "=" not in page and not page.startswith("~"):
+        raise LaunchError(f"--from takes the config of {source}: leave the page {page} out")
+    repeated = repetition(source, [*([page] if page is not None else []), *overrides])
+    specs = chosen_hosts(*asked)
+    record = repeated.record
+    if not specs and not asked[0] and record is not None and record.several:
+        specs = [HostSpec(name, host.ranks) for name, host in record.hosts.items()]
+        via = via or record.via
+    world_size = sum(spec.slots for spec in specs) if specs else asked[0] or repeated.world_size
+    return _Start(repeated.page, list(repeated.overrides), repeated.config, specs, world_size, via, repeated)
+
+
+def _supervise(began: _Start, via: str | None, port: int | None, grace: float, policy: RestartConfig) -> int:
+    """Start the ranks and stand by them; return the exit code."""
+    config, folder, specs = began.config, began.config.folder, began.specs
     existed = folder.exists()
     try:
         say = functools.partial(open_console(stderr=True).print, highlight=False, markup=False)
+        repeats = began.repeats
+        recorder = Recorder(folder, config.run.imports, config.launch.env, via, repeats.source if repeats else None)
+        if repeats is not None:
+            for line in repeats.told(recorder, began.world_size, {spec.name: spec.slots for spec in specs}):
+                say(line)
+            repeats.write_page()
         if sys.stderr.isatty():
-            say(f"starting {ranks} rank{'s' if ranks > 1 else ''} …")
-        args = [str(page), *chosen]
-        crew: Crew = LocalCrew(args, ranks, port, grace, run.config.launch.warm)
+            say(f"starting {counted(began.world_size, 'rank')} …")
+        args = [str(began.page), *began.overrides]
+        crew: Crew = LocalCrew(args, began.world_size, port, grace, config.launch.warm)
         if specs:
-            fits = functools.partial(can_share, run.config)
-            crew = Fleet(specs, args, folder, run.config.launch, fits, say, via, port, grace)
-        code = run_supervised(crew, folder, policy, say=say)
+            fits = functools.partial(can_share, config)
+            crew = Fleet(specs, args, folder, config.launch, fits, say, via, port, grace)
+        return run_supervised(crew, folder, policy, say=say, recorder=recorder)
     except SetformerError as error:
         names_a_log = isinstance(error, RankFailedError) and str(error)
         if not existed and not names_a_log and not (folder / "config.json").exists():
             shutil.rmtree(folder, ignore_errors=True)  # no run began: leave nothing
         raise
-    if code:
-        raise typer.Exit(code)
 
 
 def chosen_hosts(ranks: int | None, hosts: str, hostfile: Path | None, include: str, exclude: str) -> list[HostSpec]:

@@ -42,7 +42,7 @@ def show(
     folder: Annotated[Path, typer.Argument(help="A run's folder.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show where the time of a run went, its failures, its bad steps and its slowest ranks.
+    """Show where the time of a run went, who ran it, its failures, its bad steps and its slowest ranks.
 
     Examples:
         setformer runs show runs/demo

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from launch.history import ran
 from launch.shown import cell, plain
 from setformer_dist.core import ledger, strictjson
 from setformer_dist.core.errors import DataError
@@ -90,7 +91,7 @@ def state_of(folder: Path) -> str:
 
 
 def show_run(folder: Path, console: Console, as_json: bool = False) -> None:
-    """Print what a run did, where its time went, and what went wrong.
+    """Print what a run did, who ran it, where its time went, and what went wrong.
 
     Raises:
         DataError: there is no such run.
@@ -111,7 +112,7 @@ def show_run(folder: Path, console: Console, as_json: bool = False) -> None:
         console.print(cell(f"last evaluation: {scores}"))
     if account.total:
         console.print(_time_table(account))
-    for line in _trouble(account, guarded, slow):
+    for line in (*ran.lines(folder), *_trouble(account, guarded, slow)):
         console.print(plain(line), markup=False, highlight=False, soft_wrap=True)
 
 
@@ -193,5 +194,6 @@ def _as_json(
         "failures": [{"time": at, "how": how, "step": step} for at, how, step in account.failures],
         "steps_lost": account.steps_lost,
         "guard": [dict(row) for row in guarded],
+        "attempt_records": ran.as_json(folder),
         "stragglers": [{"rank": r, "phase": p, "lines": n} for (r, p), n in slow.most_common()],
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,10 @@ class Fleet:
     def hosts(self) -> list[str]:
         """Names of the hosts of the attempt that comes or runs."""
         return [spec.name for spec in self._chosen or self.specs]
+
+    def machines(self) -> Mapping[str, tuple[int, Mapping[str, Any]]]:
+        """Return ranks, and what the host says of its machine, by host of the attempt that comes or runs."""
+        return {s.name: (s.slots, self._links[s.name].facts.get("machine", {})) for s in self._chosen}
 
     def show_life(self) -> None:
         """Show all agents that somebody listens."""

@@ -12,9 +12,9 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from checkpoints.layout import MANIFEST, step_folders, step_of
 from launch.ranks.attempt import AttemptError, FolderLostError, Patience, Regroup, Watch
@@ -37,6 +37,9 @@ class Crew(Protocol):
     @property
     def hosts(self) -> list[str]:
         """Names of its hosts; none where it is this machine alone."""
+
+    def machines(self) -> Mapping[str, tuple[int, Mapping[str, Any]]]:
+        """Return ranks, and what the host says of its machine, by host; none where it is this machine alone."""
 
     def show_life(self) -> None:
         """Do what must be done twice a second."""
@@ -66,12 +69,20 @@ class Crew(Protocol):
         """End whatever is left."""
 
 
+class Recorder(Protocol):
+    """Writes down who runs an attempt; see `launch.record.attempts.Recorder`."""
+
+    def write(self, ranks: int, hosts: Mapping[str, tuple[int, Mapping[str, Any]]]) -> None:
+        """Write the record of an attempt that begins; never raises for want of storage."""
+
+
 def run_supervised(
     crew: Crew,
     run_folder: Path,
     config: RestartConfig,
     *,
     say: Callable[[str], None] = lambda line: None,
+    recorder: Recorder | None = None,
 ) -> int:
     """Run all ranks until the run is done, stopped, or given up.
 
@@ -80,6 +91,7 @@ def run_supervised(
         run_folder: of the run; logs and the ledger are below it.
         config: when to start again.
         say: tells the user of a restart, and after a stop that rank 0 does not tell of, where the run goes on.
+        recorder: writes down who runs each attempt.
 
     Returns:
         0, or 128 + signal.
@@ -99,7 +111,7 @@ def run_supervised(
         with stop_signals(show_life) as received, contextlib.closing(crew):
             ledger.close_killed(run_folder, folder.seen)
             folder.show_life()
-            return _attempts(crew, run_folder, config, received, folder.fault, say)
+            return _attempts(crew, run_folder, config, received, folder.fault, say, recorder)
 
 
 def _attempts(
@@ -109,6 +121,7 @@ def _attempts(
     received: Received,
     lost: Callable[[], str | None],
     say: Callable[[str], None],
+    recorder: Recorder | None,
 ) -> int:
     """Start the ranks again and again, as `run_supervised` says."""
     failures: list[Failure] = []
@@ -124,6 +137,8 @@ def _attempts(
                 return _stopped(run_folder, received.stop[0])
             hosts = {"hosts": crew.hosts} if crew.hosts else {}
             ledger.record(run_folder, "attempt", number=len(failures) + 1, ranks=crew.ranks, **hosts)
+            if recorder is not None:
+                recorder.write(crew.ranks, crew.machines())
             code = crew.attempt(log_dir, watch)
         except FolderLostError:
             _take_back_terminal()

@@ -13,6 +13,7 @@ models.py            every architecture that this package registers with timm, w
 outcome.py           what rank 0 leaves behind when training ends: summary.json and report.html in the run's folder
 own_code.py          a user's own modules: run.imports, --import
 own_model.py         models that a program gives as objects
+repeat.py            a new run with the config of another one (`setformer train --from`), and what differs now
 session.py           one rank's part of a run, for launch.entry and for the library
 store.py             which checkpoints a run may go on from, and what it adds to those that it writes
 timm_weights.py      weights in timm's layout for a model of another size or another number of classes

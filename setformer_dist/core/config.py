@@ -17,6 +17,7 @@ from typing import Any, ClassVar, TypeVar
 import pydantic
 
 from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.files import read_state
 
 _SHORT = 200  # characters of a value that a message repeats whole
 
@@ -58,6 +59,8 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def _read_page(path: Path) -> dict[str, Any]:
+    if path.suffix == ".json":
+        return _read_config(path)
     try:
         with path.open("rb") as file:
             return tomllib.loads(file.read().decode("utf-8-sig"))  # editors of Windows begin with a mark
@@ -69,6 +72,17 @@ def _read_page(path: Path) -> dict[str, Any]:
         raise ConfigError(f"config page {path} is a directory: name a .toml file in it") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"config page {path} is not valid TOML: {error}") from None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Read the config.json of a run, or the page.json of one that repeats another, as a page."""
+    try:
+        table, _ = read_state(path)
+    except FileNotFoundError:
+        raise ConfigError(f"config page {path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"config page {path} is damaged: {error}") from None
+    return {key: value for key, value in table.items() if key != "resolved"}
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
