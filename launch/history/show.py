@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.history import ran
+from launch.ranks.holder import look
 from launch.shown import cell, plain
 from setformer_dist.core import ledger, strictjson
 from setformer_dist.core.errors import DataError
@@ -80,13 +81,17 @@ def list_runs(root: Path, console: Console) -> None:
 
 
 def state_of(folder: Path) -> str:
-    """Return "running", "done", "stopped", or how the last attempt failed, as the ledger says."""
+    """Return "running", "killed", "done", "stopped", or how the last attempt failed, as the ledger says."""
     events = [e for e in ledger.read_events(folder) if e["event"] in ("attempt", "began", "spent", "ended")]
     if not events:
         return "unknown"
     last = events[-1]
     if last["event"] != "ended":
-        return "running or killed"
+        holder, _ = look(folder)
+        lives = holder.lives() if holder is not None else None
+        if lives is None:
+            return "running or killed" if holder is None else f"running on {holder.host}, or killed"
+        return "running" if lives else "killed"
     return str(last.get("why")) if last.get("final") else "restarting"
 
 

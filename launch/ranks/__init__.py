@@ -4,6 +4,7 @@ attempt.py     all ranks, of one host or of many, from start to end, and who is 
 board.py       what the supervisor shows of its ranks while they run
 environment.py what ranks find in their environment, and what this machine has for them
 forkserver.py  starts ranks from an interpreter that has imported everything
+holder.py      who holds a run's folder: a note in run.lock, and whether the process that wrote it still lives
 launchers.py   ranks that another launcher has started: srun, mpirun
 local.py       start all ranks of this machine and stand by them: they begin together and end together
 lock.py        locks on the run's folder, held by the supervisor and by rank 0 while they run
