@@ -59,7 +59,7 @@ def top(
     folder: Annotated[Path, typer.Argument(help="A run's folder.", show_default=False)],
     once: Annotated[bool, typer.Option("--once", help="Show it once, and end.")] = False,
 ) -> None:
-    """Show what every rank of a running run does: host, step, phase, data wait, memory, last sign of life.
+    """Show what every rank of a running run does: host, step, phase, data wait, device use, memory, last sign.
 
     Example:
         setformer runs top runs/demo

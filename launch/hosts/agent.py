@@ -203,9 +203,9 @@ class Agent:
 
 
 def _beat(member: LocalRank) -> list[Any]:
-    beat = member.beat()
+    beat, use = member.beat(), member.use()
     return [member.rank, beat.count, beat.step, beat.phase, beat.age, beat.stop, member.is_suspended(),
-            member.memory_mib()]  # fmt: skip
+            member.memory_mib(), use.cores, use.gpu]  # fmt: skip
 
 
 def _swallow(listening: socket.socket) -> None:

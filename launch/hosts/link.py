@@ -14,6 +14,7 @@ from typing import Any
 
 from launch.hosts.wire import Message, Wire
 from launch.ranks.processes import ENTRY_MODULE, die_with_parent
+from launch.ranks.usage import Use
 from setformer_dist.core.errors import LaunchError
 from setformer_dist.core.heartbeat import START, Beat
 from setformer_dist.core.secrets import redacted
@@ -189,6 +190,7 @@ class RemoteRank:
     beaten_at: float = field(default_factory=time.monotonic)
     suspended: bool = False
     memory: float | None = None
+    used: Use = field(default_factory=Use)
     told: str = ""
     lines: list[str] = field(default_factory=list)
 
@@ -212,6 +214,10 @@ class RemoteRank:
     def memory_mib(self) -> float | None:
         """Return its resident memory."""
         return self.memory
+
+    def use(self) -> Use:
+        """Return what it uses of its device."""
+        return self.used
 
 
 class RemoteHost:
@@ -267,10 +273,11 @@ class RemoteHost:
     def _take(self, message: Message) -> None:
         kind = message["is"]
         if kind == "beats":
-            for rank, count, step, phase, age, stop, suspended, memory in message["ranks"]:
+            for rank, count, step, phase, age, stop, suspended, memory, *used in message["ranks"]:
                 member = self.members[rank - self._first]
                 member.beaten = Beat(count, step, phase, age, stop)
                 member.beaten_at, member.suspended, member.memory = time.monotonic(), suspended, memory
+                member.used = Use(*used)
         elif kind == "ended":
             member = self.members[message["rank"] - self._first]
             member.code, member.told, member.lines = message["code"], message["said"], message["lines"]

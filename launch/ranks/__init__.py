@@ -16,4 +16,5 @@ restarts.py    whether a run that failed is started again, and when: a pure func
 signals.py     stop signals, collected instead of died of
 slurm.py       what Slurm says of the hosts of a job
 supervise.py   the process of `setformer train`: starts the ranks, watches them, restarts them
+usage.py       how much of its device every rank of this host uses
 """

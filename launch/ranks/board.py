@@ -48,4 +48,5 @@ class Board:
         waited.append(beat.phase == "data")
         phase = beat.phase if member.ended_at is None else "ended"
         share = sum(waited) / len(waited)
-        return live.LiveRank(member.rank, member.host, beat.step, phase, beat.age, member.memory_mib(), share)
+        memory, use = member.memory_mib(), member.use()
+        return live.LiveRank(member.rank, member.host, beat.step, phase, beat.age, memory, share, use.cores, use.gpu)

@@ -34,6 +34,8 @@ class LiveRank:
         silent_s: seconds since its last sign of life.
         memory_mib: resident memory of its process; None where it cannot be told.
         waiting: share of the last looks at which it waited for samples.
+        cores: busy on average since the last look, of its process and its readers; None where it cannot be told.
+        gpu: share of time in which its GPU computed, 0 to 1; None where there is none, or it cannot be told.
     """
 
     rank: int
@@ -43,6 +45,8 @@ class LiveRank:
     silent_s: float
     memory_mib: float | None
     waiting: float
+    cores: float | None = None
+    gpu: float | None = None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from launch.history.top import top
 from launch.ranks.board import Board
+from launch.ranks.usage import Use
 from setformer_dist.core import ledger, live
 from setformer_dist.core.errors import DataError
 from setformer_dist.core.heartbeat import Beat
@@ -29,6 +30,7 @@ class Rank:
     log_start: int = 0
     ended_at: float | None = None
     code: int | None = None
+    used: Use = field(default_factory=lambda: Use(1.52, None))
 
     def beat(self) -> Beat:
         return self.seen
@@ -44,6 +46,9 @@ class Rank:
 
     def memory_mib(self) -> float | None:
         return 512.0
+
+    def use(self) -> Use:
+        return self.used
 
 
 @pytest.fixture
@@ -66,6 +71,20 @@ def test_a_rank_that_is_behind_is_named(run: Path) -> None:
     assert "behind, in data" in text
     assert "512 MiB" in text
     assert "100%" in text
+    assert "1.5 cores" in text
+
+
+def test_a_gpus_use_comes_before_that_of_cores(run: Path) -> None:
+    Board(run).look([Rank(0, Beat(9, 12, "forward", 0.1), used=Use(1.0, 0.87)), Rank(1, Beat(9, 12, "forward", 0.1))])
+    text = shown(run)
+    assert "87% of GPU" in text
+    assert "1.5 cores" in text
+
+
+def test_a_look_of_an_older_version_is_shown(run: Path) -> None:
+    rank = {"rank": 0, "host": "", "step": 3, "phase": "data", "silent_s": 0.1, "memory_mib": 1.0, "waiting": 0.0}
+    (run / live.LIVE).write_text(json.dumps({"time": time.time(), "steps_per_s": None, "ranks": [rank]}))
+    assert "step 3" in shown(run)
 
 
 def test_it_is_written_at_most_once_a_second(run: Path) -> None:
