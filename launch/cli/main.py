@@ -216,7 +216,12 @@ def _supervise(began: _Start, via: str | None, port: int | None, grace: float, p
         if specs:
             fits = functools.partial(can_share, config)
             crew = Fleet(specs, args, folder, config.launch, fits, say, via, port, grace)
-        return run_supervised(crew, folder, policy, say=say, recorder=recorder)
+        if not config.logging.prometheus:
+            return run_supervised(crew, folder, policy, say=say, recorder=recorder)
+        from launch.ranks.exposition import Exposition
+
+        with Exposition(folder, config.logging.prometheus, config.model.name) as exposed:
+            return run_supervised(crew, folder, policy, say=say, recorder=recorder, tell=exposed.look)
     except SetformerError as error:
         names_a_log = isinstance(error, RankFailedError) and str(error)
         if not existed and not names_a_log and not (folder / "config.json").exists():

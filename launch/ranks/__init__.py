@@ -3,6 +3,7 @@
 attempt.py     all ranks, of one host or of many, from start to end, and who is to blame for it
 board.py       what the supervisor shows of its ranks while they run
 environment.py what ranks find in their environment, and what this machine has for them
+exposition.py  the figures of a run for Prometheus
 forkserver.py  starts ranks from an interpreter that has imported everything
 holder.py      who holds a run's folder: a note in run.lock, and whether the process that wrote it still lives
 launchers.py   ranks that another launcher has started: srun, mpirun

@@ -24,6 +24,7 @@ from launch.ranks.restarts import Failure, GiveUp, RestartConfig, verdict
 from launch.ranks.signals import Received, stop_signals
 from setformer_dist.core import ledger
 from setformer_dist.core.errors import LaunchError, RankFailedError
+from setformer_dist.core.live import Live
 from setformer_dist.core.terminal import bear_lost_streams
 
 
@@ -83,6 +84,7 @@ def run_supervised(
     *,
     say: Callable[[str], None] = lambda line: None,
     recorder: Recorder | None = None,
+    tell: Callable[[Live], None] = lambda seen: None,
 ) -> int:
     """Run all ranks until the run is done, stopped, or given up.
 
@@ -92,6 +94,7 @@ def run_supervised(
         config: when to start again.
         say: tells the user of a restart, and after a stop that rank 0 does not tell of, where the run goes on.
         recorder: writes down who runs each attempt.
+        tell: hears once a second what the ranks do.
 
     Returns:
         0, or 128 + signal.
@@ -111,7 +114,7 @@ def run_supervised(
         with stop_signals(show_life) as received, contextlib.closing(crew):
             ledger.close_killed(run_folder, folder.seen)
             folder.show_life()
-            return _attempts(crew, run_folder, config, received, folder.fault, say, recorder)
+            return _attempts(crew, run_folder, config, received, folder.fault, say, recorder, Board(run_folder, tell))
 
 
 def _attempts(
@@ -122,12 +125,13 @@ def _attempts(
     lost: Callable[[], str | None],
     say: Callable[[str], None],
     recorder: Recorder | None,
+    board: Board,
 ) -> int:
     """Start the ranks again and again, as `run_supervised` says."""
     failures: list[Failure] = []
     patience = Patience(config.hang_after_s, config.start_after_s, config.save_after_s)
     log_dir = run_folder / "logs"
-    watch = Watch(received, patience, lost, Board(run_folder).look)
+    watch = Watch(received, patience, lost, board.look)
     while True:
         log_dir.mkdir(parents=True, exist_ok=True)
         try:

@@ -119,6 +119,8 @@ def session(
             claim_folder(run, comm, splits)
             if not supervised:
                 _record_start(run, comm)
+                if config.logging.prometheus and ranks.is_main:
+                    log.warning("logging.prometheus has no effect: its figures come from setformer train's supervisor")
             yield begun
         finally:
             if not stays:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import pydantic
@@ -67,9 +66,9 @@ class Live:
 _TYPE: pydantic.TypeAdapter[Live] = pydantic.TypeAdapter(Live)
 
 
-def write(folder: Path, time: float, steps_per_s: float | None, ranks: Sequence[LiveRank]) -> None:
+def write(folder: Path, seen: Live) -> None:
     """Replace a run's file; where that is not possible, it stays as it was."""
-    text = json.dumps(asdict(Live(time, steps_per_s, tuple(ranks))))
+    text = json.dumps({**vars(seen), "ranks": [vars(rank) for rank in seen.ranks]})
     part = folder / f".{LIVE}.part"
     with contextlib.suppress(OSError):
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK

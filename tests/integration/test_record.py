@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from launch.record import attempts
 from launch.testing.commands import losses, setformer, train_words
@@ -48,7 +49,8 @@ def test_a_run_says_who_ran_it_and_is_repeated(
         monkeypatch.setenv(name, SECRET)
     monkeypatch.setenv("NCCL_DEBUG", "WARN")
     out = tmp_path / "runs"
-    own = ['run.imports=["mine_once"]', 'run.callbacks=["once"]', 'launch.env=["MY_TOKEN"]', "restart.backoff_s=0.1"]
+    own = ['run.imports=["mine_once"]', 'run.callbacks=["once"]', 'launch.env=["MY_TOKEN"]', "restart.backoff_s=0.1",
+           "logging.prometheus=file"]  # fmt: skip
     ended = setformer(*train_words(digits, out, *own), cwd=project)
     assert ended.code == 0, ended.err
     run = out / "demo"
@@ -61,6 +63,14 @@ def test_a_run_says_who_ran_it_and_is_repeated(
     assert not record.imports["mine_once"]["dirty"]
     assert record.environment["NCCL_DEBUG"] == "WARN"
     assert record.launch_env == ["MY_TOKEN"]
+
+    figures = {family.name: family for family in text_string_to_metric_families((run / "metrics.prom").read_text())}
+    assert [sample.value for sample in figures["setformer_step"].samples] == [22]
+    assert [sample.value for sample in figures["setformer_attempts"].samples] == [2]
+    assert [(s.labels["how"], s.value) for s in figures["setformer_failures"].samples] == [("killed", 1)]
+    saved = [event["step"] for event in ledger.read_events(run) if event["event"] == "saved"]
+    assert saved[-1] == 22
+    assert 5 in saved
 
     shown = setformer("runs", "show", str(run))
     for part in ("attempt 2, ", "torch ", commit[:12], "NCCL_DEBUG=WARN", "SLURM_JWT=(not written)", "2 ranks"):

@@ -104,10 +104,10 @@ def test_a_damaged_file_shows_nothing(run: Path, text: str) -> None:
 
 
 def test_an_old_look_is_no_news_and_a_link_is_not_followed(run: Path, tmp_path: Path) -> None:
-    live.write(run, time.time() - 60, 1.0, [])
+    live.write(run, live.Live(time.time() - 60, 1.0, ()))
     with pytest.raises(DataError, match="is not running"):
         top(run, Console(), once=True)
     (tmp_path / "precious").write_text("mine")
     (run / f".{live.LIVE}.part").symlink_to(tmp_path / "precious")
-    live.write(run, time.time(), 1.0, [])
+    live.write(run, live.Live(time.time(), 1.0, ()))
     assert (tmp_path / "precious").read_text() == "mine"
