@@ -132,16 +132,18 @@ def test_the_file_is_whole_and_ends_with_a_run_that_is_not_up(run: Path) -> None
 
 
 def test_nothing_is_written_into_a_folder_that_is_lost(run: Path) -> None:
-    with pytest.raises(FolderLostError), Exposition(run, "file", "m") as exposed:
-        Board(run, exposed.look).look(RANKS)
-        (run / TEXT_FILE).unlink()
-        raise FolderLostError("gone")
+    exposed = Exposition(run, "file", "m")
+    Board(run, exposed.look).look(RANKS)
+    (run / TEXT_FILE).unlink()
+    error = FolderLostError("gone")
+    exposed.__exit__(type(error), error, None)
     assert not (run / TEXT_FILE).exists()
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{\n", "[]\n", "null\n", '{"kind": "train", "step": "x", "loss": 1e999}\n', "\0\n"]
-)
+DAMAGED = ("", "{\n", "[]\n", "null\n", '{"kind": "train", "step": "x", "loss": 1e999}\n', "\0\n")
+
+
+@pytest.mark.parametrize("text", DAMAGED)
 def test_damaged_records_are_passed_over(run: Path, text: str) -> None:
     for name in ("metrics.jsonl", "ledger.jsonl"):
         (run / name).write_text(text)
