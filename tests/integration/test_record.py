@@ -72,6 +72,8 @@ def test_a_run_says_who_ran_it_and_is_repeated(
     assert saved[-1] == 22
     assert 5 in saved
 
+    assert "2 attempts, 1 fault, " in (run / "report.html").read_text()
+
     shown = setformer("runs", "show", str(run))
     for part in ("attempt 2, ", "torch ", commit[:12], "NCCL_DEBUG=WARN", "SLURM_JWT=(not written)", "2 ranks"):
         assert part in shown.out
