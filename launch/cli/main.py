@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +33,8 @@ from launch.cli import plan as cli_plan
 from launch.cli import runs as cli_runs
 from launch.cli.options import (
     CheckpointPath,
-    ConfigPath,
+    ConfigOrRun,
+    FromOption,
     HostfileOption,
     HostsOption,
     ImportOption,
@@ -48,14 +49,17 @@ from launch.hosts.reach import opener
 from launch.ranks.local import LocalCrew
 from launch.ranks.restarts import RestartConfig
 from launch.ranks.supervise import Crew, run_supervised
+from launch.record.attempts import Recorder
 from launch.run import keys
 from launch.run.config import RunConfig, check_folder, continued, load_run, resolve, shipped
 from launch.run.own_code import bring
+from launch.run.repeat import Repetition, repetition
 from launch.shown import plain, plain_lines
 from setformer_dist.core.errors import ConfigError, DataError, LaunchError, RankFailedError, SetformerError
 from setformer_dist.core.metric import headline, weights_named
 from setformer_dist.core.secrets import redact_tracebacks, redacted
 from setformer_dist.core.terminal import open_console
+from setformer_dist.core.words import counted
 
 app = typer.Typer(
     name="setformer",
@@ -89,7 +93,7 @@ def setformer(
 
 @app.command()
 def train(
-    config: ConfigPath,
+    config: ConfigOrRun = None,
     overrides: Overrides = None,
     ranks: Annotated[int | None, typer.Option("--ranks", "-n", help="Processes on this machine, by default 1.")] = None,
     hosts: HostsOption = "",
@@ -105,6 +109,7 @@ def train(
     restarts: Annotated[
         int | None, typer.Option(help="Restarts after deaths and hangs within restart.window_minutes; 0 for none.")
     ] = None,
+    source: FromOption = None,
 ) -> None:
     """Start or resume the run that a config describes.
 
@@ -121,41 +126,112 @@ def train(
 
         setformer train demo data.root=runs/demo-data --hosts localhost:2
 
+        setformer train --from runs/demo
+
     Under DeepSpeed's own launcher the same run starts with
     `deepspeed --num_accelerators 2 --module launch.entry configs/runs/demo.toml data.root=data/digits`.
     """
-    chosen = overrides or []
     _refuse_other_launchers()
-    config = shipped(config)
-    specs = chosen_hosts(ranks, hosts, hostfile, include, exclude)
-    wanted = continued(load_run(config, chosen))
-    if specs:
-        ranks = sum(spec.slots for spec in specs[: wanted.launch.max_hosts or None])
-    run = resolve(wanted, ranks or 1)
+    asked = (ranks, hosts, hostfile, include, exclude)
+    began = (
+        _from_run(source, config, overrides or [], asked, via)
+        if source
+        else _from_config(config, overrides or [], asked)
+    )
+    run = resolve(began.config, began.world_size)
     if dry_run:
         from launch.run import dry_run as predicted
 
         predicted.dry_run(run, open_console())
         return
     check_folder(run)
-    say = functools.partial(open_console(stderr=True).print, highlight=False, markup=False)
-    args = [str(config), *chosen]
-    crew: Crew = LocalCrew(args, run.plan.world_size, port, grace, run.config.launch.warm)
-    if specs:
-        fits = functools.partial(can_share, run.config)
-        crew = Fleet(specs, args, run.config.folder, run.config.launch, fits, say, opener(via), port, grace)
-    policy = run.config.restart if restarts is None else run.config.restart.model_copy(update={"limit": restarts})
-    if sys.stderr.isatty():
-        say(f"starting {run.plan.world_size} rank{'s' if run.plan.world_size > 1 else ''} …")
-    if code := _supervised(crew, run.config.folder, policy, say):
+    policy = run.config.restart
+    if restarts is not None:
+        policy = policy.model_copy(update={"limit": restarts})
+    code = _supervise(began, via or began.via, port, grace, policy)
+    if code:
         raise typer.Exit(code)
 
 
-def _supervised(crew: Crew, folder: Path, policy: RestartConfig, say: Callable[[str], None]) -> int:
-    """Run a crew to its end and return the exit code; a folder in which no run began is removed."""
+@dataclasses.dataclass(frozen=True)
+class _Start:
+    """A run as a command line names it.
+
+    Attributes:
+        path: of the config that every rank reads.
+        overrides: likewise.
+        config: of the run.
+        specs: hosts; none for this machine alone.
+        world_size: ranks in all.
+        via: how hosts were reached by the run that this one repeats.
+        repeats: that run.
+    """
+
+    path: Path
+    overrides: list[str]
+    config: RunConfig
+    specs: list[HostSpec]
+    world_size: int
+    via: str | None = None
+    repeats: Repetition | None = None
+
+
+_Asked = tuple[int | None, str, Path | None, str, str]
+
+
+def _from_config(name: str | None, overrides: list[str], asked: _Asked) -> _Start:
+    if name is None:
+        raise LaunchError("name the run's TOML config, or --from with the folder of a run to repeat")
+    path = shipped(Path(name))
+    specs = chosen_hosts(*asked)
+    config = continued(load_run(path, overrides))
+    return _Start(path, overrides, config, specs, _training(specs, config) or asked[0] or 1)
+
+
+def _training(specs: Sequence[HostSpec], config: RunConfig) -> int:
+    """Return how many ranks train at first on some hosts; further hosts stand by."""
+    return sum(spec.slots for spec in specs[: config.launch.max_hosts or None])
+
+
+def _from_run(source: Path, name: str | None, overrides: list[str], asked: _Asked, via: str | None) -> _Start:
+    """Return the start of a run that repeats another: on its hosts, or its number of ranks, unless others are named."""
+    if name is not None and "=" not in name and not name.startswith("~"):
+        raise LaunchError(f"--from takes the config of {source}: leave the config {name} out")
+    repeated = repetition(source, [*([name] if name is not None else []), *overrides])
+    specs = chosen_hosts(*asked)
+    record = repeated.record
+    if not specs and not asked[0] and record is not None and record.several:
+        specs = [HostSpec(name, host.ranks) for name, host in record.hosts.items()]
+        via = via or record.via
+    world_size = _training(specs, repeated.config) or asked[0] or repeated.world_size
+    return _Start(repeated.path, list(repeated.overrides), repeated.config, specs, world_size, via, repeated)
+
+
+def _supervise(began: _Start, via: str | None, port: int | None, grace: float, policy: RestartConfig) -> int:
+    """Start the ranks and stand by them; return the exit code."""
+    config, folder, specs = began.config, began.config.folder, began.specs
     existed = folder.exists()
     try:
-        return run_supervised(crew, folder, policy, say=say)
+        say = functools.partial(open_console(stderr=True).print, highlight=False, markup=False)
+        repeats = began.repeats
+        recorder = Recorder(folder, config.run.imports, config.launch.env, via, repeats.source if repeats else None)
+        if repeats is not None:
+            for line in repeats.told(recorder, began.world_size, {spec.name: spec.slots for spec in specs}):
+                say(line)
+            repeats.write_config()
+        if sys.stderr.isatty():
+            say(f"starting {counted(began.world_size, 'rank')} …")
+        args = [str(began.path), *began.overrides]
+        crew: Crew = LocalCrew(args, began.world_size, port, grace, config.launch.warm)
+        if specs:
+            fits = functools.partial(can_share, config)
+            crew = Fleet(specs, args, folder, config.launch, fits, say, opener(via), port, grace)
+        if not config.logging.prometheus:
+            return run_supervised(crew, folder, policy, say=say, recorder=recorder)
+        from launch.ranks.exposition import Exposition
+
+        with Exposition(folder, config.logging.prometheus, config.model.name) as exposed:
+            return run_supervised(crew, folder, policy, say=say, recorder=recorder, tell=exposed.look)
     except SetformerError as error:
         names_a_log = isinstance(error, RankFailedError) and str(error)
         if not existed and not names_a_log and not (folder / "config.json").exists():

@@ -10,6 +10,18 @@ import typer
 ConfigPath = Annotated[
     Path, typer.Argument(help="The run's TOML config, or the name of a shipped one, such as demo.", show_default=False)
 ]
+ConfigOrRun = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="PAGE",
+        help="The run's TOML config, or the name of a shipped one, such as demo; none with --from.",
+        show_default=False,
+    ),
+]
+FromOption = Annotated[
+    Path | None,
+    typer.Option("--from", help="A run's folder: a new run with its config and seed.", show_default=False),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Dotted overrides, such as optim.lr=1e-3; ~key takes one away.", show_default=False),

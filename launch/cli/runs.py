@@ -42,7 +42,7 @@ def show(
     folder: Annotated[Path, typer.Argument(help="A run's folder.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show where the time of a run went, its failures, its bad steps and its slowest ranks.
+    """Show where the time of a run went, who ran it, its failures, its bad steps and its slowest ranks.
 
     Examples:
         setformer runs show runs/demo
@@ -59,7 +59,7 @@ def top(
     folder: Annotated[Path, typer.Argument(help="A run's folder.", show_default=False)],
     once: Annotated[bool, typer.Option("--once", help="Show it once, and end.")] = False,
 ) -> None:
-    """Show what every rank of a running run does: host, step, phase, data wait, memory, last sign of life.
+    """Show what every rank of a running run does: host, step, phase, data wait, device use, memory, last sign.
 
     Example:
         setformer runs top runs/demo

@@ -11,6 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from launch.history import ran
+from launch.ranks.holder import look
 from launch.shown import cell, plain
 from setformer_dist.core import ledger, strictjson
 from setformer_dist.core.errors import DataError
@@ -78,18 +80,22 @@ def list_runs(root: Path, console: Console) -> None:
 
 
 def state_of(folder: Path) -> str:
-    """Return "running", "done", "stopped", or how the last attempt failed, as the ledger says."""
+    """Return "running", "killed", "done", "stopped", or how the last attempt failed, as the ledger says."""
     events = [e for e in ledger.read_events(folder) if e["event"] in ("attempt", "began", "spent", "ended")]
     if not events:
         return "unknown"
     last = events[-1]
     if last["event"] != "ended":
-        return "running or killed"
+        holder, _ = look(folder)
+        lives = holder.lives() if holder is not None else None
+        if lives is None:
+            return "running or killed" if holder is None else f"running on {holder.host}, or killed"
+        return "running" if lives else "killed"
     return str(last.get("why")) if last.get("final") else "restarting"
 
 
 def show_run(folder: Path, console: Console, as_json: bool = False) -> None:
-    """Print what a run did, where its time went, and what went wrong.
+    """Print what a run did, who ran it, where its time went, and what went wrong.
 
     Raises:
         DataError: there is no such run.
@@ -110,7 +116,7 @@ def show_run(folder: Path, console: Console, as_json: bool = False) -> None:
         console.print(cell(f"last evaluation: {scores}"))
     if account.total:
         console.print(_time_table(account))
-    for line in _problems(account, guarded, slow):
+    for line in (*ran.lines(folder), *_problems(account, guarded, slow)):
         console.print(plain(line), markup=False, highlight=False, soft_wrap=True)
 
 
@@ -192,5 +198,6 @@ def _as_json(
         "failures": [{"time": at, "how": how, "step": step} for at, how, step in account.failures],
         "steps_lost": account.steps_lost,
         "guard": [dict(row) for row in guarded],
+        "attempt_records": ran.as_json(folder),
         "stragglers": [{"rank": r, "phase": p, "lines": n} for (r, p), n in slow.most_common()],
     }

@@ -73,7 +73,7 @@ def _picture(folder: Path, seen: live.Live) -> Group:
 
 
 def _table(seen: live.Live) -> Table:
-    table = open_table("rank", "host", "step", "phase", "data wait", "memory", "last sign", "", box=None)
+    table = open_table("rank", "host", "step", "phase", "data wait", "device use", "memory", "last sign", "", box=None)
     for rank in seen.ranks:
         memory = f"{rank.memory_mib:,.0f} MiB" if rank.memory_mib is not None else ""
         table.add_row(
@@ -82,11 +82,19 @@ def _table(seen: live.Live) -> Table:
             str(rank.step) if rank.step >= 0 else "",
             cell(rank.phase),
             f"{rank.waiting:.0%}",
+            _use(rank),
             memory,
             f"{rank.silent_s:.1f} s ago",
             cell(_behind(rank, seen.ranks), "yellow"),
         )
     return table
+
+
+def _use(rank: live.LiveRank) -> str:
+    """Return how busy a rank's device is: its GPU, or the cores that it and its readers keep busy."""
+    if rank.gpu is not None:
+        return f"{rank.gpu:.0%} of GPU"
+    return f"{rank.cores:.1f} cores" if rank.cores is not None else ""
 
 
 def _behind(rank: live.LiveRank, ranks: Sequence[live.LiveRank]) -> str:

@@ -201,9 +201,9 @@ class Agent:
 
 
 def _beat(member: LocalRank) -> list[Any]:
-    beat = member.beat()
+    beat, use = member.beat(), member.use()
     return [member.rank, beat.count, beat.step, beat.phase, beat.age, beat.stop, member.is_suspended(),
-            member.memory_mib()]  # fmt: skip
+            member.memory_mib(), use.cores, use.gpu]  # fmt: skip
 
 
 def _swallow(listening: socket.socket) -> None:
@@ -247,7 +247,7 @@ def _sent(connection: socket.socket, count: int) -> dict[str, Any]:
 
 
 def _look(message: Message) -> dict[str, Any]:
-    """Make a file in the run's folder, see which ones other hosts have made there, and read the page."""
+    """Make a file in the run's folder, see which ones other hosts have made there, and read the run config."""
     folder, page = Path(message["folder"]), Path(message["page"]) if message["page"] else None
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import os
 import shutil
 import socket
@@ -16,50 +14,33 @@ import psutil
 
 from launch.ranks.environment import has_gpu, usable_cores
 from launch.ranks.network import addresses
+from launch.record.machine import machine_facts, version_of
 
-_HOME = Path(__file__).resolve().parents[2]
-_PACKAGES = ("setformer_dist", "dataloaders", "checkpoints", "launch")
 LIBRARIES = ("torch", "deepspeed", "timm", "numpy", "safetensors", "pydantic")
 
 
 def facts() -> dict[str, Any]:
     """Return what must be alike on all hosts, and what a user wants to see of each."""
-    memory = psutil.virtual_memory()
+    memory, machine = psutil.virtual_memory(), machine_facts()
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "python": sys.version.split()[0],
-        "code": code_digest(),
-        "libraries": {name: _version(name) for name in LIBRARIES},
+        "code": machine["code"],
+        "libraries": {name: version_of(name) for name in LIBRARIES},
         "addresses": addresses(),
         "cores": usable_cores(),
         "gpus": gpus() if has_gpu(os.environ) else 0,
         "memory": memory.total,
         "shared_memory_free": _free("/dev/shm"),
         "clock": time.time(),
+        "machine": machine,
     }
-
-
-def code_digest() -> str:
-    """Return a digest of this project's own code as it lies on this host."""
-    digest = hashlib.sha256()
-    for package in _PACKAGES:
-        for path in sorted((_HOME / package).rglob("*.py")):
-            digest.update(path.relative_to(_HOME).as_posix().encode() + b"\0")
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()[:16]
 
 
 def gpus() -> int:
     """Return the GPUs of this host, by their device files."""
     return len(list(Path("/dev").glob("nvidia[0-9]*"))) or len(list(Path("/dev/dri").glob("renderD*")))
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _free(path: str) -> int:

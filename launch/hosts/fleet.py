@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from checkpoints.layout import MANIFEST, step_folders
 from launch.hosts.channel import Opener
@@ -48,7 +49,7 @@ class Fleet:
 
     Attributes:
         specs: all hosts, in order of rank.
-        args: of every rank; the first one is the page.
+        args: of every rank; the first one is the run config.
         run_folder: of the run, on all hosts.
         config: the [launch] table.
         fits: whether a number of ranks can share the global batch.
@@ -83,6 +84,10 @@ class Fleet:
     def hosts(self) -> list[str]:
         """Names of the hosts of the attempt that comes or runs."""
         return [spec.name for spec in self._chosen or self.specs]
+
+    def machines(self) -> Mapping[str, tuple[int, Mapping[str, Any]]]:
+        """Return ranks, and what the host says of its machine, by host of the attempt that comes or runs."""
+        return {s.name: (s.slots, self._links[s.name].facts.get("machine", {})) for s in self._chosen}
 
     def show_life(self) -> None:
         """Show all agents that somebody listens."""

@@ -14,6 +14,7 @@ from launch.hosts.channel import Channel
 from launch.hosts.wire import Message, Wire
 from launch.ranks.processes import ENTRY_MODULE
 from launch.ranks.signals import Pause
+from launch.ranks.usage import Use
 from setformer_dist.core.heartbeat import START, Beat
 from setformer_dist.core.secrets import redacted
 
@@ -173,6 +174,7 @@ class RemoteRank:
     beaten_at: float = field(default_factory=time.monotonic)
     suspended: bool = False
     memory: float | None = None
+    used: Use = field(default_factory=Use)
     told: str = ""
     lines: list[str] = field(default_factory=list)
 
@@ -196,6 +198,10 @@ class RemoteRank:
     def memory_mib(self) -> float | None:
         """Return its resident memory."""
         return self.memory
+
+    def use(self) -> Use:
+        """Return what it uses of its device."""
+        return self.used
 
 
 class RemoteHost:
@@ -268,10 +274,11 @@ class RemoteHost:
         kind = message["is"]
         if kind == "beats":
             now = time.monotonic()
-            for rank, count, step, phase, age, stop, suspended, memory in message["ranks"]:
+            for rank, count, step, phase, age, stop, suspended, memory, *used in message["ranks"]:
                 member = self.members[rank - self._first]
                 member.beaten = Beat(count, step, phase, age, stop)
                 member.beaten_at, member.suspended, member.memory = now, suspended, memory
+                member.used = Use(*used)
         elif kind == "ended":
             for rank, code, said, lines in message["ranks"]:
                 member = self.members[rank - self._first]

@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launch.hosts.check import check_alike, check_slots, folder_faults
@@ -179,7 +179,7 @@ def _same_run(spec: HostSpec, facts: dict[str, str], first: dict[str, str]) -> l
     ]
 
 
-def _room(spec: HostSpec, link: Link, first: dict[str, Any]) -> list[Finding]:
+def _room(spec: HostSpec, link: Link, first: Mapping[str, int]) -> list[Finding]:
     """Return whether a host has the memory for its ranks."""
     need, memory = spec.slots * first.get("rank_bytes", 0), link.facts["memory"]
     if link.facts["gpus"] or not need:

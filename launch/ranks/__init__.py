@@ -3,7 +3,9 @@
 attempt.py     all ranks, of one host or of many, from start to end, and who is to blame for it
 board.py       what the supervisor shows of its ranks while they run
 environment.py what ranks find in their environment, and what this machine has for them
+exposition.py  the figures of a run for Prometheus
 forkserver.py  starts ranks from an interpreter that has imported everything
+holder.py      who holds a run's folder: a note in run.lock, and whether the process that wrote it still lives
 launchers.py   ranks that another launcher has started: srun, mpirun
 local.py       start all ranks of this machine and stand by them: they begin together and end together
 lock.py        locks on the run's folder, held by the supervisor and by rank 0 while they run
@@ -15,4 +17,5 @@ restarts.py    whether a run that failed is started again, and when: a pure func
 signals.py     stop signals, collected instead of died of
 slurm.py       what Slurm says of the hosts of a job
 supervise.py   the process of `setformer train`: starts the ranks, watches them, restarts them
+usage.py       how much of its device every rank of this host uses
 """

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn, Protocol
 
 from launch.ranks.signals import STOP_SIGNALS, TICK_S, Pause, Received
+from launch.ranks.usage import Use
 from setformer_dist.core.errors import (
     CheckpointError,
     ConfigError,
@@ -71,6 +72,9 @@ class Member(Protocol):
 
     def memory_mib(self) -> float | None:
         """Return its resident memory, None where it is unknown."""
+
+    def use(self) -> Use:
+        """Return what it uses of its device."""
 
 
 class Host(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from launch.ranks.attempt import Member
@@ -20,9 +20,11 @@ class Board:
 
     Args:
         run_folder: of the run.
+        tell: hears of each look.
     """
 
-    def __init__(self, run_folder: Path) -> None:
+    def __init__(self, run_folder: Path, tell: Callable[[live.Live], None] = lambda seen: None) -> None:
+        self._tell = tell
         self._folder = run_folder
         self._looked_at = self._took = 0.0
         self._steps: deque[tuple[float, int]] = deque(maxlen=_LOOKS)
@@ -41,7 +43,9 @@ class Board:
         self._steps.append((now, step))
         (then, before), (_, after) = self._steps[0], self._steps[-1]
         rate = (after - before) / (now - then) if now > then else None
-        live.write(self._folder, time.time(), rate, rows)
+        seen = live.Live(time.time(), rate, tuple(rows))
+        live.write(self._folder, seen)
+        self._tell(seen)
         self._took = time.monotonic() - now
 
     def _row(self, member: Member) -> live.LiveRank:
@@ -50,4 +54,5 @@ class Board:
         waited.append(beat.phase == "data")
         phase = beat.phase if member.ended_at is None else "ended"
         share = sum(waited) / len(waited)
-        return live.LiveRank(member.rank, member.host, beat.step, phase, beat.age, member.memory_mib(), share)
+        memory, use = member.memory_mib(), member.use()
+        return live.LiveRank(member.rank, member.host, beat.step, phase, beat.age, memory, share, use.cores, use.gpu)

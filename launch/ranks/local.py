@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from launch.ranks import forkserver
 from launch.ranks.attempt import Attempt, Watch
@@ -89,6 +90,10 @@ class LocalCrew:
     warm: bool = True
     hosts: list[str] = field(default_factory=list)
     _server: ForkServer | None = None
+
+    def machines(self) -> Mapping[str, tuple[int, Mapping[str, Any]]]:
+        """Return none: it is this machine."""
+        return {}
 
     def show_life(self) -> None:
         """Nothing is to be done: a child knows that its parent lives."""

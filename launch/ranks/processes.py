@@ -25,6 +25,7 @@ from pathlib import Path
 from launch.ranks.forkserver import Forked, ForkServer, die_with
 from launch.ranks.logs import last_error_line, last_lines, log_file
 from launch.ranks.orphans import Guardian
+from launch.ranks.usage import Usage, Use
 from setformer_dist.core.heartbeat import FD_VARIABLE, Beat, Pulse
 from setformer_dist.core.secrets import redacted
 
@@ -42,6 +43,8 @@ class LocalRank:
         rank: over all hosts.
         log: its log file; this start begins at byte `log_start` of it.
         code: exit code, or minus the number of a signal; None while it runs.
+        usage: of the ranks of this host.
+        local: the rank's number on this host.
         ended_at: of the monotonic clock.
     """
 
@@ -50,6 +53,8 @@ class LocalRank:
     log: Path
     log_start: int
     pulse: Pulse
+    usage: Usage
+    local: int
     ended_at: float | None = None
     host: str = ""
 
@@ -77,6 +82,10 @@ class LocalRank:
     def memory_mib(self) -> float | None:
         """Return its resident memory."""
         return resident_mib(self.process.pid) if self.ended_at is None else None
+
+    def use(self) -> Use:
+        """Return what it uses of its device."""
+        return self.usage.of(self.process.pid, self.local) if self.ended_at is None else Use()
 
 
 class LocalHost:
@@ -113,9 +122,10 @@ class LocalHost:
         self.members: list[LocalRank] = []
         self._guardian = Guardian()
         base = {**base, **self._guardian.environment}
+        usage = Usage(base)
         try:
             for local, rank in enumerate(ranks):
-                member = _start(command, rank, local, base, log_dir, output, server, until)
+                member = _start(command, rank, local, base, log_dir, output, server, until, usage)
                 if member is None:
                     break
                 self.members.append(member)
@@ -191,6 +201,7 @@ def _start(
     first_output: tuple[int, int] | None,
     server: ForkServer | None,
     until: Callable[[], object],
+    usage: Usage,
 ) -> LocalRank | None:
     """Start a rank; None where it is not wanted any more before it is there."""
     path = log_file(log_dir, rank)
@@ -218,7 +229,7 @@ def _start(
             pass_fds=(pulse.fileno(),),
             preexec_fn=die_with_parent(),
         )
-    return LocalRank(rank, process, path, start, pulse)
+    return LocalRank(rank, process, path, start, pulse, usage, local)
 
 
 def _header(command: Sequence[str], rank: int, base: Mapping[str, str]) -> str:

@@ -12,9 +12,9 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from checkpoints.layout import MANIFEST, step_folders, step_of
 from launch.ranks.attempt import AttemptError, FolderLostError, HangTimeouts, Regroup, Watch
@@ -24,6 +24,7 @@ from launch.ranks.restarts import Failure, GiveUp, RestartConfig, verdict
 from launch.ranks.signals import Received, stop_signals
 from setformer_dist.core import ledger
 from setformer_dist.core.errors import LaunchError, RankFailedError
+from setformer_dist.core.live import Live
 from setformer_dist.core.terminal import bear_lost_streams
 
 
@@ -37,6 +38,9 @@ class Crew(Protocol):
     @property
     def hosts(self) -> list[str]:
         """Names of its hosts; none where it is this machine alone."""
+
+    def machines(self) -> Mapping[str, tuple[int, Mapping[str, Any]]]:
+        """Return ranks, and what the host says of its machine, by host; none where it is this machine alone."""
 
     def show_life(self) -> None:
         """Do what must be done twice a second."""
@@ -66,12 +70,21 @@ class Crew(Protocol):
         """End what is left."""
 
 
+class Recorder(Protocol):
+    """Writes down who runs an attempt; see `launch.record.attempts.Recorder`."""
+
+    def write(self, ranks: int, hosts: Mapping[str, tuple[int, Mapping[str, Any]]]) -> None:
+        """Write the record of an attempt that begins; never raises for want of storage."""
+
+
 def run_supervised(
     crew: Crew,
     run_folder: Path,
     config: RestartConfig,
     *,
     say: Callable[[str], None] = lambda line: None,
+    recorder: Recorder | None = None,
+    tell: Callable[[Live], None] = lambda seen: None,
 ) -> int:
     """Run all ranks until the run is done, stopped, or given up.
 
@@ -80,6 +93,8 @@ def run_supervised(
         run_folder: of the run; logs and the ledger are below it.
         config: when to start again.
         say: prints a line for the user: about a restart, or after a stop that rank 0 did not report, where to resume.
+        recorder: writes down who runs each attempt.
+        tell: hears once a second what the ranks do.
 
     Returns:
         0, or 128 + signal.
@@ -99,7 +114,7 @@ def run_supervised(
         with stop_signals(show_life) as received, contextlib.closing(crew):
             ledger.close_killed(run_folder, folder.seen)
             folder.show_life()
-            return _attempts(crew, run_folder, config, received, folder.fault, say)
+            return _attempts(crew, run_folder, config, received, folder.fault, say, recorder, Board(run_folder, tell))
 
 
 def _attempts(
@@ -109,12 +124,14 @@ def _attempts(
     received: Received,
     lost: Callable[[], str | None],
     say: Callable[[str], None],
+    recorder: Recorder | None,
+    board: Board,
 ) -> int:
     """Start the ranks again and again, as `run_supervised` says."""
     failures: list[Failure] = []
     timeouts = HangTimeouts(config.hang_after_s, config.start_after_s, config.save_after_s)
     log_dir = run_folder / "logs"
-    watch = Watch(received, timeouts, lost, Board(run_folder).look)
+    watch = Watch(received, timeouts, lost, board.look)
     while True:
         log_dir.mkdir(parents=True, exist_ok=True)
         try:
@@ -124,6 +141,8 @@ def _attempts(
                 return _stopped(run_folder, received.stop[0])
             hosts = {"hosts": crew.hosts} if crew.hosts else {}
             ledger.record(run_folder, "attempt", number=len(failures) + 1, ranks=crew.ranks, **hosts)
+            if recorder is not None:
+                recorder.write(crew.ranks, crew.machines())
             code = crew.attempt(log_dir, watch)
         except FolderLostError:
             _take_back_terminal()

@@ -61,6 +61,7 @@ UNITS = {
     "restart.limit": "restarts", "restart.window_minutes": _MINUTES, "restart.backoff_s": _SECONDS,
     "restart.backoff_max_s": _SECONDS, "restart.same_step": "failures", "restart.hang_after_s": _SECONDS,
     "restart.start_after_s": _SECONDS, "restart.save_after_s": _SECONDS,
+    "logging.prometheus": "TCP port",
     "launch.silence_s": _SECONDS, "launch.connect_s": _SECONDS, "launch.min_hosts": "hosts",
     "launch.max_hosts": "hosts", "launch.retry_s": _SECONDS,
     "schedule.power": "exponent", "schedule.drop_epochs": _EPOCHS, "schedule.drop_steps": _STEPS,

@@ -25,12 +25,15 @@ from dataloaders.sources.index import INDEX_FORMAT
 from launch.ranks.environment import usable_cores
 from launch.ranks.lock import held
 from launch.ranks.logs import log_file
+from launch.record.attempts import Recorder
+from launch.record.machine import machine_facts
 from launch.run.compose import Splits, check_device, compose, open_splits
 from launch.run.config import ResolvedRun, RunConfig, check_folder, resolve
 from launch.run.inputs import inputs_of
 from launch.run.outcome import finish
 from launch.run.own_code import bring
 from launch.run.own_model import OwnModel, build_own
+from launch.run.repeat import data_differs
 from setformer_dist.core import ledger
 from setformer_dist.core.callback import Callback
 from setformer_dist.core.errors import LaunchError
@@ -43,6 +46,8 @@ from setformer_dist.engine.run_state import Outcome
 from setformer_dist.engine.trainer import Trainer
 from setformer_dist.models.build import check_name
 from setformer_dist.tasks.build import build_task
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -111,7 +116,11 @@ def session(
             if ranks.is_main and not supervised:
                 until_all_is_written.push(functools.partial(_record_end, begun))
             trainer.resume()
-            claim_folder(run, comm)
+            claim_folder(run, comm, splits)
+            if not supervised:
+                _record_start(run, comm)
+                if config.logging.prometheus and ranks.is_main:
+                    log.warning("logging.prometheus has no effect: its figures come from setformer train's supervisor")
             yield begun
         finally:
             if not stays:
@@ -177,14 +186,36 @@ def facts_of(run: ResolvedRun, splits: Splits) -> dict[str, str]:
     }
 
 
-def claim_folder(run: ResolvedRun, comm: TorchCollectives) -> None:
-    """Rank 0 makes the run's folder and writes what is run there."""
+def claim_folder(run: ResolvedRun, comm: TorchCollectives, splits: Splits) -> None:
+    """Rank 0 makes the run's folder and writes what is run there, and on which data."""
     folder = run.config.folder
     if comm.ranks.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        write_state(folder / "config.json", run.as_json())
+        data = {"training": splits.train.fingerprint[:16], "validation": splits.val.fingerprint[:16]}
+        for line in data_differs(folder, data):
+            log.warning("%s", line)
+        config = run.as_json()
+        write_state(folder / "config.json", {**config, "resolved": {**config["resolved"], "data": data}})
         write_json(folder / "deepspeed.json", run.deepspeed_json())
     comm.barrier()
+
+
+def _record_start(run: ResolvedRun, comm: TorchCollectives) -> None:
+    """Write down who runs it, as a supervisor would. Collective.
+
+    The first rank of each host tells of its machine.
+    """
+    ranks, c = comm.ranks, run.config
+    mine: tuple[int, dict[str, Any]] | None = None
+    if ranks.local_rank == 0:
+        mine = (ranks.local_world_size, machine_facts())
+    told = [entry for entry in comm.gather_json(mine) if entry is not None]
+    if ranks.is_main:
+        hosts: dict[str, tuple[int, dict[str, Any]]] = {}
+        for count, facts in told:
+            name = facts["host"] if facts["host"] not in hosts else f"{facts['host']} ({len(hosts)})"
+            hosts[name] = (count, facts)
+        Recorder(c.folder, c.run.imports, c.launch.env).write(ranks.world_size, hosts if len(hosts) > 1 else {})
 
 
 def log_to_file(run: ResolvedRun, ranks: RankInfo) -> logging.Handler:

@@ -20,7 +20,7 @@ Nothing here imports torch.distributed, touches a device or has an effect at imp
     phases.py          what a rank does at an instant, as clock, heartbeat, ledger and report name it
     ranks.py           rank, world size and their local counterparts: one frozen value
     revisions.py       what a config of an older version means
-    secrets.py         URLs without what is secret in them: user, password and query (signatures are in the query)
+    secrets.py         texts without secrets: of URLs user, password and query; values that a name gives away
     seeding.py         seeds by purpose: what is drawn, and from what
     shared_memory.py   shared memory that is full: how the system and torch say so, and how we do
     splitmix.py        SplitMix64: words that look random, the same on any machine

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, TypeVar
 import pydantic
 
 from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.files import read_state
 
 _SHORT = 200  # characters of a value that a message repeats whole
 
@@ -47,17 +48,19 @@ def read_toml(path: Path) -> dict[str, object]:
     Raises:
         ConfigError: a file is missing or not TOML, or the extended file extends another.
     """
-    table = _read_table(path)
+    table = _read_file(path)
     parent = table.pop("extends", None)
     if parent is None:
         return table
-    base = _read_table(path.parent / str(parent))
+    base = _read_file(path.parent / str(parent))
     if "extends" in base:
         raise ConfigError(f"{path}: extends {parent!r}, which itself extends another file: only one level is allowed")
     return merge(base, table)
 
 
-def _read_table(path: Path) -> dict[str, object]:
+def _read_file(path: Path) -> dict[str, object]:
+    if path.suffix == ".json":
+        return _read_config(path)
     try:
         with path.open("rb") as file:
             return tomllib.loads(file.read().decode("utf-8-sig"))  # editors of Windows begin with a mark
@@ -69,6 +72,17 @@ def _read_table(path: Path) -> dict[str, object]:
         raise ConfigError(f"config file {path} is a directory: name a .toml file in it") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} is not valid TOML: {error}") from None
+
+
+def _read_config(path: Path) -> dict[str, object]:
+    """Read the config.json of a run, or the repeated.json of one that repeats another, as a run config."""
+    try:
+        table, _ = read_state(path)
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"config file {path} is damaged: {error}") from None
+    return {key: value for key, value in table.items() if key != "resolved"}
 
 
 def merge(base: Mapping[str, object], over: Mapping[str, object]) -> dict[str, object]:

@@ -7,6 +7,7 @@
     {"event": "spent", "time": t, "step": 50, "seconds": {...}}  rank 0: since the last such line or `began`
     {"event": "rewound", "time": t, "step": 40, "reached": 47}   rank 0: the guard went back to a checkpoint; with
                                                                  "bad", the bad step as guard.json has it
+    {"event": "saved", "time": t, "step": 40}                    rank 0: a checkpoint is complete
     {"event": "ended", "time": t, "why": "killed", "step": 53}   supervisor: "done", "stopped", or how it failed, and
                                                                  "final": true where it will not start again
 
@@ -68,7 +69,7 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
     """Return the events of a run, in order; what is not a whole event is skipped."""
     events = []
     for line in lines_of(folder / LEDGER):
-        value = _event(line)
+        value = event_of(line)
         if value is not None:
             events.append(value)
     seen = last_seen(folder)
@@ -77,8 +78,8 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
     return events
 
 
-def _event(line: bytes) -> dict[str, Any] | None:
-    """Return the event in a line, None where it is not whole."""
+def event_of(line: bytes) -> dict[str, Any] | None:
+    """Return the event in a line of a ledger, None where it is not whole."""
     match = _CRC.search(line)
     if match is not None and zlib.crc32(line[: match.start()] + b"}") != int(match[1], 16):
         return None

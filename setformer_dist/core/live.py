@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +33,8 @@ class LiveRank:
         silent_s: seconds since its last sign of life.
         memory_mib: resident memory of its process; None where it is unknown.
         waiting: share of the last looks at which it waited for samples.
+        cores: busy on average since the last look, of its process and its readers; None where it cannot be told.
+        gpu: share of time in which its GPU computed, 0 to 1; None where there is none, or it cannot be told.
     """
 
     rank: int
@@ -43,6 +44,8 @@ class LiveRank:
     silent_s: float
     memory_mib: float | None
     waiting: float
+    cores: float | None = None
+    gpu: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,9 @@ class Live:
 _TYPE: pydantic.TypeAdapter[Live] = pydantic.TypeAdapter(Live)
 
 
-def write(folder: Path, time: float, steps_per_s: float | None, ranks: Sequence[LiveRank]) -> None:
+def write(folder: Path, seen: Live) -> None:
     """Replace a run's file; where that is not possible, it stays as it was."""
-    # vars and not asdict: the fields are plain, and thousands of ranks are a second of deep copies.
-    text = json.dumps({**vars(Live(time, steps_per_s, ())), "ranks": [vars(rank) for rank in ranks]})
+    text = json.dumps({**vars(seen), "ranks": [vars(rank) for rank in seen.ranks]})
     part = folder / f".{LIVE}.part"
     with contextlib.suppress(OSError):
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK

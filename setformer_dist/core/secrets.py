@@ -1,4 +1,4 @@
-"""URLs without what is secret in them: user, password and query (signatures are in the query).
+"""Texts without secrets: of URLs user, password and query (signatures are in the query); values that a name gives away.
 
 A URL with credentials stays in the memory of the run that was given it. Whatever is written or shown goes through here:
 config.json and trainer.json, logs, the ledger, errors, tracebacks.
@@ -11,6 +11,7 @@ import re
 import sys
 import threading
 import traceback
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +19,47 @@ log = logging.getLogger(__name__)
 
 _END = r"\s'\"<>\\"
 _URL = re.compile(rf"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^/?#{_END}]*@)?([^?{_END}]*)(?:\?[^{_END}]*)?")
+
+
+# Names of keys and environment variables whose values are nobody's business: WANDB_API_KEY, SLURM_JWT, api_token.
+_SECRET = re.compile(
+    r"(?:^|[_.-])(?:key|apikey|token|secret|password|passwd|pwd|credentials?|auth|jwt|cookie|signature)"
+    r"(?:$|[_.-])",
+    re.I,
+)
+MASK = "***"
+# In source text: a quoted literal that such a name is given (but for plain "key"), and tokens of well-known forms.
+_GIVEN = re.compile(
+    r"""([\w.-]*(?:[_.-]keys?|apikey|token|secret|password|passwd|pwd|credentials?|jwt|cookie)["']?\]?\s*[:=]\s*["'])"""
+    r"""([^"'\s]{8,})(?=["'])""",
+    re.I,
+)
+_TOKEN = re.compile(r"\b(?:hf_|gh[pousr]_|glpat-|sk-|xox[abp]-|AKIA|eyJ)[A-Za-z0-9_.-]{16,}")
+
+
+def names_secret(name: str) -> bool:
+    """Return whether a key or an environment variable of this name holds a secret, as far as names tell."""
+    return _SECRET.search(name) is not None
+
+
+def redacted_words(words: Sequence[str]) -> list[str]:
+    """Return the words of a command without secrets: those of URLs, and the values of NAME=VALUE and --NAME VALUE."""
+    found: list[str] = []
+    hide = False
+    for word in words:
+        name, sign, value = word.partition("=")
+        secret = names_secret(name)
+        if hide and not word.startswith("-"):
+            found.append(MASK)
+        else:
+            found.append(f"{name}={MASK}" if secret and sign and value else redacted(word))
+        hide = secret and not sign and word.startswith("-")
+    return found
+
+
+def redacted_source(text: str) -> str:
+    """Return source text, such as a diff, without secrets of URLs, literals given to secret names, and tokens."""
+    return _TOKEN.sub(MASK, _GIVEN.sub(rf"\1{MASK}", redacted(text)))
 
 
 def redacted(text: str) -> str:

@@ -370,4 +370,5 @@ class Trainer:
 
     def _tell_of_checkpoints(self) -> None:
         for step, folder in self._c.store.committed():
+            self._c.record.note("saved", step=step)
             self._c.callbacks.saved(step, folder)

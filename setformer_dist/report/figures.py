@@ -22,24 +22,24 @@ from setformer_dist.core.metric import AVERAGED, LOSS, Metric
 from setformer_dist.core.phases import SECTIONS
 from setformer_dist.report.rows import Row, finite, series
 
-_INK, _GRID = "#010101", "#020202"  # stand-ins, see `_to_page_colours`
-_SERIES = tuple(f"#0300{i:02x}" for i in range(1, len(SECTIONS) + 1))
-_TRAINING, _WEIGHTS, _EMA = _SERIES[:3]  # one colour for one thing on all figures
+INK, _GRID = "#010101", "#020202"  # stand-ins, see `_to_page_colours`
+SERIES = tuple(f"#0300{i:02x}" for i in range(1, len(SECTIONS) + 1))
+_TRAINING, _WEIGHTS, _EMA = SERIES[:3]  # one colour for one thing on all figures
 _MAX_POINTS = 400  # more than the pixels a curve is shown with only make the page heavy
-_SIZE_INCHES = (6.4, 3.0)
-_STYLE: Any = {
+SIZE_INCHES = (6.4, 3.0)
+STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": _GRID,
-    "axes.labelcolor": _INK,
-    "text.color": _INK,
+    "axes.labelcolor": INK,
+    "text.color": INK,
     "xtick.color": _GRID,
     "ytick.color": _GRID,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
     "grid.color": _GRID,
     "grid.linewidth": 0.6,
     "legend.frameon": False,
@@ -87,15 +87,15 @@ def split_figure(train: Sequence[Row]) -> str:
     steps, parts = split(train)
     if not steps:
         return ""
-    with mpl.rc_context(_STYLE):
-        figure, axes = _new_axes("Milliseconds per step")
+    with mpl.rc_context(STYLE):
+        figure, axes = new_axes("Milliseconds per step")
         columns = [[1000 * value for value in thin(steps, parts[name])[1]] for name in SECTIONS]
         at = thin(steps, parts[SECTIONS[0]])[0]
         if len(at) == 1:  # an area over one step has no width
             at, columns = [at[0] - 1, at[0]], [column * 2 for column in columns]
-        axes.stackplot(at, *columns, colors=_SERIES, linewidth=0)
+        axes.stackplot(at, *columns, colors=SERIES, linewidth=0)
         axes.margins(x=0, y=0.02)
-        return _svg(figure, "split", "stacked area: how the time of a step divides into parts")
+        return svg(figure, "split", "stacked area: how the time of a step divides into parts")
 
 
 def split(train: Sequence[Row]) -> tuple[list[int], dict[str, list[float]]]:
@@ -119,8 +119,8 @@ def _line_figure(name: str, lines: Sequence[Line], label: str, from_zero: bool =
     lines = [line for line in lines if line[2]]
     if not lines:
         return ""
-    with mpl.rc_context(_STYLE):
-        figure, axes = _new_axes(label)
+    with mpl.rc_context(STYLE):
+        figure, axes = new_axes(label)
         for text, colour, steps, values in lines:
             axes.plot(steps, values, color=colour, label=text, marker="o" if len(steps) < 25 else None, ms=4)
         if from_zero:
@@ -128,11 +128,12 @@ def _line_figure(name: str, lines: Sequence[Line], label: str, from_zero: bool =
         if len(lines) > 1:
             axes.legend(loc="best")
         said = "; ".join(f"{text} from {v[0]:.4g} to {v[-1]:.4g}" for text, _, _, v in lines)
-        return _svg(figure, name, f"{label} against the step: {said}")
+        return svg(figure, name, f"{label} against the step: {said}")
 
 
-def _new_axes(label: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
+def new_axes(label: str) -> tuple[Figure, Axes]:
+    """Return an empty figure over steps, and its axes."""
+    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
     figure.patch.set_alpha(0)
     axes = figure.add_subplot()
     axes.patch.set_alpha(0)
@@ -145,10 +146,10 @@ def _new_axes(label: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _svg(figure: Figure, name: str, description: str) -> str:
+def svg(figure: Figure, name: str, description: str) -> str:
     """Return the drawing as one <svg> element whose ids do not meet those of its neighbours."""
     buffer = io.StringIO()
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": name, "svg.id": f"figure-{name}"}):
+    with mpl.rc_context({**STYLE, "svg.hashsalt": name, "svg.id": f"figure-{name}"}):
         canvas: Any = FigureCanvasSVG(figure)
         canvas.print_svg(buffer, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
@@ -163,7 +164,7 @@ def _svg(figure: Figure, name: str, description: str) -> str:
 
 
 def _to_page_colours(text: str) -> str:
-    text = text.replace(_INK, "currentColor").replace(_GRID, "var(--grid)")
-    for i, colour in enumerate(_SERIES, start=1):
+    text = text.replace(INK, "currentColor").replace(_GRID, "var(--grid)")
+    for i, colour in enumerate(SERIES, start=1):
         text = text.replace(colour, f"var(--series-{i})")
     return text

@@ -1,6 +1,6 @@
 """Writes the report: reads a run folder, draws its curves, fills the template.
 
-run_folder/metrics.jsonl, config.json, summary.json + images  -->  one .html file
+run_folder/metrics.jsonl, ledger.jsonl, config.json, summary.json + images  -->  one .html file
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ import torch
 from markupsafe import Markup
 from PIL import Image
 
+from setformer_dist.core import ledger
 from setformer_dist.core.metric import AVERAGED, LOSS, METRICS_OF, Metric
-from setformer_dist.report import figures
+from setformer_dist.report import figures, timeline
 from setformer_dist.report.rows import Row, RunRecord, finite, read_run
+from setformer_dist.report.timeline import Timeline, timeline_of
 
 _TEMPLATE = "report.html.j2"
 # Shown where a run has recorded them (eval.marginal_error).
@@ -67,21 +69,21 @@ def write_report(run_folder: Path, out: Path, samples: Sequence[ClassifiedImage]
     """Write one self-contained HTML file about a run; what the run did not record is left out.
 
     Args:
-        run_folder: holds metrics.jsonl, config.json and summary.json, as far as there are any.
+        run_folder: holds metrics.jsonl, ledger.jsonl, config.json and summary.json, as far as there are any.
         out: file to write, replaced in one move.
         samples: classified images to show, in this order.
 
     Raises:
         DataError: the run folder does not exist, or its config or summary is damaged.
     """
-    text = render(read_run(run_folder), samples)
+    text = render(read_run(run_folder), samples, timeline_of(ledger.read_events(run_folder)))
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(f".{out.name}.tmp")
     aside.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of classes and files may be no text
     aside.replace(out)
 
 
-def render(run: RunRecord, samples: Sequence[ClassifiedImage]) -> str:
+def render(run: RunRecord, samples: Sequence[ClassifiedImage], line: Timeline) -> str:
     """Return the page."""
     template = resources.files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -105,6 +107,9 @@ def render(run: RunRecord, samples: Sequence[ClassifiedImage]) -> str:
         lead=_lead(run),
         tiles=[{"label": label, "value": show(key, summary[key])} for key, label in _shown(summary, metrics)],
         figures=[Markup(curve) for curve in curves if curve],
+        timeline_figure=Markup(timeline.figure(line)),
+        timeline_lead=timeline.lead(line),
+        attempts=timeline.rows(line),
         split_figure=Markup(figures.split_figure(run.train)),
         split=_split_table(run.train),
         images=[_image(sample) for sample in samples],

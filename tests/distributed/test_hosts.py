@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch.drill.namespaces import Cluster, why_impossible
+from launch.record import attempts as records
 from launch.testing.commands import ROOT, losses, setformer, train_words
 from setformer_dist.core import ledger
 from setformer_dist.core.errors import LaunchError
@@ -105,6 +106,11 @@ def test_two_hosts_train_like_one_and_leave_nothing(cluster: Cluster, one: Path,
     assert losses(tmp_path / "demo") == losses(one)
     attempts = [event for event in ledger.read_events(tmp_path / "demo") if event["event"] == "attempt"]
     assert [event["hosts"] for event in attempts] == [["a", "b"]]
+    record = records.last(tmp_path / "demo")
+    assert record is not None
+    assert {name: (host.ranks, host.host) for name, host in record.hosts.items()} == {"a": (1, "a"), "b": (1, "b")}
+    assert len(record.machines) == 1, "the hosts are alike"
+    assert record.machines[0]["versions"]["torch"]
     assert not [path.name for path in (tmp_path / "demo").iterdir() if path.name.startswith(".host")]
 
 

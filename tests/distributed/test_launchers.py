@@ -14,6 +14,7 @@ import pytest
 
 from launch.drill.namespaces import Cluster, why_impossible
 from launch.ranks.launchers import adopt, port_of
+from launch.record import attempts
 from launch.testing.commands import DEMO, ROOT, SHORT, losses, setformer, train_words
 from setformer_dist.core.errors import LaunchError
 
@@ -101,6 +102,9 @@ def test_a_launcher_gives_the_losses_of_one_host(
     assert [process.returncode for process in processes] == [0] * len(processes), said
     assert losses(tmp_path / "demo") == losses(one)
     assert all(cluster.processes(name) == [] for name in cluster.names)
+    record = attempts.last(tmp_path / "demo")
+    assert record is not None
+    assert {name: host.ranks for name, host in record.hosts.items()} == {"a": 1, "b": 1}
 
 
 def test_variables_of_other_launchers_are_adopted() -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from launch.history.top import top
 from launch.ranks.board import Board
+from launch.ranks.usage import Use
 from setformer_dist.core import ledger, live
 from setformer_dist.core.errors import DataError
 from setformer_dist.core.heartbeat import Beat
@@ -29,6 +30,7 @@ class Rank:
     log_start: int = 0
     ended_at: float | None = None
     code: int | None = None
+    used: Use = field(default_factory=lambda: Use(1.52, None))
 
     def beat(self) -> Beat:
         return self.seen
@@ -44,6 +46,9 @@ class Rank:
 
     def memory_mib(self) -> float | None:
         return 512.0
+
+    def use(self) -> Use:
+        return self.used
 
 
 @pytest.fixture
@@ -66,6 +71,20 @@ def test_a_rank_that_is_behind_is_named(run: Path) -> None:
     assert "behind, in data" in text
     assert "512 MiB" in text
     assert "100%" in text
+    assert "1.5 cores" in text
+
+
+def test_a_gpus_use_comes_before_that_of_cores(run: Path) -> None:
+    Board(run).look([Rank(0, Beat(9, 12, "forward", 0.1), used=Use(1.0, 0.87)), Rank(1, Beat(9, 12, "forward", 0.1))])
+    text = shown(run)
+    assert "87% of GPU" in text
+    assert "1.5 cores" in text
+
+
+def test_a_look_of_an_older_version_is_shown(run: Path) -> None:
+    rank = {"rank": 0, "host": "", "step": 3, "phase": "data", "silent_s": 0.1, "memory_mib": 1.0, "waiting": 0.0}
+    (run / live.LIVE).write_text(json.dumps({"time": time.time(), "steps_per_s": None, "ranks": [rank]}))
+    assert "step 3" in shown(run)
 
 
 def test_it_is_written_at_most_once_a_second(run: Path) -> None:
@@ -85,10 +104,10 @@ def test_a_damaged_file_shows_nothing(run: Path, text: str) -> None:
 
 
 def test_an_old_look_is_no_news_and_a_link_is_not_followed(run: Path, tmp_path: Path) -> None:
-    live.write(run, time.time() - 60, 1.0, [])
+    live.write(run, live.Live(time.time() - 60, 1.0, ()))
     with pytest.raises(DataError, match="is not running"):
         top(run, Console(), once=True)
     (tmp_path / "precious").write_text("mine")
     (run / f".{live.LIVE}.part").symlink_to(tmp_path / "precious")
-    live.write(run, time.time(), 1.0, [])
+    live.write(run, live.Live(time.time(), 1.0, ()))
     assert (tmp_path / "precious").read_text() == "mine"

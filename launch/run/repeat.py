@@ -1,0 +1,145 @@
+"""`setformer train --from RUN`: a new run with the config of another one, and what is not as it was then.
+
+    runs/<new>/repeated.json    the config of the other run, which this run reads, and its data's fingerprints
+
+The config is the one that the run's config.json holds: file and overrides as they were resolved then, every default
+included. Credentials of URLs are not in it, and have to be given again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.record import attempts
+from launch.record.attempts import Record, Recorder
+from launch.record.differ import differing
+from launch.record.machine import machine_facts
+from launch.run.config import RunConfig
+from setformer_dist.core import config as base
+from setformer_dist.core import revisions
+from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.files import read_state, write_state
+
+REPEATED = "repeated.json"
+REPEATS = "repeats"
+CONFIG = "config.json"
+_NO_CONFIG = ("resolved",)
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """A run that repeats another one.
+
+    Attributes:
+        source: the other one's folder.
+        path: of the config of the new run, which `write_config` writes.
+        overrides: of the new run, its name among them.
+        config: of the new run.
+        world_size: ranks of the other one's last start.
+        record: of the other one's last attempt that has one.
+    """
+
+    source: Path
+    path: Path
+    overrides: tuple[str, ...]
+    config: RunConfig
+    world_size: int
+    record: Record | None
+    _table: Mapping[str, Any]
+    _resolved: Mapping[str, Any]
+
+    def write_config(self) -> None:
+        """Write the config of the new run, which every rank reads, into its folder."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_state(self.path, {**self._table, "resolved": {**self._resolved, REPEATS: str(self.source)}})
+
+    def told(self, recorder: Recorder, ranks: int, hosts: Mapping[str, int]) -> list[str]:
+        """Return lines that say what differs now from then, as far as it is known before data are opened.
+
+        Args:
+            recorder: of the new run.
+            ranks: of the new run.
+            hosts: ranks by host; empty for this machine alone. Of other machines no devices are known yet.
+        """
+        head = f"repeating {self.source} as {self.config.folder}"
+        if self.record is None:
+            return [f"{head}: it has no record of its versions and machines, so what differs now is not known"]
+        alike = {key: value for key, value in machine_facts().items() if key in ("versions", "code", "python")}
+        now, _ = recorder.made(ranks, {name: (count, alike) for name, count in hosts.items()})
+        lines = differing(self.record, now)
+        if not lines:
+            return [f"{head}: versions, code and machine are as they were then"]
+        return [f"{head}; not as it was then:", *(f"  {line}" for line in lines)]
+
+
+def repetition(source: Path, overrides: Sequence[str]) -> Repetition:
+    """Return the run that repeats the one of a folder, with overrides laid on top.
+
+    Without an override of run.name, it takes the first free name of the form NAME-2.
+
+    Raises:
+        ConfigError: there is no run in the folder, its config is damaged or of a later version, or an override is bad.
+    """
+    path = source / CONFIG
+    try:
+        state, _ = read_state(path)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"--from {source} is no run folder, as it holds no {CONFIG}: name one, as runs/demo"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--from {source}: {path} is damaged ({error}): repeat the run from its config") from None
+    resolved = state.get("resolved")
+    resolved = resolved if isinstance(resolved, dict) else {}
+    table = {key: value for key, value in state.items() if key not in _NO_CONFIG}
+    model = table.get("model")
+    if isinstance(model, dict):  # a config that an older version wrote means what it meant then
+        table["model"] = revisions.as_trained(model)
+    config = built(table, overrides, str(path))
+    words = list(overrides)
+    if config.folder.resolve() == source.resolve():
+        words.append(f"run.name={_free_name(config)}")
+        config = built(table, words, str(path))
+    size = resolved.get("world_size")
+    ranks = size if type(size) is int and size > 0 else 1
+    path = config.folder / REPEATED
+    return Repetition(source, path, tuple(words), config, ranks, attempts.last(source), table, resolved)
+
+
+def built(table: Mapping[str, Any], overrides: Sequence[str], source: str) -> RunConfig:
+    """Return a config from a table and overrides.
+
+    Raises:
+        ConfigError: naming the key and the repair.
+    """
+    for text in overrides:
+        table = base.apply_override(table, text)
+    return base.build(RunConfig, table, source)
+
+
+def _free_name(config: RunConfig) -> str:
+    number = 2
+    while (config.folder.parent / f"{config.run.name}-{number}").exists():
+        number += 1
+    return f"{config.run.name}-{number}"
+
+
+def data_differs(folder: Path, now: Mapping[str, str]) -> list[str]:
+    """Return one line per split whose data are not those of the run that this one repeats; none if it repeats none.
+
+    Args:
+        folder: of this run.
+        now: fingerprints of its data, by split.
+    """
+    try:
+        state, _ = read_state(folder / REPEATED)
+        resolved = state["resolved"]
+        assert isinstance(resolved, dict)
+        source, then = resolved[REPEATS], resolved.get("data", {})
+        found = [(split, then[split], now[split]) for split in now if split in then and then[split] != now[split]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
+        return []
+    return [f"{split} data are not those of {source}: fingerprint {a} then, {b} now" for split, a, b in found]
