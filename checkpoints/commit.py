@@ -107,6 +107,7 @@ class Attempt:
         name: drawn anew for each try.
         ranks: this process's place.
         replaces: takes the place of a checkpoint of this step that verifies.
+        copied: a copy in the object store is made of it (mirror.py).
     """
 
     root: Path
@@ -114,6 +115,7 @@ class Attempt:
     name: str
     ranks: RankInfo
     replaces: bool = False
+    copied: bool = False
 
     @property
     def folder(self) -> Path:
@@ -153,6 +155,7 @@ class Save:
         patience_s: how long to wait for the other ranks.
         before: the save that must have ended first.
         after_commit: rank 0: step 17.
+        after_word: other ranks: what follows step 7.
         free: called when the payload's memory is no longer needed.
 
     Attributes:
@@ -166,8 +169,9 @@ class Save:
         disk: Disk,
         patience_s: float,
         before: Save | None,
-        after_commit: Callable[[int], None],
+        after_commit: Callable[[Attempt], None],
         free: Callable[[], None],
+        after_word: Callable[[Attempt], None] = lambda attempt: None,
     ) -> None:
         self.attempt = attempt
         self.failure: Failure | None = None
@@ -176,6 +180,7 @@ class Save:
         self._patience_s = patience_s
         self._before = before
         self._after_commit = after_commit
+        self._after_word = after_word
         self._free = free
         self._last_moment = math.inf
         self._thread: threading.Thread | None = None
@@ -230,9 +235,10 @@ class Save:
             self._free()
         if self.attempt.ranks.is_main:
             self._commit(payload, [record, *self._others()])
-            self._after_commit(self.attempt.step)
+            self._after_commit(self.attempt)
         else:
             self._say({"record": record.model_dump()})
+            self._after_word(self.attempt)
 
     def _write(self, payload: Payload) -> FileRecord:
         ranks = self.attempt.ranks

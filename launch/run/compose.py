@@ -11,6 +11,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from checkpoints.manager import CheckpointManager
+from checkpoints.objects import Objects
 from checkpoints.reader import Checkpoint
 from launch.run.config import ResolvedRun
 from launch.run.distill import check_one_teacher, digest_of, distilled, teacher_of
@@ -120,7 +121,8 @@ def compose(
     meter = CommMeter()
     meter.install()
 
-    manager = CheckpointManager(c.folder / "checkpoints", comm, c.checkpoint)
+    objects = Objects(f"{c.checkpoint.mirror.rstrip('/')}/{c.run.name}") if c.checkpoint.mirror else None
+    manager = CheckpointManager(c.folder / "checkpoints", comm, c.checkpoint, objects=objects)
     states = ("param", *master.states, *(["ema"] if c.ema.decay else []))
     components = Components(
         engine=engine,
@@ -156,7 +158,10 @@ def compose(
         first_weights=first_weights,
     )
     best = Best(c.checkpoint.best_metric, c.checkpoint.best_mode)
-    return Trainer(components, c.eval, best, schedule_steps, c.run.log_every, c.run.seed, c.run.record_samples)
+    copies_s = 60 * c.checkpoint.mirror_minutes
+    return Trainer(
+        components, c.eval, best, schedule_steps, c.run.log_every, c.run.seed, c.run.record_samples, copies_s
+    )
 
 
 def watch_of(run: ResolvedRun, model: nn.Module) -> Watch | None:

@@ -1,0 +1,66 @@
+"""A real S3 server on loopback (moto's), which can be stopped and started again, or be told to misbehave."""
+
+import threading
+import uuid
+
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import make_server
+
+KEY, SECRET = "test-key-of-nobody", "secret-that-nobody-may-see"
+
+
+class S3:
+    """A server with one bucket.
+
+    Attributes:
+        faults: (method, ending of the path, what) of requests that go wrong, once each: "status 503", "cut" (half of
+            the bytes are kept), "hang" (no answer comes).
+        log: (method, path) of every request.
+    """
+
+    def __init__(self, monkeypatch=None):
+        self.faults, self.log = [], []
+        self.bucket = f"bucket-{uuid.uuid4().hex[:8]}"
+        self.port, self._server = 0, None
+        self._app = DomainDispatcherApplication(create_backend_app)
+        self._ended = threading.Event()
+        self.start()
+        self.environment = {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
+            "AWS_ACCESS_KEY_ID": KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_CONFIG_FILE": "/dev/null",
+            "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+        }
+
+    @property
+    def url(self):
+        return f"s3://{self.bucket}/runs"
+
+    def start(self):
+        """Serve, on the same port as before."""
+        self._ended.clear()
+        self._server = make_server("127.0.0.1", self.port, self._answer, threaded=True)
+        self._server.daemon_threads = True
+        self.port = self._server.server_port
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def stop(self):
+        """Serve nothing; what was stored stays."""
+        self._ended.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _answer(self, environ, start_response):
+        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        self.log.append((method, path))
+        for fault in self.faults:
+            if fault[0] == method and path.endswith(fault[1]):
+                self.faults.remove(fault)
+                if fault[2].startswith("status"):
+                    start_response(f"{fault[2].split()[1]} Fault", [("Content-Length", "0")])
+                    return [b""]
+                if fault[2] == "hang":
+                    self._ended.wait(60)
+        return self._app(environ, start_response)
