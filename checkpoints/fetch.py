@@ -1,8 +1,8 @@
 """A run whose own folder lacks a checkpoint takes a copy from the object store.
 
 All ranks fetch it, as a save is made: each rank its share of the files, verified while they are written, into a folder
-that gets the name of a checkpoint last. So at every instant there is no checkpoint, or a whole one; and what comes after
-is as with any other.
+that gets the name of a checkpoint last. So at every instant there is no checkpoint, or a whole one; what comes after is
+as with any other.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from checkpoints import layout
-from checkpoints.copies import fetch_files, list_copies
+from checkpoints.copies import Copy, fetch_files, list_copies
 from checkpoints.disk import Disk
 from checkpoints.errors import DamagedError
 from checkpoints.manifest import Manifest
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def fetched(
-    objects: Objects, root: Path, together: Together, disk: Disk, wanted: Callable[[int], bool]
+    objects: Objects, root: Path, together: Together, disk: Disk, wanted: Callable[[Copy], bool]
 ) -> Iterator[Path]:
     """Fetch copies, newest first, and yield the folder of each, on every rank the same. Collective.
 
@@ -39,7 +39,7 @@ def fetched(
         root: the `checkpoints` folder.
         together: the ranks.
         disk: the disk.
-        wanted: which steps.
+        wanted: which copies; one whose manifest cannot be read is not asked about.
 
     Raises:
         StorageError: on every rank, if the store does not answer one of them.
@@ -51,7 +51,7 @@ def fetched(
         for copy in copies:
             if copy.manifest is None:
                 log.warning("copy %s cannot be used: %s", objects.below(copy.name), copy.fault)
-        return [(copy.name, copy.manifest.to_json()) for copy in copies if copy.manifest and wanted(copy.manifest.step)]
+        return [(copy.name, copy.manifest.to_json()) for copy in copies if copy.manifest and wanted(copy)]
 
     for name, value in together.on_main("look for a copy of", listed):
         folder = _fetched(objects, root, together, disk, name, Manifest.from_json(value, objects.below(name)))

@@ -35,6 +35,7 @@ from checkpoints.commit import (
     restore_replaced,
 )
 from checkpoints.config import CheckpointConfig
+from checkpoints.copies import Copy, step_of_copy
 from checkpoints.digest import Seen
 from checkpoints.disk import Disk
 from checkpoints.errors import DamagedError, StorageError
@@ -441,10 +442,11 @@ class CheckpointManager:
         """
         lost = {layout.step_of(skipped.path) for skipped in self.skipped} - {None}
 
-        def wanted(step: int) -> bool:
-            return found is None or (step in lost and step > found.step)
+        def wanted(copy: Copy) -> bool:
+            step = step_of_copy(copy.name)
+            return found is None or (step in lost and step is not None and step > found.step)
 
-        if found is not None and not any(map(wanted, filter(None, lost))):
+        if found is not None and not any(step > found.step for step in lost if step is not None):
             return None
         search = _Search()
         for folder in fetched(objects, self.root, self._together, self._disk, wanted):

@@ -3,10 +3,17 @@
 import threading
 import uuid
 
+import requests
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-from werkzeug.serving import make_server
+from moto.s3.models import s3_backends
+from werkzeug.serving import WSGIRequestHandler, make_server
 
 KEY, SECRET = "test-key-of-nobody", "secret-that-nobody-may-see"
+
+
+class _Quiet(WSGIRequestHandler):
+    def log(self, *words):
+        pass
 
 
 class S3:
@@ -18,7 +25,7 @@ class S3:
         log: (method, path) of every request.
     """
 
-    def __init__(self, monkeypatch=None):
+    def __init__(self):
         self.faults, self.log = [], []
         self.bucket = f"bucket-{uuid.uuid4().hex[:8]}"
         self.port, self._server = 0, None
@@ -41,10 +48,20 @@ class S3:
     def start(self):
         """Serve, on the same port as before."""
         self._ended.clear()
-        self._server = make_server("127.0.0.1", self.port, self._answer, threaded=True)
+        self._server = make_server("127.0.0.1", self.port, self._answer, threaded=True, request_handler=_Quiet)
         self._server.daemon_threads = True
         self.port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def make_bucket(self):
+        """Make the bucket as a client of any kind would."""
+        headers = {"Authorization": f"AWS4-HMAC-SHA256 Credential={KEY}/20260101/us-east-1/s3/aws4_request"}
+        requests.put(f"http://127.0.0.1:{self.port}/{self.bucket}", headers=headers, timeout=10).raise_for_status()
+
+    def objects(self):
+        """Return the paths of all objects in the bucket."""
+        backend = s3_backends["123456789012"]["aws"]
+        return sorted(backend.buckets[self.bucket].keys.keys()) if self.bucket in backend.buckets else []
 
     def stop(self):
         """Serve nothing; what was stored stays."""
