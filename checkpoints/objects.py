@@ -156,7 +156,7 @@ class Objects:
         if self._opened is None:
             try:
                 # What another process puts there must be seen.
-                files, path = fsspec.core.url_to_fs(self._url, use_listings_cache=False)
+                files, path = fsspec.core.url_to_fs(self._url, use_listings_cache=False, skip_instance_cache=True)
             except ImportError as error:
                 raise ConfigError(
                     f"{self.shown} needs a package that is not installed ({error}): for s3:// it is "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import s3fs  # noqa: F401 — before the ranks are forked, which would each import it
 
 from checkpoints.testing.copy_faults import Case, cases, run_case
 

@@ -1,6 +1,7 @@
 """A real S3 server on loopback (moto's), which can be stopped and started again, or be told to misbehave."""
 
 import threading
+import time
 import uuid
 
 import requests
@@ -20,13 +21,13 @@ class S3:
     """A server with one bucket.
 
     Attributes:
-        faults: (method, ending of the path, what) of requests that go wrong, once each: "status 503", "cut" (half of
-            the bytes are kept), "hang" (no answer comes).
+        faults: (method, ending of the path, "status 503" or "slow") of requests that go wrong, once each.
+        always: the same for every request; "" for none.
         log: (method, path) of every request.
     """
 
     def __init__(self):
-        self.faults, self.log = [], []
+        self.faults, self.log, self.always = [], [], ""
         self.bucket = f"bucket-{uuid.uuid4().hex[:8]}"
         self.port, self._server = 0, None
         self._app = DomainDispatcherApplication(create_backend_app)
@@ -63,6 +64,19 @@ class S3:
         backend = s3_backends["123456789012"]["aws"]
         return sorted(backend.buckets[self.bucket].keys.keys()) if self.bucket in backend.buckets else []
 
+    def get(self, key):
+        """Return the bytes of an object."""
+        return s3_backends["123456789012"]["aws"].get_object(self.bucket, key).value
+
+    def put(self, key, data):
+        """Put an object, as somebody who is no run."""
+        backend = s3_backends["123456789012"]["aws"]
+        backend.put_object(self.bucket, key, data)
+
+    def delete(self, key):
+        """Take an object away."""
+        s3_backends["123456789012"]["aws"].delete_object(self.bucket, key)
+
     def stop(self):
         """Serve nothing; what was stored stays."""
         self._ended.set()
@@ -72,12 +86,15 @@ class S3:
     def _answer(self, environ, start_response):
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         self.log.append((method, path))
+        if self.always:
+            start_response(f"{self.always.split()[1]} Fault", [("Content-Length", "0")])
+            return [b""]
         for fault in self.faults:
             if fault[0] == method and path.endswith(fault[1]):
                 self.faults.remove(fault)
                 if fault[2].startswith("status"):
                     start_response(f"{fault[2].split()[1]} Fault", [("Content-Length", "0")])
                     return [b""]
-                if fault[2] == "hang":
-                    self._ended.wait(60)
+                if fault[2] == "slow":
+                    time.sleep(1)
         return self._app(environ, start_response)
