@@ -26,7 +26,7 @@ def test_a_fault_leaves_the_old_copy_or_the_new_one(tmp_path, s3, case):
     assert "failed before the fault" not in "".join(found.told)
     if case.fault.kind == "killed":
         assert found.told[case.rank] == "killed"
-    elif case.found == 2:
+    elif case.found == 2 and (case.number, case.fault.kind) != (8, "refused"):  # complete, and nobody could tell
         assert found.told[0].startswith("checkpoint 2 is copied to "), found
     else:
         assert found.told[0].startswith("warning: checkpoint 2 is not copied to "), found

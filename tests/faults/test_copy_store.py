@@ -72,6 +72,7 @@ def test_a_server_that_answers_with_an_error_now_and_then_is_asked_again(tmp_pat
 
 def test_a_store_that_stays_away_is_told_and_costs_no_checkpoint(tmp_path, s3, monkeypatch):
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)  # of the client's own, which take 10 s a call
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     manager = manager_of(tmp_path, s3, mirror_minutes=0.02)
     save(manager, 1)
     s3.stop()
