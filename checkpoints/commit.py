@@ -219,9 +219,9 @@ class Save:
                 "saving the checkpoint of step %d failed and is abandoned: %s", self.attempt.step, self.failure.text
             )
             self._say_error(self.failure)
-            discard(self.attempt, self._disk)
+            self._drop()
         except BaseException:
-            discard(self.attempt, self._disk)
+            self._drop()
             raise
 
     def _work(self) -> None:
@@ -244,6 +244,9 @@ class Save:
         ranks = self.attempt.ranks
         path = self.attempt.folder / layout.rank_file(ranks.rank, ranks.world_size)
         return write_rank_file(self._disk, path, payload.header, payload.parts)
+
+    def _drop(self) -> None:
+        discard(self.attempt, self._disk)
 
     # The ranks' words.
 

@@ -32,6 +32,9 @@ class CheckpointConfig(FrozenConfig):
             checkpoint is copied behind training, below the run's name; "" for none. A run whose folder has no
             checkpoint goes on from the newest copy. Credentials are those that the store's client finds.
         mirror_minutes: how long one copy may take, tries included, and how long the end of a run waits for the last.
+        replicas: 0 where the run folder is on storage that all hosts share. Otherwise each host has a disk of its own
+            below the same path, and each file of a checkpoint is also written to so many other hosts: the loss of as
+            many hosts' disks loses nothing.
         allow_changes: what may differ between a run and its continuation although it changes what is computed.
             "global_batch" goes on at the sample where the run stopped, which must be the start of a step of the
             new size: no sample is lost or repeated, but later steps hold other samples than without the change,
@@ -52,6 +55,7 @@ class CheckpointConfig(FrozenConfig):
     write_timeout_minutes: float = Field(default=10.0, gt=0)
     mirror: str = ""
     mirror_minutes: float = Field(default=30.0, gt=0)
+    replicas: int = Field(default=0, ge=0)
     allow_changes: tuple[Literal["global_batch", "data"], ...] = Field(default=(), strict=False)
 
     @pydantic.field_validator("mirror")

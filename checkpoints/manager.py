@@ -258,13 +258,17 @@ class CheckpointManager:
         except BaseException:  # a peer's death in the middle of a collective included
             discard(attempt, self._disk)
             raise
-        patience_s = 60 * self._config.write_timeout_minutes
         before = self._saves[-1] if self._saves else None
         free = functools.partial(self._images.extend, image)
-        save = Save(attempt, payload, self._disk, patience_s, before, self._after_commit, free, self._copy)
-        self._saves.append(save)
+        self._saves.append(self._new_save(attempt, payload, before, free))
         self._saves[-1].start(in_background=asynchronous)
         return folder
+
+    def _new_save(
+        self, attempt: Attempt, payload: Payload | Exception, before: Save | None, free: Callable[[], None]
+    ) -> Save:
+        patience_s = 60 * self._config.write_timeout_minutes
+        return Save(attempt, payload, self._disk, patience_s, before, self._after_commit, free, self._copy)
 
     def _wait_for_room(self) -> None:
         """Back-pressure: wait until at most `max_in_flight` − 1 copies are about; keep failures for `finish`."""
@@ -330,7 +334,7 @@ class CheckpointManager:
         def tell() -> dict[str, Any]:
             mine.extend(fragments)
             keys = digest_json(sorted(fragment_key(f) for f in mine))
-            return {"step": attempt.step, "keys": keys, "sees": attempt.folder.is_dir()}
+            return {"step": attempt.step, "keys": keys, "sees": self._sees(attempt)}
 
         answers = self._together.everywhere("collect", tell)
         if any(answer["step"] != attempt.step for answer in answers):
@@ -345,6 +349,10 @@ class CheckpointManager:
         if ranks.world_size > 1 and all(answer["keys"] == answers[0]["keys"] for answer in answers):
             return [_cut(f, ranks.rank, ranks.world_size) for f in mine]
         return mine
+
+    def _sees(self, attempt: Attempt) -> bool:
+        """Whether this rank sees what rank 0 has made."""
+        return attempt.folder.is_dir()
 
     def _payload(
         self,
@@ -390,11 +398,14 @@ class CheckpointManager:
         try:
             for old in steps_to_delete(candidates(self.list()), step, self._config):
                 delete_checkpoint(layout.step_folder(self.root, old), self._disk)
-            for aside in layout.put_aside(self.root)[:-ASIDE_KEPT]:
-                self._disk.remove_tree(aside)
-                self._disk.remove(layout.reason_file(aside))
+            self._thin_aside()
         except (OSError, CheckpointError) as error:
             _log.warning("old checkpoints in %s could not all be deleted: %s", self.root, error)
+
+    def _thin_aside(self) -> None:
+        for aside in layout.put_aside(self.root)[:-ASIDE_KEPT]:
+            self._disk.remove_tree(aside)
+            self._disk.remove(layout.reason_file(aside))
 
     # Finding.
 

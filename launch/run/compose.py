@@ -13,6 +13,7 @@ from torch import nn
 from checkpoints.manager import CheckpointManager
 from checkpoints.objects import Objects
 from checkpoints.reader import Checkpoint
+from checkpoints.spread_manager import SpreadManager
 from launch.run.config import ResolvedRun
 from launch.run.distill import check_one_teacher, digest_of, distilled, teacher_of
 from launch.run.identity import identity_of, shapes_of
@@ -122,7 +123,11 @@ def compose(
     meter.install()
 
     objects = Objects(f"{c.checkpoint.mirror.rstrip('/')}/{c.run.name}") if c.checkpoint.mirror else None
-    manager = CheckpointManager(c.folder / "checkpoints", comm, c.checkpoint, objects=objects)
+    root = c.folder / "checkpoints"
+    manager = CheckpointManager(root, comm, c.checkpoint, objects=objects)
+    if c.checkpoint.replicas:
+        background = TorchCollectives(ranks, c.checkpoint.write_timeout_minutes, own=True)
+        manager = SpreadManager(root, comm, background, c.checkpoint, objects=objects)
     states = ("param", *master.states, *(["ema"] if c.ema.decay else []))
     components = Components(
         engine=engine,
