@@ -221,9 +221,11 @@ class SpreadManager(CheckpointManager):
 
     def _fetched_everywhere(self, objects: Objects) -> bool:
         """Fetch the newest copy that verifies to every host; return whether there is one."""
-        names = self._together.on_main(
-            "look for a copy of", lambda: [c.name for c in list_copies(objects) if c.manifest]
-        )
+
+        def usable() -> list[str]:
+            return [copy.name for copy in list_copies(objects) if copy.manifest is not None]
+
+        names = self._together.on_main("look for a copy of", usable)
         alone = Together(Alone(), self.root)
         for name in names:
 
@@ -301,7 +303,7 @@ class SpreadManager(CheckpointManager):
     def _completed(self, candidate: _Candidate) -> str | None:
         """Give every host all files of a checkpoint, under its name; return why that is impossible."""
         manifest = candidate.manifest
-        mine = candidate.folders.get(self._host, ())
+        mine = [*candidate.folders.get(self._host, ()), *self._without_manifest(manifest.step)]
         by_rank = self._together.everywhere("verify", lambda: self._sound(manifest, mine) if self._leads else {})
         have = [by_rank[leader] for leader in self._hosts.leaders]
         absent = [r.name for r in manifest.files if not any(r.name in files for files in have)]
@@ -321,6 +323,18 @@ class SpreadManager(CheckpointManager):
                     faults.append(error)
         self._together.everywhere("complete", lambda: self._finish_folder(target, manifest, faults))
         return None
+
+    def _without_manifest(self, step: int) -> list[str]:
+        """Return this host's folders of a step whose manifests are damaged: their files may be sound all the same."""
+        found = []
+        for folder in (layout.step_folder(self.root, step), *layout.leftovers(self.root)):
+            if not folder.is_dir() or folder.is_symlink() or layout.step_of(layout.final_of(folder) or folder) != step:
+                continue
+            try:
+                read_manifest(folder)
+            except DamagedError:
+                found.append(folder.name)
+        return found
 
     def _missing(
         self, records: Iterable[FileRecord], have: Sequence[Mapping[str, str]]
@@ -358,7 +372,10 @@ class SpreadManager(CheckpointManager):
         for name, folder in have.items():
             if folder != chosen:
                 disk.rename(self.root / folder / name, target / name)
-        listed = {layout.MANIFEST, *have}
+        listed = set(have)
+        with contextlib.suppress(DamagedError):
+            if read_manifest(target).to_json() == manifest.to_json():
+                listed.add(layout.MANIFEST)
         for path in target.iterdir():
             if path.name not in listed:
                 disk.remove(path)

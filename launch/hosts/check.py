@@ -46,10 +46,18 @@ def check_slots(link: Link, slots: int) -> None:
         raise LaunchError(f"host {link.name} has {devices} devices, but {slots} ranks are requested: give fewer slots")
 
 
-def check_folder_is_shared(links: Sequence[Link], folder: Path, page: Path | None = None) -> None:
+def check_folder_is_shared(
+    links: Sequence[Link], folder: Path, page: Path | None = None, own_disks: bool = False
+) -> None:
     """Check that every host sees one and the same run folder, and this machine's page.
 
     Each host makes a file there, and each must see those of all others.
+
+    Args:
+        links: to the hosts.
+        folder: of the run.
+        page: of the run.
+        own_disks: the folder is another one on each host (checkpoint.replicas), and must only be writable.
 
     Raises:
         LaunchError: naming the host.
@@ -69,6 +77,8 @@ def check_folder_is_shared(links: Sequence[Link], folder: Path, page: Path | Non
             mine = mine or answer["page"]
             if answer["page"] != mine:
                 raise LaunchError(f"host {link.name} has another {page} than host {links[0].name}: copy it there")
+        if own_disks:
+            return
         limit = time.monotonic() + _SEEN_WITHIN_S
         while True:
             answers = ask(links, look, _LIMIT_S)
@@ -78,7 +88,7 @@ def check_folder_is_shared(links: Sequence[Link], folder: Path, page: Path | Non
             if time.monotonic() > limit:
                 raise LaunchError(
                     f"run folder {folder.absolute()} of host {short[0].name} is not that of the others: put it on a "
-                    "file system that all hosts share (run.out)"
+                    "file system that all hosts share (run.out), or set checkpoint.replicas"
                 )
             time.sleep(0.2)
     finally:

@@ -48,6 +48,7 @@ class Fleet:
         via: see `launch.hosts.reach.agent_command`.
         port: at which rank 0 is met; by default a free one.
         grace_s: seconds that ranks have for a checkpoint after a stop signal.
+        own_disks: the run's folder is another one on each host (checkpoint.replicas).
     """
 
     specs: Sequence[HostSpec]
@@ -59,6 +60,7 @@ class Fleet:
     via: str | None = None
     port: int | None = None
     grace_s: float = 60.0
+    own_disks: bool = False
     _links: dict[str, Link] = field(default_factory=dict)
     _absences: dict[str, _Absence] = field(default_factory=dict)
     _checked: set[str] = field(default_factory=set)
@@ -143,7 +145,8 @@ class Fleet:
             check_alike(link, here)
             check_slots(link, slots)
             if self._links:
-                check_folder_is_shared([*self._links.values(), link], self.run_folder, Path(self.args[0]))
+                links = [*self._links.values(), link]
+                check_folder_is_shared(links, self.run_folder, Path(self.args[0]), self.own_disks)
         except LaunchError as error:
             return str(error)
         return None
@@ -174,7 +177,8 @@ class Fleet:
             elif link.facts:
                 self._back.setdefault(name, self._newest())
         for name, before in self._back.items():
-            if self.config.take_back == "at_once" or self._newest() != before:
+            # Where disks are the hosts' own, this one may see no checkpoint; the ranks save one before they end.
+            if self.own_disks or self.config.take_back == "at_once" or self._newest() != before:
                 return f"host {name} is back"
         return None
 

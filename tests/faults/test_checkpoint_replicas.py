@@ -1,4 +1,4 @@
-"""Hosts with a disk each: real gloo ranks, each with a folder of its own; disks are lost, files damaged, ranks killed."""
+"""Hosts with a disk each: real gloo ranks with folders of their own; disks are lost, files damaged, ranks killed."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from checkpoints import layout
 from checkpoints.config import CheckpointConfig
 from checkpoints.identity import Identity
+from checkpoints.reader import verify
 from checkpoints.spread import Hosts
 from checkpoints.spread_manager import SpreadManager
 from launch.testing.ranks import RanksFailedError, run_ranks
@@ -126,16 +127,19 @@ def test_a_damaged_file_is_taken_from_another_host(tmp_path: Path) -> None:
         path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     path = root_of(str(tmp_path), 1) / "step-00000002" / layout.MANIFEST
     path.write_bytes(path.read_bytes()[:-20])
-    assert resumed(tmp_path, [0, 1]) == 1  # rank 1's file is damaged on host 0, and host 1's manifest is gone
-    save(tmp_path, 2, 1, 1, [3])
-    path = root_of(str(tmp_path), 0) / "step-00000003" / layout.rank_file(0, 2)
-    path.write_bytes(path.read_bytes()[:-5])
-    assert resumed(tmp_path, [0, 1]) == 3
+    assert resumed(tmp_path, [0, 1]) == 2  # every file is whole on one of them
+    for host in (0, 1):
+        verify(root_of(str(tmp_path), host) / "step-00000002")
+    for host in (0, 1):
+        path = root_of(str(tmp_path), host) / "step-00000002" / layout.rank_file(0, 2)
+        path.write_bytes(path.read_bytes()[:-5])
+    assert resumed(tmp_path, [0, 1]) == 1  # that one on neither
+    assert list((root_of(str(tmp_path), 0) / layout.ASIDE).glob("superseded-step-00000002-*"))
 
 
 def test_too_many_lost_disks_begin_no_run_anew(tmp_path: Path) -> None:
     save(tmp_path, 3, 1, 1, [1])
-    with pytest.raises(RanksFailedError, match="no checkpoint in .* is complete on the hosts that answer"):
+    with pytest.raises(RanksFailedError, match=r"no checkpoint in .* is complete on the hosts that answer"):
         resumed(tmp_path, [0])
     assert resumed(tmp_path, [0, 2]) == 1  # another host is back
 
