@@ -260,6 +260,10 @@ class SpreadSave(Save):
         folder, disk = self.attempt.folder, self._disk
         record = write_bytes(disk, folder / layout.TRAINER, trainer.encode())
         manifest = dataclasses.replace(Manifest.parts_of(value), files=(*files, record))
+        for written in manifest.files:  # a short write says nothing by itself
+            path = folder / written.name
+            if path.exists() and path.stat().st_size != written.size:
+                raise StorageError(f"{path} has {path.stat().st_size} bytes, not {written.size}")
         write_bytes(disk, folder / layout.MANIFEST, json.dumps(manifest.to_json(), indent=1).encode())
         read_manifest(folder)
         disk.sync_folder(folder)

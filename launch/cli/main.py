@@ -146,9 +146,8 @@ def train(
         crew: Crew = LocalCrew(args, ranks, port, grace, run.config.launch.warm)
         if specs:
             fits = functools.partial(can_share, run.config)
-            crew = Fleet(
-                specs, args, folder, run.config.launch, fits, say, via, port, grace, run.config.checkpoint.replicas > 0
-            )
+            own_disks = run.config.checkpoint.replicas > 0
+            crew = Fleet(specs, args, folder, run.config.launch, fits, say, via, port, grace, own_disks)
         code = run_supervised(crew, folder, policy, say=say)
     except SetformerError as error:
         names_a_log = isinstance(error, RankFailedError) and str(error)

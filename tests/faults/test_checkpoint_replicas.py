@@ -13,6 +13,7 @@ import torch
 
 from checkpoints import layout
 from checkpoints.config import CheckpointConfig
+from checkpoints.disk import Disk
 from checkpoints.identity import Identity
 from checkpoints.reader import verify
 from checkpoints.spread import Hosts
@@ -37,7 +38,9 @@ def root_of(base: str, host: int) -> Path:
     return Path(base) / f"host-{host}" / "checkpoints"
 
 
-def joined(base: str, hosts: list[int], per_host: int, replicas: int, **config: Any) -> SpreadManager:
+def joined(
+    base: str, hosts: list[int], per_host: int, replicas: int, disk: Disk | None = None, **config: Any
+) -> SpreadManager:
     """Join as one rank of those hosts, each of which has so many ranks and a disk of its own."""
     place = RankInfo.from_env()
     ranks = RankInfo(place.rank, place.world_size, place.rank % per_host, per_host)
@@ -45,7 +48,7 @@ def joined(base: str, hosts: list[int], per_host: int, replicas: int, **config: 
     values = {"keep_last": 2, "keep_best": 0, "replicas": replicas, **config}
     own = TorchCollectives(ranks, own=True)
     root = root_of(base, hosts[place.rank // per_host])
-    return SpreadManager(root, TorchCollectives(ranks), own, CheckpointConfig(**values))
+    return SpreadManager(root, TorchCollectives(ranks), own, CheckpointConfig(**values), disk)
 
 
 def save_steps(base: str, hosts: list[int], per_host: int, replicas: int, steps: list[int]) -> int:
