@@ -155,6 +155,9 @@ class CheckpointManager:
         steps = [self._committed.get() for _ in range(self._committed.qsize())]
         return [(step, layout.step_folder(self.root, step)) for step in steps]
 
+    def complete(self) -> None:
+        """Bring the whole newest checkpoint to rank 0's disk, where it is not. Collective."""
+
     def finish(self, last: bool = False) -> None:
         """Wait until all saves that were begun have ended, and hear how, on every rank.
 

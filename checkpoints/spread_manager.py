@@ -300,8 +300,25 @@ class SpreadManager(CheckpointManager):
                 found[folder.name] = manifest.to_json()
         return found
 
-    def _completed(self, candidate: _Candidate) -> str | None:
-        """Give every host all files of a checkpoint, under its name; return why that is impossible."""
+    def complete(self) -> None:
+        """Bring all files of the newest checkpoint to rank 0's host; what fails is told, and costs nothing else."""
+        folder = layout.step_folder(self.root, self._begun)
+
+        def lacking() -> bool:
+            return any(not (folder / record.name).exists() for record in read_manifest(folder).files)
+
+        try:
+            if self._begun < 0 or not self._together.on_main("complete", lacking):
+                return
+            candidate = next(found for found in self._candidates() if found.manifest.step == self._begun)
+            fault = self._completed(candidate, only_main=True)
+        except CheckpointError as error:
+            fault = str(error)
+        if fault is not None and self._comm.ranks.is_main:
+            log.warning("the last checkpoint could not be brought together in %s: %s", folder, fault)
+
+    def _completed(self, candidate: _Candidate, only_main: bool = False) -> str | None:
+        """Give every host, or rank 0's, all files of a checkpoint under its name; return why that is impossible."""
         manifest = candidate.manifest
         mine = [*candidate.folders.get(self._host, ()), *self._without_manifest(manifest.step)]
         by_rank = self._together.everywhere("verify", lambda: self._sound(manifest, mine) if self._leads else {})
@@ -312,7 +329,7 @@ class SpreadManager(CheckpointManager):
         self._together.everywhere("prepare", lambda: self._place(manifest, have[self._host]) if self._leads else None)
         faults: list[Exception] = []
         target = layout.step_folder(self.root, manifest.step)
-        for record, source, to in self._missing(manifest.files, have):
+        for record, source, to in self._missing(manifest.files, have, only_main):
             if self._leads and self._host == source:
                 send_file(self._exchange, target, record, self._hosts.leaders[to])
             elif self._leads and self._host == to:
@@ -337,14 +354,14 @@ class SpreadManager(CheckpointManager):
         return found
 
     def _missing(
-        self, records: Iterable[FileRecord], have: Sequence[Mapping[str, str]]
+        self, records: Iterable[FileRecord], have: Sequence[Mapping[str, str]], only_main: bool
     ) -> list[tuple[FileRecord, int, int]]:
         """Return (file, host that has it, host that lacks it) for all that must be sent."""
         return [
             (record, next(at for at, files in enumerate(have) if record.name in files), to)
             for record in records
             for to, files in enumerate(have)
-            if record.name not in files
+            if record.name not in files and (to == 0 or not only_main)
         ]
 
     def _sound(self, manifest: Manifest, folders: Sequence[str]) -> dict[str, str]:

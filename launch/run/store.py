@@ -89,6 +89,10 @@ class RunStore:
         """Return whether a save has failed on this rank since the last `finish`."""
         return self._manager.failed()
 
+    def complete(self) -> None:
+        """Bring the whole newest checkpoint to rank 0's disk."""
+        self._manager.complete()
+
     def finish(self, last: bool = False) -> None:
         """Wait until what was begun is durable; raise on all ranks if it failed on any."""
         self._manager.finish(last)

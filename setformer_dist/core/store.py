@@ -143,6 +143,10 @@ class CheckpointStore(Protocol):
         """Wait at most so long until the newest checkpoint is copied; return whether nothing is left to wait for."""
         ...
 
+    def complete(self) -> None:
+        """Bring the whole newest checkpoint to rank 0's disk, for what follows the run. Collective."""
+        ...
+
     def finish(self, last: bool = False) -> None:
         """Wait until what was begun is durable.
 

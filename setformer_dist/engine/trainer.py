@@ -147,6 +147,8 @@ class Trainer:
             signum = self._steps_until(last_step, vote, progress)
             if signum is not None or self._state.step == self._total_steps:
                 self._finish_copies(signum, vote)
+            if signum is None and self._state.step == self._total_steps:
+                c.store.complete()
             self._state.seconds = time.perf_counter() - self._started
             c.record.note("spent", step=self._state.step, seconds=self._clock.take()[0])
             self._steps.restart_clock()

@@ -15,7 +15,7 @@ from launch.testing.commands import ROOT, losses, setformer, train_words
 from launch.testing.hosts import Cluster, why_impossible
 
 REASON = why_impossible()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.drill, pytest.mark.hosts]
 
 
 def start(cluster: Cluster, words: list[str], hosts: str = "a:1,b:1") -> subprocess.Popen[str]:

@@ -62,6 +62,17 @@ def save_steps(base: str, hosts: list[int], per_host: int, replicas: int, steps:
     return -1 if found is None else found.step
 
 
+def save_and_complete(base: str) -> list[bool]:
+    manager = joined(base, [0, 1, 2, 3], 1, 1)
+    ranks = RankInfo.from_env()
+    manager.save(Snapshot(1, share(ranks.rank, 4, 1), {"step": 1}, {}), IDENTITY)
+    folder = root_of(base, ranks.rank) / "step-00000001"
+    before = len(list(folder.iterdir()))
+    manager.complete()
+    disconnect()
+    return [before == 4, len(list(folder.iterdir())) == 6]  # manifest, trainer.json, two of four rank files
+
+
 def resume(base: str, hosts: list[int], per_host: int, replicas: int) -> list[Any]:
     manager = joined(base, hosts, per_host, replicas)
     found = manager.newest()
@@ -150,6 +161,11 @@ def test_too_many_lost_disks_begin_no_run_anew(tmp_path: Path) -> None:
 def test_a_shared_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RanksFailedError, match="is for hosts with a disk each, but the hosts of ranks"):
         run_ranks(save_steps, 2, str(tmp_path), [0, 0], 1, 1, [1])
+
+
+def test_at_its_end_a_run_has_the_whole_newest_checkpoint_where_rank_0_is(tmp_path: Path) -> None:
+    assert run_ranks(save_and_complete, 4, str(tmp_path)) == [[True, True], *[[True, False]] * 3]
+    verify(root_of(str(tmp_path), 0) / "step-00000001")
 
 
 @pytest.mark.parametrize("hosts", range(1, 9))
