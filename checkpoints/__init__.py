@@ -13,6 +13,11 @@ becomes a checkpoint, step by step, is the docstring of `commit`.
     policy.py            which checkpoints stay: a pure function, tested without a disk
     rankfile.py          fragments in the safetensors format, written and read by our own few lines
     strictjson.py        `core.strictjson` for checkpoints: what it refuses is damage
+    copies.py            copies in an object store: listed, read, verified
+    fetch.py             a copy becomes a checkpoint of the run's own folder again
+    mirror.py            how copies are made behind training; its docstring is the protocol
+    objects.py           every operation on an object store, in one place, where tests make each of them fail
+    together.py          work of several ranks that ends with every rank knowing whether every other one succeeded
     commit.py            the commit protocol: how the files of all ranks become one checkpoint, or nothing
     disk.py              every operation on the disk, in one place, where tests make each of them fail
     manager.py           the only class of this package that the engine sees: save, find the newest that verifies, load

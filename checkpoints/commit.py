@@ -107,6 +107,8 @@ class Attempt:
         name: random, new for each attempt.
         ranks: this process's place.
         replaces: whether it replaces a checkpoint of this step that verifies.
+        replaces: takes the place of a checkpoint of this step that verifies.
+        copied: a copy in the object store is made of it (mirror.py).
     """
 
     root: Path
@@ -114,6 +116,7 @@ class Attempt:
     name: str
     ranks: RankInfo
     replaces: bool = False
+    copied: bool = False
 
     @property
     def folder(self) -> Path:
@@ -153,6 +156,7 @@ class Save:
         patience_s: how long to wait for the other ranks.
         before: the save that must have ended first.
         after_commit: rank 0: step 17.
+        after_word: other ranks: what follows step 7.
         free: called when the payload's memory is no longer needed.
 
     Attributes:
@@ -166,8 +170,9 @@ class Save:
         disk: Disk,
         patience_s: float,
         before: Save | None,
-        after_commit: Callable[[int], None],
+        after_commit: Callable[[Attempt], None],
         free: Callable[[], None],
+        after_word: Callable[[Attempt], None] = lambda attempt: None,
     ) -> None:
         self.attempt = attempt
         self.failure: Failure | None = None
@@ -176,6 +181,7 @@ class Save:
         self._patience_s = patience_s
         self._before = before
         self._after_commit = after_commit
+        self._after_word = after_word
         self._free = free
         self._last_moment = math.inf
         self._thread: threading.Thread | None = None
@@ -214,9 +220,9 @@ class Save:
                 "saving the checkpoint of step %d failed and is abandoned: %s", self.attempt.step, self.failure.text
             )
             self._say_error(self.failure)
-            discard(self.attempt, self._disk)
+            self._drop()
         except BaseException:
-            discard(self.attempt, self._disk)
+            self._drop()
             raise
 
     def _work(self) -> None:
@@ -230,14 +236,18 @@ class Save:
             self._free()
         if self.attempt.ranks.is_main:
             self._commit(payload, [record, *self._others()])
-            self._after_commit(self.attempt.step)
+            self._after_commit(self.attempt)
         else:
             self._say({"record": record.model_dump()})
+            self._after_word(self.attempt)
 
     def _write(self, payload: Payload) -> FileRecord:
         ranks = self.attempt.ranks
         path = self.attempt.folder / layout.rank_file(ranks.rank, ranks.world_size)
         return write_rank_file(self._disk, path, payload.header, payload.parts)
+
+    def _drop(self) -> None:
+        discard(self.attempt, self._disk)
 
     # The ranks' words.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 import pydantic
@@ -27,6 +28,13 @@ class CheckpointConfig(FrozenConfig):
         on_disk_full: "stop" ends the run with an error when the disk has no room for a checkpoint; "continue" warns and
             keeps the previous one. The last checkpoint of a run must always find room.
         write_timeout_minutes: how long rank 0 waits for the other ranks' files before it gives up on a checkpoint.
+        mirror: URL of a folder in an object store (s3://bucket/runs, or any other that fsspec knows) to which each
+            checkpoint is copied behind training, below the run's name; "" for none. A run whose folder has no
+            checkpoint resumes from the newest copy. Credentials are those that the store's client finds.
+        mirror_minutes: how long one copy may take, tries included, and how long the end of a run waits for the last.
+        replicas: 0 where the run folder is on storage that all hosts share. Otherwise each host has a disk of its own
+            below the same path, and each file of a checkpoint is also written to so many other hosts: the loss of as
+            many hosts' disks loses nothing.
         allow_changes: what may differ between a run and its continuation although it changes the results.
             "global_batch" continues at the sample where the run stopped, which must be the start of a step of the
             new size. No sample is lost or repeated, but later steps hold other samples than without the change, and
@@ -45,7 +53,17 @@ class CheckpointConfig(FrozenConfig):
     max_in_flight: int = Field(default=1, ge=1)
     on_disk_full: Literal["stop", "continue"] = "stop"
     write_timeout_minutes: float = Field(default=10.0, gt=0)
+    mirror: str = ""
+    mirror_minutes: float = Field(default=30.0, gt=0)
+    replicas: int = Field(default=0, ge=0)
     allow_changes: tuple[Literal["global_batch", "data"], ...] = Field(default=(), strict=False)
+
+    @pydantic.field_validator("mirror")
+    @classmethod
+    def _folder_url(cls, value: str) -> str:
+        if value:
+            check_url(value)
+        return value
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -58,3 +76,19 @@ class CheckpointConfig(FrozenConfig):
     def due(self, step: int) -> bool:
         """Whether a checkpoint is due after `step` optimizer steps."""
         return step > 0 and step % self.every_steps == 0
+
+
+_URL = re.compile(r"([a-z][a-z0-9+.-]*)://[^?#\s]*[^?#\s/]/*")
+
+
+def check_url(value: str) -> None:
+    """Check that a text is the URL of a folder to which objects can be written.
+
+    Raises:
+        ValueError: it is not.
+    """
+    match = _URL.fullmatch(value)
+    if match is None or "::" in value:
+        raise ValueError("must be the URL of a folder, such as s3://bucket/runs")
+    if match[1] in ("http", "https"):
+        raise ValueError("is an http address, which takes no files: name a store such as s3://bucket/runs")

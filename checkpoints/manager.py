@@ -31,23 +31,27 @@ from checkpoints.commit import (
     describe,
     discard,
     disk_full,
-    is_transient,
     put_aside,
     restore_replaced,
 )
 from checkpoints.config import CheckpointConfig
+from checkpoints.copies import Copy, step_of_copy
 from checkpoints.digest import Seen
 from checkpoints.disk import Disk
 from checkpoints.errors import DamagedError, StorageError
+from checkpoints.fetch import fetched
 from checkpoints.identity import Identity, digest_json
 from checkpoints.manifest import Manifest, examine_files, read_manifest, size_faults
+from checkpoints.mirror import Mirror
+from checkpoints.objects import Objects
 from checkpoints.policy import ASIDE_KEPT, best_first, steps_to_delete
 from checkpoints.rankfile import Layout, fragment_key, host_memory, image_parts
 from checkpoints.reader import Checkpoint, Entry, Skipped, candidates, check_rank_files, list_checkpoints, verify
+from checkpoints.together import Together
 from setformer_dist.core.comm import Collectives
 from setformer_dist.core.errors import CheckpointError, SetformerError
 from setformer_dist.core.fragments import Fragment
-from setformer_dist.core.store import Snapshot
+from setformer_dist.core.store import CopyEvent, Snapshot
 
 _log = logging.getLogger(__name__)
 
@@ -63,17 +67,30 @@ class CheckpointManager:
         skipped: what the last search skipped, with reasons.
     """
 
-    def __init__(self, root: Path, comm: Collectives, config: CheckpointConfig, disk: Disk | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        comm: Collectives,
+        config: CheckpointConfig,
+        disk: Disk | None = None,
+        objects: Objects | None = None,
+    ) -> None:
         self.root = root
         self.skipped: list[Skipped] = []
         self._comm = comm
+        self._together = Together(comm, root)
         self._config = config
         self._disk = disk or Disk()
         self._saves: list[Save] = []
         self._failures: list[Failure] = []  # of saves that could not even begin
         self._images: list[torch.Tensor] = []
+        self._tried_copy: int | None = None  # step of the last that was copied at the end
+        self._newest: int | None = None  # step of the newest that is committed; rank 0's
         self._begun = -1  # step of the last save that was begun
         self._committed: queue.SimpleQueue[int] = queue.SimpleQueue()  # steps, from rank 0's writing threads
+        self._objects = objects
+        self._probed = False
+        self._mirror = Mirror(objects, root, comm.ranks, config) if objects is not None else None
 
     # Saving.
 
@@ -96,9 +113,9 @@ class CheckpointManager:
         Args and errors: as `save`.
         """
         reason = "its number is of another count of steps: the run continues with another global batch or other data"
-        self._on_main("put aside", lambda: self._supersede(lambda old: old == snapshot.step, reason))
+        self._together.on_main("put aside", lambda: self._supersede(lambda old: old == snapshot.step, reason))
         folder = self.save(snapshot, identity)
-        self._on_main("put aside", lambda: self._supersede(lambda old: old > snapshot.step, reason))
+        self._together.on_main("put aside", lambda: self._supersede(lambda old: old > snapshot.step, reason))
         return folder
 
     def _supersede(self, which: Callable[[int], bool], reason: str) -> None:
@@ -137,6 +154,9 @@ class CheckpointManager:
         """Return the steps and folders that became durable since the last call; rank 0 alone knows. Does not wait."""
         steps = [self._committed.get() for _ in range(self._committed.qsize())]
         return [(step, layout.step_folder(self.root, step)) for step in steps]
+
+    def complete(self) -> None:
+        """Bring the whole newest checkpoint to rank 0's disk, where it is not. Collective."""
 
     def finish(self, last: bool = False) -> None:
         """Wait until all saves that were begun have ended, and hear how, on every rank.
@@ -178,6 +198,33 @@ class CheckpointManager:
         elif self._comm.ranks.is_main:
             _log.warning("%s; training continues with the checkpoint before it (checkpoint.on_disk_full)", message)
 
+    def copies(self) -> Sequence[CopyEvent]:
+        """Return what became of copies in the object store since the last call; rank 0 alone knows. Does not wait."""
+        return self._mirror.events() if self._mirror is not None else ()
+
+    def finish_copies(self, seconds: float) -> bool:
+        """Wait at most so long for the copy of the newest checkpoint, which begins here if it has not been copied.
+
+        Collective. Return whether there is nothing left to wait for, the same on every rank.
+        """
+        mirror = self._mirror
+        if mirror is None:
+            return True
+
+        def look() -> dict[str, object]:
+            mirror.wait(seconds)
+            if mirror.busy:
+                return {"done": False, "attempt": None}
+            if self._newest is None or self._newest in (mirror.newest_copied, self._tried_copy):
+                return {"done": True, "attempt": None}
+            return {"done": False, "attempt": secrets.token_hex(4), "step": self._newest}
+
+        told = self._together.on_main("copy", look)
+        if told["attempt"] is not None:
+            self._tried_copy = told["step"]
+            mirror.start(told["step"], told["attempt"])
+        return bool(told["done"])
+
     def close(self) -> None:
         """Wait for this rank's threads after an error; no communication. For the other ranks' files not long."""
         for save in self._saves:
@@ -185,13 +232,15 @@ class CheckpointManager:
         for save in self._saves:
             save.wait()
         self._saves.clear()
+        if self._mirror is not None:
+            self._mirror.give_up()
 
     def _begin(self, snapshot: Snapshot, identity: Identity, asynchronous: bool, replace: bool = False) -> Path:
         step = snapshot.step
         self._wait_for_room()
         self._begun = step
         ranks = self._comm.ranks
-        told = self._on_main("prepare", lambda: self._prepare(step, snapshot.trainer, replace))
+        told = self._together.on_main("prepare", lambda: self._prepare(step, snapshot.trainer, replace))
         folder = layout.step_folder(self.root, step)
         if told["full"] is not None:
             self._failures.append(Failure(step, told["full"], disk_full=True))
@@ -200,7 +249,7 @@ class CheckpointManager:
             return folder
         identity = identity.model_copy(update={"world_size": ranks.world_size})
         manifest = Manifest(step, _now(), identity, (), dict(snapshot.metrics), tuple(snapshot.tags))
-        attempt = Attempt(self.root, step, told["attempt"], ranks, told["replaces"])
+        attempt = Attempt(self.root, step, told["attempt"], ranks, told["replaces"], told["copied"])
         payload: Payload | Exception
         image: list[torch.Tensor] = []
         try:
@@ -212,12 +261,17 @@ class CheckpointManager:
         except BaseException:  # a peer's death in the middle of a collective included
             discard(attempt, self._disk)
             raise
-        patience_s = 60 * self._config.write_timeout_minutes
         before = self._saves[-1] if self._saves else None
         free = functools.partial(self._images.extend, image)
-        self._saves.append(Save(attempt, payload, self._disk, patience_s, before, self._after_commit, free))
+        self._saves.append(self._new_save(attempt, payload, before, free))
         self._saves[-1].start(in_background=asynchronous)
         return folder
+
+    def _new_save(
+        self, attempt: Attempt, payload: Payload | Exception, before: Save | None, free: Callable[[], None]
+    ) -> Save:
+        patience_s = 60 * self._config.write_timeout_minutes
+        return Save(attempt, payload, self._disk, patience_s, before, self._after_commit, free, self._copy)
 
     def _wait_for_room(self) -> None:
         """Back-pressure: wait until at most `max_in_flight` − 1 copies are about; keep failures for `finish`."""
@@ -246,7 +300,12 @@ class CheckpointManager:
             if not disk_full(error):
                 raise
             return {"attempt": None, "full": f"rank 0: {describe(error)}"}
-        return {"attempt": name, "replaces": there, "full": None}
+        return {"attempt": name, "replaces": there, "full": None, "copied": self._may_copy()}
+
+    def _may_copy(self) -> bool:
+        """Whether nothing else is being copied, nor will be once it is committed."""
+        soon = any(save.running and save.attempt.copied for save in self._saves)
+        return self._mirror is not None and not self._mirror.busy and not soon
 
     def _sweep(self) -> None:
         """Make the root, and remove what killed attempts left in it."""
@@ -278,9 +337,9 @@ class CheckpointManager:
         def tell() -> dict[str, Any]:
             mine.extend(fragments)
             keys = digest_json(sorted(fragment_key(f) for f in mine))
-            return {"step": attempt.step, "keys": keys, "sees": attempt.folder.is_dir()}
+            return {"step": attempt.step, "keys": keys, "sees": self._sees(attempt)}
 
-        answers = self._everywhere("collect", tell)
+        answers = self._together.everywhere("collect", tell)
         if any(answer["step"] != attempt.step for answer in answers):
             raise CheckpointError(f"ranks save different steps: {[answer['step'] for answer in answers]}")
         blind = [rank for rank, answer in enumerate(answers) if not answer["sees"]]
@@ -293,6 +352,10 @@ class CheckpointManager:
         if ranks.world_size > 1 and all(answer["keys"] == answers[0]["keys"] for answer in answers):
             return [_cut(f, ranks.rank, ranks.world_size) for f in mine]
         return mine
+
+    def _sees(self, attempt: Attempt) -> bool:
+        """Whether this rank sees what rank 0 has made."""
+        return attempt.folder.is_dir()
 
     def _payload(
         self,
@@ -321,21 +384,31 @@ class CheckpointManager:
             return torch.empty(placed.nbytes, dtype=torch.uint8, pin_memory=True)
         return host_memory(placed.nbytes)
 
-    def _after_commit(self, step: int) -> None:
+    def _after_commit(self, attempt: Attempt) -> None:
         """Rank 0, in the thread that wrote: note what became durable, and delete what may go."""
-        self._committed.put(step)
-        self._apply_policy(step)
+        self._committed.put(attempt.step)
+        self._newest = attempt.step
+        self._copy(attempt)
+        self._apply_policy(attempt.step)
+
+    def _copy(self, attempt: Attempt) -> None:
+        """Begin this rank's part of the copy in the object store."""
+        if attempt.copied and self._mirror is not None:
+            self._mirror.start(attempt.step, attempt.name, attempt.folder)
 
     def _apply_policy(self, step: int) -> None:
         """Rank 0: delete what may go. A failure costs space, not the run, so it only warns."""
         try:
             for old in steps_to_delete(candidates(self.list()), step, self._config):
                 delete_checkpoint(layout.step_folder(self.root, old), self._disk)
-            for aside in layout.put_aside(self.root)[:-ASIDE_KEPT]:
-                self._disk.remove_tree(aside)
-                self._disk.remove(layout.reason_file(aside))
+            self._thin_aside()
         except (OSError, CheckpointError) as error:
             _log.warning("old checkpoints in %s could not all be deleted: %s", self.root, error)
+
+    def _thin_aside(self) -> None:
+        for aside in layout.put_aside(self.root)[:-ASIDE_KEPT]:
+            self._disk.remove_tree(aside)
+            self._disk.remove(layout.reason_file(aside))
 
     # Finding.
 
@@ -356,7 +429,53 @@ class CheckpointManager:
         """
         if self._comm.gather_json(bool(self._saves)).count(True):
             self.finish()
-        return self._first_sound(lambda entries: entries, accept)
+        found = self._first_sound(lambda entries: entries, accept)
+        if self._objects is None:
+            return found
+        self._together.on_main("copy", self._probe)
+        found = self._fetched(self._objects, found, accept) or found
+        if found is not None and self._mirror is not None and self._comm.ranks.is_main:
+            self._mirror.catch_up(found.step)
+        return found
+
+    def _probe(self) -> None:
+        """Rank 0: find out before training what nobody would see before the first copy, a bucket that is not there."""
+        if self._objects is None or self._probed:
+            return
+        try:
+            self._objects.probe()
+        except StorageError as error:  # it may pass, and a copy is tried again
+            _log.warning("%s; the run goes on", error)
+        self._probed = True
+
+    def _fetched(self, objects: Objects, found: Checkpoint | None, accept: Accept | None) -> Checkpoint | None:
+        """Return a copy from the object store where the run's folder has no checkpoint, or lost a newer one to damage.
+
+        What lies in the folder is preferred otherwise: the run may have gone back to it, and copies of later steps are
+        then of a branch that it has left.
+        """
+        lost = {layout.step_of(skipped.path) for skipped in self.skipped} - {None}
+
+        def wanted(copy: Copy) -> bool:
+            step = step_of_copy(copy.name)
+            return found is None or (step in lost and step is not None and step > found.step)
+
+        if found is not None and not any(step > found.step for step in lost if step is not None):
+            return None
+        search = _Search()
+        for folder in fetched(objects, self.root, self._together, self._disk, wanted):
+            taken = self._tried_folder(folder, accept, search)
+            if taken is not None:
+                if self._mirror is not None and self._comm.ranks.is_main:
+                    self._mirror.tell(
+                        CopyEvent(taken.step, objects.shown, taken.step, taken.manifest.size, fetched=True)
+                    )
+                return taken
+            if search.refused:  # it is of another run; it stays in the store, and not here
+                if self._comm.ranks.is_main:
+                    delete_checkpoint(folder, self._disk)
+                raise CheckpointError(f"{search.refused[0][1]} (it was fetched from {objects.shown})")
+        return None
 
     def newest_before(self, step: int, reason: str, accept: Accept | None = None) -> Checkpoint | None:
         """Return the newest checkpoint below a step that verifies, the same on every rank, or None.
@@ -376,7 +495,7 @@ class CheckpointManager:
             self.finish()
         found = self._first_sound(lambda entries: [e for e in entries if (layout.step_of(e.path) or 0) < step], accept)
         if found is not None:
-            self._on_main("put aside", lambda: self._supersede(lambda old: old >= step, reason))
+            self._together.on_main("put aside", lambda: self._supersede(lambda old: old >= step, reason))
         return found
 
     def best(self) -> Checkpoint | None:
@@ -394,7 +513,7 @@ class CheckpointManager:
         Raises:
             CheckpointError: see `Checkpoint.load_into`.
         """
-        self._everywhere("load", lambda: checkpoint.load_into(fragments))
+        self._together.everywhere("load", lambda: checkpoint.load_into(fragments))
 
     def list(self) -> Sequence[Entry]:
         """Return what is in the folder, newest first, checked by manifest and sizes; no communication."""
@@ -418,7 +537,7 @@ class CheckpointManager:
             return [entry.path.name for entry in choose(self.list()) if entry.path.name in new] if new else []
 
         for which in (names, adopted):
-            for name in self._on_main("list", which):
+            for name in self._together.on_main("list", which):
                 found = self._tried_folder(self.root / name, accept, search)
                 if found is not None:
                     return found
@@ -467,21 +586,23 @@ class CheckpointManager:
                 raise DamagedError("; ".join(faults))
             return manifest.to_json()
 
-        told = self._on_main("examine", lambda: _judged(read))
+        told = self._together.on_main("examine", lambda: _judged(read))
         manifest = Manifest.from_json(_usable(told), str(folder / layout.MANIFEST))
         ranks = self._comm.ranks
         share = manifest.files[ranks.rank :: ranks.world_size]
-        by_rank = self._everywhere("verify", lambda: dataclasses.asdict(examine_files(folder, manifest, share)))
+        by_rank = self._together.everywhere(
+            "verify", lambda: dataclasses.asdict(examine_files(folder, manifest, share))
+        )
         self._check_shared(folder, by_rank)
         faults = [fault for told in by_rank for fault in told["faults"]]
         unread = [fault for told in by_rank for fault in told["unread"]]
         if faults or unread:
             raise _UnusableError("; ".join([*faults, *unread]), "damaged" if faults else "unread")
         world_size = manifest.identity.world_size
-        _usable(self._on_main("examine", lambda: _judged(lambda: check_rank_files(folder, world_size))))
+        _usable(self._together.on_main("examine", lambda: _judged(lambda: check_rank_files(folder, world_size))))
         seen = {name: Seen(**values) for told in by_rank for name, values in told["seen"].items()}
         if accept is not None:
-            _usable(self._on_main("examine", lambda: _accepted(accept, Checkpoint(folder, manifest, seen))))
+            _usable(self._together.on_main("examine", lambda: _accepted(accept, Checkpoint(folder, manifest, seen))))
         return Checkpoint(folder, manifest, seen)
 
     def _check_shared(self, folder: Path, by_rank: Sequence[dict[str, Any]]) -> None:
@@ -493,7 +614,7 @@ class CheckpointManager:
         absent = {name: rank for rank, told in enumerate(by_rank) for name in told["missing"] if rank}
         if not absent:
             return
-        there = self._on_main("examine", lambda: [name for name in absent if (folder / name).exists()])
+        there = self._together.on_main("examine", lambda: [name for name in absent if (folder / name).exists()])
         if there:
             blind = ", ".join(map(str, sorted({absent[name] for name in there})))
             raise CheckpointError(
@@ -507,39 +628,6 @@ class CheckpointManager:
         except (OSError, ValueError) as error:  # any content: it must not stop a resume
             return f"could not be put aside ({error})"
         return f"moved to {self.root / layout.ASIDE}"
-
-    # Telling everyone.
-
-    def _everywhere(self, what: str, work: Callable[[], Any]) -> Sequence[Any]:
-        """Do something on every rank, return all results on all, or raise on all if it failed on any."""
-        answer, cause = _tried(work)
-        answers = self._comm.gather_json(answer)
-        failed = [f"rank {r}: {a['error']}" for r, a in enumerate(answers) if "error" in a]
-        if failed:
-            transient = all(a["transient"] for a in answers if "error" in a)
-            message = f"could not {what} the checkpoint in {self.root}: {'; '.join(failed)}"
-            raise (StorageError if transient else CheckpointError)(message) from cause
-        return [a["value"] for a in answers]
-
-    def _on_main(self, what: str, work: Callable[[], Any]) -> Any:
-        """Do something on rank 0 alone and give its result to all, or raise on all if it failed."""
-        answer: dict[str, object] = {}
-        cause: Exception | None = None
-        if self._comm.ranks.is_main:
-            answer, cause = _tried(work)
-        answer = self._comm.broadcast_json(answer)
-        if "error" in answer:
-            message = f"could not {what} the checkpoint in {self.root}: {answer['error']}"
-            raise (StorageError if answer["transient"] else CheckpointError)(message) from cause
-        return answer["value"]
-
-
-def _tried(work: Callable[[], object]) -> tuple[dict[str, object], Exception | None]:
-    """Return what work returned, or how it failed, as JSON for the other ranks, and the error itself."""
-    try:
-        return {"value": work()}, None
-    except Exception as error:  # noqa: BLE001 — any error: the other ranks must learn of it
-        return {"error": describe(error), "transient": is_transient(error)}, error
 
 
 class _UnusableError(Exception):

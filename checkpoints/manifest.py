@@ -88,6 +88,13 @@ class Manifest:
         return body | {"sha256": digest_json(body)}
 
     @classmethod
+    def parts_of(cls, value: Mapping[str, Any]) -> Manifest:
+        """Return what another rank of this run made by `to_json`, whose files are still to come."""
+        metrics = {k: math.nan if v is None else float(v) for k, v in value["metrics"].items()}
+        identity = Identity.model_validate(value["identity"])
+        return cls(value["step"], value["created"], identity, (), metrics, tuple(value["tags"]))
+
+    @classmethod
     def from_json(cls, value: Any, source: str) -> Manifest:
         """Check and read what `to_json` made.
 

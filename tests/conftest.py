@@ -14,6 +14,7 @@ from launch.drill.mounts import keep_mounts_private
 from launch.examples.demo import write_digits
 from launch.ranks.environment import usable_cores
 from launch.testing.commands import end_all
+from tests.unit.s3 import S3
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,3 +57,14 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data is not here: {folder} (set SETFORMER_SHARED_DATA)")
     return folder
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+    """A real S3 server on loopback with a bucket, and the environment by which clients find it."""
+    server = S3()
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    server.make_bucket()
+    yield server
+    server.stop()

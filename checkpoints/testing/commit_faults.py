@@ -14,10 +14,10 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -34,7 +34,7 @@ from setformer_dist.core.ranks import RankInfo
 from setformer_dist.core.store import Snapshot
 
 _NUMEL = 1000
-_IDENTITY = Identity(model="m")
+IDENTITY = Identity(model="m")
 _ALL = ("exception", "killed", "slow")
 _WRITING = ("exception", "disk full", "short write", "killed", "slow")
 
@@ -152,15 +152,15 @@ def run_case(folder: Path, case: Case, asynchronous: bool = True) -> Found:
         TimeoutError: a rank did not end within half a minute.
     """
     root = folder / "checkpoints"
-    told = _two_ranks(root, case, asynchronous)
+    told = two_ranks(lambda rank, end, report: _as_rank(root, rank, end, case, asynchronous, report))
     if case.damaged:
         _damage(root, case.damaged)
     manager = CheckpointManager(root, Alone(), CheckpointConfig(keep_last=1, keep_best=0))
     checkpoint = manager.newest()
     step = -1 if checkpoint is None else checkpoint.step
     whole = checkpoint is not None and checkpoint.trainer == {"step": step}
-    whole = whole and torch.equal(checkpoint.read_full()["w"], _values(step))  # type: ignore[union-attr]
-    manager.save(Snapshot(3, [Fragment("w", "param", 0, (_NUMEL,), _values(3))], {"step": 3}, {}), _IDENTITY)
+    whole = whole and torch.equal(checkpoint.read_full()["w"], values_of(step))  # type: ignore[union-attr]
+    manager.save(Snapshot(3, [Fragment("w", "param", 0, (_NUMEL,), values_of(3))], {"step": 3}, {}), IDENTITY)
     after = manager.newest()
     return Found(step, whole, told, after is not None and after.step == 3 and not layout.leftovers(root))
 
@@ -172,16 +172,18 @@ def _damage(root: Path, pattern: str) -> None:
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
 
 
-def _values(step: int) -> torch.Tensor:
+def values_of(step: int) -> torch.Tensor:
+    """Return the values that are saved at a step."""
     return torch.arange(_NUMEL, dtype=torch.float32) + 1000.0 * step
 
 
-def _fragments(rank: int, step: int) -> list[Fragment]:
+def fragments_of(rank: int, step: int) -> list[Fragment]:
+    """Return one of two ranks' half of them."""
     half = _NUMEL // 2
-    return [Fragment("w", "param", rank * half, (_NUMEL,), _values(step)[rank * half : (rank + 1) * half])]
+    return [Fragment("w", "param", rank * half, (_NUMEL,), values_of(step)[rank * half : (rank + 1) * half])]
 
 
-class _PairCollectives:
+class PairCollectives:
     """The collectives of two processes over a pair of sockets; a peer that is gone is an error at once."""
 
     def __init__(self, rank: int, end: socket.socket) -> None:
@@ -189,9 +191,11 @@ class _PairCollectives:
         self._told, self._heard = end.makefile("w"), end.makefile("r")
 
     def barrier(self) -> None:
+        """See Collectives."""
         self.gather_json(None)
 
     def gather_json(self, value: Any) -> list[Any]:
+        """See Collectives."""
         self._told.write(json.dumps(value) + "\n")
         self._told.flush()
         line = self._heard.readline()
@@ -201,11 +205,17 @@ class _PairCollectives:
         return answers if self.ranks.is_main else answers[::-1]
 
     def broadcast_json(self, value: Any) -> Any:
+        """See Collectives."""
         return self.gather_json(value)[0]
 
 
-def _two_ranks(root: Path, case: Case, asynchronous: bool) -> tuple[str, str]:
-    """Fork the two ranks and return how each ended."""
+def two_ranks(be: Callable[[int, socket.socket, int], NoReturn]) -> tuple[str, str]:
+    """Fork two ranks and return how each ended.
+
+    Args:
+        be: is a rank: is given its number, its end of a pair of sockets, and where to write how it ended; does not
+            return.
+    """
     ends = socket.socketpair()
     children, pipes = [], []
     for rank in (0, 1):
@@ -214,7 +224,7 @@ def _two_ranks(root: Path, case: Case, asynchronous: bool) -> tuple[str, str]:
         if pid == 0:
             ends[1 - rank].close()
             os.close(read)
-            _as_rank(root, rank, ends[rank], case, asynchronous, write)
+            be(rank, ends[rank], write)
         os.close(write)
         children.append(pid)
         pipes.append(read)
@@ -243,7 +253,7 @@ def _outcome(pid: int, pipe: int) -> str:
     raise TimeoutError("a rank did not end")
 
 
-def _as_rank(root: Path, rank: int, end: socket.socket, case: Case, asynchronous: bool, report: int) -> None:
+def _as_rank(root: Path, rank: int, end: socket.socket, case: Case, asynchronous: bool, report: int) -> NoReturn:
     """Be one rank: save 1, prepare the ground for the fault, save 2, say how it went, end."""
     text = "failed before the fault"
     try:
@@ -251,20 +261,20 @@ def _as_rank(root: Path, rank: int, end: socket.socket, case: Case, asynchronous
         patience = 0.005 if never_heard else 0.5  # minutes
         config = CheckpointConfig(keep_last=1, keep_best=0, asynchronous=asynchronous, write_timeout_minutes=patience)
         disk = FaultyDisk() if rank == case.rank else Disk()
-        manager = CheckpointManager(root, _PairCollectives(rank, end), config, disk)
-        manager.save(Snapshot(1, _fragments(rank, 1), {"step": 1}, {}), _IDENTITY)
+        manager = CheckpointManager(root, PairCollectives(rank, end), config, disk)
+        manager.save(Snapshot(1, fragments_of(rank, 1), {"step": 1}, {}), IDENTITY)
         if rank == 0:
             (root / ".tmp-step-00000002-dead").mkdir()
             (root / "step-00000002").mkdir()
             (root / "step-00000002" / layout.MANIFEST).write_text("{}")
         manager._comm.barrier()
-        fragments = _fragments(rank, 2)
+        fragments = fragments_of(rank, 2)
         if isinstance(disk, FaultyDisk):
             disk.fault = case.fault
             if case.fault.operation == "copy":
                 fragments = [Fragment("w", "param", 0, (1,), torch.zeros(1, dtype=torch.complex64))]
         try:
-            manager.begin(Snapshot(2, fragments, {"step": 2}, {}), _IDENTITY)
+            manager.begin(Snapshot(2, fragments, {"step": 2}, {}), IDENTITY)
             manager.finish(last=True)
             text = "saved"
         except (CheckpointError, ConnectionError) as error:

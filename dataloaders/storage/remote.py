@@ -16,7 +16,6 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +33,7 @@ from dataloaders.storage.base import (
     UnreadableError,
     insist,
 )
+from setformer_dist.core.bounded import TooLongError, bounded
 
 T = TypeVar("T")
 
@@ -372,19 +372,10 @@ def within(limit: float, work: Callable[[], T]) -> T:
     Raises:
         RetriableError: it did not end in time.
     """
-    answer: Future[T] = Future()
-
-    def do() -> None:
-        try:
-            answer.set_result(work())
-        except BaseException as error:  # noqa: BLE001  (raised where the answer is waited for)
-            answer.set_exception(error)
-
-    # A daemon, and none of an executor's, for which the interpreter would wait at its end.
-    threading.Thread(target=do, name="storage client", daemon=True).start()
-    if not wait((answer,), limit).done:
-        raise RetriableError(f"nothing came for {limit:g} s")
-    return answer.result()
+    try:
+        return bounded(limit, work)
+    except TooLongError:
+        raise RetriableError(f"nothing came for {limit:g} s") from None
 
 
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "created")

@@ -6,5 +6,7 @@ listing.py    `setformer ckpt ls` and `show`: the checkpoints of a run as a tabl
 diff.py       `setformer ckpt diff`: in which parameters, metrics and config keys two checkpoints differ
 prune.py      `setformer ckpt prune`: checkpoints that retention lets go are deleted
 transfer.py   `setformer ckpt export --deepspeed` and `import`: to and from DeepSpeed's own form
+stored.py     `setformer ckpt ls`, `verify` and `fetch` of copies in an object store
 verify.py     `setformer ckpt verify`: every byte of checkpoints read
+progress.py   a bar over the bytes that are read
 """

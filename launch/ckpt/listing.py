@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from checkpoints import layout
-from checkpoints.reader import Entry, checkpoints_folder, list_checkpoints, open_checkpoint
+from checkpoints.manifest import Manifest
+from checkpoints.reader import checkpoints_folder, list_checkpoints, open_checkpoint
 from launch.shown import cell
 from setformer_dist.core.errors import CheckpointError
 from setformer_dist.core.terminal import open_table
@@ -34,32 +36,41 @@ def list_folder(folder: Path, verify: bool, console: Console, as_json: bool = Fa
         raise CheckpointError(f"{folder} holds no checkpoints: name a run's folder, such as runs/demo")
     faulty = sum(entry.fault is not None for entry in entries)
     if as_json:
-        print(json.dumps([_line(entry) for entry in entries], indent=2))
+        print(json.dumps([line_of(str(entry.path), entry.manifest, entry.fault) for entry in entries], indent=2))
         return faulty
-    table = open_table("step", "written", "ranks", "ZeRO", "MiB", "metrics", "state")
+    table = table_of_checkpoints()
     for entry in entries:
-        manifest = entry.manifest
-        if manifest is None:
-            table.add_row(cell(entry.path.name), "", "", "", "", "", cell(entry.fault, "red"))
-            continue
-        metrics = " ".join(f"{name} {value:.4f}" for name, value in sorted(manifest.metrics.items()))
-        table.add_row(
-            str(manifest.step),
-            cell(manifest.created),
-            str(manifest.identity.world_size),
-            str(manifest.identity.stage),
-            f"{manifest.size / 2**20:.1f}",
-            cell(metrics),
-            cell(entry.fault, "red") if entry.fault else cell("verified", "green") if verify else "complete",
-        )
+        row_of(table, entry.path.name, entry.manifest, entry.fault, verify)
     console.print(table)
     if aside := layout.put_aside(root):
         console.print(f"{len(aside)} that did not verify at a resume: {root / layout.ASIDE}", markup=False)
     return faulty
 
 
-def _line(entry: Entry) -> dict[str, object]:
-    manifest = entry.manifest
+def table_of_checkpoints() -> Table:
+    """Return a table for `row_of`."""
+    return open_table("step", "written", "ranks", "ZeRO", "MiB", "metrics", "state")
+
+
+def row_of(table: Table, name: str, manifest: Manifest | None, fault: str | None, verified: bool) -> None:
+    """Add the row of a checkpoint, or of the copy of one, to a table."""
+    if manifest is None:
+        table.add_row(cell(name), "", "", "", "", "", cell(fault, "red"))
+        return
+    metrics = " ".join(f"{name} {value:.4f}" for name, value in sorted(manifest.metrics.items()))
+    table.add_row(
+        str(manifest.step),
+        cell(manifest.created),
+        str(manifest.identity.world_size),
+        str(manifest.identity.stage),
+        f"{manifest.size / 2**20:.1f}",
+        cell(metrics),
+        cell(fault, "red") if fault else cell("verified", "green") if verified else "complete",
+    )
+
+
+def line_of(path: str, manifest: Manifest | None, fault: str | None) -> dict[str, Any]:
+    """Return the same as JSON."""
     about = {}
     if manifest is not None:
         about = {
@@ -71,7 +82,7 @@ def _line(entry: Entry) -> dict[str, object]:
             "metrics": manifest.to_json()["metrics"],
             "tags": list(manifest.tags),
         }
-    return {"path": str(entry.path), "fault": entry.fault, **about}
+    return {"path": path, "fault": fault, **about}
 
 
 def show(path: Path, console: Console, as_json: bool = False) -> None:

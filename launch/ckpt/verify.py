@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from checkpoints import layout
 from checkpoints.manifest import read_manifest
 from checkpoints.reader import checkpoints_folder, verified
+from launch.ckpt.progress import progress
 from setformer_dist.core.errors import CheckpointError
-from setformer_dist.core.terminal import open_console
 
 
 def verify(path: Path, console: Console, as_json: bool = False) -> int:
@@ -33,7 +30,7 @@ def verify(path: Path, console: Console, as_json: bool = False) -> int:
     answers: list[dict[str, Any]] = []
     total = sum(_bytes_of(folder) for folder in folders)
     began = time.perf_counter()
-    with _progress(console, "verify", total, as_json) as advance:
+    with progress(console, "verify", total, as_json) as advance:
         for folder in folders:
             try:
                 verified(folder, workers=len(os.sched_getaffinity(0)), advance=advance)
@@ -59,13 +56,3 @@ def _bytes_of(folder: Path) -> int:
         return read_manifest(folder).size
     except CheckpointError:
         return 0
-
-
-@contextmanager
-def _progress(console: Console, what: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(
-        *columns, console=open_console(stderr=True, quiet=quiet or console.quiet), transient=True
-    ) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda count: progress.advance(task, count)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from launch.cli.options import CheckpointPath, ImportOption, WeightsOption
+from launch.cli.options import CheckpointPath, ImportOption, StoredPath, WeightsOption
 from launch.run.own_code import bring
 from setformer_dist.core.metric import weights_named
 from setformer_dist.core.terminal import open_console
@@ -23,7 +23,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text
 
 @app.command("ls")
 def ls(
-    folder: RunFolder,
+    folder: StoredPath,
     verify: Annotated[bool, typer.Option("--verify", help="Hash every file, not only sizes.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -32,10 +32,16 @@ def ls(
     Example:
 
         setformer ckpt ls runs/demo --verify
-    """
-    from launch.ckpt import listing
 
-    if listing.list_folder(folder, verify, open_console(), as_json):
+        setformer ckpt ls s3://bucket/runs/demo
+    """
+    from launch.ckpt import listing, stored
+
+    if stored.is_stored(folder):
+        faulty = stored.list_url(folder, verify, open_console(), as_json)
+    else:
+        faulty = listing.list_folder(Path(folder), verify, open_console(), as_json)
+    if faulty:
         raise typer.Exit(_DAMAGED)
 
 
@@ -55,7 +61,7 @@ def show(checkpoint: CheckpointPath, as_json: AsJson = False) -> None:
 
 
 @app.command("verify")
-def verify(checkpoint: CheckpointPath, as_json: AsJson = False) -> None:
+def verify(checkpoint: StoredPath, as_json: AsJson = False) -> None:
     """Read every byte of one or all checkpoints of a run, on all cores; exit code 4 if one does not verify.
 
     Examples:
@@ -63,11 +69,38 @@ def verify(checkpoint: CheckpointPath, as_json: AsJson = False) -> None:
         setformer ckpt verify runs/demo
 
         setformer ckpt verify runs/demo/checkpoints/step-00000440 --json
+
+        setformer ckpt verify s3://bucket/runs/demo
     """
+    from launch.ckpt import stored
     from launch.ckpt import verify as verify_command
 
-    if verify_command.verify(checkpoint, open_console(), as_json):
+    if stored.is_stored(checkpoint):
+        faulty = stored.verify_url(checkpoint, open_console(), as_json)
+    else:
+        faulty = verify_command.verify(Path(checkpoint), open_console(), as_json)
+    if faulty:
         raise typer.Exit(_DAMAGED)
+
+
+@app.command("fetch")
+def fetch(
+    url: Annotated[str, typer.Argument(help="A run's copies in an object store, or one of them.", show_default=False)],
+    dest: Annotated[Path, typer.Argument(help="Folder in which the step's folder is made.", show_default=False)],
+) -> None:
+    """Fetch the newest copy of a checkpoint that verifies from an object store (checkpoint.mirror).
+
+    A run with checkpoint.mirror does so by itself where its folder has no checkpoint.
+
+    Examples:
+
+        setformer ckpt fetch s3://bucket/runs/demo fetched
+
+        setformer ckpt fetch s3://bucket/runs/demo/step-00000440-5f0c21aa fetched
+    """
+    from launch.ckpt import stored
+
+    stored.fetch(url, dest, open_console())
 
 
 @app.command("diff")

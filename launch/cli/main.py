@@ -225,7 +225,8 @@ def _supervise(began: _Start, via: str | None, port: int | None, grace: float, p
         crew: Crew = LocalCrew(args, began.world_size, port, grace, config.launch.warm)
         if specs:
             fits = functools.partial(can_share, config)
-            crew = Fleet(specs, args, folder, config.launch, fits, say, opener(via), port, grace)
+            own_disks = config.checkpoint.replicas > 0
+            crew = Fleet(specs, args, folder, config.launch, fits, say, opener(via), port, grace, own_disks)
         if not config.logging.prometheus:
             return run_supervised(crew, folder, policy, say=say, recorder=recorder)
         from launch.ranks.exposition import Exposition

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.secrets import redacted
 
 ConfigPath = Annotated[
     Path, typer.Argument(help="The run's TOML config, or the name of a shipped one, such as demo.", show_default=False)
@@ -13,7 +17,7 @@ ConfigPath = Annotated[
 ConfigOrRun = Annotated[
     str | None,
     typer.Argument(
-        metavar="PAGE",
+        metavar="CONFIG",
         help="The run's TOML config, or the name of a shipped one, such as demo; none with --from.",
         show_default=False,
     ),
@@ -26,8 +30,27 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Dotted overrides, such as optim.lr=1e-3; ~key takes one away.", show_default=False),
 ]
+
+
+def _local(path: Path) -> Path:
+    """Refuse a URL, which a path does not hold."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise ConfigError(f"{redacted(str(path).replace(':/', '://', 1))} is a URL: `setformer ckpt fetch` it first")
+    return path
+
+
 CheckpointPath = Annotated[
-    Path, typer.Argument(help="A run folder, its checkpoints folder, or one step's folder.", show_default=False)
+    Path,
+    typer.Argument(
+        help="A run folder, its checkpoints folder, or one step's folder.", show_default=False, callback=_local
+    ),
+]
+StoredPath = Annotated[
+    str,
+    typer.Argument(
+        help="A run folder, its checkpoints folder, one step's folder, or the URL of a run's copies.",
+        show_default=False,
+    ),
 ]
 ImportOption = Annotated[
     list[str] | None,

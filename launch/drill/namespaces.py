@@ -43,13 +43,19 @@ def why_impossible() -> str | None:
 class Cluster:
     """Hosts `a`, `b`, `c` … until the end of a with statement.
 
+    Args:
+        hosts: how many.
+        own: an empty folder that is another one, on a disk of its own as it were, on each host; None for none. Here
+            too it is another one; `disk` returns where those of the hosts are.
+
     Attributes:
         names: of the hosts.
         via: a prefix for `--via` that logs in to them.
         folder: with the keys and the ssh config.
     """
 
-    def __init__(self, hosts: int) -> None:
+    def __init__(self, hosts: int, own: Path | None = None) -> None:
+        self._own = own
         self.names = [chr(ord("a") + at) for at in range(hosts)]
         self._tag = f"s{secrets.token_hex(2)}"
         self._net = f"10.{200 + secrets.randbelow(50)}.{secrets.randbelow(250)}"
@@ -61,6 +67,10 @@ class Cluster:
     def address(self, name: str) -> str:
         """Return a host's address."""
         return f"{self._net}.{self.names.index(name) + 1}"
+
+    def disk(self, name: str) -> Path:
+        """Return where the files of a host's own folder are."""
+        return self.folder / f"disk-{name}"
 
     def namespace(self, name: str) -> str:
         """Return a host's network namespace."""
@@ -121,10 +131,13 @@ class Cluster:
         sshd = shutil.which("sshd", path=_PATH)
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # where sshd leaves its privileges
         start = f"hostname {name} && exec {sshd} -D -e -f {self.folder / 'sshd_config'}"
+        if self._own is not None:
+            self.disk(name).mkdir()
+            start = f"mount --bind {self.disk(name)} {self._own} && {start}"
         with (self.folder / f"sshd-{name}.log").open("wb") as log:
             self._daemons.append(
                 subprocess.Popen(
-                    ["ip", "netns", "exec", self.namespace(name), "unshare", "--uts", "sh", "-c", start],
+                    ["ip", "netns", "exec", self.namespace(name), "unshare", "--uts", "--mount", "sh", "-c", start],
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                 )
             )  # fmt: skip

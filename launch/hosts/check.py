@@ -48,7 +48,11 @@ def check_slots(link: Link, slots: int) -> None:
 
 
 def folder_faults(
-    links: Sequence[Link], folder: Path, page: Path | None = None, meanwhile: Callable[[], object] = lambda: None
+    links: Sequence[Link],
+    folder: Path,
+    page: Path | None = None,
+    meanwhile: Callable[[], object] = lambda: None,
+    own_disks: bool = False,
 ) -> dict[str, str]:
     """Find the hosts that do not share the run folder, or have another run config; return a sentence for each.
 
@@ -60,6 +64,7 @@ def folder_faults(
         folder: of the run.
         page: the run config's file, where there is one.
         meanwhile: as in `launch.hosts.link.ask`.
+        own_disks: the folder is another one on each host (checkpoint.replicas), and must only be writable.
     """
     prefix = f"{_MARK}{secrets.token_hex(6)}-"
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +78,7 @@ def folder_faults(
                       if "error" in a}  # fmt: skip
             seen = {link: a["seen"] for link, a in zip(links, answers, strict=True) if link.name not in faults}
             groups = collections.Counter(seen.values())
-            if len(groups) <= 1 or time.monotonic() > limit:
+            if own_disks or len(groups) <= 1 or time.monotonic() > limit:
                 break
             time.sleep(0.2)  # a file system of a network may take a moment to show a new name
     finally:
@@ -82,10 +87,10 @@ def folder_faults(
     digests = {link: a.get("page") for link, a in zip(links, answers, strict=True)}
     first = next((link for link in links if link.name not in faults), links[0])
     for link, view in seen.items():
-        if view != common_view:
+        if view != common_view and not own_disks:
             faults[link.name] = (
                 f"run folder {folder.absolute()} of host {link.name} is not that of the others: put it on a file "
-                "system that all hosts share (run.out)"
+                "system that all hosts share (run.out), or set checkpoint.replicas"
             )
         elif digests[link] != digests[first]:
             faults[link.name] = f"host {link.name} has another {page} than host {first.name}: copy it there"

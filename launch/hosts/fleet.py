@@ -57,6 +57,7 @@ class Fleet:
         reach: opens a channel to a host's agent, as `launch.hosts.reach.opener` says.
         port: at which rank 0 is met; by default a free one.
         grace_s: seconds that ranks have for a checkpoint after a stop signal.
+        own_disks: the run's folder is another one on each host (checkpoint.replicas).
     """
 
     specs: Sequence[HostSpec]
@@ -68,6 +69,7 @@ class Fleet:
     reach: Opener = field(default_factory=lambda: opener(None))
     port: int | None = None
     grace_s: float = 60.0
+    own_disks: bool = False
     _links: dict[str, Link] = field(default_factory=dict)
     _absences: dict[str, _Absence] = field(default_factory=dict)
     _checked: set[str] = field(default_factory=set)
@@ -162,7 +164,7 @@ class Fleet:
                 faults[link.name] = str(error)
         sound = [*self._links.values(), *(link for link in new if link.name not in faults)]
         if len(sound) > 1:
-            found = folder_faults(sound, self.run_folder, Path(self.args[0]), self.show_life)
+            found = folder_faults(sound, self.run_folder, Path(self.args[0]), self.show_life, self.own_disks)
             faults |= {link.name: found[link.name] for link in new if link.name in found}
         return faults
 
@@ -192,7 +194,8 @@ class Fleet:
             elif link.facts:
                 self._back.setdefault(name, self._newest())
         for name, before in self._back.items():
-            if self.config.take_back == "at_once" or self._newest() != before:
+            # Where disks are the hosts' own, this one may see no checkpoint; the ranks save one before they end.
+            if self.own_disks or self.config.take_back == "at_once" or self._newest() != before:
                 return f"host {name} is back"
         return None
 

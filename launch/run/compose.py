@@ -12,8 +12,10 @@ from torch import nn
 
 from checkpoints.identity import Identity
 from checkpoints.manager import CheckpointManager
+from checkpoints.objects import Objects
 from checkpoints.reader import Checkpoint
-from launch.run.config import ResolvedRun
+from checkpoints.spread_manager import SpreadManager
+from launch.run.config import ResolvedRun, RunConfig
 from launch.run.distill import with_teacher
 from launch.run.identity import identity_of, shapes_of
 from launch.run.initial_weights import FirstWeights
@@ -132,7 +134,10 @@ def compose(
         first_weights=first_weights,
     )
     best = Best(c.checkpoint.best_metric, c.checkpoint.best_mode)
-    return Trainer(components, c.eval, best, schedule_steps, c.run.log_every, c.run.seed, c.run.record_samples)
+    copies_s = 60 * c.checkpoint.mirror_minutes
+    return Trainer(
+        components, c.eval, best, schedule_steps, c.run.log_every, c.run.seed, c.run.record_samples, copies_s
+    )
 
 
 def costs_of(run: ResolvedRun, splits: Splits, model: nn.Module) -> Costs:
@@ -158,7 +163,7 @@ def store_of(
     """Return the checkpoints of the run, with the checks of what it may resume from."""
     config = run.config
     return RunStore(
-        CheckpointManager(config.folder / "checkpoints", comm, config.checkpoint),
+        manager_of(config, comm),
         run,
         identity,
         splits.train.classes,
@@ -174,6 +179,16 @@ def store_of(
         ),
         teacher=taught_by,
     )
+
+
+def manager_of(config: RunConfig, comm: TorchCollectives) -> CheckpointManager:
+    """Return what saves and finds checkpoints: on storage that all hosts share, or on a disk of each host."""
+    kept, root = config.checkpoint, config.folder / "checkpoints"
+    objects = Objects(f"{kept.mirror.rstrip('/')}/{config.run.name}") if kept.mirror else None
+    if not kept.replicas:
+        return CheckpointManager(root, comm, kept, objects=objects)
+    background = TorchCollectives(comm.ranks, kept.write_timeout_minutes, own=True)
+    return SpreadManager(root, comm, background, kept, objects=objects)
 
 
 def first_weights_of(run: ResolvedRun, task: Task, model: nn.Module, comm: TorchCollectives) -> FirstWeights | None:

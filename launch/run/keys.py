@@ -57,7 +57,7 @@ UNITS = {
     "eval.every_epochs": _EPOCHS, "eval.every_steps": _STEPS,
     "checkpoint.every_steps": _STEPS, "checkpoint.keep_last": "checkpoints", "checkpoint.keep_every": _STEPS,
     "checkpoint.keep_best": "checkpoints", "checkpoint.max_in_flight": "checkpoints",
-    "checkpoint.write_timeout_minutes": _MINUTES,
+    "checkpoint.write_timeout_minutes": _MINUTES, "checkpoint.mirror_minutes": _MINUTES, "checkpoint.replicas": "hosts",
     "restart.limit": "restarts", "restart.window_minutes": _MINUTES, "restart.backoff_s": _SECONDS,
     "restart.backoff_max_s": _SECONDS, "restart.same_step": "failures", "restart.hang_after_s": _SECONDS,
     "restart.start_after_s": _SECONDS, "restart.save_after_s": _SECONDS,

@@ -18,7 +18,7 @@ from launch.run.imported import is_imported, loadable, trainer_state
 from setformer_dist.core.continuing import agreements
 from setformer_dist.core.errors import CheckpointError
 from setformer_dist.core.fragments import Fragment
-from setformer_dist.core.store import SavedState, Snapshot
+from setformer_dist.core.store import CopyEvent, SavedState, Snapshot
 from setformer_dist.engine.run_state import check_trainer
 
 
@@ -75,9 +75,21 @@ class RunStore:
         """Return the steps and folders that became durable since the last call, on rank 0."""
         return self._manager.committed()
 
+    def copies(self) -> Sequence[CopyEvent]:
+        """Return what became of copies in the object store since the last call, on rank 0."""
+        return self._manager.copies()
+
+    def finish_copies(self, seconds: float) -> bool:
+        """Wait at most so long for the copy of the newest checkpoint; return whether nothing is left to wait for."""
+        return self._manager.finish_copies(seconds)
+
     def failed(self) -> bool:
         """Return whether a save has failed on this rank since the last `finish`."""
         return self._manager.failed()
+
+    def complete(self) -> None:
+        """Bring the whole newest checkpoint to rank 0's disk."""
+        self._manager.complete()
 
     def finish(self, last: bool = False) -> None:
         """Wait until what was begun is durable; raise on all ranks if it failed on any."""

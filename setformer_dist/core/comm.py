@@ -34,6 +34,18 @@ class Collectives(Protocol):
         ...
 
 
+class Exchange(Collectives, Protocol):
+    """Collectives, and bytes from one rank to another."""
+
+    def send_bytes(self, data: bytearray, to: int) -> None:
+        """Send bytes to a rank, which receives as many."""
+        ...
+
+    def receive_bytes(self, data: bytearray, source: int) -> None:
+        """Fill a buffer with what a rank sends."""
+        ...
+
+
 class Alone:
     """A single process."""
 
@@ -49,3 +61,11 @@ class Alone:
     def gather_json(self, value: T) -> list[T]:
         """Return the value as the only rank's."""
         return [value]
+
+    def send_bytes(self, data: bytearray, to: int) -> None:
+        """Refuse: there is nobody."""
+        raise ValueError("one process alone has no peer")
+
+    def receive_bytes(self, data: bytearray, source: int) -> None:
+        """Refuse likewise."""
+        raise ValueError("one process alone has no peer")

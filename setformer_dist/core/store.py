@@ -30,6 +30,52 @@ class Snapshot:
     tags: Sequence[str] = ()
 
 
+@dataclass(frozen=True)
+class CopyEvent:
+    """What became of the copy of a checkpoint in an object store.
+
+    Attributes:
+        step: of the checkpoint.
+        place: the store, without what is secret in its URL.
+        newest: step of the newest copy that is known to be whole, None where none is.
+        size: bytes copied.
+        seconds: that it took.
+        failure: why it was given up; "" where it is whole.
+        fetched: it was taken back from there.
+    """
+
+    step: int
+    place: str
+    newest: int | None
+    size: int = 0
+    seconds: float = 0.0
+    failure: str = ""
+    fetched: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """Whether the copy is whole."""
+        return not self.failure
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what the ledger notes of it."""
+        if self.failure:
+            return {"step": self.step, "newest": self.newest, "why": self.failure}
+        return {"step": self.step, "bytes": self.size, "seconds": round(self.seconds, 3), "fetched": self.fetched}
+
+    @property
+    def text(self) -> str:
+        """What a user is told of it."""
+        if self.fetched:
+            return f"checkpoint {self.step} was fetched from {self.place} ({self.size / 2**20:,.1f} MiB)"
+        if not self.failure:
+            return (
+                f"checkpoint {self.step} is copied to {self.place} ({self.size / 2**20:,.1f} MiB, {self.seconds:.1f} s)"
+            )
+        behind = "there is no copy yet" if self.newest is None else f"the newest copy is of step {self.newest}"
+        return f"warning: checkpoint {self.step} is not copied to {self.place}: {self.failure}; {behind}"
+
+
 class SavedState(Protocol):
     """A checkpoint that was found and verified."""
 
@@ -84,6 +130,21 @@ class CheckpointStore(Protocol):
 
         Not collective; does not wait.
         """
+        ...
+
+    def copies(self) -> Sequence[CopyEvent]:
+        """Return what became of copies in an object store since the last call, on rank 0; elsewhere nothing.
+
+        Not collective; does not wait.
+        """
+        ...
+
+    def finish_copies(self, seconds: float) -> bool:
+        """Wait at most so long until the newest checkpoint is copied; return whether nothing is left to wait for."""
+        ...
+
+    def complete(self) -> None:
+        """Bring the whole newest checkpoint to rank 0's disk, for what follows the run. Collective."""
         ...
 
     def finish(self, last: bool = False) -> None:

@@ -118,12 +118,18 @@ def disconnect() -> None:
 
 
 class TorchCollectives:
-    """The Collectives protocol over torch.distributed, on CPU tensors."""
+    """The Exchange protocol over torch.distributed, on CPU tensors.
 
-    def __init__(self, ranks: RankInfo, timeout_minutes: float = 10.0) -> None:
+    Args:
+        ranks: this process's place.
+        timeout_minutes: how long a rank waits for the others.
+        own: a group of its own, for a thread that runs beside others.
+    """
+
+    def __init__(self, ranks: RankInfo, timeout_minutes: float = 10.0, own: bool = False) -> None:
         self._ranks = ranks
         self._group: dist.ProcessGroup | None = None
-        if dist.get_backend() != "gloo":
+        if (own and ranks.world_size > 1) or dist.get_backend() != "gloo":
             group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
             assert isinstance(group, dist.ProcessGroup)
             self._group = group
@@ -164,6 +170,14 @@ class TorchCollectives:
         parts = [torch.zeros_like(data) for _ in sizes]
         dist.all_gather(parts, data, group=self._group)
         return [json.loads(p[: int(s)].numpy().tobytes()) for p, s in zip(parts, sizes, strict=True)]
+
+    def send_bytes(self, data: bytearray, to: int) -> None:
+        """Send bytes to a rank, which receives as many."""
+        dist.send(torch.frombuffer(data, dtype=torch.uint8), to, group=self._group)
+
+    def receive_bytes(self, data: bytearray, source: int) -> None:
+        """Fill a buffer with what a rank sends."""
+        dist.recv(torch.frombuffer(data, dtype=torch.uint8), source, group=self._group)
 
     def max(self, value: float) -> float:
         """Return the largest value of all ranks."""

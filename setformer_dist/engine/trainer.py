@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from setformer_dist.core.batch import MicroBatch
 from setformer_dist.core.callback import RunEnd
@@ -30,6 +30,9 @@ from setformer_dist.engine.stop_vote import StopVote
 
 log = logging.getLogger(__name__)
 
+_COPIES_SLICE_S = 1.0  # of a wait for copies in an object store
+_COPIES_AT_STOP_S = 15.0  # how long a run that is to stop waits for them; its checkpoint is on its disk
+
 
 class Trainer:
     """Runs training from wherever the newest checkpoint left it to the last step."""
@@ -43,9 +46,11 @@ class Trainer:
         log_every: int,
         seed: int,
         record_samples: bool = False,
+        copies_s: float = 0.0,
     ) -> None:
         c = self._c = components
         self._total_steps = total_steps
+        self._copies_s = copies_s
         self._log_every = log_every
         self._clock = StepClock(c.meter, c.heartbeat)
         updates = Updates(c.engine)
@@ -57,6 +62,7 @@ class Trainer:
         self._resumed: SavedState | None = None
         self._began_with = ""
         self._began = False
+        self._say: Callable[[str], None] = log.info
         self._over = False
 
     @property
@@ -135,8 +141,14 @@ class Trainer:
         ):
             if not self._began:
                 self._begin(progress)
+            self._say = progress.say
             self._clock.take()
-            signum = self._steps_until(last_step, StopVote(stop, c.comm, c.store), progress)
+            vote = StopVote(stop, c.comm, c.store)
+            signum = self._steps_until(last_step, vote, progress)
+            if signum is not None or self._state.step == self._total_steps:
+                self._finish_copies(signum, vote)
+            if signum is None and self._state.step == self._total_steps:
+                c.store.complete()
             self._state.seconds = time.perf_counter() - self._started
             c.record.note("spent", step=self._state.step, seconds=self._clock.take()[0])
             self._steps.restart_clock()
@@ -368,7 +380,32 @@ class Trainer:
         with self._clock.section("checkpoint"):
             self._c.store.finish(last=True)
 
+    def _finish_copies(self, signum: int | None, stop: StopVote) -> None:
+        """Wait for the copy of the last checkpoint in an object store; not long where the run is to stop."""
+        begun, told = time.monotonic(), False
+        limit = min(_COPIES_AT_STOP_S, self._copies_s) if signum is not None else self._copies_s
+        while True:
+            with self._clock.section("checkpoint"):  # each time a sign of life
+                done = self._c.store.finish_copies(_COPIES_SLICE_S)
+            self._tell_of_checkpoints()
+            if done:
+                return
+            waited = self._c.comm.max(time.monotonic() - begun)  # the same on all ranks
+            if waited >= limit:
+                break
+            if not told:
+                self._say("waiting for the copy of the last checkpoint (checkpoint.mirror)")
+                told = True
+            if signum is None and (signum := stop.now()) is not None:
+                limit = min(limit, waited + _COPIES_AT_STOP_S)
+        self._say("warning: the last checkpoint is not copied yet (checkpoint.mirror); the next start copies it")
+
     def _tell_of_checkpoints(self) -> None:
         for step, folder in self._c.store.committed():
             self._c.record.note("saved", step=step)
             self._c.callbacks.saved(step, folder)
+        for event in self._c.store.copies():
+            self._c.record.note("copied" if event.ok else "not copied", **event.as_dict())
+            if event.fetched or not event.ok:
+                self._say(event.text)
+            log.info(event.text)

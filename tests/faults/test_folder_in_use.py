@@ -27,7 +27,7 @@ from launch.ranks.lock import held, supervising
 from launch.testing.commands import ROOT
 from setformer_dist.core import ledger
 from setformer_dist.core.comm import Alone
-from setformer_dist.core.errors import LaunchError, PassingError
+from setformer_dist.core.errors import LaunchError, TransientError
 
 # Holds the folder as a supervisor does. "unseen": on storage whose locks do not reach this host.
 HOLD = """
@@ -199,7 +199,7 @@ def test_rank_0_of_another_launcher_gives_signs_of_life_and_ends_when_it_is_take
         _, said = process.communicate(timeout=10)
     finally:
         process.kill()
-    assert process.returncode == PassingError.exit_code
+    assert process.returncode == TransientError.exit_code
     assert "was taken over by" in said
 
 

@@ -1,0 +1,61 @@
+"""Runs on hosts that have a disk each below one path: namespaces with an sshd and a mount of their own."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.testing.commands import ROOT, losses, setformer, train_words
+from launch.testing.hosts import Cluster, why_impossible
+
+REASON = why_impossible()
+pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.drill, pytest.mark.hosts]
+
+
+def start(cluster: Cluster, words: list[str], hosts: str = "a:1,b:1") -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "launch.cli.main", *words[:-2], "--hosts", hosts, "--via", cluster.via]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def test_a_host_loses_its_disk_between_two_starts(digits: Path, tmp_path: Path) -> None:
+    out = tmp_path / "own"
+    out.mkdir()
+    whole = setformer(*train_words(digits, tmp_path / "whole"))
+    assert whole.code == 0, whole.err
+    words = train_words(digits, out, "checkpoint.replicas=1")
+    with Cluster(2, own=out) as cluster:
+        process = start(cluster, words)
+        limit = time.monotonic() + 120
+        while not (cluster.disk("a") / "demo" / "checkpoints" / "step-00000010").exists():
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=120)
+        assert process.returncode == 128 + signal.SIGTERM, said
+        last = max(step for _, step in losses(cluster.disk("a") / "demo"))
+        for name in cluster.names:
+            assert (cluster.disk(name) / "demo" / "checkpoints" / f"step-{last:08d}").is_dir()
+        assert not (out / "demo" / "checkpoints").exists()
+
+        shutil.rmtree(cluster.disk("a") / "demo")
+        process = start(cluster, words)
+        said, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, said
+        assert f"resumed at step {last}" in said
+        there, mine = losses(tmp_path / "whole" / "demo"), losses(cluster.disk("a") / "demo")
+        assert mine == {key: value for key, value in there.items() if key[1] > last}
+
+        without = train_words(digits, out, "run.name=other")
+        process = start(cluster, without)
+        said, _ = process.communicate(timeout=100)
+        assert process.returncode == 5, said
+        assert "set checkpoint.replicas" in said
