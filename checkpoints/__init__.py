@@ -12,6 +12,8 @@ becomes a checkpoint, step by step, is the docstring of `commit`.
     manifest.py          what a checkpoint consists of, with sizes and digests, protected by a hash of its own
     policy.py            which checkpoints stay: a pure function, tested without a disk
     rankfile.py          fragments in the safetensors format, written and read by our own few lines
+    spread.py            hosts with a disk each: how a save proceeds; its docstring is the protocol
+    spread_manager.py    hosts with a disk each: `manager.CheckpointManager` for them
     strictjson.py        `core.strictjson` for checkpoints: what it refuses is damage
     copies.py            copies in an object store: listed, read, verified
     fetch.py             a copy becomes a checkpoint of the run's own folder again

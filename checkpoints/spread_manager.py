@@ -24,7 +24,7 @@ from checkpoints.fetch import fetched
 from checkpoints.manager import Accept, CheckpointManager
 from checkpoints.manifest import FileRecord, Manifest, examine_files, read_manifest
 from checkpoints.objects import Objects
-from checkpoints.policy import Candidate, steps_to_delete
+from checkpoints.policy import Candidate, State, steps_to_delete
 from checkpoints.rankfile import write_bytes
 from checkpoints.reader import Checkpoint, Skipped, check_rank_files
 from checkpoints.spread import SpreadSave, places_of, receive_file, send_file
@@ -158,8 +158,12 @@ class SpreadManager(CheckpointManager):
         try:
             known = []
             for folder in layout.step_folders(self.root):
-                with contextlib.suppress(CheckpointError):
+                try:
                     manifest = read_manifest(folder)
+                except CheckpointError as error:  # one that was being deleted, for instance
+                    state: State = "damaged" if isinstance(error, DamagedError) else "unknown"
+                    known.append(Candidate(layout.step_of(folder) or 0, state))
+                else:
                     known.append(Candidate(manifest.step, metrics=manifest.metrics, tags=manifest.tags))
             for old in steps_to_delete(known, step, self._config):
                 delete_checkpoint(layout.step_folder(self.root, old), self._disk)

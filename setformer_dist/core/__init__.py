@@ -3,6 +3,7 @@
 Nothing here imports torch.distributed, touches a device or has an effect at import time.
 
     batch.py           the value that the loaders hand to the engine, and the protocols by which the two meet
+    bounded.py         calls into clients that may hang, with a limit
     callback.py        events of a training run, and the base class of what hears them
     comm.py            the few collective operations that packages outside the engine need, as a protocol
     config.py          from a TOML file to a frozen, checked value

@@ -15,15 +15,18 @@ from checkpoints import layout
 from checkpoints.config import CheckpointConfig
 from checkpoints.disk import Disk
 from checkpoints.identity import Identity
+from checkpoints.objects import Objects
 from checkpoints.reader import verify
 from checkpoints.spread import Hosts
 from checkpoints.spread_manager import SpreadManager
+from checkpoints.testing.copy_faults import finish
 from launch.testing.ranks import RanksFailedError, run_ranks
 from setformer_dist.core.errors import CheckpointError
 from setformer_dist.core.fragments import Fragment
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.core.store import Snapshot
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
+from tests.unit.s3 import S3
 
 NUMEL = 1000
 IDENTITY = Identity(model="m")
@@ -39,7 +42,7 @@ def root_of(base: str, host: int) -> Path:
 
 
 def joined(
-    base: str, hosts: list[int], per_host: int, replicas: int, disk: Disk | None = None, **config: Any
+    base: str, hosts: list[int], per_host: int, replicas: int, disk: Disk | None = None, url: str = "", **config: Any
 ) -> SpreadManager:
     """Join as one rank of those hosts, each of which has so many ranks and a disk of its own."""
     place = RankInfo.from_env()
@@ -48,7 +51,9 @@ def joined(
     values = {"keep_last": 2, "keep_best": 0, "replicas": replicas, **config}
     own = TorchCollectives(ranks, own=True)
     root = root_of(base, hosts[place.rank // per_host])
-    return SpreadManager(root, TorchCollectives(ranks), own, CheckpointConfig(**values), disk)
+    return SpreadManager(
+        root, TorchCollectives(ranks), own, CheckpointConfig(**values), disk, Objects(url) if url else None
+    )
 
 
 def save_steps(base: str, hosts: list[int], per_host: int, replicas: int, steps: list[int]) -> int:
@@ -60,6 +65,20 @@ def save_steps(base: str, hosts: list[int], per_host: int, replicas: int, steps:
     manager.finish(last=True)
     disconnect()
     return -1 if found is None else found.step
+
+
+def save_and_copy(base: str, url: str, step: int) -> list[Any]:
+    manager = joined(base, [0, 1], 1, 1, None, url, mirror_minutes=0.3)
+    ranks = RankInfo.from_env()
+    found = manager.newest()
+    at = -1 if found is None else found.step
+    right = found is None or found.trainer == {"step": at}
+    manager.begin(Snapshot(step, share(ranks.rank, 2, step), {"step": step}, {}), IDENTITY)
+    manager.finish(last=True)
+    finish(manager)
+    told = [event.text for event in manager.copies()]
+    disconnect()
+    return [at, right, told]
 
 
 def save_and_complete(base: str) -> list[bool]:
@@ -156,6 +175,19 @@ def test_too_many_lost_disks_begin_no_run_anew(tmp_path: Path) -> None:
     with pytest.raises(RanksFailedError, match=r"no checkpoint in .* is complete on the hosts that answer"):
         resumed(tmp_path, [0])
     assert resumed(tmp_path, [0, 2]) == 1  # another host is back
+
+
+def test_the_disks_of_all_hosts_are_lost_and_the_store_has_copies(tmp_path: Path, s3: S3) -> None:
+    url = f"{s3.url}/run"
+    assert [at for at, _, _ in run_ranks(save_and_copy, 2, str(tmp_path), url, 1)] == [-1, -1]
+    for host in (0, 1):
+        shutil.rmtree(root_of(str(tmp_path), host))
+    answers = run_ranks(save_and_copy, 2, str(tmp_path), url, 2)
+    assert [[at, right] for at, right, _ in answers] == [[1, True], [1, True]]
+    assert answers[0][2][0].startswith(f"checkpoint 1 was fetched from {url}")
+    assert answers[0][2][-1].startswith(f"checkpoint 2 is copied to {url}")
+    assert not answers[1][2]
+    assert [key for key in s3.objects() if key.endswith("manifest.json") and "step-00000002" in key]
 
 
 def test_a_shared_folder_is_refused(tmp_path: Path) -> None:

@@ -37,6 +37,10 @@ ELSEWHERE = {
     "demo --ranks 2": "tests/integration/test_train.py",
     "drill --faults 10": "tests/integration/test_drill.py",
     "drill --faults 100 --seed 7 --json drill.json": "tests/integration/test_drill.py",
+    "ckpt ls s3://bucket/runs/demo": "tests/faults/test_copy_store.py",
+    "ckpt verify s3://bucket/runs/demo": "tests/faults/test_copy_store.py",
+    "ckpt fetch s3://bucket/runs/demo fetched": "tests/faults/test_copy_store.py",
+    "ckpt fetch s3://bucket/runs/demo/step-00000440-5f0c21aa fetched": "tests/faults/test_copy_store.py",
     "ckpt import elsewhere/output runs/mine/checkpoints --model vit_base_patch16_224": (
         "tests/integration/test_checkpoint_imported.py"
     ),
