@@ -128,7 +128,8 @@ class Training:
 
         Returns:
             `state.step`, `state.evaluation` (the last one's metrics by name), `images_per_s`, and `signum`: None at the
-            run's end, 0 after `steps`, or the signal (Ctrl-C, SIGTERM) after which the run saved and stopped.
+            run's end, also an early one that a callback asked for, 0 after `steps`, or the signal (Ctrl-C, SIGTERM)
+            after which the run saved and stopped.
 
         Raises:
             TrainingError: the loss is not finite or spikes, and `guard` does not tolerate it.

@@ -8,7 +8,7 @@ Each event is a method. A run calls them in this order, on every callback in tur
       on_metrics                 every run.log_every steps
       on_evaluation_end          after each evaluation
       on_checkpoint_saved        when a checkpoint is durable: with asynchronous saving, some steps after its own
-    on_run_end                   the last step is done and saved, or a signal stopped the run and it is saved
+    on_run_end                   the last step is done and saved, or a signal or a callback ended the run before
     on_exception                 in place of on_run_end, where an error ends the run
 
 A resumed run continues with the first step after its checkpoint. Events of earlier steps do not come again. Steps that
@@ -59,7 +59,7 @@ class RunEnd:
 
     Attributes:
         step: optimizer steps done.
-        signum: the signal that stopped it; None where the last step is done.
+        signum: the signal that stopped it; None where the last step is done, or a callback ended the run before it.
         evaluation: metrics of the last evaluation.
     """
 
@@ -79,11 +79,15 @@ class Callback:
         name: unique in a run; stands in messages and keys the state.
         essential: whether an exception in this callback ends the run.
         every_rank: whether every rank calls it. Otherwise rank 0 alone does, and it must not wait for other ranks.
+        should_stop: set it to true, on any rank and in any event, to end the run early. It ends on all ranks at the
+            same step, as at its last one: with an evaluation, a checkpoint and exit code 0. It takes
+            effect at this step if an evaluation is due there, otherwise one step later.
     """
 
     name: str = ""
     essential: bool = True
     every_rank: bool = False
+    should_stop: bool = False
 
     def __init_subclass__(cls) -> None:
         cls.name = cls.__dict__.get("name") or cls.__name__
