@@ -7,6 +7,7 @@ files.py           local files, opened and read so that none can stall a process
 image_folder.py    an ImageFolder as it is: `<class>/…/image.jpg`, one file per image, without packing
 index.py           the index next to a split's shards: where each sample is, and what it must look like
 kinds.py           what a folder holds: shards, class folders, or something that a sentence can name
+python.py          a data set in Python: any sequence of images with labels and soft labels
 passed.py          files that are skipped: classified, counted, reported in one line
 scanning.py        shards that others made, scanned each by itself, in any process
 tar_headers.py     the files in a tar, header by header
