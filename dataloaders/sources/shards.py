@@ -158,7 +158,7 @@ class ShardDataset:
                 return data
             # It may be our copy of the shard that is damaged, and not the shard.
             if isinstance(self.storage, WholeStorage):
-                data = self.storage.read_anew(name, offset, size)
+                data = self.storage.read_again(name, offset, size)
         except UnreadableError as error:
             raise DataError(f"{self.place(sample)} {error.what}") from None
         if zlib.crc32(data) != checksums[sample]:

@@ -301,7 +301,7 @@ def test_a_copy_of_an_image_folder_has_the_same_fingerprint(images, tmp_path):
     assert open_source(str(copy), "", config_of()).fingerprint != first.fingerprint
 
 
-def test_who_waits_for_an_index_sees_it_go_on(images, tmp_path, monkeypatch):
+def test_who_waits_for_an_index_sees_it_continue(images, tmp_path, monkeypatch):
     """Looking into the images of a large folder takes longer than others wait; each part of it is a sign of life."""
     monkeypatch.setattr(image_folder, "_PROGRESS_EVERY", 3)
     signs = []
