@@ -39,13 +39,13 @@ class Training:
             print(run.step, run.evaluate())
             run.train()                      # to the end
 
-    Leaving it saves what no checkpoint holds yet (not after an error), writes the summary and the report, and lets the
-    folder go. The same program again continues where this one stopped, as the same command does.
+    Leaving it saves a checkpoint unless the newest one is up to date (not after an error), writes the summary and the
+    report, and releases the folder. Running the program again resumes the run, as the same command does.
 
     Args:
         config: of the run, from `load_config`.
-        model: in place of `model.name`: a module, of which a copy is trained, or a function of the number of outputs
-            that returns one. Its weights begin as they are, or as the function draws them under the run's seed.
+        model: instead of `model.name`: a module, of which a copy is trained, or a function that takes the number of
+            outputs and returns a module. A module keeps its weights; the run's seed determines those of a function.
         callbacks: called after those that the config names, in this order; see `setformer.Callback`.
         data: from `setformer.own_data`; in place of what the config's [data] names, whose `root` is then only a name.
 
@@ -130,10 +130,10 @@ class Training:
         return self._begun.model
 
     def train(self, steps: int | None = None) -> Outcome:
-        """Train so many optimizer steps more, or to the run's end, with the evaluations and checkpoints due on the way.
+        """Train a number of optimizer steps, or to the run's end, with the evaluations and checkpoints that are due.
 
         Args:
-            steps: None, or more than are left, trains to the end.
+            steps: how many; None, or more than are left, trains to the end.
 
         Returns:
             `state.step`, `state.evaluation` (the last one's metrics by name), `images_per_s`, and `signum`: None at the
