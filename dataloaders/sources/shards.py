@@ -285,7 +285,7 @@ def check_same_classes(train: Source, val: Source) -> None:
 
 
 def _is_foreign(source: Source) -> bool:
-    """Return whether the classes of a source are those of shards that others made."""
+    """Return whether the classes of a source are those of external shards."""
     return isinstance(source, ShardDataset) and "headers" in source.index.options
 
 

@@ -1,4 +1,4 @@
-"""How all ranks come to stop at the same step, though a signal or a callback's wish reaches one of them first."""
+"""How all ranks come to stop at the same step, though a signal or a callback's request reaches one of them first."""
 
 from __future__ import annotations
 
