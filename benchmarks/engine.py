@@ -81,7 +81,7 @@ def ours_and_deepspeed(config: str, overrides: list[str], blocks: int) -> dict[s
     ours: list[float] = []
     bare: list[float] = []
     with StopRequest() as signals, RunProgress(1_000_000, 0, visible=False) as progress:
-        stop = StopVote(signals, comm, parts.store)
+        stop = StopVote(signals, comm, parts.store, parts.callbacks)
         batches = parts.stream.micro_batches(0)
         trainer.train_until(STEPS, batches, stop, progress)
         for block in range(blocks):

@@ -1,10 +1,10 @@
 """The one place that detects the container: from the names of a config to samples by number.
 
     train            folder with index.json           packed split
-                     folder of .tar files             WebDataset shards that others made
+                     folder of .tar files             external WebDataset shards
                      folder of class folders          ImageFolder
     train.beton                                       FFCV's
-    train-{0000..0146}.tar, train-*.tar, a::b         shards that others made
+    train-{0000..0146}.tar, train-*.tar, a::b         external shards
 
 all of them below `data.root`: a local folder, or, but for class folders, a URL. Shards of a URL are read by ranges;
 through `data.cache`, where that is set, or through memory (`data.access = "sequential"`), they are fetched whole.
@@ -158,7 +158,7 @@ def _open_url(url: str, is_val: bool, config: DataConfig) -> Source:
             shards = find_shards(url, "*.tar", config.read_timeout, config.skip_bad)
         except DataError:
             raise DataError(
-                f"{error}; {storage.name} is no packed split: name shards that others made as "
+                f"{error}; {storage.name} is no packed split: name external shards as "
                 "train-{0000..0146}.tar, or pack the data with `setformer data pack`"
             ) from None
         return _open_shards(shards, is_val, config)

@@ -1,6 +1,6 @@
 """What every container of samples looks like to the loaders: samples by number, nothing else.
 
-`dataloaders.opening.open_source` returns one: packed WebDataset shards, shards that others made, a .beton file, an
+`dataloaders.opening.open_source` returns one: packed WebDataset shards, external shards, a .beton file, an
 image folder, local or behind a URL. Streams, augmentation, damage and benchmarks know this protocol alone.
 """
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dataloaders.pixels.own import register_augmentation
     from setformer.configs import load_config
-    from setformer.data import eval_stream, open_data, prepare, train_stream
+    from setformer.data import eval_stream, open_data, own_data, prepare, train_stream
     from setformer.trained import evaluate, load, predict
     from setformer.training import Training, train
     from setformer_dist.callbacks.build import register_callback
@@ -40,6 +40,7 @@ _HOME = {
     "load": "setformer.trained",
     "load_config": "setformer.configs",
     "open_data": "setformer.data",
+    "own_data": "setformer.data",
     "predict": "setformer.trained",
     "prepare": "setformer.data",
     "register_augmentation": "dataloaders.pixels.own",
@@ -57,6 +58,7 @@ __all__ = [
     "load",
     "load_config",
     "open_data",
+    "own_data",
     "predict",
     "prepare",
     "register_augmentation",

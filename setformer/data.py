@@ -5,8 +5,11 @@ m = micro batch, C = classes, H, W = height, width, n = tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from dataloaders.sources.python import Dataset, PythonSource
 from launch.run.compose import Splits, open_splits
 from launch.run.config import RunConfig, resolve
 from launch.run.inputs import inputs_of
@@ -31,6 +34,24 @@ def open_data(config: RunConfig) -> Splits:
     """
     bring(config.run.imports)
     return open_splits(resolve(config, RankInfo.from_env().world_size))
+
+
+def own_data(train: Dataset, val: Dataset, classes: Sequence[str]) -> Splits:
+    """Return data sets in Python as the data of a run, in place of what its [data] table names.
+
+    A sample is `(image, label)` or `(image, label, soft)`: the image (H, W, 3) uint8, the soft label a probability for
+    each class in order, or a table by class name. The same index must always give the same sample. All samples are read
+    once here, for their sizes and for the fingerprint by which a resumed run knows its data.
+
+    Args:
+        train: the training samples: a sequence, or a `torch.utils.data.Dataset` with a length.
+        val: the validation samples.
+        classes: class names; a label is a position in it.
+
+    Raises:
+        DataError: a data set is empty, or a sample is something else.
+    """
+    return Splits(PythonSource(train, classes, "the training data"), PythonSource(val, classes, "the validation data"))
 
 
 def train_stream(config: RunConfig, data: Splits, ranks: RankInfo | None = None) -> TrainStream:

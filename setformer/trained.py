@@ -1,4 +1,4 @@
-"""What a run has trained, in one process: its scores on a split, its predictions for images."""
+"""Use what a run has trained, in one process: evaluate on a split, predict for images."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def load(
 ) -> Trained:
     """Load the model of a checkpoint, verified, in fp32 on the CPU.
 
-    A checkpoint brings no code. Where its run had code of its own, that is given again: modules by `imports`, or simply
-    imported before; a model that was given as an object by `model`.
+    A checkpoint contains no code. If the run used your own code, pass it again: modules by `imports` (or import them
+    before), a model that was passed as an object by `model`.
 
     Args:
         path: a run's folder (its newest checkpoint that verifies), its checkpoints folder, or one step's folder.
@@ -43,7 +43,7 @@ def load(
 def evaluate(
     trained: Trained, data: str | Path | None = None, split: str | None = None, batch: int = 128
 ) -> EvalResult:
-    """Score a model on a split, each sample once.
+    """Evaluate a model on a split, each sample once.
 
     Args:
         trained: from `load`.

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from launch.machine.doctor import check_package_origins
+from launch.run.compose import Splits
 from launch.run.config import RunConfig, continued
 from launch.run.own_model import OwnModel, named_own
 from launch.run.session import Session, log_to_file, session
@@ -38,21 +39,29 @@ class Training:
             print(run.step, run.evaluate())
             run.train()                      # to the end
 
-    Leaving it saves what no checkpoint holds yet (not after an error), writes the summary and the report, and lets the
-    folder go. The same program again continues where this one stopped, as the same command does.
+    Leaving it saves a checkpoint unless the newest one is up to date (not after an error), writes the summary and the
+    report, and releases the folder. Running the program again resumes the run, as the same command does.
 
     Args:
         config: of the run, from `load_config`.
-        model: in place of `model.name`: a module, of which a copy is trained, or a function of the number of outputs
-            that returns one. Its weights begin as they are, or as the function draws them under the run's seed.
+        model: instead of `model.name`: a module, of which a copy is trained, or a function that takes the number of
+            outputs and returns a module. A module keeps its weights; the run's seed determines those of a function.
         callbacks: called after those that the config names, in this order; see `setformer.Callback`.
+        data: from `setformer.own_data`; in place of what the config's [data] names, whose `root` is then only a name.
 
     Raises (on entry):
         SetformerError: the run cannot begin here, or cannot resume from what its folder holds.
     """
 
-    def __init__(self, config: RunConfig, model: OwnModel | None = None, callbacks: Sequence[Callback] = ()) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        model: OwnModel | None = None,
+        callbacks: Sequence[Callback] = (),
+        data: Splits | None = None,
+    ) -> None:
         self._callbacks = tuple(callbacks)
+        self._data = data
         self._config = continued(config if model is None else named_own(config, model), warn=log.warning)
         self._own = model
         self._stack = contextlib.ExitStack()
@@ -72,7 +81,7 @@ class Training:
                 stack.callback(os.environ.pop, "LOCAL_RANK", None)
             at_the_end = stack.enter_context(contextlib.ExitStack())
             begun = stack.enter_context(
-                session(self._config, ranks, supervised=False, own=self._own, stays=True, callbacks=self._callbacks)
+                session(self._config, ranks, False, self._own, stays=True, callbacks=self._callbacks, data=self._data)
             )
             stack.enter_context(contextlib.closing(begun.trainer))
             level = logging.getLogger().level
@@ -121,14 +130,15 @@ class Training:
         return self._begun.model
 
     def train(self, steps: int | None = None) -> Outcome:
-        """Train so many optimizer steps more, or to the run's end, with the evaluations and checkpoints due on the way.
+        """Train a number of optimizer steps, or to the run's end, with the evaluations and checkpoints that are due.
 
         Args:
-            steps: None, or more than are left, trains to the end.
+            steps: how many; None, or more than are left, trains to the end.
 
         Returns:
             `state.step`, `state.evaluation` (the last one's metrics by name), `images_per_s`, and `signum`: None at the
-            run's end, 0 after `steps`, or the signal (Ctrl-C, SIGTERM) after which the run saved and stopped.
+            run's end, also an early one that a callback asked for, 0 after `steps`, or the signal (Ctrl-C, SIGTERM)
+            after which the run saved and stopped.
 
         Raises:
             TrainingError: the loss is not finite or spikes, and `guard` does not tolerate it.
@@ -168,13 +178,19 @@ def _stop_logging(handler: logging.Handler, level: int) -> None:
     handler.close()
 
 
-def train(config: RunConfig, model: OwnModel | None = None, callbacks: Sequence[Callback] = ()) -> Outcome:
+def train(
+    config: RunConfig,
+    model: OwnModel | None = None,
+    callbacks: Sequence[Callback] = (),
+    data: Splits | None = None,
+) -> Outcome:
     """Train a run to its end, resuming it if it has begun; what `setformer train` does on each rank.
 
     Args:
         config: of the run, from `load_config`.
         model: as `Training`.
         callbacks: as `Training`.
+        data: as `Training`.
 
     Returns:
         As `Training.train`.
@@ -182,5 +198,5 @@ def train(config: RunConfig, model: OwnModel | None = None, callbacks: Sequence[
     Raises:
         SetformerError: as `Training` and `Training.train`.
     """
-    with Training(config, model, callbacks) as run:
+    with Training(config, model, callbacks, data) as run:
         return run.train()

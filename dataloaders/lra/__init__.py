@@ -10,6 +10,6 @@ Everything ends as `dataloaders.tokens.TokenSplit`: a folder per split that the 
     readers.py      samples from public files: CIFAR-10 as an ImageFolder, IMDB as aclImdb or TSV, AAN as TSV pairs
     stats.py        statistics of a prepared task, next to those published for ListOps
     listops.py      ListOps: nested MIN, MAX, MED and SM of digits
-    pathfinder.py   Pathfinder: whether two marked points lie on one path
+    pathfinder.py   Pathfinder: whether two marked points are on one path
     tasks.py        the six tasks, full-size and shortened, and how each becomes packed splits train, val and test
 """

@@ -1,4 +1,4 @@
-"""Pathfinder (Linsley et al. 2018) at the sizes of Long Range Arena: do two discs lie on the same dashed curve?
+"""Pathfinder (Linsley et al. 2018) at the sizes of Long Range Arena: are two discs on the same dashed curve?
 
     two target snakes of `contour_length` paddles, begun `seed_distance` apart     each grows from its first paddle
     a few short distractor snakes in what room is left

@@ -50,7 +50,7 @@ def convert(
     """Write a container's samples as a .beton file or as shards, as the destination's name says.
 
     Args:
-        source: packed split, pattern of foreign shards, or .beton file.
+        source: packed split, pattern of external shards, or .beton file.
         destination: a file that ends in .beton, or a folder for shards.
         raw: store pixels, images shrunk to this longer side (0: as they are); .beton only.
         workers: processes (shards) or threads (.beton); 0 is none besides this one.

@@ -3,7 +3,7 @@
 class folders        <class>/…/image.jpg                       a directory, a tar, a compressed tar
 images and masks     images/…/a.jpg + annotations/…/a.png      likewise; `--masks annotations`
 images and boxes     …/a.jpg + instances.json (COCO)           likewise; `--coco instances.json`
-another container    packed split, foreign shards, .beton      what `dataloaders.opening.open_source` opens
+another container    packed split, external shards, .beton      what `dataloaders.opening.open_source` opens
 """
 
 from __future__ import annotations

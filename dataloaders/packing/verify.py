@@ -93,7 +93,7 @@ def verify(
     on_start: Callable[[int], None] = lambda total: None,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> Verified:
-    """Read a packed split, foreign shards, a .beton file, an image folder or a token split whole.
+    """Read a packed split, external shards, a .beton file, an image folder or a token split whole.
 
     Args:
         path: its folder, file, pattern or URL.

@@ -1,4 +1,4 @@
-"""Who mixes with whom: mixup (Zhang et al. 2018) and cutmix (Yun et al. 2019) within fixed groups.
+"""Which samples are mixed: mixup (Zhang et al. 2018) and cutmix (Yun et al. 2019) within fixed groups.
 
 Position p of the run (step x global batch + place in the batch) belongs to group p // g. A group's choice (mix at
 all, which of the two, how much, with which neighbour, which rectangle) is drawn from (seed, group), and g divides the

@@ -1,4 +1,4 @@
-"""WebDataset shards that others made: indexed when they are first seen, then read like packed ones.
+"""external WebDataset shards: indexed when they are first seen, then read like packed ones.
 
     train-0000.tar  train-0001.tar  ...   as they are; never written to
     classes.txt                           names of the classes, if one lies there (or classes.json)

@@ -49,7 +49,7 @@ _LARGEST_ROW = 1 << 10
 _LARGEST_HEADER = 1 << 20
 
 # Column -> dtype. `key` is an extra (N, L) uint8 column: UTF-8, padded with zero bytes. `crc32` is missing from the
-# index of foreign shards that were not read whole.
+# index of external shards that were not read whole.
 COLUMNS: dict[str, np.dtype[Any]] = {
     "shard": np.dtype(np.int32),
     "offset": np.dtype(np.int64),
@@ -232,7 +232,7 @@ def read_index(folder: Path, *, named: Collection[str] | None = None) -> Index:
 
     Args:
         folder: of the index.
-        named: the names that its shards may have, where others made them; else these must be plain ones.
+        named: the names that its shards may have, for external shards; else these must be plain ones.
 
     Raises:
         DataError: the folder is no packed split, or its index is damaged or of another version.
@@ -282,7 +282,7 @@ def read_table(folder: Path) -> IndexTable:
     except (ValueError, KeyError, TypeError):
         raise DataError(
             f"data index {path} is damaged, or not one of setformer_dist's: restore the file, pack the split again, or "
-            "name the shards that others made by a pattern such as *.tar"
+            "name the external shards by a pattern such as *.tar"
         ) from None
     if isinstance(version, bool) or not isinstance(version, int) or version not in _READABLE:
         readable = " and ".join(map(str, _READABLE))

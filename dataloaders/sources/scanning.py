@@ -1,4 +1,4 @@
-"""From shards that others made to the columns of an index: each shard is scanned by itself, in any process.
+"""From external shards to the columns of an index: each shard is scanned by itself, in any process.
 
 A label is a number (`.cls`, or "label" in a `.json`), or a class name; numbers are named by `classes.txt` or
 `classes.json` next to the shards, "0" to the largest without. All samples have labels of one kind, or none of them

@@ -158,7 +158,7 @@ class ShardDataset:
                 return data
             # It may be our copy of the shard that is damaged, and not the shard.
             if isinstance(self.storage, WholeStorage):
-                data = self.storage.read_anew(name, offset, size)
+                data = self.storage.read_again(name, offset, size)
         except UnreadableError as error:
             raise DataError(f"{self.place(sample)} {error.what}") from None
         if zlib.crc32(data) != checksums[sample]:
@@ -285,7 +285,7 @@ def check_same_classes(train: Source, val: Source) -> None:
 
 
 def _is_foreign(source: Source) -> bool:
-    """Return whether the classes of a source are those of shards that others made."""
+    """Return whether the classes of a source are those of external shards."""
     return isinstance(source, ShardDataset) and "headers" in source.index.options
 
 

@@ -1,4 +1,4 @@
-"""The headers of a tar that others made, one by one: every regular file in it, or an error that names the place.
+"""The headers of an external tar, one by one: every regular file in it, or an error that names the place.
 
 `tarfile` takes a damaged header for the end of the archive, and so does everything that is built on it: one flipped
 byte loses the rest of a shard without a word. Here each header's checksum is compared, a shard must end with the

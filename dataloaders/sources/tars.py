@@ -1,4 +1,4 @@
-"""The samples of tar shards that others made: members of one base name, with their labels and sizes of images.
+"""The samples of external tar shards: members of one base name, with their labels and sizes of images.
 
     000017.jpg  000017.cls     members of one base name are a sample; their order does not matter
     a/b/000017.seg.png         names are cut at the first dot of the last part, as WebDataset does: key a/b/000017

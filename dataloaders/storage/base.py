@@ -134,7 +134,7 @@ class WholeStorage(Protocol):
         """Fetch files in the background, in this order: those in use first, as many as `share` of the room holds."""
         ...
 
-    def read_anew(self, name: str, offset: int, size: int) -> bytes:
+    def read_again(self, name: str, offset: int, size: int) -> bytes:
         """Return bytes of a file whose copy proved damaged: it is fetched once more, but not twice."""
         ...
 

@@ -335,7 +335,7 @@ class CachedStorage:
         self._known = known
         self._paths: dict[str, Path] = {}
         self._ahead = Ahead(self._ready)
-        self._anew: set[str] = set()
+        self._again: set[str] = set()
         self._lock = threading.Lock()
 
     @property
@@ -378,11 +378,11 @@ class CachedStorage:
         """Return what the origin has."""
         return self._storage.names(pattern)
 
-    def read_anew(self, name: str, offset: int, size: int) -> bytes:
+    def read_again(self, name: str, offset: int, size: int) -> bytes:
         """Return bytes of a shard that is fetched once more, as those in the cache proved damaged; but not twice."""
         with self._lock:
-            if name not in self._anew:
-                self._anew.add(name)
+            if name not in self._again:
+                self._again.add(name)
                 self._cache.drop(self._path(name))
         return self.read(name, offset, size)
 
@@ -416,7 +416,7 @@ class CachedStorage:
         return path
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _cached_anew, (self._storage, self._cache.folder, self._cache.limit, self._cache._timeout, self._known)
+        return _cached_again, (self._storage, self._cache.folder, self._cache.limit, self._cache._timeout, self._known)
 
 
 class Ahead:
@@ -480,7 +480,7 @@ def fitting(names: list[str], known: Mapping[str, Known], limit: int) -> list[st
     return fit
 
 
-def _cached_anew(storage: Storage, folder: Path, limit: int, timeout: float, known: dict[str, Known]) -> CachedStorage:
+def _cached_again(storage: Storage, folder: Path, limit: int, timeout: float, known: dict[str, Known]) -> CachedStorage:
     return CachedStorage(storage, ShardCache(folder, limit / _GIB, timeout), known)
 
 

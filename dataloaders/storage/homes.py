@@ -1,4 +1,4 @@
-"""Where indexes and fetched files may lie, and which of those places are believed.
+"""Where indexes and fetched files may be, and which of those places are trusted.
 
 An index in a cache says which label a sample has; nothing but its folder vouches for that, where it is not bound to
 what was just read. So a cache folder is used only if no other user can write to it:
@@ -116,7 +116,7 @@ def own_folder(homes: list[Path], shown: str) -> Path:
             if not home.is_symlink():
                 home.mkdir(parents=True, exist_ok=True)
             if not trusted(home):
-                problem = f"{home} (which is not believed)"
+                problem = f"{home} (which is not trusted)"
                 continue
             os.close(os.open(home / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))
         except OSError as error:

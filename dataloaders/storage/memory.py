@@ -43,7 +43,7 @@ class SequentialStorage:
         self._gib = gib
         self._timeout = timeout
         self.moved = 0
-        self._anew: set[str] = set()
+        self._again: set[str] = set()
         self._held: OrderedDict[str, bytes] = OrderedDict()
         self._bytes = 0
         self._coming: set[str] = set()
@@ -80,11 +80,11 @@ class SequentialStorage:
         """Return what the origin has."""
         return self._storage.names(pattern)
 
-    def read_anew(self, name: str, offset: int, size: int) -> bytes:
+    def read_again(self, name: str, offset: int, size: int) -> bytes:
         """Return bytes of a shard that is fetched once more, as those in memory proved damaged; but not twice."""
         with self._changed:
-            if name not in self._anew:
-                self._anew.add(name)
+            if name not in self._again:
+                self._again.add(name)
                 self._bytes -= len(self._held.pop(name, b""))
         return self.read(name, offset, size)
 

@@ -1,4 +1,4 @@
-"""`setformer ckpt prune`: checkpoints that retention lets go are deleted."""
+"""`setformer ckpt prune`: delete the checkpoints that retention does not keep."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`setformer ckpt verify`: every byte of checkpoints read, and what is wrong said."""
+"""`setformer ckpt verify`: read every byte of checkpoints and report damage."""
 
 from __future__ import annotations
 

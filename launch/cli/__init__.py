@@ -1,4 +1,4 @@
-"""The words typed: Typer alone.
+"""The commands and their options, with Typer.
 
 ckpt.py      `setformer ckpt`: looking at checkpoints, checking them, taking them elsewhere, making room
 data.py      `setformer data`: making, checking and looking at the data that training reads

@@ -79,6 +79,7 @@ def session(
     own: OwnModel | None = None,
     stays: bool = False,
     callbacks: Sequence[Callback] = (),
+    data: Splits | None = None,
 ) -> Iterator[Session]:
     """Build a run on this rank and take over its newest checkpoint. Collective.
 
@@ -90,6 +91,7 @@ def session(
         stays: leave the group of ranks when the process ends, not before: DeepSpeed keeps its groups, so that a second
             engine of the process would find those of the first.
         callbacks: called after those that the config names.
+        data: in place of what the config's [data] names.
 
     Raises:
         SetformerError: the run cannot begin, or cannot resume from its checkpoint.
@@ -99,7 +101,7 @@ def session(
     if own is None:
         check_name(config.model.name)
     check_device(run)
-    splits = open_splits(run)
+    splits = data or open_splits(run)
     task = build_task(config.task, splits.train.classes)
     model = _model(config, splits, task, own)
     torch.set_num_threads(config.run.threads or max(1, usable_cores() // ranks.local_world_size))

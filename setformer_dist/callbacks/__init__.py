@@ -1,4 +1,4 @@
-"""What hears the events of a run, one file each; `setformer_dist.core.callback` is the base class.
+"""The loggers, one file each; `setformer_dist.core.callback` is the base class.
 
 build.py         the callbacks that a config names, and those that a user's module registers
 optional.py      packages that a logger needs and a run does not

@@ -1,4 +1,4 @@
-"""Figures in MLflow.
+"""Metrics in MLflow.
 
 runs/<run>/mlflow.json   the id of the run there, so that a resumed run continues under it
 """

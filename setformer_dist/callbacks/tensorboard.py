@@ -1,4 +1,4 @@
-"""Figures as TensorBoard reads them: tags "train/…", "eval/…" and "guard/…" in <run>/tensorboard/."""
+"""Metrics in TensorBoard's format: tags "train/…", "eval/…" and "guard/…" in <run>/tensorboard/."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures in Weights & Biases.
+"""Metrics in Weights & Biases.
 
     runs/<run>/wandb.json   the id of the run there, so that a resumed run continues under it
     runs/<run>/wandb/       W&B's own files; in mode "offline" all there is, until `wandb sync`

@@ -1,4 +1,4 @@
-"""What a run learns, behind one interface: engine, predict and report ask the task, and never which one it is."""
+"""What a run learns, behind one interface: engine, predict and report do not depend on which task it is."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from setformer_dist.core.metric import Metric
 
 
 class Prepare(Protocol):
-    """Turns a micro batch into what the model takes and what the loss compares it with."""
+    """Turns a micro batch into model inputs and loss targets."""
 
     def __call__(self, batch: MicroBatch, train: bool) -> tuple[torch.Tensor, Any]:
-        """Return inputs of the compute dtype, such as images (m, 3, H, W), and what the task's loss takes for targets.
+        """Return inputs of the compute dtype, such as images (m, 3, H, W), and the targets of the task's loss.
 
-        For tasks of this package these are fp32, (m, classes). Both lie on the device. Smoothing and mixing are for
-        training alone.
+        The targets of this package's tasks are fp32, (m, classes). Both are on the device. Smoothing and mixing apply
+        in training only.
         """
         ...
 
 
 class Task(Protocol):
-    """The loss and the scores of a model's outputs.
+    """The loss and the metrics of a model's outputs.
 
-    Evaluation adds up `sums` over all micro batches and ranks in fp64, then asks for `figures` once; so no figure
-    depends on how samples were cut into micro batches.
+    Evaluation adds up `sums` over all micro batches and ranks in fp64, and then calls `figures` once. So no metric
+    depends on how the samples were split into micro batches.
     """
 
     @property
     def name(self) -> str:
-        """As [task] names it."""
+        """The name in [task]."""
         ...
 
     @property
@@ -42,7 +42,7 @@ class Task(Protocol):
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Names of the model's outputs, such as the classes: the model is built with so many."""
+        """Names of the model's outputs, such as the classes; the model has one output for each."""
         ...
 
     @property
@@ -60,7 +60,7 @@ class Task(Protocol):
         ...
 
     def sums(self, outputs: Any, batch: MicroBatch, targets: Any) -> torch.Tensor:
-        """Return what `figures` is made of, (k,), summed over the samples that count (batch.weights); on the CPU."""
+        """Return the sums that `figures` needs, (k,), over the samples that count (batch.weights); on the CPU."""
         ...
 
     def figures(self, sums: Sequence[float], count: float) -> dict[str, float]:
@@ -73,22 +73,21 @@ class Task(Protocol):
         ...
 
     def confidences(self, outputs: Any) -> torch.Tensor:
-        """Return how sure the model is of each output, (m, outputs) fp32, 0 to 1."""
+        """Return the confidence of each output, (m, outputs) fp32, 0 to 1."""
         ...
 
 
 @runtime_checkable
 class Counted(Protocol):
-    """What a task has as well if its samples hold different amounts of what counts, such as pixels or tokens.
+    """A further method of tasks whose samples contain different numbers of valid elements, such as pixels or tokens.
 
-    Its `loss` is then a sum, and an optimizer step divides by the count of all its micro batches on all ranks. A mean
-    of means would weight a pixel by the micro batch that it happens to be in, so that the loss would depend on the
-    number of ranks.
+    Their `loss` is a sum, and an optimizer step divides it by the count of all its micro batches on all ranks. With a
+    mean of means, the weight of a pixel would depend on its micro batch, and the loss on the world size.
     """
 
     def count(self, batch: MicroBatch) -> float:
-        """Return how much of a micro batch counts in `loss`, such as its pixels that have a class; on the CPU.
+        """Return the number of valid elements of a micro batch, such as pixels with a class; on the CPU.
 
-        It is known before the model runs. A step in which nothing counts must have a loss of 0.
+        It is called before the model runs. A step without valid elements must have a loss of 0.
         """
         ...

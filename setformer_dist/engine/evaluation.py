@@ -1,4 +1,4 @@
-"""Evaluations during training: when they are due, of the weights and of their average, and who hears of the figures."""
+"""Evaluations during training: when they are due, of the weights and of their average, and what their metrics go to."""
 
 from __future__ import annotations
 

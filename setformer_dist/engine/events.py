@@ -82,6 +82,11 @@ class Callbacks:
         """
         self._each(f"{event} at step {step}", lambda _, callback: getattr(callback, event)(*values))
 
+    @property
+    def asks_to_stop(self) -> str:
+        """The name of a callback that asks to end the run; "" for none."""
+        return next((name for name, callback in self._active.items() if callback.should_stop), "")
+
     def exception(self, error: BaseException) -> None:
         """Report the error that ends the run, all but the callback that raised it; raises nothing."""
         for name, callback in self._active.items():

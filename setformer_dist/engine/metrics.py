@@ -1,4 +1,4 @@
-"""Where a step's time goes, and the run's record: callbacks hear the same figures (`core.callback`).
+"""Where a step's time goes, and the run's record: callbacks receive the same metrics (`core.callback`).
 
     runs/<run>/metrics.jsonl   one JSON object a line, kind "train", "eval" or "guard"; after a resume steps may repeat,
                                and the last line of a step counts; what is no finite number is null

@@ -95,7 +95,7 @@ class Outcome:
 
     Attributes:
         state: the run's state at the end.
-        signum: the signal that stopped it, or None when it ran to its end.
+        signum: the signal that stopped it, or None when it ran to its end or a callback ended it early.
         images_per_s: mean over the run's training steps, without evaluation and checkpoints.
     """
 

@@ -1,4 +1,4 @@
-"""SIGTERM, Ctrl-C and SIGUSR1 as a wish to stop: the loop ends a step or two later, all ranks at the same one."""
+"""SIGTERM, Ctrl-C and SIGUSR1 as a request to stop: the loop ends a step or two later, all ranks at the same one."""
 
 from __future__ import annotations
 

@@ -64,6 +64,7 @@ class Trainer:
         self._began = False
         self._say: Callable[[str], None] = log.info
         self._over = False
+        self._early = False  # whether a callback has ended the run before its last step
 
     @property
     def began(self) -> bool:
@@ -129,7 +130,7 @@ class Trainer:
             The task's metrics; those of averaged weights with `ema_` before their names.
         """
         not_entered = StopRequest()  # Ctrl-C is an ordinary one
-        scores = self._evaluation.scores(StopVote(not_entered, self._c.comm, self._c.store))
+        scores = self._evaluation.scores(StopVote(not_entered, self._c.comm, self._c.store, self._c.callbacks))
         assert scores is not None
         return {name: value for result, prefix in scores for name, value in result.as_dict(prefix).items()}
 
@@ -143,20 +144,25 @@ class Trainer:
                 self._begin(progress)
             self._say = progress.say
             self._clock.take()
-            vote = StopVote(stop, c.comm, c.store)
+            vote = StopVote(stop, c.comm, c.store, c.callbacks)
             signum = self._steps_until(last_step, vote, progress)
-            if signum is not None or self._state.step == self._total_steps:
+            over = self._early or self._state.step == self._total_steps
+            if signum is not None or over:
                 self._finish_copies(signum, vote)
-            if signum is None and self._state.step == self._total_steps:
+            if signum is None and over:
                 c.store.complete()
             self._state.seconds = time.perf_counter() - self._started
             c.record.note("spent", step=self._state.step, seconds=self._clock.take()[0])
             self._steps.restart_clock()
             self._tell_of_checkpoints()
-            if signum is not None or self._state.step == self._total_steps:
+            if signum is not None or over:
                 self._end(signum)
         if signum is not None:  # below the bar: it is the last that a user sees
             progress.say(f"stopped and saved at step {self._state.step}; the same command resumes from there")
+        elif self._early:
+            name = c.callbacks.asks_to_stop  # "" where it is another rank's
+            asking = f"callback {name!r}" if name else "a callback"
+            progress.say(f"ended early and saved at step {self._state.step}: {asking} asked for it")
         elif self._state.step < self._total_steps:
             signum = 0
         images = self._state.train_steps * c.plan.global_size
@@ -198,7 +204,8 @@ class Trainer:
     def _steps_until(self, last_step: int, stop: StopVote, progress: RunProgress) -> int | None:
         """Run the steps that are left up to one, over all rollbacks; return a signal that ended it."""
         signum = self._pay_owed_evaluation(stop, progress)
-        while signum is None and self._state.step < last_step:
+        self._early = False
+        while signum is None and not self._early and self._state.step < last_step:
             batches = self._c.stream.micro_batches(self._state.step)
             try:
                 signum = self.train_until(last_step, batches, stop, progress)
@@ -212,7 +219,7 @@ class Trainer:
         """Run optimizer steps up to `last_step`, with all that comes with them; return a signal that ended it."""
         c, state = self._c, self._state
         signum: int | None = None
-        while state.step < last_step and signum is None:
+        while state.step < last_step and signum is None and not self._early:
             c.heartbeat.step = state.step
             lr = c.schedule.apply(state.step)
             if c.guard.passes_over(state.step):
@@ -250,7 +257,7 @@ class Trainer:
         """Evaluate and save where that is due; return a signal that any rank got."""
         signum = stop.of_last_step()
         state = self._state
-        last = state.step == self._total_steps
+        last = state.step == self._total_steps or stop.had_enough
         measured: dict[str, float] | None = {}
         improved = False
         if last or self._evaluation.due(state.step):
@@ -258,6 +265,8 @@ class Trainer:
             state.evaluation_owed = measured is None
             signum = signum or stop.now()
             improved = state.take_best(measured or {})
+            last = last or stop.enough()
+        self._early = last and not signum and state.step < self._total_steps
         if last or signum or improved or self._c.store.due(state.step):
             self._save(measured or {})
         if last or signum:

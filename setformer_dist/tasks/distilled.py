@@ -1,4 +1,4 @@
-"""A task learnt from a trained model as well: its loss and the distance from that model's outputs, in shares."""
+"""Distillation: a task's loss and the distance from a teacher's outputs, weighted."""
 
 from __future__ import annotations
 

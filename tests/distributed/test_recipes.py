@@ -46,7 +46,7 @@ def test_losses_do_not_depend_on_the_layout(written: Callable[[Where], _Written]
     assert len({found["losses"][0] for found in one.values()}) == len(RECIPES)  # each trains in its own way
 
 
-def test_one_rank_goes_on_from_two(written: Callable[[Where], _Written]) -> None:
+def test_one_rank_continues_from_two(written: Callable[[Where], _Written]) -> None:
     check_resumes(LAYOUTS[0], LAYOUTS[3], written)
 
 
@@ -61,7 +61,7 @@ def test_losses_of_every_layout_agree(written: Callable[[Where], _Written]) -> N
 
 @pytest.mark.drill
 @pytest.mark.parametrize("reader", [*LAYOUTS, *LOW], ids=lambda where: where.name)
-def test_each_goes_on_from_another_layout_and_its_own(reader: Where, written: Callable[[Where], _Written]) -> None:
+def test_each_continues_from_another_layout_and_its_own(reader: Where, written: Callable[[Where], _Written]) -> None:
     layouts = LAYOUTS if reader in LAYOUTS else LOW
     check_resumes(reader, layouts[layouts.index(reader) - 1], written)
     check_resumes(reader, reader, written)

@@ -128,7 +128,7 @@ def test_with_everything_damaged_there_is_no_checkpoint_and_every_reason_is_repo
         open_checkpoint(tmp_path)
 
 
-def test_a_run_that_fell_back_goes_on_saving_and_replaces_the_damaged(tmp_path):
+def test_a_run_that_fell_back_continues_saving_and_replaces_the_damaged(tmp_path):
     for step in (10, 20, 30):
         save(tmp_path, step, config=CheckpointConfig(keep_last=3))
     for step in (20, 30):

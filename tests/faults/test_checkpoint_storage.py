@@ -80,7 +80,7 @@ def test_what_cannot_be_read_for_a_while_is_not_damaged(tmp_path: Path, name: st
     assert layout.put_aside(tmp_path) == []
 
 
-def test_a_run_does_not_begin_anew_because_its_only_checkpoint_cannot_be_read(tmp_path: Path) -> None:
+def test_a_run_does_not_begin_again_because_its_only_checkpoint_cannot_be_read(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     with unreadable(folder / RANK_FILE), pytest.raises(TransientError, match="not all could be read") as caught:
         manager_of(tmp_path).newest()
@@ -268,7 +268,7 @@ def test_what_is_gone_back_behind_is_kept_but_never_found_again(tmp_path: Path) 
     assert manager.newest().step == 5
 
 
-def test_a_kill_while_they_are_put_aside_leaves_one_to_go_on_from(tmp_path: Path) -> None:
+def test_a_kill_while_they_are_put_aside_leaves_one_to_continue_from(tmp_path: Path) -> None:
     for step in (4, 8, 10):
         save(tmp_path, step)
     disk = FaultyDisk(Fault("rename", "superseded-step-00000008-*", "killed"))

@@ -414,7 +414,7 @@ def test_more_shards_than_open_files_are_read(tmp_path, monkeypatch):
         assert len(dataset.storage._files) <= 3
 
 
-def test_packing_anew_during_a_run_is_noticed_by_readers_that_start_later(split):
+def test_packing_again_during_a_run_is_noticed_by_readers_that_start_later(split):
     dataset = open_split(split)
     state = dataset.__getstate__()
     index = dataset.index

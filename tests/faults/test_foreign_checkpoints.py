@@ -151,7 +151,7 @@ def test_no_command_does_what_a_checkpoint_asks_for(
     assert all(name.startswith("exported") for name in new), new
 
 
-def test_neither_a_run_that_begins_nor_one_that_goes_on_does_it(sound: Path, digits: Path, tmp_path: Path) -> None:
+def test_neither_a_run_that_begins_nor_one_that_continues_does_it(sound: Path, digits: Path, tmp_path: Path) -> None:
     def change(state: dict[str, Any]) -> None:
         state["config"]["model"]["args"]["checkpoint_path"] = str(tmp_path / "x.pth")
         state["config"]["data"]["root"] = "/nowhere"

@@ -63,7 +63,7 @@ def test_a_killed_rank_is_forked_again_and_nothing_differs(cold: Path, digits: P
     assert_gone(found)
 
 
-def test_a_killed_server_takes_its_ranks_along_and_the_run_goes_on_without_it(
+def test_a_killed_server_takes_its_ranks_along_and_the_run_continues_without_it(
     cold: Path, digits: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "demo"

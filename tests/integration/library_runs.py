@@ -99,7 +99,41 @@ def own_model(data: str, out: str) -> None:
         print(error)
 
 
-PROGRAMS: dict[str, Callable[[str, str], None]] = {"in_pieces": in_pieces, "own_model": own_model}
+class Bars:
+    """Sample i: a bar at the place of its class; a neighbouring class is a little probable."""
+
+    def __init__(self, count: int, seed: int = 0) -> None:
+        self.count, self.seed = count, seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, dict[str, float]]:
+        noise = torch.Generator().manual_seed(self.seed * self.count + index)
+        image, label = torch.randint(0, 60, (16, 16, 3), generator=noise, dtype=torch.uint8), index % 4
+        image[:, 4 * label : 4 * label + 4] += 150
+        return image, label, {f"bar {label}": 0.9, f"bar {(label + 1) % 4}": 0.1}
+
+
+def own_data(_: str, out: str) -> None:
+    """Train on data sets in Python with soft labels, in two openings; other data are refused."""
+    config = config_of("bars", out)
+    classes = [f"bar {number}" for number in range(4)]
+    data = setformer.own_data(Bars(160), Bars(32, seed=1), classes)
+    with setformer.Training(config, data=data) as run:
+        run.train(steps=4)
+    with setformer.Training(config, data=setformer.own_data(Bars(160), Bars(32, seed=1), classes)) as run:
+        assert run.step == 4
+        outcome = run.train()
+    # Soft labels cannot be met below the entropy of their distribution, which one-hot labels would let the loss do.
+    assert outcome.state.evaluation["loss"] > 0.325
+    try:
+        setformer.train(config, data=setformer.own_data(Bars(160, seed=2), Bars(32, seed=1), classes))
+    except SetformerError as error:
+        print(error)
+
+
+PROGRAMS: dict[str, Callable[[str, str], None]] = {"in_pieces": in_pieces, "own_model": own_model, "own_data": own_data}
 
 if __name__ == "__main__":
     PROGRAMS[sys.argv[1]](sys.argv[2], sys.argv[3])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.testing.commands import losses, setformer, train_words
+from setformer_dist.core.ledger import read_events
 
 # Notes every event; fails at a step while a file is there.
 OUTSIDE = """
@@ -108,6 +109,71 @@ def test_a_callback_outside_the_package_fails_is_mended_and_resumes(digits: Path
     }  # fmt: skip
     assert seen[-1]["signum"] is None
     assert {e["step"]: e["loss"] for e in seen if e["event"] == "metrics"}[8] == losses(run)["train", 8][0]
+
+
+EARLY = """
+from pathlib import Path
+from setformer_dist.callbacks.build import register_callback
+from setformer_dist.core.callback import Callback
+from setformer_dist.core.ranks import RankInfo
+
+
+class Patience(Callback):
+    def __init__(self, args):
+        self.flag = Path(args["flag"])
+
+    def on_evaluation_end(self, step, metrics):
+        self.should_stop = self.flag.exists() and step >= 4
+
+
+class Budget(Callback):
+    every_rank = True
+
+    def __init__(self, args):
+        self.steps = args["steps"]
+
+    def on_step_end(self, step):
+        self.should_stop = RankInfo.from_env().rank == 1 and step == self.steps
+
+
+register_callback("patience", Patience)
+register_callback("budget", Budget)
+"""
+
+
+def test_a_callback_ends_the_run_early_on_all_ranks(digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "my_callbacks.py").write_text(EARLY)
+    (tmp_path / "flag").touch()
+    words = train_words(digits, tmp_path / "runs", "~schedule.epochs", "~schedule.warmup_epochs", "schedule.steps=12",
+                        "run.log_every=2", "eval.every_steps=4", "checkpoint.every_steps=5",
+                        'run.imports=["my_callbacks"]', 'run.callbacks=["patience", "budget"]',
+                        f"run.callback_args.patience.flag={tmp_path / 'flag'}", "run.callback_args.budget.steps=6",
+                        ranks=2)  # fmt: skip
+    run = tmp_path / "runs" / "demo"
+    # At the evaluation in which rank 0 asks: its metrics are in that step's checkpoint, and a report is there.
+    ended = setformer(*words, cwd=tmp_path)
+    assert ended.code == 0, ended.err
+    assert "ended early and saved at step 4: callback 'patience' asked for it" in ended.out + ended.err
+    manifest = json.loads((run / "checkpoints" / "step-00000004" / "manifest.json").read_text())
+    assert "top1" in manifest["metrics"]
+    assert json.loads((run / "summary.json").read_text())["finished"]
+    assert (run / "report.html").exists()
+    assert [event["why"] for event in read_events(run) if event["event"] == "ended"] == ["done"]
+    # Rank 1 alone asks after step 6: both ranks end after step 7, which is evaluated though no evaluation is due.
+    (tmp_path / "flag").unlink()
+    ended = setformer(*words, cwd=tmp_path)
+    assert ended.code == 0, ended.err
+    assert "ended early and saved at step 7: a callback asked for it" in ended.out + ended.err
+    manifest = json.loads((run / "checkpoints" / "step-00000007" / "manifest.json").read_text())
+    assert "top1" in manifest["metrics"]
+    # Nobody asks any more: the run comes to its end, with the losses of a run that was never ended early.
+    ended = setformer(*words, cwd=tmp_path)
+    assert ended.code == 0, ended.err
+    assert json.loads((run / "summary.json").read_text())["steps"] == 12
+    whole = setformer(*[word for word in words if "callback" not in word], "run.name=whole", cwd=tmp_path)
+    assert whole.code == 0, whole.err
+    there, here = losses(tmp_path / "runs" / "whole"), losses(run)
+    assert {key: here[key] for key in there} == there
 
 
 def test_names_that_nobody_registered_are_refused(digits: Path, tmp_path: Path) -> None:

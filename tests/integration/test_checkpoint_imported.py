@@ -34,7 +34,7 @@ def deepspeed_trains(root: str, stage: int) -> None:
     ("stage", "ranks"),
     [(3, 1), pytest.param(2, 2, marks=pytest.mark.drill), pytest.param(0, 1, marks=pytest.mark.drill)],
 )
-def test_a_run_goes_on_from_what_deepspeed_saved(tmp_path: Path, digits: Path, stage: int, ranks: int):
+def test_a_run_continues_from_what_deepspeed_saved(tmp_path: Path, digits: Path, stage: int, ranks: int):
     run_ranks(deepspeed_trains, 2, str(tmp_path / "ds"), stage)
     folder = tmp_path / "runs" / "demo"
     done = setformer("ckpt", "import", str(tmp_path / "ds"), str(folder / "checkpoints"), "--model", MODEL.name)

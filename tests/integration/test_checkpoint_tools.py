@@ -168,7 +168,7 @@ def deepspeed_resumes(exported: str, ours: str, stage: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_deepspeed_goes_on_from_an_export_with_every_state_in_its_place(trained, tmp_path, stage):
+def test_deepspeed_continues_from_an_export_with_every_state_in_its_place(trained, tmp_path, stage):
     exported = tmp_path / "ds"
     done = run("export", trained, exported, "--deepspeed")
     assert done.exit_code == 0, done.exception
@@ -194,7 +194,7 @@ def trained(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "demo"
 
 
-def test_a_run_with_other_classes_begins_with_the_weights_of_another_and_goes_on_without_them(
+def test_a_run_with_other_classes_begins_with_the_weights_of_another_and_continues_without_them(
     digits: Path, trained: Path, tmp_path: Path
 ) -> None:
     for split in ("train", "val"):

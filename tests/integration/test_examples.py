@@ -9,7 +9,7 @@ import pytest
 
 from launch.testing.commands import ROOT, Ended, module, setformer
 
-EXAMPLES = ("own_callback", "own_loop", "own_model", "own_task", "train", "use_checkpoint")
+EXAMPLES = ("own_callback", "own_data", "own_loop", "own_model", "own_task", "train", "use_checkpoint")
 
 
 def example(name: str, *words: object, cwd: Path) -> Ended:
@@ -60,6 +60,12 @@ def test_use_checkpoint(place: Path) -> None:
 def test_own_callback(place: Path) -> None:
     said = example("own_callback", "--steps", 4, cwd=place).out
     assert [line.split(":")[0] for line in said.splitlines() if line.startswith("step ")] == ["step 2", "step 4"]
+
+
+def test_own_data(tmp_path: Path) -> None:
+    said = example("own_data", "--steps", 4, cwd=tmp_path).out
+    assert "'top1': " in said
+    assert "('left', 'right') tensor([[" in said
 
 
 def test_own_model(place: Path) -> None:

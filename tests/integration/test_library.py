@@ -63,6 +63,14 @@ def test_a_module_is_a_template_and_its_code_is_given_again(digits: Path, tmp_pa
     assert "holds a run of another config" in mixed.err
 
 
+def test_data_sets_in_python_with_soft_labels_train_and_resume(tmp_path: Path) -> None:
+    said = module(PROGRAM, "own_data", "", str(tmp_path))
+    assert said.code == 0, said.err
+    assert "fingerprint" in said.out.splitlines()[-1]
+    steps = [step for kind, step in losses(tmp_path / "demo") if kind == "train"]
+    assert steps == list(range(1, 8))
+
+
 @pytest.mark.drill
 def test_ranks_of_torchrun_train_the_same(digits: Path, tmp_path: Path) -> None:
     assert module(PROGRAM, "own_model", str(digits), str(tmp_path / "one")).code == 0

@@ -61,7 +61,7 @@ def older(digits: Path, tmp_path: Path) -> Path:
     return run
 
 
-def test_an_older_run_goes_on_as_it_was_and_says_so(older: Path, digits: Path, tmp_path: Path) -> None:
+def test_an_older_run_continues_as_it_was_and_says_so(older: Path, digits: Path, tmp_path: Path) -> None:
     assert scales(older) == {"after"}
     dry = setformer(*words_of(digits, tmp_path / "runs", 1), "checkpoint.keep_last=3", "--dry-run")
     assert dry.code == 0, dry.err

@@ -20,7 +20,7 @@ def agree(pages_of_ranks: list[tuple[str, ...]]) -> None:
     )
 
 
-def test_ranks_that_agree_go_on(digits: Path) -> None:
+def test_ranks_that_agree_continue(digits: Path) -> None:
     agree([(f"data.root={digits}",)] * 4)
 
 

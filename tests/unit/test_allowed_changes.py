@@ -63,7 +63,7 @@ def test_what_is_not_allowed_is_refused_by_name():
         continued_cursor(saved, here, CHANGED)
 
 
-def test_other_data_go_on_at_the_same_place_of_the_same_epoch():
+def test_other_data_continue_at_the_same_place_of_the_same_epoch():
     saved = cursor(plan_of("full", 10), 24)  # epoch 2, step 4 of 10
     larger, smaller = SetPlan(FullOrder(150, SEED), 10), SetPlan(FullOrder(30, SEED), 10)
     assert step_of_cursor(continued_cursor(saved, cursor(larger, 0), ("data",)), larger, SEED, "data") == 2 * 15 + 4

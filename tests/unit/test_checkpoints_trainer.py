@@ -118,7 +118,7 @@ def test_crafted_model_arguments_are_an_error_of_ours(text):
         Identity(model="m", model_args=text).check_same_model(Identity(model="m"))
 
 
-def test_steps_that_are_counted_anew_are_not_skipped(tmp_path, caplog):
+def test_steps_that_are_counted_again_are_not_skipped(tmp_path, caplog):
     guard = Guard(GuardConfig(nonfinite="rollback"), tmp_path, Alone())
     guard.remember(Incident(12, 9.0, "spike", "rollback"))
     guard.forget()

@@ -94,7 +94,7 @@ def test_fewer_than_announced_may_come_but_not_more_and_not_none(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_what_is_no_rgb_jpeg_is_kept_as_pixels_and_not_encoded_anew(tmp_path):
+def test_what_is_no_rgb_jpeg_is_kept_as_pixels_and_not_encoded_again(tmp_path):
     pixels = pixels_of(1, 40, 50)
     cmyk = io.BytesIO()
     Image.fromarray(pixels).convert("CMYK").save(cmyk, "JPEG")

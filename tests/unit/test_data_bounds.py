@@ -233,7 +233,7 @@ def test_cache_folders_of_others_or_open_to_others_are_not_believed(tmp_path):
             make_private(ours)
 
 
-def test_an_index_beside_shards_that_is_a_link_is_neither_read_nor_cleared(tmp_path):
+def test_an_index_next_to_shards_that_is_a_link_is_neither_read_nor_cleared(tmp_path):
     root = tmp_path / "in"
     root.mkdir()
     write_tar(root / "0.tar", sample(0))
@@ -272,7 +272,7 @@ def test_an_index_says_what_a_packing_writes_or_is_refused(tmp_path, edit, what)
         opened(folder)
 
 
-def test_a_forged_copy_of_the_index_of_a_url_is_fetched_anew(tmp_path):
+def test_a_forged_copy_of_the_index_of_a_url_is_fetched_again(tmp_path):
     folder = packed(tmp_path)
     with served(folder.parent) as server:
         config = DataConfig(root=server.url, cache=str(tmp_path / "cache"), read_timeout=5.0)

@@ -248,7 +248,7 @@ def test_labels_of_json(tmp_path, labels, classes, numbers):
     assert source.labels(np.array([0, -1, 1])).tolist() == [numbers[0], 0, numbers[1]]
 
 
-def test_class_names_beside_the_shards(folder):
+def test_class_names_next_to_the_shards(folder):
     (folder / "classes.txt").write_text("ant\nbee\ncow\ndog\n")
     assert opened(folder).classes == ("ant", "bee", "cow", "dog")
     (folder / "classes.txt").unlink()
@@ -577,7 +577,7 @@ def test_a_process_killed_while_it_indexes_leaves_nothing_in_the_way(folder, tmp
 
 @pytest.mark.parametrize("checksums", [False, True])
 @pytest.mark.parametrize("name", [INDEX_NAME, ARRAYS_NAME])
-def test_an_index_damaged_on_disk_is_made_anew_and_a_line_says_so(folder, caplog, name, checksums):
+def test_an_index_damaged_on_disk_is_made_again_and_a_line_says_so(folder, caplog, name, checksums):
     whole = index_shards(str(folder), "*.tar", cache=folder, checksums=checksums)
     [home] = homes(folder)
     path = folder / INDEX_FOLDER / home / name

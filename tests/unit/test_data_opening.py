@@ -196,9 +196,7 @@ def test_what_is_not_there_is_said(root, name, said):
 
 def test_what_a_url_does_not_have_is_said(root, own_cache):
     with served(root) as server:
-        with pytest.raises(
-            DataError, match=r"none/index\.json is not there .*name shards that others made as train-\{0"
-        ):
+        with pytest.raises(DataError, match=r"none/index\.json is not there .*name external shards as train-\{0"):
             open_source(server.url, "none", config_of())
         with pytest.raises(DataError, match=r"s-9\.tar is not there .status 404.*one of 2 shards"):
             open_source(server.url, "shards/s-{3,9}.tar", config_of())
@@ -301,7 +299,7 @@ def test_a_copy_of_an_image_folder_has_the_same_fingerprint(images, tmp_path):
     assert open_source(str(copy), "", config_of()).fingerprint != first.fingerprint
 
 
-def test_who_waits_for_an_index_sees_it_go_on(images, tmp_path, monkeypatch):
+def test_who_waits_for_an_index_sees_it_continue(images, tmp_path, monkeypatch):
     """Looking into the images of a large folder takes longer than others wait; each part of it is a sign of life."""
     monkeypatch.setattr(image_folder, "_PROGRESS_EVERY", 3)
     signs = []

@@ -281,7 +281,7 @@ def shards_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_changed_image_is_packed_anew_and_the_rest_taken_over(tmp_path):
+def test_a_changed_image_is_packed_again_and_the_rest_taken_over(tmp_path):
     for i in range(9):
         write(tmp_path / "s" / "a" / f"{i}.jpg", saved(pixels_of(i, (20, 20))))
     write(tmp_path / "s" / "a" / "4.jpg", b"\xff\xd8 damaged")
@@ -359,7 +359,7 @@ def test_unwritable_and_odd_places(tmp_path):
 # -------------------------------------------------------------------------------------------- containers and texts
 
 
-def test_a_packed_split_is_packed_anew(tmp_path):
+def test_a_packed_split_is_packed_again(tmp_path):
     for name in ("ant", "bee"):
         for i in range(4):
             write(tmp_path / "s" / name / f"{i}.jpg", saved(pixels_of(i + ord(name[0]), (20, 12))))

@@ -228,7 +228,7 @@ def test_a_server_may_ask_to_be_left_alone_for_a_while(server, http, waits):
     assert waits == [2.0]
 
 
-def test_a_connection_that_breaks_within_a_file_goes_on_where_it_broke(server, http, folder):
+def test_a_connection_that_breaks_within_a_file_continues_where_it_broke(server, http, folder):
     server.faults["/s1.tar"] = [("short", 100_000), ("short", 50_000)]
     assert b"".join(http.blocks("s1.tar")) == (folder / "s1.tar").read_bytes()
     starts = [asked for _, _, asked in server.fetched("s1.tar")]

@@ -30,7 +30,7 @@ def test_a_loss_that_is_not_finite_stops_by_default_and_names_the_step(tmp_path,
         guard(tmp_path).judge(10, [1.0, 1.0, bad, 1.0])
 
 
-def test_skip_goes_on_after_each_bad_step_up_to_the_limit(tmp_path):
+def test_skip_continues_after_each_bad_step_up_to_the_limit(tmp_path):
     one = guard(tmp_path, nonfinite="skip", limit=2)
     losses = [1.0, math.nan, 1.0, math.nan, 1.0, math.nan]
     for step in (1, 3):
@@ -41,7 +41,7 @@ def test_skip_goes_on_after_each_bad_step_up_to_the_limit(tmp_path):
         one.judge(0, losses)
 
 
-def test_a_leap_is_one_against_the_median_before_it(tmp_path):
+def test_a_spike_is_one_against_the_median_before_it(tmp_path):
     one = guard(tmp_path, spike=3.0)
     assert one.judge(0, [1.0] * 19 + [50.0]) is None  # too few to tell
     assert one.judge(20, [2.9]) is None
@@ -59,7 +59,7 @@ def test_what_is_passed_over_stays_so_in_every_continuation(tmp_path):
     assert later.judge(4, [math.nan]) is None
 
 
-def test_the_median_goes_on_after_a_resume(tmp_path):
+def test_the_median_continues_after_a_resume(tmp_path):
     one = guard(tmp_path, spike=2.0, window=20)
     one.judge(0, [1.0] * 25)
     later = guard(tmp_path, spike=2.0, window=20)
@@ -150,7 +150,7 @@ def test_updates_with_bad_gradients_touch_neither_weights_nor_states():
     assert not torch.equal(weights[0], before[0][0])
 
 
-def test_with_a_scaled_loss_only_leaps_count(tmp_path):
+def test_with_a_scaled_loss_only_spikes_count(tmp_path):
     one = Guard(GuardConfig(spike=2.0), tmp_path, Alone(), scaled=True)
     one.load()
     assert one.judge(0, [1.0, math.nan] * 30) is None

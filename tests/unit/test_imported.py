@@ -35,7 +35,7 @@ def state_of(
     return trainer_state(checkpoint, mine, lambda step: {"step": step}, total, says=True, optimizer=optimizer)
 
 
-def test_samples_go_on_behind_the_steps_done_and_the_rest_begins(tmp_path, caplog):
+def test_samples_continue_behind_the_steps_done_and_the_rest_begins(tmp_path, caplog):
     found = imported(tmp_path, "param", "exp_avg", "exp_avg_sq")
     assert is_imported(found)
     state = state_of(found)
@@ -53,7 +53,7 @@ def test_samples_go_on_behind_the_steps_done_and_the_rest_begins(tmp_path, caplo
     assert held.tensor.tolist() == [2.0] * 4
 
 
-def test_the_optimizer_begins_anew_where_adams_states_have_no_names(tmp_path, caplog):
+def test_the_optimizer_begins_again_where_adams_states_have_no_names(tmp_path, caplog):
     found = imported(tmp_path, "param")
     assert state_of(found)["optimizer_steps"] == 0
     assert "the optimizer starts fresh" in caplog.text

@@ -370,7 +370,7 @@ def test_drop_path_is_a_function_of_the_sample_not_of_the_batch():
     assert not torch.allclose(model(images), whole, atol=1e-3)
 
 
-def test_drop_path_drops_the_share_it_is_told_to_and_keeps_the_mean():
+def test_drop_path_drops_the_given_share_and_keeps_the_mean():
     model = small(drop_path_rate=0.4).train()
     model.set_sample_keys(torch.arange(20_000))
     factors = model.drop_path(20_000, torch.device("cpu"), torch.float32)

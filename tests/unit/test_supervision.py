@@ -38,7 +38,7 @@ def test_hosts_that_are_lost_at_one_step_are_not_the_runs_own_failure():
     assert isinstance(verdict([*failures(40, 40, how="host"), Failure(9, 40, "killed")], POLICY), Restart)
 
 
-def test_the_wait_doubles_without_progress_and_begins_anew_with_it():
+def test_the_wait_doubles_without_progress_and_begins_again_with_it():
     assert verdict(failures(40, 39), POLICY) == Restart(2)
     assert verdict(failures(40, 39, 38), POLICY) == Restart(4)
     assert verdict(failures(40, 39, 38, 37), POLICY) == Restart(6)

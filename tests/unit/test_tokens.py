@@ -208,7 +208,7 @@ def test_samples_are_those_of_the_order_on_any_number_of_ranks(split: TokenSplit
         assert torch.equal(tokens, split.batch(order, 20))
 
 
-def test_a_stream_goes_on_where_it_stopped(split: TokenSplit) -> None:
+def test_a_stream_continues_where_it_stopped(split: TokenSplit) -> None:
     stream = TokenTrainStream(split, config(split.folder), 3, RankInfo(), 12, 6)
     cursor = json.loads(json.dumps(stream.state(5)))
     assert stream.check_state(cursor) == 5

@@ -1,0 +1,136 @@
+"""A data set in Python as a source: a sequence of images with labels, and with soft labels where it gives them.
+
+    dataset[i] -> (image, label)            image (H, W, 3) uint8, an array or a tensor; label an integer
+    dataset[i] -> (image, label, soft)      soft: a probability for each class in order, or a table by class name
+
+The same i must always give the same sample: order, augmentation and resume depend on it. All samples are read once at
+the start, for their sizes and for the fingerprint that a resume compares. They may be read by several threads at once,
+and with `data.workers` the data set is pickled to the readers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dataloaders.source import DamagedSampleError, Stored
+from dataloaders.sources.classes import soft_label
+from setformer_dist.core.errors import DataError
+
+
+class Dataset(Protocol):
+    """A sequence of samples, such as a `torch.utils.data.Dataset` with a length."""
+
+    def __len__(self) -> int:
+        """Return N."""
+        ...
+
+    def __getitem__(self, index: int) -> Sequence[object]:
+        """Return sample `index`: image and label, and a soft label or None."""
+        ...
+
+
+class PythonSource:
+    """A data set in Python (`Source`).
+
+    Args:
+        dataset: its samples.
+        classes: class names; a label is a position in it.
+        name: for messages.
+
+    Raises:
+        DataError: it is empty, or a sample is not as this module says.
+    """
+
+    def __init__(self, dataset: Dataset, classes: Sequence[str], name: str = "the data set in Python") -> None:
+        self._dataset = dataset
+        self.classes = tuple(classes)
+        self.name = name
+        self.num_samples = len(dataset)
+        if not self.num_samples:
+            raise DataError(f"{name} is empty")
+        digest = hashlib.sha256(repr(self.classes).encode())
+        sizes, labels, soft = [], [], False
+        for number in range(self.num_samples):
+            stored, label = self._sample(number)
+            assert isinstance(stored.image, np.ndarray)
+            sizes.append(stored.image.shape[:2])
+            labels.append(label)
+            soft = soft or stored.soft is not None
+            digest.update(repr((stored.image.shape, label)).encode())
+            digest.update(stored.image.tobytes())
+            digest.update(b"" if stored.soft is None else stored.soft.tobytes())
+        self._sizes = np.array(sizes, np.int32)
+        self._labels = torch.tensor(labels)
+        self.parts = frozenset({"soft"} if soft else ())
+        self.fingerprint = digest.hexdigest()
+        self.shards: npt.NDArray[np.int32] = np.zeros(self.num_samples, np.int32)
+
+    def labels(self, samples: npt.NDArray[np.int64]) -> torch.Tensor:
+        """Return the labels of samples, (k,) int64; 0 where the number is -1 (padding)."""
+        numbers = torch.from_numpy(samples)
+        return torch.where(numbers < 0, 0, self._labels[numbers.clamp(min=0)])
+
+    def size(self, sample: int) -> tuple[int, int]:
+        """Return a sample's (height, width) in pixels."""
+        height, width = self._sizes[sample]
+        return int(height), int(width)
+
+    def extent(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return the smallest and the largest (height, width), each number over all samples independently."""
+        (low_h, low_w), (high_h, high_w) = self._sizes.min(axis=0), self._sizes.max(axis=0)
+        return (int(low_h), int(low_w)), (int(high_h), int(high_w))
+
+    def sizes(self) -> npt.NDArray[np.int32]:
+        """Return (N, 2) heights and widths."""
+        return self._sizes
+
+    def key(self, sample: int) -> str:
+        """Return the number of a sample, as text."""
+        return str(sample)
+
+    def place(self, sample: int) -> str:
+        """Name a sample for a message."""
+        return f"sample {sample} of {self.name}"
+
+    def read(self, sample: int) -> Stored:
+        """Return a sample.
+
+        Raises:
+            DamagedSampleError: it has another size or label than at the start.
+            DataError: it is not as this module says.
+        """
+        stored, label = self._sample(sample)
+        assert isinstance(stored.image, np.ndarray)
+        if stored.image.shape[:2] != self.size(sample) or label != int(self._labels[sample]):
+            raise DamagedSampleError(f"{self.place(sample)} is another one than at the start")
+        return stored
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def _sample(self, number: int) -> tuple[Stored, int]:
+        found = self._dataset[number]
+        if not isinstance(found, tuple | list) or len(found) not in (2, 3):
+            raise DataError(f"{self.place(number)} is not (image, label) or (image, label, soft label)")
+        image, label = np.asarray(found[0]), found[1]
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise DataError(f"{self.place(number)}: its image is {image.dtype} {image.shape}, not uint8 (H, W, 3)")
+        if isinstance(label, bool) or not hasattr(label, "__index__") or not 0 <= int(label) < len(self.classes):
+            raise DataError(
+                f"{self.place(number)} has label {label!r:.40}: it must be from 0 to {len(self.classes) - 1}"
+            )
+        soft = found[2] if len(found) == 3 else None
+        return Stored(np.ascontiguousarray(image), soft=None if soft is None else self._soft(number, soft)), int(label)
+
+    def _soft(self, number: int, said: object) -> npt.NDArray[np.float32]:
+        values = said if isinstance(said, dict) else np.asarray(said, np.float64).tolist()
+        try:
+            return soft_label(values, self.classes)
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{self.place(number)}: its soft label is none ({error})") from None

@@ -1,0 +1,93 @@
+"""Data sets in Python: the same samples and soft labels through the streams; what is no sample is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import setformer
+from dataloaders.config import AugmentConfig, DataConfig
+from dataloaders.reading.device import Prepare
+from dataloaders.reading.streams import ShardEvalStream, ShardTrainStream
+from dataloaders.sources.python import PythonSource
+from setformer_dist.core.errors import ConfigError, DataError
+from setformer_dist.core.ranks import RankInfo
+
+CLASSES = ("ant", "bee", "cow")
+SOFT = ([0.7, 0.2, 0.1], {"bee": 0.9, "cow": 0.1}, None, np.array([0.0, 0.5, 0.5]))
+WANTED = ((0.7, 0.2, 0.1), (0.0, 0.9, 0.1), (0.0, 0.0, 1.0), (0.0, 0.5, 0.5))  # the third has only its label, cow
+
+
+class Colours(torch.utils.data.Dataset[Any]):
+    """Sample i is one colour, (i, i, i), with the soft label of i % 4."""
+
+    def __init__(self, count: int = 12, soft: bool = True) -> None:
+        self.count, self.soft = count, soft
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[object, ...]:
+        image = torch.full((8, 8 + index % 3, 3), index, dtype=torch.uint8)
+        return (image, np.int64((index % 4) % 3), SOFT[index % 4]) if self.soft else (image, (index % 4) % 3)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streams_have_the_soft_labels(workers: int) -> None:
+    source = PythonSource(Colours(), CLASSES)
+    assert (source.num_samples, source.parts, source.extent()) == (12, {"soft"}, ((8, 8), (8, 10)))
+    config = DataConfig(root="colours", image_size=8, workers=workers, threads=0, augment=AugmentConfig(flip=False))
+    prepare = Prepare(config, 3, "cpu")
+    stream = ShardTrainStream(source, config, 0, RankInfo(), 4, 4)
+    seen = set()
+    for batch, _ in zip(stream.micro_batches(0), range(3), strict=False):
+        targets = prepare(batch, train=True)[1]
+        for sample, target, image in zip(batch.sample_ids.tolist(), targets, batch.inputs, strict=True):
+            seen.add(sample)
+            assert image.unique().tolist() == [sample]
+            torch.testing.assert_close(target, torch.tensor(WANTED[sample % 4]))
+    stream.close()
+    assert seen == set(range(12))
+    stream = ShardEvalStream(source, config, RankInfo(), 4)
+    for batch in stream.micro_batches():
+        wanted = torch.tensor([WANTED[sample % 4] for sample in batch.sample_ids.tolist()])
+        torch.testing.assert_close(prepare(batch, train=False)[1], wanted)
+    stream.close()
+
+
+def test_the_fingerprint_is_that_of_the_samples() -> None:
+    first = PythonSource(Colours(), CLASSES).fingerprint
+    assert first == PythonSource(Colours(), CLASSES, "another name").fingerprint
+    others = (PythonSource(Colours(11), CLASSES), PythonSource(Colours(soft=False), CLASSES))
+    assert first not in {other.fingerprint for other in others}
+    assert PythonSource(Colours(soft=False), CLASSES).parts == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("sample", "why"),
+    [
+        ((np.zeros((8, 8), np.uint8), 0), r"sample 0 of .*: its image is uint8 \(8, 8\), not uint8 \(H, W, 3\)"),
+        ((np.zeros((8, 8, 3), np.float32), 0), "its image is float32"),
+        ((np.zeros((8, 8, 3), np.uint8), 3), "has label 3: it must be from 0 to 2"),
+        ((np.zeros((8, 8, 3), np.uint8), "bee"), "has label 'bee'"),
+        ((np.zeros((8, 8, 3), np.uint8), 0, [0.5, 0.2]), r"its soft label is none \(it has 2 numbers for 3 classes\)"),
+        ((np.zeros((8, 8, 3), np.uint8), 0, {"dog": 1.0}), "'dog' is no class"),
+        ((np.zeros((8, 8, 3), np.uint8), 0, [0.5, 0.2, 0.1]), "it sums to 0.8 and not to 1"),
+        (np.zeros((8, 8, 3), np.uint8), r"is not \(image, label\)"),
+    ],
+)
+def test_what_is_no_sample_is_refused(sample: Any, why: str) -> None:
+    with pytest.raises(DataError, match=why):
+        PythonSource([sample], CLASSES)
+
+
+def test_an_empty_set_and_other_classes_are_refused() -> None:
+    with pytest.raises(DataError, match="the training data is empty"):
+        setformer.own_data([], Colours(), CLASSES)
+    config = setformer.load_config("demo", data={"root": "colours", "image_size": 8, "augment": {"crop": "pad"}})
+    data = setformer.own_data(Colours(64), Colours(), CLASSES)
+    with pytest.raises(ConfigError, match="needs images of 8 x 8"):  # they are 8 to 10 pixels wide
+        setformer.train_stream(config, data, RankInfo())
