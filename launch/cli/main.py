@@ -204,11 +204,11 @@ def _supervise(began: _Start, via: str | None, port: int | None, grace: float, p
     try:
         say = functools.partial(open_console(stderr=True).print, highlight=False, markup=False)
         repeats = began.repeats
-        recorder = Recorder(folder, config.run.imports, config.launch.env, via, repeats.source if repeats else None)
+        recorder = Recorder(folder, config.run.imports, config.launch.env, via)
         if repeats is not None:
+            recorder = dataclasses.replace(recorder, repeats=repeats.source, first=repeats.write_page)
             for line in repeats.told(recorder, began.world_size, {spec.name: spec.slots for spec in specs}):
                 say(line)
-            repeats.write_page()
         if sys.stderr.isatty():
             say(f"starting {counted(began.world_size, 'rank')} …")
         args = [str(began.page), *began.overrides]
