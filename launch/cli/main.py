@@ -176,7 +176,9 @@ _Asked = tuple[int | None, str, Path | None, str, str]
 
 def _from_page(page: str | None, overrides: list[str], asked: _Asked) -> _Start:
     if page is None:
-        raise LaunchError("name the run's TOML page, or --from with the folder of a run to repeat")
+        raise UsageError(
+            "Missing argument 'PAGE': name the run's TOML page, or --from with the folder of a run to repeat"
+        )
     path = shipped(Path(page))
     specs = chosen_hosts(*asked)
     world_size = sum(spec.slots for spec in specs) if specs else asked[0] or 1
