@@ -181,7 +181,9 @@ _Asked = tuple[int | None, str, Path | None, str, str]
 
 def _from_config(name: str | None, overrides: list[str], asked: _Asked) -> _Start:
     if name is None:
-        raise LaunchError("name the run's TOML config, or --from with the folder of a run to repeat")
+        raise UsageError(
+            "Missing argument 'CONFIG': name the run's TOML config, or --from with the folder of a run to repeat"
+        )
     path = shipped(Path(name))
     specs = chosen_hosts(*asked)
     config = continued(load_run(path, overrides))
@@ -214,11 +216,11 @@ def _supervise(began: _Start, via: str | None, port: int | None, grace: float, p
     try:
         say = functools.partial(open_console(stderr=True).print, highlight=False, markup=False)
         repeats = began.repeats
-        recorder = Recorder(folder, config.run.imports, config.launch.env, via, repeats.source if repeats else None)
+        recorder = Recorder(folder, config.run.imports, config.launch.env, via)
         if repeats is not None:
+            recorder = dataclasses.replace(recorder, repeats=repeats.source, first=repeats.write_config)
             for line in repeats.told(recorder, began.world_size, {spec.name: spec.slots for spec in specs}):
                 say(line)
-            repeats.write_config()
         if sys.stderr.isatty():
             say(f"starting {counted(began.world_size, 'rank')} …")
         args = [str(began.path), *began.overrides]

@@ -128,7 +128,7 @@ class DrillRun:
 
     def trains(self) -> bool:
         """Return whether an attempt has come to its first step and has not ended, as far as anybody wrote it."""
-        return bool(events := self.events()) and events[-1]["event"] in ("began", "spent")
+        return bool(events := self.events()) and events[-1]["event"] in ("began", "spent", "saved")
 
     def wait(self, until: Callable[[], bool], limit_s: float | None = None) -> bool:
         """Wait; return whether it came in time.

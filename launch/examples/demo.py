@@ -16,6 +16,7 @@ from dataloaders.packing.pack import pack_image_folder
 from launch.ranks.local import LocalCrew
 from launch.ranks.restarts import RestartConfig
 from launch.ranks.supervise import run_supervised
+from launch.record.attempts import Recorder
 from setformer_dist.core.errors import ConfigError, LaunchError
 from setformer_dist.core.seeding import Purpose, generator
 
@@ -68,7 +69,8 @@ def run_demo(ranks: int, data: Path, console: Console) -> int:
     """Prepare, train, print the summary; return the exit code."""
     prepare_data(data, console)
     folder = Path("runs") / "demo"
-    code = run_supervised(LocalCrew([str(CONFIG), f"data.root={data}"], ranks), folder, RestartConfig())
+    crew = LocalCrew([str(CONFIG), f"data.root={data}"], ranks)
+    code = run_supervised(crew, folder, RestartConfig(), recorder=Recorder(folder))
     if code:
         return code
     figures = json.loads((folder / "summary.json").read_text())

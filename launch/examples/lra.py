@@ -30,6 +30,7 @@ from dataloaders.lra.tasks import Task, open_task
 from dataloaders.tokens import TokenSplit
 from launch.ranks.local import LocalCrew
 from launch.ranks.supervise import run_supervised
+from launch.record.attempts import Recorder
 from launch.run.compose import device_label
 from launch.run.config import ResolvedRun, check_folder, load_run, resolve
 from launch.run.trained import evaluate_checkpoint, load_trained
@@ -157,7 +158,8 @@ def compare(comparison: Comparison, console: Console) -> int:
             config = comparison.resolved(kind).config
             crew = LocalCrew(comparison.words(kind), comparison.ranks, warm=config.launch.warm)
             say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
-            code = run_supervised(crew, folder, config.restart, say=say)
+            recorder = Recorder(folder, config.run.imports, config.launch.env)
+            code = run_supervised(crew, folder, config.restart, say=say, recorder=recorder)
             if code:
                 return code
         rows.append(row_of(folder, kind, splits["test"]))

@@ -105,7 +105,7 @@ def _signs_of_life(descriptor: int, mine: Holder | None, folder: Path) -> Iterat
         yield
     finally:
         over.set()
-        thread.join()
+        thread.join(2 * _SIGN_EVERY_S)  # storage that hangs must not hold up the end
 
 
 def _taken_over(descriptor: int, mine: Holder, folder: Path) -> str | None:

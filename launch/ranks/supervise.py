@@ -73,6 +73,9 @@ class Crew(Protocol):
 class Recorder(Protocol):
     """Writes down who runs an attempt; see `launch.record.attempts.Recorder`."""
 
+    def begin(self) -> None:
+        """Write what must be in the run's folder before anything starts; it is this process's by now."""
+
     def write(self, ranks: int, hosts: Mapping[str, tuple[int, Mapping[str, Any]]]) -> None:
         """Write the record of an attempt that begins; never raises for want of storage."""
 
@@ -114,6 +117,8 @@ def run_supervised(
         with stop_signals(show_life) as received, contextlib.closing(crew):
             ledger.close_killed(run_folder, folder.seen)
             folder.show_life()
+            if recorder is not None:
+                recorder.begin()
             return _attempts(crew, run_folder, config, received, folder.fault, say, recorder, Board(run_folder, tell))
 
 

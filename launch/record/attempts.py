@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,7 @@ class Recorder:
         env: `launch.env`.
         via: how hosts are reached, None for the default.
         repeats: folder of the run that this one repeats.
+        first: called by `begin`.
     """
 
     folder: Path
@@ -114,6 +115,11 @@ class Recorder:
     env: tuple[str, ...] = ()
     via: str | None = None
     repeats: Path | None = None
+    first: Callable[[], None] = lambda: None
+
+    def begin(self) -> None:
+        """Write what must be in the run's folder before anything starts; it is this process's by now."""
+        self.first()
 
     def write(self, ranks: int, hosts: Mapping[str, tuple[int, Mapping[str, Any]]]) -> None:
         """Write the record of an attempt that begins.

@@ -20,7 +20,7 @@ from launch.record.machine import machine_facts
 from launch.run.config import RunConfig
 from setformer_dist.core import config as base
 from setformer_dist.core import revisions
-from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.errors import ConfigError, TransientError
 from setformer_dist.core.files import read_state, write_state
 
 REPEATED = "repeated.json"
@@ -52,9 +52,15 @@ class Repetition:
     _resolved: Mapping[str, Any]
 
     def write_config(self) -> None:
-        """Write the config of the new run, which every rank reads, into its folder."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_state(self.path, {**self._table, "resolved": {**self._resolved, REPEATS: str(self.source)}})
+        """Write the config of the new run, which every rank reads, into its folder, which is there.
+
+        Raises:
+            TransientError: it cannot be written.
+        """
+        try:
+            write_state(self.path, {**self._table, "resolved": {**self._resolved, REPEATS: str(self.source)}})
+        except OSError as error:
+            raise TransientError(f"{self.path} cannot be written: {error.strerror}") from None
 
     def told(self, recorder: Recorder, ranks: int, hosts: Mapping[str, int]) -> list[str]:
         """Return lines that say what differs now from then, as far as it is known before data are opened.

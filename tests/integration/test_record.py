@@ -109,7 +109,7 @@ def train_losses(run: Path) -> dict[int, float]:
     [
         (["--from", "nosuch"], "nosuch is no run folder, as it holds no config.json"),
         (["demo", "--from", "nosuch"], "leave the config demo out"),
-        ([], "name the run's TOML page, or --from"),
+        ([], "Missing argument 'CONFIG': name the run's TOML config, or --from"),
     ],
 )
 def test_what_cannot_be_repeated_is_said_in_one_line(words: list[str], says: str, tmp_path: Path) -> None:

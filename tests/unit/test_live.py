@@ -111,3 +111,21 @@ def test_an_old_look_is_no_news_and_a_link_is_not_followed(run: Path, tmp_path: 
     (run / f".{live.LIVE}.part").symlink_to(tmp_path / "precious")
     live.write(run, live.Live(time.time(), 1.0, ()))
     assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_a_look_costs_a_supervisor_next_to_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether somebody watches or not: `runs top` reads what is written anyway, and no rank takes part."""
+    monkeypatch.setattr("launch.ranks.board._EVERY_S", 0.0)
+    ranks = [Rank(rank, Beat(9, 12, "forward", 0.1), f"host-{rank // 8}") for rank in range(64)]
+    board = Board(run)
+    begun = time.process_time()
+    for _ in range(20):
+        board.look(ranks)
+    assert (time.process_time() - begun) / 20 < 0.02, "seconds of a core, once a second; measured: 0.0008"
+
+
+def test_top_leaves_the_run_as_it_is(run: Path) -> None:
+    Board(run).look([Rank(0, Beat(9, 12, "forward", 0.1))])
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.iterdir()}
+    shown(run)
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.iterdir()} == before

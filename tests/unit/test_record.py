@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.cli import main
 from launch.history import ran
 from launch.record import attempts
 from launch.record.attempts import FOLDER, Recorder
@@ -295,6 +296,7 @@ def test_a_repetition_takes_the_first_free_name(tmp_path: Path) -> None:
 def test_other_data_are_told(tmp_path: Path) -> None:
     run = a_run(tmp_path)
     repeated = repetition(run, [])
+    repeated.path.parent.mkdir()
     repeated.write_config()
     folder = repeated.config.folder
     assert isinstance(load_run(folder / "repeated.json"), RunConfig)
@@ -328,3 +330,23 @@ def test_a_name_that_is_no_text_is_recorded(repository: Path, tmp_path: Path, mo
     found = attempts.last(tmp_path)
     assert found is not None
     assert json.dumps(found.imports["mine"])
+
+
+def test_a_repetition_takes_the_hosts_and_ranks_of_the_run_unless_others_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
+    run = a_run(tmp_path)
+    Recorder(run, via="docker exec -i {host}").write(6, {"a": (4, {}), "b": (2, {})})
+    nothing = (None, "", None, "", "")
+    began = main._from_run(run, "optim.lr=2e-3", ["~schedule.epochs", "schedule.steps=3"], nothing, None)
+    assert [(spec.name, spec.slots) for spec in began.specs] == [("a", 4), ("b", 2)]
+    assert (began.world_size, began.via) == (6, "docker exec -i {host}")
+    assert began.config.optim.lr == 2e-3
+    assert began.config.schedule.steps == 3
+    assert began.page == tmp_path / "demo-2" / "page.json"
+    assert not began.page.exists(), "nothing is written before the folder is held"
+    here = main._from_run(run, None, [], (3, "", None, "", ""), None)
+    assert (here.specs, here.world_size, here.via) == ([], 3, None)
+    other = main._from_run(run, None, [], (None, "c:1", None, "", ""), "ssh")
+    assert [spec.name for spec in other.specs] == ["c"]
