@@ -44,7 +44,7 @@ class DrillRun:
                 "eval.every_epochs=0",
             ),
             *(f"checkpoint.every_steps={CHECKPOINT_EVERY}", "checkpoint.keep_last=3", "restart.backoff_s=0.1"),
-            *("restart.limit=1000", "restart.hang_after_s=8", "restart.start_after_s=60", "restart.same_step=20"),
+            *("restart.limit=1000", "restart.hang_after_s=8", "restart.start_after_s=120", "restart.same_step=20"),
             *crew,
         ]
         self._process: subprocess.Popen[bytes] | None = None

@@ -23,7 +23,7 @@ from launch.ranks.signals import Received
 from setformer_dist.core.errors import LaunchError
 from setformer_dist.core.ranks import PORT_GIVEN_VARIABLE
 
-_START_S = 60.0
+_START_S = 900.0  # imports from the storage of a busy cluster take their time; silence is found sooner
 _WELL = 10  # a host is as good as new once it was not lost for so many times as long as it was left out
 _LONGEST_S = 3600.0
 

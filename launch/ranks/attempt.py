@@ -335,8 +335,8 @@ class Attempt:
         self.kill()
         raise AttemptError("; ".join(str(host.lost) for host in lost), "host", step)
 
-    def _give_up_on(self, hanging: list[Member]) -> NoReturn:
-        """Have the stacks of all ranks written to their logs, and end them."""
+    def _give_up_on(self, hanging: list[Member]) -> None:
+        """Have the stacks of all ranks written to their logs, and end them, unless they go on meanwhile."""
         beats = {m.rank: m.beat() for m in self.members}
         stopped = [m.rank for m in self._running() if m.is_suspended()]
         # In lock-step all wait for the one that is behind: it is the one to blame.
@@ -345,6 +345,10 @@ class Attempt:
             host.write_stacks()
         self._wait(_STACKS_S)
         beat = beats[behind.rank]
+        if all(m.beat().count > beats[m.rank].count for m in hanging):
+            _log.warning("%s sent its next heartbeat after more than %.0f s; the run continues, and the stacks of "
+                         "all ranks are in %s", _name(behind), beat.age, behind.log.parent)  # fmt: skip
+            return
         where = "before its first step" if beat.phase == START else f"in {beat.phase!r} of step {beat.step}"
         why = f" (rank {', '.join(map(str, stopped))} is suspended by SIGSTOP)" if stopped else ""
         step = self.step()

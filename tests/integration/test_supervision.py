@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -58,6 +59,26 @@ def test_a_rank_that_hangs_is_found_its_stack_written_and_the_run_resumes(
     assert shown["attempts"] == 2
     assert shown["seconds"]["restart"] > 1
     assert shown["state"] == "done"
+
+
+@pytest.mark.drill
+def test_a_rank_that_goes_on_while_stacks_are_written_is_not_killed(
+    digits: Path, tmp_path: Path, whole_run: Path
+) -> None:
+    process = start(*train_words(digits, tmp_path, "restart.hang_after_s=3"))
+    pids = at_step(tmp_path / "demo", 5, process)
+    os.kill(pids[1], signal.SIGSTOP)
+    log = tmp_path / "demo" / "logs" / "rank-00000.log"
+    limit = time.monotonic() + 60
+    while "most recent call first" not in log.read_text():
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    os.kill(pids[1], signal.SIGCONT)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "sent its next heartbeat after more than 3 s; the run continues" in err
+    assert losses(tmp_path / "demo") == losses(whole_run)
+    assert json.loads(setformer("runs", "show", str(tmp_path / "demo"), "--json").out)["attempts"] == 1
 
 
 def test_a_signal_to_one_rank_stops_all_of_them_with_a_checkpoint(digits: Path, tmp_path: Path) -> None:
