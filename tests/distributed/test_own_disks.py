@@ -33,7 +33,7 @@ def test_a_host_loses_its_disk_between_two_starts(digits: Path, tmp_path: Path) 
     words = train_words(digits, out, "checkpoint.replicas=1")
     with Cluster(2, own=out) as cluster:
         process = start(cluster, words)
-        limit = time.monotonic() + 120
+        limit = time.monotonic() + 240
         while not (cluster.disk("a") / "demo" / "checkpoints" / "step-00000010").exists():
             assert process.poll() is None, process.communicate()[0]
             assert time.monotonic() < limit
@@ -67,7 +67,7 @@ def test_a_host_is_lost_with_its_disk_and_the_run_goes_on(digits: Path, tmp_path
     words = train_words(digits, out, "checkpoint.replicas=1", "launch.silence_s=5", "launch.retry_s=600")
     with Cluster(2, own=out) as cluster:
         process = start(cluster, words)
-        limit = time.monotonic() + 120
+        limit = time.monotonic() + 240
         while not (cluster.disk("a") / "demo" / "checkpoints" / "step-00000010").exists():
             assert process.poll() is None, process.communicate()[0]
             assert time.monotonic() < limit
