@@ -16,7 +16,7 @@ import fsspec
 
 from checkpoints.errors import DamagedError, MissingError, StorageError
 from setformer_dist.core.bounded import bounded
-from setformer_dist.core.errors import CheckpointError, ConfigError
+from setformer_dist.core.errors import CheckpointError
 from setformer_dist.core.secrets import redacted
 
 T = TypeVar("T")
@@ -158,10 +158,12 @@ class Objects:
                 # What another process puts there must be seen.
                 files, path = fsspec.core.url_to_fs(self._url, use_listings_cache=False, skip_instance_cache=True)
             except ImportError as error:
-                raise ConfigError(
+                raise CheckpointError(
                     f"{self.shown} needs a package that is not installed ({error}): for s3:// it is "
                     "pip install 'setformer_dist[s3]'"
                 ) from None
+            except ValueError as error:
+                raise CheckpointError(f"{self.shown} cannot be opened: {redacted(str(error))}") from None
             self._opened = files, str(path).rstrip("/")
         return self._opened
 
@@ -175,7 +177,7 @@ class Objects:
 
         try:
             return bounded(_CALL_S, call)
-        except (CheckpointError, ConfigError):
+        except CheckpointError:
             raise
         except FileNotFoundError:
             if what == "read":

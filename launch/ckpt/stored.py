@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from checkpoints.reader import verified
 from checkpoints.together import Together
 from launch.ckpt.listing import line_of, row_of, table_of_checkpoints
 from launch.ckpt.progress import progress
+from launch.ranks.lock import held
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import CheckpointError, ConfigError
 
@@ -107,6 +109,7 @@ def fetch(url: str, dest: Path, console: Console) -> None:
         ConfigError: a checkpoint of its step is there already, or the destination is a file.
         CheckpointError: there is none that verifies, or the store refuses.
         StorageError: the store does not answer.
+        LaunchError: a run trains in the folder.
     """
     objects, copies = _chosen(url)
     if dest.exists() and not dest.is_dir():
@@ -115,8 +118,11 @@ def fetch(url: str, dest: Path, console: Console) -> None:
     if newest is not None and (there := layout.step_folder(dest, step_of_copy(newest.name) or 0)).exists():
         raise ConfigError(f"{there} already exists: move it away, or name another folder")
     names = {copy.name for copy in copies}
-    for folder in fetched(objects, dest, Together(Alone(), dest), Disk(), lambda copy: copy.name in names):
-        verified(folder)
-        console.print(f"{folder}: fetched from {objects.shown}, verified", highlight=False, markup=False)
-        return
+    with ExitStack() as stack:
+        if dest.name == "checkpoints":  # of a run, which may be training there
+            stack.enter_context(held(dest.parent, Alone(), patience_s=0))
+        for folder in fetched(objects, dest, Together(Alone(), dest), Disk(), lambda copy: copy.name in names):
+            verified(folder)
+            console.print(f"{folder}: fetched from {objects.shown}, verified", highlight=False, markup=False)
+            return
     raise CheckpointError(f"no copy in {objects.shown} verifies: see setformer ckpt verify {objects.shown}")

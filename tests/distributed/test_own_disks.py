@@ -33,7 +33,7 @@ def test_a_host_loses_its_disk_between_two_starts(digits: Path, tmp_path: Path) 
     words = train_words(digits, out, "checkpoint.replicas=1")
     with Cluster(2, own=out) as cluster:
         process = start(cluster, words)
-        limit = time.monotonic() + 120
+        limit = time.monotonic() + 240
         while not (cluster.disk("a") / "demo" / "checkpoints" / "step-00000010").exists():
             assert process.poll() is None, process.communicate()[0]
             assert time.monotonic() < limit
@@ -59,3 +59,22 @@ def test_a_host_loses_its_disk_between_two_starts(digits: Path, tmp_path: Path) 
         said, _ = process.communicate(timeout=100)
         assert process.returncode == 5, said
         assert "set checkpoint.replicas" in said
+
+
+def test_a_host_is_lost_with_its_disk_and_the_run_goes_on(digits: Path, tmp_path: Path) -> None:
+    out = tmp_path / "own"
+    out.mkdir()
+    words = train_words(digits, out, "checkpoint.replicas=1", "launch.silence_s=5", "launch.retry_s=600")
+    with Cluster(2, own=out) as cluster:
+        process = start(cluster, words)
+        limit = time.monotonic() + 240
+        while not (cluster.disk("a") / "demo" / "checkpoints" / "step-00000010").exists():
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+        cluster.kill("b")
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+        resumed = int(said.rpartition("resumed at step ")[2].split()[0])
+        assert resumed >= 10
+        assert max(step for _, step in losses(cluster.disk("a") / "demo")) == 22

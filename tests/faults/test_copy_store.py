@@ -239,3 +239,11 @@ def test_commands_list_verify_and_fetch(tmp_path, s3):
 def test_what_is_no_folder_of_a_store_is_refused(url):
     with pytest.raises(ValueError, match="mirror"):
         CheckpointConfig(mirror=url)
+
+
+def test_a_store_of_no_known_kind_is_told_before_training(tmp_path):
+    config = CheckpointConfig(mirror="s4://bucket/runs")
+    manager = CheckpointManager(tmp_path, Alone(), config, objects=Objects(config.mirror))
+    with pytest.raises(CheckpointError, match=r"s4://bucket/runs cannot be opened: Protocol not known: s4") as told:
+        manager.newest()
+    assert not isinstance(told.value, StorageError)
