@@ -20,6 +20,7 @@ becomes a checkpoint, step by step, is the docstring of `commit`.
     mirror.py            how copies are made behind training; its docstring is the protocol
     objects.py           every operation on an object store, in one place, where tests make each of them fail
     together.py          work of several ranks that ends with every rank knowing whether every other one succeeded
+    verdicts.py          what rank 0 finds out about a folder that may hold a checkpoint
     commit.py            the commit protocol: how the files of all ranks become one checkpoint, or nothing
     disk.py              every operation on the disk, in one place, where tests make each of them fail
     manager.py           the only class of this package that the engine sees: save, find the newest that verifies, load

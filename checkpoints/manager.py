@@ -48,14 +48,13 @@ from checkpoints.policy import ASIDE_KEPT, best_first, steps_to_delete
 from checkpoints.rankfile import Layout, fragment_key, host_memory, image_parts
 from checkpoints.reader import Checkpoint, Entry, Skipped, candidates, check_rank_files, list_checkpoints, verify
 from checkpoints.together import Together
+from checkpoints.verdicts import Accept, Search, UnusableError, accepted, judged, usable
 from setformer_dist.core.comm import Collectives
-from setformer_dist.core.errors import CheckpointError, SetformerError
+from setformer_dist.core.errors import CheckpointError
 from setformer_dist.core.fragments import Fragment
 from setformer_dist.core.store import CopyEvent, Snapshot
 
 _log = logging.getLogger(__name__)
-
-Accept = Callable[[Checkpoint], object]
 
 _GRACE_S = 20.0  # for the other ranks' files when this rank ends with an error; a supervisor is quicker if one is dead
 
@@ -462,7 +461,7 @@ class CheckpointManager:
 
         if found is not None and not any(step > found.step for step in lost if step is not None):
             return None
-        search = _Search()
+        search = Search()
         for folder in fetched(objects, self.root, self._together, self._disk, wanted):
             taken = self._tried_folder(folder, accept, search)
             if taken is not None:
@@ -523,7 +522,7 @@ class CheckpointManager:
         self, choose: Callable[[Sequence[Entry]], Sequence[Entry]], accept: Accept | None = None
     ) -> Checkpoint | None:
         self.skipped = []
-        search = _Search()
+        search = Search()
 
         def names() -> list[str]:
             if not any(save.running for save in self._saves):
@@ -549,11 +548,11 @@ class CheckpointManager:
             raise CheckpointError(search.refused[0][1])
         return None
 
-    def _tried_folder(self, folder: Path, accept: Accept | None, search: _Search) -> Checkpoint | None:
+    def _tried_folder(self, folder: Path, accept: Accept | None, search: Search) -> Checkpoint | None:
         """Return the checkpoint in a folder, or note why it is not to be used and put it where it belongs."""
         try:
             found = self._examine(folder, accept)
-        except _UnusableError as error:
+        except UnusableError as error:
             fault, place = str(error), "stays where it is"
             self.skipped.append(Skipped(folder, fault))
             search.unread = search.unread or (fault if error.kind == "unread" else "")
@@ -574,7 +573,7 @@ class CheckpointManager:
         """Verify one folder, all ranks together: rank 0 reads the manifest, each hashes its share of files.
 
         Raises:
-            _UnusableError: it is not to be used.
+            UnusableError: it is not to be used.
             CheckpointError: a rank does not see what rank 0 sees.
         """
 
@@ -586,8 +585,8 @@ class CheckpointManager:
                 raise DamagedError("; ".join(faults))
             return manifest.to_json()
 
-        told = self._together.on_main("examine", lambda: _judged(read))
-        manifest = Manifest.from_json(_usable(told), str(folder / layout.MANIFEST))
+        told = self._together.on_main("examine", lambda: judged(read))
+        manifest = Manifest.from_json(usable(told), str(folder / layout.MANIFEST))
         ranks = self._comm.ranks
         share = manifest.files[ranks.rank :: ranks.world_size]
         by_rank = self._together.everywhere(
@@ -597,12 +596,12 @@ class CheckpointManager:
         faults = [fault for told in by_rank for fault in told["faults"]]
         unread = [fault for told in by_rank for fault in told["unread"]]
         if faults or unread:
-            raise _UnusableError("; ".join([*faults, *unread]), "damaged" if faults else "unread")
+            raise UnusableError("; ".join([*faults, *unread]), "damaged" if faults else "unread")
         world_size = manifest.identity.world_size
-        _usable(self._together.on_main("examine", lambda: _judged(lambda: check_rank_files(folder, world_size))))
+        usable(self._together.on_main("examine", lambda: judged(lambda: check_rank_files(folder, world_size))))
         seen = {name: Seen(**values) for told in by_rank for name, values in told["seen"].items()}
         if accept is not None:
-            _usable(self._together.on_main("examine", lambda: _accepted(accept, Checkpoint(folder, manifest, seen))))
+            usable(self._together.on_main("examine", lambda: accepted(accept, Checkpoint(folder, manifest, seen))))
         return Checkpoint(folder, manifest, seen)
 
     def _check_shared(self, folder: Path, by_rank: Sequence[dict[str, Any]]) -> None:
@@ -628,65 +627,6 @@ class CheckpointManager:
         except (OSError, ValueError) as error:  # any content: it must not stop a resume
             return f"could not be put aside ({error})"
         return f"moved to {self.root / layout.ASIDE}"
-
-
-class _UnusableError(Exception):
-    """A folder is skipped.
-
-    Attributes:
-        kind: "damaged", "unread" (the storage failed), "foreign" (a later format, a link), or "refused" (sound, and a
-            run cannot resume from it).
-    """
-
-    def __init__(self, fault: str, kind: str) -> None:
-        super().__init__(fault)
-        self.kind = kind
-
-
-def _judged(work: Callable[[], Any]) -> dict[str, Any]:
-    """Return what rank 0 found out about a folder, as JSON; `_usable` takes it on all ranks."""
-    try:
-        return {"value": work()}
-    except CheckpointError as error:
-        known = {DamagedError: "damaged", StorageError: "unread"}
-        kind = next((kind for error_type, kind in known.items() if isinstance(error, error_type)), "foreign")
-        return {"fault": str(error), "kind": kind}
-    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
-        _log.warning("a checkpoint's contents led to an error that its checks should have caught", exc_info=True)
-        return {"fault": f"its contents are not as this program writes them: {error!r}", "kind": "damaged"}
-
-
-def _accepted(accept: Accept, found: Checkpoint) -> dict[str, Any]:
-    """Return what `accept` says of a sound checkpoint, as JSON like `_judged`; any other error refuses it too."""
-    try:
-        accept(found)
-    except (DamagedError, StorageError) as error:
-        return {"fault": str(error), "kind": "damaged" if isinstance(error, DamagedError) else "unread"}
-    except SetformerError as error:
-        return {"fault": str(error), "kind": "refused"}
-    except Exception as error:  # noqa: BLE001 — what a crafted file leads to must not stop a resume
-        _log.warning("checkpoint %s could not be checked", found.path, exc_info=True)
-        return {"fault": f"{found.path} is not as a run of this program saves it: {error!r}", "kind": "refused"}
-    return {"value": None}
-
-
-@dataclasses.dataclass
-class _Search:
-    """What a search has met so far.
-
-    Attributes:
-        unread: the first fault of what could not be read, or "".
-        refused: folders that verify and are not accepted, with the reasons.
-    """
-
-    unread: str = ""
-    refused: list[tuple[Path, str]] = dataclasses.field(default_factory=list)
-
-
-def _usable(told: dict[str, Any]) -> Any:
-    if "fault" in told:
-        raise _UnusableError(told["fault"], told["kind"])
-    return told["value"]
 
 
 def _cut(fragment: Fragment, rank: int, world_size: int) -> Fragment:

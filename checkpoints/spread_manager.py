@@ -21,7 +21,7 @@ from checkpoints.digest import Seen
 from checkpoints.disk import Disk
 from checkpoints.errors import DamagedError, StorageError
 from checkpoints.fetch import fetched
-from checkpoints.manager import Accept, CheckpointManager
+from checkpoints.manager import CheckpointManager
 from checkpoints.manifest import FileRecord, Manifest, examine_files, read_manifest
 from checkpoints.objects import Objects
 from checkpoints.policy import Candidate, State, steps_to_delete
@@ -29,6 +29,7 @@ from checkpoints.rankfile import write_bytes
 from checkpoints.reader import Checkpoint, Skipped, check_rank_files
 from checkpoints.spread import SpreadSave, places_of, receive_file, send_file
 from checkpoints.together import Together
+from checkpoints.verdicts import Accept
 from setformer_dist.core.comm import Alone, Exchange
 from setformer_dist.core.errors import CheckpointError, SetformerError
 from setformer_dist.core.store import CopyEvent

@@ -120,7 +120,7 @@ def fetch(url: str, dest: Path, console: Console) -> None:
     names = {copy.name for copy in copies}
     with ExitStack() as stack:
         if dest.name == "checkpoints":  # of a run, which may be training there
-            stack.enter_context(held(dest.parent, Alone(), patience_s=0))
+            stack.enter_context(held(dest.parent, Alone(), timeout_s=0))
         for folder in fetched(objects, dest, Together(Alone(), dest), Disk(), lambda copy: copy.name in names):
             verified(folder)
             console.print(f"{folder}: fetched from {objects.shown}, verified", highlight=False, markup=False)

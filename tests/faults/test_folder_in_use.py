@@ -36,7 +36,7 @@ from pathlib import Path
 from launch.ranks import lock
 if sys.argv[2] == "unseen":
     fcntl.lockf = lambda *words: None
-with lock.supervising(Path(sys.argv[1]), patience_s=0.3, stale_s=2.0) as folder:
+with lock.supervising(Path(sys.argv[1]), timeout_s=0.3, stale_s=2.0) as folder:
     print("held", flush=True)
     while folder.fault() is None:
         folder.show_life()
@@ -77,11 +77,11 @@ def test_a_live_holder_of_this_host_is_named(tmp_path: Path, how: str) -> None:
     with holding(tmp_path, how=how) as process:
         time.sleep(0.5)
         says = rf"host {this_process().host}, process {process.pid}, running for \d.* s, last sign of life 0\.\d s ago"
-        with pytest.raises(LaunchError, match=says), supervising(tmp_path, patience_s=0.5):
+        with pytest.raises(LaunchError, match=says), supervising(tmp_path, timeout_s=0.5):
             pass
-        with pytest.raises(LaunchError, match=f"process {process.pid}"), held(tmp_path, Alone(), patience_s=0.3):
+        with pytest.raises(LaunchError, match=f"process {process.pid}"), held(tmp_path, Alone(), timeout_s=0.3):
             pass
-    with supervising(tmp_path, patience_s=0.0):  # killed, and known at once
+    with supervising(tmp_path, timeout_s=0.0):  # killed, and known at once
         pass
     assert look(tmp_path)[0] is None, "who ends well takes its note along"
 
@@ -91,7 +91,7 @@ def test_a_live_holder_of_this_host_is_named(tmp_path: Path, how: str) -> None:
 def test_a_live_holder_of_another_host_is_named(tmp_path: Path, how: str) -> None:
     with holding(tmp_path, *OTHER_HOST, how=how):
         with pytest.raises(LaunchError, match=r"host elsewhere, process \d+, .* last sign of life 0\.\d s ago"):
-            supervising(tmp_path, patience_s=0.5, stale_s=5.0).__enter__()
+            supervising(tmp_path, timeout_s=0.5, stale_s=5.0).__enter__()
         ledger.record(tmp_path, "attempt", number=1, ranks=1)
         assert state_of(tmp_path) == "running on elsewhere, or killed"
 
@@ -105,7 +105,7 @@ def test_a_dead_holder_of_another_host_is_recognised_by_its_silence(tmp_path: Pa
     assert note.host == "elsewhere"
     assert note.lives() is None
     begun = time.monotonic()
-    with supervising(tmp_path, patience_s=0.0, stale_s=1.5):
+    with supervising(tmp_path, timeout_s=0.0, stale_s=1.5):
         assert time.monotonic() - begun == pytest.approx(1.5, abs=1.0)
 
 
@@ -137,7 +137,7 @@ def test_who_was_taken_for_dead_ends_when_it_comes_back(tmp_path: Path) -> None:
     with holding(tmp_path, *OTHER_HOST, how="unseen") as process:
         inside = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text())
         os.kill(inside, signal.SIGSTOP)
-        with supervising(tmp_path, patience_s=0.0, stale_s=1.0) as folder:
+        with supervising(tmp_path, timeout_s=0.0, stale_s=1.0) as folder:
             os.kill(inside, signal.SIGCONT)
             assert process.stdout is not None
             said = process.stdout.readline()
@@ -163,7 +163,7 @@ def test_a_process_id_that_was_given_again_is_no_holder(tmp_path: Path) -> None:
     note, _ = look(tmp_path)
     assert note is not None
     assert note.lives() is False
-    with supervising(tmp_path, patience_s=0.0):
+    with supervising(tmp_path, timeout_s=0.0):
         pass
     assert process.returncode is not None
 
@@ -171,7 +171,7 @@ def test_a_process_id_that_was_given_again_is_no_holder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"host": 3}', "x" * 100_000])
 def test_a_damaged_note_holds_nobody_up(tmp_path: Path, text: str) -> None:
     (tmp_path / LOCK_FILE).write_text(text)
-    with supervising(tmp_path, patience_s=0.0):
+    with supervising(tmp_path, timeout_s=0.0):
         assert look_without_closing(tmp_path) == os.getpid()
 
 
