@@ -22,6 +22,7 @@ def check(rows: list[dict[str, Any]]) -> None:
     assert not wrong, wrong
 
 
+@pytest.mark.drill
 def test_a_few_layouts_continue_each_other() -> None:
     rows = measure([Where(3, 1, "fp32", "optimizer"), Where(2, 3, "fp32")], steps=4)
     assert len(rows) == 4

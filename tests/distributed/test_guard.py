@@ -74,6 +74,7 @@ DEATHS = {
 }
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize(
     "death",
     [
@@ -81,7 +82,7 @@ DEATHS = {
         *(pytest.param(death, marks=pytest.mark.drill) for death in DEATHS if death != "after it was"),
     ],
 )
-def test_an_incident_that_soon_returns_continuese_checkpoint_further_back(
+def test_an_incident_that_soon_returns_goes_one_checkpoint_further_back(
     digits: Path, tmp_path: Path, death: str
 ) -> None:
     bad = [7, 8]

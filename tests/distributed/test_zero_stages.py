@@ -73,6 +73,7 @@ def test_bf16_stage_0_takes_no_dummy_step() -> None:
     assert stage_0 == pytest.approx(stage_1, rel=1e-6)
 
 
+@pytest.mark.drill
 def test_activation_checkpointing_changes_no_loss_under_zero_3() -> None:
     kept = run_ranks(workers.checkpointed_losses, 2, 3, False)[0]
     recomputed = run_ranks(workers.checkpointed_losses, 2, 3, True)[0]

@@ -42,6 +42,7 @@ def listening(pids: list[int]) -> set[str]:
     return found
 
 
+@pytest.mark.drill
 def test_a_run_listens_on_the_loopback_alone_and_ends_when_its_folder_is_removed(digits: Path, tmp_path: Path) -> None:
     run = tmp_path / "demo"
     process = start(*train_words(digits, tmp_path, LONG, "data.workers=1"))
@@ -87,6 +88,7 @@ def test_shared_memory_that_is_full_is_one_sentence(
     assert "Traceback" not in ended.err
 
 
+@pytest.mark.drill
 def test_a_name_that_is_no_text_reaches_the_report_and_a_report_that_fails_costs_nothing(
     digits: Path, tmp_path: Path
 ) -> None:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from launch.testing.commands import losses, setformer, train_words
 from setformer_dist.core.ledger import read_events
 
@@ -71,6 +73,7 @@ def events(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.drill
 def test_a_callback_outside_the_package_fails_is_mended_and_resumes(digits: Path, tmp_path: Path) -> None:
     (tmp_path / "my_callbacks.py").write_text(OUTSIDE)
     (tmp_path / "broken").touch()

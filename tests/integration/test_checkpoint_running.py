@@ -45,6 +45,7 @@ def checkpoint_bytes(digits: Path, out: Path) -> int:
     return open_checkpoint(out / "demo").manifest.size
 
 
+@pytest.mark.drill
 def test_a_disk_that_fills_up_ends_the_run_on_all_ranks_or_is_borne(digits: Path, tmp_path: Path, disk: Path) -> None:
     size = checkpoint_bytes(digits, tmp_path / "out")
     fill(disk, int(1.6 * size) + (1 << 20))

@@ -7,6 +7,8 @@ import shutil
 import time
 from pathlib import Path
 
+import pytest
+
 from dataloaders.order.order import Cut, FullOrder, SetPlan
 from dataloaders.sources.shards import open_split
 from launch.testing.commands import (
@@ -36,6 +38,7 @@ def train_rows(folder: Path) -> dict[int, dict[str, float]]:
     return {row["step"]: row for row in lines if row["kind"] == "train"}
 
 
+@pytest.mark.drill
 def test_a_run_that_changes_its_image_size_resumes_bit_by_bit(digits: Path, tmp_path: Path) -> None:
     whole = setformer(*train_words(digits, tmp_path / "whole", *RESIZED))
     assert whole.code == 0, whole.err

@@ -43,6 +43,7 @@ def compare(root: Path, out: Path, attention: str, *more: str, ranks: int = 1) -
     return setformer(*words, "--ranks", str(ranks), *FEW, *more)
 
 
+@pytest.mark.drill
 def test_attentions_side_by_side(root: Path, tmp_path: Path) -> None:
     ended = compare(root, tmp_path, "set,softmax", ranks=2)
     assert ended.code == 0, ended.err

@@ -21,6 +21,7 @@ def lines_of(heading: str) -> list[str]:
     return [line.partition("#")[0].strip() for line in block[1].splitlines()]
 
 
+@pytest.mark.drill
 def test_the_commands_for_own_images_run_as_pasted(digits: Path, tmp_path: Path) -> None:
     for split in ("train", "val"):
         for digit in "01":

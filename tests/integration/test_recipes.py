@@ -33,6 +33,7 @@ def teacher(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "demo"
 
 
+@pytest.mark.drill
 def test_a_recipe_with_a_teacher_continues_under_another_layout(digits: Path, teacher: Path, tmp_path: Path) -> None:
     learns = f"distill.teacher={teacher}"
     ended = setformer(*train_words(digits, tmp_path / "whole", *RECIPE, learns, ranks=2))

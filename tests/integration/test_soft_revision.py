@@ -76,6 +76,7 @@ def test_an_older_run_continues_as_it_was_and_says_so(older: Path, digits: Path,
     assert config["model_args"]["soft"]["query_scale"] == "after"
 
 
+@pytest.mark.drill
 def test_a_new_run_does_not_begin_with_older_weights_unless_it_takes_their_scale(
     older: Path, digits: Path, tmp_path: Path
 ) -> None:

@@ -85,6 +85,7 @@ def test_a_metric_of_another_task_is_refused_in_the_config(tmp_path: Path) -> No
     assert "checkpoint.best_metric = 'top1' is not a metric of task multilabel: it has f1, exact, loss" in ended.err
 
 
+@pytest.mark.drill
 def test_a_task_outside_the_package_trains(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_tasks.py").write_text(OUTSIDE)
     words = train_words(digits, tmp_path / "runs", "task.name=halves", "checkpoint.best_metric=right",

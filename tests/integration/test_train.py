@@ -188,6 +188,7 @@ def test_a_killed_supervisor_takes_its_ranks_along(digits: Path, tmp_path: Path)
     assert_gone(pids)
 
 
+@pytest.mark.drill
 def test_deepspeeds_own_launcher_gives_the_same_losses(digits: Path, tmp_path: Path, whole_run: Path) -> None:
     shared = shm_files()
     words = [f"data.root={digits}", f"run.out={tmp_path}", *SHORT]

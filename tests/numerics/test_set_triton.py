@@ -35,6 +35,7 @@ def run_cases(*which: str, limit_s: int = 560) -> None:
     assert "skipped" not in printed
 
 
+@pytest.mark.drill
 def test_kernels_equal_the_reference() -> None:
     run_cases(*([] if torch.cuda.is_available() else ["-m", "not drill"]))
 

@@ -174,6 +174,7 @@ def test_torchscript_and_fx_are_refused_with_what_to_use(kind, what, call):
         call(tiny(kind))
 
 
+@pytest.mark.drill
 @torch.no_grad()
 def test_the_snippet_of_the_docs_runs_and_onnxruntime_computes_what_set_attention_does(tmp_path, monkeypatch):
     runtime = pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
