@@ -180,10 +180,7 @@ def run_drill(
     Raises:
         DrillError: something was lost, or a fault was not recovered from, or there can be no hosts here.
     """
-    if hosts and (reason := why_impossible()) is not None:
-        raise DrillError(f"hosts cannot be made on this machine: {reason}")
-    _clear(out)
-    data = _digits(out)
+    data = _prepared(out, hosts)
     draw = random.Random(seed)
     made: list[Fault] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -199,22 +196,18 @@ def run_drill(
 
         while len(made) < faults:
             progress.update(bar, description=f"run {runs + 1}")
-            folder = scene.folder / f"run-{runs}"
-            folder.mkdir()
-            run = DrillRun(folder, data, scene.crew, epochs)
-            injector = scene.injector(run)
+            run = DrillRun(scene.folder / f"run-{runs}", data, scene.crew, epochs)
             try:
-                _one_run(injector, scene, made, faults, advance)
+                _one_run(scene.injector(run), scene, made, faults, advance)
                 same_as(reference, run)
             except DrillError as error:
                 run.end()
-                shutil.copytree(folder, out / "failed")  # the small disk goes
-                raise DrillError(
-                    f"{error}\n  fault {len(made) + 1} of seed {seed}; the run is kept in {out / 'failed'}"
-                ) from None
+                shutil.copytree(run.out, out / "failed")  # the small disk goes
+                where = f"fault {len(made) + 1} of seed {seed}; the run is kept in {out / 'failed'}"
+                raise DrillError(f"{error}\n  {where}") from None
             finally:
                 run.end()
-            shutil.rmtree(folder)
+            shutil.rmtree(run.out)
             runs += 1
     _show(made, runs, epochs, console)
     if json_file is not None:
@@ -224,12 +217,14 @@ def run_drill(
         raise DrillError(f"{len(bad)} of {len(made)} faults lost more steps than allowed, the first: {bad[0]}")
 
 
-def _clear(out: Path) -> None:
-    """Remove what an earlier drill has left.
+def _prepared(out: Path, hosts: int) -> Path:
+    """Remove what an earlier drill has left, and return packed data.
 
     Raises:
-        DrillError: the folder is not a drill's.
+        DrillError: the folder is not a drill's, or there can be no hosts here.
     """
+    if hosts and (reason := why_impossible()) is not None:
+        raise DrillError(f"hosts cannot be made on this machine: {reason}")
     if out.exists() and any(out.iterdir()) and not (out / "drill.json").exists():
         raise DrillError(f"{out} is not empty and does not belong to a drill: name another folder")
     if (out / "disk").is_mount():  # of a drill that was killed
@@ -237,6 +232,7 @@ def _clear(out: Path) -> None:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     (out / "drill.json").write_text("{}")
+    return _digits(out)
 
 
 def _write(path: Path, made: list[Fault]) -> None:
@@ -251,9 +247,7 @@ def _digits(out: Path) -> Path:
 
 
 def _reference(out: Path, data: Path, crew: Sequence[str], epochs: int) -> DrillRun:
-    folder = out / "reference"
-    folder.mkdir()
-    run = DrillRun(folder, data, crew, epochs)
+    run = DrillRun(out / "reference", data, crew, epochs)
     try:
         run.start()
         run.wait(lambda: run.code is not None)

@@ -32,6 +32,8 @@ class DrillRun:
     """
 
     def __init__(self, out: Path, data: Path, crew: Sequence[str], epochs: int) -> None:
+        out.mkdir()
+        self.out = out
         self.folder = out / "demo"
         self._words = [
             sys.executable,

@@ -24,7 +24,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from launch.hosts.facts import facts
 from launch.hosts.wire import ALIVE_S, Message, Wire
@@ -101,7 +100,7 @@ class Agent:
         do = message.get("do")
         if do is None:
             return
-        acts: dict[str, Callable[[Message], dict[str, Any] | None]] = {
+        acts: dict[str, Callable[[Message], dict[str, object] | None]] = {
             "start": self._start,
             "terminate": lambda _: self._with_ranks(LocalHost.terminate),
             "stacks": lambda _: self._with_ranks(LocalHost.write_stacks),
@@ -122,7 +121,7 @@ class Agent:
         if self._host is not None:
             act(self._host)
 
-    def _start(self, message: Message) -> dict[str, Any]:
+    def _start(self, message: Message) -> dict[str, object]:
         self.close()
         self._silence_s = float(message["silence_s"])
         self._told = set()
@@ -167,7 +166,7 @@ class Agent:
         self._tell_of_ranks()
         self._wire.send({"is": "killed"})
 
-    def _listen(self, message: Message) -> dict[str, Any]:
+    def _listen(self, message: Message) -> dict[str, object]:
         """Hold a port for the rendezvous until the ranks start."""
         self._stop_listening()
         self._listening = socket.socket()
@@ -200,7 +199,7 @@ class Agent:
             self._wire.send({"is": "ended", "ranks": told})
 
 
-def _beat(member: LocalRank) -> list[Any]:
+def _beat(member: LocalRank) -> list[object]:
     beat, use = member.beat(), member.use()
     return [member.rank, beat.count, beat.step, beat.phase, beat.age, beat.stop, member.is_suspended(),
             member.memory_mib(), use.cores, use.gpu]  # fmt: skip
@@ -218,7 +217,7 @@ def _swallow(listening: socket.socket) -> None:
                 connection.sendall(b"\0")
 
 
-def _reach(message: Message) -> dict[str, Any]:
+def _reach(message: Message) -> dict[str, object]:
     """Try to reach another host's port, and tell by which interface that goes."""
     begun = time.monotonic()
     address, port = message["address"], message["port"]
@@ -233,7 +232,7 @@ def _reach(message: Message) -> dict[str, Any]:
     return {"address": mine, "interface": interface, "seconds": seconds, **bulk}
 
 
-def _sent(connection: socket.socket, count: int) -> dict[str, Any]:
+def _sent(connection: socket.socket, count: int) -> dict[str, object]:
     """Send bytes for some seconds at most, until the other end, which counts them, has them all."""
     if not count:
         return {}
@@ -246,7 +245,7 @@ def _sent(connection: socket.socket, count: int) -> dict[str, Any]:
     return {"bulk_bytes": sent, "bulk_seconds": time.monotonic() - begun}
 
 
-def _look(message: Message) -> dict[str, Any]:
+def _look(message: Message) -> dict[str, object]:
     """Make a file in the run's folder, see which ones other hosts have made there, and read the run config."""
     folder, page = Path(message["folder"]), Path(message["page"]) if message["page"] else None
     try:
@@ -266,7 +265,7 @@ def _look(message: Message) -> dict[str, Any]:
     return {"seen": seen, "free": free, "page": digest}
 
 
-def _forget(message: Message) -> dict[str, Any]:
+def _forget(message: Message) -> dict[str, object]:
     """Remove the files that `_look` has made."""
     for path in Path(message["folder"]).glob(f"{message['prefix']}*"):
         with contextlib.suppress(OSError):

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from checkpoints.layout import MANIFEST, step_folders
 from launch.hosts.channel import Opener
@@ -87,7 +86,7 @@ class Fleet:
         """Names of the hosts of the attempt that comes or runs."""
         return [spec.name for spec in self._chosen or self.specs]
 
-    def machines(self) -> Mapping[str, tuple[int, Mapping[str, Any]]]:
+    def machines(self) -> Mapping[str, tuple[int, Mapping[str, object]]]:
         """Return ranks, and what the host says of its machine, by host of the attempt that comes or runs."""
         return {s.name: (s.slots, self._links[s.name].facts.get("machine", {})) for s in self._chosen}
 

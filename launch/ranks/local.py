@@ -11,7 +11,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from launch.ranks import forkserver
 from launch.ranks.attempt import Attempt, Watch
@@ -91,7 +90,7 @@ class LocalCrew:
     hosts: list[str] = field(default_factory=list)
     _server: ForkServer | None = None
 
-    def machines(self) -> Mapping[str, tuple[int, Mapping[str, Any]]]:
+    def machines(self) -> Mapping[str, tuple[int, Mapping[str, object]]]:
         """Return none: it is this machine."""
         return {}
 

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from checkpoints.layout import MANIFEST, step_folders, step_of
 from launch.ranks.attempt import AttemptError, FolderLostError, HangTimeouts, Regroup, Watch
@@ -39,7 +39,7 @@ class Crew(Protocol):
     def hosts(self) -> list[str]:
         """Names of its hosts; none where it is this machine alone."""
 
-    def machines(self) -> Mapping[str, tuple[int, Mapping[str, Any]]]:
+    def machines(self) -> Mapping[str, tuple[int, Mapping[str, object]]]:
         """Return ranks, and what the host says of its machine, by host; none where it is this machine alone."""
 
     def show_life(self) -> None:
@@ -76,7 +76,7 @@ class Recorder(Protocol):
     def begin(self) -> None:
         """Write what must be in the run's folder before anything starts; it is this process's by now."""
 
-    def write(self, ranks: int, hosts: Mapping[str, tuple[int, Mapping[str, Any]]]) -> None:
+    def write(self, ranks: int, hosts: Mapping[str, tuple[int, Mapping[str, object]]]) -> None:
         """Write the record of an attempt that begins; never raises for want of storage."""
 
 

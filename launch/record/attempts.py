@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pydantic
 
@@ -79,20 +78,20 @@ class Record(pydantic.BaseModel):
     several: bool
     via: str | None
     hosts: dict[str, HostRecord]
-    machines: list[dict[str, Any]]
+    machines: list[dict[str, object]]
     environment: dict[str, str | None]
     launch_env: list[str]
-    code: dict[str, Any] | None
-    imports: dict[str, dict[str, Any] | None]
+    code: dict[str, object] | None
+    imports: dict[str, dict[str, object] | None]
     repeats: str | None
 
-    def machine(self, host: str) -> Mapping[str, Any]:
+    def machine(self, host: str) -> Mapping[str, object]:
         """Return the facts of a host's machine; none where they are not known."""
         at = self.hosts[host].machine
         return self.machines[at] if at < len(self.machines) else {}
 
     @property
-    def first_machine(self) -> Mapping[str, Any]:
+    def first_machine(self) -> Mapping[str, object]:
         """Facts of rank 0's machine."""
         return next((self.machine(host) for host in self.hosts), {})
 
@@ -121,7 +120,7 @@ class Recorder:
         """Write what must be in the run's folder before anything starts; it is this process's by now."""
         self.first()
 
-    def write(self, ranks: int, hosts: Mapping[str, tuple[int, Mapping[str, Any]]]) -> None:
+    def write(self, ranks: int, hosts: Mapping[str, tuple[int, Mapping[str, object]]]) -> None:
         """Write the record of an attempt that begins.
 
         Args:
@@ -139,12 +138,12 @@ class Recorder:
         except OSError as error:
             log.warning("the record of this attempt cannot be written: %s", error)
 
-    def made(self, ranks: int, hosts: Mapping[str, tuple[int, Mapping[str, Any]]]) -> tuple[Record, dict[str, str]]:
+    def made(self, ranks: int, hosts: Mapping[str, tuple[int, Mapping[str, object]]]) -> tuple[Record, dict[str, str]]:
         """Return the record, and the texts of diffs by digest; arguments as `write`."""
         here = machine_facts()
-        machines: list[dict[str, Any]] = []
-        told: dict[str, dict[str, Any]] = {}
-        for name, (count, facts) in (hosts or {here["host"]: (ranks, here)}).items():
+        machines: list[dict[str, object]] = []
+        told: dict[str, dict[str, object]] = {}
+        for name, (count, facts) in (hosts or {str(here["host"]): (ranks, here)}).items():
             alike = {key: value for key, value in facts.items() if key not in _OF_A_HOST}
             if alike not in machines:
                 machines.append(alike)
@@ -169,15 +168,15 @@ class Recorder:
         }
         return Record.model_validate(redacted_json(record)), diffs
 
-    def _code(self) -> tuple[dict[str, Any], dict[str, str]]:
+    def _code(self) -> tuple[dict[str, object], dict[str, str]]:
         """Return the git state of this project, under "", and of the user's packages; diffs by digest."""
-        states: dict[str, Any] = {}
+        states: dict[str, object] = {}
         diffs: dict[str, str] = {}
         for name, place in {"": _HOME / "launch", **places_of(self.imports)}.items():
             found = checkout_of(place) if place is not None else None
             states[name] = found.state if found is not None else None
             if found is not None and found.diff is not None:
-                diffs[found.state["diff"]] = found.diff
+                diffs[str(found.state["diff"])] = found.diff
         return states, diffs
 
 

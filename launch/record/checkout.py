@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
-from typing import Any
 
 from setformer_dist.core.secrets import redacted, redacted_source
 
@@ -40,7 +39,7 @@ class Checkout:
         diff: the changes as `git apply` takes them, where they are small enough to keep.
     """
 
-    state: dict[str, Any]
+    state: dict[str, object]
     diff: str | None = None
 
 
@@ -66,7 +65,7 @@ def checkout_of(place: Path) -> Checkout | None:
 def _state(root: Path) -> Checkout:
     said = dict(_headers(_git(root, "status", "--porcelain=v2", "--branch", "--untracked-files=no")))
     commit = said.get("branch.oid", "(initial)")
-    state: dict[str, Any] = {
+    state: dict[str, object] = {
         "commit": None if commit == "(initial)" else commit,
         "branch": None if (branch := said.get("branch.head")) == "(detached)" else branch,
         "remote": _remote(root),

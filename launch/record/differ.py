@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from launch.record.attempts import Record
 
@@ -46,7 +45,7 @@ def _value(environment: Mapping[str, str | None], name: str) -> str:
     return "a value that is not written" if value is None else value
 
 
-def _table(facts: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def _table(facts: Mapping[str, object], key: str) -> Mapping[str, object]:
     value = facts.get(key)
     return value if isinstance(value, Mapping) else {}
 
@@ -57,12 +56,12 @@ def _said(value: object) -> str:
     return "none" if value is None else str(value)
 
 
-def _code(state: Mapping[str, Any] | None, machine: Mapping[str, Any]) -> str:
+def _code(state: Mapping[str, object] | None, machine: Mapping[str, object]) -> str:
     digest = f"files {machine.get('code')}"
     return f"{checkout_words(state)}, {digest}" if state else digest
 
 
-def checkout_words(state: Mapping[str, Any] | None) -> str:
+def checkout_words(state: Mapping[str, object] | None) -> str:
     """Return a git state in words."""
     if not state:
         return "no git state"

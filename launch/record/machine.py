@@ -13,7 +13,6 @@ import platform
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -38,7 +37,7 @@ _OWN = ("SETFORMER_HEARTBEAT_FD", "SETFORMER_SCRATCH", "SETFORMER_LOG_DIR")
 _LONGEST = 4096  # characters of a value
 
 
-def machine_facts(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+def machine_facts(environ: Mapping[str, str] = os.environ) -> dict[str, object]:
     """Return what a record holds of this host; a value is None where it cannot be told.
 
     Args:

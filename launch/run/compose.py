@@ -96,11 +96,9 @@ def compose(
     check_metric(task, c.checkpoint.best_metric, c.checkpoint.best_mode)
     device = torch.device(get_accelerator().current_device_name())
     inputs = inputs_of(c.data)
-
     stream = inputs.train_stream(splits.train, c.run.seed, ranks, plan)
     validation = inputs.eval_stream(splits.val, ranks, plan.micro)
     schedule_steps = c.schedule.total_steps(stream.steps_per_epoch)
-
     costs = costs_of(run, splits, model)
     input_spec = inputs.spec(splits.train)
     identity = identity_of(run, model, splits.train.classes, input_spec)

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -68,9 +67,9 @@ def _all_reduce() -> float:
     return statistics.median(seconds[1:])
 
 
-def _view(words: Sequence[str], ranks: RankInfo) -> dict[str, Any]:
+def _view(words: Sequence[str], ranks: RankInfo) -> dict[str, object]:
     """Return what this host sees: its device, and of a run its data and what it needs; `fault` where that fails."""
-    view: dict[str, Any] = {"device": _device()}
+    view: dict[str, object] = {"device": _device()}
     count, *config = words
     if not config:
         return view
