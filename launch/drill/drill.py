@@ -181,8 +181,7 @@ def run_drill(
         DrillError: something was lost, or a fault was not recovered from, or there can be no hosts here.
     """
     data = _prepared(out, hosts)
-    draw = random.Random(seed)
-    made: list[Fault] = []
+    draw, made = random.Random(seed), list[Fault]()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     place = _several_hosts(out, hosts, draw) if hosts else _one_machine(out, ranks, draw, console)
     with place as scene, Progress(*columns, console=console, transient=True) as progress:

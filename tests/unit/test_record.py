@@ -344,8 +344,8 @@ def test_a_repetition_takes_the_hosts_and_ranks_of_the_run_unless_others_are_nam
     assert (began.world_size, began.via) == (6, "docker exec -i {host}")
     assert began.config.optim.lr == 2e-3
     assert began.config.schedule.steps == 3
-    assert began.page == tmp_path / "demo-2" / "page.json"
-    assert not began.page.exists(), "nothing is written before the folder is held"
+    assert began.path == tmp_path / "demo-2" / "page.json"
+    assert not began.path.exists(), "nothing is written before the folder is held"
     here = main._from_run(run, None, [], (3, "", None, "", ""), None)
     assert (here.specs, here.world_size, here.via) == ([], 3, None)
     other = main._from_run(run, None, [], (None, "c:1", None, "", ""), "ssh")
