@@ -344,7 +344,7 @@ def test_a_repetition_takes_the_hosts_and_ranks_of_the_run_unless_others_are_nam
     assert (began.world_size, began.via) == (6, "docker exec -i {host}")
     assert began.config.optim.lr == 2e-3
     assert began.config.schedule.steps == 3
-    assert began.path == tmp_path / "demo-2" / "page.json"
+    assert began.path == tmp_path / "demo-2" / "repeated.json"
     assert not began.path.exists(), "nothing is written before the folder is held"
     here = main._from_run(run, None, [], (3, "", None, "", ""), None)
     assert (here.specs, here.world_size, here.via) == ([], 3, None)
