@@ -101,6 +101,7 @@ class Agent:
         if do is None:
             return
         acts: dict[str, Callable[[Message], dict[str, object] | None]] = {
+            "warm": self._warm,
             "start": self._start,
             "terminate": lambda _: self._with_ranks(LocalHost.terminate),
             "stacks": lambda _: self._with_ranks(LocalHost.write_stacks),
@@ -130,8 +131,8 @@ class Agent:
         log_dir = Path(message["log_dir"])
         log_dir.mkdir(parents=True, exist_ok=True)
         writing = self._open_outputs() if 0 in ranks else None
-        if self._server is None and message["warm"] and forkserver.possible(base):
-            self._server = ForkServer(base)
+        if message["warm"]:
+            self._begin_server(base)
         try:
             self._host = LocalHost(
                 rank_command(message["args"], message["module"]),
@@ -146,6 +147,14 @@ class Agent:
             for descriptor in writing or ():
                 os.close(descriptor)
         return {"ranks": [{"rank": m.rank, "log": str(m.log), "pid": m.process.pid} for m in self._host.members]}
+
+    def _warm(self, message: Message) -> None:
+        """Begin to import what ranks need, long before they start: a host that stands by then takes part at once."""
+        self._begin_server(rank_environment(1, 0, None, {**os.environ, **message["env"]}))
+
+    def _begin_server(self, base: dict[str, str]) -> None:
+        if self._server is None and forkserver.possible(base):
+            self._server = ForkServer(base)
 
     def _unwanted(self) -> bool:
         """Show life while ranks are started, and return whether nobody is there to see it."""

@@ -26,7 +26,7 @@ class LaunchConfig(FrozenConfig):
         take_back: when a host that answers again takes part again: once the next checkpoint is written, at once (the
             ranks save and start again), or never before the next start.
         warm: fork the ranks of a host from one interpreter that has imported everything, which makes restarts faster;
-            not done on GPUs.
+            hosts that stand by have theirs ready too. Not done on GPUs.
         env: environment variables that travel to all ranks besides those that always do: names, or NAME=value.
     """
 

@@ -141,6 +141,7 @@ class Fleet:
         for link in new:
             if link.name not in faults:
                 self._links[link.name] = link
+                self._warm(link)
                 continue
             link.close()
             if link.name in self._checked:
@@ -167,6 +168,11 @@ class Fleet:
             faults |= {link.name: found[link.name] for link in new if link.name in found}
         return faults
 
+    def _warm(self, link: Link) -> None:
+        """Have a host import what ranks need, as it may be wanted at any moment."""
+        if self.config.warm:
+            link.send({"do": "warm", "env": travelling(self.config.env)})
+
     def _link(self, name: str) -> Link:
         return Link(name, self.reach(name), self.config.silence_s)
 
@@ -190,8 +196,9 @@ class Fleet:
                 link.close()
                 self._taken_back(name)
                 self._leave_out(name)
-            elif link.facts:
-                self._back.setdefault(name, self._newest())
+            elif link.facts and name not in self._back:
+                self._back[name] = self._newest()
+                self._warm(link)
         for name, before in self._back.items():
             # Where disks are the hosts' own, this one may see no checkpoint; the ranks save one before they end.
             if self.own_disks or self.config.take_back == "at_once" or self._newest() != before:
