@@ -117,7 +117,9 @@ def run_of_somebody(folder: Path, digits: Path, marker: Path, *overrides: str, *
     (folder / "attempts").mkdir(parents=True)
     write_state(folder / "config.json", {**config.model_dump(mode="json"), "resolved": {"world_size": 1}})
     made, _ = Recorder(folder).made(2, {"near": (2, {})})
-    write_state(folder / "attempts" / "attempt-00001.json", {**made.model_dump(), "attempt": 1, "several": False, **record})
+    write_state(
+        folder / "attempts" / "attempt-00001.json", {**made.model_dump(), "attempt": 1, "several": False, **record}
+    )
     (folder.parent / "intruder.py").write_text(f"open({str(marker)!r}, 'w')\n")
     return folder
 
