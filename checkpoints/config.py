@@ -81,6 +81,10 @@ class CheckpointConfig(FrozenConfig):
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://[^?#\s]*[^?#\s/]/*")
 
 
+_BUCKETS = ("s3", "s3a", "gs", "gcs")
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}|arn:[a-z0-9-]+:s3[A-Za-z0-9:-]*")
+
+
 def check_url(value: str) -> None:
     """Check that a text is the URL of a folder to which objects can be written.
 
@@ -92,3 +96,9 @@ def check_url(value: str) -> None:
         raise ValueError("must be the URL of a folder, such as s3://bucket/runs")
     if match[1] in ("http", "https"):
         raise ValueError("is an http address, which takes no files: name a store such as s3://bucket/runs")
+    bucket = value.partition("://")[2].partition("/")[0]
+    if match[1] in _BUCKETS and not _BUCKET.fullmatch(bucket):
+        raise ValueError(
+            "names no bucket, or has credentials in it: give s3://bucket/runs, and the credentials to the store's "
+            "client (for S3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
+        )

@@ -39,13 +39,14 @@ from launch.cli.options import (
     HostsOption,
     ImportOption,
     Overrides,
+    TrustOption,
     ViaOption,
     WeightsOption,
 )
 from launch.cli.usage import UsageError, check_homes, usage_fault
 from launch.hosts.fleet import Fleet
 from launch.hosts.names import HostSpec, of_slurm, parse_hosts, read_hostfile
-from launch.hosts.reach import opener
+from launch.hosts.reach import is_here, opener
 from launch.ranks.local import LocalCrew
 from launch.ranks.restarts import RestartConfig
 from launch.ranks.supervise import Crew, run_supervised
@@ -53,7 +54,7 @@ from launch.record.attempts import Recorder
 from launch.run import keys
 from launch.run.config import RunConfig, check_folder, continued, load_run, resolve, shipped
 from launch.run.own_code import bring
-from launch.run.repeat import Repetition, repetition
+from launch.run.repeat import Repetition, check_trusted, repetition
 from launch.shown import plain, plain_lines
 from setformer_dist.core.errors import ConfigError, DataError, LaunchError, RankFailedError, SetformerError
 from setformer_dist.core.metric import headline, weights_named
@@ -110,6 +111,7 @@ def train(
         int | None, typer.Option(help="Restarts after deaths and hangs within restart.window_minutes; 0 for none.")
     ] = None,
     source: FromOption = None,
+    trust: TrustOption = False,
 ) -> None:
     """Start or resume the run that a config describes.
 
@@ -134,7 +136,7 @@ def train(
     _refuse_other_launchers()
     asked = (ranks, hosts, hostfile, include, exclude)
     began = (
-        _from_run(source, config, overrides or [], asked, via)
+        _from_run(source, config, overrides or [], asked, via, trust)
         if source
         else _from_config(config, overrides or [], asked)
     )
@@ -195,16 +197,23 @@ def _training(specs: Sequence[HostSpec], config: RunConfig) -> int:
     return sum(spec.slots for spec in specs[: config.launch.max_hosts or None])
 
 
-def _from_run(source: Path, name: str | None, overrides: list[str], asked: _Asked, via: str | None) -> _Start:
+def _from_run(
+    source: Path, name: str | None, overrides: list[str], asked: _Asked, via: str | None, trust: bool
+) -> _Start:
     """Return the start of a run that repeats another: on its hosts, or its number of ranks, unless others are named."""
     if name is not None and "=" not in name and not name.startswith("~"):
         raise LaunchError(f"--from takes the config of {source}: leave the config {name} out")
-    repeated = repetition(source, [*([name] if name is not None else []), *overrides])
+    own = [*([name] if name is not None else []), *overrides]
+    repeated = repetition(source, own)
     specs = chosen_hosts(*asked)
     record = repeated.record
+    theirs: tuple[list[str], str | None] = ([], None)  # what the record names and nobody here has
     if not specs and not asked[0] and record is not None and record.several:
         specs = [HostSpec(name, host.ranks) for name, host in record.hosts.items()]
+        theirs = [spec.name for spec in specs if not is_here(spec.name)], None if via else record.via
         via = via or record.via
+    if not trust:
+        check_trusted(repeated, own, *theirs)
     world_size = _training(specs, repeated.config) or asked[0] or repeated.world_size
     return _Start(repeated.path, list(repeated.overrides), repeated.config, specs, world_size, via, repeated)
 
@@ -220,7 +229,7 @@ def _supervise(began: _Start, via: str | None, port: int | None, grace: float, p
         if repeats is not None:
             recorder = dataclasses.replace(recorder, repeats=repeats.source, first=repeats.write_config)
             for line in repeats.told(recorder, began.world_size, {spec.name: spec.slots for spec in specs}):
-                say(line)
+                say(plain(line))
         if sys.stderr.isatty():
             say(f"starting {counted(began.world_size, 'rank')} …")
         args = [str(began.path), *began.overrides]

@@ -26,6 +26,9 @@ FromOption = Annotated[
     Path | None,
     typer.Option("--from", help="A run's folder: a new run with its config and seed.", show_default=False),
 ]
+TrustOption = Annotated[
+    bool, typer.Option("--trust", help="Use the modules, commands, hosts and addresses that the --from run names.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Dotted overrides, such as optim.lr=1e-3; ~key takes one away.", show_default=False),

@@ -12,6 +12,7 @@ from typing import Any
 
 from launch.hosts.channel import Channel
 from launch.hosts.wire import Message, Wire
+from launch.hosts.words import fault_of
 from launch.ranks.processes import ENTRY_MODULE
 from launch.ranks.signals import Pause
 from launch.ranks.usage import Use
@@ -63,17 +64,30 @@ class Link:
         messages, self._unread = self._unread, []
         if self.lost is not None:
             return messages
-        messages += [m for m in self._wire.receive() if "is" in m]
+        came = [m for m in self._wire.receive() if "is" in m]
         self._channel.listen()
-        for message in messages:
+        for message in came:
+            if (fault := fault_of(message)) is not None:
+                self.distrust(fault)
+                return messages
             if message["is"] == "facts":
                 self.facts = message
-        if self._wire.ended:
+            messages.append(message)
+        if self._wire.broken is not None:
+            self.distrust(self._wire.broken)
+        elif self._wire.ended:
             self.lost = f"host {self.name} is lost: {self._end()}"
         elif self._wire.silence() > self.silence_s:
             self.lost = f"host {self.name} is lost: nothing heard of it for {self._wire.silence():.0f} s"
         self._wire.show_life()
         return messages
+
+    def distrust(self, fault: str) -> None:
+        """Take the host for lost because of what it has sent."""
+        self.lost = (
+            f"host {self.name} is lost: its agent sent {fault}: install the same version of this project there, and "
+            "have --via hand on nothing but the agent's output"
+        )
 
     def put_back(self, messages: list[Message]) -> None:
         """Have `poll` return these again."""
@@ -141,12 +155,14 @@ def ask(
 def greeted(links: Sequence[Link], limit_s: float, meanwhile: Callable[[], object] = lambda: None) -> None:
     """Wait until every agent has told of its host; those that have not in time are lost. `meanwhile` is as in `ask`."""
     limit, pause = time.monotonic() + limit_s, Pause()
+    others: list[list[Message]] = [[] for _ in links]
     while time.monotonic() < limit and not all(link.facts or link.lost for link in links):
-        for link in links:
-            link.poll()
+        for link, more in zip(links, others, strict=True):
+            more += [message for message in link.poll() if message["is"] != "facts"]
         meanwhile()
         pause.sleep()
-    for link in links:
+    for link, more in zip(links, others, strict=True):
+        link.put_back(more)  # a stop signal that reached the agent is told once
         if not link.facts and link.lost is None:
             link.lost = (
                 f"host {link.name} did not answer within {limit_s:.0f} s: its command may be waiting for a password, "
@@ -268,20 +284,23 @@ class RemoteHost:
     def poll(self) -> None:
         """Take note of what the agent tells."""
         for message in self.link.poll():
-            self._take(message)
+            try:
+                self._take(message)
+            except LookupError as error:
+                self.link.distrust(str(error))
 
     def _take(self, message: Message) -> None:
         kind = message["is"]
         if kind == "beats":
             now = time.monotonic()
             for rank, count, step, phase, age, stop, suspended, memory, *used in message["ranks"]:
-                member = self.members[rank - self._first]
+                member = self._member(rank)
                 member.beaten = Beat(count, step, phase, age, stop)
                 member.beaten_at, member.suspended, member.memory = now, suspended, memory
                 member.used = Use(*used)
         elif kind == "ended":
             for rank, code, said, lines in message["ranks"]:
-                member = self.members[rank - self._first]
+                member = self._member(rank)
                 member.code, member.told, member.lines, member.ended_at = code, said, lines, time.monotonic()
         elif kind == "output":
             self._show(message["stream"], message["text"])
@@ -290,10 +309,23 @@ class RemoteHost:
         elif kind == "killed":
             self._killed = True
 
+    def _member(self, rank: int) -> RemoteRank:
+        """Return one of its ranks.
+
+        Raises:
+            LookupError: another host's, or nobody's.
+        """
+        if not 0 <= rank - self._first < len(self.members):
+            raise LookupError(f"news of rank {rank}, which it does not have")
+        return self.members[rank - self._first]
+
     def started(self, answer: Mapping[str, Any]) -> None:
         """Take note of the logs of the ranks that an agent has started."""
-        for member, told in zip(self.members, answer["ranks"], strict=True):
-            member.log = Path(told["log"])
+        for told in answer["ranks"]:
+            try:
+                self._member(told["rank"]).log = Path(told["log"])
+            except LookupError as error:
+                self.link.distrust(str(error))
 
     def readable(self) -> list[int]:
         """Return descriptors that have something to read when there is news."""

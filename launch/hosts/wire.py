@@ -13,12 +13,15 @@ import time
 from collections import deque
 from typing import Any
 
+from setformer_dist.core import strictjson
+
 Message = dict[str, Any]
 
 ALIVE_S = 0.5  # how often each end shows life
 _MARK = "\x1esetformer "  # begins every message: a banner may well be JSON
 _LONGEST = 1 << 20  # bytes of a line, and of what is kept for a peer that does not read
 _CHUNK = 1 << 16
+_AT_ONCE = 64  # chunks that one look takes: a peer that never stops must not hold up the others
 
 
 class Wire:
@@ -28,6 +31,7 @@ class Wire:
         ended: nothing further comes.
         heard_at: when something came last, of the monotonic clock.
         strange: the last lines that were no message.
+        broken: what came that no end of ours sends; None for nothing.
     """
 
     def __init__(self, read: int, write: int) -> None:
@@ -37,6 +41,7 @@ class Wire:
         self._came, self._kept = b"", b""
         self._sent_at = 0.0
         self.ended = False
+        self.broken: str | None = None
         self.heard_at = time.monotonic()
         self.strange: deque[str] = deque(maxlen=20)
 
@@ -71,7 +76,9 @@ class Wire:
 
     def receive(self) -> list[Message]:
         """Return the messages that have come, without waiting."""
-        while not self.ended:
+        for _ in range(_AT_ONCE):
+            if self.ended:
+                break
             try:
                 data = os.read(self._read, _CHUNK)
             except BlockingIOError:
@@ -86,6 +93,7 @@ class Wire:
         *lines, self._came = self._came.split(b"\n")
         if len(self._came) > _LONGEST:
             self._came = b""
+            self.broken = f"a line of more than {_LONGEST >> 20} MiB"
         return [message for line in lines if (message := self._parse(line)) is not None]
 
     def hung_up(self) -> bool:
@@ -106,8 +114,10 @@ class Wire:
                 self.strange.append(text.strip())
             return None
         try:
-            message = json.loads(body)
+            message = strictjson.parse(body.encode())
         except ValueError:
-            self.strange.append(body.strip())
+            message = None
+        if not isinstance(message, dict):
+            self.broken = f"a message that cannot be read ({body.strip()[:40]!r})"
             return None
-        return message if isinstance(message, dict) else None
+        return message

@@ -39,6 +39,7 @@ from setformer_dist.core.logging_config import FILE, endpoint_of
 TEXT_FILE = "metrics.prom"
 _WRITE_EVERY_S = 10.0
 _NO_SCORES = ("step", "samples", "left_out")  # of an evaluation's row
+_LONGEST_LABEL = 200  # characters
 _MOST = 16 << 20  # bytes of a record that one look reads; the next one goes on there
 
 
@@ -105,7 +106,7 @@ class Exposition(Collector):
     def _of_run(self) -> Iterator[Metric]:
         f, live, run = self._figures, self._live, self._folder.name
         info = GaugeMetricFamily("setformer_run_info", "Run, model and version.", labels=("run", "model", "version"))
-        info.add_metric((run, self._model, importlib.metadata.version("setformer_dist")), 1)
+        info.add_metric((run, _label(self._model), importlib.metadata.version("setformer_dist")), 1)
         yield info
         ranks = live.ranks if live is not None else ()
         step = max((rank.step for rank in ranks), default=-1)
@@ -132,11 +133,11 @@ class Exposition(Collector):
         yield _one(CounterMetricFamily("setformer_bad_steps", says, labels=("run",)), run, f.bad_steps)
         failures = CounterMetricFamily("setformer_failures", "Attempts that failed, by kind.", labels=("run", "how"))
         for how, times in sorted(f.failures.items()):
-            failures.add_metric((run, how), times)
+            failures.add_metric((run, _label(how)), times)
         yield failures
         scores = GaugeMetricFamily("setformer_evaluation", "Figures of the last evaluation.", labels=("run", "metric"))
         for name, value in f.evaluation.items():
-            scores.add_metric((run, name), value)
+            scores.add_metric((run, _label(name)), value)
         yield scores
 
     def _of_ranks(self, ranks: tuple[LiveRank, ...]) -> Iterator[Metric]:
@@ -154,8 +155,13 @@ class Exposition(Collector):
             family = GaugeMetricFamily(f"setformer_rank_{name}", says, labels=labels)
             for rank, value in zip(ranks, values, strict=True):
                 if value is not None:
-                    family.add_metric((run, str(rank.rank), rank.host or self._here), value)
+                    family.add_metric((run, str(rank.rank), _label(rank.host or self._here)), value)
             yield family
+
+
+def _label(text: str) -> str:
+    """Return a text from a record as a label: short, and without half characters, which no exposition can hold."""
+    return text[:_LONGEST_LABEL].encode("utf-8", "backslashreplace").decode()
 
 
 def _one(family: GaugeMetricFamily | CounterMetricFamily, run: str, value: float) -> Metric:

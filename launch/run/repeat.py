@@ -4,11 +4,16 @@
 
 The config is the one that the run's config.json holds: file and overrides as they were resolved then, every default
 included. Credentials of URLs are not in it, and have to be given again.
+
+A run folder may come from anybody. What its files name beyond values of this program (modules, commands, hosts,
+addresses) is used only where the user says so: by `--trust`, or by giving it again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +27,18 @@ from setformer_dist.core import config as base
 from setformer_dist.core import revisions
 from setformer_dist.core.errors import ConfigError, TransientError
 from setformer_dist.core.files import read_state, write_state
+from setformer_dist.core.logging_config import FILE, LOOPBACK, endpoint_of
+from setformer_dist.core.secrets import redacted
 
 REPEATED = "repeated.json"
 REPEATS = "repeats"
 CONFIG = "config.json"
 _NO_CONFIG = ("resolved",)
+# Keys that name code, or places that something is sent to; and texts of any key that are fetched or written elsewhere.
+_OUTSIDE = ("run.imports", "launch.env", "deepspeed", "logging.wandb.project", "logging.mlflow.experiment")
+_PLACE = re.compile(r"://|::|^(?:hf[-_]hub|local-dir):")
+_PROMETHEUS = "logging.prometheus"
+_SHOWN = 160  # characters of a value in an error
 
 
 @dataclass(frozen=True)
@@ -113,6 +125,71 @@ def repetition(source: Path, overrides: Sequence[str]) -> Repetition:
     ranks = size if type(size) is int and size > 0 else 1
     path = config.folder / REPEATED
     return Repetition(source, path, tuple(words), config, ranks, attempts.last(source), table, resolved)
+
+
+def check_trusted(repeated: Repetition, overrides: Sequence[str], hosts: Sequence[str], via: str | None) -> None:
+    """Check that the other run's files name nothing which runs code, or is reached over a network.
+
+    Args:
+        repeated: of the other run.
+        overrides: of the user: what they set is the user's word.
+        hosts: that its record names and the new run would use.
+        via: the command that its record names and the new run would use.
+
+    Raises:
+        ConfigError: it does; with all of it.
+    """
+    given = {text.partition("=")[0] for text in overrides}
+    named = [
+        f"{key} = {_short(value)}"
+        for key, value in _outside(repeated.config)
+        if not any(key == own or key.startswith(f"{own}.") for own in given)
+    ]
+    if hosts:
+        named.append(f"hosts {_short(list(hosts))}")
+    if via is not None:
+        named.append(f"--via {_short(via)}")
+    if named:
+        raise ConfigError(
+            f"--from {repeated.source}: its files name code, hosts or addresses, which are used only if you say so: "
+            f"{'; '.join(named)}: read them, then add --trust, or give values of your own"
+        )
+
+
+def _outside(config: RunConfig) -> Iterator[tuple[str, object]]:
+    """Yield key and value of what a config names outside of this program."""
+    for key, value in _leaves(config.model_dump(mode="json")):
+        table = next((name for name in _OUTSIDE if key == name or key.startswith(f"{name}.")), None)
+        if key == _PROMETHEUS:
+            if value not in ("", FILE) and endpoint_of(str(value))[0] != LOOPBACK:
+                yield key, value
+        elif value not in (None, [], {}) and (table is not None or any(map(_PLACE.search, _texts(value)))):
+            yield key, value
+
+
+def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in table.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yield the texts in a list, also of tables."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _texts(inner)
+
+
+def _short(value: object) -> str:
+    text = redacted(json.dumps(value, ensure_ascii=False))
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def built(table: Mapping[str, Any], overrides: Sequence[str], source: str) -> RunConfig:

@@ -82,6 +82,7 @@ def read(folder: Path) -> Live | None:
     try:
         descriptor = open_plain(folder / LIVE, os.O_RDONLY)
         with os.fdopen(descriptor, "rb") as file:
-            return _TYPE.validate_json(file.read(_LARGEST))
+            seen = _TYPE.validate_json(file.read(_LARGEST))
     except (OSError, ValueError):
         return None
+    return seen if seen.ranks else None

@@ -36,7 +36,7 @@ class MlflowConfig(FrozenConfig):
 
 
 FILE = "file"
-_LOOPBACK = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
 
 
 def endpoint_of(where: int | str) -> tuple[str, int]:
@@ -51,7 +51,7 @@ def endpoint_of(where: int | str) -> tuple[str, int]:
     address, _, port = str(where).rpartition(":")
     if not port.isascii() or not port.isdigit() or not 0 < int(port) < 2**16:
         raise ValueError("give a port from 1 to 65535, ADDRESS:PORT, or 'file'")
-    return address.strip("[]") or _LOOPBACK, int(port)
+    return address.strip("[]") or LOOPBACK, int(port)
 
 
 class LoggingConfig(FrozenConfig):

@@ -9,8 +9,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from launch.record import attempts
-from launch.testing.commands import losses, setformer, train_words
+from launch.record.attempts import Recorder
+from launch.run.config import load_run
+from launch.testing.commands import DEMO, losses, setformer, train_words
 from setformer_dist.core import ledger
+from setformer_dist.core.files import write_state
 from tests.unit.test_record import SECRET, git
 
 # Kills its rank once, so that there are two attempts.
@@ -81,7 +84,11 @@ def test_a_run_says_who_ran_it_and_is_repeated(
 
     (project / "mine_once.py").write_text(MINE + "\n# changed\n")
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
-    again = setformer("train", "--from", str(run), "data.val=train", cwd=project)
+    asked = setformer("train", "--from", str(run), cwd=project)
+    assert asked.code == 2
+    assert 'run.imports = ["mine_once"]; launch.env = ["MY_TOKEN"]: read them, then add --trust' in asked.err
+    assert not (out / "demo-2").exists()
+    again = setformer("train", "--from", str(run), "data.val=train", "--trust", cwd=project)
     assert again.code == 0, again.err
     said = " ".join(again.err.split())
     assert "code of mine_once: commit" in said
@@ -102,6 +109,62 @@ def test_a_run_says_who_ran_it_and_is_repeated(
 
 def train_losses(run: Path) -> dict[int, float]:
     return {step: loss for (kind, step), (loss, _) in losses(run).items() if kind == "train"}
+
+
+def run_of_somebody(folder: Path, digits: Path, marker: Path, *overrides: str, **record: object) -> Path:
+    """Write the folder of a run that would run `marker`'s maker on who repeats it."""
+    config = load_run(Path(DEMO), [f"data.root={digits}", f"run.out={folder.parent / 'new'}", *overrides])
+    (folder / "attempts").mkdir(parents=True)
+    write_state(folder / "config.json", {**config.model_dump(mode="json"), "resolved": {"world_size": 1}})
+    made, _ = Recorder(folder).made(2, {"near": (2, {})})
+    write_state(
+        folder / "attempts" / "attempt-00001.json", {**made.model_dump(), "attempt": 1, "several": False, **record}
+    )
+    (folder.parent / "intruder.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (['run.imports=["intruder"]'], 'run.imports = ["intruder"]'),
+        (["data.root=https://someone.example/shards"], 'data.root = "https://someone.example/shards"'),
+        (["checkpoint.mirror=s3://theirs/runs"], 'checkpoint.mirror = "s3://theirs/runs"'),
+        (["model.weights=hf-hub:theirs/model"], 'model.weights = "hf-hub:theirs/model"'),
+        (["logging.prometheus=0.0.0.0:9400"], 'logging.prometheus = "0.0.0.0:9400"'),
+        (["logging.mlflow.tracking_uri=https://theirs"], 'logging.mlflow.tracking_uri = "https://theirs"'),
+        (["logging.wandb.project=theirs"], 'logging.wandb.project = "theirs"'),
+        (['launch.env=["LD_PRELOAD=/tmp/x.so"]'], 'launch.env = ["LD_PRELOAD=/tmp/x.so"]'),
+        (["deepspeed.comms_logger.enabled=true"], "deepspeed.comms_logger.enabled = true"),
+    ],
+)
+def test_a_repeated_run_uses_nothing_outside_without_the_users_word(
+    digits: Path, tmp_path: Path, overrides: list[str], named: str
+) -> None:
+    marker = tmp_path / "ran"
+    run = run_of_somebody(tmp_path / "theirs", digits, marker, *overrides)
+    for more in ((), ("--dry-run",)):
+        ended = setformer("train", "--from", str(run), *more, cwd=tmp_path)
+        assert ended.code == 2
+        assert len(ended.error_lines) == 1
+        assert f"only if you say so: {named}: read them, then add --trust" in ended.error_lines[0]
+    assert not marker.exists()
+    assert not (tmp_path / "new").exists()
+
+
+def test_hosts_and_commands_of_a_record_are_not_used_without_the_users_word(digits: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    run = run_of_somebody(
+        tmp_path / "theirs", digits, marker, via=f"sh -c 'touch {marker}' {{host}}", several=True,
+        hosts={"node1": {"ranks": 2, "machine": 0}},
+    )  # fmt: skip
+    ended = setformer("train", "--from", str(run), cwd=tmp_path)
+    assert ended.code == 2
+    assert 'hosts ["node1"]; --via "sh -c ' in ended.error_lines[0]
+    assert not marker.exists()
+    ended = setformer("train", "--from", str(run), "--trust", cwd=tmp_path)
+    assert ended.code == 5
+    assert marker.exists(), "the record's command is used once the user has said so"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoints.config import CheckpointConfig
+from checkpoints.config import CheckpointConfig, check_url
 from checkpoints.policy import KEEP_TAG, Candidate, best_first, steps_to_delete
 from setformer_dist.core.config import build
 from setformer_dist.core.errors import ConfigError
@@ -94,3 +94,18 @@ def test_due():
 def test_a_run_must_keep_at_least_one():
     with pytest.raises(ConfigError, match="keep_last = 0"):
         build(CheckpointConfig, {"keep_last": 0}, "run.toml")
+
+
+@pytest.mark.parametrize("url", ["s3://KEY:hunter2@bucket/runs", "s3://KEY@bucket/runs", "s3:///runs", "gs://a:b@c/d"])
+def test_a_mirror_with_credentials_in_its_url_is_refused_without_showing_them(url: str) -> None:
+    with pytest.raises(ValueError, match="names no bucket, or has credentials in it") as caught:
+        check_url(url)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://bucket", "s3://my.bucket-1/runs/a", "gs://bucket_2/x", "file:///mnt/copies", "memory://copies",
+            "s3://arn:aws:s3:us-west-2:123456789012:accesspoint/name"],
+)  # fmt: skip
+def test_urls_of_mirrors(url: str) -> None:
+    check_url(url)

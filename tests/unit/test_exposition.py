@@ -131,6 +131,22 @@ def test_the_file_is_whole_and_ends_with_a_run_that_is_not_up(run: Path) -> None
     assert values(found["setformer_step"]) == {"": 12}
 
 
+def test_names_in_records_that_no_text_can_hold_are_written_out(run: Path) -> None:
+    """A name of bytes that are no UTF-8 would end the supervisor, and with it the training."""
+    row = {"kind": "eval", "step": 11, "half\udc80": 0.5, 'a" 1}\nsetformer_step 7': 0.25, "x" * 5_000: 0.75}
+    text = (run / "metrics.jsonl").read_text().rpartition("\n")[0]
+    (run / "metrics.jsonl").write_text(f"{text}\n{json.dumps(row)}\n")
+    ledger.record(run, "ended", why="lost \udc81", step=9)
+    with Exposition(run, "file", "m") as exposed:
+        Board(run, exposed.look).look([Rank(0, Beat(9, 12, "forward", 0.1), "node\udc82")])
+        found = parsed((run / TEXT_FILE).read_text())
+    assert values(found["setformer_evaluation"], "metric") == {
+        "half\\udc80": 0.5, 'a" 1}\nsetformer_step 7': 0.25, "x" * 200: 0.75,
+    }  # fmt: skip
+    assert values(found["setformer_failures"], "how") == {"killed": 1, "lost \\udc81": 1}
+    assert [sample.labels["host"] for sample in found["setformer_rank_step"].samples] == ["node\\udc82"]
+
+
 def test_nothing_is_written_into_a_folder_that_is_lost(run: Path) -> None:
     exposed = Exposition(run, "file", "m")
     Board(run, exposed.look).look(RANKS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -229,3 +230,82 @@ def test_hosts_that_do_not_answer(command: list[str], said: str) -> None:
         link.close()
     with pytest.raises(LaunchError, match="cannot be run: No such file"):
         Command("far", ["no-such-command"])
+
+
+SAYS = """
+import json, os, sys, time
+mark = b"\\x1esetformer "
+for line in sys.argv[1:]:
+    os.write(1, mark + line.encode() + b"\\n")
+time.sleep(60)
+"""
+
+
+def agent_that_says(*lines: str) -> Link:
+    return Link("far", Command("far", [sys.executable, "-S", "-c", SAYS, *lines]), 20.0)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"is": "facts"}', "a message of kind 'facts' with another 'code'"),
+        ('{"is": "facts", "code": [1]}', "with another 'code'"),
+        ('{"is": [1]}', "a message of kind '[1]'"),
+        ('{"is": "news"}', "a message of kind 'news'"),
+        ('{"is": "asked", "signal": "15"}', "a message of kind 'asked' with another 'signal'"),
+        ('{"is": "asked", "signal": true}', "with another 'signal'"),
+        ('{"is": "output", "stream": 1, "text": 7}', "with another 'text'"),
+        ('{"is": "beats", "ranks": [[0, 1]]}', "with another 'ranks.0.2'"),
+        ('{"is": "ended", "ranks": [[-1, 0, "", []]]}', "with another 'ranks.0.0'"),
+        ('{"is": "answer", "to": ["look"]}', "an answer to nothing"),
+        ('{"is": "answer", "to": "listen", "port": 70000, "interface": null}', "with another 'port'"),
+        ("[" * 90_000, "a message that cannot be read"),
+        ('{"is": "facts", "code": ' + "9" * 9_000 + "}", "a message that cannot be read"),
+        ("[]", "a message that cannot be read"),
+    ],
+)
+def test_an_agent_that_says_what_none_of_ours_says_is_lost_in_one_sentence(line: str, said: str) -> None:
+    link = agent_that_says(line)
+    try:
+        greeted([link], 20.0)
+        assert link.lost is not None
+        assert said in link.lost
+        assert link.lost.startswith("host far is lost: its agent sent ")
+        assert "install the same version of this project there" in link.lost
+        assert link.poll() == []
+    finally:
+        link.close()
+
+
+def test_what_an_agent_says_of_others_ranks_loses_it_and_unknown_keys_do_not() -> None:
+    whole = json.dumps({"is": "facts", **facts(), "new": [{}]})
+    beats = json.dumps({"is": "beats", "ranks": [[5, 1, 0, "data", 0.0, 0, False, None, None, None]]})
+    link = agent_that_says(whole, json.dumps({"is": "asked", "signal": 15}), beats)
+    asked: list[int] = []
+    try:
+        greeted([link], 20.0)
+        assert link.lost is None
+        assert link.facts["code"] == facts()["code"]
+        limit = time.monotonic() + 20
+        host = RemoteHost(link, range(2, 4), asked.append)
+        while link.lost is None:
+            assert time.monotonic() < limit
+            host.poll()
+        assert asked == [15], "a signal that comes with the greeting is not lost"
+        assert "its agent sent news of rank 5, which it does not have" in link.lost
+    finally:
+        link.close()
+
+
+def test_a_peer_that_never_stops_is_not_read_for_ever() -> None:
+    flood = "import os\nwhile True: os.write(1, b'y' * 65536)"
+    command = Command("far", [sys.executable, "-S", "-c", flood])
+    link = Link("far", command, 20.0)
+    try:
+        begun = time.monotonic()
+        greeted([link], 20.0)
+        assert time.monotonic() - begun < 15
+        assert "its agent sent a line of more than 1 MiB" in (link.lost or "")
+        assert len(link._wire._came) <= 8 << 20
+    finally:
+        link.close()

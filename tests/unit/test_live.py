@@ -96,7 +96,17 @@ def test_it_is_written_at_most_once_a_second(run: Path) -> None:
     assert seen.ranks[0].step == 1
 
 
-@pytest.mark.parametrize("text", ["", "[", "{}", '{"time": 1, "steps_per_s": null, "ranks": [1]}', "null"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"time": 9e9, "steps_per_s": 1, "ranks": []}',
+        "",
+        "[",
+        "{}",
+        '{"time": 1, "steps_per_s": null, "ranks": [1]}',
+        "null",
+    ],
+)
 def test_a_damaged_file_shows_nothing(run: Path, text: str) -> None:
     (run / live.LIVE).write_text(text)
     with pytest.raises(DataError, match="is not running under a supervisor"):
