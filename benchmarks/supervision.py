@@ -119,7 +119,7 @@ class Pretender:
         if self.ranks and now - self.beaten_at > ALIVE_S:
             self.beaten_at = now
             step = int((now - self.begun) / _STEP_S)
-            rows = [[rank, 8 * step, step, "forward", 0.01, 0, False, 2048.0] for rank in self.ranks]
+            rows = [[rank, 8 * step, step, "forward", 0.01, 0, False, 2048.0, 1.0, None] for rank in self.ranks]
             self.wire.send({"is": "beats", "ranks": rows})
         self.wire.show_life()
 

@@ -5,6 +5,8 @@ Time without ranks, between a stop and the next start by hand, is left out: an a
 
 from __future__ import annotations
 
+import bisect
+import functools
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -75,34 +77,35 @@ class Timeline:
 
     def clock(self, at: float) -> float:
         """Return seconds of the run until a time, without the time between a stop and the next start."""
-        past = 0.0
-        for first, last in self._sessions():
-            if at < first:
-                return past
-            if at <= last:
-                return past + at - first
-            past += last - first
-        return past
+        index = bisect.bisect_right(self._sessions, at, key=lambda session: session[0]) - 1
+        if index < 0:
+            return 0.0
+        first, last, past = self._sessions[index]
+        return past + min(at, last) - first
 
     @property
     def seconds(self) -> float:
         """All of the run's time."""
-        return sum(last - first for first, last in self._sessions())
+        return sum(last - first for first, last, _ in self._sessions)
 
     @property
     def pauses(self) -> list[float]:
         """Seconds of the run at which it was stopped and started again later."""
-        ends = [last for _, last in self._sessions()]
+        ends = [last for _, last, _ in self._sessions]
         return [self.clock(last) for last in ends[:-1]]
 
-    def _sessions(self) -> list[tuple[float, float]]:
-        found: list[tuple[float, float]] = []
+    @functools.cached_property
+    def _sessions(self) -> list[tuple[float, float, float]]:
+        """Start and end of each time that the run was going on, and its seconds before; the attempts are complete."""
+        found: list[tuple[float, float, float]] = []
         begins = True
         for span in self.attempts:
             if begins:
-                found.append((span.start, span.end))
+                past = found[-1][2] + found[-1][1] - found[-1][0] if found else 0.0
+                found.append((span.start, span.end, past))
             else:
-                found[-1] = (found[-1][0], max(span.end, found[-1][1]))
+                first, last, past = found[-1]
+                found[-1] = (first, max(span.end, last), past)
             begins = span.final
         return found
 
