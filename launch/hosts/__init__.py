@@ -10,5 +10,6 @@ link.py        the supervisor's end of one host, and the ranks behind it
 meeting.py     where the ranks of several hosts meet: an address that all can reach, and the interfaces to it
 names.py       which hosts, and how many ranks on each: --hosts, a hostfile, a Slurm allocation
 reach.py       the command that starts an agent: here, behind ssh, behind srun, behind any prefix
+words.py       what an agent may say, as the supervisor takes it
 wire.py        JSON lines over pipes that may stop at any moment
 """
