@@ -339,14 +339,14 @@ def test_a_repetition_takes_the_hosts_and_ranks_of_the_run_unless_others_are_nam
     run = a_run(tmp_path)
     Recorder(run, via="docker exec -i {host}").write(6, {"a": (4, {}), "b": (2, {})})
     nothing = (None, "", None, "", "")
-    began = main._from_run(run, "optim.lr=2e-3", ["~schedule.epochs", "schedule.steps=3"], nothing, None)
+    began = main._from_run(run, "optim.lr=2e-3", ["~schedule.epochs", "schedule.steps=3"], nothing, None, trust=True)
     assert [(spec.name, spec.slots) for spec in began.specs] == [("a", 4), ("b", 2)]
     assert (began.world_size, began.via) == (6, "docker exec -i {host}")
     assert began.config.optim.lr == 2e-3
     assert began.config.schedule.steps == 3
     assert began.path == tmp_path / "demo-2" / "repeated.json"
     assert not began.path.exists(), "nothing is written before the folder is held"
-    here = main._from_run(run, None, [], (3, "", None, "", ""), None)
+    here = main._from_run(run, None, [], (3, "", None, "", ""), None, trust=False)
     assert (here.specs, here.world_size, here.via) == ([], 3, None)
-    other = main._from_run(run, None, [], (None, "c:1", None, "", ""), "ssh")
+    other = main._from_run(run, None, [], (None, "c:1", None, "", ""), "ssh", trust=False)
     assert [spec.name for spec in other.specs] == ["c"]
