@@ -34,6 +34,7 @@ _ECHO_S = 1.0  # how long to wait for others to fail after the first, to disting
 _CAUSE_S = 10.0  # how long to wait for the cause where so far ranks only say that they lost another one
 _TRANSIENT, _LOST_A_PEER = 2, 3  # kinds of failure that may be echoes of another's, see `_blame`
 _FAILURE_GRACE_S = 10.0
+_NAMED = 5  # lost hosts of a message; the others are counted
 # Exit codes by which a rank says that it has explained itself in one sentence, and that a user must do something.
 _USER_CODES = {e.exit_code for e in (ConfigError, DataError, CheckpointError, LaunchError, TrainingError)}
 
@@ -333,7 +334,8 @@ class Attempt:
         self._terminate()  # they wait for the lost ranks, and can save nothing; who writes a checkpoint may finish
         self._wait(min(self._grace_s, _ECHO_S), until=lambda: bool(self._received.stop))
         self.kill()
-        raise AttemptError("; ".join(str(host.lost) for host in lost), "host", step)
+        more = f"; and {len(lost) - _NAMED} more" if len(lost) > _NAMED else ""
+        raise AttemptError("; ".join(str(host.lost) for host in lost[:_NAMED]) + more, "host", step)
 
     def _give_up_on(self, hanging: list[Member]) -> None:
         """Have the stacks of all ranks written to their logs, and end them, unless they go on meanwhile."""

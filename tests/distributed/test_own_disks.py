@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from launch.drill.namespaces import Cluster, why_impossible
 from launch.testing.commands import ROOT, losses, setformer, train_words
-from launch.testing.hosts import Cluster, why_impossible
 
 REASON = why_impossible()
 pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.drill, pytest.mark.hosts]

@@ -61,7 +61,7 @@ def holding(folder: Path, *prefix: str, how: str = "seen") -> Iterator[subproces
     """Have a process hold a folder; kill it at the end."""
     process = subprocess.Popen(
         [*prefix, sys.executable, "-c", HOLD, str(folder), how],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     assert process.stdout is not None
     try:
@@ -184,7 +184,7 @@ def test_rank_0_of_another_launcher_gives_signs_of_life_and_ends_when_it_is_take
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     try:
         assert process.stdout is not None

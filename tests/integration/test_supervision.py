@@ -118,7 +118,7 @@ def test_deaths_at_one_and_the_same_step_end_the_run(digits: Path, tmp_path: Pat
     err = process.communicate(timeout=120)[1]
     assert process.returncode == 6
     assert "not restarted: it failed 2 times" in err
-    assert len(killed) <= 6
+    assert len(killed) <= 12  # of two attempts: ranks, what cleans up after them, git for the record
     assert not (tmp_path / "demo" / "checkpoints").exists()
 
 
