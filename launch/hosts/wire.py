@@ -13,8 +13,6 @@ import time
 from collections import deque
 from typing import Any
 
-from setformer_dist.core import strictjson
-
 Message = dict[str, Any]
 
 ALIVE_S = 0.5  # how often each end shows life
@@ -114,8 +112,8 @@ class Wire:
                 self.strange.append(text.strip())
             return None
         try:
-            message = strictjson.parse(body.encode())
-        except ValueError:
+            message = json.loads(body)  # words.py checks what it holds; thousands of agents speak twice a second
+        except (ValueError, RecursionError):
             message = None
         if not isinstance(message, dict):
             self.broken = f"a message that cannot be read ({body.strip()[:40]!r})"
