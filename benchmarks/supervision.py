@@ -94,7 +94,7 @@ class Pretender:
         do = message.get("do")
         if do == "look":
             folders.setdefault(message["prefix"], set()).add(message["name"])
-            self._say(do, seen=str(len(folders[message["prefix"]])), free=1 << 40, page="same")
+            self._say(do, seen=str(len(folders[message["prefix"]])), config="same")
         elif do == "forget":
             self._say(do, done=True)
         elif do == "listen":

@@ -6,7 +6,6 @@ import json
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -20,6 +19,7 @@ from checkpoints.reader import verified
 from checkpoints.together import Together
 from launch.ckpt.listing import line_of, row_of, table_of_checkpoints
 from launch.ckpt.progress import progress
+from launch.ckpt.verify import show_verified
 from launch.ranks.lock import held
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import CheckpointError, ConfigError
@@ -85,19 +85,13 @@ def verify_url(url: str, console: Console, as_json: bool = False) -> int:
     """
     objects, copies = _chosen(url)
     total = sum(copy.manifest.size for copy in copies if copy.manifest is not None)
-    answers: list[dict[str, Any]] = []
+    answers: list[dict[str, str | None]] = []
     began = time.perf_counter()
     with progress(console, "verify", total, as_json) as advance:
         for copy in copies:
             faults = verify_copy(objects, copy, advance)
             answers.append({"path": objects.below(copy.name), "fault": "; ".join(faults) or None})
-    seconds = time.perf_counter() - began
-    if as_json:
-        print(json.dumps({"checkpoints": answers, "bytes": total, "seconds": seconds}, indent=2))
-    else:
-        for answer in answers:
-            console.print(f"{answer['path']}: {answer['fault'] or 'verifies'}", highlight=False, markup=False)
-        console.print(f"{total / 2**20:.1f} MiB in {seconds:.2f} s", highlight=False, markup=False)
+    show_verified(answers, total, time.perf_counter() - began, console, as_json)
     begun = {objects.below(copy.name) for copy in copies if copy.begun}
     return sum(answer["fault"] is not None for answer in answers if answer["path"] not in begun)
 

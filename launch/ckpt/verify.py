@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -27,7 +27,7 @@ def verify(path: Path, console: Console, as_json: bool = False) -> int:
     folders = [path] if single else layout.step_folders(checkpoints_folder(path))
     if not folders:
         raise CheckpointError(f"{path} holds no checkpoints: name a run's folder, such as runs/demo")
-    answers: list[dict[str, Any]] = []
+    answers: list[dict[str, str | None]] = []
     total = sum(_bytes_of(folder) for folder in folders)
     began = time.perf_counter()
     with progress(console, "verify", total, as_json) as advance:
@@ -37,18 +37,21 @@ def verify(path: Path, console: Console, as_json: bool = False) -> int:
                 answers.append({"path": str(folder), "fault": None})
             except CheckpointError as error:
                 answers.append({"path": str(folder), "fault": str(error)})
-    seconds = time.perf_counter() - began
+    show_verified(answers, total, time.perf_counter() - began, console, as_json)
+    return sum(answer["fault"] is not None for answer in answers)
+
+
+def show_verified(
+    answers: Sequence[Mapping[str, str | None]], total: int, seconds: float, console: Console, as_json: bool
+) -> None:
+    """Print what was found of checkpoints, or of copies of them: path, fault, bytes read, seconds."""
     if as_json:
         print(json.dumps({"checkpoints": answers, "bytes": total, "seconds": seconds}, indent=2))
-    else:
-        for answer in answers:
-            console.print(f"{answer['path']}: {answer['fault'] or 'verifies'}", highlight=False, markup=False)
-        console.print(
-            f"{total / 2**20:.1f} MiB in {seconds:.2f} s, {total / seconds / 1e9:.2f} GB/s",
-            highlight=False,
-            markup=False,
-        )
-    return sum(answer["fault"] is not None for answer in answers)
+        return
+    for answer in answers:
+        console.print(f"{answer['path']}: {answer['fault'] or 'verifies'}", highlight=False, markup=False)
+    rate = f"{total / 2**20:.1f} MiB in {seconds:.2f} s, {total / seconds / 1e9:.2f} GB/s"
+    console.print(rate, highlight=False, markup=False)
 
 
 def _bytes_of(folder: Path) -> int:

@@ -49,8 +49,8 @@ class Fault:
         kind: see `launch.drill.faults` and `launch.drill.host_faults`.
         detail: on what.
         reached: steps done when it came.
-        resumed: step that the run went on from.
-        floor: step that it had to go on from at least: the newest complete checkpoint's.
+        resumed: step that the run resumed from.
+        floor: step that it had to resume from at least: the newest complete checkpoint's.
         seconds: from the fault to the next optimizer step.
         noticed: seconds from the fault to the end of the attempt, where a supervisor saw it.
     """
@@ -110,7 +110,7 @@ class AnyInjector(Protocol):
     draw: random.Random
 
     def mend(self) -> None:
-        """Mend what stays broken after a fault, once the run goes on."""
+        """Mend what stays broken after a fault, once the run continues."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,8 @@ class Scene:
         crew: words of the command that say where ranks run.
         folder: for the runs.
         injector: makes what makes the faults in a run.
-        kinds: the faults: each takes an injector, and returns what it hit and the step from which the run must go on at
-            least.
+        kinds: the faults: each takes an injector, and returns what it hit and the earliest step from which the run may
+            resume.
         harmless: kinds that a run may survive without starting again.
     """
 

@@ -71,7 +71,7 @@ class HostFaultInjector:
         return self._signal(lambda pid: runs_module(pid, _AGENT), signal.SIGKILL)
 
     def stop_agent(self) -> tuple[str, int]:
-        """SIGSTOP to one agent: nothing is heard of its host, whose ranks go on for a while."""
+        """SIGSTOP to one agent: nothing is heard of its host, whose ranks continue for a while."""
         host, newest = self._one(), self.run.newest()
         stopped = self._signal_on(host, lambda pid: runs_module(pid, _AGENT), signal.SIGSTOP)
         self._broken[host] = lambda _: _signal_all(stopped, signal.SIGCONT)
@@ -98,22 +98,21 @@ class HostFaultInjector:
 
     def cut(self) -> tuple[str, int]:
         """The link of a host is cut; its ranks live, and must end by themselves."""
-        host, newest = self._one(), self.run.newest()
-        pids = [pid for pid in self.cluster.processes(host) if is_rank(pid)]
-        self.cluster.cut(host)
-        self._broken[host] = lambda name: self._join(name, pids)
-        return host, newest
+        return self._part(self.cluster.cut)
 
     def mute(self) -> tuple[str, int]:
         """A link that is half open: a host hears, and is not heard."""
+        return self._part(self.cluster.mute)
+
+    def _part(self, how: Callable[[str], None]) -> tuple[str, int]:
         host, newest = self._one(), self.run.newest()
         pids = [pid for pid in self.cluster.processes(host) if is_rank(pid)]
-        self.cluster.mute(host)
+        how(host)
         self._broken[host] = lambda name: self._join(name, pids)
         return host, newest
 
     def _join(self, host: str, pids: list[int]) -> None:
-        # By now the run goes on elsewhere: whoever was cut off must be gone, or two runs would write one folder.
+        # By now the run continues elsewhere: whoever was cut off must be gone, or two runs would write one folder.
         none_left(self.run, pids)
         self.cluster.join(host)
         self.cluster.mend(host)

@@ -2,7 +2,7 @@
 
 agent.py       one host's end of a run: starts its ranks, tells of their lives, ends them when nobody listens
 check.py       what must hold on all hosts before anything starts
-config.py      the [launch] table of a page
+config.py      the [launch] table of a run config
 facts.py       what a host says of itself
 fleet.py       the hosts of a run, over all its attempts
 channel.py     what reaches an agent: a command with pipes to it, as ssh

@@ -5,7 +5,7 @@
 It speaks JSON lines over its standard input and output. There is no listening port, no daemon and no file: when the
 pipe ends, or nothing is heard for a while, the ranks are killed and the agent ends. torch is not imported.
 
-    comes   {"do": "start" | "terminate" | "stacks" | "kill" | "listen" | "reach" | "look" | "forget", ...},
+    comes   {"do": "warm" | "start" | "terminate" | "stacks" | "kill" | "listen" | "reach" | "look" | "forget", ...},
             {"alive": true}
     goes    {"is": "facts" | "beats" | "asked" | "ended" | "killed" | "output" | "answer", ...}
 """
@@ -17,7 +17,6 @@ import contextlib
 import hashlib
 import logging
 import os
-import shutil
 import socket
 import sys
 import threading
@@ -256,29 +255,27 @@ def _sent(connection: socket.socket, count: int) -> dict[str, object]:
 
 def _look(message: Message) -> dict[str, object]:
     """Make a file in the run's folder, see which ones other hosts have made there, and read the run config."""
-    folder, page = Path(message["folder"]), Path(message["page"]) if message["page"] else None
+    folder, config = Path(message["folder"]), Path(message["config"]) if message["config"] else None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / message["name"]).touch()
         names = sorted(path.name for path in folder.glob(f"{message['prefix']}*"))
-        free = shutil.disk_usage(folder).free
     except OSError as error:
         raise LaunchError(f"run folder {folder.absolute()} cannot be written: {error.strerror}") from None
     digest = None
-    if page is not None:
+    if config is not None:
         try:
-            digest = hashlib.sha256(page.read_bytes()).hexdigest()
+            digest = hashlib.sha256(config.read_bytes()).hexdigest()
         except OSError as error:
-            raise LaunchError(f"page {page.absolute()} cannot be read: {error.strerror}") from None
+            raise LaunchError(f"run config {config.absolute()} cannot be read: {error.strerror}") from None
     seen = hashlib.sha256("\n".join(names).encode()).hexdigest()  # thousands of hosts see thousands of names
-    return {"seen": seen, "free": free, "page": digest}
+    return {"seen": seen, "config": digest}
 
 
 def _forget(message: Message) -> dict[str, object]:
-    """Remove the files that `_look` has made."""
-    for path in Path(message["folder"]).glob(f"{message['prefix']}*"):
-        with contextlib.suppress(OSError):
-            path.unlink()
+    """Remove the file that `_look` has made here."""
+    with contextlib.suppress(OSError):
+        (Path(message["folder"]) / message["name"]).unlink()
     return {}
 
 

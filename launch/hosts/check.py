@@ -1,4 +1,4 @@
-"""What must hold on all hosts before anything starts: the same code, libraries and page, one shared run folder."""
+"""What must hold on all hosts before a start: the same code, libraries and run config, one shared run folder."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def check_slots(link: Link, slots: int) -> None:
 def folder_faults(
     links: Sequence[Link],
     folder: Path,
-    page: Path | None = None,
+    config: Path | None = None,
     meanwhile: Callable[[], object] = lambda: None,
     own_disks: bool = False,
 ) -> dict[str, str]:
@@ -62,29 +62,28 @@ def folder_faults(
     Args:
         links: of the hosts.
         folder: of the run.
-        page: the run config's file, where there is one.
+        config: the run config's file, where there is one.
         meanwhile: as in `launch.hosts.link.ask`.
         own_disks: the folder is another one on each host (checkpoint.replicas), and must only be writable.
     """
     prefix = f"{_MARK}{secrets.token_hex(6)}-"
     folder.mkdir(parents=True, exist_ok=True)
-    common = {"do": "look", "folder": str(folder), "prefix": prefix, "page": str(page) if page else None}
-    looks = [{**common, "name": f"{prefix}{at}"} for at in range(len(links))]
+    marks = [{"folder": str(folder), "name": f"{prefix}{at}"} for at in range(len(links))]
+    looks = [{"do": "look", "prefix": prefix, "config": str(config) if config else None, **mark} for mark in marks]
     limit = time.monotonic() + _SEEN_WITHIN_S
     try:
         while True:
             answers = ask(links, looks, _LIMIT_S, meanwhile)
-            faults = {link.name: f"host {link.name}: {a['error']}" for link, a in zip(links, answers, strict=True)
-                      if "error" in a}  # fmt: skip
+            faults = {link.name: a["error"] for link, a in zip(links, answers, strict=True) if "error" in a}
             seen = {link: a["seen"] for link, a in zip(links, answers, strict=True) if link.name not in faults}
             groups = collections.Counter(seen.values())
             if own_disks or len(groups) <= 1 or time.monotonic() > limit:
                 break
             time.sleep(0.2)  # a file system of a network may take a moment to show a new name
     finally:
-        ask(links, [{"do": "forget", "folder": str(folder), "prefix": prefix}] * len(links), _LIMIT_S, meanwhile)
+        ask(links, [{"do": "forget", **mark} for mark in marks], _LIMIT_S, meanwhile)
     common_view = max(groups, key=lambda view: groups[view], default="")
-    digests = {link: a.get("page") for link, a in zip(links, answers, strict=True)}
+    digests = {link: a.get("config") for link, a in zip(links, answers, strict=True)}
     first = next((link for link in links if link.name not in faults), links[0])
     for link, view in seen.items():
         if view != common_view and not own_disks:
@@ -93,15 +92,5 @@ def folder_faults(
                 "system that all hosts share (run.out), or set checkpoint.replicas"
             )
         elif digests[link] != digests[first]:
-            faults[link.name] = f"host {link.name} has another {page} than host {first.name}: copy it there"
+            faults[link.name] = f"host {link.name} has another {config} than host {first.name}: copy it there"
     return faults
-
-
-def check_folder_is_shared(links: Sequence[Link], folder: Path, page: Path | None = None) -> None:
-    """Check what `folder_faults` finds.
-
-    Raises:
-        LaunchError: the first fault.
-    """
-    for fault in folder_faults(links, folder, page).values():
-        raise LaunchError(fault)

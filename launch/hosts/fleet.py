@@ -267,7 +267,7 @@ class Fleet:
             if "error" in answer:
                 kill_all(hosts)
                 how = "host" if host.lost else "error"
-                raise AttemptError(f"host {host.link.name}: {answer['error']}", how, -1)
+                raise AttemptError(answer["error"], how, -1)
             host.started(answer)
         return hosts
 

@@ -121,7 +121,7 @@ def close_all(links: Sequence[Link]) -> None:
 def ask(
     links: Sequence[Link], messages: Sequence[Message], limit_s: float, meanwhile: Callable[[], object] = lambda: None
 ) -> list[dict[str, Any]]:
-    """Ask every host something at once; return the answers, {"error": sentence} where none came.
+    """Ask every host something at once; return the answers, {"error": sentence} where it failed or none came.
 
     Args:
         links: of the hosts.
@@ -138,7 +138,7 @@ def ask(
         for at, (link, message) in enumerate(zip(links, messages, strict=True)):
             for came in link.poll():
                 if came["is"] == "answer" and came.get("to") == message["do"]:
-                    answers[at] = came
+                    answers[at] = {"error": f"host {link.name}: {came['error']}"} if "error" in came else came
                 else:
                     others[at].append(came)  # of a rank that ends while other hosts still start theirs
             if link.lost is not None and not answers[at]:

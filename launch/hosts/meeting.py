@@ -66,13 +66,13 @@ def arrange(links: Sequence[Link], port: int | None = None, meanwhile: Callable[
     for address in candidates:
         [heard] = ask([first], [{"do": "listen", "address": address, "port": port}], _LIMIT_S, meanwhile)
         if "error" in heard:
-            faults.append(f"host {first.name}, port {port} of {address}: {heard['error']}")
+            faults.append(f"{heard['error']} (at {address})")
             continue
         request = {"do": "reach", "address": address, "port": heard["port"]}
         answers = ask(others, [request] * len(others), _LIMIT_S, meanwhile)
-        wrong = [(link, a["error"]) for link, a in zip(others, answers, strict=True) if "error" in a]
+        wrong = [answer["error"] for answer in answers if "error" in answer]
         if wrong:
-            faults += [f"from host {link.name}: {error}" for link, error in wrong]
+            faults += wrong
             continue
         ways = [heard["interface"] or "lo", *(answer["interface"] for answer in answers)]
         if None in ways:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-Message = dict[str, Any]
+from launch.hosts.wire import Message
 
 _Text = pydantic.InstanceOf[str]  # not str: a path may hold bytes that are no UTF-8
 _Whole = Annotated[int, pydantic.Strict(), pydantic.Field(gt=-(2**63), lt=2**63)]
@@ -90,8 +90,7 @@ class _Reached(_Word):
 
 class _Seen(_Word):
     seen: _Text
-    free: _Whole
-    page: _Text | None
+    config: _Text | None
 
 
 _KINDS: dict[str, type[_Word]] = {

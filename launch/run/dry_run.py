@@ -207,15 +207,15 @@ def dry_run(run: ResolvedRun, console: Console) -> None:
     _check_disk(run, costs)
 
 
-def needs(run: ResolvedRun) -> tuple[int, int]:
-    """Return bytes of one rank's memory (of its device where it has one), and of the checkpoints kept at a time.
+def rank_bytes(run: ResolvedRun) -> int:
+    """Return the predicted bytes of one rank's memory, that of its device included.
 
     Raises:
-        SetformerError: as the run would.
+        SetformerError: as the run would, also where its checkpoints will not fit on the disk.
     """
     costs = predict_costs(run, _examine(run))
-    one, kept, _ = _disk_need(run, costs)
-    return int(costs["memory"]["total"] + costs["memory"]["host"]), one * kept
+    _check_disk(run, costs)
+    return int(costs["memory"]["total"] + costs["memory"]["host"])
 
 
 def _rows(run: ResolvedRun, known: _Known, costs: Costs) -> list[tuple[str, str]]:

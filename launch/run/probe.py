@@ -22,7 +22,7 @@ from launch.hosts.reach import PROBE_BYTES, PROBE_MARK
 from launch.ranks.orphans import use_scratch
 from launch.run.compose import open_splits
 from launch.run.config import load_run, resolve
-from launch.run.dry_run import needs
+from launch.run.dry_run import rank_bytes
 from launch.run.session import facts_of
 from setformer_dist.core.errors import SetformerError
 from setformer_dist.core.exits import leave
@@ -77,7 +77,7 @@ def _view(words: Sequence[str], ranks: RankInfo) -> dict[str, object]:
         run = resolve(load_run(Path(config[0]), config[1:]), int(count))
         view["facts"] = facts_of(run, open_splits(run))
         if ranks.is_main:
-            view["rank_bytes"], view["checkpoint_bytes"] = needs(run)
+            view["rank_bytes"] = rank_bytes(run)
     except SetformerError as error:
         view["fault"] = str(error)
     return view

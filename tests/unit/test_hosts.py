@@ -151,7 +151,7 @@ def test_an_agent_tells_of_its_host_and_ends_with_its_pipe(tmp_path: Path) -> No
         here = facts()
         assert all(link.facts["code"] == here["code"] for link in links)
         assert all(link.facts["libraries"] == here["libraries"] for link in links)
-        answers = ask(links, [{"do": "forget", "folder": str(tmp_path), "prefix": "x"}] * 2, 10.0)
+        answers = ask(links, [{"do": "forget", "folder": str(tmp_path), "name": "x"}] * 2, 10.0)
         assert all("error" not in answer for answer in answers)
         meeting = arrange(links[:1])
         assert (meeting.address, meeting.interfaces) == ("127.0.0.1", ("lo",))
