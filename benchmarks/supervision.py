@@ -3,9 +3,9 @@
     python -m benchmarks.supervision [--hosts 4096] [--slots 8]
 
 The agents live in a second process and answer as real ones do (`launch.hosts.agent`): what they are, that the folder
-is shared, that they meet, that ranks run, and twice a second the heartbeats of all ranks. They start nothing. Links go
-over socket pairs; those of a real run go over ssh, which takes time of its own in processes of its own. Seconds are
-those that the supervisor's process was on a core, and those that passed.
+is shared, that they meet, that ranks run, and the heartbeats of all ranks as often as the supervisor asks. They start
+nothing. Links go over socket pairs; those of a real run go over ssh, which takes time of its own in processes of its
+own. Seconds are those that the supervisor's process was on a core, and those that passed.
 
     start     connect, check, meet, and start all ranks of the first attempt
     steady    ten seconds of training
@@ -42,12 +42,13 @@ from launch.hosts.config import LaunchConfig
 from launch.hosts.facts import facts
 from launch.hosts.fleet import Fleet
 from launch.hosts.names import HostSpec
-from launch.hosts.wire import ALIVE_S, Message, Wire
+from launch.hosts.wire import ALIVE_S, Message, Wire, alive_s
 from launch.ranks.restarts import RestartConfig
 from launch.ranks.supervise import run_supervised
 from setformer_dist.core import ledger
 
 _STEADY_S = 10.0
+_LOOK_S = 0.1  # how often the agents look at their ranks
 _STEP_S = 1.0  # how fast the ranks pretend to train
 _LOST = 7  # the host that is lost
 _STOPPED = 128 + signal.SIGTERM
@@ -87,6 +88,7 @@ class Pretender:
     ranks: Sequence[int] = ()
     begun: float = 0.0
     beaten_at: float = 0.0
+    beat_s: float = ALIVE_S
     seen: set[str] = field(default_factory=set)
 
     def answer(self, message: Message, said: dict[str, Any], folders: dict[str, set[str]]) -> None:
@@ -103,6 +105,7 @@ class Pretender:
             self._say(do, address=f"10.0.{self.at >> 8}.{self.at & 255}", interface="eth0", seconds=0.001)
         elif do == "start":
             self.ranks, self.begun = range(*message["ranks"]), time.monotonic()
+            self.wire.alive_s, self.beat_s = alive_s(message["silence_s"]), message["beat_s"]
             self._say(do, ranks=[{"rank": rank, "log": f"/logs/rank-{rank:05d}.log", "pid": 1} for rank in self.ranks])
         elif do == "terminate":
             self.wire.send({"is": "ended", "ranks": [[rank, _STOPPED, "", []] for rank in self.ranks]})
@@ -116,7 +119,7 @@ class Pretender:
 
     def beat(self, now: float) -> None:
         """Tell of the ranks, or show life."""
-        if self.ranks and now - self.beaten_at > ALIVE_S:
+        if self.ranks and now - self.beaten_at > self.beat_s:
             self.beaten_at = now
             step = int((now - self.begun) / _STEP_S)
             rows = [[rank, 8 * step, step, "forward", 0.01, 0, False, 2048.0, 1.0, None] for rank in self.ranks]
@@ -134,6 +137,7 @@ def pretend(ends: Sequence[socket.socket], orders: Connection) -> None:
     for descriptor in agents:
         news.register(descriptor, select.POLLIN)
     folders: dict[str, set[str]] = {}
+    looked_at = 0.0
     while agents:
         for descriptor, _ in news.poll(100):
             agent = agents[descriptor]
@@ -143,8 +147,10 @@ def pretend(ends: Sequence[socket.socket], orders: Connection) -> None:
                 news.unregister(descriptor)
                 del agents[descriptor]
         now = time.monotonic()
-        for agent in agents.values():
-            agent.beat(now)
+        if now - looked_at > _LOOK_S:  # not at each message: every agent would wait for all others
+            looked_at = now
+            for agent in agents.values():
+                agent.beat(now)
         if orders.poll():
             lost = orders.recv()
             news.unregister(ends[lost].fileno())

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launch.hosts.facts import facts
-from launch.hosts.wire import ALIVE_S, Message, Wire
+from launch.hosts.wire import ALIVE_S, Message, Wire, alive_s
 from launch.ranks import forkserver
 from launch.ranks.environment import rank_environment
 from launch.ranks.forkserver import ForkServer
@@ -50,7 +50,7 @@ class Agent:
         self._silence_s = SILENCE_S
         self._listening: socket.socket | None = None
         self._outputs: dict[int, int] = {}  # descriptor of rank 0's output -> 1 or 2
-        self._beaten_at = 0.0
+        self._beat_s, self._beaten_at = ALIVE_S, 0.0
         self._asked = False
         self._server: ForkServer | None = None
 
@@ -123,7 +123,8 @@ class Agent:
 
     def _start(self, message: Message) -> dict[str, object]:
         self.close()
-        self._silence_s = float(message["silence_s"])
+        self._silence_s, self._beat_s = float(message["silence_s"]), float(message["beat_s"])
+        self._wire.alive_s = alive_s(self._silence_s)
         self._told = set()
         ranks = range(*message["ranks"])
         base = rank_environment(len(ranks), 0, None, {**os.environ, **message["env"]}) | message["own"]
@@ -197,7 +198,7 @@ class Agent:
             return
         self._host.poll()
         ended = [m for m in self._host.members if m.ended_at is not None and m.rank not in self._told]
-        if ended or time.monotonic() - self._beaten_at > ALIVE_S:
+        if ended or time.monotonic() - self._beaten_at > self._beat_s:
             self._beaten_at = time.monotonic()
             running = [m for m in self._host.members if m.rank not in self._told]
             self._wire.send({"is": "beats", "ranks": [_beat(m) for m in running]})

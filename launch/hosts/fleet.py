@@ -16,6 +16,7 @@ from launch.hosts.link import Link, RemoteHost, ask, close_all, greeted
 from launch.hosts.meeting import Meeting, arrange
 from launch.hosts.names import HostSpec
 from launch.hosts.reach import opener, travelling
+from launch.hosts.wire import ALIVE_S
 from launch.ranks.attempt import Attempt, AttemptError, Watch, kill_all
 from launch.ranks.logs import LOG_DIR_VARIABLE
 from launch.ranks.signals import Received
@@ -23,6 +24,7 @@ from setformer_dist.core.errors import LaunchError
 from setformer_dist.core.ranks import PORT_GIVEN_VARIABLE
 
 _START_S = 900.0  # imports from the storage of a busy cluster take their time; silence is found sooner
+_BEATS_PER_S = 1024  # of all hosts together: what a supervisor hears with a small part of a core
 _WELL = 10  # a host is as good as new once it was not lost for so many times as long as it was left out
 _LONGEST_S = 3600.0
 
@@ -256,12 +258,13 @@ class Fleet:
     def _started(self, links: Sequence[Link], meeting: Meeting, log_dir: Path, received: Received) -> list[RemoteHost]:
         own = {LOG_DIR_VARIABLE: str(log_dir), PORT_GIVEN_VARIABLE: str(int(self.port is not None))}
         env, warm = travelling(self.config.env), self.config.warm
-        hosts, begun, rank = [], [], 0
+        beat_s = max(ALIVE_S, len(links) / _BEATS_PER_S)
+        hosts, begun, rank, world_size = [], [], 0, self.ranks
         for at, (spec, link) in enumerate(zip(self._chosen, links, strict=True)):
             host = RemoteHost(link, range(rank, rank + spec.slots), received.note)
             rank += spec.slots
-            met = meeting.variables(at, self.ranks, spec.slots)
-            begun.append(host.begin(self.args, {**own, **met}, env, log_dir, warm))
+            met = meeting.variables(at, world_size, spec.slots)
+            begun.append(host.begin(self.args, {**own, **met}, env, log_dir, warm, beat_s=beat_s))
             hosts.append(host)
         for host, answer in zip(hosts, ask(links, begun, _START_S, self.show_life), strict=True):
             if "error" in answer:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.hosts.channel import Channel
-from launch.hosts.wire import Message, Wire
+from launch.hosts.wire import ALIVE_S, Message, Wire, alive_s
 from launch.hosts.words import fault_of
 from launch.ranks.processes import ENTRY_MODULE
 from launch.ranks.signals import Pause
@@ -46,6 +46,7 @@ class Link:
         self._unread: list[Message] = []
         self._channel = channel
         self._wire = Wire(channel.reads, channel.writes)
+        self._wire.alive_s = alive_s(silence_s)
 
     def readable(self) -> list[int]:
         """Return descriptors that have something to read when there is news."""
@@ -134,15 +135,20 @@ def ask(
         link.send(message)
     others: list[list[Message]] = [[] for _ in links]
     limit, pause = time.monotonic() + limit_s, Pause()
-    while time.monotonic() < limit and not all(answers):
-        for at, (link, message) in enumerate(zip(links, messages, strict=True)):
+    waiting = list(range(len(links)))  # whoever has answered is read again by who comes next: they are thousands
+    while time.monotonic() < limit and waiting:
+        for at in waiting:
+            link = links[at]
             for came in link.poll():
-                if came["is"] == "answer" and came.get("to") == message["do"]:
+                if came["is"] == "answer" and came.get("to") == messages[at]["do"]:
                     answers[at] = {"error": f"host {link.name}: {came['error']}"} if "error" in came else came
                 else:
                     others[at].append(came)  # of a rank that ends while other hosts still start theirs
             if link.lost is not None and not answers[at]:
                 answers[at] = {"error": link.lost}
+        waiting = [at for at in waiting if not answers[at]]
+        for link in links:
+            link.show_life()
         meanwhile()
         pause.sleep()
     for link, answer, more in zip(links, answers, others, strict=True):
@@ -258,6 +264,7 @@ class RemoteHost:
         log_dir: Path,
         warm: bool,
         module: str = ENTRY_MODULE,
+        beat_s: float = ALIVE_S,
     ) -> Message:
         """Return the message that starts the ranks.
 
@@ -268,6 +275,7 @@ class RemoteHost:
             log_dir: folder of the logs.
             warm: fork them from one interpreter, where the device allows it.
             module: what they run.
+            beat_s: how often the host tells of them.
         """
         return {
             "do": "start",
@@ -278,6 +286,7 @@ class RemoteHost:
             "env": dict(env),
             "log_dir": str(log_dir),
             "silence_s": self.link.silence_s,
+            "beat_s": beat_s,
             "warm": warm,
         }
 

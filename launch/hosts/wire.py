@@ -15,17 +15,25 @@ from typing import Any
 
 Message = dict[str, Any]
 
-ALIVE_S = 0.5  # how often each end shows life
+ALIVE_S = 0.5  # how often each end shows life, until both know how long a silence may be
+_SIGNS, _ALIVE_AT_MOST_S = 20, 3.0  # then so many within the longest silence; an agent that has not heard it bears 60 s
 _MARK = "\x1esetformer "  # begins every message: a banner may well be JSON
 _LONGEST = 1 << 20  # bytes of a line, and of what is kept for a peer that does not read
 _CHUNK = 1 << 16
 _AT_ONCE = 64  # chunks that one look takes: a peer that never stops must not hold up the others
+_ALIVE = f'{_MARK}{{"alive": true}}'.encode()
+
+
+def alive_s(silence_s: float) -> float:
+    """Return how often an end shows life that may be silent for some seconds."""
+    return max(ALIVE_S, min(silence_s / _SIGNS, _ALIVE_AT_MOST_S))
 
 
 class Wire:
     """Both directions of one pipe.
 
     Attributes:
+        alive_s: how often this end shows life.
         ended: nothing further comes.
         heard_at: when something came last, of the monotonic clock.
         strange: the last lines that were no message.
@@ -38,6 +46,7 @@ class Wire:
             os.set_blocking(descriptor, False)
         self._came, self._kept = b"", b""
         self._sent_at = 0.0
+        self.alive_s = ALIVE_S
         self.ended = False
         self.broken: str | None = None
         self.heard_at = time.monotonic()
@@ -56,9 +65,10 @@ class Wire:
 
     def show_life(self) -> None:
         """Send an empty message where nothing else was sent for a while."""
-        if time.monotonic() - self._sent_at > ALIVE_S:
+        if time.monotonic() - self._sent_at > self.alive_s:
             self.send({"alive": True})
-        self.flush()
+        elif self._kept:
+            self.flush()
 
     def flush(self) -> None:
         """Write what is kept, as far as the pipe takes it."""
@@ -105,6 +115,8 @@ class Wire:
         return time.monotonic() - self.heard_at
 
     def _parse(self, line: bytes) -> Message | None:
+        if line == _ALIVE:  # thousands of them come in a second
+            return None
         text = line.decode(errors="replace")
         _, mark, body = text.partition(_MARK)  # a shell may have left a prompt before it
         if not mark:
