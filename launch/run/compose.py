@@ -140,11 +140,12 @@ def compose(
 
 def costs_of(run: ResolvedRun, splits: Splits, model: nn.Module) -> Costs:
     """Return what a sample costs, for the throughput metrics."""
-    inputs = inputs_of(run.config.data)
+    inputs, peak = inputs_of(run.config.data), peak_flops(device_label())
+    shape, dtype = inputs.shape(splits.train), inputs.dtype or torch.float32
     return Costs(
         tokens=inputs.tokens(model, splits.train),
-        multiply_adds=multiply_adds_of(model, inputs.shape(splits.train), inputs.dtype or torch.float32),
-        peak_flops=peak_flops(device_label()),
+        multiply_adds=0 if peak is None else multiply_adds_of(model, shape, dtype),  # counting takes a second
+        peak_flops=peak,
     )
 
 
