@@ -30,7 +30,7 @@ print(right, count)
 @pytest.mark.parametrize(
     "overrides",
     [
-        (),
+        pytest.param((), marks=pytest.mark.drill),
         ("data.image_size=32", "data.augment.crop=resized", "data.eval_crop=0.8", "data.interpolation=bilinear",
          "data.mean=[0.4, 0.45, 0.5]", "model.name=vit_tiny_patch16_224", "~model.args", "model.args.depth=2"),
     ],

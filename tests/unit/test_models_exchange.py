@@ -137,14 +137,8 @@ def test_an_exported_program_takes_any_batch(kind):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "cast",
-        "soft_tiny",
-        *(pytest.param(k, marks=pytest.mark.drill) for k in ("soft", "soft_norm", "softmax", "soft_tiny_norm")),
-    ],
-)
+@pytest.mark.drill  # half a minute each
+@pytest.mark.parametrize("kind", [*KINDS, "soft_tiny", "soft_tiny_norm"])
 def test_onnxruntime_computes_what_we_do_for_any_batch(kind, tmp_path):
     runtime = pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
     pytest.importorskip("onnxscript", reason="needs the extra 'onnx'")
