@@ -30,6 +30,7 @@ class Link:
         name: the host's, as the user has named it.
         facts: what the host said of itself; empty before it has said anything.
         lost: one sentence where the host does not answer any more.
+        unanswered: why its agent may say nothing, in words.
     """
 
     def __init__(self, name: str, channel: Channel, silence_s: float) -> None:
@@ -43,6 +44,7 @@ class Link:
         self.facts: dict[str, Any] = {}
         self.lost: str | None = None
         self.silence_s = silence_s
+        self.unanswered = channel.unanswered
         self._unread: list[Message] = []
         self._channel = channel
         self._wire = Wire(channel.reads, channel.writes)
@@ -164,10 +166,7 @@ def greeted(links: Sequence[Link], limit_s: float, meanwhile: Callable[[], objec
     for link, more in zip(links, others, strict=True):
         link.put_back(more)  # a stop signal that reached the agent is told once
         if not link.facts and link.lost is None:
-            link.lost = (
-                f"host {link.name} did not answer within {limit_s:.0f} s: its command may be waiting for a password, "
-                "which nobody can type here; let ssh log in with a key"
-            )
+            link.lost = f"host {link.name} did not answer within {limit_s:.0f} s: {link.unanswered}"
 
 
 def print_as_it_came(stream: int, text: str) -> None:
