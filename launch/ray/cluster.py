@@ -41,6 +41,7 @@ OBJECT_STORE_BYTES = 128 << 20
 _MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 _CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _HOME = Path(__file__).resolve().parents[2]
+_QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}
 _START_S = 120.0  # imports from the storage of a busy cluster take their time
 _END_S = 10.0
 _REACH_S = 5.0
@@ -125,7 +126,7 @@ def _start_head(words: list[str], environment: Mapping[str, str]) -> subprocess.
     path = os.pathsep.join(filter(None, (str(_HOME), os.environ.get("PYTHONPATH"))))
     return subprocess.Popen(
         [sys.executable, "-P", "-m", HEAD_MODULE, *words],
-        env={**inherited, **environment, **_loopback(), "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": path},
+        env={**inherited, **environment, **_loopback(), **_QUIET, "RAY_worker_niceness": "0", "PYTHONPATH": path},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -198,7 +199,7 @@ def connected(address: str, environment: Mapping[str, str] | None = None) -> Ite
         LaunchError: no cluster is there, it is of another version, or it does not take the token.
     """
     given = authentication() if environment is None else environment
-    with _set({**given, "RAY_USAGE_STATS_ENABLED": "0"}):
+    with _set({**given, **_QUIET}):
         found = _resolved(address)
         named = found if address == "auto" else address
         check_versions(named, cluster_versions(found, named))

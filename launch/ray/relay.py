@@ -60,6 +60,8 @@ class AgentActor:
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
+        with contextlib.suppress(OSError):  # Ray's workers have low priority, for the sake of Ray; takes the right to
+            os.setpriority(os.PRIO_PROCESS, self.process.pid, os.getpriority(os.PRIO_PROCESS, os.getppid()))
         self.errors = b""
 
     def read(self) -> bytes | None:
