@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 from launch.hosts.fleet import Fleet
 from launch.ranks.signals import Received
 from launch.ray.bundles import Bundles, UnwantedError
 
+_SOON_S = 1.0
 VIA = "ray "  # begins how hosts are reached, in the record of a run
 
 
@@ -27,7 +29,10 @@ class RayFleet(Fleet):
     _bundles: Bundles | None = None
 
     def prepare(self, received: Received) -> None:
-        """Connect to the cluster, the first time, and go on as a fleet does; raises as that does."""
+        """Connect to the cluster, the first time, and go on as a fleet does; raises as that does.
+
+        Where all bundles are lost, they are tried again at once.
+        """
         if self._bundles is None:
             address = self.via.removeprefix(VIA)
             try:
@@ -35,6 +40,9 @@ class RayFleet(Fleet):
             except UnwantedError:
                 return
             self.specs, self.reach = self._bundles.specs, self._bundles.open
+        if not any(link.lost is None for link in self._links.values()):  # nothing trains meanwhile: no reason to wait
+            for absence in self._absences.values():
+                absence.until = min(absence.until, time.monotonic() + _SOON_S)
         super().prepare(received)
 
     def close(self) -> None:

@@ -73,7 +73,7 @@ ROOMS = {
     "machine": {"hosts", "ranks"},
     "plan": {"run"},
     "ranks": set(),
-    "ray": {"hosts", "ranks", "record", "run"},
+    "ray": {"hosts", "machine", "ranks", "record", "run"},
     "record": {"ranks"},
     "run": {"hosts", "ranks", "record"},
 }  # fmt: skip
