@@ -388,8 +388,9 @@ def doctor(
     hosts: HostsOption = "",
     hostfile: HostfileOption = None,
     via: ViaOption = None,
+    ray: RayOption = None,
 ) -> None:
-    """Check whether a training run can start here, or on several hosts; the exit code is non-zero if it cannot.
+    """Check whether a training run can start here, on several hosts, or on Ray; the exit code is non-zero if it cannot.
 
     Examples:
 
@@ -398,16 +399,29 @@ def doctor(
         setformer doctor --hosts localhost:2
 
         setformer doctor demo data.root=runs/demo-data --hosts localhost:2
+
+        setformer doctor --ray auto
     """
     from launch.machine import doctor as checks
     from launch.machine.hosts import survey
 
+    _check_ray(ray, None, hosts or hostfile or via)
+    if ray:
+        from launch.ray.installed import require_ray
+
+        require_ray()
+        from launch.ray.doctor import examine
+
+        found = examine(ray, run_folder, shipped(config) if config else None, overrides or ())
+        raise typer.Exit(checks.render(found))
     if hosts or hostfile:
         specs = chosen_hosts(None, hosts, hostfile, "", "")
         found = survey(specs, via, run_folder, shipped(config) if config else None, overrides or ())
         raise typer.Exit(checks.render(found))
     if config is not None:
-        raise LaunchError("a run config is checked on hosts: add --hosts, or say `setformer train CONFIG --dry-run`")
+        raise LaunchError(
+            "a run config is checked on hosts: add --hosts or --ray, or say `setformer train --dry-run`"
+        )
     raise typer.Exit(checks.render(checks.diagnose(run_folder)))
 
 

@@ -151,6 +151,20 @@ def test_no_cluster_and_a_wrong_token(
     assert not (tmp_path / "demo").exists()
 
 
+def test_doctor(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = setformer("doctor", "--ray", cluster.address, "--run-folder", str(tmp_path / "runs"))
+    assert found.code == 0, found.out + found.err
+    for part in (
+        f"answers at {cluster.address}; Ray 2.60.0", "by token", "room for 2 ranks, 2 free now", "answers; ",
+        "rank 0 is met at 127.0.0.1", "computes on",
+    ):  # fmt: skip
+        assert part in found.out, found.out
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    found = setformer("doctor", "--ray", cluster.address, "--run-folder", str(tmp_path / "runs"))
+    assert found.code != 0
+    assert "does not accept this process's token" in " ".join(found.out.split())
+
+
 # A program of a user of Ray Train; its arguments are the cluster, a folder, the run config and the overrides.
 TRAINER = """
 import sys, ray, ray.train
