@@ -419,9 +419,7 @@ def doctor(
         found = survey(specs, via, run_folder, shipped(config) if config else None, overrides or ())
         raise typer.Exit(checks.render(found))
     if config is not None:
-        raise LaunchError(
-            "a run config is checked on hosts: add --hosts or --ray, or say `setformer train --dry-run`"
-        )
+        raise LaunchError("a run config is checked on hosts: add --hosts or --ray, or say `setformer train --dry-run`")
     raise typer.Exit(checks.render(checks.diagnose(run_folder)))
 
 
