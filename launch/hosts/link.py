@@ -79,7 +79,7 @@ class Link:
             self.distrust(self._wire.broken)
         elif self._wire.ended:
             self.lost = f"host {self.name} is lost: {self._end()}"
-        elif self._wire.silence() > self.silence_s:
+        elif self.facts and self._wire.silence() > self.silence_s:  # before, `greeted` sees to it
             self.lost = f"host {self.name} is lost: nothing heard of it for {self._wire.silence():.0f} s"
         self._wire.show_life()
         return messages

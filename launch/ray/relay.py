@@ -166,10 +166,8 @@ class Relay:
             await asyncio.wait({down, up}, return_when=asyncio.FIRST_COMPLETED)
             if not down.done():  # the supervisor has no more use for it
                 await asyncio.wait({down}, timeout=_GONE_S)
-            with contextlib.suppress(RayError):
-                ended = down.result() if down.done() else ""
-                if ended:
-                    await asyncio.get_running_loop().sock_sendall(channel, f"\n{ended}\n".encode())
+            if down.done():
+                await asyncio.get_running_loop().sock_sendall(channel, f"\n{down.result()}\n".encode())
         except RayError as error:
             said = f"its node {self._address(node)} or its Ray worker there is gone ({_short(error)})"
             with contextlib.suppress(OSError):

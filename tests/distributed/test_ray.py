@@ -37,11 +37,26 @@ def plain(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "demo"
 
 
+STARTED: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def ended() -> Iterator[None]:
+    """End what a test that fails leaves: a run that waits for its cluster does so for ever."""
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        process.kill()
+        process.communicate()
+
+
 def start(words: list[str], cluster: Cluster) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "launch.cli.main", *words, "--ray", cluster.address]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
+    STARTED.append(process)
+    return process
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
@@ -94,7 +109,7 @@ def test_losses_are_those_of_the_plain_launch_whatever_dies(
     assert float(str(ended[0]["time"])) - killed_at < 10
     left = below(workers())
     process.kill()
-    said = process.communicate()[0]
+    said = STARTED.pop().communicate()[0]
     assert "host bundle-0 is lost: its agent has ended (its node 127.0.0.1 or its Ray worker there is gone" in said
     assert_gone(left, 15)  # no orphan
     again = setformer(*words, "--ray", cluster.address)
@@ -112,7 +127,7 @@ def test_a_stop_saves_and_gives_everything_back(cluster: Cluster, digits: Path, 
     wait_for_step(tmp_path / "demo", 3, process)
     left = below(workers()) + psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
+    said, _ = STARTED.pop().communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, said
     assert "setformer train" in said or "resumes" in said
     assert_gone(left, 5)
