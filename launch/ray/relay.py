@@ -168,8 +168,8 @@ class Relay:
                 await asyncio.wait({down}, timeout=_GONE_S)
             if down.done():
                 await asyncio.get_running_loop().sock_sendall(channel, f"\n{down.result()}\n".encode())
-        except RayError as error:
-            said = f"its node {self._address(node)} or its Ray worker there is gone ({_short(error)})"
+        except RayError:
+            said = f"its node {self._address(node)}, or its Ray worker there, is gone"
             with contextlib.suppress(OSError):
                 await asyncio.get_running_loop().sock_sendall(channel, f"\n{said}\n".encode())
         except OSError:

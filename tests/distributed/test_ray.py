@@ -110,7 +110,7 @@ def test_losses_are_those_of_the_plain_launch_whatever_dies(
     left = below(workers())
     process.kill()
     said = STARTED.pop().communicate()[0]
-    assert "host bundle-0 is lost: its agent has ended (its node 127.0.0.1 or its Ray worker there is gone" in said
+    assert "host bundle-0 is lost: its agent has ended (its node 127.0.0.1, or its Ray worker there, is gone)" in said
     assert_gone(left, 15)  # no orphan
     again = setformer(*words, "--ray", cluster.address)
     assert again.code == 0, again.err

@@ -60,6 +60,9 @@ class RayNodes:
         ]  # fmt: skip
         ray += ["--temp-dir", str(self.folder / host)]
         log = self.folder / f"{host}.log"
+        reachable = ["ssh", "-F", str(self.cluster.config), host, "true"]
+        while subprocess.run(reachable, check=False, capture_output=True, timeout=30).returncode:
+            time.sleep(0.2)  # its sshd starts
         process = self.on(host, ray, log)
         limit = time.monotonic() + 90
         while "Ray runtime started" not in log.read_text():
