@@ -57,6 +57,8 @@ _STOPPED = 128 + signal.SIGTERM
 class Pair:
     """A channel over one end of a socket pair."""
 
+    unanswered = "its thread may be busy"
+
     def __init__(self, end: socket.socket) -> None:
         self._end = end
         self.reads = end.fileno()

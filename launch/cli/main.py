@@ -39,6 +39,7 @@ from launch.cli.options import (
     HostsOption,
     ImportOption,
     Overrides,
+    RayOption,
     TrustOption,
     ViaOption,
     WeightsOption,
@@ -50,6 +51,7 @@ from launch.hosts.reach import is_here, opener
 from launch.ranks.local import LocalCrew
 from launch.ranks.restarts import RestartConfig
 from launch.ranks.supervise import Crew, run_supervised
+from launch.ray.fleet import VIA, RayFleet
 from launch.record.attempts import Recorder
 from launch.run import keys
 from launch.run.config import RunConfig, check_folder, continued, load_run, resolve, shipped
@@ -102,6 +104,10 @@ def train(
     include: Annotated[str, typer.Option(help="Hosts of the hostfile to take, as a@b:0,1.")] = "",
     exclude: Annotated[str, typer.Option(help="Hosts of the hostfile to leave out.")] = "",
     via: ViaOption = None,
+    ray: RayOption = None,
+    ranks_per_node: Annotated[
+        int | None, typer.Option(help="With --ray: ranks of each node; by default as many as it has room for.")
+    ] = None,
     port: Annotated[int | None, typer.Option(help="Port of rank 0; by default a free one.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print config and predicted costs, then stop.")] = False,
     grace: Annotated[
@@ -128,6 +134,8 @@ def train(
 
         setformer train demo data.root=runs/demo-data --hosts localhost:2
 
+        setformer train demo data.root=runs/demo-data --ray auto --ranks 2
+
         setformer train --from runs/demo
 
     Under DeepSpeed's own launcher the same run starts with
@@ -135,10 +143,12 @@ def train(
     """
     _refuse_other_launchers()
     asked = (ranks, hosts, hostfile, include, exclude)
+    _check_ray(ray, ranks_per_node, hosts or hostfile or via)
+    via = f"{VIA}{ray}" if ray else via
     began = (
         _from_run(source, config, overrides or [], asked, via, trust)
         if source
-        else _from_config(config, overrides or [], asked)
+        else _from_config(config, overrides or [], asked, via)
     )
     run = resolve(began.config, began.world_size)
     if dry_run:
@@ -150,7 +160,7 @@ def train(
     policy = run.config.restart
     if restarts is not None:
         policy = policy.model_copy(update={"limit": restarts})
-    code = _supervise(began, via or began.via, port, grace, policy)
+    code = _supervise(began, via or began.via, ranks_per_node, port, grace, policy)
     if code:
         raise typer.Exit(code)
 
@@ -181,13 +191,24 @@ class _Start:
 _Asked = tuple[int | None, str, Path | None, str, str]
 
 
-def _from_config(name: str | None, overrides: list[str], asked: _Asked) -> _Start:
+def _check_ray(ray: str | None, ranks_per_node: int | None, elsewhere: object) -> None:
+    if ray is not None and elsewhere:
+        raise LaunchError("--ray and --hosts, --hostfile or --via both say where to train: give only one of them")
+    if ray is None and ranks_per_node is not None:
+        raise LaunchError("--ranks-per-node shares out the ranks of a Ray cluster: give --ray as well")
+
+
+def _on_ray(via: str | None) -> bool:
+    return via is not None and via.startswith(VIA)
+
+
+def _from_config(name: str | None, overrides: list[str], asked: _Asked, via: str | None) -> _Start:
     if name is None:
         raise UsageError(
             "Missing argument 'CONFIG': name the run's TOML config, or --from with the folder of a run to repeat"
         )
     path = shipped(Path(name))
-    specs = chosen_hosts(*asked)
+    specs = [] if _on_ray(via) else chosen_hosts(*asked)
     config = continued(load_run(path, overrides))
     return _Start(path, overrides, config, specs, _training(specs, config) or asked[0] or 1)
 
@@ -205,10 +226,12 @@ def _from_run(
         raise LaunchError(f"--from takes the config of {source}: leave the config {name} out")
     own = [*([name] if name is not None else []), *overrides]
     repeated = repetition(source, own)
-    specs = chosen_hosts(*asked)
+    specs = [] if _on_ray(via) else chosen_hosts(*asked)
     record = repeated.record
     theirs: tuple[list[str], str | None] = ([], None)  # what the record names and nobody here has
-    if not specs and not asked[0] and record is not None and record.several:
+    if not specs and not via and record is not None and _on_ray(record.via):
+        theirs, via = ([], record.via), record.via
+    elif not specs and not asked[0] and not _on_ray(via) and record is not None and record.several:
         specs = [HostSpec(name, host.ranks) for name, host in record.hosts.items()]
         theirs = [spec.name for spec in specs if not is_here(spec.name)], None if via else record.via
         via = via or record.via
@@ -218,7 +241,9 @@ def _from_run(
     return _Start(repeated.path, list(repeated.overrides), repeated.config, specs, world_size, via, repeated)
 
 
-def _supervise(began: _Start, via: str | None, port: int | None, grace: float, policy: RestartConfig) -> int:
+def _supervise(
+    began: _Start, via: str | None, per_node: int | None, port: int | None, grace: float, policy: RestartConfig
+) -> int:
     """Start the ranks and stand by them; return the exit code."""
     config, folder, specs = began.config, began.config.folder, began.specs
     existed = folder.exists()
@@ -234,10 +259,12 @@ def _supervise(began: _Start, via: str | None, port: int | None, grace: float, p
             say(f"starting {counted(began.world_size, 'rank')} …")
         args = [str(began.path), *began.overrides]
         crew: Crew = LocalCrew(args, began.world_size, port, grace, config.launch.warm)
-        if specs:
-            fits = functools.partial(can_share, config)
-            own_disks = config.checkpoint.replicas > 0
-            crew = Fleet(specs, args, folder, config.launch, fits, say, opener(via), port, grace, own_disks)
+        if specs or _on_ray(via):
+            common = (args, folder, config.launch, functools.partial(can_share, config), say, opener(via), port, grace,
+                      config.checkpoint.replicas > 0)  # fmt: skip
+            crew = Fleet(specs, *common)
+            if not specs:
+                crew = RayFleet((), *common, via=str(via), world_size=began.world_size, per_node=per_node)
         if not config.logging.prometheus:
             return run_supervised(crew, folder, policy, say=say, recorder=recorder)
         from launch.ranks.exposition import Exposition
@@ -361,8 +388,9 @@ def doctor(
     hosts: HostsOption = "",
     hostfile: HostfileOption = None,
     via: ViaOption = None,
+    ray: RayOption = None,
 ) -> None:
-    """Check whether a training run can start here, or on several hosts; the exit code is non-zero if it cannot.
+    """Check whether a training run can start here, on several hosts, or on Ray; the exit code is non-zero if it cannot.
 
     Examples:
 
@@ -371,16 +399,27 @@ def doctor(
         setformer doctor --hosts localhost:2
 
         setformer doctor demo data.root=runs/demo-data --hosts localhost:2
+
+        setformer doctor --ray auto
     """
     from launch.machine import doctor as checks
     from launch.machine.hosts import survey
 
+    _check_ray(ray, None, hosts or hostfile or via)
+    if ray:
+        from launch.ray.installed import require_ray
+
+        require_ray()
+        from launch.ray.doctor import examine
+
+        found = examine(ray, run_folder, shipped(config) if config else None, overrides or ())
+        raise typer.Exit(checks.render(found))
     if hosts or hostfile:
         specs = chosen_hosts(None, hosts, hostfile, "", "")
         found = survey(specs, via, run_folder, shipped(config) if config else None, overrides or ())
         raise typer.Exit(checks.render(found))
     if config is not None:
-        raise LaunchError("a run config is checked on hosts: add --hosts, or say `setformer train CONFIG --dry-run`")
+        raise LaunchError("a run config is checked on hosts: add --hosts or --ray, or say `setformer train --dry-run`")
     raise typer.Exit(checks.render(checks.diagnose(run_folder)))
 
 

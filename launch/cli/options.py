@@ -70,3 +70,7 @@ ViaOption = Annotated[
         help='How to reach a host: ssh, srun, or a prefix such as "docker exec -i {host}".', show_default=False
     ),
 ]
+RayOption = Annotated[
+    str | None,
+    typer.Option("--ray", help="A Ray cluster to train on: its HOST:PORT, or auto.", show_default=False),
+]

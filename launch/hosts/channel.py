@@ -20,7 +20,10 @@ class Channel(Protocol):
     Attributes:
         reads: descriptor of what the agent says.
         writes: descriptor of what it hears.
+        unanswered: why an agent may say nothing, in words.
     """
+
+    unanswered: str
 
     @property
     def reads(self) -> int:
@@ -49,6 +52,8 @@ Opener = Callable[[str], Channel]
 
 class Command:
     """An agent that is reached by a command's pipes."""
+
+    unanswered = "its command may be waiting for a password, which nobody can type here; let ssh log in with a key"
 
     def __init__(self, host: str, words: Sequence[str]) -> None:
         """Start the command.

@@ -30,6 +30,7 @@ class Link:
         name: the host's, as the user has named it.
         facts: what the host said of itself; empty before it has said anything.
         lost: one sentence where the host does not answer any more.
+        unanswered: why its agent may say nothing, in words.
     """
 
     def __init__(self, name: str, channel: Channel, silence_s: float) -> None:
@@ -43,6 +44,7 @@ class Link:
         self.facts: dict[str, Any] = {}
         self.lost: str | None = None
         self.silence_s = silence_s
+        self.unanswered = channel.unanswered
         self._unread: list[Message] = []
         self._channel = channel
         self._wire = Wire(channel.reads, channel.writes)
@@ -78,7 +80,7 @@ class Link:
             self.distrust(self._wire.broken)
         elif self._wire.ended:
             self.lost = f"host {self.name} is lost: {self._end()}"
-        elif self._wire.silence() > self.silence_s:
+        elif self.facts and self._wire.silence() > self.silence_s:  # before, `greeted` sees to it
             self.lost = f"host {self.name} is lost: nothing heard of it for {self._wire.silence():.0f} s"
         self._wire.show_life()
         return messages
@@ -170,10 +172,7 @@ def greeted(links: Sequence[Link], limit_s: float, meanwhile: Callable[[], objec
     for link, more in zip(links, others, strict=True):
         link.put_back(more)  # a stop signal that reached the agent is told once
         if not link.facts and link.lost is None:
-            link.lost = (
-                f"host {link.name} did not answer within {limit_s:.0f} s: its command may be waiting for a password, "
-                "which nobody can type here; let ssh log in with a key"
-            )
+            link.lost = f"host {link.name} did not answer within {limit_s:.0f} s: {link.unanswered}"
 
 
 def print_as_it_came(stream: int, text: str) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from launch.hosts.channel import Opener
 from launch.hosts.check import check_alike, check_slots, folder_faults
 from launch.hosts.facts import facts
 from launch.hosts.link import Link, RemoteHost, ask, close_all, greeted
@@ -32,6 +33,7 @@ def survey(
     run_folder: Path,
     config: Path | None = None,
     overrides: Sequence[str] = (),
+    reach: Opener | None = None,
 ) -> list[Finding]:
     """Look at all hosts at once; takes some seconds. Nothing stays there.
 
@@ -41,12 +43,13 @@ def survey(
         run_folder: where runs are to be kept.
         config: of a run that is to start there.
         overrides: of the run config.
+        reach: opens a channel to a host; by default as `via` says.
     """
     begun = time.monotonic()
     links, findings = [], []
     for spec in specs:
         try:
-            links.append(Link(spec.name, opener(via)(spec.name), _CONNECT_S))
+            links.append(Link(spec.name, (reach or opener(via))(spec.name), _CONNECT_S))
         except LaunchError as error:
             return [Finding(spec.name, "cannot be reached", "problem", str(error))]
     try:

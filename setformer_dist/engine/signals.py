@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from types import FrameType, TracebackType
 
@@ -12,6 +13,9 @@ from setformer_dist.core.stopping import REPEAT_S, STOP_SIGNALS
 
 class StopRequest:
     """Remembers the first stop signal while it is active; a second one kills, as users expect.
+
+    In a thread that is not the main one (a training loop of Ray Train) no signal can be taken over: whoever has started
+    the thread ends it.
 
     What counts as one, and when two are the same wish, is in `core.stopping`. SIGHUP is left alone where it is ignored
     (nohup).
@@ -27,6 +31,8 @@ class StopRequest:
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopRequest:
+        if threading.current_thread() is not threading.main_thread():
+            return self
         ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
         for signum in (s for s in STOP_SIGNALS if s not in ignored):
             self._previous[signum] = signal.signal(signum, self._on_signal)

@@ -32,6 +32,8 @@ ELSEWHERE = {
     "lra prepare listops --short": "tests/integration/test_lra.py",
     "lra prepare image --source cifar10/": "tests/integration/test_lra.py",
     "plan imagenet_base --gpus 8,64,512 --batch-per-gpu 128 --json plan.json": "tests/unit/test_plan.py",
+    "train demo data.root=runs/demo-data --ray auto --ranks 2": "tests/distributed/test_ray.py",
+    "doctor --ray auto": "tests/distributed/test_ray.py",
     "train --from runs/demo": "tests/integration/test_record.py",
     "runs top runs/demo": "tests/unit/test_live.py",  # of a run that is running
     "demo --ranks 2": "tests/integration/test_train.py",

@@ -1,0 +1,181 @@
+"""A run under Ray on two nodes, network namespaces with a raylet in each: nodes that die, folders that differ."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launch.drill.namespaces import Cluster, why_impossible
+from launch.testing.commands import ROOT, losses, train_words
+from setformer_dist.core import ledger
+
+REASON = why_impossible()
+pytestmark = [
+    pytest.mark.skipif(REASON is not None, reason=str(REASON)),
+    pytest.mark.drill,
+    pytest.mark.hosts,
+]
+PORT = 6399
+TOKEN = "0123456789abcdef" * 4
+
+
+class RayNodes:
+    """A head on host a and a node on host b, until the end of a with statement."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.folder = Path(tempfile.mkdtemp(prefix="sf-ray-"))
+        self.address = f"{cluster.address('a')}:{PORT}"
+        self._started: list[subprocess.Popen[str]] = []
+
+    def on(self, host: str, words: list[str], log: Path) -> subprocess.Popen[str]:
+        """Run a command on a host, in its namespaces."""
+        variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0",
+                     "PYTHONPATH": str(ROOT)}  # fmt: skip
+        line = f"cd {ROOT} && exec env {shlex.join([*(f'{k}={v}' for k, v in variables.items()), *words])}"
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                ["ssh", "-F", str(self.cluster.config), host, line], stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+                text=True, start_new_session=True,
+            )  # fmt: skip
+        self._started.append(process)
+        return process
+
+    def boot(self, host: str) -> None:
+        """Start a host's Ray, and wait for it."""
+        where = ["--head", "--port", str(PORT), "--include-dashboard", "false"] if host == "a" else [
+            "--address", self.address]  # fmt: skip
+        ray = [
+            sys.executable, "-m", "ray.scripts.scripts", "start", *where, "--block", "--num-cpus", "1",
+            "--node-ip-address", self.cluster.address(host), "--object-store-memory", str(80_000_000),
+            "--dashboard-agent-listen-port", "0", "--include-log-monitor", "false",
+        ]  # fmt: skip
+        ray += ["--temp-dir", str(self.folder / host)]
+        log = self.folder / f"{host}.log"
+        reachable = ["ssh", "-F", str(self.cluster.config), host, "true"]
+        while subprocess.run(reachable, check=False, capture_output=True, timeout=30).returncode:
+            time.sleep(0.2)  # its sshd starts
+        process = self.on(host, ray, log)
+        limit = time.monotonic() + 90
+        while "Ray runtime started" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < limit, log.read_text()
+            time.sleep(0.1)
+
+    def close(self) -> None:
+        for host in self.cluster.names:
+            self.cluster.kill(host)
+        for process in self._started:
+            process.kill()
+            process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@pytest.fixture
+def nodes() -> Iterator[RayNodes]:
+    with Cluster(2) as cluster:
+        made = RayNodes(cluster)
+        try:
+            made.boot("a")
+            made.boot("b")
+            yield made
+        finally:
+            made.close()
+
+
+def began(run: Path) -> list[float]:
+    if not (run / "ledger.jsonl").exists():
+        return []
+    return [float(str(event["time"])) for event in ledger.read_events(run) if event["event"] == "began"]
+
+
+def until(condition, process: subprocess.Popen[str], log: Path, limit_s: float = 180.0) -> None:
+    limit = time.monotonic() + limit_s
+    while not condition():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < limit, log.read_text()
+        time.sleep(0.1)
+
+
+def step_of(run: Path) -> int:
+    return max((step for _, step in losses(run)), default=0) if (run / "metrics.jsonl").exists() else 0
+
+
+def start(nodes: RayNodes, digits: Path, out: Path, *overrides: str) -> tuple[subprocess.Popen[str], Path]:
+    words = [*train_words(digits, out, "schedule.epochs=4", *overrides), "--ranks-per-node", "1"]
+    log = out / "said.log"
+    command = [sys.executable, "-m", "launch.cli.main", *words, "--ray", nodes.address]
+    return nodes.on("a", command, log), log
+
+
+def test_a_node_is_killed(nodes: RayNodes, digits: Path, tmp_path: Path, record_property) -> None:
+    """It is noticed, and training goes on with the other one, within 20 s; then the node comes back."""
+    run = tmp_path / "demo"
+    process, log = start(nodes, digits, tmp_path, "launch.retry_s=25", "launch.silence_s=5")
+    until(lambda: step_of(run) >= 7, process, log)
+    killed_at = time.time()
+    nodes.cluster.kill("b")
+    until(lambda: len(began(run)) > 1, process, log)
+    seconds = began(run)[1] - killed_at
+    print(f"a node killed: training again after {seconds:.1f} s")
+    record_property("seconds", seconds)
+    assert seconds < 20
+    attempts = [event for event in ledger.read_events(run) if event["event"] == "attempt"]
+    assert [event["ranks"] for event in attempts] == [2, 1]
+    assert "host bundle-1 is lost" in log.read_text()
+    nodes.cluster.boot("b")
+    nodes.boot("b")
+    process.wait(timeout=300)
+    assert process.returncode == 0, log.read_text()
+    found = losses(run)
+    assert {step for kind, step in found if kind == "train"} == set(range(1, 89))
+    assert not [pid for pid in nodes.cluster.processes("b") if "launch" in Path(f"/proc/{pid}/cmdline").read_text()]
+
+
+def test_the_head_is_lost(nodes: RayNodes, digits: Path, tmp_path: Path) -> None:
+    """Nothing is left on the other node, and the same command goes on once there is a head again."""
+    run = tmp_path / "demo"
+    process, log = start(nodes, digits, tmp_path)
+    until(lambda: step_of(run) >= 7, process, log)
+    nodes.cluster.kill("a")  # and with it the driver
+    process.wait(timeout=30)
+    limit = time.monotonic() + 90
+    while [pid for pid in nodes.cluster.processes("b") if "launch" in Path(f"/proc/{pid}/cmdline").read_text()]:
+        assert time.monotonic() < limit
+        time.sleep(0.2)
+    nodes.cluster.kill("b")
+    for host in ("a", "b"):
+        nodes.cluster.boot(host)
+        nodes.boot(host)
+    process, log = start(nodes, digits, tmp_path)
+    process.wait(timeout=300)
+    assert process.returncode == 0, log.read_text()
+    assert {step for kind, step in losses(run) if kind == "train"} == set(range(1, 89))
+
+
+def test_storage_that_nodes_do_not_share(digits: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    with Cluster(2, own) as cluster:
+        nodes = RayNodes(cluster)
+        try:
+            nodes.boot("a")
+            nodes.boot("b")
+            words = [*train_words(digits, own), "--ranks-per-node", "1"]
+            log = tmp_path / "said.log"
+            command = [sys.executable, "-m", "launch.cli.main", *words, "--ray", nodes.address]
+            process = nodes.on("a", command, log)
+            process.wait(timeout=120)
+            assert process.returncode == 5, log.read_text()
+            said = " ".join(log.read_text().split())
+            assert "is not that of the others: put it on a file system that all hosts share" in said
+        finally:
+            nodes.close()
