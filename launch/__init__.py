@@ -7,6 +7,7 @@
     ranks/       the processes of a run: starting, watching, ending, restarting; locks and what killed ones leave
     ckpt/  data/  history/    what `setformer ckpt`, `data` and `runs` do
     machine/     what this machine can do
+    sweep/       many runs over a space of configs, placed by Ray
     drill/       random faults in a real training
     examples/    the demo and Long Range Arena
     testing/     commands, ranks and elastic runs as tests start them
