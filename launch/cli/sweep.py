@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from pathlib import Path
 from typing import Annotated, Any
@@ -135,3 +136,44 @@ def stop(folder: SweepFolder) -> None:
     from launch.sweep import commands
 
     commands.stop(folder, open_console())
+
+
+@app.command()
+def promote(
+    folder: SweepFolder,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Dotted overrides of the new run, such as schedule.epochs=300.", show_default=False),
+    ] = None,
+    best: Annotated[int, typer.Option(help="Which complete trial: 1 for the best.", min=1)] = 1,
+    ranks: Annotated[int, typer.Option("--ranks", "-n", help="Processes on this machine.", min=1)] = 1,
+    from_start: Annotated[
+        bool, typer.Option("--from-start", help="Train from step 0, not from its checkpoint.")
+    ] = False,
+) -> None:
+    """Turn a trial into a full run outside Ray, from its newest checkpoint or from the start.
+
+    The run is runs/SWEEP-trial-N unless run.name and run.out say otherwise. Run the same command again to resume it.
+
+    Examples:
+
+        setformer sweep promote runs/sweeps/digits --best 1 --ranks 2 schedule.epochs=12
+
+        setformer sweep promote runs/sweeps/digits --from-start run.name=again
+    """
+    _require()
+    from launch.ranks.local import LocalCrew
+    from launch.ranks.supervise import run_supervised
+    from launch.record.attempts import Recorder
+    from launch.run.config import check_folder, resolve
+    from launch.sweep import promote as winners
+
+    path, words, config, source = winners.promoted(folder, best, from_start, overrides or [])
+    check_folder(resolve(config, ranks))
+    say = functools.partial(open_console(stderr=True).print, highlight=False, markup=False)
+    if source is not None:
+        say(f"{config.folder} begins at step {winners.take_over(source, config)} of {source}")
+    crew = LocalCrew([str(path), *words], ranks, warm=config.launch.warm)
+    recorder = Recorder(config.folder, config.run.imports, config.launch.env)
+    if code := run_supervised(crew, config.folder, config.restart, say=say, recorder=recorder):
+        raise typer.Exit(code)
