@@ -5,6 +5,7 @@
     cli/         the words typed: `setformer ...`; imports what a command needs when it runs
     run/         one run: its config, its parts, what begins, continues and ends it, its trained weights
     ranks/       the processes of a run: starting, watching, ending, restarting; locks and what killed ones leave
+    ray/         the same on a Ray cluster; an extra
     ckpt/  data/  history/    what `setformer ckpt`, `data` and `runs` do
     machine/     what this machine can do
     sweep/       many runs over a space of configs, placed by Ray

@@ -48,7 +48,7 @@ def _require() -> None:
     Raises:
         LaunchError: it is not.
     """
-    for name in ("ray", "optuna", "plotly"):
+    for name in ("ray", "optuna", "plotly", "sklearn"):
         if importlib.util.find_spec(name) is None:
             raise LaunchError(f"sweeps need the package {name}: pip install 'setformer_dist[ray]'")
 

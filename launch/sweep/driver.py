@@ -28,9 +28,9 @@ from setformer_dist.core.errors import LaunchError, RankFailedError
 from setformer_dist.core.words import counted
 
 STOP_FILE = "stop"
-_TICK_S = 0.5
+_TICK_S, _STOPPING_TICK_S = 0.5, 0.1
 _ROOM_EVERY_S = 5.0
-_KILL_AFTER_S = 1.0  # beyond budget.stop_s
+_KILL_AFTER_S = 0.5  # beyond budget.stop_s
 _WAIT_EVERY_S = 2.0
 
 
@@ -145,7 +145,8 @@ class Driver:
             if why is not None:
                 self._stop_all()
                 return why
-            self._received.wait(_TICK_S)
+            stopping = any(run.stopped_at is not None for run in self.running.values())
+            self._received.wait(_STOPPING_TICK_S if stopping else _TICK_S)
 
     def _why_to_stop(self) -> str | None:
         if self._received.stop:

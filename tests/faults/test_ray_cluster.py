@@ -1,0 +1,173 @@
+"""A Ray cluster of our own: what it listens on, who may connect, and that nothing of it outlives its owner."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from launch.ray.cluster import authentication, check_versions, connected, own_cluster
+from launch.ray.installed import require_ray
+from setformer_dist.core.errors import LaunchError
+
+# Starts a cluster, is its driver, says where it is, and waits.
+OWNER = """
+import os, sys, ray
+from launch.ray.cluster import connected, own_cluster
+with own_cluster(cpus=2) as cluster, connected(cluster.address, cluster.environment):
+    print(cluster.address, cluster.environment["RAY_AUTH_TOKEN"], int(ray.cluster_resources()["CPU"]), flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def owner(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", OWNER],
+        env={**os.environ, "HOME": str(tmp_path)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def scratch_of(processes: list[psutil.Process]) -> Path:
+    head = next(p for p in processes if "launch.ray.head" in p.cmdline())
+    words = head.cmdline()
+    return Path(words[words.index("--folder") + 1])
+
+
+def all_gone(processes: list[psutil.Process], limit_s: float) -> list[psutil.Process]:
+    limit = time.monotonic() + limit_s
+    while time.monotonic() < limit:
+        left = [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        if not left:
+            return []
+        time.sleep(0.1)
+    return left
+
+
+@pytest.mark.parametrize("ended", ["left", "SIGKILL"])
+def test_nothing_of_a_cluster_outlives_its_owner(owner, tmp_path, ended):
+    address, token, cpus = owner.stdout.readline().split()
+    assert cpus == "2"
+    processes = descendants(owner.pid)
+    names = " ".join(p.name() for p in processes)
+    assert "gcs_server" in names
+    assert "raylet" in names
+    folder = scratch_of(processes)
+    assert folder.is_dir()
+    if ended == "left":
+        # It is nobody else's: it listens on the loopback interface alone, and takes no other token.
+        listening = [c.laddr.ip for p in processes for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+        assert {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
+        assert not any(token in " ".join(p.cmdline()) for p in processes)
+        with (
+            pytest.raises(LaunchError, match="does not accept this process's token"),
+            connected(
+                address,
+                {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"},
+            ),
+        ):
+            pass
+        owner.communicate()
+        assert owner.returncode == 0
+        limit_s = 0.0
+    else:
+        owner.send_signal(signal.SIGKILL)
+        limit_s = 10.0
+    assert not all_gone(processes, limit_s + 1.0)
+    limit = time.monotonic() + 5
+    while folder.exists() and time.monotonic() < limit:
+        time.sleep(0.1)
+    assert not folder.exists()
+    assert not (tmp_path / ".ray").exists()  # no token is left for others to find
+    assert not list(Path("/dev/shm").glob("plasma*"))
+
+
+def test_a_cluster_that_cannot_start_says_so(monkeypatch):
+    with (
+        pytest.raises(LaunchError, match=r"Ray cannot be started on this machine: .*object"),
+        own_cluster(cpus=1, object_store_bytes=1),
+    ):
+        pass
+
+
+def test_the_length_of_a_temporary_folder_is_told(monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", "/tmp/" + "x" * 60)
+    with pytest.raises(LaunchError, match="set it to a path of at most"), own_cluster():
+        pass
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("127.0.0.1:1", "no Ray cluster answers at 127.0.0.1:1 .*: start one there with ray start --head --port 1"),
+        ("nowhere.invalid:6379", "no Ray cluster answers at nowhere.invalid:6379"),
+        ("here", "'here' is no address of a Ray cluster: give HOST:PORT, or auto"),
+        ("here:0", "'here:0' is no address of a Ray cluster"),
+        ("here:70000", "'here:70000' is no address of a Ray cluster"),
+    ],
+)
+def test_an_address_where_no_cluster_is(address, said):
+    with pytest.raises(LaunchError, match=said), connected(address):
+        pass
+
+
+def test_what_is_no_cluster_is_told_from_one():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    connection.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+                    connection.close()
+
+        threading.Thread(target=answer, daemon=True).start()
+        environment = {"RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(LaunchError, match=f"no Ray cluster answers at {address}"), connected(address, environment):
+            pass
+        server.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("theirs", [("2.9.0", "3.11.0"), ("2.60.0", "3.8.1")])
+def test_versions_that_differ(theirs):
+    ours = (ray.__version__, sys.version.split()[0])
+    check_versions("a:1", ours)
+    theirs = (theirs[0], ours[1]) if theirs[0] != ours[0] else theirs
+    with pytest.raises(LaunchError, match=r"the Ray cluster at a:1 has (Ray 2.9.0|Python 3.8.1), and this process"):
+        check_versions("a:1", theirs)
+
+
+def test_ray_is_an_extra(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(LaunchError, match=r"Ray is not installed: pip install 'setformer_dist\[ray\]'"):
+        require_ray()
+
+
+def test_authentication_leaves_nothing_to_guess(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert authentication({}) == {"RAY_AUTH_MODE": "disabled"}
+    assert authentication({"RAY_AUTH_TOKEN": "a"}) == {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a"}
+    assert authentication({"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "a"})["RAY_AUTH_MODE"] == "disabled"
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("b")
+    assert authentication({}) == {"RAY_AUTH_MODE": "token"}
