@@ -20,7 +20,7 @@ from launch.ray.cluster import connected, own_cluster
 from launch.shown import cell, plain
 from launch.sweep import report
 from launch.sweep.actors import Key
-from launch.sweep.driver import STOP_FILE, Driver, Running
+from launch.sweep.driver import STOP_FILE, Driver, Running, remains
 from launch.sweep.journal import Journal, read_events
 from launch.sweep.page import SWEEP, Sweep, check_continued, read_sweep
 from launch.sweep.state import Book, as_json, book_of
@@ -55,7 +55,9 @@ def run(sweep: Sweep, address: str | None, wait: bool, console: Console) -> int:
             _begin(sweep)
         journal = Journal(sweep.folder)
         stack.callback(journal.close)
-        if address is None:
+        if not remains(sweep, book_of(sweep, journal.events)):
+            pass  # nothing needs a cluster
+        elif address is None:
             print("starting Ray on this machine …", file=sys.stderr, flush=True)
             own = stack.enter_context(own_cluster())
             stack.enter_context(connected(own.address, own.environment))

@@ -11,6 +11,7 @@ that is killed at any instant is continued by the next one. Runs that were inter
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -49,6 +50,18 @@ class Running:
     reader: ProgressReader
     progress: Progress = field(default_factory=Progress)
     stopped_at: float | None = None
+
+
+def may_ask(sweep: Sweep, book: Book) -> bool:
+    """Return whether the searcher is to be asked for another point; clones are not asked for."""
+    config = sweep.config
+    limit = min(config.budget.trials, config.scheduler.population if config.scheduler.name == "pbt" else math.inf)
+    return len(book.trials) < limit and not book.exhausted
+
+
+def remains(sweep: Sweep, book: Book) -> bool:
+    """Return whether something is to be run."""
+    return may_ask(sweep, book) or any(not trial.over for trial in book.trials)
 
 
 class Driver:
@@ -99,6 +112,8 @@ class Driver:
             RankFailedError: too many have failed.
         """
         (self._sweep.folder / STOP_FILE).unlink(missing_ok=True)
+        if not remains(self._sweep, self.book):
+            return 0
         if not self._wait_for_room(wait):
             return 128 + self._received.stop[0]
         if not self.book.begun:
@@ -139,7 +154,7 @@ class Driver:
                 self._act()
                 self._start_what_fits()
                 self._check_failures()
-                if not self.running and not self._waiting() and not self._may_ask():
+                if not remains(self._sweep, self.book):
                     return "done"
             self._show(self.book, self.running)
             if why is not None:
@@ -294,12 +309,6 @@ class Driver:
                     found.append((trial.number, seed))
         return found
 
-    def _may_ask(self) -> bool:
-        limit = self._budget.trials
-        if self._sweep.config.scheduler.name == "pbt":
-            limit = min(limit, self._sweep.config.scheduler.population)
-        return len(self.book.trials) < limit and not self.book.exhausted
-
     def _start_what_fits(self) -> None:
         if time.monotonic() - self._room_at > _ROOM_EVERY_S:
             self._room, self._room_at = room(self._need), time.monotonic()
@@ -307,7 +316,7 @@ class Driver:
         for key in self._waiting()[: max(0, slots)]:
             self._start(key)
             slots -= 1
-        while slots > 0 and self._may_ask():
+        while slots > 0 and may_ask(self._sweep, self.book):
             self._write({"event": "asked", "trial": len(self.book.trials)})
             self._start((len(self.book.trials) - 1, 0))
             slots -= 1

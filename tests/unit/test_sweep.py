@@ -11,12 +11,13 @@ import pytest
 
 from launch.sweep import population
 from launch.sweep.journal import JOURNAL, Journal, read_events
-from launch.sweep.page import SWEEP, SchedulerTable, Sweep, check_continued, load_sweep, read_sweep
+from launch.sweep.page import SWEEP, SchedulerTable, Sweep, SweepConfig, check_continued, load_sweep, read_sweep
 from launch.sweep.report import recommendation, study_of, write
 from launch.sweep.space import Parameter, extremes, grid, parameters
 from launch.sweep.state import Book, book_of
 from launch.sweep.table import final_table, write_csv
 from launch.testing.commands import ROOT
+from setformer_dist.core.config import all_keys
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.files import write_state
 
@@ -332,3 +333,12 @@ def test_shipped_pages_are_sound() -> None:
     assert pages
     for path in pages:
         load_sweep(path)
+
+
+def test_the_guide_has_a_sound_page_and_every_key(tmp_path: Path) -> None:
+    guide = (ROOT / "docs" / "sweeps.md").read_text()
+    (tmp_path / "page.toml").write_text(guide.partition("```toml\n")[2].partition("```")[0])
+    assert load_sweep(tmp_path / "page.toml").config.scheduler.name == "asha"
+    own = [key for key in all_keys(SweepConfig) if not key.startswith(("space", "set"))]
+    assert len(own) > 25
+    assert not [key for key in own if f"`{key}" not in guide and f"`.{key.partition('.')[2]}`" not in guide]
