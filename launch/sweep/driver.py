@@ -152,8 +152,8 @@ class Driver:
             if why is None:
                 self._look()
                 self._act()
-                self._start_what_fits()
                 self._check_failures()
+                self._start_what_fits()
                 if not remains(self._sweep, self.book):
                     return "done"
             self._show(self.book, self.running)

@@ -15,7 +15,7 @@ import pytest
 from launch.sweep.journal import read_events
 from launch.sweep.page import load_sweep
 from launch.sweep.state import Book
-from launch.testing.commands import DEMO, Process, assert_gone, children, losses, setformer, start
+from launch.testing.commands import DEMO, Process, alive, children, losses, setformer, start
 
 SET = """
 [set]
@@ -45,10 +45,21 @@ def wait_for(process: Process, found: Callable[[], Any], timeout: float = 240) -
 
 def kill(process: Process) -> None:
     """Kill a driver with SIGKILL, and wait until nothing is left of Ray and of the trials."""
-    left = children(process.pid)
+    left = {pid: words_of(pid) for pid in children(process.pid)}
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    assert_gone(left, timeout=20)
+    limit = time.monotonic() + 30
+    while found := {pid: words for pid, words in left.items() if alive(pid)}:
+        assert time.monotonic() < limit, f"left behind: {found}"
+        time.sleep(0.1)
+
+
+def words_of(pid: int) -> list[str]:
+    """Return the command line of a process, none of one that has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return []
 
 
 def events_of(folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -61,10 +72,10 @@ def checkpoints(folder: Path, trial: int) -> list[Path]:
 
 def supervisor_of(trials: list[Path], process: Process) -> int:
     """Return the process that supervises one of some trials."""
-    pages = {str(trial / "trial.json").encode() for trial in trials}
+    pages = {str(trial / "trial.json") for trial in trials}
     for pid in children(process.pid):
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        if b"launch.cli" in words and pages & set(words):
+        words = words_of(pid)
+        if "launch.cli" in words and pages & set(words):
             return pid
     raise AssertionError(f"no process trains one of {trials}")
 
