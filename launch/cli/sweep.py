@@ -150,6 +150,7 @@ def promote(
     from_start: Annotated[
         bool, typer.Option("--from-start", help="Train from step 0, not from its checkpoint.")
     ] = False,
+    trust: TrustOption = False,
 ) -> None:
     """Turn a trial into a full run outside Ray, from its newest checkpoint or from the start.
 
@@ -168,12 +169,15 @@ def promote(
     from launch.run.config import check_folder, resolve
     from launch.sweep import promote as winners
 
-    path, words, config, source = winners.promoted(folder, best, from_start, overrides or [])
+    repeated, source = winners.promoted(folder, best, from_start, overrides or [], trust)
+    config = repeated.config
     check_folder(resolve(config, ranks))
     say = functools.partial(open_console(stderr=True).print, highlight=False, markup=False)
     if source is not None:
         say(f"{config.folder} begins at step {winners.take_over(source, config)} of {source}")
-    crew = LocalCrew([str(path), *words], ranks, warm=config.launch.warm)
-    recorder = Recorder(config.folder, config.run.imports, config.launch.env)
+    crew = LocalCrew([str(repeated.path), *repeated.overrides], ranks, warm=config.launch.warm)
+    recorder = Recorder(
+        config.folder, config.run.imports, config.launch.env, repeats=repeated.source, first=repeated.write_config
+    )
     if code := run_supervised(crew, config.folder, config.restart, say=say, recorder=recorder):
         raise typer.Exit(code)

@@ -1,7 +1,8 @@
 """`setformer sweep promote`: a trial of a sweep becomes a run of its own, outside Ray, on any number of ranks.
 
-The new run has the trial's config and seed. It begins at the trial's newest checkpoint, with optimizer, position in the
-data and averages, or from the start.
+The new run repeats the trial's, as `setformer train --from` does: with its config and seed, and with the same care for
+what its files name outside. It begins at the trial's newest checkpoint, with optimizer, position in the data and
+averages, or from the start.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.run.config import RunConfig
+from launch.run.repeat import Repetition, check_trusted, repetition
 from launch.sweep.journal import read_events
 from launch.sweep.page import Sweep, read_sweep
-from launch.sweep.state import COMPLETE, Trial, book_of
+from launch.sweep.state import Trial, book_of
 from launch.sweep.trial import TRIAL, hand_over
 from setformer_dist.core import config as base
 from setformer_dist.core.errors import ConfigError, DataError
@@ -23,39 +25,37 @@ OUT = "runs"
 
 
 def promoted(
-    folder: Path, best: int, from_start: bool, overrides: Sequence[str]
-) -> tuple[Path, list[str], RunConfig, Path | None]:
-    """Return what `setformer train` is to run for a winner.
+    folder: Path, best: int, from_start: bool, overrides: Sequence[str], trust: bool
+) -> tuple[Repetition, Path | None]:
+    """Return the run that repeats a winner, and the run whose checkpoint it is to take over; None for none.
 
     Args:
         folder: of the sweep.
         best: which of its complete trials, 1 for the best one.
         from_start: train from the first step.
         overrides: of the new run.
-
-    Returns:
-        Path of the config, overrides, the config, and the run whose checkpoint is to be taken over; None for the start.
+        trust: use the modules, commands and addresses that the trial's files name.
 
     Raises:
         DataError: there is no such trial.
-        ConfigError: an override is bad, or the checkpoint has nothing left to do.
+        ConfigError: an override is bad, the checkpoint has nothing left to do, or something is not trusted.
     """
     sweep = read_sweep(folder)
     trial = _ranked(sweep, folder, best)
     source = sweep.run_folder(trial.number, 0)
-    path = source / TRIAL
-    if not path.is_file():
-        raise DataError(f"{path} is missing: trial {trial.number} cannot be promoted without it")
-    own = [f"run.name={folder.name}-trial-{trial.number}", f"run.out={OUT}", "run.threads=0", *overrides]
-    config = base.load(RunConfig, path, own)
-    if (config.folder / "checkpoints").exists() or from_start:
-        return path, own, config, None  # it goes on by itself, or begins
-    if trial.state == COMPLETE and config.schedule == base.load(RunConfig, path).schedule:
+    name, out = f"run.name={folder.resolve().name}-trial-{trial.number}", f"run.out={OUT}"
+    repeated = repetition(source, [name, out, "run.threads=0", *overrides])
+    if not trust:
+        check_trusted(repeated, overrides, [], None)
+    config = repeated.config
+    if from_start or (config.folder / "checkpoints").exists():  # then it goes on by itself
+        return repeated, None
+    if config.schedule == base.load(RunConfig, source / TRIAL).schedule:
         raise ConfigError(
             f"trial {trial.number} has done all its steps, so its checkpoint has nothing left to do: give another "
             "schedule, such as schedule.epochs=300, or --from-start"
         )
-    return path, own, config, source
+    return repeated, source
 
 
 def _ranked(sweep: Sweep, folder: Path, best: int) -> Trial:
