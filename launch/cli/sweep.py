@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from launch.cli.options import TrustOption
 from setformer_dist.core.errors import LaunchError
 from setformer_dist.core.terminal import open_console
 
