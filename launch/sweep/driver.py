@@ -43,12 +43,14 @@ class Running:
         since: when, of a monotonic clock.
         reader: of its folder.
         progress: as last read.
+        first_share: of the run's length that an earlier start had done; None before it is known.
         stopped_at: when it was asked to end; None while it was not.
     """
 
     since: float
     reader: ProgressReader
     progress: Progress = field(default_factory=Progress)
+    first_share: float | None = None
     stopped_at: float | None = None
 
 
@@ -184,6 +186,8 @@ class Driver:
     def _look(self) -> None:
         for key, running in list(self.running.items()):
             running.progress = running.reader.read()
+            if running.first_share is None:
+                running.first_share = running.progress.share or 0.0
             self._report(key, running.progress)
         for key, code in list(self._actors.ended()):
             self._take_end(key, code)
@@ -234,7 +238,8 @@ class Driver:
 
     def _end(self, key: Key, state: str, value: float | None, why: str, running: Running | None) -> None:
         seconds = time.monotonic() - running.since if running is not None else 0.0
-        step = running.progress.step if running is not None else 0
+        reports = self.book.trials[key[0]].reports
+        step = running.progress.step if running is not None else reports[-1][0] if reports else 0
         event: Event = {"event": "ended", "trial": key[0], "seed": key[1], "state": state, "value": value,
                         "step": step, "seconds": seconds}  # fmt: skip
         if running is not None and running.stopped_at is not None:

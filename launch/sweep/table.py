@@ -127,8 +127,8 @@ def _note(trial: Trial) -> str:
 
 
 def _left(run: Running) -> str:
-    share = run.progress.share
-    if not share:
+    share, first = run.progress.share, run.first_share
+    if share is None or first is None or share <= first:
         return ""
-    seconds = (time.monotonic() - run.since) * (1 - share) / share
+    seconds = (time.monotonic() - run.since) * (1 - share) / (share - first)
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from launch.sweep import population
+from launch.sweep.driver import Running
 from launch.sweep.journal import JOURNAL, Journal, read_events
 from launch.sweep.page import SWEEP, SchedulerTable, Sweep, SweepConfig, check_continued, load_sweep, read_sweep
+from launch.sweep.progress import ProgressReader
 from launch.sweep.report import recommendation, study_of, write
 from launch.sweep.space import Parameter, extremes, grid, parameters
 from launch.sweep.state import Book, book_of
-from launch.sweep.table import final_table, write_csv
+from launch.sweep.table import final_table, live_table, write_csv
 from launch.testing.commands import ROOT
 from setformer_dist.core.config import all_keys
 from setformer_dist.core.errors import ConfigError, DataError
@@ -294,6 +299,31 @@ def test_the_page_of_a_sweep_is_one_file_that_needs_no_network(tmp_path: Path) -
     outside = [tag for tag in ("<script src", "<link", "cdn.plot.ly/plotly") if tag in text]
     assert not outside
     assert len(study_of(sweep, book_of(sweep, events)).trials) == 10
+
+
+def test_the_live_table_shows_what_runs(tmp_path: Path) -> None:
+    sweep = page(tmp_path, LR, "seeds = 2")
+    book = Book(sweep)
+    book.take({"event": "asked", "trial": 0})
+    run = sweep.run_folder(0, 0)
+    run.mkdir(parents=True)
+    rows = [
+        {"kind": "train", "step": 22, "images_per_s": 1234.5, "epoch": 1.0},
+        {"kind": "eval", "step": 22, "top1": 0.5},
+    ]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    reader = ProgressReader(run, "top1", (2, None))
+    progress = reader.read()
+    assert (progress.step, progress.evals, progress.share) == (22, [(22, 0.5)], 0.5)
+    running = Running(time.monotonic() - 100.0, reader, progress, 0.0)
+    console = Console(width=200, file=io.StringIO())
+    console.print(live_table(sweep, book, {(0, 0): running}))
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    for word in ("trial", "state", "config", "step", "top1", "images/s", "time left"):
+        assert word in text
+    for value in ("running", "optim.lr=", "22", "0.5000", "1,234", "2 min"):
+        assert value in text
 
 
 # Populations.
