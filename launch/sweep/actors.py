@@ -103,8 +103,11 @@ class Actors:
         actor = self._actors[key] = self._class.remote(command)
         self._asked[actor.poll.remote()] = key
 
-    def ended(self) -> Iterable[tuple[Key, int | None]]:
-        """Yield the runs that have ended since the last call, with their exit codes; None where an actor is lost."""
+    def ended(self) -> Iterable[tuple[Key, int | str | None]]:
+        """Yield the runs that have ended since the last call, with their exit codes.
+
+        None where an actor is lost, a sentence where the run could not be started.
+        """
         waiting = list(self._asked)
         ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0) if waiting else ([], [])
         for reference in ready:
@@ -125,7 +128,7 @@ class Actors:
                 self._asked[actor.poll.remote()] = key
                 continue
             self.release(key)
-            yield key, int(code)
+            yield key, code
 
     def stop(self, key: Key) -> None:
         """Ask a run to save and end."""

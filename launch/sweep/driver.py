@@ -200,7 +200,7 @@ class Driver:
             if not trial.reports or step > trial.reports[-1][0]:
                 self._write({"event": "reported", "trial": trial.number, "step": step, "value": value})
 
-    def _take_end(self, key: Key, code: int | None) -> None:
+    def _take_end(self, key: Key, code: int | str | None) -> None:
         running = self.running.pop(key)
         progress = running.progress = running.reader.read()
         self._report(key, progress)
@@ -211,6 +211,8 @@ class Driver:
             self._end(key, DONE if value is not None else FAILED, value, why, running)
         elif trial.stop or trial.clone_of is not None:
             self._end_stopped(trial, running)
+        elif isinstance(code, str):
+            self._end(key, FAILED, None, code, running)
         elif code is None or code < 0 or code >= 128:  # killed, or told to stop by someone else
             self._deaths[key] = self._deaths.get(key, 0) + 1
             if self._deaths[key] > self._budget.restarts:

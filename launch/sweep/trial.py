@@ -8,11 +8,11 @@ code. The command dies with the actor, and its ranks die with the command, howev
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -28,7 +28,6 @@ from setformer_dist.core.secrets import redacted_json
 TRIAL = "trial.json"
 LOG = "trial.log"
 _HOME = Path(__file__).resolve().parents[2]
-_KILL_AFTER_S = 2.0
 # What tells a process that another launcher has started it.
 _OTHERS = (
     "RANK",
@@ -97,33 +96,34 @@ class TrialProcess:
         environment |= {"PYTHONPATH": path, "OMP_NUM_THREADS": str(command.threads)}
         if not command.gpus:  # Ray leaves the devices of others visible
             environment["CUDA_VISIBLE_DEVICES"] = ""
-        with Path(command.log).open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "launch.cli", *command.words],
-                cwd=command.directory,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=functools.partial(die_with, os.getpid()),
+        self._process: subprocess.Popen[bytes] | None = None
+        self._fault = ""
+        try:
+            with Path(command.log).open("ab") as log:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "launch.cli", *command.words],
+                    cwd=command.directory,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    preexec_fn=functools.partial(die_with, os.getpid()),
+                )
+        except OSError as error:
+            self._fault = (
+                f"node {socket.gethostname()} cannot use {error.filename} ({error.strerror}): the sweep's folder must "
+                "be on storage that all nodes share, under the same path"
             )
 
-    def poll(self) -> int | None:
-        """Return the exit code if it has ended."""
-        return self._process.poll()
+    def poll(self) -> int | str | None:
+        """Return the exit code if it has ended, why it could not be started, or None while it runs."""
+        return self._process.poll() if self._process is not None else self._fault
 
     def stop(self) -> None:
         """Ask the run to save and end."""
-        if self._process.poll() is None:
+        if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
-
-    def end(self) -> None:
-        """Kill it; its ranks die with it."""
-        if self._process.poll() is None:
-            self._process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_KILL_AFTER_S)
 
 
 def words_of(config: Path, ranks: int, stop_s: float) -> tuple[str, ...]:

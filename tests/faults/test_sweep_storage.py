@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from checkpoints.layout import MANIFEST, step_folder
 from launch.sweep.journal import Journal, read_events
-from launch.sweep.trial import hand_over
+from launch.sweep.trial import Command, TrialProcess, hand_over
 from setformer_dist.core.errors import TransientError
 
 
@@ -72,3 +73,17 @@ def test_a_clone_gets_the_newest_whole_checkpoint_and_what_is_left_of_an_earlier
     assert found == [f"checkpoints/step-00000010/{name}" for name in (MANIFEST, "rank-00000-of-00001.safetensors")]
     assert (clone / found[1]).read_bytes() == b"weights of 10"
     assert (step_folder(source / "checkpoints", 10) / MANIFEST).exists()
+
+
+def test_a_node_that_does_not_see_the_folder_says_so(tmp_path: Path) -> None:
+    log = tmp_path / "elsewhere" / "trial.log"
+    process = TrialProcess(Command(("--version",), 1, False, str(log), str(tmp_path)))
+    assert "must be on storage that all nodes share" in str(process.poll())
+    assert str(log) in str(process.poll())
+    process.stop()
+    log.parent.mkdir()
+    process = TrialProcess(Command(("--version",), 1, False, str(log), str(tmp_path)))
+    while process.poll() is None:
+        time.sleep(0.05)
+    assert process.poll() == 0
+    assert log.read_text().startswith("setformer_dist ")
