@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +33,7 @@ from setformer_dist.core.terminal import bear_lost_streams, open_table
 from setformer_dist.core.words import counted
 
 _STOP_S = 60.0
+_HEAD_EVERY_S, _HEAD_S, _REFUSALS = 2.0, 2.0, 2
 _LOCK_S = 3.0  # for a driver that is about to end
 
 
@@ -55,17 +57,10 @@ def run(sweep: Sweep, address: str | None, wait: bool, console: Console) -> int:
             _begin(sweep)
         journal = Journal(sweep.folder)
         stack.callback(journal.close)
-        if not remains(sweep, book_of(sweep, journal.events)):
-            pass  # nothing needs a cluster
-        elif address is None:
-            print("starting Ray on this machine …", file=sys.stderr, flush=True)
-            own = stack.enter_context(own_cluster())
-            stack.enter_context(connected(own.address, own.environment))
-        else:
-            stack.enter_context(connected(address))
+        lost = _cluster(address, stack) if remains(sweep, book_of(sweep, journal.events)) else lambda: None
         received = stack.enter_context(stop_signals())
         say, show = stack.enter_context(_shown(sweep, console))
-        driver = Driver(sweep, journal, received, say, show)
+        driver = Driver(sweep, journal, received, say, show, lost)
         try:
             code = driver.run(wait)
         finally:
@@ -76,6 +71,43 @@ def run(sweep: Sweep, address: str | None, wait: bool, console: Console) -> int:
     if code:
         print(f"stopped; the same command continues the sweep in {plain(sweep.folder)}", file=sys.stderr)
     return code
+
+
+def _cluster(address: str | None, stack: contextlib.ExitStack) -> Callable[[], str | None]:
+    """Be a driver of a cluster until the stack ends; return what says that it is gone."""
+    if address is not None:
+        return _Lost(stack.enter_context(connected(address)).address)
+    print("starting Ray on this machine …", file=sys.stderr, flush=True)
+    own = stack.enter_context(own_cluster())
+    return _Lost(stack.enter_context(connected(own.address, own.environment)).address)
+
+
+class _Lost:
+    """Says that a cluster's head does not answer any more; Ray itself would end this process after a minute.
+
+    Args:
+        address: host:port of the head.
+    """
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        self._address, self._at = address, (host, int(port))
+        self._next, self._refused = 0.0, 0
+
+    def __call__(self) -> str | None:
+        """Return a sentence where it is gone."""
+        now = time.monotonic()
+        if now < self._next:
+            return None
+        self._next = now + _HEAD_EVERY_S
+        try:
+            socket.create_connection(self._at, timeout=_HEAD_S).close()
+            self._refused = 0
+        except OSError:
+            self._refused += 1
+        if self._refused < _REFUSALS:
+            return None
+        return f"the Ray cluster at {self._address} is gone: the same command continues the sweep on another one"
 
 
 def _begin(sweep: Sweep) -> None:

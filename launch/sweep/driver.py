@@ -25,7 +25,7 @@ from launch.sweep.page import Sweep
 from launch.sweep.progress import Progress, ProgressReader
 from launch.sweep.state import DONE, FAILED, PRUNED, REPLACED, WAITING, Book, Trial
 from launch.sweep.trial import LOG, Command, hand_over, said, words_of, write_config
-from setformer_dist.core.errors import LaunchError, RankFailedError
+from setformer_dist.core.errors import LaunchError, RankFailedError, TransientError
 from setformer_dist.core.words import counted
 
 STOP_FILE = "stop"
@@ -75,6 +75,7 @@ class Driver:
         received: stop signals.
         say: prints a line for the user.
         show: called after each look with the state and the runs.
+        cluster_lost: says that the cluster is gone; None while it answers.
     """
 
     def __init__(
@@ -84,10 +85,12 @@ class Driver:
         received: Received,
         say: Callable[[str], None],
         show: Callable[[Book, dict[Key, Running]], None] = lambda book, running: None,
+        cluster_lost: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._sweep, self._budget = sweep, sweep.config.budget
         self._journal, self._received = journal, received
         self._say, self._show = say, show
+        self._cluster_lost = cluster_lost
         self.book = Book(sweep)
         for event in list(journal.events):
             self.book.take(dict(event))
@@ -112,6 +115,7 @@ class Driver:
         Raises:
             LaunchError: trials do not fit.
             RankFailedError: too many have failed.
+            TransientError: the cluster is gone, or the journal cannot be written.
         """
         (self._sweep.folder / STOP_FILE).unlink(missing_ok=True)
         if not remains(self._sweep, self.book):
@@ -150,6 +154,9 @@ class Driver:
 
     def _work(self) -> str:
         while True:
+            if (fault := self._cluster_lost()) is not None:
+                self.running.clear()  # nothing of them can be reached; they end with their nodes
+                raise TransientError(fault)
             why = self._why_to_stop()
             if why is None:
                 self._look()

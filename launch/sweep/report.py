@@ -203,7 +203,9 @@ def _how_sure(sweep: Sweep, best: Trial, others: Sequence[Trial]) -> str:
     if best.spread == second.spread == 0:
         return f"{head}. All seeds of each gave the same value."
     side = "greater" if sweep.mode == "max" else "less"
-    chance = float(stats.ttest_ind(a, b, equal_var=False, alternative=side).pvalue)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of values that are nearly equal
+        chance = float(stats.ttest_ind(a, b, equal_var=False, alternative=side).pvalue)
     verdict = (
         "that is more than chance"
         if chance < 0.05

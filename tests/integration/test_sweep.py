@@ -281,3 +281,21 @@ def test_a_sweep_that_is_told_to_stop_saves_and_goes_on_later(digits: Path, tmp_
     for number in range(2):
         now = losses(folder / "trials" / f"trial-000{number}")
         assert saved[number].items() <= now.items()
+
+
+@pytest.mark.drill
+def test_a_lost_head_ends_the_driver_with_a_sentence_and_nothing_is_left(digits: Path, tmp_path: Path) -> None:
+    page = write_page(tmp_path, digits, SMALL)
+    folder = tmp_path / "s"
+    process = start("sweep", str(page))
+    wait_for(process, lambda: len(events_of(folder, "started")) == 2)
+    left = {pid: words_of(pid) for pid in children(process.pid)}
+    head = next(pid for pid, words in left.items() if "gcs_server" in words[0])
+    os.kill(head, signal.SIGKILL)
+    _, err = process.communicate(timeout=50)
+    assert process.returncode == 9, err
+    assert "is gone: the same command continues the sweep" in err
+    limit = time.monotonic() + 20
+    while found := {pid: words for pid, words in left.items() if alive(pid)}:
+        assert time.monotonic() < limit, f"left behind: {found}"
+        time.sleep(0.1)

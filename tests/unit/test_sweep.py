@@ -227,10 +227,10 @@ def test_a_sweep_that_was_killed_suggests_and_decides_as_if_it_was_not(
 ) -> None:
     tail = f'[search]\nname = "{searcher}"\nstartup = 4\n[scheduler]\nname = "{scheduler}"\nlast = 4\nreduction = 2\n'
     sweep = page(tmp_path, SPACE, "", tail)
-    whole = drive(sweep, 1, 14)
+    whole = drive(sweep, 1, 10)
     points = [event["point"] for event in whole if event["event"] == "asked"]
-    assert len({json.dumps(point) for point in points}) == 14
-    for kill in range(1, len(whole), 23):
+    assert len({json.dumps(point) for point in points}) == 10
+    for kill in range(1, len(whole), 19):
         killed = book_of(sweep, json.loads(json.dumps(whole[:kill])))  # as it is read back
         for event in whole[kill:]:
             asked = {key: value for key, value in event.items() if key != "point"}
