@@ -8,6 +8,7 @@
     ray/         the same on a Ray cluster; an extra
     ckpt/  data/  history/    what `setformer ckpt`, `data` and `runs` do
     machine/     what this machine can do
+    sweep/       many runs over a space of configs, placed by Ray
     drill/       random faults in a real training
     examples/    the demo and Long Range Arena
     testing/     commands, ranks and elastic runs as tests start them

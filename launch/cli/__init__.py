@@ -7,5 +7,6 @@ main.py      `setformer`: one command for packing, training, evaluation and look
 options.py   arguments and options that several commands have
 plan.py      `setformer plan`: a run on machines that are not there
 runs.py      `setformer runs`: looking at runs
+sweep.py     `setformer sweep`: many runs over a space of configs
 usage.py     what is said of words that no command takes
 """

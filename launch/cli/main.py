@@ -31,6 +31,7 @@ from launch.cli import data as cli_data
 from launch.cli import lra as cli_lra
 from launch.cli import plan as cli_plan
 from launch.cli import runs as cli_runs
+from launch.cli import sweep as cli_sweep
 from launch.cli.options import (
     CheckpointPath,
     ConfigOrRun,
@@ -75,6 +76,7 @@ app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_lra.app, name="lra")
 app.add_typer(cli_runs.app, name="runs")
 app.add_typer(cli_ckpt.app, name="ckpt")
+app.add_typer(cli_sweep.app, name="sweep")
 
 app.command()(cli_plan.plan)
 

@@ -27,7 +27,7 @@ FromOption = Annotated[
     typer.Option("--from", help="A run's folder: a new run with its config and seed.", show_default=False),
 ]
 TrustOption = Annotated[
-    bool, typer.Option("--trust", help="Use the modules, commands, hosts and addresses that the --from run names.")
+    bool, typer.Option("--trust", help="Use the modules, commands, hosts and addresses that the repeated run names.")
 ]
 Overrides = Annotated[
     list[str] | None,

@@ -29,6 +29,9 @@ _COMMANDS = {
     "pack": "data pack",
     "inspect": "data inspect",
     "ls": "runs ls, or ckpt ls",
+    "tune": "sweep",
+    "search": "sweep",
+    "hpo": "sweep",
     "report": "runs report",
     "benchmark": "data bench",
 }

@@ -57,6 +57,8 @@ def start_server(module: str, environ: Mapping[str, str], **options: Any) -> tup
     mine, its = socket.socketpair()
     # One thread each, libraries included: a process with threads cannot be forked safely.
     environment = {**environ, **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")}
+    # DeepSpeed imports mlflow where it is installed, that pandas, and that pyarrow, whose allocator starts a thread.
+    environment["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
     path = os.pathsep.join(filter(None, (str(_HOME), environ.get("PYTHONPATH"))))
     environment |= {"DS_ACCELERATOR": "cpu", "PYTHONPATH": path}
     server = subprocess.Popen(

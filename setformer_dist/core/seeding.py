@@ -31,6 +31,8 @@ class Purpose(enum.IntEnum):
     KMEANS = 8
     LISTOPS = 9
     PATHFINDER = 10
+    SWEEP = 20
+    POPULATION = 21
 
 
 def derive_key(purpose: Purpose, *numbers: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.ranks.forkserver import start_server
 from launch.testing.commands import alive, assert_gone, environment
 from launch.testing.warm import Warm, possible
 
@@ -108,3 +110,17 @@ def test_none_outlives_the_tests(tmp_path: Path) -> None:
     assert tests.returncode == -signal.SIGKILL, tests.stderr
     assert_gone([int(tests.stdout)])
     assert not alive(int(tests.stdout))
+
+
+def test_pyarrow_starts_no_thread_in_a_server(tmp_path: Path) -> None:
+    """DeepSpeed imports it by way of mlflow and pandas, where they are installed; with a thread there is no fork."""
+    pytest.importorskip("pyarrow")
+    (tmp_path / "counts.py").write_text(
+        "import pathlib, pyarrow\n"
+        "from launch.ranks.forkserver import threads\n"
+        f"pathlib.Path({str(tmp_path / 'threads')!r}).write_text(str(threads()))\n"
+    )
+    requests, server = start_server("counts", {**os.environ, "PYTHONPATH": str(tmp_path)})
+    with requests:
+        assert server.wait(60) == 0
+    assert (tmp_path / "threads").read_text() == "1"

@@ -1,0 +1,81 @@
+"""`setformer sweep promote`: a trial of a sweep becomes a run of its own, outside Ray, on any number of ranks.
+
+The new run repeats the trial's, as `setformer train --from` does: with its config and seed, and with the same care for
+what its files name outside. It begins at the trial's newest checkpoint, with optimizer, position in the data and
+averages, or from the start.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.run.config import RunConfig
+from launch.run.repeat import Repetition, check_trusted, repetition
+from launch.sweep.journal import read_events
+from launch.sweep.page import Sweep, read_sweep
+from launch.sweep.state import Trial, book_of
+from launch.sweep.trial import TRIAL, hand_over
+from setformer_dist.core import config as base
+from setformer_dist.core.errors import ConfigError, DataError
+from setformer_dist.core.words import counted
+
+OUT = "runs"
+
+
+def promoted(
+    folder: Path, best: int, from_start: bool, overrides: Sequence[str], trust: bool
+) -> tuple[Repetition, Path | None]:
+    """Return the run that repeats a winner, and the run whose checkpoint it is to take over; None for none.
+
+    Args:
+        folder: of the sweep.
+        best: which of its complete trials, 1 for the best one.
+        from_start: train from the first step.
+        overrides: of the new run.
+        trust: use the modules, commands and addresses that the trial's files name.
+
+    Raises:
+        DataError: there is no such trial.
+        ConfigError: an override is bad, the checkpoint has nothing left to do, or something is not trusted.
+    """
+    sweep = read_sweep(folder)
+    trial = _ranked(sweep, folder, best)
+    source = sweep.run_folder(trial.number, 0)
+    name, out = f"run.name={folder.resolve().name}-trial-{trial.number}", f"run.out={OUT}"
+    repeated = repetition(source, [name, out, "run.threads=0", *overrides])
+    if not trust:
+        check_trusted(repeated, overrides, [], None)
+    config = repeated.config
+    if from_start or (config.folder / "checkpoints").exists():  # then it goes on by itself
+        return repeated, None
+    if config.schedule == base.load(RunConfig, source / TRIAL).schedule:
+        raise ConfigError(
+            f"trial {trial.number} has done all its steps, so its checkpoint has nothing left to do: give another "
+            "schedule, such as schedule.epochs=300, or --from-start"
+        )
+    return repeated, source
+
+
+def _ranked(sweep: Sweep, folder: Path, best: int) -> Trial:
+    ranked = book_of(sweep, read_events(folder)).ranked()
+    if not 1 <= best <= len(ranked):
+        raise DataError(f"--best {best}: the sweep in {folder} has {counted(len(ranked), 'complete trial')}")
+    return ranked[best - 1]
+
+
+def take_over(source: Path, config: RunConfig) -> int:
+    """Put a trial's newest checkpoint where the new run resumes from; return its step.
+
+    Raises:
+        ConfigError: the new run's folder holds something.
+        DataError: the trial has no checkpoint.
+    """
+    if config.folder.exists() and any(config.folder.iterdir()):
+        raise ConfigError(f"{config.folder} is not empty: give the run another name with run.name=NAME")
+    step = hand_over(source, config.folder)
+    if step is None:
+        shutil.rmtree(config.folder, ignore_errors=True)
+        raise DataError(f"{source} has no checkpoint: use --from-start")
+    return step

@@ -1,0 +1,218 @@
+"""The search space of a sweep: parameters, conditions, and points.
+
+A point holds the values of the parameters that are active in it, by dotted key of the run config. A parameter with
+`when` is active where the other parameters have one of the values that it names.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias
+
+import pydantic
+
+from setformer_dist.core import config as base
+from setformer_dist.core.config import FrozenConfig
+from setformer_dist.core.errors import ConfigError
+
+Point: TypeAlias = dict[str, Any]
+
+KINDS = ("choice", "uniform", "loguniform", "int", "grid")
+_LARGEST_GRID = 100_000
+_Integers: TypeAlias = tuple[int, int]  # a field of that name hides the type
+
+
+class Parameter(FrozenConfig):
+    """One parameter; exactly one of the kinds is given.
+
+    Attributes:
+        choice: values of any kind, without an order.
+        uniform: lowest and highest number.
+        loguniform: the same, drawn evenly on the scale of logarithms.
+        int: lowest and highest integer, both included.
+        step: distance of two integers of `int`.
+        grid: numbers in rising order.
+        when: by key of another parameter, the values with which this one is active.
+    """
+
+    choice: tuple[Any, ...] | None = pydantic.Field(default=None, strict=False)
+    uniform: tuple[float, float] | None = pydantic.Field(default=None, strict=False)
+    loguniform: tuple[float, float] | None = pydantic.Field(default=None, strict=False)
+    int: _Integers | None = pydantic.Field(default=None, strict=False)
+    step: pydantic.PositiveInt = 1
+    grid: tuple[float, ...] | None = pydantic.Field(default=None, strict=False)
+    when: dict[str, list[Any]] = pydantic.Field(default_factory=dict)
+
+    @pydantic.model_validator(mode="after")
+    def _one_kind(self) -> Parameter:
+        given = [kind for kind in KINDS if getattr(self, kind) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give one of {', '.join(KINDS)}" + (f", not {' and '.join(given)}" if given else ""))
+        values = getattr(self, given[0])
+        if not values:
+            raise ValueError(f"{given[0]} is empty")
+        if given[0] in ("uniform", "loguniform", "int") and values[0] > values[1]:
+            raise ValueError(f"{given[0]} = {list(values)} is empty: its lowest value is above its highest")
+        if given[0] == "loguniform" and values[0] <= 0:
+            raise ValueError(f"loguniform = {list(values)} must begin above 0")
+        if given[0] == "grid" and any(a >= b for a, b in itertools.pairwise(values)):
+            raise ValueError(f"grid = {list(values)} must rise")
+        labels = [label(value) for value in values]
+        if given[0] == "choice" and len(set(labels)) < len(labels):
+            raise ValueError(f"choice = {list(values)} names a value twice")
+        if self.step != 1 and given[0] != "int":
+            raise ValueError("step is of int")
+        return self
+
+    @property
+    def kind(self) -> str:
+        """Which of `KINDS`."""
+        return next(kind for kind in KINDS if getattr(self, kind) is not None)
+
+    @property
+    def values(self) -> tuple[Any, ...] | None:
+        """All values, None where it is continuous."""
+        if self.int is not None:
+            return tuple(range(self.int[0], self.int[1] + 1, self.step))
+        return self.choice if self.choice is not None else self.grid
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Lowest and highest number of a continuous parameter."""
+        found = self.uniform or self.loguniform
+        assert found is not None
+        return found
+
+    @property
+    def first(self) -> Any:
+        """Some value of it."""
+        return self.values[0] if self.values is not None else self.bounds[0]
+
+    @property
+    def ends(self) -> tuple[Any, ...]:
+        """The values at which a config is most likely to be impossible: the ends of numbers, and every choice."""
+        if self.choice is not None:
+            return self.choice
+        return (self.values[0], self.values[-1]) if self.values is not None else self.bounds
+
+
+def label(value: object) -> str:
+    """Return a text that stands for a value, and for no other one."""
+    return json.dumps(value, sort_keys=True)
+
+
+def parameters(table: Mapping[str, object], source: str, prefix: str = "") -> dict[str, Parameter]:
+    """Read `[space]`; `"optim.lr"` and the table `[space.optim]` mean the same.
+
+    Raises:
+        ConfigError: naming the parameter.
+    """
+    found: dict[str, Parameter] = {}
+    for name, value in table.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and value and not set(value) & set(KINDS) and _tables(value):
+            found |= parameters(value, source, f"{key}.")
+        elif isinstance(value, Mapping):
+            known = {inner: part for inner, part in value.items() if part is not None}
+            found[key] = base.build(Parameter, known, f'{source}: space."{key}"')
+        else:
+            raise ConfigError(
+                f'{source}: space."{key}" = {value!r} is no parameter: say {{ choice = [{label(value)}, …] }}'
+            )
+    return found
+
+
+def _tables(value: Mapping[str, object]) -> bool:
+    return all(isinstance(inner, Mapping) for inner in value.values()) and "when" not in value
+
+
+def check_space(space: Mapping[str, Parameter], searcher: str) -> None:
+    """Check the conditions, and whether the searcher can take the space.
+
+    Raises:
+        ValueError: with the repair.
+    """
+    seen: set[str] = set()
+    for key, parameter in space.items():
+        for other, wanted in parameter.when.items():
+            if other not in space:
+                raise ValueError(f'space."{key}": when names {other}, which is no parameter of the space')
+            if other not in seen:
+                raise ValueError(f'space."{key}": when names {other}, which must stand before it')
+            values = space[other].values
+            if values is None:
+                raise ValueError(f'space."{key}": when names {other}, whose values are not countable')
+            odd = [value for value in wanted if label(value) not in {label(v) for v in values}]
+            if odd or not wanted:
+                raise ValueError(
+                    f'space."{key}" can never be active: {other} is never {odd[0]!r}'
+                    if odd
+                    else f'space."{key}" can never be active: when names no value of {other}'
+                )
+        if searcher == "grid" and parameter.values is None:
+            raise ValueError(
+                f'space."{key}" is {parameter.kind}, which a grid cannot count out: give grid, choice or int'
+            )
+        seen.add(key)
+    for key in space:
+        inner = [other for other in space if other.startswith(f"{key}.")]
+        if inner:
+            raise ValueError(f'space."{key}" contains space."{inner[0]}": one of them must go')
+    reachable = {key for point in extremes(space) for key in point}
+    if hidden := [key for key in space if key not in reachable]:
+        raise ValueError(f'space."{hidden[0]}" can never be active: its conditions exclude each other')
+
+
+def active(space: Mapping[str, Parameter], values: Mapping[str, Any]) -> Point:
+    """Return the point of some values, without the parameters that are not active in it."""
+    point: Point = {}
+    for key, parameter in space.items():
+        if key in values and is_active(parameter, point):
+            point[key] = values[key]
+    return point
+
+
+def is_active(parameter: Parameter, point: Point) -> bool:
+    """Return whether a parameter is active, given those before it."""
+    return all(
+        other in point and label(point[other]) in {label(value) for value in wanted}
+        for other, wanted in parameter.when.items()
+    )
+
+
+def extremes(space: Mapping[str, Parameter]) -> Iterator[Point]:
+    """Yield points that between them have both ends, or every choice, of every parameter that can be active."""
+    for key, parameter in space.items():
+        for value in parameter.ends:
+            values = {other: p.first for other, p in space.items()}
+            values[key] = value
+            _fulfil(space, key, values)
+            yield active(space, values)
+
+
+def _fulfil(space: Mapping[str, Parameter], key: str, values: dict[str, Any]) -> None:
+    """Give the parameters on which one depends a value with which it is active."""
+    for other, wanted in space[key].when.items():
+        values[other] = wanted[0]
+        _fulfil(space, other, values)
+
+
+def grid(space: Mapping[str, Parameter]) -> list[Point]:
+    """Return every point of a countable space, each once.
+
+    Raises:
+        ConfigError: there are too many.
+    """
+    points: list[Point] = [{}]
+    for key, parameter in space.items():
+        assert parameter.values is not None
+        longer: list[Point] = []
+        for point in points:
+            here = is_active(parameter, point)
+            longer += [{**point, key: value} for value in parameter.values] if here else [point]
+        points = longer
+        if len(points) > _LARGEST_GRID:
+            raise ConfigError(f"the grid of the space has more than {_LARGEST_GRID:,} points: take values out")
+    return points
