@@ -142,8 +142,9 @@ def _spent(pid: int) -> int | None:
 
 
 def _stat(pid: int) -> list[str] | None:
-    """Return a process's state, parent, group, session and so on, as /proc has them."""
+    """Return a process's state, parent, group, session and so on, as /proc has them; None for one that has ended."""
     with contextlib.suppress(OSError, IndexError):
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return fields if len(fields) > 12 else None
+        # Where nobody reaps orphans, as in many containers, an ended process stays as a zombie.
+        return fields if len(fields) > 12 and fields[0] not in "ZX" else None
     return None

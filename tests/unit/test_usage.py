@@ -58,6 +58,23 @@ def test_cores_are_those_of_the_whole_group_and_no_other() -> None:
     assert usage.of(busy.pid, 0).cores is None, "it has ended"
 
 
+def test_a_process_that_nobody_reaps_uses_nothing() -> None:
+    usage = Usage({"CUDA_VISIBLE_DEVICES": ""})
+    leader = group("idle")
+    try:
+        usage.of(leader.pid, 0)
+        time.sleep(1.0)
+        assert usage.of(leader.pid, 0).cores is not None
+        assert leader.stdin is not None
+        leader.stdin.close()
+        os.waitid(os.P_PID, leader.pid, os.WEXITED | os.WNOWAIT)  # it has ended and stays a zombie
+        time.sleep(1.0)
+        assert usage.of(leader.pid, 0).cores is None
+    finally:
+        leader.kill()
+        leader.wait()
+
+
 # A driver's library as NVML's bindings load it: GPU n is busy for 10 n + 7 percent, "GPU-b" for 55.
 DRIVER = """
 #include <string.h>
