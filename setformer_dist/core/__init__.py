@@ -14,6 +14,7 @@ Nothing here imports torch.distributed, touches a device or has an effect at imp
     fragments.py       a fragment: this rank's piece of one state of one parameter
     heartbeat.py       what a rank does and since when, for its supervisor to see
     ledger.py          where the wall time of a run went, over all its attempts: the goodput ledger
+    lean.py            keeps out of memory what DeepSpeed imports and nobody asked for
     live.py            what the ranks of a run are doing right now, for `setformer runs top`
     logging_config.py  the `[logging]` table of a run config
     metric.py          what evaluations report: names, directions, and which weights are better
