@@ -145,10 +145,16 @@ def test_names_of_dataloaders_are_where_they_are_said_to_be() -> None:
         _ = dataloaders.nosuch
 
 
-def test_a_rank_imports_no_packing_code() -> None:
-    program = "import sys, launch.entry; print([m for m in sys.modules if m.startswith('dataloaders.packing.')])"
-    loaded = ast.literal_eval(subprocess.check_output([sys.executable, "-c", program], text=True).splitlines()[-1])
-    assert not loaded, loaded
+def test_a_rank_imports_no_packing_code_and_no_loggers() -> None:
+    unwanted = ("dataloaders.packing.", "mlflow.", "pandas.", "pyarrow.", "ray.", "optuna.", "plotly.", "sklearn.")
+    program = f"""if True:
+        import sys, launch.entry
+        print([name for name in sys.modules if f"{{name}}.".startswith({unwanted!r})])
+        import mlflow  # who asks for it gets it
+        print(mlflow.__version__)"""
+    loaded, version = subprocess.check_output([sys.executable, "-c", program], text=True).splitlines()[-2:]
+    assert not ast.literal_eval(loaded), loaded
+    assert version
 
 
 def test_few_files_of_the_engine_know_deepspeed() -> None:
