@@ -1,6 +1,6 @@
 """Keeps what nobody asked for out of a rank's memory.
 
-DeepSpeed imports its autotuner, and that imports MLflow where it is installed, with pandas and Arrow: 1.4 of 7.7 seconds
+DeepSpeed imports its autotuner, and that imports MLflow where it is installed, with pandas and Arrow: 1.4 of 7.7 s
 of a rank's start, and threads, with which a process cannot be forked. Nothing here autotunes.
 """
 
