@@ -50,6 +50,7 @@ from setformer_dist.models.attention import (
     watched_tokens,
 )
 from setformer_dist.models.measure import multiply_adds_of
+from setformer_dist.ops.refit import Layer
 from setformer_dist.tasks.build import check_metric
 
 
@@ -101,7 +102,7 @@ def compose(
     heard = Callbacks([*named, *callbacks], c.folder, run.as_json(), comm.ranks.is_main)
     ranks, plan = comm.ranks, run.plan
     watch = watch_of(run, model)
-    check_refresh(run, model)
+    layers = refreshed_layers(run, model)
     check_metric(task, c.checkpoint.best_metric, c.checkpoint.best_mode)
     device = torch.device(get_accelerator().current_device_name())
     inputs = inputs_of(c.data)
@@ -142,7 +143,7 @@ def compose(
         callbacks=heard,
         watch=watch,
         first_weights=first_weights,
-        refresh=refresh_of(run, engine, master, ema, comm, schedule_steps),
+        refresh=refresh_of(run, layers, engine, master, ema, comm, schedule_steps),
     )
     best = Best(c.checkpoint.best_metric, c.checkpoint.best_mode)
     copies_s = 60 * c.checkpoint.mirror_minutes
@@ -228,15 +229,15 @@ def watch_of(run: ResolvedRun, model: nn.Module) -> Watch | None:
     return functools.partial(watched_marginals, model)
 
 
-def check_refresh(run: ResolvedRun, model: nn.Module) -> None:
-    """Refuse refreshes of what the model does not have.
+def refreshed_layers(run: ResolvedRun, model: nn.Module) -> tuple[Layer, ...]:
+    """Return the layers whose sets are refreshed or frozen, of a model that is not cut by ZeRO yet.
 
     Raises:
-        ConfigError: naming what is missing.
+        ConfigError: the model has nothing of what [refresh] names.
     """
     config = run.config.refresh
     if not config.on and config.learn:
-        return
+        return ()
     layers = reference_layers(model)
     if not layers:
         raise ConfigError(
@@ -246,10 +247,17 @@ def check_refresh(run: ResolvedRun, model: nn.Module) -> None:
     if not any(kind in layer.shapes for layer in layers for kind in config.sets):
         there = ", ".join(dict.fromkeys(kind for layer in layers for kind in layer.shapes))
         raise ConfigError(f"refresh.sets = {list(config.sets)}, and this model has none of them: it has {there}")
+    return layers
 
 
 def refresh_of(
-    run: ResolvedRun, engine: Engine, master: MasterState, ema: Ema | None, comm: TorchCollectives, total_steps: int
+    run: ResolvedRun,
+    layers: tuple[Layer, ...],
+    engine: Engine,
+    master: MasterState,
+    ema: Ema | None,
+    comm: TorchCollectives,
+    total_steps: int,
 ) -> Refresh | None:
     """Return what sets the reference sets by K-means, None where the config wants no refresh."""
     c = run.config
@@ -257,7 +265,7 @@ def refresh_of(
         return None
     return Refresh(
         c.refresh,
-        reference_layers(engine.module),
+        layers,
         functools.partial(watched_tokens, engine.module),
         master,
         ema,

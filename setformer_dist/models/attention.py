@@ -351,7 +351,7 @@ def watched_tokens(model: nn.Module, take: Callable[[str, torch.Tensor, torch.Te
 
 
 def reference_layers(model: nn.Module) -> tuple[Layer, ...]:
-    """Return the SeT attention layers of a model as K-means sees them, first block first."""
+    """Return the SeT attention layers of a model as K-means sees them, first block first; before ZeRO cuts it."""
     found = []
     for name, module in model.named_modules():
         if isinstance(module, SetAttention):

@@ -14,6 +14,7 @@ g = heads of all blocks of one shape.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 from collections import defaultdict
 from collections.abc import Mapping
@@ -21,7 +22,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from scipy.optimize import linear_sum_assignment
 
 from setformer_dist.core.model_config import SetKind
 from setformer_dist.ops.kernels import nystrom, unit
@@ -159,10 +159,11 @@ def matched(new_gmk: torch.Tensor, old_gmk: torch.Tensor) -> torch.Tensor:
 
     The cosines are products of integers, exact in fp64, so that every machine finds the same order.
     """
+    optimize = importlib.import_module("scipy.optimize")  # half a second, which only a run with refreshes spends
     bits = (51 - math.ceil(math.log2(new_gmk.shape[-1]))) // 2
     new, old = (on_sphere(vectors.double(), bits) for vectors in (new_gmk, old_gmk))
     cosines = (old @ new.mT).cpu().numpy()
-    orders = [torch.from_numpy(linear_sum_assignment(one, maximize=True)[1]) for one in cosines]
+    orders = [torch.from_numpy(optimize.linear_sum_assignment(one, maximize=True)[1]) for one in cosines]
     order = torch.stack(orders).to(new_gmk.device)
     return new_gmk.gather(1, order.unsqueeze(-1).expand_as(new_gmk))
 
