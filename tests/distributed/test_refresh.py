@@ -36,7 +36,9 @@ from setformer_dist.models.attention import SetAttention, reference_layers
 from setformer_dist.models.build import build_model
 from setformer_dist.tasks.build import build_task
 from tests.distributed import workers
-from tests.distributed.test_resume_everywhere import LAYOUTS
+from tests.distributed.test_resume_everywhere import LAYOUTS, few_digits
+
+__all__ = ["few_digits"]  # a fixture
 
 GLOBAL = 12
 SETS = ("references", "return_references", "anchors")
@@ -199,7 +201,7 @@ TINY = (
     "refresh.sample_steps=3",
     "refresh.samples=64",
 )
-MOMENTS = (1, 3, 5, 6)  # before the first sampled step, after one, after the refresh, and later
+MOMENTS = (1, 4, 5)  # before the first sampled step, after two of three, and just after the refresh
 
 
 def trainer_of(words: list[str]) -> Any:
@@ -243,7 +245,7 @@ def from_every_moment(data: str, out: str, layouts: list[list[Any]]) -> list[dic
         name = f"whole-{stage}-{offload}"
         trainer_of(words_of(data, out, name, stage, offload)).run()
         # Every moment in one layout, and in each of the others the one within.
-        for moment in MOMENTS if number == 0 else (3,):
+        for moment in MOMENTS if number == 0 else (4,):
             again = f"from-{moment}-{stage}-{offload}"
             copy_checkpoint(Path(out), name, again, moment)
             trainer = trainer_of(words_of(data, out, again, stage, offload))
@@ -289,18 +291,29 @@ def lines_of(out: Path, name: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def runs(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+def runs(few_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     out = tmp_path_factory.mktemp("runs")
-    layouts = [[2, "none"], *[list(layout) for layout in LAYOUTS if layout != (2, "none")]]
-    return out, run_ranks(from_every_moment, 2, str(digits), str(out), layouts, timeout=500)[0]
+    layouts = [[2, "none"], [0, "none"], [3, "all"]]
+    return out, run_ranks(from_every_moment, 2, str(few_digits), str(out), layouts, timeout=500)[0]
 
 
 def test_a_run_resumed_at_any_moment_of_a_refresh_is_the_whole_run(runs: tuple[Path, list[dict[str, Any]]]) -> None:
-    out, found = runs
+    assert len(runs[1]) == len(MOMENTS) + 2
+    assert_same_runs(*runs)
+
+
+@pytest.mark.drill
+def test_so_it_is_in_every_layout(few_digits: Path, tmp_path: Path) -> None:
+    layouts = [[2, "none"], *[list(layout) for layout in LAYOUTS if layout != (2, "none")]]
+    found = run_ranks(from_every_moment, 2, str(few_digits), str(tmp_path), layouts, timeout=900)[0]
     assert len(found) == len(MOMENTS) + len(LAYOUTS) - 1
+    assert_same_runs(tmp_path, found)
+
+
+def assert_same_runs(out: Path, found: list[dict[str, Any]]) -> None:
     for entry in found:
         assert state_of(out, entry["again"]) == state_of(out, entry["whole"]), entry
-        assert bool(entry["sample"]) is (entry["moment"] == 3)
+        assert bool(entry["sample"]) is (entry["moment"] == 4)
         assert [row["step"] for row in lines_of(out, entry["whole"])] == [5]
         expected = lines_of(out, entry["whole"]) if entry["moment"] < 5 else []
         assert lines_of(out, entry["again"]) == expected, entry
@@ -312,26 +325,17 @@ def test_a_run_resumed_at_any_moment_of_a_refresh_is_the_whole_run(runs: tuple[P
 
 @pytest.mark.parametrize("world", [1, 3])
 def test_other_ranks_take_over_the_sample_bit_by_bit(
-    runs: tuple[Path, list[dict[str, Any]]], digits: Path, world: int
+    runs: tuple[Path, list[dict[str, Any]]], few_digits: Path, world: int
 ) -> None:
-    out, _ = runs
-    by_rank = run_ranks(samples_elsewhere, world, str(digits), str(out), timeout=200)
-    on_two = run_ranks(sample_of_two, 2, str(digits), str(out), timeout=200)[0]
-    assert len(on_two) == 8
+    out, on_two = runs
+    [sample] = [entry["sample"] for entry in on_two if entry["again"] == "from-4-2-none"]
+    assert len(sample) == 4
+    by_rank = run_ranks(samples_elsewhere, world, str(few_digits), str(out), timeout=200)
     for found in by_rank:
         for entry in found:
-            assert entry["sample"] == on_two
+            assert entry["sample"] == sample
     for stage in (0, 3):  # and go on to the end with it
         [row] = lines_of(out, f"elsewhere-{world}-{stage}")
         [theirs] = lines_of(out, "whole-2-none")
         for kind in ("references", "return_references"):
             assert row[kind] == pytest.approx(theirs[kind], rel=0.05, abs=0.02)
-
-
-def sample_of_two(data: str, out: str) -> dict[str, str]:
-    connect(RankInfo.from_env(), os.environ["SETFORMER_RENDEZVOUS"])
-    again = f"two-{os.environ['SETFORMER_RENDEZVOUS'][-8:].replace('/', '')}"
-    copy_checkpoint(Path(out), "whole-2-none", "two-" + again, 4)
-    sample = held_by(trainer_of(words_of(data, out, "two-" + again, 2, "none")))
-    disconnect()
-    return sample
