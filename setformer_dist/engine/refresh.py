@@ -117,7 +117,7 @@ class Refresh:
         self._held: dict[str, Sample] = {}  # of all ranks, on the CPU, the same everywhere
         self._new: dict[str, Sample] = {}  # of this rank and this step, on its device
         self._widths = {layer.name: layer.heads * layer.width for layer in layers}
-        _check(config, layers, total_steps)
+        check_possible(config, layers, total_steps)
         self._forget()
 
     # Sampling.
@@ -277,7 +277,12 @@ def _put(fragment: Fragment, whole: torch.Tensor, where: torch.Tensor) -> None:
     fragment.tensor.data.copy_(mine)
 
 
-def _check(config: RefreshConfig, layers: tuple[Layer, ...], total_steps: int) -> None:
+def check_possible(config: RefreshConfig, layers: tuple[Layer, ...], total_steps: int) -> None:
+    """Refuse refreshes that this run cannot have.
+
+    Raises:
+        ConfigError: one is due where the run has no step, or a set has more references than there are samples.
+    """
     if config.at_steps and config.at_steps[-1] >= total_steps:
         raise ConfigError(
             f"refresh.at_steps has {config.at_steps[-1]}, and the run has {total_steps} steps: a refresh comes before "

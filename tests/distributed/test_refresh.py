@@ -32,7 +32,7 @@ from setformer_dist.core.ranks import RankInfo
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
 from setformer_dist.engine.config import RefreshConfig
 from setformer_dist.engine.refresh import InJob, Refresh
-from setformer_dist.models.attention import SetAttention, reference_layers
+from setformer_dist.models.attention import SetAttention, freeze_sets, reference_layers
 from setformer_dist.models.build import build_model
 from setformer_dist.tasks.build import build_task
 from tests.distributed import workers
@@ -182,6 +182,33 @@ def test_what_becomes_of_states_and_average(by_world: dict[int, list[dict[str, A
         assert entry["moved"] == sorted(f"{name}|{state}" for name in names for state in changed)
         for name in names:  # the average follows
             assert entry["digests"][f"{name}|param"] == entry["digests"][f"{name}|ema"]
+
+
+# Sets that K-means alone moves.
+
+
+def frozen_everywhere() -> list[dict[str, Any]]:
+    torch.set_num_threads(1)
+    found = []
+    for stage, offload in LAYOUTS:
+        module = build_model(NANO, 10, 16, 0)
+        freeze_sets(module, ("references", "anchors"))
+        trainee = workers.Trainee(stage, "fp32", offload=offload, module=module)
+        before = whole_of(trainee)
+        losses = [trainee.step(step) for step in range(3)]
+        after = whole_of(trainee)
+        same = sorted({name.split("|")[0] for name in after if torch.equal(before[name], after[name])})
+        found.append({"losses": losses, "same": same})
+    disconnect()
+    return found
+
+
+def test_frozen_sets_stay_and_all_else_learns() -> None:
+    for by_rank in run_ranks(frozen_everywhere, 2, timeout=200):
+        for entry in by_rank:
+            assert entry["losses"] == pytest.approx(by_rank[0]["losses"], rel=1e-5)
+            layers = [f"stages.{i}.blocks.0.attn" for i in range(2)]
+            assert entry["same"] == sorted(f"{layer}.{kind}" for layer in layers for kind in ("references", "anchors"))
 
 
 # Whole runs: a checkpoint before, within and after a refresh, on the same ranks and on others.

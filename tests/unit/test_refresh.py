@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launch.run.compose import refreshed_layers
+from launch.run.config import load_run, resolve
+from launch.testing.commands import DEMO
 from setformer_dist.core.config import build
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.engine.config import RefreshConfig
+from setformer_dist.engine.refresh import check_possible
 from setformer_dist.models.attention import SetAttention, freeze_sets, reference_layers, watched_tokens
+from setformer_dist.models.build import build_model
 from setformer_dist.ops.kmeans import Here
 from setformer_dist.ops.refit import Problem, figures, matched, refit, with_lengths_of
 from setformer_dist.ops.reservoir import Sample, lowest, token_keys, union
@@ -230,3 +236,39 @@ def test_bad_tables_are_refused(table: dict[str, object], words: list[str]) -> N
     with pytest.raises(ConfigError) as refused:
         build(RefreshConfig, table, "config")
     assert all(word in str(refused.value) for word in words), refused.value
+
+
+VIT = ["model.name=vit_tiny_patch16_224", "~model.args"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["model.name=vit_tiny_patch16_224", "~model.args", "refresh.every=5"],
+            ["no SeT attention", "remove the table"],
+        ),
+        (["model.args.attention=softmax", "refresh.learn=false"], ["no SeT attention", "attention.kind = 'set'"]),
+        (["refresh.every=5", 'refresh.sets=["anchors"]'], ["refresh.sets = ['anchors']", "it has references"]),
+    ],
+)
+def test_a_model_without_what_is_refreshed_is_refused(words: list[str], said: list[str]) -> None:
+    run = resolve(load_run(Path(DEMO), words), 1)
+    model = build_model(run.config.model, 10, 16, 0)
+    with pytest.raises(ConfigError) as refused:
+        refreshed_layers(run, model)
+    assert all(word in str(refused.value) for word in said), refused.value
+
+
+def test_refreshes_that_no_run_can_have_are_refused() -> None:
+    layers = problem_of(PLAIN).layers
+    with pytest.raises(ConfigError, match=r"refresh\.at_steps has 40, and the run has 40 steps"):
+        check_possible(RefreshConfig(at_steps=(3, 40)), layers, 40)
+    with pytest.raises(ConfigError, match=r"refresh\.samples = 3 tokens are fewer than the 4 references of 0"):
+        check_possible(RefreshConfig(every=5, samples=3), layers, 40)
+    check_possible(RefreshConfig(at_steps=(39,), samples=4), layers, 40)
+
+
+def test_nothing_is_asked_of_a_model_where_there_is_no_refresh() -> None:
+    run = resolve(load_run(Path(DEMO), VIT), 1)
+    assert refreshed_layers(run, torch.nn.Linear(2, 2)) == ()
