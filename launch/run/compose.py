@@ -272,6 +272,7 @@ def refresh_of(
         comm,
         run.plan,
         InJob(comm.ranks, engine.device),
+        engine.device,
         c.run.seed,
         total_steps,
     )

@@ -91,6 +91,7 @@ class Refresh:
         comm: of all ranks.
         plan: where each rank's samples stand in the global batch.
         refitter: computes the new sets.
+        device: of this rank, for the figures.
         seed: of the run.
         total_steps: of the run.
 
@@ -108,12 +109,13 @@ class Refresh:
         comm: TorchCollectives,
         plan: BatchPlan,
         refitter: Refitter,
+        device: torch.device,
         seed: int,
         total_steps: int,
     ) -> None:
         self._config, self._layers, self._watched = config, layers, watched
         self._master, self._ema, self._comm, self._plan = master, ema, comm, plan
-        self._refitter, self._seed, self._total_steps = refitter, seed, total_steps
+        self._refitter, self._device, self._seed, self._total_steps = refitter, device, seed, total_steps
         self._held: dict[str, Sample] = {}  # of all ranks, on the CPU, the same everywhere
         self._new: dict[str, Sample] = {}  # of this rank and this step, on its device
         self._widths = {layer.name: layer.heads * layer.width for layer in layers}
@@ -186,7 +188,7 @@ class Refresh:
             return {**values, "skipped": new}
         self._write(new, problem.present)
         if self._comm.ranks.is_main:
-            values |= figures(problem, new)
+            values |= figures(problem.to(self._device), {n: vectors.to(self._device) for n, vectors in new.items()})
         return {**values, "seconds": time.perf_counter() - started}
 
     def _present(self) -> dict[str, torch.Tensor]:
@@ -229,13 +231,20 @@ class Refresh:
         rows = {name: len(sample) for name, sample in self._held.items() if len(sample)}
         return {"rows": rows} if rows else {}
 
-    def take_back(self, state: Mapping[str, Any]) -> list[Fragment]:
+    def take_back(self, state: Mapping[str, Any], step: int) -> list[Fragment]:
         """Make room for the sample of a checkpoint; return what is to be filled.
+
+        Args:
+            state: what `state` returned.
+            step: optimizer steps done, as this run counts them. Where another batch has moved the count to a place at
+                which nothing is being sampled, the sample is dropped.
 
         Raises:
             CheckpointError: it is of another model or config.
         """
         self._forget()
+        if not self._config.samples_at(step - 1, self._total_steps):
+            return []
         for name, rows in state.get("rows", {}).items():
             if name not in self._widths or not 0 < rows <= self._config.samples:
                 raise CheckpointError(

@@ -365,7 +365,7 @@ class Trainer:
     def _take_over(self, saved: SavedState) -> None:
         c, trainer = self._c, saved.trainer
         step = c.stream.check_state(trainer["stream"])
-        kept = c.refresh.take_back(trainer.get("refresh", {})) if c.refresh is not None else []
+        kept = c.refresh.take_back(trainer.get("refresh", {}), step) if c.refresh is not None else []
         c.store.load(saved, [*self._fragments(), *kept])
         c.master.optimizer_steps = trainer["optimizer_steps"]
         c.master.set_loss_scale(trainer["loss_scale"])

@@ -99,7 +99,7 @@ def refreshed(stage: int, offload: str, dtype: str, optimizer: str) -> dict[str,
     config = RefreshConfig(at_steps=(3,), sample_steps=3, samples=40, optimizer=optimizer, iterations=5)
     made = Refresh(
         config, layers, lambda take: offered(take, layers, **state), trainee.master, trainee.ema, trainee.comm,
-        trainee.plan, InJob(trainee.ranks, trainee.engine.device), seed=7, total_steps=9,
+        trainee.plan, InJob(trainee.ranks, trainee.engine.device), trainee.engine.device, seed=7, total_steps=9,
     )  # fmt: skip
     for step in range(3):
         for index in range(trainee.plan.accumulation):
@@ -112,6 +112,8 @@ def refreshed(stage: int, offload: str, dtype: str, optimizer: str) -> dict[str,
     values = made.apply(3)
     values.pop("seconds")
     after = whole_of(trainee)
+    skipped = made.apply(3)  # nothing was sampled since
+    unchanged = all(torch.equal(tensor, after[name]) for name, tensor in whole_of(trainee).items())
     moved = {name: not torch.equal(after[name], before[name]) for name in after}
     return {
         "digests": {name: hashlib.sha256(t.numpy().tobytes()).hexdigest() for name, t in sorted(after.items())},
@@ -121,6 +123,7 @@ def refreshed(stage: int, offload: str, dtype: str, optimizer: str) -> dict[str,
         "computes": computes_with(trainee, after),
         "values": values,
         "left": made.state(),
+        "skipped": [skipped, unchanged],
     }
 
 
@@ -165,6 +168,8 @@ def test_the_same_bits_on_any_ranks_in_any_layout(by_world: dict[int, list[dict[
             assert entry["computes"], where
             assert entry["finite"], where
             assert entry["left"] == {}, where
+            why = "stages.0.blocks.0.attn has 0 sampled tokens for 5 anchors"
+            assert entry["skipped"] == [{"samples": 0, "skipped": why}, True], where
             assert entry["values"] == expected["values"], where
             compared = {
                 name: digest for name, digest in entry["digests"].items()

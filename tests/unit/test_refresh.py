@@ -16,9 +16,9 @@ from launch.run.compose import refreshed_layers
 from launch.run.config import load_run, resolve
 from launch.testing.commands import DEMO
 from setformer_dist.core.config import build
-from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.errors import CheckpointError, ConfigError
 from setformer_dist.engine.config import RefreshConfig
-from setformer_dist.engine.refresh import check_possible
+from setformer_dist.engine.refresh import Refresh, check_possible
 from setformer_dist.models.attention import SetAttention, freeze_sets, reference_layers, watched_tokens
 from setformer_dist.models.build import build_model
 from setformer_dist.ops.kmeans import Here
@@ -272,3 +272,29 @@ def test_refreshes_that_no_run_can_have_are_refused() -> None:
 def test_nothing_is_asked_of_a_model_where_there_is_no_refresh() -> None:
     run = resolve(load_run(Path(DEMO), VIT), 1)
     assert refreshed_layers(run, torch.nn.Linear(2, 2)) == ()
+
+
+def test_a_sample_that_this_run_cannot_have_is_refused() -> None:
+    layers = problem_of(PLAIN).layers
+    none: Any = None
+    made = Refresh(
+        RefreshConfig(at_steps=(5,), samples=64),
+        layers,
+        none,
+        none,
+        none,
+        none,
+        none,
+        none,
+        none,
+        seed=0,
+        total_steps=9,
+    )
+    assert [f.shape for f in made.take_back({"rows": {"0": 30}}, step=3)] == [(30,), (30, 12)]
+    assert made.state() == {"rows": {"0": 30}}
+    for rows in ({"2": 30}, {"0": 65}, {"0": 0}, {"0": -1}):
+        with pytest.raises(CheckpointError, match="which this run cannot have: use the config"):
+            made.take_back({"rows": rows}, step=3)
+    assert made.take_back({"rows": {"0": 30}}, step=7) == []  # another batch has moved the count of steps
+    assert made.take_back({}, step=3) == []
+    assert made.state() == {}
