@@ -4,9 +4,9 @@ Each event is a method. A run calls them in this order, on every callback in tur
 
     on_run_start                 once per start of the program, also where it resumes
       on_step_end                after each optimizer step
+      on_refresh                 reference sets were set by K-means ([refresh])
       on_bad_step                a loss that is not finite, or a loss spike, with the response to it ([guard])
       on_metrics                 every run.log_every steps
-      on_refresh                 reference sets were set by K-means ([refresh])
       on_evaluation_end          after each evaluation
       on_checkpoint_saved        when a checkpoint is durable: with asynchronous saving, some steps after its own
     on_run_end                   the last step is done and saved, or a signal or a callback ended the run before

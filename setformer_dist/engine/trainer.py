@@ -230,11 +230,11 @@ class Trainer:
                 self._do_step(batches)
             c.heartbeat.warm = True
             state.step += 1
-            if c.refresh is not None and c.refresh.due(state.step):
-                self._refresh(c.refresh)
             state.seconds = time.perf_counter() - self._started
             progress.advance(state.step)
             c.callbacks.step_end(state.step)
+            if c.refresh is not None and c.refresh.due(state.step):
+                self._refresh(c.refresh)
             if state.step % self._log_every == 0 or state.step == self._total_steps:
                 self._steps.write(state, lr, progress)
             signum = self._after_step(stop, progress)
@@ -254,7 +254,7 @@ class Trainer:
         self._steps.take(step, outcome)
 
     def _refresh(self, refresh: Refresh) -> None:
-        """Set the reference sets by K-means, before anything else of this step is done."""
+        """Set the reference sets by K-means, before this step is evaluated and saved."""
         with self._clock.section("refresh"):
             values = refresh.apply(self._state.step)
         self._c.record.write("refresh", self._state.step, values)
