@@ -32,7 +32,7 @@ from checkpoints.policy import Candidate, State, best_first
 from checkpoints.rankfile import Piece, RankFile, open_rank_file
 from checkpoints.strictjson import parse
 from setformer_dist.core.errors import CheckpointError
-from setformer_dist.core.fragments import Fragment
+from setformer_dist.core.fragments import KEPT, Fragment
 
 _NAMED = 3  # parameters that an error message names before it only counts
 MAX_TRAINER = 16 << 20  # bytes of trainer.json: a config, some ten thousand class names, the losses since a log line
@@ -93,8 +93,12 @@ class _RankFiles:
             self.pieces[piece.name, piece.state].append((piece, file))
 
     @property
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        return {name: shape for name, shape in self.shapes.items() if not name.startswith(KEPT)}
+
+    @property
     def states(self) -> set[str]:
-        return {state for _, state in self.pieces}
+        return {state for name, state in self.pieces if not name.startswith(KEPT)}
 
     def fill(self, name: str, state: str, start: int, out: torch.Tensor) -> None:
         """Copy elements [start, start + out.numel()) into `out`, on any device, of any dtype."""
@@ -185,13 +189,15 @@ class Checkpoint:
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every parameter by name, from the headers alone."""
         with self._open() as files:
-            return dict(files.shapes)
+            return files.parameters
 
     def states(self) -> dict[str, int]:
         """Return the number of elements held of each state, from the headers alone."""
         counts: dict[str, int] = defaultdict(int)
         with self._open() as files:
-            for (_, state), held in files.pieces.items():
+            for (name, state), held in files.pieces.items():
+                if name.startswith(KEPT):
+                    continue
                 counts[state] += sum(piece.end - piece.start for piece, _ in held)
         return dict(sorted(counts.items()))
 
@@ -255,7 +261,7 @@ class Checkpoint:
     def iterate_full(self, state: str = "param", fallback: str | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield what `read_full` returns, one parameter at a time."""
         with self._open() as files:
-            for name, shape in files.shapes.items():
+            for name, shape in files.parameters.items():
                 chosen = next((s for s in (state, fallback) if s and files.pieces.get((name, s))), None)
                 if chosen is None and 0 not in shape:
                     raise self._no_state(files, state, name)

@@ -37,11 +37,20 @@ from setformer_dist.engine.guard import Guard
 from setformer_dist.engine.master import MasterState
 from setformer_dist.engine.metrics import RunRecord, peak_flops
 from setformer_dist.engine.optim import Schedule
+from setformer_dist.engine.protocol import Engine
+from setformer_dist.engine.refresh import InJob, Refresh
 from setformer_dist.engine.run_state import Best
 from setformer_dist.engine.trainer import Trainer
 from setformer_dist.engine.zero import check_precision
-from setformer_dist.models.attention import set_attentions, watched_marginals
+from setformer_dist.models.attention import (
+    freeze_sets,
+    reference_layers,
+    set_attentions,
+    watched_marginals,
+    watched_tokens,
+)
 from setformer_dist.models.measure import multiply_adds_of
+from setformer_dist.ops.refit import Layer
 from setformer_dist.tasks.build import check_metric
 
 
@@ -93,6 +102,7 @@ def compose(
     heard = Callbacks([*named, *callbacks], c.folder, run.as_json(), comm.ranks.is_main)
     ranks, plan = comm.ranks, run.plan
     watch = watch_of(run, model)
+    layers = refreshed_layers(run, model)
     check_metric(task, c.checkpoint.best_metric, c.checkpoint.best_mode)
     device = torch.device(get_accelerator().current_device_name())
     inputs = inputs_of(c.data)
@@ -105,15 +115,18 @@ def compose(
     first_weights = first_weights_of(run, task, model, comm)
     prepare = inputs.prepare(len(splits.train.classes), device, DTYPES[c.precision.dtype])
     task, prepare, taught_by = with_teacher(run, task, prepare, input_spec, device, comm)
+    if not c.refresh.learn:
+        freeze_sets(model, c.refresh.sets)
     engine = initialize(model, c.optim, run.deepspeed_json())
     master = MasterState(engine)
+    ema = Ema(master, c.ema) if c.ema.decay else None
     meter = CommMeter()
     meter.install()
 
     components = Components(
         engine=engine,
         master=master,
-        ema=Ema(master, c.ema) if c.ema.decay else None,
+        ema=ema,
         plan=plan,
         stream=stream,
         validation=validation,
@@ -130,6 +143,7 @@ def compose(
         callbacks=heard,
         watch=watch,
         first_weights=first_weights,
+        refresh=refresh_of(run, layers, engine, master, ema, comm, schedule_steps),
     )
     best = Best(c.checkpoint.best_metric, c.checkpoint.best_mode)
     copies_s = 60 * c.checkpoint.mirror_minutes
@@ -214,6 +228,55 @@ def watch_of(run: ResolvedRun, model: nn.Module) -> Watch | None:
             "its plans have marginals: remove the key, or use a model with attention.kind = 'set'"
         )
     return functools.partial(watched_marginals, model)
+
+
+def refreshed_layers(run: ResolvedRun, model: nn.Module) -> tuple[Layer, ...]:
+    """Return the layers whose sets are refreshed or frozen, of a model that is not cut by ZeRO yet.
+
+    Raises:
+        ConfigError: the model has nothing of what [refresh] names.
+    """
+    config = run.config.refresh
+    if not config.on and config.learn:
+        return ()
+    layers = reference_layers(model)
+    if not layers:
+        raise ConfigError(
+            f"[refresh] sets reference sets, but {run.config.model.name} has no SeT attention in this config: remove "
+            "the table, or use a model with attention.kind = 'set'"
+        )
+    if not any(kind in layer.shapes for layer in layers for kind in config.sets):
+        there = ", ".join(dict.fromkeys(kind for layer in layers for kind in layer.shapes))
+        raise ConfigError(f"refresh.sets = {list(config.sets)}, and this model has none of them: it has {there}")
+    return layers
+
+
+def refresh_of(
+    run: ResolvedRun,
+    layers: tuple[Layer, ...],
+    engine: Engine,
+    master: MasterState,
+    ema: Ema | None,
+    comm: TorchCollectives,
+    total_steps: int,
+) -> Refresh | None:
+    """Return what sets the reference sets by K-means, None where the config wants no refresh."""
+    c = run.config
+    if not c.refresh.on:
+        return None
+    return Refresh(
+        c.refresh,
+        layers,
+        functools.partial(watched_tokens, engine.module),
+        master,
+        ema,
+        comm,
+        run.plan,
+        InJob(comm.ranks, engine.device),
+        engine.device,
+        c.run.seed,
+        total_steps,
+    )
 
 
 def device_label() -> str:

@@ -41,6 +41,7 @@ from setformer_dist.engine.config import (
     GuardConfig,
     OptimConfig,
     PrecisionConfig,
+    RefreshConfig,
     ScheduleConfig,
     ZeroConfig,
 )
@@ -223,6 +224,7 @@ class RunConfig(FrozenConfig):
     precision: PrecisionConfig = PrecisionConfig()
     zero: Annotated[ZeroConfig, FREE] = ZeroConfig()
     ema: EmaConfig = EmaConfig()
+    refresh: RefreshConfig = RefreshConfig()
     eval: Annotated[EvalConfig, FREE] = EvalConfig()
     checkpoint: Annotated[CheckpointConfig, FREE] = CheckpointConfig()
     restart: Annotated[RestartConfig, FREE] = RestartConfig()

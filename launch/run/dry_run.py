@@ -20,7 +20,7 @@ from torch import nn
 
 from checkpoints.reader import list_checkpoints
 from dataloaders.config import DataConfig
-from launch.run.compose import check_device, open_splits, watch_of
+from launch.run.compose import check_device, open_splits, refreshed_layers, watch_of
 from launch.run.config import ResolvedRun, check_folder
 from launch.run.distill import teacher_of
 from launch.run.identity import shapes_of
@@ -35,6 +35,7 @@ from setformer_dist.core.secrets import redacted
 from setformer_dist.core.terminal import open_table, print_heading
 from setformer_dist.engine.deepspeed_engine import DTYPES
 from setformer_dist.engine.optim import OPTIMIZERS
+from setformer_dist.engine.refresh import check_possible
 from setformer_dist.models.build import check_name
 from setformer_dist.models.measure import multiply_adds_of, parameters, predict_memory
 from setformer_dist.tasks.build import build_task, check_metric
@@ -124,6 +125,7 @@ def _examine(run: ResolvedRun) -> _Known:
     model = inputs.build_model(c.model, len(task.outputs), inputs.spec(splits.train), c.run.seed)
     check_folder(run)
     watch_of(run, model)
+    layers = refreshed_layers(run, model)
     teacher = teacher_of(run, task, inputs.spec(splits.train))
     ranks = RankInfo(rank=0, world_size=run.plan.world_size, local_rank=0, local_world_size=run.plan.world_size)
     with contextlib.ExitStack() as stack:
@@ -133,6 +135,7 @@ def _examine(run: ResolvedRun) -> _Known:
         stack.callback(validation.close)
         per_epoch = stream.steps_per_epoch
     warmup = c.schedule.warmup(per_epoch)
+    check_possible(c.refresh, layers, c.schedule.total_steps(per_epoch))
     rows = [
         ("data", f"{splits.train.num_samples:,} training and {splits.val.num_samples:,} validation samples of "
          f"{len(classes)} classes"),

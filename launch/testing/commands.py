@@ -139,7 +139,7 @@ def losses(run_folder: Path) -> dict[tuple[str, int], tuple[float, float | None]
     found: dict[tuple[str, int], tuple[float, float | None]] = {}
     for line in (run_folder / "metrics.jsonl").read_text().splitlines():
         row: dict[str, Any] = json.loads(line) if line.strip().endswith("}") else {}
-        if row:
+        if "loss" in row:
             found[row["kind"], row["step"]] = (row["loss"], row.get("ema_loss"))
     return found
 

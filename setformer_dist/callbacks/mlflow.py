@@ -62,6 +62,10 @@ class Mlflow(Callback):
         """Send the figures of an evaluation."""
         self._send("eval", step, metrics)
 
+    def on_refresh(self, step: int, metrics: Mapping[str, object]) -> None:
+        """Send what a refresh of the reference sets did."""
+        self._send("refresh", step, metrics)
+
     def on_bad_step(self, step: int, values: Mapping[str, object]) -> None:
         """Send what the guard saw."""
         self._send("guard", step, values)

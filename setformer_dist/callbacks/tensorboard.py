@@ -32,6 +32,10 @@ class TensorBoard(Callback):
         """Write the figures of an evaluation."""
         self._write("eval", step, metrics)
 
+    def on_refresh(self, step: int, metrics: Mapping[str, object]) -> None:
+        """Write what a refresh of the reference sets did."""
+        self._write("refresh", step, metrics)
+
     def on_bad_step(self, step: int, values: Mapping[str, object]) -> None:
         """Write what the guard saw."""
         self._write("guard", step, values)

@@ -4,6 +4,7 @@ Each event is a method. A run calls them in this order, on every callback in tur
 
     on_run_start                 once per start of the program, also where it resumes
       on_step_end                after each optimizer step
+      on_refresh                 reference sets were set by K-means ([refresh])
       on_bad_step                a loss that is not finite, or a loss spike, with the response to it ([guard])
       on_metrics                 every run.log_every steps
       on_evaluation_end          after each evaluation
@@ -27,6 +28,7 @@ Event = Literal[
     "on_step_end",
     "on_bad_step",
     "on_metrics",
+    "on_refresh",
     "on_evaluation_end",
     "on_checkpoint_saved",
     "on_run_end",
@@ -103,6 +105,9 @@ class Callback:
 
     def on_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Handle the metrics of the steps since the last call, means over all ranks: kind "train" in metrics.jsonl."""
+
+    def on_refresh(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Handle a refresh of the reference sets, after `step` steps: kind "refresh" in metrics.jsonl."""
 
     def on_evaluation_end(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Handle the metrics of an evaluation: kind "eval" in metrics.jsonl."""

@@ -11,13 +11,16 @@ from dataclasses import dataclass
 
 import torch
 
+# How the names begin of what a part of a run keeps in its checkpoints as fragments, and that are no parameters.
+KEPT = "~"
+
 
 @dataclass(frozen=True)
 class Fragment:
     """Elements [start, start + tensor.numel()) of the flattened state `state` of parameter `name`.
 
     Attributes:
-        name: the parameter's name in the model.
+        name: the parameter's name in the model; one that begins with `KEPT` is no parameter.
         state: "param" (fp32 master), an optimizer state ("exp_avg", "exp_avg_sq") or "ema".
         start: first element within the flattened parameter.
         shape: the whole parameter's shape.

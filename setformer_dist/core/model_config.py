@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import pydantic
 
@@ -12,6 +12,9 @@ from setformer_dist.core.config import FrozenConfig
 
 # What model.name begins with where a program gave the model as an object; no checkpoint holds its code.
 OWN_MODEL = "own:"
+
+# The sets of vectors that a SeT attention layer may have, by the names of its parameters.
+SetKind = Literal["references", "return_references", "anchors"]
 
 
 class ModelConfig(FrozenConfig):

@@ -31,6 +31,7 @@ class Purpose(enum.IntEnum):
     KMEANS = 8
     LISTOPS = 9
     PATHFINDER = 10
+    REFRESH = 11
     SWEEP = 20
     POPULATION = 21
 

@@ -139,6 +139,11 @@ class TorchCollectives:
         """This process's place."""
         return self._ranks
 
+    @property
+    def tensors(self) -> TensorSums:
+        """Sums and maxima of tensors on the CPU."""
+        return TensorSums(self._group)
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         dist.barrier(group=self._group)
@@ -206,16 +211,23 @@ class TorchCollectives:
 
 
 class TensorSums:
-    """`ops.kmeans.Across` over torch.distributed: sums and maxima of tensors over all ranks, element by element."""
+    """`ops.kmeans.Across` over torch.distributed: sums and maxima of tensors over all ranks, element by element.
+
+    Args:
+        group: the ranks' group for tensors of this kind; None is that of the devices.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._group = group
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Return the sums, in a tensor of its own."""
-        dist.all_reduce(values := values.clone())
+        dist.all_reduce(values := values.clone(), group=self._group)
         return values
 
     def max(self, values: torch.Tensor) -> torch.Tensor:
         """Return the largest values, in a tensor of its own."""
-        dist.all_reduce(values := values.clone(), op=dist.ReduceOp.MAX)
+        dist.all_reduce(values := values.clone(), op=dist.ReduceOp.MAX, group=self._group)
         return values
 
 

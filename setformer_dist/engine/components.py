@@ -20,6 +20,7 @@ from setformer_dist.engine.master import MasterState
 from setformer_dist.engine.metrics import RunRecord
 from setformer_dist.engine.optim import Schedule
 from setformer_dist.engine.protocol import Engine
+from setformer_dist.engine.refresh import Refresh
 
 
 @dataclass(frozen=True)
@@ -62,4 +63,5 @@ class Components:
     heartbeat: Heartbeat
     callbacks: Callbacks
     watch: Watch | None = None
+    refresh: Refresh | None = None
     first_weights: Callable[[list[Fragment]], str] | None = None

@@ -10,6 +10,7 @@ from setformer_dist.core.config import FrozenConfig
 from setformer_dist.core.continuing import FREE, Permitted
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.metric import Weights
+from setformer_dist.core.model_config import SetKind
 
 # The solutions are divisors, and to find those of any number that TOML can write would take longer than training.
 LARGEST_GLOBAL_BATCH = 2**31 - 1
@@ -349,3 +350,64 @@ class GuardConfig(FrozenConfig):
         if 0 < value <= 1:
             raise ValueError("must be 0 (off) or above 1: it multiplies the median of the last losses")
         return value
+
+
+class RefreshConfig(FrozenConfig):
+    """The `[refresh]` table: SeT's sets set by K-means over sampled tokens, at fixed steps. Off unless told when.
+
+    Attributes:
+        every: optimizer steps between two refreshes; 0 turns these off. The end of the run has none.
+        at_steps: further refreshes after so many optimizer steps, such as one after a short warm-up.
+        sample_steps: the optimizer steps before a refresh from which tokens are sampled.
+        samples: tokens that K-means sees, of each block; all of its heads take the same ones.
+        sets: which sets are set: "references" (they gather), "return_references" (they scatter) and "anchors" (of the
+            Nyström kernel), as far as the model has them.
+        start: "references" starts K-means from the present sets, "kmeans++" from drawn tokens.
+        iterations: rounds of K-means at most.
+        optimizer: what becomes of the optimizer's states of what moved: "momentum" sets the average of gradients to
+            zero, which points from where the reference was, and keeps that of their squares, which scales steps; "all"
+            sets both to zero; "keep" none.
+        ema: what becomes of the averaged weights of what moved: "follow" sets them to the new values, "keep" lets them
+            approach as they do after a step.
+        learn: whether the optimizer moves the sets as well; false leaves them to K-means alone.
+    """
+
+    every: int = pydantic.Field(default=0, ge=0)
+    at_steps: tuple[int, ...] = pydantic.Field(default=(), strict=False)
+    sample_steps: int = pydantic.Field(default=4, gt=0)
+    samples: int = pydantic.Field(default=2048, gt=0, le=2**20)
+    sets: tuple[SetKind, ...] = pydantic.Field(
+        default=("references", "return_references", "anchors"), strict=False, min_length=1
+    )
+    start: Literal["references", "kmeans++"] = "references"
+    iterations: int = pydantic.Field(default=10, gt=0)
+    optimizer: Literal["momentum", "all", "keep"] = "momentum"
+    ema: Literal["follow", "keep"] = "follow"
+    learn: bool = True
+
+    @pydantic.field_validator("at_steps")
+    @classmethod
+    def _rising(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if any(step < 1 for step in value) or list(value) != sorted(set(value)):
+            raise ValueError("must be rising numbers of optimizer steps, from 1 on: [500, 2000]")
+        return value
+
+    @pydantic.field_validator("sets")
+    @classmethod
+    def _each_once(cls, value: tuple[SetKind, ...]) -> tuple[SetKind, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("names a set twice: name each once")
+        return value
+
+    @property
+    def on(self) -> bool:
+        """Whether there is any refresh."""
+        return bool(self.every or self.at_steps)
+
+    def due(self, step: int, total_steps: int) -> bool:
+        """Return whether there is a refresh after so many optimizer steps, before the run's last."""
+        return 0 < step < total_steps and (step in self.at_steps or (self.every > 0 and step % self.every == 0))
+
+    def samples_at(self, step: int, total_steps: int) -> bool:
+        """Return whether tokens of an optimizer step (0-based) are sampled: a refresh follows soon."""
+        return any(self.due(after, total_steps) for after in range(step + 1, step + 1 + self.sample_steps))

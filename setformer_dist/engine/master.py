@@ -45,6 +45,7 @@ class MasterState:
 
     Attributes:
         states: names of what the optimizer keeps per element.
+        replicated: whether every rank holds all of it.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -60,6 +61,7 @@ class MasterState:
         grouped = [p for group in self._inner.param_groups for p in group["params"]]
         self._create_states(getattr(optimizer, "fp32_partitioned_groups_flat", grouped), kind.counts)
         self._layout = _layout_of(engine)
+        self.replicated = engine.zero_optimization_stage() == 0
 
     def fragments(self, *states: str) -> list[Fragment]:
         """Return all that this rank holds of the states ("param", and of `states`), as live views."""

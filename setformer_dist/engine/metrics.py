@@ -1,7 +1,7 @@
 """Where a step's time goes, and the run's record: callbacks receive the same metrics (`core.callback`).
 
-    runs/<run>/metrics.jsonl   one JSON object a line, kind "train", "eval" or "guard"; after a resume steps may repeat,
-                               and the last line of a step counts; what is no finite number is null
+    runs/<run>/metrics.jsonl   one JSON object a line, kind "train", "eval", "guard" or "refresh"; after a resume steps
+                               may repeat, and the last line of a step counts; what is no finite number is null
     runs/<run>/samples.jsonl   with run.record_samples: the sample ids of every optimizer step
 
 Only rank 0 writes.

@@ -121,6 +121,8 @@ def check_trainer(trainer: dict[str, Any], place: Path) -> None:
                 raise ValueError(f"{key} is no {kind.__name__}")
         window = trainer.get("guard", {}).get("window", [])
         pydantic.TypeAdapter(list[float]).validate_json(json.dumps(window), strict=True)
+        rows = trainer.get("refresh", {}).get("rows", {})
+        pydantic.TypeAdapter(dict[str, int]).validate_json(json.dumps(rows), strict=True)
         for name, state in trainer.get("callbacks", {}).items():
             if not isinstance(state, dict):
                 raise ValueError(f"callbacks.{name} is no object")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from setformer_dist.engine.comm import TorchCollectives
 from setformer_dist.engine.guard import Updates
 from setformer_dist.engine.metrics import StepClock
 from setformer_dist.engine.protocol import Engine
+from setformer_dist.engine.refresh import Refresh
 
 
 def seed_generators(seed: int) -> None:
@@ -54,6 +56,7 @@ class TrainStep:
         seed: int,
         comm: TorchCollectives,
         updates: Updates,
+        refresh: Refresh | None = None,
     ) -> None:
         self._engine = engine
         self._task = task
@@ -63,6 +66,7 @@ class TrainStep:
         self._seed = seed
         self._comm = comm
         self._updates = updates
+        self._refresh = refresh
         self._set_sample_keys = getattr(engine.module, "set_sample_keys", None)
 
     def __call__(self, step: int, batches: Iterator[MicroBatch]) -> StepOutcome:
@@ -74,14 +78,15 @@ class TrainStep:
         substitutions: list[str] = []
         sample_ids: list[int] = []
         micro_batches, factor = self._counted(batches)
-        for _ in range(self._accumulation):
+        for index in range(self._accumulation):
             with self._clock.section("data"):
                 batch = next(micro_batches)
                 inputs, targets = self._prepare(batch, train=True)
             substitutions += batch.substitutions
             sample_ids += batch.sample_ids.tolist()
             self._key_drop_path(step, batch, inputs.device)
-            with self._clock.section("forward"):
+            watching = self._refresh.watching(step, index, batch) if self._refresh is not None else nullcontext()
+            with self._clock.section("forward"), watching:
                 loss = self._task.loss(self._engine(inputs), targets)
                 if factor is not None:
                     loss = loss * factor

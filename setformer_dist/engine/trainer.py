@@ -22,6 +22,7 @@ from setformer_dist.engine.evaluation import Evaluation
 from setformer_dist.engine.guard import Incident, Updates
 from setformer_dist.engine.metrics import StepClock
 from setformer_dist.engine.progress import RunProgress
+from setformer_dist.engine.refresh import Refresh
 from setformer_dist.engine.run_state import Best, Outcome, RunState
 from setformer_dist.engine.signals import StopRequest
 from setformer_dist.engine.step import TrainStep
@@ -54,7 +55,8 @@ class Trainer:
         self._log_every = log_every
         self._clock = StepClock(c.meter, c.heartbeat)
         updates = Updates(c.engine)
-        self._step = TrainStep(c.engine, c.task, c.prepare, self._clock, c.plan.accumulation, seed, c.comm, updates)
+        accumulation = c.plan.accumulation
+        self._step = TrainStep(c.engine, c.task, c.prepare, self._clock, accumulation, seed, c.comm, updates, c.refresh)
         self._steps = StepLog(c, self._clock, record_samples)
         self._evaluation = Evaluation(c, evaluation, self._clock)
         self._state = RunState(step=0, best=best)
@@ -231,6 +233,8 @@ class Trainer:
             state.seconds = time.perf_counter() - self._started
             progress.advance(state.step)
             c.callbacks.step_end(state.step)
+            if c.refresh is not None and c.refresh.due(state.step):
+                self._refresh(c.refresh)
             if state.step % self._log_every == 0 or state.step == self._total_steps:
                 self._steps.write(state, lr, progress)
             signum = self._after_step(stop, progress)
@@ -244,7 +248,18 @@ class Trainer:
         if self._c.ema is not None:
             with self._clock.section("optimizer"):
                 self._c.ema.update(step)
+        if self._c.refresh is not None:
+            with self._clock.section("refresh"):
+                self._c.refresh.after_update(step)
         self._steps.take(step, outcome)
+
+    def _refresh(self, refresh: Refresh) -> None:
+        """Set the reference sets by K-means, before this step is evaluated and saved."""
+        with self._clock.section("refresh"):
+            values = refresh.apply(self._state.step)
+        self._c.record.write("refresh", self._state.step, values)
+        self._c.record.note("refreshed", step=self._state.step, skipped=values.get("skipped", ""))
+        self._c.callbacks.figures("on_refresh", self._state.step, values)
 
     def _pass_over(self, batches: Iterator[MicroBatch]) -> None:
         """Let a step's samples go by without an update."""
@@ -350,7 +365,8 @@ class Trainer:
     def _take_over(self, saved: SavedState) -> None:
         c, trainer = self._c, saved.trainer
         step = c.stream.check_state(trainer["stream"])
-        c.store.load(saved, self._fragments())
+        kept = c.refresh.take_back(trainer.get("refresh", {}), step) if c.refresh is not None else []
+        c.store.load(saved, [*self._fragments(), *kept])
         c.master.optimizer_steps = trainer["optimizer_steps"]
         c.master.set_loss_scale(trainer["loss_scale"])
         c.master.refresh()
@@ -372,8 +388,10 @@ class Trainer:
             "run": self._state.as_dict(),
             "guard": c.guard.state(),
             "callbacks": c.callbacks.state(),
+            "refresh": c.refresh.state() if c.refresh is not None else {},
         }
-        return Snapshot(self._state.step, self._fragments(), trainer, evaluation)
+        kept = c.refresh.share() if c.refresh is not None else []
+        return Snapshot(self._state.step, [*self._fragments(), *kept], trainer, evaluation)
 
     def _save(self, evaluation: dict[str, float], replace: bool = False) -> None:
         self._steps.reduce(self._state)

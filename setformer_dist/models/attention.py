@@ -17,8 +17,9 @@ landmarks, k = anchors.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Literal
 
 import pydantic
@@ -28,8 +29,10 @@ from torch.nn import functional as F
 
 from setformer_dist.core.config import FrozenConfig
 from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.model_config import SetKind
 from setformer_dist.ops.cast_attention import Assignment, cast_attention
 from setformer_dist.ops.kernels import at_least_fp32
+from setformer_dist.ops.refit import Layer
 from setformer_dist.ops.set.attention import IntTuple, SetAttentionConfig, marginal_error, set_attention
 from setformer_dist.ops.soft_attention import pool_grid, pool_sequence, soft_attention
 
@@ -227,6 +230,9 @@ class SetAttention(nn.Module):
         return_references: (h, m, d) parameter, the set that scatters, or None with one set.
         anchors: (h, k, d) parameter of the Nyström map, or None.
         watcher: called with the marginal error of each forward pass, (b, h); None costs nothing (`watched_marginals`).
+        taker: called with the tokens that a forward pass transports, (b, h, n, d), and its mask; None costs nothing
+            (`watched_tokens`).
+        frozen: sets that get no gradient (`freeze_sets`).
     """
 
     def __init__(self, dim: int, num_heads: int, config: SetAttentionConfig) -> None:
@@ -235,6 +241,8 @@ class SetAttention(nn.Module):
         self.num_heads = num_heads
         self.config = config
         self.watcher: Callable[[torch.Tensor], None] | None = None
+        self.taker: Callable[[torch.Tensor, torch.Tensor | None], None] | None = None
+        self.frozen: frozenset[SetKind] = frozenset()
         width = dim // num_heads
         m, k = config.references_of(0), width
         self.anchors: nn.Parameter | None = None
@@ -251,9 +259,8 @@ class SetAttention(nn.Module):
 
     def reset_references(self) -> None:
         """Draw references and anchors in random directions, of about unit length."""
-        for vectors in (self.references, self.return_references, self.anchors):
-            if vectors is not None:
-                nn.init.normal_(vectors, std=vectors.shape[-1] ** -0.5)
+        for vectors in self.sets().values():
+            nn.init.normal_(vectors, std=vectors.shape[-1] ** -0.5)
 
     def forward(
         self, x_bnc: torch.Tensor, grid: Grid | None = None, mask_bn: torch.Tensor | None = None
@@ -262,16 +269,33 @@ class SetAttention(nn.Module):
         x_bhnd = split_heads(self.input(x_bnc), self.num_heads)
         if self.watcher is not None:
             self.watcher(self._marginal_error(x_bhnd, mask_bn))
+        if self.taker is not None:
+            self.taker(x_bhnd, mask_bn)
+        references = self._set("references")
+        assert references is not None
         y_bhnd = set_attention(
             x_bhnd,
-            self.references,
+            references,
             self.config,
-            return_references_hmd=self.return_references,
-            anchors_hkd=self.anchors,
+            return_references_hmd=self._set("return_references"),
+            anchors_hkd=self._set("anchors"),
             grid=grid,
             mask_bn=mask_bn,
         )
         return self.output(merge_heads(y_bhnd))  # type: ignore[no-any-return]
+
+    def sets(self) -> dict[SetKind, nn.Parameter]:
+        """Return the sets that this layer has."""
+        found: dict[SetKind, nn.Parameter | None] = {
+            "references": self.references,
+            "return_references": self.return_references,
+            "anchors": self.anchors,
+        }
+        return {kind: vectors for kind, vectors in found.items() if vectors is not None}
+
+    def _set(self, kind: SetKind) -> torch.Tensor | None:
+        vectors: nn.Parameter | None = getattr(self, kind)
+        return vectors.detach() if vectors is not None and kind in self.frozen else vectors
 
     def _marginal_error(self, x_bhnd: torch.Tensor, mask_bn: torch.Tensor | None) -> torch.Tensor:
         """Return (b, h), the larger of both sets' plans."""
@@ -305,6 +329,42 @@ def watched_marginals(model: nn.Module) -> Iterator[list[torch.Tensor]]:
     finally:
         for layer in layers:
             layer.watcher = None
+
+
+@contextlib.contextmanager
+def watched_tokens(model: nn.Module, take: Callable[[str, torch.Tensor, torch.Tensor | None], None]) -> Iterator[None]:
+    """Hand over the tokens of every SeT attention of a model while the context is open.
+
+    Args:
+        model: any; without SeT attention nothing is handed over.
+        take: called in each forward pass of a layer with its name, the tokens (b, h, n, d), which must not be changed,
+            and the mask (b, n), True for valid ones, or None.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SetAttention)}
+    for name, layer in layers.items():
+        layer.taker = functools.partial(take, name)
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer.taker = None
+
+
+def reference_layers(model: nn.Module) -> tuple[Layer, ...]:
+    """Return the SeT attention layers of a model as K-means sees them, first block first; before ZeRO cuts it."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, SetAttention):
+            h, width = module.num_heads, module.input.out_features // module.num_heads
+            sizes = {kind: (h, vectors.shape[1], vectors.shape[2]) for kind, vectors in module.sets().items()}
+            found.append(Layer(name, h, width, module.config, sizes))
+    return tuple(found)
+
+
+def freeze_sets(model: nn.Module, kinds: Collection[SetKind]) -> None:
+    """Give these sets of every SeT attention no gradient from now on: the optimizer leaves them as they are."""
+    for layer in set_attentions(model):
+        layer.frozen = frozenset(kinds)
 
 
 def set_attentions(model: nn.Module) -> list[SetAttention]:

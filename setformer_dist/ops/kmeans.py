@@ -10,8 +10,8 @@ largest one, as fp32 does.
 
 Lloyd's rounds from k-means++ (Arthur and Vassilvitskii, SODA 2007) or from given centroids. The random draws belong
 to (seed, group, centre, id of the point), so they do not depend on who holds a point. A cluster that loses its last
-point takes over the point that is farthest from its own centroid. Memory beyond the points: a tile of distances, and
-a few numbers for each point.
+point takes over the point that is farthest from its own centroid. Memory beyond the points: a tile of distances, a
+few numbers for each point, and up to 256 MiB of points as integers.
 
 Letters: g = groups, n = points here, k = clusters, d = coordinates, t = points of a tile.
 """
@@ -32,6 +32,8 @@ from setformer_dist.ops.splitmix import GOLDEN, mix64
 
 # Numbers in one tile of distances: 32 MiB of fp64.
 TILE = 1 << 22
+# Numbers of a rank's points that are kept as integers; those of more are made again from tile to tile.
+KEPT = 1 << 24
 # Points over all ranks for which sums of squares, split into halves of 26 bits, stay below 2^53.
 MAX_POINTS = 1 << 26
 HALF = float(1 << 26)
@@ -176,6 +178,7 @@ class _Points:
         # A squared distance is at most 4 d 4^bits; fp64 is exact up to 2^53.
         self.bits = (51 - math.ceil(math.log2(d))) // 2
         self.unit_g11 = self._unit(init)
+        self._kept: dict[tuple[int, int], torch.Tensor] = {}
 
     def _unit(self, init: torch.Tensor | None) -> torch.Tensor:
         """Return what the integer 1 stands for in each group, a power of two; (g, 1, 1)."""
@@ -212,7 +215,12 @@ class _Points:
 
     def tile(self, part: slice) -> torch.Tensor:
         """Return points as integers, (g, t, d); masked ones are 0."""
-        return self.rounded(self._visible(part))
+        if self.raw.numel() > KEPT:
+            return self.rounded(self._visible(part))
+        key = (part.start, part.stop)
+        if key not in self._kept:
+            self._kept[key] = self.rounded(self._visible(part))
+        return self._kept[key]
 
     def check_count(self, k: int) -> None:
         """Refuse groups with fewer than k points, and more points than sums can hold."""

@@ -58,7 +58,7 @@ def loss_figure(train: Sequence[Row], evals: Sequence[Row]) -> str:
         ("evaluation", _WEIGHTS, *series(evals, "loss")),
         ("evaluation, EMA", _EMA, *series(evals, "ema_loss")),
     ]
-    return _line_figure("loss", lines, "Loss")
+    return line_figure("loss", lines, "Loss")
 
 
 def metric_figure(evals: Sequence[Row], metric: Metric) -> str:
@@ -70,18 +70,18 @@ def metric_figure(evals: Sequence[Row], metric: Metric) -> str:
     lines = [
         (text, colour, (points := series(evals, key))[0], [times * v for v in points[1]]) for text, colour, key in found
     ]
-    return _line_figure("accuracy", lines, f"{metric.label[:1].upper()}{metric.label[1:]}{unit}")
+    return line_figure("accuracy", lines, f"{metric.label[:1].upper()}{metric.label[1:]}{unit}")
 
 
 def rate_figure(train: Sequence[Row]) -> str:
     """Draw the learning rate against the step; "" without data."""
-    return _line_figure("rate", [("learning rate", _TRAINING, *thin(*series(train, "lr")))], "Learning rate")
+    return line_figure("rate", [("learning rate", _TRAINING, *thin(*series(train, "lr")))], "Learning rate")
 
 
 def speed_figure(train: Sequence[Row]) -> str:
     """Draw images per second over all ranks against the step; "" without data."""
     line = ("images per second", _TRAINING, *thin(*series(train, "images_per_s")))
-    return _line_figure("speed", [line], "Images per second, all ranks", from_zero=True)
+    return line_figure("speed", [line], "Images per second, all ranks", from_zero=True)
 
 
 def split_figure(train: Sequence[Row]) -> str:
@@ -117,7 +117,8 @@ def thin(steps: list[int], values: list[float]) -> tuple[list[int], list[float]]
     return [steps[min(i + width, len(steps)) - 1] for i in starts], means
 
 
-def _line_figure(name: str, lines: Sequence[Line], label: str, from_zero: bool = False) -> str:
+def line_figure(name: str, lines: Sequence[Line], label: str, from_zero: bool = False) -> str:
+    """Draw lines against the step, with a legend where there are several; "" without data."""
     lines = [line for line in lines if line[2]]
     if not lines:
         return ""

@@ -20,7 +20,7 @@ from PIL import Image
 
 from setformer_dist.core import ledger
 from setformer_dist.core.metric import AVERAGED, LOSS, METRICS_OF, Metric
-from setformer_dist.report import figures, timeline
+from setformer_dist.report import figures, refreshes, timeline
 from setformer_dist.report.rows import Row, RunRecord, finite, read_run
 from setformer_dist.report.timeline import Timeline, timeline_of
 
@@ -110,6 +110,9 @@ def render(run: RunRecord, samples: Sequence[ClassifiedImage], line: Timeline) -
         timeline_figure=Markup(timeline.figure(line)),
         timeline_lead=timeline.lead(line),
         attempts=timeline.rows(line),
+        refresh_figures=[Markup(drawing) for drawing in refreshes.drawings(run.refreshes)],
+        refresh_header=refreshes.header(),
+        refreshes=refreshes.table(run.refreshes),
         split_figure=Markup(figures.split_figure(run.train)),
         split=_split_table(run.train),
         images=[_image(sample) for sample in samples],

@@ -33,6 +33,7 @@ class RunRecord:
         name: the run folder's name.
         train: one row per logged step, by step; see `launch` for the keys.
         evals: one row per evaluation, by step; accuracies are shares between 0 and 1.
+        refreshes: one row per refresh of the reference sets, by step; `ops.refit.figures` has its tables.
         config: resolved config, or {}.
         summary: headline figures, or {}.
     """
@@ -42,6 +43,7 @@ class RunRecord:
     evals: Sequence[Row]
     config: Mapping[str, object]
     summary: Mapping[str, object]
+    refreshes: Sequence[Row] = ()
 
 
 def read_run(run_folder: Path) -> RunRecord:
@@ -59,12 +61,13 @@ def read_run(run_folder: Path) -> RunRecord:
         evals=rows["eval"],
         config=_read_object(run_folder / CONFIG),
         summary=_read_object(run_folder / SUMMARY),
+        refreshes=rows["refresh"],
     )
 
 
 def read_metrics(path: Path) -> dict[str, list[Row]]:
-    """Return the rows of kind "train" and "eval", each sorted by step and with one row per step."""
-    by_kind: dict[str, dict[int, Row]] = {"train": {}, "eval": {}}
+    """Return the rows of kind "train", "eval" and "refresh", each sorted by step and with one row per step."""
+    by_kind: dict[str, dict[int, Row]] = {"train": {}, "eval": {}, "refresh": {}}
     for line in lines_of(path):
         try:
             row = strictjson.parse(line)

@@ -67,7 +67,7 @@ def test_a_run_leaves_what_it_promises(whole_run: Path) -> None:
     rows = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
     row = next(r for r in rows if r["kind"] == "train" and r["step"] == 10)
     assert set(row["seconds"]) == {
-        "data", "forward", "backward", "optimizer", "communication", "checkpoint", "evaluation", "other",
+        "data", "forward", "backward", "optimizer", "communication", "checkpoint", "evaluation", "refresh", "other",
     }  # fmt: skip
     assert row["seconds"]["forward"] > 0
     assert row["seconds"]["communication"] > 0

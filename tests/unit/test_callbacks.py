@@ -200,6 +200,7 @@ def log_a_run(callback: Callback, folder: Path, first: int) -> None:
         callbacks.figures("on_metrics", step, FIGURES)
     callbacks.figures("on_evaluation_end", first + 1, {"top1": 0.75})
     callbacks.figures("on_bad_step", first + 1, {"loss": float("inf")})
+    callbacks.figures("on_refresh", first + 1, {"references": {"dead_before": 0.5}})
     callbacks.end(RunEnd(first + 1, None, {}))
 
 
@@ -208,6 +209,7 @@ def test_tensorboard(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/seconds/data")] == [(1, 0.25), (2, 0.25)]
     assert [(e.step, e.value) for e in events.Scalars("eval/top1")] == [(2, 0.75)]
+    assert [(e.step, e.value) for e in events.Scalars("refresh/references/dead_before")] == [(2, 0.5)]
 
 
 def test_tensorboard_leaves_nothing_of_a_run_without_figures(tmp_path: Path) -> None:
@@ -228,6 +230,8 @@ def test_wandb_offline_and_a_resumed_run_keeps_its_id(tmp_path: Path, monkeypatc
         (str(step), "0.5") for step in (1, 2, 3, 4)
     ]
     assert [row["eval/top1"] for row in rows if "eval/top1" in row] == ["0.75", "0.75"]
+    dead = "refresh/references/dead_before"
+    assert [row[dead] for row in rows if dead in row] == ["0.5", "0.5"]
 
 
 def history(files: list[Path]) -> list[Any]:
@@ -270,3 +274,4 @@ def test_mlflow_and_a_resumed_run_keeps_its_id(tmp_path: Path, monkeypatch: pyte
     losses = client.get_metric_history(found.info.run_id, "train/loss")
     assert [(m.step, m.value) for m in losses] == [(step, 0.5) for step in (1, 2, 3, 4)]
     assert found.data.metrics["eval/top1"] == 0.75
+    assert found.data.metrics["refresh/references/dead_before"] == 0.5

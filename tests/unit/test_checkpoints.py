@@ -19,7 +19,7 @@ from checkpoints.manager import CheckpointManager
 from checkpoints.reader import list_checkpoints, open_checkpoint, verify
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import CheckpointError
-from setformer_dist.core.fragments import Fragment
+from setformer_dist.core.fragments import KEPT, Fragment
 from setformer_dist.core.store import Snapshot
 from setformer_dist.testing.threads import run_on_threads
 
@@ -405,3 +405,20 @@ def test_a_later_format_is_refused_by_version(tmp_path):
     (path / layout.MANIFEST).write_text(json.dumps(body | {"sha256": digest_json(body)}))
     with pytest.raises(CheckpointError, match="format version 9, this program reads 1, 2"):
         verify(path)
+
+
+def test_what_a_part_of_the_run_keeps_is_no_parameter(tmp_path):
+    full = values()
+    kept = {
+        (f"{KEPT}refresh/keys/stem", "sample"): torch.arange(-3, 8),
+        (f"{KEPT}refresh/tokens/stem", "sample"): torch.randn(11, 5),
+    }
+    save(tmp_path, full | kept, world=2)
+    checkpoint = newest(tmp_path)
+    assert checkpoint.parameters() == SHAPES
+    assert set(checkpoint.states()) == {"param", "exp_avg", "ema"}
+    assert set(checkpoint.read_full("param")) == set(SHAPES)
+    checkpoint.check_holds(SHAPES, ("param", "ema"))
+    back = {key: torch.zeros_like(tensor) for key, tensor in kept.items()}
+    checkpoint.load_into([Fragment(*key, 0, tuple(t.shape), t.view(-1)) for key, t in back.items()])
+    assert_equal(kept, back)

@@ -28,6 +28,7 @@ GOOD = {
     ).as_dict(),
     "guard": {"window": [1.0, 2.5]},
     "config": {"anything": "else"},
+    "refresh": {"rows": {"stages.0.blocks.0.attn": 64}},
 }
 PLACE = Path("run/checkpoints/step-00000007")
 
@@ -49,6 +50,8 @@ def test_what_a_run_saves_is_taken():
     check_trainer(json.loads(json.dumps(GOOD)), PLACE)
     check_trainer(changed("guard"), PLACE)  # as runs before the guard wrote it
     check_trainer(changed("run.evaluation_owed"), PLACE)
+    check_trainer(changed("refresh"), PLACE)
+    check_trainer(changed("refresh.rows"), PLACE)
 
 
 @pytest.mark.parametrize("key", ["stream", "optimizer_steps", "loss_scale", "run", "run.best", "run.best.step"])
@@ -62,6 +65,9 @@ def test_a_key_that_is_missing_is_named(key):
     ("key", "value"),
     [
         ("stream", [1]),
+        ("refresh", [1]),
+        ("refresh.rows", [1]),
+        ("refresh.rows", {"stages.0.blocks.0.attn": "64"}),
         ("optimizer_steps", "7"),
         ("optimizer_steps", True),
         ("loss_scale", {"cur_scale": "x"}),

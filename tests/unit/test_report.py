@@ -164,8 +164,8 @@ def test_the_config_is_shown_escaped(run, tmp_path):
 
 def test_the_split_table_has_means_and_shares(run, tmp_path):
     text = re.sub(r"<[^>]+>", " ", written(run, tmp_path))
-    assert re.search(r"forward\s+2\.0\s+5\.6 %", text)  # 2 ms of 36 ms
-    assert re.search(r"other\s+8\.0\s+22\.2 %", text)
+    assert re.search(r"forward\s+2\.0\s+4\.4 %", text)  # 2 ms of 45 ms
+    assert re.search(r"other\s+9\.0\s+20\.0 %", text)
 
 
 def test_the_last_line_for_a_step_wins_and_torn_lines_are_ignored(tmp_path):
@@ -216,3 +216,31 @@ def test_a_wrong_folder_and_a_damaged_summary_are_named(run, tmp_path):
     (run / "summary.json").write_text("[1]")
     with pytest.raises(DataError, match=r"summary\.json is damaged.*is not an object"):
         write_report(run, tmp_path / "r.html", [])
+
+
+def refresh_row(step, **changes):
+    figures = ("dead", "perplexity", "fit", "marginal_error")
+    values = {f"{name}_{when}": 0.125 for name in figures for when in ("before", "after")} | {"movement_degrees": 12.5}
+    return {"kind": "refresh", "step": step, "samples": 2048, "references": values, "seconds": 0.5} | changes
+
+
+def test_refreshes_of_the_references_are_drawn_and_listed(run, tmp_path):
+    assert "set by K-means" not in written(run, tmp_path)
+    rows = [
+        refresh_row(10, anchors={"dead_before": 0.25, "dead_after": "?"}),
+        refresh_row(20),
+        {"kind": "refresh", "step": 30, "samples": 3, "skipped": "too few <tokens>"},
+        refresh_row(40, references=[1]),
+    ]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    text = written(run, tmp_path)
+    assert Page(text).open == []
+    assert "Reference sets set by K-means" in text
+    drawings = re.findall(r"<svg.*?</svg>", text, flags=re.S)
+    assert len(drawings) == 10
+    assert any("gathering, before from 0.125 to 0.125" in d for d in drawings)
+    assert "<td>0.125 → 0.125</td>" in text
+    assert "<td>0.25 → –</td>" in text
+    assert "<td>12.5</td>" in text
+    assert "skipped: too few &lt;tokens&gt;" in text
