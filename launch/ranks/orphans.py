@@ -119,8 +119,11 @@ def remove_ownerless(base: Path) -> None:
     for folder in base.glob(f"{_PREFIX}[0-9]*-*"):
         try:
             lock = os.open(folder / _OWNED, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            _remove_remains(folder)
+            continue
         except OSError:
-            continue  # being made, being removed, or another user's
+            continue  # another user's
         try:
             if os.fstat(lock).st_uid == os.getuid():
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -129,6 +132,14 @@ def remove_ownerless(base: Path) -> None:
             continue  # its run continues
         finally:
             os.close(lock)
+
+
+def _remove_remains(folder: Path) -> None:
+    """Remove what a process has written into a scratch folder while that was removed; Ray's take their time to end."""
+    owner = folder.name.removeprefix(_PREFIX).partition("-")[0]
+    with contextlib.suppress(OSError):
+        if folder.lstat().st_uid == os.getuid() and owner.isdigit() and not Path("/proc", owner).exists():
+            clear(folder)  # where its maker lives, it is being made
 
 
 def _main(pipe: int, folder: Path) -> None:

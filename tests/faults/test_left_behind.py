@@ -156,12 +156,14 @@ def test_a_killed_supervisor_leaves_no_process_folder_or_semaphore() -> None:
 def test_what_has_no_owner_goes_at_the_next_start(tmp_path: Path) -> None:
     (tmp_path / "sf-1-dead").mkdir()
     (tmp_path / "sf-1-dead" / "owned").touch()
+    (tmp_path / "sf-4194305-late" / "session").mkdir(parents=True)  # written while it was removed; no such process
+    (tmp_path / f"sf-{os.getpid()}-made").mkdir()  # is being made
     with Guardian() as alive:
         assert SCRATCH_VARIABLE in alive.environment
         remove_ownerless(tmp_path)
         remove_ownerless(alive.folder.parent)
         assert alive.folder.exists()
-    assert not (tmp_path / "sf-1-dead").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"sf-{os.getpid()}-made"]
     assert not alive.folder.exists()
 
 
