@@ -107,6 +107,8 @@ def test_losses_are_those_of_the_plain_launch_whatever_dies(
     ended = [event for event in ledger.read_events(run) if event["event"] == "ended"]
     assert [event["why"] for event in ended] == ["host"]
     assert float(str(ended[0]["time"])) - killed_at < 10
+    attempts = [event for event in ledger.read_events(run) if event["event"] == "attempt"]
+    assert float(str(attempts[1]["time"])) - killed_at < 30, "all bundles are lost: they are tried again at once"
     left = below(workers())
     process.kill()
     said = STARTED.pop().communicate()[0]
