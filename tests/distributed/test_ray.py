@@ -138,7 +138,7 @@ def test_a_stop_saves_and_gives_everything_back(cluster: Cluster, digits: Path, 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--ranks", "3"], r"3 ranks do not fit on this Ray cluster, which has room for 2 \(node 127.0.0.1: 2\): give "
+        (["--ranks", "4"], r"4 ranks do not fit on this Ray cluster, which has room for 2 \(node 127.0.0.1: 2\): give "
                            r"--ranks 2, or add nodes"),
         (["--ranks", "2", "--ranks-per-node", "1"], r"2 ranks at 1 to a node take 2 nodes, and 1 of this Ray cluster "
                                                     r"has room for 1 \(node 127.0.0.1: 2\): give --ranks 1"),
