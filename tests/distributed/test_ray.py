@@ -124,6 +124,7 @@ def test_losses_are_those_of_the_plain_launch_whatever_dies(
     assert_gone(workers(), 5)
 
 
+@pytest.mark.drill
 def test_a_stop_saves_and_gives_everything_back(cluster: Cluster, digits: Path, tmp_path: Path) -> None:
     process = start(train_words(digits, tmp_path, "schedule.epochs=50"), cluster)
     wait_for_step(tmp_path / "demo", 3, process)
@@ -168,6 +169,7 @@ def test_no_cluster_and_a_wrong_token(
     assert not (tmp_path / "demo").exists()
 
 
+@pytest.mark.drill
 def test_doctor(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = setformer("doctor", "--ray", cluster.address, "--run-folder", str(tmp_path / "runs"))
     assert found.code == 0, found.out + found.err
