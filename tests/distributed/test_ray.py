@@ -199,7 +199,7 @@ if __name__ == "__main__":
             scaling_config=ray.train.ScalingConfig(num_workers=2),
             run_config=ray.train.RunConfig(name="demo", storage_path=folder),
         )
-        print(trainer.fit().metrics)
+        trainer.fit()
 """
 
 
@@ -214,5 +214,5 @@ def test_the_loop_of_a_torch_trainer_has_the_same_losses(
         env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-5000:]
-    assert "'step': 22" in done.stdout
+    assert max(step for _, step in losses(plain)) == 22
     assert losses(tmp_path / "demo") == losses(plain)
