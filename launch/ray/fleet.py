@@ -29,10 +29,7 @@ class RayFleet(Fleet):
     _bundles: Bundles | None = None
 
     def prepare(self, received: Received) -> None:
-        """Connect to the cluster, the first time, and go on as a fleet does; raises as that does.
-
-        Where all bundles are lost, they are tried again at once.
-        """
+        """Connect to the cluster, the first time, and go on as a fleet does; raises as that does."""
         if self._bundles is None:
             address = self.via.removeprefix(VIA)
             try:
@@ -40,10 +37,14 @@ class RayFleet(Fleet):
             except UnwantedError:
                 return
             self.specs, self.reach = self._bundles.specs, self._bundles.open
-        if not any(link.lost is None for link in self._links.values()):  # nothing trains meanwhile: no reason to wait
+        super().prepare(received)
+
+    def _leave_out(self, name: str) -> None:
+        """Leave a bundle out for a while; where none is left, it is tried again at once: nothing trains meanwhile."""
+        super()._leave_out(name)
+        if not any(link.lost is None for link in self._links.values()):
             for absence in self._absences.values():
                 absence.until = min(absence.until, time.monotonic() + _SOON_S)
-        super().prepare(received)
 
     def close(self) -> None:
         """End all agents, and give the bundles back."""

@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ray.train
-
 from launch.machine.doctor import check_package_origins
 from launch.run.config import continued, load_run, shipped
 from launch.run.session import log_to_file, session
@@ -38,4 +36,3 @@ def train_loop(config: Mapping[str, Any]) -> None:
     with session(run, ranks, supervised=False, stays=True) as begun:
         log_to_file(begun.run, ranks)
         begun.outcome = begun.trainer.run()
-    ray.train.report({"step": begun.trainer.step, "folder": str(run.folder.absolute())})

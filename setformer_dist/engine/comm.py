@@ -43,6 +43,8 @@ def connect(ranks: RankInfo, init_method: str | None = None, timeout_minutes: fl
         TransientError: the other ranks did not come within the time limit, or went away.
     """
     if dist.is_initialized():
+        deepspeed_ops["deepspeed_shm_comm"] = False
+        init_distributed(dist_init_required=False, verbose=False)  # DeepSpeed knows nothing of it yet under Ray Train
         return False
     devices = get_accelerator().device_count()
     if get_accelerator().device_name() != "cpu":

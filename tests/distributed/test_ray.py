@@ -107,6 +107,8 @@ def test_losses_are_those_of_the_plain_launch_whatever_dies(
     ended = [event for event in ledger.read_events(run) if event["event"] == "ended"]
     assert [event["why"] for event in ended] == ["host"]
     assert float(str(ended[0]["time"])) - killed_at < 10
+    attempts = [event for event in ledger.read_events(run) if event["event"] == "attempt"]
+    assert float(str(attempts[1]["time"])) - killed_at < 30, "all bundles are lost: they are tried again at once"
     left = below(workers())
     process.kill()
     said = STARTED.pop().communicate()[0]
@@ -122,6 +124,7 @@ def test_losses_are_those_of_the_plain_launch_whatever_dies(
     assert_gone(workers(), 5)
 
 
+@pytest.mark.drill
 def test_a_stop_saves_and_gives_everything_back(cluster: Cluster, digits: Path, tmp_path: Path) -> None:
     process = start(train_words(digits, tmp_path, "schedule.epochs=50"), cluster)
     wait_for_step(tmp_path / "demo", 3, process)
@@ -136,7 +139,7 @@ def test_a_stop_saves_and_gives_everything_back(cluster: Cluster, digits: Path, 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--ranks", "3"], r"3 ranks do not fit on this Ray cluster, which has room for 2 \(node 127.0.0.1: 2\): give "
+        (["--ranks", "4"], r"4 ranks do not fit on this Ray cluster, which has room for 2 \(node 127.0.0.1: 2\): give "
                            r"--ranks 2, or add nodes"),
         (["--ranks", "2", "--ranks-per-node", "1"], r"2 ranks at 1 to a node take 2 nodes, and 1 of this Ray cluster "
                                                     r"has room for 1 \(node 127.0.0.1: 2\): give --ranks 1"),
@@ -166,6 +169,7 @@ def test_no_cluster_and_a_wrong_token(
     assert not (tmp_path / "demo").exists()
 
 
+@pytest.mark.drill
 def test_doctor(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = setformer("doctor", "--ray", cluster.address, "--run-folder", str(tmp_path / "runs"))
     assert found.code == 0, found.out + found.err
@@ -195,7 +199,7 @@ if __name__ == "__main__":
             scaling_config=ray.train.ScalingConfig(num_workers=2),
             run_config=ray.train.RunConfig(name="demo", storage_path=folder),
         )
-        print(trainer.fit().metrics)
+        trainer.fit()
 """
 
 
@@ -210,5 +214,5 @@ def test_the_loop_of_a_torch_trainer_has_the_same_losses(
         env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-5000:]
-    assert "'step': 22" in done.stdout
+    assert max(step for _, step in losses(plain)) == 22
     assert losses(tmp_path / "demo") == losses(plain)
