@@ -5,6 +5,7 @@ Commands are forked from a process that has imported what they need, where that 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -12,9 +13,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from launch.testing.warm import Warm, possible
 
@@ -151,6 +155,17 @@ def wait_for(path: Path, process: Process, timeout: float = 300) -> None:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < limit, f"{path} did not come"
         time.sleep(0.05)
+
+
+def running(processes: Iterable[psutil.Process], word: str = "") -> list[psutil.Process]:
+    """Return which of some processes still run, and have a word in their name or command."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.Error):  # it ends while it is looked at
+            ended = not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+            if not ended and word in " ".join((process.name(), *(process.cmdline() if word else ()))):
+                found.append(process)
+    return found
 
 
 def children(pid: int) -> list[int]:

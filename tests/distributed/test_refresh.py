@@ -355,6 +355,7 @@ def assert_same_runs(out: Path, found: list[dict[str, Any]]) -> None:
         assert set(rows.values()) == ({64} if step in (3, 4) else set())
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("world", [1, 3])
 def test_other_ranks_take_over_the_sample_bit_by_bit(
     runs: tuple[Path, list[dict[str, Any]]], few_digits: Path, world: int

@@ -16,6 +16,7 @@ import ray
 
 from launch.ray.cluster import authentication, check_versions, connected, own_cluster
 from launch.ray.installed import require_ray
+from launch.testing.commands import running
 from setformer_dist.core.errors import LaunchError
 
 # Starts a cluster, is its driver, says where it is, and waits.
@@ -48,7 +49,7 @@ def descendants(pid: int) -> list[psutil.Process]:
 
 
 def scratch_of(processes: list[psutil.Process]) -> Path:
-    head = next(p for p in processes if "launch.ray.head" in p.cmdline())
+    head, *_ = running(processes, "launch.ray.head")
     words = head.cmdline()
     return Path(words[words.index("--folder") + 1])
 
@@ -56,7 +57,7 @@ def scratch_of(processes: list[psutil.Process]) -> Path:
 def all_gone(processes: list[psutil.Process], limit_s: float) -> list[psutil.Process]:
     limit = time.monotonic() + limit_s
     while time.monotonic() < limit:
-        left = [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        left = running(processes)
         if not left:
             return []
         time.sleep(0.1)
@@ -75,9 +76,11 @@ def test_nothing_of_a_cluster_outlives_its_owner(owner, tmp_path, ended):
     assert folder.is_dir()
     if ended == "left":
         # It is nobody else's: it listens on the loopback interface alone, and takes no other token.
-        listening = [c.laddr.ip for p in processes for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+        listening = [
+            c.laddr.ip for p in running(processes) for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN
+        ]
         assert {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
-        assert not any(token in " ".join(p.cmdline()) for p in processes)
+        assert not any(token in " ".join(p.cmdline()) for p in running(processes))
         with (
             pytest.raises(LaunchError, match="does not accept this process's token"),
             connected(

@@ -144,6 +144,7 @@ register_callback("budget", Budget)
 """
 
 
+@pytest.mark.drill
 def test_a_callback_ends_the_run_early_on_all_ranks(digits: Path, tmp_path: Path) -> None:
     (tmp_path / "my_callbacks.py").write_text(EARLY)
     (tmp_path / "flag").touch()

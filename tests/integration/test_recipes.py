@@ -86,6 +86,7 @@ def test_a_run_without_a_teacher_writes_nothing_of_one(teacher: Path) -> None:
     assert "teacher" not in trainer
 
 
+@pytest.mark.drill
 def test_soft_labels_are_trained_evaluated_and_inspected(digits: Path, tmp_path: Path) -> None:
     for split in ("train", "val"):
         write_soft(digits / "images" / split, tmp_path / "shards" / split)

@@ -45,6 +45,7 @@ def project(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.drill
 def test_a_run_says_who_ran_it_and_is_repeated(
     digits: Path, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

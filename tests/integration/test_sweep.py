@@ -90,6 +90,7 @@ name = "random"
 """
 
 
+@pytest.mark.drill
 def test_a_sweep_whose_driver_is_killed_goes_on_as_if_it_was_not(digits: Path, tmp_path: Path) -> None:
     page = write_page(tmp_path, digits, SMALL)
     folder = tmp_path / "s"
