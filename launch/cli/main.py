@@ -35,12 +35,17 @@ from launch.cli import sweep as cli_sweep
 from launch.cli.options import (
     CheckpointPath,
     ConfigOrRun,
+    ExcludeOption,
     FromOption,
+    GraceOption,
     HostfileOption,
     HostsOption,
     ImportOption,
+    IncludeOption,
     Overrides,
+    RanksPerNodeOption,
     RayOption,
+    RestartsOption,
     TrustOption,
     ViaOption,
     WeightsOption,
@@ -103,21 +108,15 @@ def train(
     ranks: Annotated[int | None, typer.Option("--ranks", "-n", help="Processes on this machine, by default 1.")] = None,
     hosts: HostsOption = "",
     hostfile: HostfileOption = None,
-    include: Annotated[str, typer.Option(help="Hosts of the hostfile to take, as a@b:0,1.")] = "",
-    exclude: Annotated[str, typer.Option(help="Hosts of the hostfile to leave out.")] = "",
+    include: IncludeOption = "",
+    exclude: ExcludeOption = "",
     via: ViaOption = None,
     ray: RayOption = None,
-    ranks_per_node: Annotated[
-        int | None, typer.Option(help="With --ray: ranks of each node; by default as many as it has room for.")
-    ] = None,
+    ranks_per_node: RanksPerNodeOption = None,
     port: Annotated[int | None, typer.Option(help="Port of rank 0; by default a free one.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print config and predicted costs, then stop.")] = False,
-    grace: Annotated[
-        float, typer.Option(help="Seconds for a last checkpoint after Ctrl-C, SIGTERM or SIGUSR1.")
-    ] = 60.0,
-    restarts: Annotated[
-        int | None, typer.Option(help="Restarts after deaths and hangs within restart.window_minutes; 0 for none.")
-    ] = None,
+    grace: GraceOption = 60.0,
+    restarts: RestartsOption = None,
     source: FromOption = None,
     trust: TrustOption = False,
 ) -> None:
@@ -159,11 +158,9 @@ def train(
         predicted.dry_run(run, open_console())
         return
     check_folder(run)
-    policy = run.config.restart
-    if restarts is not None:
-        policy = policy.model_copy(update={"limit": restarts})
-    code = _supervise(began, via or began.via, ranks_per_node, port, grace, policy)
-    if code:
+    limit = {} if restarts is None else {"limit": restarts}
+    policy = run.config.restart.model_copy(update=limit)
+    if code := _supervise(began, via or began.via, ranks_per_node, port, grace, policy):
         raise typer.Exit(code)
 
 

@@ -93,13 +93,9 @@ def compose(
     comm: TorchCollectives,
     callbacks: Sequence[Callback] = (),
 ) -> Trainer:
-    """Build a run on this rank around a model fresh from its seed. Collective.
-
-    `callbacks` hear the events of the run after those that its config names.
-    """
+    """Build a run on this rank around a model fresh from its seed; `callbacks` come after the config's. Collective."""
     c = run.config
-    named = build_callbacks(c.logging, c.run.callbacks, c.run.callback_args)
-    heard = Callbacks([*named, *callbacks], c.folder, run.as_json(), comm.ranks.is_main)
+    named = [*build_callbacks(c.logging, c.run.callbacks, c.run.callback_args), *callbacks]
     ranks, plan = comm.ranks, run.plan
     watch = watch_of(run, model)
     layers = refreshed_layers(run, model)
@@ -112,11 +108,10 @@ def compose(
     costs = costs_of(run, splits, model)
     input_spec = inputs.spec(splits.train)
     identity = identity_of(run, model, splits.train.classes, input_spec)
+    best, copies_s = Best(c.checkpoint.best_metric, c.checkpoint.best_mode), 60 * c.checkpoint.mirror_minutes
     first_weights = first_weights_of(run, task, model, comm)
     prepare = inputs.prepare(len(splits.train.classes), device, DTYPES[c.precision.dtype])
     task, prepare, taught_by = with_teacher(run, task, prepare, input_spec, device, comm)
-    if not c.refresh.learn:
-        freeze_sets(model, c.refresh.sets)
     engine = initialize(model, c.optim, run.deepspeed_json())
     master = MasterState(engine)
     ema = Ema(master, c.ema) if c.ema.decay else None
@@ -140,13 +135,11 @@ def compose(
         costs=costs,
         guard=Guard(c.guard, c.folder, comm, scaled=c.precision.dtype == "fp16"),
         heartbeat=Heartbeat.from_env(),
-        callbacks=heard,
+        callbacks=Callbacks(named, c.folder, run.as_json(), ranks.is_main),
         watch=watch,
         first_weights=first_weights,
         refresh=refresh_of(run, layers, engine, master, ema, comm, schedule_steps),
     )
-    best = Best(c.checkpoint.best_metric, c.checkpoint.best_mode)
-    copies_s = 60 * c.checkpoint.mirror_minutes
     return Trainer(
         components, c.eval, best, schedule_steps, c.run.log_every, c.run.seed, c.run.record_samples, copies_s
     )
@@ -231,7 +224,7 @@ def watch_of(run: ResolvedRun, model: nn.Module) -> Watch | None:
 
 
 def refreshed_layers(run: ResolvedRun, model: nn.Module) -> tuple[Layer, ...]:
-    """Return the layers whose sets are refreshed or frozen, of a model that is not cut by ZeRO yet.
+    """Return the layers whose sets are refreshed or frozen, of a model that is not cut by ZeRO yet; freeze these.
 
     Raises:
         ConfigError: the model has nothing of what [refresh] names.
@@ -248,6 +241,8 @@ def refreshed_layers(run: ResolvedRun, model: nn.Module) -> tuple[Layer, ...]:
     if not any(kind in layer.shapes for layer in layers for kind in config.sets):
         there = ", ".join(dict.fromkeys(kind for layer in layers for kind in layer.shapes))
         raise ConfigError(f"refresh.sets = {list(config.sets)}, and this model has none of them: it has {there}")
+    if not config.learn:
+        freeze_sets(model, config.sets)
     return layers
 
 
