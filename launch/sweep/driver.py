@@ -214,7 +214,7 @@ class Driver:
         trial = self.book.trials[key[0]]
         folder = self._sweep.run_folder(*key)
         if code == 0:
-            value, why = self._value(progress)
+            value, why = progress.reached(self._sweep.metric, self._sweep.mode, self._sweep.config.sweep.value)
             self._end(key, DONE if value is not None else FAILED, value, why, running)
         elif trial.stop or trial.clone_of is not None:
             self._end_stopped(trial, running)
@@ -229,21 +229,6 @@ class Driver:
                 self._say(f"trial {key[0]}: its process or its node died; it resumes from its newest checkpoint")
         else:
             self._end(key, FAILED, None, said(folder / LOG) or f"exit code {code}", running)
-
-    def _value(self, progress: Progress) -> tuple[float | None, str]:
-        """Return what a finished run has reached, or why that is not known."""
-        metric = self._sweep.metric
-        if not progress.evals:
-            return None, f"the run has written no evaluation, so {metric!r} never appeared"
-        values = [value for _, value in progress.evals]
-        if self._sweep.config.sweep.value == "last":
-            values = values[-1:]
-        found = [value for value in values if value is not None]
-        if found:
-            return (max(found) if self._sweep.mode == "max" else min(found)), ""
-        if metric in progress.names:
-            return None, f"{metric!r} is no number in its evaluations"
-        return None, f"{metric!r} never appeared in its evaluations, which have {', '.join(progress.names)}"
 
     def _end(self, key: Key, state: str, value: float | None, why: str, running: Running | None) -> None:
         seconds = time.monotonic() - running.since if running is not None else 0.0

@@ -31,6 +31,26 @@ class Progress:
     images_per_s: float | None = None
     share: float | None = None
 
+    def reached(self, metric: str, mode: str, which: str) -> tuple[float | None, str]:
+        """Return what a finished run has reached, or why that is not known.
+
+        Args:
+            metric: its name.
+            mode: "max" or "min".
+            which: "best" or "last".
+        """
+        if not self.evals:
+            return None, f"the run has written no evaluation, so {metric!r} never appeared"
+        values = [value for _, value in self.evals]
+        if which == "last":
+            values = values[-1:]
+        found = [value for value in values if value is not None]
+        if found:
+            return (max(found) if mode == "max" else min(found)), ""
+        if metric in self.names:
+            return None, f"{metric!r} is no number in its evaluations"
+        return None, f"{metric!r} never appeared in its evaluations, which have {', '.join(self.names)}"
+
 
 class ProgressReader:
     """Reads a run's folder again and again; what has not changed is not read.

@@ -372,3 +372,23 @@ def test_the_guide_has_a_sound_page_and_every_key(tmp_path: Path) -> None:
     own = [key for key in all_keys(SweepConfig) if not key.startswith(("space", "set"))]
     assert len(own) > 25
     assert not [key for key in own if f"`{key}" not in guide and f"`.{key.partition('.')[2]}`" not in guide]
+
+
+@pytest.mark.parametrize(
+    ("rows", "which", "reached", "why"),
+    [
+        ([], "best", None, "the run has written no evaluation, so 'top1' never appeared"),
+        (['"loss": 2.0'], "best", None, "'top1' never appeared in its evaluations, which have loss"),
+        (['"top1": NaN', '"top1": null'], "best", None, "'top1' is no number in its evaluations"),
+        (['"top1": 0.5', '"top1": null'], "last", None, "'top1' is no number in its evaluations"),
+        (['"top1": 0.5', '"top1": null', '"top1": 0.25'], "best", 0.5, ""),
+        (['"top1": 0.5', '"top1": 0.25'], "last", 0.25, ""),
+    ],
+)
+def test_what_a_run_reached_or_why_that_is_not_known(
+    tmp_path: Path, rows: list[str], which: str, reached: float | None, why: str
+) -> None:
+    lines = [f'{{"kind": "eval", "step": {at + 1}, "time": 1.0, {row}}}\n' for at, row in enumerate(rows)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    progress = ProgressReader(tmp_path, "top1", (None, 9)).read()
+    assert progress.reached("top1", "max", which) == (reached, why)
