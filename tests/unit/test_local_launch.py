@@ -68,7 +68,7 @@ elif what == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)
 elif what in ("train", "deaf", "worker", "early", "lost"):
-    time.sleep(60)
+    for _ in range(600): time.sleep(0.1)  # a signal just before one long sleep would be heeded after it
 """
 
 SUPERVISOR = """
