@@ -29,6 +29,6 @@ class _Finder(MetaPathFinder):
 
 
 def import_lean() -> None:
-    """Import DeepSpeed without what it does not need; no other import changes. May be called again."""
+    """Have DeepSpeed imported, later, without what it does not need. No other import changes. May be called again."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

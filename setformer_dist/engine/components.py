@@ -29,7 +29,7 @@ class Costs:
 
     Attributes:
         tokens: tokens of the first stage.
-        multiply_adds: of one forward pass.
+        multiply_adds: of one forward pass; 0, not counted, where `peak_flops` is unknown.
         peak_flops: of one device, where known.
     """
 
