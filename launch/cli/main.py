@@ -144,7 +144,7 @@ def train(
     """
     _refuse_other_launchers()
     asked = (ranks, hosts, hostfile, include, exclude)
-    _check_ray(ray, ranks_per_node, hosts or hostfile or via)
+    _check_ray(ray, ranks_per_node, hosts or hostfile or include or exclude or via)
     via = f"{VIA}{ray}" if ray else via
     began = (
         _from_run(source, config, overrides or [], asked, via, trust)
@@ -192,7 +192,9 @@ _Asked = tuple[int | None, str, Path | None, str, str]
 
 def _check_ray(ray: str | None, ranks_per_node: int | None, elsewhere: object) -> None:
     if ray is not None and elsewhere:
-        raise LaunchError("--ray and --hosts, --hostfile or --via both say where to train: give only one of them")
+        raise LaunchError(
+            "--ray and --hosts, --hostfile (with --include, --exclude) or --via both say where to train: give only one of them"
+        )
     if ray is None and ranks_per_node is not None:
         raise LaunchError("--ranks-per-node shares out the ranks of a Ray cluster: give --ray as well")
 

@@ -124,7 +124,7 @@ class Wire:
                 self.strange.append(text.strip())
             return None
         try:
-            message = json.loads(body)  # words.py checks what it holds; thousands of agents speak twice a second
+            message = json.loads(body)  # words.py checks what it holds; thousands of agents speak
         except (ValueError, RecursionError):
             message = None
         if not isinstance(message, dict):
