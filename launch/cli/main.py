@@ -192,9 +192,7 @@ _Asked = tuple[int | None, str, Path | None, str, str]
 
 def _check_ray(ray: str | None, ranks_per_node: int | None, elsewhere: object) -> None:
     if ray is not None and elsewhere:
-        raise LaunchError(
-            "--ray and --hosts, --hostfile (with --include, --exclude) or --via both say where to train: give only one of them"
-        )
+        raise LaunchError("--ray and --hosts, --hostfile or --via both say where to train: give only one of them")
     if ray is None and ranks_per_node is not None:
         raise LaunchError("--ranks-per-node shares out the ranks of a Ray cluster: give --ray as well")
 

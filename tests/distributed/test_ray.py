@@ -144,6 +144,7 @@ def test_a_stop_saves_and_gives_everything_back(cluster: Cluster, digits: Path, 
         (["--ranks", "2", "--ranks-per-node", "1"], r"2 ranks at 1 to a node take 2 nodes, and 1 of this Ray cluster "
                                                     r"has room for 1 \(node 127.0.0.1: 2\): give --ranks 1"),
         (["--ranks", "2", "--hosts", "a:2"], "--ray and --hosts, --hostfile or --via both say where to train"),
+        (["--ranks", "2", "--include", "a:0"], "--ray and --hosts, --hostfile or --via both say where to train"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_says_what_would(
