@@ -8,6 +8,8 @@ import shutil
 import signal
 from pathlib import Path
 
+import pytest
+
 from launch.testing.commands import losses, setformer, start, train_words, wait_for
 from tests.unit.s3 import KEY, S3, SECRET
 
@@ -22,6 +24,7 @@ def events(run: Path, name: str) -> list[dict[str, object]]:
     return [event for line in lines if (event := json.loads(line))["event"] == name]
 
 
+@pytest.mark.drill
 def test_a_run_whose_disk_is_lost_goes_on_from_its_copies(digits: Path, tmp_path: Path, s3: S3) -> None:
     words = [f"checkpoint.mirror={s3.url}", "checkpoint.keep_last=2"]
     whole = setformer(*train_words(digits, tmp_path / "whole"))

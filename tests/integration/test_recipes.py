@@ -71,6 +71,7 @@ def refused(data: Path, out: Path, *words: str) -> Ended:
     return ended
 
 
+@pytest.mark.drill
 def test_a_teacher_that_does_not_fit_is_refused_before_training(digits: Path, teacher: Path, tmp_path: Path) -> None:
     for words, said in (
         (("distill.teacher=nowhere",), "nowhere"),
@@ -81,6 +82,7 @@ def test_a_teacher_that_does_not_fit_is_refused_before_training(digits: Path, te
         assert said in refused(digits, tmp_path, *words).err
 
 
+@pytest.mark.drill
 def test_a_run_without_a_teacher_writes_nothing_of_one(teacher: Path) -> None:
     trainer = json.loads(next((teacher / "checkpoints").glob("step-*/trainer.json")).read_text())
     assert "teacher" not in trainer

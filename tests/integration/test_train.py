@@ -153,7 +153,8 @@ def test_a_signal_becomes_a_checkpoint_and_a_clean_exit(
     assert_nothing_shared_stays(shared)
 
 
-@pytest.mark.parametrize("stops", [1, pytest.param(3, marks=pytest.mark.drill)])
+@pytest.mark.drill
+@pytest.mark.parametrize("stops", [1, 3])
 def test_a_stop_between_two_metric_lines_and_before_an_evaluation_changes_no_line(
     digits: Path, tmp_path: Path, stops: int
 ) -> None:

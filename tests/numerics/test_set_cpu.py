@@ -303,6 +303,7 @@ def broken_compiler(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.drill
 def test_a_build_that_fails_is_tried_by_one_rank_and_remembered(tmp_path):
     cache = tmp_path / "cache"
     compiler = broken_compiler(tmp_path)

@@ -128,7 +128,9 @@ def test_gradients_per_image_by_vmap_are_those_of_each_image(kind):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["set", "soft_tiny", "cast"])
+@pytest.mark.parametrize(
+    "kind", ["set", *[pytest.param(kind, marks=pytest.mark.drill) for kind in ("soft_tiny", "cast")]]
+)
 def test_an_exported_program_takes_any_batch(kind):
     model, image = tiny(kind), torch.randn(2, 3, 32, 32)
     program = torch.export.export(model, (image,), dynamic_shapes=({0: torch.export.Dim("batch")},))

@@ -44,15 +44,15 @@ def test_names_are_registered_with_timm():
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("size", [(32, 32), (45, 77)])
-def test_shapes_on_even_and_odd_sizes(name, size):
+def test_shapes_on_even_and_odd_sizes(name):
     model = on_meta(name, num_classes=11).eval()
-    image = torch.empty(2, 3, *size, device="meta")
-    features = model.forward_features(image)
     reduction = model.config.reductions[-1]
-    assert features.shape == (2, -(-size[0] // reduction), -(-size[1] // reduction), model.num_features)
-    assert model.forward_head(features, pre_logits=True).shape == (2, model.num_features)
-    assert model(image).shape == (2, 11)
+    for size in [(32, 32), (45, 77)]:
+        image = torch.empty(2, 3, *size, device="meta")
+        features = model.forward_features(image)
+        assert features.shape == (2, -(-size[0] // reduction), -(-size[1] // reduction), model.num_features)
+        assert model.forward_head(features, pre_logits=True).shape == (2, model.num_features)
+        assert model(image).shape == (2, 11)
 
 
 @pytest.mark.parametrize("attention", KINDS)
@@ -75,9 +75,9 @@ def test_pretrained_cfg_names_real_layers(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "attention"), [*[(name, "set") for name in NAMES], *[("setformer_nano", kind) for kind in KINDS[1:]]]
+    ("name", "attention", "out_indices"),
+    [*[(name, "set", None) for name in NAMES], *itertools.product(["setformer_nano"], KINDS, [(0, 2), (-1,)])],
 )
-@pytest.mark.parametrize("out_indices", [None, (0, 2), (-1,)])
 def test_features_only(name, attention, out_indices):
     kwargs = {"attention": attention, **({} if out_indices is None else {"out_indices": out_indices})}
     model = on_meta(name, features_only=True, **kwargs).eval()
