@@ -22,7 +22,7 @@ from checkpoints.digest import Seen, algorithm_of, file_digest, read_small
 from checkpoints.errors import DamagedError, MissingError, StorageError
 from checkpoints.identity import Identity, digest_json
 from checkpoints.strictjson import parse
-from setformer_dist.core.config import FrozenConfig
+from setformer_dist.core.config import FrozenConfig, readable
 from setformer_dist.core.errors import CheckpointError
 
 FORMAT = "setformer_dist checkpoint"
@@ -122,7 +122,9 @@ class Manifest:
                 metrics={str(k): math.nan if v is None else float(v) for k, v in body["metrics"].items()},
                 tags=tuple(map(str, body["tags"])),
             )
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:  # pydantic's are ValueErrors
+        except pydantic.ValidationError as error:
+            raise DamagedError(f"{source} has an unexpected content: {readable(error)}") from None
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise DamagedError(f"{source} has an unexpected content: {error}") from None
         faults = _list_faults(manifest)
         if faults:

@@ -15,3 +15,7 @@
 
 Which room may import which: tests/unit/test_imports.py.
 """
+
+from setformer_dist.core.lean import import_lean
+
+import_lean(in_commands=True)

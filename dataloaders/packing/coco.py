@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dataloaders.sources.class_folders import Stretch, check_class_names, read_stretch
+from dataloaders.sources.files import table_of
 from setformer_dist.core.errors import DataError
 
 # Bytes of an annotation file; COCO's own has 0.45 GB. The user names it, and it takes some 8 times its size.
@@ -45,7 +46,7 @@ def read_coco(file: Stretch, class_map: tuple[tuple[str, ...], object] | None) -
         DataError: it cannot be read, is of another format, or names a class that the class map lacks.
     """
     try:
-        table = json.loads(read_stretch(file, _LARGEST))
+        table = json.loads(read_stretch(file, _LARGEST), object_pairs_hook=table_of)
         names = {row["id"]: str(row["name"]) for row in sorted(table["categories"], key=lambda row: row["id"])}
         images = {row["id"]: str(row["file_name"]) for row in table["images"]}
         rows: dict[str, list[list[float]]] = {name: [] for name in images.values()}

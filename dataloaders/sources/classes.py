@@ -16,6 +16,8 @@ from __future__ import annotations
 import codecs
 import csv
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +34,9 @@ LARGEST_CLASS_FILE = 1 << 24
 _SOFT_ROUNDING = 1e-3
 
 _TABLES = ("id2label", "label2id", "class_to_idx", "idx_to_class")
+_UNSEEN = ("Cc", "Cs", "Zl", "Zp")  # control characters, half characters, separators of lines
+_LONGEST_LINE = 1000
+_LONGEST_SHOWN = 60
 _HEADERS = frozenset({"class", "classes", "name", "names", "label", "labels", "class_name", "classname"})
 
 _WHOLE = re.compile(r"([+-]?\d{1,18})(?:\.0*)?")
@@ -84,13 +89,19 @@ def parse_class_map(data: bytes, shown: str) -> tuple[str, ...]:
         text = decoded(data)
     except UnicodeDecodeError as error:
         raise DataError(f"class map {shown} cannot be read: {error}") from None
+    _check_format(text, shown)
     if text.lstrip().startswith(("[", "{")) or shown.lower().endswith(".json"):
         names = _from_json(text, shown)
     else:
         names = _from_lines(text, shown)
-    double = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-    if double:
-        raise DataError(f"class map {shown} names {double[0]!r} twice: each line is one label")
+    for name, times in Counter(names).items():
+        if times > 1:
+            raise DataError(f"class map {shown} names {_short(name)} twice: each line is one label")
+        if any(unicodedata.category(sign) in _UNSEEN for sign in name):
+            raise DataError(
+                f"class map {shown} has the name {_short(name)}, which holds control characters: save it as UTF-8, one "
+                "name per line"
+            )
     check_numbers_in_place(names, f"class map {shown}", "sort them as numbers, or give the classes names")
     return tuple(names)
 
@@ -123,6 +134,23 @@ def check_numbers_in_place(names: Sequence[str], where: str, repair: str) -> Non
         raise DataError(
             f"{where} has number {names[at]!r} at label {at}, as if numbers had been sorted as text: {repair}"
         )
+
+
+def _check_format(text: str, shown: str) -> None:
+    """Refuse what is neither JSON nor lines of names: text of other encodings, YAML, the text form of protobuf."""
+    if "\0" in text:
+        raise DataError(f"class map {shown} is text of another encoding (it has zero bytes): save it as UTF-8")
+    found = re.search(r"^[ \t]*[\w-]+[ \t]*(?::|\{)[ \t]*$", text, re.MULTILINE)
+    if found and not text.lstrip().startswith(("[", "{")):
+        what = "YAML" if found[0].rstrip().endswith(":") else "protobuf's text"
+        raise DataError(
+            f"class map {shown} has the line {_short(found[0].strip())}, as {what} has them, which is not read: give "
+            "one name per line, or a JSON list of names"
+        )
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…")
 
 
 def _from_json(text: str, shown: str) -> list[str]:
@@ -191,6 +219,13 @@ def _from_lines(text: str, shown: str) -> list[str]:
         stripped = line.strip()
         if not stripped or re.match(r"#(\s|$|#|!)", stripped):
             continue
+        if len(stripped) > _LONGEST_LINE:
+            raise DataError(
+                f"class map {shown} has {len(stripped)} characters in line {number} {_short(stripped)}: a name has at "
+                f"most {_LONGEST_LINE}; give one per line"
+            )
+        if stripped.startswith('"') and stripped.count('"') % 2:
+            raise DataError(f"class map {shown} has a quote that does not end in line {number} {_short(stripped)}")
         if stripped.startswith("#") or re.search(r"\s#\s", stripped):
             raise DataError(
                 f"class map {shown} has line {number} {stripped[:60]!r}, which may be a comment or a name: write "
@@ -199,12 +234,20 @@ def _from_lines(text: str, shown: str) -> list[str]:
         lines.append(stripped)
     if not lines:
         raise DataError(f"class map {shown} must hold class names, one per line or as JSON: it holds none")
-    for mark in ",;\t":
+    for mark in ",;\t:":
         if (found := _from_columns(lines, mark, shown)) is not None:
             return found
     if shown.lower().endswith(".csv") and any("," in line for line in lines):
         raise DataError(
             f"class map {shown} has columns, but none holds the numbers 0 to n - 1: keep only the column of names"
+        )
+    if len(lines) > 1 and any(
+        len(cells := lines[0].lower().split(mark)) > 1 and _HEADERS & {cell.strip() for cell in cells}
+        for mark in ",;\t"
+    ):
+        raise DataError(
+            f"class map {shown} begins with {_short(lines[0])}, a header of columns of which none holds the numbers 0 "
+            "to n - 1: keep only the column of names"
         )
     if len(lines) > 1 and lines[0].lower() in _HEADERS:
         raise DataError(f"class map {shown} begins with {lines[0]!r}, which may be a header or a class: make it JSON")
@@ -214,7 +257,7 @@ def _from_lines(text: str, shown: str) -> list[str]:
 
 def _from_columns(lines: list[str], mark: str, shown: str) -> list[str] | None:
     """Return the names of two columns, one of them numbers; None where it is not so."""
-    rows = list(csv.reader(lines, delimiter=mark))
+    rows = [line.split(mark, 1) for line in lines] if mark == ":" else list(csv.reader(lines, delimiter=mark))
     if not rows or not all(len(row) == 2 for row in rows):
         return None
     for at in (0, 1):
@@ -231,10 +274,17 @@ def _check_spaced(lines: list[str], shown: str) -> None:
         found = [re.fullmatch(pattern, line) for line in lines]
         numbers = [int(one["number"]) for one in found if one is not None]
         names = {one["name"] for one in found if one is not None}
-        if len(numbers) == len(lines) == len(names) and sorted(numbers) == list(range(len(lines))) != numbers:
+        if not len(numbers) == len(lines) == len(names) > 1:
+            continue
+        if sorted(numbers) == list(range(len(lines))) != numbers:
             raise DataError(
                 f"class map {shown} has line {lines[0][:60]!r} at label 0: put a comma between names and numbers, or "
                 "sort the lines"
+            )
+        if sorted(numbers) == list(range(1, len(lines) + 1)):
+            raise DataError(
+                f"class map {shown} numbers its classes from 1, as in {lines[0][:60]!r}, and labels count from 0: "
+                "number them from 0, with a comma between, or keep only the names"
             )
 
 

@@ -14,6 +14,7 @@ import errno
 import json
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -119,15 +120,24 @@ def parse_json(data: bytes) -> Any:
     """Return what unverified JSON says.
 
     Raises:
-        ValueError: it is not JSON, is nested too deep, or has more than `MOST_VALUES` values.
+        ValueError: it is not JSON, has a key twice, is nested too deep, or has more than `MOST_VALUES` values.
     """
     values = sum(data.count(sign) for sign in (b"[", b"{", b","))
     if values > MOST_VALUES:
         raise ValueError(f"it has {values} values, more than the {MOST_VALUES} that are read")
     try:
-        return json.loads(data)
+        return json.loads(data, object_pairs_hook=table_of)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+
+
+def table_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a table of JSON; raises ValueError where a key is there twice."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        double = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        raise ValueError(f"key {double[:40]!r} is there twice")
+    return table
 
 
 def is_plain_name(name: object) -> bool:

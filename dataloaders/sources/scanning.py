@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,8 @@ from dataloaders.storage.base import (
     read_small,
 )
 from setformer_dist.core.errors import DataError
+
+log = logging.getLogger(__name__)
 
 CLASS_FILES = ("classes.txt", "classes.json")
 
@@ -266,6 +269,13 @@ def labelled(
             f"a label in {root} is {most}, but there are {total} samples: put a {CLASS_FILES[0]} with the names of all "
             "classes next to the shards, or repair it"
         )
+    least = min(int(np.min(one.labels)) for one in shards)
+    if named is None and least > 0:
+        log.warning(
+            "labels in %s count from %d, so that there are classes 0 to %d without a sample: a %s with their names "
+            "next to the shards says how many there are",
+            root, least, least - 1, CLASS_FILES[0],
+        )  # fmt: skip
     classes = named or tuple(map(str, range(most + 1)))
     for one in shards:
         numbers = np.asarray(one.labels)
@@ -274,6 +284,7 @@ def labelled(
             raise DataError(
                 f"sample {one.key(at)!r} of {one.facts.name} in {root} has label {numbers[at]}, but the class file "
                 f"names {len(classes)} classes: repair either"
+                + (" (the labels count from 1, and must count from 0)" if least == 1 and most == len(classes) else "")
             )
     return np.concatenate([np.asarray(one.labels) for one in shards]), classes
 

@@ -18,7 +18,7 @@ import hashlib
 import re
 import reprlib
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from dataloaders.pixels.decode import UndecodableError, image_size
@@ -244,6 +244,11 @@ class _Scanner:
             if problem:
                 self._refuse(sample.key, problem, f"shard {self._shown}: {problem}: restore or pack it again, {_SKIP}")
                 return False
+        said = {p: self._looked[_place_of(sample.parts[p], p)].label for p in _LABEL_PARTS if p in sample.parts}
+        if (both := _contradiction(said)) is not None:
+            what = f"its labels contradict each other: {both}"
+            self._refuse(sample.key, what, f"shard {self._shown}, sample {sample.key!r}: {what}: keep one, {_SKIP}")
+            return False
         return True
 
     def _refuse(self, name: str, what: str, message: str) -> None:
@@ -313,13 +318,28 @@ def _label(body: bytes, part: str) -> int | str | None:
         said = parse_json(text.encode()) if part == "json" else text.strip()
     except ValueError:
         raise LabelError(f"is not readable as {part}") from None
-    if isinstance(said, dict):
-        said = next((said[name] for name in LABEL_FIELDS if name in said), None)
-    try:
-        return label_of(said)
-    except LabelError:
-        shown_as = said if isinstance(said, str) else reprlib.repr(said)  # which goes into no depth
-        raise LabelError(f"says {shown_as[:40]!r}, which is neither a number nor a class name") from None
+    fields = {name: said[name] for name in LABEL_FIELDS if name in said} if isinstance(said, dict) else {"": said}
+    labels: dict[str, int | str | None] = {}
+    for name, one in fields.items():
+        try:
+            labels[name] = label_of(one)
+        except LabelError:
+            if labels:
+                continue  # another field, of something else
+            shown_as = one if isinstance(one, str) else reprlib.repr(one)  # which goes into no depth
+            raise LabelError(f"says {shown_as[:40]!r}, which is neither a number nor a class name") from None
+    if (both := _contradiction(labels)) is not None:
+        raise LabelError(f"says {both}: keep one of them")
+    return next(iter(labels.values()), None)
+
+
+def _contradiction(labels: Mapping[str, int | str | None]) -> str | None:
+    """Return which two labels of one kind differ, as a number and a name may; None where none do."""
+    for kind in (int, str):
+        said = {name: label for name, label in labels.items() if isinstance(label, kind)}
+        if len(set(said.values())) > 1:
+            return " and ".join(f"{name} {label!r}" for name, label in said.items())
+    return None
 
 
 def _image_part(sample: Sample) -> str | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -113,12 +114,26 @@ def _read(source: Path) -> object:
     try:
         return torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if not _is_pickle(source):
+            raise CheckpointError(f"{source} is no file of torch.save: it begins with {_beginning(source)!r}") from None
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        why = f"it names {named[1]}" if named else _first_sentence(error)
         raise CheckpointError(
             f"{source} holds more than tensors and plain values, and reading it could run any code: save its "
-            f"state_dict alone where you trust it ({_first_sentence(error)})"
+            f"state_dict alone where you trust it ({why})"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, MemoryError) as error:
         raise CheckpointError(f"{source} is not a complete file of torch.save: {_first_sentence(error)}") from None
+
+
+def _beginning(source: Path) -> bytes:
+    with source.open("rb") as file:
+        return file.read(16)
+
+
+def _is_pickle(source: Path) -> bool:
+    """Return whether a file begins as torch.save's do: a zip archive, or a pickle of protocol 2 or later."""
+    return _beginning(source).startswith((b"PK", b"\x80"))
 
 
 def _first_sentence(error: Exception) -> str:

@@ -170,7 +170,9 @@ def _impossible(table: Mapping[str, object]) -> Iterator[str]:
     for key, value in _values(table):
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             yield f"{key}: an integer of a config has at most 64 bits, as TOML says"
-        elif isinstance(value, str) and any(unicodedata.category(c) in ("Cc", "Cs") for c in value):
+        elif isinstance(value, str) and any(unicodedata.category(c) == "Cs" for c in value):
+            yield f"{key} = {_short(value)}: it is no text in this locale: set LC_ALL=C.UTF-8, and not PYTHONUTF8=0"
+        elif isinstance(value, str) and any(unicodedata.category(c) == "Cc" for c in value):
             yield f"{key} = {_short(value)}: text of a config has no control characters"
 
 

@@ -33,6 +33,7 @@ import pydantic
 import torch
 
 from setformer_dist.core.comm import Collectives
+from setformer_dist.core.config import readable
 from setformer_dist.core.errors import CheckpointError, TrainingError
 from setformer_dist.core.files import read_state, write_state
 from setformer_dist.engine.config import SPIKE_NEEDS, GuardConfig
@@ -105,7 +106,9 @@ def read_guard(folder: Path) -> GuardFile:
             whole.append(GuardFile.model_validate(value))
         except FileNotFoundError:
             continue
-        except (ValueError, OSError) as error:  # pydantic's are ValueErrors
+        except pydantic.ValidationError as error:
+            faults.append(f"{path} is damaged: {readable(error)}")
+        except (ValueError, OSError) as error:
             faults.append(f"{path} is damaged: {' '.join(str(error).split())}")
         else:
             if not vouched:

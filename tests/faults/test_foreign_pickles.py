@@ -54,6 +54,18 @@ def test_broken_pickles_are_a_sentence(tmp_path: Path, data: bytes) -> None:
         convert(tmp_path / "a.pth", tmp_path / "a.safetensors", None, Console(file=io.StringIO()))
 
 
+def test_what_is_no_pickle_is_told_by_its_beginning(tmp_path: Path) -> None:
+    (tmp_path / "a.pth").write_text("<!DOCTYPE html><title>404</title>")
+    with pytest.raises(CheckpointError, match=r"no file of torch.save: it begins with b'<!DOCTYPE html><'"):
+        convert(tmp_path / "a.pth", tmp_path / "a.safetensors", None, Console(file=io.StringIO()))
+
+
+def test_a_module_is_named_and_nobody_is_told_to_allow_it(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"it names torch\.nn\.modules\.linear\.Linear\)$"):
+        convert(tmp_path / "a.pth", tmp_path / "a.safetensors", None, Console(file=io.StringIO()))
+
+
 def test_names_of_others_do_not_repaint_the_terminal(tmp_path: Path) -> None:
     torch.save({"module.a": W, "b": W.T, "left\x1b[31m": 3, "t\x1b[31m": {}}, tmp_path / "a.pth")
     out = io.StringIO()

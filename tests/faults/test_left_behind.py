@@ -188,6 +188,11 @@ def test_one_damaged_guard_file_costs_nothing_and_two_stop_the_run(
         (tmp_path / both).write_bytes(b"{")
     with pytest.raises(CheckpointError, match=r"guard\.json is damaged.*steps that this run skips are not known"):
         again.load()
+    for both in (GUARD_FILE, GUARD_COPY):
+        (tmp_path / both).write_bytes(b'{"passed_over": 7}')
+    with pytest.raises(CheckpointError, match=r"passed_over = 7: input should be a valid list") as refused:
+        again.load()
+    assert "://" not in str(refused.value)
 
 
 def test_a_guard_file_of_an_earlier_version_is_read_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

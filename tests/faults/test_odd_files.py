@@ -213,6 +213,7 @@ def test_a_config_that_says_nothing_of_retention_is_a_sentence(tmp_path: Path, t
         ('data.root="a\\u0000b"', r"data\.root.*control characters"),
         ('data.mixture=[{root="a\\u0000b"}]', r"data\.mixture\.0\.root.*control characters"),
         ('model.weights="a\\u0000b"', r"model\.weights.*control characters"),
+        ("run.out=runs\udce9", r"run\.out.*no text in this locale: set LC_ALL=C\.UTF-8"),
         ("schedule.warmup_epochs=1e308", r"schedule\.warmup_epochs"),
         ("data.mean=[1e308,1e308,1e308]", r"units of the full range: divide by 255"),
         ("data.std=[58.4,57.1,1e4]", r"units of the full range: divide by 255"),

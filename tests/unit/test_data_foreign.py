@@ -325,6 +325,15 @@ BAD = {
     "not json": ([("1.jpg", picture(1)), ("1.json", b"{")], r"'1\.json' is not readable as json"),
     "deep json": ([("1.jpg", picture(1)), ("1.json", b"[" * 200_000)], r"'1\.json' is not readable as json"),
     "list": ([("1.jpg", picture(1)), ("1.json", b'{"label": [[1]]}')], r"says '\[\[1\]\]', which is neither"),
+    "label twice": (
+        [("1.jpg", picture(1)), ("1.json", b'{"label": 1, "label": 2}')],
+        r"'1\.json' is not readable as json",
+    ),
+    "two fields": ([("1.jpg", picture(1)), ("1.json", b'{"label": 1, "cls": 2}')], r"says label 1 and cls 2: keep one"),
+    "two files": (
+        [("1.jpg", picture(1)), ("1.cls", b"1"), ("1.json", b'{"label": 2}')],
+        r"sample '1': its labels contradict each other: cls 1 and json 2",
+    ),
     "no picture": ([("1.jpg", b"x"), ("1.cls", b"1")], r"none has a readable image"),
 }
 
@@ -338,6 +347,21 @@ def test_what_is_ambiguous_is_refused_by_name(tmp_path, kind):
         opened(root)
     assert "a.tar" in str(refused.value)
     assert not list((root / INDEX_FOLDER).glob("[!.]*"))
+
+
+def test_a_number_and_a_name_are_no_contradiction(tmp_path):
+    more = b'{"label": "dog", "class": [1]}'
+    write_tar(tmp_path / "a.tar", [("1.jpg", picture(1)), ("1.cls", b"0"), ("1.json", more)])
+    assert opened(tmp_path).classes == ("0",)
+
+
+def test_labels_that_count_from_1_are_told(tmp_path, caplog):
+    write_tar(tmp_path / "a.tar", [*sample(1, 1), *sample(2, 2)])
+    assert opened(tmp_path).classes == ("0", "1", "2")
+    assert "count from 1, so that there are classes 0 to 0 without a sample" in caplog.text
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    with pytest.raises(DataError, match="the labels count from 1, and must count from 0"):
+        opened(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])

@@ -58,6 +58,8 @@ CAT_DOG = ("cat", "dog")
         "name;label\ncat;0\ndog;1\n",
         "dog\t1\ncat\t0\n",
         '"cat",0\n"dog",1\n',
+        "0: cat\n1: dog\n",
+        "1: dog\n0: cat\n",
     ],
 )
 @pytest.mark.parametrize("code", ["utf-8", "utf-8-sig", "utf-16"])
@@ -79,11 +81,44 @@ def test_class_maps_are_read_for_what_they_mean(text, code):
         ("#cat\ndog\n", "comment or a name"),
         ("class\ncat\ndog\n", "header"),
         ("cat\ndog\ncat\n", "names 'cat' twice"),
+        ('{"0": "cat", "0": "dog", "1": "emu"}', "key '0' is there twice"),
+        ("cat\n" + "d" * 200_000, "has 200000 characters in line 2 'dddd"),
+        ('"cat,0\n"dog,1\n', "quote that does not end in line 1"),
+        ("c\0a\0t\0\n\0", "another encoding"),
+        ("cat\n\x1b[31mdog\n", "control characters"),
+        ('["cat", "do\\u0000g"]', "control characters"),
+        ("names:\n  0: cat\n  1: dog\n", "as YAML has them"),
+        ("item {\n  id: 1\n}\n", "as protobuf's text has them"),
+        ("id,name,supercategory\n1,cat,pet\n2,dog,pet\n", "header of columns"),
+        ("name,kind\ncat,pet\ndog,pet\n", "header of columns"),
+        ("1 cat\n2 dog\n", "numbers its classes from 1"),
+        ("cat 2\ndog 1\n", "numbers its classes from 1"),
     ],
 )
 def test_class_maps_that_may_mean_two_things_are_refused(text, what):
     with pytest.raises(DataError, match=what):
         parse_class_map(text.encode(), "classes")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("tench, Tinca tinca", "goldfish, Carassius auratus"),
+        ("n01440764 tench, Tinca tinca", "n01443537 goldfish"),
+        ("7up", "5 o'clock", "class: three", '12" ruler'),
+        ("class 1", "class 2"),
+        ("1", "2"),
+    ],
+)
+def test_names_stay_what_they_are(names):
+    assert parse_class_map("\n".join(names).encode(), "classes.txt") == names
+
+
+def test_many_names_cost_no_square():
+    names = "\n".join(f"name{number}" for number in range(200_000))
+    assert len(parse_class_map(names.encode(), "classes.txt")) == 200_000
+    with pytest.raises(DataError, match="names 'name3' twice"):  # took hours
+        parse_class_map(f"{names}\nname3".encode(), "classes.txt")
 
 
 def test_labels_are_whole_numbers_or_one_name():

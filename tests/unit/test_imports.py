@@ -151,7 +151,7 @@ def test_names_of_dataloaders_are_where_they_are_said_to_be() -> None:
 def test_a_rank_imports_no_packing_code_no_loggers_and_no_compiler() -> None:
     unwanted = (
         "dataloaders.packing.", "mlflow.", "pandas.", "pyarrow.", "ray.", "optuna.", "plotly.", "sklearn.",
-        "torch._inductor.compile_fx.",
+        "wandb.", "torch._inductor.compile_fx.",
     )  # fmt: skip
     program = f"""if True:
         import sys, launch.entry
