@@ -9,9 +9,10 @@ What comes over the control socket, and what goes back:
     {"digest": D, "size": N} with a descriptor: its solution; or {"digest": D, "error": sentence}
     {"said": sentence}: why there is no solution yet
 
-The service is an actor with a name. The courier that finds none begins one, and it ends with that courier; the
-couriers of other runs then begin the next one. So no service outlives the runs of its cluster. One that has died, or
-does not answer, is replaced, and the problem is given to the next one: equal problems have equal solutions.
+The service is an actor with a name, and with a number, as the name of a dead one cannot be used again. The courier that
+finds none begins one, and it ends with that courier; the couriers of other runs then begin the next one. So no service
+outlives the runs of its cluster. One that has died, or does not answer, is replaced, and the problem is given to the
+next one: equal problems have equal solutions.
 """
 
 from __future__ import annotations
@@ -33,13 +34,15 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from launch.ray.cluster import NAMESPACE, connected
 from setformer_dist.core.errors import LaunchError, SetformerError
 
 _HOME = Path(__file__).resolve().parents[2]
+_PREFIX = "refit-"  # of the names of services; then come the version of the code, and a number
 _WORD = 1 << 16
 _TICK_S = 0.05
 _AGAIN_S = 0.5  # between two tries
@@ -82,7 +85,10 @@ class Courier:
 
     def __init__(self, control: socket.socket) -> None:
         self._control = control
+        self._version = version()
         self._service: Any = None
+        self._number = 0  # of the service
+        self._dead: set[int] = set()  # numbers of those that have ended
         self._asked: Any = None  # for a sign of life
         self._asked_at = 0.0
         self._heard = False
@@ -118,11 +124,11 @@ class Courier:
             act(*args)
         except RayTaskError as error:
             if job is not None:
-                self._say({"digest": job.digest, "error": _last_line(error)})
+                self._say({"digest": job.digest, "error": _short(error)})
             self._job = None
         except (RayError, ValueError) as error:  # a ValueError is an actor's name that has just become free
-            self._say({"said": _last_line(error)})
-            self._forget_service()
+            self._say({"said": _short(error)})
+            self._forget_service(dead=isinstance(error, RayActorError))
 
     def _carry(self) -> None:
         """Give the problem to the service, or its solution to rank 0."""
@@ -155,10 +161,11 @@ class Courier:
     def _begin_service(self) -> Any:
         """Return the service of this cluster and version, which is begun where there is none."""
         if self._service is None:
+            self._number = self._chosen()
             self._service = (
                 ray.remote(RefitService)
                 .options(
-                    name=f"refit-{version()}",
+                    name=f"{_PREFIX}{self._version}-{self._number}",
                     namespace=NAMESPACE,
                     get_if_exists=True,
                     num_cpus=0,  # it takes no rank's place, and works at the low priority of Ray's workers
@@ -170,6 +177,16 @@ class Courier:
             self._asked, self._heard = None, False
             self._ask()
         return self._service
+
+    def _chosen(self) -> int:
+        """Return the number of the service that lives, or of the next one.
+
+        Ray's client takes a name for that of an actor of another driver for ever, also once that is dead.
+        """
+        beginning = f"{_PREFIX}{self._version}-"
+        named = [name.removeprefix(beginning) for name in list_named_actors() if name.startswith(beginning)]
+        living = {int(number) for number in named} - self._dead
+        return max(living) if living else max(self._dead, default=-1) + 1
 
     def _ask(self) -> None:
         self._asked, self._asked_at = self._service.lives.remote(), time.monotonic()
@@ -192,10 +209,12 @@ class Courier:
         elif self._heard and (patience_s or time.monotonic() - self._asked_at > _DEAF_S):
             self._say({"said": "the refresh service gave no sign of life, and was ended"})
             ray.kill(self._service)
-            self._forget_service()
+            self._forget_service(dead=True)
 
-    def _forget_service(self) -> None:
-        self._service = None
+    def _forget_service(self, dead: bool) -> None:
+        if dead:
+            self._dead.add(self._number)
+            self._service = None
         if self._job is not None:
             self._job.answer, self._job.not_before = None, time.monotonic() + _AGAIN_S
 
@@ -215,8 +234,9 @@ def emptiest_node() -> str:
     return max(alive, key=lambda node: free.get(node, {}).get("CPU", 0.0))
 
 
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+def _short(error: Exception) -> str:
+    """Return what an error of Ray says, without its list of common causes."""
+    lines = [line.strip() for line in str(error).split(" Some common causes")[0].splitlines() if line.strip()]
     return lines[-1][:300] if lines else type(error).__name__
 
 
@@ -231,7 +251,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     except RayError as error:
-        print(f"the Ray cluster does not answer any more: {_last_line(error)}", file=sys.stderr)
+        print(f"the Ray cluster does not answer any more: {_short(error)}", file=sys.stderr)
         return LaunchError.exit_code
     except OSError as error:  # rank 0 is gone
         print(error, file=sys.stderr)

@@ -6,6 +6,7 @@ process of the cluster of this test; what happens to it is by real signals.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -19,13 +20,16 @@ import pytest
 import torch
 
 from launch.ray.cluster import Cluster, own_cluster
+from launch.run.refit_by_ray import Courier
 from launch.testing.commands import DEMO, running, setformer
 from launch.testing.ranks import run_ranks
 from setformer_dist.core import ledger
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.engine.comm import connect, disconnect
+from setformer_dist.ops.refit_bytes import problem_bytes, solved
 from tests.distributed.test_refresh import copy_checkpoint, held_by, lines_of, state_of, trainer_of, words_of
 from tests.distributed.test_resume_everywhere import few_digits
+from tests.unit.test_refresh import PLAIN, problem_of
 
 __all__ = ["few_digits"]  # a fixture
 
@@ -47,7 +51,7 @@ def of_the_cluster(name: str, owner: int) -> list[psutil.Process]:
 
 def wait_for_service(owner: int, but: tuple[int, ...] = ()) -> psutil.Process:
     """Return the service once it has imported what it computes with."""
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 120
     while True:
         found = [p for p in of_the_cluster("RefitService", owner) if p.pid not in but]
         if found and any("libtorch" in m.path for m in found[0].memory_maps()):
@@ -60,11 +64,12 @@ def act(what: str, trainer: Any, owner: int) -> None:
     """Do something on rank 0."""
     courier = trainer._c.refresh._refitter._courier
     if what == "service is there":
-        wait_for_service(owner)
+        service = wait_for_service(owner)
+        assert of_the_cluster("RefitService", owner) == [service]  # one for all runs
     elif what in ("SIGSTOP", "SIGKILL"):
         wait_for_service(owner).send_signal(getattr(signal, what))
     elif what == "answered":
-        assert select.select([courier._control], [], [], 60)[0]
+        assert select.select([courier._control], [], [], 120)[0]
     elif what in ("courier SIGKILL", "courier SIGSTOP"):
         os.kill(courier._process.pid, getattr(signal, what.split()[1]))
     else:
@@ -72,7 +77,7 @@ def act(what: str, trainer: Any, owner: int) -> None:
 
 
 def trained(data: str, out: str, runs: list[dict[str, Any]], owner: int) -> list[dict[str, Any]]:
-    """Train runs one after the other; return what each held when it was begun, and how long rank 0 waited."""
+    """Train runs one after the other; return what each held of a sample when it was begun."""
     torch.set_num_threads(1)
     connect(RankInfo.from_env(), os.environ["SETFORMER_RENDEZVOUS"])
     found = []
@@ -92,20 +97,26 @@ def trained(data: str, out: str, runs: list[dict[str, Any]], owner: int) -> list
 
 
 JOB = {"name": "job", "words": []}
-RAY = ["refresh.by=ray", "refresh.wait_s=60"]
+RAY = ["refresh.by=ray", "refresh.wait_s=240"]
 LATE = ["refresh.by=ray", "refresh.wait_s=0.5"]
 RUNS = [
     JOB,
     {"name": "ray", "words": RAY, "acts": [(1, "service is there")]},
     {"name": "during", "words": RAY, "acts": [(SAMPLED - 1, "SIGSTOP"), (SAMPLED + 1, "SIGKILL")]},
-    {"name": "keep", "words": [*LATE, "refresh.late=keep"], "acts": [(SAMPLED - 1, "SIGSTOP")]},
+    {"name": "keep", "words": [*LATE, "refresh.late=keep", "refresh.address=127.0.0.1:1"]},
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def runs(cluster: Cluster, few_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs beside another one of the cluster, which has begun the service that they use."""
     out = tmp_path_factory.mktemp("runs")
-    run_ranks(trained, 2, str(few_digits), str(out), RUNS, os.getpid(), timeout=200)
+    with contextlib.closing(Courier(cluster.address)):
+        run_ranks(trained, 2, str(few_digits), str(out), RUNS, os.getpid(), timeout=400)
+    limit = time.monotonic() + 20
+    while of_the_cluster("RefitService", os.getpid()):  # it does not outlive the runs
+        assert time.monotonic() < limit
+        time.sleep(0.1)
     return out
 
 
@@ -163,7 +174,8 @@ HAPPENS = [
     {"name": "courier-killed", "words": RAY, "acts": [(1, "service is there"), (SAMPLED, "courier SIGKILL")]},
     {"name": "courier-stopped", "words": LATE, "acts": [(1, "service is there"), (SAMPLED - 1, "courier SIGSTOP")]},
     {"name": "compute", "words": LATE, "acts": [(SAMPLED - 1, "SIGSTOP")]},
-    {"name": "no-cluster", "words": [*LATE, "refresh.address=127.0.0.1:1"]},
+    {"name": "after-compute", "words": RAY},
+    {"name": "no-cluster", "words": [*LATE, "refresh.wait_s=6", "refresh.address=127.0.0.1:1"]},
     {"name": "again", "words": RAY},
     {"name": "resumed", "words": RAY, "from": ["job", "resumed", SAMPLED + 1]},
 ]  # fmt: skip
@@ -172,7 +184,7 @@ HAPPENS = [
 @pytest.mark.drill
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_the_bits_are_the_same_whatever_happens(cluster: Cluster, few_digits: Path, tmp_path: Path, world: int) -> None:
-    run_ranks(trained, world, str(few_digits), str(tmp_path), [JOB, *HAPPENS], os.getpid(), timeout=500)
+    run_ranks(trained, world, str(few_digits), str(tmp_path), [JOB, *HAPPENS], os.getpid(), timeout=900)
     late = {"compute": "no answer of", "courier-stopped": "no answer of", "no-cluster": "no answer of"}
     for run in HAPPENS:
         name = run["name"]
@@ -191,7 +203,7 @@ def test_other_ranks_take_over_what_is_pending(runs: Path, cluster: Cluster, few
     names = {by: f"{by}-on-{world}" for by in ("job", "ray")}
     asked = [{"name": name, "words": RAY if by == "ray" else [], "from": ["ray", name, SAMPLED + 1]}
              for by, name in names.items()]  # fmt: skip
-    by_rank = run_ranks(trained, world, str(few_digits), str(runs), asked, os.getpid(), timeout=280)
+    by_rank = run_ranks(trained, world, str(few_digits), str(runs), asked, os.getpid(), timeout=600)
     assert by_rank[0][0]["sample"]
     for found in by_rank:
         assert all(one["sample"] == by_rank[0][0]["sample"] for one in found)
@@ -200,3 +212,47 @@ def test_other_ranks_take_over_what_is_pending(runs: Path, cluster: Cluster, few
         row = row_of(runs, name)
         assert {k: v for k, v in row.items() if k != "by"} == {k: v for k, v in theirs.items() if k != "by"}
     assert state_of(runs, names["job"], LAST) == state_of(runs, names["ray"], LAST)
+
+
+def answer_of(courier: Courier, problem: bytes, limit_s: float = 120.0) -> bytes:
+    courier.send(problem)
+    limit = time.monotonic() + limit_s
+    while not isinstance(found := courier.look(0.2), bytes):
+        assert found is None, found
+        assert time.monotonic() < limit, courier.said
+    return found
+
+
+@pytest.mark.drill
+def test_runs_share_a_service_and_go_on_without_the_one_that_began_it(cluster: Cluster) -> None:
+    problems = [problem_bytes(problem_of(PLAIN, iterations=n), 1) for n in range(1, 5)]
+    expected = [solved(problem) for problem in problems]
+    with contextlib.closing(Courier(cluster.address)) as first:
+        service = wait_for_service(os.getpid())
+        with contextlib.closing(Courier(cluster.address)) as second:
+            assert [answer_of(one, problems[0]) for one in (first, second)] == [expected[0]] * 2
+            assert of_the_cluster("RefitService", os.getpid()) == [service]
+            assert first._process is not None
+            first._process.kill()
+            assert answer_of(second, problems[1]) == expected[1]
+            assert answer_of(first, problems[2]) == expected[2]  # by a courier of its own again
+            [other] = of_the_cluster("RefitService", os.getpid())
+            other.send_signal(signal.SIGSTOP)
+            second.send(problems[3])
+            second.give_up()
+            assert answer_of(second, problems[3]) == expected[3]
+            assert not other.is_running()  # what gave no sign of life was ended
+            assert answer_of(first, problems[3]) == expected[3]
+
+
+@pytest.mark.drill
+def test_a_run_on_ray_uses_the_service_of_its_cluster(
+    cluster: Cluster, few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS")
+    for name, more in (("plain", []), ("on-ray", [*RAY, "--ray", cluster.address])):
+        words = words_of(str(few_digits), str(tmp_path), name, 2, "none")
+        ended = setformer("train", DEMO, *words, *DELAYED, *more, "--ranks", "1")
+        assert ended.code == 0, ended.err
+    assert state_of(tmp_path, "on-ray", LAST) == state_of(tmp_path, "plain", LAST)
+    assert refreshed(tmp_path, "on-ray")["by"] == "ray"
