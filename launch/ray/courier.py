@@ -57,6 +57,7 @@ class RefitService:
     def __init__(self, home: str) -> None:
         """Import what solves."""
         sys.path.insert(0, home)
+        os.setpriority(os.PRIO_PROCESS, 0, max(15, os.getpriority(os.PRIO_PROCESS, 0)))  # ranks may be beside it
         self._fits = importlib.import_module("launch.ray.fits").Fits()
 
     def fit(self, problem: Any) -> bytes:
@@ -168,7 +169,7 @@ class Courier:
                     name=f"{_PREFIX}{self._version}-{self._number}",
                     namespace=NAMESPACE,
                     get_if_exists=True,
-                    num_cpus=0,  # it takes no rank's place, and works at the low priority of Ray's workers
+                    num_cpus=0,  # it takes no rank's place
                     max_concurrency=4,
                     scheduling_strategy=NodeAffinitySchedulingStrategy(emptiest_node(), soft=True),
                 )

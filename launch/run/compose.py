@@ -44,14 +44,14 @@ from setformer_dist.engine.refresh import Refresh
 from setformer_dist.engine.run_state import Best
 from setformer_dist.engine.trainer import Trainer
 from setformer_dist.engine.zero import check_precision
-from setformer_dist.models.attention import (
+from setformer_dist.models.measure import multiply_adds_of
+from setformer_dist.models.reference_sets import (
     freeze_sets,
     reference_layers,
     set_attentions,
     watched_marginals,
     watched_tokens,
 )
-from setformer_dist.models.measure import multiply_adds_of
 from setformer_dist.ops.refit import Layer
 from setformer_dist.tasks.build import check_metric
 

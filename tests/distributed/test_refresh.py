@@ -33,8 +33,9 @@ from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
 from setformer_dist.engine.config import RefreshConfig
 from setformer_dist.engine.refitter import InJob
 from setformer_dist.engine.refresh import Refresh
-from setformer_dist.models.attention import SetAttention, freeze_sets, reference_layers
+from setformer_dist.models.attention import SetAttention
 from setformer_dist.models.build import build_model
+from setformer_dist.models.reference_sets import freeze_sets, reference_layers
 from setformer_dist.tasks.build import build_task
 from tests.distributed import workers
 from tests.distributed.test_resume_everywhere import LAYOUTS, few_digits

@@ -19,8 +19,9 @@ from setformer_dist.core.config import build
 from setformer_dist.core.errors import CheckpointError, ConfigError
 from setformer_dist.engine.config import RefreshConfig
 from setformer_dist.engine.refresh import Refresh, check_possible
-from setformer_dist.models.attention import SetAttention, freeze_sets, reference_layers, watched_tokens
+from setformer_dist.models.attention import SetAttention
 from setformer_dist.models.build import build_model
+from setformer_dist.models.reference_sets import freeze_sets, reference_layers, watched_tokens
 from setformer_dist.ops.kmeans import Here
 from setformer_dist.ops.refit import Problem, figures, matched, refit, with_lengths_of
 from setformer_dist.ops.reservoir import Sample, lowest, token_keys, union
