@@ -13,9 +13,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 from setformer_dist.ops.refit import Layer, Problem, figures, refit
 from setformer_dist.ops.reservoir import Sample
@@ -107,13 +107,13 @@ def solution_of(data: bytes, problem: Problem) -> tuple[dict[str, torch.Tensor],
 
 def _saved(tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> bytes:
     text = json.dumps(header, sort_keys=True)
-    return safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()}, metadata={_HEADER: text})
+    return save({name: t.contiguous() for name, t in tensors.items()}, metadata={_HEADER: text})
 
 
 def _loaded(data: bytes) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     try:
         size = int.from_bytes(data[:8], "little")
         header = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][_HEADER])
-        return safetensors.torch.load(data), dict(header)
+        return load(data), dict(header)
     except (SafetensorError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"is damaged ({type(error).__name__}: {error})") from None

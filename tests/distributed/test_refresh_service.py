@@ -49,14 +49,15 @@ def of_the_cluster(name: str, owner: int) -> list[psutil.Process]:
     return running(psutil.Process(owner).children(recursive=True), name)
 
 
-def wait_for_service(owner: int, but: tuple[int, ...] = ()) -> psutil.Process:
-    """Return the service once it has imported what it computes with."""
+def wait_for_service(owner: int) -> psutil.Process:
+    """Return the service, one for all runs, once it has imported what it computes with and those of before are gone."""
     limit = time.monotonic() + 120
     while True:
-        found = [p for p in of_the_cluster("RefitService", owner) if p.pid not in but]
-        if found and any("libtorch" in m.path for m in found[0].memory_maps()):
-            return found[0]
-        assert time.monotonic() < limit, "the service did not begin"
+        found = of_the_cluster("RefitService", owner)
+        with contextlib.suppress(psutil.Error):
+            if len(found) == 1 and any("libtorch" in m.path for m in found[0].memory_maps()):
+                return found[0]
+        assert time.monotonic() < limit, found
         time.sleep(0.05)
 
 
@@ -64,8 +65,7 @@ def act(what: str, trainer: Any, owner: int) -> None:
     """Do something on rank 0."""
     courier = trainer._c.refresh._refitter._courier
     if what == "service is there":
-        service = wait_for_service(owner)
-        assert of_the_cluster("RefitService", owner) == [service]  # one for all runs
+        wait_for_service(owner)
     elif what in ("SIGSTOP", "SIGKILL"):
         wait_for_service(owner).send_signal(getattr(signal, what))
     elif what == "answered":
