@@ -48,6 +48,7 @@ _TICK_S = 0.05
 _AGAIN_S = 0.5  # between two tries
 _ASK_S = 3.0  # between two signs of life of the service
 _DEAF_S = 15.0  # a service that answered once and does not for so long is replaced
+_DUMB_S = 120.0  # likewise one that never answered: it may still import
 _ANSWER_S = 3.0
 
 
@@ -94,6 +95,7 @@ class Courier:
         self._asked_at = 0.0
         self._heard = False
         self._job: Job | None = None
+        self._told = ""
 
     def serve(self) -> None:
         """Serve until rank 0 goes away."""
@@ -116,6 +118,7 @@ class Courier:
             self._say({"said": ""})
         else:
             self._job = Job(word["digest"], descriptors[0], word["size"])
+            self._told = ""
         return True
 
     def _try(self, act: Callable[..., object], *args: object) -> None:
@@ -128,7 +131,7 @@ class Courier:
                 self._say({"digest": job.digest, "error": _short(error)})
             self._job = None
         except (RayError, ValueError) as error:  # a ValueError is an actor's name that has just become free
-            self._say({"said": _short(error)})
+            self._tell(_short(error))
             self._forget_service(dead=isinstance(error, RayActorError))
 
     def _carry(self) -> None:
@@ -153,6 +156,12 @@ class Courier:
         finally:
             os.close(descriptor)
         self._job = None
+
+    def _tell(self, why: str) -> None:
+        """Say why there is no solution yet, each reason once: rank 0 looks now and then."""
+        if why != self._told:
+            self._say({"said": why})
+            self._told = why
 
     def _say(self, word: dict[str, Any], *descriptors: int) -> None:
         socket.send_fds(self._control, [json.dumps(word).encode()], descriptors)
@@ -193,7 +202,7 @@ class Courier:
         self._asked, self._asked_at = self._service.lives.remote(), time.monotonic()
 
     def _replace_deaf(self, patience_s: float = 0.0) -> None:
-        """Ask the service for a sign of life; end it where it gave one before and does not any more.
+        """Ask the service for a sign of life; end it where it should give one and does not.
 
         Args:
             patience_s: how long to wait for it now; 0 looks at what was asked before.
@@ -207,8 +216,8 @@ class Courier:
             ray.get(self._asked)
             self._heard = True
             self._ask()
-        elif self._heard and (patience_s or time.monotonic() - self._asked_at > _DEAF_S):
-            self._say({"said": "the refresh service gave no sign of life, and was ended"})
+        elif (self._heard and patience_s) or time.monotonic() - self._asked_at > (_DEAF_S if self._heard else _DUMB_S):
+            self._tell("the refresh service gave no sign of life, and was ended")
             ray.kill(self._service)
             self._forget_service(dead=True)
 
