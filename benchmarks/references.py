@@ -32,7 +32,7 @@ from benchmarks.machine import describe
 from launch.run.inputs import inputs_of
 from launch.run.trained import Trained, load_trained, open_named_split
 from setformer_dist.core.ranks import RankInfo
-from setformer_dist.models.attention import reference_layers, watched_tokens
+from setformer_dist.models.reference_sets import reference_layers, watched_tokens
 from setformer_dist.ops.refit import Problem, figures
 from setformer_dist.ops.reservoir import Sample, lowest, token_keys
 

@@ -58,6 +58,7 @@ from launch.ranks.local import LocalCrew
 from launch.ranks.restarts import RestartConfig
 from launch.ranks.supervise import Crew, run_supervised
 from launch.ray.fleet import VIA, RayFleet
+from launch.ray.installed import check_reachable
 from launch.record.attempts import Recorder
 from launch.run import keys
 from launch.run.config import RunConfig, check_folder, continued, load_run, resolve, shipped
@@ -65,6 +66,7 @@ from launch.run.own_code import bring
 from launch.run.repeat import Repetition, check_trusted, repetition
 from launch.shown import plain, plain_lines
 from setformer_dist.core.errors import ConfigError, DataError, LaunchError, RankFailedError, SetformerError
+from setformer_dist.core.ledger import LEDGER
 from setformer_dist.core.metric import headline, weights_named
 from setformer_dist.core.secrets import redact_tracebacks, redacted
 from setformer_dist.core.terminal import open_console
@@ -158,6 +160,8 @@ def train(
         predicted.dry_run(run, open_console())
         return
     check_folder(run)
+    if not began.specs and not (via or began.via):  # else it is reached from another machine
+        _check_service(run.config)
     limit = {} if restarts is None else {"limit": restarts}
     policy = run.config.restart.model_copy(update=limit)
     if code := _supervise(began, via or began.via, ranks_per_node, port, grace, policy):
@@ -195,6 +199,12 @@ def _check_ray(ray: str | None, ranks_per_node: int | None, elsewhere: object) -
         raise LaunchError("--ray and --hosts, --hostfile or --via both say where to train: give only one of them")
     if ray is None and ranks_per_node is not None:
         raise LaunchError("--ranks-per-node shares out the ranks of a Ray cluster: give --ray as well")
+
+
+def _check_service(config: RunConfig) -> None:
+    """Check that a new run reaches the Ray cluster that its refreshes are for; one that resumes does as it may."""
+    if config.refresh.on and config.refresh.by == "ray" and not (config.folder / LEDGER).exists():
+        check_reachable(config.refresh.address)
 
 
 def _on_ray(via: str | None) -> bool:

@@ -2,7 +2,9 @@
 
 bundles.py     channels to the agents in the bundles of a placement group
 cluster.py     connects to a cluster, or starts one on this machine and ends it
+courier.py     the driver of a run's refreshes: an actor computes new reference sets for all runs of a cluster
 doctor.py      whether a run can train on a cluster
+fits.py        what that actor computes
 fleet.py       the crew of a run: a fleet whose hosts are bundles
 head.py        the process that holds a cluster of our own
 installed.py   whether the package is there; imports nothing of it

@@ -313,3 +313,17 @@ def _why_not(address: str, error: grpc.RpcError) -> str:
             f"ray start --head --port {address.rpartition(':')[2]}, or give the address of another"
         )
     return f"what answers at {address} is no Ray cluster ({code.name}: {said[:120]}): give the address of its head"
+
+
+def main() -> int:
+    """Be a driver of the cluster at the address that is the only argument, for a moment."""
+    try:
+        with connected(sys.argv[1]):
+            return 0
+    except LaunchError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

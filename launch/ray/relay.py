@@ -44,9 +44,12 @@ _ERROR_BYTES = 4096
 class AgentActor:
     """Runs one agent on a node of the cluster. Pickled by value: no node needs this module to be importable."""
 
-    def __init__(self, home: str, directory: str, ranks_on_node: int) -> None:
-        """Start the agent."""
+    def __init__(self, home: str, directory: str, ranks_on_node: int, address: str) -> None:
+        """Start the agent; the ranks know the cluster's address, and who they are to it (`refresh.by = "ray"`)."""
         environ = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        reach = ("RAY_AUTH_", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
+        environ |= {name: value for name, value in os.environ.items() if name.startswith(reach)}
+        environ["RAY_ADDRESS"] = address
         with open("/proc/self/environ", "rb") as file:  # noqa: PTH123 - pickled by value, with as few names as can be
             if b"OMP_NUM_THREADS=" not in file.read():  # Ray has set it to the CPUs of this actor
                 cores = len(os.sched_getaffinity(0))
@@ -100,9 +103,10 @@ class AgentActor:
 class Relay:
     """Carries messages between the supervisor and the agents of one placement group."""
 
-    def __init__(self, control: socket.socket, slots: list[int], strict: bool, directory: str) -> None:
+    def __init__(self, control: socket.socket, slots: list[int], strict: bool, directory: str, address: str) -> None:
         self._control = control
         self._slots = slots
+        self._cluster = address
         self._directory = directory
         self._unit = _unit()
         self._group: PlacementGroup = placement_group(
@@ -158,7 +162,7 @@ class Relay:
                 max_concurrency=4,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=at),
             )
-            .remote(str(_HOME), self._directory, shared)
+            .remote(str(_HOME), self._directory, shared, self._cluster)
         )
         down = asyncio.create_task(self._down(actor, channel))
         up = asyncio.create_task(_up(actor, channel))
@@ -265,7 +269,7 @@ def main() -> int:
     try:
         with connected(asked["address"]) as cluster:
             slots = asked["slots"] or plan(asked["ranks"], asked["per_node"], asked["wait_s"])
-            relay = Relay(control, slots, asked["per_node"] is not None, asked["directory"])
+            relay = Relay(control, slots, asked["per_node"] is not None, asked["directory"], cluster.address)
             try:
                 if asked["slots"] is None:
                     relay.wait(asked["wait_s"])

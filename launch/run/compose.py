@@ -20,6 +20,7 @@ from launch.run.distill import with_teacher
 from launch.run.identity import identity_of, shapes_of
 from launch.run.initial_weights import FirstWeights
 from launch.run.inputs import Split, check_splits, inputs_of
+from launch.run.refit_by_ray import ByRay
 from launch.run.store import RunStore
 from setformer_dist.callbacks.build import build_callbacks
 from setformer_dist.core.batch import TrainStream
@@ -38,18 +39,19 @@ from setformer_dist.engine.master import MasterState
 from setformer_dist.engine.metrics import RunRecord, peak_flops
 from setformer_dist.engine.optim import Schedule
 from setformer_dist.engine.protocol import Engine
-from setformer_dist.engine.refresh import InJob, Refresh
+from setformer_dist.engine.refitter import InJob
+from setformer_dist.engine.refresh import Refresh
 from setformer_dist.engine.run_state import Best
 from setformer_dist.engine.trainer import Trainer
 from setformer_dist.engine.zero import check_precision
-from setformer_dist.models.attention import (
+from setformer_dist.models.measure import multiply_adds_of
+from setformer_dist.models.reference_sets import (
     freeze_sets,
     reference_layers,
     set_attentions,
     watched_marginals,
     watched_tokens,
 )
-from setformer_dist.models.measure import multiply_adds_of
 from setformer_dist.ops.refit import Layer
 from setformer_dist.tasks.build import check_metric
 
@@ -115,6 +117,7 @@ def compose(
     engine = initialize(model, c.optim, run.deepspeed_json())
     master = MasterState(engine)
     ema = Ema(master, c.ema) if c.ema.decay else None
+    heartbeat = Heartbeat.from_env()
     meter = CommMeter()
     meter.install()
 
@@ -134,11 +137,11 @@ def compose(
         record=RunRecord(c.folder, ranks.is_main),
         costs=costs,
         guard=Guard(c.guard, c.folder, comm, scaled=c.precision.dtype == "fp16"),
-        heartbeat=Heartbeat.from_env(),
+        heartbeat=heartbeat,
         callbacks=Callbacks(named, c.folder, run.as_json(), ranks.is_main),
         watch=watch,
         first_weights=first_weights,
-        refresh=refresh_of(run, layers, engine, master, ema, comm, schedule_steps),
+        refresh=refresh_of(run, layers, engine, master, ema, comm, heartbeat, schedule_steps),
     )
     return Trainer(
         components, c.eval, best, schedule_steps, c.run.log_every, c.run.seed, c.run.record_samples, copies_s
@@ -253,6 +256,7 @@ def refresh_of(
     master: MasterState,
     ema: Ema | None,
     comm: TorchCollectives,
+    heartbeat: Heartbeat,
     total_steps: int,
 ) -> Refresh | None:
     """Return what sets the reference sets by K-means, None where the config wants no refresh."""
@@ -267,8 +271,7 @@ def refresh_of(
         ema,
         comm,
         run.plan,
-        InJob(comm.ranks, engine.device),
-        engine.device,
+        ByRay(c.refresh, comm, heartbeat) if c.refresh.by == "ray" else InJob(comm.ranks, engine.device),
         c.run.seed,
         total_steps,
     )

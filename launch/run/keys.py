@@ -55,7 +55,7 @@ UNITS = {
     "optim.eps": "gradient", "optim.clip_norm": "norm of the gradient", "optim.layer_decay": _FACTOR,
     "precision.loss_scale": _FACTOR, "zero.stage": "", "zero.bucket_mib": "MiB", "ema.decay": _FACTOR,
     "refresh.every": _STEPS, "refresh.at_steps": _STEPS, "refresh.sample_steps": _STEPS, "refresh.samples": "tokens",
-    "refresh.iterations": "rounds",
+    "refresh.iterations": "rounds", "refresh.delay": _STEPS, "refresh.wait_s": _SECONDS,
     "eval.every_epochs": _EPOCHS, "eval.every_steps": _STEPS,
     "checkpoint.every_steps": _STEPS, "checkpoint.keep_last": "checkpoints", "checkpoint.keep_every": _STEPS,
     "checkpoint.keep_best": "checkpoints", "checkpoint.max_in_flight": "checkpoints",

@@ -38,6 +38,7 @@ _NO_CONFIG = ("resolved",)
 _OUTSIDE = ("run.imports", "launch.env", "deepspeed", "logging.wandb.project", "logging.mlflow.experiment")
 _PLACE = re.compile(r"://|::|^(?:hf[-_]hub|local-dir):")
 _PROMETHEUS = "logging.prometheus"
+_CLUSTER, _OWN_CLUSTER = "refresh.address", "auto"  # the user's token goes to the address
 _SHOWN = 160  # characters of a value in an error
 
 
@@ -162,6 +163,9 @@ def _outside(config: RunConfig) -> Iterator[tuple[str, object]]:
         table = next((name for name in _OUTSIDE if key == name or key.startswith(f"{name}.")), None)
         if key == _PROMETHEUS:
             if value not in ("", FILE) and endpoint_of(str(value))[0] != LOOPBACK:
+                yield key, value
+        elif key == _CLUSTER:
+            if value != _OWN_CLUSTER:
                 yield key, value
         elif value not in (None, [], {}) and (table is not None or any(map(_PLACE.search, _texts(value)))):
             yield key, value

@@ -7,7 +7,9 @@
     {"event": "spent", "time": t, "step": 50, "seconds": {...}}  rank 0: since the last such line or `began`
     {"event": "rewound", "time": t, "step": 40, "reached": 47}   rank 0: the guard went back to a checkpoint; with
                                                                  "bad", the bad step as guard.json has it
-    {"event": "refreshed", "time": t, "step": 40, "skipped": ""} rank 0: reference sets were set by K-means, or why not
+    {"event": "refreshed", "time": t, "step": 40, ...}           rank 0: reference sets were set by K-means; with
+                                                                 "skipped", why not, "by", who computed them, and
+                                                                 "late", why it was not in time
     {"event": "saved", "time": t, "step": 40}                    rank 0: a checkpoint is complete
     {"event": "ended", "time": t, "why": "killed", "step": 53}   supervisor: "done", "stopped", or how it failed, and
                                                                  "final": true where it will not start again

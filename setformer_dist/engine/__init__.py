@@ -20,6 +20,7 @@
     signals.py    SIGTERM and Ctrl-C as a wish to stop at the next step
     batch_plan.py         global batch = micro batch × accumulation × ranks: the one equation, solved in this one place
     deepspeed_engine.py   the one call of `deepspeed.initialize`
+    refitter.py           who computes new sets: the ranks, or somebody else meanwhile
     refresh.py            reference sets set by K-means: what is sampled when, and where the new sets go
     guard.py              losses that are not finite, and loss spikes: what is done about the step
     offload.py            CPU offload: no step sees a gradient of an earlier one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated, Literal
 
 import pydantic
@@ -370,6 +371,15 @@ class RefreshConfig(FrozenConfig):
         ema: what becomes of the averaged weights of what moved: "follow" sets them to the new values, "keep" lets them
             approach as they do after a step.
         learn: whether the optimizer moves the sets as well; false leaves them to K-means alone.
+        delay: optimizer steps from the last sampled one to the one after which the new sets are applied: the time that
+            K-means has elsewhere. 0 applies them at once.
+        by: who computes the new sets: "job", the ranks, at the step at which they are applied; or "ray", a service on a
+            Ray cluster, beside the steps of `delay`.
+        address: of the Ray cluster: HOST:PORT, or "auto" for the one that the run trains on or that runs on rank 0's
+            host.
+        wait_s: how long the ranks wait for a late service at the step at which the new sets are to be applied.
+        late: what the ranks do where the service has not answered then: "compute" computes the new sets on the ranks'
+            CPUs, with the same result; "keep" keeps the present sets.
     """
 
     every: int = pydantic.Field(default=0, ge=0)
@@ -384,6 +394,11 @@ class RefreshConfig(FrozenConfig):
     optimizer: Literal["momentum", "all", "keep"] = "momentum"
     ema: Literal["follow", "keep"] = "follow"
     learn: bool = True
+    delay: int = pydantic.Field(default=0, ge=0)
+    by: Annotated[Literal["job", "ray"], FREE] = "job"
+    address: Annotated[str, FREE] = "auto"
+    wait_s: Annotated[float, FREE] = pydantic.Field(default=10.0, ge=0, le=3600)
+    late: Annotated[Literal["compute", "keep"], FREE] = "compute"
 
     @pydantic.field_validator("at_steps")
     @classmethod
@@ -399,15 +414,29 @@ class RefreshConfig(FrozenConfig):
             raise ValueError("names a set twice: name each once")
         return value
 
+    @pydantic.model_validator(mode="after")
+    def _one_at_a_time(self) -> RefreshConfig:
+        distance = min((last - first for first, last in itertools.pairwise(self.at_steps)), default=self.every)
+        if self.every:
+            beside = (min(step % self.every, -step % self.every) for step in self.at_steps if step % self.every)
+            distance = min(self.every, distance, *beside)
+        if self.delay and 0 < distance <= self.delay:
+            raise ValueError(
+                f"delay = {self.delay} is not shorter than the {distance} steps between two refreshes: a refresh is "
+                "applied before the sample of the next one is complete"
+            )
+        return self
+
     @property
     def on(self) -> bool:
         """Whether there is any refresh."""
         return bool(self.every or self.at_steps)
 
     def due(self, step: int, total_steps: int) -> bool:
-        """Return whether there is a refresh after so many optimizer steps, before the run's last."""
-        return 0 < step < total_steps and (step in self.at_steps or (self.every > 0 and step % self.every == 0))
+        """Return whether a sample is complete after so many optimizer steps; it is applied before the run's last."""
+        in_time = 0 < step < total_steps - self.delay
+        return in_time and (step in self.at_steps or (self.every > 0 and step % self.every == 0))
 
     def samples_at(self, step: int, total_steps: int) -> bool:
-        """Return whether tokens of an optimizer step (0-based) are sampled: a refresh follows soon."""
+        """Return whether tokens of an optimizer step (0-based) are sampled."""
         return any(self.due(after, total_steps) for after in range(step + 1, step + 1 + self.sample_steps))

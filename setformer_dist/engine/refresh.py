@@ -2,12 +2,13 @@
 
     sampled steps    each forward pass offers its tokens; those with the lowest keys stay, the same on all ranks
                      (`ops.reservoir`)
-    after the last   new sets (`ops.refit`), written into masters, weights, states and average through the fragments of
+    after the last   the sample and the present sets make a problem, which a `Refitter` solves
+    `delay` later    new sets (`ops.refit`), written into masters, weights, states and average through the fragments of
                      `master.py`, so that every ZeRO stage and offload is alike; then evaluation and checkpoint
 
 Which steps, which tokens, and what K-means makes of them are functions of the config, the seed and the features. So a
-run that is killed anywhere and resumes, on any number of ranks, goes on as if nothing had been: the sample so far is
-part of the checkpoint.
+run that is killed anywhere and resumes, on any number of ranks, goes on as if nothing had been: the sample so far, or
+the problem that is not applied yet, is part of the checkpoint.
 """
 
 from __future__ import annotations
@@ -18,21 +19,22 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from setformer_dist.core.batch import MicroBatch
 from setformer_dist.core.errors import CheckpointError, ConfigError
 from setformer_dist.core.fragments import KEPT, Fragment
-from setformer_dist.core.ranks import RankInfo
 from setformer_dist.core.seeding import Purpose, torch_seed
 from setformer_dist.engine.batch_plan import BatchPlan
-from setformer_dist.engine.comm import TensorSums, TorchCollectives
+from setformer_dist.engine.comm import TorchCollectives
 from setformer_dist.engine.config import RefreshConfig
 from setformer_dist.engine.ema import Ema
 from setformer_dist.engine.master import MasterState
-from setformer_dist.ops.refit import Layer, Problem, figures, refit
+from setformer_dist.engine.refitter import Refitter, united
+from setformer_dist.ops.refit import Layer, Problem
 from setformer_dist.ops.reservoir import Sample, lowest, token_keys, union
 
 log = logging.getLogger(__name__)
@@ -41,42 +43,16 @@ Take = Callable[[str, torch.Tensor, torch.Tensor | None], None]
 _MOMENTUM = ("exp_avg", "momentum_buffer")
 
 
-class Refitter(Protocol):
-    """Computes new sets from a problem, here and now or elsewhere meanwhile. Every method is collective."""
+@dataclass(frozen=True)
+class _Pending:
+    """A problem whose solution is applied later.
 
-    def begin(self, step: int, problem: Problem) -> None:
-        """Take a problem, the same on all ranks, for the refresh after `step` optimizer steps."""
-        ...
-
-    def finish(self, step: int) -> dict[str, torch.Tensor] | str:
-        """Return the new sets, the same on all ranks, by the name of their parameters; or why there are none."""
-        ...
-
-
-class InJob:
-    """The ranks of the run compute the new sets together, on their devices.
-
-    Args:
-        ranks: this process's place.
-        device: of this rank.
+    Attributes:
+        step: optimizer steps done when it was made.
     """
 
-    def __init__(self, ranks: RankInfo, device: torch.device) -> None:
-        self._ranks = ranks
-        self._device = device
-        self._problem: Problem | None = None
-
-    def begin(self, step: int, problem: Problem) -> None:
-        """Keep the problem for `finish`."""
-        self._problem = problem
-
-    def finish(self, step: int) -> dict[str, torch.Tensor] | str:
-        """Compute the new sets."""
-        problem, self._problem = self._problem, None
-        assert problem is not None
-        here = problem.to(self._device)
-        new = refit(here, TensorSums(), self._ranks.rank, self._ranks.world_size)
-        return {name: vectors.cpu() for name, vectors in new.items()}
+    step: int
+    problem: Problem
 
 
 class Refresh:
@@ -91,7 +67,6 @@ class Refresh:
         comm: of all ranks.
         plan: where each rank's samples stand in the global batch.
         refitter: computes the new sets.
-        device: of this rank, for the figures.
         seed: of the run.
         total_steps: of the run.
 
@@ -109,16 +84,17 @@ class Refresh:
         comm: TorchCollectives,
         plan: BatchPlan,
         refitter: Refitter,
-        device: torch.device,
         seed: int,
         total_steps: int,
     ) -> None:
         self._config, self._layers, self._watched = config, layers, watched
         self._master, self._ema, self._comm, self._plan = master, ema, comm, plan
-        self._refitter, self._device, self._seed, self._total_steps = refitter, device, seed, total_steps
+        self._refitter, self._seed, self._total_steps = refitter, seed, total_steps
         self._held: dict[str, Sample] = {}  # of all ranks, on the CPU, the same everywhere
         self._new: dict[str, Sample] = {}  # of this rank and this step, on its device
+        self._pending: _Pending | None = None
         self._widths = {layer.name: layer.heads * layer.width for layer in layers}
+        self._shapes = {layer.parameter(kind): shape for layer in layers for kind, shape in layer.shapes.items()}
         check_possible(config, layers, total_steps)
         self._forget()
 
@@ -126,7 +102,7 @@ class Refresh:
 
     def watching(self, step: int, index: int, batch: MicroBatch) -> AbstractContextManager[None]:
         """Return a context for the forward pass of a micro batch, the `index`-th of this rank's in step `step`."""
-        if not self._config.samples_at(step, self._total_steps):
+        if not self.sampled(step):
             return contextlib.nullcontext()
         ranks, m = self._comm.ranks, len(batch.sample_ids)
         first = (index * ranks.world_size + ranks.rank) * self._plan.micro
@@ -145,10 +121,12 @@ class Refresh:
         found = lowest(x_bhnd, keys(x_bhnd.shape[0], x_bhnd.shape[2], x_bhnd.device), mask_bn, bound, limit)
         self._new[name] = self._new[name].joined(found, limit) if name in self._new else found
 
+    def sampled(self, step: int) -> bool:
+        """Return whether tokens of optimizer step `step` (0-based) are sampled."""
+        return self._config.samples_at(step, self._total_steps)
+
     def after_update(self, step: int) -> None:
-        """Bring together what all ranks sampled in optimizer step `step` (0-based). Collective."""
-        if not self._config.samples_at(step, self._total_steps):
-            return
+        """Bring together what all ranks sampled in such a step. Collective."""
         ranks, sums = self._comm.ranks, self._comm.tensors
         for name, held in self._held.items():
             new = self._new.get(name, Sample.empty(self._widths[name]))
@@ -157,9 +135,37 @@ class Refresh:
 
     # Refreshing.
 
+    def acts(self, step: int) -> bool:
+        """Return whether a refresh begins or is applied after so many optimizer steps."""
+        return self.due(step) or self._config.due(step, self._total_steps)
+
+    def begin(self, step: int) -> None:
+        """Have new sets computed, where a sample is complete after so many optimizer steps. Collective then."""
+        if not self._config.due(step, self._total_steps):
+            return
+        self._pending = _Pending(step, self._problem(step, dict(self._held), self._present()))
+        self._forget()
+        self._refit()
+
+    def _problem(self, step: int, samples: dict[str, Sample], present: dict[str, torch.Tensor]) -> Problem:
+        return Problem(
+            layers=self._layers,
+            samples=samples,
+            present=present,
+            sets=self._config.sets,
+            start=self._config.start,
+            iterations=self._config.iterations,
+            seed=torch_seed(Purpose.REFRESH, self._seed, step, -1),
+        )
+
+    def _refit(self) -> None:
+        """Give the problem that is pending, if any, to the refitter."""
+        if self._pending is not None and not self._pending.problem.too_few():
+            self._refitter.begin(self._pending.step, self._pending.problem)
+
     def due(self, step: int) -> bool:
-        """Return whether there is a refresh after so many optimizer steps."""
-        return self._config.due(step, self._total_steps)
+        """Return whether new sets are to be applied after so many optimizer steps."""
+        return self._config.due(step - self._config.delay, self._total_steps)
 
     def apply(self, step: int) -> dict[str, Any]:
         """Set the sets, after so many optimizer steps. Collective.
@@ -168,41 +174,35 @@ class Refresh:
             What was done, for metrics.jsonl; on rank 0 with the figures.
         """
         started = time.perf_counter()
-        problem = Problem(
-            layers=self._layers,
-            samples=dict(self._held),
-            present=self._present(),
-            sets=self._config.sets,
-            start=self._config.start,
-            iterations=self._config.iterations,
-            seed=torch_seed(Purpose.REFRESH, self._seed, step, -1),
-        )
-        self._forget()
-        new: dict[str, torch.Tensor] | str = problem.too_few()
-        if not new:
-            self._refitter.begin(step, problem)
-            new = self._refitter.finish(step)
-        values: dict[str, Any] = {"samples": min(map(len, problem.samples.values()))}
-        if isinstance(new, str):
-            log.warning("no refresh of the references at step %d: %s", step, new)
-            return {**values, "skipped": new}
-        self._write(new, problem.present)
-        if self._comm.ranks.is_main:
-            values |= figures(problem.to(self._device), {n: vectors.to(self._device) for n, vectors in new.items()})
-        return {**values, "seconds": time.perf_counter() - started}
+        pending, self._pending = self._pending, None
+        if pending is None:  # the run has resumed under another count of steps
+            return {"sampled": step - self._config.delay, "samples": 0, "skipped": "no sample of this refresh was kept"}
+        problem = pending.problem
+        values: dict[str, Any] = {"sampled": pending.step, "samples": min(map(len, problem.samples.values()))}
+        why = problem.too_few()
+        if not why:
+            found = self._refitter.finish(pending.step)
+            values |= {"by": found.by, **({"late": found.late} if found.late else {})}
+            why = "" if found.sets is not None else found.late
+        if why:
+            log.warning("no refresh of the references at step %d: %s", step, why)
+            return {**values, "skipped": why, "seconds": time.perf_counter() - started}
+        assert found.sets is not None
+        self._write(found.sets, problem.present)
+        return {**values, **found.figures, "seconds": time.perf_counter() - started}
+
+    def close(self) -> None:
+        """Let go of who computes."""
+        self._refitter.close()
 
     def _present(self) -> dict[str, torch.Tensor]:
         """Return all sets whole, from the ranks' fragments of the masters, on the CPU. Collective."""
-        shapes = {layer.parameter(kind): shape for layer in self._layers for kind, shape in layer.shapes.items()}
-        whole = {name: torch.zeros(shape, dtype=torch.int32) for name, shape in shapes.items()}
+        whole = {name: torch.zeros(shape, dtype=torch.int32) for name, shape in self._shapes.items()}
         if self._comm.ranks.is_main or not self._master.replicated:
             for f in self._master.fragments("param"):
                 if f.name in whole:
                     whole[f.name].view(-1)[f.start : f.end] = f.tensor.detach().cpu().view(torch.int32)
-        # Of each element one rank has the bits, all others zero.
-        bits = self._comm.tensors.sum(torch.cat([part.view(-1) for part in whole.values()]))
-        parts = torch.split(bits, [part.numel() for part in whole.values()])
-        return {name: part.view(torch.float32).view(shapes[name]) for name, part in zip(whole, parts, strict=True)}
+        return united(whole, self._comm.tensors)
 
     @torch.no_grad()
     def _write(self, new: Mapping[str, torch.Tensor], old: Mapping[str, torch.Tensor]) -> None:
@@ -227,35 +227,56 @@ class Refresh:
         self._new = {}
 
     def state(self) -> dict[str, Any]:
-        """Return what trainer.json holds of the sample: how many tokens of each layer; {} where there are none."""
-        rows = {name: len(sample) for name, sample in self._held.items() if len(sample)}
-        return {"rows": rows} if rows else {}
+        """Return what trainer.json holds: how many tokens of each layer there are; {} where there are none.
+
+        "pending" is the step of the sample that is not applied yet, and its tokens.
+        """
+        state: dict[str, Any] = {}
+        if rows := _rows(self._held):
+            state["rows"] = rows
+        if self._pending is not None:
+            state["pending"] = {"step": self._pending.step, "rows": _rows(self._pending.problem.samples)}
+        return state
 
     def take_back(self, state: Mapping[str, Any], step: int) -> list[Fragment]:
-        """Make room for the sample of a checkpoint; return what is to be filled.
+        """Make room for the samples of a checkpoint; return what is to be filled before `go_on`.
 
         Args:
             state: what `state` returned.
             step: optimizer steps done, as this run counts them. Where another batch has moved the count to a place at
-                which nothing is being sampled, the sample is dropped.
+                which nothing is sampled or pending, that is dropped.
 
         Raises:
-            CheckpointError: it is of another model or config.
+            CheckpointError: they are of another model or config.
         """
         self._forget()
-        if not self._config.samples_at(step - 1, self._total_steps):
-            return []
-        for name, rows in state.get("rows", {}).items():
-            if name not in self._widths or not 0 < rows <= self._config.samples:
-                raise CheckpointError(
-                    f"the checkpoint has a sample of {rows} tokens of {name!r}, which this run cannot have: use the "
-                    "config that it was written with"
-                )
-            self._held[name] = Sample.empty(self._widths[name], rows)
+        self._pending = None
+        if self._config.samples_at(step - 1, self._total_steps):
+            self._held |= self._room(state.get("rows", {}))
+        made = state.get("pending", {"step": step})
+        if made["step"] <= step < made["step"] + self._config.delay and self._config.due(
+            made["step"], self._total_steps
+        ):
+            samples = {name: Sample.empty(width) for name, width in self._widths.items()} | self._room(made["rows"])
+            present = {name: torch.zeros(shape) for name, shape in self._shapes.items()}
+            self._pending = _Pending(made["step"], self._problem(made["step"], samples, present))
         return self._fragments()
 
+    def _room(self, rows: Mapping[str, int]) -> dict[str, Sample]:
+        for name, count in rows.items():
+            if name not in self._widths or not 0 < count <= self._config.samples:
+                raise CheckpointError(
+                    f"the checkpoint has a sample of {count} tokens of {name!r}, which this run cannot have: use the "
+                    "config that it was written with"
+                )
+        return {name: Sample.empty(self._widths[name], count) for name, count in rows.items()}
+
+    def go_on(self) -> None:
+        """Have the problem of a checkpoint solved, once all that `take_back` has made room for is filled."""
+        self._refit()
+
     def share(self) -> list[Fragment]:
-        """Return this rank's part of the sample for a checkpoint: all of it where every rank holds all weights."""
+        """Return this rank's part of what a checkpoint holds: all of it where every rank holds all weights."""
         fragments = self._fragments()
         if self._master.replicated:
             return fragments
@@ -267,13 +288,23 @@ class Refresh:
         return parts
 
     def _fragments(self) -> list[Fragment]:
-        found = []
-        for name, sample in self._held.items():
-            for what, tensor in {"keys": sample.keys_r, "tokens": sample.tokens_rc}.items() if len(sample) else ():
-                found.append(
-                    Fragment(f"{KEPT}refresh/{what}/{name}", "sample", 0, tuple(tensor.shape), tensor.view(-1))
-                )
-        return found
+        kept = _tensors(self._held)
+        if self._pending is not None:
+            problem = self._pending.problem
+            kept |= {f"pending/{name}": tensor for name, tensor in _tensors(problem.samples).items()}
+            kept |= {f"pending/present/{name}": vectors for name, vectors in problem.present.items()}
+        return [Fragment(f"{KEPT}refresh/{name}", "sample", 0, tuple(t.shape), t.view(-1)) for name, t in kept.items()]
+
+
+def _rows(samples: Mapping[str, Sample]) -> dict[str, int]:
+    return {name: len(sample) for name, sample in samples.items() if len(sample)}
+
+
+def _tensors(samples: Mapping[str, Sample]) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for name in _rows(samples):
+        found |= {f"keys/{name}": samples[name].keys_r, f"tokens/{name}": samples[name].tokens_rc}
+    return found
 
 
 _FREE = torch.iinfo(torch.int64).max
@@ -292,10 +323,11 @@ def check_possible(config: RefreshConfig, layers: tuple[Layer, ...], total_steps
     Raises:
         ConfigError: one is due where the run has no step, or a set has more references than there are samples.
     """
-    if config.at_steps and config.at_steps[-1] >= total_steps:
+    if config.at_steps and config.at_steps[-1] + config.delay >= total_steps:
+        later = f", {config.delay} steps of delay come after it" if config.delay else ""
         raise ConfigError(
-            f"refresh.at_steps has {config.at_steps[-1]}, and the run has {total_steps} steps: a refresh comes before "
-            "the last of them"
+            f"refresh.at_steps has {config.at_steps[-1]}{later}, and the run has {total_steps} steps: a refresh comes "
+            "before the last of them"
         )
     for layer in layers:
         for kind in config.sets:

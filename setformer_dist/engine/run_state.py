@@ -17,6 +17,18 @@ from setformer_dist.core.metric import Mode
 _LOSS_SCALE: pydantic.TypeAdapter[dict[str, float | None]] = pydantic.TypeAdapter(dict[str, float | None])
 
 
+class _Pending(pydantic.BaseModel):
+    step: int
+    rows: dict[str, int]
+
+
+class _Refresh(pydantic.BaseModel):
+    """What `Refresh.state` returns."""
+
+    rows: dict[str, int] = {}
+    pending: _Pending | None = None
+
+
 @dataclass(frozen=True)
 class Best:
     """Best value of the watched metric so far."""
@@ -121,8 +133,7 @@ def check_trainer(trainer: dict[str, Any], place: Path) -> None:
                 raise ValueError(f"{key} is no {kind.__name__}")
         window = trainer.get("guard", {}).get("window", [])
         pydantic.TypeAdapter(list[float]).validate_json(json.dumps(window), strict=True)
-        rows = trainer.get("refresh", {}).get("rows", {})
-        pydantic.TypeAdapter(dict[str, int]).validate_json(json.dumps(rows), strict=True)
+        _Refresh.model_validate_json(json.dumps(trainer.get("refresh", {})), strict=True)
         for name, state in trainer.get("callbacks", {}).items():
             if not isinstance(state, dict):
                 raise ValueError(f"callbacks.{name} is no object")

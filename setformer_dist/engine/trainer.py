@@ -111,6 +111,7 @@ class Trainer:
             contextlib.closing(c.store),
             contextlib.closing(c.stream),
             contextlib.closing(c.validation),
+            contextlib.closing(c.refresh) if c.refresh is not None else contextlib.nullcontext(),
         ):
             if self._began and not self._over:  # paused, and nobody continues
                 self._end(0)
@@ -233,7 +234,7 @@ class Trainer:
             state.seconds = time.perf_counter() - self._started
             progress.advance(state.step)
             c.callbacks.step_end(state.step)
-            if c.refresh is not None and c.refresh.due(state.step):
+            if c.refresh is not None and c.refresh.acts(state.step):
                 self._refresh(c.refresh)
             if state.step % self._log_every == 0 or state.step == self._total_steps:
                 self._steps.write(state, lr, progress)
@@ -248,18 +249,26 @@ class Trainer:
         if self._c.ema is not None:
             with self._clock.section("optimizer"):
                 self._c.ema.update(step)
-        if self._c.refresh is not None:
+        if self._c.refresh is not None and self._c.refresh.sampled(step):  # a section waits for the device
             with self._clock.section("refresh"):
                 self._c.refresh.after_update(step)
         self._steps.take(step, outcome)
 
     def _refresh(self, refresh: Refresh) -> None:
-        """Set the reference sets by K-means, before this step is evaluated and saved."""
+        """Begin to compute reference sets, and set them, where that is due: before this step is evaluated and saved."""
+        step = self._state.step
         with self._clock.section("refresh"):
-            values = refresh.apply(self._state.step)
-        self._c.record.write("refresh", self._state.step, values)
-        self._c.record.note("refreshed", step=self._state.step, skipped=values.get("skipped", ""))
-        self._c.callbacks.figures("on_refresh", self._state.step, values)
+            refresh.begin(step)
+            if not refresh.due(step):
+                return
+            values = refresh.apply(step)
+        c = self._c
+        c.record.write("refresh", step, values)
+        c.record.note(
+            "refreshed", step=step, skipped=values.get("skipped", ""), by=values.get("by", ""),
+            late=values.get("late", ""),
+        )  # fmt: skip
+        c.callbacks.figures("on_refresh", step, values)
 
     def _pass_over(self, batches: Iterator[MicroBatch]) -> None:
         """Let a step's samples go by without an update."""
@@ -367,6 +376,8 @@ class Trainer:
         step = c.stream.check_state(trainer["stream"])
         kept = c.refresh.take_back(trainer.get("refresh", {}), step) if c.refresh is not None else []
         c.store.load(saved, [*self._fragments(), *kept])
+        if c.refresh is not None:
+            c.refresh.go_on()
         c.master.optimizer_steps = trainer["optimizer_steps"]
         c.master.set_loss_scale(trainer["loss_scale"])
         c.master.refresh()

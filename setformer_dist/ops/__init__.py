@@ -4,6 +4,7 @@ cast_attention.py       CAST: softmax attention inside clusters of tokens, summa
 cpp_library.py          our C++ for CPUs (csrc/), built for this very CPU when a process first asks for it, and kept
 kmeans.py               K-means of many groups at once
 refit.py                new reference sets by K-means over sampled tokens, matched to the old ones
+refit_bytes.py          its problems and solutions as bytes, for processes that solve them elsewhere
 reservoir.py            bounded samples of tokens that do not depend on who computes them
 set/                    SeT attention: the operator and its implementations
 set_attention.py        its public names

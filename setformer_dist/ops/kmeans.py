@@ -178,13 +178,13 @@ class _Points:
         # A squared distance is at most 4 d 4^bits; fp64 is exact up to 2^53.
         self.bits = (51 - math.ceil(math.log2(d))) // 2
         self.unit_g11 = self._unit(init)
-        self._kept: dict[tuple[int, int], torch.Tensor] = {}
+        self._kept: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def _unit(self, init: torch.Tensor | None) -> torch.Tensor:
         """Return what the integer 1 stands for in each group, a power of two; (g, 1, 1)."""
         found = self.raw.new_zeros(self.raw.shape[0], dtype=torch.float64)
         for part in self.parts(1):
-            found = torch.maximum(found, self._visible(part).double().abs().amax((1, 2)))
+            found = torch.maximum(found, self._visible(part).abs().amax((1, 2)).double())
         if init is not None:
             found = torch.maximum(found, init.double().abs().amax((1, 2)))
         # NaN would lose every comparison of a maximum over ranks.
@@ -213,14 +213,15 @@ class _Points:
             return on_sphere(values.double(), self.bits)
         return (values * self.unit_g11.reciprocal()).round_()  # a power of two: exact, and fp64 whatever the values are
 
-    def tile(self, part: slice) -> torch.Tensor:
-        """Return points as integers, (g, t, d); masked ones are 0."""
-        if self.raw.numel() > KEPT:
-            return self.rounded(self._visible(part))
-        key = (part.start, part.stop)
-        if key not in self._kept:
-            self._kept[key] = self.rounded(self._visible(part))
-        return self._kept[key]
+    def tile(self, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return points as integers, (g, t, d), and their squared lengths, (g, t, 1); masked ones are 0."""
+        kept = self._kept.get((part.start, part.stop))
+        if kept is None:
+            points_gtd = self.rounded(self._visible(part))
+            kept = points_gtd, points_gtd.square().sum(-1, keepdim=True)
+            if self.raw.numel() <= KEPT:
+                self._kept[part.start, part.stop] = kept
+        return kept
 
     def check_count(self, k: int) -> None:
         """Refuse groups with fewer than k points, and more points than sums can hold."""
@@ -269,9 +270,9 @@ def on_sphere(values: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.round(whole / length.clamp_min(1.0) * 2.0**bits)
 
 
-def _squared_distances(points_gtd: torch.Tensor, centroids_gkd: torch.Tensor) -> torch.Tensor:
-    """Return |x - c|^2 of integers, (g, t, k), exactly."""
-    squares = points_gtd.square().sum(-1, keepdim=True) + centroids_gkd.square().sum(-1).unsqueeze(1)
+def _offsets(points_gtd: torch.Tensor, centroids_gkd: torch.Tensor) -> torch.Tensor:
+    """Return |x - c|^2 - |x|^2 of integers, (g, t, k), exactly; the least one is the nearest centroid's."""
+    squares = centroids_gkd.square().sum(-1).unsqueeze(1)
     return torch.baddbmm(squares, points_gtd, centroids_gkd.mT, alpha=-2.0)
 
 
@@ -294,7 +295,8 @@ def _plus_plus(points: _Points, k: int, seed: int) -> torch.Tensor:
         _, coordinates, _ = points.best(key)
         chosen.append(coordinates)
         for part in points.parts(1):
-            apart = _squared_distances(points.tile(part), coordinates.unsqueeze(1)).squeeze(-1)
+            tile, squares = points.tile(part)
+            apart = (_offsets(tile, coordinates.unsqueeze(1)) + squares).squeeze(-1)
             closer = apart if centre == 0 else torch.minimum(nearest[:, part], apart)
             nearest[:, part] = torch.where(points.valid[:, part], closer, 0.0)
     return torch.stack(chosen, 1)
@@ -380,14 +382,15 @@ def _fit(points: _Points, centroids: torch.Tensor) -> _Fit:
     distance = torch.empty((g, n), dtype=torch.float64, device=centroids.device)
     sums, counts = torch.zeros_like(centroids), torch.zeros_like(centroids[..., 0])
     for part in points.parts(k):
-        tile, valid = points.tile(part), points.valid[:, part]
-        apart = _squared_distances(tile, centroids)
-        nearest = apart.argmin(-1)
-        distance[:, part] = torch.where(valid, apart.gather(-1, nearest.unsqueeze(-1)).squeeze(-1), 0.0)
-        assignment[:, part] = torch.where(valid, nearest, -1)
+        (tile, squares), valid = points.tile(part), points.valid[:, part]
+        offsets = _offsets(tile, centroids)
+        nearest = offsets.argmin(-1, keepdim=True)
+        distance[:, part] = torch.where(valid, (offsets.gather(-1, nearest) + squares).squeeze(-1), 0.0)
+        assignment[:, part] = torch.where(valid, nearest.squeeze(-1), -1)
         # Integers in fp64: exact, so the order in which a device adds them does not matter. Masked points are zero.
-        sums.scatter_add_(1, nearest.unsqueeze(-1).expand_as(tile), tile)
-        counts.scatter_add_(1, nearest, valid.double())
+        chosen_gtk = offsets.zero_().scatter_(-1, nearest, 1.0)
+        sums.baddbmm_(chosen_gtk.mT, tile)
+        counts.scatter_add_(1, nearest.squeeze(-1), valid.double())
     high = torch.floor(distance / HALF)
     halves = torch.stack([high.sum(1), (distance - high * HALF).sum(1)])
     whole = points.across.sum(torch.cat([sums.flatten(), counts.flatten(), halves.flatten()]))

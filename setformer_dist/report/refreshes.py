@@ -39,6 +39,8 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
         step, tokens = f"{row['step']:,}", f"{int(finite(row.get('samples')) or 0):,}"
         if row.get("skipped"):
             lines.append([step, f"skipped: {row['skipped']}", tokens, *[""] * (len(_SHOWN) + 1)])
+        elif row.get("late"):
+            lines.append([step, f"computed by the ranks: {row['late']}", tokens, *[""] * (len(_SHOWN) + 1)])
         for kind, label in _KINDS.items():
             values = row.get(kind)
             if isinstance(values, Mapping):

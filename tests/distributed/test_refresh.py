@@ -31,9 +31,11 @@ from setformer_dist.core.model_config import ModelConfig
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
 from setformer_dist.engine.config import RefreshConfig
-from setformer_dist.engine.refresh import InJob, Refresh
-from setformer_dist.models.attention import SetAttention, freeze_sets, reference_layers
+from setformer_dist.engine.refitter import InJob
+from setformer_dist.engine.refresh import Refresh
+from setformer_dist.models.attention import SetAttention
 from setformer_dist.models.build import build_model
+from setformer_dist.models.reference_sets import freeze_sets, reference_layers
 from setformer_dist.tasks.build import build_task
 from tests.distributed import workers
 from tests.distributed.test_resume_everywhere import LAYOUTS, few_digits
@@ -99,7 +101,7 @@ def refreshed(stage: int, offload: str, dtype: str, optimizer: str) -> dict[str,
     config = RefreshConfig(at_steps=(3,), sample_steps=3, samples=40, optimizer=optimizer, iterations=5)
     made = Refresh(
         config, layers, lambda take: offered(take, layers, **state), trainee.master, trainee.ema, trainee.comm,
-        trainee.plan, InJob(trainee.ranks, trainee.engine.device), trainee.engine.device, seed=7, total_steps=9,
+        trainee.plan, InJob(trainee.ranks, trainee.engine.device), seed=7, total_steps=9,
     )  # fmt: skip
     for step in range(3):
         for index in range(trainee.plan.accumulation):
@@ -109,10 +111,13 @@ def refreshed(stage: int, offload: str, dtype: str, optimizer: str) -> dict[str,
             with made.watching(step, index, batch):
                 pass
         made.after_update(step)
+    made.begin(3)
     values = made.apply(3)
     values.pop("seconds")
     after = whole_of(trainee)
+    made.begin(3)
     skipped = made.apply(3)  # nothing was sampled since
+    skipped.pop("seconds")
     unchanged = all(torch.equal(tensor, after[name]) for name, tensor in whole_of(trainee).items())
     moved = {name: not torch.equal(after[name], before[name]) for name in after}
     return {
@@ -169,7 +174,7 @@ def test_the_same_bits_on_any_ranks_in_any_layout(by_world: dict[int, list[dict[
             assert entry["finite"], where
             assert entry["left"] == {}, where
             why = "stages.0.blocks.0.attn has 0 sampled tokens for 5 anchors"
-            assert entry["skipped"] == [{"samples": 0, "skipped": why}, True], where
+            assert entry["skipped"] == [{"sampled": 3, "samples": 0, "skipped": why}, True], where
             assert entry["values"] == expected["values"], where
             compared = {
                 name: digest for name, digest in entry["digests"].items()

@@ -16,8 +16,8 @@ from launch.run.inputs import inputs_of
 from launch.run.trained import load_trained
 from launch.testing.commands import Ended, losses, setformer, train_words
 from setformer_dist.core.ranks import RankInfo
-from setformer_dist.models.attention import watched_marginals
 from setformer_dist.models.build import build_model
+from setformer_dist.models.reference_sets import watched_marginals
 
 FEW = ("schedule.steps=6", "schedule.warmup_steps=2", "run.log_every=1", "eval.every_steps=3", "batch.global_size=16")
 

@@ -133,6 +133,7 @@ def run_of_somebody(folder: Path, digits: Path, marker: Path, *overrides: str, *
         (["checkpoint.mirror=s3://theirs/runs"], 'checkpoint.mirror = "s3://theirs/runs"'),
         (["model.weights=hf-hub:theirs/model"], 'model.weights = "hf-hub:theirs/model"'),
         (["logging.prometheus=0.0.0.0:9400"], 'logging.prometheus = "0.0.0.0:9400"'),
+        (["refresh.address=ray.invalid:6379"], 'refresh.address = "ray.invalid:6379"'),
         (["logging.mlflow.tracking_uri=https://theirs"], 'logging.mlflow.tracking_uri = "https://theirs"'),
         (["logging.wandb.project=theirs"], 'logging.wandb.project = "theirs"'),
         (['launch.env=["LD_PRELOAD=/tmp/x.so"]'], 'launch.env = ["LD_PRELOAD=/tmp/x.so"]'),

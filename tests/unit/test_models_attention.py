@@ -19,8 +19,8 @@ from setformer_dist.models.attention import (
     SoftmaxAttention,
     make_attention,
     split_heads,
-    watched_marginals,
 )
+from setformer_dist.models.reference_sets import watched_marginals
 from setformer_dist.ops.set.attention import marginal_error
 
 # Every kind on a grid, with each of its ways to go; sequences take those without a convolution or a 2-D filter.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import timm
@@ -19,8 +19,9 @@ from setformer_dist.core.config import build
 from setformer_dist.core.errors import CheckpointError, ConfigError
 from setformer_dist.engine.config import RefreshConfig
 from setformer_dist.engine.refresh import Refresh, check_possible
-from setformer_dist.models.attention import SetAttention, freeze_sets, reference_layers, watched_tokens
+from setformer_dist.models.attention import SetAttention
 from setformer_dist.models.build import build_model
+from setformer_dist.models.reference_sets import freeze_sets, reference_layers, watched_tokens
 from setformer_dist.ops.kmeans import Here
 from setformer_dist.ops.refit import Problem, figures, matched, refit, with_lengths_of
 from setformer_dist.ops.reservoir import Sample, lowest, token_keys, union
@@ -215,6 +216,10 @@ def test_steps_of_refreshes_and_samples() -> None:
     assert [step for step in range(50) if config.due(step, 40)] == [3, 10, 20, 30]
     sampled = [step for step in range(50) if config.samples_at(step, 40)]
     assert sampled == [0, 1, 2, *range(6, 10), *range(16, 20), *range(26, 30)]
+    later = RefreshConfig(every=10, at_steps=(4,), sample_steps=2, delay=3)
+    assert [step for step in range(50) if later.due(step, 34)] == [4, 10, 20, 30]
+    assert [step for step in range(50) if later.due(step, 33)] == [4, 10, 20]  # applied before the last step
+    assert [step for step in range(50) if later.samples_at(step, 33)] == [2, 3, 8, 9, 18, 19]
     assert not RefreshConfig().on
     assert not any(RefreshConfig().samples_at(step, 100) for step in range(100))
 
@@ -230,6 +235,11 @@ def test_steps_of_refreshes_and_samples() -> None:
         ({"sets": ["references", "references"]}, ["sets", "twice"]),
         ({"sets": ["reference"]}, ["sets", "references"]),
         ({"iteration": 3}, ["iteration", "iterations"]),
+        ({"every": 10, "delay": 10}, ["delay = 10", "10 steps between two refreshes"]),
+        ({"every": 10, "at_steps": [23], "delay": 3}, ["delay = 3", "3 steps between"]),
+        ({"every": 10, "at_steps": [27], "delay": 4}, ["delay = 4", "3 steps between"]),
+        ({"at_steps": [3, 5], "delay": 2}, ["delay = 2", "2 steps between"]),
+        ({"by": "Ray"}, ["by", "job", "ray"]),
     ],
 )
 def test_bad_tables_are_refused(table: dict[str, object], words: list[str]) -> None:
@@ -266,12 +276,63 @@ def test_refreshes_that_no_run_can_have_are_refused() -> None:
         check_possible(RefreshConfig(at_steps=(3, 40)), layers, 40)
     with pytest.raises(ConfigError, match=r"refresh\.samples = 3 tokens are fewer than the 4 references of 0"):
         check_possible(RefreshConfig(every=5, samples=3), layers, 40)
+    with pytest.raises(ConfigError, match=r"refresh\.at_steps has 37, 3 steps of delay come after it, and the run has"):
+        check_possible(RefreshConfig(at_steps=(37,), delay=3), layers, 40)
     check_possible(RefreshConfig(at_steps=(39,), samples=4), layers, 40)
+    check_possible(RefreshConfig(at_steps=(36,), delay=3), layers, 40)
+    for possible in ({"every": 10, "at_steps": (20, 27), "delay": 2}, {"at_steps": (9,), "delay": 30}, {"delay": 9}):
+        assert RefreshConfig(**possible).delay  # type: ignore[arg-type]
 
 
 def test_nothing_is_asked_of_a_model_where_there_is_no_refresh() -> None:
     run = resolve(load_run(Path(DEMO), VIT), 1)
     assert refreshed_layers(run, torch.nn.Linear(2, 2)) == ()
+
+
+class Given:
+    """A refitter that remembers what it was given."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.problems: list[Problem] = []
+
+    def begin(self, step: int, problem: Problem) -> None:
+        self.steps.append(step)
+        self.problems.append(problem)
+
+
+def test_a_pending_refresh_is_taken_back_whole() -> None:
+    """From the checkpoints between sample and application alone, and given to whoever computes once it is filled."""
+    problem, none, given = problem_of(PLAIN), cast(Any, None), Given()
+    config = RefreshConfig(at_steps=(5,), samples=64, delay=3)
+    state = {"pending": {"step": 5, "rows": {"0": 30, "1": 20}}}
+    made = Refresh(config, problem.layers, none, none, none, none, none, cast(Any, given), seed=0, total_steps=20)
+    for step in (4, 8, 9):
+        assert made.take_back(state, step) == []
+        assert made.state() == {}
+    for step in (5, 6, 7):
+        fragments = made.take_back(state, step)
+        assert made.state() == state
+        assert given.steps == []
+    assert all(f.name.startswith("~refresh/pending/") for f in fragments)
+    expected = {f"keys/{n}": (r,) for n, r in (("0", 30), ("1", 20))}
+    expected |= {f"tokens/{n}": (r, 12) for n, r in (("0", 30), ("1", 20))}
+    expected |= {f"present/{one.parameter(kind)}": one.shapes[kind] for one in problem.layers for kind in one.shapes}
+    assert {f.name.removeprefix("~refresh/pending/"): f.shape for f in fragments} == expected
+    for f in fragments:
+        f.tensor.copy_(torch.arange(f.tensor.numel()))
+    made.go_on()
+    assert given.steps == [5]
+    for name, vectors in given.problems[0].present.items():
+        assert torch.equal(vectors.flatten(), torch.arange(vectors.numel()).float()), name
+    assert int(given.problems[0].samples["1"].keys_r[-1]) == 19
+    with pytest.raises(CheckpointError, match="which this run cannot have: use the config"):
+        made.take_back({"pending": {"step": 5, "rows": {"0": 65}}}, 6)
+    elsewhere = RefreshConfig(at_steps=(4,), samples=64, delay=3)  # another batch has moved the count of steps
+    made = Refresh(elsewhere, problem.layers, none, none, none, none, none, cast(Any, given), seed=0, total_steps=20)
+    assert made.take_back(state, 6) == []
+    made.go_on()
+    assert given.steps == [5]
 
 
 def test_a_sample_that_this_run_cannot_have_is_refused() -> None:
@@ -280,7 +341,6 @@ def test_a_sample_that_this_run_cannot_have_is_refused() -> None:
     made = Refresh(
         RefreshConfig(at_steps=(5,), samples=64),
         layers,
-        none,
         none,
         none,
         none,

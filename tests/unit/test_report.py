@@ -231,6 +231,7 @@ def test_refreshes_of_the_references_are_drawn_and_listed(run, tmp_path):
         refresh_row(20),
         {"kind": "refresh", "step": 30, "samples": 3, "skipped": "too few <tokens>"},
         refresh_row(40, references=[1]),
+        refresh_row(50, by="job", late="no answer of the <service>"),
     ]
     with (run / "metrics.jsonl").open("a") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
@@ -244,3 +245,4 @@ def test_refreshes_of_the_references_are_drawn_and_listed(run, tmp_path):
     assert "<td>0.25 → –</td>" in text
     assert "<td>12.5</td>" in text
     assert "skipped: too few &lt;tokens&gt;" in text
+    assert "computed by the ranks: no answer of the &lt;service&gt;" in text
