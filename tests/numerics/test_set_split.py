@@ -10,7 +10,7 @@ import torch
 
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.ops.parts import Rows
-from setformer_dist.ops.set.attention import SetAttentionConfig, _problem, set_attention
+from setformer_dist.ops.set.attention import SetAttentionConfig, problem_of, set_attention
 from setformer_dist.ops.set.split import traffic
 from setformer_dist.testing.threads import ThreadCollectives, ThreadParts, run_on_threads
 
@@ -98,7 +98,7 @@ def test_parts_equal_the_whole(case, masked):
 def test_messages_and_bytes_are_those_of_the_formula_whatever_n(case, rounds):
     config = SetAttentionConfig(references=4, iterations=rounds, **case)
     b, h, d = 2, 3, 6
-    expected = traffic(_problem(config), config.reference_sets, 4, d)
+    expected = traffic(problem_of(config), config.reference_sets, 4, d)
     for grid in ((8, 2), (16, 4)):
         tensors, upstream = operands(config, grid[0] * grid[1])
         _, forward, backward = split(config, tensors, upstream, 2, grid=grid)
@@ -110,7 +110,7 @@ def test_messages_and_bytes_are_those_of_the_formula_whatever_n(case, rounds):
 
 def test_the_shipped_form_sends_what_the_facts_say():
     """Two sets, renormalised, exact: m (2 (L - 1) + d + 2) numbers forward, m (2 (L - 1) + d + 1) backward."""
-    found = traffic(_problem(SetAttentionConfig()), 2, 49, 32)
+    found = traffic(problem_of(SetAttentionConfig()), 2, 49, 32)
     assert (found.forward, found.backward) == (49 * (8 + 34), 49 * (8 + 33))
 
 

@@ -166,7 +166,7 @@ def set_attention(
         features, x_bhnd = _nystrom_map(x_bhnd, anchors_hkd, config)
     positions, places = _places(x_bhnd, n, references_hmd.shape[1], grid, mask_bn, config)
     inputs = Inputs(x_bhnd, features, references_hmd, return_references_hmd, positions, places, mask_bn)
-    problem = _problem(config)
+    problem = problem_of(config)
     if rows is not None:
         y = split_attention(inputs, problem, rows)
         return y if whole is None else torch.where(whole, y, 0.0)
@@ -203,13 +203,14 @@ def marginal_error(
         mask = None if mask_bn is None else mask_bn | ~mask_bn.any(-1, keepdim=True)
         x = x_bhnd if mask is None else torch.where(mask[:, None, :, None], x_bhnd, 0.0)
         features = unit(at_least_fp32(x)) if anchors_hkd is None else _nystrom_map(x, anchors_hkd, config)[0]
-        logs = reference.plan_of(at_least_fp32(features), unit(at_least_fp32(references_hmd)), mask, _problem(config))
+        logs = reference.plan_of(at_least_fp32(features), unit(at_least_fp32(references_hmd)), mask, problem_of(config))
         count = x.shape[2] if mask is None else mask.sum(-1).view(-1, 1, 1)
         errors = (logs.exp().sum(-1) * count - 1.0).abs()
         return (errors if mask is None else errors.masked_fill(~mask.unsqueeze(1), 0.0)).amax(-1)
 
 
-def _problem(config: SetAttentionConfig) -> SetProblem:
+def problem_of(config: SetAttentionConfig) -> SetProblem:
+    """Return the numbers of a config, as implementations take them."""
     return SetProblem(
         epsilon=config.epsilon,
         sigma=config.sigma if config.kernel == "gaussian" else 0.0,
