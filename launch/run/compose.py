@@ -20,6 +20,7 @@ from launch.run.distill import with_teacher
 from launch.run.identity import identity_of, shapes_of
 from launch.run.initial_weights import FirstWeights
 from launch.run.inputs import Split, check_splits, inputs_of
+from launch.run.sequence import check_sequence, split_model, with_rows
 from launch.run.store import RunStore
 from setformer_dist.callbacks.build import build_callbacks
 from setformer_dist.core.batch import TrainStream
@@ -100,10 +101,12 @@ def compose(
     watch = watch_of(run, model)
     layers = refreshed_layers(run, model)
     check_metric(task, c.checkpoint.best_metric, c.checkpoint.best_mode)
+    check_sequence(run, task, model)
     device = torch.device(get_accelerator().current_device_name())
     inputs = inputs_of(c.data)
-    stream = inputs.train_stream(splits.train, c.run.seed, ranks, plan)
-    validation = inputs.eval_stream(splits.val, ranks, plan.micro)
+    place = ranks.sharing_data(plan.sequence)
+    stream = inputs.train_stream(splits.train, c.run.seed, place, plan)
+    validation = inputs.eval_stream(splits.val, place, plan.micro)
     schedule_steps = c.schedule.total_steps(stream.steps_per_epoch)
     costs = costs_of(run, splits, model)
     input_spec = inputs.spec(splits.train)
@@ -112,6 +115,8 @@ def compose(
     first_weights = first_weights_of(run, task, model, comm)
     prepare = inputs.prepare(len(splits.train.classes), device, DTYPES[c.precision.dtype])
     task, prepare, taught_by = with_teacher(run, task, prepare, input_spec, device, comm)
+    rows = split_model(run, model, ranks)
+    prepare = with_rows(prepare, model, rows)
     engine = initialize(model, c.optim, run.deepspeed_json())
     master = MasterState(engine)
     ema = Ema(master, c.ema) if c.ema.decay else None
@@ -138,7 +143,7 @@ def compose(
         callbacks=Callbacks(named, c.folder, run.as_json(), ranks.is_main),
         watch=watch,
         first_weights=first_weights,
-        refresh=refresh_of(run, layers, engine, master, ema, comm, schedule_steps),
+        refresh=refresh_of(run, layers, engine, master, ema, comm, schedule_steps, 0 if rows is None else rows.index),
     )
     return Trainer(
         components, c.eval, best, schedule_steps, c.run.log_every, c.run.seed, c.run.record_samples, copies_s
@@ -254,6 +259,7 @@ def refresh_of(
     ema: Ema | None,
     comm: TorchCollectives,
     total_steps: int,
+    part: int,
 ) -> Refresh | None:
     """Return what sets the reference sets by K-means, None where the config wants no refresh."""
     c = run.config
@@ -271,6 +277,7 @@ def refresh_of(
         engine.device,
         c.run.seed,
         total_steps,
+        part,
     )
 
 
