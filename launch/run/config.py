@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar
 import pydantic
 
 from checkpoints.config import CheckpointConfig
-from dataloaders.config import AnyDataConfig
+from dataloaders.config import AnyDataConfig, DataConfig
 from launch.hosts.config import LaunchConfig
 from launch.ranks.restarts import RestartConfig
 from setformer_dist.core import config as base
@@ -261,6 +261,16 @@ class RunConfig(FrozenConfig):
             raise ValueError(
                 f"checkpoint.best_metric = {self.checkpoint.best_metric!r} needs averaged weights: set ema.decay"
             )
+        if (parts := self.parallel.sequence) > 1:
+            if not isinstance(self.data, DataConfig):
+                raise ValueError(
+                    f"parallel.sequence = {parts} cuts images by rows, and [data] has token sequences: set it to 1"
+                )
+            if self.eval.marginal_error:
+                raise ValueError(
+                    f"eval.marginal_error looks at plans of whole images, and parallel.sequence = {parts} cuts them by "
+                    "rows: set one of them back"
+                )
         return self
 
     @property

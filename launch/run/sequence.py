@@ -66,12 +66,8 @@ def check_sequence(run: ResolvedRun, task: Task | None, model: nn.Module) -> Non
 
 def _why_not(run: ResolvedRun, task: Task | None, model: nn.Module) -> str | None:
     c = run.config
-    if not isinstance(c.data, DataConfig):
-        return "images are cut by rows, and [data] has token sequences"
     if task is not None and isinstance(task, Counted):
         return f"task {task.name} has a loss that counts elements of whole images"
-    if c.eval.marginal_error:
-        return "eval.marginal_error looks at plans of whole images: set it to false"
     for name, module in model.named_modules():
         if isinstance(module, _BATCH_NORM):
             return f"{name} of {c.model.name} is a BatchNorm, whose statistics would be those of a part of the rows"

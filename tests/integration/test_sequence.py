@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.testing.commands import losses, setformer, start, train_words, wait_for
+from tests.integration.test_bad_input import assert_one_sentence
 
 OWN = ("run.record_samples=true", "checkpoint.every_steps=4", "eval.every_steps=11")
 
@@ -62,3 +63,27 @@ def test_killed_with_two_ranks_an_image_and_resumed_with_one_and_the_other_way(
         _, err = process.communicate(timeout=300)
         assert (process.returncode == 0) == (how is None), err
     assert_alike(tmp_path / "demo", whole)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "part"),
+    [
+        (("parallel.sequence=2", "data.image_size=24"), 2, "24 rows cannot be cut into 2 equal parts for this model"),
+        (("parallel.sequence=2",), 1, "1 ranks cannot be cut into groups of 2"),
+    ],
+)
+def test_what_cannot_be_cut_is_said_before_training_and_by_a_dry_run(
+    digits: Path, tmp_path: Path, overrides: tuple[str, ...], ranks: int, part: str
+) -> None:
+    for more in ((), ("--dry-run",)):
+        ended = setformer(*train_words(digits, tmp_path, *overrides, ranks=ranks), *more)
+        assert_one_sentence(ended, 2, part)
+        assert not (tmp_path / "demo").exists()
+
+
+def test_a_dry_run_tells_the_groups(digits: Path, tmp_path: Path) -> None:
+    ended = setformer(*train_words(digits, tmp_path, "parallel.sequence=2", "batch.micro=32"), "--dry-run")
+    assert ended.code == 0, ended.err
+    assert "64 = 32 per group × 2 accumulated × 1 groups of 2 ranks that share each image" in " ".join(
+        ended.out.split()
+    )
