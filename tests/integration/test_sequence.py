@@ -11,12 +11,23 @@ import pytest
 from launch.testing.commands import losses, setformer, start, train_words, wait_for
 from tests.integration.test_bad_input import assert_one_sentence
 
-OWN = ("run.record_samples=true", "checkpoint.every_steps=4", "eval.every_steps=11")
+# A refresh of the references at step 9 samples tokens on both sides of the second kill.
+REFRESH = ("refresh.at_steps=[9]", "refresh.sample_steps=3", "refresh.samples=256")
+OWN = ("run.record_samples=true", "checkpoint.every_steps=4", "eval.every_steps=11", *REFRESH)
 
 
 def samples(run: Path) -> dict[int, list[int]]:
     rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     return {row["step"]: row["ids"] for row in rows}
+
+
+def refreshed(run: Path) -> dict[str, float]:
+    """Return the plain figures of the run's refresh but its time."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    [row] = [row for row in rows if row["kind"] == "refresh"][-1:]
+    return {
+        name: value for name, value in row.items() if isinstance(value, int | float) and name not in ("seconds", "time")
+    }
 
 
 def figures(run: Path) -> dict[int, dict[str, float]]:
@@ -52,7 +63,7 @@ def test_killed_with_two_ranks_an_image_and_resumed_with_one_and_the_other_way(
     """ZeRO-3 with groups of two, killed; then one rank of whole images, killed; then groups of two under ZeRO-1."""
     turns = (
         (2, ("parallel.sequence=2", "zero.stage=3"), 4, signal.SIGKILL),
-        (1, ("zero.stage=0",), 12, signal.SIGTERM),
+        (1, ("zero.stage=0",), 8, signal.SIGTERM),
         (2, ("parallel.sequence=2", "zero.stage=1", "zero.offload=optimizer"), None, None),
     )
     for ranks, other, until, how in turns:
@@ -63,6 +74,7 @@ def test_killed_with_two_ranks_an_image_and_resumed_with_one_and_the_other_way(
         _, err = process.communicate(timeout=300)
         assert (process.returncode == 0) == (how is None), err
     assert_alike(tmp_path / "demo", whole)
+    assert refreshed(tmp_path / "demo") == pytest.approx(refreshed(whole), rel=1e-3)
 
 
 @pytest.mark.parametrize(
