@@ -5,6 +5,7 @@ Each rank of a group decodes the whole image and keeps its rows: augmentation, m
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -20,6 +21,8 @@ from setformer_dist.core.ranks import RankInfo
 from setformer_dist.core.task import Counted, Prepare, Task
 from setformer_dist.engine.comm import RowGroup
 from setformer_dist.ops.parts import Rows
+
+log = logging.getLogger(__name__)
 
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
@@ -89,6 +92,13 @@ def split_model(run: ResolvedRun, model: nn.Module, ranks: RankInfo) -> Rows | N
     parts = run.config.parallel.sequence
     if parts == 1:
         return None
+    if ranks.is_main and ranks.local_world_size % parts:
+        log.warning(
+            "%d ranks on this host are no multiple of parallel.sequence = %d: a group lies on two hosts, and blocks "
+            "exchange their sums between them",
+            ranks.local_world_size,
+            parts,
+        )
     rows = Rows(RowGroup(ranks, parts, run.config.run.timeout_minutes))
     cast(Splittable, model).split_rows(rows)
     return rows

@@ -253,8 +253,8 @@ class RowGroup:
                 self._group = group
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the sums over the group, in a tensor of its own."""
-        dist.all_reduce(values := values.clone(), group=self._group)
+        """Return the sums over the group, in a tensor of its own; DeepSpeed's call, so that `CommMeter` times it."""
+        deepspeed_comm.all_reduce(values := values.clone(), group=self._group)
         return values
 
     def shift(self, values: torch.Tensor, down: bool) -> torch.Tensor:

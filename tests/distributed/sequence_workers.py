@@ -11,7 +11,7 @@ import torch
 import setformer_dist.models  # noqa: F401
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.engine.batch_plan import solve
-from setformer_dist.engine.comm import RowGroup, TorchCollectives, connect, disconnect
+from setformer_dist.engine.comm import CommMeter, RowGroup, TorchCollectives, connect, disconnect
 from setformer_dist.engine.config import BatchConfig, EmaConfig, OptimConfig, PrecisionConfig, ZeroConfig
 from setformer_dist.engine.deepspeed_engine import DTYPES, initialize
 from setformer_dist.engine.ema import Ema
@@ -86,5 +86,26 @@ def runs_of(cases: list[list[Any]], steps: int) -> list[dict[str, list[float]]]:
         trainee = Trainee(*case)
         pairs = [trainee.step(k) for k in range(steps)]
         found.append({"losses": [loss for loss, _ in pairs], "norms": [norm for _, norm in pairs]})
+    disconnect()
+    return found
+
+
+def exchanged() -> dict[str, Any]:
+    """Return what sums and shifts over groups of two of four ranks give here, and whether the sum's time is metered."""
+    ranks = RankInfo.from_env()
+    connect(ranks, os.environ["SETFORMER_RENDEZVOUS"])
+    group = RowGroup(ranks, 2)
+    mine = torch.tensor([float(ranks.rank), 1.0])
+    meter = CommMeter()
+    meter.install()
+    total = group.sum(mine)
+    meter.remove()
+    found = {
+        "sum": total.tolist(),
+        "own": mine.tolist(),
+        "above": group.shift(mine, down=True).tolist(),
+        "below": group.shift(mine.bfloat16(), down=False).tolist(),
+        "metered": meter.seconds > 0,
+    }
     disconnect()
     return found

@@ -53,3 +53,12 @@ def test_bf16_parts_train_close_to_whole_images() -> None:
     cases = [[2, stage, "bf16", "none", False] for stage in (1, 2, 3)]
     for found in run_ranks(sequence_workers.runs_of, 2, cases, STEPS, timeout=240)[0]:
         assert found["losses"] == pytest.approx(whole["losses"], rel=2e-2)
+
+
+def test_groups_are_of_neighbours_and_exchange_among_themselves() -> None:
+    found = run_ranks(sequence_workers.exchanged, 4)
+    assert [rank["sum"] for rank in found] == [[1.0, 2.0], [1.0, 2.0], [5.0, 2.0], [5.0, 2.0]]
+    assert [rank["own"] for rank in found] == [[float(rank), 1.0] for rank in range(4)]
+    assert [rank["above"] for rank in found] == [[0.0, 0.0], [0.0, 1.0], [0.0, 0.0], [2.0, 1.0]]
+    assert [rank["below"] for rank in found] == [[1.0, 1.0], [0.0, 0.0], [3.0, 1.0], [0.0, 0.0]]
+    assert all(rank["metered"] for rank in found)
