@@ -164,7 +164,7 @@ def set_attention(
     features = None
     if anchors_hkd is not None:
         features, x_bhnd = _nystrom_map(x_bhnd, anchors_hkd, config)
-    positions, places = _places(x_bhnd, n, references_hmd.shape[1], grid, mask_bn, config)
+    positions, places = _places(x_bhnd, references_hmd.shape[1], grid, mask_bn, config, parts)
     inputs = Inputs(x_bhnd, features, references_hmd, return_references_hmd, positions, places, mask_bn)
     problem = problem_of(config)
     if rows is not None:
@@ -237,15 +237,15 @@ def _nystrom_map(
 
 def _places(
     x_bhnd: torch.Tensor,
-    n: int,
     m: int,
     grid: tuple[int, int] | None,
     mask_bn: torch.Tensor | None,
     config: SetAttentionConfig,
+    parts: int = 1,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Return places of tokens (b or 1, n, axes) and of references (m, axes) within [0, 1), counted from 0.
 
-    The n tokens, the grid and the mask are those of the whole image; of x only dtype and device are looked at.
+    All n tokens of an image of so many parts like x; grid and mask are those of the whole image.
     """
     if config.position_filter == "none":
         return None, None
@@ -255,7 +255,7 @@ def _places(
         side = math.isqrt(m)
         sides: tuple[Sides, Sides] = (grid[0], grid[1]), (side, side)
     else:
-        sides = (n,), (m,)
+        sides = (x_bhnd.shape[2] * parts,), (m,)
     # What is traced or captured needs places of its own kind, made within the graph.
     if type(x_bhnd) is not torch.Tensor or torch.compiler.is_compiling() or _captures(x_bhnd.device):
         positions, places = _made_places(*sides, *where)
