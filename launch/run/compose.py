@@ -20,7 +20,7 @@ from launch.run.distill import with_teacher
 from launch.run.identity import identity_of, shapes_of
 from launch.run.initial_weights import FirstWeights
 from launch.run.inputs import Split, check_splits, inputs_of
-from launch.run.sequence import check_sequence, split_model, with_rows
+from launch.run.sequence import split_model, with_rows
 from launch.run.store import RunStore
 from setformer_dist.callbacks.build import build_callbacks
 from setformer_dist.core.batch import TrainStream
@@ -97,14 +97,12 @@ def compose(
     """Build a run on this rank around a model fresh from its seed; `callbacks` come after the config's. Collective."""
     c = run.config
     named = [*build_callbacks(c.logging, c.run.callbacks, c.run.callback_args), *callbacks]
-    ranks, plan = comm.ranks, run.plan
+    ranks, plan, place = comm.ranks, run.plan, comm.ranks.sharing_data(run.plan.sequence)
     watch = watch_of(run, model)
     layers = refreshed_layers(run, model)
     check_metric(task, c.checkpoint.best_metric, c.checkpoint.best_mode)
-    check_sequence(run, task, model)
     device = torch.device(get_accelerator().current_device_name())
     inputs = inputs_of(c.data)
-    place = ranks.sharing_data(plan.sequence)
     stream = inputs.train_stream(splits.train, c.run.seed, place, plan)
     validation = inputs.eval_stream(splits.val, place, plan.micro)
     schedule_steps = c.schedule.total_steps(stream.steps_per_epoch)
@@ -115,8 +113,7 @@ def compose(
     first_weights = first_weights_of(run, task, model, comm)
     prepare = inputs.prepare(len(splits.train.classes), device, DTYPES[c.precision.dtype])
     task, prepare, taught_by = with_teacher(run, task, prepare, input_spec, device, comm)
-    rows = split_model(run, model, ranks)
-    prepare = with_rows(prepare, model, rows)
+    prepare = with_rows(prepare, model, split_model(run, task, model, ranks))
     engine = initialize(model, c.optim, run.deepspeed_json())
     master = MasterState(engine)
     ema = Ema(master, c.ema) if c.ema.decay else None
@@ -143,7 +140,7 @@ def compose(
         callbacks=Callbacks(named, c.folder, run.as_json(), ranks.is_main),
         watch=watch,
         first_weights=first_weights,
-        refresh=refresh_of(run, layers, engine, master, ema, comm, schedule_steps, 0 if rows is None else rows.index),
+        refresh=refresh_of(run, layers, engine, master, ema, comm, schedule_steps),
     )
     return Trainer(
         components, c.eval, best, schedule_steps, c.run.log_every, c.run.seed, c.run.record_samples, copies_s
@@ -259,7 +256,6 @@ def refresh_of(
     ema: Ema | None,
     comm: TorchCollectives,
     total_steps: int,
-    part: int,
 ) -> Refresh | None:
     """Return what sets the reference sets by K-means, None where the config wants no refresh."""
     c = run.config
@@ -277,7 +273,6 @@ def refresh_of(
         engine.device,
         c.run.seed,
         total_steps,
-        part,
     )
 
 

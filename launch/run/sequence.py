@@ -81,14 +81,19 @@ def _why_not(run: ResolvedRun, task: Task | None, model: nn.Module) -> str | Non
     return cast(Splittable, model).why_not_split()
 
 
-def split_model(run: ResolvedRun, model: nn.Module, ranks: RankInfo) -> Rows | None:
+def split_model(run: ResolvedRun, task: Task, model: nn.Module, ranks: RankInfo) -> Rows | None:
     """Have the model hold this rank's rows; None and nothing changed where images are whole. Collective.
 
     Args:
-        run: checked by `check_sequence`.
+        run: with its config.
+        task: of the run.
         model: not yet DeepSpeed's.
         ranks: this process's place.
+
+    Raises:
+        ConfigError: as `check_sequence`, on every rank.
     """
+    check_sequence(run, task, model)
     parts = run.config.parallel.sequence
     if parts == 1:
         return None

@@ -94,7 +94,6 @@ class Refresh:
         device: of this rank, for the figures.
         seed: of the run.
         total_steps: of the run.
-        part: which of an image's equal parts this rank has; the tokens that are offered are of it.
 
     Raises:
         ConfigError: a refresh is due where the run has no step, or a set has more references than there are samples.
@@ -113,9 +112,7 @@ class Refresh:
         device: torch.device,
         seed: int,
         total_steps: int,
-        part: int = 0,
     ) -> None:
-        self._part = part
         self._config, self._layers, self._watched = config, layers, watched
         self._master, self._ema, self._comm, self._plan = master, ema, comm, plan
         self._refitter, self._device, self._seed, self._total_steps = refitter, device, seed, total_steps
@@ -138,9 +135,10 @@ class Refresh:
         return self._watched(lambda name, x, mask: self._take(name, x, mask, keys))
 
     def _keys(self, step: int, places_m: torch.Tensor, b: int, n: int, device: torch.device) -> torch.Tensor:
-        whole = n * self._plan.sequence
+        # Of ranks that share an image each is offered the tokens of its own part, in the order of the whole.
+        part, whole = self._comm.ranks.rank % self._plan.sequence, n * self._plan.sequence
         keys = token_keys(torch_seed(Purpose.REFRESH, self._seed, step), places_m.to(device), b, whole)
-        return keys[:, self._part * n : (self._part + 1) * n]
+        return keys[:, part * n : (part + 1) * n]
 
     @torch.no_grad()
     def _take(

@@ -22,13 +22,12 @@ def samples(run: Path) -> dict[int, list[int]]:
 
 
 def refreshed(run: Path) -> dict[str, float]:
-    """Return the plain figures of the run's refresh but its time."""
+    """Return the figures of the run's last refresh, of both sets, by name."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    [row] = [row for row in rows if row["kind"] == "refresh"][-1:]
-    timed = {"seconds", "time"}
-    found = {name: value for name, value in row.items() if isinstance(value, int | float) and name not in timed}
-    assert len(found) > 3
-    return found
+    row = [row for row in rows if row["kind"] == "refresh"][-1]
+    sets = {kind: values for kind, values in row.items() if isinstance(values, dict)}
+    assert sets.keys() == {"references", "return_references"}
+    return {f"{kind}.{name}": value for kind, values in sets.items() for name, value in values.items()}
 
 
 def figures(run: Path) -> dict[int, dict[str, float]]:
