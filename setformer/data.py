@@ -71,7 +71,9 @@ def train_stream(config: RunConfig, data: Splits, ranks: RankInfo | None = None)
     """
     place = ranks or RankInfo.from_env()
     run = resolve(config, place.world_size)
-    return inputs_of(config.data).train_stream(data.train, config.run.seed, place, run.plan)
+    return inputs_of(config.data).train_stream(
+        data.train, config.run.seed, place.sharing_data(run.plan.sequence), run.plan
+    )
 
 
 def eval_stream(config: RunConfig, data: Splits, ranks: RankInfo | None = None) -> EvalStream:
@@ -89,7 +91,7 @@ def eval_stream(config: RunConfig, data: Splits, ranks: RankInfo | None = None) 
     """
     place = ranks or RankInfo.from_env()
     run = resolve(config, place.world_size)
-    return inputs_of(config.data).eval_stream(data.val, place, run.plan.micro)
+    return inputs_of(config.data).eval_stream(data.val, place.sharing_data(run.plan.sequence), run.plan.micro)
 
 
 def prepare(config: RunConfig, data: Splits, device: torch.device | str = "cpu") -> Prepare:

@@ -110,6 +110,10 @@ def row_of(subject: Subject, cluster: Cluster, stage: int, world_size: int) -> R
     try:
         zero = ZeroConfig.model_validate({**c.zero.model_dump(), "stage": stage})
         check_precision(c.precision, zero, set(device.peak), device.name)
+        if c.parallel.sequence > 1:
+            raise ConfigError(
+                f"parallel.sequence = {c.parallel.sequence}: groups of ranks that share an image are not planned yet"
+            )
         first = solve(c.batch, world_size, c.data.group)
     except (ConfigError, pydantic.ValidationError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, pydantic.ValidationError) else str(error)

@@ -16,6 +16,7 @@ own_model.py         models that a program gives as objects
 probe.py             what `setformer doctor --hosts` has every host run: an all-reduce, and a look at the data
 refit_by_ray.py      rank 0's end of reference sets that a service on a Ray cluster computes
 repeat.py            a new run with the config of another one (`setformer train --from`), and what differs now
+sequence.py          parallel.sequence: whether model and data allow it, and each rank's rows
 session.py           one rank's part of a run, for launch.entry and for the library
 store.py             which checkpoints a run may resume from, and what it adds to those that it writes
 timm_weights.py      weights in timm's layout for a model of another size or another number of classes

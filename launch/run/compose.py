@@ -21,6 +21,7 @@ from launch.run.identity import identity_of, shapes_of
 from launch.run.initial_weights import FirstWeights
 from launch.run.inputs import Split, check_splits, inputs_of
 from launch.run.refit_by_ray import ByRay
+from launch.run.sequence import split_model, with_rows
 from launch.run.store import RunStore
 from setformer_dist.callbacks.build import build_callbacks
 from setformer_dist.core.batch import TrainStream
@@ -98,14 +99,14 @@ def compose(
     """Build a run on this rank around a model fresh from its seed; `callbacks` come after the config's. Collective."""
     c = run.config
     named = [*build_callbacks(c.logging, c.run.callbacks, c.run.callback_args), *callbacks]
-    ranks, plan = comm.ranks, run.plan
+    ranks, plan, place = comm.ranks, run.plan, comm.ranks.sharing_data(run.plan.sequence)
     watch = watch_of(run, model)
     layers = refreshed_layers(run, model)
     check_metric(task, c.checkpoint.best_metric, c.checkpoint.best_mode)
     device = torch.device(get_accelerator().current_device_name())
     inputs = inputs_of(c.data)
-    stream = inputs.train_stream(splits.train, c.run.seed, ranks, plan)
-    validation = inputs.eval_stream(splits.val, ranks, plan.micro)
+    stream = inputs.train_stream(splits.train, c.run.seed, place, plan)
+    validation = inputs.eval_stream(splits.val, place, plan.micro)
     schedule_steps = c.schedule.total_steps(stream.steps_per_epoch)
     costs = costs_of(run, splits, model)
     input_spec = inputs.spec(splits.train)
@@ -114,6 +115,7 @@ def compose(
     first_weights = first_weights_of(run, task, model, comm)
     prepare = inputs.prepare(len(splits.train.classes), device, DTYPES[c.precision.dtype])
     task, prepare, taught_by = with_teacher(run, task, prepare, input_spec, device, comm)
+    prepare = with_rows(prepare, model, split_model(run, task, model, ranks))
     engine = initialize(model, c.optim, run.deepspeed_json())
     master = MasterState(engine)
     ema = Ema(master, c.ema) if c.ema.decay else None

@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar
 import pydantic
 
 from checkpoints.config import CheckpointConfig
-from dataloaders.config import AnyDataConfig
+from dataloaders.config import AnyDataConfig, DataConfig
 from launch.hosts.config import LaunchConfig
 from launch.ranks.restarts import RestartConfig
 from setformer_dist.core import config as base
@@ -40,6 +40,7 @@ from setformer_dist.engine.config import (
     EvalConfig,
     GuardConfig,
     OptimConfig,
+    ParallelConfig,
     PrecisionConfig,
     RefreshConfig,
     ScheduleConfig,
@@ -145,6 +146,8 @@ class RunConfig(FrozenConfig):
         "grad_checkpointing": "model.activation_checkpointing",
         "model_ema_decay": "ema.decay",
         "zero_stage": "zero.stage",
+        "sequence_parallel_size": "parallel.sequence",
+        "context_parallel_size": "parallel.sequence",
         "save_interval": "checkpoint.every_steps",
         "resume": "the same command resumes the run, by run.name",
         "ckpt_path": "the same command resumes the run, by run.name; model.weights begins a new run",
@@ -223,6 +226,7 @@ class RunConfig(FrozenConfig):
     distill: DistillConfig = DistillConfig()
     precision: PrecisionConfig = PrecisionConfig()
     zero: Annotated[ZeroConfig, FREE] = ZeroConfig()
+    parallel: Annotated[ParallelConfig, FREE] = ParallelConfig()
     ema: EmaConfig = EmaConfig()
     refresh: RefreshConfig = RefreshConfig()
     eval: Annotated[EvalConfig, FREE] = EvalConfig()
@@ -257,6 +261,16 @@ class RunConfig(FrozenConfig):
             raise ValueError(
                 f"checkpoint.best_metric = {self.checkpoint.best_metric!r} needs averaged weights: set ema.decay"
             )
+        if (parts := self.parallel.sequence) > 1:
+            if not isinstance(self.data, DataConfig):
+                raise ValueError(
+                    f"parallel.sequence = {parts} cuts images by rows, and [data] has token sequences: set it to 1"
+                )
+            if self.eval.marginal_error:
+                raise ValueError(
+                    f"eval.marginal_error looks at plans of whole images, and parallel.sequence = {parts} cuts them by "
+                    "rows: set one of them back"
+                )
         return self
 
     @property
@@ -349,7 +363,7 @@ def resolve(config: RunConfig, world_size: int) -> ResolvedRun:
     Raises:
         ConfigError: there is no solution.
     """
-    return ResolvedRun(config, solve(config.batch, world_size, config.data.group))
+    return ResolvedRun(config, solve(config.batch, world_size, config.data.group, config.parallel.sequence))
 
 
 def check_folder(run: ResolvedRun) -> None:

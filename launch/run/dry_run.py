@@ -27,6 +27,7 @@ from launch.run.identity import shapes_of
 from launch.run.initial_weights import FirstWeights
 from launch.run.inputs import ImageInputs, inputs_of
 from launch.run.own_code import bring
+from launch.run.sequence import check_sequence
 from setformer_dist.callbacks.build import build_callbacks
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import ConfigError, DataError
@@ -80,7 +81,7 @@ def predict_costs(run: ResolvedRun, known: _Known) -> Costs:
         c.zero.stage,
         run.plan.world_size,
         c.ema.decay > 0,
-        (run.plan.micro, *known.shape),
+        (run.plan.micro, *_part_of(known.shape, run.plan.sequence)),
         known.dtype,
         c.zero.offload,
         run.plan.accumulation,
@@ -100,6 +101,11 @@ def predict_costs(run: ResolvedRun, known: _Known) -> Costs:
             "host": memory.host,
         },
     }
+
+
+def _part_of(shape: tuple[int, ...], parts: int) -> tuple[int, ...]:
+    """Return what one of the ranks that share a sample has of it; of an image, its share of the rows."""
+    return shape if parts == 1 else (shape[0], shape[1] // parts, *shape[2:])
 
 
 def _set_aside(run: ResolvedRun) -> int:
@@ -125,13 +131,15 @@ def _examine(run: ResolvedRun) -> _Known:
     model = inputs.build_model(c.model, len(task.outputs), inputs.spec(splits.train), c.run.seed)
     check_folder(run)
     watch_of(run, model)
+    check_sequence(run, task, model)
     layers = refreshed_layers(run, model)
     teacher = teacher_of(run, task, inputs.spec(splits.train))
     ranks = RankInfo(rank=0, world_size=run.plan.world_size, local_rank=0, local_world_size=run.plan.world_size)
+    place = ranks.sharing_data(run.plan.sequence)
     with contextlib.ExitStack() as stack:
-        stream = inputs.train_stream(splits.train, c.run.seed, ranks, run.plan)
+        stream = inputs.train_stream(splits.train, c.run.seed, place, run.plan)
         stack.callback(stream.close)
-        validation = inputs.eval_stream(splits.val, ranks, run.plan.micro)
+        validation = inputs.eval_stream(splits.val, place, run.plan.micro)
         stack.callback(validation.close)
         per_epoch = stream.steps_per_epoch
     warmup = c.schedule.warmup(per_epoch)
@@ -169,6 +177,7 @@ def _assumed(run: ResolvedRun) -> _Known:
     c = run.config
     assert isinstance(c.data, DataConfig)
     model = ImageInputs(c.data).build_model(c.model, _ASSUMED_CLASSES, {}, c.run.seed)
+    check_sequence(run, None, model)
     return _Known(model, (3, *c.data.shape), None, ())
 
 
@@ -231,7 +240,10 @@ def _rows(run: ResolvedRun, known: _Known, costs: Costs) -> list[tuple[str, str]
         ("multiply-adds", per_sample),
         (
             "batch",
-            f"{plan.global_size} = {plan.micro} per rank × {plan.accumulation} accumulated × {plan.world_size} ranks",
+            f"{plan.global_size} = {plan.micro} per rank × {plan.accumulation} accumulated × {plan.world_size} ranks"
+            if plan.sequence == 1
+            else f"{plan.global_size} = {plan.micro} per group × {plan.accumulation} accumulated × "
+            f"{plan.groups} groups of {plan.sequence} ranks that share each image",
         ),
     ]
 

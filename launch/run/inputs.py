@@ -204,13 +204,9 @@ def check_shapes(model: nn.Module, name: str, config: DataConfig | TokenConfig) 
         return
     if not (config.resolutions or config.aspect_buckets or config.image_width):
         return
-    sides = {config.image_size, *(stage.image_size for stage in config.resolutions)}
-    shapes = {proportional(side, config.shape) for side in sides}
-    if config.aspect_buckets:
-        shapes = {bucket_shape(side, a, config.bucket_multiple) for side in sides for a in config.aspect_buckets}
     was_training = model.training
     model.eval()
-    for shape in sorted(shapes):
+    for shape in training_shapes(config):
         try:
             with torch.no_grad():
                 model(torch.zeros(1, 3, *shape))
@@ -221,6 +217,20 @@ def check_shapes(model: nn.Module, name: str, config: DataConfig | TokenConfig) 
                 "or another model"
             ) from None
     model.train(was_training)
+
+
+def training_shapes(config: DataConfig) -> list[tuple[int, int]]:
+    """Return every height and width of the images that training will show."""
+    sides = {config.image_size, *(stage.image_size for stage in config.resolutions)}
+    shapes = {proportional(side, config.shape) for side in sides}
+    if config.aspect_buckets:
+        shapes = {bucket_shape(side, a, config.bucket_multiple) for side in sides for a in config.aspect_buckets}
+    return sorted(shapes)
+
+
+def shapes_of_images(config: DataConfig) -> list[tuple[int, int]]:
+    """Return every height and width of the images of a run, those of evaluations too."""
+    return sorted({config.shape, *training_shapes(config)})
 
 
 @dataclass(frozen=True)

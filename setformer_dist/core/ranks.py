@@ -33,6 +33,10 @@ class RankInfo:
         """Whether this is rank 0, which decides, prints and writes for all."""
         return self.rank == 0
 
+    def sharing_data(self, parts: int) -> RankInfo:
+        """Return the place among groups of `parts` neighbours that see the same samples."""
+        return RankInfo(self.rank // parts, self.world_size // parts, self.local_rank, self.local_world_size)
+
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> RankInfo:
         """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE (or DeepSpeed's LOCAL_SIZE).

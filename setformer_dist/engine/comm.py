@@ -233,6 +233,45 @@ class TensorSums:
         return values
 
 
+class RowGroup:
+    """`ops.parts.Parts` over torch.distributed: neighbouring ranks, each with a part of every image.
+
+    Args:
+        ranks: this process's place; every rank of the run makes its group at the same time.
+        count: ranks of a group, a divisor of all.
+        timeout_minutes: how long a rank waits for the others.
+    """
+
+    def __init__(self, ranks: RankInfo, count: int, timeout_minutes: float = 10.0) -> None:
+        self.index, self.count = ranks.rank % count, count
+        self._first = ranks.rank - self.index
+        limit = timedelta(minutes=timeout_minutes)
+        for first in range(0, ranks.world_size, count):
+            group = dist.new_group(list(range(first, first + count)), timeout=limit)
+            if first == self._first:
+                assert isinstance(group, dist.ProcessGroup)
+                self._group = group
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the sums over the group, in a tensor of its own; DeepSpeed's call, so that `CommMeter` times it."""
+        deepspeed_comm.all_reduce(values := values.clone(), group=self._group)
+        return values
+
+    def shift(self, values: torch.Tensor, down: bool) -> torch.Tensor:
+        """Give values to the rank below (or above), return those of the one above (or below), zeros at the edge."""
+        found = torch.zeros_like(values)
+        to, source = (self.index + 1, self.index - 1) if down else (self.index - 1, self.index + 1)
+        ends = [(dist.isend, values, to), (dist.irecv, found, source)]
+        operations = [
+            dist.P2POp(way, tensor, self._first + peer, self._group)
+            for way, tensor, peer in ends
+            if 0 <= peer < self.count
+        ]
+        for work in dist.batch_isend_irecv(operations) if operations else []:
+            work.wait()
+        return found
+
+
 class _TimedWork:
     """A running collective; waiting for it counts as communication."""
 

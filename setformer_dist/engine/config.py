@@ -296,6 +296,17 @@ class ZeroConfig(FrozenConfig):
         return self
 
 
+class ParallelConfig(FrozenConfig):
+    """The `[parallel]` table: how ranks share what one rank cannot hold (docs/sequence_parallel.md).
+
+    Attributes:
+        sequence: neighbouring ranks that share each image by rows; 1 gives every rank whole images. The global batch is
+            micro × accumulation × ranks / sequence. Needs a SeTformer with attention = "set". May change at a resume.
+    """
+
+    sequence: int = pydantic.Field(default=1, ge=1)
+
+
 class EmaConfig(FrozenConfig):
     """Average of the weights.
 

@@ -46,6 +46,7 @@ def evaluate(
     comm: TorchCollectives,
     given_up: Callable[[], bool] | None = None,
     watch: Watch | None = None,
+    counted: bool = True,
 ) -> EvalResult | None:
     """Score a split. Collective: every rank runs the same number of micro batches.
 
@@ -56,6 +57,7 @@ def evaluate(
         prepare: makes inputs and targets.
         comm: sums over the ranks.
         given_up: asked before each micro batch, must answer the same on all ranks.
+        counted: false on ranks whose samples another rank of their group scores as well.
         watch: collects marginal errors during the first micro batch; given on all ranks or on none.
 
     Returns:
@@ -75,6 +77,7 @@ def evaluate(
         errors += [_of_real_samples(tensor, batch) for tensor in collected]
         counts = torch.stack([batch.weights.sum(), torch.tensor(float(len(batch.substitutions)))])
         found = torch.cat([task.sums(outputs, batch, targets).double(), counts.double()])
+        found = found if counted else torch.zeros_like(found)
         sums = sums + found if len(sums) else found
     *scores, count, damaged = comm.sum(sums.tolist())
     if round(count + damaged) != stream.num_samples:

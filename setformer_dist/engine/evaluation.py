@@ -74,6 +74,7 @@ class Evaluation:
                 self._c.comm,
                 given_up=lambda: self._given_up(stop),
                 watch=self._c.watch,
+                counted=self._c.comm.ranks.rank % self._c.plan.sequence == 0,
             )
         finally:
             self._c.engine.train()

@@ -105,12 +105,16 @@ class Refresh:
         if not self.sampled(step):
             return contextlib.nullcontext()
         ranks, m = self._comm.ranks, len(batch.sample_ids)
-        first = (index * ranks.world_size + ranks.rank) * self._plan.micro
+        group = ranks.rank // self._plan.sequence
+        first = (index * self._plan.groups + group) * self._plan.micro
         keys = functools.cache(functools.partial(self._keys, step, torch.arange(first, first + m)))
         return self._watched(lambda name, x, mask: self._take(name, x, mask, keys))
 
     def _keys(self, step: int, places_m: torch.Tensor, b: int, n: int, device: torch.device) -> torch.Tensor:
-        return token_keys(torch_seed(Purpose.REFRESH, self._seed, step), places_m.to(device), b, n)
+        # Of ranks that share an image each is offered the tokens of its own part, in the order of the whole.
+        part, whole = self._comm.ranks.rank % self._plan.sequence, n * self._plan.sequence
+        keys = token_keys(torch_seed(Purpose.REFRESH, self._seed, step), places_m.to(device), b, whole)
+        return keys[:, part * n : (part + 1) * n]
 
     @torch.no_grad()
     def _take(

@@ -77,7 +77,8 @@ class StepLog:
         if not self._unreduced:
             return
         local = torch.stack(self._unreduced).double().tolist()
-        *losses, substituted = self._c.comm.sum([*local, float(len(self._unreported))])
+        first_of_group = self._c.comm.ranks.rank % self._c.plan.sequence == 0  # the others have the same samples
+        *losses, substituted = self._c.comm.sum([*local, float(len(self._unreported)) * first_of_group])
         parts = self._c.plan.accumulation * self._c.plan.world_size
         means = [loss / parts for loss in losses]
         first = state.step - len(means)
@@ -127,7 +128,7 @@ class StepLog:
     def _judge(self, first: int, means: list[float]) -> None:
         """Have the guard look at the losses of the last steps, before anything that came of a bad one is kept."""
         while (incident := self._c.guard.judge(first, means)) is not None:
-            parts = self._c.comm.gather_json(self._samples_seen.get(incident.step, []))
+            parts = self._c.comm.gather_json(self._samples_seen.get(incident.step, []))[:: self._c.plan.sequence]
             ids = [sample for part in parts for sample in part]
             values = {**vars(incident), "sample_ids": ids}
             self._c.record.write("guard", incident.step, values)
@@ -142,7 +143,7 @@ class StepLog:
     def _write_samples(self, first: int, steps: int) -> None:
         """Write which samples each of the last steps took, in the order of the stream; collective."""
         for step in range(first, first + steps):
-            parts = self._c.comm.gather_json(self._samples_seen.get(step, []))
+            parts = self._c.comm.gather_json(self._samples_seen.get(step, []))[:: self._c.plan.sequence]
             micro = self._c.plan.micro
             slots = range(0, len(parts[0]), micro)
             self._c.record.write_samples(step, [i for at in slots for part in parts for i in part[at : at + micro]])

@@ -56,7 +56,7 @@ def deepspeed_config(
         if key in OWNED_KEYS:
             raise ConfigError(f"deepspeed.{key} is set by this program: use {OWNED_KEYS[key]} instead")
     config: dict[str, Any] = {
-        "train_batch_size": plan.global_size,
+        "train_batch_size": plan.global_size * plan.sequence,  # it knows no groups: each rank has a batch of its own
         "train_micro_batch_size_per_gpu": plan.micro,
         "gradient_accumulation_steps": plan.accumulation,
         "gradient_clipping": clip_norm,

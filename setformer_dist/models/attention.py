@@ -30,6 +30,7 @@ from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.model_config import SetKind
 from setformer_dist.ops.cast_attention import Assignment, cast_attention
 from setformer_dist.ops.kernels import at_least_fp32
+from setformer_dist.ops.parts import Rows
 from setformer_dist.ops.set.attention import IntTuple, SetAttentionConfig, marginal_error, set_attention
 from setformer_dist.ops.soft_attention import pool_grid, pool_sequence, soft_attention
 
@@ -230,6 +231,8 @@ class SetAttention(nn.Module):
         taker: called with the tokens that a forward pass transports, (b, h, n, d), and its mask; None costs nothing
             (`watched_tokens`).
         frozen: sets that get no gradient (`freeze_sets`).
+        rows: the group of ranks that share each image, None where this one has it whole; with a group, x holds this
+            rank's tokens and grid is that of the whole image.
     """
 
     def __init__(self, dim: int, num_heads: int, config: SetAttentionConfig) -> None:
@@ -240,6 +243,7 @@ class SetAttention(nn.Module):
         self.watcher: Callable[[torch.Tensor], None] | None = None
         self.taker: Callable[[torch.Tensor, torch.Tensor | None], None] | None = None
         self.frozen: frozenset[SetKind] = frozenset()
+        self.rows: Rows | None = None
         width = dim // num_heads
         m, k = config.references_of(0), width
         self.anchors: nn.Parameter | None = None
@@ -278,6 +282,7 @@ class SetAttention(nn.Module):
             anchors_hkd=self._set("anchors"),
             grid=grid,
             mask_bn=mask_bn,
+            rows=self.rows,
         )
         return self.output(merge_heads(y_bhnd))  # type: ignore[no-any-return]
 

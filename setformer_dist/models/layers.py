@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from timm.models import build_model_with_cfg
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from setformer_dist.core.config import FrozenConfig, merge
 from setformer_dist.core.errors import ConfigError
+from setformer_dist.ops.parts import Rows
 from setformer_dist.ops.splitmix import GOLDEN, mix64
 
 USE_EXPORT = "use torch.export.export, torch.onnx.export(..., dynamo=True) or torch.compile (docs/operators.md)"
@@ -74,10 +76,27 @@ def keyed_uniform(keys: torch.Tensor, streams: int) -> torch.Tensor:
     return ((x >> 40) & 0xFFFFFF).float() * 2.0**-24
 
 
-def conv_tokens(x_bhwc: torch.Tensor, conv: nn.Conv2d) -> torch.Tensor:
-    """Apply a convolution to channels-last tokens; the permutations are views, not copies."""
-    y_bchw: torch.Tensor = conv(x_bhwc.permute(0, 3, 1, 2))
+class RowConv(nn.Conv2d):
+    """A convolution that can do without its padding of rows, where those above and below are real ones or given."""
+
+    def forward(self, x_bchw: torch.Tensor, padded: bool = False) -> torch.Tensor:
+        """As nn.Conv2d; with `padded`, x already has the rows of the padding."""
+        if not padded:
+            return super().forward(x_bchw)
+        # Within this module's forward, where ZeRO-3 has gathered its weight.
+        return F.conv2d(x_bchw, self.weight, self.bias, self.stride, (0, int(self.padding[1])))
+
+
+def conv_tokens(x_bhwc: torch.Tensor, conv: nn.Conv2d, padded: bool = False) -> torch.Tensor:
+    """Apply a convolution to channels-last tokens; the permutations are views, not copies; `padded`: see `RowConv`."""
+    x_bchw = x_bhwc.permute(0, 3, 1, 2)
+    y_bchw: torch.Tensor = conv(x_bchw, padded=True) if padded else conv(x_bchw)
     return y_bchw.permute(0, 2, 3, 1).contiguous()
+
+
+def edge_rows(x_bchw: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Add the rows of zeros that a 3x3 convolution of the whole image pads, where this part ends at its border."""
+    return F.pad(x_bchw, (0, 0, int(rows.is_top), int(rows.is_bottom)))
 
 
 def channels_last(image_bchw: torch.Tensor) -> torch.Tensor:
@@ -120,7 +139,12 @@ def scale_branch(y: torch.Tensor, keep_2b: torch.Tensor | None, index: int) -> t
 
 
 def run_blocks(
-    blocks: Iterable[nn.Module], x: torch.Tensor, keep: torch.Tensor | None, *, recompute: bool
+    blocks: Iterable[nn.Module],
+    x: torch.Tensor,
+    keep: torch.Tensor | None,
+    *,
+    recompute: bool,
+    rows: Rows | None = None,
 ) -> torch.Tensor:
     """Apply blocks of `forward(x, keep_2b)` one after the other.
 
@@ -129,12 +153,14 @@ def run_blocks(
         x: tokens, in the blocks' layout.
         keep: (2 * blocks, B) drop path factors, or None.
         recompute: recompute each block in the backward pass instead of keeping its activations.
+        rows: the group that shares the images; a recomputation takes over the sums of the first pass.
     """
+    contexts: dict[str, Any] = {} if rows is None else {"context_fn": rows.recomputing}
     for i, block in enumerate(blocks):
         keep_2b = None if keep is None else keep[2 * i : 2 * i + 2]
         if recompute and torch.is_grad_enabled():
             # The factors are arguments, so that recomputation sees those of the first pass.
-            x = checkpoint(block, x, keep_2b, use_reentrant=False)
+            x = checkpoint(block, x, keep_2b, use_reentrant=False, **contexts)
         else:
             x = block(x, keep_2b)
     return x

@@ -25,10 +25,12 @@ from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from setformer_dist.core.config import FrozenConfig, build
+from setformer_dist.core.errors import ConfigError
 from setformer_dist.models.attention import (
     AttentionConfig,
     AttentionKind,
     CastAttentionConfig,
+    SetAttention,
     SoftAttentionConfig,
     make_attention,
 )
@@ -36,16 +38,24 @@ from setformer_dist.models.layers import (
     DropPath,
     Mlp,
     Pyramid,
+    RowConv,
     channels_last,
     conv_tokens,
     create,
     drop_path_rates,
+    edge_rows,
     init_linear,
     pretrained_cfg,
     run_blocks,
     scale_branch,
 )
-from setformer_dist.ops.set.attention import IntTuple, SetAttentionConfig
+from setformer_dist.ops.parts import Rows, from_above, mean_of_rows
+from setformer_dist.ops.set import split
+from setformer_dist.ops.set.attention import IntTuple, SetAttentionConfig, problem_of
+
+_NOT_BY_SUMS = (
+    "attention = {!r} needs tokens of other rows, not only sums over them: use attention = 'set', SeTformer proper"
+)
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -132,14 +142,28 @@ class Stem(nn.Module):
     def __init__(self, in_chans: int, dim: int, strides: Sequence[int]) -> None:
         """Build for images of `in_chans` channels and tokens of `dim`."""
         super().__init__()
-        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=strides[0], padding=1)
-        self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=strides[1], padding=1)
+        self.conv1 = RowConv(in_chans, dim // 2, 3, stride=strides[0], padding=1)
+        self.conv2 = RowConv(dim // 2, dim, 3, stride=strides[1], padding=1)
         self.norm = nn.LayerNorm(dim)
+        self.rows: Rows | None = None
 
     def forward(self, image_bchw: torch.Tensor) -> torch.Tensor:
-        """(B, in_chans, height, width) -> (B, H, W, C); sides are divided by the strides, rounded up."""
+        """(B, in_chans, height, width) -> (B, H, W, C); sides are divided by the strides, rounded up.
+
+        With a group the image is what `margins` says, and the tokens are those of this part.
+        """
+        if self.rows is not None:
+            x = self.conv1(edge_rows(channels_last(image_bchw), self.rows), padded=True)
+            # Beyond the image's border the second convolution sees zeros, not what the first makes of zeros.
+            x = edge_rows(x, self.rows)
+            return self.norm(conv_tokens(x.permute(0, 2, 3, 1), self.conv2, padded=True))  # type: ignore[no-any-return]
         x = self.conv1(channels_last(image_bchw))
         return self.norm(conv_tokens(x.permute(0, 2, 3, 1), self.conv2))  # type: ignore[no-any-return]
+
+    def margins(self) -> tuple[int, int]:
+        """Return how many image rows above and below its own a part needs, where there are some."""
+        first, second = self.conv1.stride[0], self.conv2.stride[0]
+        return first + 1, max(0, 2 + first - first * second)
 
 
 class Downsample(nn.Module):
@@ -148,11 +172,15 @@ class Downsample(nn.Module):
     def __init__(self, dim: int) -> None:
         """Build for `dim` input channels."""
         super().__init__()
-        self.conv = nn.Conv2d(dim, 2 * dim, 3, stride=2, padding=1, bias=False)
+        self.conv = RowConv(dim, 2 * dim, 3, stride=2, padding=1, bias=False)
         self.norm = nn.LayerNorm(2 * dim)
+        self.rows: Rows | None = None
 
     def forward(self, x_bhwc: torch.Tensor) -> torch.Tensor:
-        """(B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 2C)."""
+        """(B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 2C); a part has an even number of rows, and gets that above it."""
+        if self.rows is not None:
+            x_bhwc = torch.cat([from_above(x_bhwc[:, -1:], self.rows), x_bhwc], 1)
+            return self.norm(conv_tokens(x_bhwc, self.conv, padded=True))  # type: ignore[no-any-return]
         return self.norm(conv_tokens(x_bhwc, self.conv))  # type: ignore[no-any-return]
 
 
@@ -170,10 +198,11 @@ class Block(nn.Module):
         scale = config.layer_scale
         self.scale1 = None if scale is None else nn.Parameter(torch.full((dim,), scale))
         self.scale2 = None if scale is None else nn.Parameter(torch.full((dim,), scale))
+        self.rows: Rows | None = None
 
     def forward(self, x: torch.Tensor, keep_2b: torch.Tensor | None = None) -> torch.Tensor:
         """(B, H, W, C) -> (B, H, W, C); keep_2b: (2, B) drop path factors of the two branches, or None."""
-        grid = (x.shape[1], x.shape[2])
+        grid = (x.shape[1] * (1 if self.rows is None else self.rows.count), x.shape[2])
         y = self.attn(self.norm1(x).flatten(1, 2), grid).view(x.shape)
         x = x + scale_branch(y if self.scale1 is None else y * self.scale1, keep_2b, 0)
         y = self.mlp(self.norm2(x))
@@ -188,12 +217,13 @@ class Stage(nn.Module):
         super().__init__()
         dim = config.widths[index]
         self.grad_checkpointing = False
+        self.rows: Rows | None = None
         self.downsample = Downsample(dim // 2) if index else nn.Identity()
         self.blocks = nn.ModuleList(Block(index, config) for _ in range(config.depths[index]))
 
     def forward(self, x: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
         """(B, H, W, C_in) -> (B, H', W', C); keep: (2 * blocks, B) drop path factors, or None."""
-        return run_blocks(self.blocks, self.downsample(x), keep, recompute=self.grad_checkpointing)
+        return run_blocks(self.blocks, self.downsample(x), keep, recompute=self.grad_checkpointing, rows=self.rows)
 
 
 # -------------------------------------------------------------------------------------------------------- model
@@ -233,7 +263,56 @@ class SeTformer(Pyramid):
             input_fmt=self.output_fmt,
         )
         self.drop_path = DropPath(drop_path_rates(config.depths, config.drop_path_rate))
+        self.rows: Rows | None = None
         self.apply(init_linear)
+
+    def why_not_split(self) -> str | None:
+        """Return why the rows of an image cannot lie on several ranks, in this model; None where they can."""
+        if self.config.attention != "set":
+            return _NOT_BY_SUMS.format(self.config.attention)
+        if self.global_pool != "avg":
+            return f"global_pool = {self.global_pool!r} is not a sum over the parts: use global_pool = 'avg'"
+        if self.config.drop_rate > 0:
+            return f"drop_rate = {self.config.drop_rate} draws from each rank's own generator: set it to 0"
+        return split.why_not(problem_of(self.config.attn), torch.float32)
+
+    def split_rows(self, rows: Rows | None) -> None:
+        """Hold part of each image's rows from now on, as one of a group of ranks; None holds whole images again.
+
+        Every forward and backward pass is then collective over the group, `forward` takes the rows that `image_rows`
+        names, and the logits are the same on all of its ranks. The loss of each rank counts once: the sum of the
+        group's gradients is that of the sum of its losses.
+
+        Raises:
+            ConfigError: with the reason.
+        """
+        reason = None if rows is None else self.why_not_split()
+        if reason is not None:
+            raise ConfigError(f"rows of an image on several ranks: {reason}")
+        for module in self.modules():
+            if isinstance(module, SeTformer | Stem | Stage | Downsample | Block | SetAttention):
+                module.rows = rows
+
+    def row_multiple(self, parts: int) -> int:
+        """Return what the rows of an image must be a multiple of, so that all stages have equal parts."""
+        return self.config.reductions[-1] * parts
+
+    def image_rows(self, height: int, part: int, parts: int) -> slice:
+        """Return the rows of an image that a part needs: its own, and those that the stem's convolutions look at.
+
+        Raises:
+            ConfigError: the parts would not be equal; naming heights that work.
+        """
+        unit = self.row_multiple(parts)
+        if height % unit or not height:
+            near = sorted({max(height // unit, 1) * unit, (height // unit + 1) * unit})
+            raise ConfigError(
+                f"an image of {height} rows cannot be cut into {parts} equal parts for this model: its rows must be a "
+                f"multiple of {unit}, such as {' or '.join(map(str, near))}"
+            )
+        above, below = self.stem.margins()
+        share = height // parts
+        return slice(max(0, part * share - above), min(height, (part + 1) * share + below))
 
     def get_classifier(self) -> nn.Module:
         """Return the last layer, Identity where there is none."""
@@ -249,6 +328,8 @@ class SeTformer(Pyramid):
 
     def forward_head(self, x_bhwc: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """(B, H, W, C) -> (B, num_classes), or (B, C) before the classifier."""
+        if self.rows is not None:
+            x_bhwc = mean_of_rows(x_bhwc, self.rows)
         return self.head(x_bhwc, pre_logits=pre_logits)  # type: ignore[no-any-return]
 
     def _stages(self, image: torch.Tensor, count: int) -> tuple[list[torch.Tensor], torch.Tensor | None]:

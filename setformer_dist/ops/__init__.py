@@ -3,6 +3,7 @@
 cast_attention.py       CAST: softmax attention inside clusters of tokens, summaries between them
 cpp_library.py          our C++ for CPUs (csrc/), built for this very CPU when a process first asks for it, and kept
 kmeans.py               K-means of many groups at once
+parts.py                one image on several ranks, cut by rows: sums and rows of neighbours, with their gradients
 refit.py                new reference sets by K-means over sampled tokens, matched to the old ones
 refit_bytes.py          its problems and solutions as bytes, for processes that solve them elsewhere
 reservoir.py            bounded samples of tokens that do not depend on who computes them

@@ -315,14 +315,24 @@ def implicit_adjoint(
     a, b = plan.sum(-1).unsqueeze(1), plan.sum(-2)
     inverse_a = torch.where(a > 0, 1.0 / a, 0.0)
     weighted = plan * inverse_a.mT
-    m = plan.shape[-1]
-    # A plan that falls into blocks has a gauge for each; the last term holds those, far below what P feels.
-    schur = torch.diag_embed(b * (1.0 + 1e-10)) - product(plan.mT, weighted) + 1.0 / m**2
     side = dg - product(df.double(), weighted)
-    beta = _solve(schur, side)
+    beta = implicit_system(b, product(plan.mT, weighted), side)
     alpha = ((df - product(beta, plan.mT)) * inverse_a).to(kernel.dtype)
     beta = beta.to(kernel.dtype)
     return torch.cat([alpha * u, u], 1), torch.cat([v, beta * v], 1)
+
+
+def implicit_system(b: torch.Tensor, gram: torch.Tensor, side: torch.Tensor) -> torch.Tensor:
+    """Return beta (z, 1, m) of `implicit_adjoint`.
+
+    Args:
+        b: column sums of the plan P, (z, m), fp64 as the others.
+        gram: P^T diag(P 1)^-1 P, (z, m, m).
+        side: (z, 1, m).
+    """
+    # A plan that falls into blocks has a gauge for each; the last term holds those, far below what P feels.
+    schur = torch.diag_embed(b * (1.0 + 1e-10)) - gram + 1.0 / b.shape[-1] ** 2
+    return _solve(schur, side)
 
 
 def _solve(matrix_zmm: torch.Tensor, side_z1m: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ problem.py          tensors, numbers and gradients, as every implementation take
 reference.py        every equation one line, gradients by autograd
 in_torch.py         PyTorch, few heads at a time, so that n x m matrices stay in cache
 cpp.py              C++ for CPUs, fused
+split.py            tokens of an image on several ranks, by sums over the group
 triton.py           GPUs: buffers and launches
 triton_kernels.py   its Triton kernels
 """

@@ -12,6 +12,7 @@ tokens is not in the paper; docs/ablation.md says what was tried.
     in_torch.py    "torch": PyTorch without an autograd graph; any device
     cpp.py         "cpp": fused C++ for CPUs, built at first use
     triton.py      "triton": fused for GPUs; neither the kernel matrix nor the plan ever reaches the device's memory
+    split.py       tokens of an image on several ranks; in PyTorch on any device
 
 Letters: b = images, h = heads, n = tokens of one image, m = references, k = anchors, d = channels of one head.
 """
@@ -32,9 +33,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from setformer_dist.core.config import FrozenConfig
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.ops.kernels import at_least_fp32, grid_places, line_places, nystrom, unit
+from setformer_dist.ops.parts import Rows
 from setformer_dist.ops.set import cpp, reference
 from setformer_dist.ops.set.op import CPP_OR_TORCH, TRITON, differentiable
 from setformer_dist.ops.set.problem import Inputs, SetProblem
+from setformer_dist.ops.set.split import split_attention
 from setformer_dist.ops.sinkhorn import working_dtype
 
 log = logging.getLogger(__name__)
@@ -127,6 +130,7 @@ def set_attention(
     anchors_hkd: torch.Tensor | None = None,
     grid: tuple[int, int] | None = None,
     mask_bn: torch.Tensor | None = None,
+    rows: Rows | None = None,
 ) -> torch.Tensor:
     """Transport tokens to the references and back.
 
@@ -139,6 +143,8 @@ def set_attention(
         grid: token rows and columns, n = rows * columns; needed by the separable filter.
         mask_bn: True for valid tokens; masked ones take no part and get 0. The linear filter counts valid tokens only,
             so that padding changes nothing. An image without any valid token gets 0.
+        rows: the group of ranks that share each image (split.py), None where one rank has it whole. With a group, x
+            is this rank's part of the tokens, n / p consecutive ones, and grid and mask are of the whole. Collective.
 
     Returns:
         (b, h, n, d), or (b, h, n, k) with the Nyström kernel, in the dtype of x.
@@ -147,18 +153,23 @@ def set_attention(
         ConfigError: an argument is missing, too many or of the wrong shape, or the implementation that
             `config.implementation` forces cannot compute it.
     """
-    _check(x_bhnd, references_hmd, return_references_hmd, anchors_hkd, grid, mask_bn, config)
+    parts = 1 if rows is None else rows.count
+    _check(x_bhnd, references_hmd, return_references_hmd, anchors_hkd, grid, mask_bn, config, parts)
+    n = x_bhnd.shape[2] * parts
     whole = None
     if mask_bn is not None:
-        whole = mask_bn[:, None, :, None]
+        whole = (mask_bn if rows is None else mask_bn[:, rows.own(n)])[:, None, :, None]
         x_bhnd = torch.where(whole, x_bhnd, 0.0)  # padding may hold anything, NaN included
         mask_bn = mask_bn | ~mask_bn.any(-1, keepdim=True)
     features = None
     if anchors_hkd is not None:
         features, x_bhnd = _nystrom_map(x_bhnd, anchors_hkd, config)
-    positions, places = _places(x_bhnd, references_hmd.shape[1], grid, mask_bn, config)
+    positions, places = _places(x_bhnd, references_hmd.shape[1], grid, mask_bn, config, parts)
     inputs = Inputs(x_bhnd, features, references_hmd, return_references_hmd, positions, places, mask_bn)
-    problem = _problem(config)
+    problem = problem_of(config)
+    if rows is not None:
+        y = split_attention(inputs, problem, rows)
+        return y if whole is None else torch.where(whole, y, 0.0)
     if x_bhnd.shape[0] == 0 or _transformed() or _exports_to_onnx(problem, features is not None):
         # Neither torch.func nor ONNX knows our operator, and of no image there is nothing to be fast about.
         implementation = "reference"
@@ -192,13 +203,14 @@ def marginal_error(
         mask = None if mask_bn is None else mask_bn | ~mask_bn.any(-1, keepdim=True)
         x = x_bhnd if mask is None else torch.where(mask[:, None, :, None], x_bhnd, 0.0)
         features = unit(at_least_fp32(x)) if anchors_hkd is None else _nystrom_map(x, anchors_hkd, config)[0]
-        logs = reference.plan_of(at_least_fp32(features), unit(at_least_fp32(references_hmd)), mask, _problem(config))
+        logs = reference.plan_of(at_least_fp32(features), unit(at_least_fp32(references_hmd)), mask, problem_of(config))
         count = x.shape[2] if mask is None else mask.sum(-1).view(-1, 1, 1)
         errors = (logs.exp().sum(-1) * count - 1.0).abs()
         return (errors if mask is None else errors.masked_fill(~mask.unsqueeze(1), 0.0)).amax(-1)
 
 
-def _problem(config: SetAttentionConfig) -> SetProblem:
+def problem_of(config: SetAttentionConfig) -> SetProblem:
+    """Return the numbers of a config, as implementations take them."""
     return SetProblem(
         epsilon=config.epsilon,
         sigma=config.sigma if config.kernel == "gaussian" else 0.0,
@@ -229,8 +241,12 @@ def _places(
     grid: tuple[int, int] | None,
     mask_bn: torch.Tensor | None,
     config: SetAttentionConfig,
+    parts: int = 1,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return places of tokens (b or 1, n, axes) and of references (m, axes) within [0, 1), counted from 0."""
+    """Return places of tokens (b or 1, n, axes) and of references (m, axes) within [0, 1), counted from 0.
+
+    All n tokens of an image of so many parts like x; grid and mask are those of the whole image.
+    """
     if config.position_filter == "none":
         return None, None
     where = torch.promote_types(x_bhnd.dtype, torch.float32), x_bhnd.device
@@ -239,7 +255,7 @@ def _places(
         side = math.isqrt(m)
         sides: tuple[Sides, Sides] = (grid[0], grid[1]), (side, side)
     else:
-        sides = (x_bhnd.shape[2],), (m,)
+        sides = (x_bhnd.shape[2] * parts,), (m,)
     # What is traced or captured needs places of its own kind, made within the graph.
     if type(x_bhnd) is not torch.Tensor or torch.compiler.is_compiling() or _captures(x_bhnd.device):
         positions, places = _made_places(*sides, *where)
@@ -380,6 +396,7 @@ def _check(
     grid: tuple[int, int] | None,
     mask: torch.Tensor | None,
     config: SetAttentionConfig,
+    parts: int = 1,
 ) -> None:
     """Refuse what does not fit, naming the argument, what it is and what it should be."""
     if x.ndim != 4 or not x.dtype.is_floating_point or 0 in x.shape[1:]:
@@ -408,8 +425,10 @@ def _check(
         )
     if config.position_filter == "separable" and grid is None:
         raise ConfigError("position_filter = 'separable' needs grid = (rows, columns) of the tokens: got None")
+    n *= parts
     if grid is not None and grid[0] * grid[1] != n:
-        raise ConfigError(f"grid is {grid[0]} x {grid[1]} = {grid[0] * grid[1]} tokens, but x has n = {n}")
+        of = "x has" if parts == 1 else f"{parts} parts like x have"
+        raise ConfigError(f"grid is {grid[0]} x {grid[1]} = {grid[0] * grid[1]} tokens, but {of} n = {n}")
     if mask is not None:
         _check_mask(mask, b, n)
 

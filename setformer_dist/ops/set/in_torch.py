@@ -17,7 +17,8 @@ Letters: z = chunk of heads and images, n = tokens, m = references, k = features
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
 
 import torch
 from torch.nn import functional as F
@@ -51,11 +52,19 @@ def _chunks(inputs: Inputs) -> Iterator[tuple[slice | list[int], slice]]:
                 yield slice(i, i + 1), slice(j, j + heads)
 
 
-class _Chunk:
+class Filters(Protocol):
+    """Position filters of a call."""
+
+    def of(self, images: slice | list[int], heads: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the (gather, scatter) filters of a chunk, each (z or 1, n, m), or None."""
+        ...
+
+
+class Chunk:
     """Inputs of one chunk, flattened over images and heads, in the working dtype."""
 
     def __init__(
-        self, inputs: Inputs, images: slice | list[int], heads: slice, dtype: torch.dtype, filters: _Filters
+        self, inputs: Inputs, images: slice | list[int], heads: slice, dtype: torch.dtype, filters: Filters
     ) -> None:
         x = inputs.x_bhnd[images, heads]
         self.b, self.h, self.n, self.d = x.shape
@@ -164,7 +173,7 @@ def _filled_up(inputs: Inputs) -> Inputs:
     )
 
 
-def _kernel(chunk: _Chunk, references_hmk: torch.Tensor, problem: SetProblem) -> tuple[torch.Tensor, torch.Tensor]:
+def kernel_of(chunk: Chunk, references_hmk: torch.Tensor, problem: SetProblem) -> tuple[torch.Tensor, torch.Tensor]:
     """Return K = exp(s / epsilon) and, for the Gaussian kernel, s itself (otherwise K again); (z, n, m)."""
     s = product(chunk.features, chunk.each(references_hmk).mT)
     if problem.sigma > 0:
@@ -184,7 +193,7 @@ def forward(inputs: Inputs, problem: SetProblem, dtype: torch.dtype) -> tuple[to
         inputs = _prepared(inputs, dtype)
         filters = _Filters(inputs, problem, dtype)
         for images, heads in _chunks(inputs):
-            chunk = _Chunk(inputs, images, heads, dtype, filters)
+            chunk = Chunk(inputs, images, heads, dtype, filters)
             y_z, rounds_z = _chunk_forward(chunk, problem)
             y[images, heads] = y_z.view(chunk.b, chunk.h, chunk.n, chunk.d)[:, :, :n].to(y.dtype)
             for index, every in enumerate(rounds_z):
@@ -192,21 +201,21 @@ def forward(inputs: Inputs, problem: SetProblem, dtype: torch.dtype) -> tuple[to
     return y, rounds
 
 
-def _chunk_forward(chunk: _Chunk, problem: SetProblem) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    kernel, _ = _kernel(chunk, chunk.references[0], problem)
+def _chunk_forward(chunk: Chunk, problem: SetProblem) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    kernel, _ = kernel_of(chunk, chunk.references[0], problem)
     rounds = [scaling_rounds(kernel, chunk.row_sums, problem.iterations, problem.tolerance)]
     gather = _Gather(chunk, kernel, rounds[0], problem)
     pooled = gather.pooled()
     if len(chunk.references) == 2:
-        kernel, _ = _kernel(chunk, chunk.references[1], problem)
+        kernel, _ = kernel_of(chunk, chunk.references[1], problem)
         rounds.append(scaling_rounds(kernel, chunk.row_sums, problem.iterations, problem.tolerance))
-    return _Scatter(chunk, kernel, rounds[-1], problem).tokens(pooled), rounds
+    return Scatter(chunk, kernel, rounds[-1], problem).tokens(pooled), rounds
 
 
 class _Gather:
     """Tokens into references."""
 
-    def __init__(self, chunk: _Chunk, kernel: torch.Tensor, rounds: torch.Tensor, problem: SetProblem) -> None:
+    def __init__(self, chunk: Chunk, kernel: torch.Tensor, rounds: torch.Tensor, problem: SetProblem) -> None:
         self.chunk = chunk
         self.u = last_rows(kernel, rounds, chunk.row_sums)
         self.weights = kernel if chunk.filters is None else kernel * chunk.filters[0]
@@ -221,10 +230,10 @@ class _Gather:
         return product(self.weights.mT, self.chunk.x * self.u.mT).mul_(self.inverse_sum)
 
 
-class _Scatter:
+class Scatter:
     """References back to tokens."""
 
-    def __init__(self, chunk: _Chunk, kernel: torch.Tensor, rounds: torch.Tensor, problem: SetProblem) -> None:
+    def __init__(self, chunk: Chunk, kernel: torch.Tensor, rounds: torch.Tensor, problem: SetProblem) -> None:
         self.v = rounds[:, -1:]
         self.weights = kernel if chunk.filters is None else kernel * chunk.filters[1]
         tiny = torch.finfo(kernel.dtype).tiny
@@ -267,7 +276,7 @@ def backward(
         grad_y = F.pad(grad_y, (0, 0, 0, inputs.x_bhnd.shape[2] - n))
         filters = _Filters(inputs, problem, dtype)
         for images, heads in _chunks(inputs):
-            chunk = _Chunk(inputs, images, heads, dtype, filters)
+            chunk = Chunk(inputs, images, heads, dtype, filters)
             e = grad_y[images, heads].reshape(-1, chunk.n, chunk.d).to(dtype)
             rounds_z = [r[images, heads].flatten(0, 1) for r in rounds]
             dx_z, df_z, references = _chunk_backward(chunk, e, rounds_z, problem)
@@ -287,14 +296,14 @@ def backward(
 
 
 def _chunk_backward(
-    chunk: _Chunk, grad_y: torch.Tensor, rounds: list[torch.Tensor], problem: SetProblem
+    chunk: Chunk, grad_y: torch.Tensor, rounds: list[torch.Tensor], problem: SetProblem
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """Return (dx, dfeatures, one gradient for each reference set), all flattened over z."""
-    kernel, s = _kernel(chunk, chunk.references[0], problem)
+    kernel, s = kernel_of(chunk, chunk.references[0], problem)
     gather = _Gather(chunk, kernel, rounds[0], problem)
     pooled = gather.pooled()
-    back_kernel, back_s = (kernel, s) if len(rounds) == 1 else _kernel(chunk, chunk.references[1], problem)
-    scatter = _Scatter(chunk, back_kernel, rounds[-1], problem)
+    back_kernel, back_s = (kernel, s) if len(rounds) == 1 else kernel_of(chunk, chunk.references[1], problem)
+    scatter = Scatter(chunk, back_kernel, rounds[-1], problem)
 
     e = grad_y * scatter.inverse_sum
     dpooled = product(scatter.weights.mT, e).mul_(scatter.v.mT)
@@ -326,10 +335,29 @@ def _chunk_backward(
             (kernel, s, direct, df, torch.zeros_like(dg_back) if dg is None else dg),
             (back_kernel, back_s, direct_back, torch.zeros_like(df) if df_back is None else df_back, dg_back),
         ]
+    gradients = (
+        _through_rounds(adjoint, k, similarity, d_exponent, d_f, d_g, every, chunk, problem)
+        for (k, similarity, d_exponent, d_f, d_g), every in zip(plans, rounds, strict=True)
+    )
+    return into_inputs(chunk, dx, gradients)
+
+
+def into_inputs(
+    chunk: Chunk, dx: torch.Tensor, gradients: Iterable[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Carry the gradients of the similarities on to what was compared.
+
+    Args:
+        chunk: whose.
+        dx: gradient of the values, (z, n, d); changed in place where x itself was compared.
+        gradients: of each set's similarities, (z, n, m), asked for one after the other.
+
+    Returns:
+        (dx, dfeatures, one gradient for each reference set), all flattened over z.
+    """
     dfeatures: torch.Tensor | None = None
     dreferences = []
-    for (k, similarity, d_exponent, d_f, d_g), every, r in zip(plans, rounds, chunk.references, strict=True):
-        ds = _through_rounds(adjoint, k, similarity, d_exponent, d_f, d_g, every, chunk, problem)
+    for ds, r in zip(gradients, chunk.references, strict=True):
         part = product(ds, chunk.each(r))
         dfeatures = part if dfeatures is None else dfeatures.add_(part)
         dreferences.append(product(ds.mT, chunk.features))
@@ -353,11 +381,31 @@ def _through_rounds(
     df: torch.Tensor,
     dg: torch.Tensor,
     rounds: torch.Tensor,
-    chunk: _Chunk,
+    chunk: Chunk,
     problem: SetProblem,
 ) -> torch.Tensor:
-    """Return the gradient of the similarity, (z, n, m): the direct one less what goes through u and v."""
     left, right = adjoint(kernel, rounds, df, dg, chunk.row_sums)
+    return similarity_gradient(left, right, kernel, s, direct, problem)
+
+
+def similarity_gradient(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    kernel: torch.Tensor,
+    s: torch.Tensor,
+    direct: torch.Tensor,
+    problem: SetProblem,
+) -> torch.Tensor:
+    """Return the gradient of the similarity, (z, n, m): the direct one less what goes through u and v.
+
+    Args:
+        left: of `unrolled_adjoint`, as are the names below.
+        right: likewise.
+        kernel: K.
+        s: as `kernel_of` returns it.
+        direct: gradient of s / epsilon where u and v are held; changed in place.
+        problem: the numbers.
+    """
     d_exponent = direct.sub_(product(left.mT, right).mul_(kernel))
     if problem.sigma > 0:
         d_exponent *= s * (1.0 / problem.sigma**2)
