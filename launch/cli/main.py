@@ -485,18 +485,21 @@ def models(
 
 @app.command()
 def demo(
+    overrides: Overrides = None,
     ranks: Annotated[int, typer.Option("--ranks", "-n", help="Processes on this machine.")] = 2,
     data: Annotated[Path, typer.Option(help="Folder for the packed digits.")] = Path("runs/demo-data"),
 ) -> None:
     """Train SeTformer on scikit-learn's handwritten digits: the whole pipeline in a few minutes.
 
-    Example:
+    Examples:
 
         setformer demo --ranks 2
+
+        setformer demo run.name=short schedule.epochs=4
     """
     from launch.examples import demo
 
-    code = demo.run_demo(ranks, data, open_console())
+    code = demo.run_demo(ranks, data, open_console(), overrides or [])
     if code:
         raise typer.Exit(code)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from launch.ranks.local import LocalCrew
 from launch.ranks.restarts import RestartConfig
 from launch.ranks.supervise import run_supervised
 from launch.record.attempts import Recorder
+from launch.run.config import load_run
 from setformer_dist.core.errors import ConfigError, LaunchError
 from setformer_dist.core.seeding import Purpose, generator
 
@@ -65,33 +67,34 @@ def prepare_data(data: Path, console: Console) -> None:
     pack_image_folder(source / "val", data / "val")
 
 
-def run_demo(ranks: int, data: Path, console: Console) -> int:
+def run_demo(ranks: int, data: Path, console: Console, overrides: Sequence[str] = ()) -> int:
     """Prepare, train, print the summary; return the exit code."""
+    words = [f"data.root={data}", *overrides]
+    folder = load_run(CONFIG, words).folder
     prepare_data(data, console)
-    folder = Path("runs") / "demo"
-    crew = LocalCrew([str(CONFIG), f"data.root={data}"], ranks)
+    crew = LocalCrew([str(CONFIG), *words], ranks)
     code = run_supervised(crew, folder, RestartConfig(), recorder=Recorder(folder))
     if code:
         return code
     figures = json.loads((folder / "summary.json").read_text())
-    console.print(Panel.fit(_text(figures), title="what happened", border_style="green"), soft_wrap=False)
+    console.print(Panel.fit(_text(figures, folder), title="what happened", border_style="green"), soft_wrap=False)
     console.print("what to type next:")
-    for command in _next(data):  # outside the box and unbroken, so that they can be copied
+    for command in _next(data, folder):  # outside the box and unbroken, so that they can be copied
         console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
-def _next(data: Path) -> list[str]:
+def _next(data: Path, folder: Path) -> list[str]:
     setformer = Path(sys.executable).parent / "setformer"
     return [
-        f"{setformer} predict runs/demo {data}/images/val/3/*.png",
-        f"{setformer} eval runs/demo",
-        f"{setformer} ckpt ls runs/demo --verify",
+        f"{setformer} predict {folder} {data}/images/val/3/*.png",
+        f"{setformer} eval {folder}",
+        f"{setformer} ckpt ls {folder} --verify",
         f"{setformer} train demo data.root={data} run.name=mine optim.lr=1e-3 --ranks 2",
     ]
 
 
-def _text(figures: dict[str, object]) -> str:
+def _text(figures: dict[str, object], folder: Path) -> str:
     scores = figures["evaluation"]
     assert isinstance(scores, dict)
     top1 = max(scores["top1"], scores.get("ema_top1", 0.0))
@@ -102,7 +105,7 @@ def _text(figures: dict[str, object]) -> str:
             f"ZeRO-{figures['zero_stage']} in {figures['dtype']} on {figures['ranks']} ranks",
             f"at {figures['images_per_s']} images/s, {figures['seconds']} s in all.",
             "",
-            f"run folder   {Path('runs') / 'demo'}",
+            f"run folder   {folder}",
             f"checkpoint   {figures['checkpoint']}",
             f"curves       {figures['report']}  (open it in a browser)",
         )
