@@ -81,7 +81,11 @@ def test_killed_with_two_ranks_an_image_and_resumed_with_one_and_the_other_way(
 @pytest.mark.parametrize(
     ("overrides", "ranks", "part"),
     [
-        (("parallel.sequence=2", "data.image_size=24"), 2, "24 rows cannot be cut into 2 equal parts for this model"),
+        (
+            ("parallel.sequence=2", "data.image_size=24", "data.augment.crop=resized"),
+            2,
+            "24 rows cannot be cut into 2 equal parts for this model",
+        ),
         (("parallel.sequence=2",), 1, "1 ranks cannot be cut into groups of 2"),
     ],
 )
