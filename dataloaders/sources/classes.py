@@ -4,8 +4,8 @@
     {"cat": 0, "dog": 1}               torchvision's class_to_idx, Hugging Face's label2id
     {"0": "cat", "1": "dog"}           id2label; these tables may lie below their name in a larger one
     cat / dog / # a comment            one name per line
-    0,cat   cat,0   with or without    two columns, one of them the numbers 0 to n - 1, by comma, semicolon or tab
-    a header
+    0,cat   cat,0   with or without    two columns, one of them the numbers 0 to n - 1, by comma, semicolon, tab
+    a header                           or colon
 
 A label is a whole number (3, 3.0 as pandas writes it), or a name. A soft label is a list of probabilities, or a table
 of them by class name. Byte order marks are skipped.
