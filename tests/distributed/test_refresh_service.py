@@ -61,6 +61,14 @@ def wait_for_service(owner: int) -> psutil.Process:
         time.sleep(0.05)
 
 
+def wait_for_none(owner: int) -> None:
+    """Wait until the service of a run before is gone: the first courier would take it for one that stays."""
+    limit = time.monotonic() + 60
+    while found := of_the_cluster("RefitService", owner):
+        assert time.monotonic() < limit, found
+        time.sleep(0.05)
+
+
 def act(what: str, trainer: Any, owner: int) -> None:
     """Do something on rank 0."""
     courier = trainer._c.refresh._refitter._courier
@@ -227,6 +235,7 @@ def answer_of(courier: Courier, problem: bytes, limit_s: float = 120.0) -> bytes
 def test_runs_share_a_service_and_go_on_without_the_one_that_began_it(cluster: Cluster) -> None:
     problems = [problem_bytes(problem_of(PLAIN, iterations=n), 1) for n in range(1, 5)]
     expected = [solved(problem) for problem in problems]
+    wait_for_none(os.getpid())
     with contextlib.closing(Courier(cluster.address)) as first:
         service = wait_for_service(os.getpid())
         with contextlib.closing(Courier(cluster.address)) as second:
