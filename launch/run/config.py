@@ -343,18 +343,19 @@ def continued(config: RunConfig, warn: Callable[[str], None] = lambda line: None
         table = there["model"]
         if not isinstance(table, dict):
             return config
-        old = revisions.scale_of(table) == revisions.OLD
+        theirs = revisions.choices_of(table)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return config  # no run is there, or a damaged one, of which `check_folder` speaks
-    if not old or revisions.scale_of(config.model.model_dump()) != revisions.NEW:
-        return config
-    soft = {**config.model.args["soft"], "query_scale": revisions.OLD}
-    warn(
-        f"the run in {config.folder} samples SOFT's landmarks from undivided queries, as versions before 2026-11-28 "
-        "did, and continues so (model.args.soft.query_scale = 'after'): a run of another name takes the authors' scale"
-    )
-    model = config.model.model_copy(update={"args": {**config.model.args, "soft": soft}})
-    return config.model_copy(update={"model": model})
+    args: dict[str, object] = config.model.args
+    for revision, ours in revisions.choices_of(config.model.model_dump()).items():
+        if theirs.get(revision) == revision.old and ours == revision.new:
+            args = revisions.with_old(args, revision)
+            warn(
+                f"the run in {config.folder} {revision.was}, as versions before {revision.since} did, and continues so "
+                f"(model.args.{revision.shown} = {revision.old!r}): a run of another name takes "
+                f"{revision.new!r}"
+            )
+    return config.model_copy(update={"model": config.model.model_copy(update={"args": args})})
 
 
 def resolve(config: RunConfig, world_size: int) -> ResolvedRun:

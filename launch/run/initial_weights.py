@@ -40,7 +40,7 @@ class _Source:
         shapes: of all that is in it.
         fill: fills fragments of state "param".
         file: where a .safetensors file is read, which can be adapted.
-        scale: of SOFT's queries (core/revisions.py); None where it means nothing or is not known.
+        choices: what the weights were trained with (core/revisions.py), as far as it is known.
     """
 
     name: str
@@ -48,7 +48,7 @@ class _Source:
     shapes: Mapping[str, tuple[int, ...]]
     fill: Callable[[list[Fragment]], None]
     file: Path | None = None
-    scale: str | None = None
+    choices: Mapping[revisions.Revision, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class FirstWeights:
                 f"ranks found different weights at model.weights = {self.config.weights}: name one step's folder that "
                 "all hosts share"
             )
-        self._check_scale(source)
+        self._check_choices(source)
         source, left, report = self._fitted(source)
         filled = [f for f in fragments if f.state in ("param", "ema") and f.name not in left]
         source.fill([dataclasses.replace(f, state="param") for f in filled])
@@ -91,7 +91,7 @@ class FirstWeights:
     def check(self) -> str:
         """Say what would be filled, and fill nothing; raises as a call does."""
         source = _open(self.config.weights or "")
-        self._check_scale(source)
+        self._check_choices(source)
         return self._fitted(source)[2]
 
     def _fitted(self, source: _Source) -> tuple[_Source, set[str], str]:
@@ -115,13 +115,14 @@ class FirstWeights:
         count = f"{len(self.shapes) - len(left)} of {len(self.shapes)} parameters"
         return source, left, "; ".join((f"begins with {source.name}: {count}", *notes))
 
-    def _check_scale(self, source: _Source) -> None:
-        ours = revisions.scale_of(self.config.model_dump())
-        if None not in (ours, source.scale) and ours != source.scale:
-            raise CheckpointError(
-                f"model.weights = {self.config.weights}: these were trained with soft.query_scale = {source.scale!r}, "
-                f'this run has {ours!r}, which is another function: set model.args.soft.query_scale = "{source.scale}"'
-            )
+    def _check_choices(self, source: _Source) -> None:
+        for revision, ours in revisions.choices_of(self.config.model_dump()).items():
+            theirs = source.choices.get(revision, ours)
+            if theirs != ours:
+                raise CheckpointError(
+                    f"model.weights = {self.config.weights}: these were trained with {revision.shown} = {theirs!r}, "
+                    f'this run has {ours!r}, which is another function: set model.args.{revision.shown} = "{theirs}"'
+                )
 
     def _check_skip(self, source: _Source) -> None:
         for prefix in self.config.skip or ():
@@ -230,8 +231,8 @@ def _of_checkpoint(checkpoint: Checkpoint) -> _Source:
     facts: list[object] = [record.digest for record in checkpoint.manifest.files]
     config = checkpoint.trainer.get("config", {})
     trained = config.get("model") if isinstance(config, dict) else None
-    scale = revisions.scale_of(trained) if isinstance(trained, dict) else None
-    return _Source(f"{kind} of {checkpoint.path}", facts, checkpoint.parameters(), fill, scale=scale)
+    choices = revisions.choices_of(trained) if isinstance(trained, dict) else {}
+    return _Source(f"{kind} of {checkpoint.path}", facts, checkpoint.parameters(), fill, choices=choices)
 
 
 def _of_file(path: Path) -> _Source:

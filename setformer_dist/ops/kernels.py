@@ -132,19 +132,30 @@ def nystrom(x_hnd: torch.Tensor, anchors_hkd: torch.Tensor, sigma: float, ridge:
         return (gaussian(x @ anchors.mT, sigma) @ root_hkk).to(x_hnd.dtype)
 
 
-def line_places(count: int, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
-    """Places i / count of tokens or references on a line, counted from 0; (count, 1).
+def line_places(
+    count: int, dtype: torch.dtype, device: torch.device | None = None, *, offset: float = 0.0
+) -> torch.Tensor:
+    """Places (i + offset) / count of tokens or references on a line, i counted from 0; (count, 1).
 
     The code of Mialon et al. counts from 0 on a line, and from 1 on a grid (docs/operators.md).
 
+    Args:
+        count: cells of equal size on the line.
+        dtype: of the places.
+        device: where they are.
+        offset: where in its cell a place lies: 0 at the beginning, 0.5 at the centre.
+
     Divided in fp64, as in fp32 a GPU multiplies by 1 / count instead, whose last bit may differ.
     """
-    return (torch.arange(count, device=device, dtype=torch.float64) / count).to(dtype).unsqueeze(1)
+    cells = torch.arange(count, device=device, dtype=torch.float64)
+    return ((cells + offset) / count).to(dtype).unsqueeze(1)
 
 
-def grid_places(grid: tuple[int, int], dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
-    """Places on a grid of any rows and columns, row-major; (rows * columns, 2)."""
-    rows, columns = (line_places(side, dtype, device).squeeze(1) for side in grid)
+def grid_places(
+    grid: tuple[int, int], dtype: torch.dtype, device: torch.device | None = None, *, offset: float = 0.0
+) -> torch.Tensor:
+    """Places on a grid of any rows and columns, row-major, on each axis as `line_places`; (rows * columns, 2)."""
+    rows, columns = (line_places(side, dtype, device, offset=offset).squeeze(1) for side in grid)
     return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).view(-1, 2)
 
 

@@ -280,8 +280,8 @@ def attention_matrix(config: SetAttentionConfig, grid: tuple[int, int], seed: in
     gather, scatter = plans[0], plans[-1]
     if config.position_filter == "separable":
         side = math.isqrt(m)
-        places = grid_places((side, side), torch.double)
-        factor = torch.exp(log_filter(grid_places(grid, torch.double), places, config.tau))
+        tokens, places = (grid_places(sides, torch.double, offset=0.5) for sides in (grid, (side, side)))
+        factor = torch.exp(log_filter(tokens, places, config.tau))
         gather, scatter = gather * factor, scatter * factor
     matrix = (scatter / scatter.sum(1, keepdim=True)) @ (gather / gather.sum(0)).T
     torch.testing.assert_close(output[0, 0], matrix @ x[0, 0], atol=1e-7, rtol=1e-6)

@@ -51,6 +51,9 @@ Implementation = Annotated[
 # Tokens or references of a line, or of the rows and columns of a grid.
 Sides = tuple[int] | tuple[int, int]
 
+# Where in its cell a token or reference lies, as a share of the cell.
+_OFFSETS = {"centres": 0.5, "edges": 0.0}
+
 # TOML files hold lists where Python code writes tuples; both are welcome.
 IntTuple = Annotated[tuple[int, ...], pydantic.BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 
@@ -71,7 +74,10 @@ class SetAttentionConfig(FrozenConfig):
         gradient: "exact" differentiates the rounds that are run, "implicit" the fixed point they approach; the two
             agree as far as the rounds have converged.
         position_filter: multiply the plan by a Gaussian of the distance between a token's place and its
-            reference's: on a line ("linear", places j/m), on a sqrt(m) x sqrt(m) grid ("separable"), or "none".
+            reference's: on a line ("linear"), on a sqrt(m) x sqrt(m) grid ("separable"), or "none".
+        places: where tokens and references lie in their cells of the line or grid: at "centres", (i + 1/2)/n and
+            (j + 1/2)/m, or at "edges", i/n and j/m, where they move against each other as n changes. Models of
+            versions before 2026-11-29 have "edges", and keep them (core/revisions.py).
         tau: width of that Gaussian as a share of the line or the image side.
         reference_sets: 1 set gathers and scatters, or 2: one gathers, another scatters.
         renormalise: divide by the row (column) sums after the filter, so that weights sum to 1 exactly.
@@ -87,6 +93,7 @@ class SetAttentionConfig(FrozenConfig):
     tolerance: float = pydantic.Field(default=0.0, ge=0)
     gradient: Literal["exact", "implicit"] = "exact"
     position_filter: Literal["none", "linear", "separable"] = "separable"
+    places: Literal["centres", "edges"] = "centres"
     tau: float = pydantic.Field(default=0.25, ge=0.01)
     reference_sets: Literal[1, 2] = 2
     renormalise: bool = True
@@ -130,6 +137,7 @@ def set_attention(
     anchors_hkd: torch.Tensor | None = None,
     grid: tuple[int, int] | None = None,
     mask_bn: torch.Tensor | None = None,
+    positions_bna: torch.Tensor | None = None,
     rows: Rows | None = None,
 ) -> torch.Tensor:
     """Transport tokens to the references and back.
@@ -143,8 +151,12 @@ def set_attention(
         grid: token rows and columns, n = rows * columns; needed by the separable filter.
         mask_bn: True for valid tokens; masked ones take no part and get 0. The linear filter counts valid tokens only,
             so that padding changes nothing. An image without any valid token gets 0.
+        positions_bna: where each token lies, (b or 1, n, a) within [0, 1], a = 2 (row, column) for the separable filter
+            and 1 for the linear one; for tokens that are no whole grid: some of an image's, or images of several sizes
+            in one batch, padded and masked. Without it, tokens fill the grid or the line. No gradient flows to it.
         rows: the group of ranks that share each image (split.py), None where one rank has it whole. With a group, x
-            is this rank's part of the tokens, n / p consecutive ones, and grid and mask are of the whole. Collective.
+            is this rank's part of the tokens, n / p consecutive ones, and grid, mask and positions are of the whole.
+            Collective.
 
     Returns:
         (b, h, n, d), or (b, h, n, k) with the Nyström kernel, in the dtype of x.
@@ -154,7 +166,7 @@ def set_attention(
             `config.implementation` forces cannot compute it.
     """
     parts = 1 if rows is None else rows.count
-    _check(x_bhnd, references_hmd, return_references_hmd, anchors_hkd, grid, mask_bn, config, parts)
+    _check(x_bhnd, references_hmd, return_references_hmd, anchors_hkd, grid, mask_bn, positions_bna, config, parts)
     n = x_bhnd.shape[2] * parts
     whole = None
     if mask_bn is not None:
@@ -164,7 +176,10 @@ def set_attention(
     features = None
     if anchors_hkd is not None:
         features, x_bhnd = _nystrom_map(x_bhnd, anchors_hkd, config)
-    positions, places = _places(x_bhnd, references_hmd.shape[1], grid, mask_bn, config, parts)
+    if positions_bna is None:
+        positions, places = _places(x_bhnd, references_hmd.shape[1], grid, mask_bn, config, parts)
+    else:
+        positions, places = _places_beside(positions_bna, x_bhnd, references_hmd.shape[1], config)
     inputs = Inputs(x_bhnd, features, references_hmd, return_references_hmd, positions, places, mask_bn)
     problem = problem_of(config)
     if rows is not None:
@@ -198,7 +213,7 @@ def marginal_error(
         (b, h), fp32 (fp64 for fp64).
     """
     one_set = config.model_copy(update={"reference_sets": 1, "position_filter": "none"})
-    _check(x_bhnd, references_hmd, None, anchors_hkd, None, mask_bn, one_set)
+    _check(x_bhnd, references_hmd, None, anchors_hkd, None, mask_bn, None, one_set)
     with torch.no_grad():
         mask = None if mask_bn is None else mask_bn | ~mask_bn.any(-1, keepdim=True)
         x = x_bhnd if mask is None else torch.where(mask[:, None, :, None], x_bhnd, 0.0)
@@ -243,13 +258,13 @@ def _places(
     config: SetAttentionConfig,
     parts: int = 1,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return places of tokens (b or 1, n, axes) and of references (m, axes) within [0, 1), counted from 0.
+    """Return places of tokens (b or 1, n, axes) and of references (m, axes) within [0, 1).
 
     All n tokens of an image of so many parts like x; grid and mask are those of the whole image.
     """
     if config.position_filter == "none":
         return None, None
-    where = torch.promote_types(x_bhnd.dtype, torch.float32), x_bhnd.device
+    dtype, device = torch.promote_types(x_bhnd.dtype, torch.float32), x_bhnd.device
     if config.position_filter == "separable":
         assert grid is not None
         side = math.isqrt(m)
@@ -258,28 +273,44 @@ def _places(
         sides = (x_bhnd.shape[2] * parts,), (m,)
     # What is traced or captured needs places of its own kind, made within the graph.
     if type(x_bhnd) is not torch.Tensor or torch.compiler.is_compiling() or _captures(x_bhnd.device):
-        positions, places = _made_places(*sides, *where)
+        positions, places = _made_places(*sides, dtype, device, config.places)
     else:
-        positions, places = _kept_places(*sides, *where)
+        positions, places = _kept_places(*sides, dtype, device, config.places)
     if mask_bn is None or config.position_filter == "separable":
         return positions, places
-    order = (mask_bn.cumsum(-1) - 1).to(where[0])
+    order = (mask_bn.cumsum(-1) - 1 + _OFFSETS[config.places]).to(dtype)
     return (order / mask_bn.sum(-1, keepdim=True)).unsqueeze(-1), places
 
 
-def _made_places(
-    tokens: Sides, references: Sides, dtype: torch.dtype, device: torch.device
+def _places_beside(
+    positions_bna: torch.Tensor, x_bhnd: torch.Tensor, m: int, config: SetAttentionConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    positions, places = (
-        line_places(sides[0], dtype, device) if len(sides) == 1 else grid_places(sides, dtype, device)
-        for sides in (tokens, references)
+    """Return given places of tokens, as the implementations take them, and those of the references beside them."""
+    dtype, device = torch.promote_types(x_bhnd.dtype, torch.float32), x_bhnd.device
+    side = math.isqrt(m)
+    sides: Sides = (side, side) if config.position_filter == "separable" else (m,)
+    return positions_bna.detach().to(device, dtype), _of_sides(sides, dtype, device, config.places)
+
+
+def _made_places(
+    tokens: Sides, references: Sides, dtype: torch.dtype, device: torch.device, places: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return (
+        _of_sides(tokens, dtype, device, places).unsqueeze(0),
+        _of_sides(references, dtype, device, places),
     )
-    return positions.unsqueeze(0), places
+
+
+def _of_sides(sides: Sides, dtype: torch.dtype, device: torch.device, places: str) -> torch.Tensor:
+    offset = _OFFSETS[places]
+    if len(sides) == 1:
+        return line_places(sides[0], dtype, device, offset=offset)
+    return grid_places(sides, dtype, device, offset=offset)
 
 
 @functools.lru_cache(maxsize=256)
 def _kept_places(
-    tokens: Sides, references: Sides, dtype: torch.dtype, device: torch.device
+    tokens: Sides, references: Sides, dtype: torch.dtype, device: torch.device, places: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return `_made_places`, made once: ten small operations cost as much as attention over 100 tokens.
 
@@ -287,8 +318,8 @@ def _kept_places(
     tensors whatever surrounds the first call: inference, tracing or a transform of functions.
     """
     with torch.inference_mode(False), torch._C._DisableFuncTorch(), _disable_current_modes():
-        positions, places = _made_places(tokens, references, dtype, torch.device("cpu"))
-        return positions.to(device), places.to(device)
+        positions, beside = _made_places(tokens, references, dtype, torch.device("cpu"), places)
+        return positions.to(device), beside.to(device)
 
 
 def _captures(device: torch.device) -> bool:
@@ -395,6 +426,7 @@ def _check(
     anchors: torch.Tensor | None,
     grid: tuple[int, int] | None,
     mask: torch.Tensor | None,
+    positions: torch.Tensor | None,
     config: SetAttentionConfig,
     parts: int = 1,
 ) -> None:
@@ -403,7 +435,8 @@ def _check(
         raise ConfigError(
             f"x has shape {tuple(x.shape)} and dtype {x.dtype}: expected floats (b, h, n, d), none empty but b"
         )
-    for name, tensor in (("references", references), ("return_references", back), ("anchors", anchors), ("mask", mask)):
+    others = {"references": references, "return_references": back, "anchors": anchors, "mask": mask}
+    for name, tensor in (others | {"positions": positions}).items():
         if tensor is not None and tensor.device != x.device:
             raise ConfigError(f"{name} on device {str(tensor.device)!r}: expected {str(x.device)!r}, where x is")
     b, h, n, d = x.shape
@@ -423,14 +456,31 @@ def _check(
             f"return_references are {_given(back)}, but reference_sets = {config.reference_sets}: "
             "give them with reference_sets = 2 only"
         )
-    if config.position_filter == "separable" and grid is None:
-        raise ConfigError("position_filter = 'separable' needs grid = (rows, columns) of the tokens: got None")
     n *= parts
+    if positions is not None:
+        _check_positions(positions, b, n, grid, config)
+    elif config.position_filter == "separable" and grid is None:
+        raise ConfigError("position_filter = 'separable' needs grid = (rows, columns) of the tokens: got None")
     if grid is not None and grid[0] * grid[1] != n:
         of = "x has" if parts == 1 else f"{parts} parts like x have"
         raise ConfigError(f"grid is {grid[0]} x {grid[1]} = {grid[0] * grid[1]} tokens, but {of} n = {n}")
     if mask is not None:
         _check_mask(mask, b, n)
+
+
+def _check_positions(
+    positions: torch.Tensor, b: int, n: int, grid: tuple[int, int] | None, config: SetAttentionConfig
+) -> None:
+    axes = {"none": 0, "linear": 1, "separable": 2}[config.position_filter]
+    if axes == 0:
+        raise ConfigError("positions are given, but position_filter = 'none' has no use for them: leave them out")
+    if grid is not None:
+        raise ConfigError("positions and a grid are given: a grid says where its tokens lie, so leave one of them out")
+    if not positions.dtype.is_floating_point or tuple(positions.shape) not in ((b, n, axes), (1, n, axes)):
+        raise ConfigError(
+            f"positions have shape {tuple(positions.shape)} and dtype {positions.dtype}: "
+            f"expected floats ({b} or 1, {n}, {axes})"
+        )
 
 
 def _given(tensor: torch.Tensor | None) -> str:
