@@ -54,6 +54,7 @@ START: dict[str, Any] = {
     "sigma": 0.6,
     "position_filter": "separable",
     "tau": 0.25,
+    "places": "edges",
     "reference_sets": 2,
     "renormalise": True,
 }

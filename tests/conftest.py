@@ -56,8 +56,13 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cores() -> None:
-    """Leave the other cores to the tests that run next to these."""
-    torch.set_num_threads(max(1, usable_cores() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+    """Leave the other cores to the tests that run next to these, here and in all that this process starts.
+
+    Threads that wait for a core that another process has spin: a test then takes three times as long.
+    """
+    threads = max(1, usable_cores() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+    torch.set_num_threads(threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 
 @pytest.fixture(autouse=True)

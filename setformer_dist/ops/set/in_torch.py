@@ -124,7 +124,7 @@ class _Filters:
         mask = None if self._inputs.mask_bn is None else _of(self._inputs.mask_bn, images)
         chosen = _of(positions, images)
         if mask is not None:
-            chosen = chosen.expand(mask.shape[0], -1, -1)
+            chosen = chosen.expand(max(len(chosen), len(mask)), -1, -1)
         logs = log_filter(chosen.to(self._dtype), places.to(self._dtype), self._problem.tau)
         if not self._problem.renormalise:
             same = logs.exp_()
