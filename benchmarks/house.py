@@ -5,7 +5,8 @@
     python -m benchmarks.house --graph              which room imports which, as a Mermaid diagram
     python -m benchmarks.house --json out.json      the figures as JSON
 
-Counted are the Python files of the four packages, against those of tests/. A line of code is one that is neither blank,
+Counted are the Python files of the four packages, against those of tests/. A room `testing` of a package serves
+tests and benchmarks alone, and counts as lines of tests. A line of code is one that is neither blank,
 nor a comment alone, nor part of a docstring; a line is any line. A function's length includes its
 docstring.
 """
@@ -201,7 +202,8 @@ def room(name: str) -> str:
 def columns(root: Path) -> dict[str, float]:
     """Measure one checkout."""
     modules = read(root, PACKAGES)
-    tests = read(root, ["tests"])
+    helps = [module for module in modules if ".testing" in module.name]
+    tests = [*read(root, ["tests"]), *helps]
     code, comments = lines_of_code(modules)
     functions = [(module, function) for module in modules for function in module.functions]
     lengths = [(function.end_lineno or 0) - function.lineno + 1 for _, function in functions]
@@ -229,7 +231,7 @@ def columns(root: Path) -> dict[str, float]:
         "imports in functions": sum(map(inside_functions, modules)) - sum(map(inside_functions, commands)),
         "imports in functions of launch/cli": sum(map(inside_functions, commands)),
         "comment lines per line of code, %": 100 * comments / code,
-        "test lines per line of code": lines_of_code(tests)[0] / code,
+        "test lines per line of code": lines_of_code(tests)[0] / (code - lines_of_code(helps)[0]),
         "upward imports": sum(level(other) > level(name) for name, others in edges.items() for other in others),
         "import circles": len(circles(edges)),
         "arrows between rooms": len(arrows(edges)),

@@ -129,7 +129,7 @@ class PackOptions:
         if self.samples_per_shard < 1 or self.mib_per_shard < 1 or self.workers < 0:
             raise ConfigError("samples and MiB per shard must be at least 1, and workers at least 0")
         if self.classes_file and self.classes_from:
-            raise ConfigError("give a class map by --classes or by --classes-from, not both")
+            raise ConfigError("give a class map by classes_file or by classes_from, not both")
         if self.max_side < 0 or not (self.quality is None or 1 <= self.quality <= 100):
             raise ConfigError("--max-side must be at least 0 and --quality from 1 to 100")
         if self.masks and self.coco:

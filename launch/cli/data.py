@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypedDict
 
 import typer
 from rich.console import Console
@@ -23,6 +23,14 @@ if TYPE_CHECKING:
     from dataloaders.packing.pack import PackResult
 
     Packed = PackResult | BetonResult
+
+
+class _ClassMap(TypedDict):
+    """Where packing takes class names from: one of the two, or neither."""
+
+    classes_file: Path | None
+    classes_from: Path | None
+
 
 app = typer.Typer(
     help="Pack images, masks, boxes and texts; check, convert, measure and look at data.", no_args_is_help=True
@@ -61,6 +69,7 @@ _SPLIT_HELP = "Sub-folder of SOURCE to pack, such as train."
 _SKIP_HELP = "Leave damaged images, and odd members of shards, out and list them, instead of failing."
 _EMPTY_HELP = "Class folders may hold no image that is read; they become no class."
 _RAW_HELP = "For .beton: pixels, shrunk to this longer side; 0 as they are."
+_CLASSES_HELP = "Class map: a file as of `data index --classes`, or a packed split, whose map is used."
 _COCO_HELP = "COCO instances: a file, or its name within SOURCE."
 _MIB_HELP = "Most MiB of images in one shard, as SOURCE has them."
 
@@ -82,8 +91,7 @@ def pack(
     masks: Annotated[str | None, typer.Option(metavar="FOLDER", help="Folder of masks next to images/.")] = None,
     void: Annotated[int | None, typer.Option(metavar="VALUE", help="Mask value to ignore.")] = None,
     coco: Annotated[str | None, typer.Option(metavar="JSON", help=_COCO_HELP)] = None,
-    classes: ClassMap = None,
-    classes_from: Annotated[Path | None, typer.Option(help="Packed split whose class map to use.")] = None,
+    classes: Annotated[Path | None, typer.Option("--classes", "--classes-from", help=_CLASSES_HELP)] = None,
     samples_per_shard: Annotated[int, typer.Option(help="Most samples in one shard.")] = 2000,
     mib_per_shard: Annotated[int, typer.Option(help=_MIB_HELP)] = 512,
     max_side: Annotated[int, typer.Option(help="Shrink images to this longer side in pixels; 0 keeps all.")] = 0,
@@ -103,7 +111,7 @@ def pack(
     from dataloaders.packing import convert, pack, text
 
     if text.holds_text(Path(source)):
-        _pack_text(Path(source), dest, split, classes, classes_from, length, force)
+        _pack_text(Path(source), dest, split, classes, length, force)
         return
     if length:
         raise ConfigError(f"--length is for texts, and {source} holds none")
@@ -117,8 +125,7 @@ def pack(
         force=force,
         shuffle_seed=shuffle,
         split=split,
-        classes_file=classes,
-        classes_from=classes_from,
+        **_class_map(classes),
         max_side=max_side,
         quality=quality,
         masks=masks,
@@ -325,13 +332,12 @@ def _pack_text(
     dest: Path,
     split: str | None,
     classes: Path | None,
-    classes_from: Path | None,
     length: int,
     force: bool,
 ) -> None:
     from dataloaders.packing import text
 
-    options = text.TextOptions(length, split, classes, classes_from, force)
+    options = text.TextOptions(length, split, **_class_map(classes), force=force)
     with _progress(f"reading {source}", "packing") as steps:
         packed = text.pack_text(source, dest, options, steps.advance)
     _say(
@@ -339,6 +345,13 @@ def _pack_text(
         f"packed {counted(packed.num_samples, 'text')} of {counted(len(packed.classes), 'class', 'classes')}, at most "
         f"{packed.facts.length} bytes long, in {dest}",
     )
+
+
+def _class_map(path: Path | None) -> _ClassMap:
+    """Return the option by which packing knows a class map: a file of names, or a packed split that has one."""
+    if path is not None and path.is_dir():
+        return {"classes_file": None, "classes_from": path}
+    return {"classes_file": path, "classes_from": None}
 
 
 def _report_packing(dest: Path, result: Packed) -> None:

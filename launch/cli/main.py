@@ -147,12 +147,8 @@ def train(
     _refuse_other_launchers()
     asked = (ranks, hosts, hostfile, include, exclude)
     _check_ray(ray, ranks_per_node, hosts or hostfile or include or exclude or via)
-    via = f"{VIA}{ray}" if ray else via
-    began = (
-        _from_run(source, config, overrides or [], asked, via, trust)
-        if source
-        else _from_config(config, overrides or [], asked, via)
-    )
+    via, words = f"{VIA}{ray}" if ray else via, overrides or []
+    began = _from_run(source, config, words, asked, via, trust) if source else _from_config(config, words, asked, via)
     run = resolve(began.config, began.world_size)
     if dry_run:
         from launch.run import dry_run as predicted

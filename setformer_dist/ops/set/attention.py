@@ -182,19 +182,20 @@ def set_attention(
         positions, places = _places_beside(positions_bna, x_bhnd, references_hmd.shape[1], config)
     inputs = Inputs(x_bhnd, features, references_hmd, return_references_hmd, positions, places, mask_bn)
     problem = problem_of(config)
-    if rows is not None:
-        y = split_attention(inputs, problem, rows)
-        return y if whole is None else torch.where(whole, y, 0.0)
-    if x_bhnd.shape[0] == 0 or _transformed() or _exports_to_onnx(problem, features is not None):
+    y = split_attention(inputs, problem, rows) if rows else _on_one_rank(inputs, problem, config.implementation)
+    return y if whole is None else torch.where(whole, y, 0.0)
+
+
+def _on_one_rank(inputs: Inputs, problem: SetProblem, asked: Implementation) -> torch.Tensor:
+    implementation: str
+    if inputs.x_bhnd.shape[0] == 0 or _transformed() or _exports_to_onnx(problem, inputs.features_bhnk is not None):
         # Neither torch.func nor ONNX knows our operator, and of no image there is nothing to be fast about.
         implementation = "reference"
     else:
-        implementation = choose_implementation(inputs, problem, config.implementation)
+        implementation = choose_implementation(inputs, problem, asked)
     if implementation == "reference":
-        y = reference.forward(inputs, problem)
-    else:
-        y = differentiable(inputs, problem, implementation)
-    return y if whole is None else torch.where(whole, y, 0.0)
+        return reference.forward(inputs, problem)
+    return differentiable(inputs, problem, implementation)
 
 
 def marginal_error(
