@@ -3,6 +3,7 @@
 compose.py           the composition root: every part of a run is built here
 config.py            one TOML file -> RunConfig -> ResolvedRun for a number of ranks
 distill.py           the teacher of a run
+memory.py            what a rank will take of its memory, and the policy that keeps it within a budget
 dry_run.py           what a run would be and cost, checked as far as a run checks before its first step
 identity.py          what a run's checkpoints belong to
 imported.py          how a run resumes from a checkpoint that `setformer ckpt import` has put into its folder

@@ -26,6 +26,7 @@ from launch.run.distill import teacher_of
 from launch.run.identity import shapes_of
 from launch.run.initial_weights import FirstWeights
 from launch.run.inputs import ImageInputs, inputs_of
+from launch.run.memory import keep_within_budget, largest_shape, predicted
 from launch.run.own_code import bring
 from launch.run.sequence import check_sequence
 from setformer_dist.callbacks.build import build_callbacks
@@ -34,11 +35,10 @@ from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.core.secrets import redacted
 from setformer_dist.core.terminal import open_table, print_heading
-from setformer_dist.engine.deepspeed_engine import DTYPES
 from setformer_dist.engine.optim import OPTIMIZERS
 from setformer_dist.engine.refresh import check_possible
 from setformer_dist.models.build import check_name
-from setformer_dist.models.measure import multiply_adds_of, parameters, predict_memory
+from setformer_dist.models.measure import multiply_adds_of, parameters
 from setformer_dist.tasks.build import build_task, check_metric
 
 _ASSUMED_CLASSES = 1000
@@ -71,23 +71,7 @@ class Costs(TypedDict):
 
 def predict_costs(run: ResolvedRun, known: _Known) -> Costs:
     """Return predicted costs on one rank: counts and bytes."""
-    c, model = run.config, known.model
-    dtype = DTYPES[c.precision.dtype]
-    grad_dtype = torch.float32 if c.precision.grad_accum == "fp32" else dtype
-    memory = predict_memory(
-        model,
-        dtype,
-        grad_dtype,
-        c.zero.stage,
-        run.plan.world_size,
-        c.ema.decay > 0,
-        (run.plan.micro, *_part_of(known.shape, run.plan.sequence)),
-        known.dtype,
-        c.zero.offload,
-        run.plan.accumulation,
-        len(OPTIMIZERS[c.optim.name].states),
-        _set_aside(run),
-    )
+    model, memory = known.model, predicted(run, known.model, known.shape, known.dtype)
     return {
         "parameters": parameters(model),
         "multiply_adds": multiply_adds_of(model, known.shape, known.dtype or torch.float32),
@@ -101,19 +85,6 @@ def predict_costs(run: ResolvedRun, known: _Known) -> Costs:
             "host": memory.host,
         },
     }
-
-
-def _part_of(shape: tuple[int, ...], parts: int) -> tuple[int, ...]:
-    """Return what one of the ranks that share a sample has of it; of an image, its share of the rows."""
-    return shape if parts == 1 else (shape[0], shape[1] // parts, *shape[2:])
-
-
-def _set_aside(run: ResolvedRun) -> int:
-    """Return the bytes of the reduction buckets that DeepSpeed sets aside on a GPU; a CPU's are taken as they fill."""
-    zero = run.config.zero
-    item = DTYPES[run.config.precision.dtype].itemsize
-    whole = torch.cuda.is_available() and zero.stage > 0
-    return (1 + zero.overlap_comm) * zero.bucket_mib * 2**20 // 4 * item if whole else 0
 
 
 def _examine(run: ResolvedRun) -> _Known:
@@ -154,7 +125,16 @@ def _examine(run: ResolvedRun) -> _Known:
     if teacher is not None:
         rows.append(("teacher", f"{teacher.checkpoint.path}, {teacher.config.model.name}, {teacher.weights} weights"))
     rows += _beginning(run, model, len(task.outputs))
+    rows += _recomputed(run, model, inputs.shape(splits.train), inputs.dtype)
     return _Known(model, inputs.shape(splits.train), inputs.dtype, tuple(rows))
+
+
+def _recomputed(
+    run: ResolvedRun, model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype | None
+) -> list[tuple[str, str]]:
+    """Set what is recomputed as the run would, and say it where a budget chooses it; raises likewise."""
+    chosen = keep_within_budget(run, model, shape, dtype)
+    return [] if chosen is None else [("recomputed, by stage", chosen)]
 
 
 def _beginning(run: ResolvedRun, model: nn.Module, outputs: int) -> list[tuple[str, str]]:
@@ -178,7 +158,8 @@ def _assumed(run: ResolvedRun) -> _Known:
     assert isinstance(c.data, DataConfig)
     model = ImageInputs(c.data).build_model(c.model, _ASSUMED_CLASSES, {}, c.run.seed)
     check_sequence(run, None, model)
-    return _Known(model, (3, *c.data.shape), None, ())
+    shape = (3, *c.data.shape)
+    return _Known(model, shape, None, tuple(_recomputed(run, model, shape, None)))
 
 
 def dry_run(run: ResolvedRun, console: Console) -> None:
@@ -211,7 +192,7 @@ def dry_run(run: ResolvedRun, console: Console) -> None:
             highlight=False,
         )
     table = open_table("", "", show_header=False, box=None)
-    for row in (*_rows(run, known, costs), *_memory_rows(run, costs), *_disk_rows(run, costs)):
+    for row in (*_rows(run, known, costs), *_memory_rows(run, known, costs), *_disk_rows(run, costs)):
         table.add_row(*map(redacted, row))
     console.print(table, markup=False)
     if missing is not None:
@@ -248,10 +229,12 @@ def _rows(run: ResolvedRun, known: _Known, costs: Costs) -> list[tuple[str, str]
     ]
 
 
-def _memory_rows(run: ResolvedRun, costs: Costs) -> list[tuple[str, str]]:
+def _memory_rows(run: ResolvedRun, known: _Known, costs: Costs) -> list[tuple[str, str]]:
     memory = dict(costs["memory"])
     host = memory.pop("host")
-    rows = [(f"memory per rank: {n.replace('_', ' ')}", f"{v / 2**20:,.1f} MiB") for n, v in memory.items()]
+    largest = largest_shape(run, known.shape)
+    rows = [] if largest == known.shape else [("largest sample", "×".join(map(str, largest)))]
+    rows += [(f"memory per rank: {n.replace('_', ' ')}", f"{v / 2**20:,.1f} MiB") for n, v in memory.items()]
     if host:
         rows.append(("host memory per rank, by zero.offload", f"{host / 2**20:,.1f} MiB"))
     if not torch.cuda.is_available():

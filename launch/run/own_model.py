@@ -14,6 +14,7 @@ from torch import nn
 
 from launch.run.config import RunConfig
 from launch.run.inputs import check_shapes, inputs_of
+from setformer_dist.core import revisions
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.model_config import OWN_MODEL
 from setformer_dist.core.task import Task
@@ -33,7 +34,8 @@ def named_own(config: RunConfig, own: OwnModel) -> RunConfig:
         ConfigError: the config says something of the model that only models built by name can follow.
     """
     model = config.model
-    asked = {"args": model.args, "drop_path": model.drop_path, "weights": model.weights}
+    args = {} if model.args == revisions.named(model.name, {}) else model.args  # those that nobody gave
+    asked = {"args": args, "drop_path": model.drop_path, "weights": model.weights}
     if wrong := [key for key, value in asked.items() if value]:
         raise ConfigError(
             f"model.{wrong[0]} is for models that are built by name, and this run is given one as an object: build the "
@@ -41,7 +43,7 @@ def named_own(config: RunConfig, own: OwnModel) -> RunConfig:
         )
     kind = type(own) if isinstance(own, nn.Module) else own
     name = getattr(kind, "__qualname__", type(kind).__qualname__)
-    return config.model_copy(update={"model": model.model_copy(update={"name": f"{OWN_MODEL}{name}"})})
+    return config.model_copy(update={"model": model.model_copy(update={"name": f"{OWN_MODEL}{name}", "args": {}})})
 
 
 def made_own(own: OwnModel, config: RunConfig, outputs: int) -> nn.Module:

@@ -30,6 +30,7 @@ from launch.record.machine import machine_facts
 from launch.run.compose import Splits, check_device, compose, open_splits
 from launch.run.config import ResolvedRun, RunConfig, check_folder, resolve
 from launch.run.inputs import inputs_of
+from launch.run.memory import keep_within_budget
 from launch.run.outcome import finish
 from launch.run.own_code import bring
 from launch.run.own_model import OwnModel, build_own
@@ -104,6 +105,10 @@ def session(
     splits = data or open_splits(run)
     task = build_task(config.task, splits.train.classes)
     model = _model(config, splits, task, own)
+    inputs = inputs_of(config.data)
+    recomputed = keep_within_budget(run, model, inputs.shape(splits.train), inputs.dtype)
+    if recomputed is not None and ranks.is_main:
+        log.info("recomputed, by stage: %s", recomputed)
     torch.set_num_threads(config.run.threads or max(1, usable_cores() // ranks.local_world_size))
     check_folder(run)
     if connect(ranks, timeout_minutes=config.run.timeout_minutes) and stays:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -12,6 +13,11 @@ from setformer_dist.core.config import FrozenConfig
 
 # What model.name begins with where a program gave the model as an object; no checkpoint holds its code.
 OWN_MODEL = "own:"
+
+# What a block computes again in its backward pass (models/recompute.py), in the order of the memory that it leaves.
+Recompute = Literal["none", "cheap", "mlp", "block"]
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(MiB|GiB)")
 
 # The sets of vectors that a SeT attention layer may have, by the names of its parameters.
 SetKind = Literal["references", "return_references", "anchors"]
@@ -23,7 +29,13 @@ class ModelConfig(FrozenConfig):
     Attributes:
         name: as in `timm.create_model`.
         drop_path: stochastic depth of the last block; earlier blocks rise to it linearly.
-        activation_checkpointing: recompute activations in the backward pass: less memory, about a third more work.
+        activation_checkpointing: recompute every block in the backward pass: less memory, about a third more work;
+            the same as recompute = "block".
+        recompute: what the backward pass computes again, for all stages or for each: "none"; "cheap", the outputs of
+            norms and GELU; "mlp", the MLP as well; "block", all but a block's input (docs/sequence_parallel.md). No
+            policy changes a bit. Models other than setformer_* know "none" and "block".
+        memory_budget: what a rank may take on its device, such as "20 GiB" or "900 MiB": the run takes the policy that
+            recomputes least and is predicted to fit. Excludes `recompute`.
         args: further arguments of the model's own constructor, such as embed_dim, depths, stem_strides, attention
             ("set", "soft", "soft_norm", "cast", "softmax"), or the tables of their choices: [model.args.attn] with
             epsilon, iterations, references …, [model.args.soft], [model.args.cast]. What timm takes besides them
@@ -37,6 +49,8 @@ class ModelConfig(FrozenConfig):
     name: str = "setformer_tiny"
     drop_path: float = pydantic.Field(default=0.0, ge=0, lt=1)
     activation_checkpointing: bool = False
+    recompute: Recompute | Annotated[tuple[Recompute, ...], pydantic.Field(strict=False)] = "none"
+    memory_budget: str | None = None
     args: dict[str, Any] = pydantic.Field(default_factory=dict)
     weights: str | None = None
     skip: tuple[str, ...] | None = pydantic.Field(default=None, strict=False)
@@ -46,6 +60,36 @@ class ModelConfig(FrozenConfig):
     def _scale_is_named(cls, value: Mapping[str, object], info: pydantic.ValidationInfo) -> dict[str, object]:
         # Written back, unlike other defaults: a config that does not name it is of an older version, and means another.
         return revisions.named(str(info.data.get("name", "")), value)
+
+    @property
+    def policy(self) -> Recompute | tuple[Recompute, ...]:
+        """Return what is recomputed by config; a memory budget chooses later."""
+        return "block" if self.activation_checkpointing else self.recompute
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """Return the memory budget in bytes."""
+        found = None if self.memory_budget is None else _SIZE.fullmatch(self.memory_budget)
+        return None if found is None else int(float(found[1]) * 2 ** {"MiB": 20, "GiB": 30}[found[2]])
+
+    @pydantic.field_validator("memory_budget")
+    @classmethod
+    def _budget_is_a_size(cls, value: str | None) -> str | None:
+        if value is not None and (_SIZE.fullmatch(value) is None or float(value.split()[0].rstrip("GMiB")) == 0):
+            raise ValueError(f"memory_budget = {value!r} is no size: write it as '20 GiB' or '900 MiB'")
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def _one_policy(self) -> ModelConfig:
+        given = [
+            name for name, is_given in (
+                ("activation_checkpointing", self.activation_checkpointing), ("recompute", self.recompute != "none"),
+                ("memory_budget", self.memory_budget is not None),
+            ) if is_given
+        ]  # fmt: skip
+        if len(given) > 1:
+            raise ValueError(f"model.{given[0]} and model.{given[1]} both say what is recomputed: set one of them")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _skipped_of_something(self) -> ModelConfig:

@@ -6,6 +6,7 @@ build.py       a model from the `[model]` table: any name that timm knows, ours 
 cost.py        parameters and multiply-adds of a SeTformer as closed formulas of its config, without building it
 layers.py      what our image models share: keyed stochastic depth, small layers, and timm's method set over stages
 measure.py     counted costs: multiply-adds and memory of any model, without computing it
+recompute.py    what a block keeps for its backward pass, and what it computes again
 reference_sets.py  the reference sets of a model: which there are, what its layers see of them, and freezing them
 sequence.py    an encoder of token sequences, with any attention
 setformer.py   a hierarchical vision transformer whose attention is optimal transport to a small reference set

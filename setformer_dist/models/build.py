@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from typing import Any
 
 import pydantic
 import timm
@@ -17,6 +16,7 @@ from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.model_config import OWN_MODEL, ModelConfig
 from setformer_dist.core.seeding import Purpose, torch_seed
 from setformer_dist.models.arguments import check_arguments
+from setformer_dist.models.recompute import set_recompute
 
 # What constructors of timm's models raise for values that do not go together; none of them checks its arguments first.
 _IMPOSSIBLE = (TypeError, ValueError, AssertionError, AttributeError, LookupError, ArithmeticError, RuntimeError)
@@ -73,9 +73,7 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int | tuple[i
         why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise ConfigError(f"model {config.name} cannot be built with model.args = {config.args}: {why}") from None
     _refuse_running_statistics(model, config.name)
-    if config.activation_checkpointing:
-        switch: Any = model.set_grad_checkpointing
-        switch(True)
+    set_recompute(model, config.policy, config.name)
     return model
 
 
@@ -97,14 +95,7 @@ def own_model(make: Callable[[int], nn.Module], config: ModelConfig, outputs: in
     if not isinstance(model, nn.Module) or not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(f"model {name} is no torch.nn.Module with parameters that are trained")
     _refuse_running_statistics(model, name)
-    if config.activation_checkpointing:
-        switch = getattr(model, "set_grad_checkpointing", None)
-        if switch is None:
-            raise ConfigError(
-                f"model.activation_checkpointing needs model {name} to have set_grad_checkpointing, as "
-                "timm's models do: add it, or leave the key out"
-            )
-        switch(True)
+    set_recompute(model, config.policy, name)
     return model
 
 

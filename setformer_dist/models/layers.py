@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from setformer_dist.core.config import FrozenConfig, merge
 from setformer_dist.core.errors import ConfigError
+from setformer_dist.models.recompute import MadeAgain
 from setformer_dist.ops.parts import Rows
 from setformer_dist.ops.splitmix import GOLDEN, mix64
 
@@ -176,9 +177,12 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(int(dim * ratio), dim)
         self.approximate = approximate
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., C) -> (..., C)."""
-        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))  # type: ignore[no-any-return]
+    def forward(self, x: torch.Tensor, again: MadeAgain | None = None) -> torch.Tensor:
+        """(..., C) -> (..., C); `again` makes the GELU's output once more in the backward pass."""
+        hidden = self.fc1(x)
+        if again is not None:
+            return self.fc2(again.gelu(hidden, self.approximate))  # type: ignore[no-any-return]
+        return self.fc2(F.gelu(hidden, approximate=self.approximate))  # type: ignore[no-any-return]
 
 
 def init_linear(module: nn.Module) -> None:

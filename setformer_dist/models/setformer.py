@@ -23,9 +23,11 @@ import torch
 from timm.layers import ClassifierHead
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from setformer_dist.core.config import FrozenConfig, build
 from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.model_config import Recompute
 from setformer_dist.models.attention import (
     AttentionConfig,
     AttentionKind,
@@ -49,6 +51,7 @@ from setformer_dist.models.layers import (
     run_blocks,
     scale_branch,
 )
+from setformer_dist.models.recompute import MadeAgain, per_stage
 from setformer_dist.ops.parts import Rows, from_above, mean_of_rows
 from setformer_dist.ops.set import split
 from setformer_dist.ops.set.attention import IntTuple, SetAttentionConfig, problem_of
@@ -199,14 +202,28 @@ class Block(nn.Module):
         self.scale1 = None if scale is None else nn.Parameter(torch.full((dim,), scale))
         self.scale2 = None if scale is None else nn.Parameter(torch.full((dim,), scale))
         self.rows: Rows | None = None
+        self.recompute: Recompute = "none"
 
     def forward(self, x: torch.Tensor, keep_2b: torch.Tensor | None = None) -> torch.Tensor:
         """(B, H, W, C) -> (B, H, W, C); keep_2b: (2, B) drop path factors of the two branches, or None."""
+        if self.recompute in ("none", "block") or not torch.is_grad_enabled():
+            x = x + self._transported(x, self.norm1(x), keep_2b)
+            return x + self._mixed(x, keep_2b)
+        with MadeAgain() as again:
+            x = x + self._transported(x, again.norm(self.norm1, x), keep_2b)
+            if self.recompute == "cheap":
+                return x + self._mixed(x, keep_2b, again)
+        # To its end, as ZeRO-3 would keep weights of a layer whose forward pass is cut short.
+        return x + checkpoint(self._mixed, x, keep_2b, use_reentrant=False, early_stop=False)
+
+    def _transported(self, x: torch.Tensor, normed: torch.Tensor, keep_2b: torch.Tensor | None) -> torch.Tensor:
         grid = (x.shape[1] * (1 if self.rows is None else self.rows.count), x.shape[2])
-        y = self.attn(self.norm1(x).flatten(1, 2), grid).view(x.shape)
-        x = x + scale_branch(y if self.scale1 is None else y * self.scale1, keep_2b, 0)
-        y = self.mlp(self.norm2(x))
-        return x + scale_branch(y if self.scale2 is None else y * self.scale2, keep_2b, 1)
+        y = self.attn(normed.flatten(1, 2), grid).view(x.shape)
+        return scale_branch(y if self.scale1 is None else y * self.scale1, keep_2b, 0)
+
+    def _mixed(self, x: torch.Tensor, keep_2b: torch.Tensor | None, again: MadeAgain | None = None) -> torch.Tensor:
+        y = self.mlp(self.norm2(x) if again is None else again.norm(self.norm2, x), again)
+        return scale_branch(y if self.scale2 is None else y * self.scale2, keep_2b, 1)
 
 
 class Stage(nn.Module):
@@ -216,14 +233,15 @@ class Stage(nn.Module):
         """Build stage `index`, counted from 0."""
         super().__init__()
         dim = config.widths[index]
-        self.grad_checkpointing = False
+        self.recompute: Recompute = "none"
         self.rows: Rows | None = None
         self.downsample = Downsample(dim // 2) if index else nn.Identity()
         self.blocks = nn.ModuleList(Block(index, config) for _ in range(config.depths[index]))
 
     def forward(self, x: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
         """(B, H, W, C_in) -> (B, H', W', C); keep: (2 * blocks, B) drop path factors, or None."""
-        return run_blocks(self.blocks, self.downsample(x), keep, recompute=self.grad_checkpointing, rows=self.rows)
+        whole = self.recompute == "block"
+        return run_blocks(self.blocks, self.downsample(x), keep, recompute=whole, rows=self.rows)
 
 
 # -------------------------------------------------------------------------------------------------------- model
@@ -265,6 +283,21 @@ class SeTformer(Pyramid):
         self.drop_path = DropPath(drop_path_rates(config.depths, config.drop_path_rate))
         self.rows: Rows | None = None
         self.apply(init_linear)
+
+    def set_recompute(self, recompute: Recompute | tuple[Recompute, ...]) -> None:
+        """Say what the backward pass computes again, for all stages or for each (recompute.py).
+
+        Raises:
+            ConfigError: there are not as many as stages.
+        """
+        policies = per_stage(recompute, len(self.stages))
+        for stage, policy in zip(self.stages, policies, strict=True):
+            for module in (stage, *stage.blocks):  # type: ignore[misc]
+                module.recompute = policy
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.set_recompute("block" if enable else "none")
 
     def why_not_split(self) -> str | None:
         """Return why the rows of an image cannot lie on several ranks, in this model; None where they can."""

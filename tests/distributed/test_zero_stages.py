@@ -74,14 +74,15 @@ def test_bf16_stage_0_takes_no_dummy_step() -> None:
 
 
 @pytest.mark.drill
-def test_activation_checkpointing_changes_no_loss_under_zero_3() -> None:
-    kept = run_ranks(workers.checkpointed_losses, 2, 3, False)[0]
-    recomputed = run_ranks(workers.checkpointed_losses, 2, 3, True)[0]
+@pytest.mark.parametrize("recompute", ["none", "cheap", "mlp", "block"])
+def test_recomputation_changes_no_loss_under_zero_3(recompute: str) -> None:
+    kept = run_ranks(workers.checkpointed_losses, 2, 3, "none")[0]
+    recomputed = run_ranks(workers.checkpointed_losses, 2, 3, recompute)[0]
     assert recomputed == pytest.approx(kept, rel=1e-6)
-    for activation_checkpointing in (False, True):  # reference sets cut between forward and backward, as large ones are
-        cut, held = run_ranks(workers.cut_losses, 2, activation_checkpointing)[0]
-        assert set(held) == {0}
-        assert cut == pytest.approx(kept, rel=1e-6)
+    # Weights cut between forward and backward, as large ones are.
+    cut, held = run_ranks(workers.cut_losses, 2, recompute)[0]
+    assert set(held) == {0}
+    assert cut == pytest.approx(kept, rel=1e-6)
 
 
 def fail_on_rank_1() -> None:

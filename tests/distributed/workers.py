@@ -8,7 +8,7 @@ from typing import Any
 import timm
 import torch
 
-from setformer_dist.core.model_config import ModelConfig
+from setformer_dist.core.model_config import ModelConfig, Recompute
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.engine.batch_plan import solve
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
@@ -89,12 +89,12 @@ class Trainee:
         return [*self.master.fragments("param", "exp_avg", "exp_avg_sq"), *self.ema.fragments()]
 
 
-def checkpointed_losses(stage: int, activation_checkpointing: bool) -> list[float]:
+def checkpointed_losses(stage: int, recompute: Recompute) -> list[float]:
     """Three steps of a SeTformer with stochastic depth, with or without recomputed activations."""
     trainee = Trainee(
         stage,
         "fp32",
-        model=ModelConfig(name="setformer_nano", drop_path=0.3, activation_checkpointing=activation_checkpointing),
+        model=ModelConfig(name="setformer_nano", drop_path=0.3, recompute=recompute),
     )
     losses = keyed_steps(trainee)
     disconnect()
@@ -111,13 +111,13 @@ def keyed_steps(trainee: Trainee) -> list[float]:
     return losses
 
 
-def cut_losses(activation_checkpointing: bool) -> tuple[list[float], list[int]]:
+def cut_losses(recompute: Recompute) -> tuple[list[float], list[int]]:
     """The same under ZeRO-3 with small parameters cut, too; and the numbers of a set that were here after forwards."""
     nothing_stays = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance")
     trainee = Trainee(
         3,
         "fp32",
-        model=ModelConfig(name="setformer_nano", drop_path=0.3, activation_checkpointing=activation_checkpointing),
+        model=ModelConfig(name="setformer_nano", drop_path=0.3, recompute=recompute),
         deepspeed={"zero_optimization": dict.fromkeys(nothing_stays, 0)},
     )
     held: list[int] = []

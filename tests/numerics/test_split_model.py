@@ -61,11 +61,11 @@ def samples(count: int = 3):
     return images, torch.randint(0, 5, (count,), generator=generator)
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("recomputed", ["none", "cheap", "mlp", "block"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_and_gradients_are_those_of_one_rank(shape, recomputed):
     model = model_of(SHAPES[shape])
-    model.set_grad_checkpointing(recomputed)
+    model.set_recompute(recomputed)
     model.set_sample_keys(torch.tensor([3, 1, 8]))
     images, labels = samples()
     logits, gradients = whole(copy.deepcopy(model), images, labels)

@@ -1,0 +1,108 @@
+"""What a rank of a run will take of its memory at its largest images, and the policy that keeps it within a budget."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import nn
+
+from dataloaders.config import DataConfig
+from launch.run.config import ResolvedRun
+from launch.run.inputs import shapes_of_images
+from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.model_config import Recompute
+from setformer_dist.engine.deepspeed_engine import DTYPES
+from setformer_dist.engine.optim import OPTIMIZERS
+from setformer_dist.models.measure import Memory, predict_memory
+from setformer_dist.models.recompute import candidates, set_recompute
+
+
+def largest_shape(run: ResolvedRun, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of the largest sample that the run will see, which begins with samples of `shape`."""
+    if not isinstance(run.config.data, DataConfig):
+        return shape
+    sides = max(shapes_of_images(run.config.data), key=lambda sides: sides[0] * sides[1])
+    return (*shape[:-2], *sides)
+
+
+def predicted(run: ResolvedRun, model: nn.Module, shape: tuple[int, ...], batch_dtype: torch.dtype | None) -> Memory:
+    """Return a rank's memory at the largest samples of the run.
+
+    Args:
+        run: the run.
+        model: with its policy of recomputation set.
+        shape: of the samples that the run begins with.
+        batch_dtype: what the model takes: integers, or None for its own floating dtype.
+    """
+    c, plan = run.config, run.plan
+    dtype = DTYPES[c.precision.dtype]
+    return predict_memory(
+        model,
+        dtype,
+        torch.float32 if c.precision.grad_accum == "fp32" else dtype,
+        c.zero.stage,
+        plan.world_size,
+        c.ema.decay > 0,
+        (plan.micro, *_part_of(largest_shape(run, shape), plan.sequence)),
+        batch_dtype,
+        c.zero.offload,
+        plan.accumulation,
+        len(OPTIMIZERS[c.optim.name].states),
+        _set_aside(run),
+    )
+
+
+def keep_within_budget(
+    run: ResolvedRun, model: nn.Module, shape: tuple[int, ...], batch_dtype: torch.dtype | None
+) -> str | None:
+    """Set the policy that recomputes least among those that fit `model.memory_budget`, and say which it is.
+
+    It follows from the config and the number of ranks alone, so all ranks choose alike. Arguments as of `predicted`.
+
+    Returns:
+        A line for people; None without a budget.
+
+    Raises:
+        ConfigError: nothing fits; naming what the least would take.
+    """
+    budget, name = run.config.model.budget_bytes, run.config.model.name
+    if budget is None:
+        return None
+    stages = len(model.stages) if hasattr(model, "set_recompute") else 0  # type: ignore[arg-type]
+    choices: list[Recompute | tuple[Recompute, ...]] = [*candidates(stages)] if stages else ["none", "block"]
+
+    @functools.cache
+    def total(index: int) -> int:
+        set_recompute(model, choices[index], name)
+        return predicted(run, model, shape, batch_dtype).total
+
+    first, last = 0, len(choices) - 1
+    if total(last) > budget:
+        sides = " x ".join(map(str, largest_shape(run, shape)[-2:]))
+        raise ConfigError(
+            f"model.memory_budget = {run.config.model.memory_budget!r} is less than the {total(last) / 2**30:,.2f} GiB "
+            f"that {name} is predicted to take with samples of {sides} and "
+            f"batch.micro = {run.plan.micro} when it recomputes all that it can: lower batch.micro or the image size, "
+            "or raise zero.stage or parallel.sequence"
+        )
+    while first < last:  # the first that fits: each holds less than the one before
+        middle = (first + last) // 2
+        first, last = (first, middle) if total(middle) <= budget else (middle + 1, last)
+    set_recompute(model, choices[first], name)
+    chosen = choices[first]
+    shown = chosen if isinstance(chosen, str) else ", ".join(chosen)
+    return f"{shown}: {total(first) / 2**30:,.2f} GiB of {run.config.model.memory_budget}"
+
+
+def _part_of(shape: tuple[int, ...], parts: int) -> tuple[int, ...]:
+    """Return what one of the ranks that share a sample has of it; of an image, its share of the rows."""
+    return shape if parts == 1 else (shape[0], shape[1] // parts, *shape[2:])
+
+
+def _set_aside(run: ResolvedRun) -> int:
+    """Return the bytes of the reduction buckets that DeepSpeed sets aside on a GPU; a CPU's are taken as they fill."""
+    zero = run.config.zero
+    item = DTYPES[run.config.precision.dtype].itemsize
+    whole = torch.cuda.is_available() and zero.stage > 0
+    return (1 + zero.overlap_comm) * zero.bucket_mib * 2**20 // 4 * item if whole else 0
