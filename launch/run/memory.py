@@ -81,7 +81,7 @@ def keep_within_budget(
     if total(last) > budget:
         sides = " x ".join(map(str, largest_shape(run, shape)[-2:]))
         raise ConfigError(
-            f"model.memory_budget = {run.config.model.memory_budget!r} is less than the {total(last) / 2**30:,.2f} GiB "
+            f"model.memory_budget = {run.config.model.memory_budget!r} is less than the {_shown(total(last))} "
             f"that {name} is predicted to take with samples of {sides} and "
             f"batch.micro = {run.plan.micro} when it recomputes all that it can: lower batch.micro or the image size, "
             "or raise zero.stage or parallel.sequence"
@@ -92,7 +92,11 @@ def keep_within_budget(
     set_recompute(model, choices[first], name)
     chosen = choices[first]
     shown = chosen if isinstance(chosen, str) else ", ".join(chosen)
-    return f"{shown}: {total(first) / 2**30:,.2f} GiB of {run.config.model.memory_budget}"
+    return f"{shown}: {_shown(total(first))} of {run.config.model.memory_budget}"
+
+
+def _shown(size: int) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"
 
 
 def _part_of(shape: tuple[int, ...], parts: int) -> tuple[int, ...]:

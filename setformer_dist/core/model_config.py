@@ -10,6 +10,7 @@ import pydantic
 
 from setformer_dist.core import revisions
 from setformer_dist.core.config import FrozenConfig
+from setformer_dist.core.continuing import FREE
 
 # What model.name begins with where a program gave the model as an object; no checkpoint holds its code.
 OWN_MODEL = "own:"
@@ -32,7 +33,7 @@ class ModelConfig(FrozenConfig):
         activation_checkpointing: recompute every block in the backward pass: less memory, about a third more work;
             the same as recompute = "block".
         recompute: what the backward pass computes again, for all stages or for each: "none"; "cheap", the outputs of
-            norms and GELU; "mlp", the MLP as well; "block", all but a block's input (docs/sequence_parallel.md). No
+            norms and GELU; "mlp", the MLP as well; "block", all but a block's input (docs/memory.md). No
             policy changes a bit. Models other than setformer_* know "none" and "block".
         memory_budget: what a rank may take on its device, such as "20 GiB" or "900 MiB": the run takes the policy that
             recomputes least and is predicted to fit. Excludes `recompute`.
@@ -48,9 +49,9 @@ class ModelConfig(FrozenConfig):
 
     name: str = "setformer_tiny"
     drop_path: float = pydantic.Field(default=0.0, ge=0, lt=1)
-    activation_checkpointing: bool = False
-    recompute: Recompute | Annotated[tuple[Recompute, ...], pydantic.Field(strict=False)] = "none"
-    memory_budget: str | None = None
+    activation_checkpointing: Annotated[bool, FREE] = False
+    recompute: Annotated[Recompute | Annotated[tuple[Recompute, ...], pydantic.Field(strict=False)], FREE] = "none"
+    memory_budget: Annotated[str | None, FREE] = None
     args: dict[str, Any] = pydantic.Field(default_factory=dict)
     weights: str | None = None
     skip: tuple[str, ...] | None = pydantic.Field(default=None, strict=False)
