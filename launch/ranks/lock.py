@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.ranks.holder import STALE_S, Holder, clear_note, note_in, this_process, why_held, write_note
-from setformer_dist.core.comm import Collectives
+from setformer_dist.core.comm import Alone, Collectives
 from setformer_dist.core.errors import LaunchError, TransientError
 from setformer_dist.core.ledger import LEDGER, LOCK_FILE, last_seen
 
@@ -117,6 +117,32 @@ def _taken_over(descriptor: int, mine: Holder, folder: Path) -> str | None:
         f"run folder {folder} was taken over by {holder.told()}, which saw no sign of life of this run: this run ends, "
         "and saves nothing there"
     )
+
+
+@contextlib.contextmanager
+def held_by_tool(checkpoints: Path) -> Iterator[None]:
+    """Hold the lock of the run whose checkpoints a command changes; no run, no lock.
+
+    The time of the lock file is put back: it says when a killed supervisor gave its last sign of life.
+
+    Args:
+        checkpoints: the folder of checkpoints, by any path.
+
+    Raises:
+        LaunchError: a run trains there, or its folder cannot be written.
+    """
+    root = checkpoints.resolve()
+    if root.name != "checkpoints":
+        yield
+        return
+    before = last_seen(root.parent)
+    try:
+        with held(root.parent, Alone(), timeout_s=0):
+            yield
+    finally:
+        if before is not None:
+            with contextlib.suppress(OSError):
+                os.utime(root.parent / LOCK_FILE, (before, before))
 
 
 class Supervised:
