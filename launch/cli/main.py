@@ -50,7 +50,7 @@ from launch.cli.options import (
     ViaOption,
     WeightsOption,
 )
-from launch.cli.usage import UsageError, check_homes, usage_fault
+from launch.cli.usage import UsageError, check_homes, system_fault, usage_fault
 from launch.hosts.fleet import Fleet
 from launch.hosts.names import HostSpec, of_slurm, parse_hosts, read_hostfile
 from launch.hosts.reach import is_here, opener
@@ -65,11 +65,19 @@ from launch.run.config import RunConfig, check_folder, continued, load_run, reso
 from launch.run.own_code import bring
 from launch.run.repeat import Repetition, check_trusted, repetition
 from launch.shown import plain, plain_lines
-from setformer_dist.core.errors import ConfigError, DataError, LaunchError, RankFailedError, SetformerError
+from setformer_dist.core.errors import (
+    ConfigError,
+    DataError,
+    LaunchError,
+    RankFailedError,
+    SetformerError,
+    TransientError,
+)
 from setformer_dist.core.ledger import LEDGER
 from setformer_dist.core.metric import headline, weights_named
 from setformer_dist.core.secrets import redact_tracebacks, redacted
-from setformer_dist.core.terminal import open_console
+from setformer_dist.core.shared_memory import no_memory
+from setformer_dist.core.terminal import open_closed_streams, open_console
 from setformer_dist.core.words import counted
 
 app = typer.Typer(
@@ -552,6 +560,7 @@ class AboveBar(RichHandler):
 
 def main() -> None:
     """Run the command line; a user's mistake becomes one line and its exit code."""
+    open_closed_streams()
     redact_tracebacks()
     # DeepSpeed warns on import where there is no GPU; that is noise for most commands.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.funcName != "get_accelerator")
@@ -565,7 +574,9 @@ def main() -> None:
     )
     try:
         check_homes(sys.argv[1:])
-        sys.exit(app(standalone_mode=False))
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(code)
     except SetformerError as error:
         if str(error):  # empty where a rank has printed it already
             print(f"error: {plain_lines(redacted(str(error)))}", file=sys.stderr)
@@ -573,6 +584,13 @@ def main() -> None:
     except UsageError as error:
         print(usage_fault(error, RunConfig), file=sys.stderr)
         sys.exit(ConfigError.exit_code)
+    except (OSError, RuntimeError, MemoryError) as error:
+        fault = no_memory(error) or (system_fault(error) if isinstance(error, OSError) else None)
+        if fault is None:
+            raise
+        print(f"error: {plain_lines(redacted(fault))}", file=sys.stderr)
+        sys.stdout = None  # what is left of its text would only fail again
+        sys.exit(TransientError.exit_code)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
