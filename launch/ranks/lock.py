@@ -263,6 +263,26 @@ def _take(folder: Path, stack: contextlib.ExitStack, timeout_s: float, stale_s: 
     return taken
 
 
+def check_free(folder: Path) -> None:
+    """Refuse a folder in which a run could not begin now, with the run's own error; change nothing.
+
+    Raises:
+        LaunchError: another process trains there, or something else lies in the place of a file.
+        TransientError: it cannot be written.
+    """
+    if (odd := odd_file(folder)) is not None:
+        raise LaunchError(odd)
+    if (who := why_held(folder, 0.0)) is not None:
+        raise LaunchError(_in_use(folder, who))
+    place = folder.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise TransientError(f"run folder {folder} cannot be written: {place} is no folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise TransientError(f"run folder {folder} cannot be written: {place} is read-only, or another user's")
+
+
 def odd_file(folder: Path) -> str | None:
     """Return a sentence where something else lies in the place of a file that the run appends to, None otherwise.
 

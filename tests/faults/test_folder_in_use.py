@@ -30,7 +30,7 @@ from launch.ckpt.prune import prune
 from launch.history.show import state_of
 from launch.ranks import holder
 from launch.ranks.holder import LOCK_FILE, look, this_process, why_held
-from launch.ranks.lock import held, supervising
+from launch.ranks.lock import check_free, held, supervising
 from launch.testing.commands import ROOT
 from setformer_dist.core import ledger
 from setformer_dist.core.comm import Alone
@@ -235,3 +235,19 @@ def test_a_tool_changes_no_checkpoints_of_a_run_that_trains(tmp_path: Path, monk
     prune(tmp_path, {"keep_last": 1}, False, Console(quiet=True))
     assert len(step_folders(tmp_path / "checkpoints")) == 1
     assert (tmp_path / LOCK_FILE).stat().st_mtime == 1e9  # the supervisor's last sign of life, not the tool's
+
+
+def test_a_dry_run_is_refused_as_the_run_would_be(tmp_path: Path) -> None:
+    check_free(tmp_path / "new" / "run")
+    assert not list(tmp_path.iterdir())
+    with holding(tmp_path), pytest.raises(LaunchError, match="another process trains"):
+        check_free(tmp_path)
+    check_free(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(TransientError, match="file is no folder"):
+        check_free(tmp_path / "file" / "run")
+    with pytest.raises(TransientError, match="read-only, or another user's"):
+        check_free(Path("/proc/run"))
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(LaunchError, match="not a plain file"):
+        check_free(tmp_path)
