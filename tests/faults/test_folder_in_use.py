@@ -246,8 +246,17 @@ def test_a_dry_run_is_refused_as_the_run_would_be(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(TransientError, match="file is no folder"):
         check_free(tmp_path / "file" / "run")
-    with pytest.raises(TransientError, match="read-only, or another user's"):
-        check_free(Path("/proc/run"))
     os.mkfifo(tmp_path / "metrics.jsonl")
     with pytest.raises(LaunchError, match="not a plain file"):
         check_free(tmp_path)
+
+
+def test_a_dry_run_is_refused_on_a_read_only_disk(tmp_path: Path) -> None:
+    words = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(tmp_path)]
+    if subprocess.run(words, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        with pytest.raises(TransientError, match="read-only, or another user's"):
+            check_free(tmp_path / "run")
+    finally:
+        subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
