@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import errno
 import io
+import logging
 import os
 import subprocess
 import sys
@@ -15,6 +16,9 @@ import pytest
 
 from launch.cli.main import main
 from launch.cli.usage import system_fault
+from launch.run.config import load_run, resolve
+from launch.run.session import log_to_file
+from setformer_dist.core.ranks import RankInfo
 from setformer_dist.core.shared_memory import no_memory
 from setformer_dist.core.terminal import open_console, open_table, print_heading
 from setformer_dist.engine.progress import RunProgress
@@ -169,3 +173,18 @@ def test_output_that_finds_no_room_is_one_sentence(
     assert ended.value.code == 9
     said = "error: standard output cannot be used: No space left on device; make room there\n"
     assert capsys.readouterr().err == said
+
+
+def test_the_log_of_a_rank_takes_any_name_in_any_locale(tmp_path: Path) -> None:
+    page = ROOT / "configs" / "runs" / "demo.toml"
+    level = logging.root.level
+    handler = log_to_file(resolve(load_run(page, [f"run.out={tmp_path}"]), 1), RankInfo())
+    try:
+        assert isinstance(handler, logging.FileHandler)
+        assert handler.encoding == "utf-8"
+        logging.getLogger("a").warning("· \udcff")
+    finally:
+        logging.root.removeHandler(handler)
+        logging.root.setLevel(level)
+        handler.close()
+    assert Path(handler.baseFilename).read_text(encoding="utf-8").endswith("· \\udcff\n")
