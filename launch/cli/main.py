@@ -43,6 +43,7 @@ from launch.cli.options import (
     ImportOption,
     IncludeOption,
     Overrides,
+    RanksOption,
     RanksPerNodeOption,
     RayOption,
     RestartsOption,
@@ -115,7 +116,7 @@ def setformer(
 def train(
     config: ConfigOrRun = None,
     overrides: Overrides = None,
-    ranks: Annotated[int | None, typer.Option("--ranks", "-n", help="Processes on this machine, by default 1.")] = None,
+    ranks: RanksOption = None,
     hosts: HostsOption = "",
     hostfile: HostfileOption = None,
     include: IncludeOption = "",
@@ -494,7 +495,7 @@ def models(
 @app.command()
 def demo(
     overrides: Overrides = None,
-    ranks: Annotated[int, typer.Option("--ranks", "-n", help="Processes on this machine.")] = 2,
+    ranks: Annotated[int, typer.Option("--ranks", "-n", help="Processes on this machine.", min=1)] = 2,
     data: Annotated[Path, typer.Option(help="Folder for the packed digits.")] = Path("runs/demo-data"),
 ) -> None:
     """Train SeTformer on scikit-learn's handwritten digits: the whole pipeline in a few minutes.
@@ -514,9 +515,9 @@ def demo(
 
 @app.command()
 def drill(
-    faults: Annotated[int, typer.Option(help="Number of faults to inject.")] = 100,
+    faults: Annotated[int, typer.Option(help="Number of faults to inject.", min=0)] = 100,
     seed: Annotated[int, typer.Option(help="Seed for the kind, time and target of the faults.")] = 0,
-    ranks: Annotated[int, typer.Option("--ranks", "-n", help="Processes of the run.")] = 2,
+    ranks: Annotated[int, typer.Option("--ranks", "-n", help="Processes of the run.", min=1)] = 2,
     hosts: Annotated[
         int, typer.Option(help="Make this many hosts (network namespaces, root) and train on all but one.", min=0)
     ] = 0,
