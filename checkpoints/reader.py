@@ -33,6 +33,7 @@ from checkpoints.rankfile import Piece, RankFile, open_rank_file
 from checkpoints.strictjson import parse
 from setformer_dist.core.errors import CheckpointError
 from setformer_dist.core.fragments import KEPT, Fragment
+from setformer_dist.core.words import counted
 
 _NAMED = 3  # parameters that an error message names before it only counts
 MAX_TRAINER = 16 << 20  # bytes of trainer.json: a config, some ten thousand class names, the losses since a log line
@@ -209,9 +210,15 @@ class Checkpoint:
             states: of each of them.
 
         Raises:
-            CheckpointError: a parameter has another shape, or a state of it is missing in whole or in part.
+            CheckpointError: a parameter has another shape, a state of it is missing in whole or in part, or there
+                are parameters that the run does not have.
         """
         with self._open() as files:
+            if more := sorted(files.parameters.keys() - shapes.keys()):
+                raise CheckpointError(
+                    f"{self.path} holds {counted(len(more), 'parameter')} that this model does not train, such as "
+                    f"{more[0]!r}: use the config that it was trained with"
+                )
             nothing = [Fragment(n, s, 0, shape, torch.empty(0)) for n, shape in shapes.items() for s in states]
             self._check(files, nothing)
             for fragment in nothing:

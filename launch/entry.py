@@ -27,7 +27,7 @@ from setformer_dist.core.errors import RankFailedError, SetformerError, Transien
 from setformer_dist.core.exits import leave
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.core.secrets import redact_tracebacks, redacted
-from setformer_dist.core.shared_memory import NO_SHARED_MEMORY, is_no_room
+from setformer_dist.core.shared_memory import NO_SHARED_MEMORY, is_no_room, no_memory
 from setformer_dist.core.stopping import exit_code_of
 from setformer_dist.core.terminal import bear_lost_streams
 from setformer_dist.engine.deepspeed_engine import quiet_deepspeed
@@ -66,7 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Rank 0 speaks to the user; of the others only the log file hears, and the supervisor quotes it.
         print(f"error: {redacted(str(error))}", file=sys.stderr, flush=True)
         return error.exit_code
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, MemoryError) as error:
+        if (fault := no_memory(error)) is not None:
+            log.exception("%s", fault)
+            print(f"error: {redacted(fault)}", file=sys.stderr, flush=True)
+            return 1  # nobody's mistake for sure: others may use the memory, so the supervisor tries again
         if (fault := no_shared_memory(error)) is not None:
             log.exception("no room in shared memory")
             log.error("%s", fault)  # last, as the supervisor quotes the last

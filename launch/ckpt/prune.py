@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from checkpoints.commit import delete_checkpoint
 from checkpoints.config import CheckpointConfig
 from checkpoints.policy import steps_to_delete
 from checkpoints.reader import candidates, checkpoints_folder, list_checkpoints, open_checkpoint
+from launch.ranks.lock import held_by_tool
 from setformer_dist.core import config as base
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.files import read_state
@@ -30,8 +32,14 @@ def prune(path: Path, changes: dict[str, int], dry_run: bool, console: Console) 
 
     Raises:
         CheckpointError: there is none that verifies, and nothing is deleted.
+        LaunchError: a run trains in the folder, and does this itself.
     """
     root = checkpoints_folder(path)
+    with contextlib.nullcontext() if dry_run or not root.is_dir() else held_by_tool(root):
+        _prune(root, path, changes, dry_run, console)
+
+
+def _prune(root: Path, path: Path, changes: dict[str, int], dry_run: bool, console: Console) -> None:
     config = base.build(CheckpointConfig, {**_retention_of(root.parent), **changes}, str(path))
     anchor = open_checkpoint(root)
     entries = list_checkpoints(root)

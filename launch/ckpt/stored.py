@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
@@ -20,7 +19,7 @@ from checkpoints.together import Together
 from launch.ckpt.listing import line_of, row_of, table_of_checkpoints
 from launch.ckpt.progress import progress
 from launch.ckpt.verify import show_verified
-from launch.ranks.lock import held
+from launch.ranks.lock import held_by_tool
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import CheckpointError, ConfigError
 
@@ -112,9 +111,7 @@ def fetch(url: str, dest: Path, console: Console) -> None:
     if newest is not None and (there := layout.step_folder(dest, step_of_copy(newest.name) or 0)).exists():
         raise ConfigError(f"{there} already exists: move it away, or name another folder")
     names = {copy.name for copy in copies}
-    with ExitStack() as stack:
-        if dest.name == "checkpoints":  # of a run, which may be training there
-            stack.enter_context(held(dest.parent, Alone(), timeout_s=0))
+    with held_by_tool(dest):
         for folder in fetched(objects, dest, Together(Alone(), dest), Disk(), lambda copy: copy.name in names):
             verified(folder)
             console.print(f"{folder}: fetched from {objects.shown}, verified", highlight=False, markup=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from checkpoints.identity import Identity, digest_shapes
 from checkpoints.manager import CheckpointManager
 from checkpoints.reader import Checkpoint, open_checkpoint
 from launch.ckpt.export import check_free, made
-from launch.ranks.lock import held
+from launch.ranks.lock import held_by_tool
 from launch.run.imported import ADAMS
 from launch.run.trained import load_trained
 from setformer_dist.core.comm import Alone
@@ -143,9 +142,7 @@ def import_deepspeed(source: Path, dest: Path, model: str, trust_pickle: bool, c
         "loss_scale": {},
     }
     manager = CheckpointManager(dest, Alone(), CheckpointConfig(keep_last=1_000_000))
-    with ExitStack() as stack:
-        if dest.name == "checkpoints":  # of a run, which may be training there
-            stack.enter_context(held(dest.parent, Alone(), timeout_s=0))
+    with held_by_tool(dest):
         if (there := layout.step_folder(dest, found.steps)).exists():
             raise ConfigError(f"{there} already exists: move it away, or name another folder")
         path = manager.save(Snapshot(found.steps, fragments, trainer, {}, tags=("imported",)), identity)

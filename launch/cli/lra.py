@@ -73,7 +73,7 @@ def run(
         typer.Argument(help="Dotted overrides of the task's config, for all runs.", show_default=False),
     ] = None,
     attention: Annotated[str, typer.Option(help="all, or some of set,soft,soft_norm,cast,softmax.")] = "all",
-    ranks: Annotated[int, typer.Option("--ranks", "-n", help="Processes on this machine.")] = 1,
+    ranks: Annotated[int, typer.Option("--ranks", "-n", help="Processes on this machine.", min=1)] = 1,
     short: Short = False,
     root: Root = _ROOT,
     out: Annotated[Path, typer.Option(help="Where the runs go.")] = Path("runs/lra"),

@@ -43,6 +43,7 @@ from launch.cli.options import (
     ImportOption,
     IncludeOption,
     Overrides,
+    RanksOption,
     RanksPerNodeOption,
     RayOption,
     RestartsOption,
@@ -50,7 +51,7 @@ from launch.cli.options import (
     ViaOption,
     WeightsOption,
 )
-from launch.cli.usage import UsageError, check_homes, usage_fault
+from launch.cli.usage import UsageError, check_homes, system_fault, usage_fault
 from launch.hosts.fleet import Fleet
 from launch.hosts.names import HostSpec, of_slurm, parse_hosts, read_hostfile
 from launch.hosts.reach import is_here, opener
@@ -65,11 +66,19 @@ from launch.run.config import RunConfig, check_folder, continued, load_run, reso
 from launch.run.own_code import bring
 from launch.run.repeat import Repetition, check_trusted, repetition
 from launch.shown import plain, plain_lines
-from setformer_dist.core.errors import ConfigError, DataError, LaunchError, RankFailedError, SetformerError
+from setformer_dist.core.errors import (
+    ConfigError,
+    DataError,
+    LaunchError,
+    RankFailedError,
+    SetformerError,
+    TransientError,
+)
 from setformer_dist.core.ledger import LEDGER
 from setformer_dist.core.metric import headline, weights_named
 from setformer_dist.core.secrets import redact_tracebacks, redacted
-from setformer_dist.core.terminal import open_console
+from setformer_dist.core.shared_memory import no_memory
+from setformer_dist.core.terminal import open_closed_streams, open_console
 from setformer_dist.core.words import counted
 
 app = typer.Typer(
@@ -107,7 +116,7 @@ def setformer(
 def train(
     config: ConfigOrRun = None,
     overrides: Overrides = None,
-    ranks: Annotated[int | None, typer.Option("--ranks", "-n", help="Processes on this machine, by default 1.")] = None,
+    ranks: RanksOption = None,
     hosts: HostsOption = "",
     hostfile: HostfileOption = None,
     include: IncludeOption = "",
@@ -482,7 +491,7 @@ def models(
 @app.command()
 def demo(
     overrides: Overrides = None,
-    ranks: Annotated[int, typer.Option("--ranks", "-n", help="Processes on this machine.")] = 2,
+    ranks: Annotated[int, typer.Option("--ranks", "-n", help="Processes on this machine.", min=1)] = 2,
     data: Annotated[Path, typer.Option(help="Folder for the packed digits.")] = Path("runs/demo-data"),
 ) -> None:
     """Train SeTformer on scikit-learn's handwritten digits: the whole pipeline in a few minutes.
@@ -502,9 +511,9 @@ def demo(
 
 @app.command()
 def drill(
-    faults: Annotated[int, typer.Option(help="Number of faults to inject.")] = 100,
+    faults: Annotated[int, typer.Option(help="Number of faults to inject.", min=0)] = 100,
     seed: Annotated[int, typer.Option(help="Seed for the kind, time and target of the faults.")] = 0,
-    ranks: Annotated[int, typer.Option("--ranks", "-n", help="Processes of the run.")] = 2,
+    ranks: Annotated[int, typer.Option("--ranks", "-n", help="Processes of the run.", min=1)] = 2,
     hosts: Annotated[
         int, typer.Option(help="Make this many hosts (network namespaces, root) and train on all but one.", min=0)
     ] = 0,
@@ -548,6 +557,7 @@ class AboveBar(RichHandler):
 
 def main() -> None:
     """Run the command line; a user's mistake becomes one line and its exit code."""
+    open_closed_streams()
     redact_tracebacks()
     # DeepSpeed warns on import where there is no GPU; that is noise for most commands.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.funcName != "get_accelerator")
@@ -561,7 +571,9 @@ def main() -> None:
     )
     try:
         check_homes(sys.argv[1:])
-        sys.exit(app(standalone_mode=False))
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(code)
     except SetformerError as error:
         if str(error):  # empty where a rank has printed it already
             print(f"error: {plain_lines(redacted(str(error)))}", file=sys.stderr)
@@ -569,6 +581,13 @@ def main() -> None:
     except UsageError as error:
         print(usage_fault(error, RunConfig), file=sys.stderr)
         sys.exit(ConfigError.exit_code)
+    except (OSError, RuntimeError, MemoryError) as error:
+        fault = no_memory(error) or (system_fault(error) if isinstance(error, OSError) else None)
+        if fault is None:
+            raise
+        print(f"error: {plain_lines(redacted(fault))}", file=sys.stderr)
+        sys.stdout = None  # what is left of its text would only fail again
+        sys.exit(TransientError.exit_code)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)

@@ -74,12 +74,17 @@ RayOption = Annotated[
     str | None,
     typer.Option("--ray", help="A Ray cluster to train on: its HOST:PORT, or auto.", show_default=False),
 ]
+RanksOption = Annotated[
+    int | None, typer.Option("--ranks", "-n", help="Processes on this machine, by default 1.", min=1)
+]
 RanksPerNodeOption = Annotated[
-    int | None, typer.Option(help="With --ray: ranks of each node; by default as many as it has room for.")
+    int | None, typer.Option(help="With --ray: ranks of each node; by default as many as it has room for.", min=1)
 ]
 IncludeOption = Annotated[str, typer.Option(help="Hosts of the hostfile to take, as a@b:0,1.")]
 ExcludeOption = Annotated[str, typer.Option(help="Hosts of the hostfile to leave out.")]
-GraceOption = Annotated[float, typer.Option(help="Seconds for a last checkpoint after Ctrl-C, SIGTERM or SIGUSR1.")]
+GraceOption = Annotated[
+    float, typer.Option(help="Seconds for a last checkpoint after Ctrl-C, SIGTERM or SIGUSR1.", min=0)
+]
 RestartsOption = Annotated[
-    int | None, typer.Option(help="Restarts after deaths and hangs within restart.window_minutes; 0 for none.")
+    int | None, typer.Option(help="Restarts after deaths and hangs within restart.window_minutes; 0 for none.", min=0)
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -35,6 +37,32 @@ _COMMANDS = {
     "report": "runs report",
     "benchmark": "data bench",
 }
+
+
+_REPAIRS = {
+    "make room there": (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    "name another place, or change who may write there": (errno.EROFS, errno.EACCES, errno.EPERM),
+    "check the storage": (errno.EIO, errno.ESTALE),
+    "shorten the name": (errno.ENAMETOOLONG,),
+    "raise the limit of open files (ulimit -n)": (errno.EMFILE, errno.ENFILE),
+    "raise the limits of memory and processes (ulimit -v, -u)": (errno.ENOMEM, errno.EAGAIN),
+}
+_NOT_OF_A_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
+
+
+def system_fault(error: OSError) -> str | None:
+    """Return the line for what the machine refuses (a full disk, a limit), None where the error is a defect of ours.
+
+    Args:
+        error: that no command has explained; without a file's name it comes of what was printed.
+    """
+    repair = next((repair for repair, numbers in _REPAIRS.items() if error.errno in numbers), None)
+    if repair is None or error.errno is None:
+        return None
+    if error.errno in _NOT_OF_A_FILE:
+        return f"the system refuses: {os.strerror(error.errno)}; {repair}"
+    what = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else "standard output"
+    return f"{what} cannot be used: {os.strerror(error.errno)}; {repair}"
 
 
 def check_homes(words: Iterable[str]) -> None:

@@ -12,6 +12,7 @@ from setformer_dist.core.errors import LaunchError
 
 # What ssh could take for an option, and what a shell could take for a command, is no host's name.
 _NAME = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9][A-Za-z0-9._-]*")
+_LARGEST = 16 << 20  # characters of a hostfile
 _LINE = re.compile(r"(\S+)\s+slots\s*=\s*(\S+)(?:\s+.*)?")
 
 
@@ -56,7 +57,11 @@ def read_hostfile(path: Path, include: str = "", exclude: str = "") -> list[Host
         LaunchError: naming the file, the line and what is wrong.
     """
     try:
-        lines = path.read_text().splitlines()
+        with path.open(encoding="utf-8") as file:  # a pipe is fine: <(scontrol show hostnames)
+            text = file.read(_LARGEST + 1)
+        if len(text) > _LARGEST:
+            raise LaunchError(f"hostfile {path} cannot be read: it has more than {_LARGEST:,} characters")
+        lines = text.splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise LaunchError(f"hostfile {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     hosts = []

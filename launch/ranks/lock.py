@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.ranks.holder import STALE_S, Holder, clear_note, note_in, this_process, why_held, write_note
-from setformer_dist.core.comm import Collectives
+from setformer_dist.core.comm import Alone, Collectives
 from setformer_dist.core.errors import LaunchError, TransientError
 from setformer_dist.core.ledger import LEDGER, LOCK_FILE, last_seen
 
@@ -117,6 +117,32 @@ def _taken_over(descriptor: int, mine: Holder, folder: Path) -> str | None:
         f"run folder {folder} was taken over by {holder.told()}, which saw no sign of life of this run: this run ends, "
         "and saves nothing there"
     )
+
+
+@contextlib.contextmanager
+def held_by_tool(checkpoints: Path) -> Iterator[None]:
+    """Hold the lock of the run whose checkpoints a command changes; no run, no lock.
+
+    The time of the lock file is put back: it says when a killed supervisor gave its last sign of life.
+
+    Args:
+        checkpoints: the folder of checkpoints, by any path.
+
+    Raises:
+        LaunchError: a run trains there, or its folder cannot be written.
+    """
+    root = checkpoints.resolve()
+    if root.name != "checkpoints":
+        yield
+        return
+    before = last_seen(root.parent)
+    try:
+        with held(root.parent, Alone(), timeout_s=0):
+            yield
+    finally:
+        if before is not None:
+            with contextlib.suppress(OSError):
+                os.utime(root.parent / LOCK_FILE, (before, before))
 
 
 class Supervised:
@@ -235,6 +261,26 @@ def _take(folder: Path, stack: contextlib.ExitStack, timeout_s: float, stale_s: 
         log.warning("%s cannot be written, so other hosts do not see who holds it: %s", folder / LOCK_FILE, error)
     stack.callback(clear_note, descriptor, taken.note)
     return taken
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a folder in which a run could not begin now, with the run's own error; change nothing.
+
+    Raises:
+        LaunchError: another process trains there, or something else lies in the place of a file.
+        TransientError: it cannot be written.
+    """
+    if (odd := odd_file(folder)) is not None:
+        raise LaunchError(odd)
+    if (who := why_held(folder, 0.0)) is not None:
+        raise LaunchError(_in_use(folder, who))
+    place = folder.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise TransientError(f"run folder {folder} cannot be written: {place} is no folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise TransientError(f"run folder {folder} cannot be written: {place} is read-only, or another user's")
 
 
 def odd_file(folder: Path) -> str | None:

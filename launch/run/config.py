@@ -6,6 +6,7 @@ RunConfig + ranks     -> DeepSpeed's JSON, batch plan
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -312,13 +313,22 @@ class ResolvedRun:
 
 
 def shipped(path: Path) -> Path:
-    """Return a run config's path: as given if it exists, else the shipped one of that name or path below configs/."""
+    """Return a run config's path: as given if it exists, else the shipped one of that name or path below configs/.
+
+    Raises:
+        ConfigError: a plain name, which neither a file nor a shipped config has.
+    """
     if path.exists() and not (path.is_dir() and len(path.parts) == 1):  # photos/ may be a folder here
         return path
     below = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts
     for place in (_CONFIGS.joinpath(*below), _CONFIGS / "runs" / f"{path}.toml"):
         if place.is_file() and place.resolve().is_relative_to(_CONFIGS):
             return place
+    if len(path.parts) == 1 and not path.suffix:
+        names = sorted(place.stem for place in (_CONFIGS / "runs").glob("*.toml"))
+        near = difflib.get_close_matches(path.name, names, n=1)
+        known = f"did you mean {near[0]}?" if near else f"give a .toml file, or one of {', '.join(names)}"
+        raise ConfigError(f"config file {path} does not exist, and no shipped config is named so: {known}")
     return path
 
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from checkpoints.reader import list_checkpoints
 from dataloaders.config import DataConfig
+from launch.ranks.lock import check_free
 from launch.run.compose import check_device, open_splits, refreshed_layers, watch_of
 from launch.run.config import ResolvedRun, check_folder
 from launch.run.distill import teacher_of
@@ -197,6 +198,7 @@ def dry_run(run: ResolvedRun, console: Console) -> None:
     console.print(table, markup=False)
     if missing is not None:
         raise missing
+    check_free(run.config.folder)
     _check_disk(run, costs)
 
 

@@ -229,7 +229,8 @@ def log_to_file(run: ResolvedRun, ranks: RankInfo) -> logging.Handler:
     """Send this process's log to the rank's file in the run's folder, and return what does so."""
     folder = run.config.folder / "logs"
     folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(log_file(folder, ranks.rank))
+    path = log_file(folder, ranks.rank)
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")  # names may be no text
     handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)

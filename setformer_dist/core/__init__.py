@@ -24,7 +24,7 @@ Nothing here imports torch.distributed, touches a device or has an effect at imp
     revisions.py       what a config of an older version means
     secrets.py         texts without secrets: of URLs user, password and query; values that a name gives away
     seeding.py         seeds by purpose: what is drawn, and from what
-    shared_memory.py   shared memory that is full: how the system and torch say so, and how we do
+    shared_memory.py   memory that is full, shared or not: how the system and torch say so, and how we do
     splitmix.py        SplitMix64: words that look random, the same on any machine
     stopping.py        signals that ask a run to stop, and their exit codes
     store.py           checkpoints as the engine sees them; `checkpoints` implements them, the engine never imports it

@@ -17,8 +17,11 @@ from typing import Any, ClassVar, TypeVar
 import pydantic
 
 from setformer_dist.core.errors import ConfigError
-from setformer_dist.core.files import read_state
+from setformer_dist.core.files import read_plain, read_state
+from setformer_dist.core.strictjson import MAX_DEPTH, refuse_depth
 
+LARGEST_CONFIG = 1 << 20  # bytes
+_MOST_DOTS = 5_000  # of a line: a key of n parts costs tomllib 4 n² bytes
 _SHORT = 200  # characters of a value that a message repeats whole
 
 # Appended to a message that refuses a path.
@@ -62,16 +65,33 @@ def _read_file(path: Path) -> dict[str, object]:
     if path.suffix == ".json":
         return _read_config(path)
     try:
-        with path.open("rb") as file:
-            return tomllib.loads(file.read().decode("utf-8-sig"))  # editors of Windows begin with a mark
+        return _parse(read_plain(path, LARGEST_CONFIG))
     except FileNotFoundError:
         near = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
         known = f"; configs there: {', '.join(near)}" if near else ""
         raise ConfigError(f"config file {path} does not exist{known}") from None
     except IsADirectoryError:
         raise ConfigError(f"config file {path} is a directory: name a .toml file in it") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"config file {path} cannot be read ({error.strerror}): name a plain file") from None
+    except ValueError as error:
         raise ConfigError(f"config file {path} is not valid TOML: {error}") from None
+
+
+def _parse(data: bytes) -> dict[str, object]:
+    """Read TOML text, in memory and depth that its length bounds.
+
+    Raises:
+        ValueError: it is not TOML, or nothing that anybody writes by hand.
+    """
+    if max(line.count(b".") for line in data.split(b"\n")) > _MOST_DOTS:
+        raise ValueError(f"a line has more than {_MOST_DOTS:,} dots")
+    try:
+        table = tomllib.loads(data.decode("utf-8-sig"))  # editors of Windows begin with a mark
+        refuse_depth(table)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return table
 
 
 def _read_config(path: Path) -> dict[str, object]:
@@ -112,8 +132,13 @@ def parse_override(text: str) -> dict[str, object]:
         raise ConfigError(f"override {_short(text)} is not of the form table.key=value, such as optim.lr=1e-3")
     try:
         value: Any = tomllib.loads(f"value = {value_text}")["value"]
-    except tomllib.TOMLDecodeError:
+        refuse_depth(value)
+    except RecursionError:
+        raise ConfigError(f"override {_short(text)} is nested too deeply") from None
+    except ValueError:  # no TOML, or a number of thousands of digits
         value = value_text
+    if len(parts) > MAX_DEPTH:
+        raise ConfigError(f"override {_short(text)}: a key has at most {MAX_DEPTH} parts")
     for part in reversed(parts):
         value = {part: value}
     assert isinstance(value, dict)

@@ -78,6 +78,24 @@ def read_state(path: Path) -> tuple[dict[str, object], bool]:
     return value, digest is not None
 
 
+def read_plain(path: Path, largest: int) -> bytes:
+    """Return a file that a user has named; nothing that waits, never ends, or is larger than its kind can be.
+
+    Args:
+        path: of the file.
+        largest: bytes.
+
+    Raises:
+        ValueError: it is larger.
+        OSError: it cannot be read, or is no plain file.
+    """
+    with os.fdopen(open_plain(path, os.O_RDONLY), "rb") as file:
+        data = file.read(largest + 1)
+    if len(data) > largest:
+        raise ValueError(f"it has more than {largest:,} bytes")
+    return data
+
+
 def open_plain(path: Path, flags: int) -> int:
     """Open a file in a run's folder that anybody may have put there: never waits, as the open of a pipe would.
 
@@ -89,9 +107,11 @@ def open_plain(path: Path, flags: int) -> int:
         OSError: it cannot be opened, or is no plain file.
     """
     descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "is not a plain file", str(path))
+        number, said = (errno.EISDIR, "is a folder") if stat.S_ISDIR(mode) else (errno.EINVAL, "is not a plain file")
+        raise OSError(number, said, str(path))
     return descriptor
 
 

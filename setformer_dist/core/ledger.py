@@ -76,7 +76,8 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
         if value is not None:
             events.append(value)
     seen = last_seen(folder)
-    if events and seen is not None and seen > events[-1]["time"] and not _is_over(events):
+    seen = min(seen or 0.0, time.time())  # a file may be from the future
+    if events and seen > events[-1]["time"] and not _is_over(events):
         events.append({"event": "seen", "time": seen})
     return events
 

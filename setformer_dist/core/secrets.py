@@ -18,7 +18,13 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 _END = r"\s'\"<>\\"
-_URL = re.compile(rf"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^/?#{_END}]*@)?([^?{_END}]*)(?:\?[^{_END}]*)?")
+# A password that is not escaped may hold / ? # and quotes: it begins at a colon that no port follows, and ends at the
+# last @ of the word; or it was cut at its ? and has no @ any more. A path that was made of a URL has one slash.
+_NO_PORT = rf"[^/?#:@\[{_END}]*:(?!\d+(?:\W|$)|[/?#{_END}]|$)"
+_SCHEME = r"[A-Za-z][A-Za-z0-9+.-]*://|\b(?:https?|ftp|s3|gs|az|abfs):/"
+_URL = re.compile(
+    rf"({_SCHEME})(?:{_NO_PORT}[^\s]*@|[^/?#{_END}]*@)?(?:{_NO_PORT}[^/?#{_END}]*)?([^?{_END}]*)(?:\?[^{_END}]*)?"
+)
 
 
 # Names of keys and environment variables whose values are nobody's business: WANDB_API_KEY, SLURM_JWT, api_token.
@@ -64,7 +70,7 @@ def redacted_source(text: str) -> str:
 
 def redacted(text: str) -> str:
     """Return a text whose URLs have lost user, password and query."""
-    return _URL.sub(r"\1\2", text) if "://" in text else text
+    return _URL.sub(r"\1\2", text) if ":/" in text else text
 
 
 def redacted_json(value: Any) -> Any:

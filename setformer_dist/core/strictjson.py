@@ -32,7 +32,7 @@ def parse(data: bytes) -> Any:
         raise ValueError(f"has more lists and objects than {len(data)} bytes of ours ever have")
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_object)
-        _refuse_depth(value)
+        refuse_depth(value)
         if _SURROGATE.search(data):
             json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape")
     except RecursionError:
@@ -51,7 +51,12 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def _refuse_depth(value: object) -> None:
+def refuse_depth(value: object) -> None:
+    """Refuse a value whose lists and tables are nested more than `MAX_DEPTH` deep.
+
+    Raises:
+        ValueError: it is.
+    """
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [

@@ -66,8 +66,26 @@ class Tolerant:
                 log.warning("%s is gone (%s): the run continues without it", getattr(self._stream, "name", "?"), error)
 
 
+def open_closed_streams() -> None:
+    """Open what a process was started without (`2>&-`) to nowhere, so that no file of ours gets its number."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is not None:
+            continue
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(nowhere, number)
+            os.close(nowhere)
+            nowhere = number
+        if nowhere == number:
+            os.set_inheritable(number, True)
+        setattr(sys, name, open(nowhere, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 — as long as the process
+
+
 def bear_lost_streams() -> None:
     """Wrap this process's standard output and error; calling it twice is fine."""
+    open_closed_streams()
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, Tolerant):

@@ -19,15 +19,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from rich.console import Console
 
+from checkpoints.config import CheckpointConfig
+from checkpoints.identity import Identity
+from checkpoints.layout import step_folders
+from checkpoints.manager import CheckpointManager
+from launch.ckpt.prune import prune
 from launch.history.show import state_of
 from launch.ranks import holder
 from launch.ranks.holder import LOCK_FILE, look, this_process, why_held
-from launch.ranks.lock import held, supervising
+from launch.ranks.lock import check_free, held, supervising
 from launch.testing.commands import ROOT
 from setformer_dist.core import ledger
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import LaunchError, TransientError
+from setformer_dist.core.fragments import Fragment
+from setformer_dist.core.store import Snapshot
 
 # Holds the folder as a supervisor does. "unseen": on storage whose locks do not reach this host.
 HOLD = """
@@ -208,3 +217,46 @@ def test_the_state_of_a_run_tells_a_killed_one_from_a_running_one(tmp_path: Path
         ledger.record(tmp_path, "attempt", number=1, ranks=1)
         assert state_of(tmp_path) == "running"
     assert state_of(tmp_path) == "killed"
+
+
+def test_a_tool_changes_no_checkpoints_of_a_run_that_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2):
+        fragments = [Fragment("w", "param", 0, (2,), torch.ones(2))]
+        manager = CheckpointManager(tmp_path / "checkpoints", Alone(), CheckpointConfig(keep_last=9))
+        manager.save(Snapshot(step, fragments, {}, {}), Identity(model="m"))
+    with holding(tmp_path):
+        for path in (tmp_path, tmp_path / "checkpoints", Path()):
+            monkeypatch.chdir(tmp_path / "checkpoints")
+            with pytest.raises(LaunchError, match="another process trains"):
+                prune(path, {"keep_last": 1}, False, Console(quiet=True))
+        prune(tmp_path, {"keep_last": 1}, True, Console(quiet=True))
+        assert len(step_folders(tmp_path / "checkpoints")) == 2
+    os.utime(tmp_path / LOCK_FILE, (1e9, 1e9))
+    prune(tmp_path, {"keep_last": 1}, False, Console(quiet=True))
+    assert len(step_folders(tmp_path / "checkpoints")) == 1
+    assert (tmp_path / LOCK_FILE).stat().st_mtime == 1e9  # the supervisor's last sign of life, not the tool's
+
+
+def test_a_dry_run_is_refused_as_the_run_would_be(tmp_path: Path) -> None:
+    check_free(tmp_path / "new" / "run")
+    assert not list(tmp_path.iterdir())
+    with holding(tmp_path), pytest.raises(LaunchError, match="another process trains"):
+        check_free(tmp_path)
+    check_free(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(TransientError, match="file is no folder"):
+        check_free(tmp_path / "file" / "run")
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(LaunchError, match="not a plain file"):
+        check_free(tmp_path)
+
+
+def test_a_dry_run_is_refused_on_a_read_only_disk(tmp_path: Path) -> None:
+    words = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(tmp_path)]
+    if subprocess.run(words, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        with pytest.raises(TransientError, match="read-only, or another user's"):
+            check_free(tmp_path / "run")
+    finally:
+        subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)

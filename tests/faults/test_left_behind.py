@@ -101,6 +101,10 @@ def test_the_ledger_of_a_killed_supervisor_adds_up_to_the_wall_time(tmp_path: Pa
     wall = time.time() - begun
     shown = ledger.account(ledger.read_events(tmp_path))  # while nobody has started it again
     assert shown.total == pytest.approx(wall, abs=0.3)
+    last = (tmp_path / "run.lock").stat().st_mtime
+    os.utime(tmp_path / "run.lock", (begun + 1e6, begun + 1e6))  # a clock that was wrong
+    assert ledger.account(ledger.read_events(tmp_path)).total < 60
+    os.utime(tmp_path / "run.lock", (last, last))
     time.sleep(1.0)  # no run's time
     with supervising(tmp_path) as folder:
         ledger.close_killed(tmp_path, folder.seen)

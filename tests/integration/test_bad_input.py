@@ -172,6 +172,10 @@ def test_port_in_use(digits: Path, tmp_path: Path) -> None:
         (["predict", "/no/such/run", "x.png"], 4, "/no/such/run"),
         (["eval", "/no/such/run", "--weights", "best"], 2, "not one of plain, ema, auto"),
         (["data", "pack", "/no/such/images", "/tmp/never"], 3, "/no/such/images"),
+        (["train", "demo", "--ranks", "0"], 2, "greater than or equal to 1"),
+        (["demo", "--ranks", "0"], 2, "greater than or equal to 1"),
+        (["train", "dmeo"], 2, "did you mean demo?"),
+        (["train", "nothing"], 2, "one of cifar10, "),
     ],
 )
 def test_other_commands(words: list[str], code: int, part: str) -> None:

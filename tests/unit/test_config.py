@@ -1,9 +1,10 @@
+import os
 from pathlib import Path
 
 import pytest
 
 from launch.run.config import RunConfig, check_folder, load_run, resolve
-from setformer_dist.core.config import all_keys, first_key, meaning, merge, parse_override, read_toml
+from setformer_dist.core.config import LARGEST_CONFIG, all_keys, first_key, meaning, merge, parse_override, read_toml
 from setformer_dist.core.continuing import must_stay
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.files import write_json, write_state
@@ -178,6 +179,48 @@ def test_a_missing_config_names_its_neighbours(tmp_path: Path) -> None:
     (tmp_path / "there.toml").write_text("")
     with pytest.raises(ConfigError, match=r"does not exist; configs there: there\.toml"):
         read_toml(tmp_path / "absent.toml")
+
+
+ODD_PAGES = {
+    "larger": (b"#" * (LARGEST_CONFIG + 1), "has more than 1,048,576 bytes"),
+    "deep": (b"a = " + b"[" * 100_000, "nested too deeply"),
+    "deep tables": (b".".join([b"a"] * 100) + b" = 1", "nested more than 64 deep"),
+    "long key": (b".".join([b"a"] * 20_000) + b" = 1", "has more than 5,000 dots"),
+    "long number": (b"a = " + b"9" * 10_000, "is not valid TOML"),
+    "nul": (b'a = "\0"', "is not valid TOML"),
+    "utf-16": ("a = 1".encode("utf-16"), "is not valid TOML"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_PAGES)
+def test_an_odd_page_is_one_sentence(tmp_path: Path, name: str) -> None:
+    content, said = ODD_PAGES[name]
+    (tmp_path / "page.toml").write_bytes(content)
+    for path in (tmp_path / "page.toml", tmp_path / "child.toml"):
+        (tmp_path / "child.toml").write_text('extends = "page.toml"')
+        with pytest.raises(ConfigError, match=said):
+            read_toml(path)
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/dev/full", "pipe", "loop", "."])
+def test_a_page_is_a_plain_file(tmp_path: Path, path: str) -> None:
+    """Neither waited for nor read without end; ranks could not read a pipe again."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(ConfigError, match=r"cannot be read|is a directory"):
+        read_toml(tmp_path / path)
+
+
+def test_a_page_from_windows_is_read(tmp_path: Path) -> None:
+    (tmp_path / "page.toml").write_bytes(b"\xef\xbb\xbf[a]\r\nx = 1\r\n")
+    assert read_toml(tmp_path / "page.toml") == {"a": {"x": 1}}
+
+
+def test_a_deep_override_is_one_sentence() -> None:
+    for text in ("a=" + "[" * 100_000, ".".join(["a"] * 1000) + "=1"):
+        with pytest.raises(ConfigError, match=r"nested too deeply|at most 64 parts"):
+            parse_override(text)
+    assert parse_override("a=" + "9" * 10_000) == {"a": "9" * 10_000}
 
 
 def test_configs_are_frozen() -> None:

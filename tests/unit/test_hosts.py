@@ -60,6 +60,11 @@ def test_a_hostfile_is_read_as_deepspeed_does(tmp_path: Path) -> None:
     assert names(read_hostfile(path, exclude="worker-1@worker-0:3")) == [("worker-0", 3), ("worker-2", 2)]
 
 
+def test_a_hostfile_without_end_is_refused() -> None:
+    with pytest.raises(LaunchError, match="has more than"):
+        read_hostfile(Path("/dev/zero"))
+
+
 @pytest.mark.parametrize(
     ("text", "options", "said"),
     [

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import ast
+import errno
 import io
+import logging
+import os
+import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+from launch.cli.main import main
+from launch.cli.usage import system_fault
+from launch.run.config import load_run, resolve
+from launch.run.session import log_to_file
+from setformer_dist.core.ranks import RankInfo
+from setformer_dist.core.shared_memory import no_memory
 from setformer_dist.core.terminal import open_console, open_table, print_heading
 from setformer_dist.engine.progress import RunProgress
 
@@ -94,3 +105,86 @@ def test_consoles_and_tables_are_opened_in_one_place():
             calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
             names = {node.func.id for node in calls if isinstance(node.func, ast.Name)}
             assert not names & {"Console", "Table"}, f"{path}: use open_console and open_table"
+
+
+CLOSED = """
+import os, sys
+from setformer_dist.core.terminal import open_closed_streams
+held = os.open(os.devnull, os.O_RDONLY) if sys.argv[1] == "taken" else None
+open_closed_streams()
+print("nowhere", file=sys.stderr)
+print(f"{held} {os.readlink('/proc/self/fd/0')} {os.readlink('/proc/self/fd/2')} {sys.stdin.read()!r}")
+"""
+
+
+@pytest.mark.parametrize("way", ["free", "taken"])
+def test_a_process_without_stderr_prints_nowhere(way: str) -> None:
+    """No file that is opened later gets the number 2, where a library would write its warnings into it."""
+    words = [sys.executable, "-c", CLOSED, way]
+    done = subprocess.run(["sh", "-c", 'exec "$0" "$@" <&- 2>&-', *words], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{'0' if way == 'taken' else None} /dev/null /dev/null ''\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "no"), "standard output cannot be used: No space left on device; make room there"),
+        (OSError(errno.EROFS, "no", "a/b"), "a/b cannot be used: Read-only file system; name another place"),
+        (OSError(errno.EMFILE, "no", "a/b"), "the system refuses: Too many open files; raise the limit of open files"),
+        (BlockingIOError(errno.EAGAIN, "no"), "raise the limits of memory and processes"),
+        (FileNotFoundError(errno.ENOENT, "no", "a"), None),  # a defect of ours shows its traceback
+        (OSError("no"), None),
+    ],
+)
+def test_what_the_machine_refuses_is_one_sentence(error: OSError, said: str | None) -> None:
+    fault = system_fault(error)
+    assert fault is None if said is None else fault is not None and said in fault
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."), True),
+        (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), True),
+        (RuntimeError("shapes differ"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_memory_that_is_full_is_one_sentence(error: Exception, full: bool) -> None:
+    said = no_memory(error)
+    assert (said is not None) == full
+    assert said is None or "batch.micro" in said
+
+
+@pytest.mark.parametrize("words", [["--version"], ["config"]])
+def test_output_that_finds_no_room_is_one_sentence(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for owner in (sys, threading):
+        monkeypatch.setattr(owner, "excepthook", owner.excepthook)
+    monkeypatch.setattr(sys, "argv", ["setformer", *words])
+    with Path("/dev/full").open("w", buffering=1 << 20) as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # what is left must go somewhere
+    assert ended.value.code == 9
+    said = "error: standard output cannot be used: No space left on device; make room there\n"
+    assert capsys.readouterr().err == said
+
+
+def test_the_log_of_a_rank_takes_any_name_in_any_locale(tmp_path: Path) -> None:
+    page = ROOT / "configs" / "runs" / "demo.toml"
+    level = logging.root.level
+    handler = log_to_file(resolve(load_run(page, [f"run.out={tmp_path}"]), 1), RankInfo())
+    try:
+        assert isinstance(handler, logging.FileHandler)
+        assert handler.encoding == "utf-8"
+        logging.getLogger("a").warning("· \udcff")
+    finally:
+        logging.root.removeHandler(handler)
+        logging.root.setLevel(level)
+        handler.close()
+    assert Path(handler.baseFilename).read_text(encoding="utf-8").endswith("· \\udcff\n")
