@@ -64,13 +64,12 @@ from launch.run import keys
 from launch.run.config import RunConfig, check_folder, continued, load_run, resolve, shipped
 from launch.run.own_code import bring
 from launch.run.repeat import Repetition, check_trusted, repetition
-from launch.shown import plain, plain_lines
 from setformer_dist.core.errors import ConfigError, DataError, LaunchError, RankFailedError, SetformerError
 from setformer_dist.core.ledger import LEDGER
 from setformer_dist.core.metric import headline, weights_named
 from setformer_dist.core.secrets import redact_tracebacks, redacted
 from setformer_dist.core.terminal import open_console
-from setformer_dist.core.words import counted
+from setformer_dist.core.words import counted, plain, plain_lines
 
 app = typer.Typer(
     name="setformer",

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from launch.history.show import run_folders
-from launch.shown import plain
+from setformer_dist.core.words import plain
 from setformer_dist.report.html import write_report
 
 

@@ -13,12 +13,12 @@ from rich.table import Table
 
 from launch.history import ran
 from launch.ranks.holder import look
-from launch.shown import cell, plain
+from launch.shown import cell
 from setformer_dist.core import ledger, strictjson
 from setformer_dist.core.errors import DataError
 from setformer_dist.core.files import lines_of
 from setformer_dist.core.terminal import open_table
-from setformer_dist.core.words import counted
+from setformer_dist.core.words import counted, plain
 from setformer_dist.report.rows import METRICS, Row, RunRecord, finite, read_run
 
 _MEANING = {

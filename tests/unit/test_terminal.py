@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import ast
 import io
+import logging
 import sys
 from pathlib import Path
 
 import pytest
+from rich.panel import Panel
+from rich.text import Text
 
+from launch.cli.main import AboveBar
+from setformer_dist.core.secrets import RedactingFormatter
 from setformer_dist.core.terminal import open_console, open_table, print_heading
 from setformer_dist.engine.progress import RunProgress
 
@@ -94,3 +99,45 @@ def test_consoles_and_tables_are_opened_in_one_place():
             calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
             names = {node.func.id for node in calls if isinstance(node.func, ast.Name)}
             assert not names & {"Console", "Table"}, f"{path}: use open_console and open_table"
+
+
+HOSTILE = "a\x1b[31mred\x1b]0;title\x07\x9b2J\u202eback\x00\ud800 end\ttab"
+SHOWN = "a\\x1b[31mred\\x1b]0;title\\x07\\x9b2J\\u202eback\\x00\\ud800 end"
+
+
+def test_no_text_steers_a_terminal(stream, monkeypatch):
+    """Rich takes out some control characters, but neither ESC nor what turns the direction of writing."""
+    file = io.StringIO()
+    monkeypatch.setattr(sys, stream, file)
+    console = open_console(stderr=stream == "stderr")
+    table = open_table(HOSTILE, title=HOSTILE)
+    table.add_row(HOSTILE)
+    table.add_row(Text(HOSTILE))
+    for shown in (HOSTILE, table, Text(HOSTILE), Panel(HOSTILE)):
+        console.print(shown, markup=False, highlight=False)
+    handler = AboveBar(console=console, show_time=False, show_path=False)
+    handler.emit(logging.makeLogRecord({"msg": HOSTILE, "levelno": 40, "levelname": "ERROR"}))
+    said = file.getvalue().replace("\r\x1b[2K", "")  # what AboveBar itself sends
+    assert said.count("\\x1b[31mred") == 8
+    assert not [c for c in said if not c.isprintable() and c != "\n"]
+
+
+def test_styles_of_ours_still_reach_a_terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    file = Terminal()
+    monkeypatch.setattr(sys, "stdout", file)
+    console = open_console()
+    console.print(Text(HOSTILE, style="bold"))
+    assert file.getvalue().startswith("\x1b[1ma\\x1b[31mred")
+
+
+def test_log_files_hold_no_control_characters():
+    try:
+        raise ValueError(HOSTILE)
+    except ValueError:
+        record = logging.makeLogRecord({"msg": f"first {HOSTILE}\nsecond", "exc_info": sys.exc_info()})
+    lines = RedactingFormatter("%(message)s").format(record).split("\n")
+    assert lines[0].startswith(f"first {SHOWN}")
+    assert lines[1] == "second"
+    assert all(line.isprintable() for line in lines)
+    assert len(lines) > 3
