@@ -101,6 +101,8 @@ class Pretender:
             self._say(do, seen=str(len(folders[message["prefix"]])), config="same")
         elif do == "forget":
             self._say(do, done=True)
+        elif do == "code":
+            self._say(do, packages={"": {"files": None, "git": None}})
         elif do == "listen":
             self._say(do, port=29500, interface="eth0")
         elif do == "reach":

@@ -269,7 +269,7 @@ def _supervise(
         crew: Crew = LocalCrew(args, began.world_size, port, grace, config.launch.warm)
         if specs or _on_ray(via):
             common = (args, folder, config.launch, functools.partial(can_share, config), say, opener(via), port, grace,
-                      config.checkpoint.replicas > 0)  # fmt: skip
+                      config.checkpoint.replicas > 0, config.run.imports)  # fmt: skip
             crew = Fleet(specs, *common)
             if not specs:
                 crew = RayFleet((), *common, via=str(via), world_size=began.world_size, per_node=per_node)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch.hosts.channel import Command
-from launch.hosts.check import folder_faults
+from launch.hosts.check import code_faults, folder_faults
 from launch.hosts.config import LaunchConfig
 from launch.hosts.facts import facts
 from launch.hosts.link import Link, RemoteHost, ask, close_all, greeted
@@ -19,6 +19,7 @@ from launch.hosts.meeting import arrange
 from launch.hosts.names import HostSpec, of_slurm, parse_hosts, read_hostfile
 from launch.hosts.reach import agent_command, opener, travelling
 from launch.hosts.wire import Wire
+from launch.record.checkout import codes_of
 from setformer_dist.core.errors import LaunchError
 
 
@@ -194,6 +195,7 @@ def test_a_host_with_another_folder_is_named_wherever_it_stands(
     links = []
     for name, folder in (("x", "elsewhere"), ("y", "shared"), ("z", "shared")):
         (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "mine.py").write_text(f"WHERE = {folder!r}\n")
         monkeypatch.chdir(tmp_path / folder)  # agents work where their supervisor does: a relative path differs
         links.append(Link(name, opener(None)("localhost"), 20.0))
     try:
@@ -203,6 +205,12 @@ def test_a_host_with_another_folder_is_named_wherever_it_stands(
         faults = folder_faults(links, Path("run"), page)
         assert faults.keys() == {"x"}
         assert "run of host x is not that of the others" in faults["x"]
+        faults = code_faults(links, ["mine.parts", "nowhere"])
+        assert faults.keys() == {"x"}
+        assert faults["x"].startswith("host x has other code of mine, which run.imports names (files ")
+        assert links[1].facts["machine"]["codes"] == codes_of(["mine", "nowhere"])
+        (tmp_path / "elsewhere" / "mine.py").unlink()
+        assert "(none of it there, files " in code_faults(links, ["mine"])["x"]
         (tmp_path / "elsewhere" / "own.toml").write_text("other")
         Path("own.toml").write_text("ours")
         found = folder_faults([links[1], links[0]], tmp_path / "run", Path("own.toml"))
