@@ -1,7 +1,7 @@
 """What a run's folder holds besides checkpoints, where hosts have a disk each: every host follows that of rank 0.
 
-Rank 0 alone writes these files, on its own host. Each save hands the others what has changed since (`follow`), so that
-any host can go on as rank 0's with no more lost than was written after the last checkpoint.
+Rank 0 alone writes these files, on its own host. Each save hands the others what has changed since (`follow`), before
+the checkpoint counts, so that any host can go on as rank 0's with no more lost than was written after it.
 
 Before a resume (`agree`) the hosts decide whose files count. A host keeps in `turn.json` how many starts it has seen,
 and whether it was rank 0's in the last: of those that have seen the most, the writer counts, or else the longest copy.

@@ -148,6 +148,7 @@ class SpreadManager(CheckpointManager):
         return SpreadSave(
             attempt, payload, self._disk, patience_s, before, self._after_commit, free,
             comm=self._background, hosts=self._hosts, replicas=self._config.replicas,
+            follow=functools.partial(self._beside.follow, self._background),
         )  # fmt: skip
 
     def _after_commit(self, attempt: Attempt) -> None:
@@ -155,7 +156,6 @@ class SpreadManager(CheckpointManager):
             self._committed.put(attempt.step)
             self._newest = attempt.step
         self._copy(attempt)
-        self._beside.follow(self._background)
         if self._leads:
             self._apply_policy(attempt.step)
 
