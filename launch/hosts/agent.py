@@ -35,6 +35,7 @@ from launch.ranks.processes import LocalHost, LocalRank, rank_command
 from launch.ranks.signals import Received, stop_signals
 from launch.record.checkout import codes_of
 from setformer_dist.core.errors import LaunchError
+from setformer_dist.core.files import read_plain
 
 SILENCE_S = 60.0  # until the supervisor says otherwise
 _REACH_S = 10.0
@@ -280,7 +281,7 @@ def _look(message: Message) -> dict[str, object]:
     digest = None
     if config is not None:
         try:
-            digest = hashlib.sha256(config.read_bytes()).hexdigest()
+            digest = hashlib.sha256(read_plain(config)).hexdigest()
         except OSError as error:
             raise LaunchError(f"run config {config.absolute()} cannot be read: {error.strerror}") from None
     seen = hashlib.sha256("\n".join(names).encode()).hexdigest()  # thousands of hosts see thousands of names

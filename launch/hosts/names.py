@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,13 +9,12 @@ from pathlib import Path
 
 from launch.ranks.slurm import hosts_of, tasks_of
 from setformer_dist.core.errors import LaunchError
-from setformer_dist.core.files import open_plain
+from setformer_dist.core.files import read_plain
 
 # What ssh could take for an option, and what a shell could take for a command, is no host's name.
 _NAME = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9][A-Za-z0-9._-]*")
 _ADDRESS_6 = re.compile(r"\[?[0-9A-Fa-f]*:[0-9A-Fa-f]*:[0-9A-Fa-f:.]*(?:%\w+)?\]?")
 _MOST_SLOTS = 4096
-_LARGEST = 16 << 20  # bytes of a hostfile
 _LINE = re.compile(r"(\S+)\s+slots\s*=\s*(\S+)(?:\s+.*)?")
 
 
@@ -67,8 +65,7 @@ def read_hostfile(path: Path, include: str = "", exclude: str = "") -> list[Host
         LaunchError: naming the file, the line and what is wrong.
     """
     try:
-        with os.fdopen(open_plain(path, os.O_RDONLY), "rb") as file:
-            lines = file.read(_LARGEST).decode("utf-8-sig").split("\n")  # as DeepSpeed: no other character ends a line
+        lines = read_plain(path).decode("utf-8-sig").split("\n")  # as for DeepSpeed, no other character ends a line
     except (OSError, UnicodeDecodeError) as error:
         raise LaunchError(f"hostfile {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     hosts = []

@@ -163,7 +163,7 @@ def codes_of(modules: Iterable[str]) -> dict[str, dict[str, object]]:
 def _digest_of(place: Path) -> str:
     """Return a digest of the code of a package or a module."""
     digest = hashlib.sha256()
-    for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+    for path in filter(Path.is_file, sorted(place.rglob("*.py")) if place.is_dir() else [place]):
         digest.update(path.name.encode(errors="surrogateescape") + b"\0")
         with contextlib.suppress(OSError):
             digest.update(hashlib.sha256(path.read_bytes()).digest())

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeVar
 import pydantic
 
 from setformer_dist.core.errors import ConfigError
-from setformer_dist.core.files import read_state
+from setformer_dist.core.files import read_plain, read_state
 
 _SHORT = 200  # characters of a value that a message repeats whole
 
@@ -61,15 +61,16 @@ def read_toml(path: Path) -> dict[str, object]:
 def _read_file(path: Path) -> dict[str, object]:
     if path.suffix == ".json":
         return _read_config(path)
+    if path.is_dir():
+        raise ConfigError(f"config file {path} is a directory: name a .toml file in it")
     try:
-        with path.open("rb") as file:
-            return tomllib.loads(file.read().decode("utf-8-sig"))  # editors of Windows begin with a mark
+        return tomllib.loads(read_plain(path).decode("utf-8-sig"))  # editors of Windows begin with a mark
     except FileNotFoundError:
         near = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
         known = f"; configs there: {', '.join(near)}" if near else ""
         raise ConfigError(f"config file {path} does not exist{known}") from None
-    except IsADirectoryError:
-        raise ConfigError(f"config file {path} is a directory: name a .toml file in it") from None
+    except OSError as error:
+        raise ConfigError(f"config file {path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} is not valid TOML: {error}") from None
 

@@ -95,6 +95,19 @@ def open_plain(path: Path, flags: int) -> int:
     return descriptor
 
 
+def read_plain(path: Path) -> bytes:
+    """Read a file that a user has named, or that anybody may have put there, without waiting for a pipe.
+
+    Raises:
+        OSError: it cannot be read, is no plain file, or is larger than any file of settings.
+    """
+    with os.fdopen(open_plain(path, os.O_RDONLY), "rb") as file:
+        data = file.read(MAX_STATE + 1)
+    if len(data) > MAX_STATE:
+        raise OSError(errno.EFBIG, f"is larger than {MAX_STATE} bytes", str(path))
+    return data
+
+
 def open_record(path: Path) -> int:
     """Open, or make, a file to which a run appends lines; a link to another user's file is not followed.
 
