@@ -3,6 +3,7 @@
 `manager.CheckpointManager` is all that the engine sees; `reader.open_checkpoint` serves everyone else. How a save
 becomes a checkpoint, step by step, is the docstring of `commit`.
 
+    beside.py            hosts with a disk each: what else lies in a run's folder, which every host follows
     config.py            when a checkpoint is due, how it is written, and which ones stay
     deepspeed_files.py   DeepSpeed's own checkpoints: read, and written for its tools
     digest.py            digests of files: which algorithm, and how bytes on disk are held against what was written

@@ -154,6 +154,9 @@ class CheckpointManager:
         steps = [self._committed.get() for _ in range(self._committed.qsize())]
         return [(step, layout.step_folder(self.root, step)) for step in steps]
 
+    def agree(self) -> None:
+        """Give every host what else the run's folder holds, where it is not one folder. Collective, before a search."""
+
     def complete(self) -> None:
         """Bring the whole newest checkpoint to rank 0's disk, where it is not. Collective."""
 

@@ -7,6 +7,7 @@ they meet the training's collectives nowhere. "Leader" is the first rank of a ho
      1  leaders  remove what killed attempts left; make `.tmp-step-…-<attempt>`
      2  each     writes its rank file, durable, the digest being taken of the bytes as they go out
      3  each     sends it to one rank of each of the next `replicas` hosts, which write it, durable, and compare digests
+                 Then all hosts get what else rank 0 has written into the run's folder (`beside`)
      4  leaders  write `trainer.json` and `manifest.json`, durable: from the first manifest on, every replica of every
                  file is durable, and the checkpoint counts
      5  leaders  rename the folder to `step-…`, durable
@@ -175,13 +176,17 @@ class SpreadSave(Save):
         comm: the threads' own group.
         hosts: which ranks share a disk.
         replicas: of each file, on other hosts.
+        follow: gives all hosts what else rank 0 has written into the run's folder. Collective.
     """
 
-    def __init__(self, *save: Any, comm: Exchange, hosts: Hosts, replicas: int) -> None:
+    def __init__(
+        self, *save: Any, comm: Exchange, hosts: Hosts, replicas: int, follow: Callable[[], None] = lambda: None
+    ) -> None:
         super().__init__(*save)
         self._comm = comm
         self._hosts = hosts
         self._replicas = replicas
+        self._follow = follow
 
     @property
     def _leads(self) -> bool:
@@ -198,6 +203,7 @@ class SpreadSave(Save):
         assert isinstance(payload, Payload)  # what it was not, has been raised on all ranks
         files = [FileRecord.model_validate(record) for record in records]
         self._replicate(files)
+        self._follow()
         trainer, manifest = self._comm.broadcast_json((payload.trainer.decode(), payload.manifest.to_json()))
         self._all("write the manifest", lambda: self._write_manifest(files, trainer, manifest))
         self._all("rename", self._rename)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints import layout
+from checkpoints.beside import Beside, Names
 from checkpoints.commit import Attempt, Payload, Save, delete_checkpoint, describe, put_aside
 from checkpoints.config import CheckpointConfig
 from checkpoints.copies import list_copies, step_of_copy
@@ -62,6 +63,7 @@ class SpreadManager(CheckpointManager):
         config: see `CheckpointConfig`.
         disk: of this host.
         objects: the run's folder in an object store, if it has one.
+        beside: files of the run's folder that every host follows.
 
     Raises:
         CheckpointError: hosts share the folder, or the ranks are not numbered host by host.
@@ -75,6 +77,7 @@ class SpreadManager(CheckpointManager):
         config: CheckpointConfig,
         disk: Disk | None = None,
         objects: Objects | None = None,
+        beside: Names | None = None,
     ) -> None:
         super().__init__(root, comm, config, disk, objects)
         self._exchange = comm
@@ -82,6 +85,7 @@ class SpreadManager(CheckpointManager):
         self._hosts = places_of(comm)
         self._host = self._hosts.host_of(comm.ranks.rank)
         self._leads = comm.ranks.local_rank == 0
+        self._beside = Beside(root.parent, beside or Names(), self._hosts, self._disk)
         self._check_own_disks()
         count = len(self._hosts.leaders)
         if comm.ranks.is_main and config.replicas >= count:
@@ -144,6 +148,7 @@ class SpreadManager(CheckpointManager):
         return SpreadSave(
             attempt, payload, self._disk, patience_s, before, self._after_commit, free,
             comm=self._background, hosts=self._hosts, replicas=self._config.replicas,
+            follow=functools.partial(self._beside.follow, self._background),
         )  # fmt: skip
 
     def _after_commit(self, attempt: Attempt) -> None:
@@ -192,6 +197,10 @@ class SpreadManager(CheckpointManager):
         self._together.everywhere("put aside", work)
 
     # Finding.
+
+    def agree(self) -> None:
+        """See CheckpointManager."""
+        self._beside.agree(self._exchange, self._together)
 
     def newest(self, accept: Accept | None = None) -> Checkpoint | None:
         """See CheckpointManager; every host has all files when this returns."""
@@ -307,6 +316,7 @@ class SpreadManager(CheckpointManager):
 
     def complete(self) -> None:
         """Bring all files of the newest checkpoint to rank 0's host; what fails is told, and costs nothing else."""
+        self._beside.follow(self._exchange)
         folder = layout.step_folder(self.root, self._begun)
 
         def lacking() -> bool:

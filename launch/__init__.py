@@ -1,7 +1,7 @@
 """Where runs begin: the command line, one run, its processes, and the tools around runs. One folder per room.
 
     entry.py     what each rank executes; also `deepspeed --module launch.entry ...`
-    shown.py     texts from files on a terminal
+    shown.py     cells of tables that show texts from files
     cli/         the words typed: `setformer ...`; imports what a command needs when it runs
     run/         one run: its config, its parts, what begins, continues and ends it, its trained weights
     ranks/       the processes of a run: starting, watching, ending, restarting; locks and what killed ones leave

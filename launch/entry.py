@@ -30,6 +30,7 @@ from setformer_dist.core.secrets import redact_tracebacks, redacted
 from setformer_dist.core.shared_memory import NO_SHARED_MEMORY, is_no_room, no_memory
 from setformer_dist.core.stopping import exit_code_of
 from setformer_dist.core.terminal import bear_lost_streams
+from setformer_dist.core.words import plain_lines
 from setformer_dist.engine.deepspeed_engine import quiet_deepspeed
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if logging.getLogger().handlers:
             log.error("%s", error)
         # Rank 0 speaks to the user; of the others only the log file hears, and the supervisor quotes it.
-        print(f"error: {redacted(str(error))}", file=sys.stderr, flush=True)
+        print(f"error: {plain_lines(redacted(str(error)))}", file=sys.stderr, flush=True)
         return error.exit_code
     except (OSError, RuntimeError, MemoryError) as error:
         if (fault := no_memory(error)) is not None:

@@ -17,8 +17,8 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
-from launch.shown import plain
 from setformer_dist.core.errors import CheckpointError, ConfigError
+from setformer_dist.core.words import plain
 
 # Where training scripts put the weights besides optimizer and epoch; the averaged ones first, as timm does.
 _INNER = ("state_dict_ema", "model_ema", "state_dict", "model", "module")

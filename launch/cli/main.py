@@ -65,7 +65,6 @@ from launch.run import keys
 from launch.run.config import RunConfig, check_folder, continued, load_run, resolve, shipped
 from launch.run.own_code import bring
 from launch.run.repeat import Repetition, check_trusted, repetition
-from launch.shown import plain, plain_lines
 from setformer_dist.core.errors import (
     ConfigError,
     DataError,
@@ -79,7 +78,7 @@ from setformer_dist.core.metric import headline, weights_named
 from setformer_dist.core.secrets import redact_tracebacks, redacted
 from setformer_dist.core.shared_memory import no_memory
 from setformer_dist.core.terminal import open_closed_streams, open_console
-from setformer_dist.core.words import counted
+from setformer_dist.core.words import counted, plain, plain_lines
 
 app = typer.Typer(
     name="setformer",
@@ -275,7 +274,7 @@ def _supervise(
         crew: Crew = LocalCrew(args, began.world_size, port, grace, config.launch.warm)
         if specs or _on_ray(via):
             common = (args, folder, config.launch, functools.partial(can_share, config), say, opener(via), port, grace,
-                      config.checkpoint.replicas > 0)  # fmt: skip
+                      config.checkpoint.replicas > 0, config.run.imports)  # fmt: skip
             crew = Fleet(specs, *common)
             if not specs:
                 crew = RayFleet((), *common, via=str(via), world_size=began.world_size, per_node=per_node)

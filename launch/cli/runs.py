@@ -32,9 +32,9 @@ def report(folder: Annotated[Path, typer.Argument(help="A run's folder.", show_d
     Example:
         setformer runs report runs/demo
     """
-    from launch.history import show
+    from launch.history import page
 
-    show.report(folder, open_console())
+    page.report(folder, open_console())
 
 
 @app.command("show")

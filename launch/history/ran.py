@@ -49,6 +49,18 @@ def _hosts(record: Record) -> Iterator[str]:
             return
         own = f" ({host.host})" if host.host and host.host != name else ""
         yield f"  host {name}{own}: {counted(host.ranks, 'rank')}; {_machine(record.machine(name))}"
+        yield from _other_code(record, name)
+
+
+def _other_code(record: Record, host: str) -> Iterator[str]:
+    """Yield the git states of a host's code that are not those of the supervisor's."""
+    codes = record.machine(host).get("codes")
+    for package, told in codes.items() if isinstance(codes, Mapping) else ():
+        state = told.get("git") if isinstance(told, Mapping) else None
+        there = checkout_words(state if isinstance(state, Mapping) else None)
+        here = record.imports.get(package) if package else record.code
+        if there != checkout_words(here):
+            yield f"    code{f' of {package}' if package else ''} there: {there}"
 
 
 def _machine(facts: Mapping[str, Any]) -> str:

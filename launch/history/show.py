@@ -13,13 +13,12 @@ from rich.table import Table
 
 from launch.history import ran
 from launch.ranks.holder import look
-from launch.shown import cell, plain
+from launch.shown import cell
 from setformer_dist.core import ledger, strictjson
 from setformer_dist.core.errors import DataError
 from setformer_dist.core.files import lines_of
 from setformer_dist.core.terminal import open_table
-from setformer_dist.core.words import counted
-from setformer_dist.report.html import write_report
+from setformer_dist.core.words import counted, plain
 from setformer_dist.report.rows import METRICS, Row, RunRecord, finite, read_run
 
 _MEANING = {
@@ -123,17 +122,6 @@ def show_run(folder: Path, console: Console, as_json: bool = False) -> None:
 def _step_of(run: RunRecord, account: ledger.Account) -> int:
     """Return the step that a run is at: not every step is logged, but the ledger has the last before every end."""
     return account.step or max((int(row["step"]) for row in (*run.train, *run.evals)), default=0)
-
-
-def report(folder: Path, console: Console) -> None:
-    """Write report.html of a run in any state; the pictures of its last report need its data and stay out.
-
-    Raises:
-        DataError: there is no such run.
-    """
-    (folder,) = run_folders(folder)[-1:]
-    write_report(folder, folder / "report.html", [])
-    console.print(f"{folder / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _time_table(account: ledger.Account) -> Table:

@@ -16,6 +16,7 @@ from launch.history.show import run_folders, state_of
 from launch.shown import cell
 from setformer_dist.core import live, strictjson
 from setformer_dist.core.errors import DataError
+from setformer_dist.core.files import read_plain
 from setformer_dist.core.terminal import open_table
 from setformer_dist.core.words import counted
 
@@ -111,7 +112,7 @@ def _behind(rank: live.LiveRank, ranks: Sequence[live.LiveRank]) -> str:
 
 def _global_batch(folder: Path) -> int:
     try:
-        config = strictjson.parse((folder / "config.json").read_bytes())
+        config = strictjson.parse(read_plain(folder / "config.json"))
         return int(config["batch"]["global_size"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0

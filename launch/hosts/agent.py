@@ -5,8 +5,8 @@
 It speaks JSON lines over its standard input and output. There is no listening port, no daemon and no file: when the
 pipe ends, or nothing is heard for a while, the ranks are killed and the agent ends. torch is not imported.
 
-    comes   {"do": "warm" | "start" | "terminate" | "stacks" | "kill" | "listen" | "reach" | "look" | "forget", ...},
-            {"alive": true}
+    comes   {"do": "warm" | "start" | "terminate" | "stacks" | "kill" | "listen" | "reach" | "look" | "forget" | "code",
+            ...}, {"alive": true}
     goes    {"is": "facts" | "beats" | "asked" | "ended" | "killed" | "output" | "answer", ...}
 """
 
@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import queue
 import socket
 import sys
 import threading
@@ -32,7 +33,9 @@ from launch.ranks.forkserver import ForkServer
 from launch.ranks.network import interface_of
 from launch.ranks.processes import LocalHost, LocalRank, rank_command
 from launch.ranks.signals import Received, stop_signals
+from launch.record.checkout import codes_of
 from setformer_dist.core.errors import LaunchError
+from setformer_dist.core.files import read_plain
 
 SILENCE_S = 60.0  # until the supervisor says otherwise
 _REACH_S = 10.0
@@ -53,6 +56,7 @@ class Agent:
         self._beat_s, self._beaten_at = ALIVE_S, 0.0
         self._asked = False
         self._server: ForkServer | None = None
+        self._slow: queue.SimpleQueue[Message] = queue.SimpleQueue()
 
     def serve(self) -> None:
         """Serve until the supervisor goes away."""
@@ -66,6 +70,8 @@ class Agent:
                 self._obey(message)
             self._forward_output()
             self._tell_of_ranks()
+            while not self._slow.empty():
+                self._wire.send(self._slow.get())
             if self._received.stop and not self._asked:  # the supervisor decides what that means
                 self._asked = True
                 self._wire.send({"is": "asked", "signal": self._received.stop[0]})
@@ -109,6 +115,7 @@ class Agent:
             "reach": _reach,
             "look": _look,
             "forget": _forget,
+            "code": self._code,
         }
         try:
             answer = acts[do](message)
@@ -184,6 +191,14 @@ class Agent:
         self._listening.listen(1024)
         threading.Thread(target=_swallow, args=(self._listening,), daemon=True).start()
         return {"port": self._listening.getsockname()[1], "interface": interface_of(message["address"])}
+
+    def _code(self, message: Message) -> None:
+        """Find the state of the code that runs here. Aside: git may take longer than a silence may last."""
+
+        def work() -> None:
+            self._slow.put({"is": "answer", "to": "code", "packages": codes_of(message["imports"])})
+
+        threading.Thread(target=work, daemon=True).start()
 
     def _forward_output(self) -> None:
         for descriptor, stream in list(self._outputs.items()):
@@ -266,9 +281,10 @@ def _look(message: Message) -> dict[str, object]:
     digest = None
     if config is not None:
         try:
-            digest = hashlib.sha256(config.read_bytes()).hexdigest()
-        except OSError as error:
-            raise LaunchError(f"run config {config.absolute()} cannot be read: {error.strerror}") from None
+            digest = hashlib.sha256(read_plain(config)).hexdigest()
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise LaunchError(f"run config {config.absolute()} cannot be read: {why}") from None
     seen = hashlib.sha256("\n".join(names).encode()).hexdigest()  # thousands of hosts see thousands of names
     return {"seen": seen, "config": digest}
 

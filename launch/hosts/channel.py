@@ -36,6 +36,9 @@ class Channel(Protocol):
     def listen(self) -> None:
         """Keep what was said beside the messages, without waiting."""
 
+    def said(self) -> str:
+        """Return the last line that was said beside the messages."""
+
     def end(self) -> tuple[str, str]:
         """Say how it has ended, and the last line that was said beside the messages; called once nothing comes."""
 
@@ -93,9 +96,13 @@ class Command:
             self._process.wait(1.0)
         self.listen()
         code = self._process.returncode
-        lines = [line.strip() for line in self._errors.decode(errors="replace").splitlines() if line.strip()]
         how = "its command closed the pipe" if code is None else f"its command ended with exit code {code}"
-        return how, lines[-1] if lines else ""
+        return how, self.said()
+
+    def said(self) -> str:
+        """Return the last line on standard error."""
+        lines = [line.strip() for line in self._errors.decode(errors="replace").splitlines() if line.strip()]
+        return lines[-1] if lines else ""
 
     def close(self) -> None:
         """Close the pipes."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.hosts.link import Link, ask
+from launch.record.checkout import codes_of
 from setformer_dist.core.errors import LaunchError
 
 _LIMIT_S = 30.0
@@ -34,6 +35,37 @@ def check_alike(link: Link, here: dict[str, Any]) -> None:
             raise LaunchError(
                 f"host {link.name} has {name} {found}, and this one {version}: install the same version there"
             )
+
+
+def code_faults(
+    links: Sequence[Link], imports: Sequence[str], meanwhile: Callable[[], object] = lambda: None
+) -> dict[str, str]:
+    """Find the hosts that have other code of the user's packages than this one; return a sentence for each.
+
+    Of the others the state of their code becomes part of what is known of their machine (`codes`).
+
+    Args:
+        links: of the hosts.
+        imports: `run.imports`.
+        meanwhile: as in `launch.hosts.link.ask`.
+    """
+    faults, here = {}, codes_of(imports)
+    for link, answer in zip(links, ask(links, [{"do": "code", "imports": list(imports)}] * len(links), _LIMIT_S,
+                                       meanwhile), strict=True):  # fmt: skip
+        if "error" in answer:
+            faults[link.name] = answer["error"]
+            continue
+        packages = answer["packages"]
+        link.facts["machine"]["codes"] = packages
+        for name, mine in here.items():
+            theirs = packages.get(name, {}).get("files")
+            if mine["files"] is not None and theirs != mine["files"]:
+                there = f"files {theirs}" if theirs is not None else "none of it"
+                faults[link.name] = (
+                    f"host {link.name} has other code of {name}, which run.imports names ({there} there, files "
+                    f"{mine['files']} here): copy it there"
+                )
+    return faults
 
 
 def check_slots(link: Link, slots: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from checkpoints.layout import MANIFEST, step_folders
 from launch.hosts.channel import Opener
-from launch.hosts.check import check_alike, check_slots, folder_faults
+from launch.hosts.check import check_alike, check_slots, code_faults, folder_faults
 from launch.hosts.config import LaunchConfig
 from launch.hosts.facts import facts
 from launch.hosts.link import Link, RemoteHost, ask, close_all, greeted
@@ -59,6 +59,7 @@ class Fleet:
         port: at which rank 0 is met; by default a free one.
         grace_s: seconds that ranks have for a checkpoint after a stop signal.
         own_disks: the run's folder is another one on each host (checkpoint.replicas).
+        imports: `run.imports`, the code of which must be alike on all hosts.
     """
 
     specs: Sequence[HostSpec]
@@ -71,6 +72,7 @@ class Fleet:
     port: int | None = None
     grace_s: float = 60.0
     own_disks: bool = False
+    imports: tuple[str, ...] = ()
     _links: dict[str, Link] = field(default_factory=dict)
     _absences: dict[str, _Absence] = field(default_factory=dict)
     _checked: set[str] = field(default_factory=set)
@@ -164,6 +166,7 @@ class Fleet:
                 check_slots(link, slots[link.name])
             except LaunchError as error:
                 faults[link.name] = str(error)
+        faults |= code_faults([link for link in new if link.name not in faults], self.imports, self.show_life)
         sound = [*self._links.values(), *(link for link in new if link.name not in faults)]
         if len(sound) > 1:
             found = folder_faults(sound, self.run_folder, Path(self.args[0]), self.show_life, self.own_disks)

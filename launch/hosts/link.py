@@ -20,6 +20,7 @@ from setformer_dist.core.heartbeat import START, Beat
 from setformer_dist.core.secrets import redacted
 
 _KILL_S = 30.0
+_SAID = 300  # characters of what was said beside the messages
 _GONE_S = 5.0  # how long a command may take to end once its pipe is closed
 
 
@@ -99,8 +100,17 @@ class Link:
     def _end(self) -> str:
         """Say how the channel has ended."""
         how, said = self._channel.end()
-        said = said or next(reversed(self._wire.strange), "")
-        return how + (f" ({redacted(said)})" if said else "")
+        return how + self._beside(said)
+
+    def _beside(self, said: str) -> str:
+        """Return the last that was said beside the messages, as a parenthesis."""
+        said = said or self._wire.unfinished() or next(reversed(self._wire.strange), "")
+        return f" ({redacted(said[-_SAID:])})" if said else ""
+
+    def give_up(self, limit_s: float) -> None:
+        """Take a host for lost that has not told of itself in time."""
+        said = self._beside(self._channel.said())
+        self.lost = f"host {self.name} did not answer within {limit_s:.0f} s{said}: {self.unanswered}"
 
     def let_go(self) -> None:
         """Close the pipe, which ends the agent and all it has started."""
@@ -172,7 +182,7 @@ def greeted(links: Sequence[Link], limit_s: float, meanwhile: Callable[[], objec
     for link, more in zip(links, others, strict=True):
         link.put_back(more)  # a stop signal that reached the agent is told once
         if not link.facts and link.lost is None:
-            link.lost = f"host {link.name} did not answer within {limit_s:.0f} s: {link.unanswered}"
+            link.give_up(limit_s)
 
 
 def print_as_it_came(stream: int, text: str) -> None:

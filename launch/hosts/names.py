@@ -9,10 +9,13 @@ from pathlib import Path
 
 from launch.ranks.slurm import hosts_of, tasks_of
 from setformer_dist.core.errors import LaunchError
+from setformer_dist.core.files import read_plain
 
 # What ssh could take for an option, and what a shell could take for a command, is no host's name.
 _NAME = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9][A-Za-z0-9._-]*")
-_LARGEST = 16 << 20  # characters of a hostfile
+_LARGEST = 16 << 20  # bytes of a hostfile
+_ADDRESS_6 = re.compile(r"\[?[0-9A-Fa-f]*:[0-9A-Fa-f]*:[0-9A-Fa-f:.]*(?:%\w+)?\]?")
+_MOST_SLOTS = 4096
 _LINE = re.compile(r"(\S+)\s+slots\s*=\s*(\S+)(?:\s+.*)?")
 
 
@@ -29,10 +32,14 @@ class HostSpec:
     slots: int
 
     def __post_init__(self) -> None:
+        if _ADDRESS_6.fullmatch(self.name):
+            raise LaunchError(f"{self.name} is an IPv6 address: give it a name in ~/.ssh/config, and use that")
         if not _NAME.fullmatch(self.name):
             raise LaunchError(f"{self.name!r} is not a host name: use letters, digits, dots and dashes, or user@host")
         if self.slots < 1:
             raise LaunchError(f"host {self.name} has {self.slots} slots: give 1 or more, or leave it out")
+        if self.slots > _MOST_SLOTS:
+            raise LaunchError(f"host {self.name} has {self.slots} slots: give at most {_MOST_SLOTS}, one per device")
 
 
 def parse_hosts(text: str) -> list[HostSpec]:
@@ -43,6 +50,8 @@ def parse_hosts(text: str) -> list[HostSpec]:
     """
     hosts = []
     for part in text.split(","):
+        if _ADDRESS_6.fullmatch(part.strip()):
+            HostSpec(part.strip(), 1)
         name, colon, slots = part.strip().partition(":")
         hosts.append(HostSpec(name, _number(slots, name) if colon else 1))
     return _distinct(hosts, "--hosts")
@@ -57,12 +66,9 @@ def read_hostfile(path: Path, include: str = "", exclude: str = "") -> list[Host
         LaunchError: naming the file, the line and what is wrong.
     """
     try:
-        with path.open(encoding="utf-8") as file:  # a pipe is fine: <(scontrol show hostnames)
-            text = file.read(_LARGEST + 1)
-        if len(text) > _LARGEST:
-            raise LaunchError(f"hostfile {path} cannot be read: it has more than {_LARGEST:,} characters")
-        lines = text.splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_plain(path, _LARGEST).decode("utf-8-sig")
+        lines = text.split("\n")  # as for DeepSpeed, no other character ends a line
+    except (OSError, ValueError) as error:
         raise LaunchError(f"hostfile {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     hosts = []
     for number, raw in enumerate(lines, 1):
@@ -110,7 +116,7 @@ def _filtered(hosts: Sequence[HostSpec], text: str, keep: bool) -> list[HostSpec
         numbers = {_number(n, name) for n in listed.split(",")} if colon else set(range(known[name]))
         if beyond := [n for n in sorted(numbers) if not 0 <= n < known[name]]:
             raise LaunchError(f"host {name} has slots 0 to {known[name] - 1}, but {beyond[0]} is named")
-        named[name] = numbers
+        named.setdefault(name, set()).update(numbers)
     left = {
         name: len(named.get(name, ())) if keep else slots - len(named.get(name, ())) for name, slots in known.items()
     }
@@ -129,7 +135,6 @@ def _distinct(hosts: Sequence[HostSpec], where: str) -> list[HostSpec]:
 
 
 def _number(text: str, host: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise LaunchError(f"host {host}: {text!r} is not a number of slots") from None
+    if not re.fullmatch(r"-?[0-9]{1,9}", text.strip()):
+        raise LaunchError(f"host {host}: {text[:40]!r} is not a number of slots")
+    return int(text)

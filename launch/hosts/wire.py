@@ -104,6 +104,11 @@ class Wire:
             self.broken = f"a line of more than {_LONGEST >> 20} MiB"
         return [message for line in lines if (message := self._parse(line)) is not None]
 
+    def unfinished(self) -> str:
+        """Return the line that has begun and not ended, such as a prompt."""
+        text = self._came.decode(errors="replace").strip()
+        return "" if _MARK.strip() in text else text
+
     def hung_up(self) -> bool:
         """Return whether the peer has closed the pipe, without reading from it."""
         poll = select.poll()

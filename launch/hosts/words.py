@@ -93,10 +93,21 @@ class _Seen(_Word):
     config: _Text | None
 
 
+class _Package(_Word):
+    files: _Text | None
+    git: dict[_Text, Any] | None
+
+
+class _Code(_Word):
+    packages: dict[_Text, _Package]
+
+
 _KINDS: dict[str, type[_Word]] = {
     "facts": _Facts, "beats": _Beats, "ended": _Ended, "output": _Output, "asked": _Asked, "killed": _Killed,
 }  # fmt: skip
-_ANSWERS: dict[str, type[_Word]] = {"start": _Started, "listen": _Heard, "reach": _Reached, "look": _Seen}
+_ANSWERS: dict[str, type[_Word]] = {
+    "start": _Started, "listen": _Heard, "reach": _Reached, "look": _Seen, "code": _Code,
+}  # fmt: skip
 
 
 def fault_of(message: Message) -> str | None:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from launch.plan.goodput import Saving, best_interval, goodput
 from launch.plan.hardware import DEVICES, GB
-from launch.plan.rows import Cluster, Row, rank_memory, recommended, row_of, saving_of
+from launch.plan.rows import MOST_MICRO, Cluster, Row, rank_memory, recommended, row_of, saving_of
 from launch.plan.subject import Subject, subject_of
 from launch.run.config import RunConfig
 from launch.run.own_code import bring
@@ -118,6 +118,12 @@ def plan(
     _print_memory(subject, cluster, rows, console)
     _print_speed(rows, best, console)
     _print_recovery(subject, cluster, best, recoveries, console)
+    for count in dict.fromkeys(row.world_size for row in rows if row.batch and best[row.world_size] is None):
+        console.print(
+            f"no stage fits on {count:,} GPUs: recompute activations, offload, or lower batch.max_micro",
+            highlight=False,
+            markup=False,
+        )
     if file is not None:
         write_json(file, _as_json(subject, cluster, rows, best, recoveries))
 
@@ -170,17 +176,33 @@ def _print_memory(subject: Subject, cluster: Cluster, rows: Sequence[Row], conso
             *(_size(part[name]) for name in ("weights", "gradients", "masters", "states", "average")),
             " / ".join(_size(kept[k]) if k in kept else "-" for k in (False, True)),
             _size(row.memory.working), _size(row.memory.total) + ("" if row.fits else ", does not fit"),
-            " / ".join(f"{dict(row.largest)[k]:,}" if k in dict(row.largest) else "-" for k in (False, True)),
+            " / ".join(_micro(dict(row.largest).get(k)) for k in (False, True)),
         )  # fmt: skip
     console.print(table, markup=False, highlight=False)
-    for why in dict.fromkeys(row.why_not for row in rows if row.why_not):
-        which = ", ".join(f"{row.world_size:,} under ZeRO-{row.stage}" for row in rows if row.why_not == why)
-        console.print(f"not possible on {which}: {why}", highlight=False, markup=False)
+    for line in impossible(rows):
+        console.print(line, highlight=False, markup=False)
     console.print(
         "At work: the most that gradients, activations and reduction buckets take together; they are not all there at "
         "once. Total: weights, masters, states, average, and that.",
         highlight=False,
     )
+
+
+def impossible(rows: Sequence[Row]) -> list[str]:
+    """Return one line for each reason why some numbers of devices cannot run a config, with the stages it holds for."""
+    lines = []
+    for why in dict.fromkeys(row.why_not for row in rows if row.why_not):
+        stages: dict[int, list[int]] = {}
+        for row in rows:
+            if row.why_not == why:
+                stages.setdefault(row.world_size, []).append(row.stage)
+        which = " and ".join(
+            f"{count:,} GPUs" + ("" if len(of) == len(STAGES) else f" under ZeRO-{', '.join(map(str, of))}")
+            for count, of in stages.items()
+        )
+        hint = " (--batch-per-gpu N plans one that grows with the GPUs)" if why.startswith("batch.global_size") else ""
+        lines.append(f"not possible on {which}: {why}{hint}")
+    return lines
 
 
 def memory_parts(subject: Subject, row: Row) -> dict[str, int]:
@@ -232,7 +254,6 @@ def _print_recovery(
     )  # fmt: skip
     for count, row in best.items():
         if row is None:
-            table.add_row(f"{count:,}", "-", "no stage fits: recompute activations, offload, or lower batch.max_micro")
             continue
         r = found[count]
         table.add_row(
@@ -283,3 +304,9 @@ def _as_json(
 
 def _size(value: float) -> str:
     return f"{value / 2**30:,.2f} GiB" if value >= 2**30 else f"{value / 2**20:,.1f} MiB"
+
+
+def _micro(value: int | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if value < MOST_MICRO else f"{MOST_MICRO:,} or more"

@@ -31,6 +31,7 @@ from setformer_dist.engine.zero import check_precision
 from setformer_dist.models.measure import Memory, memory_of
 
 _COPY = 3.3e9  # bytes/s of one rank, as saving copies its fragments in host memory (docs/results.md, checkpoints)
+MOST_MICRO = 65_536  # images: no larger micro batch is looked for
 _NEAR = 1.01  # stages whose steps take so nearly the same time that the lower one is recommended
 
 
@@ -182,10 +183,8 @@ def rank_memory(subject: Subject, device: Device, stage: int, batch: BatchPlan, 
 
 
 def _largest(fits: Callable[[int], bool]) -> int:
-    """Return the largest number that fits, 0 for none, of those up to 65,536."""
-    low, high = 0, 1
-    while high <= 65_536 and fits(high):
-        low, high = high, 2 * high
+    """Return the largest number that fits, 0 for none, of those up to `MOST_MICRO`."""
+    low, high = 0, MOST_MICRO + 1
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)

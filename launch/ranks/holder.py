@@ -21,11 +21,13 @@ import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import pydantic
 
 from setformer_dist.core.files import open_plain
 from setformer_dist.core.ledger import LOCK_FILE
+from setformer_dist.core.words import plain
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +55,7 @@ class Holder:
     space: str
     pid: int
     started: int
-    since: float
+    since: Annotated[float, pydantic.Field(ge=0, lt=2**37, allow_inf_nan=False)]
     token: str
 
     def lives(self) -> bool | None:
@@ -69,7 +71,7 @@ class Holder:
             changed: Unix time of the lock file, by the clock of the storage.
         """
         age = f", running for {_words(changed - self.since)}" if changed is not None and changed >= self.since else ""
-        return f"host {self.host}, process {self.pid}{age}"
+        return f"host {plain(self.host)}, process {self.pid}{age}"
 
 
 _TYPE: pydantic.TypeAdapter[Holder] = pydantic.TypeAdapter(Holder)
@@ -137,7 +139,7 @@ def why_held(folder: Path, patience_s: float, stale_s: float = STALE_S) -> str |
             return None
         now = time.monotonic()
         if seen != last:
-            beaten = beaten or last[0] == holder
+            beaten = beaten or last[0] is not None  # also where another has taken it meanwhile
             last, changed_at = seen, now
         silent = now - changed_at
         if lives is None and silent >= stale_s:

@@ -147,6 +147,10 @@ class Tunnel:
     def listen(self) -> None:
         """What was said beside the messages comes with them."""
 
+    def said(self) -> str:
+        """Say nothing: see `listen`."""
+        return ""
+
     def end(self) -> tuple[str, str]:
         """Say how it has ended: the relay's last words came beside the messages."""
         return "its agent has ended", ""

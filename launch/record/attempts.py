@@ -62,7 +62,7 @@ class Record(pydantic.BaseModel):
         several: whether hosts were named; otherwise the ranks are the supervisor's machine's own.
         via: how hosts were reached, None for the default.
         hosts: by name, in order of rank.
-        machines: facts of `machine.machine_facts`, each once.
+        machines: facts of `machine.machine_facts`, each once; "codes" is `checkout.codes_of` where hosts were named.
         environment: of the supervisor, as `HostRecord.environment`.
         launch_env: names that `launch.env` lists.
         code: git state of this project's checkout; None where it is in none.

@@ -19,6 +19,7 @@ from pathlib import Path
 from setformer_dist.core.secrets import redacted, redacted_source
 
 _LIMIT_S = 5.0
+_HOME = Path(__file__).resolve().parents[2]
 _SAVED = 256 << 10  # bytes of a diff that is kept
 _CODE = (".py", ".pyx", ".c", ".cpp", ".cu", ".h")
 _UNTRACKED = 50  # files of code that no commit knows and that a diff shows
@@ -141,6 +142,32 @@ def places_of(modules: Iterable[str]) -> dict[str, Path | None]:
     """
     tops = dict.fromkeys(module.partition(".")[0] for module in modules)
     return {top: _place(top) for top in tops}
+
+
+def codes_of(modules: Iterable[str]) -> dict[str, dict[str, object]]:
+    """Return of this project, under "", and of the packages of modules: "files", a digest, and "git", the state.
+
+    Both are None where there is nothing.
+
+    Args:
+        modules: as in `places_of`.
+    """
+    found: dict[str, dict[str, object]] = {}
+    for name, place in {"": _HOME / "launch", **places_of(modules)}.items():
+        checkout = checkout_of(place) if place is not None else None
+        files = _digest_of(place) if place is not None and name else None  # our own: `machine.code_digest`
+        found[name] = {"files": files, "git": checkout.state if checkout is not None else None}
+    return found
+
+
+def _digest_of(place: Path) -> str:
+    """Return a digest of the code of a package or a module."""
+    digest = hashlib.sha256()
+    for path in filter(Path.is_file, sorted(place.rglob("*.py")) if place.is_dir() else [place]):
+        digest.update(path.name.encode(errors="surrogateescape") + b"\0")
+        with contextlib.suppress(OSError):
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
 
 
 def _place(name: str) -> Path | None:

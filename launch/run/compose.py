@@ -10,6 +10,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
+from checkpoints.beside import Names
 from checkpoints.identity import Identity
 from checkpoints.manager import CheckpointManager
 from checkpoints.objects import Objects
@@ -28,6 +29,7 @@ from setformer_dist.core.batch import TrainStream
 from setformer_dist.core.callback import Callback
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.heartbeat import Heartbeat
+from setformer_dist.core.ledger import LEDGER, LOCK_FILE
 from setformer_dist.core.task import Task
 from setformer_dist.engine.comm import CommMeter, TorchCollectives
 from setformer_dist.engine.components import Components, Costs
@@ -35,7 +37,7 @@ from setformer_dist.engine.deepspeed_engine import DTYPES, initialize, supported
 from setformer_dist.engine.ema import Ema
 from setformer_dist.engine.evaluate import Watch
 from setformer_dist.engine.events import Callbacks
-from setformer_dist.engine.guard import Guard
+from setformer_dist.engine.guard import GUARD_COPY, GUARD_FILE, Guard
 from setformer_dist.engine.master import MasterState
 from setformer_dist.engine.metrics import RunRecord, peak_flops
 from setformer_dist.engine.optim import Schedule
@@ -192,6 +194,14 @@ def store_of(
     )
 
 
+# What rank 0 writes into a run's folder and a resume needs, or whoever looks at the run.
+BESIDE = Names(
+    whole=(GUARD_FILE, GUARD_COPY, "config.json", "deepspeed.json"),
+    grown=("metrics.jsonl", "samples.jsonl", LEDGER),
+    kept=(LEDGER, LOCK_FILE),
+)
+
+
 def manager_of(config: RunConfig, comm: TorchCollectives) -> CheckpointManager:
     """Return what saves and finds checkpoints: on storage that all hosts share, or on a disk of each host."""
     kept, root = config.checkpoint, config.folder / "checkpoints"
@@ -199,7 +209,7 @@ def manager_of(config: RunConfig, comm: TorchCollectives) -> CheckpointManager:
     if not kept.replicas:
         return CheckpointManager(root, comm, kept, objects=objects)
     background = TorchCollectives(comm.ranks, kept.write_timeout_minutes, own=True)
-    return SpreadManager(root, comm, background, kept, objects=objects)
+    return SpreadManager(root, comm, background, kept, objects=objects, beside=BESIDE)
 
 
 def first_weights_of(run: ResolvedRun, task: Task, model: nn.Module, comm: TorchCollectives) -> FirstWeights | None:

@@ -13,6 +13,7 @@ from launch.run.own_model import OwnModel
 from launch.run.trained import classified_samples, load_trained
 from setformer_dist.core import ledger
 from setformer_dist.core.files import write_state
+from setformer_dist.core.words import plain
 from setformer_dist.engine.run_state import Outcome
 from setformer_dist.models.measure import parameters
 from setformer_dist.report.html import write_report
@@ -62,7 +63,7 @@ def finish(run: ResolvedRun, splits: Splits, outcome: Outcome, own: OwnModel | N
             write_report(folder, folder / "report.html", [])
     except Exception as error:
         log.exception("the report could not be written")
-        reason = " ".join(f"{type(error).__name__}: {error}".encode(errors="backslashreplace").decode().split())
+        reason = plain(" ".join(f"{type(error).__name__}: {error}".split()))
         print(
             f"warning: the run is done and saved, but its report could not be written ({reason[:500]}): see the log",
             file=sys.stderr,

@@ -26,6 +26,7 @@ from launch.ranks.environment import usable_cores
 from launch.ranks.lock import held
 from launch.ranks.logs import log_file
 from launch.record.attempts import Recorder
+from launch.record.checkout import codes_of
 from launch.record.machine import machine_facts
 from launch.run.compose import Splits, check_device, compose, open_splits
 from launch.run.config import ResolvedRun, RunConfig, check_folder, resolve
@@ -215,7 +216,7 @@ def _record_start(run: ResolvedRun, comm: TorchCollectives) -> None:
     ranks, c = comm.ranks, run.config
     mine: tuple[int, dict[str, Any]] | None = None
     if ranks.local_rank == 0:
-        mine = (ranks.local_world_size, machine_facts())
+        mine = (ranks.local_world_size, {**machine_facts(), "codes": codes_of(c.run.imports)})
     told = [entry for entry in comm.gather_json(mine) if entry is not None]
     if ranks.is_main:
         hosts: dict[str, tuple[int, dict[str, Any]]] = {}

@@ -87,6 +87,10 @@ class RunStore:
         """Return whether a save has failed on this rank since the last `finish`."""
         return self._manager.failed()
 
+    def agree(self) -> None:
+        """Give every host what else the run's folder holds."""
+        self._manager.agree()
+
     def complete(self) -> None:
         """Bring the whole newest checkpoint to rank 0's disk."""
         self._manager.complete()

@@ -18,7 +18,7 @@ from launch.ranks.holder import look
 from launch.ranks.lock import supervising
 from launch.ranks.signals import stop_signals
 from launch.ray.cluster import connected, own_cluster
-from launch.shown import cell, plain
+from launch.shown import cell
 from launch.sweep import report
 from launch.sweep.actors import Key
 from launch.sweep.driver import STOP_FILE, Driver, Running, remains
@@ -30,7 +30,7 @@ from setformer_dist.core.errors import DataError, LaunchError, TransientError
 from setformer_dist.core.files import write_state
 from setformer_dist.core.secrets import redacted_json
 from setformer_dist.core.terminal import bear_lost_streams, open_table
-from setformer_dist.core.words import counted
+from setformer_dist.core.words import counted, plain
 
 _STOP_S = 60.0
 _HEAD_EVERY_S, _HEAD_S, _REFUSALS = 2.0, 2.0, 2

@@ -25,7 +25,7 @@ from launch.sweep.progress import ProgressReader
 from launch.sweep.space import Parameter, label
 from launch.sweep.state import COMPLETE, PRUNED, REPLACED, Book, Trial
 from setformer_dist.core.files import write_text
-from setformer_dist.core.words import counted
+from setformer_dist.core.words import counted, plain_page
 
 REPORT = "report.html"
 _TEMPLATE = "report.html.j2"
@@ -33,10 +33,17 @@ _LEAST = 2  # complete trials with which parameters can be compared
 _HEIGHT = 460  # pixels of a figure
 
 
+def _shown(value: object) -> object:
+    """Return what a page shows of a value: a text without control characters; what is HTML already, as it is."""
+    return plain_page(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def write(sweep: Sweep, book: Book) -> Path:
     """Write report.html into the sweep's folder; return the file."""
     template = importlib.resources.files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_shown
+    )
     study = study_of(sweep, book)
     figures = [("Curves", curves(sweep, book)), *_of_parameters(sweep, study)]
     text = environment.from_string(template).render(

@@ -51,7 +51,7 @@ PRELOADED = (
     "launch.ckpt.prune",
     "launch.run.dry_run",
     "launch.examples.lra",
-    "launch.history.show",
+    "launch.history.page",
 )
 _FORKED_MODULE = "launch.entry"  # what a command starts as its ranks
 _NUMBER = 8  # bytes of a process id or an exit code on the way back

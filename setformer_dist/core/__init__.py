@@ -32,5 +32,5 @@ Nothing here imports torch.distributed, touches a device or has an effect at imp
     task.py            what a run learns, as an interface
     task_config.py     the `[task]` table of a run config
     terminal.py        consoles and tables; terminals and pipes that go away
-    words.py           numbers with their nouns
+    words.py           numbers with their nouns, texts without control characters
 """

@@ -64,14 +64,14 @@ def read_toml(path: Path) -> dict[str, object]:
 def _read_file(path: Path) -> dict[str, object]:
     if path.suffix == ".json":
         return _read_config(path)
+    if path.is_dir():
+        raise ConfigError(f"config file {path} is a directory: name a .toml file in it")
     try:
         return _parse(read_plain(path, LARGEST_CONFIG))
     except FileNotFoundError:
         near = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
         known = f"; configs there: {', '.join(near)}" if near else ""
         raise ConfigError(f"config file {path} does not exist{known}") from None
-    except IsADirectoryError:
-        raise ConfigError(f"config file {path} is a directory: name a .toml file in it") from None
     except OSError as error:
         raise ConfigError(f"config file {path} cannot be read ({error.strerror}): name a plain file") from None
     except ValueError as error:

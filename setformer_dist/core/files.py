@@ -78,7 +78,7 @@ def read_state(path: Path) -> tuple[dict[str, object], bool]:
     return value, digest is not None
 
 
-def read_plain(path: Path, largest: int) -> bytes:
+def read_plain(path: Path, largest: int = MAX_STATE) -> bytes:
     """Return a file that a user has named; nothing that waits, never ends, or is larger than its kind can be.
 
     Args:

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
+from setformer_dist.core.words import plain_page
+
 log = logging.getLogger(__name__)
 
 _END = r"\s'\"<>\\"
@@ -85,11 +87,11 @@ def redacted_json(value: Any) -> Any:
 
 
 class RedactingFormatter(logging.Formatter):
-    """A formatter of log lines, tracebacks included, without secrets."""
+    """A formatter of log lines, tracebacks included, without secrets and without control characters."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
-        return redacted(super().format(record))
+        return plain_page(redacted(super().format(record)))
 
 
 def redact_tracebacks() -> None:
@@ -99,7 +101,8 @@ def redact_tracebacks() -> None:
     """
 
     def shown(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
-        print(redacted("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr, flush=True)
+        text = redacted("".join(traceback.format_exception(kind, error, trace)))
+        print(plain_page(text), end="", file=sys.stderr, flush=True)
 
     def of_thread(args: threading.ExceptHookArgs) -> None:
         if logging.root.handlers and args.exc_value is not None:

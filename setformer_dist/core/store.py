@@ -163,6 +163,10 @@ class CheckpointStore(Protocol):
         """Wait for this rank's own writing after an error. Not collective."""
         ...
 
+    def agree(self) -> None:
+        """Give every host what else the run's folder holds, where hosts have one each; before anything is read."""
+        ...
+
     def newest(self) -> SavedState | None:
         """Return the newest checkpoint that verifies and belongs to this model, or None."""
         ...

@@ -5,6 +5,8 @@ start of a process; whatever prints (progress bars, warnings, tracebacks) goes t
 
 What a stream is also decides how wide the output is. A terminal has a width: it wraps messages by itself, and the cells
 of tables fold. A pipe or a file has none, and another program may read it: no line is broken there and no cell cut.
+
+What others wrote can steer no terminal: control characters are shown as escapes.
 """
 
 from __future__ import annotations
@@ -16,9 +18,12 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.rule import Rule
+from rich.segment import Segment
 from rich.table import Table
+
+from setformer_dist.core.words import plain_page
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +97,15 @@ def bear_lost_streams() -> None:
             setattr(sys, name, Tolerant(stream))
 
 
+class PlainConsole(Console):
+    """A console whose texts cannot steer the terminal; styles and rich's own control codes are no text."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """Yield the segments, their texts as `plain_page` has them."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=plain_page(segment.text))
+
+
 def open_console(stderr: bool = False, quiet: bool = False) -> Console:
     """Return a console that breaks no message and cuts nothing; all that this project prints by rich goes to one.
 
@@ -99,7 +113,7 @@ def open_console(stderr: bool = False, quiet: bool = False) -> Console:
         stderr: print there, not on standard output.
         quiet: print nothing.
     """
-    console = Console(stderr=stderr, quiet=quiet, soft_wrap=True)
+    console = PlainConsole(stderr=stderr, quiet=quiet, soft_wrap=True)
     stream = sys.stderr if stderr else sys.stdout
     # Not rich's own is_terminal, which FORCE_COLOR and the like change without giving a pipe a width.
     if not os.environ.get("COLUMNS", "").isdigit() and not (stream is not None and stream.isatty()):

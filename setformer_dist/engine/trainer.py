@@ -321,6 +321,7 @@ class Trainer:
             SetformerError: the checkpoint is of another model, or its cursor of other data.
         """
         c = self._c
+        c.store.agree()
         c.guard.load()
         saved = self._to_go_on_from()
         if saved is not None:

@@ -20,6 +20,7 @@ from PIL import Image
 
 from setformer_dist.core import ledger
 from setformer_dist.core.metric import AVERAGED, LOSS, METRICS_OF, Metric
+from setformer_dist.core.words import plain_page
 from setformer_dist.report import figures, refreshes, timeline
 from setformer_dist.report.rows import Row, RunRecord, finite, read_run
 from setformer_dist.report.timeline import Timeline, timeline_of
@@ -79,7 +80,7 @@ def write_report(run_folder: Path, out: Path, samples: Sequence[ClassifiedImage]
     text = render(read_run(run_folder), samples, timeline_of(ledger.read_events(run_folder)))
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(f".{out.name}.tmp")
-    aside.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of classes and files may be no text
+    aside.write_text(plain_page(text), encoding="utf-8")  # names of classes and files may be no text
     aside.replace(out)
 
 

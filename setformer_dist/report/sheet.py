@@ -20,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from setformer_dist.core.words import plain_page
+
 _TEMPLATE = "sheet.html.j2"
 _JPEG_QUALITY = 88
 
@@ -89,7 +91,7 @@ def write_html(sheet: Sheet, out: Path) -> None:
     template = resources.files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     text = environment.from_string(template).render(sheet=sheet, images=[_image(cell) for cell in sheet.cells])
-    _replace(out, text.encode())
+    _replace(out, plain_page(text).encode())
 
 
 def write_png(sheet: Sheet, out: Path, columns: int = 8) -> None:

@@ -51,8 +51,11 @@ def test_a_host_loses_its_disk_between_two_starts(digits: Path, tmp_path: Path) 
         said, _ = process.communicate(timeout=200)
         assert process.returncode == 0, said
         assert f"resumed at step {last}" in said
-        there, mine = losses(tmp_path / "whole" / "demo"), losses(cluster.disk("a") / "demo")
-        assert mine == {key: value for key, value in there.items() if key[1] > last}
+        there = losses(tmp_path / "whole" / "demo")
+        for name in cluster.names:  # what lay on the lost disk was on the other one, up to the checkpoint
+            mine = losses(cluster.disk(name) / "demo")
+            assert mine == {key: value for key, value in there.items() if name == "a" or key in mine}
+            assert {step for kind, step in mine if kind == "train"} >= set(range(1, 22))
 
         without = train_words(digits, out, "run.name=other")
         process = start(cluster, without)
@@ -78,3 +81,24 @@ def test_a_host_is_lost_with_its_disk_and_the_run_goes_on(digits: Path, tmp_path
         resumed = int(said.rpartition("resumed at step ")[2].split()[0])
         assert resumed >= 10
         assert max(step for _, step in losses(cluster.disk("a") / "demo")) == 22
+
+
+def test_rank_0s_host_is_lost_with_its_disk_and_the_run_goes_on(digits: Path, tmp_path: Path) -> None:
+    out = tmp_path / "own"
+    out.mkdir()
+    words = train_words(digits, out, "checkpoint.replicas=1", "launch.silence_s=5", "launch.retry_s=600")
+    with Cluster(2, own=out) as cluster:
+        process = start(cluster, words)
+        limit = time.monotonic() + 240
+        while not (cluster.disk("b") / "demo" / "checkpoints" / "step-00000010").exists():
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+        cluster.kill("a")
+        shutil.rmtree(cluster.disk("a") / "demo")
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+        assert int(said.rpartition("resumed at step ")[2].split()[0]) >= 10
+        mine = losses(cluster.disk("b") / "demo")
+        assert {step for kind, step in mine if kind == "train"} == set(range(1, 23))
+        assert (cluster.disk("b") / "demo" / "report.html").exists()

@@ -130,7 +130,7 @@ def test_a_node_is_killed(nodes: RayNodes, digits: Path, tmp_path: Path, record_
     assert seconds < 20
     attempts = [event for event in ledger.read_events(run) if event["event"] == "attempt"]
     assert [event["ranks"] for event in attempts] == [2, 1]
-    assert "host bundle-1 is lost" in log.read_text()
+    assert f"is lost: its agent has ended (its node {nodes.cluster.address('b')}," in log.read_text()
     nodes.cluster.boot("b")
     nodes.boot("b")
     process.wait(timeout=300)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from checkpoints import layout
+from checkpoints.beside import TURN, Beside, Names
 from checkpoints.config import CheckpointConfig
 from checkpoints.disk import Disk
 from checkpoints.identity import Identity
@@ -20,7 +21,9 @@ from checkpoints.reader import verify
 from checkpoints.spread import Hosts
 from checkpoints.spread_manager import SpreadManager
 from checkpoints.testing.copy_faults import finish
+from checkpoints.together import Together
 from launch.testing.ranks import RanksFailedError, run_ranks
+from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import CheckpointError
 from setformer_dist.core.fragments import Fragment
 from setformer_dist.core.ranks import RankInfo
@@ -42,7 +45,14 @@ def root_of(base: str, host: int) -> Path:
 
 
 def joined(
-    base: str, hosts: list[int], per_host: int, replicas: int, disk: Disk | None = None, url: str = "", **config: Any
+    base: str,
+    hosts: list[int],
+    per_host: int,
+    replicas: int,
+    disk: Disk | None = None,
+    url: str = "",
+    beside: Names | None = None,
+    **config: Any,
 ) -> SpreadManager:
     """Join as one rank of those hosts, each of which has so many ranks and a disk of its own."""
     place = RankInfo.from_env()
@@ -52,7 +62,7 @@ def joined(
     own = TorchCollectives(ranks, own=True)
     root = root_of(base, hosts[place.rank // per_host])
     return SpreadManager(
-        root, TorchCollectives(ranks), own, CheckpointConfig(**values), disk, Objects(url) if url else None
+        root, TorchCollectives(ranks), own, CheckpointConfig(**values), disk, Objects(url) if url else None, beside
     )
 
 
@@ -215,3 +225,73 @@ def test_replicas_are_on_other_hosts_and_no_rank_waits_in_a_circle(hosts: int, r
 def test_ranks_that_are_not_numbered_host_by_host_are_refused() -> None:
     with pytest.raises(CheckpointError, match="host by host"):
         Hosts.of([[0, 2], [0, 2], [1, 2], [1, 2]])
+
+
+BESIDE = Names(whole=("guard.json",), grown=("metrics.jsonl", "ledger.jsonl"), kept=("ledger.jsonl", "run.lock"))
+
+
+def train_beside(base: str, hosts: list[int], steps: list[int]) -> int:
+    """Save steps; rank 0 writes a line for each before its save, and one more that no save follows."""
+    manager = joined(base, hosts, 1, 1, beside=BESIDE)
+    ranks = RankInfo.from_env()
+    folder = root_of(base, hosts[0]).parent
+    manager.agree()
+    found = manager.newest()
+    for step in steps:
+        if ranks.is_main:
+            for name in BESIDE.grown:
+                with (folder / name).open("a") as file:
+                    file.write(f"{step} by {hosts[0]}\n")
+            (folder / "guard.json").write_text(f"after {step}")
+        manager.begin(Snapshot(step, share(ranks.rank, ranks.world_size, step), {"step": step}, {}), IDENTITY)
+    manager.finish(last=True)
+    if ranks.is_main:
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write("a line that no save foll")
+    disconnect()
+    return -1 if found is None else found.step
+
+
+def test_what_lies_beside_the_checkpoints_outlives_rank_0s_disk(tmp_path: Path) -> None:
+    """Host 0 trains, loses its disk, is away while host 1 goes on, comes back, and comes back again with old files."""
+
+    def ran(hosts: list[int], *steps: int) -> set[int]:
+        return set(run_ranks(train_beside, len(hosts), str(tmp_path), hosts, list(steps)))
+
+    def text(host: int, name: str = "metrics.jsonl") -> str:
+        return (root_of(str(tmp_path), host).parent / name).read_text()
+
+    assert ran([0, 1], 1, 2) == {-1}
+    assert text(0) == "1 by 0\n2 by 0\na line that no save foll"
+    assert text(1) == "1 by 0\n2 by 0\n"
+    assert text(1, "guard.json") == "after 2"
+    shutil.copytree(tmp_path / "host-0", tmp_path / "old")
+    shutil.rmtree(tmp_path / "host-0")
+    assert ran([1], 3) == {2}
+    assert text(1).startswith("1 by 0\n2 by 0\n3 by 1\n")
+    assert ran([0, 1], 4) == {3}  # with an empty disk
+    assert text(0, "ledger.jsonl") == "1 by 0\n2 by 0\n3 by 1\n4 by 0\n"
+    assert text(0, "guard.json") == text(1, "guard.json") == "after 4"
+    assert ran([1], 5) == {4}
+    shutil.rmtree(tmp_path / "host-0")
+    (tmp_path / "old").rename(tmp_path / "host-0")
+    (tmp_path / "host-0" / "ledger.jsonl").write_text("a supervisor's\n")
+    (tmp_path / "host-0" / "run.lock").touch()
+    (tmp_path / "host-1" / "guard.json").unlink()
+    assert ran([0, 1]) == {5}
+    assert all(line in text(0) for line in ("2 by 0\n", "3 by 1\n", "4 by 0\n", "5 by 1\n"))
+    assert text(0, "ledger.jsonl") == "a supervisor's\n"  # its own stays
+    assert not (tmp_path / "host-0" / "guard.json").exists()  # where the last writer has none, none counts
+
+
+@pytest.mark.parametrize("damage", ["", "{", '{"turn": true, "writer": 1}', '{"turn": 1e400, "writer": true}', "link"])
+def test_a_damaged_turn_counts_as_none(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    beside = Beside(tmp_path, BESIDE, Hosts((0,), (1,)), Disk())
+    if damage == "link":
+        (tmp_path / TURN).symlink_to("/dev/zero")
+    else:
+        (tmp_path / TURN).write_text(damage)
+    assert beside._turn() == (0, False)
+    assert "turn.json is damaged" in caplog.text
+    beside.agree(Alone(), Together(Alone(), tmp_path))  # type: ignore[arg-type]
+    assert beside._turn() == (1, True)

@@ -7,6 +7,7 @@ Storage on which its locks are not seen is a lock that its holder does not take:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -177,11 +178,54 @@ def test_a_process_id_that_was_given_again_is_no_holder(tmp_path: Path) -> None:
     assert process.returncode is not None
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"host": 3}', "x" * 100_000])
+def note_of_elsewhere(**values: object) -> str:
+    return json.dumps({**dataclasses.asdict(this_process()), "boot": "another", **values})
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", '{"host": 3}', "x" * 100_000, "[" * 1000, "\0" * 1024, note_of_elsewhere(pid="../self")]
+    + [note_of_elsewhere(since=since) for since in (float("nan"), float("inf"), -1.0, 1e300)],
+)
 def test_a_damaged_note_holds_nobody_up(tmp_path: Path, text: str) -> None:
     (tmp_path / LOCK_FILE).write_text(text)
     with supervising(tmp_path, timeout_s=0.0):
         assert look_without_closing(tmp_path) == os.getpid()
+
+
+def test_a_note_that_nothing_equals_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+    """A time that is not a number differs from itself, so that the note seemed to change with each look."""
+    (tmp_path / LOCK_FILE).write_text(note_of_elsewhere(since=float("nan")))
+    assert why_held(tmp_path, 0.0, 0.5) is None
+
+
+def test_a_note_cannot_steer_a_terminal(tmp_path: Path) -> None:
+    (tmp_path / LOCK_FILE).write_text(note_of_elsewhere(host="a b\x1b[31m\n", since=0.0))
+    note, _ = look(tmp_path)
+    assert note is not None
+    assert note.told() == f"host a b\\x1b[31m\\n, process {os.getpid()}"
+
+
+def test_notes_that_change_hands_are_a_sign_of_life(tmp_path: Path) -> None:
+    path = tmp_path / LOCK_FILE
+    over = threading.Event()
+
+    def take() -> None:
+        number = 0
+        while not over.wait(0.05):
+            number += 1
+            aside = path.with_name("aside")
+            aside.write_text(note_of_elsewhere(token=str(number)))
+            aside.replace(path)
+
+    path.write_text(note_of_elsewhere())
+    thread = threading.Thread(target=take)
+    thread.start()
+    try:
+        assert str(why_held(tmp_path, 1.0, 0.5)).startswith("host ")
+    finally:
+        over.set()
+        thread.join()
 
 
 def test_rank_0_of_another_launcher_gives_signs_of_life_and_ends_when_it_is_taken_over(tmp_path: Path) -> None:

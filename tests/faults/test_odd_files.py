@@ -15,7 +15,8 @@ import pytest
 from rich.console import Console
 
 from launch.ckpt.prune import _retention_of
-from launch.history.show import list_runs, report, show_run
+from launch.history.page import report
+from launch.history.show import list_runs, show_run
 from launch.ranks.lock import held, supervising
 from launch.run.config import RunConfig, check_folder, continued, load_run, resolve
 from launch.run.inputs import inputs_of

@@ -175,6 +175,19 @@ def test_one_extends_is_followed_and_two_are_refused(tmp_path: Path) -> None:
         read_toml(tmp_path / "third.toml")
 
 
+def test_a_config_that_is_no_plain_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.toml")
+    (tmp_path / "folder.toml").mkdir()
+    (tmp_path / "huge.toml").symlink_to("/dev/zero")
+    for name, said in (
+        ("pipe", "cannot be read: is not a plain file"),
+        ("folder", "is a directory: name a .toml file in it"),
+        ("huge", "cannot be read: is not a plain file"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            read_toml(tmp_path / f"{name}.toml")
+
+
 def test_a_missing_config_names_its_neighbours(tmp_path: Path) -> None:
     (tmp_path / "there.toml").write_text("")
     with pytest.raises(ConfigError, match=r"does not exist; configs there: there\.toml"):

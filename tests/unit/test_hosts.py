@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch.hosts.channel import Command
-from launch.hosts.check import folder_faults
+from launch.hosts.check import code_faults, folder_faults
 from launch.hosts.config import LaunchConfig
 from launch.hosts.facts import facts
 from launch.hosts.link import Link, RemoteHost, ask, close_all, greeted
@@ -19,6 +19,7 @@ from launch.hosts.meeting import arrange
 from launch.hosts.names import HostSpec, of_slurm, parse_hosts, read_hostfile
 from launch.hosts.reach import agent_command, opener, travelling
 from launch.hosts.wire import Wire
+from launch.record.checkout import codes_of
 from setformer_dist.core.errors import LaunchError
 
 
@@ -58,6 +59,15 @@ def test_a_hostfile_is_read_as_deepspeed_does(tmp_path: Path) -> None:
     assert names(read_hostfile(path)) == [("worker-0", 4), ("worker-1", 4), ("worker-2", 2)]
     assert names(read_hostfile(path, include="worker-1:0,2@worker-2")) == [("worker-1", 2), ("worker-2", 2)]
     assert names(read_hostfile(path, exclude="worker-1@worker-0:3")) == [("worker-0", 3), ("worker-2", 2)]
+    assert names(read_hostfile(path, include="worker-1:0@worker-1:2,0")) == [("worker-1", 2)]
+    windows = hostfile(tmp_path, "\ufeffa slots=2 \t\r\nb slots=1\x0bc slots=9\r\n\u2028\n")
+    assert names(read_hostfile(windows)) == [("a", 2), ("b", 1)]
+
+
+def test_a_hostfile_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(LaunchError, match="cannot be read: is not a plain file"):
+        read_hostfile(tmp_path / "pipe")
 
 
 def test_a_hostfile_without_end_is_refused() -> None:
@@ -71,6 +81,14 @@ def test_a_hostfile_without_end_is_refused() -> None:
         ("a\n", {}, "line 1: 'a' is not of the form HOST slots=N"),
         ("a slots=1\na slots=2\n", {}, "names host a twice"),
         ("", {}, "names no host"),
+        ("a slots=0\n", {}, "host a has 0 slots: give 1 or more"),
+        ("a slots=-1\n", {}, "host a has -1 slots: give 1 or more"),
+        ("a slots=99999\n", {}, "host a has 99999 slots: give at most 4096"),
+        ("a slots=99999999999999999999\n", {}, "'99999999999999999999' is not a number of slots"),
+        ("a slots=1_0\n", {}, "'1_0' is not a number of slots"),
+        ("a slots=\u0663\n", {}, "is not a number of slots"),
+        ("2001:db8::1 slots=2\n", {}, "2001:db8::1 is an IPv6 address: give it a name"),
+        ("[fe80::1%eth0] slots=2\n", {}, "is an IPv6 address: give it a name"),
         ("a slots=2\n", {"include": "b"}, "--include names host 'b', which is not in the hostfile"),
         ("a slots=2\n", {"include": "a:2"}, "has slots 0 to 1, but 2 is named"),
         ("a slots=2\n", {"exclude": "a"}, "leaves no host"),
@@ -199,6 +217,7 @@ def test_a_host_with_another_folder_is_named_wherever_it_stands(
     links = []
     for name, folder in (("x", "elsewhere"), ("y", "shared"), ("z", "shared")):
         (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "mine.py").write_text(f"WHERE = {folder!r}\n")
         monkeypatch.chdir(tmp_path / folder)  # agents work where their supervisor does: a relative path differs
         links.append(Link(name, opener(None)("localhost"), 20.0))
     try:
@@ -208,6 +227,12 @@ def test_a_host_with_another_folder_is_named_wherever_it_stands(
         faults = folder_faults(links, Path("run"), page)
         assert faults.keys() == {"x"}
         assert "run of host x is not that of the others" in faults["x"]
+        faults = code_faults(links, ["mine.parts", "nowhere"])
+        assert faults.keys() == {"x"}
+        assert faults["x"].startswith("host x has other code of mine, which run.imports names (files ")
+        assert links[1].facts["machine"]["codes"] == codes_of(["mine", "nowhere"])
+        (tmp_path / "elsewhere" / "mine.py").unlink()
+        assert "(none of it there, files " in code_faults(links, ["mine"])["x"]
         (tmp_path / "elsewhere" / "own.toml").write_text("other")
         Path("own.toml").write_text("ours")
         found = folder_faults([links[1], links[0]], tmp_path / "run", Path("own.toml"))
@@ -223,6 +248,10 @@ def test_a_host_with_another_folder_is_named_wherever_it_stands(
     [
         (["sh", "-c", "echo Welcome; echo permission denied >&2; exit 9"], "exit code 9 (permission denied)"),
         (["sh", "-c", "sleep 60"], "did not answer within 1 s: its command may be waiting for a password"),
+        (["sh", "-c", "printf 'Password: '; sleep 60"], "did not answer within 1 s (Password:): its command may be"),
+        (["sh", "-c", "echo a; printf 'pass? ' >&2; sleep 60"], "within 1 s (pass?): its command may be waiting"),
+        (["yes", "no"], "did not answer within 1 s (no): its command may be"),
+        (["head", "-c", "100000", "/dev/zero"], "exit code 0 (\0\0"),
         (["sh", "-c", "echo Banner; exec 1>&-; sleep 60"], "(Banner)"),
     ],
 )

@@ -130,9 +130,9 @@ def test_no_pickle_on_any_load_path() -> None:
             assert "allow_pickle=True" not in text, path
 
 
-@pytest.mark.parametrize("module", ["launch.cli.main", "launch.run.config"])
-def test_a_typo_is_reported_before_heavy_imports(module: str) -> None:
-    heavy = {"torch", "timm", "deepspeed", "numpy", "PIL", "ray"}
+@pytest.mark.parametrize("module", ["launch.cli.main", "launch.run.config", "launch.history.top"])
+def test_typos_and_looks_at_runs_need_no_heavy_imports(module: str) -> None:
+    heavy = {"torch", "timm", "deepspeed", "numpy", "PIL", "ray", "matplotlib", "jinja2"}
     program = f"import sys, {module}; print(sorted({heavy!r} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from launch.plan.goodput import Saving, best_interval, goodput
 from launch.plan.hardware import DEVICES, GB
-from launch.plan.plan import counts_of, device_named, memory_parts, plan, recovery_of, with_batch
-from launch.plan.rows import Cluster, Row, rank_memory, recommended, row_of, saving_of
+from launch.plan.plan import counts_of, device_named, impossible, memory_parts, plan, recovery_of, with_batch
+from launch.plan.rows import MOST_MICRO, Cluster, Row, rank_memory, recommended, row_of, saving_of
 from launch.plan.subject import Passes, Subject, subject_of
 from launch.plan.traffic import Model, Transfer, seconds, traffic
 from launch.run.config import load_run
@@ -219,6 +219,21 @@ def test_a_layout_that_cannot_be_is_reported_with_its_reason(subject: Subject) -
     assert grown.config.batch.global_size == 512
 
 
+def test_stages_that_share_a_reason_are_told_together() -> None:
+    rows = [Row(8, stage, "why a") for stage in range(4)]
+    rows += [Row(64, 0, "why a"), Row(64, 2, "batch.global_size = 4 is few")]
+    assert impossible(rows) == [
+        "not possible on 8 GPUs and 64 GPUs under ZeRO-0: why a",
+        "not possible on 64 GPUs under ZeRO-2: batch.global_size = 4 is few "
+        "(--batch-per-gpu N plans one that grows with the GPUs)",
+    ]
+
+
+def test_no_micro_batch_beyond_the_bound_is_promised(subject: Subject) -> None:
+    vast = dataclasses.replace(H100, device=dataclasses.replace(DEVICES["cpu"], memory=2**50, reserved=0))
+    assert dict(row_of(subject, vast, 1, 2).largest) == {False: MOST_MICRO, True: MOST_MICRO}
+
+
 def test_a_checkpoint_holds_masters_states_and_average(subject: Subject) -> None:
     saving = saving_of(subject, H100, 8)
     assert saving.size == 4 * 4 * subject.model.count  # weights, two averages of Adam, average of weights
@@ -256,6 +271,9 @@ def test_the_command_prints_tables_and_writes_the_same_as_json(
     printed = capsys.readouterr().out
     assert "1000 classes" in printed
     assert printed.count("recommended") >= 2
+    assert "not possible on 128 GPUs: batch.global_size = " in printed
+    assert "--batch-per-gpu N" in printed
+    assert "no stage fits" not in printed  # what cannot be has its own reason, and only that
     found = json.loads((tmp_path / "plan.json").read_text())
     assert [(row["gpus"], row["stage"]) for row in found["rows"]] == [(n, s) for n in (1, 2, 128) for s in range(4)]
     assert all("128 ranks" in row["why_not"] for row in found["rows"] if row["gpus"] == 128)

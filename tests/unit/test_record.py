@@ -13,7 +13,7 @@ from launch.cli import main
 from launch.history import ran
 from launch.record import attempts
 from launch.record.attempts import FOLDER, Recorder
-from launch.record.checkout import checkout_of, places_of
+from launch.record.checkout import checkout_of, codes_of, places_of
 from launch.record.differ import differing
 from launch.record.machine import driver, gpu_names, machine_facts, mattering
 from launch.run.config import RunConfig, load_run
@@ -236,6 +236,27 @@ def test_records_are_numbered_and_a_damaged_one_counts_as_missing(
     recorder.write(2, {})
     assert attempts.numbers(tmp_path) == [1, 2, 3]
     assert any("host" in line for line in ran.lines(tmp_path))
+
+
+def test_code_of_a_host_that_is_in_another_state_is_shown(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(repository)
+    here = codes_of(["mine"])
+    assert here["mine"]["git"]["branch"] == "trunk"
+    git(repository, "switch", "--quiet", "--create=other")
+    there = codes_of(["mine"])
+    assert there["mine"]["files"] == here["mine"]["files"]
+    (repository / "mine" / "more.py").write_text("")
+    assert codes_of(["mine"])["mine"]["files"] != here["mine"]["files"]
+    (repository / "mine" / "more.py").unlink()
+    git(repository, "switch", "--quiet", "trunk")
+    Recorder(tmp_path, imports=("mine",)).write(2, {"a": (1, {"codes": here}), "b": (1, {"codes": there})})
+    lines = list(ran.lines(tmp_path))
+    commit = git(repository, "rev-parse", "HEAD")[:12]
+    [line] = [line for line in lines if " there: " in line]
+    assert line == f"    code of mine there: commit {commit} on other"
+    assert lines[lines.index(line) - 1].startswith("  host b: ")
 
 
 def test_a_record_that_cannot_be_written_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

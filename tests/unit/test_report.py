@@ -162,6 +162,23 @@ def test_the_config_is_shown_escaped(run, tmp_path):
     assert "setformer_tiny&lt;&amp;&gt;" in written(run, tmp_path)
 
 
+def test_no_control_character_of_a_log_a_host_or_a_config_reaches_the_page(run, tmp_path):
+    bad = "\x1b[31m\x00\x9b\u202e\udc80\x7f"
+    (run / "config.json").write_text(json.dumps({"run": {"name": bad}}))
+    (run / "summary.json").write_text(json.dumps({"model": bad, bad: bad, "steps": 30}))
+    events = [
+        {"event": "attempt", "time": 1.0, "number": 1, "ranks": 2, "hosts": [bad, "b"]},
+        {"event": "began", "time": 2.0, "step": 0},
+        {"event": "failed", "time": 3.0, "how": bad, "step": 3},
+        {"event": "ended", "time": 3.0, "why": bad, "step": 3, "final": True},
+    ]
+    (run / "ledger.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    image = torch.zeros(3, 6, 5, dtype=torch.uint8)
+    text = written(run, tmp_path, [ClassifiedImage(image, bad, bad, 0.5)])
+    assert {c for c in text if not c.isprintable()} == {"\n"}
+    assert text.count("\\x1b[31m") > 5
+
+
 def test_the_split_table_has_means_and_shares(run, tmp_path):
     text = re.sub(r"<[^>]+>", " ", written(run, tmp_path))
     assert re.search(r"forward\s+2\.0\s+4\.4 %", text)  # 2 ms of 45 ms

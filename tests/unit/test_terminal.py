@@ -13,12 +13,15 @@ import threading
 from pathlib import Path
 
 import pytest
+from rich.panel import Panel
+from rich.text import Text
 
-from launch.cli.main import main
+from launch.cli.main import AboveBar, main
 from launch.cli.usage import system_fault
 from launch.run.config import load_run, resolve
 from launch.run.session import log_to_file
 from setformer_dist.core.ranks import RankInfo
+from setformer_dist.core.secrets import RedactingFormatter
 from setformer_dist.core.shared_memory import no_memory
 from setformer_dist.core.terminal import open_console, open_table, print_heading
 from setformer_dist.engine.progress import RunProgress
@@ -182,9 +185,51 @@ def test_the_log_of_a_rank_takes_any_name_in_any_locale(tmp_path: Path) -> None:
     try:
         assert isinstance(handler, logging.FileHandler)
         assert handler.encoding == "utf-8"
-        logging.getLogger("a").warning("· \udcff")
+        handler.handle(logging.makeLogRecord({"msg": "· \udcff", "levelno": 30, "levelname": "WARNING"}))
     finally:
         logging.root.removeHandler(handler)
         logging.root.setLevel(level)
         handler.close()
     assert Path(handler.baseFilename).read_text(encoding="utf-8").endswith("· \\udcff\n")
+
+
+HOSTILE = "a\x1b[31mred\x1b]0;title\x07\x9b2J\u202eback\x00\ud800 end\ttab"
+SHOWN = "a\\x1b[31mred\\x1b]0;title\\x07\\x9b2J\\u202eback\\x00\\ud800 end"
+
+
+def test_no_text_steers_a_terminal(stream, monkeypatch):
+    """Rich takes out some control characters, but neither ESC nor what turns the direction of writing."""
+    file = io.StringIO()
+    monkeypatch.setattr(sys, stream, file)
+    console = open_console(stderr=stream == "stderr")
+    table = open_table(HOSTILE, title=HOSTILE)
+    table.add_row(HOSTILE)
+    table.add_row(Text(HOSTILE))
+    for shown in (HOSTILE, table, Text(HOSTILE), Panel(HOSTILE)):
+        console.print(shown, markup=False, highlight=False)
+    handler = AboveBar(console=console, show_time=False, show_path=False)
+    handler.emit(logging.makeLogRecord({"msg": HOSTILE, "levelno": 40, "levelname": "ERROR"}))
+    said = file.getvalue().replace("\r\x1b[2K", "")  # what AboveBar itself sends
+    assert said.count("\\x1b[31mred") == 8
+    assert not [c for c in said if not c.isprintable() and c != "\n"]
+
+
+def test_styles_of_ours_still_reach_a_terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    file = Terminal()
+    monkeypatch.setattr(sys, "stdout", file)
+    console = open_console()
+    console.print(Text(HOSTILE, style="bold"))
+    assert file.getvalue().startswith("\x1b[1ma\\x1b[31mred")
+
+
+def test_log_files_hold_no_control_characters():
+    try:
+        raise ValueError(HOSTILE)
+    except ValueError:
+        record = logging.makeLogRecord({"msg": f"first {HOSTILE}\nsecond", "exc_info": sys.exc_info()})
+    lines = RedactingFormatter("%(message)s").format(record).split("\n")
+    assert lines[0].startswith(f"first {SHOWN}")
+    assert lines[1] == "second"
+    assert all(line.isprintable() for line in lines)
+    assert len(lines) > 3
