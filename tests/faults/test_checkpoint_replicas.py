@@ -295,3 +295,46 @@ def test_a_damaged_turn_counts_as_none(tmp_path: Path, damage: str, caplog: pyte
     assert "turn.json is damaged" in caplog.text
     beside.agree(Alone(), Together(Alone(), tmp_path))  # type: ignore[arg-type]
     assert beside._turn() == (1, True)
+
+
+def damage(folder: Path, kind: str) -> None:
+    """Harm host 0's rank file of a step, or what holds it."""
+    path = folder / layout.rank_file(0, 2)
+    if kind == "cut":
+        os.truncate(path, path.stat().st_size // 2)
+    elif kind == "longer":
+        path.write_bytes(path.read_bytes() + b"x")
+    elif kind == "of another step":
+        shutil.copyfile(folder.with_name("step-00000001") / path.name, path)
+    elif kind == "of the other rank":
+        shutil.copyfile(folder / layout.rank_file(1, 2), path)
+    elif kind == "pipe":
+        path.unlink()
+        os.mkfifo(path)
+    elif kind == "link":
+        path.rename(folder.parent / "elsewhere")
+        path.symlink_to(folder.parent / "elsewhere")
+    elif kind == "the step is a file":
+        shutil.rmtree(folder)
+        folder.write_text("x")
+    elif kind == "the step is a link":
+        folder.rename(folder.with_name("elsewhere"))
+        folder.symlink_to(folder.with_name("elsewhere"))
+
+
+KINDS = (
+    "cut", "longer", "of another step", "of the other rank", "pipe", "link", "the step is a file", "the step is a link",
+)  # fmt: skip
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_one_disk_holds_in_place_of_a_file_the_other_host_makes_it_good(tmp_path: Path, kind: str) -> None:
+    save(tmp_path, 2, 1, 1, [1, 2])
+    damage(root_of(str(tmp_path), 0) / "step-00000002", kind)
+    assert resumed(tmp_path, [0, 1]) == 2
+    for host in (0, 1):
+        folder = root_of(str(tmp_path), host) / "step-00000002"
+        assert not folder.is_symlink()
+        verify(folder)
+        assert not [path for path in folder.iterdir() if path.is_symlink() or not path.is_file()]
