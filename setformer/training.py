@@ -22,6 +22,7 @@ from launch.run.compose import Splits
 from launch.run.config import RunConfig, continued
 from launch.run.own_model import OwnModel, named_own
 from launch.run.session import Session, log_to_file, session
+from setformer.configs import check_config
 from setformer_dist.core.callback import Callback
 from setformer_dist.core.errors import LaunchError
 from setformer_dist.core.ranks import RankInfo
@@ -60,6 +61,7 @@ class Training:
         callbacks: Sequence[Callback] = (),
         data: Splits | None = None,
     ) -> None:
+        check_config(config)
         self._callbacks = tuple(callbacks)
         self._data = data
         self._config = continued(config if model is None else named_own(config, model), warn=log.warning)

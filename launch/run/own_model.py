@@ -14,6 +14,7 @@ from torch import nn
 
 from launch.run.config import RunConfig
 from launch.run.inputs import check_shapes, inputs_of
+from setformer_dist.core import revisions
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.model_config import OWN_MODEL
 from setformer_dist.core.task import Task
@@ -33,15 +34,16 @@ def named_own(config: RunConfig, own: OwnModel) -> RunConfig:
         ConfigError: the config says something of the model that only models built by name can follow.
     """
     model = config.model
-    asked = {"args": model.args, "drop_path": model.drop_path, "weights": model.weights}
+    asked = {"args": revisions.without_defaults(model.args), "drop_path": model.drop_path, "weights": model.weights}
     if wrong := [key for key, value in asked.items() if value]:
         raise ConfigError(
-            f"model.{wrong[0]} is for models that are built by name, and this run is given one as an object: build the "
-            "object so, and leave the key out"
+            f"model.{wrong[0]} applies only to models that are built by name, and this run gets a model as an object: "
+            f'remove the key, from Python by load_config(..., "~model.{wrong[0]}")'
         )
     kind = type(own) if isinstance(own, nn.Module) else own
     name = getattr(kind, "__qualname__", type(kind).__qualname__)
-    return config.model_copy(update={"model": model.model_copy(update={"name": f"{OWN_MODEL}{name}"})})
+    shown = model.model_copy(update={"name": f"{OWN_MODEL}{name}", "args": {}})
+    return config.model_copy(update={"model": shown})
 
 
 def made_own(own: OwnModel, config: RunConfig, outputs: int) -> nn.Module:

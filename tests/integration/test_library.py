@@ -112,8 +112,13 @@ def fails(outputs: int) -> nn.Module:
         (Normed, {}, r"model Normed keeps running statistics \(norm.running_mean"),
         (fails, {}, r"model fails does not take a batch of shape \(1, 3, 16, 16\): RuntimeError"),
         (lambda outputs: 3, {}, "is no torch.nn.Module with parameters that are trained"),
-        (Tiny, {"model": {"drop_path": 0.1}}, "model.drop_path is for models that are built by name"),
+        (Tiny, {"model": {"drop_path": 0.1}}, "model.drop_path applies only to models that are built by name"),
         (Tiny, {"model": {"activation_checkpointing": True}}, "to have set_grad_checkpointing"),
+        (
+            Tiny,
+            {"model": {"args": {"depths": [1]}}},
+            r'remove the key, from Python by load_config\(..., "~model.args"\)',
+        ),
         (Tiny, {"run": {"imports": ["no_such_module"]}}, "module 'no_such_module'"),
     ],
 )
@@ -127,6 +132,19 @@ def test_a_model_that_cannot_be_trained_is_refused(
     with pytest.raises(ConfigError, match=said), setformer.Training(config, model=model):
         pass
     assert not config.folder.exists()
+
+
+@pytest.mark.parametrize("config", ["demo", Path("demo.toml"), {"run": {"name": "x"}}])
+def test_what_makes_a_config_is_no_config(config: Any) -> None:
+    for call in (setformer.train, setformer.open_data):
+        with pytest.raises(ConfigError, match=r"config must be a run config, .*: make one with setformer.load_config"):
+            call(config)
+
+
+def test_a_table_among_the_overrides_is_refused() -> None:
+    wrong: Any = {"optim": {"lr": 1e-3}}
+    with pytest.raises(ConfigError, match="and got dict: give tables as keywords"):
+        setformer.load_config("demo", wrong)
 
 
 def test_a_training_is_used_where_it_is_open_and_in_the_main_thread(digits: Path, tmp_path: Path) -> None:

@@ -104,6 +104,11 @@ def test_a_bad_key_is_named_with_the_repair(override: str, sentence: str) -> Non
     assert sentence in str(error.value)
 
 
+def test_a_place_is_named_once() -> None:
+    with pytest.raises(ConfigError, match=r"demo.toml: schedule.power belongs to"):
+        load_run(DEMO, ["schedule.power=3.0"])
+
+
 @pytest.mark.parametrize(
     "override",
     ["zero.stage=x{}", "{}", "x{}=1", "optim.{}=1", "+{}", "~{}", "optim.name=\a{}", "data={}", "data.root=~/{}"],
