@@ -51,7 +51,8 @@ def own_data(train: Dataset, val: Dataset, classes: Sequence[str]) -> Splits:
         classes: class names; a label is a position in it.
 
     Raises:
-        DataError: a data set is empty, or a sample is something else.
+        DataError: a data set is empty or no sequence, a sample is something else, cannot be read, or differs when it is
+            read again.
     """
     return Splits(PythonSource(train, classes, "the training data"), PythonSource(val, classes, "the validation data"))
 
