@@ -20,27 +20,28 @@ class CheckpointConfig(FrozenConfig):
         keep_last: number of newest checkpoints to keep.
         keep_every: also keep checkpoints whose step is a multiple of this; 0 turns this off.
         keep_best: number of best checkpoints to keep besides the newest; 0 turns this off.
-        best_metric: name of the metric, as evaluation reports it, that ranks checkpoints and decides which
-            weights are better; the prefix "ema_" means the averaged weights. By default the task's first metric.
-        best_mode: whether its largest or its smallest value is best; by default the task decides.
+        best_metric: name of the evaluation metric that ranks checkpoints and decides which weights are better; the
+            prefix "ema_" selects the averaged weights. The default is the first metric of the task.
+        best_mode: whether the largest ("max") or the smallest ("min") value is best; the default comes from the task.
         asynchronous: a save stops training only while the state is copied to host memory; threads write it.
-        max_in_flight: largest number of copies waiting to be written; a further save waits.
-        on_disk_full: "stop" ends the run with an error when the disk has no room for a checkpoint; "continue" warns and
-            keeps the previous one. The last checkpoint of a run must always find room.
+        max_in_flight: maximum number of copies that wait to be written; a further save waits.
+        on_disk_full: "stop" ends the run with an error if the disk has no room for a checkpoint; "continue" prints a
+            warning and keeps the previous checkpoint. The last checkpoint of a run is always required.
         write_timeout_minutes: how long rank 0 waits for the other ranks' files before it gives up on a checkpoint.
-        mirror: URL of a folder in an object store (s3://bucket/runs, or any other that fsspec knows) to which each
-            checkpoint is copied behind training, below the run's name; "" for none. A run whose folder has no
-            checkpoint resumes from the newest copy. Credentials are those that the store's client finds.
-        mirror_minutes: how long one copy may take, tries included, and how long the end of a run waits for the last.
-        replicas: 0 where the run folder is on storage that all hosts share. Otherwise each host has a disk of its own
-            below the same path, and each file of a checkpoint is also written to so many other hosts: the loss of as
-            many hosts' disks loses nothing.
-        allow_changes: what may differ between a run and its continuation although it changes the results.
-            "global_batch" continues at the sample where the run stopped, which must be the start of a step of the
-            new size. No sample is lost or repeated, but later steps hold other samples than without the change, and
-            schedules use the new step number. It is refused with mixtures, buckets and wrap. "data" continues at the
-            same position of the same epoch on other data: which of its samples were seen is unknown. The model
-            can never differ.
+        mirror: URL of a folder in an object store (s3://bucket/runs, or any other URL that fsspec supports). Each
+            checkpoint is copied there in the background, into a folder with the name of the run. "" copies nothing. A
+            run whose folder has no checkpoint resumes from the newest copy. The client of the store finds the
+            credentials.
+        mirror_minutes: time limit of one copy, including retries; also how long the end of a run waits for the last
+            copy.
+        replicas: 0 if the run folder is on storage that all hosts share. Otherwise each host has its own disk under the
+            same path, and each file of a checkpoint is also written to this many other hosts. If the disks of as many
+            hosts are lost, nothing is lost.
+        allow_changes: what may change when a run resumes although it changes the results. "global_batch" continues at
+            the sample where the run stopped; a step of the new size must start there. No sample is lost or repeated,
+            but later steps contain other samples than before, and schedules use the new step number. Refused with
+            data.mixture, data.aspect_buckets and epoch_end = "wrap". "data" continues at the same position of the same
+            epoch with other data. The model can never change.
     """
 
     every_steps: int = Field(default=1000, ge=1)

@@ -1,1 +1,1 @@
-"""Run configs: runs/*.toml, one run each; pages of sweeps: sweeps/*.toml."""
+"""Run configs: runs/*.toml, one run each; sweep configs: sweeps/*.toml."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from launch.run.config import RunConfig, shipped
 from setformer_dist.core import config as base
+from setformer_dist.core.errors import ConfigError
 
 
 def load_config(path: str | Path | None = None, *overrides: str, **tables: Any) -> RunConfig:
@@ -23,11 +24,29 @@ def load_config(path: str | Path | None = None, *overrides: str, **tables: Any) 
         The config, frozen and checked. `setformer config` lists every key.
 
     Raises:
-        ConfigError: the file does not exist or is not TOML; a key is unknown, or a value impossible.
+        ConfigError: the file does not exist or is not TOML; a key is unknown, or a value impossible; an override is no
+            text.
     """
+    if wrong := [given for given in overrides if not isinstance(given, str)]:
+        raise ConfigError(
+            f"load_config takes overrides as text, such as 'optim.lr=1e-3', and got {type(wrong[0]).__name__}: give "
+            "tables as keywords, such as optim={'lr': 1e-3}"
+        )
     if path is None:
         return base.load(RunConfig, None, overrides, _plain({"model": {}, **tables}))
     return base.load(RunConfig, shipped(Path(path)), overrides, _plain(tables))
+
+
+def check_config(config: object) -> None:
+    """Check that a function of the library got a config and not what makes one.
+
+    Raises:
+        ConfigError: it is a name, a path or a table.
+    """
+    if not isinstance(config, RunConfig):
+        raise ConfigError(
+            f"config must be a run config, and is {type(config).__name__}: make one with setformer.load_config"
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -14,6 +14,7 @@ from launch.run.compose import Splits, open_splits
 from launch.run.config import RunConfig, resolve
 from launch.run.inputs import inputs_of
 from launch.run.own_code import bring
+from setformer.configs import check_config
 from setformer_dist.core.batch import EvalStream, TrainStream
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.core.task import Prepare
@@ -32,6 +33,7 @@ def open_data(config: RunConfig) -> Splits:
         ConfigError: a module of `run.imports` cannot be imported.
         DataError: a split is missing or damaged, or the two have different classes.
     """
+    check_config(config)
     bring(config.run.imports)
     return open_splits(resolve(config, RankInfo.from_env().world_size))
 
@@ -49,7 +51,8 @@ def own_data(train: Dataset, val: Dataset, classes: Sequence[str]) -> Splits:
         classes: class names; a label is a position in it.
 
     Raises:
-        DataError: a data set is empty, or a sample is something else.
+        DataError: a data set is empty or no sequence, a sample is something else, cannot be read, or differs when it is
+            read again.
     """
     return Splits(PythonSource(train, classes, "the training data"), PythonSource(val, classes, "the validation data"))
 

@@ -61,12 +61,12 @@ def evaluate(
     return runs.evaluate_checkpoint(trained, runs.open_named_split(trained, root, split), batch)
 
 
-def predict(trained: Trained, images: Iterable[str | Path], top: int = 3) -> list[Prediction]:
+def predict(trained: Trained, images: str | Path | Iterable[str | Path], top: int = 3) -> list[Prediction]:
     """Classify image files.
 
     Args:
         trained: from `load`, of a run on images.
-        images: files.
+        images: files, or one file.
         top: classes for each image.
 
     Returns:
@@ -77,7 +77,8 @@ def predict(trained: Trained, images: Iterable[str | Path], top: int = 3) -> lis
         ConfigError: the model does not take images.
     """
     found = []
-    for prediction in runs.predict(trained, map(Path, images), top):
+    files = [images] if isinstance(images, str | Path) else images
+    for prediction in runs.predict(trained, map(Path, files), top):
         if isinstance(prediction, DataError):
             raise prediction
         found.append(prediction)

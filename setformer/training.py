@@ -22,8 +22,9 @@ from launch.run.compose import Splits
 from launch.run.config import RunConfig, continued
 from launch.run.own_model import OwnModel, named_own
 from launch.run.session import Session, log_to_file, session
+from setformer.configs import check_config
 from setformer_dist.core.callback import Callback
-from setformer_dist.core.errors import LaunchError
+from setformer_dist.core.errors import ConfigError, LaunchError
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.engine.deepspeed_engine import quiet_deepspeed
 from setformer_dist.engine.run_state import Outcome
@@ -60,7 +61,8 @@ class Training:
         callbacks: Sequence[Callback] = (),
         data: Splits | None = None,
     ) -> None:
-        self._callbacks = tuple(callbacks)
+        check_config(config)
+        self._callbacks = _checked(callbacks)
         self._data = data
         self._config = continued(config if model is None else named_own(config, model), warn=log.warning)
         self._own = model
@@ -141,10 +143,13 @@ class Training:
             after which the run saved and stopped.
 
         Raises:
+            ConfigError: `steps` is negative.
             TrainingError: the loss is not finite or spikes, and `guard` does not tolerate it.
             DataError: the data cannot be read.
             CheckpointError: a checkpoint cannot be written.
         """
+        if steps is not None and steps < 0:
+            raise ConfigError(f"steps = {steps}: it must be 0 or more, or None to train to the end")
         trainer = self._begun.trainer
         last = trainer.total_steps if steps is None else trainer.step + steps
         self._begun.outcome = trainer.advance(last)
@@ -169,6 +174,22 @@ class Training:
             DataError: the data cannot be read.
         """
         return self._begun.trainer.score()
+
+
+def _checked(callbacks: object) -> tuple[Callback, ...]:
+    """Return the callbacks that a program passes.
+
+    Raises:
+        ConfigError: they are no list, or one of them is no instance of `Callback`.
+    """
+    if not isinstance(callbacks, Sequence):
+        raise ConfigError(f"callbacks must be a list, and is {type(callbacks).__name__}: write callbacks=[...]")
+    for callback in callbacks:
+        if isinstance(callback, type):
+            raise ConfigError(f"callbacks has the class {callback.__name__}, not an instance of it: call it first")
+        if not isinstance(callback, Callback):
+            raise ConfigError(f"callbacks has a {type(callback).__name__}: derive it from setformer.Callback")
+    return tuple(callbacks)
 
 
 def _stop_logging(handler: logging.Handler, level: int) -> None:

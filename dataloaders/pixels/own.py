@@ -20,6 +20,7 @@ import torch
 
 from setformer_dist.core.config import nearest
 from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.registry import register
 
 # (3, H, W) uint8 and a key -> (3, H, W) uint8
 Augmentation = Callable[[torch.Tensor, int], torch.Tensor]
@@ -37,10 +38,9 @@ def register_augmentation(name: str, function: Augmentation) -> None:
             a function of an importable module.
 
     Raises:
-        ConfigError: another augmentation has the name.
+        ConfigError: another augmentation has the name, or the function is not callable.
     """
-    if _OWN.setdefault(name, function) is not function:
-        raise ConfigError(f"augmentation {name!r} is registered twice: give yours another name")
+    register(_OWN, "augmentation", name, function)
 
 
 def own_augmentations(names: Sequence[str], side: int, workers: int) -> tuple[tuple[str, Augmentation], ...]:

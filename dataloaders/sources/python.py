@@ -44,10 +44,16 @@ class PythonSource:
         name: for messages.
 
     Raises:
-        DataError: it is empty, or a sample is not as this module says.
+        DataError: it is empty or no sequence, its classes are no list of names, or a sample is not as this module says.
     """
 
     def __init__(self, dataset: Dataset, classes: Sequence[str], name: str = "the data set in Python") -> None:
+        if isinstance(classes, str) or not isinstance(classes, Sequence):
+            raise DataError(
+                f"the classes of {name} must be a list of names, such as ['cat', 'dog'], not {classes!r:.40}"
+            )
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+            raise DataError(f"{name} is {type(dataset).__name__}, which has no length and no items: give a sequence")
         self._dataset = dataset
         self.classes = tuple(classes)
         self.name = name
@@ -65,6 +71,7 @@ class PythonSource:
             digest.update(repr((stored.image.shape, label)).encode())
             digest.update(stored.image.tobytes())
             digest.update(b"" if stored.soft is None else stored.soft.tobytes())
+        self._refuse_random(0)
         self._sizes = np.array(sizes, np.int32)
         self._labels = torch.tensor(labels)
         self.parts = frozenset({"soft"} if soft else ())
@@ -114,8 +121,20 @@ class PythonSource:
     def close(self) -> None:
         """Nothing is open."""
 
+    def _refuse_random(self, number: int) -> None:
+        """Refuse a data set whose sample differs when it is read again, as one with a random transform."""
+        (first, label), (again, label_again) = self._sample(number), self._sample(number)
+        if label != label_again or not np.array_equal(first.image, again.image):
+            raise DataError(
+                f"{self.place(number)} differs when it is read again: leave random transforms to [data.augment], or "
+                "derive them from the index"
+            )
+
     def _sample(self, number: int) -> tuple[Stored, int]:
-        found = self._dataset[number]
+        try:
+            found = self._dataset[number]
+        except Exception as error:
+            raise DataError(f"{self.place(number)} cannot be read: {type(error).__name__}: {error}") from error
         if not isinstance(found, tuple | list) or len(found) not in (2, 3):
             raise DataError(f"{self.place(number)} is not (image, label) or (image, label, soft label)")
         image, label = np.asarray(found[0]), found[1]

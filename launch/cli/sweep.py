@@ -16,7 +16,7 @@ from setformer_dist.core.terminal import open_console
 
 
 class PageFirst(TyperGroup):
-    """Makes `setformer sweep PAGE` an abbreviation of `setformer sweep run PAGE`."""
+    """Makes `setformer sweep CONFIG` an abbreviation of `setformer sweep run CONFIG`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Insert `run` before a first argument that is not a command."""
@@ -25,9 +25,9 @@ class PageFirst(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-_HELP = """Search a space of run configs: `setformer sweep PAGE`.
+_HELP = """Search hyperparameters: `setformer sweep CONFIG` trains many variants of a run config.
 
-Each trial is an ordinary run in a folder of its own. Needs the extra: pip install 'setformer_dist[ray]'.
+Each trial is an ordinary run with its own folder. Needs the extra: pip install 'setformer_dist[ray]'.
 
 Examples:
 
@@ -57,7 +57,10 @@ def _require() -> None:
 @app.command()
 def run(
     page: Annotated[
-        Path, typer.Argument(help="The sweep's TOML page, or the name of a shipped one.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="CONFIG", help="The sweep's TOML config, or the name of a shipped one.", show_default=False
+        ),
     ],
     overrides: Annotated[
         list[str] | None,
@@ -67,13 +70,13 @@ def run(
         str | None,
         typer.Option(help="Ray cluster: HOST:PORT or auto; by default one is started here.", show_default=False),
     ] = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait for nodes where trials do not fit.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the trials to begin with, then stop.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for more nodes if trials do not fit.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the first trials, then stop.")] = False,
 ) -> None:
-    """Run or continue the sweep that a page describes; `setformer sweep PAGE` means the same.
+    """Start or continue the sweep that a sweep config describes; `setformer sweep CONFIG` means the same.
 
-    Run the same command again after a stop or a kill: finished trials are kept, running ones resume from their
-    checkpoints. Ctrl-C and SIGTERM have all runs save first.
+    Run the same command again after a stop or a kill: it keeps finished trials, and resumes interrupted ones
+    from their checkpoints. After Ctrl-C and SIGTERM, all runs save before they end.
 
     Examples:
 

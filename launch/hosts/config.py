@@ -16,18 +16,18 @@ class LaunchConfig(FrozenConfig):
     """The `[launch]` table: a run on several hosts.
 
     Attributes:
-        silence_s: seconds without a word from a host after which it counts as lost, and after which its own ranks end
-            because they hear nothing of the supervisor.
-        connect_s: seconds that a host has to answer at the start.
-        min_hosts: the run waits for hosts rather than going on with fewer than these.
-        max_hosts: hosts that train at a time; further ones of the list stand by. 0 takes all.
-        retry_s: seconds for which a host that was lost is left out; doubled each time it is lost again, up to an hour,
-            until it has trained for ten times as long.
-        take_back: when a host that answers again takes part again: once the next checkpoint is written, at once (the
-            ranks save and start again), or never before the next start.
-        warm: fork the ranks of a host from one interpreter that has imported everything, which makes restarts faster;
-            hosts that stand by have theirs ready too. Not done on GPUs.
-        env: environment variables that travel to all ranks besides those that always do: names, or NAME=value.
+        silence_s: seconds without a message from a host after which the host counts as lost. The ranks of a host end
+            after the same time without a message from the supervisor.
+        connect_s: seconds within which a host must answer at the start.
+        min_hosts: the run waits until at least this many hosts answer.
+        max_hosts: number of hosts that train at the same time; further hosts stand by. 0 uses all.
+        retry_s: seconds for which a lost host is excluded. The time doubles with each further loss, up to an hour,
+            until the host has trained for ten times as long.
+        take_back: when a lost host that answers again rejoins: "checkpoint", after the next checkpoint; "at_once", at
+            once (the ranks save and restart); or "never", at the next start.
+        warm: fork the ranks of a host from one interpreter that has imported everything, which makes restarts faster.
+            Hosts that stand by keep one ready too. Not used on GPUs.
+        env: further environment variables to pass to all ranks: names, or NAME=value.
     """
 
     silence_s: float = pydantic.Field(default=60.0, ge=2)

@@ -58,19 +58,19 @@ class RunTable(FrozenConfig):
     """Who the run is.
 
     Attributes:
-        name: its folder below `out`.
-        out: folder of all runs.
-        seed: of weights, order, augmentation and everything else that is drawn.
+        name: name of the run folder below `out`.
+        out: folder that holds all runs.
+        seed: seed of weights, sample order, augmentation and all other random draws.
         log_every: optimizer steps between two lines of metrics.jsonl.
-        threads: compute threads per rank; 0 shares the cores among this machine's ranks. On CPUs another number adds
-            in another order, so losses then agree to rounding only.
+        threads: compute threads per rank; 0 divides this machine's cores among its ranks. On CPUs, the number of
+            threads changes the order of additions, so losses with different numbers agree to rounding only.
         timeout_minutes: how long a rank waits for the others before it gives up.
-        imports: modules of your own that every rank imports first, from where Python finds them or from the working
-            directory: models that they register with timm, tasks, callbacks, augmentations. Commands on a checkpoint
-            need --import as well.
-        callbacks: names of registered callbacks, in the order in which they hear each event.
-        callback_args: for each of them, what it is made with, as a table: run.callback_args.NAME.
-        record_samples: write the sample ids of every optimizer step to samples.jsonl, as a proof of order.
+        imports: your own modules, which every rank imports first. Python looks for them among the installed packages
+            and in the working directory. They register models with timm, tasks, callbacks or augmentations. Commands
+            that read a checkpoint need --import as well.
+        callbacks: names of registered callbacks, in the order in which they are called.
+        callback_args: arguments of a callback, in the table run.callback_args.NAME.
+        record_samples: write the sample ids of every optimizer step to samples.jsonl, to check the sample order.
     """
 
     name: Annotated[str, FREE]

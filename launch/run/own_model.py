@@ -31,30 +31,47 @@ def named_own(config: RunConfig, own: OwnModel) -> RunConfig:
     """Return a run's config with the name under which its folder and checkpoints show a model of the user's own.
 
     Raises:
-        ConfigError: the config says something of the model that only models built by name can follow.
+        ConfigError: it is neither module nor function; or the config says something of the model that only models built
+            by name can follow.
     """
+    if not isinstance(own, nn.Module) and not callable(own):
+        raise ConfigError(
+            f"model must be a torch.nn.Module or a function of the number of outputs, and is {own!r:.40}: a registered "
+            "name belongs into model.name of the config"
+        )
     model = config.model
-    args = {} if model.args == revisions.named(model.name, {}) else model.args  # those that nobody gave
-    asked = {"args": args, "drop_path": model.drop_path, "weights": model.weights}
+    asked = {"args": revisions.without_defaults(model.args), "drop_path": model.drop_path, "weights": model.weights}
     if wrong := [key for key, value in asked.items() if value]:
         raise ConfigError(
-            f"model.{wrong[0]} is for models that are built by name, and this run is given one as an object: build the "
-            "object so, and leave the key out"
+            f"model.{wrong[0]} applies only to models that are built by name, and this run gets a model as an object: "
+            f'remove the key, from Python by load_config(..., "~model.{wrong[0]}")'
         )
     kind = type(own) if isinstance(own, nn.Module) else own
     name = getattr(kind, "__qualname__", type(kind).__qualname__)
-    return config.model_copy(update={"model": model.model_copy(update={"name": f"{OWN_MODEL}{name}", "args": {}})})
+    shown = model.model_copy(update={"name": f"{OWN_MODEL}{name}", "args": {}})
+    return config.model_copy(update={"model": shown})
 
 
 def made_own(own: OwnModel, config: RunConfig, outputs: int) -> nn.Module:
     """Return a model of a user's own: a copy of the module, or what the function makes, drawn from the run's seed.
 
     Raises:
-        ConfigError: it is no module, or one that cannot be trained over several ranks.
+        ConfigError: it cannot be made, is no module, or is one that cannot be trained over several ranks.
     """
 
     def make(count: int) -> nn.Module:
-        return copy.deepcopy(own) if isinstance(own, nn.Module) else own(count)
+        if isinstance(own, nn.Module):
+            return copy.deepcopy(own)
+        try:
+            return own(count)
+        except ConfigError:
+            raise
+        except Exception as error:
+            name = config.model.name.removeprefix(OWN_MODEL)
+            why = f"{type(error).__name__}: {error}"
+            raise ConfigError(
+                f"model {name} cannot be made as {name}({count}): {why}: it takes the number of outputs"
+            ) from error
 
     return own_model(make, config.model, outputs, config.run.seed)
 

@@ -98,7 +98,7 @@ def load_trained(path: Path, weights: Weights = "auto", own: OwnModel | None = N
                 empty = inputs.build_model(config.model, len(task.outputs), about.inputs, config.run.seed)
             _check_shapes(shapes_of(empty), shapes, place)
             model = inputs.build_model(config.model, len(task.outputs), about.inputs, config.run.seed)
-        _check_shapes(shapes_of(model), shapes, place)
+        _check_shapes(shapes_of(model), shapes, place, given=own is not None)
     except ConfigError as error:
         raise CheckpointError(
             f"the model of checkpoint {place} cannot be built: {error}{_own_code(about.imports)}"
@@ -110,7 +110,10 @@ def load_trained(path: Path, weights: Weights = "auto", own: OwnModel | None = N
 def _own_code(modules: tuple[str, ...]) -> str:
     if not modules:
         return ""
-    return f" (its run imported {', '.join(modules)}; if you trust that code, say --import {modules[0]})"
+    return (
+        f" (its run imported {', '.join(modules)}; if you trust that code, add --import {modules[0]}, or import it "
+        "first in Python)"
+    )
 
 
 @dataclass(frozen=True)
@@ -192,15 +195,23 @@ def _no_more_parameters_than(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[
         handle.remove()
 
 
-def _check_shapes(model: Mapping[str, tuple[int, ...]], there: Mapping[str, tuple[int, ...]], place: Path) -> None:
-    """Refuse a checkpoint whose config describes another model than it holds.
+def _check_shapes(
+    model: Mapping[str, tuple[int, ...]], there: Mapping[str, tuple[int, ...]], place: Path, given: bool = False
+) -> None:
+    """Refuse a checkpoint whose config, or the model given for it, has other parameters than it holds.
 
     Raises:
         CheckpointError: naming the first parameters that differ.
     """
     wrong = sorted(name for name in {*model, *there} if model.get(name) != there.get(name))
-    if wrong:
-        raise CheckpointError(f"checkpoint {place} and its own config disagree about {', '.join(wrong[:4])}")
+    if not wrong:
+        return
+    if given:
+        raise CheckpointError(
+            f"the model that was passed has other parameters than checkpoint {place}, such as {', '.join(wrong[:4])}: "
+            "pass the model that the run trained"
+        )
+    raise CheckpointError(f"checkpoint {place} and its own config disagree about {', '.join(wrong[:4])}")
 
 
 def _fill(model: nn.Module, weights: dict[str, torch.Tensor], checkpoint: Checkpoint) -> None:

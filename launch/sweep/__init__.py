@@ -1,6 +1,6 @@
 """Sweeps: many runs over a space of configs, placed by Ray, with a journal from which each continues.
 
-page.py        the page: base run config, space, budget, searcher, scheduler
+page.py        the sweep config: base run config, space, budget, searcher, scheduler
 space.py       parameters, conditions, points
 search.py      Optuna's samplers and pruners as functions of the journal
 population.py  population based training: who is replaced, by whose clone

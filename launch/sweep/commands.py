@@ -41,7 +41,7 @@ def run(sweep: Sweep, address: str | None, wait: bool, console: Console) -> int:
     """Run a sweep, or continue it; return the exit code.
 
     Args:
-        sweep: of a page.
+        sweep: with its config.
         address: of a Ray cluster; None starts one on this machine.
         wait: for nodes, where trials do not fit.
         console: for the tables; lines about trials go to standard error.

@@ -1,4 +1,4 @@
-"""The page of a sweep: one strict TOML file, and the run config of each of its trials.
+"""The config of a sweep: one strict TOML file, and the run config of each of its trials.
 
 configs/sweeps/NAME.toml
 [sweep]      name, base run config, metric, seeds per point
@@ -47,7 +47,7 @@ class SweepTable(FrozenConfig):
     Attributes:
         name: the sweep's folder below `out`.
         out: folder of all sweeps.
-        base: run config of the trials: a path beside the page, or one that `setformer train` would take.
+        base: run config of the trials: a file beside the sweep config, or one that `setformer train` would take.
         metric: figure of an evaluation that is compared, with "ema_" before it for the averaged weights. By default
             the base's checkpoint.best_metric.
         mode: whether its largest or its smallest value is best; by default the task decides.
@@ -164,7 +164,7 @@ class SchedulerTable(FrozenConfig):
 
 
 class SweepConfig(FrozenConfig):
-    """A sweep, as its page says it.
+    """The sweep config.
 
     Attributes:
         set: keys of the run config that all trials share, as tables.
@@ -209,10 +209,10 @@ class SweepConfig(FrozenConfig):
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep whose page and base have been read.
+    """A sweep whose config and base have been read.
 
     Attributes:
-        config: of the page.
+        config: the sweep config.
         table: of the base run config, with `[set]` on top.
         source: what errors of a trial's config begin with.
     """
@@ -283,7 +283,7 @@ class Sweep:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Return page and base as sweep.json has them."""
+        """Return sweep config and base as sweep.json stores them."""
         return {"page": self.config.model_dump(mode="json"), "base": self.run.model_dump(mode="json")}
 
     def _any_point(self) -> Point:
@@ -303,7 +303,7 @@ def laid_on(table: Mapping[str, object], point: Point) -> dict[str, object]:
 
 
 def shipped_page(path: Path) -> Path:
-    """Return a page's path: as given if it exists, else the shipped one of that name."""
+    """Return the path of a sweep config: as given if it exists, else the shipped one of that name."""
     if path.exists():
         return path
     place = _CONFIGS / "sweeps" / f"{path.name.removesuffix('.toml')}.toml"
@@ -311,7 +311,7 @@ def shipped_page(path: Path) -> Path:
 
 
 def load_sweep(path: Path, overrides: Iterable[str] = ()) -> Sweep:
-    """Read a page, its overrides and its base, and check all that can be checked before a trial runs.
+    """Read a sweep config, its overrides and its base, and check all that can be checked before a trial runs.
 
     Raises:
         ConfigError: naming the file, the key and the repair.
@@ -367,7 +367,7 @@ def check_continued(sweep: Sweep) -> bool:
     """Return whether the folder holds this sweep, False where it holds none.
 
     Raises:
-        ConfigError: it holds one of another page or base; with the keys that differ.
+        ConfigError: it holds a sweep of another config or base; with the keys that differ.
     """
     path = sweep.folder / SWEEP
     try:
@@ -387,7 +387,7 @@ def check_continued(sweep: Sweep) -> bool:
         shown = ", ".join(f"{d.key} was {d.there!r} and is {d.here!r}" for d in found[:_SHOWN])
         more = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         raise ConfigError(
-            f"the page changed since the sweep in {sweep.folder} began ({shown}{more}): "
+            f"the sweep config or its base changed since the sweep in {sweep.folder} began ({shown}{more}): "
             "set it back, or give this sweep another sweep.name"
         )
     return True

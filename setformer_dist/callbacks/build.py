@@ -16,6 +16,7 @@ from setformer_dist.core.callback import Callback
 from setformer_dist.core.config import nearest
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.logging_config import LoggingConfig
+from setformer_dist.core.registry import register
 
 # Makes a callback of its table in run.callback_args.
 CallbackFactory = Callable[[Mapping[str, Any]], Callback]
@@ -27,10 +28,9 @@ def register_callback(name: str, factory: CallbackFactory) -> None:
     """Make a callback known by a name that is not known yet; the same factory may come again.
 
     Raises:
-        ConfigError: another callback has the name.
+        ConfigError: another callback has the name, or the factory is not callable.
     """
-    if _CALLBACKS.setdefault(name, factory) is not factory:
-        raise ConfigError(f"callback {name!r} is registered twice: give yours another name")
+    register(_CALLBACKS, "callback", name, factory)
 
 
 def build_callbacks(

@@ -251,7 +251,8 @@ def _explain(model: type[pydantic.BaseModel], fault: Any) -> str:
     if not place:
         return str(message)
     if fault["type"] == "value_error":
-        return f"{place}: {message}"
+        named = message.startswith((f"{place}.", f"{place}:"))  # the message has the place already
+        return message if named else f"{place}: {message}"
     if fault["type"] in ("model_type", "model_attributes_type", "dict_type"):
         value = fault["input"]
         first = first_key(model, place) or f"{place}.key"

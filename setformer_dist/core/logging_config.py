@@ -13,9 +13,9 @@ class WandbConfig(FrozenConfig):
     """Weights & Biases; needs the extra `wandb`.
 
     Attributes:
-        project: where the run appears; None: nothing goes to Weights & Biases.
-        entity: user or team; None: the account's default.
-        mode: "online", or "offline": files below the run's folder, for `wandb sync`.
+        project: project in which the run appears; without it, nothing is sent to Weights & Biases.
+        entity: user or team; by default the account's.
+        mode: "online" or "offline"; "offline" writes files in the run folder for `wandb sync`.
     """
 
     project: str | None = pydantic.Field(default=None, min_length=1)
@@ -27,8 +27,8 @@ class MlflowConfig(FrozenConfig):
     """MLflow; needs the extra `mlflow`.
 
     Attributes:
-        experiment: where the run appears; None: nothing goes to MLflow.
-        tracking_uri: of the server or store; None: MLFLOW_TRACKING_URI, or MLflow's own default.
+        experiment: experiment in which the run appears; without it, nothing is sent to MLflow.
+        tracking_uri: address of the server or store; by default MLFLOW_TRACKING_URI, or MLflow's own default.
     """
 
     experiment: str | None = pydantic.Field(default=None, min_length=1)

@@ -28,8 +28,8 @@ class ModelConfig(FrozenConfig):
     """Which model, and what differs from its registered shape.
 
     Attributes:
-        name: as in `timm.create_model`.
-        drop_path: stochastic depth of the last block; earlier blocks rise to it linearly.
+        name: model name, as in `timm.create_model`.
+        drop_path: stochastic depth rate of the last block; the rates of earlier blocks rise to it linearly.
         activation_checkpointing: recompute every block in the backward pass: less memory, about a third more work;
             the same as recompute = "block".
         recompute: what the backward pass computes again, for all stages or for each: "none"; "cheap", the outputs of
@@ -37,14 +37,14 @@ class ModelConfig(FrozenConfig):
             policy changes a bit. Models other than setformer_* know "none" and "block".
         memory_budget: what a rank may take on its device, such as "20 GiB" or "900 MiB": the run takes the policy that
             recomputes least and is predicted to fit. Excludes `recompute`.
-        args: further arguments of the model's own constructor, such as embed_dim, depths, stem_strides, attention
-            ("set", "soft", "soft_norm", "cast", "softmax"), or the tables of their choices: [model.args.attn] with
-            epsilon, iterations, references …, [model.args.soft], [model.args.cast]. What timm takes besides them
-            (pretrained, checkpoint_path, …) is refused: it would load or write files.
-        weights: what a new run begins with, for fine-tuning: a checkpoint of ours (a run's folder, or one step's), or a
-            .safetensors file as `setformer ckpt export` writes it. A run that resumes does not read it again.
-        skip: beginnings of the names of parameters that are not taken from there but drawn from the seed, such as
-            ["head."] for another number of classes.
+        args: arguments of the model's constructor, such as embed_dim, depths, stem_strides, attention ("set", "soft",
+            "soft_norm", "cast" or "softmax"), and the options of the attention: [model.args.attn] with epsilon,
+            iterations, references …, [model.args.soft], [model.args.cast]. Arguments of `timm.create_model` that load
+            or write files (pretrained, checkpoint_path, …) are refused.
+        weights: initial weights for fine-tuning: a checkpoint of this project (a run folder or the folder of one step),
+            a .safetensors file, or hf-hub:timm/MODEL. A resumed run does not read them again.
+        skip: name prefixes of parameters that `weights` does not set, such as ["head."] for another number of classes;
+            they keep their random initialization.
     """
 
     name: str = "setformer_tiny"

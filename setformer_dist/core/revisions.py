@@ -144,6 +144,18 @@ def unnamed(args: Args) -> dict[str, object]:
     return dict(args)
 
 
+def without_defaults(args: Args) -> dict[str, object]:
+    """Return arguments without the choices that have their default, which a config gets whoever wrote it.
+
+    Args:
+        args: of a model whose config names its choices.
+    """
+    for revision in REVISIONS:
+        if revision.of(args) == revision.new:
+            args = _with(args, revision.key, None)
+    return dict(args)
+
+
 def with_old(args: Args, revision: Revision) -> dict[str, object]:
     """Return arguments with the old choice."""
     return _with(args, revision.key, revision.old)

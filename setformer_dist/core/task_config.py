@@ -13,11 +13,12 @@ class TaskConfig(FrozenConfig):
     """What the run learns.
 
     Attributes:
-        name: "classification" (one class per sample), "multilabel" (a class of the data names a set of labels, such as
+        name: "classification" (one class per sample), "multilabel" (a class name joins the labels of a sample, such as
             "cat+dog"), or a task that a module of run.imports registers.
-        args: the task's own. "classification" and "multilabel" have loss ("cross_entropy", "binary_cross_entropy" or
-            "focal"), class_weights (a factor for each class, by name), and gamma and alpha of "focal"; "multilabel" has
-            separator ("+") and none ("none", the class without any label) as well.
+        args: arguments of the task. "classification" and "multilabel" take loss ("cross_entropy",
+            "binary_cross_entropy" or "focal"), class_weights (a factor per class name), and for "focal" gamma and
+            alpha. "multilabel" also takes separator (default "+") and none (the class name for samples without labels,
+            default "none").
     """
 
     name: str = "classification"

@@ -24,9 +24,9 @@ class BatchConfig(FrozenConfig):
     """How many samples make an optimizer step, and how many of them a rank computes at once.
 
     Attributes:
-        global_size: samples per optimizer step over all ranks; part of the run's identity.
-        micro: samples per rank and accumulation step; "auto" takes the largest that divides, up to max_micro.
-        max_micro: bound for "auto", by memory.
+        global_size: samples per optimizer step over all ranks; a resumed run must keep it.
+        micro: samples per rank and accumulation step; "auto" takes the largest possible size up to max_micro.
+        max_micro: largest micro batch that "auto" may choose; memory limits it.
     """
 
     global_size: Annotated[int, Permitted("global_batch")] = pydantic.Field(gt=0, le=LARGEST_GLOBAL_BATCH)
@@ -56,19 +56,19 @@ class ScheduleConfig(FrozenConfig):
     """The learning rate: linear warm-up, then what `name` says. Give epochs or steps, not both.
 
     Attributes:
-        name: what follows the warm-up: "cosine" (Loshchilov & Hutter 2017), "linear", "polynomial", "step" (drops at
-            equal distances), "constant", or "wsd" (constant, then a linear decay at the end; Hu et al. 2024).
+        name: curve after the warm-up: "cosine" (Loshchilov & Hutter 2017), "linear", "polynomial", "step" (drops at
+            regular intervals), "constant", or "wsd" (constant, then a linear decay at the end; Hu et al. 2024).
         epochs: length of the run in epochs.
         steps: length of the run in optimizer steps.
-        warmup_epochs: length of the warm-up in epochs (of the run's own epochs).
+        warmup_epochs: length of the warm-up in epochs of the run.
         warmup_steps: length of the warm-up in optimizer steps.
         warmup_lr: learning rate at step 0.
-        min_lr: learning rate at the end; "step" and "constant" do not go there.
+        min_lr: learning rate at the end; not used by "step" and "constant".
         power: exponent of "polynomial": the rate falls as (1 - t)^power from its peak to min_lr.
         drop_epochs: epochs between two drops of "step", counted from the end of the warm-up.
         drop_steps: the same in optimizer steps.
-        drop_factor: what each drop of "step" multiplies the rate by.
-        decay_epochs: length of the decay that ends "wsd", in epochs.
+        drop_factor: factor of the learning rate at each drop of "step".
+        decay_epochs: length of the final decay of "wsd" in epochs.
         decay_steps: the same in optimizer steps.
     """
 
@@ -99,7 +99,9 @@ class ScheduleConfig(FrozenConfig):
         for key, name in _SCHEDULE_KEYS.items():
             default = type(self).model_fields[key].default
             if self.name != name and getattr(self, key) != default:
-                raise ValueError(f'schedule.{key} is of name = "{name}", and this one is "{self.name}": leave it out')
+                raise ValueError(
+                    f'schedule.{key} belongs to schedule.name = "{name}", but the name is "{self.name}": remove the key'
+                )
         for name, part in {"step": "drop", "wsd": "decay"}.items():
             given = [getattr(self, f"{part}_{unit}") is not None for unit in ("epochs", "steps")]
             if self.name == name and sum(given) != 1:
@@ -117,12 +119,15 @@ class ScheduleConfig(FrozenConfig):
             ConfigError: the warm-up is as long as the run.
         """
         if self.warmup_steps is not None:
-            steps = self.warmup_steps
+            steps, unit = self.warmup_steps, "steps"
         else:
-            steps = round((self.warmup_epochs or 0) * steps_per_epoch)
+            steps, unit = round((self.warmup_epochs or 0) * steps_per_epoch), "epochs"
         total = self.total_steps(steps_per_epoch)
         if steps >= total:
-            raise ConfigError(f"schedule: a warm-up of {steps} steps does not fit into a run of {total} steps")
+            raise ConfigError(
+                f"schedule: a warm-up of {steps} steps does not fit into a run of {total} steps: lower "
+                f"schedule.warmup_{unit}, or make the run longer (schedule.epochs or schedule.steps)"
+            )
         return steps
 
     def drop_every(self, steps_per_epoch: int) -> int:
@@ -145,7 +150,7 @@ class ScheduleConfig(FrozenConfig):
         return steps
 
 
-_WHOLE = "needs whole parameters, and ZeRO cuts them into flat parts, so that its steps would depend on the ranks"
+_WHOLE = "needs whole parameters; ZeRO splits them into flat parts, so its steps would depend on the world size"
 # Optimizers that people ask for and that cannot be had here, and why.
 _REFUSED_OPTIMIZERS = {
     "lamb": f"scales each parameter by a norm of it, so it {_WHOLE}",
@@ -154,9 +159,9 @@ _REFUSED_OPTIMIZERS = {
     "shampoo": f"multiplies with roots of whole matrices, so it {_WHOLE}",
     "soap": f"rotates whole matrices, so it {_WHOLE}",
     "adafactor": f"keeps sums of rows and columns, so it {_WHOLE}",
-    "adagrad": "is made again by DeepSpeed without its parameter groups, so that weight and layer decay would be lost",
+    "adagrad": "is recreated by DeepSpeed without parameter groups, so weight decay and layer decay would be lost",
     "adan": "counts its steps per group, and DeepSpeed steps a group several times at stage 3",
-    "laprop": "keeps sums of learning rates besides its states, which no checkpoint holds",
+    "laprop": "keeps sums of learning rates in addition to its states, and checkpoints do not contain them",
 }
 # Defaults of optimizers that differ from AdamW's, as their authors have them.
 _OPTIMIZER_DEFAULTS: dict[str, dict[str, object]] = {
@@ -172,16 +177,17 @@ class OptimConfig(FrozenConfig):
     Attributes:
         name: "adamw" (Loshchilov & Hutter 2019), "adam", "nadamw", "adopt" (Taniguchi et al. 2024), "lion" (Chen et al.
             2023) or "sgd".
-        lr: peak learning rate at the configured global batch.
-        weight_decay: not applied to norms, biases, references and what else the model names. Decoupled from the
-            gradient, but for "adam" and "sgd", which add it to the gradient as PyTorch's do.
-        betas: decays of the averages of gradients and their squares; "lion" has (0.9, 0.99) unless they are given,
-            "adopt" (0.9, 0.9999). Not of "sgd".
-        eps: added to the denominator of an update; 1e-6 for "adopt" unless it is given. Not of "lion" and "sgd".
-        momentum: of "sgd".
-        nesterov: Nesterov's momentum, of "sgd".
-        clip_norm: bound of the global gradient norm; 0 turns clipping off.
-        layer_decay: factor per layer group from the head down; 1 turns it off.
+        lr: peak learning rate at the configured global batch; it is not scaled with the batch.
+        weight_decay: weight decay; not applied to norms, biases, references and other parameters that the model
+            excludes. Decoupled from the gradient, except for "adam" and "sgd", which add it to the gradient as in
+            PyTorch.
+        betas: decay rates of the averages of gradients and of their squares. Defaults: (0.9, 0.99) for "lion", (0.9,
+            0.9999) for "adopt". Not used by "sgd".
+        eps: constant in the denominator of an update; the default for "adopt" is 1e-6. Not used by "lion" and "sgd".
+        momentum: momentum of "sgd".
+        nesterov: use Nesterov momentum with "sgd".
+        clip_norm: upper bound of the global gradient norm; 0 turns clipping off.
+        layer_decay: factor of the learning rate from one layer group to the next, from the head down; 1 turns it off.
     """
 
     name: Literal["adamw", "adam", "nadamw", "adopt", "lion", "sgd"] = "adamw"
@@ -201,7 +207,7 @@ class OptimConfig(FrozenConfig):
         if not isinstance(table, dict) or not isinstance(name := table.get("name", "adamw"), str):
             return table
         if (reason := _REFUSED_OPTIMIZERS.get(name.lower())) is not None:
-            raise ValueError(f'name = "{name}" {reason}: take "adamw", "lion" or "sgd"')
+            raise ValueError(f'name = "{name}" is refused, because it {reason}: use "adamw", "lion" or "sgd"')
         return {**_OPTIMIZER_DEFAULTS.get(name, {}), **table}
 
     @pydantic.field_validator("betas", mode="before")
@@ -220,7 +226,9 @@ class OptimConfig(FrozenConfig):
     def _of_this_optimizer(self) -> OptimConfig:
         for key in _SGD_KEYS:
             if self.name != "sgd" and getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f'optim.{key} is of name = "sgd"; "{self.name}" has betas: leave it out')
+                raise ValueError(
+                    f'optim.{key} belongs to optim.name = "sgd", but the name is "{self.name}": remove the key'
+                )
         return self
 
 
@@ -228,12 +236,12 @@ class DistillConfig(FrozenConfig):
     """Learning from a trained model as well (Hinton et al. 2015): loss = (1 - share) · own + share · teacher's.
 
     Attributes:
-        teacher: run folder or checkpoint of the teacher; "" is none. Its weights are part of what the run is, wherever
-            they lie.
-        weights: which of its weights: "plain", "ema", or "auto", those that scored better.
-        share: of the loss that compares with the teacher, 0 to 1.
-        temperature: what both models' logits are divided by there; its square multiplies that part of the loss, so
-            that gradients keep their size.
+        teacher: run folder or checkpoint of the teacher; "" is none. It may move, but a resumed run must use the same
+            weights.
+        weights: which weights of the teacher: "plain", "ema", or "auto" for those that scored better.
+        share: weight of the teacher's term in the loss, above 0 and up to 1.
+        temperature: divisor of both models' logits in the teacher's term. The term is multiplied by its square, so that
+            gradients keep their size.
     """
 
     teacher: Annotated[str, FREE] = ""
@@ -255,8 +263,8 @@ class PrecisionConfig(FrozenConfig):
 
     Attributes:
         dtype: "fp32", "bf16" or "fp16" (with loss scaling; needs a device that supports it).
-        grad_accum: dtype in which gradients accumulate and travel; "auto" is the compute dtype.
-        loss_scale: fp16 only; 0 scales dynamically.
+        grad_accum: dtype in which gradients are accumulated and communicated; "auto" is the compute dtype.
+        loss_scale: fixed loss scale for fp16; 0 scales dynamically.
     """
 
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -271,9 +279,9 @@ class ZeroConfig(FrozenConfig):
         stage: 0 replicates; 1 shards optimizer states, 2 also gradients, 3 also parameters.
         overlap_comm: overlap the reduction of gradients with the backward pass.
         bucket_mib: size of the reduction and gather buckets.
-        offload: what lies in host memory and is updated there (ZeRO-Offload, Ren et al. 2021): "none"; "optimizer",
-            the masters, the optimizer's states, the average and the gradients that it takes (stages 1, 2, 3); or "all",
-            the weights as well, brought to the device where they are needed (stage 3). May change at a resume.
+        offload: what is kept and updated in host memory (ZeRO-Offload, Ren et al. 2021): "none"; "optimizer", that is
+            master weights, optimizer states, EMA and their gradients (stages 1, 2, 3); or "all", also the weights,
+            which are copied to the device when needed (stage 3). May change when a run resumes.
     """
 
     stage: Literal[0, 1, 2, 3] = 2
@@ -300,8 +308,9 @@ class ParallelConfig(FrozenConfig):
     """The `[parallel]` table: how ranks share what one rank cannot hold (docs/sequence_parallel.md).
 
     Attributes:
-        sequence: neighbouring ranks that share each image by rows; 1 gives every rank whole images. The global batch is
-            micro × accumulation × ranks / sequence. Needs a SeTformer with attention = "set". May change at a resume.
+        sequence: number of neighbouring ranks that share each image by rows; with 1, every rank has whole images. The
+            global batch is micro × accumulation × ranks / sequence. Needs a SeTformer with attention = "set". May
+            change when a run resumes.
     """
 
     sequence: int = pydantic.Field(default=1, ge=1)
@@ -311,8 +320,8 @@ class EmaConfig(FrozenConfig):
     """Average of the weights.
 
     Attributes:
-        decay: of the average per optimizer step; 0 keeps no average.
-        warmup: let the decay grow as (1 + step) / (10 + step) up to `decay`, as TensorFlow's and timm's do.
+        decay: decay rate of the averaged weights (EMA) per optimizer step; 0 turns the EMA off.
+        warmup: let the decay rate grow as (1 + step) / (10 + step) up to `decay`, as in TensorFlow and timm.
     """
 
     decay: float = pydantic.Field(default=0.0, ge=0, lt=1)
@@ -368,29 +377,29 @@ class RefreshConfig(FrozenConfig):
     """The `[refresh]` table: SeT's sets set by K-means over sampled tokens, at fixed steps. Off unless told when.
 
     Attributes:
-        every: optimizer steps between two refreshes; 0 turns these off. The end of the run has none.
-        at_steps: further refreshes after so many optimizer steps, such as one after a short warm-up.
-        sample_steps: the optimizer steps before a refresh from which tokens are sampled.
-        samples: tokens that K-means sees, of each block; all of its heads take the same ones.
-        sets: which sets are set: "references" (they gather), "return_references" (they scatter) and "anchors" (of the
-            Nyström kernel), as far as the model has them.
-        start: "references" starts K-means from the present sets, "kmeans++" from drawn tokens.
-        iterations: rounds of K-means at most.
-        optimizer: what becomes of the optimizer's states of what moved: "momentum" sets the average of gradients to
-            zero, which points from where the reference was, and keeps that of their squares, which scales steps; "all"
-            sets both to zero; "keep" none.
-        ema: what becomes of the averaged weights of what moved: "follow" sets them to the new values, "keep" lets them
-            approach as they do after a step.
-        learn: whether the optimizer moves the sets as well; false leaves them to K-means alone.
-        delay: optimizer steps from the last sampled one to the one after which the new sets are applied: the time that
-            K-means has elsewhere. 0 applies them at once.
-        by: who computes the new sets: "job", the ranks, at the step at which they are applied; or "ray", a service on a
-            Ray cluster, beside the steps of `delay`.
-        address: of the Ray cluster: HOST:PORT, or "auto" for the one that the run trains on or that runs on rank 0's
-            host.
-        wait_s: how long the ranks wait for a late service at the step at which the new sets are to be applied.
-        late: what the ranks do where the service has not answered then: "compute" computes the new sets on the ranks'
-            CPUs, with the same result; "keep" keeps the present sets.
+        every: optimizer steps between two refreshes; 0 turns them off. There is none at the last step.
+        at_steps: further optimizer steps after which there is a refresh, such as one after a short warm-up.
+        sample_steps: number of optimizer steps before a refresh in which tokens are sampled.
+        samples: number of sampled tokens per block; all heads of a block use the same tokens.
+        sets: sets that a refresh computes: "references" (gather), "return_references" (scatter), and "anchors" (of the
+            Nyström kernel). Sets that the model does not have are ignored.
+        start: initial centres of K-means: "references" are the present sets, "kmeans++" draws them from the tokens.
+        iterations: maximum number of rounds of K-means.
+        optimizer: what happens to the optimizer states of a moved reference. "momentum" sets the average of gradients
+            to zero, because it points from the old position, and keeps the average of squares, which scales the steps.
+            "all" sets both to zero. "keep" keeps both.
+        ema: what happens to the averaged weights of a moved reference: "follow" sets them to the new value, "keep" lets
+            them approach it.
+        learn: whether the optimizer also trains the sets; with false, only K-means moves them.
+        delay: optimizer steps from the last sampled step to the step after which the new sets are applied, as time for
+            K-means; 0 applies them at once.
+        by: who computes the new sets: "job", the ranks, at the step of application; or "ray", a service on a Ray
+            cluster, during the steps of `delay`.
+        address: address of the Ray cluster: HOST:PORT, or "auto" for the cluster on which the run trains or that runs
+            on rank 0's host.
+        wait_s: seconds that the ranks wait for a late service at the step of application.
+        late: what the ranks do if the service has not answered by then: "compute" computes the sets on the CPUs of the
+            ranks, with the same result; "keep" keeps the present sets.
     """
 
     every: int = pydantic.Field(default=0, ge=0)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from setformer_dist.core.batch import EvalStream, MicroBatch
-from setformer_dist.core.errors import DataError
+from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.task import Prepare, Task
 from setformer_dist.engine.comm import TorchCollectives
 
@@ -64,6 +65,7 @@ def evaluate(
         The means, or None when given up.
 
     Raises:
+        ConfigError: the task's `sums` or `figures` returns something else than the protocol says.
         DataError: the samples counted over all ranks are not the split's.
     """
     sums = torch.zeros(0, dtype=torch.float64)
@@ -76,7 +78,7 @@ def evaluate(
             outputs = model(inputs)
         errors += [_of_real_samples(tensor, batch) for tensor in collected]
         counts = torch.stack([batch.weights.sum(), torch.tensor(float(len(batch.substitutions)))])
-        found = torch.cat([task.sums(outputs, batch, targets).double(), counts.double()])
+        found = torch.cat([_sums_of(task, outputs, batch, targets).double(), counts.double()])
         found = found if counted else torch.zeros_like(found)
         sums = sums + found if len(sums) else found
     *scores, count, damaged = comm.sum(sums.tolist())
@@ -85,7 +87,22 @@ def evaluate(
     if count == 0:
         raise DataError("evaluation had no sample that decodes: run `setformer data pack` on the split again")
     watched = {} if watch is None else _over_ranks(errors, comm)
-    return EvalResult({**task.figures(scores, count), **watched}, round(count), round(damaged))
+    return EvalResult({**_figures_of(task, scores, count), **watched}, round(count), round(damaged))
+
+
+def _sums_of(task: Task, outputs: Any, batch: MicroBatch, targets: Any) -> torch.Tensor:
+    sums = task.sums(outputs, batch, targets)
+    if not isinstance(sums, torch.Tensor) or sums.ndim != 1:
+        got = tuple(sums.shape) if isinstance(sums, torch.Tensor) else type(sums).__name__
+        raise ConfigError(f"task {task.name}: its method sums must return a tensor of shape (k,), and returned {got}")
+    return sums
+
+
+def _figures_of(task: Task, sums: Sequence[float], count: float) -> dict[str, float]:
+    figures = task.figures(sums, count)
+    if missing := [metric.name for metric in task.metrics if metric.name not in figures]:
+        raise ConfigError(f"task {task.name}: its method figures must return {missing[0]!r}, one of its metrics")
+    return figures
 
 
 def _of_real_samples(errors: torch.Tensor, batch: MicroBatch) -> torch.Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 from setformer_dist.core.config import nearest
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.metric import check_best
+from setformer_dist.core.registry import register
 from setformer_dist.core.task import Task
 from setformer_dist.core.task_config import TaskConfig
 from setformer_dist.tasks.classification import Classification
@@ -27,10 +28,9 @@ def register_task(name: str, factory: TaskFactory) -> None:
     """Make a task known by a name that is not known yet; the same factory may come again.
 
     Raises:
-        ConfigError: another task has the name.
+        ConfigError: another task has the name, or the factory is not callable.
     """
-    if _TASKS.setdefault(name, factory) is not factory:
-        raise ConfigError(f"task {name!r} is registered twice: give yours another name")
+    register(_TASKS, "task", name, factory)
 
 
 def build_task(config: TaskConfig, classes: tuple[str, ...]) -> Task:

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,11 @@ from torch import nn
 import setformer
 from launch.testing.commands import DEMO, ROOT, SHORT, environment, losses, module
 from launch.testing.commands import setformer as command
+from setformer import Callback
 from setformer_dist.core.errors import CheckpointError, ConfigError, LaunchError
 from setformer_dist.core.ranks import RankInfo
+from setformer_dist.tasks import build
+from setformer_dist.tasks.classification import Classification
 from tests.integration.library_runs import LENGTH, Tiny, config_of
 
 PROGRAM = "tests.integration.library_runs"
@@ -52,7 +54,7 @@ def test_a_module_is_a_template_and_its_code_is_given_again(digits: Path, tmp_pa
     assert said.code == 0, said.err
     given, other = said.out.splitlines()[-2:]
     assert "its code (Tiny) was given to the run as an object, and no file holds it: give it again from Python" in given
-    assert "disagree about" in other
+    assert "the model that was passed has other parameters than checkpoint" in other
     shown = command("runs", "show", str(tmp_path / "demo"))
     assert shown.code == 0, shown.err
     assert "ZeroDivisionError" in shown.out or "error" in shown.out
@@ -101,6 +103,13 @@ class Normed(Tiny):
         self.norm = nn.BatchNorm2d(3)
 
 
+class Fixed(nn.Module):
+    """Takes no number of outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+
 def fails(outputs: int) -> nn.Module:
     return nn.Linear(7, outputs)
 
@@ -111,14 +120,25 @@ def fails(outputs: int) -> nn.Module:
         (Wide, {}, r"model Wide makes \(1, 11\) of one sample, and task classification on this data needs \(1, 10\)"),
         (Normed, {}, r"model Normed keeps running statistics \(norm.running_mean"),
         (fails, {}, r"model fails does not take a batch of shape \(1, 3, 16, 16\): RuntimeError"),
+        (
+            "resnet50d",
+            {},
+            "must be a torch.nn.Module or a function .*: a registered name belongs into model.name",
+        ),
+        (Fixed, {}, r"model Fixed cannot be made as Fixed\(10\): TypeError: .* takes 1 positional argument"),
         (lambda outputs: 3, {}, "is no torch.nn.Module with parameters that are trained"),
-        (Tiny, {"model": {"drop_path": 0.1}}, "model.drop_path is for models that are built by name"),
+        (Tiny, {"model": {"drop_path": 0.1}}, "model.drop_path applies only to models that are built by name"),
         (Tiny, {"model": {"activation_checkpointing": True}}, "to have set_grad_checkpointing"),
+        (
+            Tiny,
+            {"model": {"args": {"depths": [1]}}},
+            r'remove the key, from Python by load_config\(..., "~model.args"\)',
+        ),
         (Tiny, {"run": {"imports": ["no_such_module"]}}, "module 'no_such_module'"),
     ],
 )
 def test_a_model_that_cannot_be_trained_is_refused(
-    digits: Path, tmp_path: Path, model: Callable[[int], nn.Module], tables: dict[str, Any], said: str
+    digits: Path, tmp_path: Path, model: Any, tables: dict[str, Any], said: str
 ) -> None:
     table = {**config_of(str(digits), str(tmp_path)).model_dump(), "model": {}}
     for name, keys in tables.items():
@@ -127,6 +147,72 @@ def test_a_model_that_cannot_be_trained_is_refused(
     with pytest.raises(ConfigError, match=said), setformer.Training(config, model=model):
         pass
     assert not config.folder.exists()
+
+
+@pytest.mark.parametrize("config", ["demo", Path("demo.toml"), {"run": {"name": "x"}}])
+def test_what_makes_a_config_is_no_config(config: Any) -> None:
+    for call in (setformer.train, setformer.open_data):
+        with pytest.raises(ConfigError, match=r"config must be a run config, .*: make one with setformer.load_config"):
+            call(config)
+
+
+class Mine(Callback):
+    """Does nothing."""
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "said"),
+    [
+        (Mine, "must be a list"),
+        (Mine(), "must be a list"),
+        ([Mine], "class Mine, not an"),
+        ([3], "has a int"),
+    ],
+)
+def test_what_is_no_list_of_callbacks_is_refused(tmp_path: Path, callbacks: Any, said: str) -> None:
+    config = setformer.load_config("demo", run={"out": str(tmp_path)})
+    with pytest.raises(ConfigError, match=said):
+        setformer.Training(config, callbacks=callbacks)
+
+
+class Table(Classification):
+    """Returns its sums as a table."""
+
+    def sums(self, outputs: Any, batch: Any, targets: Any) -> Any:
+        return {"top1": super().sums(outputs, batch, targets)[0]}
+
+
+class Nameless(Classification):
+    """Leaves a metric out."""
+
+    def figures(self, sums: Any, count: float) -> dict[str, float]:
+        return {"top1": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        (Table, r"task mine: its method sums must return a tensor of shape \(k,\), and returned dict"),
+        (Nameless, "task mine: its method figures must return 'top5', one of its metrics"),
+    ],
+)
+def test_a_task_that_evaluates_to_something_else_is_named(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: type[Classification], said: str
+) -> None:
+    monkeypatch.setattr(task, "name", "mine")
+    monkeypatch.setitem(build._TASKS, "mine", lambda args, classes: task({}, classes))
+    table = {**config_of(str(digits), str(tmp_path)).model_dump(), "task": {"name": "mine"}}
+    with (
+        pytest.raises(ConfigError, match=said),
+        setformer.Training(setformer.load_config(**table)) as run,
+    ):
+        run.evaluate()
+
+
+def test_a_table_among_the_overrides_is_refused() -> None:
+    wrong: Any = {"optim": {"lr": 1e-3}}
+    with pytest.raises(ConfigError, match="and got dict: give tables as keywords"):
+        setformer.load_config("demo", wrong)
 
 
 def test_a_training_is_used_where_it_is_open_and_in_the_main_thread(digits: Path, tmp_path: Path) -> None:

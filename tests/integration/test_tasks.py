@@ -97,7 +97,7 @@ def test_a_task_outside_the_package_trains(digits: Path, tmp_path: Path, monkeyp
     assert json.loads((run / "summary.json").read_text())["evaluation"]["right"] > 0.7
     refused = setformer("eval", str(run), cwd=tmp_path)  # a checkpoint's word alone imports nothing
     assert refused.code == 4
-    assert "its run imported my_tasks; if you trust that code, say --import my_tasks" in refused.err
+    assert "its run imported my_tasks; if you trust that code, add --import my_tasks" in refused.err
     scored = setformer("eval", str(run), "--import", "my_tasks", cwd=tmp_path)
     assert scored.code == 0, scored.err
     assert "right half" in scored.out

@@ -105,6 +105,11 @@ def test_a_bad_key_is_named_with_the_repair(override: str, sentence: str) -> Non
     assert sentence in str(error.value)
 
 
+def test_a_place_is_named_once() -> None:
+    with pytest.raises(ConfigError, match=r"demo.toml: schedule.power belongs to"):
+        load_run(DEMO, ["schedule.power=3.0"])
+
+
 @pytest.mark.parametrize(
     "override",
     ["zero.stage=x{}", "{}", "x{}=1", "optim.{}=1", "+{}", "~{}", "optim.name=\a{}", "data={}", "data.root=~/{}"],
@@ -180,9 +185,9 @@ def test_a_config_that_is_no_plain_file_is_not_waited_for(tmp_path: Path) -> Non
     (tmp_path / "folder.toml").mkdir()
     (tmp_path / "huge.toml").symlink_to("/dev/zero")
     for name, said in (
-        ("pipe", "cannot be read: is not a plain file"),
+        ("pipe", "is not a plain file"),
         ("folder", "is a directory: name a .toml file in it"),
-        ("huge", "cannot be read: is not a plain file"),
+        ("huge", "is not a plain file"),
     ):
         with pytest.raises(ConfigError, match=said):
             read_toml(tmp_path / f"{name}.toml")

@@ -84,6 +84,31 @@ def test_what_is_no_sample_is_refused(sample: Any, why: str) -> None:
         PythonSource([sample], CLASSES)
 
 
+class Broken(list[Any]):
+    def __getitem__(self, index: Any) -> Any:
+        raise ZeroDivisionError("division by zero")
+
+
+class Random(Colours):
+    def __getitem__(self, index: int) -> Any:
+        return np.random.default_rng().integers(0, 255, (8, 8, 3), np.uint8), 0
+
+
+@pytest.mark.parametrize(
+    ("data", "classes", "why"),
+    [
+        (Broken([1]), CLASSES, "sample 0 of the training data cannot be read: ZeroDivisionError: division by zero"),
+        (Random(), CLASSES, "sample 0 of the training data differs when it is read again: leave random transforms"),
+        (iter([1]), CLASSES, "the training data is list_iterator, which has no length"),
+        (Colours(), "ab", "must be a list of names, such as .*, not 'ab'"),
+        (Colours(), 2, "must be a list of names, such as .*, not 2"),
+    ],
+)
+def test_what_is_no_data_set_is_refused(data: Any, classes: Any, why: str) -> None:
+    with pytest.raises(DataError, match=why):
+        setformer.own_data(data, Colours(), classes)
+
+
 def test_an_empty_set_and_other_classes_are_refused() -> None:
     with pytest.raises(DataError, match="the training data is empty"):
         setformer.own_data([], Colours(), CLASSES)

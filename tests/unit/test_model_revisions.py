@@ -89,3 +89,13 @@ def test_means_of_tokens_do_not_depend_on_it_so_all_that_pools_is_as_it_was():
     x = torch.randn(2, 24, 8)
     for grid in ((4, 6), None):
         assert torch.equal(layers[0](x, grid), layers[1](x, grid))
+
+
+@pytest.mark.parametrize(
+    "name", ["setformer_tiny", "setformer_nano", "soft_tiny", "lra_encoder", "vit_tiny_patch16_224"]
+)
+def test_what_a_config_gets_by_itself_is_not_what_its_user_asked_for(name):
+    assert revisions.without_defaults(ModelConfig(name=name).args) == {}
+    asked = ModelConfig(name=name, args={"attn": {"places": "edges"}, "depths": [1]}).args
+    assert revisions.without_defaults(asked)["depths"] == [1]
+    assert revisions.without_defaults({"attn": {"places": "edges"}}) == {"attn": {"places": "edges"}}

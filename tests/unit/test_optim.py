@@ -49,8 +49,8 @@ def test_a_schedule_is_its_formula_after_a_linear_warm_up(table: dict[str, objec
 @pytest.mark.parametrize(
     ("table", "said"),
     [
-        ({"name": "cosine", "power": 3.0}, r'schedule.power is of name = "polynomial", and this one is "cosine"'),
-        ({"drop_steps": 3}, 'drop_steps is of name = "step"'),
+        ({"name": "cosine", "power": 3.0}, r'power belongs to schedule.name = "polynomial", but the name is "cosine"'),
+        ({"drop_steps": 3}, 'drop_steps belongs to schedule.name = "step"'),
         ({"name": "step"}, 'name = "step" needs drop_epochs or drop_steps'),
         ({"name": "wsd"}, 'name = "wsd" needs decay_epochs or decay_steps'),
         ({"name": "wsd", "decay_steps": 3, "decay_epochs": 1.0}, "one of them"),
@@ -66,13 +66,13 @@ def test_what_a_schedule_lacks_or_does_not_know_is_said(table: dict[str, object]
 @pytest.mark.parametrize(
     ("table", "said"),
     [
-        ({"name": "lamb"}, "lamb.* needs whole parameters, and ZeRO cuts them"),
+        ({"name": "lamb"}, "lamb.* is refused, because .* needs whole parameters; ZeRO splits them"),
         ({"name": "Muon"}, "orthogonalises whole matrices"),
         ({"name": "adafactor"}, "sums of rows and columns"),
-        ({"name": "adagrad"}, "without its parameter groups"),
+        ({"name": "adagrad"}, "without parameter groups"),
         ({"name": "adan"}, "counts its steps per group"),
-        ({"name": "adamw", "momentum": 0.8}, r'optim.momentum is of name = "sgd"; "adamw" has betas'),
-        ({"name": "lion", "nesterov": True}, r"optim.nesterov is of"),
+        ({"name": "adamw", "momentum": 0.8}, r'optim.momentum belongs to optim.name = "sgd", but the name is "adamw"'),
+        ({"name": "lion", "nesterov": True}, r"optim.nesterov belongs to"),
     ],
 )
 def test_an_optimizer_that_cannot_be_had_is_refused_with_the_reason(table: dict[str, object], said: str) -> None:
