@@ -105,11 +105,7 @@ def session(
     check_device(run)
     splits = data or open_splits(run)
     task = build_task(config.task, splits.train.classes)
-    model = _model(config, splits, task, own)
-    inputs = inputs_of(config.data)
-    recomputed = keep_within_budget(run, model, inputs.shape(splits.train), inputs.dtype)
-    if recomputed is not None and ranks.is_main:
-        log.info("recomputed, by stage: %s", recomputed)
+    model = _model(run, splits, task, own)
     torch.set_num_threads(config.run.threads or max(1, usable_cores() // ranks.local_world_size))
     check_folder(run)
     if connect(ranks, timeout_minutes=config.run.timeout_minutes) and stays:
@@ -151,13 +147,18 @@ def _record_end(
     ledger.record(begun.run.config.folder, "ended", **values)
 
 
-def _model(config: RunConfig, splits: Splits, task: Task, own: OwnModel | None) -> nn.Module:
-    """Return the run's model, fresh from its seed."""
-    inputs = inputs_of(config.data)
+def _model(run: ResolvedRun, splits: Splits, task: Task, own: OwnModel | None) -> nn.Module:
+    """Return the run's model, fresh from its seed; it recomputes what its budget of memory asks for."""
+    config, inputs = run.config, inputs_of(run.config.data)
+    shape = inputs.shape(splits.train)
     if own is not None:
-        return build_own(own, config, inputs.shape(splits.train), task)
-    input_spec = inputs.spec(splits.train)
-    return inputs.build_model(config.model, len(task.outputs), input_spec, config.run.seed)
+        model = build_own(own, config, shape, task)
+    else:
+        model = inputs.build_model(config.model, len(task.outputs), inputs.spec(splits.train), config.run.seed)
+    recomputed = keep_within_budget(run, model, shape, inputs.dtype)
+    if recomputed is not None:
+        log.info("recomputed, by stage: %s", recomputed)
+    return model
 
 
 def check_agreement(run: ResolvedRun, splits: Splits, comm: TorchCollectives) -> None:
