@@ -103,22 +103,27 @@ def opened(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def file_digest(path: Path, algorithm: str, advance: Callable[[int], None] | None = None) -> tuple[str, Seen]:
+def file_digest(
+    path: Path, algorithm: str, size: int, advance: Callable[[int], None] | None = None
+) -> tuple[str, Seen]:
     """Read a file once and return its digest, and what it was.
 
     Args:
         path: the file.
         algorithm: one of those that `algorithm_of` returns.
+        size: bytes that it must have; one of another size is not read, as it may take hours.
         advance: called with the number of bytes after each piece read.
 
     Raises:
-        DamagedError: it is missing, no plain file, or changed while it was read.
+        DamagedError: it is missing, no plain file, of another size, or changed while it was read.
         OSError: it cannot be read.
     """
     digest = Digest(algorithm)
     buffer = memoryview(bytearray(_CHUNK))
     with opened(path) as descriptor:
         before = Seen.of(descriptor)
+        if before.size != size:
+            raise DamagedError(f"{path.name} has {before.size} bytes, not {size}")
         position = 0
         while count := os.preadv(descriptor, [buffer], position):
             digest.update(buffer[:count])

@@ -17,5 +17,9 @@ class MissingError(DamagedError):
     """A file is not there."""
 
 
+class MisplacedError(CheckpointError):
+    """A manifest is whole, but of another step than its folder's name says."""
+
+
 class StorageError(TransientError, CheckpointError):
     """The storage did not give or take what it was asked for, and may do so later: nothing is known of the bytes."""

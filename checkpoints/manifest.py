@@ -19,7 +19,7 @@ import pydantic
 
 from checkpoints import layout
 from checkpoints.digest import Seen, algorithm_of, file_digest, read_small
-from checkpoints.errors import DamagedError, MissingError, StorageError
+from checkpoints.errors import DamagedError, MisplacedError, MissingError, StorageError
 from checkpoints.identity import Identity, digest_json
 from checkpoints.strictjson import parse
 from setformer_dist.core.config import FrozenConfig, readable
@@ -167,6 +167,7 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         DamagedError: there is none, or it cannot be trusted.
         StorageError: it cannot be read.
+        MisplacedError: it is of another step than the folder's name says.
         CheckpointError: it is of a later version.
     """
     path = folder / layout.MANIFEST
@@ -180,7 +181,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise StorageError(f"{path} cannot be read: {error}") from None
     manifest = Manifest.from_json(value, str(path))
     if layout.step_of(folder) not in (None, manifest.step):
-        raise CheckpointError(f"{path} is of step {manifest.step}: the folder was renamed by hand")
+        raise MisplacedError(f"{path} is of step {manifest.step}: the folder was renamed by hand")
     return manifest
 
 
@@ -248,7 +249,7 @@ def examine_files(
         algorithm = algorithm_of(record.digest)
         assert algorithm is not None  # a manifest with another does not come to be
         try:
-            return file_digest(folder / record.name, algorithm, advance)
+            return file_digest(folder / record.name, algorithm, record.size, advance)
         except (DamagedError, OSError) as error:
             return error
 

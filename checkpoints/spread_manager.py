@@ -20,7 +20,7 @@ from checkpoints.config import CheckpointConfig
 from checkpoints.copies import list_copies, step_of_copy
 from checkpoints.digest import Seen
 from checkpoints.disk import Disk
-from checkpoints.errors import DamagedError, StorageError
+from checkpoints.errors import DamagedError, MisplacedError, StorageError
 from checkpoints.fetch import fetched
 from checkpoints.manager import CheckpointManager
 from checkpoints.manifest import FileRecord, Manifest, examine_files, read_manifest
@@ -306,7 +306,7 @@ class SpreadManager(CheckpointManager):
                 continue
             try:
                 manifest = read_manifest(folder)
-            except DamagedError as error:
+            except (DamagedError, MisplacedError) as error:
                 log.warning("%s is passed over: %s", folder, error)
                 continue
             final = layout.final_of(folder)
@@ -364,7 +364,7 @@ class SpreadManager(CheckpointManager):
                 continue
             try:
                 read_manifest(folder)
-            except DamagedError:
+            except (DamagedError, MisplacedError):
                 found.append(folder.name)
         return found
 
@@ -405,11 +405,15 @@ class SpreadManager(CheckpointManager):
             if folder != chosen:
                 disk.rename(self.root / folder / name, target / name)
         listed = set(have)
-        with contextlib.suppress(DamagedError):
+        with contextlib.suppress(DamagedError, MisplacedError):
             if read_manifest(target).to_json() == manifest.to_json():
                 listed.add(layout.MANIFEST)
         for path in target.iterdir():
-            if path.name not in listed:
+            if path.name in listed:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                disk.remove_tree(path)
+            else:
                 disk.remove(path)
 
     def _finish_folder(self, target: Path, manifest: Manifest, faults: Sequence[Exception]) -> None:

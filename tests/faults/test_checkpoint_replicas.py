@@ -314,6 +314,17 @@ def damage(folder: Path, kind: str) -> None:
     elif kind == "link":
         path.rename(folder.parent / "elsewhere")
         path.symlink_to(folder.parent / "elsewhere")
+    elif kind == "a folder":
+        path.unlink()
+        path.mkdir()
+        (path / "in it").write_text("x")
+    elif kind == "of 1 TiB":
+        os.truncate(path, 1 << 40)
+    elif kind == "the manifests of two steps swapped":
+        names = [at / layout.MANIFEST for at in (folder, folder.with_name("step-00000001"))]
+        texts = [name.read_text() for name in names]
+        for name, text in zip(names, reversed(texts), strict=True):
+            name.write_text(text)
     elif kind == "the step is a file":
         shutil.rmtree(folder)
         folder.write_text("x")
@@ -323,7 +334,8 @@ def damage(folder: Path, kind: str) -> None:
 
 
 KINDS = (
-    "cut", "longer", "of another step", "of the other rank", "pipe", "link", "the step is a file", "the step is a link",
+    "cut", "longer", "of another step", "of the other rank", "pipe", "link", "a folder", "of 1 TiB",
+    "the manifests of two steps swapped", "the step is a file", "the step is a link",
 )  # fmt: skip
 
 
