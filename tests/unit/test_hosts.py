@@ -71,7 +71,7 @@ def test_a_hostfile_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
 
 
 def test_a_hostfile_without_end_is_refused() -> None:
-    with pytest.raises(LaunchError, match="has more than"):
+    with pytest.raises(LaunchError, match="is not a plain file"):
         read_hostfile(Path("/dev/zero"))
 
 
