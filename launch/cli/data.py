@@ -66,12 +66,12 @@ Examples:
   setformer data pack photos/train packed/train.beton
 """
 _SPLIT_HELP = "Sub-folder of SOURCE to pack, such as train."
-_SKIP_HELP = "Leave damaged images, and odd members of shards, out and list them, instead of failing."
+_SKIP_HELP = "List damaged images and unexpected members of shards, and leave them out, instead of failing."
 _EMPTY_HELP = "Class folders may hold no image that is read; they become no class."
 _RAW_HELP = "For .beton: pixels, shrunk to this longer side; 0 as they are."
 _CLASSES_HELP = "Class map: a file as of `data index --classes`, or a packed split, whose map is used."
 _COCO_HELP = "COCO instances: a file, or its name within SOURCE."
-_MIB_HELP = "Most MiB of images in one shard, as SOURCE has them."
+_MIB_HELP = "At most so many MiB of images in one shard, in the size that SOURCE has."
 
 ClassMap = Annotated[Path | None, typer.Option(help="Class map: names in label order, one per line or a JSON list.")]
 PathArgument = Annotated[
@@ -92,7 +92,7 @@ def pack(
     void: Annotated[int | None, typer.Option(metavar="VALUE", help="Mask value to ignore.")] = None,
     coco: Annotated[str | None, typer.Option(metavar="JSON", help=_COCO_HELP)] = None,
     classes: Annotated[Path | None, typer.Option("--classes", "--classes-from", help=_CLASSES_HELP)] = None,
-    samples_per_shard: Annotated[int, typer.Option(help="Most samples in one shard.")] = 2000,
+    samples_per_shard: Annotated[int, typer.Option(help="At most so many samples in one shard.")] = 2000,
     mib_per_shard: Annotated[int, typer.Option(help=_MIB_HELP)] = 512,
     max_side: Annotated[int, typer.Option(help="Shrink images to this longer side in pixels; 0 keeps all.")] = 0,
     quality: Annotated[
@@ -177,7 +177,7 @@ def verify(
     workers: Workers = 2,
     as_json: AsJson = False,
 ) -> None:
-    """Read data whole: compare every digest, decode every sample, name everything that is damaged.
+    """Read all data: compare every digest, decode every sample, and name everything that is damaged.
 
     Exit code: 0 all whole, 4 something is damaged, 2 there is nothing to verify.
 
