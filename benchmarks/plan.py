@@ -101,7 +101,7 @@ def _give_back() -> None:
 
 def predicted(subject: Subject, run: ResolvedRun) -> dict[str, int]:
     """Return what the plan says of the same layout."""
-    checkpointed = run.config.model.activation_checkpointing
+    checkpointed = run.config.model.recomputes_blocks
     memory = rank_memory(subject, DEVICES["cpu"], run.config.zero.stage, run.plan, checkpointed)
     return {"peak": memory.total, "working": memory.working, "held": memory.parameters + memory.masters}
 

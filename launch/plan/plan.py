@@ -146,7 +146,7 @@ def _print_subject(subject: Subject, cluster: Cluster, console: Console) -> None
                   f"{subject.multiply_adds / 1e9:.3f} G multiply-adds per sample of {shape}"),
         ("references", f"{_size(subject.references * 4)} of the weights as fp32 (states and average in proportion)"),
         ("precision", f"{c.precision.dtype}, optimizer {c.optim.name}, "
-                      f"activations {'recomputed' if c.model.activation_checkpointing else 'kept'}"),
+                      f"activations {'recomputed' if c.model.recomputes_blocks else 'kept'}"),
         ("device", f"{device.name}: {device.memory / GB:.0f} GB, of which {_size(device.reserved)} are taken to be in "
                    f"use; kernels reach {device.reached_in(c.precision.dtype) / 1e12:.3g} TFLOP/s in training"),
         ("links", f"{device.inside.bandwidth / GB:g} GB/s per rank in nodes of {cluster.per_node}, "

@@ -121,7 +121,7 @@ def row_of(subject: Subject, cluster: Cluster, stage: int, world_size: int) -> R
         return Row(world_size, stage, reason)
 
     room = device.memory - device.reserved
-    checkpointed = c.model.activation_checkpointing
+    checkpointed = c.model.recomputes_blocks
     micros = [first.micro]
     if c.batch.micro == "auto":
         possible = possible_micros(c.batch.global_size, world_size)
@@ -196,7 +196,7 @@ def _compute(subject: Subject, device: Device, batch: BatchPlan) -> tuple[float,
     dtype = subject.config.precision.dtype
     forward = 2 * subject.multiply_adds * batch.micro / device.reached_in(dtype)
     launching = subject.modules * device.launch_s
-    passes = 4 if subject.config.model.activation_checkpointing else 3
+    passes = 4 if subject.config.model.recomputes_blocks else 3
     kernels, host = passes * forward, passes / 3 * launching
     return batch.accumulation * (kernels + host), (kernels + host) * (passes - 1) / passes
 

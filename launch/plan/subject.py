@@ -135,7 +135,7 @@ def _passes_of(
     model: nn.Module, config: RunConfig, dtype: torch.dtype, shape: Sequence[int], batch_dtype: torch.dtype | None
 ) -> dict[bool, Passes]:
     switch = getattr(model, "set_grad_checkpointing", None)
-    choices = (False, True) if switch is not None else (config.model.activation_checkpointing,)
+    choices = (False, True) if switch is not None else (config.model.recomputes_blocks,)
     found = {}
     for choice in choices:
         if switch is not None:

@@ -68,6 +68,12 @@ class ModelConfig(FrozenConfig):
         return "block" if self.activation_checkpointing else self.recompute
 
     @property
+    def recomputes_blocks(self) -> bool:
+        """Return whether every block of every stage is recomputed by config."""
+        policies = (self.policy,) if isinstance(self.policy, str) else self.policy
+        return set(policies) == {"block"}
+
+    @property
     def budget_bytes(self) -> int | None:
         """Return the memory budget in bytes."""
         found = None if self.memory_budget is None else _SIZE.fullmatch(self.memory_budget)

@@ -138,10 +138,7 @@ def unnamed(args: Args) -> dict[str, object]:
     Args:
         args: of a model whose config names its choices.
     """
-    for revision in REVISIONS:
-        if revision.of(args) == revision.old:
-            args = _with(args, revision.key, None)
-    return dict(args)
+    return _without(args, lambda revision: revision.old)
 
 
 def without_defaults(args: Args) -> dict[str, object]:
@@ -150,8 +147,12 @@ def without_defaults(args: Args) -> dict[str, object]:
     Args:
         args: of a model whose config names its choices.
     """
+    return _without(args, lambda revision: revision.new)
+
+
+def _without(args: Args, value: Callable[[Revision], str]) -> dict[str, object]:
     for revision in REVISIONS:
-        if revision.of(args) == revision.new:
+        if revision.of(args) == value(revision):
             args = _with(args, revision.key, None)
     return dict(args)
 
