@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,10 @@ CONFIGS = {"SeTformer": "configs/runs/cifar10.toml", "Swin (timm)": "configs/run
 NAMES = {"SeTformer": "cifar10", "Swin (timm)": "cifar10-peer"}
 
 
-def setformer(*words: str) -> None:
+def setformer(*words: str, environment: Mapping[str, str] = os.environ) -> None:
     """Run the command line; stop with its exit code if it fails."""
-    code = subprocess.run([sys.executable, "-m", "launch.cli.main", *words], check=False).returncode
+    command = [sys.executable, "-m", "launch.cli.main", *words]
+    code = subprocess.run(command, check=False, env=environment).returncode
     if code:
         sys.exit(code)
 

@@ -4,7 +4,8 @@
 
 FOLDER holds cifar10_train.tar.gz and cifar10_test.tar.gz. Each (variant, seed) is an ordinary run of the command line
 with the two-stage model of docs/ablation.md, 600 steps of 100 images. A second start trains only what is missing, and
-resumes a run that was interrupted. Writes
+resumes a run that was interrupted. "By Ray": a service on a Ray cluster of this machine computes the sets while the run
+trains on for a thirtieth of its steps. Writes
 
     OUT/references.json   one entry per finished run
     OUT/references.md     the table: top-1, dead references, perplexity of their use, share of time that refreshes took
@@ -17,9 +18,12 @@ spread between seeds over all variants.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
+import os
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.cifar10 import finished, pack, rows_of, setformer
 from benchmarks.machine import describe
+from launch.ray.cluster import own_cluster
 from launch.run.inputs import inputs_of
 from launch.run.trained import Trained, load_trained, open_named_split
 from setformer_dist.core.ranks import RankInfo
@@ -40,11 +45,13 @@ MODEL = (
     "~model.args",
     "model.args={embed_dim = 72, depths = [3, 2], num_heads = [3, 6], mlp_ratio = 3.0, stem_strides = [2, 2]}",
 )
+BY_RAY = "refresh.by=ray"
 # A refresh after a tenth of the run stands for "a short warm-up"; the others come every tenth.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "learned only": (),
     "K-means start, then learned": ("refresh.at_steps=[{tenth}]", "refresh.start=kmeans++"),
     "learned and refreshed": ("refresh.every={tenth}",),
+    "learned and refreshed by Ray": ("refresh.every={tenth}", "refresh.delay={delay}", BY_RAY),
     "K-means instead of learning": ("refresh.every={tenth}", "refresh.learn=false"),
     "frozen random": ("refresh.learn=false",),
     "frozen K-means": ("refresh.at_steps=[{tenth}]", "refresh.start=kmeans++", "refresh.learn=false"),
@@ -62,16 +69,29 @@ def train(variant: str, seed: int, packed: Path, args: argparse.Namespace) -> Pa
     """Train what is missing of a run; return its folder."""
     folder = args.out / "runs" / name_of(variant, seed)
     if not finished(folder):
-        overrides = (word.format(tenth=max(1, args.steps // 10)) for word in VARIANTS[variant])
-        setformer(
-            "train", "configs/runs/cifar10.toml", f"data.root={packed}", f"run.out={args.out / 'runs'}",
-            f"run.name={folder.name}", f"run.seed={seed}", f"run.threads={args.threads}", *MODEL, "model.drop_path=0.0",
-            "~schedule.epochs", "~schedule.warmup_epochs", f"schedule.steps={args.steps}",
-            f"schedule.warmup_steps={args.steps // 5}", "batch.global_size=100", "batch.micro=100", "zero.stage=0",
-            f"precision.dtype={args.dtype}", "ema.decay=0.0", "eval.every_epochs=0", "data.augment.smoothing=0.0",
-            "checkpoint.every_steps=200", "checkpoint.keep_last=1", *overrides, "--ranks", "1",
-        )  # fmt: skip
+        tenth = max(1, args.steps // 10)
+        overrides = [word.format(tenth=tenth, delay=max(1, tenth // 3)) for word in VARIANTS[variant]]
+        with cluster_for(overrides) as (address, environment):
+            setformer(
+                "train", "configs/runs/cifar10.toml", f"data.root={packed}", f"run.out={args.out / 'runs'}",
+                f"run.name={folder.name}", f"run.seed={seed}", f"run.threads={args.threads}", *MODEL,
+                "model.drop_path=0.0", "~schedule.epochs", "~schedule.warmup_epochs", f"schedule.steps={args.steps}",
+                f"schedule.warmup_steps={args.steps // 5}", "batch.global_size=100", "batch.micro=100", "zero.stage=0",
+                f"precision.dtype={args.dtype}", "ema.decay=0.0", "eval.every_epochs=0", "data.augment.smoothing=0.0",
+                "checkpoint.every_steps=200", "checkpoint.keep_last=1", *overrides, *address, "--ranks", "1",
+                environment=environment,
+            )  # fmt: skip
     return folder
+
+
+@contextlib.contextmanager
+def cluster_for(overrides: list[str]) -> Iterator[tuple[list[str], dict[str, str]]]:
+    """Start a Ray cluster if the run asks for one; yield how the run finds it, and its environment."""
+    if BY_RAY not in overrides:
+        yield [], dict(os.environ)
+        return
+    with own_cluster(cpus=1) as cluster:
+        yield [f"refresh.address={cluster.address}"], {**os.environ, **cluster.environment}
 
 
 @torch.no_grad()
