@@ -49,6 +49,7 @@ from launch.cli.options import (
     RestartsOption,
     TrustOption,
     ViaOption,
+    WaitOption,
     WeightsOption,
 )
 from launch.cli.usage import UsageError, check_homes, system_fault, usage_fault
@@ -123,6 +124,7 @@ def train(
     via: ViaOption = None,
     ray: RayOption = None,
     ranks_per_node: RanksPerNodeOption = None,
+    wait: WaitOption = False,
     port: Annotated[int | None, typer.Option(help="Port of rank 0; by default a free one.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print config and predicted costs, then stop.")] = False,
     grace: GraceOption = 60.0,
@@ -154,7 +156,8 @@ def train(
     """
     _refuse_other_launchers()
     asked = (ranks, hosts, hostfile, include, exclude)
-    _check_ray(ray, ranks_per_node, hosts or hostfile or include or exclude or via)
+    share = _Share(ranks_per_node, wait)
+    _check_ray(ray, share, hosts or hostfile or include or exclude or via)
     via, words = f"{VIA}{ray}" if ray else via, overrides or []
     began = _from_run(source, config, words, asked, via, trust) if source else _from_config(config, words, asked, via)
     run = resolve(began.config, began.world_size)
@@ -168,7 +171,7 @@ def train(
         _check_service(run.config)
     limit = {} if restarts is None else {"limit": restarts}
     policy = run.config.restart.model_copy(update=limit)
-    if code := _supervise(began, via or began.via, ranks_per_node, port, grace, policy):
+    if code := _supervise(began, via or began.via, share, port, grace, policy):
         raise typer.Exit(code)
 
 
@@ -195,14 +198,24 @@ class _Start:
     repeats: Repetition | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Share:
+    """The share of a Ray cluster that a command line asks for; see `launch.ray.fleet.RayFleet`."""
+
+    per_node: int | None = None
+    wait: bool = False
+
+
 _Asked = tuple[int | None, str, Path | None, str, str]
 
 
-def _check_ray(ray: str | None, ranks_per_node: int | None, elsewhere: object) -> None:
+def _check_ray(ray: str | None, share: _Share, elsewhere: object) -> None:
     if ray is not None and elsewhere:
         raise LaunchError("--ray and --hosts, --hostfile or --via both say where to train: give only one of them")
-    if ray is None and ranks_per_node is not None:
+    if ray is None and share.per_node is not None:
         raise LaunchError("--ranks-per-node shares out the ranks of a Ray cluster: give --ray as well")
+    if ray is None and share.wait:
+        raise LaunchError("--wait waits for room on a Ray cluster: give --ray as well")
 
 
 def _check_service(config: RunConfig) -> None:
@@ -242,9 +255,11 @@ def _from_run(
     specs = [] if _on_ray(via) else chosen_hosts(*asked)
     record = repeated.record
     theirs: tuple[list[str], str | None] = ([], None)  # what the record names and nobody here has
-    if not specs and not via and record is not None and _on_ray(record.via):
-        theirs, via = ([], record.via), record.via
-    elif not specs and not asked[0] and not _on_ray(via) and record is not None and record.several:
+    if specs or asked[0] or record is None or _on_ray(via):
+        pass  # the user says where to train
+    elif _on_ray(record.via):
+        theirs, via = (([], record.via), record.via) if not via else (theirs, via)
+    elif record.several:
         specs = [HostSpec(name, host.ranks) for name, host in record.hosts.items()]
         theirs = [spec.name for spec in specs if not is_here(spec.name)], None if via else record.via
         via = via or record.via
@@ -255,7 +270,7 @@ def _from_run(
 
 
 def _supervise(
-    began: _Start, via: str | None, per_node: int | None, port: int | None, grace: float, policy: RestartConfig
+    began: _Start, via: str | None, share: _Share, port: int | None, grace: float, policy: RestartConfig
 ) -> int:
     """Start the ranks and stand by them; return the exit code."""
     config, folder, specs = began.config, began.config.folder, began.specs
@@ -277,7 +292,7 @@ def _supervise(
                       config.checkpoint.replicas > 0, config.run.imports)  # fmt: skip
             crew = Fleet(specs, *common)
             if not specs:
-                crew = RayFleet((), *common, via=str(via), world_size=began.world_size, per_node=per_node)
+                crew = RayFleet((), *common, via=str(via), world_size=began.world_size, **dataclasses.asdict(share))
         if not config.logging.prometheus:
             return run_supervised(crew, folder, policy, say=say, recorder=recorder)
         from launch.ranks.exposition import Exposition
@@ -418,7 +433,7 @@ def doctor(
     from launch.machine import doctor as checks
     from launch.machine.hosts import survey
 
-    _check_ray(ray, None, hosts or hostfile or via)
+    _check_ray(ray, _Share(), hosts or hostfile or via)
     if ray:
         from launch.ray.installed import require_ray
 

@@ -80,6 +80,7 @@ RanksOption = Annotated[
 RanksPerNodeOption = Annotated[
     int | None, typer.Option(help="With --ray: ranks of each node; by default as many as it has room for.", min=1)
 ]
+WaitOption = Annotated[bool, typer.Option("--wait", help="With --ray: wait for more nodes if the ranks do not fit.")]
 IncludeOption = Annotated[str, typer.Option(help="Hosts of the hostfile to take, as a@b:0,1.")]
 ExcludeOption = Annotated[str, typer.Option(help="Hosts of the hostfile to leave out.")]
 GraceOption = Annotated[

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import socket
@@ -27,7 +28,6 @@ from setformer_dist.core.errors import LaunchError
 RELAY_MODULE = "launch.ray.relay"
 _HOME = Path(__file__).resolve().parents[2]
 _NAME = "bundle-"
-_ROOM_S = 15.0  # how long a run that was killed may take to give its bundles back
 _START_S = 120.0
 _END_S = 10.0
 _TICK_S = 0.1
@@ -46,7 +46,12 @@ class Bundles:
     """
 
     def __init__(
-        self, address: str, ranks: int, per_node: int | None, unwanted: Callable[[], bool] = lambda: False
+        self,
+        address: str,
+        ranks: int,
+        per_node: int | None,
+        unwanted: Callable[[], bool] = lambda: False,
+        waiting: Callable[[str], None] | None = None,
     ) -> None:
         """Connect to a cluster and make the bundles.
 
@@ -55,6 +60,7 @@ class Bundles:
             ranks: in all.
             per_node: ranks of each node; by default as many as it has room for.
             unwanted: whether to give up waiting.
+            waiting: is told once why there is no room yet; without it, no room is an error.
 
         Raises:
             LaunchError: there is no such cluster, or no room for them.
@@ -64,13 +70,13 @@ class Bundles:
         if ranks < 1 or (per_node is not None and per_node < 1):
             raise LaunchError("--ranks and --ranks-per-node are 1 or more")
         self._asked: dict[str, Any] = {
-            "address": address, "ranks": ranks, "per_node": per_node, "slots": None, "wait_s": _ROOM_S,
-            "directory": str(Path.cwd()),
+            "address": address, "ranks": ranks, "per_node": per_node, "slots": None,
+            "wait": waiting is not None, "directory": str(Path.cwd()),
         }  # fmt: skip
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - of all relays; closed with this object
         self._start()
         try:
-            answer = self._answer(unwanted)
+            answer = self._answer(unwanted, waiting)
         except BaseException:
             self.close()
             raise
@@ -93,7 +99,7 @@ class Bundles:
             )
         self._control.send(json.dumps(self._asked).encode())
 
-    def _answer(self, unwanted: Callable[[], bool]) -> dict[str, Any]:
+    def _answer(self, unwanted: Callable[[], bool], waiting: Callable[[str], None] | None) -> dict[str, Any]:
         """Wait for the answer to what was asked first; raises as the constructor."""
         limit = time.monotonic() + _START_S
         self._control.settimeout(_TICK_S)
@@ -104,6 +110,10 @@ class Bundles:
                 answer = json.loads(self._control.recv(1 << 16) or "{}")
                 if "slots" in answer:
                     return dict(answer)
+                if "waiting" in answer and waiting is not None:
+                    waiting(answer["waiting"])
+                    limit = math.inf
+                    continue
                 raise LaunchError(answer.get("error") or f"the driver on Ray has ended: {self._last_line()}")
         raise LaunchError(f"the Ray cluster did not answer within {_START_S:.0f} s")
 

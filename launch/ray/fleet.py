@@ -21,11 +21,13 @@ class RayFleet(Fleet):
         via: the cluster's address behind `VIA`: host:port, or "auto".
         world_size: ranks to begin with.
         per_node: ranks of each node; None for as many as it has room for.
+        wait: for room, instead of giving up.
     """
 
     via: str = f"{VIA}auto"
     world_size: int = 1
     per_node: int | None = None
+    wait: bool = False
     _bundles: Bundles | None = None
 
     def prepare(self, received: Received) -> None:
@@ -33,7 +35,10 @@ class RayFleet(Fleet):
         if self._bundles is None:
             address = self.via.removeprefix(VIA)
             try:
-                self._bundles = Bundles(address, self.world_size, self.per_node, lambda: bool(received.stop))
+                self._bundles = Bundles(
+                    address, self.world_size, self.per_node, lambda: bool(received.stop),
+                    (lambda why: self.say(f"waiting for room (--wait): {why}")) if self.wait else None,
+                )  # fmt: skip
             except UnwantedError:
                 return
             self.specs, self.reach = self._bundles.specs, self._bundles.open

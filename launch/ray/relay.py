@@ -5,10 +5,11 @@
 Ray ends its driver when it loses the cluster, and starts threads in it; the supervisor must survive the one and cannot
 have the other, as it forks. What comes over the control socket:
 
-    first       {"address": A, "ranks": N, "per_node": R | null, "slots": [..] | null, "wait_s": S, "directory": D}
+    first       {"address": A, "ranks": N, "per_node": R | null, "slots": [..] | null, "wait": W, "directory": D}
     then        {"open": index of a bundle}, with a socket for its agent's messages; its end ends the agent
 
-The answer to the first is {"slots": ranks of each bundle, "address": host:port} or {"error": sentence}.
+The answer to the first is {"slots": ranks of each bundle, "address": host:port} or {"error": sentence}. If W is true,
+{"waiting": sentence} may come before: the cluster has no room yet.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from setformer_dist.core.errors import LaunchError, SetformerError
 
 AGENT_MODULE = "launch.hosts.agent"
 _HOME = Path(__file__).resolve().parents[2]
+_ROOM_S = 15.0  # how long a run that was killed may take to give its bundles back
 _GONE_S = 4.0  # how long an agent may take to end by itself
 _CHUNK = 1 << 16
 _ERROR_BYTES = 4096
@@ -115,13 +117,15 @@ class Relay:
         )
         self._channels: set[asyncio.Task[None]] = set()
 
-    def wait(self, seconds: float) -> None:
+    def wait(self, patience: Patience) -> None:
         """Wait for the bundles.
 
         Raises:
             LaunchError: there is no room for them now.
         """
-        if not self._group.wait(seconds):
+        while not self._group.wait(patience.step_s):
+            if not patience.over():
+                continue
             raise LaunchError(f"the Ray cluster has no room for {sum(self._slots)} ranks now: try again, or give fewer")
 
     async def serve(self) -> None:
@@ -232,21 +236,51 @@ def rooms() -> list[Room]:
     return [Room(n["NodeManagerAddress"], fits(n["Resources"]), fits(free.get(n["NodeID"], {}))) for n in alive]
 
 
-def plan(ranks: int, per_node: int | None, wait_s: float) -> list[int]:
-    """Return the bundles; waits for those that a run before this one still gives back.
+class Patience:
+    """How long to wait for room: for what a run before this one still gives back, or for ever.
+
+    Attributes:
+        forever: whether the user asked to wait.
+        step_s: seconds between two looks.
+    """
+
+    step_s = 0.5
+
+    def __init__(self, control: socket.socket, forever: bool) -> None:
+        self.forever = forever
+        self._control = control
+        self._limit = time.monotonic() + _ROOM_S
+        self._told = False
+
+    def over(self) -> bool:
+        """Return whether to give up; leaves if the supervisor has gone."""
+        if select.select([self._control], [], [], 0)[0]:  # nothing comes before the answer but the end
+            sys.exit(0)
+        return not self.forever and time.monotonic() > self._limit
+
+    def tell(self, why: LaunchError) -> None:
+        """Say what is waited for, once."""
+        if self.forever and not self._told:
+            self._told = True
+            self._control.send(json.dumps({"waiting": str(why)}).encode())
+
+
+def plan(ranks: int, per_node: int | None, patience: Patience) -> list[int]:
+    """Return the bundles.
 
     Raises:
-        LaunchError: they do not fit.
+        LaunchError: they do not fit, also after a wait.
     """
-    bundles(rooms(), ranks, per_node, now=False)
-    limit = time.monotonic() + wait_s
+    if not patience.forever:
+        bundles(rooms(), ranks, per_node, now=False)
     while True:
         try:
             return bundles(rooms(), ranks, per_node)
-        except LaunchError:
-            if time.monotonic() > limit:
+        except LaunchError as error:
+            if patience.over():
                 raise
-            time.sleep(0.5)
+            patience.tell(error)
+            time.sleep(patience.step_s)
 
 
 def _refuse(control: socket.socket, error: str) -> None:
@@ -268,11 +302,12 @@ def main() -> int:
     asked = json.loads(control.recv(_CHUNK))
     try:
         with connected(asked["address"]) as cluster:
-            slots = asked["slots"] or plan(asked["ranks"], asked["per_node"], asked["wait_s"])
+            patience = Patience(control, asked["wait"])
+            slots = asked["slots"] or plan(asked["ranks"], asked["per_node"], patience)
             relay = Relay(control, slots, asked["per_node"] is not None, asked["directory"], cluster.address)
             try:
                 if asked["slots"] is None:
-                    relay.wait(asked["wait_s"])
+                    relay.wait(patience)
                 control.send(json.dumps({"slots": slots, "address": cluster.address}).encode())
                 asyncio.run(relay.serve())
             finally:

@@ -157,6 +157,55 @@ def test_what_does_not_fit_says_what_would(
     assert not (tmp_path / "demo").exists()
 
 
+def test_nobody_waits_for_room_without_a_cluster(digits: Path, tmp_path: Path) -> None:
+    ended = setformer(*train_words(digits, tmp_path), "--wait")
+    assert ended.code == 5
+    assert ended.error_lines == ["error: --wait waits for room on a Ray cluster: give --ray as well"]
+
+
+@pytest.mark.drill
+def test_who_waits_gets_room_when_there_is_some(cluster: Cluster, plain: Path, digits: Path, tmp_path: Path) -> None:
+    """With --wait, a run begins once another has ended; a stop while it waits ends it at once."""
+    first = start(train_words(digits, tmp_path / "first", "schedule.epochs=50"), cluster)
+    wait_for_step(tmp_path / "first" / "demo", 3, first)
+    never = start([*train_words(digits, tmp_path / "never")[:-2], "--ranks", "4", "--wait"], cluster)
+    second = start([*train_words(digits, tmp_path / "second"), "--wait"], cluster)
+    assert never.stdout is not None
+    assert second.stdout is not None
+    said = next(line for line in second.stdout if "waiting" in line)
+    assert "waiting for room (--wait): 2 ranks do not fit on this Ray cluster, which has room for 0" in said
+    assert any("waiting for room (--wait): 4 ranks do not fit" in line for line in never.stdout)
+    children = psutil.Process(never.pid).children(recursive=True)
+    asked = time.monotonic()
+    never.terminate()
+    assert never.wait(30) == 128 + signal.SIGTERM
+    assert time.monotonic() - asked < 15
+    assert_gone(children, 1)
+    assert not (tmp_path / "second" / "demo" / "metrics.jsonl").exists()
+    first.terminate()
+    assert first.wait(60) == 128 + signal.SIGTERM
+    assert second.wait(120) == 0, second.stdout.read()
+    assert losses(tmp_path / "second" / "demo") == losses(plain)
+
+
+@pytest.mark.drill
+def test_a_run_on_ray_is_repeated_there(cluster: Cluster, plain: Path, digits: Path, tmp_path: Path) -> None:
+    """`--from` trains on the cluster that the record names, if the user trusts it, or where the user says."""
+    ended = setformer(*train_words(digits, tmp_path), "--ray", cluster.address)
+    assert ended.code == 0, ended.err
+    refused = setformer("train", "--from", str(tmp_path / "demo"))
+    assert refused.code == 2, refused.err
+    assert f"--via ray {cluster.address}" in refused.err or f'"ray {cluster.address}"' in refused.err
+    trusted = setformer("train", "--from", str(tmp_path / "demo"), "--trust")
+    assert trusted.code == 0, trusted.err
+    assert losses(tmp_path / "demo-2") == losses(plain)
+    record = records.last(tmp_path / "demo-2")
+    assert record is not None
+    assert record.via == f"ray {cluster.address}"
+    elsewhere = setformer("train", "--from", str(tmp_path / "demo"), "--ranks", "2")
+    assert (elsewhere.code, losses(tmp_path / "demo-3")) == (0, losses(plain)), elsewhere.err
+
+
 def test_no_cluster_and_a_wrong_token(
     cluster: Cluster, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
