@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,7 +18,8 @@ from pathlib import Path
 import pytest
 
 from launch.drill.namespaces import Cluster, why_impossible
-from launch.testing.commands import ROOT, losses, train_words
+from launch.sweep.journal import read_events
+from launch.testing.commands import DEMO, ROOT, losses, setformer, train_words
 from setformer_dist.core import ledger
 
 REASON = why_impossible()
@@ -109,6 +114,14 @@ def step_of(run: Path) -> int:
     return max((step for _, step in losses(run)), default=0) if (run / "metrics.jsonl").exists() else 0
 
 
+def command_of(pid: int) -> str:
+    """Return the command line of a process, nothing of one that has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
 def start(nodes: RayNodes, digits: Path, out: Path, *overrides: str) -> tuple[subprocess.Popen[str], Path]:
     words = [*train_words(digits, out, "schedule.epochs=4", *overrides), "--ranks-per-node", "1"]
     log = out / "said.log"
@@ -137,7 +150,99 @@ def test_a_node_is_killed(nodes: RayNodes, digits: Path, tmp_path: Path, record_
     assert process.returncode == 0, log.read_text()
     found = losses(run)
     assert {step for kind, step in found if kind == "train"} == set(range(1, 89))
-    assert not [pid for pid in nodes.cluster.processes("b") if "launch" in Path(f"/proc/{pid}/cmdline").read_text()]
+    assert not [pid for pid in nodes.cluster.processes("b") if "launch" in command_of(pid)]
+
+
+@pytest.mark.parametrize("kind", ["raylet", "link"])
+def test_a_node_that_ray_loses_alone(nodes: RayNodes, digits: Path, tmp_path: Path, kind: str) -> None:
+    """Its raylet is killed, or its link cut: the run goes on elsewhere, and nothing trains on in the node."""
+    run = tmp_path / "demo"
+    process, log = start(nodes, digits, tmp_path, "launch.retry_s=600", "launch.silence_s=5")
+    until(lambda: step_of(run) >= 7, process, log)
+    killed_at = time.time()
+    if kind == "raylet":
+        [raylet] = [pid for pid in nodes.cluster.processes("b") if command_of(pid).split(" ")[0].endswith("/raylet")]
+        os.kill(raylet, signal.SIGKILL)
+    else:
+        nodes.cluster.cut("b")
+    until(lambda: len(began(run)) > 1, process, log)
+    assert began(run)[1] - killed_at < 30
+    until(lambda: not [pid for pid in nodes.cluster.processes("b") if "launch" in command_of(pid)], process, log, 60)
+    process.wait(timeout=300)
+    assert process.returncode == 0, log.read_text()
+    attempts = [event for event in ledger.read_events(run) if event["event"] == "attempt"]
+    assert [event["ranks"] for event in attempts] == [2, 1]
+    assert {step for kind, step in losses(run) if kind == "train"} == set(range(1, 89))
+
+
+SWEEP = """
+[sweep]
+name = "s"
+out = "{out}"
+base = "{base}"
+[set]
+data = {{ root = "{data}" }}
+schedule = {{ epochs = 2, warmup_epochs = 0.2 }}
+eval = {{ every_steps = 11, every_epochs = 0 }}
+checkpoint = {{ every_steps = 5 }}
+run = {{ log_every = 1 }}
+{more}
+[space]
+"optim.lr" = {{ loguniform = [1e-4, 1e-2] }}
+[budget]
+trials = 3
+[search]
+name = "random"
+"""
+
+
+def sweep_page(out: Path, data: Path, more: str = "") -> Path:
+    page = out / "page.toml"
+    page.write_text(SWEEP.format(out=out, base=DEMO, data=data, more=more))
+    return page
+
+
+def test_a_sweep_on_two_nodes_loses_one(nodes: RayNodes, digits: Path, tmp_path: Path) -> None:
+    """The trial of the node that is killed resumes on the other one, and has the losses of a plain run."""
+    page, folder, log = sweep_page(tmp_path, digits), tmp_path / "s", tmp_path / "said.log"
+    command = [sys.executable, "-m", "launch.cli.main", "sweep", str(page), "--ray", nodes.address]
+    process = nodes.on("a", command, log)
+
+    def trials_on(host: str) -> set[str]:
+        found = (re.search(r"trial-\d{4}", command_of(pid)) for pid in nodes.cluster.processes(host))
+        return {word.group() for word in found if word}
+
+    until(lambda: trials_on("a") and trials_on("b"), process, log)
+    [lost] = trials_on("b") - trials_on("a")
+    until(lambda: step_of(folder / "trials" / lost) >= 7, process, log)
+    nodes.cluster.kill("b")
+    process.wait(timeout=500)
+    assert process.returncode == 0, log.read_text()
+    events = read_events(folder)
+    assert [event["state"] for event in events if event["event"] == "ended"] == ["done"] * 3
+    number = int(lost.rpartition("-")[2])
+    assert len([e for e in events if e["event"] == "started" and e["trial"] == number]) == 2
+    plain = setformer("train", str(folder / "trials" / lost / "trial.json"), f"run.out={tmp_path}", "run.name=plain")
+    assert plain.code == 0, plain.err
+    assert losses(folder / "trials" / lost) == losses(tmp_path / "plain")
+
+
+def test_trials_share_a_refresh_service(nodes: RayNodes, digits: Path, tmp_path: Path) -> None:
+    """Trials whose reference sets are refreshed by Ray use the sweep's cluster, and have the losses of plain runs."""
+    more = 'refresh = { every = 8, delay = 3, samples = 256, by = "ray", wait_s = 60.0 }'
+    page, folder, log = sweep_page(tmp_path, digits, more), tmp_path / "s", tmp_path / "said.log"
+    command = [sys.executable, "-m", "launch.cli.main", "sweep", str(page), "--ray", nodes.address, "budget.trials=2"]
+    process = nodes.on("a", command, log)
+    process.wait(timeout=500)
+    assert process.returncode == 0, log.read_text()
+    for number in range(2):
+        trial = folder / "trials" / f"trial-{number:04d}"
+        rows = [json.loads(line) for line in (trial / "metrics.jsonl").read_text().splitlines()]
+        assert [row["by"] for row in rows if row["kind"] == "refresh"] == ["ray"] * 5
+        words = [f"run.out={tmp_path}", f"run.name=plain{number}", "refresh.by=job"]
+        plain = setformer("train", str(trial / "trial.json"), *words)
+        assert plain.code == 0, plain.err
+        assert losses(trial) == losses(tmp_path / f"plain{number}")
 
 
 def test_the_head_is_lost(nodes: RayNodes, digits: Path, tmp_path: Path) -> None:
@@ -148,7 +253,7 @@ def test_the_head_is_lost(nodes: RayNodes, digits: Path, tmp_path: Path) -> None
     nodes.cluster.kill("a")  # and with it the driver
     process.wait(timeout=30)
     limit = time.monotonic() + 90
-    while [pid for pid in nodes.cluster.processes("b") if "launch" in Path(f"/proc/{pid}/cmdline").read_text()]:
+    while [pid for pid in nodes.cluster.processes("b") if "launch" in command_of(pid)]:
         assert time.monotonic() < limit
         time.sleep(0.2)
     nodes.cluster.kill("b")
