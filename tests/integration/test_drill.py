@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from launch.drill.namespaces import why_impossible
 from launch.testing.commands import setformer
+
+REASON = why_impossible()
 
 
 @pytest.mark.drill
@@ -20,6 +23,23 @@ def test_a_short_drill_loses_nothing(tmp_path: Path) -> None:
     made = json.loads((tmp_path / "faults.json").read_text())
     assert len(made) == 2
     assert len({fault["kind"] for fault in made}) > 1
+    assert all(fault["recovered"] for fault in made)
+    assert "equal those of the run without faults, bit by bit" in " ".join(ended.out.split())
+
+
+@pytest.mark.drill
+@pytest.mark.hosts
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(REASON is not None, reason=str(REASON))
+def test_a_short_drill_on_several_hosts_loses_nothing(tmp_path: Path) -> None:
+    ended = setformer(
+        *("drill", "--hosts", "3", "--faults", "2", "--seed", "3", "--epochs", "4", "--out", str(tmp_path / "drill")),
+        *("--json", str(tmp_path / "faults.json")),
+        timeout=800,
+    )
+    assert ended.code == 0, ended.out + ended.err
+    made = json.loads((tmp_path / "faults.json").read_text())
+    assert len(made) == 2
     assert all(fault["recovered"] for fault in made)
     assert "equal those of the run without faults, bit by bit" in " ".join(ended.out.split())
 

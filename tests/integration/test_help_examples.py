@@ -38,6 +38,7 @@ ELSEWHERE = {
     "runs top runs/demo": "tests/unit/test_live.py",  # of a run that is running
     "demo --ranks 2": "tests/integration/test_train.py",
     "drill --faults 10": "tests/integration/test_drill.py",
+    "drill --hosts 3 --faults 100": "tests/integration/test_drill.py",
     "drill --faults 100 --seed 7 --json drill.json": "tests/integration/test_drill.py",
     "sweep configs/sweeps/digits.toml": "tests/integration/test_sweep.py",
     "sweep show runs/sweeps/digits": "tests/integration/test_sweep.py",
