@@ -444,7 +444,9 @@ def doctor(
         raise typer.Exit(checks.render(found))
     if hosts or hostfile:
         specs = chosen_hosts(None, hosts, hostfile, "", "")
-        found = survey(specs, via, run_folder, shipped(config) if config else None, overrides or ())
+        path, words = shipped(config) if config else None, overrides or ()
+        imports = load_run(path, words).run.imports if path else ()
+        found = survey(specs, via, run_folder, path, words, imports)
         raise typer.Exit(checks.render(found))
     if config is not None:
         raise LaunchError("a run config is checked on hosts: add --hosts or --ray, or say `setformer train --dry-run`")

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launch.hosts.channel import Opener
-from launch.hosts.check import check_alike, check_slots, folder_faults
+from launch.hosts.check import check_alike, check_slots, code_faults, folder_faults
 from launch.hosts.facts import facts
 from launch.hosts.link import Link, RemoteHost, ask, close_all, greeted
 from launch.hosts.meeting import arrange
@@ -33,6 +33,7 @@ def survey(
     run_folder: Path,
     config: Path | None = None,
     overrides: Sequence[str] = (),
+    imports: Sequence[str] = (),
     reach: Opener | None = None,
 ) -> list[Finding]:
     """Look at all hosts at once; takes some seconds. Nothing stays there.
@@ -43,6 +44,7 @@ def survey(
         run_folder: where runs are to be kept.
         config: of a run that is to start there.
         overrides: of the run config.
+        imports: its `run.imports`.
         reach: opens a channel to a host; by default as `via` says.
     """
     begun = time.monotonic()
@@ -60,6 +62,7 @@ def survey(
         there = [(spec, link) for spec, link in zip(specs, links, strict=True) if link.lost is None]
         if there:
             findings += _together([link for _, link in there], run_folder)
+            findings += _own_code([link for _, link in there], imports)
         if not any(finding.status == "problem" for finding in findings):
             findings += _probed(there, run_folder, config, overrides)
     finally:
@@ -112,6 +115,16 @@ def _together(links: Sequence[Link], run_folder: Path) -> list[Finding]:
             Finding(link.name, f"to rank 0: {1e3 * answer['seconds']:.1f} ms to connect, {rate:,.0f} MB/s one way")
         )
     return findings
+
+
+def _own_code(links: Sequence[Link], imports: Sequence[str]) -> list[Finding]:
+    """Return whether the packages that the run imports are the same on all hosts."""
+    if not imports:
+        return []
+    faults = code_faults(links, imports)
+    if not faults:
+        return [Finding("run.imports", f"{', '.join(imports)}: the same code on all hosts")]
+    return [Finding(name, "is not like this host", "problem", fault) for name, fault in faults.items()]
 
 
 def _probed(

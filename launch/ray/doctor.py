@@ -15,6 +15,7 @@ from launch.ray.bundles import Bundles
 from launch.ray.cluster import Cluster, connected
 from launch.ray.relay import rooms
 from launch.ray.room import Room
+from launch.run.config import load_run
 from setformer_dist.core.errors import LaunchError
 from setformer_dist.core.words import counted
 
@@ -42,7 +43,8 @@ def examine(address: str, run_folder: Path, config: Path | None = None, override
     except LaunchError as error:
         return [*findings, Finding("Ray cluster", "gives no bundles", "problem", str(error))]
     try:
-        return findings + survey(bundles.specs, None, run_folder, config, overrides, reach=bundles.open)
+        imports = load_run(config, overrides).run.imports if config is not None else ()
+        return findings + survey(bundles.specs, None, run_folder, config, overrides, imports, bundles.open)
     finally:
         bundles.close()
 

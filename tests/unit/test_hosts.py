@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.hosts.channel import Command
+from launch.hosts.channel import Channel, Command
 from launch.hosts.check import code_faults, folder_faults
 from launch.hosts.config import LaunchConfig
 from launch.hosts.facts import facts
@@ -19,6 +19,7 @@ from launch.hosts.meeting import arrange
 from launch.hosts.names import HostSpec, of_slurm, parse_hosts, read_hostfile
 from launch.hosts.reach import agent_command, opener, travelling
 from launch.hosts.wire import Wire
+from launch.machine.hosts import survey
 from launch.record.checkout import codes_of
 from setformer_dist.core.errors import LaunchError
 
@@ -241,6 +242,21 @@ def test_a_host_with_another_folder_is_named_wherever_it_stands(
         assert "own.toml cannot be read" in folder_faults(links[1:], Path("run"), Path("own.toml"))["y"]
     finally:
         close_all(links)
+
+
+def test_doctor_compares_the_code_that_a_run_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.py").write_text(f"WHERE = {name!r}\n")
+
+    def reach(name: str) -> Channel:
+        monkeypatch.chdir(tmp_path / name)
+        return opener(None)("localhost")
+
+    found = survey([HostSpec("x", 1), HostSpec("y", 1)], None, tmp_path, imports=["mine"], reach=reach)
+    [problem] = [finding for finding in found if finding.status == "problem"]
+    assert (problem.topic, problem.value) == ("x", "is not like this host")
+    assert problem.repair.startswith("host x has other code of mine, which run.imports names (files ")
 
 
 @pytest.mark.parametrize(
