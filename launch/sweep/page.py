@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from launch.run.config import RunConfig, resolve, shipped
+from launch.sweep.journal import read_events
 from launch.sweep.space import Parameter, Point, active, check_space, extremes, parameters
 from setformer_dist.core import config as base
 from setformer_dist.core.config import FrozenConfig, nearest, suggested_key
@@ -364,10 +365,11 @@ def _check(sweep: Sweep, path: Path) -> None:
 
 
 def check_continued(sweep: Sweep) -> bool:
-    """Return whether the folder holds this sweep, False where it holds none.
+    """Return whether the folder holds this sweep, False where it holds none, or another one that never began.
 
     Raises:
         ConfigError: it holds a sweep of another config or base; with the keys that differ.
+        DataError: the journal is damaged.
     """
     path = sweep.folder / SWEEP
     try:
@@ -384,6 +386,8 @@ def check_continued(sweep: Sweep) -> bool:
     own = {f"base {key}" for key in sweep.config.space}
     found = [d for d in found if d.key not in own and not d.key.startswith("set")]
     if found:
+        if not read_events(sweep.folder):
+            return False
         shown = ", ".join(f"{d.key} was {d.there!r} and is {d.here!r}" for d in found[:_SHOWN])
         more = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         raise ConfigError(

@@ -167,6 +167,10 @@ def test_a_page_that_changed_is_refused_by_name(tmp_path: Path) -> None:
     write_state(sweep.folder / SWEEP, sweep.as_json())
     assert check_continued(sweep)
     assert check_continued(page(tmp_path, LR, "", "", "budget.trials=99", "budget.hours=3.0"))  # may change
+    assert not check_continued(page(tmp_path, LR, "seed = 4"))  # never began: nothing depends on it
+    journal = Journal(sweep.folder)
+    journal.append({"event": "began", "optuna": "5.0.0"})
+    journal.close()
     for changed, named in (
         (page(tmp_path, '"optim.lr" = { loguniform = [1e-4, 1e-3] }'), "space.optim.lr.loguniform was"),
         (page(tmp_path, f'{LR}\n"ema.decay" = {{ grid = [0.9] }}'), r'space."ema.decay" was'),
