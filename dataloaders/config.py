@@ -97,22 +97,47 @@ class MixtureEntry(FrozenConfig):
 
 
 class ResolutionStage(FrozenConfig):
-    """From this epoch or step on, training images have this size.
+    """From this epoch or step on, training images have this size, or sizes from this one to another.
 
     Attributes:
         epoch: first epoch; give this or `step`.
         step: first optimizer step.
         image_size: height in pixels; the width scales with it, in the proportion of `data.image_width`.
+        ramp_to: last height of a ramp: from image_size on, every height lasts equally long, until the next stage
+            begins.
+        random_to: other end of the range from which the height of every step is drawn, by the seed and the step.
+        multiple: distance between two heights of a ramp or a range; none means 32.
     """
 
+    # In a list of tables, a key that older runs do not name must be none by default: see `core/continuing.py`.
     epoch: int | None = pydantic.Field(default=None, ge=0)
     step: int | None = pydantic.Field(default=None, ge=0)
     image_size: int = pydantic.Field(ge=1, le=LARGEST_SIDE)
+    ramp_to: int | None = pydantic.Field(default=None, ge=1, le=LARGEST_SIDE)
+    random_to: int | None = pydantic.Field(default=None, ge=1, le=LARGEST_SIDE)
+    multiple: int | None = pydantic.Field(default=None, ge=1, le=LARGEST_SIDE)
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """All heights of the stage, from image_size on."""
+        last = self.ramp_to or self.random_to or self.image_size
+        way = 1 if last >= self.image_size else -1
+        return tuple(range(self.image_size, last + way, way * (self.multiple or 32)))
 
     @pydantic.model_validator(mode="after")
     def _one_place(self) -> Self:
         if (self.epoch is None) == (self.step is None):
             raise ValueError("a resolution stage begins at an epoch or at a step: give exactly one of the two")
+        if self.ramp_to and self.random_to:
+            raise ValueError("the sizes of a resolution stage follow a ramp or are drawn: give ramp_to or random_to")
+        last = self.ramp_to or self.random_to
+        if self.multiple and not last:
+            raise ValueError("multiple is the distance between the sizes of a ramp or a range: give ramp_to, random_to")
+        if last and self.sides[-1] != last:
+            raise ValueError(
+                f"a resolution stage cannot go from {self.image_size} to {last} by {self.multiple or 32}: its sizes "
+                f"end at {self.sides[-1]}; take that one, or another multiple"
+            )
         return self
 
 

@@ -1,6 +1,7 @@
 """The size of training images: a pure function of the optimizer step and of the shape of its batch.
 
-    progressive resizing    `data.resolutions`: from an epoch or a step on, another image size
+    progressive resizing    `data.resolutions`: from an epoch or a step on, another image size, a ramp of sizes, or a
+                            size that is drawn for each step
     aspect buckets          `data.aspect_buckets`: each batch has one shape of about image_size x image_size pixels,
                             and holds images whose own shape is near to it
 
@@ -17,11 +18,12 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from dataloaders.config import DataConfig
+from dataloaders.config import DataConfig, ResolutionStage
 from dataloaders.order.mixture import Shares
 from dataloaders.order.order import OF_BATCHES, ORDER_ID, FullOrder, Ints, walk
 from dataloaders.order.permutation import Permutation
 from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.seeding import Purpose, generator
 
 Shape = tuple[int, int]
 
@@ -34,28 +36,53 @@ class ImageSizes:
     Args:
         config: gives the stages and the buckets.
         steps_per_epoch: by which stages that begin at an epoch begin at a step.
+        seed: of the run; sizes that are drawn depend on it and on the step.
 
     Raises:
-        ConfigError: two stages begin at the same step.
+        ConfigError: two stages begin at the same step, or a ramp has no end or too few steps.
     """
 
-    def __init__(self, config: DataConfig, steps_per_epoch: int) -> None:
+    def __init__(self, config: DataConfig, steps_per_epoch: int, seed: int = 0) -> None:
+        self._seed = seed
         self._multiple = config.bucket_multiple if config.aspect_buckets else 1
         self._shape = config.shape
-        stages = {0: config.image_size}
+        stages = {0: ResolutionStage(step=0, image_size=config.image_size)}
         begins: set[int] = set()
         for stage in config.resolutions:
             step = stage.step if stage.step is not None else (stage.epoch or 0) * steps_per_epoch
             if step in begins:
                 raise ConfigError(f"data.resolutions: two stages begin at step {step}: leave one out")
             begins.add(step)
-            stages[step] = stage.image_size
+            stages[step] = stage
         self._steps = sorted(stages)
-        self._sizes = [stages[step] for step in self._steps]
+        self._stages = [stages[step] for step in self._steps]
+        for place, stage in enumerate(self._stages):
+            if stage.ramp_to:
+                self._check_ramp(place)
+
+    def _check_ramp(self, place: int) -> None:
+        stage, first = self._stages[place], self._steps[place]
+        if place + 1 == len(self._steps):
+            raise ConfigError(
+                f"data.resolutions: the ramp to {stage.ramp_to} that begins at step {first} has no end: add the stage "
+                f"that follows it, such as {{step = ..., image_size = {stage.ramp_to}}}"
+            )
+        if (steps := self._steps[place + 1] - first) < len(stage.sides):
+            raise ConfigError(
+                f"data.resolutions: the ramp from {stage.image_size} to {stage.ramp_to} has {len(stage.sides)} sizes "
+                f"and {steps} steps: give it more steps, or a larger multiple"
+            )
 
     def side(self, step: int) -> int:
         """Return the image size that holds at a step: the height."""
-        return self._sizes[int(np.searchsorted(self._steps, step, side="right")) - 1]
+        place = int(np.searchsorted(self._steps, step, side="right")) - 1
+        stage, first = self._stages[place], self._steps[place]
+        sides = stage.sides
+        if stage.random_to:
+            return sides[int(generator(Purpose.SIZE, self._seed, step).integers(len(sides)))]
+        if stage.ramp_to:
+            return sides[(step - first) * len(sides) // (self._steps[place + 1] - first)]
+        return sides[0]
 
     def shape(self, step: int, aspect: float = 1.0) -> Shape:
         """Return (height, width) of a step's images, of width / height near `aspect`."""

@@ -124,7 +124,7 @@ class ShardTrainStream:
         self._seed = seed
         self._cut = Cut(global_batch, micro_batch, ranks.rank, ranks.world_size)
         self._plan = plan_of(source, config, seed, global_batch)
-        self._sizes = ImageSizes(config, self._plan.steps_per_epoch)
+        self._sizes = ImageSizes(config, self._plan.steps_per_epoch, seed)
         check_groups(config.augment, micro_batch)
         self._max_bad_share = config.max_bad_share
         self._coming: Callable[[int], Iterator[tuple[int, ...]]] = _nothing_comes

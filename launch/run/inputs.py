@@ -221,7 +221,7 @@ def check_shapes(model: nn.Module, name: str, config: DataConfig | TokenConfig) 
 
 def training_shapes(config: DataConfig) -> list[tuple[int, int]]:
     """Return every height and width of the images that training will show."""
-    sides = {config.image_size, *(stage.image_size for stage in config.resolutions)}
+    sides = {config.image_size, *(side for stage in config.resolutions for side in stage.sides)}
     shapes = {proportional(side, config.shape) for side in sides}
     if config.aspect_buckets:
         shapes = {bucket_shape(side, a, config.bucket_multiple) for side in sides for a in config.aspect_buckets}

@@ -39,6 +39,8 @@ UNITS = {
     "data.cache_gib": "GiB", "data.read_timeout": _SECONDS, "data.block_shards": "shards",
     "data.mixture[].weight": "relative weight", "data.image_size": _PIXELS, "data.resolutions[].epoch": "epoch",
     "data.resolutions[].step": "optimizer step", "data.resolutions[].image_size": _PIXELS,
+    "data.resolutions[].ramp_to": _PIXELS, "data.resolutions[].random_to": _PIXELS,
+    "data.resolutions[].multiple": _PIXELS,
     "data.aspect_buckets": "width / height", "data.bucket_multiple": _PIXELS, "data.eval_crop": _SHARE,
     "data.mean": "share of the full range", "data.std": "share of the full range", "data.workers": "processes",
     "data.threads": "threads", "data.prefetch": "micro batches", "data.max_bad_share": _SHARE,

@@ -8,7 +8,7 @@ The position in the data (`dataloaders.order.order.Cursor`) is marked in the sam
 
 A mark on a field that holds a table counts for the whole table, but for keys with a mark of their own. A key that the
 run's config.json does not name is newer than the run, and means its default; one that this version does not know is
-newer than this version.
+newer than this version. In a list of tables, a key that a run does not name means none.
 """
 
 from __future__ import annotations
@@ -111,8 +111,17 @@ def differences(
     defaults = {key: value for key, value in flatten(_defaults(here)).items() if not _named(key, found)}
     theirs = {key: value for key, value in {**defaults, **found}.items() if _stays(key, marks, permitted)}
     ours = must_stay(here, permitted)
-    keys = sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
+    keys = sorted(key for key in {*theirs, *ours} if not _alike(theirs.get(key), ours.get(key)))
     return [Difference(key, theirs.get(key), ours.get(key)) for key in keys]
+
+
+def _alike(there: object, here: object) -> bool:
+    """Return whether two values are the same; in tables of a list, a key that is missing there means none."""
+    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        return all(map(_alike, there, here))
+    if isinstance(there, dict) and isinstance(here, dict):
+        return all(_alike(there.get(key), here.get(key)) for key in {*there, *here})
+    return there == here
 
 
 def unknown_keys(there: Mapping[str, object], model: type[pydantic.BaseModel]) -> list[str]:

@@ -17,7 +17,9 @@ from dataloaders.order.resolution import BucketPlan, ImageSizes, assign_buckets,
 from dataloaders.packing.pack import PackOptions, pack_image_folder
 from dataloaders.reading.device import Prepare
 from dataloaders.reading.streams import ShardTrainStream
+from launch.run.inputs import training_shapes
 from setformer_dist.core.config import build
+from setformer_dist.core.continuing import differences
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.ranks import RankInfo
 
@@ -73,6 +75,43 @@ def test_two_stages_at_one_step_are_refused():
     ImageSizes(DataConfig(root="", resolutions=both), steps_per_epoch=5)
     with pytest.raises(ConfigError, match="two stages begin at step 8"):
         ImageSizes(DataConfig(root="", resolutions=both), steps_per_epoch=4)
+
+
+def test_a_ramp_gives_every_size_as_many_steps_and_ends_where_the_next_stage_begins():
+    ramp = {"step": 2, "image_size": 16, "ramp_to": 32, "multiple": 8}
+    config = DataConfig(root="", image_size=12, resolutions=stages(ramp, {"epoch": 2, "image_size": 40}))
+    sizes = ImageSizes(config, steps_per_epoch=4)
+    assert [sizes.side(step) for step in range(10)] == [12, 12, 16, 16, 24, 24, 32, 32, 40, 40]
+    down = {"step": 0, "image_size": 96, "ramp_to": 32}
+    config = DataConfig(root="", resolutions=stages(down, {"step": 4, "image_size": 32}))
+    assert [ImageSizes(config, 4).side(step) for step in range(6)] == [96, 96, 64, 32, 32, 32]
+    assert training_shapes(config) == [(32, 32), (64, 64), (96, 96), (224, 224)]
+    with pytest.raises(ConfigError, match=r"the ramp to 32 that begins at step 0 has no end: add the stage"):
+        ImageSizes(DataConfig(root="", resolutions=stages(down)), 4)
+    with pytest.raises(ConfigError, match="has 3 sizes and 2 steps"):
+        ImageSizes(DataConfig(root="", resolutions=stages(down, {"step": 2, "image_size": 32})), 4)
+
+
+def test_a_size_that_is_drawn_depends_on_seed_and_step_alone():
+    drawn = {"step": 3, "image_size": 16, "random_to": 48, "multiple": 16}
+    config = DataConfig(root="", image_size=8, resolutions=stages(drawn, {"step": 300, "image_size": 64}))
+    sizes, again, other = (ImageSizes(config, 4, seed) for seed in (5, 5, 6))
+    steps = range(3, 300)
+    found = [sizes.side(step) for step in steps]
+    assert [again.side(step) for step in reversed(steps)] == found[::-1]
+    assert [other.side(step) for step in steps] != found
+    assert {side: found.count(side) > 70 for side in found} == {16: True, 32: True, 48: True}
+    assert [sizes.side(step) for step in (0, 2, 300)] == [8, 8, 64]
+
+
+def test_a_run_with_stages_of_before_ramps_goes_on():
+    config = DataConfig(root="", resolutions=stages(*STAGES))
+    older = config.model_dump(mode="json")
+    for stage in older["resolutions"]:
+        del stage["ramp_to"], stage["random_to"], stage["multiple"]
+    assert differences(older, config) == []
+    older["resolutions"][0]["ramp_to"] = 64
+    assert [found.key for found in differences(older, config)] == ["resolutions"]
 
 
 @pytest.mark.parametrize("threads", [0, 2])
@@ -210,6 +249,13 @@ def test_bucketed_streams_show_each_batch_in_one_shape(data):
 def test_impossible_sizes_are_refused(data):
     for fault, change in {
         "exactly one": {"resolutions": [{"epoch": 1, "step": 3, "image_size": 8}]},
+        "give ramp_to or random_to": {
+            "resolutions": [{"step": 1, "image_size": 8, "ramp_to": 16, "random_to": 16, "multiple": 8}]
+        },
+        "cannot go from 8 to 20 by 8: its sizes end at 16": {
+            "resolutions": [{"step": 1, "image_size": 8, "ramp_to": 20, "multiple": 8}]
+        },
+        "give ramp_to, random_to": {"resolutions": [{"step": 1, "image_size": 8, "multiple": 8}]},
         "excludes resolutions": {"augment": {"crop": "pad"}, "resolutions": [{"step": 3, "image_size": 8}]},
         "leave one out": {"aspect_buckets": [1.0, 1.5], "order": "block"},
         "must be positive": {"aspect_buckets": [1.0, -1.5]},
