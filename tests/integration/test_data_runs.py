@@ -28,7 +28,8 @@ _B, _MICRO = 64, 32  # of the demo's config on two ranks
 RESIZED = (
     "data.augment.crop=resized",
     "data.augment.pad=1",
-    "data.resolutions=[{step=0,image_size=8},{step=7,image_size=12},{step=14,image_size=16}]",
+    "data.resolutions=[{step=0,image_size=8,ramp_to=16,multiple=4},{step=7,image_size=12},"
+    "{step=14,image_size=16,random_to=8,multiple=4}]",
     "data.threads=2",
 )
 
