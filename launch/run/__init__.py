@@ -11,6 +11,7 @@ initial_weights.py   weights that a new run begins with: model.weights, model.sk
 inputs.py            what a run reads, behind one interface: images, or token sequences
 keys.py              every key of a run config with type, default, unit and meaning
 models.py            every architecture that this package registers with timm, with its size and cost
+objective.py         the model of a run as its task needs it, alone or within an autoencoder
 outcome.py           what rank 0 leaves behind when training ends: summary.json and report.html in the run's folder
 own_code.py          a user's own modules: run.imports, --import
 own_model.py         models that a program gives as objects
