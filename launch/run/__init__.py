@@ -5,6 +5,7 @@ config.py            one TOML file -> RunConfig -> ResolvedRun for a number of r
 distill.py           the teacher of a run
 memory.py            what a rank will take of its memory, and the policy that keeps it within a budget
 dry_run.py           what a run would be and cost, checked as far as a run checks before its first step
+features.py          what frozen features know of classes: a linear probe and nearest neighbours
 identity.py          what a run's checkpoints belong to
 imported.py          how a run resumes from a checkpoint that `setformer ckpt import` has put into its folder
 initial_weights.py   weights that a new run begins with: model.weights, model.skip

@@ -15,9 +15,6 @@ from setformer_dist.models.recompute import set_recompute
 from setformer_dist.tasks.build import build_task
 from setformer_dist.tasks.mae import Masked
 
-# What the parameters of a kept encoder begin with in a model that pretrains it.
-ENCODER = "encoder."
-
 
 def build_for(config: RunConfig, task: Task, input_spec: dict[str, object]) -> nn.Module:
     """Return the run's model with weights from its seed.

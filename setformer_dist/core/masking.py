@@ -45,10 +45,11 @@ def check_unit(unit: int, stride: int, shape: tuple[int, int], ratio: float) -> 
             )
     count = (shape[0] // unit) * (shape[1] // unit)
     if not 0 < visible_units(count, ratio) < count:
+        hidden = count - visible_units(count, ratio)
         raise ConfigError(
-            f"images of {shape[0]} x {shape[1]} pixels have {counted_noun(count, 'unit')} of {unit} x {unit}, and task.args.ratio = "
-            f"{ratio} hides {count - visible_units(count, ratio)} of them, which must leave some and hide some: use "
-            "larger images, smaller units or another ratio"
+            f"images of {shape[0]} x {shape[1]} pixels have {counted_noun(count, 'unit')} of {unit} x {unit}, and "
+            f"task.args.ratio = {ratio} hides {hidden} of them, which must leave some and hide some: use larger "
+            "images, smaller units or another ratio"
         )
 
 

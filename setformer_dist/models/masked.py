@@ -27,6 +27,9 @@ from setformer_dist.models.setformer import Block, SeTformer, SetformerConfig
 from setformer_dist.models.visible import VisibleUnits
 from setformer_dist.ops.set.attention import SetAttentionConfig
 
+# What the names of the encoder's parameters begin with.
+ENCODER = "encoder."
+
 _HEAD_CHANNELS = 32
 _REFERENCES = 49  # of each head of the decoder
 _LONGEST_WAVE = 10_000.0  # of places, as in transformers since Vaswani et al. 2017

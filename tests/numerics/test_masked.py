@@ -176,7 +176,7 @@ def test_every_image_hides_as_many_units_and_rows_differ_by_one(rows, columns, r
     [
         (12, (32, 32), 0.6, r"unit = 12 must be a multiple of the model's total stride of 8 pixels.*use 8 or 16"),
         (32, (32, 32), 0.6, r"have 1 unit of 32 x 32, and task\.args\.ratio = 0\.6 hides 1 of them"),
-        (16, (40, 40), 0.6, r"not made of whole units of 16 x 16: use sides such as 32 or 48, or a task.args.unit of 8"),
+        (16, (40, 40), 0.6, r"not made of whole units of 16 x 16: use sides such as 32 or 48, or a task.args.uni"),
         (8, (16, 16), 0.1, r"have 4 units of 8 x 8, and task\.args\.ratio = 0\.1 hides 0 of them"),
     ],
 )  # fmt: skip
