@@ -54,6 +54,11 @@ def check_objective(config: RunConfig, task: Task) -> None:
     Raises:
         ConfigError: naming the key.
     """
+    if isinstance(config.data, DataConfig) and not config.data.labels and getattr(task, "needs_labels", True):
+        raise ConfigError(
+            f"task {task.name} learns from labels, and data.labels = false says that there are none: remove the key, "
+            'or choose a task without (task.name = "mae")'
+        )
     if not isinstance(task, Hiding):
         return
     if isinstance(config.data, TokenConfig):
