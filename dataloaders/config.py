@@ -186,6 +186,8 @@ class DataConfig(FrozenConfig):
         skip_bad: skip incomplete samples of external shards (no image, no label, members without a sample, empty
             shards), and report how many; otherwise they are an error.
         allow_empty_classes: ignore class folders without a readable image; otherwise they are an error.
+        labels: whether samples must have labels; with false, folders need no class folders and external shards no
+            labels, for a task that learns without them ("mae").
         channels_last: pass images to the model in the channels-last memory format, which makes convolutions faster on
             many devices; results differ by rounding.
         bad_validation: "raise" stops the run at a damaged validation sample; "zero_weight" gives it weight 0.
@@ -219,6 +221,7 @@ class DataConfig(FrozenConfig):
     max_bad_share: Annotated[float, FREE] = pydantic.Field(default=1e-3, ge=0.0, le=1.0)
     skip_bad: Annotated[bool, FREE] = False
     allow_empty_classes: Annotated[bool, FREE] = False
+    labels: bool = True
     channels_last: Annotated[bool, FREE] = False
     bad_validation: Annotated[Literal["raise", "zero_weight"], FREE] = "raise"
     augment: AugmentConfig = AugmentConfig()

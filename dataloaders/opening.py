@@ -26,6 +26,7 @@ from dataloaders.beton.reader import BetonDataset, open_beton
 from dataloaders.beton.sidecar import sidecar_path
 from dataloaders.config import DataConfig
 from dataloaders.source import Source
+from dataloaders.sources.classes import UNLABELLED
 from dataloaders.sources.files import LARGEST_TABLE, read_whole
 from dataloaders.sources.foreign import Shards, find_shards, open_foreign
 from dataloaders.sources.image_folder import open_image_folder
@@ -128,6 +129,8 @@ def _open_folder(path: Path, is_val: bool, config: DataConfig) -> Source:
         check_shards(LocalFolder(path), index.shards)
         return ShardDataset(_delivered(LocalFolder(path), _known(index), is_val, config), index)
     kind, passed = kind_of(path)
+    if kind != "shards" and not config.labels:
+        return open_image_folder(path, index_home(config), config.read_timeout, labels=False)
     if kind == "shards":
         if passed:
             _log.warning("%s: skipped %s", path, passed.line())
@@ -142,8 +145,11 @@ def _open_shards(shards: Shards, is_val: bool, config: DataConfig) -> ShardDatas
         name: Known(facts.size, version=facts.version) for name, facts in zip(shards.names, shards.facts, strict=True)
     }
     storage = _delivered(shards.storage, known, is_val, config)
-    held = dataclasses.replace(shards, storage=storage)
-    return open_foreign(held, index_home(config), config.read_timeout)
+    held = dataclasses.replace(shards, storage=storage, labels=config.labels)
+    found = open_foreign(held, index_home(config), config.read_timeout)
+    if config.labels and found.classes == (UNLABELLED,):
+        raise DataError(f"the shards in {shards.storage.name} have no labels, and data.labels = true asks for them")
+    return found
 
 
 def _open_url(url: str, is_val: bool, config: DataConfig) -> Source:

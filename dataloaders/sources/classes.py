@@ -33,6 +33,9 @@ LARGEST_CLASS_FILE = 1 << 24
 # A soft label may sum to 1 but for this much; it is divided by its sum.
 _SOFT_ROUNDING = 1e-3
 
+# The one class of data without labels (data.labels = false).
+UNLABELLED = "unlabelled"
+
 _TABLES = ("id2label", "label2id", "class_to_idx", "idx_to_class")
 _UNSEEN = ("Cc", "Cs", "Zl", "Zp")  # control characters, half characters, separators of lines
 _LONGEST_LINE = 1000

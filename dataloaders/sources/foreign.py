@@ -91,6 +91,7 @@ class Shards:
         facts: size and version of each.
         pattern: that named them within it.
         skip_bad: leave out what in them is no whole sample.
+        labels: whether samples must have labels.
     """
 
     storage: Storage
@@ -98,6 +99,7 @@ class Shards:
     facts: tuple[FileFacts, ...]
     pattern: str
     skip_bad: bool = False
+    labels: bool = True
 
     @property
     def label(self) -> str:
@@ -499,7 +501,7 @@ def _build(
     alive()
     annotated = any(name.startswith(("mask", "boxes")) for name in columns)
     columns["label"], classes = labelled(
-        scans, class_names(shards.storage, shards.names[0], timeout), annotated, shards.storage.name
+        scans, class_names(shards.storage, shards.names[0], timeout), annotated, shards.storage.name, shards.labels
     )
     unreadable = [f"{one.facts.name}: {key}" for one in scans for key in one.unreadable]
     if unreadable:

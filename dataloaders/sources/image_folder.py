@@ -36,7 +36,7 @@ from dataloaders.pixels.decode import UndecodableError, image_size
 from dataloaders.source import DamagedSampleError, Stored
 from dataloaders.sources.arrays import file_digest, map_arrays, write_arrays
 from dataloaders.sources.class_folders import Tree, files_below
-from dataloaders.sources.classes import out_of_place
+from dataloaders.sources.classes import UNLABELLED, out_of_place
 from dataloaders.sources.files import LARGEST_SAMPLE, LARGEST_TABLE, OddFileError, open_regular, parse_json, read_whole
 from dataloaders.sources.index import durable_write, fingerprint_of
 from dataloaders.sources.passed import Passed
@@ -231,7 +231,9 @@ class _Listing:
         }
 
 
-def open_image_folder(folder: Path, cache: Path, timeout: float, allow_empty: bool = False) -> ImageFolderDataset:
+def open_image_folder(
+    folder: Path, cache: Path, timeout: float, allow_empty: bool = False, labels: bool = True
+) -> ImageFolderDataset:
     """Open a folder of class folders; a log line says what in it is skipped.
 
     Args:
@@ -239,12 +241,13 @@ def open_image_folder(folder: Path, cache: Path, timeout: float, allow_empty: bo
         cache: folder for the index.
         timeout: seconds to wait for another process that makes the index, without a sign of life.
         allow_empty: class folders may hold no image that is read.
+        labels: false takes the images of all folders, at any depth, as one class.
 
     Raises:
         DataError: there are no images in class folders, one holds none that is read, or a file cannot be read.
     """
     folder = Path(os.path.abspath(folder))  # noqa: PTH100  (keep links as they are)
-    listing = _listed(folder, allow_empty)
+    listing = _listed(folder, allow_empty, labels)
     if line := listing.passed.line():
         _log.warning("%s: skipped %s", folder, line)
     if (at := out_of_place(listing.classes)) is not None:
@@ -276,15 +279,20 @@ def open_image_folder(folder: Path, cache: Path, timeout: float, allow_empty: bo
     return ImageFolderDataset(folder, target, found)
 
 
-def _listed(folder: Path, allow_empty: bool) -> _Listing:
+def _listed(folder: Path, allow_empty: bool, labelled: bool) -> _Listing:
     """List all folders: as `dataloaders.sources.class_folders.find_images`, but for sizes."""
-    tree, digest = Tree(folder), hashlib.sha256(f"{FORMAT}\0".encode())
+    tree = Tree(folder)
+    digest = hashlib.sha256(f"{FORMAT}\0".encode() if labelled else f"{FORMAT}\0{UNLABELLED}\0".encode())
 
     def on_folder(inside: str) -> None:
         times = os.stat(folder / inside).st_mtime_ns  # noqa: PTH116
         digest.update(os.fsencode(f"{inside}\0{times}\0"))
 
     names = sorted(name for name, _ in files_below(folder, tree.passed, on_folder) if tree.add(name))
+    if not labelled:
+        tree.check_images()
+        paths, zeros = [os.fsencode(name) for name in names], np.zeros(len(names), np.int64)
+        return _Listing(paths, (UNLABELLED,), zeros, digest.hexdigest()[:32], tree.passed)
     depth = tree.class_depth(None)
     named = [(name, class_name) for name in names if (class_name := tree.class_of(name, depth, None)) is not None]
     tree.closing_notes(len(named))

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from dataloaders.sources.classes import LARGEST_CLASS_FILE, parse_class_map
+from dataloaders.sources.classes import LARGEST_CLASS_FILE, UNLABELLED, parse_class_map
 from dataloaders.sources.files import open_regular
 from dataloaders.sources.index import PARTS, Index, ShardFacts, key_matrix_of
 from dataloaders.sources.passed import Passed
@@ -228,7 +228,7 @@ def joined(shards: list[Scanned], whole: bool) -> tuple[dict[str, npt.NDArray[An
 
 
 def labelled(
-    shards: list[Scanned], named: tuple[str, ...] | None, annotated: bool, root: str
+    shards: list[Scanned], named: tuple[str, ...] | None, annotated: bool, root: str, needed: bool = True
 ) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
     """Return every sample's label, and the class names.
 
@@ -237,6 +237,7 @@ def labelled(
         named: the class names that are next to them.
         annotated: whether there are masks or boxes.
         root: of the shards, for messages.
+        needed: false takes samples without labels as one class.
 
     Raises:
         DataError: labels of several kinds, none at all, or such as no class has.
@@ -250,9 +251,12 @@ def labelled(
         )
     if first.kind == "no label":
         if not annotated:
+            if not needed:
+                return np.zeros(sum(one.facts.samples for one in shards), np.int64), (UNLABELLED,)
             raise DataError(
                 f"the shards in {root} have no labels (<key>.cls, or 'label' in <key>.json), the first being sample "
-                f"{first.key(0)!r} of {first.facts.name}: pack them with labels"
+                f"{first.key(0)!r} of {first.facts.name}: pack them with "
+                "labels, or set data.labels = false for a task without"
             )
         if named is None:
             raise DataError(

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 
 from dataloaders.config import DataConfig
 from launch.run.inputs import ImageInputs
+from launch.run.objective import encoder_of
 from launch.run.trained import Trained, load_trained
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.metric import Weights
@@ -81,7 +82,8 @@ def export(path: Path, dest: Path, weights: Weights, console: Console) -> None:
     """
     check_free(dest)
     trained = load_trained(path, weights)
-    tensors = {name: tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
+    model = encoder_of(trained.model)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     written = ["model.safetensors", "README.md"]
     with made(dest) as folder:
         data = safetensors.torch.save(tensors, metadata={"format": "pt"})

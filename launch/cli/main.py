@@ -378,6 +378,40 @@ def evaluate(
     )
 
 
+@app.command("probe")
+def probe_features(
+    checkpoint: CheckpointPath,
+    data: Annotated[str | None, typer.Option(help="Labelled data; by default the run's.")] = None,
+    weights: WeightsOption = "auto",
+    neighbours: Annotated[int, typer.Option(min=1, help="Nearest neighbours that vote.")] = 20,
+    labels: Annotated[float, typer.Option(help="Share of the training labels that is used.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draw of that share.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Images computed at once.")] = 128,
+    imports: ImportOption = None,
+) -> None:
+    """Score a model's frozen features: a linear classifier and nearest neighbours, on the run's training and
+    validation splits.
+
+    Example:
+
+        setformer probe runs/demo
+    """
+    from launch.run import features
+    from launch.run import trained as infer
+
+    bring(imports or ())
+    trained = infer.load_trained(checkpoint, weights_named(weights))
+    train, val = (
+        infer.open_named_split(trained, data, name) for name in (trained.config.data.train, trained.config.data.val)
+    )
+    found = features.probe(trained, train, val, batch, neighbours, labels, seed)
+    print(
+        f"{trained.checkpoint.path} ({trained.weights} weights): linear {found.linear:.2%}, {neighbours} nearest "
+        f"neighbours {found.neighbours:.2%} on {found.scored} samples of {found.classes} classes, with the labels of "
+        f"{found.trained_on}"
+    )
+
+
 @app.command()
 def predict(
     checkpoint: CheckpointPath,

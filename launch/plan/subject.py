@@ -11,7 +11,8 @@ from torch import nn
 from dataloaders.config import DataConfig
 from launch.plan.traffic import Model
 from launch.run.config import RunConfig
-from launch.run.inputs import ImageInputs, inputs_of
+from launch.run.inputs import inputs_of
+from launch.run.objective import build_assumed, build_for
 from setformer_dist.core.errors import DataError
 from setformer_dist.engine.deepspeed_engine import DTYPES
 from setformer_dist.engine.optim import OPTIMIZERS, parameter_groups
@@ -121,13 +122,12 @@ def _model_of(config: RunConfig) -> tuple[nn.Module, tuple[int, ...], str]:
     inputs = inputs_of(config.data)
     try:
         train = inputs.open_train()
-        outputs = len(build_task(config.task, train.classes).outputs)
-        model = inputs.build_model(config.model, outputs, inputs.spec(train), config.run.seed)
+        model = build_for(config, build_task(config.task, train.classes), inputs.spec(train))
         return model, inputs.shape(train), ""
     except DataError:
         if not isinstance(config.data, DataConfig):
             raise
-    model = ImageInputs(config.data).build_model(config.model, _ASSUMED_CLASSES, {}, config.run.seed)
+    model = build_assumed(config, _ASSUMED_CLASSES)
     return model, (3, *config.data.shape), f"the data are not there: {_ASSUMED_CLASSES} classes"
 
 

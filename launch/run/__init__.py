@@ -5,12 +5,14 @@ config.py            one TOML file -> RunConfig -> ResolvedRun for a number of r
 distill.py           the teacher of a run
 memory.py            what a rank will take of its memory, and the policy that keeps it within a budget
 dry_run.py           what a run would be and cost, checked as far as a run checks before its first step
+features.py          what frozen features know of classes: a linear probe and nearest neighbours
 identity.py          what a run's checkpoints belong to
 imported.py          how a run resumes from a checkpoint that `setformer ckpt import` has put into its folder
 initial_weights.py   weights that a new run begins with: model.weights, model.skip
 inputs.py            what a run reads, behind one interface: images, or token sequences
 keys.py              every key of a run config with type, default, unit and meaning
 models.py            every architecture that this package registers with timm, with its size and cost
+objective.py         the model of a run as its task needs it, alone or within an autoencoder
 outcome.py           what rank 0 leaves behind when training ends: summary.json and report.html in the run's folder
 own_code.py          a user's own modules: run.imports, --import
 own_model.py         models that a program gives as objects

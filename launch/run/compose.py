@@ -21,6 +21,7 @@ from launch.run.distill import with_teacher
 from launch.run.identity import identity_of, shapes_of
 from launch.run.initial_weights import FirstWeights
 from launch.run.inputs import Split, check_splits, inputs_of
+from launch.run.objective import prepare_for
 from launch.run.refit_by_ray import ByRay
 from launch.run.sequence import split_model, with_rows
 from launch.run.store import RunStore
@@ -115,7 +116,7 @@ def compose(
     identity = identity_of(run, model, splits.train.classes, input_spec)
     best, copies_s = Best(c.checkpoint.best_metric, c.checkpoint.best_mode), 60 * c.checkpoint.mirror_minutes
     first_weights = first_weights_of(run, task, model, comm)
-    prepare = inputs.prepare(len(splits.train.classes), device, DTYPES[c.precision.dtype])
+    prepare = prepare_for(c, task, len(splits.train.classes), device, DTYPES[c.precision.dtype], stream.steps_per_epoch)
     task, prepare, taught_by = with_teacher(run, task, prepare, input_spec, device, comm)
     prepare = with_rows(prepare, model, split_model(run, task, model, ranks))
     engine = initialize(model, c.optim, run.deepspeed_json())

@@ -26,8 +26,9 @@ from launch.run.config import ResolvedRun, check_folder
 from launch.run.distill import teacher_of
 from launch.run.identity import shapes_of
 from launch.run.initial_weights import FirstWeights
-from launch.run.inputs import ImageInputs, inputs_of
+from launch.run.inputs import inputs_of
 from launch.run.memory import keep_within_budget, largest_shape, predicted
+from launch.run.objective import build_assumed, build_for
 from launch.run.own_code import bring
 from launch.run.sequence import check_sequence
 from setformer_dist.callbacks.build import build_callbacks
@@ -100,7 +101,7 @@ def _examine(run: ResolvedRun) -> _Known:
     classes = splits.train.classes
     task = build_task(c.task, classes)
     check_metric(task, c.checkpoint.best_metric, c.checkpoint.best_mode)
-    model = inputs.build_model(c.model, len(task.outputs), inputs.spec(splits.train), c.run.seed)
+    model = build_for(c, task, inputs.spec(splits.train))
     check_folder(run)
     watch_of(run, model)
     check_sequence(run, task, model)
@@ -157,7 +158,7 @@ def _assumed(run: ResolvedRun) -> _Known:
     """Return the model for images of so many classes, where the data are not there."""
     c = run.config
     assert isinstance(c.data, DataConfig)
-    model = ImageInputs(c.data).build_model(c.model, _ASSUMED_CLASSES, {}, c.run.seed)
+    model = build_assumed(c, _ASSUMED_CLASSES)
     check_sequence(run, None, model)
     shape = (3, *c.data.shape)
     return _Known(model, shape, None, tuple(_recomputed(run, model, shape, None)))

@@ -26,6 +26,12 @@ from setformer_dist.core.errors import CheckpointError, ConfigError
 from setformer_dist.core.fragments import Fragment
 from setformer_dist.core.metric import Mode, better_weights, mode_by_name
 from setformer_dist.core.model_config import ModelConfig
+from setformer_dist.core.words import counted
+from setformer_dist.models.masked import ENCODER
+from setformer_dist.tasks.mae import Masked
+
+# What the names of a classifier begin with in the models that can be pretrained as encoders.
+_HEAD = "head."
 
 _NAMED = 3  # faults that an error names before it only counts
 
@@ -41,6 +47,7 @@ class _Source:
         fill: fills fragments of state "param".
         file: where a .safetensors file is read, which can be adapted.
         choices: what the weights were trained with (core/revisions.py), as far as it is known.
+        encoder: what the names of an encoder begin with that was pretrained within a larger model; "" for a model.
     """
 
     name: str
@@ -49,6 +56,7 @@ class _Source:
     fill: Callable[[list[Fragment]], None]
     file: Path | None = None
     choices: Mapping[revisions.Revision, str] = dataclasses.field(default_factory=dict)
+    encoder: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,15 +104,16 @@ class FirstWeights:
 
     def _fitted(self, source: _Source) -> tuple[_Source, set[str], str]:
         """Return what fills the parameters, those that it leaves, and what is said of it."""
+        source, new, notes = self._encoder_alone(source)
         self._check_skip(source)
-        faults = self._faults(source)
-        notes: list[str] = []
+        faults = {name: fault for name, fault in self._faults(source).items() if name not in new}
         if faults and source.file is not None and self.arguments is not None:
-            source, drawn, notes = self._adapted(source, source.file, faults)
+            source, drawn, more = self._adapted(source, source.file, faults)
+            notes += more
         elif faults:
             raise CheckpointError(self._refusal(source, faults))
         else:
-            drawn = set()
+            drawn = new
         left = drawn | {name for name in self.shapes if name.startswith(self.config.skip or ())}
         if len(left) == len(self.shapes):
             raise ConfigError(
@@ -114,6 +123,24 @@ class FirstWeights:
             notes.append(f"left as drawn from the seed: {', '.join(sorted(left))}")
         count = f"{len(self.shapes) - len(left)} of {len(self.shapes)} parameters"
         return source, left, "; ".join((f"begins with {source.name}: {count}", *notes))
+
+    def _encoder_alone(self, source: _Source) -> tuple[_Source, set[str], list[str]]:
+        """Return a source with the encoder alone where another task pretrained it, the head that it lacks, and a note.
+
+        A run of the pretraining task itself begins with all of it.
+        """
+        prefix = source.encoder
+        if not prefix or any(name.startswith(prefix) for name in self.shapes):
+            return source, set(), []
+        shapes = {name.removeprefix(prefix): s for name, s in source.shapes.items() if name.startswith(prefix)}
+
+        def fill(fragments: list[Fragment]) -> None:
+            source.fill([dataclasses.replace(f, name=f"{prefix}{f.name}") for f in fragments])
+
+        new = {name for name in self.shapes if name.startswith(_HEAD) and name not in shapes}
+        count = len(source.shapes) - len(shapes)
+        note = f"of its pretraining, {counted(count, 'parameter')} besides the encoder's are left out"
+        return dataclasses.replace(source, shapes=shapes, fill=fill), new, [note]
 
     def _check_choices(self, source: _Source) -> None:
         for revision, ours in revisions.choices_of(self.config.model_dump()).items():
@@ -232,7 +259,10 @@ def _of_checkpoint(checkpoint: Checkpoint) -> _Source:
     config = checkpoint.trainer.get("config", {})
     trained = config.get("model") if isinstance(config, dict) else None
     choices = revisions.choices_of(trained) if isinstance(trained, dict) else {}
-    return _Source(f"{kind} of {checkpoint.path}", facts, checkpoint.parameters(), fill, choices=choices)
+    task = _table(config, "task").get("name") if isinstance(config, dict) else None
+    encoder = ENCODER if task == Masked.name else ""
+    name = f"{kind} of {checkpoint.path}"
+    return _Source(name, facts, checkpoint.parameters(), fill, choices=choices, encoder=encoder)
 
 
 def _of_file(path: Path) -> _Source:

@@ -32,6 +32,7 @@ from launch.run.compose import Splits, check_device, compose, open_splits
 from launch.run.config import ResolvedRun, RunConfig, check_folder, resolve
 from launch.run.inputs import inputs_of
 from launch.run.memory import keep_within_budget
+from launch.run.objective import build_for
 from launch.run.outcome import finish
 from launch.run.own_code import bring
 from launch.run.own_model import OwnModel, build_own
@@ -154,7 +155,7 @@ def _model(run: ResolvedRun, splits: Splits, task: Task, own: OwnModel | None) -
     if own is not None:
         model = build_own(own, config, shape, task)
     else:
-        model = inputs.build_model(config.model, len(task.outputs), inputs.spec(splits.train), config.run.seed)
+        model = build_for(config, task, inputs.spec(splits.train))
     recomputed = keep_within_budget(run, model, shape, inputs.dtype)
     if recomputed is not None:
         log.info("recomputed, by stage: %s", recomputed)

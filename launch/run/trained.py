@@ -22,6 +22,7 @@ from launch.run.config import RunConfig
 from launch.run.identity import shapes_of
 from launch.run.initial_weights import better_of
 from launch.run.inputs import Split, images_of, inputs_of
+from launch.run.objective import build_for, prepare_for
 from launch.run.own_model import OwnModel, made_own
 from setformer_dist.core import config as base
 from setformer_dist.core.batch import MicroBatch
@@ -49,7 +50,7 @@ class Trained:
 
     def prepare(self) -> Prepare:
         """Return the way from a micro batch to what the model takes, in fp32 where the model is."""
-        return inputs_of(self.config.data).prepare(len(self.classes), _device_of(self.model), torch.float32)
+        return prepare_for(self.config, self.task, len(self.classes), _device_of(self.model), torch.float32)
 
     @torch.no_grad()
     def probabilities(self, images: torch.Tensor) -> torch.Tensor:
@@ -87,7 +88,6 @@ def load_trained(path: Path, weights: Weights = "auto", own: OwnModel | None = N
     state = "ema" if chosen == "ema" else "param"
     if state not in checkpoint.states():
         raise CheckpointError(f"checkpoint {place} holds no averaged weights: the run had ema.decay = 0")
-    inputs = inputs_of(config.data)
     shapes = checkpoint.parameters()
     try:
         task = build_task(config.task, about.classes)
@@ -95,9 +95,9 @@ def load_trained(path: Path, weights: Weights = "auto", own: OwnModel | None = N
             model = made_own(own, config, len(task.outputs))
         else:
             with _no_more_parameters_than(shapes), torch.device("meta"):
-                empty = inputs.build_model(config.model, len(task.outputs), about.inputs, config.run.seed)
+                empty = build_for(config, task, about.inputs)
             _check_shapes(shapes_of(empty), shapes, place)
-            model = inputs.build_model(config.model, len(task.outputs), about.inputs, config.run.seed)
+            model = build_for(config, task, about.inputs)
         _check_shapes(shapes_of(model), shapes, place, given=own is not None)
     except ConfigError as error:
         raise CheckpointError(

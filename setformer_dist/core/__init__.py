@@ -17,6 +17,7 @@ Nothing here imports torch.distributed, touches a device or has an effect at imp
     lean.py            keeps out of memory what DeepSpeed imports and nobody asked for
     live.py            what the ranks of a run are doing right now, for `setformer runs top`
     logging_config.py  the `[logging]` table of a run config
+    masking.py         which units of an image masked autoencoding hides
     metric.py          what evaluations report: names, directions, and which weights are better
     model_config.py    the `[model]` table of a run config; imports no torch and no timm, so typos are reported at once
     phases.py          what a rank does at an instant, as clock, heartbeat, ledger and report name it

@@ -50,6 +50,7 @@ LOSS = Metric("loss", "loss", mode="min", share=False)
 METRICS_OF: Mapping[str, tuple[Metric, ...]] = {
     "classification": (Metric("top1", "top-1", "top-1 accuracy"), Metric("top5", "top-5", "top-5 accuracy"), LOSS),
     "multilabel": (Metric("f1", "F1", "F1 over all labels"), Metric("exact", "exact match"), LOSS),
+    "mae": (LOSS,),
 }
 
 

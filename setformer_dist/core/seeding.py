@@ -32,6 +32,7 @@ class Purpose(enum.IntEnum):
     LISTOPS = 9
     PATHFINDER = 10
     REFRESH = 11
+    MASK = 12
     SIZE = 13
     SWEEP = 20
     POPULATION = 21

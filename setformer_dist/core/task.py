@@ -91,3 +91,22 @@ class Counted(Protocol):
         It is called before the model runs. A step without valid elements must have a loss of 0.
         """
         ...
+
+
+@runtime_checkable
+class Hiding(Protocol):
+    """A further method of tasks that hide parts of their inputs and learn to fill them in.
+
+    Their `outputs` are none: the model has no classifier, and is part of a larger one (`launch.run.objective`).
+    """
+
+    def prepared(self, whole: Prepare, dtype: torch.dtype, seed: int, steps_per_epoch: int) -> Prepare:
+        """Return what makes inputs with masks, and targets, from what makes whole fp32 images.
+
+        Args:
+            whole: makes the images.
+            dtype: of the inputs.
+            seed: of the run.
+            steps_per_epoch: optimizer steps of an epoch.
+        """
+        ...

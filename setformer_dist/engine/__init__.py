@@ -24,6 +24,7 @@
     refresh.py            reference sets set by K-means: what is sampled when, and where the new sets go
     guard.py              losses that are not finite, and loss spikes: what is done about the step
     offload.py            CPU offload: no step sees a gradient of an earlier one
+    probe.py              how much frozen features know of classes
     progress.py           what rank 0 shows while a run is under way: a bar on a terminal, a line now and then elsewhere
 
 Few know DeepSpeed: deepspeed_engine.py makes the engine and zero.py its JSON, master.py and offload.py know how it lays

@@ -5,11 +5,13 @@ attention.py   the attention modules, one interface for images and sequences
 build.py       a model from the `[model]` table: any name that timm knows, ours included
 cost.py        parameters and multiply-adds of a SeTformer as closed formulas of its config, without building it
 layers.py      what our image models share: keyed stochastic depth, small layers, and timm's method set over stages
+masked.py      masked autoencoding around a SeTformer: fusion of its stages, and a light decoder
 measure.py     counted costs: multiply-adds and memory of any model, without computing it
 recompute.py    what a block keeps for its backward pass, and what it computes again
 reference_sets.py  the reference sets of a model: which there are, what its layers see of them, and freezing them
 sequence.py    an encoder of token sequences, with any attention
 setformer.py   a hierarchical vision transformer whose attention is optimal transport to a small reference set
+visible.py     the tokens of some units of each image, gathered, and laid back into the grid
 soft.py        SOFT and SOFT++: vision transformers with a Gaussian kernel through 49 landmarks in place of softmax
 """
 

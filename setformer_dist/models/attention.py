@@ -264,9 +264,13 @@ class SetAttention(nn.Module):
             nn.init.normal_(vectors, std=vectors.shape[-1] ** -0.5)
 
     def forward(
-        self, x_bnc: torch.Tensor, grid: Grid | None = None, mask_bn: torch.Tensor | None = None
+        self,
+        x_bnc: torch.Tensor,
+        grid: Grid | None = None,
+        mask_bn: torch.Tensor | None = None,
+        positions_bna: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(b, n, c) -> (b, n, c)."""
+        """(b, n, c) -> (b, n, c); positions as in `set_attention`, for tokens that are no whole grid."""
         x_bhnd = split_heads(self.input(x_bnc), self.num_heads)
         if self.watcher is not None:
             self.watcher(self._marginal_error(x_bhnd, mask_bn))
@@ -282,6 +286,7 @@ class SetAttention(nn.Module):
             anchors_hkd=self._set("anchors"),
             grid=grid,
             mask_bn=mask_bn,
+            positions_bna=positions_bna,
             rows=self.rows,
         )
         return self.output(merge_heads(y_bhnd))  # type: ignore[no-any-return]

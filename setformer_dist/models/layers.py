@@ -146,8 +146,9 @@ def run_blocks(
     *,
     recompute: bool,
     rows: Rows | None = None,
+    positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Apply blocks of `forward(x, keep_2b)` one after the other.
+    """Apply blocks of `forward(x, keep_2b)` one after the other, or with positions of `forward(x, keep_2b, positions)`.
 
     Args:
         blocks: of one stage.
@@ -155,15 +156,17 @@ def run_blocks(
         keep: (2 * blocks, B) drop path factors, or None.
         recompute: recompute each block in the backward pass instead of keeping its activations.
         rows: the group that shares the images; a recomputation takes over the sums of the first pass.
+        positions: where the tokens lie, for blocks that take some tokens of a grid (visible.py).
     """
+    places = () if positions is None else (positions,)
     contexts: dict[str, Any] = {} if rows is None else {"context_fn": rows.recomputing}
     for i, block in enumerate(blocks):
         keep_2b = None if keep is None else keep[2 * i : 2 * i + 2]
         if recompute and torch.is_grad_enabled():
             # The factors are arguments, so that recomputation sees those of the first pass.
-            x = checkpoint(block, x, keep_2b, use_reentrant=False, **contexts)
+            x = checkpoint(block, x, keep_2b, *places, use_reentrant=False, **contexts)
         else:
-            x = block(x, keep_2b)
+            x = block(x, keep_2b, *places)
     return x
 
 

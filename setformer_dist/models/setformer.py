@@ -52,6 +52,7 @@ from setformer_dist.models.layers import (
     scale_branch,
 )
 from setformer_dist.models.recompute import MadeAgain, per_stage
+from setformer_dist.models.visible import VisibleUnits
 from setformer_dist.ops.parts import Rows, from_above, mean_of_rows
 from setformer_dist.ops.set import split
 from setformer_dist.ops.set.attention import IntTuple, SetAttentionConfig, problem_of
@@ -150,11 +151,14 @@ class Stem(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.rows: Rows | None = None
 
-    def forward(self, image_bchw: torch.Tensor) -> torch.Tensor:
+    def forward(self, image_bchw: torch.Tensor, visible: VisibleUnits | None = None) -> torch.Tensor:
         """(B, in_chans, height, width) -> (B, H, W, C); sides are divided by the strides, rounded up.
 
-        With a group the image is what `margins` says, and the tokens are those of this part.
+        With a group the image is what `margins` says, and the tokens are those of this part. With visible units the
+        tokens are theirs, gathered.
         """
+        if visible is not None:
+            return self._of_visible(image_bchw, visible)
         if self.rows is not None:
             x = self.conv1(edge_rows(channels_last(image_bchw), self.rows), padded=True)
             # Beyond the image's border the second convolution sees zeros, not what the first makes of zeros.
@@ -162,6 +166,14 @@ class Stem(nn.Module):
             return self.norm(conv_tokens(x.permute(0, 2, 3, 1), self.conv2, padded=True))  # type: ignore[no-any-return]
         x = self.conv1(channels_last(image_bchw))
         return self.norm(conv_tokens(x.permute(0, 2, 3, 1), self.conv2))  # type: ignore[no-any-return]
+
+    def _of_visible(self, image_bchw: torch.Tensor, visible: VisibleUnits) -> torch.Tensor:
+        """Return tokens of visible units, which see zeros in place of hidden ones, before both convolutions."""
+        side = image_bchw.shape[2] // visible.rows
+        image_bchw = image_bchw.masked_fill(~visible.seen(side).unsqueeze(1), 0.0)
+        x = self.conv1(channels_last(image_bchw))
+        x = x.masked_fill(~visible.seen(side // self.conv1.stride[0]).unsqueeze(1), 0.0)
+        return self.norm(visible.gather(conv_tokens(x.permute(0, 2, 3, 1), self.conv2)))  # type: ignore[no-any-return]
 
     def margins(self) -> tuple[int, int]:
         """Return how many image rows above and below its own a part needs, where there are some."""
@@ -179,8 +191,13 @@ class Downsample(nn.Module):
         self.norm = nn.LayerNorm(2 * dim)
         self.rows: Rows | None = None
 
-    def forward(self, x_bhwc: torch.Tensor) -> torch.Tensor:
-        """(B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 2C); a part has an even number of rows, and gets that above it."""
+    def forward(self, x_bhwc: torch.Tensor, visible: VisibleUnits | None = None) -> torch.Tensor:
+        """(B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 2C); a part has an even number of rows, and gets that above it.
+
+        With visible units x holds their tokens, gathered, and so does the result.
+        """
+        if visible is not None:
+            return self.norm(visible.gather(conv_tokens(visible.scatter(x_bhwc), self.conv)))  # type: ignore[no-any-return]
         if self.rows is not None:
             x_bhwc = torch.cat([from_above(x_bhwc[:, -1:], self.rows), x_bhwc], 1)
             return self.norm(conv_tokens(x_bhwc, self.conv, padded=True))  # type: ignore[no-any-return]
@@ -204,21 +221,34 @@ class Block(nn.Module):
         self.rows: Rows | None = None
         self.recompute: Recompute = "none"
 
-    def forward(self, x: torch.Tensor, keep_2b: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, H, W, C) -> (B, H, W, C); keep_2b: (2, B) drop path factors of the two branches, or None."""
+    def forward(
+        self, x: torch.Tensor, keep_2b: torch.Tensor | None = None, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(B, H, W, C) -> (B, H, W, C).
+
+        Args:
+            x: tokens, of a grid of H x W or, with positions, of some places of one.
+            keep_2b: (2, B) drop path factors of the two branches, or None.
+            positions: (B or 1, H W, axes) as in `set_attention`, or None.
+        """
         if self.recompute in ("none", "block") or not torch.is_grad_enabled():
-            x = x + self._transported(x, self.norm1(x), keep_2b)
+            x = x + self._transported(x, self.norm1(x), keep_2b, positions)
             return x + self._mixed(x, keep_2b)
         with MadeAgain() as again:
-            x = x + self._transported(x, again.norm(self.norm1, x), keep_2b)
+            x = x + self._transported(x, again.norm(self.norm1, x), keep_2b, positions)
             if self.recompute == "cheap":
                 return x + self._mixed(x, keep_2b, again)
         # To its end, as ZeRO-3 would keep weights of a layer whose forward pass is cut short.
         return x + checkpoint(self._mixed, x, keep_2b, use_reentrant=False, early_stop=False)
 
-    def _transported(self, x: torch.Tensor, normed: torch.Tensor, keep_2b: torch.Tensor | None) -> torch.Tensor:
-        grid = (x.shape[1] * (1 if self.rows is None else self.rows.count), x.shape[2])
-        y = self.attn(normed.flatten(1, 2), grid).view(x.shape)
+    def _transported(
+        self, x: torch.Tensor, normed: torch.Tensor, keep_2b: torch.Tensor | None, positions: torch.Tensor | None
+    ) -> torch.Tensor:
+        if positions is not None:
+            y = self.attn(normed.flatten(1, 2), positions_bna=positions).view(x.shape)
+        else:
+            grid = (x.shape[1] * (1 if self.rows is None else self.rows.count), x.shape[2])
+            y = self.attn(normed.flatten(1, 2), grid).view(x.shape)
         return scale_branch(y if self.scale1 is None else y * self.scale1, keep_2b, 0)
 
     def _mixed(self, x: torch.Tensor, keep_2b: torch.Tensor | None, again: MadeAgain | None = None) -> torch.Tensor:
@@ -238,10 +268,24 @@ class Stage(nn.Module):
         self.downsample = Downsample(dim // 2) if index else nn.Identity()
         self.blocks = nn.ModuleList(Block(index, config) for _ in range(config.depths[index]))
 
-    def forward(self, x: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, H, W, C_in) -> (B, H', W', C); keep: (2 * blocks, B) drop path factors, or None."""
+    def forward(
+        self, x: torch.Tensor, keep: torch.Tensor | None = None, visible: VisibleUnits | None = None
+    ) -> torch.Tensor:
+        """(B, H, W, C_in) -> (B, H', W', C).
+
+        Args:
+            x: tokens of the stage before.
+            keep: (2 * blocks, B) drop path factors, or None.
+            visible: units whose tokens, gathered, x holds; None where it holds the whole grid.
+        """
         whole = self.recompute == "block"
-        return run_blocks(self.blocks, self.downsample(x), keep, recompute=whole, rows=self.rows)
+        if visible is None:
+            return run_blocks(self.blocks, self.downsample(x), keep, recompute=whole, rows=self.rows)
+        x = x if isinstance(self.downsample, nn.Identity) else self.downsample(x, visible)
+        first = self.blocks[0].attn
+        assert isinstance(first, SetAttention)
+        positions = visible.positions(x.shape[2], first.config)
+        return run_blocks(self.blocks, x, keep, recompute=whole, positions=positions)
 
 
 # -------------------------------------------------------------------------------------------------------- model
@@ -365,14 +409,33 @@ class SeTformer(Pyramid):
             x_bhwc = mean_of_rows(x_bhwc, self.rows)
         return self.head(x_bhwc, pre_logits=pre_logits)  # type: ignore[no-any-return]
 
-    def _stages(self, image: torch.Tensor, count: int) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    def why_not_masked(self) -> str | None:
+        """Return why parts of an image cannot be left out of this model, None where they can."""
+        if self.config.attention == "set":
+            return None
+        return (
+            f"attention = {self.config.attention!r} has no form for some tokens of an image at their own places, in "
+            "which a token that is left out changes nothing: use attention = 'set', SeTformer proper"
+        )
+
+    def forward_visible(self, image: torch.Tensor, visible: VisibleUnits) -> list[torch.Tensor]:
+        """(B, in_chans, height, width) -> outputs of all stages, (B, V s, s, C) with the stage's s and C.
+
+        Tokens of hidden units are not computed, and what their pixels hold has no effect. The last output is not
+        normed.
+        """
+        return self._stages(image, len(self.stages), visible)[0]
+
+    def _stages(
+        self, image: torch.Tensor, count: int, visible: VisibleUnits | None = None
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """Return the outputs of the first `count` stages; there is no class token."""
-        x = self.stem(image)
+        x = self.stem(image, visible)
         keep = self.drop_path(x.shape[0], x.device, x.dtype)
         outputs: list[torch.Tensor] = []
         branch = 0
         for stage, depth in zip(self.stages[:count], self.config.depths, strict=False):
-            x = stage(x, None if keep is None else keep[branch : branch + 2 * depth])
+            x = stage(x, None if keep is None else keep[branch : branch + 2 * depth], visible)
             branch += 2 * depth
             outputs.append(x)
         return outputs, None

@@ -4,5 +4,6 @@ build.py            the task that a config names
 classification.py   one class per sample
 distilled.py        any of them, learnt from a trained model as well
 losses.py           what both of them may take for a loss
+mae.py              nothing of samples but themselves: hidden parts of images
 multilabel.py       any number of labels per sample
 """

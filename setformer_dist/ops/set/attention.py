@@ -52,7 +52,7 @@ Implementation = Annotated[
 Sides = tuple[int] | tuple[int, int]
 
 # Where in its cell a token or reference lies, as a share of the cell.
-_OFFSETS = {"centres": 0.5, "edges": 0.0}
+OFFSETS = {"centres": 0.5, "edges": 0.0}
 
 # TOML files hold lists where Python code writes tuples; both are welcome.
 IntTuple = Annotated[tuple[int, ...], pydantic.BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
@@ -279,7 +279,7 @@ def _places(
         positions, places = _kept_places(*sides, dtype, device, config.places)
     if mask_bn is None or config.position_filter == "separable":
         return positions, places
-    order = (mask_bn.cumsum(-1) - 1 + _OFFSETS[config.places]).to(dtype)
+    order = (mask_bn.cumsum(-1) - 1 + OFFSETS[config.places]).to(dtype)
     return (order / mask_bn.sum(-1, keepdim=True)).unsqueeze(-1), places
 
 
@@ -303,7 +303,7 @@ def _made_places(
 
 
 def _of_sides(sides: Sides, dtype: torch.dtype, device: torch.device, places: str) -> torch.Tensor:
-    offset = _OFFSETS[places]
+    offset = OFFSETS[places]
     if len(sides) == 1:
         return line_places(sides[0], dtype, device, offset=offset)
     return grid_places(sides, dtype, device, offset=offset)

@@ -1,0 +1,102 @@
+"""The model of a run as its task needs it: for most tasks a classifier; for "mae" an encoder within an autoencoder."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dataloaders.config import DataConfig, TokenConfig
+from launch.run.config import RunConfig
+from launch.run.inputs import ImageInputs, TokenInputs, inputs_of, shapes_of_images
+from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.task import Hiding, Prepare, Task
+from setformer_dist.models.masked import MaskedAutoencoder
+from setformer_dist.models.recompute import set_recompute
+from setformer_dist.tasks.build import build_task
+from setformer_dist.tasks.mae import Masked
+
+
+def build_for(config: RunConfig, task: Task, input_spec: dict[str, object]) -> nn.Module:
+    """Return the run's model with weights from its seed.
+
+    Args:
+        config: of the run.
+        task: what it learns.
+        input_spec: of the data (`Inputs.spec`).
+
+    Raises:
+        ConfigError: the model cannot be built, or not for the task.
+    """
+    inputs: ImageInputs | TokenInputs = inputs_of(config.data)
+    check_objective(config, task)
+    model = inputs.build_model(config.model, len(task.outputs), input_spec, config.run.seed)
+    if not isinstance(task, Masked):
+        return model
+    t = task.config
+    whole = MaskedAutoencoder(model, t.unit, t.ratio, t.decoder_dim, t.decoder_depth)
+    assert isinstance(config.data, DataConfig)  # checked above
+    task.check_images(shapes_of_images(config.data), whole.stride)
+    set_recompute(whole, config.model.policy, config.model.name)
+    return whole
+
+
+def build_assumed(config: RunConfig, classes: int) -> nn.Module:
+    """Return the model for images of so many classes, where the data are not there; raises as `build_for`."""
+    names = tuple(map(str, range(classes)))
+    if config.task.name == Masked.name:
+        return build_for(config, build_task(config.task, names), {})
+    return inputs_of(config.data).build_model(config.model, classes, {}, config.run.seed)
+
+
+def check_objective(config: RunConfig, task: Task) -> None:
+    """Check that a task that hides parts of images can learn by this config.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    if isinstance(config.data, DataConfig) and not config.data.labels and getattr(task, "needs_labels", True):
+        raise ConfigError(
+            f"task {task.name} learns from labels, and data.labels = false says that there are none: remove the key, "
+            'or choose a task without (task.name = "mae")'
+        )
+    if not isinstance(task, Hiding):
+        return
+    if isinstance(config.data, TokenConfig):
+        raise ConfigError(
+            f"task {task.name} hides parts of images, and [data] has token sequences: choose another task"
+        )
+    augment = config.data.augment
+    for key in ("mixup", "cutmix"):
+        if getattr(augment, key):
+            raise ConfigError(f"data.augment.{key} blends two images, and task {task.name} paints in one: set it to 0")
+    if config.distill.teacher:
+        raise ConfigError(f"distill.teacher: task {task.name} has no classes to learn from a teacher: remove distill")
+    if config.parallel.sequence > 1:
+        raise ConfigError(
+            f"parallel.sequence = {config.parallel.sequence}: task {task.name} computes with the visible tokens of "
+            "whole images, which have no form on several ranks yet: set parallel.sequence = 1"
+        )
+
+
+def encoder_of(model: nn.Module) -> nn.Module:
+    """Return the model that is kept: of an autoencoder its encoder, else the model itself."""
+    return model.encoder if isinstance(model, MaskedAutoencoder) else model
+
+
+def prepare_for(
+    config: RunConfig, task: Task, classes: int, device: torch.device, dtype: torch.dtype, steps_per_epoch: int = 1
+) -> Prepare:
+    """Return the way from micro batches to what the run's model takes, masks included.
+
+    Args:
+        config: of the run.
+        task: what it learns.
+        classes: of the data.
+        device: where to.
+        dtype: of inputs.
+        steps_per_epoch: optimizer steps of an epoch; needed in training alone.
+    """
+    inputs = inputs_of(config.data)
+    if not isinstance(task, Hiding):
+        return inputs.prepare(classes, device, dtype)
+    return task.prepared(inputs.prepare(classes, device, torch.float32), dtype, config.run.seed, steps_per_epoch)

@@ -1,0 +1,194 @@
+"""Masked autoencoding around a SeTformer: visible tokens through the encoder, all through a light decoder.
+
+    image, hidden units --encoder, visible tokens only--> maps of all stages --fusion--> tokens of the last stage's size
+    --mask token at hidden places, places added--> decoder blocks --norm, linear--> pixels of the hidden units
+
+The form is Hiera's (C. Ryali et al. 2023), after K. He et al. 2022. In SeT attention a token that is left out has no
+weight in any sum, so leaving hidden tokens out is what masking them does, exactly. Convolutions see zeros there
+(visible.py). The decoder is of SeT blocks: its cost is linear in the tokens too, and it takes any image size.
+
+Letters: B = images, R, C = rows and columns of units, U = pixels of a unit's side, V = visible units, K = hidden ones,
+s = tokens of a unit's side in the last stage, p = U / s, D = channels of the decoder.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.masking import visible_units
+from setformer_dist.core.model_config import Recompute
+from setformer_dist.models.layers import Untraceable, init_linear, run_blocks
+from setformer_dist.models.recompute import per_stage
+from setformer_dist.models.setformer import Block, SeTformer, SetformerConfig
+from setformer_dist.models.visible import VisibleUnits
+from setformer_dist.ops.set.attention import SetAttentionConfig
+
+# What the names of the encoder's parameters begin with.
+ENCODER = "encoder."
+
+_HEAD_CHANNELS = 32
+_REFERENCES = 49  # of each head of the decoder
+_LONGEST_WAVE = 10_000.0  # of places, as in transformers since Vaswani et al. 2017
+
+
+class Fusion(nn.Module):
+    """Brings the maps of all stages to the last stage's tokens and the decoder's channels, and adds them."""
+
+    def __init__(self, widths: tuple[int, ...], dim: int) -> None:
+        """Build for stages of these channels, each with half the tokens a side of the one before."""
+        super().__init__()
+        last = len(widths) - 1
+        self.maps = nn.ModuleList(nn.Linear(4 ** (last - i) * width, dim) for i, width in enumerate(widths))
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, stages: list[torch.Tensor]) -> torch.Tensor:
+        """[(B, V s_i, s_i, C_i)] -> (B, V s, s, D): the sum of one convolution per stage, its kernel its stride."""
+        b, rows, side, _ = stages[-1].shape
+        total: torch.Tensor | None = None
+        for x, linear in zip(stages, self.maps, strict=True):
+            k = x.shape[2] // side
+            patches = x.view(b, rows, k, side, k, -1).transpose(2, 3).flatten(3)
+            total = linear(patches) if total is None else total + linear(patches)
+        return self.norm(total)  # type: ignore[no-any-return]
+
+
+class MaskedAutoencoder(Untraceable, nn.Module):
+    """An encoder with what learns to paint in the hidden units of its images.
+
+    Takes (B, in_chans + 1, height, width): an image, and a channel that is above 0.5 in hidden units. Every image
+    hides `visible_units` fewer than it has units. Without that channel the last units are hidden, which serves to
+    count costs.
+
+    Attributes:
+        encoder: the model that is kept.
+    """
+
+    def __init__(self, encoder: nn.Module, unit: int, ratio: float, dim: int, depth: int) -> None:
+        """Build around an encoder without a classifier; the decoder has `depth` blocks of `dim` channels.
+
+        Raises:
+            ConfigError: parts of an image cannot be left out of this model, or the decoder is impossible.
+        """
+        super().__init__()
+        if not isinstance(encoder, SeTformer):
+            raise ConfigError(
+                f"{type(encoder).__name__} has no encoder in stages that takes some tokens of an image: task mae is "
+                "for setformer_* models with attention = 'set'"
+            )
+        if (reason := encoder.why_not_masked()) is not None:
+            raise ConfigError(f"task mae: {reason}")
+        if dim % _HEAD_CHANNELS:
+            near = f"{max(1, dim // _HEAD_CHANNELS) * _HEAD_CHANNELS}"
+            raise ConfigError(f"task.args.decoder_dim = {dim} must be a multiple of {_HEAD_CHANNELS}, such as {near}")
+        self.encoder = encoder
+        self.unit, self.ratio = unit, ratio
+        self.stride = encoder.config.reductions[-1]
+        channels = encoder.in_chans
+        self.fusion = Fusion(encoder.widths, dim)
+        self.mask_token = nn.Parameter(torch.empty(dim))
+        decoder = SetformerConfig(
+            embed_dim=dim,
+            depths=(depth,),
+            num_heads=(dim // _HEAD_CHANNELS,),
+            mlp_ratio=2.0,
+            attn=SetAttentionConfig(references=_REFERENCES),
+        )
+        self.decoder = nn.ModuleList(Block(0, decoder) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
+        self.pixels = nn.Linear(dim, self.stride**2 * channels)
+        for module in (self.fusion, self.decoder, self.pixels):
+            module.apply(init_linear)
+        nn.init.normal_(self.mask_token, std=0.02)
+        self.feature_info = encoder.feature_info
+        self.num_features, self.num_classes = encoder.num_features, 0
+
+    @property
+    def stages(self) -> nn.ModuleList:
+        """The encoder's, to which policies of recomputation belong."""
+        return self.encoder.stages
+
+    def set_recompute(self, recompute: Recompute | tuple[Recompute, ...]) -> None:
+        """Say what the backward pass computes again: the encoder's stages, and the decoder as the last of them."""
+        self.encoder.set_recompute(recompute)
+        for block in self.decoder:
+            block.recompute = per_stage(recompute, len(self.stages))[-1]  # type: ignore[assignment]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.set_recompute("block" if enable else "none")
+
+    def set_sample_keys(self, keys: torch.Tensor | None) -> None:
+        """Make the encoder's drop path a function of these keys."""
+        self.encoder.set_sample_keys(keys)
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the parameters that must not decay: all but the weights of linear layers and convolutions."""
+        names = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+        weights = {f"{n}.weight" for n, module in self.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+        others = {name for name, _ in self.named_parameters() if not name.startswith("encoder.")}
+        return names | (others - weights)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, object]:
+        """Return timm's patterns that order the parameters by depth, for layer decay; the decoder is the deepest."""
+        return {
+            "stem": r"^encoder\.stem",
+            "blocks": [
+                (r"^encoder\.stages\.(\d+)", None),
+                (r"^(?:encoder\.norm|fusion|mask_token|decoder|norm|pixels)", (99999,)),
+            ],
+        }
+
+    def visible_of(self, inputs: torch.Tensor) -> VisibleUnits:
+        """Return the visible units of (B, in_chans + 1, height, width), or of images the first ones."""
+        b, channels, height, width = inputs.shape
+        rows, columns = height // self.unit, width // self.unit
+        count = visible_units(rows * columns, self.ratio)
+        if channels == self.encoder.in_chans:
+            index = torch.arange(count, device=inputs.device).expand(b, count)
+        else:
+            hidden = (inputs[:, -1, :: self.unit, :: self.unit] > 0.5).flatten(1).to(torch.int8)
+            index = hidden.argsort(dim=1, stable=True)[:, :count]
+        return VisibleUnits(index.contiguous(), rows, columns)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(B, in_chans + 1, height, width) -> (B, K, U, U, in_chans): pixels of the hidden units, row-major."""
+        visible = self.visible_of(inputs)
+        images = inputs[:, : self.encoder.in_chans]
+        *stages, last = self.encoder.forward_visible(images, visible)
+        return self.decoded([*stages, self.encoder.norm(last)], visible)
+
+    def decoded(self, stages: list[torch.Tensor], visible: VisibleUnits) -> torch.Tensor:
+        """Return the pixels of the hidden units, (B, K, U, U, in_chans), from the encoder's stages."""
+        x = visible.scatter(self.fusion(stages))
+        _, height, width, dim = x.shape
+        side = height // visible.rows
+        x = torch.where(visible.seen(side).unsqueeze(-1), x, self.mask_token.to(x.dtype))
+        x = x + sine_places(height, width, dim, x.device).to(x.dtype)
+        whole = self.decoder[0].recompute == "block"
+        x = run_blocks(self.decoder, x, None, recompute=bool(whole))
+        x = self.pixels(self.norm(visible.hidden().gather(x)))
+        b, patch = x.shape[0], self.stride
+        x = x.view(b, -1, side, side, patch, patch, self.encoder.in_chans).transpose(3, 4)
+        pixels: torch.Tensor = x.reshape(b, -1, self.unit, self.unit, self.encoder.in_chans)
+        return pixels
+
+
+def sine_places(height: int, width: int, dim: int, device: torch.device) -> torch.Tensor:
+    """Return fixed codes of the places of a grid, (height, width, dim) fp32: sines and cosines of row and column.
+
+    Args:
+        height: rows.
+        width: columns.
+        dim: a multiple of 4.
+        device: where to.
+    """
+    quarter = dim // 4
+    rates = torch.exp(-math.log(_LONGEST_WAVE) * torch.arange(quarter, device=device, dtype=torch.float64) / quarter)
+    rows, columns = (torch.arange(n, device=device, dtype=torch.float64)[:, None] * rates for n in (height, width))
+    of_rows = torch.cat([rows.sin(), rows.cos()], 1)[:, None].expand(-1, width, -1)
+    of_columns = torch.cat([columns.sin(), columns.cos()], 1)[None].expand(height, -1, -1)
+    return torch.cat([of_rows, of_columns], 2).float()

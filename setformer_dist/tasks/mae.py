@@ -1,0 +1,160 @@
+"""Masked autoencoding: paint in the hidden units of an image, from those that are visible; no labels are needed.
+
+Which units are hidden follows from (seed, epoch, sample id) in training, and from the sample id alone in evaluation, so
+neither ranks nor micro batches nor workers change a mask, and losses of evaluations can be compared.
+
+m = images of a micro batch, K = hidden units of an image, U = pixels of a unit's side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pydantic
+import torch
+
+from setformer_dist.core import config as base
+from setformer_dist.core.batch import MicroBatch
+from setformer_dist.core.config import FrozenConfig
+from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.masking import check_unit, hidden_units
+from setformer_dist.core.metric import METRICS_OF, Metric
+from setformer_dist.core.seeding import Purpose, sample_keys
+from setformer_dist.core.task import Prepare
+
+_EVALUATION = -1  # in the place of seed and epoch
+_FLAT = 1e-6  # added to a unit's variance, as in MAE
+
+
+class MaskedConfig(FrozenConfig):
+    """The table [task.args] of task "mae".
+
+    Attributes:
+        unit: side of the squares that are hidden or visible as a whole, in pixels; a multiple of the model's stride.
+        ratio: share of the units that is hidden.
+        normalise: compare with the pixels of each unit brought to mean 0 and variance 1.
+        decoder_dim: channels of the decoder, a multiple of 32.
+        decoder_depth: blocks of the decoder.
+    """
+
+    unit: int = pydantic.Field(default=32, ge=1)
+    ratio: float = pydantic.Field(default=0.6, gt=0, lt=1)
+    normalise: bool = True
+    decoder_dim: int = pydantic.Field(default=256, ge=32)
+    decoder_depth: int = pydantic.Field(default=2, ge=1)
+
+
+class Masked:
+    """The loss is the mean square error of the hidden units' pixels."""
+
+    name = "mae"
+    metrics: tuple[Metric, ...] = METRICS_OF["mae"]
+    outputs: tuple[str, ...] = ()
+    exclusive = False
+    needs_labels = False
+
+    def __init__(self, args: Mapping[str, object], classes: tuple[str, ...]) -> None:
+        self.config = base.build(MaskedConfig, args, "task.args")
+
+    def check_images(self, shapes: Sequence[tuple[int, int]], stride: int) -> None:
+        """Check that units fit into images of these heights and widths; raises ConfigError.
+
+        Args:
+            shapes: of the run's images.
+            stride: image pixels per token of the model's last stage.
+        """
+        for shape in shapes:
+            check_unit(self.config.unit, stride, shape, self.config.ratio)
+
+    def prepared(self, whole: Prepare, dtype: torch.dtype, seed: int, steps_per_epoch: int) -> Prepare:
+        """Return what makes inputs with masks, and targets.
+
+        Args:
+            whole: makes fp32 images.
+            dtype: of the inputs.
+            seed: of the run.
+            steps_per_epoch: optimizer steps of an epoch.
+        """
+        return MaskedPrepare(whole, self.config, dtype, seed, steps_per_epoch)
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the mean square error, shape (); both (m, K, U, U, 3)."""
+        return (outputs.float() - targets).square().mean()
+
+    def sums(self, outputs: torch.Tensor, batch: MicroBatch, targets: torch.Tensor) -> torch.Tensor:
+        """Return the loss summed over the images that count."""
+        each = (outputs.float() - targets).square().flatten(1).mean(dim=1).cpu()
+        return (each * batch.weights).sum().unsqueeze(0)
+
+    def figures(self, sums: Sequence[float], count: float) -> dict[str, float]:
+        """Return the mean over the images."""
+        return {"loss": sums[0] / count}
+
+    def confidences(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Refuse: there are no classes."""
+        raise ConfigError(
+            "a model of task mae paints in hidden parts of images and has no classes: fine-tune it (model.weights), or "
+            "score its features with `setformer probe`"
+        )
+
+
+class MaskedPrepare:
+    """A `Prepare` that draws masks and makes targets of hidden pixels.
+
+    Args: as of `Masked.prepared`, with the task's table.
+    """
+
+    def __init__(
+        self, whole: Prepare, config: MaskedConfig, dtype: torch.dtype, seed: int, steps_per_epoch: int
+    ) -> None:
+        self._whole = whole
+        self._config = config
+        self._dtype = dtype
+        self._seed = seed
+        self._steps_per_epoch = steps_per_epoch
+
+    def __call__(self, batch: MicroBatch, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (m, 4, H, W), images and a channel that is 1 in hidden units, and targets (m, K, U, U, 3) fp32."""
+        images, _ = self._whole(batch, train=train)
+        unit = self._config.unit
+        rows, columns = images.shape[2] // unit, images.shape[3] // unit
+        hidden = torch.from_numpy(hidden_units(self._keys(batch, train), rows, columns, self._config.ratio))
+        targets = hidden_pixels(images, hidden, unit)
+        if self._config.normalise:
+            targets = normalised(targets)
+        channel = hidden.to(images.device).repeat_interleave(unit, 1).repeat_interleave(unit, 2).unsqueeze(1)
+        return torch.cat([images.to(self._dtype), channel.to(self._dtype)], 1), targets
+
+    def _keys(self, batch: MicroBatch, train: bool) -> np.ndarray:
+        if not train:
+            return sample_keys(Purpose.MASK, _EVALUATION, _EVALUATION, batch.sample_ids.numpy())
+        epoch = batch.step // self._steps_per_epoch
+        return sample_keys(Purpose.MASK, self._seed, epoch, batch.sample_ids.numpy())
+
+
+def hidden_pixels(images: torch.Tensor, hidden: torch.Tensor, unit: int) -> torch.Tensor:
+    """Return the hidden units of images, (m, K, U, U, 3), in row-major order.
+
+    Args:
+        images: (m, 3, H, W).
+        hidden: (m, H / U, W / U) bool, on the CPU, the same number of each image.
+        unit: U.
+    """
+    m, channels, height, width = images.shape
+    units = images.reshape(m, channels, height // unit, unit, width // unit, unit).permute(0, 2, 4, 3, 5, 1)
+    index = hidden.flatten().nonzero().squeeze(1).to(images.device)
+    return units.reshape(-1, unit, unit, channels).index_select(0, index).view(m, -1, unit, unit, channels)
+
+
+def normalised(units: torch.Tensor) -> torch.Tensor:
+    """Bring each unit of (m, K, U, U, 3) to mean 0 and variance 1 over all its numbers."""
+    mean, scale = moments(units)
+    return (units - mean) / scale
+
+
+def moments(units: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and standard deviation of each unit, both (m, K, 1, 1, 1)."""
+    over = (2, 3, 4)
+    variance, mean = torch.var_mean(units, dim=over, keepdim=True)
+    return mean, (variance + _FLAT).sqrt()
