@@ -1,0 +1,81 @@
+"""How to make room for a job: which elastic jobs shrink, which jobs of lower priority stop. Pure.
+
+What is lost is the work since the last checkpoint, in slot-seconds: a job saves when it is stopped, but may fail to.
+Whoever loses least goes first, and nobody stops in vain: a job whose stop is not needed in the end keeps running.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from launch.queue.state import Job, Placement, Rules, Running, Stop
+from launch.queue.timeline import Slots, Timeline
+
+
+def make_room(job: Job, size: int, timeline: Timeline, options: Sequence[tuple[Stop, Slots]]) -> list[Stop]:
+    """Return the stops that make room for a job; none where there is no such set.
+
+    Args:
+        job: that waits.
+        size: ranks.
+        timeline: with what is free, or soon will be.
+        options: of its priority.
+    """
+    if not options:
+        return []
+    free = timeline.free_soon(job.limit_s)
+    taken: dict[int, tuple[Stop, Slots]] = {}
+    fits = False
+    for stop, gives in options:
+        before = taken[stop.job][1] if stop.job in taken else 0
+        taken[stop.job] = (replace(stop, by=job.id), gives)  # a stop supersedes a shrink of the same job
+        free = free + gives - before
+        fits = int(free.sum()) >= size and timeline.place(free, size, job.per_node) is not None
+        if fits:
+            break
+    if not fits:
+        return []
+    for victim in list(taken):  # whoever is not needed goes on
+        without = free - taken[victim][1]
+        if timeline.place(without, size, job.per_node) is not None:
+            free = without
+            del taken[victim]
+    return [stop for stop, _ in taken.values()]
+
+
+def options(
+    priority: int, timeline: Timeline, running: Sequence[Running], rules: Rules, now: float
+) -> list[tuple[Stop, Slots]]:
+    """Return what may be stopped for a job of a priority and what that gives: shrinks first, then the smallest loss."""
+    usable = np.array([node.usable for node in timeline.nodes], dtype=bool)
+    found: list[tuple[tuple[int, float, int, int], Stop, Slots]] = []
+    for run in running:
+        lower = run.job.priority < priority
+        if run.stopping or run.job.priority > priority:
+            continue
+        if run.boosted and now - run.started < rules.protect_s:
+            continue
+        loss = run.ranks * max(0.0, now - run.saved)
+        for smaller in reversed([size for size in run.job.sizes if size < run.ranks]):
+            kept = shrunk(run.placement, smaller)
+            gives = timeline.slots_of(run.placement) - timeline.slots_of(kept)
+            key = (0, loss, -smaller, run.job.id)
+            found.append((key, Stop(run.job.id, "resize", kept), np.where(usable, gives, 0)))
+        if lower:
+            gives = np.where(usable, timeline.slots_of(run.placement), 0)
+            found.append(((1, loss, run.job.priority, run.job.id), Stop(run.job.id, "preempted"), gives))
+    found.sort(key=lambda entry: entry[0])
+    return [(stop, gives) for _, stop, gives in found]
+
+
+def shrunk(placement: Placement, ranks: int) -> Placement:
+    """Return the part of a placement that a job keeps: its largest nodes, so that it stays on few."""
+    kept: list[tuple[str, int]] = []
+    for node, count in sorted(placement, key=lambda entry: -entry[1]):
+        if ranks:
+            kept.append((node, min(count, ranks)))
+            ranks -= min(count, ranks)
+    return tuple(kept)
