@@ -14,6 +14,9 @@
     nodes       the nodes of this machine, of a list of hosts, or of a Ray cluster
     scheduler   the loop: hold the lease, observe, decide, act
     submit      check a job and put it into the queue
+    wishes      cancel, hold, release, move, drain
+    book        rows of the database to values of the policy, and decisions to rows
+    serve       the server, also where `submit` has to start it
     show        tables for the terminal
 
 Nothing here imports torch. Each job is an ordinary `setformer train` under its own supervisor.

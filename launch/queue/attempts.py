@@ -30,11 +30,13 @@ class Ended:
         code: exit code or minus a signal; None where nobody knows: it was killed with its keeper.
         time: Unix time.
         killed: it did not end when asked.
+        began: its keeper came in time; otherwise nothing was started.
     """
 
     code: int | None
     time: float
     killed: bool = False
+    began: bool = True
 
 
 @dataclass
@@ -59,7 +61,7 @@ class Watcher:
                 keeper.claim(folder, {"revoked": True})
             claimed = _read(folder / keeper.CLAIM) or {}
         if claimed.get("revoked"):
-            return self._forget(folder, Ended(None, time.time()))
+            return self._forget(folder, Ended(None, time.time(), began=False))
         if not self._lives(folder, claimed, now):
             # It may have ended between the two looks.
             return self._forget(folder, _end_of(folder) or Ended(None, time.time()))

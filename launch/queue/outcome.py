@@ -1,4 +1,4 @@
-"""What the end of an attempt means: done, stopped as asked, the job's own failure, or the machine's. Pure but for `why`.
+"""What the end of an attempt means: done, stopped as asked, the job's own failure, or the machine's.
 
 code 0                      done
 143 and other stops         as the queue asked; otherwise somebody else stopped the supervisor: the machine's
@@ -52,6 +52,8 @@ def judge(ended: Ended, asked: bool, last_why: str, launch_failures: int = 0) ->
         launch_failures: failures in a row before this one.
     """
     code = ended.code
+    if not ended.began:
+        return Outcome("stopped")
     if code == 0:
         return Outcome("done")
     if asked and (ended.killed or (code is not None and code > 128)):
