@@ -33,8 +33,10 @@ def release(store: Store, number: int) -> str:
     """
     row = store.job(number)
     if row["state"] in ("failed", "over limit", "cancelled"):
-        values = {"state": "waiting", "held": False, "cancelled": False, "waiting_since": time.time(), "used_s": 0.0,
-                  "eligible_at": 0.0, "own_failures": 0, "failures_in_row": 0, "finished": None, "reason": ""}  # fmt: skip
+        values = {
+            "state": "waiting", "held": False, "cancelled": False, "waiting_since": time.time(), "used_s": 0.0,
+            "eligible_at": 0.0, "own_failures": 0, "failures_in_row": 0, "finished": None, "reason": "",
+        }  # fmt: skip
         with store.write() as connection:
             table = db.jobs
             taken = sa.select(table.c.id).where(
