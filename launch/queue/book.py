@@ -11,10 +11,12 @@ import sqlalchemy as sa
 from launch.queue import schema as db
 from launch.queue.attempts import Ended
 from launch.queue.config import QueueConfig
+from launch.queue.keeper import OUTPUT
 from launch.queue.order import decayed
 from launch.queue.outcome import Outcome, backoff, judge, why
 from launch.queue.state import Job, Node, Placement, Plan, Running, Start, Stop
 from launch.queue.store import Row, Store, event
+from launch.ranks.logs import last_error_line
 
 _NODE_HALF_LIFE_S = 6 * 3600.0
 _MOST_IN_ROW = 20  # failures of machines, after which the job is given up
@@ -155,9 +157,9 @@ class Book:
         own = outcome.how in ("mistake", "error")
         failures, in_row = row["job_own_failures"] + own, row["job_failures_in_row"] + 1
         if outcome.how == "mistake":
-            self.end(connection, row["job"], "failed", "a mistake that only its user can repair; see its log")
+            self.end(connection, row["job"], "failed", last_error(row) or "a mistake that only its user can repair")
         elif own and failures > row["job_max_retries"]:
-            self.end(connection, row["job"], "failed", "failed by itself; see its log")
+            self.end(connection, row["job"], "failed", last_error(row) or "failed by itself; see its log")
         elif in_row >= _MOST_IN_ROW:
             self.end(connection, row["job"], "failed", f"failed {in_row} times in a row ({outcome.how})")
         else:
@@ -220,6 +222,11 @@ class Book:
             statement = sa.update(table).where(table.c.id == sa.bindparam("n"), table.c.state == "waiting")
             statement = statement.values(reason=sa.bindparam("r"), place=sa.bindparam("p"), expected=sa.bindparam("e"))
             connection.execute(statement, changed)
+
+
+def last_error(row: Row) -> str:
+    """Return the last line of an attempt's output that looks like an error, or its last line."""
+    return last_error_line(Path(row["folder"]) / OUTPUT, 0)[:300]
 
 
 def as_placement(value: Sequence[Sequence[object]]) -> Placement:

@@ -79,6 +79,7 @@ class _Decision:
     waits: dict[int, Wait] = field(default_factory=dict)
     blocked: list[Job] = field(default_factory=list)
     reserved: dict[int, tuple[float, Placement]] = field(default_factory=dict)
+    preempting: list[int] = field(default_factory=list)
     options: dict[int, list[tuple[Stop, Slots]]] = field(default_factory=dict)
     held_by: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
@@ -93,8 +94,13 @@ class _Decision:
             else:
                 self.timeline.take(run.placement, self._end_of(run))
 
+    @property
+    def _soon(self) -> float:
+        return self.now + self.rules.save_s
+
     def _end_of(self, run: Running) -> float:
-        return max(run.started + run.job.limit_s, self.now + _OVERDUE_S)
+        end = run.started + run.job.limit_s
+        return end if end > self.now else self.now + _OVERDUE_S
 
     def candidates(self, waiting: Sequence[Job]) -> list[Job]:
         """Return the jobs that may start; say why the others may not."""
@@ -128,10 +134,13 @@ class _Decision:
             return
         if self._start(job, sizes) or self._room_comes(job, sizes[0]):
             return
+        if len(self.preempting) >= self.rules.most_preempting:
+            self._reserve(job, sizes[0], "waits for free slots")
+            return
         if job.priority not in self.options:
             usable = [run for run in self.running if run.job.id not in self.stops]
             self.options[job.priority] = options(job.priority, self.timeline, usable, self.rules, self.now)
-        stops = make_room(job, sizes[0], self.timeline, self.options[job.priority])
+        stops = make_room(job, sizes[0], self.timeline, self._soon, self.options[job.priority])
         if stops:
             self._ask(job, stops, sizes[0])
             return
@@ -160,22 +169,23 @@ class _Decision:
         """Reserve the place that jobs which are stopping make."""
         if not self.timeline.any_soon:
             return False
-        placement = self.timeline.place(self.timeline.free_soon(job.limit_s), size, job.per_node)
+        placement = self.timeline.place(self.timeline.free_soon(self._soon, job.limit_s), size, job.per_node)
         if placement is None:
             return False
-        self._block(job, self.now + self.rules.save_s, placement, "waits for other jobs to save")
+        self._block(job, self._soon, placement, "waits for other jobs to save")
         return True
 
     def _ask(self, job: Job, stops: Sequence[Stop], size: int) -> None:
         self.options.clear()
+        self.preempting.append(job.id)
         for stop in stops:
             self.stops[stop.job] = stop
             run = next(run for run in self.running if run.job.id == stop.job)
             self.timeline.give_soon(self.timeline.slots_of(_less(run.placement, stop.then)))
-        placement = self.timeline.place(self.timeline.free_soon(job.limit_s), size, job.per_node)
+        placement = self.timeline.place(self.timeline.free_soon(self._soon, job.limit_s), size, job.per_node)
         assert placement is not None
         whom = _jobs(tuple(stop.job for stop in stops))
-        self._block(job, self.now + self.rules.save_s, placement, f"waits for {whom} to save and make room")
+        self._block(job, self._soon, placement, f"waits for {whom} to save and make room")
 
     def _reserve(self, job: Job, size: int, reason: str) -> None:
         found = self.timeline.earliest(size, job.per_node, job.limit_s)

@@ -6,6 +6,7 @@ Whoever loses least goes first, and nobody stops in vain: a job whose stop is no
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,29 +16,33 @@ from launch.queue.state import Job, Placement, Rules, Running, Stop
 from launch.queue.timeline import Slots, Timeline
 
 
-def make_room(job: Job, size: int, timeline: Timeline, options: Sequence[tuple[Stop, Slots]]) -> list[Stop]:
+def make_room(job: Job, size: int, timeline: Timeline, at: float, options: Sequence[tuple[Stop, Slots]]) -> list[Stop]:
     """Return the stops that make room for a job; none where there is no such set.
 
     Args:
         job: that waits.
         size: ranks.
         timeline: with what is free, or soon will be.
+        at: when those that stop now have ended.
         options: of its priority.
     """
     if not options:
         return []
-    free = timeline.free_soon(job.limit_s)
-    taken: dict[int, tuple[Stop, Slots]] = {}
-    fits = False
-    for stop, gives in options:
-        before = taken[stop.job][1] if stop.job in taken else 0
-        taken[stop.job] = (replace(stop, by=job.id), gives)  # a stop supersedes a shrink of the same job
-        free = free + gives - before
-        fits = int(free.sum()) >= size and timeline.place(free, size, job.per_node) is not None
-        if fits:
-            break
-    if not fits:
+    free = timeline.free_soon(at, job.limit_s)
+    # More room never fits worse, so halving finds how many of the options are needed.
+    totals = np.cumsum(np.stack([gives for _, gives in options]), axis=0)
+
+    def fits(count: int) -> bool:
+        return timeline.place(free + totals[count - 1], size, job.per_node) is not None
+
+    if not fits(len(options)):
         return []
+    count = bisect.bisect_left(range(1, len(options)), True, key=fits) + 1
+    free = free + totals[count - 1]
+    taken: dict[int, tuple[Stop, Slots]] = {}
+    for stop, gives in options[:count]:
+        before = taken[stop.job][1] if stop.job in taken else 0
+        taken[stop.job] = (replace(stop, by=job.id), gives + before)  # a stop supersedes a shrink of the same job
     for victim in list(taken):  # whoever is not needed goes on
         without = free - taken[victim][1]
         if timeline.place(without, size, job.per_node) is not None:
@@ -49,7 +54,7 @@ def make_room(job: Job, size: int, timeline: Timeline, options: Sequence[tuple[S
 def options(
     priority: int, timeline: Timeline, running: Sequence[Running], rules: Rules, now: float
 ) -> list[tuple[Stop, Slots]]:
-    """Return what may be stopped for a job of a priority and what that gives: shrinks first, then the smallest loss."""
+    """Return what may be stopped for a job of a priority, shrinks first, then by loss, and what more each gives."""
     usable = np.array([node.usable for node in timeline.nodes], dtype=bool)
     found: list[tuple[tuple[int, float, int, int], Stop, Slots]] = []
     for run in running:
@@ -68,7 +73,12 @@ def options(
             gives = np.where(usable, timeline.slots_of(run.placement), 0)
             found.append(((1, loss, run.job.priority, run.job.id), Stop(run.job.id, "preempted"), gives))
     found.sort(key=lambda entry: entry[0])
-    return [(stop, gives) for _, stop, gives in found]
+    given: dict[int, Slots] = {}
+    steps = []
+    for _, stop, gives in found:  # each beyond what the options of the same job before it give
+        steps.append((stop, gives - given.get(stop.job, 0)))
+        given[stop.job] = gives
+    return steps
 
 
 def shrunk(placement: Placement, ranks: int) -> Placement:

@@ -102,6 +102,7 @@ class Rules:
         grow_after_s: an elastic job is not grown sooner than this after its last start.
         depth: blocked jobs that get a reservation; jobs behind them do not back-fill.
         most_starts: of one decision; the next one comes at once.
+        most_preempting: jobs that others stop for in one decision.
     """
 
     shares: Mapping[str, float] = field(default_factory=dict)
@@ -112,6 +113,7 @@ class Rules:
     grow_after_s: float = 600.0
     depth: int = 32
     most_starts: int = 64
+    most_preempting: int = 4
 
 
 @dataclass(frozen=True)

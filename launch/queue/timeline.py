@@ -84,9 +84,9 @@ class Timeline:
         """Whether a job that is stopping gives slots back."""
         return bool(self._soon.any())
 
-    def free_soon(self, length: float) -> Slots:
-        """Return what is free for a span that begins now, once the jobs that are stopping have ended."""
-        return self._without_reserved(self._free + self._soon, self._now, length)
+    def free_soon(self, at: float, length: float) -> Slots:
+        """Return what is free for a span that begins when the jobs that are stopping have ended."""
+        return self._without_reserved(self._free + self._soon, at, length)
 
     def _given(self, count: int) -> Slots:
         if not count:
