@@ -61,6 +61,8 @@ def options(
         lower = run.job.priority < priority
         if run.stopping or run.job.priority > priority:
             continue
+        if now < run.started + run.job.limit_s <= now + rules.save_s:
+            continue  # it ends by itself before it has saved
         if run.boosted and now - run.started < rules.protect_s:
             continue
         loss = run.ranks * max(0.0, now - run.saved)

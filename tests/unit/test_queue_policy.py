@@ -47,9 +47,9 @@ def test_back_fill_only_where_it_delays_nobody() -> None:
 
 def test_preemption_stops_those_that_lose_least_and_nobody_in_vain() -> None:
     running = [
-        run(job(1, 4), ("a", 4), saved=0.0),
-        run(job(2, 2), ("b", 2), saved=90.0),
-        run(job(3, 2), ("b", 2), saved=95.0),
+        run(job(1, 4, limit_s=1000.0), ("a", 4), saved=0.0),
+        run(job(2, 2, limit_s=1000.0), ("b", 2), saved=90.0),
+        run(job(3, 2, limit_s=1000.0), ("b", 2), saved=95.0),
     ]
     plan = decide(NODES, [job(9, 4, priority=1, per_node=4)], running, {}, RULES, 99.0)
     assert sorted(stop.job for stop in plan.stops) == [2, 3]
