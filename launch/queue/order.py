@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
+from operator import attrgetter
 
 from launch.queue.state import Job, Rules
 
@@ -48,7 +49,7 @@ def in_order(jobs: Iterable[Job], use: Mapping[str, float], rules: Rules, now: f
 
 
 def _take_turns(users: Mapping[str, list[Job]], spent: dict[str, float], rules: Rules) -> Iterator[Job]:
-    queues = {user: deque(sorted(jobs, key=lambda job: job.id)) for user, jobs in users.items()}
+    queues = {user: deque(sorted(jobs, key=attrgetter("id"))) for user, jobs in users.items()}
     heap = [(spent.get(user, 0.0) / rules.shares.get(user, 1.0), queue[0].id, user) for user, queue in queues.items()]
     heapq.heapify(heap)
     while heap:

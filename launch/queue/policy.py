@@ -138,9 +138,9 @@ class _Decision:
             self._reserve(job, sizes[0], "waits for free slots")
             return
         if job.priority not in self.options:
-            usable = [run for run in self.running if run.job.id not in self.stops]
-            self.options[job.priority] = options(job.priority, self.timeline, usable, self.rules, self.now)
-        stops = make_room(job, sizes[0], self.timeline, self._soon, self.options[job.priority])
+            self.options[job.priority] = options(job.priority, self.timeline, self.running, self.rules, self.now)
+        able = [option for option in self.options[job.priority] if option[0].job not in self.stops]
+        stops = make_room(job, sizes[0], self.timeline, self._soon, able)
         if stops:
             self._ask(job, stops, sizes[0])
             return
@@ -176,7 +176,6 @@ class _Decision:
         return True
 
     def _ask(self, job: Job, stops: Sequence[Stop], size: int) -> None:
-        self.options.clear()
         self.preempting.append(job.id)
         for stop in stops:
             self.stops[stop.job] = stop

@@ -15,6 +15,8 @@ import numpy as np
 from launch.queue.state import Job, Placement, Rules, Running, Stop
 from launch.queue.timeline import Slots, Timeline
 
+_FEW = 64
+
 
 def make_room(job: Job, size: int, timeline: Timeline, at: float, options: Sequence[tuple[Stop, Slots]]) -> list[Stop]:
     """Return the stops that make room for a job; none where there is no such set.
@@ -29,18 +31,22 @@ def make_room(job: Job, size: int, timeline: Timeline, at: float, options: Seque
     if not options:
         return []
     free = timeline.free_soon(at, job.limit_s)
-    # More room never fits worse, so halving finds how many of the options are needed.
-    totals = np.cumsum(np.stack([gives for _, gives in options]), axis=0)
+    # More room never fits worse, so halving finds how many of the options are needed; most often they are few.
+    few = options[:_FEW]
+    totals = np.cumsum(np.stack([gives for _, gives in few]), axis=0)
+    if len(options) > _FEW and timeline.place(free + totals[-1], size, job.per_node) is None:
+        few = options
+        totals = np.cumsum(np.stack([gives for _, gives in few]), axis=0)
 
     def fits(count: int) -> bool:
         return timeline.place(free + totals[count - 1], size, job.per_node) is not None
 
-    if not fits(len(options)):
+    if not fits(len(few)):
         return []
-    count = bisect.bisect_left(range(1, len(options)), True, key=fits) + 1
+    count = bisect.bisect_left(range(1, len(few)), True, key=fits) + 1
     free = free + totals[count - 1]
     taken: dict[int, tuple[Stop, Slots]] = {}
-    for stop, gives in options[:count]:
+    for stop, gives in few[:count]:
         before = taken[stop.job][1] if stop.job in taken else 0
         taken[stop.job] = (replace(stop, by=job.id), gives + before)  # a stop supersedes a shrink of the same job
     for victim in list(taken):  # whoever is not needed goes on

@@ -22,7 +22,13 @@ from launch.queue.store import Store, url_of
 from launch.queue.submit import Request, submit
 from setformer_dist.core import ledger
 
-SMALL = ("~schedule.epochs", "schedule.steps=40", "schedule.warmup_epochs=0", "run.log_every=1", "model.name=setformer_nano")
+SMALL = (
+    "~schedule.epochs",
+    "schedule.steps=12",
+    "schedule.warmup_epochs=0",
+    "run.log_every=1",
+    "model.name=setformer_nano",
+)
 
 
 class Place:
@@ -39,7 +45,7 @@ class Place:
         words = [f"data.root={self.digits}", f"run.name={name}", f"run.out={self.folder / 'runs'}", *SMALL, *more]
         return submit(self.store, self.config, Request(Path("demo"), words, ranks, **other))  # type: ignore[arg-type]
 
-    def until(self, condition: Callable[[], object], seconds: float = 120.0) -> None:
+    def until(self, condition: Callable[[], object], seconds: float = 240.0) -> None:
         limit = time.monotonic() + seconds
         while not condition():
             self.scheduler.step()
@@ -78,10 +84,10 @@ def test_a_running_job_is_adopted_by_the_next_scheduler(digits: Path, tmp_path: 
 @pytest.mark.drill
 def test_preempted_and_resumed_bit_by_bit(digits: Path, tmp_path: Path) -> None:
     place = Place(tmp_path, digits, 1, save_seconds=5.0)
-    alone = place.submit("alone", "1", "schedule.steps=120")
+    alone = place.submit("alone", "1", "schedule.steps=30")
     place.until(lambda: place.state(alone) == "done")
-    low = place.submit("low", "1", "schedule.steps=120")
-    place.until(lambda: place.step("low") > 20)
+    low = place.submit("low", "1", "schedule.steps=30")
+    place.until(lambda: place.step("low") > 8)
     high = place.submit("high", priority=5)
     place.until(lambda: place.state(high) == "running")
     assert place.state(low) == "waiting"
@@ -108,7 +114,7 @@ def test_an_elastic_job_shrinks_and_grows(digits: Path, tmp_path: Path) -> None:
 def test_a_stand_by_takes_over_within_ten_seconds(digits: Path, tmp_path: Path) -> None:
     place = Place(tmp_path, digits, 1)
     (tmp_path / "q" / "queue.toml").write_text("[cluster]\nslots = 1\n")
-    number = place.submit("one", "1", "schedule.steps=300")
+    number = place.submit("one", "1", "schedule.steps=40")
     words = [sys.executable, "-m", "launch.cli", "queue", "serve", "--queue", str(tmp_path / "q")]
     servers = []
 
@@ -132,7 +138,7 @@ def test_a_stand_by_takes_over_within_ten_seconds(digits: Path, tmp_path: Path) 
         assert wait(lambda: leads() != first, 10) < 10
         (second,) = [server.pid for server in servers if server.pid != first]
         assert leads() == second
-        wait(lambda: place.state(number) == "done", 120)
+        wait(lambda: place.state(number) == "done", 240)
         assert place.tries(number) == [(1, "done")]
     finally:
         for server in servers:
