@@ -9,6 +9,7 @@
     ckpt/  data/  history/    what `setformer ckpt`, `data` and `runs` do
     machine/     what this machine can do
     sweep/       many runs over a space of configs, placed by Ray
+    queue/       a queue of runs for several people; an extra
     drill/       random faults in a real training
     examples/    the demo and Long Range Arena
     testing/     commands, ranks and elastic runs as tests start them

@@ -6,6 +6,7 @@ lra.py       `setformer lra`: Long Range Arena, from the data to the table
 main.py      `setformer`: one command for packing, training, evaluation and looking at what came out
 options.py   arguments and options that several commands have
 plan.py      `setformer plan`: a run on machines that are not there
+queue.py     `setformer queue`: a queue for a cluster that several people share
 runs.py      `setformer runs`: looking at runs
 sweep.py     `setformer sweep`: many runs over a space of configs
 usage.py     what is said of words that no command takes

@@ -30,6 +30,7 @@ from launch.cli import ckpt as cli_ckpt
 from launch.cli import data as cli_data
 from launch.cli import lra as cli_lra
 from launch.cli import plan as cli_plan
+from launch.cli import queue as cli_queue
 from launch.cli import runs as cli_runs
 from launch.cli import sweep as cli_sweep
 from launch.cli.options import (
@@ -93,6 +94,7 @@ app.add_typer(cli_lra.app, name="lra")
 app.add_typer(cli_runs.app, name="runs")
 app.add_typer(cli_ckpt.app, name="ckpt")
 app.add_typer(cli_sweep.app, name="sweep")
+app.add_typer(cli_queue.app, name="queue")
 
 app.command()(cli_plan.plan)
 

@@ -49,6 +49,8 @@ OPTIONAL: Mapping[str, str] = {
     "wandb": "logging.wandb",
     "mlflow-skinny": "logging.mlflow",
     "ray": "sweeps, scheduling and the reference refresh service",
+    "sqlalchemy": "the queue",
+    "psycopg": "the queue, with PostgreSQL",
     "pot": "comparison of the transport plans with POT",
     "webdataset": "comparison of the loader with WebDataset's own",
     "hypothesis": "the tests",

@@ -10,6 +10,7 @@ head.py        the process that holds a cluster of our own
 installed.py   whether the package is there; imports nothing of it
 loop.py        a run as the training loop of Ray Train's TorchTrainer
 relay.py       the cluster's driver: an actor for each bundle, which runs an agent and relays its pipes
+watch.py       prints the nodes of a cluster again and again, for the queue
 room.py        how many ranks each bundle has
 """
 

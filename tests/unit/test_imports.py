@@ -62,8 +62,8 @@ def test_imports_continuee_way(folder: str) -> None:
 
 # Rooms of launch/, and which of them each may import besides itself and what lies at the top of launch/.
 ROOMS = {
-    "cli": {"ckpt", "data", "drill", "examples", "history", "hosts", "machine", "plan", "ranks", "ray", "record",
-            "run", "sweep"},
+    "cli": {"ckpt", "data", "drill", "examples", "history", "hosts", "machine", "plan", "queue", "ranks", "ray",
+            "record", "run", "sweep"},
     "ckpt": {"ranks", "run"},
     "data": set(),
     "drill": {"examples", "ranks"},
@@ -72,6 +72,7 @@ ROOMS = {
     "hosts": {"ranks", "record"},
     "machine": {"hosts", "ranks"},
     "plan": {"run"},
+    "queue": {"hosts", "ranks", "run"},
     "ranks": set(),
     "ray": {"hosts", "machine", "ranks", "record", "run"},
     "record": {"ranks"},
@@ -134,6 +135,12 @@ def test_no_pickle_on_any_load_path() -> None:
 def test_typos_and_looks_at_runs_need_no_heavy_imports(module: str) -> None:
     heavy = {"torch", "timm", "deepspeed", "numpy", "PIL", "ray", "matplotlib", "jinja2"}
     program = f"import sys, {module}; print(sorted({heavy!r} & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"
+
+
+def test_the_server_of_the_queue_imports_no_torch() -> None:
+    heavy = {"torch", "timm", "deepspeed", "PIL", "ray", "matplotlib"}
+    program = f"import sys, launch.queue.serve, launch.queue.submit; print(sorted({heavy!r} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"
 
 

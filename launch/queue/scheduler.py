@@ -1,0 +1,230 @@
+"""The loop of `setformer queue serve`: hold the lease, observe, decide, act.
+
+    another holds the lease   stand by
+    observe                   attempts that have ended, nodes, what users wish
+    decide                    launch.queue.policy
+    act                       first the database, conditional on the lease, then the keeper or the file that stops it
+
+Whatever is killed between the two halves of an act is seen by the next scheduler: an attempt whose keeper never came is
+given up and waits again, a job that should stop and was not told is told.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from launch.queue import attempts as processes
+from launch.queue import schema as db
+from launch.queue.book import Book
+from launch.queue.config import QueueConfig
+from launch.queue.nodes import Nodes, command, devices_for, environment
+from launch.queue.outcome import last_saved
+from launch.queue.policy import decide
+from launch.queue.state import Plan, Start, Stop
+from launch.queue.store import Lease, LeaseLostError, Row, Store, event
+from setformer_dist.core.errors import TransientError
+from setformer_dist.core.files import write_state
+
+log = logging.getLogger(__name__)
+
+TICK_S = 1.0
+_SAVED_EVERY_S = 15.0
+_LOST_S = 60.0  # beyond `kill_after_seconds`, after which the keeper is killed as well
+
+
+@dataclass
+class Scheduler:
+    """One scheduler of a queue.
+
+    Attributes:
+        store: the database.
+        folder: of the queue, which all schedulers share.
+        config: queue.toml.
+        clock: Unix time.
+    """
+
+    store: Store
+    folder: Path
+    config: QueueConfig
+    clock: Callable[[], float] = time.time
+    stale_s: float = 8.0
+    _watcher: processes.Watcher = field(default_factory=processes.Watcher)
+    _saved: dict[tuple[int, int], tuple[float, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.lease = self._new_lease()
+        self.nodes = Nodes(self.config.cluster)
+        self.book = Book(self.config, self.clock)
+
+    def _new_lease(self) -> Lease:
+        holder = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "time": self.clock()})
+        return Lease(self.store, holder, self.stale_s)
+
+    def serve(
+        self, over: Callable[[], bool], idle_s: float | None = None, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        """Work until `over` says so, or nothing is left to do for a while.
+
+        Args:
+            over: asked every second.
+            idle_s: seconds without a job after which it ends; None for never.
+            sleep: until the next look.
+        """
+        busy_at = time.monotonic()
+        try:
+            while not over():
+                began = time.monotonic()
+                if self.step():
+                    busy_at = time.monotonic()
+                elif idle_s is not None and time.monotonic() - busy_at > idle_s:
+                    return
+                # A queue of ten thousand jobs must not keep a core busy.
+                sleep(max(TICK_S, 2 * (time.monotonic() - began)))
+        finally:
+            self.nodes.close()
+            if self.lease.term is not None:
+                self.lease.release()
+
+    def step(self) -> bool:
+        """Do one round; return whether anything is left to do, or another scheduler does it."""
+        try:
+            if self.lease.term is None:
+                if not self.lease.acquire():
+                    return True
+                log.warning("this scheduler leads the queue in %s (term %d)", self.folder, self.lease.term)
+                with self.lease.write() as connection:
+                    event(connection, "leads", term=self.lease.term, pid=os.getpid(), host=socket.gethostname())
+            return self._round()
+        except LeaseLostError as error:
+            log.warning("%s: this one stands by", error)
+            self.lease = self._new_lease()
+            self._watcher = processes.Watcher()
+        except TransientError as error:
+            log.warning("%s; trying again", error)
+        return True
+
+    def _round(self) -> bool:
+        self._observe_nodes()
+        self._observe_ends()
+        self._obey()
+        return self._decide()
+
+    def _observe_nodes(self) -> None:
+        up = self.nodes.look()
+        known = {row["name"]: row for row in self.store.rows(sa.select(db.nodes))}
+        with self.lease.write() as connection:
+            for name, slots in up.items():
+                row = known.get(name)
+                if row is None:
+                    connection.execute(sa.insert(db.nodes).values(name=name, slots=slots, up=True))
+                    event(connection, "node", node=name, slots=slots)
+                elif not row["up"] or row["slots"] != slots:
+                    connection.execute(_node(name).values(slots=slots, up=True))
+                    event(connection, "node up", node=name, slots=slots)
+            for name in known.keys() - up.keys():
+                if known[name]["up"]:
+                    connection.execute(_node(name).values(up=False))
+                    event(connection, "node down", node=name)
+
+    def _live(self) -> list[Row]:
+        """Return the attempts that have not ended, with their jobs' columns as `job_...`."""
+        wanted = [column.label(f"job_{column.name}") for column in db.jobs.c if column.name != "config"]
+        query = sa.select(db.attempts, *wanted).join(db.jobs, db.jobs.c.id == db.attempts.c.job)
+        return self.store.rows(query.where(db.attempts.c.state != "ended").order_by(db.attempts.c.job))
+
+    def _observe_ends(self) -> None:
+        for row in self._live():
+            ended = self._watcher.look(Path(row["folder"]))
+            if ended is None:
+                self._insist(row)
+                continue
+            with self.lease.write() as connection:
+                resized = self.book.close(connection, row, ended)
+            self._saved.pop((row["job"], row["number"]), None)
+            if resized is not None:
+                self._start(Start(row["job"], resized))
+
+    def _insist(self, row: Row) -> None:
+        """Tell a job again that should stop; kill the keeper of one that does not end even so."""
+        if row["state"] != "stopping":
+            return
+        folder, patience = Path(row["folder"]), self.config.policy.kill_after_seconds
+        processes.stop(folder, patience)
+        if self.clock() > (row["stop_at"] or 0.0) + patience + _LOST_S:
+            processes.kill(folder)
+
+    def _obey(self) -> None:
+        """Do what users wish: end cancelled jobs, stop held ones."""
+        waiting = sa.select(db.jobs.c.id).where(db.jobs.c.state == "waiting", db.jobs.c.cancelled)
+        for row in self.store.rows(waiting):
+            with self.lease.write() as connection:
+                self.book.end(connection, row["id"], "cancelled", "cancelled by its user")
+        for row in self._live():
+            if row["state"] == "running" and (row["job_cancelled"] or row["job_held"]):
+                self._stop(Stop(row["job"], "cancelled" if row["job_cancelled"] else "held"), row)
+
+    def _decide(self) -> bool:
+        live = self._live()
+        waiting = self.book.waiting(self.store)
+        nodes = self.book.nodes(self.store)
+        running = [self.book.running(row, self._saved_at(row)) for row in live]
+        users = {job.user for job in waiting} | {run.job.user for run in running}
+        now = self.clock()
+        use = self.book.use(self.store, running, now)
+        plan = decide(nodes, waiting, running, use, self.config.rules(users), now)
+        self._act(plan, live)
+        with self.lease.write() as connection:
+            self.book.explain(connection, plan)
+        return bool(waiting or running)
+
+    def _saved_at(self, row: Row) -> float:
+        """Return when a running job has last saved; its ledger is read now and then."""
+        key, now = (row["job"], row["number"]), time.monotonic()
+        looked, saved = self._saved.get(key, (-_SAVED_EVERY_S, row["started"]))
+        if now - looked >= _SAVED_EVERY_S:
+            saved = last_saved(Path(row["job_folder"]), row["started"])
+            self._saved[key] = (now, saved)
+        return saved
+
+    def _act(self, plan: Plan, live: list[Row]) -> None:
+        rows = {row["job"]: row for row in live}
+        for stop in plan.stops:
+            self._stop(stop, rows[stop.job])
+        for start in plan.starts:
+            self._start(start)
+
+    def _stop(self, stop: Stop, row: Row) -> None:
+        with self.lease.write() as connection:
+            self.book.ask_to_stop(connection, stop, row)
+        processes.stop(Path(row["folder"]), self.config.policy.kill_after_seconds)
+
+    def _start(self, start: Start) -> None:
+        job = self.store.job(start.job)
+        number = job["attempts"] + 1
+        folder = self.folder / "jobs" / f"{job['id']:06d}" / f"attempt-{number:04d}"
+        ranks = sum(count for _, count in start.placement)
+        taken = [row["devices"] for row in self._live() if row["devices"]]
+        devices = devices_for(self.config.cluster, ranks, taken)
+        with self.lease.write() as connection:
+            self.book.open(connection, start, number, folder, devices)
+        try:
+            path = folder / "config.json"
+            folder.mkdir(parents=True, exist_ok=True)
+            write_state(path, json.loads(job["config"]))
+            words = command(self.config.cluster, path, start.placement, job["per_node"])
+            processes.start(folder, job["directory"], words, environment(self.config.cluster, devices))
+        except OSError as error:
+            log.warning("job %d cannot be started now: %s", job["id"], error)  # the watcher gives the attempt up
+
+
+def _node(name: str) -> sa.Update:
+    return sa.update(db.nodes).where(db.nodes.c.name == name)

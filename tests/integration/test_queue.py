@@ -1,0 +1,147 @@
+"""The queue with real runs: adopted by the next scheduler, preempted and resumed bit by bit, shrunk and grown."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from launch.queue import schema as db
+from launch.queue import wishes
+from launch.queue.config import QueueConfig
+from launch.queue.scheduler import Scheduler
+from launch.queue.store import Store, url_of
+from launch.queue.submit import Request, submit
+from setformer_dist.core import ledger
+
+SMALL = (
+    "~schedule.epochs",
+    "schedule.steps=12",
+    "schedule.warmup_epochs=0",
+    "run.log_every=1",
+    "model.name=setformer_nano",
+)
+
+
+class Place:
+    """A queue in a folder, with its scheduler in this process."""
+
+    def __init__(self, folder: Path, digits: Path, slots: int, **policy: float) -> None:
+        self.config = QueueConfig.model_validate({"cluster": {"slots": slots}, "policy": policy})
+        self.folder, self.digits = folder, digits
+        (folder / "q").mkdir()
+        self.store = Store(url_of(folder / "q"))
+        self.scheduler = Scheduler(self.store, folder / "q", self.config, stale_s=0.5)
+
+    def submit(self, name: str, ranks: str = "1", *more: str, **other: object) -> int:
+        words = [f"data.root={self.digits}", f"run.name={name}", f"run.out={self.folder / 'runs'}", *SMALL, *more]
+        return submit(self.store, self.config, Request(Path("demo"), words, ranks, **other))  # type: ignore[arg-type]
+
+    def until(self, condition: Callable[[], object], seconds: float = 240.0) -> None:
+        limit = time.monotonic() + seconds
+        while not condition():
+            self.scheduler.step()
+            assert time.monotonic() < limit, [dict(row) for row in self.store.rows(sa.select(db.events))]
+            time.sleep(0.2)
+
+    def state(self, number: int) -> str:
+        return str(self.store.job(number)["state"])
+
+    def step(self, name: str) -> int:
+        lines = self.metrics(name)
+        return max(lines, default=0)
+
+    def metrics(self, name: str) -> dict[int, float]:
+        path = self.folder / "runs" / name / "metrics.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+    def tries(self, number: int) -> list[tuple[int, str]]:
+        query = sa.select(db.attempts).where(db.attempts.c.job == number).order_by(db.attempts.c.number)
+        return [(row["ranks"], row["how"]) for row in self.store.rows(query)]
+
+
+def test_a_running_job_is_adopted_by_the_next_scheduler(digits: Path, tmp_path: Path) -> None:
+    place = Place(tmp_path, digits, 1)
+    number = place.submit("one")
+    place.until(lambda: place.step("one") > 2)
+    before = place.scheduler.lease.term
+    place.scheduler = Scheduler(place.store, tmp_path / "q", place.config, stale_s=0.5)  # the first is seen no more
+    place.until(lambda: place.state(number) == "done")
+    assert place.scheduler.lease.term == (before or 0) + 1
+    assert place.tries(number) == [(1, "done")]
+    assert not place.store.check()
+
+
+@pytest.mark.drill
+def test_preempted_and_resumed_bit_by_bit(digits: Path, tmp_path: Path) -> None:
+    place = Place(tmp_path, digits, 1, save_seconds=5.0)
+    alone = place.submit("alone", "1", "schedule.steps=30")
+    place.until(lambda: place.state(alone) == "done")
+    low = place.submit("low", "1", "schedule.steps=30")
+    place.until(lambda: place.step("low") > 8)
+    high = place.submit("high", priority=5)
+    place.until(lambda: place.state(high) == "running")
+    assert place.state(low) == "waiting"
+    place.until(lambda: place.state(low) == "done")
+    assert place.tries(low) == [(1, "stopped"), (1, "done")]
+    assert place.metrics("low") == place.metrics("alone")
+    assert not ledger.account(ledger.read_events(tmp_path / "runs" / "low")).steps_lost
+
+
+@pytest.mark.drill
+def test_an_elastic_job_shrinks_and_grows(digits: Path, tmp_path: Path) -> None:
+    place = Place(tmp_path, digits, 2, save_seconds=5.0, grow_after_minutes=0.01)
+    wide = place.submit("wide", "1:2", "schedule.steps=400")
+    place.until(lambda: place.step("wide") > 5)
+    small = place.submit("small")
+    place.until(lambda: place.state(small) == "done")
+    place.until(lambda: len(place.tries(wide)) == 3)
+    wishes.cancel(place.store, wide)
+    place.until(lambda: place.state(wide) == "cancelled")
+    assert [ranks for ranks, _ in place.tries(wide)] == [2, 1, 2]
+
+
+@pytest.mark.drill
+def test_a_stand_by_takes_over_within_ten_seconds(digits: Path, tmp_path: Path) -> None:
+    place = Place(tmp_path, digits, 1)
+    (tmp_path / "q" / "queue.toml").write_text("[cluster]\nslots = 1\n")
+    number = place.submit("one", "1", "schedule.steps=40")
+    words = [sys.executable, "-m", "launch.cli", "queue", "serve", "--queue", str(tmp_path / "q")]
+    servers = []
+
+    def leads() -> int | None:
+        holder = place.store.rows(sa.select(db.lease))[0]["holder"]
+        return int(json.loads(holder)["pid"]) if holder else None
+
+    def wait(condition: Callable[[], object], seconds: float) -> float:
+        began = time.monotonic()
+        while not condition():
+            assert time.monotonic() - began < seconds
+            time.sleep(0.05)
+        return time.monotonic() - began
+
+    try:
+        servers = [subprocess.Popen(words) for _ in range(2)]
+        wait(lambda: place.step("one") > 5, 90)
+        first = leads()
+        assert first in [server.pid for server in servers]
+        os.kill(first, signal.SIGKILL)
+        assert wait(lambda: leads() != first, 10) < 10
+        (second,) = [server.pid for server in servers if server.pid != first]
+        assert leads() == second
+        wait(lambda: place.state(number) == "done", 240)
+        assert place.tries(number) == [(1, "done")]
+    finally:
+        for server in servers:
+            server.terminate()
+            server.wait()
+    assert not place.store.rows(sa.select(db.lease))[0]["holder"]  # given back

@@ -1,0 +1,282 @@
+"""The queue's database, on SQLite and on a real PostgreSQL: migrations, lease, wishes, damage; and whole rounds."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from launch.queue import attempts, keeper, wishes
+from launch.queue import schema as db
+from launch.queue.attempts import Ended, Watcher
+from launch.queue.config import QueueConfig, load
+from launch.queue.outcome import backoff, judge
+from launch.queue.scheduler import Scheduler
+from launch.queue.store import Lease, LeaseLostError, Store, event, url_of
+from launch.queue.submit import Request, seconds_of, submit
+from setformer_dist.core.errors import ConfigError, LaunchError, TransientError
+
+_BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin")) if Path("/usr/lib/postgresql").is_dir() else []
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[str]:
+    """URL of a PostgreSQL that listens on a socket in a temporary folder alone."""
+    if not _BINARIES:
+        pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
+    user = "nobody" if os.getuid() == 0 else None  # PostgreSQL refuses to run as root
+    folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))
+    if user:
+        os.chown(folder, pwd.getpwnam(user).pw_uid, -1)
+    words = {"user": user, "check": True, "capture_output": True, "cwd": folder, "timeout": 60}
+    data = folder / "data"
+    subprocess.run([_BINARIES[-1] / "initdb", "-D", data, "-U", "q", "-A", "trust", "--no-sync"], **words)
+    server = subprocess.Popen(
+        [_BINARIES[-1] / "postgres", "-D", data, "-k", folder, "-c", "listen_addresses="],
+        user=user, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        limit = time.monotonic() + 30
+        while subprocess.run([_BINARIES[-1] / "pg_isready", "-h", folder, "-U", "q"], capture_output=True).returncode:
+            assert time.monotonic() < limit
+            time.sleep(0.1)
+        yield f"postgresql+psycopg://q@/postgres?host={folder}"
+    finally:
+        server.terminate()
+        server.wait(30)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database."""
+    if request.param == "sqlite":
+        return url_of(tmp_path)
+    found = str(request.getfixturevalue("postgres"))
+    engine = sa.create_engine(found)
+    db.METADATA.drop_all(engine)
+    engine.dispose()
+    return found
+
+
+@pytest.fixture
+def store(url: str) -> Iterator[Store]:
+    made = Store(url)
+    yield made
+    made.close()
+
+
+def _config(slots: int = 2) -> QueueConfig:
+    return QueueConfig.model_validate({"cluster": {"slots": slots}})
+
+
+def _submit(store: Store, name: str, ranks: str = "1", config: QueueConfig | None = None, **other: object) -> int:
+    request = Request(Path("demo"), [f"run.name={name}"], ranks, user="ada", **other)  # type: ignore[arg-type]
+    return submit(store, config or _config(), request)
+
+
+def test_a_newer_schema_is_refused_and_an_interrupted_migration_leaves_the_old_one(url: str) -> None:
+    Store(url).close()
+
+    def broken(connection: sa.Connection) -> None:
+        connection.exec_driver_sql("ALTER TABLE queue_jobs ADD COLUMN more INTEGER")
+        raise RuntimeError("killed")
+
+    store = Store(url)
+    with pytest.raises(RuntimeError), store.write() as connection:
+        db.migrate(connection, (*db.STEPS, broken))
+    assert "more" not in {column["name"] for column in sa.inspect(store._engine).get_columns("queue_jobs")}
+    assert not store.check()
+    with store.write() as connection:
+        connection.execute(sa.update(db.schema).values(version=9))
+    with pytest.raises(LaunchError, match="schema 9, and this version of setformer_dist knows 1"):
+        Store(url)
+
+
+def test_two_schedulers_never_act_at_once(store: Store) -> None:
+    first, second = Lease(store, "a", 0.3), Lease(store, "b", 0.3)
+    assert first.acquire()
+    assert not second.acquire()
+    time.sleep(0.2)
+    with first.write():
+        pass  # a sign of life
+    time.sleep(0.2)
+    assert not second.acquire()
+    time.sleep(0.35)  # the first one hangs
+    assert second.acquire()
+    with pytest.raises(LeaseLostError), first.write() as connection:
+        event(connection, "never")
+    assert not store.rows(sa.select(db.events))
+    first.release()  # gives back nothing that is not its own
+    with second.write():
+        pass
+    second.release()
+    assert Lease(store, "c").acquire()  # at once
+
+
+def test_what_users_wish(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    number = _submit(store, "one", "1:2")
+    assert store.job(number)["sizes"] == [1, 2]
+    with pytest.raises(LaunchError, match="job 1 has the run folder"):
+        _submit(store, "one")
+    assert _submit(store, "one", after=[number]) == number + 1
+    assert wishes.hold(store, number) == "waits until it is released"
+    assert wishes.release(store, number) == "may start"
+    with pytest.raises(LaunchError, match="not held"):
+        wishes.release(store, number)
+    assert wishes.move(store, _config(), number, 7) == "has priority 7"
+    assert store.job(number)["priority"] == 7
+    with pytest.raises(LaunchError, match="no job 99"):
+        wishes.cancel(store, 99)
+    with pytest.raises(LaunchError, match="it has seen none yet"):
+        wishes.drain(store, "x", "why")
+    assert not store.check()
+
+
+def test_impossible_requests_say_what_would_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = Store(url_of(tmp_path))
+    cases: list[tuple[dict[str, object], str]] = [
+        ({"ranks": "4"}, "4 ranks do not fit: this cluster has 1 node with 2 slots.*--ranks 2 would fit"),
+        ({"ranks": None, "nodes": 2, "per_node": 2}, "--nodes 1 --ranks-per-node 2 would fit"),
+        ({"ranks": None, "nodes": 1, "per_node": 4}, "--ranks-per-node 2 would fit"),
+        ({"ranks": None, "nodes": 1}, "belong together"),
+        ({"ranks": "2", "nodes": 1, "per_node": 1}, "give only one"),
+        ({"ranks": "2:1"}, "the smaller number first"),
+        ({"ranks": "x"}, "no number of ranks"),
+        ({"limit": "soon"}, "no time"),
+        ({"priority": 101}, "more than ada may give"),
+        ({"after": [5]}, "no such job"),
+    ]
+    for asked, said in cases:
+        with pytest.raises(LaunchError, match=said):
+            _submit(store, "x", **{"ranks": "1", **asked})
+    with pytest.raises(ConfigError, match=r"optim\.lr"):
+        submit(store, _config(), Request(Path("demo"), ["optim.lrr=1"]))
+    assert not store.rows(sa.select(db.jobs))
+    assert [seconds_of(text) for text in ("90", "30m", "4h", "2d")] == [90, 1800, 14400, 172800]
+
+
+def test_damaged_read_only_and_unreachable_databases_are_one_sentence(tmp_path: Path) -> None:
+    Store(url_of(tmp_path)).close()
+    (tmp_path / "copy").mkdir()
+    store = Store(url_of(tmp_path))
+    store.backup(tmp_path / "copy" / "queue.db")
+    with pytest.raises(LaunchError, match="exists"):
+        store.backup(tmp_path / "copy" / "queue.db")
+    assert not Store(url_of(tmp_path / "copy")).check()
+    store.close()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "queue.db").write_bytes(b"no database at all" * 100)
+    with pytest.raises(LaunchError, match="not a database; restore a backup"):
+        Store(url_of(tmp_path / "bad"))
+    with pytest.raises(LaunchError, match=r"unable to open.*check that"):
+        Store(url_of(tmp_path / "nowhere"))
+    with pytest.raises(LaunchError, match="no URL of SQLite or PostgreSQL"):
+        Store("mysql://x")
+    with pytest.raises(TransientError, match="cannot be used"):
+        Store("postgresql+psycopg://q:secret@127.0.0.1:1/x?connect_timeout=2")
+    (tmp_path / "queue.toml").write_text("[users.ada]\nshares = 2.0\n")
+    with pytest.raises(ConfigError, match="did you mean"):
+        load(tmp_path)
+
+
+def test_a_locked_database_is_waited_for(tmp_path: Path) -> None:
+    store = Store(url_of(tmp_path))
+    other = sqlite3.connect(tmp_path / "queue.db", isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    program = "import sys, time; time.sleep(0.3)"
+    subprocess.run([sys.executable, "-S", "-c", program], check=True)
+    assert not store.rows(sa.select(db.jobs))  # reads do not wait
+    other.execute("COMMIT")
+    with store.write() as connection:
+        event(connection, "x")
+    other.close()
+
+
+def test_what_an_end_means() -> None:
+    def how(code: int | None, asked: bool = False, why: str = "", killed: bool = False) -> tuple[str, bool]:
+        found = judge(Ended(code, 0.0, killed), asked, why)
+        return found.how, found.blames_machine
+
+    assert how(0, asked=True) == ("done", False)
+    assert how(143, asked=True) == ("stopped", False)
+    assert how(-9, asked=True, killed=True) == ("stopped", False)  # it ignored SIGTERM
+    assert how(143) == ("transient", False)  # somebody else stopped it
+    assert how(2)[0] == how(3)[0] == how(7)[0] == "mistake"
+    assert how(6, why="error") == ("error", False)
+    assert how(6, why="hang") == ("hang", True)
+    assert how(6, why="transient") == ("transient", False)
+    assert how(-9) == how(None) == ("killed", True)
+    assert judge(Ended(None, 0.0, began=False), False, "").how == "stopped"
+    assert [backoff(n) for n in (1, 2, 3, 50)] == [10.0, 20.0, 40.0, 600.0]
+
+
+def _wait_for(condition: object, seconds: float = 20.0) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+
+
+def test_keepers(tmp_path: Path) -> None:
+    watcher = Watcher()
+    attempts.start(tmp_path / "a", str(tmp_path), [sys.executable, "-S", "-c", "print('x'); raise SystemExit(3)"], {})
+    _wait_for(lambda: watcher.look(tmp_path / "a"))
+    ended = watcher.look(tmp_path / "a")
+    assert ended is not None
+    assert (ended.code, (tmp_path / "a" / keeper.OUTPUT).read_text()) == (3, "x\n")
+    stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(99)"
+    attempts.start(tmp_path / "b", str(tmp_path), [sys.executable, "-S", "-c", stubborn], {})
+    _wait_for(lambda: (tmp_path / "b" / keeper.OUTPUT).exists() and (tmp_path / "b" / keeper.OUTPUT).read_text())
+    assert watcher.look(tmp_path / "b") is None
+    attempts.stop(tmp_path / "b", 0.5)
+    _wait_for(lambda: watcher.look(tmp_path / "b"))
+    assert Watcher().look(tmp_path / "b").killed  # type: ignore[union-attr]
+    # Whoever makes the claim decides.
+    (tmp_path / "c").mkdir()
+    assert keeper.claim(tmp_path / "c", {"revoked": True})
+    attempts.start(tmp_path / "c", str(tmp_path), [sys.executable, "-S", "-c", "print('never')"], {})
+    time.sleep(0.5)
+    assert not (tmp_path / "c" / keeper.OUTPUT).exists()
+    assert Watcher().look(tmp_path / "c") == Ended(None, pytest.approx(time.time(), abs=9), began=False)
+
+
+def test_rounds_with_jobs_that_cannot_train(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistake of the job's is not tried again, and its last line is the reason; a cancelled job does not start."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("launch.queue.scheduler.command", lambda *_: [sys.executable, "-S", "-c",
+                        "import sys; print('error: no data'); sys.exit(3)"])  # fmt: skip
+    config = _config(1)
+    first, second = _submit(store, "one", config=config), _submit(store, "two", config=config)
+    wishes.cancel(store, second)
+    scheduler = Scheduler(store, tmp_path / "q", config)
+    limit = time.monotonic() + 30
+    while scheduler.step():
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+    assert [(store.job(n)["state"], store.job(n)["reason"]) for n in (first, second)] == [
+        ("failed", "error: no data"), ("cancelled", "cancelled by its user"),
+    ]  # fmt: skip
+    kinds = [row["kind"] for row in store.rows(sa.select(db.events).where(db.events.c.job == first))]
+    assert kinds == ["submitted", "started", "ended", "failed"]
+    assert not store.check()
+    node = store.rows(sa.select(db.nodes))[0]["name"]
+    wishes.drain(store, node, "by hand")
+    assert "goes on from its newest checkpoint" in wishes.release(store, first)
+    scheduler.step()
+    assert store.job(first)["reason"] == "does not fit the nodes that are up"
+    wishes.drain(store, node, None)
+    scheduler.step()
+    assert store.job(first)["state"] == "running"
