@@ -66,25 +66,39 @@ class ClassifiedImage:
     probability: float
 
 
-def write_report(run_folder: Path, out: Path, samples: Sequence[ClassifiedImage] = ()) -> None:
+@dataclass(frozen=True)
+class PaintedImage:
+    """An image, what a model saw of it, and what the model made of that; each (3, H, W) uint8, RGB, on the CPU."""
+
+    image: torch.Tensor
+    seen: torch.Tensor
+    painted: torch.Tensor
+
+
+def write_report(
+    run_folder: Path, out: Path, samples: Sequence[ClassifiedImage] = (), painted: Sequence[PaintedImage] = ()
+) -> None:
     """Write one self-contained HTML file about a run; what the run did not record is left out.
 
     Args:
         run_folder: holds metrics.jsonl, ledger.jsonl, config.json and summary.json, as far as there are any.
         out: file to write, replaced in one move.
         samples: classified images to show, in this order.
+        painted: reconstructed images to show.
 
     Raises:
         DataError: the run folder does not exist, or its config or summary is damaged.
     """
-    text = render(read_run(run_folder), samples, timeline_of(ledger.read_events(run_folder)))
+    text = render(read_run(run_folder), samples, timeline_of(ledger.read_events(run_folder)), painted)
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(f".{out.name}.tmp")
     aside.write_text(plain_page(text), encoding="utf-8")  # names of classes and files may be no text
     aside.replace(out)
 
 
-def render(run: RunRecord, samples: Sequence[ClassifiedImage], line: Timeline) -> str:
+def render(
+    run: RunRecord, samples: Sequence[ClassifiedImage], line: Timeline, painted: Sequence[PaintedImage] = ()
+) -> str:
     """Return the page."""
     template = resources.files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -117,6 +131,7 @@ def render(run: RunRecord, samples: Sequence[ClassifiedImage], line: Timeline) -
         split_figure=Markup(figures.split_figure(run.train)),
         split=_split_table(run.train),
         images=[_image(sample) for sample in samples],
+        painted=[{name: _png(part) for name, part in vars(one).items()} for one in painted],
         right=sum(sample.true_class == sample.predicted_class for sample in samples),
         evals=[_eval_row(row, columns) for row in run.evals],
         eval_columns=columns,
@@ -213,12 +228,17 @@ def _eval_row(row: Row, columns: Sequence[str]) -> list[str]:
 
 
 def _image(sample: ClassifiedImage) -> dict[str, object]:
-    buffer = io.BytesIO()
-    Image.fromarray(sample.image.permute(1, 2, 0).contiguous().numpy()).save(buffer, "PNG", optimize=True)
     return {
-        "source": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(),
+        "source": _png(sample.image),
         "true_class": sample.true_class,
         "predicted_class": sample.predicted_class,
         "probability": f"{100 * sample.probability:.0f} %",
         "right": sample.true_class == sample.predicted_class,
     }
+
+
+def _png(image: torch.Tensor) -> str:
+    """Return an image, (3, H, W) uint8, as the source of an <img>."""
+    buffer = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

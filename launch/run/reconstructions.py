@@ -1,0 +1,66 @@
+"""Pictures of what a masked autoencoder makes of images: the image, what it saw, and what it painted in."""
+
+from __future__ import annotations
+
+import torch
+
+from dataloaders.config import DataConfig
+from dataloaders.pixels.transforms import decode_for_eval
+from launch.run.inputs import Split, images_of
+from launch.run.trained import Trained
+from setformer_dist.core.batch import MicroBatch
+from setformer_dist.core.errors import DataError
+from setformer_dist.models.masked import MaskedAutoencoder
+from setformer_dist.report.html import PaintedImage
+from setformer_dist.tasks.mae import Masked, hidden_pixels, moments
+
+_GREY = 128
+
+
+@torch.no_grad()
+def painted_samples(trained: Trained, split: Split, count: int = 8) -> list[PaintedImage]:
+    """Return images spread evenly over a split, with the masks of evaluation; none of another task.
+
+    Args:
+        trained: the model.
+        split: where the images come from.
+        count: most images that are returned.
+    """
+    model, task, data = trained.model, trained.task, trained.config.data
+    if not (isinstance(model, MaskedAutoencoder) and isinstance(task, Masked) and isinstance(data, DataConfig)):
+        return []
+    source, pixels, ids = images_of(split), [], []
+    for sample in range(0, split.num_samples, max(1, split.num_samples // count)):
+        try:
+            pixels.append(decode_for_eval(source.read(sample).image, data))
+        except DataError:  # damaged: evaluation has counted it
+            continue
+        ids.append(sample)
+    images, numbers = torch.stack(pixels[:count]), torch.tensor(ids[:count])
+    zeros, ones = torch.zeros(len(images), dtype=torch.int64), torch.ones(len(images))
+    given, _ = trained.prepare()(MicroBatch(images, zeros, ones, numbers), train=False)
+    outputs = model(given).float()
+    if task.config.normalise:  # a unit's own mean and contrast are not predicted, so its true ones serve
+        hidden = given[:, 3, :: model.unit, :: model.unit] > 0
+        mean, scale = moments(hidden_pixels(given[:, :3].float(), hidden.cpu(), model.unit))
+        outputs = outputs * scale + mean
+    painted = _laid_back(given, outputs, model)
+    return [PaintedImage(*three) for three in zip(images, *_as_pixels(given, painted, data), strict=True)]
+
+
+def _laid_back(given: torch.Tensor, outputs: torch.Tensor, model: MaskedAutoencoder) -> torch.Tensor:
+    """Return the images with the model's pixels (m, K, U, U, 3) in hidden units."""
+    m, unit = len(given), model.unit
+    hidden = model.visible_of(given).hidden()
+    whole = hidden.scatter(outputs.reshape(m, -1, unit, 3)).permute(0, 3, 1, 2)
+    return torch.where(given[:, 3:] > 0, whole, given[:, :3])
+
+
+def _as_pixels(given: torch.Tensor, painted: torch.Tensor, data: DataConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (m, 3, H, W) uint8: the images with grey in hidden units, and with what was painted."""
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (data.mean, data.std))
+    seen, whole = (
+        ((images.cpu().float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        for images in (given[:, :3], painted)
+    )
+    return torch.where(given[:, 3:].cpu() > 0, torch.tensor(_GREY, dtype=torch.uint8), seen), whole

@@ -1,0 +1,109 @@
+"""Masked autoencoding end to end: ranks, ZeRO, resume, report, fine-tuning, export and the probe."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+
+from dataloaders.config import DataConfig
+from dataloaders.opening import open_source
+from launch.run.config import RunConfig, load_run, resolve
+from launch.run.inputs import inputs_of
+from launch.run.objective import build_for, check_objective
+from launch.run.sequence import check_sequence
+from launch.testing.commands import DEMO, losses, setformer, train_words
+from setformer_dist.core.errors import ConfigError, DataError
+from setformer_dist.tasks.build import build_task
+
+MAE = ("task.name=mae", "task.args.unit=4", "task.args.decoder_dim=32", "task.args.decoder_depth=1",
+       "data.augment.mixup=0", "data.augment.cutmix=0", "checkpoint.best_metric=loss",
+       "model.args.stem_strides=[1,1]")  # fmt: skip
+
+
+@pytest.mark.drill
+def test_it_trains_alike_on_any_ranks_resumes_and_is_fine_tuned(digits: Path, tmp_path: Path) -> None:
+    out = tmp_path / "runs"
+    for ranks, stage in ((1, 0), (2, 3)):
+        words = train_words(digits, out, *MAE, f"run.name=on{ranks}", f"zero.stage={stage}", "ema.decay=0.9",
+                            "eval.every_epochs=1", ranks=ranks)  # fmt: skip
+        ended = setformer(*words)
+        assert ended.code == 0, ended.err
+    alone, shared = losses(out / "on1"), losses(out / "on2")
+    assert alone.keys() == shared.keys()
+    for place, (loss, averaged) in alone.items():
+        assert shared[place][0] == pytest.approx(loss, rel=1e-4), place
+        assert averaged is None or shared[place][1] == pytest.approx(averaged, rel=1e-4)
+    assert "Reconstructions" in (out / "on2" / "report.html").read_text()
+
+    shutil.copytree(out / "on2", out / "again" / "on2")
+    steps = sorted((out / "again" / "on2" / "checkpoints").glob("step-*"))
+    shutil.rmtree(steps[-1])  # the run goes on from the step before
+    there = [word if not word.startswith("run.out=") else f"run.out={out / 'again'}" for word in words]
+    resumed = setformer(*there)
+    assert resumed.code == 0, resumed.err
+    assert losses(out / "again" / "on2") == shared
+
+    tuned = setformer(*train_words(digits, out, f"model.weights={out / 'on2'}", "run.name=tuned",
+                                   "model.args.stem_strides=[1,1]", ranks=1))  # fmt: skip
+    assert tuned.code == 0, tuned.err
+    assert "besides the encoder's are left out; left as drawn from the seed: head.fc.bias, head.fc.weight" in tuned.err
+    probed = setformer("probe", str(out / "on2"), "--labels", "0.5")
+    assert probed.code == 0, probed.err
+    assert "nearest neighbours" in probed.out
+    refused = setformer("predict", str(out / "on2"), str(next((digits / "images" / "val" / "2").iterdir())))
+    assert "has no classes: fine-tune it" in refused.err
+    exported = setformer("ckpt", "export", str(out / "on2"), str(tmp_path / "exported"))
+    assert exported.code == 0, exported.err
+    names = safetensors.torch.load_file(tmp_path / "exported" / "model.safetensors").keys()
+    assert "stem.conv1.weight" in names
+    assert not [name for name in names if name.startswith(("encoder.", "decoder.", "fusion."))]
+    assert timm.is_model("setformer_nano")
+
+
+def run_of(*words: str) -> RunConfig:
+    return load_run(Path(DEMO), [*MAE, *words])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["task.args.unit=6"], r"task\.args\.unit = 6 must be a multiple of the model's total stride of 4 pixels"),
+        (["data.image_size=18"], r"images of 18 x 18 pixels are not made of whole units of 4 x 4"),
+        (["model.args.attention=softmax"], r"task mae: attention = 'softmax' has no form"),
+        (["data.augment.mixup=0.2"], r"data\.augment\.mixup blends two images"),
+        (["distill.teacher=runs/x"], r"task mae has no classes to learn from a teacher"),
+        (["parallel.sequence=2"], r"parallel\.sequence = 2: task mae computes with the visible tokens"),
+        (["~model.args", "model.name=soft_tiny"], r"running statistics|SOFT has no encoder"),
+        (["~model.args", "model.name=resnet18"], r"resnet18 keeps running statistics"),
+    ],
+)
+def test_what_cannot_be_pretrained_is_refused_with_the_reason(words: list[str], says: str) -> None:
+    config = run_of(*words)
+    with pytest.raises(ConfigError, match=says):
+        build_for(config, build_task(config.task, ()), {})
+
+
+def test_images_without_labels_are_read_by_a_task_that_needs_none(digits: Path, tmp_path: Path) -> None:
+    flat = tmp_path / "train"
+    flat.mkdir()
+    for place, image in enumerate(sorted((digits / "images" / "val").rglob("*.png"))[:20]):
+        shutil.copy(image, flat / f"{place}.png")
+    config = DataConfig(root=str(tmp_path), labels=False, cache=str(tmp_path / "cache"))
+    source = open_source(str(tmp_path), "train", config)
+    assert (source.num_samples, source.classes) == (20, ("unlabelled",))
+    with pytest.raises(DataError):
+        open_source(str(tmp_path), "train", config.model_copy(update={"labels": True}))
+    plain = load_run(Path(DEMO), ["data.labels=false"])
+    with pytest.raises(ConfigError, match=r"task classification learns from labels, and data\.labels = false"):
+        check_objective(plain, build_task(plain.task, ("a", "b")))
+
+
+def test_costs_and_memory_are_predicted_for_the_whole_autoencoder() -> None:
+    config = run_of()
+    model = build_for(config, build_task(config.task, ()), {})
+    assert inputs_of(config.data).tokens(model, None) > 0  # type: ignore[arg-type]
+    check_sequence(resolve(config, 1), None, model)
