@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc
 import psutil
@@ -204,9 +206,7 @@ def connected(address: str, environment: Mapping[str, str] | None = None) -> Ite
         named = found if address == "auto" else address
         check_versions(named, cluster_versions(found, named))
         try:
-            ray.init(
-                address=found, namespace=NAMESPACE, log_to_driver=False, configure_logging=False, logging_level="error"
-            )
+            _become_driver(found)
         except Exception as error:  # noqa: BLE001 - Ray raises whatever it likes; each is a reason not to be connected
             ray.shutdown()
             said = " ".join(str(error).split())[:200]
@@ -215,6 +215,26 @@ def connected(address: str, environment: Mapping[str, str] | None = None) -> Ite
             yield Cluster(found, environment=given)
         finally:
             ray.shutdown()
+
+
+def _become_driver(address: str) -> None:
+    """Connect to a cluster, as a process of this machine.
+
+    Ray keeps a machine's address in the folder of its session. If machines share that folder (`--temp-dir` on a shared
+    file system), a driver takes the head's address for its own, and no actor can fetch its objects.
+    """
+    quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "logging_level": "error"}
+    ray.init(address=address, namespace=NAMESPACE, **quiet)
+    ours = {each.address for interface in psutil.net_if_addrs().values() for each in interface}
+    if ray.util.get_node_ip_address() in ours:
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:  # sends nothing
+        host, _, port = address.rpartition(":")
+        way.connect((host, int(port)))
+        own = way.getsockname()[0]
+    if own in [node["NodeManagerAddress"] for node in ray.nodes()]:
+        ray.shutdown()
+        ray.init(address=address, namespace=NAMESPACE, _node_ip_address=own, **quiet)
 
 
 @contextlib.contextmanager
