@@ -109,10 +109,10 @@ def test_a_running_job_is_adopted_by_the_next_scheduler(make: Make, tmp_path: Pa
 @pytest.mark.drill
 def test_preempted_and_resumed_bit_by_bit(make: Make, tmp_path: Path) -> None:
     place = make(1, save_seconds=5.0)
-    alone = place.submit("alone", "1", "schedule.steps=30")
+    alone = place.submit("alone", "1", "schedule.steps=24")
     place.until(lambda: place.state(alone) == "done")
-    low = place.submit("low", "1", "schedule.steps=30")
-    place.until(lambda: place.step("low") > 8)
+    low = place.submit("low", "1", "schedule.steps=24")
+    place.until(lambda: place.step("low") > 6)
     high = place.submit("high", priority=5)
     place.until(lambda: place.state(high) == "running")
     assert place.state(low) == "waiting"
