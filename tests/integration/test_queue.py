@@ -139,7 +139,7 @@ def test_an_elastic_job_shrinks_and_grows(make: Make, tmp_path: Path) -> None:
 def test_a_stand_by_takes_over_within_ten_seconds(make: Make, tmp_path: Path) -> None:
     place = make(1)
     (tmp_path / "q" / "queue.toml").write_text("[cluster]\nslots = 1\n")
-    number = place.submit("one", "1", "schedule.steps=40")
+    number = place.submit("one", "1", "schedule.steps=20")
     words = [sys.executable, "-m", "launch.cli", "queue", "serve", "--queue", str(tmp_path / "q")]
     servers = []
 
