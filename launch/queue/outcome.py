@@ -9,6 +9,7 @@ code 0                      done
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +57,8 @@ def judge(ended: Ended, asked: bool, last_why: str, launch_failures: int = 0) ->
         return Outcome("stopped")
     if code == 0:
         return Outcome("done")
-    if asked and (ended.killed or (code is not None and code > 128)):
+    # -15: it was asked before it could listen.
+    if asked and (ended.killed or (code is not None and (code > 128 or code == -signal.SIGTERM))):
         return Outcome("stopped")
     if code in _MISTAKES:
         return Outcome("mistake")

@@ -22,6 +22,26 @@ from launch.testing.commands import ROOT, setformer, train_words
 
 # What no test has the data or the hours for, and where its command runs instead.
 ELSEWHERE = {
+    "queue submit demo data.root=runs/demo-data --ranks 2": "tests/unit/test_queue_commands.py",
+    "queue ls": "tests/unit/test_queue_commands.py",
+    "queue serve": "tests/unit/test_queue_commands.py",
+    "queue submit demo data.root=runs/demo-data --ranks 1:2": "tests/unit/test_queue_commands.py",
+    "queue submit imagenet_base --nodes 4 --ranks-per-node 8 --priority 5 --time-limit 2d": (
+        "tests/unit/test_queue_commands.py"
+    ),
+    "queue ls --all": "tests/unit/test_queue_commands.py",
+    "queue show 1": "tests/unit/test_queue_commands.py",
+    "queue logs 1": "tests/unit/test_queue_commands.py",
+    "queue top --once": "tests/unit/test_queue_commands.py",
+    "queue events": "tests/unit/test_queue_commands.py",
+    "queue cancel 1": "tests/unit/test_queue_commands.py",
+    "queue hold 1": "tests/unit/test_queue_commands.py",
+    "queue release 1": "tests/unit/test_queue_commands.py",
+    "queue move 1 --priority 5": "tests/unit/test_queue_commands.py",
+    'queue drain node3 --why "new memory"': "tests/unit/test_queue_commands.py",
+    "queue undrain node3": "tests/unit/test_queue_commands.py",
+    "queue backup queue-copy.db": "tests/unit/test_queue_commands.py",
+    "queue check": "tests/unit/test_queue_commands.py",
     "lra prepare text --source aclImdb": "tests/unit/test_lra_tasks.py",
     "lra prepare pathx --workers 16 --root /data/lra": "tests/unit/test_lra_tasks.py",
     "lra prepare listops": "tests/unit/test_lra_listops.py",

@@ -8,14 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 
+from launch.queue import attempts, wishes
 from launch.queue import schema as db
-from launch.queue import wishes
 from launch.queue.config import QueueConfig
 from launch.queue.scheduler import Scheduler
 from launch.queue.store import Store, url_of
@@ -27,6 +27,7 @@ SMALL = (
     "schedule.steps=12",
     "schedule.warmup_epochs=0",
     "run.log_every=1",
+    "batch.global_size=16",
     "model.name=setformer_nano",
 )
 
@@ -68,9 +69,33 @@ class Place:
         query = sa.select(db.attempts).where(db.attempts.c.job == number).order_by(db.attempts.c.number)
         return [(row["ranks"], row["how"]) for row in self.store.rows(query)]
 
+    def close(self) -> None:
+        """End what still runs: keepers outlive their schedulers."""
+        for row in self.store.rows(sa.select(db.attempts.c.folder).where(db.attempts.c.state != "ended")):
+            attempts.kill(Path(row["folder"]))
+        self.store.close()
 
-def test_a_running_job_is_adopted_by_the_next_scheduler(digits: Path, tmp_path: Path) -> None:
-    place = Place(tmp_path, digits, 1)
+
+Make = Callable[..., Place]
+
+
+@pytest.fixture
+def make(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+    """Make places; what runs there ends with the test."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    made: list[Place] = []
+
+    def make(slots: int, **policy: float) -> Place:
+        made.append(Place(tmp_path, digits, slots, **policy))
+        return made[-1]
+
+    yield make
+    for place in made:
+        place.close()
+
+
+def test_a_running_job_is_adopted_by_the_next_scheduler(make: Make, tmp_path: Path) -> None:
+    place = make(1)
     number = place.submit("one")
     place.until(lambda: place.step("one") > 2)
     before = place.scheduler.lease.term
@@ -82,12 +107,12 @@ def test_a_running_job_is_adopted_by_the_next_scheduler(digits: Path, tmp_path: 
 
 
 @pytest.mark.drill
-def test_preempted_and_resumed_bit_by_bit(digits: Path, tmp_path: Path) -> None:
-    place = Place(tmp_path, digits, 1, save_seconds=5.0)
-    alone = place.submit("alone", "1", "schedule.steps=30")
+def test_preempted_and_resumed_bit_by_bit(make: Make, tmp_path: Path) -> None:
+    place = make(1, save_seconds=5.0)
+    alone = place.submit("alone", "1", "schedule.steps=24")
     place.until(lambda: place.state(alone) == "done")
-    low = place.submit("low", "1", "schedule.steps=30")
-    place.until(lambda: place.step("low") > 8)
+    low = place.submit("low", "1", "schedule.steps=24")
+    place.until(lambda: place.step("low") > 6)
     high = place.submit("high", priority=5)
     place.until(lambda: place.state(high) == "running")
     assert place.state(low) == "waiting"
@@ -98,8 +123,8 @@ def test_preempted_and_resumed_bit_by_bit(digits: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.drill
-def test_an_elastic_job_shrinks_and_grows(digits: Path, tmp_path: Path) -> None:
-    place = Place(tmp_path, digits, 2, save_seconds=5.0, grow_after_minutes=0.01)
+def test_an_elastic_job_shrinks_and_grows(make: Make, tmp_path: Path) -> None:
+    place = make(2, save_seconds=5.0, grow_after_minutes=0.01)
     wide = place.submit("wide", "1:2", "schedule.steps=400")
     place.until(lambda: place.step("wide") > 5)
     small = place.submit("small")
@@ -111,10 +136,10 @@ def test_an_elastic_job_shrinks_and_grows(digits: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.drill
-def test_a_stand_by_takes_over_within_ten_seconds(digits: Path, tmp_path: Path) -> None:
-    place = Place(tmp_path, digits, 1)
+def test_a_stand_by_takes_over_within_ten_seconds(make: Make, tmp_path: Path) -> None:
+    place = make(1)
     (tmp_path / "q" / "queue.toml").write_text("[cluster]\nslots = 1\n")
-    number = place.submit("one", "1", "schedule.steps=40")
+    number = place.submit("one", "1", "schedule.steps=20")
     words = [sys.executable, "-m", "launch.cli", "queue", "serve", "--queue", str(tmp_path / "q")]
     servers = []
 

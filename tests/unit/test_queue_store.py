@@ -213,6 +213,7 @@ def test_what_an_end_means() -> None:
     assert how(0, asked=True) == ("done", False)
     assert how(143, asked=True) == ("stopped", False)
     assert how(-9, asked=True, killed=True) == ("stopped", False)  # it ignored SIGTERM
+    assert how(-15, asked=True) == ("stopped", False)  # before the supervisor listens to signals
     assert how(143) == ("transient", False)  # somebody else stopped it
     assert how(2)[0] == how(3)[0] == how(7)[0] == "mistake"
     assert how(6, why="error") == ("error", False)
