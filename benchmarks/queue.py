@@ -2,9 +2,11 @@
 
     python -m benchmarks.queue [--jobs 2000] [--seeds 3] [--nodes 32] [--slots 8] [--load 0.9] [--json FILE]
 
-Workloads follow the shape of Lublin and Feitelson (2003, J. Parallel Distrib. Comput. 63(11)): sizes are powers of two
-with log2 from a two-stage uniform distribution, run times are hyper-gamma with a mixture that depends on the size, and
-arrivals are gamma with a daily cycle, scaled to a load. Estimates are run times times a uniform factor of 1 to 5.
+Sizes and run times are drawn as Lublin and Feitelson do (2003, J. Parallel Distrib. Comput. 63(11)), with the
+parameters of their program m_lublin99.c for jobs without types: a quarter of the jobs has one rank, log2 of the
+others is two-stage uniform, mostly rounded, and the log of the run time is hyper-gamma with a mixture that depends on
+the size. Arrivals are simpler than theirs: exponential with a daily cycle, scaled to a load. Estimates, which the
+model does not have, are run times times a uniform factor of 1 to 5.
 
 All policies get the same jobs, rigid and without faults, each of one user: what differs is the order. `queue` stops
 nobody here: all jobs have one priority. The offline bound of utilisation is the work divided by the slots' time from
@@ -32,8 +34,8 @@ from launch.queue.policy import decide
 from launch.queue.state import Job, Node, Placement, Rules, Running
 from launch.queue.timeline import Timeline
 
-# Lublin-Feitelson's parameters for batch jobs: sizes (ulow, umed, uhi, uprob), run times (gamma alpha, beta of two).
-_ULOW, _UPROB = 0.8, 0.86
+# SERIAL_PROB, POW2_PROB, ULOW, UHI - UMED, UPROB; (A1, B1), (A2, B2), PA, PB.
+_SERIAL, _POWERS, _ULOW, _BELOW, _UPROB = 0.244, 0.576, 0.8, 2.5, 0.86
 _LONG, _SHORT = (312.0, 0.03), (4.2, 0.94)
 _PA, _PB = -0.0054, 0.78
 _BOUND_S = 10.0  # of the bounded slowdown
@@ -54,12 +56,14 @@ def workload(count: int, slots: int, load: float, seed: int) -> list[Work]:
     """Return jobs in order of arrival."""
     draws = random.Random(seed)
     high = math.log2(slots)
-    medium = high - 2.5
+    medium = high - _BELOW
     jobs = []
     for number in range(1, count + 1):
-        low_half = draws.random() < _UPROB
-        ranks = 2 ** round(draws.uniform(_ULOW - 0.2, medium) if low_half else draws.uniform(medium, high))
-        share = min(0.95, max(0.05, _PA * ranks + _PB))
+        kind, low_half = draws.random(), draws.random() < _UPROB
+        log2 = draws.uniform(_ULOW, medium) if low_half else draws.uniform(medium, high)
+        log2 = math.floor(log2 + 0.5) if kind <= _SERIAL + _POWERS else log2
+        ranks = 1 if kind <= _SERIAL else math.floor(2**log2 + 0.5)
+        share = min(1.0, max(0.0, _PA * ranks + _PB))
         alpha, beta = _SHORT if draws.random() < share else _LONG
         seconds = min(129600.0, max(1.0, math.exp(draws.gammavariate(alpha, beta))))
         jobs.append((number, min(slots, ranks), seconds, seconds * draws.uniform(1.0, 5.0)))
