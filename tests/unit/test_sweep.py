@@ -68,6 +68,7 @@ def page(folder: Path, space: str = LR, sweep: str = "", tail: str = "", *overri
         ('"run.seed" = { int = [0, 3] }', "", "is set by the sweep itself"),
         ('"optim.lr" = { choice = [2020-01-01, 0.1] }', "", "has a date or a time"),
         ('"optim.lr" = 2020-01-01', "", "is no parameter"),
+        ('"data.augment.nosuch.x" = { choice = [1] }', "", "no table has keys there"),
         (f"{LR}\noptim.lr = {{ choice = [0.1] }}", "", 'space."optim.lr" is given twice'),
         ('"run.log_every" = { int = [-9000000000000000000, 9000000000000000000] }', "", "spans more than 2**53"),
         ('"run.log_every" = { int = [1, 1000000000000] }', 'search = { name = "grid" }', "more than 100,000 points"),
