@@ -24,7 +24,7 @@ import pydantic
 
 from launch.run.config import RunConfig, resolve, shipped
 from launch.sweep.journal import read_events
-from launch.sweep.space import Parameter, Point, active, check_space, extremes, parameters
+from launch.sweep.space import Parameter, Point, active, check_space, extremes, grid, parameters
 from setformer_dist.core import config as base
 from setformer_dist.core.config import FrozenConfig, nearest, suggested_key
 from setformer_dist.core.continuing import FREE, Difference, differences
@@ -360,12 +360,14 @@ def _check(sweep: Sweep, path: Path) -> None:
         )
     if sweep.metric.startswith(AVERAGED) and sweep.run.ema.decay == 0 and "ema.decay" not in sweep.config.space:
         raise ConfigError(f"{path}: sweep.metric = {sweep.metric!r} needs averaged weights: set ema.decay in the base")
+    if sweep.config.search.name == "grid":
+        grid(sweep.config.space)
     for point in extremes(sweep.config.space):
         resolve(sweep.run_config(point, 0, sweep.run_name(0, 0)), sweep.config.budget.ranks)
 
 
 def check_continued(sweep: Sweep) -> bool:
-    """Return whether the folder holds this sweep, False where it holds none, or another one that never began.
+    """Return whether the folder holds this sweep, False where it holds none, or one that never did anything.
 
     Raises:
         ConfigError: it holds a sweep of another config or base; with the keys that differ.
@@ -381,13 +383,13 @@ def check_continued(sweep: Sweep) -> bool:
     page, run = there.get("page"), there.get("base")
     if not isinstance(page, dict) or not isinstance(run, dict):
         raise ConfigError(f"{path} holds no sweep: move it away, or give this sweep another sweep.name")
+    if not read_events(sweep.folder) and not (sweep.folder / TRIALS).exists():
+        return False  # what kept it from its first trial may have been its config
     found: list[Difference] = [*_changed_space(page, sweep), *differences(page, sweep.config)]
     found += [Difference(f"base {d.key}", d.there, d.here) for d in differences(run, sweep.run)]
     own = {f"base {key}" for key in sweep.config.space}
     found = [d for d in found if d.key not in own and not d.key.startswith("set")]
     if found:
-        if not read_events(sweep.folder):
-            return False
         shown = ", ".join(f"{d.key} was {d.there!r} and is {d.here!r}" for d in found[:_SHOWN])
         more = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         raise ConfigError(

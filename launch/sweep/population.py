@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from launch.sweep.page import SchedulerTable
-from launch.sweep.space import Parameter, Point, label
+from launch.sweep.space import Parameter, Point
 from setformer_dist.core.seeding import Purpose, generator
 
 _FACTORS = (0.8, 1.2)
@@ -68,7 +68,8 @@ def _changed(parameter: Parameter, value: Any, resample: float, draw: np.random.
         if parameter.loguniform is not None:
             return float(min(high, max(low, math.exp(draw.uniform(math.log(low), math.log(high))))))
         return float(draw.uniform(low, high))
-    at = [label(known) for known in values].index(label(value))
+    at = parameter.place(value)
+    assert at is not None  # a point of this space
     if anew or parameter.choice is not None:
         return values[int(draw.integers(len(values)))]
     return values[min(len(values) - 1, max(0, at + (1 if up else -1)))]

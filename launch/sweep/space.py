@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import pydantic
@@ -21,7 +21,9 @@ Point: TypeAlias = dict[str, Any]
 
 KINDS = ("choice", "uniform", "loguniform", "int", "grid")
 _LARGEST_GRID = 100_000
+_LARGEST_SPAN = 2**53  # Optuna counts in floats
 _Integers: TypeAlias = tuple[int, int]  # a field of that name hides the type
+_Place: TypeAlias = int | None
 
 
 class Parameter(FrozenConfig):
@@ -55,13 +57,17 @@ class Parameter(FrozenConfig):
             raise ValueError(f"{given[0]} is empty")
         if given[0] in ("uniform", "loguniform", "int") and values[0] > values[1]:
             raise ValueError(f"{given[0]} = {list(values)} is empty: its lowest value is above its highest")
+        if given[0] == "int" and values[1] - values[0] > _LARGEST_SPAN:
+            raise ValueError(f"int = {list(values)} spans more than 2**53: bring its ends closer")
         if given[0] == "loguniform" and values[0] <= 0:
             raise ValueError(f"loguniform = {list(values)} must begin above 0")
         if given[0] == "grid" and any(a >= b for a, b in itertools.pairwise(values)):
             raise ValueError(f"grid = {list(values)} must rise")
-        labels = [label(value) for value in values]
+        labels = _labels(given[0], values)
         if given[0] == "choice" and len(set(labels)) < len(labels):
             raise ValueError(f"choice = {list(values)} names a value twice")
+        for key, wanted in self.when.items():
+            _labels(f"when {key}", wanted)
         if self.step != 1 and given[0] != "int":
             raise ValueError("step is of int")
         return self
@@ -72,11 +78,19 @@ class Parameter(FrozenConfig):
         return next(kind for kind in KINDS if getattr(self, kind) is not None)
 
     @property
-    def values(self) -> tuple[Any, ...] | None:
-        """All values, None where it is continuous."""
+    def values(self) -> Sequence[Any] | None:
+        """All values, None where it is continuous; integers are counted out only where they are asked for."""
         if self.int is not None:
-            return tuple(range(self.int[0], self.int[1] + 1, self.step))
+            return range(self.int[0], self.int[1] + 1, self.step)
         return self.choice if self.choice is not None else self.grid
+
+    def place(self, value: object) -> _Place:
+        """Return the place of a value among the values; None where it is none of them."""
+        values = self.values
+        if isinstance(values, range):
+            return values.index(value) if type(value) is type(values.start) and value in values else None
+        labels = [label(known) for known in values or ()]
+        return labels.index(label(value)) if label(value) in labels else None
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -103,6 +117,18 @@ def label(value: object) -> str:
     return json.dumps(value, sort_keys=True)
 
 
+def _labels(name: str, values: Sequence[Any]) -> list[str]:
+    """Return the labels of values that a config names.
+
+    Raises:
+        ValueError: a value is of a kind that no run config takes, such as a date.
+    """
+    try:
+        return [label(value) for value in values]
+    except TypeError:
+        raise ValueError(f"{name} has a date or a time, which no key takes: put it in quotes, or take it out") from None
+
+
 def parameters(table: Mapping[str, object], source: str, prefix: str = "") -> dict[str, Parameter]:
     """Read `[space]`; `"optim.lr"` and the table `[space.optim]` mean the same.
 
@@ -113,15 +139,25 @@ def parameters(table: Mapping[str, object], source: str, prefix: str = "") -> di
     for name, value in table.items():
         key = f"{prefix}{name}"
         if isinstance(value, Mapping) and value and not set(value) & set(KINDS) and _tables(value):
-            found |= parameters(value, source, f"{key}.")
+            here = parameters(value, source, f"{key}.")
         elif isinstance(value, Mapping):
             known = {inner: part for inner, part in value.items() if part is not None}
-            found[key] = base.build(Parameter, known, f'{source}: space."{key}"')
+            here = {key: base.build(Parameter, known, f'{source}: space."{key}"')}
         else:
             raise ConfigError(
-                f'{source}: space."{key}" = {value!r} is no parameter: say {{ choice = [{label(value)}, …] }}'
+                f'{source}: space."{key}" = {value!r} is no parameter: say {{ choice = [{_shown(value)}, …] }}'
             )
+        if twice := [other for other in here if other in found]:
+            raise ConfigError(f'{source}: space."{twice[0]}" is given twice, as a key and in a table: take one out')
+        found |= here
     return found
+
+
+def _shown(value: object) -> str:
+    try:
+        return label(value)
+    except TypeError:  # a date
+        return json.dumps(str(value))
 
 
 def _tables(value: Mapping[str, object]) -> bool:
@@ -141,10 +177,9 @@ def check_space(space: Mapping[str, Parameter], searcher: str) -> None:
                 raise ValueError(f'space."{key}": when names {other}, which is no parameter of the space')
             if other not in seen:
                 raise ValueError(f'space."{key}": when names {other}, which must stand before it')
-            values = space[other].values
-            if values is None:
+            if space[other].values is None:
                 raise ValueError(f'space."{key}": when names {other}, whose values are not countable')
-            odd = [value for value in wanted if label(value) not in {label(v) for v in values}]
+            odd = [value for value in wanted if space[other].place(value) is None]
             if odd or not wanted:
                 raise ValueError(
                     f'space."{key}" can never be active: {other} is never {odd[0]!r}'
@@ -211,8 +246,8 @@ def grid(space: Mapping[str, Parameter]) -> list[Point]:
         longer: list[Point] = []
         for point in points:
             here = is_active(parameter, point)
+            if len(longer) + (len(parameter.values) if here else 1) > _LARGEST_GRID:
+                raise ConfigError(f"the grid of the space has more than {_LARGEST_GRID:,} points: take values out")
             longer += [{**point, key: value} for value in parameter.values] if here else [point]
         points = longer
-        if len(points) > _LARGEST_GRID:
-            raise ConfigError(f"the grid of the space has more than {_LARGEST_GRID:,} points: take values out")
     return points

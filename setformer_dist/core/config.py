@@ -326,6 +326,8 @@ def _nearest(model: type[pydantic.BaseModel], keys: list[str], siblings: list[st
     close = difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.6)
     if close:
         return f": did you mean {elsewhere[close[0]]}?"
+    if not siblings:
+        return ", and no table has keys there"
     return f": known keys here are {', '.join(sorted(siblings))}"
 
 

@@ -66,6 +66,12 @@ def page(folder: Path, space: str = LR, sweep: str = "", tail: str = "", *overri
         ('"optim.lr" = { uniform = [-1.0, 1.0] }', "", "optim.lr = -1"),  # impossible at one end of the space
         ('"schedule.epochs" = { uniform = [1.0, 3.0] }', "", "schedule.epochs"),
         ('"run.seed" = { int = [0, 3] }', "", "is set by the sweep itself"),
+        ('"optim.lr" = { choice = [2020-01-01, 0.1] }', "", "has a date or a time"),
+        ('"optim.lr" = 2020-01-01', "", "is no parameter"),
+        ('"data.augment.nosuch.x" = { choice = [1] }', "", "no table has keys there"),
+        (f"{LR}\noptim.lr = {{ choice = [0.1] }}", "", 'space."optim.lr" is given twice'),
+        ('"run.log_every" = { int = [-9000000000000000000, 9000000000000000000] }', "", "spans more than 2**53"),
+        ('"run.log_every" = { int = [1, 1000000000000] }', 'search = { name = "grid" }', "more than 100,000 points"),
         (LR, 'search = { name = "grid" }', "is loguniform, which a grid cannot count out"),
         (LR, 'scheduler = { name = "hyperband" }', "needs scheduler.last"),
         (LR, 'scheduler = { name = "pbt", population = 31 }', "below scheduler.population"),
@@ -91,6 +97,7 @@ def test_a_page_that_cannot_run_is_refused_in_one_sentence(tmp_path: Path, space
         ('{ "schedule.name" = [] }', "can never be active"),
         ('{ "optim.lr" = [0.1] }', "whose values are not countable"),
         ('{ "schedule.power" = [1.0] }', "must stand before it"),
+        ('{ "schedule.name" = [2020-01-01] }', "has a date or a time"),
     ],
 )
 def test_a_condition_that_cannot_hold_is_refused(tmp_path: Path, when: str, said: str) -> None:
@@ -165,12 +172,13 @@ def test_a_page_that_changed_is_refused_by_name(tmp_path: Path) -> None:
     assert not check_continued(sweep)
     sweep.folder.mkdir()
     write_state(sweep.folder / SWEEP, sweep.as_json())
+    # Nothing has been done yet, for example since no cluster was there: another config may take its place.
+    assert not check_continued(page(tmp_path, LR, "seed = 4"))
+    journal = Journal(sweep.folder)
+    journal.append({"event": "opened"})
+    journal.close()
     assert check_continued(sweep)
     assert check_continued(page(tmp_path, LR, "", "", "budget.trials=99", "budget.hours=3.0"))  # may change
-    assert not check_continued(page(tmp_path, LR, "seed = 4"))  # never began: nothing depends on it
-    journal = Journal(sweep.folder)
-    journal.append({"event": "began", "optuna": "5.0.0"})
-    journal.close()
     for changed, named in (
         (page(tmp_path, '"optim.lr" = { loguniform = [1e-4, 1e-3] }'), "space.optim.lr.loguniform was"),
         (page(tmp_path, f'{LR}\n"ema.decay" = {{ grid = [0.9] }}'), r'space."ema.decay" was'),
@@ -261,6 +269,18 @@ def test_a_journal_of_another_searcher_is_refused(tmp_path: Path) -> None:
         book_of(page(tmp_path), journal)
     with pytest.raises(DataError, match="does not follow"):
         book_of(page(tmp_path), [{"event": "ended", "trial": 3, "seed": 0}])
+
+
+def test_a_wide_range_of_integers_is_not_counted_out(tmp_path: Path) -> None:
+    wide = '"run.log_every" = { int = [1, 1000000000000], step = 3 }'
+    sweep = page(tmp_path, f'{wide}\n"optim.lr" = {{ choice = [0.1], when = {{ "run.log_every" = [4] }} }}')
+    parameter = sweep.config.space["run.log_every"]
+    assert parameter.ends == (1, 1_000_000_000_000)
+    assert [parameter.place(value) for value in (1, 4, 5, True, "4")] == [0, 1, None, None, None]
+    asked = [event["point"]["run.log_every"] for event in drive(sweep, 1, 3) if event["event"] == "asked"]
+    assert all(value % 3 == 1 for value in asked)
+    table = SchedulerTable(name="pbt")
+    assert population.explored(table, sweep.config.space, {"run.log_every": 4}, 1, 0)["run.log_every"] % 3 == 1
 
 
 def test_a_grid_ends_where_its_points_do(tmp_path: Path) -> None:
