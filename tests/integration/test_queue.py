@@ -155,7 +155,7 @@ def test_a_stand_by_takes_over_within_ten_seconds(make: Make, tmp_path: Path) ->
         return time.monotonic() - began
 
     try:
-        servers = [subprocess.Popen(words) for _ in range(2)]
+        servers = [subprocess.Popen(words, start_new_session=True) for _ in range(2)]
         wait(lambda: place.step("one") > 5, 90)
         first = leads()
         assert first in [server.pid for server in servers]

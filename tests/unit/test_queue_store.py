@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def postgres() -> Iterator[str]:
     subprocess.run([_BINARIES[-1] / "initdb", "-D", data, "-U", "q", "-A", "trust", "--no-sync"], **words)
     server = subprocess.Popen(
         [_BINARIES[-1] / "postgres", "-D", data, "-k", folder, "-c", "listen_addresses="],
-        user=user, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        user=user, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     try:
         limit = time.monotonic() + 30
@@ -52,7 +53,7 @@ def postgres() -> Iterator[str]:
             time.sleep(0.1)
         yield f"postgresql+psycopg://q@/postgres?host={folder}"
     finally:
-        server.terminate()
+        server.send_signal(signal.SIGINT)  # SIGTERM would wait for every connection to end
         server.wait(30)
         shutil.rmtree(folder, ignore_errors=True)
 
