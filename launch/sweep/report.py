@@ -30,6 +30,7 @@ from setformer_dist.core.words import counted, plain_page
 REPORT = "report.html"
 _TEMPLATE = "report.html.j2"
 _LEAST = 2  # complete trials with which parameters can be compared
+_ENOUGH = 20  # complete trials: with fewer, importances change from trial to trial
 _HEIGHT = 460  # pixels of a figure
 
 
@@ -149,7 +150,8 @@ def _distribution(parameter: Parameter) -> BaseDistribution:
 
 
 def _of_parameters(sweep: Sweep, study: optuna.Study) -> list[tuple[str, go.Figure]]:
-    if len(study.get_trials(states=(TrialState.COMPLETE,))) < _LEAST:
+    complete = len(study.get_trials(states=(TrialState.COMPLETE,)))
+    if complete < _LEAST:
         return []
     found = []
     with warnings.catch_warnings():
@@ -158,7 +160,9 @@ def _of_parameters(sweep: Sweep, study: optuna.Study) -> list[tuple[str, go.Figu
             ("Parallel coordinates", optuna.visualization.plot_parallel_coordinate(study, target_name=sweep.metric))
         )
         if importances(study):
-            found.append(("Importance of the parameters", optuna.visualization.plot_param_importances(study)))
+            head = f"Importance of the parameters, from {complete} complete trials"
+            plot = optuna.visualization.plot_param_importances(study, evaluator=_evaluator())
+            found.append((head if complete >= _ENOUGH else f"{head}: too few to rely on", plot))
         found.append(("Slices", optuna.visualization.plot_slice(study, target_name=sweep.metric)))
     return found
 
@@ -171,11 +175,13 @@ def importances(study: optuna.Study) -> dict[str, float]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return optuna.importance.get_param_importances(
-                study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0)
-            )
+            return optuna.importance.get_param_importances(study, evaluator=_evaluator())
     except (ValueError, RuntimeError):  # no parameter that all trials have
         return {}
+
+
+def _evaluator() -> optuna.importance.FanovaImportanceEvaluator:
+    return optuna.importance.FanovaImportanceEvaluator(seed=0)
 
 
 def recommendation(sweep: Sweep, book: Book) -> list[str]:

@@ -318,7 +318,7 @@ def test_the_page_of_a_sweep_is_one_file_that_needs_no_network(tmp_path: Path) -
     sweep.folder.mkdir()
     text = write(sweep, book_of(sweep, events)).read_text()
     assert "Parallel coordinates" in text
-    assert "Importance of the parameters" in text
+    assert "Importance of the parameters, from 10 complete trials: too few to rely on" in text
     assert "optim.weight_decay" in text
     outside = [tag for tag in ("<script src", "<link", "cdn.plot.ly/plotly") if tag in text]
     assert not outside
