@@ -385,14 +385,14 @@ def probe_features(
     checkpoint: CheckpointPath,
     data: Annotated[str | None, typer.Option(help="Labelled data; by default the run's.")] = None,
     weights: WeightsOption = "auto",
-    neighbours: Annotated[int, typer.Option(min=1, help="Nearest neighbours that vote.")] = 20,
-    labels: Annotated[float, typer.Option(help="Share of the training labels that is used.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the draw of that share.")] = 0,
+    neighbours: Annotated[int, typer.Option(min=1, help="Number of nearest neighbours that vote.")] = 20,
+    labels: Annotated[float, typer.Option(help="Share of the training labels to use, per class.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of labels.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Images computed at once.")] = 128,
     imports: ImportOption = None,
 ) -> None:
-    """Score a model's frozen features: a linear classifier and nearest neighbours, on the run's training and
-    validation splits.
+    """Score a model's frozen features by a linear classifier and by nearest neighbours. Both learn from the run's
+    training split and are scored on its validation split.
 
     Example:
 

@@ -60,10 +60,10 @@ def _open(queue: Path | None) -> tuple[Path, QueueConfig, Store]:
 def serve(
     queue: QueueOption = None,
     until_idle: Annotated[
-        float | None, typer.Option(help="End after so many seconds without a job.", min=0, show_default=False)
+        float | None, typer.Option(help="End after this many seconds without a job.", min=0, show_default=False)
     ] = None,
 ) -> None:
-    """Run the scheduler; a second one stands by. Jobs go on when it ends, and the next one adopts them.
+    """Run the scheduler; a second one stands by. If it ends, jobs continue, and the next scheduler adopts them.
 
     Example: setformer queue serve
     """
@@ -85,15 +85,17 @@ def submit(
     ] = None,
     nodes: Annotated[int | None, typer.Option(help="Nodes, with --ranks-per-node.", min=1, show_default=False)] = None,
     ranks_per_node: Annotated[int | None, typer.Option(help="Ranks of each node.", min=1, show_default=False)] = None,
-    priority: Annotated[int, typer.Option(help="Higher goes first, and stops jobs of lower priority.")] = 0,
+    priority: Annotated[int, typer.Option(help="A job of higher priority goes first, and may stop others.")] = 0,
     user: Annotated[
-        str | None, typer.Option(help="Whose share it counts for; by default yours.", show_default=False)
+        str | None, typer.Option(help="User whose fair share the job counts for; by default you.", show_default=False)
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Shown in lists; by default run.name.", show_default=False)] = None,
-    max_retries: Annotated[int, typer.Option(help="Attempts after failures of the job's own.", min=0)] = 0,
+    name: Annotated[
+        str | None, typer.Option(help="Name shown in lists; by default run.name.", show_default=False)
+    ] = None,
+    max_retries: Annotated[int, typer.Option(help="Retries after the job's own errors.", min=0)] = 0,
     time_limit: Annotated[
         str | None,
-        typer.Option(help="Longest time it may run, as 90, 30m, 4h or 2d; it is stopped then.", show_default=False),
+        typer.Option(help="Longest total run time, such as 90, 30m, 4h or 2d; then the job stops.", show_default=False),
     ] = None,
     after: Annotated[
         list[int] | None, typer.Option(help="Start only when this job is done.", show_default=False)
@@ -101,7 +103,7 @@ def submit(
     held: Annotated[bool, typer.Option("--hold", help="Wait for `setformer queue release`.")] = False,
     queue: QueueOption = None,
 ) -> None:
-    """Check a run config and put it into the queue; start a server on this machine where none runs.
+    """Check a run config and put it into the queue; start a server on this machine if none runs.
 
     Examples:
 
@@ -126,11 +128,11 @@ def submit(
 
 @app.command("ls")
 def ls(
-    everything: Annotated[bool, typer.Option("--all", help="Jobs that have ended as well.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="List jobs that have ended, too.")] = False,
     as_json: JsonOption = False,
     queue: QueueOption = None,
 ) -> None:
-    """List jobs: where each runs, or why it waits and when it is expected to start.
+    """List jobs: where each runs, or why it waits and when it should start.
 
     Example: setformer queue ls --all
     """
@@ -155,10 +157,10 @@ def show(job: JobNumber, as_json: JsonOption = False, queue: QueueOption = None)
 @app.command()
 def logs(
     job: JobNumber,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Follow the output until the job has ended.")] = False,
     queue: QueueOption = None,
 ) -> None:
-    """Print what a job has printed.
+    """Print a job's output.
 
     Example: setformer queue logs 1
     """
@@ -174,9 +176,9 @@ def logs(
 
 @app.command()
 def top(
-    once: Annotated[bool, typer.Option("--once", help="Show it once, and end.")] = False, queue: QueueOption = None
+    once: Annotated[bool, typer.Option("--once", help="Show them once, then stop.")] = False, queue: QueueOption = None
 ) -> None:
-    """Show nodes and jobs, again every second.
+    """Show nodes and jobs, and refresh every second.
 
     Example: setformer queue top --once
     """
@@ -202,7 +204,7 @@ def events(
 
 @app.command()
 def cancel(job: JobNumber, queue: QueueOption = None) -> None:
-    """End a job; one that runs saves first.
+    """Cancel a job; if it runs, it saves first.
 
     Example: setformer queue cancel 1
     """
@@ -214,7 +216,7 @@ def cancel(job: JobNumber, queue: QueueOption = None) -> None:
 
 @app.command()
 def hold(job: JobNumber, queue: QueueOption = None) -> None:
-    """Keep a job from starting; one that runs saves and stops.
+    """Keep a job from starting; if it runs, it saves and stops.
 
     Example: setformer queue hold 1
     """
@@ -226,7 +228,7 @@ def hold(job: JobNumber, queue: QueueOption = None) -> None:
 
 @app.command()
 def release(job: JobNumber, queue: QueueOption = None) -> None:
-    """Let a held job start, or one that failed, was cancelled or reached its limit go on.
+    """Let a held job start; let a job that failed, was cancelled or reached its time limit continue.
 
     Example: setformer queue release 1
     """
@@ -242,10 +244,10 @@ def release(job: JobNumber, queue: QueueOption = None) -> None:
 @app.command()
 def move(
     job: JobNumber,
-    priority: Annotated[int, typer.Option(help="Its new priority.", show_default=False)],
+    priority: Annotated[int, typer.Option(help="New priority.", show_default=False)],
     queue: QueueOption = None,
 ) -> None:
-    """Move a job in the queue, by another priority.
+    """Change a job's priority.
 
     Example: setformer queue move 1 --priority 5
     """
@@ -258,10 +260,10 @@ def move(
 @app.command()
 def drain(
     node: NodeName,
-    why: Annotated[str, typer.Option(help="Shown to others.")] = "by hand",
+    why: Annotated[str, typer.Option(help="Reason, shown to all users.")] = "by hand",
     queue: QueueOption = None,
 ) -> None:
-    """Start no more jobs on a node; those that run there go on.
+    """Start no new job on a node; running jobs continue.
 
     Example: setformer queue drain node3 --why "new memory"
     """

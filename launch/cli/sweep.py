@@ -132,7 +132,7 @@ def ls(root: Annotated[Path, typer.Argument(help="The folder of sweeps.")] = Pat
 
 @app.command()
 def stop(folder: SweepFolder) -> None:
-    """Stop a sweep that runs, wherever its driver is; its runs save, and the same command continues it.
+    """Stop a running sweep, wherever its driver is. Its runs save; `setformer sweep CONFIG` continues it.
 
     Example: setformer sweep stop runs/sweeps/digits
     """
@@ -152,7 +152,7 @@ def promote(
     best: Annotated[int, typer.Option(help="Which complete trial: 1 for the best.", min=1)] = 1,
     ranks: Annotated[int, typer.Option("--ranks", "-n", help="Processes on this machine.", min=1)] = 1,
     from_start: Annotated[
-        bool, typer.Option("--from-start", help="Train from step 0, not from its checkpoint.")
+        bool, typer.Option("--from-start", help="Train from step 0, not from the trial's checkpoint.")
     ] = False,
     trust: TrustOption = False,
 ) -> None:
