@@ -170,7 +170,6 @@ def test_the_ledger_of_a_long_run_adds_up_where_its_supervisor_was_killed(digits
     again = setformer(*words)
     wall += time.time()
     assert again.code == 0, again.err
-    assert wall > 30
     account = ledger.account(ledger.read_events(run))
     # 1 %, and half a second at most that could not be observed: a supervisor shows life twice a second.
     assert account.total == pytest.approx(wall, abs=0.5 + 0.01 * wall)
