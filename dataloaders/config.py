@@ -96,6 +96,9 @@ class MixtureEntry(FrozenConfig):
     weight: float = pydantic.Field(default=1.0, gt=0.0)
 
 
+_MOST_SIDES = 256
+
+
 class ResolutionStage(FrozenConfig):
     """From this epoch or step on, training images have this size, or sizes from this one to another.
 
@@ -118,11 +121,11 @@ class ResolutionStage(FrozenConfig):
     multiple: int | None = pydantic.Field(default=None, ge=1, le=LARGEST_SIDE)
 
     @property
-    def sides(self) -> tuple[int, ...]:
+    def sides(self) -> range:
         """All heights of the stage, from image_size on."""
         last = self.ramp_to or self.random_to or self.image_size
         way = 1 if last >= self.image_size else -1
-        return tuple(range(self.image_size, last + way, way * (self.multiple or 32)))
+        return range(self.image_size, last + way, way * (self.multiple or 32))
 
     @pydantic.model_validator(mode="after")
     def _one_place(self) -> Self:
@@ -137,6 +140,11 @@ class ResolutionStage(FrozenConfig):
             raise ValueError(
                 f"a resolution stage cannot go from {self.image_size} to {last} by {self.multiple or 32}: its sizes "
                 f"end at {self.sides[-1]}; take that one, or another multiple"
+            )
+        if len(self.sides) > _MOST_SIDES:
+            raise ValueError(
+                f"a resolution stage has {len(self.sides)} sizes, and {_MOST_SIDES} at most are tried with the model "
+                "before training: take a larger multiple"
             )
         return self
 

@@ -33,7 +33,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from dataloaders.config import DataConfig
 from dataloaders.helpers import begin_helper, helper_context, lean_start
 from dataloaders.reading.loading import Loaded, Loading, Request, Work
-from setformer_dist.core.errors import ConfigError, TransientError
+from setformer_dist.core.errors import ConfigError, DataError, SetformerError, TransientError
 from setformer_dist.core.shared_memory import NO_SHARED_MEMORY, is_no_room
 
 _log = logging.getLogger(__name__)
@@ -290,7 +290,15 @@ class Readers:
     def _by_processes(self, make_requests: Making) -> Iterator[Loaded]:
         moved = helper_context().RawArray("Q", self._workers)
         with lean_start():
-            answers: Any = iter(self._loader(_Requests(make_requests), moved))
+            try:
+                answers: Any = iter(self._loader(_Requests(make_requests), moved))
+            except (OSError, SetformerError):
+                raise
+            except Exception as error:  # noqa: BLE001 - a lambda, a lock, an open file each have another
+                raise DataError(
+                    f"the data cannot be sent to the processes of data.workers ({error}): leave lambdas, locks and "
+                    "open files out of your data set, or set data.workers = 0 and data.threads"
+                ) from None
         self._end = answers._shutdown_workers
         while (loaded := self._next_of(answers, moved)) is not None:
             yield loaded

@@ -130,6 +130,19 @@ class PythonSource:
                 "derive them from the index"
             )
 
+    def __getstate__(self) -> dict[str, object]:
+        """Return what readers in processes of their own get (`data.workers`).
+
+        Raises:
+            DataError: they would not find the data set's class.
+        """
+        if type(self._dataset).__module__ == "__main__":
+            raise DataError(
+                f"{self.name} is a {type(self._dataset).__name__} of the main program, which the processes of "
+                "data.workers do not import: define it in a module, or set data.workers = 0 and data.threads"
+            )
+        return self.__dict__
+
     def _sample(self, number: int) -> tuple[Stored, int]:
         try:
             found = self._dataset[number]

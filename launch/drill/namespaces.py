@@ -1,7 +1,8 @@
 """Several hosts on one machine: network namespaces joined by a bridge, a real sshd in each. For drills and tests.
 
 To ssh, pdsh, gloo and NCCL they are hosts with addresses of their own; they share the file system, as the hosts of a
-cluster share a folder. It takes root, `ip` and `sshd`. Whatever was made is removed, also after an error.
+cluster share a folder. It takes root, `ip` and `sshd`. Whatever was made is removed, also after an error; what a killed
+process left is removed by the next one that makes hosts.
 
     with Cluster(2) as cluster:
         setformer train demo --hosts a:1,b:1 --via cluster.via
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -18,11 +20,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 _TOOLS = ("ip", "ssh", "sshd", "ssh-keygen", "unshare", "tc", "nft")
 _READY_S = 20.0
+_FOLDER, _OWNER = "sf-hosts-", "owner"  # the process that made the hosts: pid, start, tag, names
+_TAG = re.compile(r"s[0-9a-f]{4}")
 _PATH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
 
 
@@ -60,7 +65,7 @@ class Cluster:
         self._tag = f"s{secrets.token_hex(2)}"
         self._net = f"10.{200 + secrets.randbelow(50)}.{secrets.randbelow(250)}"
         self._daemons: list[subprocess.Popen[bytes]] = []
-        self.folder = Path(tempfile.mkdtemp(prefix="sf-hosts-"))
+        self.folder = Path(tempfile.mkdtemp(prefix=_FOLDER))
         self.config = self.folder / "config"
         self.via = f"ssh -F {self.config} {{host}}"
 
@@ -77,6 +82,8 @@ class Cluster:
         return f"{self._tag}-{name}"
 
     def __enter__(self) -> Cluster:
+        _remove_what_is_left()
+        (self.folder / _OWNER).write_text(" ".join((str(os.getpid()), _began(os.getpid()), self._tag, *self.names)))
         try:
             self._bridge()
             self._keys()
@@ -193,22 +200,50 @@ class Cluster:
 
     def kill(self, name: str) -> None:
         """Kill everything on a host, its sshd too: its power is gone."""
-        for pid in map(int, _output("ip", "netns", "pids", self.namespace(name)).split()):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        _kill_all_in(self.namespace(name))
 
     def close(self) -> None:
         """Remove all hosts."""
-        for name in self.names:
-            with contextlib.suppress(subprocess.CalledProcessError):
-                self.kill(name)
-            _try("ip", "netns", "del", self.namespace(name))
-            _try("ip", "link", "del", f"{self._tag}{name}")
+        _remove(self._tag, self.names, self.folder)
         for daemon in self._daemons:
             daemon.kill()
             daemon.wait()
-        _try("ip", "link", "del", self._tag)
-        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _kill_all_in(namespace: str) -> None:
+    for pid in map(int, _output("ip", "netns", "pids", namespace).split()):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _remove(tag: str, names: Sequence[str], folder: Path) -> None:
+    """Remove hosts, and the folder that says whose they are at last."""
+    for name in names:
+        with contextlib.suppress(subprocess.CalledProcessError):
+            _kill_all_in(f"{tag}-{name}")
+        _try("ip", "netns", "del", f"{tag}-{name}")
+        _try("ip", "link", "del", f"{tag}{name}")
+    _try("ip", "link", "del", tag)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_what_is_left() -> None:
+    """Remove the hosts of processes that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*"):
+        with contextlib.suppress(OSError, ValueError):
+            if folder.stat().st_uid != os.geteuid():
+                continue  # somebody else's words name nothing of ours
+            pid, began, tag, *names = (folder / _OWNER).read_text().split()
+            if _began(int(pid)) != began and _TAG.fullmatch(tag) and all(len(name) == 1 for name in names):
+                _remove(tag, names, folder)
+
+
+def _began(pid: int) -> str:
+    """Return when a process began, in ticks of the clock; "" where there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except OSError:
+        return ""
 
 
 def _is_sshd(pid: int) -> bool:

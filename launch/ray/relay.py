@@ -124,9 +124,10 @@ class Relay:
             LaunchError: there is no room for them now.
         """
         while not self._group.wait(patience.step_s):
-            if not patience.over():
-                continue
-            raise LaunchError(f"the Ray cluster has no room for {sum(self._slots)} ranks now: try again, or give fewer")
+            if patience.over():
+                raise LaunchError(
+                    f"the Ray cluster has no room for {sum(self._slots)} ranks now: try again, or give fewer"
+                )
 
     async def serve(self) -> None:
         """Serve until the supervisor goes away."""
@@ -302,12 +303,11 @@ def main() -> int:
     asked = json.loads(control.recv(_CHUNK))
     try:
         with connected(asked["address"]) as cluster:
-            patience = Patience(control, asked["wait"])
-            slots = asked["slots"] or plan(asked["ranks"], asked["per_node"], patience)
+            slots = asked["slots"] or plan(asked["ranks"], asked["per_node"], Patience(control, asked["wait"]))
             relay = Relay(control, slots, asked["per_node"] is not None, asked["directory"], cluster.address)
             try:
                 if asked["slots"] is None:
-                    relay.wait(patience)
+                    relay.wait(Patience(control, asked["wait"]))
                 control.send(json.dumps({"slots": slots, "address": cluster.address}).encode())
                 asyncio.run(relay.serve())
             finally:

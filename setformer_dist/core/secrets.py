@@ -1,4 +1,6 @@
-"""Texts without secrets: of URLs user, password and query (signatures are in the query); values that a name gives away.
+"""Texts without secrets: of URLs user, password, query and fragment's values; values that a name gives away.
+
+Signatures are in the query.
 
 A URL with credentials stays in the memory of the run that was given it. Whatever is written or shown goes through here:
 config.json and trainer.json, logs, the ledger, errors, tracebacks.
@@ -28,6 +30,9 @@ _URL = re.compile(
     rf"({_SCHEME})(?:{_NO_PORT}[^\s]*@|[^/?#{_END}]*@)?(?:{_NO_PORT}[^/?#{_END}]*)?([^?{_END}]*)(?:\?[^{_END}]*)?"
 )
 
+
+_REST = re.compile(rf"(?:{_SCHEME})[^{_END}]*")
+_VALUES_FROM = ("#", "%3f")  # a fragment, a ? that is escaped
 
 # Names of keys and environment variables whose values are nobody's business: WANDB_API_KEY, SLURM_JWT, api_token.
 _SECRET = re.compile(
@@ -71,8 +76,19 @@ def redacted_source(text: str) -> str:
 
 
 def redacted(text: str) -> str:
-    """Return a text whose URLs have lost user, password and query."""
-    return _URL.sub(r"\1\2", text) if ":/" in text else text
+    """Return a text whose URLs have lost user, password, query, and values in their fragment."""
+    return _REST.sub(_without_values, _URL.sub(r"\1\2", text)) if ":/" in text else text
+
+
+def _without_values(url: re.Match[str]) -> str:
+    """Return a URL up to where values begin that are no part of its path, such as #access_token=…"""
+    text = url.group()
+    lower = text.lower()
+    for mark in _VALUES_FROM:
+        at = lower.find(mark)
+        if at >= 0 and ("=" in lower[at:] or "%3d" in lower[at:]):
+            text, lower = text[:at], lower[:at]
+    return text
 
 
 def redacted_json(value: Any) -> Any:

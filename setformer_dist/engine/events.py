@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from setformer_dist.core.callback import Callback, Event, RunEnd, RunStart
+from setformer_dist.core.config import nearest
 from setformer_dist.core.errors import ConfigError, TrainingError, TransientError
 
 log = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ class Callbacks:
         is_main: whether this is rank 0.
 
     Raises:
-        ConfigError: two callbacks have the same name.
+        ConfigError: two callbacks have the same name, or one has a method for an event that there is not.
     """
 
     def __init__(
@@ -33,6 +34,8 @@ class Callbacks:
         names = [callback.name or type(callback).__name__ for callback in callbacks]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ConfigError(f"two callbacks are named {twice[0]!r}: give one of them another name")
+        for callback in callbacks:
+            _check_events(callback)
         self._folder = folder
         self._config = config
         self._active = {
@@ -145,3 +148,14 @@ class Callbacks:
             f"{failure}: fix it, or remove it from the run, and the same command continues from the newest checkpoint; "
             "the rank's log has the traceback"
         ) from error
+
+
+def _check_events(callback: Callback) -> None:
+    """Check that every event which a callback handles exists; a mistyped one would never be called."""
+    events = [name for name in dir(Callback) if name.startswith("on_")]
+    for name in dir(callback):
+        if name.startswith("on_") and name not in events and callable(getattr(callback, name)):
+            raise ConfigError(
+                f"callback {callback.name or type(callback).__name__!r} handles {name}, and there is no such event: "
+                f"{nearest(name, events)} Give a method of your own a name that does not begin with on_"
+            )

@@ -185,6 +185,27 @@ def test_hosts_that_cannot_train_are_named(cluster: Cluster, digits: Path, tmp_p
 
 @pytest.mark.drill
 @pytest.mark.hosts
+def test_what_a_killed_process_left_is_removed_by_the_next(cluster: Cluster) -> None:
+    make = "from launch.drill.namespaces import Cluster; c = Cluster(2); c.__enter__()"
+    code = f"{make}; print(c.namespace('b'), flush=True); input()"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               text=True, start_new_session=True)  # fmt: skip
+    assert process.stdout is not None
+    space = process.stdout.readline().strip()
+    process.kill()
+    process.communicate()
+
+    def spaces() -> str:
+        return subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+
+    assert space in spaces()
+    with Cluster(1):
+        assert space not in spaces()
+        assert cluster.namespace("a") in spaces(), "its process lives"
+
+
+@pytest.mark.drill
+@pytest.mark.hosts
 def test_doctor_starts_ranks_on_all_hosts(cluster: Cluster, digits: Path, tmp_path: Path) -> None:
     options = ("--hosts", "a:1,b:1", "--via", cluster.via, "--run-folder", str(tmp_path))
     ended = setformer("doctor", "demo", f"data.root={digits}", f"run.out={tmp_path}", *options)

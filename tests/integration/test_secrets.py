@@ -80,6 +80,8 @@ def test_the_dry_run_shows_no_secret(digits: Path, tmp_path: Path) -> None:
         ("C:/u:p@h and node:/srv@x", "C:/u:p@h and node:/srv@x"),
         ("http://:p/q@h:80/a, and b@c", "http://h:80/a, and b@c"),
         ("no URL: a@b?c", "no URL: a@b?c"),
+        ("https://h/p#access_token=abc x", "https://h/p x"),
+        ("'s3://b/k%3Ftoken%3Dabc' s3://b/a#b.tar", "'s3://b/k' s3://b/a#b.tar"),
         ("two: ftp://a@b/c and ftp://d@e/f?g=h.", "two: ftp://b/c and ftp://e/f"),
     ],
 )

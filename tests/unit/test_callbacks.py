@@ -116,6 +116,14 @@ def test_two_of_one_name_are_refused(tmp_path: Path) -> None:
         called([Recorder([]), Recorder([])], tmp_path)
 
 
+def test_an_event_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    class Mistyped(Callback):
+        def on_evaluation_ended(self, step: int) -> None: ...
+
+    with pytest.raises(ConfigError, match=r"'Mistyped' handles on_evaluation_ended, .*did you mean on_eval"):
+        called([Mistyped()], tmp_path)
+
+
 class Counter(Callback):
     """Counts steps over interruptions."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,23 @@ def test_streams_have_the_soft_labels(workers: int) -> None:
         wanted = torch.tensor([WANTED[sample % 4] for sample in batch.sample_ids.tolist()])
         torch.testing.assert_close(prepare(batch, train=False)[1], wanted)
     stream.close()
+
+
+class Locked(Colours):
+    """Cannot be pickled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+def test_readers_that_cannot_have_the_data_set_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = DataConfig(root="c", image_size=8, workers=1, threads=0, augment=AugmentConfig(flip=False))
+    with pytest.raises(DataError, match=r"cannot be sent to the processes of data\.workers \(.*lock"):
+        next(iter(ShardTrainStream(PythonSource(Locked(), CLASSES), config, 0, RankInfo(), 4, 4).micro_batches(0)))
+    monkeypatch.setattr(Colours, "__module__", "__main__")
+    with pytest.raises(DataError, match=r"is a Colours of the main program.*define it in a module"):
+        next(iter(ShardTrainStream(PythonSource(Colours(), CLASSES), config, 0, RankInfo(), 4, 4).micro_batches(0)))
 
 
 def test_the_fingerprint_is_that_of_the_samples() -> None:

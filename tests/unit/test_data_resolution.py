@@ -255,6 +255,9 @@ def test_impossible_sizes_are_refused(data):
         "cannot go from 8 to 20 by 8: its sizes end at 16": {
             "resolutions": [{"step": 1, "image_size": 8, "ramp_to": 20, "multiple": 8}]
         },
+        "has 1993 sizes, and 256 at most": {
+            "resolutions": [{"step": 1, "image_size": 8, "random_to": 2000, "multiple": 1}]
+        },
         "give ramp_to, random_to": {"resolutions": [{"step": 1, "image_size": 8, "multiple": 8}]},
         "excludes resolutions": {"augment": {"crop": "pad"}, "resolutions": [{"step": 3, "image_size": 8}]},
         "leave one out": {"aspect_buckets": [1.0, 1.5], "order": "block"},
