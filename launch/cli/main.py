@@ -260,7 +260,8 @@ def _from_run(
     if specs or asked[0] or record is None or _on_ray(via):
         pass  # the user says where to train
     elif _on_ray(record.via):
-        theirs, via = (([], record.via), record.via) if not via else (theirs, via)
+        if not via:
+            theirs, via = ([], record.via), record.via
     elif record.several:
         specs = [HostSpec(name, host.ranks) for name, host in record.hosts.items()]
         theirs = [spec.name for spec in specs if not is_here(spec.name)], None if via else record.via

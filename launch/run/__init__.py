@@ -17,7 +17,7 @@ outcome.py           what rank 0 leaves behind when training ends: summary.json 
 own_code.py          a user's own modules: run.imports, --import
 own_model.py         models that a program gives as objects
 probe.py             what `setformer doctor --hosts` has every host run: an all-reduce, and a look at the data
-reconstructions.py   pictures of what a masked autoencoder paints in
+reconstructions.py   pictures of what a masked autoencoder reconstructs
 refit_by_ray.py      rank 0's end of reference sets that a service on a Ray cluster computes
 repeat.py            a new run with the config of another one (`setformer train --from`), and what differs now
 sequence.py          parallel.sequence: whether model and data allow it, and each rank's rows

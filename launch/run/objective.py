@@ -68,7 +68,9 @@ def check_objective(config: RunConfig, task: Task) -> None:
     augment = config.data.augment
     for key in ("mixup", "cutmix"):
         if getattr(augment, key):
-            raise ConfigError(f"data.augment.{key} blends two images, and task {task.name} paints in one: set it to 0")
+            raise ConfigError(
+                f"data.augment.{key} blends two images, and task {task.name} reconstructs one: set it to 0"
+            )
     if config.distill.teacher:
         raise ConfigError(f"distill.teacher: task {task.name} has no classes to learn from a teacher: remove distill")
     if config.parallel.sequence > 1:

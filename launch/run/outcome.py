@@ -10,7 +10,7 @@ from pathlib import Path
 from launch.run.compose import Splits
 from launch.run.config import ResolvedRun
 from launch.run.own_model import OwnModel
-from launch.run.reconstructions import painted_samples
+from launch.run.reconstructions import reconstructed_samples
 from launch.run.trained import classified_samples, load_trained
 from setformer_dist.core import ledger
 from setformer_dist.core.files import write_state
@@ -81,6 +81,6 @@ def _report(run: ResolvedRun, splits: Splits, figures: dict[str, object], own: O
         "report": str(folder / "report.html"),
     }
     write_state(folder / "summary.json", figures)
-    pictures = classified_samples(trained, splits.val), painted_samples(trained, splits.val)
+    pictures = classified_samples(trained, splits.val), reconstructed_samples(trained, splits.val)
     write_report(folder, folder / "report.html", *pictures)
     log.info("report %s", folder / "report.html")

@@ -1,4 +1,4 @@
-"""Pictures of what a masked autoencoder makes of images: the image, what it saw, and what it painted in."""
+"""Pictures of what a masked autoencoder makes of images: the image, what it saw, and its reconstruction."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from launch.run.trained import Trained
 from setformer_dist.core.batch import MicroBatch
 from setformer_dist.core.errors import DataError
 from setformer_dist.models.masked import MaskedAutoencoder
-from setformer_dist.report.html import PaintedImage
+from setformer_dist.report.html import ReconstructedImage
 from setformer_dist.tasks.mae import Masked, hidden_pixels, moments
 
 _GREY = 128
 
 
 @torch.no_grad()
-def painted_samples(trained: Trained, split: Split, count: int = 8) -> list[PaintedImage]:
+def reconstructed_samples(trained: Trained, split: Split, count: int = 8) -> list[ReconstructedImage]:
     """Return images spread evenly over a split, with the masks of evaluation; none of another task.
 
     Args:
@@ -44,8 +44,8 @@ def painted_samples(trained: Trained, split: Split, count: int = 8) -> list[Pain
         hidden = given[:, 3, :: model.unit, :: model.unit] > 0
         mean, scale = moments(hidden_pixels(given[:, :3].float(), hidden.cpu(), model.unit))
         outputs = outputs * scale + mean
-    painted = _laid_back(given, outputs, model)
-    return [PaintedImage(*three) for three in zip(images, *_as_pixels(given, painted, data), strict=True)]
+    reconstructed = _laid_back(given, outputs, model)
+    return [ReconstructedImage(*three) for three in zip(images, *_as_pixels(given, reconstructed, data), strict=True)]
 
 
 def _laid_back(given: torch.Tensor, outputs: torch.Tensor, model: MaskedAutoencoder) -> torch.Tensor:
@@ -56,11 +56,11 @@ def _laid_back(given: torch.Tensor, outputs: torch.Tensor, model: MaskedAutoenco
     return torch.where(given[:, 3:] > 0, whole, given[:, :3])
 
 
-def _as_pixels(given: torch.Tensor, painted: torch.Tensor, data: DataConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (m, 3, H, W) uint8: the images with grey in hidden units, and with what was painted."""
+def _as_pixels(given: torch.Tensor, reconstructed: torch.Tensor, data: DataConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (m, 3, H, W) uint8: the images with grey in hidden units, and with what was reconstructed."""
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (data.mean, data.std))
     seen, whole = (
         ((images.cpu().float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-        for images in (given[:, :3], painted)
+        for images in (given[:, :3], reconstructed)
     )
     return torch.where(given[:, 3:].cpu() > 0, torch.tensor(_GREY, dtype=torch.uint8), seen), whole

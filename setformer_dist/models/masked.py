@@ -57,7 +57,7 @@ class Fusion(nn.Module):
 
 
 class MaskedAutoencoder(Untraceable, nn.Module):
-    """An encoder with what learns to paint in the hidden units of its images.
+    """An encoder with a decoder that learns to reconstruct the hidden units of its images.
 
     Takes (B, in_chans + 1, height, width): an image, and a channel that is above 0.5 in hidden units. Every image
     hides `visible_units` fewer than it has units. Without that channel the last units are hidden, which serves to

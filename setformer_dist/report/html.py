@@ -67,16 +67,19 @@ class ClassifiedImage:
 
 
 @dataclass(frozen=True)
-class PaintedImage:
+class ReconstructedImage:
     """An image, what a model saw of it, and what the model made of that; each (3, H, W) uint8, RGB, on the CPU."""
 
     image: torch.Tensor
     seen: torch.Tensor
-    painted: torch.Tensor
+    reconstructed: torch.Tensor
 
 
 def write_report(
-    run_folder: Path, out: Path, samples: Sequence[ClassifiedImage] = (), painted: Sequence[PaintedImage] = ()
+    run_folder: Path,
+    out: Path,
+    samples: Sequence[ClassifiedImage] = (),
+    reconstructed: Sequence[ReconstructedImage] = (),
 ) -> None:
     """Write one self-contained HTML file about a run; what the run did not record is left out.
 
@@ -84,12 +87,12 @@ def write_report(
         run_folder: holds metrics.jsonl, ledger.jsonl, config.json and summary.json, as far as there are any.
         out: file to write, replaced in one move.
         samples: classified images to show, in this order.
-        painted: reconstructed images to show.
+        reconstructed: reconstructed images to show.
 
     Raises:
         DataError: the run folder does not exist, or its config or summary is damaged.
     """
-    text = render(read_run(run_folder), samples, timeline_of(ledger.read_events(run_folder)), painted)
+    text = render(read_run(run_folder), samples, timeline_of(ledger.read_events(run_folder)), reconstructed)
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(f".{out.name}.tmp")
     aside.write_text(plain_page(text), encoding="utf-8")  # names of classes and files may be no text
@@ -97,7 +100,7 @@ def write_report(
 
 
 def render(
-    run: RunRecord, samples: Sequence[ClassifiedImage], line: Timeline, painted: Sequence[PaintedImage] = ()
+    run: RunRecord, samples: Sequence[ClassifiedImage], line: Timeline, reconstructed: Sequence[ReconstructedImage] = ()
 ) -> str:
     """Return the page."""
     template = resources.files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8")
@@ -131,7 +134,7 @@ def render(
         split_figure=Markup(figures.split_figure(run.train)),
         split=_split_table(run.train),
         images=[_image(sample) for sample in samples],
-        painted=[{name: _png(part) for name, part in vars(one).items()} for one in painted],
+        reconstructed=[{name: _png(part) for name, part in vars(one).items()} for one in reconstructed],
         right=sum(sample.true_class == sample.predicted_class for sample in samples),
         evals=[_eval_row(row, columns) for row in run.evals],
         eval_columns=columns,

@@ -1,4 +1,4 @@
-"""Masked autoencoding: paint in the hidden units of an image, from those that are visible; no labels are needed.
+"""Masked autoencoding: reconstruct the hidden units of an image from the visible ones; no labels are needed.
 
 Which units are hidden follows from (seed, epoch, sample id) in training, and from the sample id alone in evaluation, so
 neither ranks nor micro batches nor workers change a mask, and losses of evaluations can be compared.
@@ -94,7 +94,7 @@ class Masked:
     def confidences(self, outputs: torch.Tensor) -> torch.Tensor:
         """Refuse: there are no classes."""
         raise ConfigError(
-            "a model of task mae paints in hidden parts of images and has no classes: fine-tune it (model.weights), or "
+            "a model of task mae reconstructs hidden parts of images and has no classes: fine-tune it (model.weights), or "
             "score its features with `setformer probe`"
         )
 
