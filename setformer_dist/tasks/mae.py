@@ -94,8 +94,8 @@ class Masked:
     def confidences(self, outputs: torch.Tensor) -> torch.Tensor:
         """Refuse: there are no classes."""
         raise ConfigError(
-            "a model of task mae reconstructs hidden parts of images and has no classes: fine-tune it (model.weights), or "
-            "score its features with `setformer probe`"
+            "a model of task mae reconstructs hidden parts of images and has no classes: fine-tune it (model.weights), "
+            "or score its features with `setformer probe`"
         )
 
 
