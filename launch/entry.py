@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import gc
 import logging
 import os
 import re
@@ -16,6 +17,9 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+if __name__ == "__main__":
+    gc.disable()  # until all is imported: a million objects that stay, looked through a dozen times (1 of 5 s)
 
 from launch.machine.doctor import check_package_origins
 from launch.ranks.launchers import adopt
@@ -54,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "name the run's TOML config: python -m launch.entry CONFIG [KEY=VALUE ...] runs one rank; "
             "`setformer train CONFIG --ranks N` starts them all"
         )
+    if not gc.isenabled():
+        gc.freeze()  # what was imported stays: no collection while training looks through it
+        gc.enable()
     bear_lost_streams()
     use_scratch()
     redact_tracebacks()
