@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Protocol
 
 import numpy as np
@@ -281,6 +281,10 @@ class Cut:
         """Return this rank's places in every global batch, (accumulation, m)."""
         slots = np.arange(self.accumulation)[:, None] * self.world_size + self.rank
         return slots * self.micro_batch + np.arange(self.micro_batch)
+
+    def at(self, micro_batch: int) -> Cut:
+        """Return the cut into micro batches of another size."""
+        return replace(self, micro_batch=micro_batch)
 
 
 @dataclass(frozen=True)

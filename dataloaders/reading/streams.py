@@ -19,7 +19,7 @@ import torch
 from dataloaders.config import DataConfig
 from dataloaders.order.order import Cut, Plan, cursor_at, evaluation_batches, evaluation_share, step_of_cursor
 from dataloaders.order.plans import plan_of
-from dataloaders.order.resolution import ImageSizes
+from dataloaders.order.resolution import ImageSizes, Shape
 from dataloaders.pixels.mixing import MixArrays, check_groups
 from dataloaders.reading.ahead import coming_files, coming_of_split
 from dataloaders.reading.damage import DamageCount
@@ -57,6 +57,7 @@ def train_requests(
     first_step: int,
     shape: _ShapeOf = _no_shape,
     coming: Callable[[int], Iterator[tuple[int, ...]]] = _nothing_comes,
+    micro_at: Callable[[Shape], int] | None = None,
 ) -> Iterator[Request]:
     """Yield one rank's `accumulation` requests per optimizer step, endlessly, from `first_step` on.
 
@@ -66,11 +67,12 @@ def train_requests(
         first_step: optimizer step.
         shape: of each step's images.
         coming: from a step on, the files that each step and those after it need.
+        micro_at: the micro batch of images of a size; the cut's own without it.
     """
-    places = cut.places()
     for step, files in zip(itertools.count(first_step), coming(first_step), strict=False):
-        samples, epochs = (found.reshape(places.shape) for found in plan.pick(step, places.ravel()))
         size = shape(step, plan.aspect(step))
+        places = (cut if micro_at is None or size is None else cut.at(micro_at(size))).places()
+        samples, epochs = (found.reshape(places.shape) for found in plan.pick(step, places.ravel()))
         for part, first in enumerate((step * plan.global_batch + places[:, 0]).tolist()):
             yield Request(samples[part], epochs[part], first, step, step // plan.steps_per_epoch, size, files)
 
@@ -106,6 +108,7 @@ class ShardTrainStream:
         ranks: this process's place.
         global_batch: B, samples of all ranks in one optimizer step.
         micro_batch: m, samples of this rank in one accumulation step.
+        micro_at: that of images of a size, at most `micro_batch`; without it, all have `micro_batch`.
 
     Raises:
         ConfigError: the batch sizes, the mix group or the image size do not fit the data.
@@ -119,8 +122,10 @@ class ShardTrainStream:
         ranks: RankInfo,
         global_batch: int,
         micro_batch: int,
+        micro_at: Callable[[Shape], int] | None = None,
     ) -> None:
         self._source = source
+        self._micro_at = micro_at
         self._seed = seed
         self._cut = Cut(global_batch, micro_batch, ranks.rank, ranks.world_size)
         self._plan = plan_of(source, config, seed, global_batch)
@@ -142,7 +147,7 @@ class ShardTrainStream:
 
     @property
     def accumulation(self) -> int:
-        """Micro batches per optimizer step."""
+        """Micro batches per optimizer step, the fewest."""
         return self._cut.accumulation
 
     @property
@@ -159,7 +164,9 @@ class ShardTrainStream:
             DataError: the data cannot be read, or too much of it is damaged (`dataloaders.reading.damage`).
         """
         damage = DamageCount(self._max_bad_share)
-        requests = functools.partial(train_requests, self._plan, self._cut, first_step, self._sizes.shape, self._coming)
+        requests = functools.partial(
+            train_requests, self._plan, self._cut, first_step, self._sizes.shape, self._coming, self._micro_at
+        )
         for loaded in self._readers.answers(requests):
             damage.add(loaded.request.epoch, len(loaded.samples), loaded.bad)
             yield MicroBatch(

@@ -24,6 +24,7 @@ from launch.plan.goodput import Saving
 from launch.plan.hardware import Device
 from launch.plan.subject import Subject
 from launch.plan.traffic import Transfer, seconds, traffic
+from launch.run.inputs import evaluation_micro
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.engine.batch_plan import BatchPlan, possible_micros, solve
 from setformer_dist.engine.config import ZeroConfig
@@ -116,16 +117,17 @@ def row_of(subject: Subject, cluster: Cluster, stage: int, world_size: int) -> R
                 f"parallel.sequence = {c.parallel.sequence}: groups of ranks that share an image are not planned yet"
             )
         first = solve(c.batch, world_size, c.data.group)
+        most = evaluation_micro(c.data, first)
     except (ConfigError, pydantic.ValidationError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, pydantic.ValidationError) else str(error)
         return Row(world_size, stage, reason)
 
     room = device.memory - device.reserved
     checkpointed = c.model.recomputes_blocks
-    micros = [first.micro]
+    micros = [most]
     if c.batch.micro == "auto":
         possible = possible_micros(c.batch.global_size, world_size)
-        micros = [m for m in possible if m <= first.micro and m % c.data.group == 0]
+        micros = [m for m in possible if m <= most and m % c.data.group == 0]
 
     def plan(micro: int) -> BatchPlan:
         return BatchPlan(first.global_size, micro, first.global_size // (micro * world_size), world_size)

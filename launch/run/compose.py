@@ -20,7 +20,7 @@ from launch.run.config import ResolvedRun, RunConfig
 from launch.run.distill import with_teacher
 from launch.run.identity import identity_of, shapes_of
 from launch.run.initial_weights import FirstWeights
-from launch.run.inputs import Split, check_splits, inputs_of
+from launch.run.inputs import Split, check_splits, evaluation_micro, inputs_of
 from launch.run.objective import prepare_for
 from launch.run.refit_by_ray import ByRay
 from launch.run.sequence import split_model, with_rows
@@ -109,7 +109,7 @@ def compose(
     device = torch.device(get_accelerator().current_device_name())
     inputs = inputs_of(c.data)
     stream = inputs.train_stream(splits.train, c.run.seed, place, plan)
-    validation = inputs.eval_stream(splits.val, place, plan.micro)
+    validation = inputs.eval_stream(splits.val, place, evaluation_micro(c.data, plan))
     schedule_steps = c.schedule.total_steps(stream.steps_per_epoch)
     costs = costs_of(run, splits, model)
     input_spec = inputs.spec(splits.train)

@@ -26,8 +26,8 @@ from launch.run.config import ResolvedRun, check_folder
 from launch.run.distill import teacher_of
 from launch.run.identity import shapes_of
 from launch.run.initial_weights import FirstWeights
-from launch.run.inputs import inputs_of
-from launch.run.memory import keep_within_budget, largest_shape, predicted
+from launch.run.inputs import evaluation_micro, inputs_of, shapes_of_images
+from launch.run.memory import keep_within_budget, largest_batch, predicted
 from launch.run.objective import build_assumed, build_for
 from launch.run.own_code import bring
 from launch.run.sequence import check_sequence
@@ -112,7 +112,7 @@ def _examine(run: ResolvedRun) -> _Known:
     with contextlib.ExitStack() as stack:
         stream = inputs.train_stream(splits.train, c.run.seed, place, run.plan)
         stack.callback(stream.close)
-        validation = inputs.eval_stream(splits.val, place, run.plan.micro)
+        validation = inputs.eval_stream(splits.val, place, evaluation_micro(c.data, run.plan))
         stack.callback(validation.close)
         per_epoch = stream.steps_per_epoch
     warmup = c.schedule.warmup(per_epoch)
@@ -215,28 +215,37 @@ def rank_bytes(run: ResolvedRun) -> int:
 
 
 def _rows(run: ResolvedRun, known: _Known, costs: Costs) -> list[tuple[str, str]]:
-    plan = run.plan
     per_sample = f"{costs['multiply_adds'] / 1e9:.3f} G per sample of {'×'.join(map(str, known.shape))}"
     return [
         ("model", run.config.model.name),
         *known.rows,
         ("parameters", f"{costs['parameters'] / 1e6:.2f} M"),
         ("multiply-adds", per_sample),
-        (
-            "batch",
-            f"{plan.global_size} = {plan.micro} per rank × {plan.accumulation} accumulated × {plan.world_size} ranks"
-            if plan.sequence == 1
-            else f"{plan.global_size} = {plan.micro} per group × {plan.accumulation} accumulated × "
-            f"{plan.groups} groups of {plan.sequence} ranks that share each image",
-        ),
+        *_batch_rows(run),
     ]
+
+
+def _batch_rows(run: ResolvedRun) -> list[tuple[str, str]]:
+    """Return how a step's samples are shared, for each size of images where that makes a difference."""
+    plan, data = run.plan, run.config.data
+    who = f"{plan.groups} groups of {plan.sequence} ranks that share each image"
+    whose, who = ("rank", f"{plan.world_size} ranks") if plan.sequence == 1 else ("group", who)
+
+    def equation(micro: int) -> str:
+        accumulation = plan.global_size // (micro * plan.groups)
+        return f"{plan.global_size} = {micro} per {whose} × {accumulation} accumulated × {who}"
+
+    if plan.max_pixels is None or not isinstance(data, DataConfig):
+        return [("batch", equation(plan.micro))]
+    first_of = {plan.micro_at(shape): shape for shape in reversed(shapes_of_images(data))}  # its smallest images
+    return [(f"batch from {h} x {w} on", equation(micro)) for micro, (h, w) in sorted(first_of.items(), reverse=True)]
 
 
 def _memory_rows(run: ResolvedRun, known: _Known, costs: Costs) -> list[tuple[str, str]]:
     memory = dict(costs["memory"])
     host = memory.pop("host")
-    largest = largest_shape(run, known.shape)
-    rows = [] if largest == known.shape else [("largest sample", "×".join(map(str, largest)))]
+    micro, *largest = largest_batch(run, known.shape)
+    rows = [] if (*largest,) == known.shape else [("largest micro batch", "×".join(map(str, (micro, *largest))))]
     rows += [(f"memory per rank: {n.replace('_', ' ')}", f"{v / 2**20:,.1f} MiB") for n, v in memory.items()]
     if host:
         rows.append(("host memory per rank, by zero.offload", f"{host / 2**20:,.1f} MiB"))

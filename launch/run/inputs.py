@@ -154,7 +154,17 @@ class ImageInputs:
 
     def train_stream(self, split: Split, seed: int, ranks: RankInfo, plan: BatchPlan) -> TrainStream:
         """Return augmented images."""
-        return self._streams()[0](images_of(split), self.config, seed, ranks, plan.global_size, plan.micro)
+        source, size = images_of(split), plan.global_size
+        if plan.max_pixels is None:
+            return self._streams()[0](source, self.config, seed, ranks, size, plan.micro)
+        if self.config.engine != "native":
+            raise ConfigError(
+                f'data.engine = "{self.config.engine}" has micro batches of one size: leave batch.max_pixels out, or '
+                'use data.engine = "native"'
+            )
+        for shape in training_shapes(self.config):
+            plan.micro_at(shape)  # refuses it before the first step
+        return ShardTrainStream(source, self.config, seed, ranks, size, plan.micro, plan.micro_at)
 
     def eval_stream(self, split: Split, ranks: RankInfo, micro_batch: int) -> EvalStream:
         """Return images as they are."""
@@ -233,6 +243,11 @@ def shapes_of_images(config: DataConfig) -> list[tuple[int, int]]:
     return sorted({config.shape, *training_shapes(config)})
 
 
+def evaluation_micro(config: DataConfig | TokenConfig, plan: BatchPlan) -> int:
+    """Return the samples of a rank's micro batch in evaluations."""
+    return plan.micro if isinstance(config, TokenConfig) else plan.micro_at(config.shape)
+
+
 @dataclass(frozen=True)
 class TokenInputs:
     """Token sequences from packed splits."""
@@ -269,6 +284,8 @@ class TokenInputs:
     def train_stream(self, split: Split, seed: int, ranks: RankInfo, plan: BatchPlan) -> TrainStream:
         """Return padded sequences."""
         assert isinstance(split, TokenSplit)
+        if plan.max_pixels is not None:
+            raise ConfigError("batch.max_pixels bounds micro batches of images, and this data has none: leave it out")
         return TokenTrainStream(split, self.config, seed, ranks, plan.global_size, plan.micro)
 
     def eval_stream(self, split: Split, ranks: RankInfo, micro_batch: int) -> EvalStream:

@@ -51,6 +51,7 @@ UNITS = {
     "data.augment.mix_group": _SAMPLES, "data.augment.smoothing": _SHARE, "data.length": "tokens",
     "data.smoothing": _SHARE,
     "batch.global_size": _SAMPLES, "batch.micro": _SAMPLES, "batch.max_micro": _SAMPLES,
+    "batch.max_pixels": _PIXELS,
     "schedule.epochs": _EPOCHS, "schedule.steps": _STEPS, "schedule.warmup_epochs": _EPOCHS,
     "schedule.warmup_steps": _STEPS, "schedule.warmup_lr": "learning rate", "schedule.min_lr": "learning rate",
     "optim.lr": "learning rate", "optim.weight_decay": "1 / (learning rate × step)", "optim.betas": _FACTOR,

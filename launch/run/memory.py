@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import nn
@@ -18,16 +19,18 @@ from setformer_dist.models.measure import Memory, predict_memory
 from setformer_dist.models.recompute import candidates, set_recompute
 
 
-def largest_shape(run: ResolvedRun, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of the largest sample that the run will see, which begins with samples of `shape`."""
-    if not isinstance(run.config.data, DataConfig):
-        return shape
-    sides = max(shapes_of_images(run.config.data), key=lambda sides: sides[0] * sides[1])
-    return (*shape[:-2], *sides)
+def largest_batch(run: ResolvedRun, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of the micro batch of most pixels, of a run that begins with samples of `shape`."""
+    data, plan = run.config.data, run.plan
+    if not isinstance(data, DataConfig):
+        return (plan.micro, *shape)
+    batches = [(plan.micro_at(sides), *sides) for sides in shapes_of_images(data)]
+    micro, *sides = max(batches, key=math.prod)
+    return (micro, *shape[:-2], *sides)
 
 
 def predicted(run: ResolvedRun, model: nn.Module, shape: tuple[int, ...], batch_dtype: torch.dtype | None) -> Memory:
-    """Return a rank's memory at the largest samples of the run.
+    """Return a rank's memory at the largest micro batch of the run.
 
     Args:
         run: the run.
@@ -37,6 +40,7 @@ def predicted(run: ResolvedRun, model: nn.Module, shape: tuple[int, ...], batch_
     """
     c, plan = run.config, run.plan
     dtype = DTYPES[c.precision.dtype]
+    micro, *largest = largest_batch(run, shape)
     return predict_memory(
         model,
         dtype,
@@ -44,10 +48,10 @@ def predicted(run: ResolvedRun, model: nn.Module, shape: tuple[int, ...], batch_
         c.zero.stage,
         plan.world_size,
         c.ema.decay > 0,
-        (plan.micro, *_part_of(largest_shape(run, shape), plan.sequence)),
+        (micro, *_part_of(tuple(largest), plan.sequence)),
         batch_dtype,
         c.zero.offload,
-        plan.accumulation,
+        plan.global_size // (micro * plan.groups),
         len(OPTIMIZERS[c.optim.name].states),
         _set_aside(run),
     )
@@ -79,11 +83,12 @@ def keep_within_budget(
 
     first, last = 0, len(choices) - 1
     if total(last) > budget:
-        sides = " x ".join(map(str, largest_shape(run, shape)[-2:]))
+        micro, *largest = largest_batch(run, shape)
+        sides = " x ".join(map(str, largest[-2:]))
         raise ConfigError(
             f"model.memory_budget = {run.config.model.memory_budget!r} is less than the {_shown(total(last))} "
             f"that {name} is predicted to take with samples of {sides} and "
-            f"batch.micro = {run.plan.micro} when it recomputes all that it can: lower batch.micro or the image size, "
+            f"batch.micro = {micro} when it recomputes all that it can: lower batch.micro or the image size, "
             "or raise zero.stage or parallel.sequence"
         )
     while first < last:  # the first that fits: each holds less than the one before

@@ -1,31 +1,85 @@
 """Global batch = micro batch × accumulation × groups of ranks: the one equation, solved in this one place.
 
-A group is one rank, or with parallel.sequence = s the s ranks that share each image.
+A group is one rank, or with parallel.sequence = s the s ranks that share each image. With batch.max_pixels, the
+equation is solved for each size of images.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Protocol, TypeVar
 
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.engine.config import BatchConfig
 
 
+class _Sampled(Protocol):
+    @property
+    def sample_ids(self) -> Sized: ...
+
+
+_Batch = TypeVar("_Batch", bound=_Sampled)
+
+
 @dataclass(frozen=True)
 class BatchPlan:
-    """A solution of global = micro × accumulation × ranks / sequence."""
+    """A solution of global = micro × accumulation × ranks / sequence.
+
+    Attributes:
+        global_size: samples of an optimizer step.
+        micro: samples of a rank at once; the most, with `max_pixels`.
+        accumulation: micro batches of a step; the fewest, with `max_pixels`.
+        world_size: ranks.
+        sequence: ranks that share each image.
+        max_pixels: of a rank at once.
+        multiple_of: every micro batch is a multiple of this.
+    """
 
     global_size: int
     micro: int
     accumulation: int
     world_size: int
     sequence: int = 1
+    max_pixels: int | None = None
+    multiple_of: int = 1
 
     @property
     def groups(self) -> int:
         """How many groups of ranks have images of their own."""
         return self.world_size // self.sequence
+
+    def micro_at(self, shape: tuple[int, int]) -> int:
+        """Return the micro batch of images of (height, width).
+
+        Raises:
+            ConfigError: not even the smallest micro batch is within `max_pixels`.
+        """
+        return _micro_at(self, *shape)
+
+    def of_step(self, batches: Iterator[_Batch]) -> tuple[int, Iterator[_Batch]]:
+        """Return how many micro batches the next step of a stream has, and those."""
+        first = next(batches)
+        count = self.global_size // (len(first.sample_ids) * self.groups)
+        return count, chain([first], islice(batches, count - 1))
+
+
+@functools.lru_cache(maxsize=4096)
+def _micro_at(plan: BatchPlan, height: int, width: int) -> int:
+    if plan.max_pixels is None:
+        return plan.micro
+    pixels = -(-height * width // plan.sequence)
+    micros = [m for m in possible_micros(plan.global_size, plan.groups) if m % plan.multiple_of == 0]
+    fitting = [m for m in micros if m <= plan.micro and m * pixels <= plan.max_pixels]
+    if not fitting:
+        raise ConfigError(
+            f"batch.max_pixels = {plan.max_pixels} is less than the {micros[0] * pixels} pixels of a rank's smallest "
+            f"micro batch ({micros[0]} x {height} x {width}): raise it, or use smaller images"
+        )
+    return fitting[-1]
 
 
 def possible_micros(global_size: int, world_size: int) -> list[int]:
@@ -91,7 +145,8 @@ def solve(config: BatchConfig, world_size: int, multiple_of: int = 1, sequence: 
                 f"batch.micro = {micro} does not solve global_size {config.global_size} = micro × accumulation × "
                 f"{who}: possible micro batches are {_listed(micros)}"
             )
-    return BatchPlan(config.global_size, micro, config.global_size // (micro * groups), world_size, sequence)
+    accumulation = config.global_size // (micro * groups)
+    return BatchPlan(config.global_size, micro, accumulation, world_size, sequence, config.max_pixels, multiple_of)
 
 
 def _or(values: list[int]) -> str:

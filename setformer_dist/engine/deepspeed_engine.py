@@ -18,6 +18,7 @@ from deepspeed.runtime.zero.utils import is_zero_supported_optimizer
 from torch import nn
 
 from setformer_dist.core.errors import ConfigError
+from setformer_dist.engine.batch_plan import BatchPlan
 from setformer_dist.engine.config import OptimConfig
 from setformer_dist.engine.offload import forget_gradients_after_steps
 from setformer_dist.engine.optim import optimizer_of, parameter_groups
@@ -85,3 +86,19 @@ def initialize(model: nn.Module, optim: OptimConfig, deepspeed_json: Mapping[str
         forget_gradients_after_steps(engine.optimizer)
     made: Engine = engine
     return made
+
+
+def set_accumulation(engine: Engine, plan: BatchPlan, accumulation: int) -> None:
+    """Have DeepSpeed accumulate another number of micro batches from the next optimizer step on.
+
+    Args:
+        engine: between two optimizer steps.
+        plan: of the run's batches.
+        accumulation: micro batches of a step.
+    """
+    engine.set_train_micro_batch_size(plan.global_size // (accumulation * plan.groups))
+    engine.set_train_batch_size(plan.global_size * plan.sequence)
+    # It counts micro batches from the start, and a step ends where their number divides by that of a step.
+    engine.micro_steps = 0
+    if hasattr(engine.optimizer, "gradient_accumulation_steps"):
+        engine.optimizer.gradient_accumulation_steps = accumulation

@@ -14,6 +14,7 @@ class Engine(Protocol):
     module: nn.Module
     optimizer: Any  # DeepSpeed's, of another class for each stage and precision; master.py knows them
     device: torch.device
+    micro_steps: int  # micro batches so far
 
     def __call__(self, inputs: torch.Tensor) -> Any:
         """Return the model's outputs, as the task takes them."""
@@ -25,6 +26,14 @@ class Engine(Protocol):
 
     def step(self) -> object:
         """Update the weights, if this was the last micro batch of the optimizer step."""
+        ...
+
+    def set_train_micro_batch_size(self, micro_batch_size: int) -> object:
+        """Set the samples of a rank's micro batch."""
+        ...
+
+    def set_train_batch_size(self, train_batch_size: int) -> object:
+        """Set the samples of a step; how many micro batches it accumulates follows."""
         ...
 
     def train(self) -> object:

@@ -106,7 +106,7 @@ class Refresh:
             return contextlib.nullcontext()
         ranks, m = self._comm.ranks, len(batch.sample_ids)
         group = ranks.rank // self._plan.sequence
-        first = (index * self._plan.groups + group) * self._plan.micro
+        first = (index * self._plan.groups + group) * m
         keys = functools.cache(functools.partial(self._keys, step, torch.arange(first, first + m)))
         return self._watched(lambda name, x, mask: self._take(name, x, mask, keys))
 

@@ -1,4 +1,4 @@
-"""One optimizer step through DeepSpeed: forward, backward and update of `accumulation` micro batches."""
+"""One optimizer step through DeepSpeed: forward, backward and update of its micro batches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from deepspeed.accelerator import get_accelerator
 from setformer_dist.core.batch import MicroBatch
 from setformer_dist.core.seeding import Purpose, sample_keys, torch_seed
 from setformer_dist.core.task import Counted, Prepare, Task
+from setformer_dist.engine.batch_plan import BatchPlan
 from setformer_dist.engine.comm import TorchCollectives
+from setformer_dist.engine.deepspeed_engine import set_accumulation
 from setformer_dist.engine.guard import Updates
 from setformer_dist.engine.metrics import StepClock
 from setformer_dist.engine.protocol import Engine
@@ -34,11 +36,13 @@ class StepOutcome:
     Attributes:
         loss: sum over this rank's micro batches of their losses, on the device, shape (); its mean over all micro
             batches of all ranks is the step's loss. NaN where the update was left out for its gradients.
+        accumulation: micro batches of this rank.
         substitutions: damaged samples that were replaced, one line each.
         sample_ids: of this rank's micro batches, in order.
     """
 
     loss: torch.Tensor
+    accumulation: int
     substitutions: list[str]
     sample_ids: list[int]
 
@@ -52,7 +56,7 @@ class TrainStep:
         task: Task,
         prepare: Prepare,
         clock: StepClock,
-        accumulation: int,
+        plan: BatchPlan,
         seed: int,
         comm: TorchCollectives,
         updates: Updates,
@@ -62,7 +66,8 @@ class TrainStep:
         self._task = task
         self._prepare = prepare
         self._clock = clock
-        self._accumulation = accumulation
+        self._plan = plan
+        self._accumulation = plan.accumulation
         self._seed = seed
         self._comm = comm
         self._updates = updates
@@ -74,6 +79,7 @@ class TrainStep:
         # What a model still draws from torch's own generator is a function of the step, so a resumed run
         # draws the same without any generator state in the checkpoint.
         seed_generators(torch_seed(Purpose.DROP_PATH, self._seed, step, self._comm.ranks.rank))
+        self._accumulation, batches = self._cut(batches)
         losses: list[torch.Tensor] = []
         substitutions: list[str] = []
         sample_ids: list[int] = []
@@ -96,7 +102,16 @@ class TrainStep:
                 self._engine.step()
             losses.append(loss.detach())
         loss = torch.stack(losses).sum()
-        return StepOutcome(loss * torch.nan if self._updates.left_out else loss, substitutions, sample_ids)
+        loss = loss * torch.nan if self._updates.left_out else loss
+        return StepOutcome(loss, self._accumulation, substitutions, sample_ids)
+
+    def _cut(self, batches: Iterator[MicroBatch]) -> tuple[int, Iterator[MicroBatch]]:
+        """Return how many micro batches the next step has, and those; DeepSpeed is told where it changes."""
+        with self._clock.section("data"):
+            accumulation, of_step = self._plan.of_step(batches)
+        if accumulation != self._accumulation:
+            set_accumulation(self._engine, self._plan, accumulation)
+        return accumulation, of_step
 
     def _counted(self, batches: Iterator[MicroBatch]) -> tuple[Iterator[MicroBatch], float | None]:
         """Return the step's micro batches and, for a task that counts, what makes the mean of its sums their quotient.

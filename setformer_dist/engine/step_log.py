@@ -39,6 +39,7 @@ class StepLog:
         self._clock = clock
         self._record_samples = record_samples
         self._unreduced: list[torch.Tensor] = []
+        self._accumulated: list[int] = []  # micro batches of each of those steps
         self._unreported: list[str] = []
         self._samples_seen: dict[int, list[int]] = {}
         self._steps_timed = 0
@@ -46,6 +47,7 @@ class StepLog:
     def take(self, step: int, outcome: StepOutcome) -> None:
         """Note an optimizer step (0-based) of this rank."""
         self._unreduced.append(outcome.loss)
+        self._accumulated.append(outcome.accumulation)
         self._unreported += outcome.substitutions
         self._samples_seen[step] = outcome.sample_ids
         self._steps_timed += 1
@@ -53,11 +55,13 @@ class StepLog:
     def take_passed_over(self) -> None:
         """Note a step that was left out: its loss is NaN."""
         self._unreduced.append(torch.full((), math.nan, device=self._c.engine.device))
+        self._accumulated.append(1)
         self._steps_timed += 1
 
     def drop(self) -> None:
         """Forget the steps of which nothing is written yet: a rollback undoes them."""
         self._unreduced.clear()
+        self._accumulated.clear()
         self._samples_seen.clear()
         self._steps_timed = 0
 
@@ -79,18 +83,19 @@ class StepLog:
         local = torch.stack(self._unreduced).double().tolist()
         first_of_group = self._c.comm.ranks.rank % self._c.plan.sequence == 0  # the others have the same samples
         *losses, substituted = self._c.comm.sum([*local, float(len(self._unreported)) * first_of_group])
-        parts = self._c.plan.accumulation * self._c.plan.world_size
-        means = [loss / parts for loss in losses]
+        accumulated, world_size = list(self._accumulated), self._c.plan.world_size
+        means = [loss / (parts * world_size) for loss, parts in zip(losses, accumulated, strict=True)]
         first = state.step - len(means)
         state.pending_losses += means
         for line in self._unreported:
             log.warning("%s", line)
         state.substitutions += round(substituted)
         self._unreduced.clear()
+        self._accumulated.clear()
         self._unreported.clear()
         self._judge(first, means)
         if self._record_samples:
-            self._write_samples(first, len(means))
+            self._write_samples(first, accumulated)
         self._samples_seen.clear()
 
     def write(self, state: RunState, lr: float, progress: RunProgress) -> None:
@@ -140,12 +145,12 @@ class StepLog:
             means = means[incident.step + 1 - first :]
             first = incident.step + 1
 
-    def _write_samples(self, first: int, steps: int) -> None:
+    def _write_samples(self, first: int, accumulated: list[int]) -> None:
         """Write which samples each of the last steps took, in the order of the stream; collective."""
-        for step in range(first, first + steps):
+        for step, accumulation in enumerate(accumulated, first):
             parts = self._c.comm.gather_json(self._samples_seen.get(step, []))[:: self._c.plan.sequence]
-            micro = self._c.plan.micro
-            slots = range(0, len(parts[0]), micro)
+            micro = len(parts[0]) // accumulation
+            slots = range(0, len(parts[0]), micro or 1)
             self._c.record.write_samples(step, [i for at in slots for part in parts for i in part[at : at + micro]])
 
     def _slowest_rank(self, seconds: dict[Section, float], steps: int) -> dict[str, Any]:

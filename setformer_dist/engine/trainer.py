@@ -6,6 +6,7 @@ Everything is a function of the step: the samples (stream), the learning rate (s
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import logging
 import time
@@ -55,8 +56,7 @@ class Trainer:
         self._log_every = log_every
         self._clock = StepClock(c.meter, c.heartbeat)
         updates = Updates(c.engine)
-        accumulation = c.plan.accumulation
-        self._step = TrainStep(c.engine, c.task, c.prepare, self._clock, accumulation, seed, c.comm, updates, c.refresh)
+        self._step = TrainStep(c.engine, c.task, c.prepare, self._clock, c.plan, seed, c.comm, updates, c.refresh)
         self._steps = StepLog(c, self._clock, record_samples)
         self._evaluation = Evaluation(c, evaluation, self._clock)
         self._state = RunState(step=0, best=best)
@@ -273,8 +273,8 @@ class Trainer:
     def _pass_over(self, batches: Iterator[MicroBatch]) -> None:
         """Let a step's samples go by without an update."""
         with self._clock.section("data"):
-            for _ in range(self._c.plan.accumulation):
-                next(batches)
+            _, of_step = self._c.plan.of_step(batches)
+            collections.deque(of_step, maxlen=0)
         self._steps.take_passed_over()
 
     def _after_step(self, stop: StopVote, progress: RunProgress) -> int | None:

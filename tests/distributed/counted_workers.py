@@ -78,9 +78,7 @@ def losses_of(stage: int, micro: int, steps: int, mean: bool = False) -> dict[st
     trainee = Trainee(stage, "fp32", micro=micro, module=net, global_size=GLOBAL, clip_norm=0.5)
     task: Any = DenseMean() if mean else Dense()
     plan = trainee.plan
-    run = TrainStep(
-        trainee.engine, task, prepare, StepClock(None), plan.accumulation, 0, trainee.comm, Updates(trainee.engine)
-    )
+    run = TrainStep(trainee.engine, task, prepare, StepClock(None), plan, 0, trainee.comm, Updates(trainee.engine))
     losses = []
     for k in range(steps):
         local = float(run(k, batches(trainee, k, nothing=k == 2 and not mean)).loss)

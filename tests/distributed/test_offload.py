@@ -5,6 +5,7 @@ On a CPU the device's memory is host memory, so this is about DeepSpeed's paths 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from setformer_dist.core.config import build
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.engine.comm import disconnect
 from setformer_dist.engine.config import ZeroConfig
+from setformer_dist.engine.deepspeed_engine import set_accumulation
 from setformer_dist.engine.guard import Updates
 from tests.distributed import workers
 from tests.distributed.test_zero_stages import assert_covered
@@ -43,6 +45,7 @@ def everything() -> dict[str, Any]:
         "trips": round_trips(),
         "live": [is_live(*layout) for layout in OFFLOADED],
         "poisoned": [poisoned_and_passed_over(*layout) for layout in POISONED],
+        "cut": [losses_with_other_micro_batches(*layout) for layout in [(0, "none"), *WITH_AND_WITHOUT]],
         "sometimes": [losses_of_sometimes(*layout) for layout in [(2, "none"), *OFFLOADED]],
     }
     disconnect()
@@ -68,6 +71,28 @@ def test_with_clipping_fp32_losses_agree_to_1e_6(by_rank: list[dict[str, Any]]) 
     # DeepSpeed sums up the norms of gradients in host memory in another order.
     for with_it, without in by_rank[0]["clipped"]:
         assert with_it == pytest.approx(without, rel=1e-6, abs=0)
+
+
+def losses_with_other_micro_batches(stage: int, offload: str) -> list[list[float]]:
+    """Return the losses of 6 steps of 2 micro batches each, and of steps of 2, 4, 1, 2, 1 and 4."""
+    found = []
+    for micros in ([4] * 6, [4, 2, 8, 4, 8, 2]):
+        trainee = workers.Trainee(stage, "fp32", offload=offload, clip_norm=0.05)
+        losses = []
+        for k, micro in enumerate(micros):
+            accumulation = trainee.plan.global_size // (micro * trainee.plan.groups)
+            if micro != trainee.plan.micro:
+                trainee.plan = dataclasses.replace(trainee.plan, micro=micro, accumulation=accumulation)
+                set_accumulation(trainee.engine, trainee.plan, accumulation)
+            losses.append(trainee.step(k))
+        found.append(losses)
+    return found
+
+
+def test_steps_may_accumulate_other_numbers_of_micro_batches(by_rank: list[dict[str, Any]]) -> None:
+    for fixed, changing in by_rank[0]["cut"]:
+        assert changing == pytest.approx(fixed, rel=2e-6, abs=0)
+        assert len(set(fixed)) == 6
 
 
 def round_trips() -> list[dict[str, Any]]:

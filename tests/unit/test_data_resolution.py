@@ -22,6 +22,8 @@ from setformer_dist.core.config import build
 from setformer_dist.core.continuing import differences
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.ranks import RankInfo
+from setformer_dist.engine.batch_plan import solve
+from setformer_dist.engine.config import BatchConfig
 
 STAGES = ({"epoch": 0, "image_size": 16}, {"step": 5, "image_size": 24}, {"epoch": 2, "image_size": 32})
 
@@ -275,3 +277,32 @@ def test_a_rare_shape_is_blamed_on_the_buckets():
     members = [np.arange(300_000), np.arange(300_000, 300_001)]
     with pytest.raises(ConfigError, match=r"data\.aspect_buckets: 1 samples are near .*: leave that entry out"):
         BucketPlan(members, (1.0, 2.0), 1, 3, wrap=True)
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_larger_images_in_smaller_micro_batches_are_the_same_images(data, threads):
+    config = config_of(
+        data, threads=threads, resolutions=stages({"step": 0, "image_size": 16}, {"step": 2, "image_size": 32})
+    )
+    plan = solve(BatchConfig(global_size=20, max_pixels=16 * 16 * 10), 2)
+    source = open_source(str(data), "train", config)
+    small = ShardTrainStream(source, config, 3, RankInfo(1, 2), 20, plan.micro, plan.micro_at)
+    found, batches = [], small.micro_batches(0)
+    for _ in range(4):
+        count, of_step = plan.of_step(batches)
+        found.append((count, list(of_step)))
+    batches.close()
+    assert [count for count, _ in found] == [1, 1, 5, 5]
+    expected = {}  # by step and sample: the cut of a rank changes with its micro batch
+    for rank in (0, 1):
+        for one in take(stream_of(data, config, 2, rank), 0, 4):
+            expected |= {
+                (one.step, int(i)): (image, one.labels[k])
+                for k, (i, image) in enumerate(zip(one.sample_ids, one.inputs, strict=True))
+            }
+    for _, of_step in found:
+        for one in of_step:
+            for k, sample in enumerate(one.sample_ids.tolist()):
+                image, label = expected[one.step, sample]
+                assert torch.equal(one.inputs[k], image)
+                assert torch.equal(one.labels[k], label)

@@ -11,7 +11,7 @@ import torch
 
 import setformer_dist.models  # noqa: F401
 from launch.run.config import load_run, resolve
-from launch.run.memory import keep_within_budget, largest_shape, predicted
+from launch.run.memory import keep_within_budget, largest_batch, predicted
 from launch.testing.commands import DEMO
 from setformer_dist.core.config import ConfigError
 from setformer_dist.core.model_config import ModelConfig
@@ -143,4 +143,6 @@ def test_a_budget_takes_what_recomputes_least_and_fits(tmp_path: Path, name: str
 def test_memory_is_that_of_the_largest_size_of_the_schedule(tmp_path: Path) -> None:
     stages = "data.resolutions=[{step = 5, image_size = 256}, {step = 9, image_size = 64}]"
     run = run_of(tmp_path, "data.augment.crop=resized", stages)
-    assert largest_shape(run, (3, 128, 128)) == (3, 256, 256)
+    assert largest_batch(run, (3, 128, 128)) == (32, 3, 256, 256)
+    within = run_of(tmp_path, "data.augment.crop=resized", stages, "batch.max_pixels=500000")
+    assert largest_batch(within, (3, 128, 128)) == (16, 3, 128, 128)
