@@ -46,6 +46,7 @@ from launch.cli.options import (
     Overrides,
     RanksOption,
     RanksPerNodeOption,
+    RayNodesOption,
     RayOption,
     RestartsOption,
     TrustOption,
@@ -126,6 +127,7 @@ def train(
     via: ViaOption = None,
     ray: RayOption = None,
     ranks_per_node: RanksPerNodeOption = None,
+    ray_nodes: RayNodesOption = "",
     wait: WaitOption = False,
     port: Annotated[int | None, typer.Option(help="Port of rank 0; by default a free one.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print config and predicted costs, then stop.")] = False,
@@ -157,8 +159,8 @@ def train(
     `deepspeed --num_accelerators 2 --module launch.entry configs/runs/demo.toml data.root=data/digits`.
     """
     _refuse_other_launchers()
-    asked = (ranks, hosts, hostfile, include, exclude)
-    share = _Share(ranks_per_node, wait)
+    share = _Share(ranks_per_node, tuple(parse_hosts(ray_nodes, "--ray-nodes")) if ray_nodes else (), wait)
+    asked = (share.ranks(ranks), hosts, hostfile, include, exclude)
     _check_ray(ray, share, hosts or hostfile or include or exclude or via)
     via, words = f"{VIA}{ray}" if ray else via, overrides or []
     began = _from_run(source, config, words, asked, via, trust) if source else _from_config(config, words, asked, via)
@@ -205,7 +207,19 @@ class _Share:
     """The share of a Ray cluster that a command line asks for; see `launch.ray.fleet.RayFleet`."""
 
     per_node: int | None = None
+    nodes: tuple[HostSpec, ...] = ()
     wait: bool = False
+
+    def ranks(self, asked: int | None) -> int | None:
+        """Return the ranks in all: as asked, or those of the named nodes."""
+        if not self.nodes:
+            return asked
+        total = sum(node.slots for node in self.nodes)
+        if self.per_node is not None or asked not in (None, total):
+            raise LaunchError(
+                f"--ray-nodes names {counted(total, 'rank')} and where they are: leave --ranks and --ranks-per-node out"
+            )
+        return total
 
 
 _Asked = tuple[int | None, str, Path | None, str, str]
@@ -216,6 +230,8 @@ def _check_ray(ray: str | None, share: _Share, elsewhere: object) -> None:
         raise LaunchError("--ray and --hosts, --hostfile or --via both say where to train: give only one of them")
     if ray is None and share.per_node is not None:
         raise LaunchError("--ranks-per-node shares out the ranks of a Ray cluster: give --ray as well")
+    if ray is None and share.nodes:
+        raise LaunchError("--ray-nodes names nodes of a Ray cluster: give --ray as well")
     if ray is None and share.wait:
         raise LaunchError("--wait waits for room on a Ray cluster: give --ray as well")
 
@@ -295,7 +311,15 @@ def _supervise(
                       config.checkpoint.replicas > 0, config.run.imports)  # fmt: skip
             crew = Fleet(specs, *common)
             if not specs:
-                crew = RayFleet((), *common, via=str(via), world_size=began.world_size, **dataclasses.asdict(share))
+                crew = RayFleet(
+                    (),
+                    *common,
+                    via=str(via),
+                    world_size=began.world_size,
+                    per_node=share.per_node,
+                    nodes=share.nodes,
+                    wait=share.wait,
+                )
         if not config.logging.prometheus:
             return run_supervised(crew, folder, policy, say=say, recorder=recorder)
         from launch.ranks.exposition import Exposition

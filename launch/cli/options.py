@@ -80,6 +80,13 @@ RanksOption = Annotated[
 RanksPerNodeOption = Annotated[
     int | None, typer.Option(help="With --ray: ranks of each node; by default as many as it has room for.", min=1)
 ]
+RayNodesOption = Annotated[
+    str,
+    typer.Option(
+        "--ray-nodes",
+        help="With --ray: the nodes to train on by address, and the ranks of each, as 10.0.0.2:8,10.0.0.3:8.",
+    ),
+]
 WaitOption = Annotated[bool, typer.Option("--wait", help="With --ray: wait for more nodes if the ranks do not fit.")]
 IncludeOption = Annotated[str, typer.Option(help="Hosts of the hostfile to take, as a@b:0,1.")]
 ExcludeOption = Annotated[str, typer.Option(help="Hosts of the hostfile to leave out.")]

@@ -42,8 +42,12 @@ class HostSpec:
             raise LaunchError(f"host {self.name} has {self.slots} slots: give at most {_MOST_SLOTS}, one per device")
 
 
-def parse_hosts(text: str) -> list[HostSpec]:
+def parse_hosts(text: str, given: str = "--hosts") -> list[HostSpec]:
     """Read `a:8,b:8`; a host without a number has one rank.
+
+    Args:
+        text: see above.
+        given: by what, for messages.
 
     Raises:
         LaunchError: naming what is wrong.
@@ -54,7 +58,7 @@ def parse_hosts(text: str) -> list[HostSpec]:
             HostSpec(part.strip(), 1)
         name, colon, slots = part.strip().partition(":")
         hosts.append(HostSpec(name, _number(slots, name) if colon else 1))
-    return _distinct(hosts, "--hosts")
+    return _distinct(hosts, given)
 
 
 def read_hostfile(path: Path, include: str = "", exclude: str = "") -> list[HostSpec]:

@@ -58,9 +58,13 @@ def write(path: Path, content: Mapping[str, object]) -> None:
 
 
 def boot_id() -> str:
-    """Return the kernel's id of this boot, "" where there is none."""
+    """Return the ids of this boot and of the namespace in which process ids count; "" where there are none.
+
+    Containers of one kernel share the boot, and each has a process 1 of its own.
+    """
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:
         return ""
 

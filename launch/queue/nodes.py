@@ -86,19 +86,16 @@ class Nodes:
             self._child.wait()
 
 
-def command(table: ClusterTable, config: Path, placement: Placement, per_node: int | None) -> list[str]:
-    """Return the command of a job on some nodes.
-
-    On a Ray cluster, Ray chooses the nodes: the placement says how many ranks fit, not where they will be.
-    """
+def command(table: ClusterTable, config: Path, placement: Placement) -> list[str]:
+    """Return the command of a job on some nodes."""
     safe = [] if Path.cwd().resolve() == _HOME else ["-P"]
     words = [sys.executable, *safe, "-m", "launch.cli", "train", str(config)]
+    named = ",".join(f"{name}:{count}" for name, count in placement)
     if table.kind == "hosts":
-        return [*words, "--hosts", ",".join(f"{name}:{count}" for name, count in placement)]
-    words += ["--ranks", str(sum(count for _, count in placement))]
+        return [*words, "--hosts", named]
     if table.kind == "ray":
-        words += ["--ray", table.ray, *(["--ranks-per-node", str(per_node)] if per_node is not None else [])]
-    return words
+        return [*words, "--ray", table.ray, "--ray-nodes", named]
+    return [*words, "--ranks", str(sum(count for _, count in placement))]
 
 
 def devices_for(table: ClusterTable, ranks: int, taken: Sequence[Sequence[str]]) -> list[str] | None:

@@ -220,7 +220,7 @@ class Scheduler:
             path = folder / "config.json"
             folder.mkdir(parents=True, exist_ok=True)
             write_state(path, json.loads(job["config"]))
-            words = command(self.config.cluster, path, start.placement, job["per_node"])
+            words = command(self.config.cluster, path, start.placement)
             processes.start(folder, job["directory"], words, environment(self.config.cluster, devices))
         except OSError as error:
             log.warning("job %d cannot be started now: %s", job["id"], error)  # the watcher gives the attempt up

@@ -52,6 +52,7 @@ class Bundles:
         per_node: int | None,
         unwanted: Callable[[], bool] = lambda: False,
         waiting: Callable[[str], None] | None = None,
+        nodes: Sequence[HostSpec] = (),
     ) -> None:
         """Connect to a cluster and make the bundles.
 
@@ -61,6 +62,7 @@ class Bundles:
             per_node: ranks of each node; by default as many as it has room for.
             unwanted: whether to give up waiting.
             waiting: is told once why there is no room yet; without it, no room is an error.
+            nodes: by address, with the ranks of each; by default Ray chooses them.
 
         Raises:
             LaunchError: there is no such cluster, or no room for them.
@@ -71,6 +73,7 @@ class Bundles:
             raise LaunchError("--ranks and --ranks-per-node are 1 or more")
         self._asked: dict[str, Any] = {
             "address": address, "ranks": ranks, "per_node": per_node, "slots": None,
+            "nodes": [[node.name, node.slots] for node in nodes],
             "wait": waiting is not None, "directory": str(Path.cwd()),
         }  # fmt: skip
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - of all relays; closed with this object
@@ -81,7 +84,8 @@ class Bundles:
             self.close()
             raise
         self._asked["slots"], self.address = answer["slots"], str(answer["address"])
-        self.specs: Sequence[HostSpec] = [HostSpec(f"{_NAME}{at}", n) for at, n in enumerate(answer["slots"])]
+        made = [HostSpec(f"{_NAME}{at}", n) for at, n in enumerate(answer["slots"])]
+        self.specs: Sequence[HostSpec] = list(nodes) or made
 
     def _start(self) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -129,7 +133,8 @@ class Bundles:
             self._start()
         ours, theirs = socket.socketpair()
         with theirs, contextlib.suppress(OSError):  # it dies just now: its end of the channel says so
-            word = json.dumps({"open": int(name.removeprefix(_NAME))}).encode()
+            at = next(at for at, spec in enumerate(self.specs) if spec.name == name)
+            word = json.dumps({"open": at}).encode()
             socket.send_fds(self._control, [word], [theirs.fileno()])
         return Tunnel(ours)
 

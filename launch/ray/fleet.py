@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launch.hosts.fleet import Fleet
+from launch.hosts.names import HostSpec
 from launch.ranks.signals import Received
 from launch.ray.bundles import Bundles, UnwantedError
 
@@ -21,12 +23,14 @@ class RayFleet(Fleet):
         via: the cluster's address behind `VIA`: host:port, or "auto".
         world_size: ranks to begin with.
         per_node: ranks of each node; None for as many as it has room for.
+        nodes: the nodes by address, with the ranks of each; none for those that Ray chooses.
         wait: for room, instead of giving up.
     """
 
     via: str = f"{VIA}auto"
     world_size: int = 1
     per_node: int | None = None
+    nodes: Sequence[HostSpec] = ()
     wait: bool = False
     _bundles: Bundles | None = None
 
@@ -37,7 +41,7 @@ class RayFleet(Fleet):
             try:
                 self._bundles = Bundles(
                     address, self.world_size, self.per_node, lambda: bool(received.stop),
-                    (lambda why: self.say(f"waiting for room (--wait): {why}")) if self.wait else None,
+                    (lambda why: self.say(f"waiting for room (--wait): {why}")) if self.wait else None, self.nodes,
                 )  # fmt: skip
             except UnwantedError:
                 return

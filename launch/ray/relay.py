@@ -5,7 +5,8 @@
 Ray ends its driver when it loses the cluster, and starts threads in it; the supervisor must survive the one and cannot
 have the other, as it forks. What comes over the control socket:
 
-    first       {"address": A, "ranks": N, "per_node": R | null, "slots": [..] | null, "wait": W, "directory": D}
+    first       {"address": A, "ranks": N, "per_node": R | null, "nodes": [[address, ranks], ..], "slots": [..] | null,
+                 "wait": W, "directory": D}
     then        {"open": index of a bundle}, with a socket for its agent's messages; its end ends the agent
 
 The answer to the first is {"slots": ranks of each bundle, "address": host:port} or {"error": sentence}. If W is true,
@@ -23,6 +24,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launch.ray.cluster import connected
-from launch.ray.room import Room, bundles
+from launch.ray.room import Room, bundles, on_nodes
 from setformer_dist.core.errors import LaunchError, SetformerError
 
 AGENT_MODULE = "launch.hosts.agent"
@@ -41,6 +43,7 @@ _ROOM_S = 15.0  # how long a run that was killed may take to give its bundles ba
 _GONE_S = 4.0  # how long an agent may take to end by itself
 _CHUNK = 1 << 16
 _ERROR_BYTES = 4096
+_HERE = 0.001  # of the resource that Ray gives each node under its address
 
 
 class AgentActor:
@@ -105,16 +108,17 @@ class AgentActor:
 class Relay:
     """Carries messages between the supervisor and the agents of one placement group."""
 
-    def __init__(self, control: socket.socket, slots: list[int], strict: bool, directory: str, address: str) -> None:
+    def __init__(self, control: socket.socket, asked: Mapping[str, Any], slots: list[int], address: str) -> None:
         self._control = control
         self._slots = slots
         self._cluster = address
-        self._directory = directory
+        self._directory = asked["directory"]
         self._unit = _unit()
-        self._group: PlacementGroup = placement_group(
-            [{name: amount * count for name, amount in self._unit.items()} for count in slots],
-            strategy="STRICT_SPREAD" if strict else "SPREAD",
-        )
+        bundles = [{name: amount * count for name, amount in self._unit.items()} for count in slots]
+        for bundle, (node, _) in zip(bundles, asked["nodes"], strict=False):
+            bundle[f"node:{node}"] = _HERE
+        strict = asked["per_node"] is not None
+        self._group: PlacementGroup = placement_group(bundles, strategy="STRICT_SPREAD" if strict else "SPREAD")
         self._channels: set[asyncio.Task[None]] = set()
 
     def wait(self, patience: Patience) -> None:
@@ -266,17 +270,23 @@ class Patience:
             self._control.send(json.dumps({"waiting": str(why)}).encode())
 
 
-def plan(ranks: int, per_node: int | None, patience: Patience) -> list[int]:
-    """Return the bundles.
+def plan(asked: Mapping[str, Any], patience: Patience) -> list[int]:
+    """Return the bundles, of what was asked first.
 
     Raises:
         LaunchError: they do not fit, also after a wait.
     """
+
+    def fitting(now: bool = True) -> list[int]:
+        if asked["nodes"]:
+            return on_nodes(rooms(), asked["nodes"], now)
+        return bundles(rooms(), asked["ranks"], asked["per_node"], now)
+
     if not patience.forever:
-        bundles(rooms(), ranks, per_node, now=False)
+        fitting(now=False)
     while True:
         try:
-            return bundles(rooms(), ranks, per_node)
+            return fitting()
         except LaunchError as error:
             if patience.over():
                 raise
@@ -303,8 +313,8 @@ def main() -> int:
     asked = json.loads(control.recv(_CHUNK))
     try:
         with connected(asked["address"]) as cluster:
-            slots = asked["slots"] or plan(asked["ranks"], asked["per_node"], Patience(control, asked["wait"]))
-            relay = Relay(control, slots, asked["per_node"] is not None, asked["directory"], cluster.address)
+            slots = asked["slots"] or plan(asked, Patience(control, asked["wait"]))
+            relay = Relay(control, asked, slots, cluster.address)
             try:
                 if asked["slots"] is None:
                     relay.wait(Patience(control, asked["wait"]))

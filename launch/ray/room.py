@@ -64,6 +64,29 @@ def bundles(rooms: Sequence[Room], ranks: int, per_node: int | None, now: bool =
     return found
 
 
+def on_nodes(rooms: Sequence[Room], nodes: Sequence[tuple[str, int]], now: bool = True) -> list[int]:
+    """Return how many ranks each bundle has, of nodes that are named.
+
+    Args:
+        rooms: of the cluster's nodes.
+        nodes: addresses, and the ranks of each.
+        now: count what is free now, not what would be.
+
+    Raises:
+        LaunchError: there is no such node, or it has no room for them.
+    """
+    known = {room.node: room for room in rooms}
+    for name, ranks in nodes:
+        if (room := known.get(name)) is None:
+            raise LaunchError(f"this Ray cluster has no node {name} ({_told(rooms, now)}): name one of its nodes")
+        if _of(room, now) < ranks:
+            raise LaunchError(
+                f"node {name} of this Ray cluster has room for {_of(room, now)} of {counted(ranks, 'rank')} "
+                f"({_told(rooms, now)}): give it fewer, or name another"
+            )
+    return [ranks for _, ranks in nodes]
+
+
 def _of(room: Room, now: bool) -> int:
     return room.free if now else room.ranks
 

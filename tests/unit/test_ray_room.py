@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from launch.ray.room import Room, bundles
+from launch.ray.room import Room, bundles, on_nodes
 from setformer_dist.core.errors import LaunchError
 
 TWO = [Room("a", 8, 3), Room("b", 8, 8)]
@@ -39,3 +39,20 @@ def test_what_does_not_fit(ranks: int, per_node: int | None, said: str) -> None:
 def test_an_empty_cluster() -> None:
     with pytest.raises(LaunchError, match=r"room for 0 \(it has no nodes\): add nodes"):
         bundles([], 1, None)
+
+
+def test_named_nodes_have_what_was_given_them() -> None:
+    assert on_nodes(TWO, [("b", 5), ("a", 3)]) == [5, 3]
+    assert on_nodes(TWO, [("a", 8)], now=False) == [8]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "said"),
+    [
+        ([("b", 1), ("c", 1)], "has no node c (node a: 8, 3 free now; node b: 8): name one of its nodes"),
+        ([("a", 4)], "node a of this Ray cluster has room for 3 of 4 ranks"),
+    ],
+)
+def test_named_nodes_without_room(nodes: list[tuple[str, int]], said: str) -> None:
+    with pytest.raises(LaunchError, match=re.escape(said)):
+        on_nodes(TWO, nodes)
