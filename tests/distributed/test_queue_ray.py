@@ -113,7 +113,7 @@ def test_six_jobs_and_everything_that_can_be_killed(queue: Queue, digits: Path, 
     assert plain.code == 0, plain.err
 
     # An elastic job takes all, gives way to a job of two ranks, and grows again.
-    wide = queue.submit("wide", "1:4", 1500)
+    wide = queue.submit("wide", "1:4", 900)
     queue.until("the elastic job trains", lambda: queue.step("wide") > 5)
     assert queue.tries(wide)[-1][0] == 4
     fixed = queue.submit("fixed", "2", 60)
@@ -161,6 +161,6 @@ def test_six_jobs_and_everything_that_can_be_killed(queue: Queue, digits: Path, 
     queue.until("the sixth job is done", lambda: queue.state(sixth) == "done", 300)
     assert queue.tries(sixth)[-1] == (4, "done")
     queue.until("the elastic job is done", lambda: queue.state(wide) == "done", 400)
-    assert {step for kind, step in losses(queue.runs / "wide") if kind == "train"} == set(range(1, 1501))
+    assert {step for kind, step in losses(queue.runs / "wide") if kind == "train"} == set(range(1, 901))
     assert not queue.store.check()
     print(setformer("queue", "ls", "--all", "--queue", str(queue.folder)).out)
