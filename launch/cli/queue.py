@@ -101,6 +101,9 @@ def submit(
         list[int] | None, typer.Option(help="Start only when this job is done.", show_default=False)
     ] = None,
     held: Annotated[bool, typer.Option("--hold", help="Wait for `setformer queue release`.")] = False,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="CONFIG is a sweep config; --ranks slots are for its trials.")
+    ] = False,
     queue: QueueOption = None,
 ) -> None:
     """Check a run config and put it into the queue; start a server on this machine if none runs.
@@ -110,6 +113,8 @@ def submit(
         setformer queue submit demo data.root=runs/demo-data --ranks 1:2
 
         setformer queue submit imagenet_base --nodes 4 --ranks-per-node 8 --priority 5 --time-limit 2d
+
+        setformer queue submit digits --sweep set.data.root=runs/demo-data --ranks 2
     """
     from launch.queue.serve import ensure_server
     from launch.queue.submit import Request
@@ -118,7 +123,7 @@ def submit(
     folder, settings, store = _open(queue)
     request = Request(
         config, overrides or (), ranks, nodes, ranks_per_node, priority, user, name, max_retries, time_limit,
-        after or (), held,
+        after or (), held, sweep,
     )  # fmt: skip
     number = put(store, settings, request)
     print(f"job {number}")

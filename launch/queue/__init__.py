@@ -14,10 +14,11 @@ outcome.py     what the end of an attempt means: done, the job's failure, or the
 nodes.py       the nodes of this machine, of a list of hosts, or of a Ray cluster
 scheduler.py   the loop: hold the lease, observe, decide, act
 submit.py      check a job and put it into the queue
+sweeps.py      sweeps as jobs
 wishes.py      cancel, hold, release, move, drain
 book.py        rows of the database to values of the policy, and decisions to rows
 serve.py       the server, also where `submit` has to start it
 show.py        tables for the terminal
 
-Nothing here imports torch. Each job is an ordinary `setformer train` under its own supervisor.
+Nothing here imports torch. Each job is an ordinary `setformer train` or `setformer sweep`.
 """

@@ -86,16 +86,20 @@ class Nodes:
             self._child.wait()
 
 
-def command(table: ClusterTable, config: Path, placement: Placement) -> list[str]:
-    """Return the command of a job on some nodes."""
-    safe = [] if Path.cwd().resolve() == _HOME else ["-P"]
-    words = [sys.executable, *safe, "-m", "launch.cli", "train", str(config)]
+def command(table: ClusterTable, words: Sequence[str], placement: Placement) -> list[str]:
+    """Return the command of a run on some nodes, of the words that begin it."""
     named = ",".join(f"{name}:{count}" for name, count in placement)
     if table.kind == "hosts":
         return [*words, "--hosts", named]
     if table.kind == "ray":
         return [*words, "--ray", table.ray, "--ray-nodes", named]
     return [*words, "--ranks", str(sum(count for _, count in placement))]
+
+
+def program() -> list[str]:
+    """Return the words that begin every command of this program."""
+    safe = [] if Path.cwd().resolve() == _HOME else ["-P"]
+    return [sys.executable, *safe, "-m", "launch.cli"]
 
 
 def devices_for(table: ClusterTable, ranks: int, taken: Sequence[Sequence[str]]) -> list[str] | None:

@@ -24,12 +24,13 @@ import sqlalchemy as sa
 
 from launch.queue import attempts as processes
 from launch.queue import schema as db
+from launch.queue import sweeps
 from launch.queue.book import Book
 from launch.queue.config import QueueConfig
-from launch.queue.nodes import Nodes, command, devices_for, environment
+from launch.queue.nodes import Nodes, command, devices_for, environment, program
 from launch.queue.outcome import last_saved
 from launch.queue.policy import decide
-from launch.queue.state import Plan, Start, Stop
+from launch.queue.state import Placement, Plan, Start, Stop
 from launch.queue.store import Lease, LeaseLostError, Row, Store, event
 from setformer_dist.core.errors import TransientError
 from setformer_dist.core.files import write_state
@@ -217,13 +218,19 @@ class Scheduler:
         with self.lease.write() as connection:
             self.book.open(connection, start, number, folder, devices)
         try:
-            path = folder / "config.json"
             folder.mkdir(parents=True, exist_ok=True)
-            write_state(path, json.loads(job["config"]))
-            words = command(self.config.cluster, path, start.placement)
+            words = self._command(job, folder, start.placement)
             processes.start(folder, job["directory"], words, environment(self.config.cluster, devices))
         except OSError as error:
             log.warning("job %d cannot be started now: %s", job["id"], error)  # the watcher gives the attempt up
+
+    def _command(self, job: Row, folder: Path, placement: Placement) -> list[str]:
+        """Write the config of an attempt, and return its command."""
+        if job["kind"] == "sweep":
+            ranks = sum(count for _, count in placement)
+            return sweeps.command(program(), folder.parent, job["config"], ranks)
+        write_state(folder / "config.json", json.loads(job["config"]))
+        return command(self.config.cluster, [*program(), "train", str(folder / "config.json")], placement)
 
 
 def _node(name: str) -> sa.Update:

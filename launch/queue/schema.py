@@ -33,7 +33,8 @@ jobs = sa.Table(
     sa.Column("name", sa.Text, nullable=False),
     sa.Column("user", sa.Text, nullable=False),
     sa.Column("submitted", sa.Float, nullable=False),
-    sa.Column("config", sa.Text, nullable=False),  # the whole run config as JSON: what was submitted counts
+    sa.Column("kind", sa.Text, nullable=False, server_default="run"),  # or "sweep"
+    sa.Column("config", sa.Text, nullable=False),  # the whole config as JSON: what was submitted counts
     sa.Column("directory", sa.Text, nullable=False),
     sa.Column("folder", sa.Text, nullable=False),
     sa.Column("sizes", sa.JSON, nullable=False),
@@ -119,9 +120,15 @@ def _first(connection: sa.Connection) -> None:
     connection.execute(sa.insert(lease).values(id=1, term=0, beat=0, holder=""))
 
 
-# The step at index v makes version v + 1 of version v. Steps are never changed, only added: once a second one is
-# there, the first must create the tables as they were.
-STEPS: tuple[Callable[[sa.Connection], None], ...] = (_first,)
+def _kinds(connection: sa.Connection) -> None:
+    """Sweeps came in: what was there before are runs."""
+    if "kind" not in {column["name"] for column in sa.inspect(connection).get_columns(jobs.name)}:  # not a new database
+        connection.execute(sa.text(f"ALTER TABLE {jobs.name} ADD COLUMN kind TEXT NOT NULL DEFAULT 'run'"))
+
+
+# The step at index v makes version v + 1 of version v. Steps are never changed, only added. The first makes a new
+# database's tables as they are now, so every other one leaves alone what is there already.
+STEPS: tuple[Callable[[sa.Connection], None], ...] = (_first, _kinds)
 
 
 def migrate(connection: sa.Connection, steps: tuple[Callable[[sa.Connection], None], ...] = STEPS) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from launch.queue import schema as db
+from launch.queue import sweeps
 from launch.queue.config import QueueConfig
 from launch.queue.nodes import local_slots
 from launch.queue.store import Store, event
@@ -37,6 +38,7 @@ class Request:
         limit: "90", "30m", "4h" or "2d"; None for turns.
         after: jobs that must be done before.
         held: wait for `setformer queue release`.
+        sweep: the config is a sweep's.
     """
 
     config: Path
@@ -51,30 +53,48 @@ class Request:
     limit: str | None = None
     after: Sequence[int] = ()
     held: bool = False
+    sweep: bool = False
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a request comes to.
+
+    Attributes:
+        kind: "run" or "sweep".
+        config: what is kept, JSON.
+        name: of the run or sweep.
+        folder: of it.
+        sizes: numbers of ranks, or of slots of a sweep.
+    """
+
+    kind: str
+    config: str
+    name: str
+    folder: Path
+    sizes: list[int]
 
 
 def submit(store: Store, config: QueueConfig, request: Request) -> int:
     """Check a request and write it down; return the number of the job.
 
     Raises:
-        ConfigError: the run config cannot be run, or not on so many ranks.
+        ConfigError: the config cannot be run, or not on so many ranks.
         LaunchError: the request cannot be met by this queue.
     """
-    run = continued(load_run(shipped(request.config), request.overrides))
+    job = _sweep(config, request) if request.sweep else _run(request)
     user = request.user or getpass.getuser()
     limit_s = None if request.limit is None else seconds_of(request.limit)
     _check_user(config, user, request.priority, limit_s)
-    sizes = _sizes(run, request)
+    sizes, folder = job.sizes, str(job.folder.absolute())
     _check_fits(sizes, request.per_node, _nodes(store, config), config.user(user).quota)
-    check_folder(resolve(run, sizes[0]))
-    folder = str(run.folder.absolute())
     now = time.time()
     with store.write() as connection:
         _check_after(connection, request.after)
         _check_alone(connection, folder, request.after)
         row = sa.insert(db.jobs).values(
-            name=request.name or run.run.name, user=user, priority=request.priority, state="waiting", submitted=now,
-            config=json.dumps(run.model_dump(mode="json")), directory=str(Path.cwd()), folder=folder, sizes=sizes,
+            kind=job.kind, name=request.name or job.name, user=user, priority=request.priority, state="waiting",
+            submitted=now, config=job.config, directory=str(Path.cwd()), folder=folder, sizes=sizes,
             per_node=request.per_node, limit_s=limit_s, max_retries=request.max_retries, after=list(request.after),
             held=request.held, waiting_since=now,
         )  # fmt: skip
@@ -83,6 +103,21 @@ def submit(store: Store, config: QueueConfig, request: Request) -> int:
         number = int(key[0])
         event(connection, "submitted", number, user=user, sizes=sizes, priority=request.priority)
     return number
+
+
+def _run(request: Request) -> _Job:
+    run = continued(load_run(shipped(request.config), request.overrides))
+    sizes = _sizes(run, request)
+    check_folder(resolve(run, sizes[0]))
+    return _Job("run", json.dumps(run.model_dump(mode="json")), run.run.name, run.folder, sizes)
+
+
+def _sweep(config: QueueConfig, request: Request) -> _Job:
+    sweep, kept = sweeps.read(request.config, request.overrides)
+    low, high = _range(request.ranks or str(sweeps.slots_of_trial(sweep)))
+    sizes = list(range(low, high + 1))
+    sweeps.check(sweep, config.cluster, sizes, request.per_node)
+    return _Job("sweep", kept, sweep.config.sweep.name, sweep.folder, sizes)
 
 
 def seconds_of(text: str) -> float:

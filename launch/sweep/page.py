@@ -327,13 +327,14 @@ def load_sweep(path: Path, overrides: Iterable[str] = ()) -> Sweep:
         )
     table = {**table, "space": parameters(space, str(path))}
     config = base.build(SweepConfig, table, str(path))
-    origin = _base_of(path, config.sweep.base)
+    origin = base_of(path, config.sweep.base)
     sweep = Sweep(config, base.merge(base.read_toml(origin), config.set), f"{path}, base {origin}")
     _check(sweep, path)
     return sweep
 
 
-def _base_of(page: Path, name: str) -> Path:
+def base_of(page: Path, name: str) -> Path:
+    """Return the run config that a sweep config names: a file beside it, or a shipped one."""
     beside = page.parent / name
     return beside if beside.is_file() else shipped(Path(name))
 

@@ -20,6 +20,7 @@ from launch.queue.config import QueueConfig
 from launch.queue.scheduler import Scheduler
 from launch.queue.store import Store, url_of
 from launch.queue.submit import Request, submit
+from launch.sweep.journal import read_events
 from setformer_dist.core import ledger
 
 SMALL = (
@@ -170,3 +171,44 @@ def test_a_stand_by_takes_over_within_ten_seconds(make: Make, tmp_path: Path) ->
             server.terminate()
             server.wait()
     assert not place.store.rows(sa.select(db.lease))[0]["holder"]  # given back
+
+
+SWEEP = """
+[sweep]
+name = "s"
+out = "{out}"
+base = "demo"
+[set]
+data = {{ root = "{data}" }}
+schedule = {{ epochs = 1, warmup_epochs = 0.2 }}
+eval = {{ every_steps = 11, every_epochs = 0 }}
+checkpoint = {{ every_steps = 4 }}
+run = {{ log_every = 1 }}
+[space]
+"optim.lr" = {{ loguniform = [1e-4, 1e-2] }}
+[budget]
+trials = 3
+[search]
+name = "random"
+"""
+
+
+@pytest.mark.drill
+def test_a_sweep_is_a_job_that_gives_way_and_goes_on(make: Make, tmp_path: Path) -> None:
+    place = make(2, save_seconds=5.0)
+    page = tmp_path / "page.toml"
+    page.write_text(SWEEP.format(out=tmp_path, data=place.digits))
+    number = submit(place.store, place.config, Request(page, ["budget.hours=1"], "2", sweep=True))
+    page.write_text("what was submitted counts")
+
+    def events(kind: str) -> list[int]:
+        return [int(str(event["trial"])) for event in read_events(tmp_path / "s") if event["event"] == kind]
+
+    first = tmp_path / "s" / "trials" / "trial-0000" / "checkpoints"
+    place.until(lambda: list(first.glob("step-*/manifest.json")))
+    urgent = place.submit("urgent", "2", priority=3)
+    place.until(lambda: place.state(urgent) == "done")
+    place.until(lambda: place.state(number) == "done")
+    assert place.tries(number) == [(2, "stopped"), (2, "done")]
+    assert sorted(events("ended")) == [0, 1, 2]
+    assert (tmp_path / "s" / "results.csv").read_text().count("\n") == 4

@@ -72,7 +72,7 @@ ROOMS = {
     "hosts": {"ranks", "record"},
     "machine": {"hosts", "ranks"},
     "plan": {"run"},
-    "queue": {"hosts", "ranks", "run"},
+    "queue": {"hosts", "ranks", "run", "sweep"},
     "ranks": set(),
     "ray": {"hosts", "machine", "ranks", "record", "run"},
     "record": {"ranks"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import sqlalchemy as sa
 from launch.cli import main as cli
 from launch.queue import schema as db
 from launch.queue.store import Store, url_of
-from setformer_dist.core.errors import LaunchError
+from setformer_dist.core.errors import LaunchError, SetformerError
 
 
 @pytest.fixture
@@ -69,3 +70,22 @@ def test_a_queue_that_is_no_folder_is_one_sentence(queue: Path) -> None:
         run("queue ls --queue file")
     with pytest.raises(LaunchError, match="the queue has no job 7"):
         run("queue show 7")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--ranks 1 budget.ranks=2", "--ranks 1 has no room for one trial, which takes 2 slots"),
+        ("--nodes 1 --ranks-per-node 1", "a sweep has no --nodes"),
+        ("space.nothing=3", "space"),
+    ],
+)
+def test_sweeps_that_no_queue_can_run(queue: Path, words: str, said: str) -> None:
+    with pytest.raises(SetformerError, match="a sweep runs where Ray does"):
+        run("queue submit digits --sweep")
+    (queue / "queue.toml").write_text("[cluster]\nslots = 8\n")
+    with pytest.raises(SetformerError, match=re.escape(said)):
+        run(f"queue submit digits --sweep {words}")
+    run("queue submit digits --sweep --ranks 2:4 budget.ranks=2")
+    job = Store(url_of(queue)).job(1)
+    assert (job["kind"], job["sizes"], job["name"]) == ("sweep", [2, 3, 4], "digits")

@@ -86,6 +86,19 @@ def _submit(store: Store, name: str, ranks: str = "1", config: QueueConfig | Non
     return submit(store, config or _config(), request)
 
 
+def test_a_database_of_the_first_schema_keeps_its_jobs(url: str) -> None:
+    store = Store(url)
+    _submit(store, "old")
+    with store.write() as connection:
+        connection.execute(sa.text("ALTER TABLE queue_jobs DROP COLUMN kind"))
+        connection.execute(sa.update(db.schema).values(version=1))
+    store.close()
+    store = Store(url)
+    assert [(row["kind"], row["name"]) for row in store.rows(sa.select(db.jobs))] == [("run", "old")]
+    assert store.rows(sa.select(db.schema.c.version)) == [{"version": len(db.STEPS)}]
+    store.close()
+
+
 def test_a_newer_schema_is_refused_and_an_interrupted_migration_leaves_the_old_one(url: str) -> None:
     Store(url).close()
 
@@ -100,7 +113,7 @@ def test_a_newer_schema_is_refused_and_an_interrupted_migration_leaves_the_old_o
     assert not store.check()
     with store.write() as connection:
         connection.execute(sa.update(db.schema).values(version=9))
-    with pytest.raises(LaunchError, match="schema 9, and this version of setformer_dist knows 1"):
+    with pytest.raises(LaunchError, match="schema 9, and this version of setformer_dist knows 2"):
         Store(url)
 
 
