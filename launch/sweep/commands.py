@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.live import Live
 
 from launch.ranks.holder import look
-from launch.ranks.lock import supervising
+from launch.ranks.lock import Supervised, supervising
 from launch.ranks.signals import stop_signals
 from launch.ray.cluster import connected, own_cluster
 from launch.shown import cell
@@ -52,19 +52,23 @@ def run(sweep: Sweep, address: str | None, wait: bool, console: Console) -> int:
     bear_lost_streams()
     check_continued(sweep)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_held(sweep))
+        held = stack.enter_context(_held(sweep))
+        (sweep.folder / STOP_FILE).unlink(missing_ok=True)  # of an earlier driver
         if not check_continued(sweep):  # by the holder of the folder
             _begin(sweep)
         journal = Journal(sweep.folder)
         stack.callback(journal.close)
         lost = _cluster(address, stack) if remains(sweep, book_of(sweep, journal.events)) else lambda: None
-        received = stack.enter_context(stop_signals())
+        received = stack.enter_context(stop_signals(held.show_life))
         say, show = stack.enter_context(_shown(sweep, console))
-        driver = Driver(sweep, journal, received, say, show, lost)
+        driver = Driver(sweep, journal, received, say, show, lost, held.fault)
         try:
             code = driver.run(wait)
-        finally:
-            write_csv(sweep, driver.book)
+        except BaseException:
+            with contextlib.suppress(OSError):  # its reason may be a full disk
+                write_csv(sweep, driver.book)
+            raise
+    write_csv(sweep, driver.book)
     page = report.write(sweep, driver.book)
     console.print(final_table(sweep, driver.book))
     _conclude(sweep, driver.book, page, console)
@@ -118,8 +122,8 @@ def _begin(sweep: Sweep) -> None:
 
 
 @contextlib.contextmanager
-def _held(sweep: Sweep) -> Iterator[None]:
-    """Hold the sweep's folder.
+def _held(sweep: Sweep) -> Iterator[Supervised]:
+    """Hold the sweep's folder; the caller shows life.
 
     Raises:
         LaunchError: another driver does.
@@ -135,7 +139,7 @@ def _held(sweep: Sweep) -> Iterator[None]:
                 f"setformer sweep stop {sweep.folder}"
             ) from None
         held.show_life()
-        yield
+        yield held
 
 
 _Show = Callable[[Book, dict[Key, Running]], None]
