@@ -68,10 +68,7 @@ def run(sweep: Sweep, address: str | None, wait: bool, console: Console) -> int:
             with contextlib.suppress(OSError):  # its reason may be a full disk
                 write_csv(sweep, driver.book)
             raise
-    write_csv(sweep, driver.book)
-    page = report.write(sweep, driver.book)
-    console.print(final_table(sweep, driver.book))
-    _conclude(sweep, driver.book, page, console)
+    _conclude(sweep, driver.book, console)
     if code:
         print(f"stopped; the same command continues the sweep in {plain(sweep.folder)}", file=sys.stderr)
     return code
@@ -157,10 +154,14 @@ def _shown(sweep: Sweep, console: Console) -> Iterator[tuple[Callable[[str], Non
         screen.update("", refresh=True)
 
 
-def _conclude(sweep: Sweep, book: Book, page: Path, console: Console) -> None:
+def _conclude(sweep: Sweep, book: Book, console: Console) -> None:
+    """Print the trials and what the sweep recommends; then write CSV and HTML page, which a full disk may prevent."""
+    console.print(final_table(sweep, book))
     say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
     for line in report.recommendation(sweep, book):
         say(plain(line))
+    write_csv(sweep, book)
+    page = report.write(sweep, book)
     say(f"{page}  (open it in a browser)")
 
 
@@ -196,11 +197,8 @@ def show(folder: Path, console: Console, json_too: bool = False) -> None:
         print(json.dumps({"sweep": folder.name, "state": _state(folder), "metric": sweep.metric, "mode": sweep.mode,
                           "trials": [as_json(trial) for trial in book.in_order()]}, indent=2))  # fmt: skip
         return
-    write_csv(sweep, book)
-    page = report.write(sweep, book)
     console.print(cell(f"{folder}: {_state(folder)}, {_counts(book)}"), highlight=False)
-    console.print(final_table(sweep, book))
-    _conclude(sweep, book, page, console)
+    _conclude(sweep, book, console)
 
 
 def _counts(book: Book) -> str:

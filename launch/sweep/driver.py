@@ -24,7 +24,7 @@ from launch.sweep.journal import Event, Journal
 from launch.sweep.page import Sweep
 from launch.sweep.progress import Progress, ProgressReader
 from launch.sweep.state import DONE, FAILED, PRUNED, REPLACED, WAITING, Book, Trial
-from launch.sweep.trial import LOG, Command, hand_over, said, words_of, write_config
+from launch.sweep.trial import LOG, Command, hand_over, no_room, why_ended, words_of, write_config
 from setformer_dist.core.errors import LaunchError, RankFailedError, TransientError
 from setformer_dist.core.words import counted
 
@@ -121,6 +121,7 @@ class Driver:
             TransientError: the cluster or the folder is gone, or the journal cannot be written.
         """
         if not remains(self._sweep, self.book):
+            self._check_any_left()
             return 0
         if not self._wait_for_room(wait):
             return self._code()
@@ -136,6 +137,8 @@ class Driver:
         self._write({"event": "over", "why": why})
         if why != _DONE and not self._received.stop:
             self._say(f"the sweep ends: {why}")
+        if why == _DONE:
+            self._check_any_left()
         return self._code()
 
     def _code(self) -> int:
@@ -238,7 +241,16 @@ class Driver:
             else:
                 self._say(f"trial {key[0]}: its process or its node died; it resumes from its newest checkpoint")
         else:
-            self._end(key, FAILED, None, said(folder / LOG) or f"exit code {code}", running)
+            self._fail(key, why_ended(folder / LOG, code), running)
+
+    def _fail(self, key: Key, why: str, running: Running) -> None:
+        if no_room(self._sweep.folder, why):
+            self._stop_all()
+            raise TransientError(
+                f"trial {key[0]} found no room on a disk: {why}; make room, and start the sweep again, which continues "
+                "it"
+            )
+        self._end(key, FAILED, None, why, running)
 
     def _end(self, key: Key, state: str, value: float | None, why: str, running: Running | None) -> None:
         seconds = time.monotonic() - running.since if running is not None else 0.0
@@ -358,6 +370,16 @@ class Driver:
         self._stop_all()
         self._write({"event": "over", "why": message})
         raise RankFailedError(message)
+
+    def _check_any_left(self) -> None:
+        """Raise RankFailedError where each trial of a sweep that is over has failed."""
+        if self.book.trials and all(trial.state == FAILED for trial in self.book.trials):
+            count = counted(len(self.book.trials), "trial")
+            raise RankFailedError(f"the sweep is over: of {count} each one failed, the last one: {self._last_reason()}")
+
+    def _last_reason(self) -> str:
+        reasons = [run.why for trial in self.book.trials if trial.state == FAILED for run in trial.runs if run.why]
+        return reasons[-1] if reasons else ""
 
     def _stop_all(self) -> None:
         """Have all runs save and end; a run that ends well meanwhile counts."""

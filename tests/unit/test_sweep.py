@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from launch.sweep import population
-from launch.sweep.driver import Running
+from launch.ranks.signals import Received
+from launch.sweep import commands, population
+from launch.sweep.driver import Driver, Running
 from launch.sweep.journal import JOURNAL, Journal, read_events
 from launch.sweep.page import SWEEP, SchedulerTable, Sweep, SweepConfig, check_continued, load_sweep, read_sweep
 from launch.sweep.progress import ProgressReader
@@ -23,7 +24,7 @@ from launch.sweep.state import Book, book_of
 from launch.sweep.table import final_table, live_table, write_csv
 from launch.testing.commands import ROOT
 from setformer_dist.core.config import all_keys
-from setformer_dist.core.errors import ConfigError, DataError, TransientError
+from setformer_dist.core.errors import ConfigError, DataError, RankFailedError, TransientError
 from setformer_dist.core.files import write_state
 
 PAGE = """
@@ -336,6 +337,31 @@ def test_a_journal_that_was_removed_is_not_written_to_nobody(tmp_path: Path) -> 
     with pytest.raises(TransientError, match="was removed while the sweep was at work"):
         journal.append({"event": "over"})
     journal.close()
+
+
+def test_a_sweep_whose_trials_all_failed_has_failed(tmp_path: Path) -> None:
+    sweep = page(tmp_path, LR, "", "", "budget.trials=1")
+    sweep.folder.mkdir()
+    journal = Journal(sweep.folder)
+    book = Book(sweep)
+    journal.append(book.take({"event": "asked", "trial": 0}))
+    journal.append({"event": "ended", "trial": 0, "seed": 0, "state": "failed", "value": None, "step": 0,
+                    "seconds": 1.0, "why": "no data"})  # fmt: skip
+    with pytest.raises(RankFailedError, match="of 1 trial each one failed, the last one: no data"):
+        Driver(sweep, journal, Received(None), print).run()
+    journal.close()
+
+
+def test_a_sweep_can_be_shown_where_nothing_can_be_written(tmp_path: Path) -> None:
+    sweep = page(tmp_path)
+    sweep.folder.mkdir()
+    write_state(sweep.folder / SWEEP, sweep.as_json())
+    (sweep.folder / "results.csv").mkdir()  # nothing can take its place
+    console = Console(width=200, file=io.StringIO())
+    with pytest.raises(OSError, match=r"s/results.csv"):
+        commands.show(sweep.folder, console)
+    assert isinstance(console.file, io.StringIO)
+    assert "nothing to recommend" in console.file.getvalue()
 
 
 def test_a_wide_range_of_integers_is_not_counted_out(tmp_path: Path) -> None:
