@@ -11,7 +11,6 @@ text goes through `setformer_dist.core.secrets`.
 from __future__ import annotations
 
 import logging
-import os
 import re
 import sys
 import time
@@ -23,7 +22,7 @@ import pydantic
 
 from launch.record.checkout import checkout_of, places_of
 from launch.record.machine import machine_facts
-from setformer_dist.core.files import read_state, write_state
+from setformer_dist.core.files import read_state, replacing, write_state
 from setformer_dist.core.secrets import redacted, redacted_json, redacted_words
 
 log = logging.getLogger(__name__)
@@ -184,9 +183,8 @@ def _keep(path: Path, diff: str) -> None:
     """Write a diff, whole or not at all; one of its name is there already where its text is."""
     if path.exists():
         return
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_bytes(diff.encode(errors="surrogateescape"))
-    aside.replace(path)
+    with replacing(path) as aside:
+        aside.write_bytes(diff.encode(errors="surrogateescape"))
 
 
 def numbers(folder: Path) -> list[int]:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.live import Live
 
 from launch.ranks.holder import look
-from launch.ranks.lock import supervising
+from launch.ranks.lock import Supervised, supervising
 from launch.ranks.signals import stop_signals
 from launch.ray.cluster import connected, own_cluster
 from launch.shown import cell
@@ -52,22 +52,23 @@ def run(sweep: Sweep, address: str | None, wait: bool, console: Console) -> int:
     bear_lost_streams()
     check_continued(sweep)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_held(sweep))
+        held = stack.enter_context(_held(sweep))
+        (sweep.folder / STOP_FILE).unlink(missing_ok=True)  # of an earlier driver
         if not check_continued(sweep):  # by the holder of the folder
             _begin(sweep)
         journal = Journal(sweep.folder)
         stack.callback(journal.close)
         lost = _cluster(address, stack) if remains(sweep, book_of(sweep, journal.events)) else lambda: None
-        received = stack.enter_context(stop_signals())
+        received = stack.enter_context(stop_signals(held.show_life))
         say, show = stack.enter_context(_shown(sweep, console))
-        driver = Driver(sweep, journal, received, say, show, lost)
+        driver = Driver(sweep, journal, received, say, show, lost, held.fault)
         try:
             code = driver.run(wait)
-        finally:
-            write_csv(sweep, driver.book)
-    page = report.write(sweep, driver.book)
-    console.print(final_table(sweep, driver.book))
-    _conclude(sweep, driver.book, page, console)
+        except BaseException:
+            with contextlib.suppress(OSError):  # its reason may be a full disk
+                write_csv(sweep, driver.book)
+            raise
+    _conclude(sweep, driver.book, console)
     if code:
         print(f"stopped; the same command continues the sweep in {plain(sweep.folder)}", file=sys.stderr)
     return code
@@ -118,8 +119,8 @@ def _begin(sweep: Sweep) -> None:
 
 
 @contextlib.contextmanager
-def _held(sweep: Sweep) -> Iterator[None]:
-    """Hold the sweep's folder.
+def _held(sweep: Sweep) -> Iterator[Supervised]:
+    """Hold the sweep's folder; the caller shows life.
 
     Raises:
         LaunchError: another driver does.
@@ -135,7 +136,7 @@ def _held(sweep: Sweep) -> Iterator[None]:
                 f"setformer sweep stop {sweep.folder}"
             ) from None
         held.show_life()
-        yield
+        yield held
 
 
 _Show = Callable[[Book, dict[Key, Running]], None]
@@ -153,10 +154,14 @@ def _shown(sweep: Sweep, console: Console) -> Iterator[tuple[Callable[[str], Non
         screen.update("", refresh=True)
 
 
-def _conclude(sweep: Sweep, book: Book, page: Path, console: Console) -> None:
+def _conclude(sweep: Sweep, book: Book, console: Console) -> None:
+    """Print the trials and what the sweep recommends; then write CSV and HTML page, which a full disk may prevent."""
+    console.print(final_table(sweep, book))
     say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
     for line in report.recommendation(sweep, book):
         say(plain(line))
+    write_csv(sweep, book)
+    page = report.write(sweep, book)
     say(f"{page}  (open it in a browser)")
 
 
@@ -192,11 +197,8 @@ def show(folder: Path, console: Console, json_too: bool = False) -> None:
         print(json.dumps({"sweep": folder.name, "state": _state(folder), "metric": sweep.metric, "mode": sweep.mode,
                           "trials": [as_json(trial) for trial in book.in_order()]}, indent=2))  # fmt: skip
         return
-    write_csv(sweep, book)
-    page = report.write(sweep, book)
     console.print(cell(f"{folder}: {_state(folder)}, {_counts(book)}"), highlight=False)
-    console.print(final_table(sweep, book))
-    _conclude(sweep, book, page, console)
+    _conclude(sweep, book, console)
 
 
 def _counts(book: Book) -> str:

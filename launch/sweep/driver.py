@@ -24,11 +24,12 @@ from launch.sweep.journal import Event, Journal
 from launch.sweep.page import Sweep
 from launch.sweep.progress import Progress, ProgressReader
 from launch.sweep.state import DONE, FAILED, PRUNED, REPLACED, WAITING, Book, Trial
-from launch.sweep.trial import LOG, Command, hand_over, said, words_of, write_config
+from launch.sweep.trial import LOG, Command, hand_over, no_room, why_ended, words_of, write_config
 from setformer_dist.core.errors import LaunchError, RankFailedError, TransientError
 from setformer_dist.core.words import counted
 
 STOP_FILE = "stop"
+_DONE = "done"
 _TICK_S, _STOPPING_TICK_S = 0.5, 0.1
 _ROOM_EVERY_S = 5.0
 _KILL_AFTER_S = 0.5  # beyond budget.stop_s
@@ -76,6 +77,7 @@ class Driver:
         say: prints a line for the user.
         show: called after each look with the state and the runs.
         cluster_lost: says that the cluster is gone; None while it answers.
+        folder_lost: says that the sweep's folder is gone, or another driver's; None while it is this one's.
     """
 
     def __init__(
@@ -86,11 +88,12 @@ class Driver:
         say: Callable[[str], None],
         show: Callable[[Book, dict[Key, Running]], None] = lambda book, running: None,
         cluster_lost: Callable[[], str | None] = lambda: None,
+        folder_lost: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._sweep, self._budget = sweep, sweep.config.budget
         self._journal, self._received = journal, received
         self._say, self._show = say, show
-        self._cluster_lost = cluster_lost
+        self._cluster_lost, self._folder_lost = cluster_lost, folder_lost
         self.book = Book(sweep)
         for event in list(journal.events):
             self.book.take(dict(event))
@@ -115,13 +118,13 @@ class Driver:
         Raises:
             LaunchError: trials do not fit.
             RankFailedError: too many have failed.
-            TransientError: the cluster is gone, or the journal cannot be written.
+            TransientError: the cluster or the folder is gone, or the journal cannot be written.
         """
-        (self._sweep.folder / STOP_FILE).unlink(missing_ok=True)
         if not remains(self._sweep, self.book):
+            self._check_any_left()
             return 0
         if not self._wait_for_room(wait):
-            return 128 + self._received.stop[0]
+            return self._code()
         if not self.book.begun:
             self._write({"event": "began", "optuna": metadata.version("optuna")})
         self._write({"event": "opened"})
@@ -132,14 +135,19 @@ class Driver:
                 self._actors.release(key)
             raise
         self._write({"event": "over", "why": why})
-        if self._received.stop:
-            return 128 + self._received.stop[0]
-        return 0
+        if why != _DONE and not self._received.stop:
+            self._say(f"the sweep ends: {why}")
+        if why == _DONE:
+            self._check_any_left()
+        return self._code()
+
+    def _code(self) -> int:
+        return 128 + self._received.stop[0] if self._received.stop else 0
 
     def _wait_for_room(self, wait: bool) -> bool:
         members = self._sweep.config.scheduler.population if self._sweep.config.scheduler.name == "pbt" else 1
         told = False
-        while not self._received.stop:
+        while self._asked_to_stop() is None:
             try:
                 check_room(self._budget, members)
                 return True
@@ -157,6 +165,8 @@ class Driver:
             if (fault := self._cluster_lost()) is not None:
                 self.running.clear()  # nothing of them can be reached; they end with their nodes
                 raise TransientError(fault)
+            if (fault := self._folder_lost()) is not None:
+                raise TransientError(fault)
             why = self._why_to_stop()
             if why is None:
                 self._look()
@@ -164,7 +174,7 @@ class Driver:
                 self._check_failures()
                 self._start_what_fits()
                 if not remains(self._sweep, self.book):
-                    return "done"
+                    return _DONE
             self._show(self.book, self.running)
             if why is not None:
                 self._stop_all()
@@ -172,11 +182,14 @@ class Driver:
             stopping = any(run.stopped_at is not None for run in self.running.values())
             self._received.wait(_STOPPING_TICK_S if stopping else _TICK_S)
 
-    def _why_to_stop(self) -> str | None:
+    def _asked_to_stop(self) -> str | None:
         if self._received.stop:
             return "stopped"
-        if (self._sweep.folder / STOP_FILE).exists():
-            return "stopped by `setformer sweep stop`"
+        return "stopped by `setformer sweep stop`" if (self._sweep.folder / STOP_FILE).exists() else None
+
+    def _why_to_stop(self) -> str | None:
+        if (asked := self._asked_to_stop()) is not None:
+            return asked
         hours = self._hours_before + (time.monotonic() - self._since) / 3600
         if self._budget.hours and hours >= self._budget.hours:
             return f"budget.hours = {self._budget.hours:g} are used up"
@@ -228,7 +241,16 @@ class Driver:
             else:
                 self._say(f"trial {key[0]}: its process or its node died; it resumes from its newest checkpoint")
         else:
-            self._end(key, FAILED, None, said(folder / LOG) or f"exit code {code}", running)
+            self._fail(key, why_ended(folder / LOG, code), running)
+
+    def _fail(self, key: Key, why: str, running: Running) -> None:
+        if no_room(self._sweep.folder, why):
+            self._stop_all()
+            raise TransientError(
+                f"trial {key[0]} found no room on a disk: {why}; make room, and start the sweep again, which continues "
+                "it"
+            )
+        self._end(key, FAILED, None, why, running)
 
     def _end(self, key: Key, state: str, value: float | None, why: str, running: Running | None) -> None:
         seconds = time.monotonic() - running.since if running is not None else 0.0
@@ -348,6 +370,16 @@ class Driver:
         self._stop_all()
         self._write({"event": "over", "why": message})
         raise RankFailedError(message)
+
+    def _check_any_left(self) -> None:
+        """Raise RankFailedError where each trial of a sweep that is over has failed."""
+        if self.book.trials and all(trial.state == FAILED for trial in self.book.trials):
+            count = counted(len(self.book.trials), "trial")
+            raise RankFailedError(f"the sweep is over: of {count} each one failed, the last one: {self._last_reason()}")
+
+    def _last_reason(self) -> str:
+        reasons = [run.why for trial in self.book.trials if trial.state == FAILED for run in trial.runs if run.why]
+        return reasons[-1] if reasons else ""
 
     def _stop_all(self) -> None:
         """Have all runs save and end; a run that ends well meanwhile counts."""

@@ -66,8 +66,13 @@ class Journal:
         """Write an event; it is durable when this returns.
 
         Raises:
-            TransientError: there is no room; what was not written whole is taken away.
+            TransientError: there is no room, and what was not written whole is taken away; or the file was removed.
         """
+        if not os.fstat(self._descriptor).st_nlink:
+            raise TransientError(
+                f"{self.path} was removed while the sweep was at work, and nothing of it can be continued without it: "
+                "put it back from a copy, or give this sweep another sweep.name"
+            )
         body = json.dumps(finite(event))
         chain = _link(self._chain, body.encode())
         line = f'{body[:-1]}, "chain": "{chain}"}}\n'.encode()

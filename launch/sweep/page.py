@@ -35,7 +35,15 @@ from setformer_dist.core.metric import AVERAGED, METRICS_OF, Mode, metric_named,
 SWEEP = "sweep.json"
 TRIALS = "trials"
 _CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
+_LEAST_SHARE = 0.01  # of a core; Ray counts cores in parts of 10,000
+_MISSING = object()
 _SHOWN = 4  # differences that an error names
+# Keys of [run] that each trial gets from the sweep, and what sets them.
+_OWN = {
+    "name": "sweep.name names the folder of its trials",
+    "out": "sweep.out names the folder of all sweeps",
+    "threads": "budget.cpus_per_rank says how many a rank has",
+}
 
 # What a clone of a population may change: neither the shape of the model nor the order of samples.
 _EXPLORED = ("optim.", "schedule.", "data.augment.", "ema.decay", "guard.", "distill.share", "distill.temperature")
@@ -59,9 +67,9 @@ class SweepTable(FrozenConfig):
     """
 
     name: Annotated[str, FREE]
-    out: Annotated[str, FREE] = "runs/sweeps"
-    base: Annotated[str, FREE]
-    metric: str | None = None
+    out: Annotated[str, FREE] = pydantic.Field(default="runs/sweeps", min_length=1)
+    base: Annotated[str, FREE] = pydantic.Field(min_length=1)
+    metric: str | None = pydantic.Field(default=None, min_length=1)
     mode: Mode | None = None
     value: Literal["last", "best"] = "last"
     seed: int = pydantic.Field(default=0, ge=0)
@@ -107,6 +115,8 @@ class BudgetTable(FrozenConfig):
     def _whole(cls, value: float) -> float:
         if value > 1 and value != int(value):
             raise ValueError("must be a whole number, or a share of one core")
+        if value < _LEAST_SHARE:
+            raise ValueError(f"must be at least {_LEAST_SHARE:g}: a rank needs a share of a core")
         return value
 
     @property
@@ -345,8 +355,9 @@ def _check(sweep: Sweep, path: Path) -> None:
     for key in sweep.config.space:
         if not any(key == other or key.startswith(f"{other}.") for other in known):
             raise ConfigError(f'{path}: space."{key}" is no key of a run config{suggested_key(RunConfig, key)}')
-        if key in ("run.name", "run.out", "run.seed", "run.threads"):
+        if key in ("run.seed", *(f"run.{name}" for name in _OWN)):
             raise ConfigError(f'{path}: space."{key}" is set by the sweep itself: leave it out')
+    _check_set(sweep.config, path)
     metrics = METRICS_OF.get(sweep.run.task.name, ())
     metric = metric_named(metrics, sweep.metric)
     if metrics and metric is None:
@@ -362,9 +373,25 @@ def _check(sweep: Sweep, path: Path) -> None:
     if sweep.metric.startswith(AVERAGED) and sweep.run.ema.decay == 0 and "ema.decay" not in sweep.config.space:
         raise ConfigError(f"{path}: sweep.metric = {sweep.metric!r} needs averaged weights: set ema.decay in the base")
     if sweep.config.search.name == "grid":
-        grid(sweep.config.space)
+        try:
+            grid(sweep.config.space)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
     for point in extremes(sweep.config.space):
         resolve(sweep.run_config(point, 0, sweep.run_name(0, 0)), sweep.config.budget.ranks)
+
+
+def _check_set(config: SweepConfig, path: Path) -> None:
+    """Refuse keys of `[set]` that no run would ever have, as the sweep or the space has the last word on them."""
+    of_run = config.set.get("run")
+    if taken := [name for name in _OWN if isinstance(of_run, Mapping) and name in of_run]:
+        raise ConfigError(f"{path}: set.run.{taken[0]} is set by the sweep itself: {_OWN[taken[0]]}")
+    for key, parameter in config.space.items():
+        inner: object = config.set
+        for name in key.split("."):
+            inner = inner.get(name, _MISSING) if isinstance(inner, Mapping) else _MISSING
+        if inner is not _MISSING and not parameter.when:
+            raise ConfigError(f'{path}: set.{key} has no effect, as space."{key}" sets it in each run: take one out')
 
 
 def check_continued(sweep: Sweep) -> bool:

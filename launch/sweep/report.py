@@ -10,11 +10,12 @@ import importlib.resources
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import optuna
 import plotly.graph_objects as go
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 from plotly.offline import get_plotlyjs
@@ -96,7 +97,7 @@ def curves(sweep: Sweep, book: Book) -> go.Figure:
             evals = [(step, value) for step, value in reader.read().evals if value is not None]
             if not evals:
                 continue
-            shown = ", ".join(f"{key} = {label(value)}" for key, value in trial.point.items())
+            shown = escape(", ".join(f"{key} = {label(value)}" for key, value in trial.point.items()))
             figure.add_scatter(
                 x=[step for step, _ in evals],
                 y=[value for _, value in evals],
@@ -116,10 +117,7 @@ def study_of(sweep: Sweep, book: Book) -> optuna.Study:
         if trial.state not in (COMPLETE, PRUNED, REPLACED) or trial.value is None:
             continue
         space = {key: _distribution(sweep.config.space[key]) for key in trial.point}
-        values = {
-            key: label(value) if isinstance(space[key], CategoricalDistribution) else value
-            for key, value in trial.point.items()
-        }
+        values = {key: _tick(sweep.config.space[key], value) for key, value in trial.point.items()}
         state = TrialState.COMPLETE if trial.state == COMPLETE else TrialState.PRUNED
         study.add_trial(_frozen(trial, state, values, space))
     return study
@@ -138,9 +136,18 @@ def _frozen(
     )
 
 
+def _tick(parameter: Parameter, value: Any) -> Any:
+    """Return what the figures show of a value: the words of a choice, which Optuna puts in quotes by itself."""
+    if parameter.choice is None:
+        return value
+    texts = [known if isinstance(known, str) else label(known) for known in parameter.choice]
+    ambiguous = len(set(texts)) < len(texts)  # "1" and 1
+    return label(value) if ambiguous or not isinstance(value, str) else value
+
+
 def _distribution(parameter: Parameter) -> BaseDistribution:
     if parameter.choice is not None:
-        return CategoricalDistribution([label(value) for value in parameter.choice])
+        return CategoricalDistribution([_tick(parameter, value) for value in parameter.choice])
     if parameter.grid is not None:
         return FloatDistribution(parameter.grid[0], parameter.grid[-1])
     if parameter.int is not None:

@@ -63,11 +63,11 @@ class Parameter(FrozenConfig):
             raise ValueError(f"loguniform = {list(values)} must begin above 0")
         if given[0] == "grid" and any(a >= b for a, b in itertools.pairwise(values)):
             raise ValueError(f"grid = {list(values)} must rise")
-        labels = _labels(given[0], values)
-        if given[0] == "choice" and len(set(labels)) < len(labels):
+        _refuse_dates(given[0], values)
+        if given[0] == "choice" and len({identity(value) for value in values}) < len(values):
             raise ValueError(f"choice = {list(values)} names a value twice")
         for key, wanted in self.when.items():
-            _labels(f"when {key}", wanted)
+            _refuse_dates(f"when {key}", wanted)
         if self.step != 1 and given[0] != "int":
             raise ValueError("step is of int")
         return self
@@ -88,9 +88,9 @@ class Parameter(FrozenConfig):
         """Return the place of a value among the values; None where it is none of them."""
         values = self.values
         if isinstance(values, range):
+            value = _plain_numbers(value)
             return values.index(value) if type(value) is type(values.start) and value in values else None
-        labels = [label(known) for known in values or ()]
-        return labels.index(label(value)) if label(value) in labels else None
+        return next((at for at, known in enumerate(values or ()) if identity(known) == identity(value)), None)
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -113,18 +113,32 @@ class Parameter(FrozenConfig):
 
 
 def label(value: object) -> str:
-    """Return a text that stands for a value, and for no other one."""
+    """Return a text that stands for a value."""
     return json.dumps(value, sort_keys=True)
 
 
-def _labels(name: str, values: Sequence[Any]) -> list[str]:
-    """Return the labels of values that a config names.
+def identity(value: object) -> str:
+    """Return a text that two values share where a run config takes them for the same: 1 and 1.0, but not true."""
+    return label(_plain_numbers(value))
+
+
+def _plain_numbers(value: object) -> object:
+    """Return a value with its whole numbers as integers, in lists and tables as well."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, Mapping):
+        return {key: _plain_numbers(inner) for key, inner in value.items()}
+    return [_plain_numbers(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _refuse_dates(name: str, values: Sequence[Any]) -> None:
+    """Refuse values that a config names, where one is of a kind that no run config takes, such as a date.
 
     Raises:
-        ValueError: a value is of a kind that no run config takes, such as a date.
+        ValueError: one is.
     """
     try:
-        return [label(value) for value in values]
+        label(list(values))
     except TypeError:
         raise ValueError(f"{name} has a date or a time, which no key takes: put it in quotes, or take it out") from None
 
@@ -212,7 +226,7 @@ def active(space: Mapping[str, Parameter], values: Mapping[str, Any]) -> Point:
 def is_active(parameter: Parameter, point: Point) -> bool:
     """Return whether a parameter is active, given those before it."""
     return all(
-        other in point and label(point[other]) in {label(value) for value in wanted}
+        other in point and identity(point[other]) in {identity(value) for value in wanted}
         for other, wanted in parameter.when.items()
     )
 

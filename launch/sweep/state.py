@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,12 +121,20 @@ class Book:
         Raises:
             DataError: it does not follow from those before it.
         """
-        self._count(event)
+        handlers: dict[str, Callable[[Event], None]] = {
+            "began": self._began, "opened": self._passed, "over": self._passed, "asked": self._asked,
+            "cloned": self._cloned, "kept": self._kept, "started": self._started, "reported": self._reported,
+            "ended": self._ended,
+        }  # fmt: skip
+        if event["event"] not in handlers:
+            raise DataError(
+                f"the journal of {self._sweep.folder} has an event that this version does not know "
+                f"({event['event']!r}): continue the sweep with the version that wrote it"
+            )
         try:
-            handler = getattr(self, f"_{event['event']}", None)
-            if handler is not None:
-                handler(event)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+            self._count(event)
+            handlers[event["event"]](event)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise DataError(
                 f"the journal of {self._sweep.folder} has an event that does not follow ({event['event']}: {error!r}): "
                 "restore it from a copy, or give this sweep another sweep.name"
@@ -138,6 +147,14 @@ class Book:
             if self._last_time is not None and event["event"] != "opened":
                 self.hours += max(0.0, now - self._last_time) / 3600
             self._last_time = now
+
+    def _known(self, event: Event, name: str) -> Trial:
+        if event[name] < 0:
+            raise IndexError(event[name])
+        return self.trials[event[name]]
+
+    def _passed(self, event: Event) -> None:
+        """Take an event that changes nothing but the time."""
 
     def _began(self, event: Event) -> None:
         self.begun = True
@@ -155,8 +172,8 @@ class Book:
         return Trial(len(self.trials), point, [RunState() for _ in range(self._sweep.config.sweep.seeds)])
 
     def _cloned(self, event: Event) -> None:
-        source, step = self.trials[event["source"]], int(event["step"])
-        replaced = self.trials[event["replaces"]]
+        source, step = self._known(event, "source"), int(event["step"])
+        replaced = self._known(event, "replaces")
         point = self._searcher.ask(event["point"])
         trial = self._trial(point)
         trial.source, trial.replaces = (source.number, step), replaced.number
@@ -174,13 +191,13 @@ class Book:
         return next((other for other in self.trials if other.replaces == trial.number), None)
 
     def _kept(self, event: Event) -> None:
-        self.trials[event["trial"]].clone_of = None
+        self._known(event, "trial").clone_of = None
 
     def _started(self, event: Event) -> None:
-        self.trials[event["trial"]].runs[event["seed"]].starts += 1
+        self._known(event, "trial").runs[_seed(event)].starts += 1
 
     def _reported(self, event: Event) -> None:
-        trial, value = self.trials[event["trial"]], event["value"]
+        trial, value = self._known(event, "trial"), event["value"]
         trial.reports.append((int(event["step"]), value))
         ordinal = trial.before + len(trial.reports)
         stop = self._searcher.report(trial.number, ordinal, value)
@@ -202,8 +219,8 @@ class Book:
         )
 
     def _ended(self, event: Event) -> None:
-        trial = self.trials[event["trial"]]
-        run = trial.runs[event["seed"]]
+        trial = self._known(event, "trial")
+        run = trial.runs[_seed(event)]
         run.state, run.value, run.step = event["state"], event["value"], int(event["step"])
         run.why, run.seconds = str(event.get("why", "")), run.seconds + float(event["seconds"])
         if run.state == DONE and any(r.state == WAITING for r in trial.runs):
@@ -228,6 +245,13 @@ class Book:
         """Return all trials: the complete ones by value, then the others by number."""
         ranked = self.ranked()
         return [*ranked, *(t for t in self.trials if t not in ranked)]
+
+
+def _seed(event: Event) -> int:
+    seed = event["seed"]
+    if type(seed) is not int or seed < 0:
+        raise IndexError(seed)
+    return seed
 
 
 def book_of(sweep: Sweep, events: list[Event]) -> Book:

@@ -8,6 +8,7 @@ code. The command dies with the actor, and its ranks die with the command, howev
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import shutil
@@ -27,6 +28,7 @@ from setformer_dist.core.secrets import redacted_json
 
 TRIAL = "trial.json"
 LOG = "trial.log"
+_LEAST_FREE = 1 << 20  # bytes of a disk that is not full
 _HOME = Path(__file__).resolve().parents[2]
 # What tells a process that another launcher has started it.
 _OTHERS = (
@@ -131,8 +133,30 @@ def words_of(config: Path, ranks: int, stop_s: float) -> tuple[str, ...]:
     return ("train", str(config), "--ranks", str(ranks), "--grace", f"{stop_s:g}")
 
 
-def said(log: Path) -> str:
-    """Return the last error that a run has printed, or its last line."""
+def why_ended(log: Path, code: int) -> str:
+    """Return why a run has ended with an exit code: the last error that it has printed, or its last line."""
+    if not log.is_file():
+        return f"exit code {code}; {log} is gone, as its folder was removed or replaced while it ran"
+    return _said(log) or f"exit code {code}"
+
+
+def no_room(folder: Path, why: str) -> bool:
+    """Return whether a run has failed since the disk of its folder is full, which is nothing that is wrong with it.
+
+    Args:
+        folder: on the same disk.
+        why: the run's words.
+    """
+    if any(os.strerror(number) in why for number in (errno.ENOSPC, errno.EDQUOT)):
+        return True
+    try:
+        free = os.statvfs(folder)
+    except OSError:
+        return False
+    return free.f_bavail * free.f_frsize < _LEAST_FREE or (free.f_files > 0 and not free.f_favail)
+
+
+def _said(log: Path) -> str:
     lines = [line.decode(errors="replace").strip() for line in lines_of(log)]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return errors[-1] if errors else next((line for line in reversed(lines) if line), "")

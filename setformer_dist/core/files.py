@@ -6,6 +6,7 @@ it, under the key "sha256". Those of earlier versions have none and are still re
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -26,14 +27,31 @@ LARGEST_RECORD = 4 << 30  # bytes that are read of one
 MAX_STATE = 16 << 20  # bytes
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a file beside another one, whose place it takes when it is written; if it cannot be, nothing is left of it.
+
+    Raises:
+        OSError: naming the file of the caller.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield aside
+        aside.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from None
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file aside, make it durable and rename it into place."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with aside.open("w", encoding="utf-8") as file:
+    with replacing(path) as aside, aside.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    aside.replace(path)
 
 
 def write_json(path: Path, value: object) -> None:

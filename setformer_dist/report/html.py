@@ -19,6 +19,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from setformer_dist.core import ledger
+from setformer_dist.core.files import replacing
 from setformer_dist.core.metric import AVERAGED, LOSS, METRICS_OF, Metric
 from setformer_dist.core.words import plain_page
 from setformer_dist.report import figures, refreshes, timeline
@@ -94,9 +95,8 @@ def write_report(
     """
     text = render(read_run(run_folder), samples, timeline_of(ledger.read_events(run_folder)), reconstructed)
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.tmp")
-    aside.write_text(plain_page(text), encoding="utf-8")  # names of classes and files may be no text
-    aside.replace(out)
+    with replacing(out) as aside:
+        aside.write_text(plain_page(text), encoding="utf-8")  # names of classes and files may be no text
 
 
 def render(

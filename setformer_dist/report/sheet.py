@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from setformer_dist.core.files import replacing
 from setformer_dist.core.words import plain_page
 
 _TEMPLATE = "sheet.html.j2"
@@ -179,6 +180,5 @@ def _image(cell: Cell) -> dict[str, str]:
 
 def _replace(out: Path, data: bytes) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.tmp")
-    aside.write_bytes(data)
-    aside.replace(out)
+    with replacing(out) as aside:
+        aside.write_bytes(data)

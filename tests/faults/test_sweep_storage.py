@@ -12,8 +12,9 @@ import pytest
 
 from checkpoints.layout import MANIFEST, step_folder
 from launch.sweep.journal import Journal, read_events
-from launch.sweep.trial import Command, TrialProcess, hand_over
+from launch.sweep.trial import LOG, Command, TrialProcess, hand_over, no_room, why_ended
 from setformer_dist.core.errors import TransientError
+from setformer_dist.core.files import write_text
 
 
 @pytest.fixture
@@ -51,6 +52,29 @@ def test_a_full_disk_ends_the_driver_and_the_journal_goes_on_after_making_room(s
     again.close()
     found = read_events(small_disk)
     assert [found[0]["time"], found[-1]["time"], len(found)] == [0.0, 9.0, 2 + written]
+
+
+def test_a_page_that_finds_no_room_leaves_nothing_and_is_named(small_disk: Path) -> None:
+    page = small_disk / "report.html"
+    write_text(page, "as it was")
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_text(page, "x" * (1 << 20))
+    assert caught.value.filename == str(page)
+    assert [path.name for path in small_disk.iterdir()] == ["report.html"]
+    assert page.read_text() == "as it was"
+
+
+def test_a_full_disk_is_told_from_what_is_wrong_with_a_trial(small_disk: Path, tmp_path: Path) -> None:
+    assert no_room(small_disk, "exit code 4")  # the trial could not say why
+    assert not no_room(tmp_path, "data.root = 'nosuch' holds no data")
+    assert no_room(tmp_path, "could not write the checkpoint: OSError: [Errno 28] No space left on device")
+    log = tmp_path / "trial-0000" / LOG
+    assert "is gone, as its folder was removed" in why_ended(log, 9)
+    log.parent.mkdir()
+    log.write_text("")
+    assert why_ended(log, 9) == "exit code 9"
+    log.write_text("error: first\nerror: last\nsome line\n")
+    assert why_ended(log, 9) == "last"
 
 
 def checkpoint(run: Path, step: int, whole: bool = True) -> None:

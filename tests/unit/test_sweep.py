@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from launch.sweep import population
-from launch.sweep.driver import Running
+from launch.ranks.signals import Received
+from launch.sweep import commands, population
+from launch.sweep.driver import Driver, Running
 from launch.sweep.journal import JOURNAL, Journal, read_events
 from launch.sweep.page import SWEEP, SchedulerTable, Sweep, SweepConfig, check_continued, load_sweep, read_sweep
 from launch.sweep.progress import ProgressReader
@@ -23,7 +24,7 @@ from launch.sweep.state import Book, book_of
 from launch.sweep.table import final_table, live_table, write_csv
 from launch.testing.commands import ROOT
 from setformer_dist.core.config import all_keys
-from setformer_dist.core.errors import ConfigError, DataError
+from setformer_dist.core.errors import ConfigError, DataError, RankFailedError, TransientError
 from setformer_dist.core.files import write_state
 
 PAGE = """
@@ -58,6 +59,8 @@ def page(folder: Path, space: str = LR, sweep: str = "", tail: str = "", *overri
         ('"optim.lr" = { uniform = [0.0, inf] }', "", "finite"),
         ('"optim.lr" = { choice = [] }', "", "choice is empty"),
         ('"optim.lr" = { choice = [1e-3, 1e-3] }', "", "names a value twice"),
+        ('"optim.lr" = { choice = [1, 1.0] }', "", "names a value twice"),
+        ('"optim.betas" = { choice = [[0, 0.5], [0.0, 0.5]] }', "", "names a value twice"),
         ('"optim.lr" = { choice = [1e-3], uniform = [0.1, 0.2] }', "", "not choice and uniform"),
         ('"optim.lr" = { step = 2 }', "", "give one of choice, uniform, loguniform, int, grid"),
         ('"optim.lr" = 3', "", "is no parameter"),
@@ -71,7 +74,12 @@ def page(folder: Path, space: str = LR, sweep: str = "", tail: str = "", *overri
         ('"data.augment.nosuch.x" = { choice = [1] }', "", "no table has keys there"),
         (f"{LR}\noptim.lr = {{ choice = [0.1] }}", "", 'space."optim.lr" is given twice'),
         ('"run.log_every" = { int = [-9000000000000000000, 9000000000000000000] }', "", "spans more than 2**53"),
-        ('"run.log_every" = { int = [1, 1000000000000] }', 'search = { name = "grid" }', "more than 100,000 points"),
+        (
+            '"run.log_every" = { int = [1, 1000000000000] }',
+            'search = { name = "grid" }',
+            "page.toml: the grid of the space has more than 100,000 points",
+        ),
+        ('"schedule.epochs" = { int = [1, 2] }', "", "set.schedule.epochs has no effect"),
         (LR, 'search = { name = "grid" }', "is loguniform, which a grid cannot count out"),
         (LR, 'scheduler = { name = "hyperband" }', "needs scheduler.last"),
         (LR, 'scheduler = { name = "pbt", population = 31 }', "below scheduler.population"),
@@ -105,6 +113,36 @@ def test_a_condition_that_cannot_hold_is_refused(tmp_path: Path, when: str, said
     space += f'"schedule.power" = {{ grid = [1.0, 2.0], when = {when} }}'
     with pytest.raises(ConfigError, match=said):
         page(tmp_path, space)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("budget.cpus_per_rank=1e-9", "must be at least 0.01"),
+        ("sweep.metric=", "sweep.metric = '': string should have at least 1 character"),
+        ("sweep.base=", "sweep.base = '': string should have at least 1 character"),
+        ("sweep.out=", "sweep.out = '': string should have at least 1 character"),
+        ("set.run.name=mine", "set.run.name is set by the sweep itself: sweep.name names"),
+        ("set.run.out=here", "set.run.out is set by the sweep itself: sweep.out names"),
+        ("set.run.threads=4", "set.run.threads is set by the sweep itself: budget.cpus_per_rank says"),
+        ("set.optim.lr=0.1", 'set.optim.lr has no effect, as space."optim.lr" sets it in each run'),
+    ],
+)
+def test_what_a_sweep_would_not_heed_is_refused(tmp_path: Path, override: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        page(tmp_path, LR, "", "", override)
+    assert said in str(caught.value)
+
+
+def test_one_and_one_point_zero_are_the_same_value(tmp_path: Path) -> None:
+    """A grid holds fractions, whatever its page says, and a condition may name them as integers."""
+    when = '"optim.lr" = { choice = [0.1], when = { "optim.weight_decay" = [1] } }'
+    for places in ("grid = [1, 2]", "choice = [1.0, 2]"):
+        space = page(tmp_path, f'"optim.weight_decay" = {{ {places} }}\n{when}').config.space
+        assert {"optim.weight_decay": 1.0, "optim.lr": 0.1} in grid(space)
+    told = Parameter(choice=(True, 1, "1"))
+    assert [told.place(value) for value in (True, 1.0, "1", 2)] == [0, 1, 2, None]
+    assert Parameter(int=(1, 9), step=4).place(5.0) == 1
 
 
 def test_metric_and_mode_are_checked(tmp_path: Path) -> None:
@@ -271,6 +309,61 @@ def test_a_journal_of_another_searcher_is_refused(tmp_path: Path) -> None:
         book_of(page(tmp_path), [{"event": "ended", "trial": 3, "seed": 0}])
 
 
+@pytest.mark.parametrize(
+    ("event", "said"),
+    [
+        ({"event": "forked"}, "an event that this version does not know"),
+        ({"event": "_init__"}, "an event that this version does not know"),
+        ({"event": "started", "trial": -1, "seed": 0}, "does not follow"),
+        ({"event": "started", "trial": 0, "seed": -1}, "does not follow"),
+        ({"event": "reported", "trial": 0, "step": 1e999, "value": 0.5}, "does not follow"),
+        ({"event": "reported", "trial": 0, "step": 1, "value": "much"}, "does not follow"),
+        ({"event": "cloned", "trial": 1, "point": [], "source": 0, "step": 1, "replaces": 0}, "does not follow"),
+        ({"event": "ended", "trial": 0, "seed": 0, "state": "won", "value": 1, "step": 1, "seconds": 1}, "not follow"),
+        ({"event": "over", "time": 10**400}, "does not follow"),
+    ],
+)
+def test_an_event_that_no_driver_wrote_is_refused(tmp_path: Path, event: dict[str, Any], said: str) -> None:
+    book = Book(page(tmp_path))
+    book.take({"event": "asked", "trial": 0, "time": 1.0})
+    with pytest.raises(DataError, match=said):
+        book.take(event)
+
+
+def test_a_journal_that_was_removed_is_not_written_to_nobody(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.append({"event": "opened"})
+    journal.path.unlink()
+    with pytest.raises(TransientError, match="was removed while the sweep was at work"):
+        journal.append({"event": "over"})
+    journal.close()
+
+
+def test_a_sweep_whose_trials_all_failed_has_failed(tmp_path: Path) -> None:
+    sweep = page(tmp_path, LR, "", "", "budget.trials=1")
+    sweep.folder.mkdir()
+    journal = Journal(sweep.folder)
+    book = Book(sweep)
+    journal.append(book.take({"event": "asked", "trial": 0}))
+    journal.append({"event": "ended", "trial": 0, "seed": 0, "state": "failed", "value": None, "step": 0,
+                    "seconds": 1.0, "why": "no data"})  # fmt: skip
+    with pytest.raises(RankFailedError, match="of 1 trial each one failed, the last one: no data"):
+        Driver(sweep, journal, Received(None), print).run()
+    journal.close()
+
+
+def test_a_sweep_can_be_shown_where_nothing_can_be_written(tmp_path: Path) -> None:
+    sweep = page(tmp_path)
+    sweep.folder.mkdir()
+    write_state(sweep.folder / SWEEP, sweep.as_json())
+    (sweep.folder / "results.csv").mkdir()  # nothing can take its place
+    console = Console(width=200, file=io.StringIO())
+    with pytest.raises(OSError, match=r"s/results.csv"):
+        commands.show(sweep.folder, console)
+    assert isinstance(console.file, io.StringIO)
+    assert "nothing to recommend" in console.file.getvalue()
+
+
 def test_a_wide_range_of_integers_is_not_counted_out(tmp_path: Path) -> None:
     wide = '"run.log_every" = { int = [1, 1000000000000], step = 3 }'
     sweep = page(tmp_path, f'{wide}\n"optim.lr" = {{ choice = [0.1], when = {{ "run.log_every" = [4] }} }}')
@@ -322,7 +415,10 @@ def test_the_page_of_a_sweep_is_one_file_that_needs_no_network(tmp_path: Path) -
     assert "optim.weight_decay" in text
     outside = [tag for tag in ("<script src", "<link", "cdn.plot.ly/plotly") if tag in text]
     assert not outside
-    assert len(study_of(sweep, book_of(sweep, events)).trials) == 10
+    study = study_of(sweep, book_of(sweep, events))
+    assert len(study.trials) == 10
+    assert {trial.params["schedule.name"] for trial in study.trials} == {"cosine", "polynomial"}  # not "'cosine'"
+    assert {trial.params["batch.micro"] for trial in study.trials} == {"16", "32"}
 
 
 def test_the_live_table_shows_what_runs(tmp_path: Path) -> None:
