@@ -5,7 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from launch.queue.config import QueueConfig
 from launch.queue.nodes import local_slots
 from launch.queue.store import Store, event
 from launch.run.config import RunConfig, check_folder, continued, load_run, resolve, shipped
+from setformer_dist.core import config as base
 from setformer_dist.core.errors import ConfigError, LaunchError
 from setformer_dist.core.words import counted
 
@@ -25,7 +26,7 @@ class Request:
     """What a user asks for.
 
     Attributes:
-        config: path of the run config, or the name of a shipped one.
+        config: path of the run config, or the name of a shipped one; or the whole run config as nested tables.
         overrides: such as optim.lr=1e-3.
         ranks: "N", or "MIN:MAX".
         nodes: number of nodes, with `per_node`.
@@ -37,9 +38,10 @@ class Request:
         limit: "90", "30m", "4h" or "2d"; None for turns.
         after: jobs that must be done before.
         held: wait for `setformer queue release`.
+        directory: in which the job runs, and to which its relative paths belong; by default the present one.
     """
 
-    config: Path
+    config: Path | Mapping[str, object]
     overrides: Sequence[str] = ()
     ranks: str | None = None
     nodes: int | None = None
@@ -51,6 +53,7 @@ class Request:
     limit: str | None = None
     after: Sequence[int] = ()
     held: bool = False
+    directory: Path | None = None
 
 
 def submit(store: Store, config: QueueConfig, request: Request) -> int:
@@ -60,21 +63,21 @@ def submit(store: Store, config: QueueConfig, request: Request) -> int:
         ConfigError: the run config cannot be run, or not on so many ranks.
         LaunchError: the request cannot be met by this queue.
     """
-    run = continued(load_run(shipped(request.config), request.overrides))
+    run = continued(_run_of(request))
     user = request.user or getpass.getuser()
     limit_s = None if request.limit is None else seconds_of(request.limit)
     _check_user(config, user, request.priority, limit_s)
     sizes = _sizes(run, request)
     _check_fits(sizes, request.per_node, _nodes(store, config), config.user(user).quota)
     check_folder(resolve(run, sizes[0]))
-    folder = str(run.folder.absolute())
+    folder, directory = str(run.folder.absolute()), str(request.directory or Path.cwd())
     now = time.time()
     with store.write() as connection:
         _check_after(connection, request.after)
         _check_alone(connection, folder, request.after)
         row = sa.insert(db.jobs).values(
             name=request.name or run.run.name, user=user, priority=request.priority, state="waiting", submitted=now,
-            config=json.dumps(run.model_dump(mode="json")), directory=str(Path.cwd()), folder=folder, sizes=sizes,
+            config=json.dumps(run.model_dump(mode="json")), directory=directory, folder=folder, sizes=sizes,
             per_node=request.per_node, limit_s=limit_s, max_retries=request.max_retries, after=list(request.after),
             held=request.held, waiting_since=now,
         )  # fmt: skip
@@ -83,6 +86,26 @@ def submit(store: Store, config: QueueConfig, request: Request) -> int:
         number = int(key[0])
         event(connection, "submitted", number, user=user, sizes=sizes, priority=request.priority)
     return number
+
+
+def _run_of(request: Request) -> RunConfig:
+    """Return the run config of a request, with its folder below the directory that the request names.
+
+    Raises:
+        ConfigError: it cannot be run.
+        LaunchError: the directory is none.
+    """
+    if isinstance(request.config, Path):
+        run = load_run(shipped(request.config), request.overrides)
+    else:
+        run = base.load(RunConfig, None, request.overrides, request.config)
+    if request.directory is None:
+        return run
+    if not request.directory.is_absolute() or not request.directory.is_dir():
+        raise LaunchError(
+            f"{request.directory} is no folder on the machine of the queue's server: name one by its whole path"
+        )
+    return run.model_copy(update={"run": run.run.model_copy(update={"out": str(request.directory / run.run.out)})})
 
 
 def seconds_of(text: str) -> float:
