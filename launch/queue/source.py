@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from setformer_dist.core.words import plain_page
 
 CHUNK = 1 << 16  # bytes of a log in one answer
 MOST_EVENTS = 1000  # in one answer
+_COLOURS = re.compile(r"\x1b\[[0-9;]{0,32}m")
 _BY_AGE = ("running", "stopping", "waiting")
 _LIVE = ("running", "stopping")
 
@@ -153,12 +155,7 @@ class Local:
         running = sa.select(db.attempts.c.job, db.attempts.c.placement, db.attempts.c.started, db.attempts.c.ranks)
         live = {row["job"]: row for row in self.store.rows(running.where(db.attempts.c.state != "ended"))}
         found = self.store.rows(sa.select(*wanted).where(where).order_by(*order).limit(limit))
-        for row in found:
-            run = live.get(row["id"])
-            row["placement"] = run["placement"] if run else []
-            row["started"] = run["started"] if run else None
-            row["ranks"] = run["ranks"] if run else None
-        return found
+        return [{**row, **_now(live.get(row["id"]))} for row in found]
 
     def job(self, number: int) -> Row:
         """As `Source`."""
@@ -166,7 +163,9 @@ class Local:
         query = sa.select(db.attempts).where(db.attempts.c.job == number).order_by(db.attempts.c.number)
         happened = sa.select(db.events).where(db.events.c.job == number).order_by(db.events.c.id).limit(MOST_EVENTS)
         job["config"] = redacted_json(json.loads(job["config"]))
-        return {**job, "tries": self.store.rows(query), "events": self.store.rows(happened)}
+        tries = self.store.rows(query)
+        live = next((row for row in tries if row["state"] != "ended"), None)
+        return {**job, **_now(live), "tries": tries, "events": self.store.rows(happened)}
 
     def events(self, since: int) -> list[Row]:
         """As `Source`."""
@@ -216,13 +215,25 @@ class Local:
         return put(self.store, self.config, request)
 
 
+def _now(run: Row | None) -> Row:
+    """Return placement, start and ranks of the attempt that runs, if one does."""
+    return {
+        "placement": run["placement"] if run else [],
+        "started": run["started"] if run else None,
+        "ranks": run["ranks"] if run else None,
+    }
+
+
 def as_line(row: Row) -> Row:
     """Return an event as one flat object; what an event's data says never hides its number, time, kind or job."""
     return {**row["data"], "id": row["id"], "time": row["time"], "event": row["kind"], "job": row["job"]}
 
 
 def _piece(path: Path, start: int) -> tuple[int, int, str]:
-    """Return where a piece of a file begins and ends, and its text; a character that is not whole yet is left out."""
+    """Return where a piece of a file begins and ends, and its text; a character that is not whole yet is left out.
+
+    Colours and the ends of lines of other systems are left out; other control characters are written out.
+    """
     try:
         with os.fdopen(open_plain(path, os.O_RDONLY), "rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -232,7 +243,7 @@ def _piece(path: Path, start: int) -> tuple[int, int, str]:
     except OSError:
         return 0, 0, ""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    text = decoder.decode(data)
+    text = _COLOURS.sub("", decoder.decode(data).replace("\r\n", "\n"))
     return first, first + len(data) - len(decoder.getstate()[0]), plain_page(redacted(text))
 
 

@@ -12,9 +12,9 @@ import sqlalchemy as sa
 from launch.queue import schema as db
 from launch.queue.config import QueueConfig
 from launch.queue.source import Local
-from launch.queue.store import Store, event, url_of
+from launch.queue.store import FILE, Store, event, url_of
 
-HOSTILE = '<img src=x onerror=alert(1)>"\'&\u202e\x1b[31mred'
+HOSTILE = "<img src=x onerror=alert(1)>\"'&\u202e\x1b[31mred"
 TOKEN = "a-token-that-nobody-guesses-0123456789"
 
 
@@ -81,3 +81,9 @@ def make(folder: Path, name: str = HOSTILE, **page: object) -> Local:
         event(connection, "preempted", second, why="preempted", note=name)
     job(store, folder, name, "failed", reason=name, finished=time.time() - 500, used_s=260.0)
     return Local(store, config)
+
+
+def copied(queue: Local, folder: Path) -> Local:
+    """Copy a queue's database into a folder: each commit of a new one takes long on a slow disk."""
+    queue.store.backup(folder / FILE)
+    return Local(Store(url_of(folder)), queue.config)

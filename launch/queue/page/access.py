@@ -16,6 +16,7 @@ import hashlib
 import hmac
 import ipaddress
 import json
+import re
 import secrets
 import socket
 import time
@@ -30,6 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 _SESSION_S = 12 * 3600.0
 _MOST_SESSIONS = 256
 LARGEST_BODY = 4 << 20  # bytes
+_HOST = re.compile(r"[A-Za-z0-9._:\[\]-]{1,300}")
 OPEN = ("/login", "/files/")  # what needs no token
 
 HEADERS = {
@@ -100,7 +102,12 @@ class Access:
 
     def is_own_name(self, host: str) -> bool:
         """Return whether a Host header names this server."""
-        name = urllib.parse.urlsplit(f"//{host}").hostname or ""
+        if not _HOST.fullmatch(host):
+            return False
+        try:
+            name = urllib.parse.urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            return False
         return name in ("localhost", *self.names) or _is_address(name)
 
 

@@ -111,17 +111,20 @@ def spark(points: Points) -> markupsafe.Markup:
     ).format(line)
 
 
-def chart(title: str, lines: Sequence[tuple[str, Points]]) -> markupsafe.Markup:
+def chart(title: str, lines: Sequence[tuple[str, Points]], from_zero: bool = False) -> markupsafe.Markup:
     """Return a drawing with axes; "" where no curve has a point.
 
     Args:
         title: of the drawing.
         lines: label and points of each curve.
+        from_zero: the values' axis begins at 0.
     """
     shown = [(label, _thinned(points, 300)) for label, points in lines if points]
     if not shown:
         return markupsafe.Markup("")
     span = _span([points for _, points in shown])
+    if from_zero:
+        span = (span[0], span[1], min(0.0, span[2]), max(1e-9, 1.06 * span[3]))
     box = (_LEFT, _TOP, _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM)
     parts = [*_axes(span, box)]
     for number, (_, points) in enumerate(shown, 1):

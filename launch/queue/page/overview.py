@@ -91,7 +91,7 @@ def _tiles(nodes: list[Row], counts: Mapping[str, int]) -> list[tuple[str, str]]
         (f"{counts.get('running', 0) + counts.get('stopping', 0):,}", "jobs run"),
         (f"{counts.get('waiting', 0):,}", "jobs wait"),
         (f"{usable:,} / {len(nodes):,}", "nodes take jobs"),
-        (f"{counts.get('done', 0):,}" + (f" + {failed:,} failed" if failed else ""), "done in 24 hours"),
+        (f"{counts.get('done', 0):,}", "done in 24 hours" + (f", {failed:,} failed" if failed else "")),
     ]
 
 
@@ -186,8 +186,6 @@ def job(queue: Local, curves: Curves, number: int, attempt: int | None) -> Facts
     """
     now = time.time()
     row = queue.job(number)
-    live = next((one for one in row["tries"] if one["state"] != "ended"), None)
-    row |= {"placement": live["placement"] if live else [], "ranks": live["ranks"] if live else None}
     chosen = len(row["tries"]) if attempt is None else attempt
     over = row["state"] in db.ENDED
     return {
@@ -207,7 +205,8 @@ def job(queue: Local, curves: Curves, number: int, attempt: int | None) -> Facts
 
 
 def _facts(row: Row, now: float) -> list[tuple[str, object]]:
-    limit = f"{span(row['limit_s'])}, of which {span(row['used_s'])} used" if row["limit_s"] else ""
+    used = row["used_s"] + (max(0.0, now - row["started"]) if row["started"] else 0.0)
+    limit = f"{span(row['limit_s'])}, of which {span(used)} used" if row["limit_s"] else ""
     found: list[tuple[str, object]] = [
         ("user", row["user"]),
         ("priority", str(row["priority"])),
@@ -230,8 +229,8 @@ def _charts(found: Mapping[str, list[tuple[int, float]]]) -> list[Facts]:
     shares = [("top-1", [(step, 100 * value) for step, value in found.get("top1", [])])]
     speeds = [("images per second", found.get("images_per_s", []))]
     wanted = (("Loss", losses), ("Top-1 accuracy, %", shares), ("Images per second", speeds))
-    drawn = [{"title": title, "labels": [label for label, points in lines if points], "svg": chart(title, lines)}
-             for title, lines in wanted]  # fmt: skip
+    drawn = [{"title": title, "labels": [label for label, points in lines if points],
+              "svg": chart(title, lines, from_zero=lines is speeds)} for title, lines in wanted]  # fmt: skip
     return [one for one in drawn if one["svg"]]
 
 

@@ -8,6 +8,7 @@ started again, later each time; if the scheduler is killed, the kernel ends it a
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 import os
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from launch.queue import config as settings
 from launch.queue import token as tokens
@@ -36,6 +38,7 @@ log = logging.getLogger(__name__)
 _HOME = Path(__file__).resolve().parents[3]
 _MODULE = "launch.queue.page.server"
 SILENT_S = 30.0  # after which the kernel ends a connection whose other side takes nothing
+HEAD_S = 20.0  # in which a new connection sends its first request
 _MOST_CONNECTIONS = 256
 _BUFFER = 1 << 16  # bytes that wait in the kernel for one browser
 _AGAIN_S, _AGAIN_MAX_S = 1.0, 60.0
@@ -95,13 +98,26 @@ def run(folder: Path, config: QueueConfig, listening: socket.socket, token: str 
     store.close()
 
 
+class Impatient(H11Protocol):
+    """A connection that is closed where no whole request comes within `HEAD_S`: idle ones must not take all places."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait."""
+        super().connection_made(transport)
+        self.loop.call_later(HEAD_S, self._look)
+
+    def _look(self) -> None:
+        if getattr(self, "cycle", None) is None and not self.transport.is_closing():
+            self.transport.close()
+
+
 def server_of(queue: Local, folder: Path, token: str | None, listening: socket.socket) -> uvicorn.Server:
     """Return the server of a page."""
     names = frozenset({*own_names(), *(name.lower() for name in queue.config.page.names)})
     access = Access(token, names, f"setformer_queue_{listening.getsockname()[1]}")
     return uvicorn.Server(
         uvicorn.Config(
-            application(queue, folder, access), loop="asyncio", http="h11", ws="none", log_config=None,
+            application(queue, folder, access), loop="asyncio", http=Impatient, ws="none", log_config=None,
             access_log=False, server_header=False, proxy_headers=False, limit_concurrency=_MOST_CONNECTIONS,
             timeout_keep_alive=15, timeout_graceful_shutdown=1, h11_max_incomplete_event_size=1 << 16,
         )
