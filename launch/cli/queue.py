@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +17,7 @@ from setformer_dist.core.terminal import open_console
 
 if TYPE_CHECKING:
     from launch.queue.config import QueueConfig
+    from launch.queue.source import Source
     from launch.queue.store import Store
 
 _HELP = """Share a machine or a cluster: jobs wait in a queue, and start, stop and resume by priority and fair share.
@@ -31,23 +34,36 @@ Examples:
 app = typer.Typer(help=_HELP, no_args_is_help=True)
 
 QueueOption = Annotated[
-    Path | None,
+    str | None,
+    typer.Option(
+        "--queue", help="The queue's folder, or URL of its page; by default SETFORMER_QUEUE, or your own.",
+        show_default=False,
+    ),
+]  # fmt: skip
+FolderOption = Annotated[
+    str | None,
     typer.Option("--queue", help="The queue's folder; by default SETFORMER_QUEUE, or your own.", show_default=False),
+]
+TokenFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="File with the page's token; by default SETFORMER_QUEUE_TOKEN or SETFORMER_QUEUE_TOKEN_FILE. Without a "
+        "token the page is read-only and listens on loopback alone.",
+        show_default=False,
+    ),
 ]
 JobNumber = Annotated[int, typer.Argument(metavar="JOB", help="Number of the job.", show_default=False, min=1)]
 NodeName = Annotated[str, typer.Argument(metavar="NODE", help="Name of the node.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def _open(queue: Path | None) -> tuple[Path, QueueConfig, Store]:
+def _open(queue: str | None) -> tuple[Path, QueueConfig, Store]:
     """Return the queue's folder, its config and its database.
 
     Raises:
         LaunchError: the extra is not installed, or the database cannot be used.
     """
-    for name in ("sqlalchemy", "psycopg"):
-        if importlib.util.find_spec(name) is None:
-            raise LaunchError(f"the queue needs the package {name}: pip install 'setformer_dist[queue]'")
+    _need("sqlalchemy", "psycopg")
     from launch.queue import config as settings
     from launch.queue.serve import open_store
 
@@ -56,23 +72,109 @@ def _open(queue: Path | None) -> tuple[Path, QueueConfig, Store]:
     return folder, config, open_store(folder, config)
 
 
+def _need(*names: str) -> None:
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise LaunchError(f"the queue needs the package {name}: pip install 'setformer_dist[queue]'")
+
+
+def _source(queue: str | None) -> tuple[Source, Callable[[], None]]:
+    """Return the queue, by its folder or its server, and what starts a server for a folder where none runs.
+
+    Raises:
+        LaunchError: as `_open`, or the token cannot be used.
+    """
+    from launch.queue import config as settings
+
+    if (url := settings.url_of_server(queue)) is not None:
+        _need("sqlalchemy")
+        from launch.queue import token
+        from launch.queue.remote import Remote
+
+        return Remote(url, token.find()), lambda: None
+    folder, config, store = _open(queue)
+    from launch.queue.serve import ensure_server
+    from launch.queue.source import Local
+
+    def ensure() -> None:
+        if line := ensure_server(folder, store):
+            print(line, file=sys.stderr)
+
+    return Local(store, config), ensure
+
+
+def _page(where: str, token_file: Path | None) -> tuple[socket.socket, str | None]:
+    """Return the socket on which a page listens, and its token, which the environment has no longer.
+
+    Raises:
+        LaunchError: one of them cannot be used.
+    """
+    _need("fastapi", "uvicorn")
+    from launch.queue import token
+    from launch.queue.page import server
+
+    found = token.find(token_file)
+    listening = server.listen(where, found)
+    token.forget()
+    acts = "for those who have its token" if found is not None else "read-only"
+    print(f"page: {server.address_of(listening)} ({acts})", file=sys.stderr)
+    return listening, found
+
+
 @app.command()
 def serve(
-    queue: QueueOption = None,
+    queue: FolderOption = None,
+    page: Annotated[
+        str | None,
+        typer.Option(help="Serve the queue's page, too: a port of 127.0.0.1, or ADDRESS:PORT.", show_default=False),
+    ] = None,
+    token_file: TokenFileOption = None,
     until_idle: Annotated[
         float | None, typer.Option(help="End after this many seconds without a job.", min=0, show_default=False)
     ] = None,
 ) -> None:
     """Run the scheduler; a second one stands by. If it ends, jobs continue, and the next scheduler adopts them.
 
-    Example: setformer queue serve
+    Examples:
+
+        setformer queue serve
+
+        setformer queue serve --page 8765
     """
     folder, config, store = _open(queue)
     store.close()
+    from launch.queue import token
     from launch.queue.serve import serve as run
 
-    if code := run(folder, config, until_idle):
+    child = None
+    if page is not None:
+        listening, found = _page(page, token_file)
+        from launch.queue.page.server import Child
+
+        child = Child(folder, listening, found)
+    token.forget()
+    if code := run(folder, config, until_idle, child):
         raise typer.Exit(code)
+
+
+@app.command()
+def page(
+    where: Annotated[
+        str, typer.Argument(metavar="[ADDRESS:]PORT", help="Where it listens; by default on 127.0.0.1.")
+    ] = "8765",
+    token_file: TokenFileOption = None,
+    queue: FolderOption = None,
+) -> None:
+    """Serve the queue's page, its JSON API and its figures for Prometheus, without a scheduler.
+
+    Example: setformer queue page 8765
+    """
+    folder, config, store = _open(queue)
+    store.close()
+    listening, found = _page(where, token_file)
+    from launch.queue.page.server import run
+
+    run(folder, config, listening, found)
 
 
 @app.command()
@@ -116,19 +218,15 @@ def submit(
 
         setformer queue submit digits --sweep set.data.root=runs/demo-data --ranks 2
     """
-    from launch.queue.serve import ensure_server
     from launch.queue.submit import Request
-    from launch.queue.submit import submit as put
 
-    folder, settings, store = _open(queue)
+    source, ensure_server = _source(queue)
     request = Request(
         config, overrides or (), ranks, nodes, ranks_per_node, priority, user, name, max_retries, time_limit,
         after or (), held, sweep,
     )  # fmt: skip
-    number = put(store, settings, request)
-    print(f"job {number}")
-    if line := ensure_server(folder, store):
-        print(line, file=sys.stderr)
+    print(f"job {source.submit(request)}")
+    ensure_server()
 
 
 @app.command("ls")
@@ -141,10 +239,10 @@ def ls(
 
     Example: setformer queue ls --all
     """
-    _, _, store = _open(queue)
+    source, _ = _source(queue)
     from launch.queue import show as pages
 
-    pages.ls(store, open_console(), everything, as_json)
+    pages.ls(source, open_console(), everything, as_json)
 
 
 @app.command()
@@ -153,10 +251,10 @@ def show(job: JobNumber, as_json: JsonOption = False, queue: QueueOption = None)
 
     Example: setformer queue show 1
     """
-    _, _, store = _open(queue)
+    source, _ = _source(queue)
     from launch.queue import show as pages
 
-    pages.show(store, job, open_console(), as_json)
+    pages.show(source, job, open_console(), as_json)
 
 
 @app.command()
@@ -169,14 +267,14 @@ def logs(
 
     Example: setformer queue logs 1
     """
-    _, _, store = _open(queue)
+    source, _ = _source(queue)
     from launch.queue import show as pages
 
     def write(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    pages.logs(store, job, follow, write)
+    pages.logs(source, job, follow, write)
 
 
 @app.command()
@@ -187,10 +285,10 @@ def top(
 
     Example: setformer queue top --once
     """
-    _, _, store = _open(queue)
+    source, _ = _source(queue)
     from launch.queue import show as pages
 
-    pages.top(store, open_console(), once)
+    pages.top(source, open_console(), once)
 
 
 @app.command()
@@ -201,10 +299,10 @@ def events(
 
     Example: setformer queue events
     """
-    _, _, store = _open(queue)
+    source, _ = _source(queue)
     from launch.queue import show as pages
 
-    pages.events(store, since, sys.stdout.write)
+    pages.events(source, since, sys.stdout.write)
 
 
 @app.command()
@@ -213,10 +311,8 @@ def cancel(job: JobNumber, queue: QueueOption = None) -> None:
 
     Example: setformer queue cancel 1
     """
-    _, _, store = _open(queue)
-    from launch.queue import wishes
-
-    print(f"job {job} {wishes.cancel(store, job)}")
+    source, _ = _source(queue)
+    print(f"job {job} {source.cancel(job)}")
 
 
 @app.command()
@@ -225,10 +321,8 @@ def hold(job: JobNumber, queue: QueueOption = None) -> None:
 
     Example: setformer queue hold 1
     """
-    _, _, store = _open(queue)
-    from launch.queue import wishes
-
-    print(f"job {job} {wishes.hold(store, job)}")
+    source, _ = _source(queue)
+    print(f"job {job} {source.hold(job)}")
 
 
 @app.command()
@@ -237,13 +331,9 @@ def release(job: JobNumber, queue: QueueOption = None) -> None:
 
     Example: setformer queue release 1
     """
-    folder, _, store = _open(queue)
-    from launch.queue import wishes
-    from launch.queue.serve import ensure_server
-
-    print(f"job {job} {wishes.release(store, job)}")
-    if line := ensure_server(folder, store):
-        print(line, file=sys.stderr)
+    source, ensure_server = _source(queue)
+    print(f"job {job} {source.release(job)}")
+    ensure_server()
 
 
 @app.command()
@@ -256,10 +346,8 @@ def move(
 
     Example: setformer queue move 1 --priority 5
     """
-    _, settings, store = _open(queue)
-    from launch.queue import wishes
-
-    print(f"job {job} {wishes.move(store, settings, job, priority)}")
+    source, _ = _source(queue)
+    print(f"job {job} {source.move(job, priority)}")
 
 
 @app.command()
@@ -272,10 +360,8 @@ def drain(
 
     Example: setformer queue drain node3 --why "new memory"
     """
-    _, _, store = _open(queue)
-    from launch.queue import wishes
-
-    wishes.drain(store, node, why)
+    source, _ = _source(queue)
+    source.drain(node, why)
     print(f"no job starts on {node}")
 
 
@@ -285,16 +371,14 @@ def undrain(node: NodeName, queue: QueueOption = None) -> None:
 
     Example: setformer queue undrain node3
     """
-    _, _, store = _open(queue)
-    from launch.queue import wishes
-
-    wishes.drain(store, node, None)
+    source, _ = _source(queue)
+    source.drain(node, None)
     print(f"jobs may start on {node}")
 
 
 @app.command()
 def backup(
-    path: Annotated[Path, typer.Argument(help="File to write.", show_default=False)], queue: QueueOption = None
+    path: Annotated[Path, typer.Argument(help="File to write.", show_default=False)], queue: FolderOption = None
 ) -> None:
     """Write a copy of the queue's SQLite database while it is in use.
 
@@ -306,7 +390,7 @@ def backup(
 
 
 @app.command()
-def check(queue: QueueOption = None) -> None:
+def check(queue: FolderOption = None) -> None:
     """Check the queue's database; the exit code is non-zero if something is wrong.
 
     Example: setformer queue check

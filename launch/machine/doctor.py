@@ -51,6 +51,8 @@ OPTIONAL: Mapping[str, str] = {
     "ray": "sweeps, scheduling and the reference refresh service",
     "sqlalchemy": "the queue",
     "psycopg": "the queue, with PostgreSQL",
+    "fastapi": "the queue's page",
+    "uvicorn": "the queue's page",
     "pot": "comparison of the transport plans with POT",
     "webdataset": "comparison of the loader with WebDataset's own",
     "hypothesis": "the tests",

@@ -19,6 +19,11 @@ wishes.py      cancel, hold, release, move, drain
 book.py        rows of the database to values of the policy, and decisions to rows
 serve.py       the server, also where `submit` has to start it
 show.py        tables for the terminal
+source.py      what people see and change of a queue, by its database
+remote.py      the same by the JSON API of its server
+token.py       the token of the page
+pace.py        how long decisions take
+page/          the page, the JSON API and the figures for Prometheus
 
 Nothing here imports torch. Each job is an ordinary `setformer train` or `setformer sweep`.
 """

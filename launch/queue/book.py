@@ -112,9 +112,11 @@ class Book:
                 started=now, boosted=start.boosted, folder=str(folder), then_on=(),
             )
         )  # fmt: skip
+        since = connection.execute(sa.select(db.jobs.c.waiting_since).where(db.jobs.c.id == start.job)).scalar_one()
         changed = {"state": "running", "attempts": number, "reason": "", "place": None, "expected": None}
         connection.execute(_job_row(start.job).values(**changed))
-        event(connection, "started", start.job, attempt=number, placement=start.placement)
+        waited = max(0.0, now - since)
+        event(connection, "started", start.job, attempt=number, placement=start.placement, waited=waited)
 
     def ask_to_stop(self, connection: sa.Connection, stop: Stop, row: Row) -> None:
         """Write down that an attempt is to stop."""

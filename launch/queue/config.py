@@ -13,7 +13,7 @@ from launch.queue.state import Rules
 from launch.queue.store import url_of
 from setformer_dist.core import config as base
 from setformer_dist.core.config import FrozenConfig
-from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.errors import ConfigError, LaunchError
 
 FILE = "queue.toml"
 VARIABLE = "SETFORMER_QUEUE"
@@ -87,6 +87,26 @@ class PolicyTable(FrozenConfig):
     depth: int = pydantic.Field(default=32, ge=1)
 
 
+class PageTable(FrozenConfig):
+    """The `[page]` table.
+
+    Attributes:
+        names: host names under which browsers may ask for the page, besides IP addresses, localhost and this machine's
+            own name: that of a proxy with TLS in front of it.
+        dashboard: URL of the Ray cluster's dashboard, to which the page links.
+    """
+
+    names: tuple[str, ...] = pydantic.Field(default=(), strict=False)
+    dashboard: str | None = None
+
+    @pydantic.field_validator("dashboard")
+    @classmethod
+    def _web(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("http://", "https://")):
+            raise ValueError("must begin with http:// or https://")
+        return value
+
+
 class QueueConfig(FrozenConfig):
     """queue.toml.
 
@@ -98,6 +118,7 @@ class QueueConfig(FrozenConfig):
     database: str | None = None
     cluster: ClusterTable = ClusterTable()
     policy: PolicyTable = PolicyTable()
+    page: PageTable = PageTable()
     users: dict[str, UserTable] = pydantic.Field(default_factory=dict)
 
     def user(self, name: str) -> UserTable:
@@ -118,11 +139,21 @@ class QueueConfig(FrozenConfig):
         )
 
 
-def folder_of(given: Path | None) -> Path:
-    """Return the queue's folder: as given, or that of SETFORMER_QUEUE, or the user's own."""
-    if given is not None:
-        return given.absolute()
-    if named := os.environ.get(VARIABLE):
+def url_of_server(given: str | None) -> str | None:
+    """Return the URL of a queue's server where --queue or SETFORMER_QUEUE names one; None where it is a folder."""
+    named = given or os.environ.get(VARIABLE) or ""
+    return named.rstrip("/") if named.startswith(("http://", "https://")) else None
+
+
+def folder_of(given: str | None) -> Path:
+    """Return the queue's folder: as given, or that of SETFORMER_QUEUE, or the user's own.
+
+    Raises:
+        LaunchError: it is the URL of a server, and the command needs the folder.
+    """
+    if url_of_server(given) is not None:
+        raise LaunchError("this command needs the queue's folder, not the URL of its server: name it with --queue")
+    if named := given or os.environ.get(VARIABLE):
         return Path(named).absolute()
     state = os.environ.get("XDG_STATE_HOME")
     return (Path(state) if state else Path.home() / ".local" / "state") / "setformer" / "queue"

@@ -29,6 +29,7 @@ from launch.queue.book import Book
 from launch.queue.config import QueueConfig
 from launch.queue.nodes import Nodes, command, devices_for, environment, program
 from launch.queue.outcome import last_saved
+from launch.queue.pace import Pace
 from launch.queue.policy import decide
 from launch.queue.state import Placement, Plan, Start, Stop
 from launch.queue.store import Lease, LeaseLostError, Row, Store, event
@@ -65,6 +66,7 @@ class Scheduler:
         self.lease = self._new_lease()
         self.nodes = Nodes(self.config.cluster)
         self.book = Book(self.config, self.clock)
+        self.pace = Pace(self.folder)
 
     def _new_lease(self) -> Lease:
         holder = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "time": self.clock()})
@@ -181,7 +183,9 @@ class Scheduler:
         users = {job.user for job in waiting} | {run.job.user for run in running}
         now = self.clock()
         use = self.book.use(self.store, running, now)
+        began = time.monotonic()
         plan = decide(nodes, waiting, running, use, self.config.rules(users), now)
+        self.pace.note(time.monotonic() - began)
         self._act(plan, live)
         with self.lease.write() as connection:
             self.book.explain(connection, plan)

@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Protocol
 
 import sqlalchemy as sa
 
 from launch.queue import schema as db
+from launch.queue import token as tokens
 from launch.queue.config import VARIABLE, QueueConfig, database_of
 from launch.queue.scheduler import Scheduler
 from launch.queue.store import Store
@@ -24,20 +26,41 @@ _LOOK_S = 3.0
 _START_S = 30.0
 
 
-def serve(folder: Path, config: QueueConfig, idle_s: float | None) -> int:
+class Child(Protocol):
+    """What runs beside the scheduler."""
+
+    def look(self) -> None:
+        """Start it where it does not run; never waits."""
+
+    def close(self) -> None:
+        """End it."""
+
+
+def serve(folder: Path, config: QueueConfig, idle_s: float | None, page: Child | None = None) -> int:
     """Be a scheduler until a stop signal comes; jobs go on without it.
 
     Args:
         folder: of the queue.
         config: queue.toml.
         idle_s: seconds without a job after which it ends.
+        page: runs beside the scheduler, and ends with it.
 
     Returns:
         0, or 128 + the signal.
     """
     store = open_store(folder, config)
     with stop_signals() as received:
-        Scheduler(store, folder, config).serve(lambda: bool(received.stop), idle_s, received.wait_for_stop)
+
+        def over() -> bool:
+            if page is not None:
+                page.look()
+            return bool(received.stop)
+
+        try:
+            Scheduler(store, folder, config).serve(over, idle_s, received.wait_for_stop)
+        finally:
+            if page is not None:
+                page.close()
     store.close()
     return 128 + received.stop[0] if received.stop else 0
 
@@ -84,7 +107,7 @@ def ensure_server(folder: Path, store: Store) -> str | None:
                 "--until-idle",
                 f"{_IDLE_S:g}",
             ],
-            env={**os.environ, "PYTHONPATH": path, VARIABLE: str(folder)},
+            env={**tokens.without(os.environ), "PYTHONPATH": path, VARIABLE: str(folder)},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

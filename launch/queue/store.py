@@ -32,6 +32,10 @@ class LeaseLostError(SetformerError):
     """Another scheduler has taken over: this one must not act any more."""
 
 
+class MissingError(LaunchError):
+    """The queue has no such job, attempt or node."""
+
+
 class Store:
     """A queue's database."""
 
@@ -105,11 +109,11 @@ class Store:
         """Return a job.
 
         Raises:
-            LaunchError: there is none.
+            MissingError: there is none.
         """
         found = self.rows(sa.select(db.jobs).where(db.jobs.c.id == number))
         if not found:
-            raise LaunchError(f"the queue has no job {number}: see `setformer queue ls --all`")
+            raise MissingError(f"the queue has no job {number}: see `setformer queue ls --all`")
         return found[0]
 
     def close(self) -> None:

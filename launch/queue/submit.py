@@ -5,7 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from launch.queue.config import QueueConfig
 from launch.queue.nodes import local_slots
 from launch.queue.store import Store, event
 from launch.run.config import RunConfig, check_folder, continued, load_run, resolve, shipped
+from setformer_dist.core import config as base
 from setformer_dist.core.errors import ConfigError, LaunchError
 from setformer_dist.core.words import counted
 
@@ -26,7 +27,7 @@ class Request:
     """What a user asks for.
 
     Attributes:
-        config: path of the run config, or the name of a shipped one.
+        config: path of the run config, or the name of a shipped one; or the whole run config as nested tables.
         overrides: such as optim.lr=1e-3.
         ranks: "N", or "MIN:MAX".
         nodes: number of nodes, with `per_node`.
@@ -39,9 +40,10 @@ class Request:
         after: jobs that must be done before.
         held: wait for `setformer queue release`.
         sweep: the config is a sweep's.
+        directory: in which the job runs, and to which its relative paths belong; by default the present one.
     """
 
-    config: Path
+    config: Path | Mapping[str, object]
     overrides: Sequence[str] = ()
     ranks: str | None = None
     nodes: int | None = None
@@ -54,6 +56,7 @@ class Request:
     after: Sequence[int] = ()
     held: bool = False
     sweep: bool = False
+    directory: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -88,13 +91,14 @@ def submit(store: Store, config: QueueConfig, request: Request) -> int:
     _check_user(config, user, request.priority, limit_s)
     sizes, folder = job.sizes, str(job.folder.absolute())
     _check_fits(sizes, request.per_node, _nodes(store, config), config.user(user).quota)
+    directory = str(request.directory or Path.cwd())
     now = time.time()
     with store.write() as connection:
         _check_after(connection, request.after)
         _check_alone(connection, folder, request.after)
         row = sa.insert(db.jobs).values(
             kind=job.kind, name=request.name or job.name, user=user, priority=request.priority, state="waiting",
-            submitted=now, config=job.config, directory=str(Path.cwd()), folder=folder, sizes=sizes,
+            submitted=now, config=job.config, directory=directory, folder=folder, sizes=sizes,
             per_node=request.per_node, limit_s=limit_s, max_retries=request.max_retries, after=list(request.after),
             held=request.held, waiting_since=now,
         )  # fmt: skip
@@ -106,18 +110,40 @@ def submit(store: Store, config: QueueConfig, request: Request) -> int:
 
 
 def _run(request: Request) -> _Job:
-    run = continued(load_run(shipped(request.config), request.overrides))
+    run = continued(_run_of(request))
     sizes = _sizes(run, request)
     check_folder(resolve(run, sizes[0]))
     return _Job("run", json.dumps(run.model_dump(mode="json")), run.run.name, run.folder, sizes)
 
 
 def _sweep(config: QueueConfig, request: Request) -> _Job:
+    if not isinstance(request.config, Path):
+        raise LaunchError("a sweep is submitted where its config lies, not through the page")
     sweep, kept = sweeps.read(request.config, request.overrides)
     low, high = _range(request.ranks or str(sweeps.slots_of_trial(sweep)))
     sizes = list(range(low, high + 1))
     sweeps.check(sweep, config.cluster, sizes, request.per_node)
     return _Job("sweep", kept, sweep.config.sweep.name, sweep.folder, sizes)
+
+
+def _run_of(request: Request) -> RunConfig:
+    """Return the run config of a request, with its folder below the directory that the request names.
+
+    Raises:
+        ConfigError: it cannot be run.
+        LaunchError: the directory is none.
+    """
+    if isinstance(request.config, Path):
+        run = load_run(shipped(request.config), request.overrides)
+    else:
+        run = base.load(RunConfig, None, request.overrides, request.config)
+    if request.directory is None:
+        return run
+    if not request.directory.is_absolute() or not request.directory.is_dir():
+        raise LaunchError(
+            f"{request.directory} is no folder on the machine of the queue's server: name one by its whole path"
+        )
+    return run.model_copy(update={"run": run.run.model_copy(update={"out": str(request.directory / run.run.out)})})
 
 
 def seconds_of(text: str) -> float:

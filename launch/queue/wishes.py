@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from launch.queue import schema as db
 from launch.queue.config import QueueConfig
-from launch.queue.store import Store, event
+from launch.queue.store import MissingError, Store, event
 from setformer_dist.core.errors import LaunchError
 
 
@@ -78,7 +78,7 @@ def drain(store: Store, name: str, why: str | None) -> None:
         why: None lets jobs start.
 
     Raises:
-        LaunchError: there is no such node.
+        MissingError: there is no such node.
     """
     with store.write() as connection:
         values: dict[str, object] = {"drained": why} if why is not None else {"drained": None, "failures": 0.0}
@@ -88,7 +88,7 @@ def drain(store: Store, name: str, why: str | None) -> None:
             known = (
                 f"its nodes are {', '.join(names)}" if names else "it has seen none yet: start `setformer queue serve`"
             )
-            raise LaunchError(f"the queue has no node {name}: {known}")
+            raise MissingError(f"the queue has no node {name}: {known}")
         event(connection, "drained" if why is not None else "undrained", None, node=name)
 
 

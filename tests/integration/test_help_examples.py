@@ -25,6 +25,8 @@ ELSEWHERE = {
     "queue submit demo data.root=runs/demo-data --ranks 2": "tests/unit/test_queue_commands.py",
     "queue ls": "tests/unit/test_queue_commands.py",
     "queue serve": "tests/unit/test_queue_commands.py",
+    "queue serve --page 8765": "tests/unit/test_queue_page_server.py",
+    "queue page 8765": "tests/unit/test_queue_page_server.py",
     "queue submit demo data.root=runs/demo-data --ranks 1:2": "tests/unit/test_queue_commands.py",
     "queue submit imagenet_base --nodes 4 --ranks-per-node 8 --priority 5 --time-limit 2d": (
         "tests/unit/test_queue_commands.py"
