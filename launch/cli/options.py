@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.errors import ConfigError, LaunchError
 from setformer_dist.core.secrets import redacted
 
 ConfigPath = Annotated[
@@ -42,6 +42,14 @@ def _local(path: Path) -> Path:
     return path
 
 
+def _where(context: typer.Context, parameter: typer.CallbackParam, value: str | None) -> str | None:
+    """Refuse a place to train that is empty, as of a variable that is not set: the run would start on this machine."""
+    given = context.get_parameter_source(parameter.name or "")
+    if value is not None and not value.strip() and given is not None and given.name == "COMMANDLINE":
+        raise LaunchError(f"{parameter.opts[0]} is empty: say where to train, or leave the option out")
+    return value
+
+
 CheckpointPath = Annotated[
     Path,
     typer.Argument(
@@ -60,19 +68,25 @@ ImportOption = Annotated[
     typer.Option("--import", help="Module of your own that registers the model or the task.", show_default=False),
 ]
 WeightsOption = Annotated[str, typer.Option(help="plain, ema, or auto: those that scored better in the run.")]
-HostsOption = Annotated[str, typer.Option(help="Hosts and the ranks on each, as a:8,b:8.", show_default=False)]
+HostsOption = Annotated[
+    str, typer.Option(help="Hosts and the ranks on each, as a:8,b:8.", show_default=False, callback=_where)
+]
 HostfileOption = Annotated[
     Path | None, typer.Option(help="The same as a file of DeepSpeed's: lines HOST slots=N.", show_default=False)
 ]
 ViaOption = Annotated[
     str | None,
     typer.Option(
-        help='How to reach a host: ssh, srun, or a prefix such as "docker exec -i {host}".', show_default=False
+        help='How to reach a host: ssh, srun, or a prefix such as "docker exec -i {host}".',
+        show_default=False,
+        callback=_where,
     ),
 ]
 RayOption = Annotated[
     str | None,
-    typer.Option("--ray", help="A Ray cluster to train on: its HOST:PORT, or auto.", show_default=False),
+    typer.Option(
+        "--ray", help="A Ray cluster to train on: its HOST:PORT, or auto.", show_default=False, callback=_where
+    ),
 ]
 RanksOption = Annotated[
     int | None, typer.Option("--ranks", "-n", help="Processes on this machine, by default 1.", min=1)

@@ -31,6 +31,7 @@ from ray._private import ray_constants, services
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.core.generated.gcs_service_pb2 import InternalKVGetRequest
 from ray.core.generated.gcs_service_pb2_grpc import InternalKVGcsServiceStub
+from ray.exceptions import AuthenticationError
 
 from launch.ranks.environment import usable_cores
 from launch.ranks.orphans import Guardian
@@ -41,6 +42,7 @@ HEAD_MODULE = "launch.ray.head"
 NAMESPACE = "setformer"
 OBJECT_STORE_BYTES = 128 << 20
 _MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+_ADDRESS = "RAY_ADDRESS"
 _CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _HOME = Path(__file__).resolve().parents[2]
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}
@@ -72,8 +74,13 @@ def authentication(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
 
     Args:
         environ: of this process; what it says of RAY_AUTH_MODE stays.
+
+    Raises:
+        LaunchError: it says of RAY_AUTH_MODE what Ray takes for "disabled" without a word.
     """
     if _MODE in environ:
+        if environ[_MODE].lower() not in ("token", "disabled"):
+            raise LaunchError(f"{_MODE}={environ[_MODE]!r} is no way to authenticate: set it to token or disabled")
         return {name: environ[name] for name in (_MODE, _TOKEN, _TOKEN_PATH) if name in environ}
     stored = Path.home() / ".ray" / "auth_token"
     given = {name: environ[name] for name in (_TOKEN, _TOKEN_PATH) if name in environ}
@@ -124,7 +131,7 @@ def _loopback() -> dict[str, str]:
 
 
 def _start_head(words: list[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    inherited = {name: value for name, value in os.environ.items() if name not in (_TOKEN_PATH, "RAY_ADDRESS")}
+    inherited = {name: value for name, value in os.environ.items() if name not in (_TOKEN_PATH, _ADDRESS)}
     path = os.pathsep.join(filter(None, (str(_HOME), os.environ.get("PYTHONPATH"))))
     return subprocess.Popen(
         [sys.executable, "-P", "-m", HEAD_MODULE, *words],
@@ -261,20 +268,34 @@ def _resolved(address: str) -> str:
     Raises:
         LaunchError: it is none, or no cluster runs here.
     """
+    told = ""
     if address == "auto":
-        try:
-            found = services.canonicalize_bootstrap_address("auto")
-        except ConnectionError:
-            found = None
-        if found is None:
-            raise LaunchError(
-                "no Ray cluster runs on this machine (auto): start one with ray start --head, or give its HOST:PORT"
-            )
-        address = str(found)
+        named = os.environ.get(_ADDRESS, "")
+        address, told = (named, f"{_ADDRESS}=") if named not in ("", "auto") else (_here(), "")
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
-        raise LaunchError(f"{address!r} is no address of a Ray cluster: give HOST:PORT, or auto")
+    if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise LaunchError(f"{told}{address!r} is no address of a Ray cluster: give HOST:PORT, or auto")
     return str(services.canonicalize_bootstrap_address(address))
+
+
+def _here() -> str:
+    """Return host:port of the cluster that runs on this machine.
+
+    Raises:
+        LaunchError: none does, or several do and none of them is the one that `ray start` has noted.
+    """
+    running = sorted(services.find_gcs_addresses())
+    if len(running) > 1 and services.find_bootstrap_address(None) is None:  # Ray would take any of them
+        raise LaunchError(f"several Ray clusters run on this machine ({', '.join(running)}): give the HOST:PORT of one")
+    try:
+        found = services.canonicalize_bootstrap_address("auto")
+    except ConnectionError:
+        found = None
+    if found is None:
+        raise LaunchError(
+            "no Ray cluster runs on this machine (auto): start one with ray start --head, or give its HOST:PORT"
+        )
+    return str(found)
 
 
 def cluster_versions(address: str, named: str) -> tuple[str, str]:
@@ -287,21 +308,54 @@ def cluster_versions(address: str, named: str) -> tuple[str, str]:
         named: the same, as the user knows it.
 
     Raises:
-        LaunchError: nobody answers there, it is no Ray cluster, or it does not take the token.
+        LaunchError: nobody answers there, it is no Ray cluster, it does not take the token, or it takes none.
     """
-    token = AuthenticationTokenLoader.instance().get_token_for_http_header()
-    request = InternalKVGetRequest(key=CLUSTER_METADATA_KEY, namespace=ray_constants.KV_NAMESPACE_CLUSTER)
+    token = _token()
     with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
         try:
-            answer = InternalKVGcsServiceStub(channel).InternalKVGet(
-                request, timeout=_REACH_S, metadata=[(name.lower(), value) for name, value in token.items()]
-            )
-            found = json.loads(answer.value)
+            if token and _takes_anybody(channel):
+                raise LaunchError(
+                    f"the Ray cluster at {named} has no authentication, and this process has a token, with which Ray "
+                    f"cannot use it: set {_MODE}=disabled, or start the cluster with {_MODE}=token"
+                )
+            found = json.loads(_metadata(channel, token))
             return str(found["ray_version"]), str(found["python_version"])
         except grpc.RpcError as error:
             raise LaunchError(_why_not(named, error)) from None
         except (ValueError, LookupError, TypeError):
             raise LaunchError(f"what answers at {named} does not say its version: is it a Ray cluster?") from None
+
+
+def _token() -> Mapping[str, str]:
+    """Return the header that proves who this process is; none without authentication.
+
+    Raises:
+        LaunchError: there is to be a token, and there is none.
+    """
+    try:
+        return dict(AuthenticationTokenLoader.instance().get_token_for_http_header())
+    except AuthenticationError:
+        raise LaunchError(
+            f"{_MODE} is token, and there is no token: set {_TOKEN}, or {_TOKEN_PATH} to a file that holds it, to that "
+            "of the cluster"
+        ) from None
+
+
+def _metadata(channel: grpc.Channel, token: Mapping[str, str]) -> bytes:
+    request = InternalKVGetRequest(key=CLUSTER_METADATA_KEY, namespace=ray_constants.KV_NAMESPACE_CLUSTER)
+    header = [(name.lower(), value) for name, value in token.items()]
+    return bytes(InternalKVGcsServiceStub(channel).InternalKVGet(request, timeout=_REACH_S, metadata=header).value)
+
+
+def _takes_anybody(channel: grpc.Channel) -> bool:
+    """Return whether a cluster answers without a token."""
+    try:
+        _metadata(channel, {})
+    except grpc.RpcError as error:
+        if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+            return False
+        raise
+    return True
 
 
 def check_versions(address: str, theirs: tuple[str, str]) -> None:

@@ -78,7 +78,7 @@ def check_room(budget: BudgetTable, members: int) -> None:
         most = min(most, int(gpus // budget.gpus_per_rank))
     devices = f" and {counted(need.gpus, 'device')}" if need.gpus else ""
     takes = "takes" if budget.ranks == 1 else "take"
-    has = f"{cpus:g} cores" + (f" and {gpus:g} devices" if need.gpus else "")
+    has = f"{cpus:g} {'core' if cpus == 1 else 'cores'}" + (f" and {gpus:g} devices" if need.gpus else "")
     repair = f"budget.ranks of at most {most} fit" if most else "no rank of this kind fits"
     raise LaunchError(
         f"{counted(budget.ranks, 'rank')} of a trial {takes} {need.cpus:g} cores{devices} of "

@@ -153,16 +153,20 @@ def apply_override(table: Mapping[str, object], text: str) -> dict[str, object]:
     """
     if not text.startswith("~"):
         return merge(table, parse_override(text))
-    key, _, rest = text[1:].partition(".")
-    inner = table.get(key)
-    if key not in table or (rest and not isinstance(inner, Mapping)):
-        raise ConfigError(
-            f"override {_short(text)}: the run config does not set {_short(key)}, so there is nothing to remove"
-        )
-    if rest:
-        assert isinstance(inner, Mapping)
-        return {**table, key: apply_override(inner, f"~{rest}")}
-    return {name: value for name, value in table.items() if name != key}
+    if (left := _without(table, text[1:])) is None:
+        raise ConfigError(f"override {_short(text)}: the config does not set this key, so there is nothing to remove")
+    return left
+
+
+def _without(table: Mapping[str, object], key: str) -> dict[str, object] | None:
+    """Return a table without a dotted key, None where it has none. A key may hold dots itself, as in a search space."""
+    if key in table:
+        return {name: value for name, value in table.items() if name != key}
+    first, _, rest = key.partition(".")
+    inner = table.get(first)
+    if not rest or not isinstance(inner, Mapping) or (left := _without(inner, rest)) is None:
+        return None
+    return {**table, first: left}
 
 
 def build(model: type[ConfigT], table: Mapping[str, object], source: str) -> ConfigT:

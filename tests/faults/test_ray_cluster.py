@@ -1,6 +1,8 @@
 """A Ray cluster of our own: what it listens on, who may connect, and that nothing of it outlives its owner."""
 
+import concurrent.futures
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -10,14 +12,22 @@ import threading
 import time
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
 import ray
+from ray.core.generated.gcs_service_pb2 import InternalKVGetReply
+from ray.core.generated.gcs_service_pb2_grpc import (
+    InternalKVGcsServiceServicer,
+    add_InternalKVGcsServiceServicer_to_server,
+)
 
 from launch.ray.cluster import authentication, check_versions, connected, own_cluster
 from launch.ray.installed import require_ray
-from launch.testing.commands import running
+from launch.testing.commands import ROOT, running
 from setformer_dist.core.errors import LaunchError
+
+HERE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # 127.0.0.1 is meant
 
 # Starts a cluster, is its driver, says where it is, and waits.
 OWNER = """
@@ -125,12 +135,39 @@ def test_the_length_of_a_temporary_folder_is_told(monkeypatch):
         ("nowhere.invalid:6379", "no Ray cluster answers at nowhere.invalid:6379"),
         ("here", "'here' is no address of a Ray cluster: give HOST:PORT, or auto"),
         ("here:0", "'here:0' is no address of a Ray cluster"),
+        ("ray://127.0.0.1:10001", "'ray://127.0.0.1:10001' is no address of a Ray cluster: give HOST:PORT, or auto"),
         ("here:70000", "'here:70000' is no address of a Ray cluster"),
     ],
 )
 def test_an_address_where_no_cluster_is(address, said):
     with pytest.raises(LaunchError, match=said), connected(address):
         pass
+
+
+@pytest.mark.parametrize("named", ["ray://127.0.0.1:10001", "here"])
+def test_an_address_in_the_environment_is_named(named, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", named)
+    with pytest.raises(LaunchError, match=f"RAY_ADDRESS='{named}' is no address of a Ray cluster"), connected("auto"):
+        pass
+
+
+def test_one_of_several_clusters_is_not_taken_by_chance(tmp_path):
+    """Ray knows the clusters of a machine by the command lines of their nodes, whoever has started them."""
+    with contextlib.ExitStack() as stack:
+        for address in ("192.0.2.7:1", "192.0.2.7:2"):
+            words = ["raylet", "-c", "import sys; sys.stdin.read()", f"--gcs-address={address}"]
+            stack.enter_context(subprocess.Popen(words, executable=sys.executable, stdin=subprocess.PIPE))
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        found = subprocess.run(
+            [sys.executable, "-P", "-m", "launch.ray.cluster", "auto"],
+            env={**environment, "RAY_TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert found.returncode == 5
+    assert "several Ray clusters run on this machine" in found.stderr
+    assert "192.0.2.7:1, 192.0.2.7:2" in found.stderr
 
 
 def test_what_is_no_cluster_is_told_from_one():
@@ -149,6 +186,40 @@ def test_what_is_no_cluster_is_told_from_one():
         with pytest.raises(LaunchError, match=f"no Ray cluster answers at {address}"), connected(address, environment):
             pass
         server.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("given", [{}, {"RAY_AUTH_TOKEN_PATH": "nosuch"}])
+def test_a_token_that_is_not_there_is_told(given, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with (
+        pytest.raises(LaunchError, match="RAY_AUTH_MODE is token, and there is no token: set RAY_AUTH_TOKEN"),
+        connected("127.0.0.1:1", {"RAY_AUTH_MODE": "token", **given}),
+    ):
+        pass
+
+
+class OpenStore(InternalKVGcsServiceServicer):
+    """Answers anybody, as the head of a cluster without authentication does."""
+
+    def InternalKVGet(self, request, context):  # noqa: N802 - Ray's name
+        versions = {"ray_version": ray.__version__, "python_version": sys.version.split()[0]}
+        return InternalKVGetReply(value=json.dumps(versions).encode())
+
+
+def test_a_token_is_not_shown_to_a_cluster_that_takes_none():
+    """Ray's workers there would end without a word, and the token would have gone to whoever listens."""
+    server = grpc.server(concurrent.futures.ThreadPoolExecutor(1))
+    add_InternalKVGcsServiceServicer_to_server(OpenStore(), server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    try:
+        with (
+            pytest.raises(LaunchError, match="has no authentication, and this process has a token"),
+            connected(address, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64, **HERE}),
+        ):
+            pass
+    finally:
+        server.stop(0).wait()
 
 
 @pytest.mark.parametrize("theirs", [("2.9.0", "3.11.0"), ("2.60.0", "3.8.1")])
@@ -171,6 +242,8 @@ def test_authentication_leaves_nothing_to_guess(tmp_path, monkeypatch):
     assert authentication({}) == {"RAY_AUTH_MODE": "disabled"}
     assert authentication({"RAY_AUTH_TOKEN": "a"}) == {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a"}
     assert authentication({"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "a"})["RAY_AUTH_MODE"] == "disabled"
+    with pytest.raises(LaunchError, match="RAY_AUTH_MODE='tokn' is no way to authenticate: set it to token or"):
+        authentication({"RAY_AUTH_MODE": "tokn"})  # Ray would go without
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("b")
     assert authentication({}) == {"RAY_AUTH_MODE": "token"}

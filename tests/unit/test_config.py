@@ -4,7 +4,16 @@ from pathlib import Path
 import pytest
 
 from launch.run.config import RunConfig, check_folder, load_run, resolve
-from setformer_dist.core.config import LARGEST_CONFIG, all_keys, first_key, meaning, merge, parse_override, read_toml
+from setformer_dist.core.config import (
+    LARGEST_CONFIG,
+    all_keys,
+    apply_override,
+    first_key,
+    meaning,
+    merge,
+    parse_override,
+    read_toml,
+)
 from setformer_dist.core.continuing import must_stay
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.files import write_json, write_state
@@ -159,6 +168,10 @@ def test_a_tilde_takes_a_key_away() -> None:
     assert (config.schedule.steps, config.schedule.epochs, config.schedule.warmup_epochs) == (7, None, None)
     with pytest.raises(ConfigError, match="nothing to remove"):
         load_run(DEMO, ["~schedule.nosuch"])
+    with pytest.raises(ConfigError, match=r"override '~schedule.no.such': the config does not set this key"):
+        load_run(DEMO, ["~schedule.no.such"])
+    space = {"space": {"optim.lr": {"grid": [1.0]}, "x": 1}}  # a search space has dots in its keys
+    assert apply_override(space, "~space.optim.lr") == {"space": {"x": 1}}
 
 
 def test_override_values_are_toml_or_plain_text() -> None:
