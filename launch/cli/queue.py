@@ -174,7 +174,7 @@ def page(
     listening, found = _page(where, token_file)
     from launch.queue.page.server import run
 
-    run(folder, config, listening, found)
+    raise typer.Exit(run(folder, config, listening, found))
 
 
 @app.command()

@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import sqlalchemy as sa
@@ -45,16 +46,21 @@ def queue(whole: Local, tmp_path: Path) -> Iterator[Local]:
     made.store.close()
 
 
+class Served(NamedTuple):
+    port: int
+    server: server.Server
+
+
 @contextlib.contextmanager
-def serving(queue: Local, folder: Path, token: str | None = None, silent_s: float = 30.0) -> Iterator[int]:
-    """Serve the page in a thread; give its port."""
+def serving(queue: Local, folder: Path, token: str | None = None, silent_s: float = 30.0) -> Iterator[Served]:
+    """Serve the page in a thread."""
     listening = server.listen(str(choose_port(None)), token, silent_s)
     running = server.server_of(queue, folder, token, listening)
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
         until(lambda: running.started)
-        yield int(listening.getsockname()[1])
+        yield Served(int(listening.getsockname()[1]), running)
     finally:
         running.should_exit = True
         thread.join(20)
@@ -95,7 +101,7 @@ def test_where_it_listens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_changes_are_told_and_a_listener_that_leaves_is_forgotten(queue: Local, tmp_path: Path) -> None:
-    with serving(queue, tmp_path) as port:
+    with serving(queue, tmp_path) as (port, _):
         listener = connected(port, "/live")
         came = b""
         while b"retry" not in came:
@@ -122,16 +128,14 @@ def test_a_browser_that_never_reads_is_disconnected(queue: Local, tmp_path: Path
     log.write_bytes(b"x" * 60_000)
     with queue.store.write() as connection:
         connection.execute(sa.update(db.attempts).values(folder=str(tmp_path)))
-    with serving(queue, tmp_path, silent_s=2.0) as port:
+    with serving(queue, tmp_path, silent_s=2.0) as (port, running):
         lazy = [connected(port, "/api/jobs/1/logs?attempt=1", receive=2048) for _ in range(4)]
         for one in lazy:
             for _ in range(20):  # answers come one after the other, and none is read
                 one.sendall(b"GET /api/jobs/1/logs?attempt=1 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
 
-        def ended(one: socket.socket) -> bool:
-            return one.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
-
-        until(lambda: all(map(ended, lazy)))
+        until(lambda: len(running.server_state.connections) == len(lazy))
+        until(lambda: not running.server_state.connections)
         assert urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=20).status == 200
         for one in lazy:
             one.close()
@@ -141,7 +145,7 @@ def test_a_connection_without_a_request_is_closed(
     queue: Local, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server, "HEAD_S", 0.5)
-    with serving(queue, tmp_path) as port, socket.create_connection(("127.0.0.1", port)) as idle:
+    with serving(queue, tmp_path) as (port, _), socket.create_connection(("127.0.0.1", port)) as idle:
         idle.settimeout(20)
         idle.sendall(b"GET / HTTP/1.1\r\n")
         assert idle.recv(100) == b""
@@ -152,7 +156,7 @@ def by_url(queue: Local, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     """The commands use the API of a server with a token."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(tokens.VARIABLE, world.TOKEN)
-    with serving(queue, tmp_path, world.TOKEN) as port:
+    with serving(queue, tmp_path, world.TOKEN) as (port, _):
         monkeypatch.setenv("SETFORMER_QUEUE", f"http://127.0.0.1:{port}/")
         yield
 

@@ -41,6 +41,7 @@ class Watch:
         version: grows with each change.
         leads: a scheduler holds the lease and gives signs of life; None before that can be told.
         trouble: why the database cannot be read, "" where it can.
+        closed: the server ends.
     """
 
     def __init__(self, store: Store, every_s: float = 1.0) -> None:
@@ -54,6 +55,12 @@ class Watch:
         self.listeners = 0
         self.leads: bool | None = None
         self.trouble = ""
+        self.closed = False
+
+    def close(self) -> None:
+        """Let all listeners go: the server ends."""
+        self.closed = True
+        self._news.set()
 
     async def __aenter__(self) -> Watch:
         self._task = asyncio.create_task(self._run())
@@ -128,7 +135,7 @@ async def _told(watch: Watch) -> AsyncIterator[bytes]:
     try:
         ends, version = time.monotonic() + _LONGEST_S, watch.version
         yield b"retry: 3000\n\n"
-        while time.monotonic() < ends:
+        while time.monotonic() < ends and not watch.closed:
             before, version = version, await watch.changed(version, _PING_S)
             yield b": still here\n\n" if version == before else b"event: change\ndata: %d\n\n" % version
     finally:

@@ -9,6 +9,7 @@ started again, later each time; if the scheduler is killed, the kernel ends it a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import logging
 import os
@@ -16,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,9 +29,11 @@ from launch.queue import token as tokens
 from launch.queue.config import QueueConfig, database_of
 from launch.queue.page.access import Access, own_names
 from launch.queue.page.app import application
+from launch.queue.page.live import Watch
 from launch.queue.source import Local
 from launch.queue.store import Store
 from launch.ranks.processes import die_with_parent
+from launch.ranks.signals import stop_signals
 from setformer_dist.core.errors import LaunchError, SetformerError
 from setformer_dist.core.logging_config import endpoint_of
 
@@ -86,16 +90,47 @@ def address_of(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
-def run(folder: Path, config: QueueConfig, listening: socket.socket, token: str | None) -> None:
-    """Serve the page until SIGTERM or SIGINT.
+def run(folder: Path, config: QueueConfig, listening: socket.socket, token: str | None) -> int:
+    """Serve the page until a stop signal comes; return 128 + the signal.
 
     Raises:
         LaunchError: the database cannot be used.
     """
     store = Store(database_of(folder, config))
     server = server_of(Local(store, config), folder, token, listening)
-    server.run(sockets=[listening])
+    with stop_signals() as received:
+        server.over = lambda: bool(received.stop)
+        server.run(sockets=[listening])
     store.close()
+    return 128 + received.stop[0] if received.stop else 1
+
+
+class Server(uvicorn.Server):
+    """A server that leaves signals to others.
+
+    Attributes:
+        over: asked ten times a second whether it should end.
+    """
+
+    over: Callable[[], bool] = staticmethod(lambda: False)
+
+    def __init__(self, config: uvicorn.Config, watch: Watch) -> None:
+        super().__init__(config)
+        self._watch = watch
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End; those who listen to changes are let go first."""
+        self._watch.close()
+        await super().shutdown(sockets)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Capture none."""
+        yield
+
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether to end."""
+        return await super().on_tick(counter) or self.over()
 
 
 class Impatient(H11Protocol):
@@ -111,16 +146,18 @@ class Impatient(H11Protocol):
             self.transport.close()
 
 
-def server_of(queue: Local, folder: Path, token: str | None, listening: socket.socket) -> uvicorn.Server:
+def server_of(queue: Local, folder: Path, token: str | None, listening: socket.socket) -> Server:
     """Return the server of a page."""
     names = frozenset({*own_names(), *(name.lower() for name in queue.config.page.names)})
     access = Access(token, names, f"setformer_queue_{listening.getsockname()[1]}")
-    return uvicorn.Server(
+    watch = Watch(queue.store)
+    return Server(
         uvicorn.Config(
-            application(queue, folder, access), loop="asyncio", http=Impatient, ws="none", log_config=None,
+            application(queue, folder, access, watch), loop="asyncio", http=Impatient, ws="none", log_config=None,
             access_log=False, server_header=False, proxy_headers=False, limit_concurrency=_MOST_CONNECTIONS,
             timeout_keep_alive=15, timeout_graceful_shutdown=1, h11_max_incomplete_event_size=1 << 16,
-        )
+        ),
+        watch,
     )  # fmt: skip
 
 
@@ -190,11 +227,10 @@ def main(words: list[str]) -> int:
     token = tokens.find() if os.environ.get(tokens.VARIABLE) else None
     tokens.forget()
     try:
-        run(folder, settings.load(folder), socket.socket(fileno=int(words[1])), token)
+        return run(folder, settings.load(folder), socket.socket(fileno=int(words[1])), token)
     except SetformerError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    return 0
 
 
 if __name__ == "__main__":
