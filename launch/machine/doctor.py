@@ -58,6 +58,8 @@ OPTIONAL: Mapping[str, str] = {
     "hypothesis": "the tests",
     "pytest": "the tests",
 }
+# Distributions that come with an extra of ours.
+EXTRAS: Mapping[str, str] = {"sqlalchemy": "queue", "psycopg": "queue", "fastapi": "queue", "uvicorn": "queue"}
 PROGRAMS: Mapping[str, str] = {
     "g++": "the compiled attention of CPUs",
     "pdsh": "starting on several hosts by DeepSpeed's launcher",
@@ -213,7 +215,10 @@ def _required(name: str, lowest: str) -> Finding:
 
 def _optional(name: str, purpose: str) -> Finding:
     found = _version(name)
-    return Finding(name, found) if found else Finding(name, "missing", "note", f"pip install {name}: for {purpose}")
+    if found:
+        return Finding(name, found)
+    install = f"'setformer_dist[{EXTRAS[name]}]'" if name in EXTRAS else name
+    return Finding(name, "missing", "note", f"pip install {install}: for {purpose}")
 
 
 def _ffcv() -> Finding:

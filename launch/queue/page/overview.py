@@ -149,11 +149,13 @@ def _ended(row: Row, now: float) -> Facts:
 def event(row: Row, now: float) -> Facts:
     """Return one event as a page shows it."""
     rest = {key: value for key, value in row.items() if key not in ("id", "time", "event", "job")}
-    said = ", ".join(f"{key} {_value(value)}" for key, value in rest.items() if value not in (None, "", 0, []))
+    said = ", ".join(f"{key} {_value(key, value)}" for key, value in rest.items() if value not in (None, "", 0, []))
     return {"id": row["id"], "kind": row["event"], "job": row["job"], "at": when(row["time"], now), "said": said}
 
 
-def _value(value: object) -> str:
+def _value(key: str, value: object) -> str:
+    if key in ("seconds", "waited") and isinstance(value, float):
+        return span(value)
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list) and value and all(isinstance(pair, list) and len(pair) == 2 for pair in value):
