@@ -29,8 +29,9 @@ import ray
 from ray._common.usage.usage_constants import CLUSTER_METADATA_KEY
 from ray._private import ray_constants, services
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
-from ray.core.generated.gcs_service_pb2 import InternalKVGetRequest
-from ray.core.generated.gcs_service_pb2_grpc import InternalKVGcsServiceStub
+from ray.core.generated.gcs_pb2 import GcsNodeInfo
+from ray.core.generated.gcs_service_pb2 import GetAllNodeInfoRequest, InternalKVGetRequest
+from ray.core.generated.gcs_service_pb2_grpc import InternalKVGcsServiceStub, NodeInfoGcsServiceStub
 from ray.exceptions import AuthenticationError
 
 from launch.ranks.environment import usable_cores
@@ -212,6 +213,7 @@ def connected(address: str, environment: Mapping[str, str] | None = None) -> Ite
         found = _resolved(address)
         named = found if address == "auto" else address
         check_versions(named, cluster_versions(found, named))
+        _check_sockets(found, named)
         try:
             _become_driver(found)
         except Exception as error:  # noqa: BLE001 - Ray raises whatever it likes; each is a reason not to be connected
@@ -232,8 +234,7 @@ def _become_driver(address: str) -> None:
     """
     quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "logging_level": "error"}
     ray.init(address=address, namespace=NAMESPACE, **quiet)
-    ours = {each.address for interface in psutil.net_if_addrs().values() for each in interface}
-    if ray.util.get_node_ip_address() in ours:
+    if ray.util.get_node_ip_address() in _addresses_here():
         return
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:  # sends nothing
         host, _, port = address.rpartition(":")
@@ -371,6 +372,47 @@ def check_versions(address: str, theirs: tuple[str, str]) -> None:
                 f"the Ray cluster at {address} has {name} {there}, and this process {name} {here}: install the same "
                 "version here and on all nodes"
             )
+
+
+def _check_sockets(address: str, named: str) -> None:
+    """Check that this user may talk to the node of this machine; Ray would abort the process.
+
+    Raises:
+        LaunchError: the node is another user's.
+    """
+    token = [(name.lower(), value) for name, value in _token().items()]
+    with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            nodes = NodeInfoGcsServiceStub(channel).GetAllNodeInfo(
+                GetAllNodeInfoRequest(), timeout=_REACH_S, metadata=token
+            )
+        except grpc.RpcError as error:
+            raise LaunchError(_why_not(named, error)) from None
+    ours = _addresses_here()
+    for node in nodes.node_info_list:
+        if node.state != GcsNodeInfo.ALIVE or node.node_manager_address not in ours:
+            continue
+        for name in (node.object_store_socket_name, node.raylet_socket_name):
+            if foreign(Path(name)):
+                raise LaunchError(
+                    f"the node of the Ray cluster at {named} on this machine belongs to another user, and takes no "
+                    "drivers of this one: use a cluster of your own, or start this command as that user"
+                )
+
+
+def foreign(path: Path) -> bool:
+    """Return whether a socket is there, and this user may not connect to it."""
+    try:
+        path.lstat()
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return not os.access(path, os.W_OK)
+
+
+def _addresses_here() -> set[str]:
+    return {each.address for interface in psutil.net_if_addrs().values() for each in interface}
 
 
 def _why_not(address: str, error: grpc.RpcError) -> str:

@@ -22,7 +22,7 @@ from ray.core.generated.gcs_service_pb2_grpc import (
     add_InternalKVGcsServiceServicer_to_server,
 )
 
-from launch.ray.cluster import authentication, check_versions, connected, own_cluster
+from launch.ray.cluster import authentication, check_versions, connected, foreign, own_cluster
 from launch.ray.installed import require_ray
 from launch.testing.commands import ROOT, running
 from setformer_dist.core.errors import LaunchError
@@ -168,6 +168,26 @@ def test_one_of_several_clusters_is_not_taken_by_chance(tmp_path):
     assert found.returncode == 5
     assert "several Ray clusters run on this machine" in found.stderr
     assert "192.0.2.7:1, 192.0.2.7:2" in found.stderr
+
+
+def test_the_socket_of_another_users_node_is_told(tmp_path):
+    """Ray aborts the process of a driver that may not connect to it."""
+    theirs, closed = tmp_path / "socket", tmp_path / "closed"
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(theirs))
+    theirs.chmod(0o755)
+    closed.mkdir(0o700)
+    assert not foreign(theirs)
+    assert not foreign(tmp_path / "nosuch")
+    if os.getuid():
+        pytest.skip("only root can become another user")
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    child = os.fork()
+    if not child:
+        os.setuid(65534)
+        os._exit(foreign(theirs) + 2 * foreign(closed / "socket") + 4 * foreign(tmp_path / "nosuch"))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
 
 
 def test_what_is_no_cluster_is_told_from_one():
