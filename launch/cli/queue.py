@@ -354,15 +354,22 @@ def move(
 def drain(
     node: NodeName,
     why: Annotated[str, typer.Option(help="Reason, shown to all users.")] = "by hand",
+    vacate: Annotated[
+        bool, typer.Option("--vacate", help="Jobs that run there save, stop, and go on elsewhere.")
+    ] = False,
     queue: QueueOption = None,
 ) -> None:
     """Start no new job on a node; running jobs continue.
 
-    Example: setformer queue drain node3 --why "new memory"
+    Examples:
+
+        setformer queue drain node3 --why "new memory"
+
+        setformer queue drain node3 --why "new memory" --vacate
     """
     source, _ = _source(queue)
-    source.drain(node, why)
-    print(f"no job starts on {node}")
+    source.drain(node, why, vacate)
+    print(f"no job starts on {node}" + (", and those that run there go elsewhere" if vacate else ""))
 
 
 @app.command()

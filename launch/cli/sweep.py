@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from launch.cli.options import TrustOption
+from launch.cli.options import RayNodesOption, TrustOption
+from launch.hosts.names import parse_hosts
 from setformer_dist.core.errors import LaunchError
 from setformer_dist.core.terminal import open_console
 
@@ -70,6 +71,7 @@ def run(
         str | None,
         typer.Option(help="Ray cluster: HOST:PORT or auto; by default one is started here.", show_default=False),
     ] = None,
+    ray_nodes: RayNodesOption = "",
     wait: Annotated[bool, typer.Option("--wait", help="Wait for more nodes if trials do not fit.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the first trials, then stop.")] = False,
 ) -> None:
@@ -89,13 +91,16 @@ def run(
     _require()
     from launch.sweep.page import load_sweep, shipped_page
 
+    if ray_nodes and ray is None:
+        raise LaunchError("--ray-nodes names nodes of a Ray cluster: give --ray as well")
+    nodes = parse_hosts(ray_nodes, "--ray-nodes") if ray_nodes else []
     sweep = load_sweep(shipped_page(page), overrides or [])
     from launch.sweep import commands
 
     if dry_run:
         commands.dry_run(sweep, open_console())
         return
-    if code := commands.run(sweep, ray, wait, open_console()):
+    if code := commands.run(sweep, ray, wait, open_console(), nodes):
         raise typer.Exit(code)
 
 

@@ -88,12 +88,16 @@ class Nodes:
 
 def command(table: ClusterTable, words: Sequence[str], placement: Placement) -> list[str]:
     """Return the command of a run on some nodes, of the words that begin it."""
-    named = ",".join(f"{name}:{count}" for name, count in placement)
     if table.kind == "hosts":
-        return [*words, "--hosts", named]
+        return [*words, "--hosts", named(placement)]
     if table.kind == "ray":
-        return [*words, "--ray", table.ray, "--ray-nodes", named]
+        return [*words, "--ray", table.ray, "--ray-nodes", named(placement)]
     return [*words, "--ranks", str(sum(count for _, count in placement))]
+
+
+def named(placement: Placement) -> str:
+    """Return nodes and the ranks of each as options take them."""
+    return ",".join(f"{name}:{count}" for name, count in placement)
 
 
 def program() -> list[str]:

@@ -81,10 +81,13 @@ class Remote:
         """As `Source`."""
         return str(self._post(f"/jobs/{number}/move", {"priority": priority})["said"])
 
-    def drain(self, node: str, why: str | None) -> None:
+    def drain(self, node: str, why: str | None, vacate: bool = False) -> None:
         """As `Source`."""
         path = f"/nodes/{urllib.parse.quote(node, safe='')}"
-        self._post(f"{path}/undrain") if why is None else self._post(f"{path}/drain", {"why": why})
+        if why is None:
+            self._post(f"{path}/undrain")
+        else:
+            self._post(f"{path}/drain", {"why": why, "vacate": vacate})
 
     def submit(self, request: Request) -> int:
         """As `Source`; the run config is read and checked here first, and sent as a whole."""

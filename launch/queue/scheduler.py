@@ -166,14 +166,19 @@ class Scheduler:
             processes.kill(folder)
 
     def _obey(self) -> None:
-        """Do what users wish: end cancelled jobs, stop held ones."""
+        """Do what users wish: end cancelled jobs, stop held ones and those on nodes that are to be vacated."""
         waiting = sa.select(db.jobs.c.id).where(db.jobs.c.state == "waiting", db.jobs.c.cancelled)
         for row in self.store.rows(waiting):
             with self.lease.write() as connection:
                 self.book.end(connection, row["id"], "cancelled", "cancelled by its user")
+        vacated = {row["name"] for row in self.store.rows(sa.select(db.nodes.c.name).where(db.nodes.c.vacate))}
         for row in self._live():
-            if row["state"] == "running" and (row["job_cancelled"] or row["job_held"]):
+            if row["state"] != "running":
+                continue
+            if row["job_cancelled"] or row["job_held"]:
                 self._stop(Stop(row["job"], "cancelled" if row["job_cancelled"] else "held"), row)
+            elif vacated & {name for name, _ in row["placement"]}:
+                self._stop(Stop(row["job"], "drained"), row)
 
     def _decide(self) -> bool:
         live = self._live()
@@ -231,8 +236,7 @@ class Scheduler:
     def _command(self, job: Row, folder: Path, placement: Placement) -> list[str]:
         """Write the config of an attempt, and return its command."""
         if job["kind"] == "sweep":
-            ranks = sum(count for _, count in placement)
-            return sweeps.command(program(), folder.parent, job["config"], ranks)
+            return sweeps.command(program(), self.config.cluster, folder.parent, job["config"], placement)
         write_state(folder / "config.json", json.loads(job["config"]))
         return command(self.config.cluster, [*program(), "train", str(folder / "config.json")], placement)
 

@@ -90,6 +90,7 @@ nodes = sa.Table(
     sa.Column("slots", sa.Integer, nullable=False),
     sa.Column("up", sa.Boolean, nullable=False),
     sa.Column("drained", sa.Text),  # why; users and the scheduler write it
+    sa.Column("vacate", sa.Boolean, nullable=False, server_default=sa.false()),  # its jobs go elsewhere; users write it
     sa.Column("failures", sa.Float, nullable=False, default=0.0),
     sa.Column("failed_at", sa.Float, nullable=False, default=0.0),
 )
@@ -121,9 +122,10 @@ def _first(connection: sa.Connection) -> None:
 
 
 def _kinds(connection: sa.Connection) -> None:
-    """Sweeps came in: what was there before are runs."""
+    """Sweeps came in, and jobs that leave a drained node: what was there before are runs, and stay."""
     if "kind" not in {column["name"] for column in sa.inspect(connection).get_columns(jobs.name)}:  # not a new database
         connection.execute(sa.text(f"ALTER TABLE {jobs.name} ADD COLUMN kind TEXT NOT NULL DEFAULT 'run'"))
+        connection.execute(sa.text(f"ALTER TABLE {nodes.name} ADD COLUMN vacate BOOLEAN NOT NULL DEFAULT FALSE"))
 
 
 # The step at index v makes version v + 1 of version v. Steps are never changed, only added. The first makes a new

@@ -68,8 +68,8 @@ class Source(Protocol):
     def move(self, number: int, priority: int) -> str:
         """Give a job another priority; return what happens."""
 
-    def drain(self, node: str, why: str | None) -> None:
-        """Have no job start on a node; None lets jobs start there."""
+    def drain(self, node: str, why: str | None, vacate: bool = False) -> None:
+        """Have no job start on a node, or none stay there either (`vacate`); None lets jobs start there."""
 
     def submit(self, request: Request) -> int:
         """Put a job into the queue; return its number."""
@@ -206,9 +206,9 @@ class Local:
         """As `Source`."""
         return wishes.move(self.store, self.config, number, priority)
 
-    def drain(self, node: str, why: str | None) -> None:
+    def drain(self, node: str, why: str | None, vacate: bool = False) -> None:
         """As `Source`."""
-        wishes.drain(self.store, node, why)
+        wishes.drain(self.store, node, why, vacate)
 
     def submit(self, request: Request) -> int:
         """As `Source`."""

@@ -131,7 +131,7 @@ class Stop:
 
     Attributes:
         job: its id.
-        why: "preempted" or "turn" (waits again), "limit" (ended for good), or "resize".
+        why: "preempted", "drained" or "turn" (waits again), "limit" (ended for good), or "resize".
         then: placement that it starts again on at once, for "resize".
         by: the job that it makes room for; 0 for none.
     """

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.queue.config import ClusterTable
+from launch.queue.nodes import named
+from launch.queue.state import Placement
 from launch.sweep.page import Sweep, base_of, load_sweep, shipped_page
 from setformer_dist.core.config import apply_override, read_toml
 from setformer_dist.core.errors import LaunchError
@@ -56,17 +58,20 @@ def check(sweep: Sweep, cluster: ClusterTable, sizes: Sequence[int], per_node: i
         )
 
 
-def command(words: Sequence[str], folder: Path, config: str, slots: int) -> list[str]:
+def command(words: Sequence[str], cluster: ClusterTable, folder: Path, config: str, placement: Placement) -> list[str]:
     """Return the command of a sweep; its configs are written into the job's folder, the same for all its attempts.
 
     Args:
         words: that begin every command of this program.
+        cluster: of the queue.
         folder: of the job.
         config: what `read` gave.
-        slots: that its trials share.
+        placement: the slots that its trials share.
     """
     kept = json.loads(config)
     write_state(folder / _BASE, kept["base"])
     write_state(folder / _SWEEP, kept["sweep"])
+    slots = sum(count for _, count in placement)
     parallel = slots // slots_of_trial(load_sweep(folder / _SWEEP))
-    return [*words, "sweep", "run", str(folder / _SWEEP), f"budget.parallel={parallel}"]
+    where = ["--ray", cluster.ray, "--ray-nodes", named(placement)] if cluster.kind == "ray" else []
+    return [*words, "sweep", "run", str(folder / _SWEEP), f"budget.parallel={parallel}", *where]

@@ -69,19 +69,22 @@ def move(store: Store, config: QueueConfig, number: int, priority: int) -> str:
     return f"has priority {priority}"
 
 
-def drain(store: Store, name: str, why: str | None) -> None:
+def drain(store: Store, name: str, why: str | None, vacate: bool = False) -> None:
     """Have no job start on a node, or let jobs start there again.
 
     Args:
         store: the database.
         name: of the node.
         why: None lets jobs start.
+        vacate: jobs that run there save, stop, and wait to go on elsewhere.
 
     Raises:
         MissingError: there is no such node.
     """
     with store.write() as connection:
-        values: dict[str, object] = {"drained": why} if why is not None else {"drained": None, "failures": 0.0}
+        values: dict[str, object] = {"drained": why, "vacate": vacate and why is not None}
+        if why is None:
+            values["failures"] = 0.0
         changed = connection.execute(sa.update(db.nodes).where(db.nodes.c.name == name).values(**values))
         if not changed.rowcount:
             names = list(connection.execute(sa.select(db.nodes.c.name).order_by(db.nodes.c.name).limit(10)).scalars())
@@ -89,7 +92,7 @@ def drain(store: Store, name: str, why: str | None) -> None:
                 f"its nodes are {', '.join(names)}" if names else "it has seen none yet: start `setformer queue serve`"
             )
             raise MissingError(f"the queue has no node {name}: {known}")
-        event(connection, "drained" if why is not None else "undrained", None, node=name)
+        event(connection, "drained" if why is not None else "undrained", None, node=name, vacate=vacate)
 
 
 def _change(store: Store, number: int, kind: str, **values: object) -> str:

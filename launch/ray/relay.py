@@ -24,7 +24,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,12 +113,10 @@ class Relay:
         self._slots = slots
         self._cluster = address
         self._directory = asked["directory"]
-        self._unit = _unit()
-        bundles = [{name: amount * count for name, amount in self._unit.items()} for count in slots]
-        for bundle, (node, _) in zip(bundles, asked["nodes"], strict=False):
-            bundle[f"node:{node}"] = _HERE
+        self._unit = unit_of_rank()
+        made = on_named(asked["nodes"]) if asked["nodes"] else [_times(self._unit, count) for count in slots]
         strict = asked["per_node"] is not None
-        self._group: PlacementGroup = placement_group(bundles, strategy="STRICT_SPREAD" if strict else "SPREAD")
+        self._group: PlacementGroup = placement_group(made, strategy="STRICT_SPREAD" if strict else "SPREAD")
         self._channels: set[asyncio.Task[None]] = set()
 
     def wait(self, patience: Patience) -> None:
@@ -223,15 +221,25 @@ def _short(error: Exception) -> str:
     return lines[0][:120] if lines else type(error).__name__
 
 
-def _unit() -> dict[str, float]:
+def unit_of_rank() -> dict[str, float]:
     """Return what one rank takes of a node."""
     gpus = ray.cluster_resources().get("GPU", 0) >= 1 and os.environ.get("DS_ACCELERATOR") != "cpu"
     return {"CPU": 1.0, "GPU": 1.0} if gpus else {"CPU": 1.0}
 
 
+def _times(unit: dict[str, float], count: int) -> dict[str, float]:
+    return {name: amount * count for name, amount in unit.items()}
+
+
+def on_named(nodes: Iterable[tuple[str, int]]) -> list[dict[str, float]]:
+    """Return the bundles of some ranks on each of some nodes, which are named by their addresses."""
+    unit = unit_of_rank()
+    return [{**_times(unit, count), f"node:{name}": _HERE} for name, count in nodes]
+
+
 def rooms() -> list[Room]:
     """Return what the nodes of the cluster have room for."""
-    unit = _unit()
+    unit = unit_of_rank()
     free = ray._private.state.available_resources_per_node()
 
     def fits(resources: dict[str, float]) -> int:

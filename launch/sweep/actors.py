@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from launch.hosts.names import HostSpec
+from launch.ray.relay import on_named
 from launch.sweep.page import BudgetTable
 from launch.sweep.trial import Command, TrialProcess
 from setformer_dist.core.errors import LaunchError
@@ -42,29 +46,24 @@ class Need:
             rooms.append(int(gpus // self.gpus))
         return min(rooms)
 
-
-def room(need: Need) -> int:
-    """Return how many runs the cluster's nodes have room for, other jobs apart."""
-    return sum(need.times_in(cpus, gpus) for cpus, gpus in _nodes())
-
-
-def _nodes() -> list[tuple[float, float]]:
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [(float(have.get("CPU", 0)), float(have.get("GPU", 0))) for have in alive]
+    def times_on(self, nodes: Sequence[tuple[float, float]]) -> int:
+        """Return how many runs nodes have room for, other jobs apart, by the cores and devices of each."""
+        return sum(self.times_in(cpus, gpus) for cpus, gpus in nodes)
 
 
-def check_room(budget: BudgetTable, members: int) -> None:
+def check_room(budget: BudgetTable, members: int, nodes: Sequence[tuple[float, float]]) -> None:
     """Check that runs fit.
 
     Args:
         budget: of the sweep.
         members: how many must run at one time.
+        nodes: cores and devices of each.
 
     Raises:
         LaunchError: they do not; it says what would.
     """
-    need, nodes = Need.of(budget), _nodes()
-    if (fits := room(need)) >= members:
+    need = Need.of(budget)
+    if (fits := need.times_on(nodes)) >= members:
         return
     if fits:
         raise LaunchError(
@@ -91,12 +90,23 @@ class Actors:
 
     Args:
         need: of each run.
+        nodes: addresses, and the ranks that this sweep may use of each; none for the whole cluster.
     """
 
-    def __init__(self, need: Need) -> None:
-        self._class = ray.remote(num_cpus=need.cpus, num_gpus=need.gpus, max_restarts=0)(TrialProcess)
+    def __init__(self, need: Need, nodes: Sequence[HostSpec] = ()) -> None:
+        where: dict[str, Any] = {}
+        self._bundles = on_named((node.name, node.slots) for node in nodes) if nodes else []
+        if nodes:
+            self._group = placement_group(self._bundles, strategy="SPREAD")
+            where["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group)
+        self._class = ray.remote(num_cpus=need.cpus, num_gpus=need.gpus, max_restarts=0, **where)(TrialProcess)
         self._actors: dict[Key, Any] = {}
         self._asked: dict[Any, Key] = {}
+
+    def nodes(self) -> list[tuple[float, float]]:
+        """Return the cores and devices of each node that runs may have."""
+        have = self._bundles or [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        return [(float(one.get("CPU", 0)), float(one.get("GPU", 0))) for one in have]
 
     def start(self, key: Key, command: Command) -> None:
         """Start a run as soon as a node has room."""

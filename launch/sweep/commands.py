@@ -8,12 +8,13 @@ import json
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
 
+from launch.hosts.names import HostSpec
 from launch.ranks.holder import look
 from launch.ranks.lock import Supervised, supervising
 from launch.ranks.signals import stop_signals
@@ -37,7 +38,7 @@ _HEAD_EVERY_S, _HEAD_S, _REFUSALS = 2.0, 2.0, 2
 _LOCK_S = 3.0  # for a driver that is about to end
 
 
-def run(sweep: Sweep, address: str | None, wait: bool, console: Console) -> int:
+def run(sweep: Sweep, address: str | None, wait: bool, console: Console, nodes: Sequence[HostSpec] = ()) -> int:
     """Run a sweep, or continue it; return the exit code.
 
     Args:
@@ -45,6 +46,7 @@ def run(sweep: Sweep, address: str | None, wait: bool, console: Console) -> int:
         address: of a Ray cluster; None starts one on this machine.
         wait: for nodes, where trials do not fit.
         console: for the tables; lines about trials go to standard error.
+        nodes: of the cluster, and the ranks that trials may have of each; none for all.
 
     Raises:
         SetformerError: it cannot run.
@@ -61,7 +63,7 @@ def run(sweep: Sweep, address: str | None, wait: bool, console: Console) -> int:
         lost = _cluster(address, stack) if remains(sweep, book_of(sweep, journal.events)) else lambda: None
         received = stack.enter_context(stop_signals(held.show_life))
         say, show = stack.enter_context(_shown(sweep, console))
-        driver = Driver(sweep, journal, received, say, show, lost, held.fault)
+        driver = Driver(sweep, journal, received, say, show, lost, held.fault, nodes)
         try:
             code = driver.run(wait)
         except BaseException:

@@ -13,13 +13,14 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+from launch.hosts.names import HostSpec
 from launch.ranks.signals import Received
-from launch.sweep.actors import Actors, Key, Need, check_room, room
+from launch.sweep.actors import Actors, Key, Need, check_room
 from launch.sweep.journal import Event, Journal
 from launch.sweep.page import Sweep
 from launch.sweep.progress import Progress, ProgressReader
@@ -78,6 +79,7 @@ class Driver:
         show: called after each look with the state and the runs.
         cluster_lost: says that the cluster is gone; None while it answers.
         folder_lost: says that the sweep's folder is gone, or another driver's; None while it is this one's.
+        nodes: addresses, and the ranks that trials may have of each; none for the whole cluster.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Driver:
         show: Callable[[Book, dict[Key, Running]], None] = lambda book, running: None,
         cluster_lost: Callable[[], str | None] = lambda: None,
         folder_lost: Callable[[], str | None] = lambda: None,
+        nodes: Sequence[HostSpec] = (),
     ) -> None:
         self._sweep, self._budget = sweep, sweep.config.budget
         self._journal, self._received = journal, received
@@ -98,7 +101,7 @@ class Driver:
         for event in list(journal.events):
             self.book.take(dict(event))
         self._need = Need.of(self._budget)
-        self._actors = Actors(self._need)
+        self._actors = Actors(self._need, nodes)
         self.running: dict[Key, Running] = {}
         self._deaths: dict[Key, int] = {}
         self._ended: list[Trial] = []
@@ -149,7 +152,7 @@ class Driver:
         told = False
         while self._asked_to_stop() is None:
             try:
-                check_room(self._budget, members)
+                check_room(self._budget, members, self._actors.nodes())
                 return True
             except LaunchError as error:
                 if not wait:
@@ -332,7 +335,7 @@ class Driver:
 
     def _start_what_fits(self) -> None:
         if time.monotonic() - self._room_at > _ROOM_EVERY_S:
-            self._room, self._room_at = room(self._need), time.monotonic()
+            self._room, self._room_at = self._need.times_on(self._actors.nodes()), time.monotonic()
         slots = min(self._room, self._budget.parallel or self._room) - len(self.running)
         for key in self._waiting()[: max(0, slots)]:
             self._start(key)

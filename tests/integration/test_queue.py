@@ -173,6 +173,21 @@ def test_a_stand_by_takes_over_within_ten_seconds(make: Make, tmp_path: Path) ->
     assert not place.store.rows(sa.select(db.lease))[0]["holder"]  # given back
 
 
+@pytest.mark.drill
+def test_a_job_leaves_a_node_that_is_vacated(make: Make, tmp_path: Path) -> None:
+    place = make(1)
+    number = place.submit("one", "1", "schedule.steps=200")
+    place.until(lambda: place.step("one") > 2)
+    (node,) = [row["name"] for row in place.store.rows(sa.select(db.nodes))]
+    wishes.drain(place.store, node, "new memory", vacate=True)
+    place.until(lambda: place.state(number) == "waiting")
+    assert place.tries(number) == [(1, "stopped")]
+    wishes.drain(place.store, node, None)
+    place.until(lambda: place.state(number) == "running")
+    wishes.cancel(place.store, number)
+    place.until(lambda: place.state(number) == "cancelled")
+
+
 SWEEP = """
 [sweep]
 name = "s"

@@ -77,7 +77,7 @@ ROOMS = {
     "ray": {"hosts", "machine", "ranks", "record", "run"},
     "record": {"ranks"},
     "run": {"hosts", "ranks", "record"},
-    "sweep": {"ranks", "ray", "record", "run"},
+    "sweep": {"hosts", "ranks", "ray", "record", "run"},
 }  # fmt: skip
 
 

@@ -91,6 +91,7 @@ def test_a_database_of_the_first_schema_keeps_its_jobs(url: str) -> None:
     _submit(store, "old")
     with store.write() as connection:
         connection.execute(sa.text("ALTER TABLE queue_jobs DROP COLUMN kind"))
+        connection.execute(sa.text("ALTER TABLE queue_nodes DROP COLUMN vacate"))
         connection.execute(sa.update(db.schema).values(version=1))
     store.close()
     store = Store(url)

@@ -104,8 +104,8 @@ def _acts(routes: APIRouter, queue: Local) -> None:
 
     @routes.post("/nodes/{name}/drain", response_model=models.Said)
     def drain(name: NodeName, given: models.Drain) -> Row:
-        """Start no new job on a node; running jobs continue."""
-        queue.drain(name, given.why)
+        """Start no new job on a node; running jobs continue, or go elsewhere."""
+        queue.drain(name, given.why, given.vacate)
         return {"said": "no job starts there"}
 
     @routes.post("/nodes/{name}/undrain", response_model=models.Said)

@@ -161,6 +161,7 @@ class Drain(Given):
     """Why no job starts on a node."""
 
     why: str = Field(default="by hand", max_length=500)
+    vacate: bool = Field(default=False, description="jobs that run there save, stop, and go on elsewhere")
 
 
 class Submission(Given):
