@@ -18,6 +18,7 @@ from launch.sweep.space import label
 from launch.sweep.state import Book, Trial
 from setformer_dist.core.files import write_text
 from setformer_dist.core.terminal import open_table
+from setformer_dist.core.words import plain
 
 RESULTS = "results.csv"
 
@@ -92,7 +93,7 @@ def write_csv(sweep: Sweep, book: Book) -> Path:
                 *(label(trial.point[key]) if key in trial.point else "" for key in sweep.config.space),
                 "" if trial.source is None else f"trial {trial.source[0]}, step {trial.source[1]}",
                 sweep.run_folder(trial.number, 0),
-                _note(trial),
+                _as_text(_note(trial)),
             ]
         )
     path = sweep.folder / RESULTS
@@ -124,6 +125,11 @@ def _step(trial: Trial) -> str:
 
 def _note(trial: Trial) -> str:
     return next((run.why for run in trial.runs if run.why), "")
+
+
+def _as_text(note: str) -> str:
+    """Return a note as a spreadsheet and a terminal are to take it: as a text, not as a formula or an escape."""
+    return f"'{plain(note)}" if note.lstrip().startswith(("=", "+", "-", "@")) else plain(note)
 
 
 def _left(run: Running) -> str:

@@ -322,7 +322,7 @@ def _put(fragment: Fragment, whole: torch.Tensor, where: torch.Tensor) -> None:
 
 
 def check_possible(config: RefreshConfig, layers: tuple[Layer, ...], total_steps: int) -> None:
-    """Refuse refreshes that this run cannot have.
+    """Refuse refreshes that this run cannot have, and say where it has none.
 
     Raises:
         ConfigError: one is due where the run has no step, or a set has more references than there are samples.
@@ -333,6 +333,10 @@ def check_possible(config: RefreshConfig, layers: tuple[Layer, ...], total_steps
             f"refresh.at_steps has {config.at_steps[-1]}{later}, and the run has {total_steps} steps: a refresh comes "
             "before the last of them"
         )
+    if config.every and not config.at_steps and config.every + config.delay >= total_steps:
+        log.warning(
+            "refresh.every = %d is too long for a run of %d steps: it has no refresh", config.every, total_steps
+        )  # no error: a config is often tried with fewer steps
     for layer in layers:
         for kind in config.sets:
             if kind in layer.shapes and layer.shapes[kind][1] > config.samples:

@@ -270,6 +270,16 @@ def test_a_model_without_what_is_refreshed_is_refused(words: list[str], said: li
     assert all(word in str(refused.value) for word in said), refused.value
 
 
+def test_a_run_too_short_for_a_refresh_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    layers = problem_of(PLAIN).layers
+    for config in (RefreshConfig(every=39), RefreshConfig(every=36, delay=3), RefreshConfig(every=50, at_steps=(3,))):
+        check_possible(config, layers, 40)
+    assert not caplog.messages
+    for config in (RefreshConfig(every=40), RefreshConfig(every=37, delay=3)):
+        check_possible(config, layers, 40)
+    assert [message.partition(": ")[2] for message in caplog.messages] == ["it has no refresh"] * 2
+
+
 def test_refreshes_that_no_run_can_have_are_refused() -> None:
     layers = problem_of(PLAIN).layers
     with pytest.raises(ConfigError, match=r"refresh\.at_steps has 40, and the run has 40 steps"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import random
@@ -350,6 +351,18 @@ def test_a_sweep_whose_trials_all_failed_has_failed(tmp_path: Path) -> None:
     with pytest.raises(RankFailedError, match="of 1 trial each one failed, the last one: no data"):
         Driver(sweep, journal, Received(None), print).run()
     journal.close()
+
+
+def test_a_note_is_a_text_in_the_csv(tmp_path: Path) -> None:
+    sweep = page(tmp_path)
+    book = Book(sweep)
+    for number, why in enumerate(["=cmd|'/c calc'!A1", "\x1b[31mred"]):
+        book.take({"event": "asked", "trial": number})
+        book.take({"event": "ended", "trial": number, "seed": 0, "state": "failed", "value": None, "step": 0,
+                   "seconds": 1.0, "why": why})  # fmt: skip
+    sweep.folder.mkdir()
+    notes = [row["note"] for row in csv.DictReader(write_csv(sweep, book).open())]
+    assert notes == ["'=cmd|'/c calc'!A1", r"\x1b[31mred"]
 
 
 def test_a_sweep_can_be_shown_where_nothing_can_be_written(tmp_path: Path) -> None:
