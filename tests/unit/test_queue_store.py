@@ -22,8 +22,11 @@ from launch.queue import schema as db
 from launch.queue.attempts import Ended, Watcher
 from launch.queue.config import QueueConfig, load
 from launch.queue.outcome import backoff, judge
+from launch.queue.page.figures import Figures
+from launch.queue.page.live import Watch
 from launch.queue.scheduler import Scheduler
-from launch.queue.store import Lease, LeaseLostError, Store, event, url_of
+from launch.queue.source import Local
+from launch.queue.store import Lease, LeaseLostError, MissingError, Store, event, url_of
 from launch.queue.submit import Request, seconds_of, submit
 from setformer_dist.core.errors import ConfigError, LaunchError, TransientError
 
@@ -296,3 +299,40 @@ def test_rounds_with_jobs_that_cannot_train(store: Store, tmp_path: Path, monkey
     wishes.drain(store, node, None)
     scheduler.step()
     assert store.job(first)["state"] == "running"
+
+
+def test_what_the_page_reads(store: Store) -> None:
+    # PostgreSQL is stricter about types and groups than SQLite.
+    queue = Local(store, _config())
+    for k in range(5):
+        number = _submit(store, f"job-{k}", priority=k)
+        with store.write() as connection:
+            place = {"place": 5 - k if k < 3 else None, "expected": 1e9 + k if k < 3 else None}
+            connection.execute(sa.update(db.jobs).where(db.jobs.c.id == number).values(**place))
+    with store.write() as connection:
+        connection.execute(sa.insert(db.nodes).values(name="node1", slots=2, up=True))
+        values = {"job": 1, "number": 1, "state": "running", "placement": [["node1", 2]], "ranks": 2, "started": 7.0,
+                  "folder": "/nosuch", "then_on": []}  # fmt: skip
+        connection.execute(sa.insert(db.attempts).values(**values))
+        connection.execute(sa.update(db.jobs).where(db.jobs.c.id == 1).values(state="running"))
+        connection.execute(sa.update(db.jobs).where(db.jobs.c.id == 5).values(state="failed", finished=9.0))
+        event(connection, "started", 1, waited=3.0)
+    assert [row["id"] for row in queue.jobs(True)] == [1, 3, 2, 4, 5]
+    assert [row["id"] for row in queue.waiting(2)] == [3, 2]
+    assert [(row["id"], row["ranks"], row["placement"]) for row in queue.running(9)] == [(1, 2, [["node1", 2]])]
+    assert [row["id"] for row in queue.ended(9)] == [5]
+    assert queue.counts(8.0) == {"running": 1, "waiting": 3, "failed": 1}
+    assert queue.counts(10.0) == {"running": 1, "waiting": 3}
+    assert queue.nodes() == [{"name": "node1", "slots": 2, "used": 2, "state": "up"}]
+    assert queue.job(1)["started"] == 7.0
+    last = queue.latest_events(1)[0]
+    assert (last["event"], last["waited"]) == ("started", 3.0)
+    assert queue.latest_events(9, before=last["id"])[0]["id"] < last["id"]
+    assert queue.output(1, 1, 0)["text"] == ""
+    with pytest.raises(MissingError, match="job 1 has no attempt 2"):
+        queue.output(1, 2, 0)
+    watch = Watch(store)
+    assert watch._look()[:4] == watch._look()[:4]  # without the clock
+    figures = Figures(queue, Path("/nosuch")).text().decode()
+    assert 'setformer_queue_jobs{state="waiting",user="ada"} 3.0' in figures
+    assert "setformer_queue_wait_seconds_sum 3.0" in figures

@@ -78,7 +78,7 @@ class Watch:
                 seen = await run_in_threadpool(self._look)
                 self.trouble = ""
             except SetformerError as error:
-                self.trouble, seen = str(error), str(error)
+                self.trouble, seen = str(error), (str(error),)
             if seen != self._seen:
                 self._seen = seen
                 self.version += 1
@@ -86,7 +86,7 @@ class Watch:
                 self._news = asyncio.Event()
             await asyncio.sleep(self._every_s)
 
-    def _look(self) -> object:
+    def _look(self) -> tuple[object, ...]:
         """Return what changes when a page would."""
         jobs, tries = db.jobs.c, db.attempts.c
         with self._store.read() as connection:
