@@ -16,6 +16,7 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,9 +26,10 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F  # as torchvision's own docs name it
 
-from dataloaders.pixels.decode import UndecodableError, decode, image_size, is_jpeg, refuse_large
+from dataloaders.pixels.decode import UndecodableError, decode, image_size, is_jpeg, natural, refuse_large
+from dataloaders.pixels.depth import RGB, PixelFormat
 from dataloaders.pixels.formats import FORMATS
-from dataloaders.source import Boxes, Stored
+from dataloaders.source import Boxes, Stored, Tiled
 
 VOID = 255
 _PNG_START = b"\x89PNG\r\n\x1a\n"
@@ -52,6 +54,7 @@ class Intake:
             rewritten, and kept so where that made it smaller.
         classes: how many there are, for masks and boxes; 0 where that is not known yet.
         void: mask value that becomes 255, "does not count".
+        form: what pixels are.
     """
 
     strict: bool = True
@@ -59,6 +62,7 @@ class Intake:
     quality: int | None = None
     classes: int = 0
     void: int | None = None
+    form: PixelFormat = RGB
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +96,8 @@ def take_in(stored: Stored, how: Intake) -> Taken:
     Raises:
         UndecodableError: why it cannot be packed.
     """
-    data = stored.image
-    before = data.shape[:2] if isinstance(data, np.ndarray) else _checked_size(data, how.strict)
+    data = _without_tiles(stored.image, how.form)
+    before = data.shape[:2] if isinstance(data, np.ndarray) else _checked_size(data, how.strict, how.form)
     image, height, width = _image(data, before[0], before[1], how)
     mask, top = (None, -1) if stored.mask is None else _mask(stored.mask, before, (height, width), how)
     boxes = None if stored.boxes is None else _boxes(stored.boxes, before, (height, width), how)
@@ -110,7 +114,7 @@ def check(stored: Stored, classes: int) -> tuple[int, int]:
     Raises:
         UndecodableError: what is wrong with it.
     """
-    height, width, _ = decode(stored.image).shape
+    height, width = _checked_size(_without_tiles(stored.image, form := natural(stored.image)), True, form)
     how = Intake(classes=classes)
     if stored.mask is not None:
         _mask(stored.mask, (height, width), (height, width), how)
@@ -119,15 +123,28 @@ def check(stored: Stored, classes: int) -> tuple[int, int]:
     return height, width
 
 
-def _checked_size(data: bytes, strict: bool) -> tuple[int, int]:
-    if not strict:
-        return image_size(data)
-    height, width, _ = decode(data).shape
+def _without_tiles(data: bytes | npt.NDArray[Any] | Tiled, form: PixelFormat) -> bytes | npt.NDArray[Any]:
+    """Return an image that is not in tiles: of those the pixels of all."""
+    return data if isinstance(data, bytes | np.ndarray) else decode(data, form=form)
+
+
+def _checked_size(data: bytes | npt.NDArray[Any], strict: bool, form: PixelFormat) -> tuple[int, int]:
+    if not strict and isinstance(data, bytes):
+        return image_size(data, form)
+    height, width = decode(data, form=form).shape[:2]
     return height, width
 
 
-def _image(data: bytes | npt.NDArray[np.uint8], height: int, width: int, how: Intake) -> tuple[bytes, int, int]:
+def _image(data: bytes | npt.NDArray[Any], height: int, width: int, how: Intake) -> tuple[bytes, int, int]:
     """Return an image file with its height and width; `data` itself wherever it may stay."""
+    if not how.form.is_rgb:
+        if how.max_side or how.quality:
+            raise UndecodableError(
+                f"it has {how.form}, which --max-side and --quality, being of JPEG files, do not keep"
+            )
+        if isinstance(data, np.ndarray):
+            raise UndecodableError(f"its pixels have {how.form}, which no image file of ours holds: give --tiles")
+        return data, height, width
     if how.max_side and max(height, width) > how.max_side:
         smaller = _smaller(height, width, how.max_side)
         return _jpeg(_resized(data, smaller), how.quality or _SHRUNK_QUALITY), *smaller
@@ -144,12 +161,13 @@ def _image(data: bytes | npt.NDArray[np.uint8], height: int, width: int, how: In
     return data, height, width
 
 
-def shrunk_pixels(data: bytes | npt.NDArray[np.uint8], max_side: int) -> npt.NDArray[np.uint8]:
+def shrunk_pixels(data: bytes | npt.NDArray[Any] | Tiled, max_side: int) -> npt.NDArray[np.uint8]:
     """Return (H, W, 3) pixels whose longer side is at most `max_side`; 0 shrinks nothing.
 
     Raises:
         UndecodableError: the bytes are not a whole image.
     """
+    data = _without_tiles(data, RGB)
     height, width = data.shape[:2] if isinstance(data, np.ndarray) else image_size(data)
     if not max_side or max(height, width) <= max_side:
         return decode(data)
@@ -161,7 +179,7 @@ def _smaller(height: int, width: int, max_side: int) -> tuple[int, int]:
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def _resized(data: bytes | npt.NDArray[np.uint8], size: tuple[int, int]) -> npt.NDArray[np.uint8]:
+def _resized(data: bytes | npt.NDArray[Any], size: tuple[int, int]) -> npt.NDArray[np.uint8]:
     pixels = decode(data, _DECODE_MARGIN * size[0], _DECODE_MARGIN * size[1])
     image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
     small = F.resize(image, list(size), interpolation=v2.InterpolationMode.BICUBIC, antialias=True)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from dataloaders.packing.catalog import Catalog, Listed
 from dataloaders.pixels.decode import UndecodableError
-from dataloaders.source import Boxes, DamagedSampleError, Source, Stored
+from dataloaders.source import Boxes, DamagedSampleError, Source, Stored, bytes_of
 from dataloaders.sources.class_folders import Stretch, read_stretch
 from dataloaders.sources.shards import ShardDataset
 
@@ -240,5 +240,5 @@ def mean_bytes(source: Source) -> int:
             image = source.read(sample).image
         except DamagedSampleError:
             continue
-        total, count = total + (image.nbytes if isinstance(image, np.ndarray) else len(image)), count + 1
+        total, count = total + bytes_of(image), count + 1
     return total // max(count, 1)

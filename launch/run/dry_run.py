@@ -160,7 +160,7 @@ def _assumed(run: ResolvedRun) -> _Known:
     assert isinstance(c.data, DataConfig)
     model = build_assumed(c, _ASSUMED_CLASSES)
     check_sequence(run, None, model)
-    shape = (3, *c.data.shape)
+    shape = (c.data.bands, *c.data.shape)
     return _Known(model, shape, None, tuple(_recomputed(run, model, shape, None)))
 
 

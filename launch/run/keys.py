@@ -43,6 +43,7 @@ UNITS = {
     "data.resolutions[].multiple": _PIXELS,
     "data.aspect_buckets": "width / height", "data.bucket_multiple": _PIXELS, "data.eval_crop": _SHARE,
     "data.mean": "share of the full range", "data.std": "share of the full range", "data.workers": "processes",
+    "data.max_pixels": _PIXELS,
     "data.threads": "threads", "data.prefetch": "micro batches", "data.max_bad_share": _SHARE,
     "data.augment.pad": _PIXELS, "data.augment.scale": "share of the area", "data.augment.ratio": "width / height",
     "data.augment.randaugment_ops": "operations per image", "data.augment.randaugment_magnitude": "steps of 30",

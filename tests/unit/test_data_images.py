@@ -22,7 +22,8 @@ from torchvision.transforms import v2
 
 from dataloaders.config import AugmentConfig, DataConfig
 from dataloaders.pixels.augment import OPERATIONS, color_jitter, erased_box, rand_augment
-from dataloaders.pixels.decode import MAX_PIXELS, UndecodableError, decode, decode_mask, image_size, suffix_for
+from dataloaders.pixels.decode import UndecodableError, decode, decode_mask, image_size, suffix_for
+from dataloaders.pixels.depth import MAX_PIXELS
 from dataloaders.pixels.draws import Lane, sample_words, uniforms
 from dataloaders.pixels.formats import FORMATS
 from dataloaders.pixels.mixing import draw_mix
