@@ -109,6 +109,8 @@ def inspect(source: Source, look_at: int = LOOKED_AT) -> Inspection:
     columns = source.index.columns if isinstance(source, ShardDataset) else {}
     sizes_known, checks_known = "size" in columns, "crc32" in columns
     total = int(columns["size"].sum()) if sizes_known else round(seen.bytes / max(seen.whole, 1) * source.num_samples)
+    if isinstance(source, ShardDataset) and source.index.options.get("tiles"):
+        total = sum(shard.size for shard in source.index.shards)  # the index knows the tables of the tiles
     if checks_known:
         # Equal checksums by chance: once in 4 thousand million pairs; with the size as well, hardly ever.
         checks = columns["crc32"].astype(np.int64) << 31 ^ columns["size"]

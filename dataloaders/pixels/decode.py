@@ -154,6 +154,24 @@ def decode_box(
     return pixels[top : top + height, left : left + width]
 
 
+def bands_of_rows(data: bytes | npt.NDArray[Any] | Tiled, rows: int, form: PixelFormat) -> Iterator[npt.NDArray[Any]]:
+    """Yield an image from top to bottom, so many rows at a time, (rows, W, C).
+
+    Of tiles and of a TIFF no more than these rows are held; other files are decoded whole.
+
+    Raises:
+        UndecodableError: as `decode`; also after the first rows.
+        DamagedSampleError: a tile is damaged.
+    """
+    height, width = stored_shape(data, form)
+    by_parts = not isinstance(data, bytes | np.ndarray) or (
+        isinstance(data, bytes) and tiff.is_tiff(data) and not (form.is_rgb and _pil_reads(data, form))
+    )
+    whole = data if by_parts else decode(data, form=form)
+    for top in range(0, height, rows):
+        yield decode_box(whole, (top, 0, min(rows, height - top), width), (height, width), form)
+
+
 def stored_shape(data: bytes | npt.NDArray[Any] | Tiled, form: PixelFormat) -> tuple[int, int]:
     """Return (height, width) of an image whose container does not say it.
 

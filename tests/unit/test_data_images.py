@@ -640,7 +640,7 @@ def test_channels_last_is_another_layout_of_the_same_images():
         ({"augment": {"scale": [0.5, 0.2]}}, "augment: scale"),
         ({"augment": {"mixupp": 0.2}}, "did you mean augment.mixup"),
         ({"augment": {"smoothing": 1.0}}, "augment.smoothing = 1.0"),
-        ({"mean": [0.5, 0.5]}, "mean.2"),
+        ({"mean": [0.5, 0.5]}, "mean names 2 bands and std names 3"),
         ({"workers": -1}, "workers = -1"),
         ({"workers": "4"}, "workers = '4'"),
     ],
