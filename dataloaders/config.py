@@ -232,7 +232,7 @@ class DataConfig(FrozenConfig):
     mean: _Bands = _IMAGENET_MEAN
     std: _Bands = _IMAGENET_STD
     pixels: Numbers = "uint8"
-    max_pixels: Annotated[int, FREE] = pydantic.Field(default=MAX_PIXELS, ge=1, le=1 << 36)
+    max_pixels: int = pydantic.Field(default=MAX_PIXELS, ge=1, le=1 << 36)
     workers: Annotated[int, FREE] = pydantic.Field(default=0, ge=0)
     threads: Annotated[int, FREE] = pydantic.Field(default=1, ge=0, le=1024)
     prefetch: Annotated[int, FREE] = pydantic.Field(default=2, ge=1)
