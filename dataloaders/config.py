@@ -11,11 +11,12 @@ from typing import Annotated, Literal, Self
 
 import pydantic
 
+from dataloaders.pixels.depth import FULL_RANGE, MAX_PIXELS, MOST_BANDS, Numbers, PixelFormat
 from setformer_dist.core.config import FrozenConfig
 from setformer_dist.core.continuing import FREE
 
 # TOML has arrays, not tuples; strict mode would refuse them.
-_Triple = Annotated[tuple[float, float, float], pydantic.Field(strict=False)]
+_Bands = Annotated[tuple[float, ...], pydantic.Field(strict=False, min_length=1, max_length=MOST_BANDS)]
 _Range = Annotated[tuple[float, float], pydantic.Field(strict=False)]
 
 # Channel statistics of ImageNet's training images, as timm and torchvision use them.
@@ -31,7 +32,8 @@ class AugmentConfig(FrozenConfig):
 
     Attributes:
         crop: "resized" (random area and aspect ratio, then resized to the image size), "pad" (zero padding and
-            a random window; for images already at the image size) or "none" (as in evaluation).
+            a random window; for images already at the image size), "window" (a random window of the image size, never
+            resized; evaluation shows the window at the image's centre) or "none" (as in evaluation).
         pad: pixels added on each side by crop = "pad".
         scale: smallest and largest share of the image's area that crop = "resized" takes.
         ratio: smallest and largest width / height of that crop.
@@ -50,7 +52,7 @@ class AugmentConfig(FrozenConfig):
             module of run.imports registers them (docs/library.md).
     """
 
-    crop: Literal["resized", "pad", "none"] = "resized"
+    crop: Literal["resized", "pad", "window", "none"] = "resized"
     pad: int = pydantic.Field(default=4, ge=1)
     scale: _Range = (0.08, 1.0)
     ratio: _Range = (3 / 4, 4 / 3)
@@ -178,8 +180,14 @@ class DataConfig(FrozenConfig):
         eval_crop: side of the centre crop in evaluation as a share of the resized image's; an image of the model's
             size is not cropped.
         interpolation: how images are resized (antialiased).
-        mean: channel means that normalisation subtracts, in units of the full range 0 to 1.
-        std: channel deviations that normalisation divides by, in the same units.
+        mean: means of the bands that normalisation subtracts, in units of the full range 0 to 1 (with pixels =
+            "float32", in the units of the data). Their number is the number of bands that images must have, and the
+            model's in_chans.
+        std: deviations of the bands that normalisation divides by, in the same units.
+        pixels: numbers that images have in each band: "uint8" (with three bands, all else of 8 bits is converted to
+            RGB), "uint16" or "float32"; images of another kind are refused. They reach the device as they are.
+        max_pixels: height x width beyond which an image is refused before it is decoded. Memory grows with it; images
+            packed as tiles may be larger, as only what is seen of them is decoded.
         resolutions: stages of progressive resizing; before the first, and without any, images have `image_size`.
         aspect_buckets: shapes (width / height) of training images, such as [0.75, 1.0, 1.33]; each batch has one
             shape of about image_size x image_size pixels and the images closest to it. Empty: square.
@@ -221,8 +229,10 @@ class DataConfig(FrozenConfig):
     bucket_multiple: int = pydantic.Field(default=32, ge=1, le=LARGEST_SIDE)
     eval_crop: float = pydantic.Field(default=0.875, gt=0.0, le=1.0)
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    mean: _Triple = _IMAGENET_MEAN
-    std: _Triple = _IMAGENET_STD
+    mean: _Bands = _IMAGENET_MEAN
+    std: _Bands = _IMAGENET_STD
+    pixels: Numbers = "uint8"
+    max_pixels: int = pydantic.Field(default=MAX_PIXELS, ge=1, le=1 << 36)
     workers: Annotated[int, FREE] = pydantic.Field(default=0, ge=0)
     threads: Annotated[int, FREE] = pydantic.Field(default=1, ge=0, le=1024)
     prefetch: Annotated[int, FREE] = pydantic.Field(default=2, ge=1)
@@ -240,6 +250,16 @@ class DataConfig(FrozenConfig):
         return self.image_size, self.image_width or self.image_size
 
     @property
+    def bands(self) -> int:
+        """C, the bands of images and the channels of the model's input."""
+        return len(self.mean)
+
+    @property
+    def form(self) -> PixelFormat:
+        """What images are decoded to."""
+        return PixelFormat(self.bands, self.pixels, self.max_pixels)
+
+    @property
     def group(self) -> int:
         """Factor of the micro batch: the samples that are mixed with each other."""
         return self.augment.mix_group if self.augment.mixes else 1
@@ -250,9 +270,15 @@ class DataConfig(FrozenConfig):
             raise ValueError("root is missing: name the folder or the URL of the data")
         if min(self.std) <= 0:
             raise ValueError(f"std = {list(self.std)} must be positive, as images are divided by it")
-        if max(map(abs, (*self.mean, *self.std))) > _LARGEST_STATISTIC:
+        if len(self.mean) != len(self.std):
             raise ValueError(
-                f"mean = {list(self.mean)} and std = {list(self.std)} are in units of the full range: divide by 255"
+                f"mean names {len(self.mean)} bands and std names {len(self.std)}: give one number of each for each "
+                "band of the images"
+            )
+        if self.pixels != "float32" and max(map(abs, (*self.mean, *self.std))) > _LARGEST_STATISTIC:
+            raise ValueError(
+                f"mean = {list(self.mean)} and std = {list(self.std)} are in units of the full range: divide by "
+                f"{FULL_RANGE[self.pixels]}"
             )
         if self.augment.crop == "pad" and self.augment.pad >= min(self.shape):
             raise ValueError(
@@ -262,7 +288,26 @@ class DataConfig(FrozenConfig):
         return self
 
     @pydantic.model_validator(mode="after")
+    def _possible_pixels(self) -> Self:
+        if self.form.is_rgb:
+            return self
+        for key in ("randaugment_ops", "color_jitter"):
+            if getattr(self.augment, key):
+                raise ValueError(
+                    f"augment.{key} = {getattr(self.augment, key)} changes colours of RGB images of 8 bits, and the "
+                    f"images have {self.form} (data.pixels, data.mean): set it to 0"
+                )
+        if self.engine == "ffcv":
+            raise ValueError(
+                f'engine = "ffcv" reads RGB images of 8 bits, and the images have {self.form} (data.pixels, '
+                'data.mean): set engine = "native"'
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _possible_sizes(self) -> Self:
+        if self.augment.crop == "window" and self.engine == "ffcv":
+            raise ValueError('augment.crop = "window" is not one of FFCV\'s crops: set engine = "native"')
         if self.augment.crop == "pad" and (self.resolutions or self.aspect_buckets):
             raise ValueError(
                 'augment.crop = "pad" keeps images as large as they are stored, so it excludes resolutions '

@@ -7,7 +7,7 @@ image folder, local or behind a URL. Streams, augmentation, damage and benchmark
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -28,21 +28,62 @@ class Boxes:
     labels: npt.NDArray[np.int64]
 
 
+@runtime_checkable
+class Tiled(Protocol):
+    """An image stored as tiles, which are read when it is known what of it is seen."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(height, width, bands)."""
+        ...
+
+    @property
+    def numbers(self) -> str:
+        """The dtype of its bands, as numpy names it."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tiles as they are stored."""
+        ...
+
+    @property
+    def table(self) -> bytes:
+        """What says where they are, with the checksum of each."""
+        ...
+
+    def window(self, box: tuple[int, int, int, int]) -> npt.NDArray[Any]:
+        """Return the pixels of (top, left, height, width), (h, w, C); reads the tiles that it touches.
+
+        Raises:
+            DamagedSampleError: one of these is damaged.
+            DataError: the storage does not deliver.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Stored:
     """A sample as stored.
 
     Attributes:
-        image: an image file's bytes (JPEG, PNG, ...), or (H, W, 3) uint8 pixels where the container holds raw ones.
+        image: an image file's bytes (JPEG, PNG, ...), (H, W, C) pixels where the container holds raw ones, or tiles.
         mask: a PNG file's bytes, one byte per pixel: its class, 255 where it does not count; None without.
         boxes: None without.
         soft: (classes,) float32, how probable each class is, summing to 1; None without.
     """
 
-    image: bytes | npt.NDArray[np.uint8]
+    image: bytes | npt.NDArray[Any] | Tiled
     mask: bytes | None = None
     boxes: Boxes | None = None
     soft: npt.NDArray[np.float32] | None = None
+
+
+def bytes_of(image: bytes | npt.NDArray[Any] | Tiled) -> int:
+    """Return the bytes that an image takes where it is stored."""
+    if isinstance(image, bytes):
+        return len(image)
+    return image.nbytes if isinstance(image, np.ndarray) else image.num_bytes
 
 
 class Source(Protocol):

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dataloaders.pixels.decode import MAX_PIXELS
+from dataloaders.pixels.depth import MAX_PIXELS
 from dataloaders.sources.files import LARGEST_SAMPLE, open_regular
 from setformer_dist.core.errors import DataError
 

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -278,7 +278,7 @@ def index_beton(
     bare = BetonDataset(path, table, None, _classes(path, table, classes or _classes_so_far(path, table)))
     checks = np.zeros(len(table), np.uint64)
     for sample in range(len(table)):
-        checks[sample] = checksum(bare.read(sample).image)
+        checks[sample] = checksum(cast("bytes", bare.read(sample).image))
         on_progress(1)
     bare.close()
     write_sidecar(sidecar_path(path), table, bare.classes, checks, [bare.key(i) for i in range(len(table))])

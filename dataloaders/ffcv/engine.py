@@ -24,7 +24,7 @@ import torch
 from dataloaders.beton.reader import BetonDataset
 from dataloaders.config import AugmentConfig, DataConfig
 from dataloaders.ffcv.pipeline import GOOD, Pipeline, Run
-from dataloaders.pixels.decode import MAX_PIXELS
+from dataloaders.pixels.depth import MAX_PIXELS
 from dataloaders.pixels.mixing import draw_mix
 from dataloaders.pixels.transforms import draw_choices
 from dataloaders.pixels.view import View, centre_view, random_view

@@ -201,3 +201,12 @@ class BucketPlan:
         batch = int(self._sequence[1](np.array([within]))[0])
         bucket = int(np.searchsorted(self._ends, batch, side="right"))
         return bucket, batch - (int(self._ends[bucket - 1]) if bucket else 0), epoch
+
+
+def training_shapes(config: DataConfig) -> list[tuple[int, int]]:
+    """Return every height and width of the images that training will show."""
+    sides = {config.image_size, *(side for stage in config.resolutions for side in stage.sides)}
+    shapes = {proportional(side, config.shape) for side in sides}
+    if config.aspect_buckets:
+        shapes = {bucket_shape(side, a, config.bucket_multiple) for side in sides for a in config.aspect_buckets}
+    return sorted(shapes)

@@ -8,6 +8,7 @@ inspection.py   what a split holds: counts, classes, sizes, formats, duplicates,
 intake.py       an image on its way into a shard: bytes kept as they are wherever possible
 origins.py      where the samples of a packing come from: files of images, or another container of samples
 pack.py         packing: from a source to shards with an index
+shard_file.py   a shard being written, with its sha256
 text.py         packing labelled texts: each byte is a token
 throughput.py   how fast this data loads on this machine, where the time of an image goes, and what would help
 verify.py       reading data whole: is every byte still what was packed, does every image decode

@@ -20,7 +20,7 @@ from dataloaders.packing.finding import find_origin, open_container
 from dataloaders.packing.intake import Intake, shrunk_pixels, take_in
 from dataloaders.packing.origins import Origin, Raw, SourceOrigin
 from dataloaders.packing.pack import PackOptions, PackResult, check_rejects, explained, key_of, pack_origin
-from dataloaders.pixels.decode import UndecodableError
+from dataloaders.pixels.decode import UndecodableError, decode
 from dataloaders.storage.whole_folder import work_folder
 from setformer_dist.core.errors import ConfigError, DataError
 
@@ -167,7 +167,8 @@ def _made(sample: Raw, how: Intake, raw: int | None) -> BetonSample | Undecodabl
             return BetonSample(pixels, sample.label, pixels.shape[0], pixels.shape[1], key)
         image = sample.stored.image
         if not isinstance(image, bytes):  # pixels stay pixels
-            return BetonSample(image, sample.label, image.shape[0], image.shape[1], key)
+            pixels = decode(image)
+            return BetonSample(pixels, sample.label, pixels.shape[0], pixels.shape[1], key)
         taken = take_in(sample.stored, how)
         return BetonSample(taken.image, sample.label, taken.height, taken.width, key)
     except UndecodableError as error:

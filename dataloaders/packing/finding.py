@@ -32,6 +32,7 @@ from dataloaders.sources.class_folders import (
     read_class_map,
 )
 from dataloaders.sources.classes import check_numbers_in_place
+from dataloaders.sources.files import LARGEST_SAMPLE
 from dataloaders.sources.index import INDEX_NAME, read_table
 from dataloaders.sources.kinds import kind_of
 from dataloaders.sources.passed import Passed
@@ -58,6 +59,7 @@ class Wanted:
         shuffle_seed: mix the samples by this seed; None keeps their order.
         skip_bad: leave out what of shards of others is no whole sample.
         allow_empty: class folders may hold no image.
+        largest: bytes that a file may have.
     """
 
     split: str | None = None
@@ -68,6 +70,7 @@ class Wanted:
     shuffle_seed: int | None = None
     skip_bad: bool = False
     allow_empty: bool = False
+    largest: int = LARGEST_SAMPLE
 
     def class_map(self) -> tuple[tuple[str, ...], object] | None:
         """Return the class map that was asked for, and where it is from."""
@@ -306,7 +309,7 @@ class _Listing:
         count = self.catalog.num_files()
         self.catalog.settle(_order(count, wanted), labels)
         self.catalog.close()
-        return FileOrigin(self._table, self._plain, count, classes, parts)
+        return FileOrigin(self._table, self._plain, count, classes, parts, wanted.largest)
 
 
 def _order(count: int, wanted: Wanted) -> npt.NDArray[np.int64] | None:

@@ -20,9 +20,9 @@ import PIL.Image
 import PIL.ImageDraw
 
 from dataloaders.packing.intake import VOID
-from dataloaders.pixels.decode import MASK_FORMATS, UndecodableError, decode, is_jpeg
+from dataloaders.pixels.decode import MASK_FORMATS, UndecodableError, is_jpeg, picture_of
 from dataloaders.pixels.formats import FORMATS
-from dataloaders.source import Boxes, DamagedSampleError, Source, Stored
+from dataloaders.source import Boxes, DamagedSampleError, Source, Stored, Tiled, bytes_of
 from dataloaders.sources.image_folder import ImageFolderDataset
 from dataloaders.sources.scanning import shared_keys
 from dataloaders.sources.shards import ShardDataset
@@ -109,6 +109,8 @@ def inspect(source: Source, look_at: int = LOOKED_AT) -> Inspection:
     columns = source.index.columns if isinstance(source, ShardDataset) else {}
     sizes_known, checks_known = "size" in columns, "crc32" in columns
     total = int(columns["size"].sum()) if sizes_known else round(seen.bytes / max(seen.whole, 1) * source.num_samples)
+    if isinstance(source, ShardDataset) and source.index.options.get("tiles"):
+        total = sum(shard.size for shard in source.index.shards)  # the index knows the tables of the tiles
     if checks_known:
         # Equal checksums by chance: once in 4 thousand million pairs; with the size as well, hardly ever.
         checks = columns["crc32"].astype(np.int64) << 31 ^ columns["size"]
@@ -175,10 +177,10 @@ def _look(source: Source, chosen: list[int]) -> _Seen:
             continue
         image = stored.image
         seen.whole += 1
-        seen.bytes += len(image) if isinstance(image, bytes) else image.nbytes
+        seen.bytes += bytes_of(image)
         seen.formats[format_of(image)] += 1
         seen.numbers.append(sample)
-        data = image if isinstance(image, bytes) else image.tobytes()
+        data = image if isinstance(image, bytes) else image.table if isinstance(image, Tiled) else image.tobytes()
         seen.checks.append(zlib.crc32(data) << 31 ^ len(data))
         if stored.boxes is not None:
             seen.boxes += np.bincount(stored.boxes.labels, minlength=len(source.classes))[: len(source.classes)]
@@ -221,8 +223,10 @@ def _shared_keys(source: Source) -> tuple[int, str] | None:
     return shared_keys([shard.name for shard in source.index.shards], source.index.columns["shard"], source.index.keys)
 
 
-def format_of(image: bytes | npt.NDArray[np.uint8]) -> str:
+def format_of(image: bytes | npt.NDArray[Any] | Tiled) -> str:
     """Return the name of an image's format."""
+    if isinstance(image, Tiled):
+        return "tiles"
     if not isinstance(image, bytes):
         return "raw pixels"
     if is_jpeg(image):
@@ -283,7 +287,7 @@ def pictures(source: Source, count: int, side: int) -> list[Picture]:
 def _picture(source: Source, sample: int, side: int) -> Picture:
     try:
         stored = source.read(sample)
-        image = PIL.Image.fromarray(decode(stored.image))
+        image = PIL.Image.fromarray(picture_of(stored.image))
         scale = min(1.0, side / max(image.size))
         size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
         image = image.resize(size, PIL.Image.Resampling.LANCZOS)

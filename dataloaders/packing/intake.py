@@ -4,6 +4,7 @@
     rewritten CMYK JPEG as RGB JPEG of quality 95, PNG of 16 bits a channel as PNG of 8, raw pixels as PNG: other
               readers refuse or clip them
     shrunk    with `max_side` or `quality`: RGB JPEG, antialiased; masks follow by nearest neighbour, boxes by scale
+    tiles     with `tiles`: JPEG of quality 95 from JPEG, PNG from other RGB images, else the numbers as they are
     masks     one byte per pixel, its class, 255 where it does not count; palettes are taken by index, not by colour
     boxes     inside the image (up to one pixel of rounding is cut off), of positive area
 
@@ -15,7 +16,9 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,9 +28,21 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F  # as torchvision's own docs name it
 
-from dataloaders.pixels.decode import UndecodableError, decode, image_size, is_jpeg, refuse_large
+from dataloaders.pixels.decode import (
+    UndecodableError,
+    bands_of_rows,
+    decode,
+    image_size,
+    is_jpeg,
+    natural,
+    refuse_large,
+    stored_shape,
+    unfit,
+)
+from dataloaders.pixels.depth import RGB, PixelFormat
 from dataloaders.pixels.formats import FORMATS
-from dataloaders.source import Boxes, Stored
+from dataloaders.source import Boxes, Stored, Tiled
+from dataloaders.sources.tiles import LARGEST_SIDE, RAW_SUFFIX, Grid
 
 VOID = 255
 _PNG_START = b"\x89PNG\r\n\x1a\n"
@@ -36,6 +51,9 @@ _SHRUNK_QUALITY = 90
 
 # A JPEG that is to be shrunk is decoded at no less than this many times its new side, for the resize to average.
 _DECODE_MARGIN = 2
+
+# Rows of an image in tiles that are looked at together: as many as the largest tile has.
+_ROWS_CHECKED = LARGEST_SIDE
 
 # Pixels by which a box may stand out of its image: annotations are rounded.
 _SLACK = 1.0
@@ -52,6 +70,8 @@ class Intake:
             rewritten, and kept so where that made it smaller.
         classes: how many there are, for masks and boxes; 0 where that is not known yet.
         void: mask value that becomes 255, "does not count".
+        form: what pixels are.
+        tiles: side of the tiles that images are cut into, in pixels; 0 keeps them whole.
     """
 
     strict: bool = True
@@ -59,6 +79,8 @@ class Intake:
     quality: int | None = None
     classes: int = 0
     void: int | None = None
+    form: PixelFormat = RGB
+    tiles: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +96,7 @@ class Taken:
         rewritten: the image's bytes are not those of the source.
         top_class: largest class of the mask, -1 without.
         soft: as `Stored.soft`.
+        grid: how the image is cut into tiles, in place of `image`; None where it is whole.
     """
 
     image: bytes
@@ -84,6 +107,7 @@ class Taken:
     rewritten: bool
     top_class: int
     soft: npt.NDArray[np.float32] | None = None
+    grid: Grid | None = None
 
 
 def take_in(stored: Stored, how: Intake) -> Taken:
@@ -92,12 +116,45 @@ def take_in(stored: Stored, how: Intake) -> Taken:
     Raises:
         UndecodableError: why it cannot be packed.
     """
-    data = stored.image
-    before = data.shape[:2] if isinstance(data, np.ndarray) else _checked_size(data, how.strict)
+    if how.tiles:
+        return _tiled(stored, how)
+    data = _without_tiles(stored.image, how.form)
+    before = data.shape[:2] if isinstance(data, np.ndarray) else _checked_size(data, how.strict, how.form)
     image, height, width = _image(data, before[0], before[1], how)
     mask, top = (None, -1) if stored.mask is None else _mask(stored.mask, before, (height, width), how)
     boxes = None if stored.boxes is None else _boxes(stored.boxes, before, (height, width), how)
     return Taken(image, height, width, mask, boxes, image is not data, top, stored.soft)
+
+
+def _tiled(stored: Stored, how: Intake) -> Taken:
+    """Return a sample whose image is cut into tiles (`tiles_of`); its pixels are checked when it is."""
+    height, width = stored_shape(stored.image, how.form)
+    if (why := unfit(stored.image, how.form)) is not None:
+        raise UndecodableError(f"it {why}")
+    mask, top = (None, -1) if stored.mask is None else _mask(stored.mask, (height, width), (height, width), how)
+    boxes = None if stored.boxes is None else _boxes(stored.boxes, (height, width), (height, width), how)
+    grid = Grid(how.tiles, height, width, how.form.bands, how.form.numbers, is_raw=not how.form.is_rgb)
+    return Taken(b"", height, width, mask, boxes, False, top, stored.soft, grid)
+
+
+def tiles_of(stored: Stored, grid: Grid, how: Intake) -> Iterator[tuple[str, bytes]]:
+    """Yield the tiles of an image row by row: what follows the key in the name of each, and its bytes.
+
+    Tiles of a JPEG are JPEG files, of other RGB images PNG files; all others are their numbers.
+
+    Raises:
+        UndecodableError: the image is not whole; also after the first tiles.
+    """
+    lossy = isinstance(stored.image, bytes) and is_jpeg(stored.image)
+    suffix = RAW_SUFFIX if grid.is_raw else "jpg" if lossy else "png"
+    for row, rows in enumerate(bands_of_rows(stored.image, grid.side, how.form)):
+        for column in range(grid.columns):
+            pixels = np.ascontiguousarray(rows[:, column * grid.side : (column + 1) * grid.side])
+            if grid.is_raw:
+                data = pixels.astype(pixels.dtype.newbyteorder("<"), copy=False).tobytes()
+            else:
+                data = _jpeg(pixels, how.quality or _REWRITTEN_QUALITY) if lossy else _png(pixels)
+            yield f"{row:04d}-{column:04d}.{suffix}", data
 
 
 def check(stored: Stored, classes: int) -> tuple[int, int]:
@@ -110,7 +167,13 @@ def check(stored: Stored, classes: int) -> tuple[int, int]:
     Raises:
         UndecodableError: what is wrong with it.
     """
-    height, width, _ = decode(stored.image).shape
+    form = natural(stored.image)
+    if isinstance(stored.image, bytes | np.ndarray):
+        height, width = _checked_size(stored.image, True, form)
+    else:
+        height, width = stored.image.shape[:2]
+        for _ in bands_of_rows(stored.image, _ROWS_CHECKED, form):
+            pass
     how = Intake(classes=classes)
     if stored.mask is not None:
         _mask(stored.mask, (height, width), (height, width), how)
@@ -119,15 +182,28 @@ def check(stored: Stored, classes: int) -> tuple[int, int]:
     return height, width
 
 
-def _checked_size(data: bytes, strict: bool) -> tuple[int, int]:
-    if not strict:
-        return image_size(data)
-    height, width, _ = decode(data).shape
+def _without_tiles(data: bytes | npt.NDArray[Any] | Tiled, form: PixelFormat) -> bytes | npt.NDArray[Any]:
+    """Return an image that is not in tiles: of those the pixels of all."""
+    return data if isinstance(data, bytes | np.ndarray) else decode(data, form=form)
+
+
+def _checked_size(data: bytes | npt.NDArray[Any], strict: bool, form: PixelFormat) -> tuple[int, int]:
+    if not strict and isinstance(data, bytes):
+        return image_size(data, form)
+    height, width = decode(data, form=form).shape[:2]
     return height, width
 
 
-def _image(data: bytes | npt.NDArray[np.uint8], height: int, width: int, how: Intake) -> tuple[bytes, int, int]:
+def _image(data: bytes | npt.NDArray[Any], height: int, width: int, how: Intake) -> tuple[bytes, int, int]:
     """Return an image file with its height and width; `data` itself wherever it may stay."""
+    if not how.form.is_rgb:
+        if how.max_side or how.quality:
+            raise UndecodableError(
+                f"it has {how.form}, which --max-side and --quality, being of JPEG files, do not keep"
+            )
+        if isinstance(data, np.ndarray):
+            raise UndecodableError(f"its pixels have {how.form}, which no image file of ours holds: give --tiles")
+        return data, height, width
     if how.max_side and max(height, width) > how.max_side:
         smaller = _smaller(height, width, how.max_side)
         return _jpeg(_resized(data, smaller), how.quality or _SHRUNK_QUALITY), *smaller
@@ -144,12 +220,13 @@ def _image(data: bytes | npt.NDArray[np.uint8], height: int, width: int, how: In
     return data, height, width
 
 
-def shrunk_pixels(data: bytes | npt.NDArray[np.uint8], max_side: int) -> npt.NDArray[np.uint8]:
+def shrunk_pixels(data: bytes | npt.NDArray[Any] | Tiled, max_side: int) -> npt.NDArray[np.uint8]:
     """Return (H, W, 3) pixels whose longer side is at most `max_side`; 0 shrinks nothing.
 
     Raises:
         UndecodableError: the bytes are not a whole image.
     """
+    data = _without_tiles(data, RGB)
     height, width = data.shape[:2] if isinstance(data, np.ndarray) else image_size(data)
     if not max_side or max(height, width) <= max_side:
         return decode(data)
@@ -161,7 +238,7 @@ def _smaller(height: int, width: int, max_side: int) -> tuple[int, int]:
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def _resized(data: bytes | npt.NDArray[np.uint8], size: tuple[int, int]) -> npt.NDArray[np.uint8]:
+def _resized(data: bytes | npt.NDArray[Any], size: tuple[int, int]) -> npt.NDArray[np.uint8]:
     pixels = decode(data, _DECODE_MARGIN * size[0], _DECODE_MARGIN * size[1])
     image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
     small = F.resize(image, list(size), interpolation=v2.InterpolationMode.BICUBIC, antialias=True)

@@ -19,8 +19,9 @@ import numpy.typing as npt
 
 from dataloaders.packing.catalog import Catalog, Listed
 from dataloaders.pixels.decode import UndecodableError
-from dataloaders.source import Boxes, DamagedSampleError, Source, Stored
+from dataloaders.source import Boxes, DamagedSampleError, Source, Stored, bytes_of
 from dataloaders.sources.class_folders import Stretch, read_stretch
+from dataloaders.sources.files import LARGEST_SAMPLE
 from dataloaders.sources.shards import ShardDataset
 
 # Samples whose bytes are looked at to learn how large those of a container without an index are.
@@ -97,6 +98,7 @@ class FileOrigin:
         num_samples: samples in it.
         classes: as `Origin.classes`.
         parts: as `Origin.parts`.
+        largest: bytes that a file may have.
     """
 
     table: Path
@@ -104,6 +106,7 @@ class FileOrigin:
     num_samples: int
     classes: tuple[str, ...]
     parts: frozenset[str] = frozenset()
+    largest: int = LARGEST_SAMPLE
     _opened: Catalog | None = field(default=None, repr=False)
 
     def weights(self) -> Iterator[int]:
@@ -124,7 +127,7 @@ class FileOrigin:
     def samples(self, first: int, end: int) -> Iterator[Raw | tuple[str, UndecodableError]]:
         """Yield samples first to end - 1."""
         for listed in self._catalog().samples(first, end):
-            image = read_stretch(listed.image)
+            image = read_stretch(listed.image, self.largest)
             if "mask" in self.parts and listed.mask is None:
                 yield listed.image.name, UndecodableError("it has no mask")
                 continue
@@ -240,5 +243,5 @@ def mean_bytes(source: Source) -> int:
             image = source.read(sample).image
         except DamagedSampleError:
             continue
-        total, count = total + (image.nbytes if isinstance(image, np.ndarray) else len(image)), count + 1
+        total, count = total + bytes_of(image), count + 1
     return total // max(count, 1)

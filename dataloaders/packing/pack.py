@@ -38,7 +38,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -47,9 +46,13 @@ import safetensors.numpy
 
 from dataloaders.helpers import begin_helper, helper_context, lean_start
 from dataloaders.packing.finding import FoundOrigin, Wanted, find_origin
-from dataloaders.packing.intake import Intake, Taken, encode_boxes, encode_soft, take_in
+from dataloaders.packing.intake import Intake, Taken, encode_boxes, encode_soft, take_in, tiles_of
 from dataloaders.packing.origins import Origin, Raw
+from dataloaders.packing.shard_file import BLOCK, ShardFile
 from dataloaders.pixels.decode import UndecodableError, suffix_for
+from dataloaders.pixels.depth import RGB, PixelFormat
+from dataloaders.source import DamagedSampleError
+from dataloaders.sources.files import LARGEST_SAMPLE
 from dataloaders.sources.index import (
     ARRAYS_NAME,
     COLUMNS,
@@ -62,16 +65,19 @@ from dataloaders.sources.index import (
     key_matrix_of,
     write_index,
 )
+from dataloaders.sources.tiles import LARGEST_SIDE, TABLE_SUFFIX, encode_table
 from dataloaders.storage.whole_folder import check_destination, commit_folder, work_folder, work_name
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.words import counted
 
-_BLOCK = tarfile.BLOCKSIZE
 REJECTS_NAME = "rejects.tsv"
 _SCRATCH, _RUN = ".scratch", ".run-"
 
 # Rejected images named in the message of a failed packing.
 _NAMED_REJECTS = 20
+
+# Sides of tiles are multiples of what a JPEG with halved colours is made of, so that no tile splits such a block.
+_TILE_STEP = 16
 
 # Version of what a shard's bytes are made of: raised when the same plan gives other bytes.
 _ROWS_FORMAT = 2
@@ -103,6 +109,8 @@ class PackOptions:
         masks: name of the folder of masks that is next to `images` in the source.
         void: mask value that stands for "does not count"; becomes 255.
         coco: COCO annotations with the boxes of the images: a file, or the name of one within the source.
+        tiles: side in pixels of the tiles that images are cut into; 0 keeps them whole.
+        form: what pixels of the images are, and how many an image may have.
 
     Raises:
         ConfigError: a number is out of range, or options exclude each other.
@@ -124,6 +132,8 @@ class PackOptions:
     masks: str | None = None
     void: int | None = None
     coco: str | None = None
+    tiles: int = 0
+    form: PixelFormat = RGB
 
     def __post_init__(self) -> None:
         if self.samples_per_shard < 1 or self.mib_per_shard < 1 or self.workers < 0:
@@ -136,6 +146,10 @@ class PackOptions:
             raise ConfigError("give masks by --masks or boxes by --coco, not both")
         if self.void is not None and not (self.masks and 0 <= self.void <= 255):
             raise ConfigError("--void is a value from 0 to 255 of the masks that --masks names")
+        if self.tiles and (self.tiles % _TILE_STEP or not _TILE_STEP <= self.tiles <= LARGEST_SIDE):
+            raise ConfigError(f"--tiles is a multiple of {_TILE_STEP} up to {LARGEST_SIDE} (0 keeps images whole)")
+        if self.tiles and self.max_side:
+            raise ConfigError("--tiles keeps images in their size, and --max-side shrinks them: give one of the two")
 
     def wanted(self) -> Wanted:
         """Return what is taken of the source."""
@@ -148,11 +162,12 @@ class PackOptions:
             self.shuffle_seed,
             self.skip_bad,
             self.allow_empty_classes,
+            int(self.form.room * LARGEST_SAMPLE),
         )
 
     def intake(self, classes: int) -> Intake:
         """Return how samples are taken in."""
-        return Intake(self.strict, self.max_side, self.quality, classes, self.void)
+        return Intake(self.strict, self.max_side, self.quality, classes, self.void, self.form, self.tiles)
 
 
 @dataclass(frozen=True)
@@ -385,14 +400,14 @@ def _write_shard(
     rows = _Rows()
     aside = plan.aside / plan.path.name
     with aside.open("w+b") as raw:
-        shard = _HashedFile(raw)
+        shard = ShardFile(raw)
         for sample in origin.samples(plan.first, plan.end):
             on_progress(1)
             if isinstance(sample, Raw):
                 rows.add(shard, sample, how)
             else:
                 rows.rejected.append((sample[0], str(sample[1])))
-        shard.write(b"\0" * 2 * _BLOCK)  # a tar ends with two empty blocks
+        shard.write(b"\0" * 2 * BLOCK)  # a tar ends with two empty blocks
         raw.flush()
         os.fsync(raw.fileno())
     facts = ShardFacts(plan.path.name, shard.size, shard.sha256.hexdigest(), len(rows.keys))
@@ -435,15 +450,17 @@ class _Rows:
         self.top_class = -1
         self._rows: list[tuple[int, ...]] = []
 
-    def add(self, shard: _HashedFile, sample: Raw, how: Intake) -> None:
+    def add(self, shard: ShardFile, sample: Raw, how: Intake) -> None:
         """Append a sample to the shard, or reject it."""
+        key, before = key_of(sample.number, sample.name), shard.mark()
         try:
             taken = take_in(sample.stored, how)
-        except UndecodableError as error:
+            row = _add_sample(shard, key, sample, taken, how)
+        except (UndecodableError, DamagedSampleError) as error:
+            shard.back_to(before)  # tiles that were written before one could not be
             self.rejected.append((sample.name, str(error)))
             return
-        key = key_of(sample.number, sample.name)
-        self._rows.append(_add_sample(shard, key, sample, taken))
+        self._rows.append(row)
         self.keys.append(key)
         self.rewritten += taken.rewritten
         self.top_class = max(self.top_class, taken.top_class)
@@ -462,10 +479,18 @@ class _Rows:
         durable_write(path, safetensors.numpy.save({"rows": table, "key": keys}, said))
 
 
-def _add_sample(shard: _HashedFile, key: str, sample: Raw, taken: Taken) -> tuple[int, ...]:
+def _add_sample(shard: ShardFile, key: str, sample: Raw, taken: Taken, how: Intake) -> tuple[int, ...]:
     """Append a sample's members; return its row, values in the order of `_ROW_NAMES`."""
     image = taken.image
-    offset = shard.add_member(f"{key}.{suffix_for(image, PurePosixPath(sample.name).suffix)}", image)
+    if taken.grid is None:
+        offset = shard.add_member(f"{key}.{suffix_for(image, PurePosixPath(sample.name).suffix)}", image)
+    else:
+        tiles = [
+            (shard.add_member(f"{key}.{name}", data), len(data), zlib.crc32(data))
+            for name, data in tiles_of(sample.stored, taken.grid, how)
+        ]
+        image = encode_table(taken.grid, tiles)
+        offset = shard.add_member(f"{key}.{TABLE_SUFFIX}", image)
     shard.add_member(f"{key}.cls", b"%d" % sample.label)
     row = [offset, len(image), sample.label, taken.width, taken.height, zlib.crc32(image)]
     boxes = None if taken.boxes is None else encode_boxes(taken.boxes)
@@ -476,30 +501,6 @@ def _add_sample(shard: _HashedFile, key: str, sample: Raw, taken: Taken) -> tupl
         else:
             row += [shard.add_member(f"{key}.{name}", data), len(data), zlib.crc32(data)]
     return tuple(row)
-
-
-class _HashedFile:
-    """A file being written: its size and sha256 so far."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.size = 0
-        self.sha256 = hashlib.sha256()
-
-    def write(self, data: bytes) -> None:
-        self._file.write(data)
-        self.sha256.update(data)
-        self.size += len(data)
-
-    def add_member(self, name: str, data: bytes) -> int:
-        """Append a tar member whose header holds nothing of this machine or moment; return its data's offset."""
-        info = tarfile.TarInfo(name)  # mtime, uid, gid are 0, owner names empty
-        info.size, info.mode = len(data), 0o644
-        self.write(info.tobuf(tarfile.USTAR_FORMAT))
-        offset = self.size
-        self.write(data)
-        self.write(b"\0" * (-len(data) % _BLOCK))
-        return offset
 
 
 def key_of(number: int, name: str) -> str:
@@ -552,6 +553,10 @@ def _write_index(
         "quality": options.quality,
         "rejected": [list(reject) for reject in rejected],
     }
+    if options.tiles:
+        said["tiles"] = options.tiles
+    if not options.form.is_rgb:
+        said["pixels"], said["bands"] = options.form.numbers, options.form.bands
     if rejected:
         lines = ["name\treason", *("\t".join(map(_one_field, reject)) for reject in rejected)]
         durable_write(work / REJECTS_NAME, ("\n".join(lines) + "\n").encode(errors="surrogateescape"))

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +30,8 @@ from dataloaders.packing.inspection import spread_evenly
 from dataloaders.packing.intake import Intake, shrunk_pixels, take_in
 from dataloaders.pixels.decode import decode
 from dataloaders.reading.loading import Request, TrainLoading, answer
-from dataloaders.source import DamagedSampleError, Source, Stored
-from setformer_dist.core.errors import DataError
+from dataloaders.source import DamagedSampleError, Source, Stored, Tiled
+from setformer_dist.core.errors import ConfigError, DataError
 
 # Images held in memory while they are measured, and those of them on which something else is tried.
 _HELD, _HELD_BYTES, _TRIED = 256, 1 << 29, 32
@@ -236,7 +237,9 @@ def _read(source: Source) -> tuple[_Held, float]:
     return _Held(source, stored, numbers, sizes), spent / len(stored)
 
 
-def _view(image: bytes | npt.NDArray[np.uint8]) -> bytes | memoryview:
+def _view(image: bytes | npt.NDArray[Any] | Tiled) -> bytes | memoryview:
+    if isinstance(image, Tiled):
+        raise ConfigError("images packed as tiles are read by windows, which this does not measure: name other data")
     return image if isinstance(image, bytes) else np.ascontiguousarray(image).reshape(-1).data
 
 

@@ -15,28 +15,33 @@ What decoding may take, input and output together (docs/data.md):
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import io
 import re
 import struct
+import threading
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import PIL.Image
 import simplejpeg
 
+from dataloaders.pixels import tiff
+from dataloaders.pixels.depth import FULL_RANGE, MAX_PIXELS, RGB, Numbers, PixelFormat, mismatch
+from dataloaders.pixels.depth import UndecodableError as UndecodableError  # as most of this package names it
 from dataloaders.pixels.formats import FORMATS, looks_like
-from setformer_dist.core.errors import DataError
+from dataloaders.source import Tiled
+from setformer_dist.core.errors import ConfigError, SetformerError
 
 _JPEG_START = b"\xff\xd8"
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 
 MASK_FORMATS = ("PNG",)
-
-# PIL's own limit, beyond which it warns of a decompression bomb: half a gigabyte of pixels.
-MAX_PIXELS = 178_956_970
 
 # What is large is refused here, in our own words and by its bytes, also below PIL's limit, where it only warns.
 warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
@@ -50,14 +55,23 @@ _BYTES_OF = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N":
 
 # Compressions of TIFF that are decoded strictly: JPEG within TIFF is not.
 _TIFF_COMPRESSIONS = frozenset({"raw", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate", "packbits"})
+_TIFF_BY_PIL = frozenset({1, 5, 8, 32773, 32946})  # their numbers in the file
 _TIFF_TILE_SIDES = (322, 323)  # tags: width and height of a tile
+
+# PIL's modes whose bands are bytes that mean what they say.
+_BANDS_AS_THEY_ARE = frozenset({"L", "LA", "RGB", "RGBA"})
+
+# What a header may say where only sizes are asked for: what is decoded is decided when it is.
+ANY_SIZE = PixelFormat(max_pixels=1 << 36)
+
+# Side of what a picture for people shows of an image in tiles.
+_MOST_SHOWN = 2048
+
+# PIL's limit is a setting of the process, raised while the header of an image is read that may be larger.
+_PIL_LIMIT = threading.Lock()
 
 # Pixels that are converted at a time, so that no second whole picture is held.
 _STRIP = 1 << 22
-
-
-class UndecodableError(DataError):
-    """Bytes that are not a whole image; the message says why, and the reader adds which image it is."""
 
 
 def is_jpeg(data: bytes) -> bool:
@@ -65,40 +79,197 @@ def is_jpeg(data: bytes) -> bool:
     return data[:2] == _JPEG_START
 
 
-def decode(data: bytes | npt.NDArray[np.uint8], min_height: int = 0, min_width: int = 0) -> npt.NDArray[np.uint8]:
+def decode(
+    data: bytes | npt.NDArray[Any] | Tiled, min_height: int = 0, min_width: int = 0, form: PixelFormat = RGB
+) -> npt.NDArray[Any]:
     """Decode an image.
 
     Args:
-        data: the file's bytes; pixels are returned as they are.
+        data: the file's bytes; pixels are returned as they are, of tiles those of all of them.
         min_height: allow a JPEG to be decoded at 1/2, 1/4 or 1/8 of its size if no lower than this; 0 forbids.
         min_width: likewise for the width.
+        form: what pixels are.
 
     Returns:
-        (H, W, 3) uint8, RGB. Grey becomes three equal channels, 16 bits their upper 8; CMYK and palettes are
-        converted, transparency is left out.
+        (H, W, C) of the format's numbers. For RGB of 8 bits grey becomes three equal channels, the 16 bits of a PNG
+        their upper 8; CMYK and palettes are converted, transparency is left out. All other formats give the bands that
+        the file has.
 
     Raises:
-        UndecodableError: the bytes are not a whole image, or of more than `MAX_PIXELS`.
+        UndecodableError: the bytes are not a whole image, of other bands or numbers, or of more pixels than the
+            format allows.
+        ConfigError: it is read by an extra that is not installed.
     """
-    if isinstance(data, np.ndarray):
-        return data
+    if not isinstance(data, bytes):
+        height, width, bands = data.shape
+        numbers = data.dtype.name if isinstance(data, np.ndarray) else data.numbers
+        if not form.fits(bands, numbers):
+            raise UndecodableError(f"it {mismatch(bands, numbers, form)}")
+        if isinstance(data, np.ndarray):
+            return data
+        _refuse_absurd(height, width, form)
+        return data.window((0, 0, height, width))
     try:
-        if not is_jpeg(data):
-            return _decode_by_pil(data)
-        height, width = simplejpeg.decode_jpeg_header(data)[:2]
-        _refuse_absurd(height, width)
-        if height * width > _MOST_PROGRESSIVE // 9 and _is_progressive(data):
-            _refuse_bytes(height, width, 9, _MOST_PROGRESSIVE)
-        if not (min_height and min_width):
-            # Asking for no scaling at all also spares libjpeg-turbo's own choice of a factor.
-            return np.asarray(simplejpeg.decode_jpeg(data))
-        return np.asarray(simplejpeg.decode_jpeg(data, min_height=min_height, min_width=min_width))
-    except UndecodableError:
+        if is_jpeg(data):
+            return _decode_jpeg(data, min_height, min_width, form)
+        if tiff.is_tiff(data) and not (form.is_rgb and _pil_reads(data, form)):
+            return tiff.window(data, form)
+        return _decode_by_pil(data, form)
+    except SetformerError:
         raise
     # PIL's plugins raise nearly anything on damaged bytes (OSError, ValueError, SyntaxError, struct.error,
     # DecompressionBombError …): any error: this sample has no pixels.
     except Exception as error:  # noqa: BLE001
         raise UndecodableError(_why_not(data, error)) from None
+
+
+def decode_box(
+    data: bytes | npt.NDArray[Any] | Tiled, box: tuple[int, int, int, int], stored: tuple[int, int], form: PixelFormat
+) -> npt.NDArray[Any]:
+    """Decode a part of an image; of tiles, and of a TIFF's own, only those that it touches.
+
+    Args:
+        data: as in `decode`.
+        box: (top, left, height, width).
+        stored: (height, width) that the container says.
+        form: as in `decode`.
+
+    Raises:
+        UndecodableError: as `decode`, or the image is of another size than its container says.
+        DamagedSampleError: a tile is damaged.
+    """
+    top, left, height, width = box
+    if not isinstance(data, bytes | np.ndarray):
+        if not form.fits(data.shape[2], data.numbers):
+            raise UndecodableError(f"it {mismatch(data.shape[2], data.numbers, form)}")
+        check_shape(data.shape[:2], stored)
+        _refuse_absurd(height, width, form)
+        return data.window(box)
+    if isinstance(data, bytes) and tiff.is_tiff(data) and not (form.is_rgb and _pil_reads(data, form)):
+        found = tiff.header(data)
+        check_shape((found.height, found.width), stored)
+        return tiff.window(data, form, box)
+    pixels = decode(data, form=form)
+    check_shape(pixels.shape[:2], stored)
+    return pixels[top : top + height, left : left + width]
+
+
+def bands_of_rows(data: bytes | npt.NDArray[Any] | Tiled, rows: int, form: PixelFormat) -> Iterator[npt.NDArray[Any]]:
+    """Yield an image from top to bottom, so many rows at a time, (rows, W, C).
+
+    Of tiles and of a TIFF no more than these rows are held; other files are decoded whole.
+
+    Raises:
+        UndecodableError: as `decode`; also after the first rows.
+        DamagedSampleError: a tile is damaged.
+    """
+    height, width = stored_shape(data, form)
+    by_parts = not isinstance(data, bytes | np.ndarray) or (
+        isinstance(data, bytes) and tiff.is_tiff(data) and not (form.is_rgb and _pil_reads(data, form))
+    )
+    whole = data if by_parts else decode(data, form=form)
+    for top in range(0, height, rows):
+        yield decode_box(whole, (top, 0, min(rows, height - top), width), (height, width), form)
+
+
+def stored_shape(data: bytes | npt.NDArray[Any] | Tiled, form: PixelFormat) -> tuple[int, int]:
+    """Return (height, width) of an image whose container does not say it.
+
+    Raises:
+        UndecodableError: there is no header to read, or it says more pixels than the format allows.
+    """
+    return image_size(data, form) if isinstance(data, bytes) else (data.shape[0], data.shape[1])
+
+
+def unfit(data: bytes | npt.NDArray[Any] | Tiled, form: PixelFormat) -> str | None:
+    """Return what is wrong with the bands or numbers of an image, following its name; None where its header fits."""
+    if not isinstance(data, bytes):
+        numbers = data.dtype.name if isinstance(data, np.ndarray) else data.numbers
+        return None if form.fits(data.shape[2], numbers) else mismatch(data.shape[2], numbers, form)
+    try:
+        if tiff.is_tiff(data):
+            found = tiff.header(data)
+            if tiff.is_read(found, form) or (form.is_rgb and _pil_reads(data, form)):
+                return None
+            return mismatch(found.bands, found.numbers, form)
+        if form.is_rgb:
+            return None
+        if is_jpeg(data):
+            return _unfit(1 if simplejpeg.decode_jpeg_header(data)[2] == "Gray" else 3, "uint8", form)
+        if data[:8] == _PNG_START:
+            bands = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(data[25], 0)
+            return _unfit(bands, "uint16" if data[24] == 16 else "uint8", form)
+    except Exception:  # noqa: BLE001  (damaged: said when it is read)
+        return None
+    return None if form.numbers == "uint8" else mismatch(3, "uint8", form)
+
+
+def natural(data: bytes | npt.NDArray[Any] | Tiled) -> PixelFormat:
+    """Return the format by which an image is read as it is: what is not TIFF, pixels or tiles, as RGB of 8 bits.
+
+    Raises:
+        UndecodableError: it is a TIFF without a whole header.
+    """
+    if not isinstance(data, bytes):
+        numbers = data.dtype.name if isinstance(data, np.ndarray) else data.numbers
+        return PixelFormat(data.shape[2], cast("Numbers", numbers))
+    if tiff.is_tiff(data) and not _pil_reads(data, RGB) and not tiff.is_read(found := tiff.header(data), RGB):
+        return PixelFormat(found.bands, found.numbers if found.numbers in FULL_RANGE else "float32")
+    return RGB
+
+
+def picture_of(data: bytes | npt.NDArray[Any] | Tiled) -> npt.NDArray[np.uint8]:
+    """Return (h, w, 3) uint8 for people: the first three bands, or the only one, stretched where they are no bytes.
+
+    Of tiles it shows the middle, no more than `_MOST_SHOWN` pixels a side.
+
+    Raises:
+        UndecodableError: the bytes are not a whole image.
+        DamagedSampleError: a tile is damaged.
+    """
+    form = natural(data)
+    if isinstance(data, bytes | np.ndarray):
+        pixels = decode(data, form=form)
+    else:
+        sides = [min(side, _MOST_SHOWN) for side in data.shape[:2]]
+        top, left = ((whole - side) // 2 for whole, side in zip(data.shape, sides, strict=False))
+        pixels = data.window((top, left, sides[0], sides[1]))
+    shown = pixels[..., :3] if pixels.shape[2] >= 3 else np.repeat(pixels[..., :1], 3, axis=2)
+    if shown.dtype != np.uint8:
+        low, high = float(shown.min()), float(shown.max())
+        shown = ((shown.astype(np.float32) - low) * (255 / max(high - low, 1e-12))).round().astype(np.uint8)
+    return np.ascontiguousarray(shown)
+
+
+def _unfit(bands: int, numbers: str, form: PixelFormat) -> str | None:
+    return None if form.fits(bands, numbers) else mismatch(bands, numbers, form)
+
+
+def check_shape(decoded: tuple[int, ...], stored: tuple[int, int], shrink: int = 1) -> None:
+    """Refuse an image of another size than its container says: the crop was chosen for that size.
+
+    Raises:
+        UndecodableError: it is.
+    """
+    if decoded != stored and (shrink == 1 or decoded != tuple(-(-side // shrink) for side in stored)):
+        raise UndecodableError(
+            f"it is {decoded[0]} x {decoded[1]} pixels, its container says {stored[0]} x {stored[1]}"
+        )
+
+
+def _decode_jpeg(data: bytes, min_height: int, min_width: int, form: PixelFormat) -> npt.NDArray[np.uint8]:
+    height, width, colours = simplejpeg.decode_jpeg_header(data)[:3]
+    _refuse_absurd(height, width, form)
+    if height * width > form.room * _MOST_PROGRESSIVE // 9 and _is_progressive(data):
+        _refuse_bytes(height, width, 9, int(form.room * _MOST_PROGRESSIVE))
+    bands = 1 if colours == "Gray" else 3
+    if not form.is_rgb and not form.fits(bands, "uint8"):
+        raise UndecodableError(f"it {mismatch(bands, 'uint8', form)}")
+    space = "RGB" if form.is_rgb else "GRAY"
+    if not (min_height and min_width):
+        # Asking for no scaling at all also spares libjpeg-turbo's own choice of a factor.
+        return np.asarray(simplejpeg.decode_jpeg(data, space))
+    return np.asarray(simplejpeg.decode_jpeg(data, space, min_height=min_height, min_width=min_width))
 
 
 def decode_mask(data: bytes, shape: tuple[int, int]) -> npt.NDArray[np.uint8]:
@@ -132,14 +303,17 @@ def decode_mask(data: bytes, shape: tuple[int, int]) -> npt.NDArray[np.uint8]:
     return mask
 
 
-def _refuse_absurd(height: int, width: int) -> None:
+def _refuse_absurd(height: int, width: int, form: PixelFormat = RGB) -> None:
     """Refuse, before anything is allocated, what claims to be larger than any picture that is trained on.
 
     Raises:
         UndecodableError: it does.
     """
-    if height * width > MAX_PIXELS:
-        raise UndecodableError(f"it claims {height} x {width} pixels, more than the {MAX_PIXELS} that are decoded")
+    if height * width > form.max_pixels:
+        raise UndecodableError(
+            f"it claims {height} x {width} pixels, more than the {form.max_pixels} that are decoded (data.max_pixels; "
+            "or pack it as tiles)"
+        )
 
 
 def _refuse_bytes(height: int, width: int, each: int, limit: int) -> None:
@@ -149,14 +323,15 @@ def _refuse_bytes(height: int, width: int, each: int, limit: int) -> None:
         )
 
 
-def refuse_large(image: PIL.Image.Image) -> None:
+def refuse_large(image: PIL.Image.Image, form: PixelFormat = RGB) -> None:
     """Refuse, before PIL makes room for its pixels, an image that would take more than `_MOST_BYTES`.
 
     Raises:
         UndecodableError: it would.
     """
-    _refuse_absurd(image.height, image.width)
-    _refuse_bytes(image.height, image.width, 3 + _BYTES_OF.get(image.mode, 4), _MOST_BYTES)
+    _refuse_absurd(image.height, image.width, form)
+    each = 3 + _BYTES_OF.get(image.mode, 4)
+    _refuse_bytes(image.height, image.width, each, int(form.room * _MOST_BYTES))
     if image.format != "TIFF":
         return
     if image.mode in ("F", "I"):
@@ -169,14 +344,69 @@ def refuse_large(image: PIL.Image.Image) -> None:
             raise UndecodableError(f"it is a TIFF of {image.height} x {image.width} with larger tiles: convert it")
 
 
-def _decode_by_pil(data: bytes) -> npt.NDArray[np.uint8]:
+@contextlib.contextmanager
+def _opened(data: bytes, form: PixelFormat = RGB) -> Iterator[PIL.Image.Image]:
+    """Open an image by PIL, whose own limit gives way to a larger one that the config names."""
+    if form.max_pixels <= MAX_PIXELS:
+        with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            yield image
+        return
+    with _PIL_LIMIT:  # a setting of the process, needed while the header is read
+        before, PIL.Image.MAX_IMAGE_PIXELS = PIL.Image.MAX_IMAGE_PIXELS, form.max_pixels
+        try:
+            image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
+        finally:
+            PIL.Image.MAX_IMAGE_PIXELS = before
+    with image:
+        yield image
+
+
+def _pil_reads(data: bytes, form: PixelFormat) -> bool:
+    """Return whether a TIFF is one that PIL converts to RGB of 8 bits, strictly and without the extra."""
+    found = tiff.header(data)
+    if found.compression not in _TIFF_BY_PIL or found.numbers not in ("uint8", "1 bit", "2 bit", "4 bit"):
+        return False
+    try:
+        with _opened(data, form):
+            return True
+    except PIL.UnidentifiedImageError:
+        return False
+
+
+def _decode_by_pil(data: bytes, form: PixelFormat) -> npt.NDArray[Any]:
     if data[:8] == _PNG_START:
         _check_png(data)
-    with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        refuse_large(image)
-        if image.mode.startswith("I"):  # 16 bits a channel; PIL's own conversion would clip at 255
-            return _in_strips(image, _grey16)
-        return _in_strips(image, lambda strip: np.asarray(strip.convert("RGB")))
+        if not form.is_rgb and data[24] == 16:  # IHDR's bit depth
+            return _png16(data, form)
+    with _opened(data, form) as image:
+        refuse_large(image, form)
+        if form.is_rgb:
+            if image.mode.startswith("I"):  # 16 bits a channel; PIL's own conversion would clip at 255
+                return _in_strips(image, _grey16)
+            return _in_strips(image, lambda strip: np.asarray(strip.convert("RGB")))
+        bands, numbers = len(image.getbands()), "uint8" if image.mode in _BANDS_AS_THEY_ARE else image.mode
+        if not form.fits(bands, numbers):
+            raise UndecodableError(f"it {mismatch(bands, numbers, form)}")
+        pixels = np.asarray(image)
+        return pixels.reshape(*pixels.shape[:2], bands)
+
+
+def _png16(data: bytes, form: PixelFormat) -> npt.NDArray[Any]:
+    """Decode a PNG of 16 bits a channel, which PIL would make 8 of."""
+    bands = {0: 1, 2: 3, 4: 2, 6: 4}.get(data[25], 0)
+    if not form.fits(bands, "uint16"):
+        raise UndecodableError(f"it {mismatch(bands, 'uint16', form)}")
+    width, height = struct.unpack_from(">II", data, 16)
+    _refuse_absurd(height, width, form)
+    _refuse_bytes(height, width, 2 * bands, int(form.room * _MOST_BYTES))
+    try:
+        codecs = importlib.import_module("imagecodecs")
+    except ImportError:
+        raise ConfigError(
+            'PNG files of 16 bits are read by imagecodecs, which is not installed: pip install "setformer_dist[tiff]"'
+        ) from None
+    pixels: npt.NDArray[Any] = codecs.png_decode(data)
+    return pixels.reshape(height, width, bands)
 
 
 def _grey16(strip: PIL.Image.Image) -> npt.NDArray[np.uint8]:
@@ -221,7 +451,7 @@ def _why_not(data: bytes, error: Exception) -> str:
     if isinstance(error, PIL.UnidentifiedImageError):
         return f"it is no image of a format that is read ({', '.join(FORMATS)})"
     if isinstance(error, PIL.Image.DecompressionBombError):
-        return f"it has more than {MAX_PIXELS:,} pixels"
+        return f"it has more than {MAX_PIXELS:,} pixels (data.max_pixels)"
     return f"it is not a whole image: {re.sub(r' ?<[^<>]* object at 0x[0-9a-f]+>', '', str(error))}"
 
 
@@ -243,21 +473,29 @@ def _check_png(data: bytes) -> None:
     raise UndecodableError("it is not a whole image: a chunk of the PNG is cut short or does not have its checksum")
 
 
-def image_size(data: bytes) -> tuple[int, int]:
+def image_size(data: bytes, form: PixelFormat = RGB) -> tuple[int, int]:
     """Return (height, width) from an image's header.
 
+    Args:
+        data: the file's bytes, or enough of them.
+        form: says how many pixels are allowed.
+
     Raises:
-        UndecodableError: there is no header to read, or it says more than `MAX_PIXELS`.
+        UndecodableError: there is no header to read, or it says more than that.
     """
     try:
         if is_jpeg(data):
             height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+        elif tiff.is_tiff(data):
+            height, width = tiff.header(data)[:2]
         else:
-            with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            with _opened(data, form) as image:
                 height, width = image.height, image.width
+    except UndecodableError:
+        raise
     except Exception as error:  # noqa: BLE001  (as above)
         raise UndecodableError(_why_not(data, error)) from None
-    _refuse_absurd(height, width)
+    _refuse_absurd(height, width, form)
     return int(height), int(width)
 
 

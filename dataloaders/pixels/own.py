@@ -5,6 +5,8 @@ register_augmentation("dim", dim)      # in a module that run.imports names; dat
 
     dim(image, key) -> image           image (3, H, W) uint8, key 0 <= key < 2^63
 
+With data.pixels and data.mean of other images, the image has their numbers and bands.
+
 The key follows from (seed, epoch, sample) and from the function's place in the list. All that a function draws must
 come from it, such as `torch.Generator().manual_seed(key)`: a draw from a generator of the process would depend on
 threads, ranks and interruptions. Functions are tried before training, and refused where they draw from elsewhere.
@@ -22,7 +24,7 @@ from setformer_dist.core.config import nearest
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.registry import register
 
-# (3, H, W) uint8 and a key -> (3, H, W) uint8
+# (B, H, W) and a key -> (B, H, W), uint8 where data.pixels says nothing else
 Augmentation = Callable[[torch.Tensor, int], torch.Tensor]
 
 _OWN: dict[str, Augmentation] = {}
@@ -43,12 +45,14 @@ def register_augmentation(name: str, function: Augmentation) -> None:
     register(_OWN, "augmentation", name, function)
 
 
-def own_augmentations(names: Sequence[str], side: int, workers: int) -> tuple[tuple[str, Augmentation], ...]:
+def own_augmentations(
+    names: Sequence[str], example: torch.Tensor, workers: int
+) -> tuple[tuple[str, Augmentation], ...]:
     """Return the augmentations of `data.augment.own` with their names, each tried on an image.
 
     Args:
         names: registered ones.
-        side: of the image that they are tried on, in pixels.
+        example: an image of the shape and dtype that they are tried on, (B, H, W).
         workers: reader processes, which find a function by its module.
 
     Raises:
@@ -68,7 +72,7 @@ def own_augmentations(names: Sequence[str], side: int, workers: int) -> tuple[tu
                 f"augmentation {name!r} is {fault}, where reader processes do not find it: move it to the top of a "
                 "module, or set data.workers = 0"
             )
-        _try(name, function, side)
+        _try(name, function, example)
         found.append((name, function))
     return tuple(found)
 
@@ -83,14 +87,13 @@ def _out_of_reach(function: Augmentation) -> str:
     return "defined within a function" if "<" in place else ""
 
 
-def _try(name: str, function: Augmentation, side: int) -> None:
+def _try(name: str, function: Augmentation, example: torch.Tensor) -> None:
     """Apply a function to an image, twice with each key.
 
     Raises:
         ConfigError: it draws from elsewhere than its key, or returns something else than an image.
     """
-    ramp = torch.arange(3 * side * side, dtype=torch.int64).remainder(251).to(torch.uint8)
-    image = ramp.view(3, side, side)
+    image = torch.arange(example.numel()).remainder(251).to(example.dtype).view_as(example)
     before = _generators()
     for key in _TRIED_KEYS:
         first, second = (apply(name, function, image.clone(), key) for _ in range(2))
@@ -122,10 +125,10 @@ def apply(name: str, function: Augmentation, image: torch.Tensor, key: int) -> t
     except Exception as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(f"augmentation {name!r} (data.augment.own) failed: {why}") from error
-    if not isinstance(made, torch.Tensor) or made.dtype != torch.uint8 or made.shape != image.shape:
+    if not isinstance(made, torch.Tensor) or made.dtype != image.dtype or made.shape != image.shape:
         what = f"{tuple(made.shape)} {made.dtype}" if isinstance(made, torch.Tensor) else type(made).__name__
         raise ConfigError(
             f"augmentation {name!r} (data.augment.own) returned {what}: it must return an image like the one it gets, "
-            f"{tuple(image.shape)} torch.uint8"
+            f"{tuple(image.shape)} {image.dtype}"
         )
     return made

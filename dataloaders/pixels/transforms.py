@@ -1,22 +1,24 @@
 """From a stored sample to what a model is shown of it, for training and for evaluation.
 
 Every random choice is a number drawn from (seed, epoch, sample id) beforehand (`draw_choices`), so a sample's pixels
-are a function of these: of no worker, thread, rank or micro batch. Everything stays uint8; normalisation happens on
-the device (`dataloaders.reading.device`), at a quarter of the bytes to move.
+are a function of these: of no worker, thread, rank or micro batch. Pixels keep the numbers that they are stored with
+(uint8, uint16); normalisation happens on the device (`dataloaders.reading.device`), at a quarter of the bytes to move.
 
-H, W = height, width of what is shown, k = boxes.
+H, W = height, width of what is shown, B = bands, k = boxes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from dataloaders.config import AugmentConfig, DataConfig
+from dataloaders.order.resolution import training_shapes
 from dataloaders.pixels.augment import (
     DRAWS_OF_ERASING,
     DRAWS_OF_JITTER,
@@ -26,7 +28,8 @@ from dataloaders.pixels.augment import (
     rand_augment,
     recolours,
 )
-from dataloaders.pixels.decode import UndecodableError, decode, decode_mask
+from dataloaders.pixels.decode import check_shape, decode, decode_box, decode_mask, stored_shape, unfit
+from dataloaders.pixels.depth import FULL_RANGE, PixelFormat
 from dataloaders.pixels.draws import Lane, own_keys, sample_words, uniforms
 from dataloaders.pixels.own import apply, own_augmentations
 from dataloaders.pixels.view import (
@@ -34,14 +37,16 @@ from dataloaders.pixels.view import (
     NOT_COUNTED,
     View,
     centre_view,
+    dtype_of,
     padded_view,
     random_view,
     see_boxes,
     see_image,
     see_mask,
+    window_view,
 )
-from dataloaders.source import Source, Stored
-from setformer_dist.core.errors import ConfigError
+from dataloaders.source import Fetching, Source, Stored, Tiled
+from setformer_dist.core.errors import ConfigError, DataError
 
 Shape = tuple[int, int]
 
@@ -49,13 +54,16 @@ Shape = tuple[int, int]
 # many times the output's side, so that the antialiased resize has something left to average.
 _DECODE_MARGIN = 2
 
+# What a random window draws where it is the one in the middle.
+_CENTRE = (0.5, 0.5)
+
 
 @dataclass(frozen=True, slots=True)
 class Shown:
     """A sample as a model is shown it.
 
     Attributes:
-        image: (3, H, W) uint8.
+        image: (B, H, W) of the numbers that `data.pixels` names.
         mask: (H, W) uint8, for samples with masks.
         boxes: (k, 4) float32 x0, y0, x1, y1 in pixels, and (k,) int64 classes, for samples with boxes.
         soft: as the sample has it.
@@ -118,11 +126,15 @@ class TrainTransform:
         self._interpolation = config.interpolation
         self._keep = config.eval_crop
         self._recolours = recolours(config.augment)
-        self._own = own_augmentations(config.augment.own, config.image_size, config.workers)
+        self._form = config.form
+        example = torch.zeros((config.bands, config.image_size, config.image_size), dtype=dtype_of(config.form))
+        self._own = own_augmentations(config.augment.own, example, config.workers)
         # The mean colour is zero once normalised: what the network sees as "nothing there".
-        self._mean_colour = [float(round(255 * value)) for value in config.mean]
-        self._erased = torch.tensor(self._mean_colour, dtype=torch.uint8).view(3, 1, 1)
+        full = FULL_RANGE[config.pixels]
+        self._mean_colour = [float(round(full * value)) if full > 1 else value for value in config.mean]
+        self._erased = torch.tensor(self._mean_colour).to(dtype_of(config.form)).view(-1, 1, 1)
         _check_sizes(config, source)
+        check_windows(config, source, training_shapes(config))
         _check_parts(config.augment, source)
 
     def __call__(self, sample: Stored, stored: Shape, shape: Shape, choices: Choices) -> Shown:
@@ -133,10 +145,7 @@ class TrainTransform:
         """
         view = self._view(stored, shape, choices.crop).mirror(self._augment.flip and choices.flip < 0.5)
         shrink = _decode_shrink(view) if self._augment.crop == "resized" else 1
-        least = (-(-stored[0] // shrink), -(-stored[1] // shrink)) if shrink > 1 else (0, 0)
-        pixels = decode(sample.image, *least)
-        _check_shape(pixels.shape[:2], stored, shrink)
-        image = see_image(view, pixels, stored, self._interpolation)
+        image = _seen(sample, view, stored, shrink, self._form, self._interpolation)
         mask = None if sample.mask is None else see_mask(view, decode_mask(sample.mask, stored))
         if self._recolours:
             image, mask = self._recoloured(image, mask, choices)
@@ -147,6 +156,8 @@ class TrainTransform:
             return random_view(stored, shape, self._augment, draws)
         if self._augment.crop == "pad":
             return padded_view(stored, self._augment.pad, draws)
+        if self._augment.crop == "window":
+            return window_view(stored, shape, draws)
         return centre_view(stored, shape, self._keep)
 
     def _recoloured(
@@ -175,22 +186,45 @@ class TrainTransform:
 def show_for_eval(sample: Stored, config: DataConfig) -> Shown:
     """Return a sample as evaluation sees it, in (H, W): resized so that it covers (H, W) / eval_crop, centre cut.
 
+    With augment.crop = "window" the window at the image's centre is seen, at native scale.
+
     An image of H x W is taken as it is. The resize is antialiased; against timm's (PIL's) the mean difference
     is below 1 of 255.
 
     Raises:
         UndecodableError: the bytes are not a whole image.
     """
-    pixels = decode(sample.image)
-    stored = pixels.shape[0], pixels.shape[1]
-    view = centre_view(stored, config.shape, config.eval_crop)
+    stored = stored_shape(sample.image, config.form)
+    if config.augment.crop == "window":
+        view = window_view(stored, config.shape, _CENTRE)
+    else:
+        view = centre_view(stored, config.shape, config.eval_crop)
+    image = _seen(sample, view, stored, 1, config.form, config.interpolation)
     mask = None if sample.mask is None else see_mask(view, decode_mask(sample.mask, stored))
-    image = see_image(view, pixels, stored, config.interpolation)
     return Shown(image, mask, None if sample.boxes is None else see_boxes(view, sample.boxes), sample.soft)
 
 
-def decode_for_eval(data: bytes | npt.NDArray[np.uint8], config: DataConfig) -> torch.Tensor:
-    """Return an image as evaluation sees it, (3, H, W) uint8; see `show_for_eval`.
+def _seen(
+    sample: Stored, view: View, stored: Shape, shrink: int, form: PixelFormat, interpolation: str
+) -> torch.Tensor:
+    """Return (B, H, W) of a sample stored as (height, width); where tiles hold it, only what is seen is read.
+
+    Raises:
+        UndecodableError: the bytes are not a whole image, or not one of the size the container says.
+        DamagedSampleError: a tile is damaged.
+    """
+    if not isinstance(sample.image, bytes | np.ndarray) or view.box[2:] == view.shape:
+        part = decode_box(sample.image, view.box, stored, form)
+        height, width = view.box[2:]
+        return see_image(view._replace(box=(0, 0, height, width)), part, (height, width), interpolation)
+    least = (-(-stored[0] // shrink), -(-stored[1] // shrink)) if shrink > 1 else (0, 0)
+    pixels = decode(sample.image, *least, form=form)
+    check_shape(pixels.shape[:2], stored, shrink)
+    return see_image(view, pixels, stored, interpolation)
+
+
+def decode_for_eval(data: bytes | npt.NDArray[Any] | Tiled, config: DataConfig) -> torch.Tensor:
+    """Return an image as evaluation sees it, (B, H, W); see `show_for_eval`.
 
     Raises:
         UndecodableError: the bytes are not a whole image.
@@ -204,18 +238,6 @@ def _decode_shrink(view: View) -> int:
     return next((shrink for shrink in (8, 4, 2) if scale >= _DECODE_MARGIN * shrink), 1)
 
 
-def _check_shape(decoded: tuple[int, ...], stored: Shape, shrink: int) -> None:
-    """Refuse an image of another size than its container says: the crop was chosen for that size.
-
-    Raises:
-        UndecodableError: it is.
-    """
-    if decoded != stored and (shrink == 1 or decoded != tuple(-(-side // shrink) for side in stored)):
-        raise UndecodableError(
-            f"it is {decoded[0]} x {decoded[1]} pixels, its container says {stored[0]} x {stored[1]}"
-        )
-
-
 def _check_sizes(config: DataConfig, source: Source) -> None:
     if config.augment.crop != "pad":
         return
@@ -227,6 +249,45 @@ def _check_sizes(config: DataConfig, source: Source) -> None:
             f"of {source.name} go from {smallest[0]} x {smallest[1]} to {largest[0]} x {largest[1]}: set image_size "
             'to their size or augment.crop = "resized"'
         )
+
+
+def check_windows(config: DataConfig, source: Source, shapes: Sequence[Shape]) -> None:
+    """Refuse windows that are larger than an image, before the first step.
+
+    Args:
+        config: of the data.
+        source: what the samples are of.
+        shapes: (height, width) of the windows.
+
+    Raises:
+        ConfigError: naming both sizes.
+    """
+    if config.augment.crop != "window":
+        return
+    smallest, _ = source.extent()
+    for height, width in sorted(shapes, reverse=True):
+        if height > smallest[0] or width > smallest[1]:
+            raise ConfigError(
+                f'augment.crop = "window" shows {height} x {width} pixels at native scale (data.image_size, '
+                f"data.resolutions), and images of {source.name} have only {smallest[0]} rows or {smallest[1]} "
+                'columns: choose a smaller size, leave such images out, or set augment.crop = "resized"'
+            )
+
+
+def check_pixels(source: Source, form: PixelFormat) -> None:
+    """Refuse images of other bands or numbers than the config says, by the first of them, before the first step.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    if isinstance(source, Fetching) and source.fetches:  # it would fetch a whole file for it
+        return
+    try:
+        image = source.read(0).image
+    except DataError:  # a damaged sample, with which training knows what to do
+        return
+    if (why := unfit(image, form)) is not None:
+        raise ConfigError(f"{source.place(0)} {why}")
 
 
 def _check_parts(augment: AugmentConfig, source: Source) -> None:

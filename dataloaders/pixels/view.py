@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from dataloaders.config import AugmentConfig
-from dataloaders.pixels.decode import MAX_PIXELS, UndecodableError
+from dataloaders.pixels.depth import FULL_RANGE, MAX_PIXELS, PixelFormat, UndecodableError
 from dataloaders.source import Boxes
 
 Box = tuple[int, int, int, int]
@@ -112,8 +112,30 @@ def centre_view(stored: Shape, shape: Shape, keep: float) -> View:
     return View((0, 0, *stored), resized, offset, shape)
 
 
-def see_image(view: View, pixels: npt.NDArray[np.uint8], stored: Shape, interpolation: str) -> torch.Tensor:
-    """Return (3, H, W) uint8 of (height, width, 3) pixels, outside of which is black.
+def window_view(stored: Shape, shape: Shape, draws: Sequence[float]) -> View:
+    """Return a window of the image at native scale; (0.5, 0.5) is its centre.
+
+    Raises:
+        UndecodableError: the image is smaller.
+    """
+    if stored[0] < shape[0] or stored[1] < shape[1]:
+        raise UndecodableError(
+            f"it is {stored[0]} x {stored[1]} pixels, smaller than the window of {shape[0]} x {shape[1]} "
+            '(augment.crop = "window")'
+        )
+    top, left = (int(draw * (side - part + 1)) for draw, side, part in zip(draws, stored, shape, strict=False))
+    return View((top, left, *shape), shape, (0, 0), shape)
+
+
+def dtype_of(form: PixelFormat) -> torch.dtype:
+    """Return the dtype of decoded images."""
+    found = getattr(torch, form.numbers)
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+def see_image(view: View, pixels: npt.NDArray[Any], stored: Shape, interpolation: str) -> torch.Tensor:
+    """Return (C, H, W) of (height, width, C) pixels, of their numbers; outside of them is 0.
 
     Args:
         view: what is seen.
@@ -129,9 +151,18 @@ def see_image(view: View, pixels: npt.NDArray[np.uint8], stored: Shape, interpol
     # Channels last in memory, which torch's uint8 resize likes.
     image = torch.from_numpy(pixels[top : top + height, left : left + width]).permute(2, 0, 1)
     if (height, width) != view.resized:
-        image = interpolate(image[None], view.resized, mode=interpolation, antialias=True)[0]
+        image = _resized(image, view.resized, interpolation)
     image = _window(image, view, 0)
     return image.flip(-1) if view.mirrored else image
+
+
+def _resized(image: torch.Tensor, shape: Shape, interpolation: str) -> torch.Tensor:
+    """Return (C, *shape) of an image, of its numbers; 16 bits are resized as floats, which torch's kernel takes."""
+    whole = image.float() if image.dtype == torch.uint16 else image
+    small = interpolate(whole[None], shape, mode=interpolation, antialias=True)[0]
+    if image.dtype != torch.uint16:
+        return small
+    return small.round_().clamp_(0, FULL_RANGE["uint16"]).to(torch.uint16)  # cubic weights go beyond the range
 
 
 def see_mask(view: View, mask: npt.NDArray[np.uint8]) -> torch.Tensor:

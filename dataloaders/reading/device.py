@@ -1,9 +1,9 @@
 """From a micro batch of bytes on the CPU to what a model and a loss take, on the device.
 
-    uint8 -> device -> float, normalised -> mixup or cutmix -> model
+    uint8, uint16, float -> device -> float, normalised -> mixup or cutmix -> model
     labels -> device -> one-hot or soft, smoothed -> the same mixing -> loss
 
-m = micro batch, C = classes, H, W = height, width of the images.
+m = micro batch, B = bands, C = classes, H, W = height, width of the images.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from dataloaders.config import DataConfig
+from dataloaders.pixels.depth import FULL_RANGE
 from setformer_dist.core.batch import MicroBatch, MixSpec
 
 
@@ -33,13 +34,13 @@ class Prepare:
         self._smoothing = config.augment.smoothing
         # Weights keep their layout, as ZeRO cuts them flat; a convolution follows either of its two operands.
         self._layout = torch.channels_last if config.channels_last else torch.preserve_format
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (config.mean, config.std))
+        mean, std = _statistics(config)
         # (x / 255 - mean) / std as one multiply-add
-        self._scale = (1 / (255 * std)).to(self._device)
+        self._scale = (1 / (FULL_RANGE[config.pixels] * std)).to(self._device)
         self._shift = (-mean / std).to(self._device)
 
     def __call__(self, batch: MicroBatch, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return images (m, 3, H, W) of the dtype and targets (m, C) float32, rows summing to 1.
+        """Return images (m, B, H, W) of the dtype and targets (m, C) float32, rows summing to 1.
 
         Smoothing and mixing are for training alone; evaluation gets one-hot targets, or the data's soft labels.
         """
@@ -75,3 +76,31 @@ def _mix(images: torch.Tensor, targets: torch.Tensor, mix: MixSpec) -> tuple[tor
     mixed = images * own + images[partner] * (1 - own)
     share = lam.view(-1, 1)
     return mixed, targets * share + targets[partner] * (1 - share)
+
+
+def pictures_of(images: torch.Tensor, config: DataConfig) -> torch.Tensor:
+    """Return decoded images (m, B, H, W) as pictures for people, (m, 3, H, W) uint8; RGB of 8 bits as it is."""
+    if config.form.is_rgb:
+        return images
+    mean, std = _statistics(config)
+    return denormalised_picture((images.float() / FULL_RANGE[config.pixels] - mean) / std, config)
+
+
+def denormalised_picture(images: torch.Tensor, config: DataConfig) -> torch.Tensor:
+    """Return normalised images (m, B, H, W) as pictures for people, (m, 3, H, W) uint8.
+
+    Of other images than RGB of 8 bits these are the first three bands, or the first alone as grey, from two deviations
+    below the mean (black) to two above it.
+    """
+    images = images.cpu().float()
+    if config.form.is_rgb:
+        mean, std = _statistics(config)
+        shares = images * std + mean
+    else:
+        shares = (images[:, :3] if config.bands >= 3 else images[:, :1].expand(-1, 3, -1, -1)) / 4 + 0.5
+    return (shares * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def _statistics(config: DataConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and std, (1, B, 1, 1)."""
+    return torch.tensor(config.mean).view(1, -1, 1, 1), torch.tensor(config.std).view(1, -1, 1, 1)

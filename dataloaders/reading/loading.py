@@ -18,10 +18,17 @@ import torch
 
 from dataloaders.config import DataConfig
 from dataloaders.order.mixture import set_of
-from dataloaders.pixels.decode import UndecodableError
+from dataloaders.pixels.depth import PixelFormat, UndecodableError
 from dataloaders.pixels.mixing import MixArrays, draw_mix
-from dataloaders.pixels.transforms import Choices, Shown, TrainTransform, draw_choices, show_for_eval
-from dataloaders.pixels.view import NOT_COUNTED
+from dataloaders.pixels.transforms import (
+    Choices,
+    Shown,
+    TrainTransform,
+    check_windows,
+    draw_choices,
+    show_for_eval,
+)
+from dataloaders.pixels.view import NOT_COUNTED, dtype_of
 from dataloaders.reading.damage import candidates
 from dataloaders.source import DamagedSampleError, Fetching, Source
 from setformer_dist.core.batch import Annotations
@@ -77,7 +84,7 @@ class Loaded:
 
     Attributes:
         request: what was asked.
-        images: (m, 3, H, W) uint8.
+        images: (m, B, H, W) of the numbers that `data.pixels` names, B bands.
         samples: (m,) int64, what was really delivered; -1 is filling.
         bad: (place in the micro batch, line) of each damaged sample, places rising.
         mix: what `draw_mix` drew.
@@ -152,9 +159,9 @@ def spans_of(count: int, length: int = _SPAN) -> list[range]:
 class _Batch:
     """The micro batch that a request's spans are written into."""
 
-    def __init__(self, count: int, shape: tuple[int, int], source: Source) -> None:
+    def __init__(self, count: int, shape: tuple[int, int], source: Source, form: PixelFormat) -> None:
         parts = source.parts
-        self.images = torch.zeros((count, 3, *shape), dtype=torch.uint8)
+        self.images = torch.zeros((count, form.bands, *shape), dtype=dtype_of(form))
         self.masks = torch.full((count, *shape), NOT_COUNTED, dtype=torch.uint8) if "mask" in parts else None
         none = torch.empty((0, 4)), torch.empty(0, dtype=torch.int64)
         self.boxes = [none] * count if "boxes" in parts else None
@@ -237,7 +244,7 @@ class _TrainWork:
         self._choices = draw_choices(loading.config.augment, loading.seed, request.epochs, request.samples)
         self._asked = list(zip(request.samples.tolist(), request.epochs.tolist(), strict=True))
         self._delivered = request.samples.copy()
-        self._batch = _Batch(len(request.samples), request.shape, loading.source)
+        self._batch = _Batch(len(request.samples), request.shape, loading.source, loading.config.form)
         self.spans = spans_of(len(request.samples))
 
     def fill(self, span: range) -> None:
@@ -285,6 +292,7 @@ class EvalLoading(_Sourced):
 
     def __init__(self, source: Source, config: DataConfig, micro_batch: int) -> None:
         super().__init__(source)
+        check_windows(config, source, [config.shape])
         self.config = config
         self.micro_batch = micro_batch
 
@@ -301,7 +309,7 @@ class _EvalWork:
         self._config = loading.config
         self._request = request
         self._samples = request.samples.tolist()
-        self._batch = _Batch(loading.micro_batch, loading.config.shape, loading.source)
+        self._batch = _Batch(loading.micro_batch, loading.config.shape, loading.source, loading.config.form)
         self._delivered = np.full(loading.micro_batch, -1, dtype=np.int64)
         self._delivered[: len(self._samples)] = request.samples
         self.spans = spans_of(len(self._samples))

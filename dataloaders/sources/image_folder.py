@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dataloaders.pixels.decode import UndecodableError, image_size
+from dataloaders.pixels.decode import ANY_SIZE, UndecodableError, image_size
 from dataloaders.source import DamagedSampleError, Stored
 from dataloaders.sources.arrays import file_digest, map_arrays, write_arrays
 from dataloaders.sources.class_folders import Tree, files_below
@@ -49,7 +49,7 @@ _log = logging.getLogger(__name__)
 
 TABLE_NAME = "files.json"
 ARRAYS_NAME = "files.safetensors"
-FORMAT = 2
+FORMAT = 3
 _DTYPES: dict[str, np.dtype[Any]] = {
     "names": np.dtype(np.uint8),
     **dict.fromkeys(("end", "label", "size", "first"), np.dtype(np.int64)),
@@ -398,14 +398,14 @@ def _look(path: bytes) -> tuple[tuple[int, int] | None, int, int]:
             first = zlib.crc32(head)
             for length in (*_HEADS[1:], size):
                 try:
-                    return _checked(image_size(head)), first, size
+                    return _checked(image_size(head, ANY_SIZE)), first, size
                 except UndecodableError:
                     if length > LARGEST_SAMPLE:
                         return None, first, size
                     file.seek(0)
                     head = file.read(length) or b""
             try:
-                return _checked(image_size(head)), first, size
+                return _checked(image_size(head, ANY_SIZE)), first, size
             except UndecodableError:
                 return None, first, size
     except OSError as error:

@@ -124,7 +124,7 @@ class PythonSource:
     def _refuse_random(self, number: int) -> None:
         """Refuse a data set whose sample differs when it is read again, as one with a random transform."""
         (first, label), (again, label_again) = self._sample(number), self._sample(number)
-        if label != label_again or not np.array_equal(first.image, again.image):
+        if label != label_again or not np.array_equal(np.asarray(first.image), np.asarray(again.image)):
             raise DataError(
                 f"{self.place(number)} differs when it is read again: leave random transforms to [data.augment], or "
                 "derive them from the index"

@@ -18,11 +18,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dataloaders.source import Boxes, DamagedSampleError, Source, Stored
+from dataloaders.source import Boxes, DamagedSampleError, Source, Stored, Tiled
 from dataloaders.sources.arrays import CHUNK_SHIFT, num_chunks
 from dataloaders.sources.classes import soft_label
 from dataloaders.sources.files import LARGEST_SAMPLE, parse_json
 from dataloaders.sources.index import INDEX_NAME, Index, ShardFacts, read_index
+from dataloaders.sources.tiles import TiledImage
 from dataloaders.storage.base import (
     LocalFolder,
     MissingError,
@@ -65,6 +66,7 @@ class ShardDataset:
         }
         self._height, self._width = columns["height"], columns["width"]
         self._names = [shard.name for shard in index.shards]
+        self._tiled = bool(index.options.get("tiles"))
         self._sure = bytearray(num_chunks(len(index))) if index.chunks else bytearray(b"\1" * num_chunks(len(index)))
 
     @property
@@ -137,12 +139,22 @@ class ShardDataset:
         image = self._bytes(sample, self._image)
         if not image:
             raise DamagedSampleError(f"{self.place(sample)}: its image has no bytes")
+        shown = self._tiles(sample, image) if self._tiled else image
         if not self._further:
-            return Stored(image)
+            return Stored(shown)
         mask = self._bytes(sample, self._further["mask"]) if "mask" in self._further else b""
         boxes = self._boxes(sample, self._further["boxes"]) if "boxes" in self._further else None
         soft = self._soft(sample, self._further["soft"]) if "soft" in self._further else None
-        return Stored(image, mask or None, boxes, soft)
+        return Stored(shown, mask or None, boxes, soft)
+
+    def _tiles(self, sample: int, table: bytes) -> Tiled:
+        """Return an image whose tiles are read when it is known what of it is seen."""
+
+        def read(offset: int, size: int, checksum: int) -> bytes:
+            return self._checked(sample, offset, size, checksum, "a tile's")
+
+        size = self.index.shards[self._shard[sample]].size
+        return TiledImage(table, size, read, self.place(sample))
 
     def _bytes(self, sample: int, place: _Place) -> bytes:
         offsets, sizes, checksums = place
@@ -151,18 +163,23 @@ class ShardDataset:
             return b""
         if size > LARGEST_SAMPLE:  # where the index was not checked whole when it was opened
             raise DamagedSampleError(f"{self.place(sample)}: it has {size} bytes, more than any sample")
-        name, offset = self._names[self._shard[sample]], int(offsets[sample])
+        checksum = None if checksums is None else int(checksums[sample])
+        return self._checked(sample, int(offsets[sample]), size, checksum, "its")
+
+    def _checked(self, sample: int, offset: int, size: int, checksum: int | None, whose: str) -> bytes:
+        """Return bytes of the shard that a sample is in, compared with their checksum if there is one."""
+        name = self._names[self._shard[sample]]
         try:
             data = self.storage.read(name, offset, size)
-            if checksums is None or zlib.crc32(data) == checksums[sample]:
+            if checksum is None or zlib.crc32(data) == checksum:
                 return data
             # It may be our copy of the shard that is damaged, and not the shard.
             if isinstance(self.storage, WholeStorage):
                 data = self.storage.read_again(name, offset, size)
         except UnreadableError as error:
             raise DataError(f"{self.place(sample)} {error.what}") from None
-        if zlib.crc32(data) != checksums[sample]:
-            raise DamagedSampleError(f"{self.place(sample)}: its bytes do not have the checksum of the index")
+        if zlib.crc32(data) != checksum:
+            raise DamagedSampleError(f"{self.place(sample)}: {whose} bytes do not have the checksum of the index")
         return data
 
     def _boxes(self, sample: int, place: _Place) -> Boxes:

@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from dataloaders.pixels.decode import UndecodableError, image_size
+from dataloaders.pixels.decode import ANY_SIZE, UndecodableError, image_size
 from dataloaders.pixels.formats import IMAGE_PARTS
 from dataloaders.sources.classes import LabelError, decoded, label_of
 from dataloaders.sources.files import LARGEST_SAMPLE, parse_json
@@ -301,7 +301,7 @@ def _image_size(reader: Reader, member: Member) -> tuple[int, int] | None:
 
 def _size_or_none(data: bytes) -> tuple[int, int] | None:
     try:
-        height, width = image_size(data)
+        height, width = image_size(data, ANY_SIZE)
     except UndecodableError:
         return None
     return (height, width) if height > 0 and width > 0 else None

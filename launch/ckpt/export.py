@@ -112,7 +112,7 @@ def _timm_config(trained: Trained, data: DataConfig) -> dict[str, object]:
         "pretrained_cfg": {
             **{key: kept[key] for key in same if key in kept},
             "num_classes": len(trained.task.outputs),
-            "input_size": [3, *data.shape],
+            "input_size": [data.bands, *data.shape],
             "mean": list(data.mean),
             "std": list(data.std),
             "interpolation": data.interpolation,

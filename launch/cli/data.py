@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypedDict
+from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
 
 import typer
 from rich.console import Console
@@ -63,6 +63,10 @@ Examples:
 
   setformer data pack sst2/train.tsv packed/train --length 256
 
+  setformer data pack aerial packed/train --tiles 1024
+
+  setformer data pack sentinel packed/train --tiles 512 --pixels uint16 --bands 12
+
   setformer data pack photos/train packed/train.beton
 """
 _SPLIT_HELP = "Sub-folder of SOURCE to pack, such as train."
@@ -71,6 +75,8 @@ _EMPTY_HELP = "Class folders may hold no image that is read; they become no clas
 _RAW_HELP = "For .beton: pixels, shrunk to this longer side; 0 as they are."
 _CLASSES_HELP = "Class map: a file as of `data index --classes`, or a packed split, whose map is used."
 _COCO_HELP = "COCO instances: a file, or its name within SOURCE."
+_TILES_HELP = "Cut large images into tiles of this side in pixels, of which training reads what it sees; 0 keeps all."
+_PIXELS_HELP = "Height x width beyond which an image is refused; memory grows with it."
 _MIB_HELP = "At most so many MiB of images in one shard, in the size that SOURCE has."
 
 ClassMap = Annotated[Path | None, typer.Option(help="Class map: names in label order, one per line or a JSON list.")]
@@ -79,6 +85,7 @@ PathArgument = Annotated[
 ]
 Workers = Annotated[int, typer.Option(min=0, help="Processes; 0 works in this one. Same result.")]
 RawSide = Annotated[int | None, typer.Option(metavar="SIDE", min=0, help=_RAW_HELP)]
+Pixels = Literal["uint8", "uint16", "float32"]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier packing left at DEST.")]
 
@@ -99,6 +106,10 @@ def pack(
         int | None, typer.Option(help="JPEG quality; given alone, all JPEG files are re-encoded.")
     ] = None,
     raw: RawSide = None,
+    tiles: Annotated[int, typer.Option(metavar="SIDE", min=0, help=_TILES_HELP)] = 0,
+    pixels: Annotated[Pixels, typer.Option(help="Numbers of each band; images of others are refused.")] = "uint8",
+    bands: Annotated[int, typer.Option(min=1, max=4096, help="Bands of each image.")] = 3,
+    max_pixels: Annotated[int, typer.Option(min=1, help=_PIXELS_HELP)] = 178_956_970,
     length: Annotated[int, typer.Option(min=0, help="For texts: bytes to which they are cut; 0 keeps all.")] = 0,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 packs in this one. Same result.")] = 2,
     strict: Annotated[bool, typer.Option(help="Decode every image, or only look at headers.")] = True,
@@ -109,6 +120,7 @@ def pack(
 ) -> None:
     """Pack a source; the long help is `_PACK_HELP`."""
     from dataloaders.packing import convert, pack, text
+    from dataloaders.pixels import depth
 
     if text.holds_text(Path(source)):
         _pack_text(Path(source), dest, split, classes, length, force)
@@ -131,7 +143,11 @@ def pack(
         masks=masks,
         void=void,
         coco=coco,
+        tiles=tiles,
+        form=depth.PixelFormat(bands, pixels, max_pixels),
     )
+    if tiles and dest.suffix == ".beton":
+        raise ConfigError("--tiles makes WebDataset shards, which a .beton file is not: name a folder as destination")
     if raw is not None and dest.suffix != ".beton":
         raise ConfigError("--raw stores pixels, which only a .beton file can hold: name a destination *.beton")
     with _progress(f"looking for images in {source}", "packing") as steps, _resumes(dest):

@@ -48,6 +48,8 @@ REQUIRED: Mapping[str, str] = {
 OPTIONAL: Mapping[str, str] = {
     "wandb": "logging.wandb",
     "mlflow-skinny": "logging.mlflow",
+    "tifffile": "TIFF files of other pixels than RGB of 8 bits",
+    "imagecodecs": "the same, and PNG files of 16 bits",
     "ray": "sweeps, scheduling and the reference refresh service",
     "sqlalchemy": "the queue",
     "psycopg": "the queue, with PostgreSQL",

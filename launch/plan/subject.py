@@ -128,7 +128,7 @@ def _model_of(config: RunConfig) -> tuple[nn.Module, tuple[int, ...], str]:
         if not isinstance(config.data, DataConfig):
             raise
     model = build_assumed(config, _ASSUMED_CLASSES)
-    return model, (3, *config.data.shape), f"the data are not there: {_ASSUMED_CLASSES} classes"
+    return model, (config.data.bands, *config.data.shape), f"the data are not there: {_ASSUMED_CLASSES} classes"
 
 
 def _passes_of(

@@ -160,7 +160,7 @@ def _assumed(run: ResolvedRun) -> _Known:
     assert isinstance(c.data, DataConfig)
     model = build_assumed(c, _ASSUMED_CLASSES)
     check_sequence(run, None, model)
-    shape = (3, *c.data.shape)
+    shape = (c.data.bands, *c.data.shape)
     return _Known(model, shape, None, tuple(_recomputed(run, model, shape, None)))
 
 
@@ -235,7 +235,7 @@ def _batch_rows(run: ResolvedRun) -> list[tuple[str, str]]:
         accumulation = plan.global_size // (micro * plan.groups)
         return f"{plan.global_size} = {micro} per {whose} × {accumulation} accumulated × {who}"
 
-    if plan.max_pixels is None or not isinstance(data, DataConfig):
+    if plan.micro_pixels is None or not isinstance(data, DataConfig):
         return [("batch", equation(plan.micro))]
     first_of = {plan.micro_at(shape): shape for shape in reversed(shapes_of_images(data))}  # its smallest images
     return [(f"batch from {h} x {w} on", equation(micro)) for micro, (h, w) in sorted(first_of.items(), reverse=True)]

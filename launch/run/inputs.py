@@ -16,7 +16,8 @@ from dataloaders.config import DataConfig, TokenConfig
 from dataloaders.ffcv.check import load_ffcv_engine
 from dataloaders.opening import check_mixture_room, open_source
 from dataloaders.order.mixture import MixtureSource
-from dataloaders.order.resolution import bucket_shape, proportional
+from dataloaders.order.resolution import training_shapes
+from dataloaders.pixels.transforms import check_pixels
 from dataloaders.reading.device import Prepare as ImagePrepare
 from dataloaders.reading.streams import ShardEvalStream, ShardTrainStream
 from dataloaders.source import Source
@@ -37,7 +38,7 @@ from setformer_dist.core.task import Prepare
 from setformer_dist.engine.batch_plan import BatchPlan
 from setformer_dist.models.build import build_model, timm_arguments
 
-_CHANNELS = 3  # of images as they are decoded, grey ones too
+_CHANNELS = 3  # of models that are told nothing
 
 
 class Split(Protocol):
@@ -115,8 +116,10 @@ class ImageInputs:
     config: DataConfig
 
     def open(self, root: str, name: str) -> Source:
-        """Open images."""
-        return open_source(root, name, self.config)
+        """Open images, and check that they are such as the config says."""
+        source = open_source(root, name, self.config)
+        check_pixels(source, self.config.form)
+        return source
 
     def open_train(self) -> Source:
         """Open the training images: one set, or those of the mixture."""
@@ -139,27 +142,36 @@ class ImageInputs:
 
     def build_model(self, config: ModelConfig, num_classes: int, input_spec: dict[str, object], seed: int) -> nn.Module:
         """Build for the image size, and check that the model takes all others that training will show it."""
-        if config.args.get("in_chans", _CHANNELS) != _CHANNELS:
-            raise ConfigError(
-                f"model.args.in_chans = {config.args['in_chans']!r}: images are read as RGB, so it is {_CHANNELS}; "
-                "leave it out"
-            )
-        model = build_model(config, num_classes, self._size, seed)
+        model = build_model(self._with_bands(config), num_classes, self._size, seed)
         check_shapes(model, config.name, self.config)
         return model
 
     def model_arguments(self, config: ModelConfig, num_classes: int) -> dict[str, object]:
         """Return them for the image size."""
-        return timm_arguments(config, num_classes, self._size)
+        return timm_arguments(self._with_bands(config), num_classes, self._size)
+
+    def _with_bands(self, config: ModelConfig) -> ModelConfig:
+        """Return the config of a model that takes the images' bands.
+
+        Raises:
+            ConfigError: it names another number of channels.
+        """
+        bands = self.config.bands
+        if (said := config.args.get("in_chans", bands)) != bands:
+            raise ConfigError(
+                f"model.args.in_chans = {said!r}, and images are read with {bands} bands, as many as data.mean and "
+                "data.std have numbers: leave it out, as the model follows the data, or change data.mean and data.std"
+            )
+        return config if bands == _CHANNELS else config.model_copy(update={"args": {**config.args, "in_chans": bands}})
 
     def train_stream(self, split: Split, seed: int, ranks: RankInfo, plan: BatchPlan) -> TrainStream:
         """Return augmented images."""
         source, size = images_of(split), plan.global_size
-        if plan.max_pixels is None:
+        if plan.micro_pixels is None:
             return self._streams()[0](source, self.config, seed, ranks, size, plan.micro)
         if self.config.engine != "native":
             raise ConfigError(
-                f'data.engine = "{self.config.engine}" has micro batches of one size: leave batch.max_pixels out, or '
+                f'data.engine = "{self.config.engine}" has micro batches of one size: leave batch.micro_pixels out, or '
                 'use data.engine = "native"'
             )
         for shape in training_shapes(self.config):
@@ -187,8 +199,8 @@ class ImageInputs:
         return
 
     def shape(self, split: Split) -> tuple[int, ...]:
-        """Return (3, H, W)."""
-        return (3, *self.config.shape)
+        """Return (bands, H, W)."""
+        return (self.config.bands, *self.config.shape)
 
     def tokens(self, model: nn.Module, split: Split) -> int:
         """Return the tokens of the first stage, from timm's feature_info."""
@@ -219,7 +231,7 @@ def check_shapes(model: nn.Module, name: str, config: DataConfig | TokenConfig) 
     for shape in training_shapes(config):
         try:
             with torch.no_grad():
-                model(torch.zeros(1, 3, *shape))
+                model(torch.zeros(1, config.bands, *shape))
         except (RuntimeError, AssertionError, ValueError) as error:
             raise ConfigError(
                 f"model {name} does not take images of {shape[0]} x {shape[1]}, which data.image_width, "
@@ -227,15 +239,6 @@ def check_shapes(model: nn.Module, name: str, config: DataConfig | TokenConfig) 
                 "or another model"
             ) from None
     model.train(was_training)
-
-
-def training_shapes(config: DataConfig) -> list[tuple[int, int]]:
-    """Return every height and width of the images that training will show."""
-    sides = {config.image_size, *(side for stage in config.resolutions for side in stage.sides)}
-    shapes = {proportional(side, config.shape) for side in sides}
-    if config.aspect_buckets:
-        shapes = {bucket_shape(side, a, config.bucket_multiple) for side in sides for a in config.aspect_buckets}
-    return sorted(shapes)
 
 
 def shapes_of_images(config: DataConfig) -> list[tuple[int, int]]:
@@ -284,8 +287,8 @@ class TokenInputs:
     def train_stream(self, split: Split, seed: int, ranks: RankInfo, plan: BatchPlan) -> TrainStream:
         """Return padded sequences."""
         assert isinstance(split, TokenSplit)
-        if plan.max_pixels is not None:
-            raise ConfigError("batch.max_pixels bounds micro batches of images, and this data has none: leave it out")
+        if plan.micro_pixels is not None:
+            raise ConfigError("batch.micro_pixels bounds micro batches of images, and this data has none: leave it out")
         return TokenTrainStream(split, self.config, seed, ranks, plan.global_size, plan.micro)
 
     def eval_stream(self, split: Split, ranks: RankInfo, micro_batch: int) -> EvalStream:

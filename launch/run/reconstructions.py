@@ -6,6 +6,7 @@ import torch
 
 from dataloaders.config import DataConfig
 from dataloaders.pixels.transforms import decode_for_eval
+from dataloaders.reading.device import denormalised_picture, pictures_of
 from launch.run.inputs import Split, images_of
 from launch.run.trained import Trained
 from setformer_dist.core.batch import MicroBatch
@@ -41,26 +42,23 @@ def reconstructed_samples(trained: Trained, split: Split, count: int = 8) -> lis
     given, _ = trained.prepare()(MicroBatch(images, zeros, ones, numbers), train=False)
     outputs = model(given).float()
     if task.config.normalise:  # a unit's own mean and contrast are not predicted, so its true ones serve
-        hidden = given[:, 3, :: model.unit, :: model.unit] > 0
-        mean, scale = moments(hidden_pixels(given[:, :3].float(), hidden.cpu(), model.unit))
+        hidden = given[:, -1, :: model.unit, :: model.unit] > 0
+        mean, scale = moments(hidden_pixels(given[:, :-1].float(), hidden.cpu(), model.unit))
         outputs = outputs * scale + mean
     reconstructed = _laid_back(given, outputs, model)
-    return [ReconstructedImage(*three) for three in zip(images, *_as_pixels(given, reconstructed, data), strict=True)]
+    shown = pictures_of(images, data), *_as_pixels(given, reconstructed, data)
+    return [ReconstructedImage(*three) for three in zip(*shown, strict=True)]
 
 
 def _laid_back(given: torch.Tensor, outputs: torch.Tensor, model: MaskedAutoencoder) -> torch.Tensor:
-    """Return the images with the model's pixels (m, K, U, U, 3) in hidden units."""
+    """Return the images with the model's pixels (m, K, U, U, B) in hidden units."""
     m, unit = len(given), model.unit
     hidden = model.visible_of(given).hidden()
-    whole = hidden.scatter(outputs.reshape(m, -1, unit, 3)).permute(0, 3, 1, 2)
-    return torch.where(given[:, 3:] > 0, whole, given[:, :3])
+    whole = hidden.scatter(outputs.reshape(m, -1, unit, given.shape[1] - 1)).permute(0, 3, 1, 2)
+    return torch.where(given[:, -1:] > 0, whole, given[:, :-1])
 
 
 def _as_pixels(given: torch.Tensor, reconstructed: torch.Tensor, data: DataConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (m, 3, H, W) uint8: the images with grey in hidden units, and with what was reconstructed."""
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (data.mean, data.std))
-    seen, whole = (
-        ((images.cpu().float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-        for images in (given[:, :3], reconstructed)
-    )
-    return torch.where(given[:, 3:].cpu() > 0, torch.tensor(_GREY, dtype=torch.uint8), seen), whole
+    seen, whole = (denormalised_picture(images, data) for images in (given[:, :-1], reconstructed))
+    return torch.where(given[:, -1:].cpu() > 0, torch.tensor(_GREY, dtype=torch.uint8), seen), whole

@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from checkpoints.reader import Checkpoint, open_checkpoint
 from dataloaders.config import DataConfig
 from dataloaders.pixels.transforms import decode_for_eval
+from dataloaders.reading.device import pictures_of
 from dataloaders.sources.files import LARGEST_SAMPLE, read_whole
 from launch.ranks.environment import usable_cores
 from launch.run.config import RunConfig
@@ -54,7 +55,7 @@ class Trained:
 
     @torch.no_grad()
     def probabilities(self, images: torch.Tensor) -> torch.Tensor:
-        """Return how sure the model is of each class, (k, classes), of images (k, 3, S, S) uint8."""
+        """Return how sure the model is of each class, (k, classes), of images (k, B, S, S) as decoded."""
         count = len(images)
         zeros = torch.zeros(count, dtype=torch.int64)
         batch = MicroBatch(inputs=images, labels=zeros, weights=torch.ones(count), sample_ids=zeros)
@@ -308,9 +309,8 @@ def classified_samples(trained: Trained, split: Split, count: int = 24, pool: in
     for first in range(0, len(pixels), 64):
         images = torch.stack(pixels[first : first + 64])
         best = trained.probabilities(images).max(dim=1)
-        for image, label, probability, predicted in zip(
-            images, labels[first : first + 64], best.values.tolist(), best.indices.tolist(), strict=True
-        ):
+        found = labels[first : first + 64], best.values.tolist(), best.indices.tolist()
+        for image, label, probability, predicted in zip(pictures_of(images, data_config), *found, strict=True):
             names = trained.classes
             scored.append(ClassifiedImage(image, names[label], names[predicted], probability))
     wrong = [entry for entry in scored if entry.true_class != entry.predicted_class][: count // 3]

@@ -1,6 +1,6 @@
 """Global batch = micro batch × accumulation × groups of ranks: the one equation, solved in this one place.
 
-A group is one rank, or with parallel.sequence = s the s ranks that share each image. With batch.max_pixels, the
+A group is one rank, or with parallel.sequence = s the s ranks that share each image. With batch.micro_pixels, the
 equation is solved for each size of images.
 """
 
@@ -31,11 +31,11 @@ class BatchPlan:
 
     Attributes:
         global_size: samples of an optimizer step.
-        micro: samples of a rank at once; the most, with `max_pixels`.
-        accumulation: micro batches of a step; the fewest, with `max_pixels`.
+        micro: samples of a rank at once; the most, with `micro_pixels`.
+        accumulation: micro batches of a step; the fewest, with `micro_pixels`.
         world_size: ranks.
         sequence: ranks that share each image.
-        max_pixels: of a rank at once.
+        micro_pixels: of a rank at once.
         multiple_of: every micro batch is a multiple of this.
     """
 
@@ -44,7 +44,7 @@ class BatchPlan:
     accumulation: int
     world_size: int
     sequence: int = 1
-    max_pixels: int | None = None
+    micro_pixels: int | None = None
     multiple_of: int = 1
 
     @property
@@ -56,7 +56,7 @@ class BatchPlan:
         """Return the micro batch of images of (height, width).
 
         Raises:
-            ConfigError: not even the smallest micro batch is within `max_pixels`.
+            ConfigError: not even the smallest micro batch is within `micro_pixels`.
         """
         return _micro_at(self, *shape)
 
@@ -69,15 +69,15 @@ class BatchPlan:
 
 @functools.lru_cache(maxsize=4096)
 def _micro_at(plan: BatchPlan, height: int, width: int) -> int:
-    if plan.max_pixels is None:
+    if plan.micro_pixels is None:
         return plan.micro
     pixels = -(-height * width // plan.sequence)
     micros = [m for m in possible_micros(plan.global_size, plan.groups) if m % plan.multiple_of == 0]
-    fitting = [m for m in micros if m <= plan.micro and m * pixels <= plan.max_pixels]
+    fitting = [m for m in micros if m <= plan.micro and m * pixels <= plan.micro_pixels]
     if not fitting:
         raise ConfigError(
-            f"batch.max_pixels = {plan.max_pixels} is less than the {micros[0] * pixels} pixels of a rank's smallest "
-            f"micro batch ({micros[0]} x {height} x {width}): raise it, or use smaller images"
+            f"batch.micro_pixels = {plan.micro_pixels} is less than the {micros[0] * pixels} pixels of a rank's "
+            f"smallest micro batch ({micros[0]} x {height} x {width}): raise it, or use smaller images"
         )
     return fitting[-1]
 
@@ -146,7 +146,7 @@ def solve(config: BatchConfig, world_size: int, multiple_of: int = 1, sequence: 
                 f"{who}: possible micro batches are {_listed(micros)}"
             )
     accumulation = config.global_size // (micro * groups)
-    return BatchPlan(config.global_size, micro, accumulation, world_size, sequence, config.max_pixels, multiple_of)
+    return BatchPlan(config.global_size, micro, accumulation, world_size, sequence, config.micro_pixels, multiple_of)
 
 
 def _or(values: list[int]) -> str:

@@ -27,7 +27,7 @@ class BatchConfig(FrozenConfig):
         global_size: samples per optimizer step over all ranks; a resumed run must keep it.
         micro: samples per rank and accumulation step; "auto" takes the largest possible size up to max_micro.
         max_micro: largest micro batch that "auto" may choose; memory limits it.
-        max_pixels: most pixels (height x width x samples) of a micro batch: where data.resolutions or
+        micro_pixels: most pixels (height x width x samples) of a micro batch: where data.resolutions or
             data.aspect_buckets make images larger, micro batches have fewer samples and a step accumulates more of
             them. Without it, all micro batches have the same number of samples.
     """
@@ -35,7 +35,7 @@ class BatchConfig(FrozenConfig):
     global_size: Annotated[int, Permitted("global_batch")] = pydantic.Field(gt=0, le=LARGEST_GLOBAL_BATCH)
     micro: Annotated[int | Literal["auto"], FREE] = "auto"
     max_micro: Annotated[int, FREE] = pydantic.Field(default=128, gt=0)
-    max_pixels: Annotated[int | None, FREE] = pydantic.Field(default=None, gt=0)
+    micro_pixels: Annotated[int | None, FREE] = pydantic.Field(default=None, gt=0)
 
     @pydantic.field_validator("micro")
     @classmethod

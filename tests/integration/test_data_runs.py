@@ -32,7 +32,7 @@ RESIZED = (
     "{step=14,image_size=16,random_to=8,multiple=4}]",
     "data.threads=2",
 )
-WITHIN = "batch.max_pixels=2048"  # 32 images of 8 x 8 pixels, 8 of 12 x 12 or 16 x 16
+WITHIN = "batch.micro_pixels=2048"  # 32 images of 8 x 8 pixels, 8 of 12 x 12 or 16 x 16
 
 
 def train_rows(folder: Path) -> dict[int, dict[str, float]]:

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
+import tifffile
 import timm
 import torch
 import typer.main
@@ -155,6 +157,13 @@ def place(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, source in (("some/digit.png", 0), ("another/digit.png", 1)):
         (root / name).parent.mkdir(exist_ok=True)
         shutil.copy(sorted((digits / "images" / "val" / "5").iterdir())[source], root / name)
+    for folder, suffix, bands in (("aerial", "png", 3), ("sentinel", "tif", 12)):
+        pixels = np.arange(40 * 50 * bands).reshape(40, 50, bands)
+        (root / folder / "a").mkdir(parents=True)
+        if bands == 3:
+            Image.fromarray(pixels.astype(np.uint8)).save(root / folder / "a" / f"1.{suffix}")
+        else:
+            tifffile.imwrite(root / folder / "a" / f"1.{suffix}", pixels.astype(np.uint16), planarconfig="contig")
     masks = {f"train/images/{i}.png": _png(i) for i in range(4)}
     masks |= {f"train/annotations/{i}.png": _png(i, mode="L") for i in range(4)}
     _tar(root / "camvid.tar.gz", masks)

@@ -62,15 +62,15 @@ def test_every_divisor_is_possible_and_an_absurd_batch_ends_at_once() -> None:
         BatchConfig(global_size=2**63 - 1)
 
 
-def test_micro_batches_follow_the_size_of_images_within_max_pixels() -> None:
-    plan = solve(BatchConfig(global_size=64, max_micro=16, max_pixels=8 * 32 * 32), 2)
+def test_micro_batches_follow_the_size_of_images_within_micro_pixels() -> None:
+    plan = solve(BatchConfig(global_size=64, max_micro=16, micro_pixels=8 * 32 * 32), 2)
     assert [plan.micro_at((side, side)) for side in (16, 32, 33, 64, 90)] == [16, 8, 4, 2, 1]
     assert plan.micro == 16
-    with pytest.raises(ConfigError, match=r"max_pixels = 8192 is less than the 8281 pixels .* \(1 x 91 x 91\)"):
+    with pytest.raises(ConfigError, match=r"micro_pixels = 8192 is less than the 8281 pixels .* \(1 x 91 x 91\)"):
         plan.micro_at((91, 91))
-    shared = solve(BatchConfig(global_size=64, max_pixels=8 * 32 * 32), 4, sequence=2)  # each rank has half an image
+    shared = solve(BatchConfig(global_size=64, micro_pixels=8 * 32 * 32), 4, sequence=2)  # each rank has half an image
     assert shared.micro_at((32, 32)) == 16
-    grouped = solve(BatchConfig(global_size=96, max_pixels=4000), 2, multiple_of=3)
+    grouped = solve(BatchConfig(global_size=96, micro_pixels=4000), 2, multiple_of=3)
     assert grouped.micro_at((16, 16)) == 12
     assert solve(BatchConfig(global_size=64, micro=4), 2).micro_at((4096, 4096)) == 4
 

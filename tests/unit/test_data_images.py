@@ -22,7 +22,8 @@ from torchvision.transforms import v2
 
 from dataloaders.config import AugmentConfig, DataConfig
 from dataloaders.pixels.augment import OPERATIONS, color_jitter, erased_box, rand_augment
-from dataloaders.pixels.decode import MAX_PIXELS, UndecodableError, decode, decode_mask, image_size, suffix_for
+from dataloaders.pixels.decode import UndecodableError, decode, decode_mask, image_size, suffix_for
+from dataloaders.pixels.depth import MAX_PIXELS
 from dataloaders.pixels.draws import Lane, sample_words, uniforms
 from dataloaders.pixels.formats import FORMATS
 from dataloaders.pixels.mixing import draw_mix
@@ -639,7 +640,7 @@ def test_channels_last_is_another_layout_of_the_same_images():
         ({"augment": {"scale": [0.5, 0.2]}}, "augment: scale"),
         ({"augment": {"mixupp": 0.2}}, "did you mean augment.mixup"),
         ({"augment": {"smoothing": 1.0}}, "augment.smoothing = 1.0"),
-        ({"mean": [0.5, 0.5]}, "mean.2"),
+        ({"mean": [0.5, 0.5]}, "mean names 2 bands and std names 3"),
         ({"workers": -1}, "workers = -1"),
         ({"workers": "4"}, "workers = '4'"),
     ],

@@ -284,7 +284,7 @@ def test_larger_images_in_smaller_micro_batches_are_the_same_images(data, thread
     config = config_of(
         data, threads=threads, resolutions=stages({"step": 0, "image_size": 16}, {"step": 2, "image_size": 32})
     )
-    plan = solve(BatchConfig(global_size=20, max_pixels=16 * 16 * 10), 2)
+    plan = solve(BatchConfig(global_size=20, micro_pixels=16 * 16 * 10), 2)
     source = open_source(str(data), "train", config)
     small = ShardTrainStream(source, config, 3, RankInfo(1, 2), 20, plan.micro, plan.micro_at)
     found, batches = [], small.micro_batches(0)

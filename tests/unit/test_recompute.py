@@ -144,5 +144,5 @@ def test_memory_is_that_of_the_largest_size_of_the_schedule(tmp_path: Path) -> N
     stages = "data.resolutions=[{step = 5, image_size = 256}, {step = 9, image_size = 64}]"
     run = run_of(tmp_path, "data.augment.crop=resized", stages)
     assert largest_batch(run, (3, 128, 128)) == (32, 3, 256, 256)
-    within = run_of(tmp_path, "data.augment.crop=resized", stages, "batch.max_pixels=500000")
+    within = run_of(tmp_path, "data.augment.crop=resized", stages, "batch.micro_pixels=500000")
     assert largest_batch(within, (3, 128, 128)) == (16, 3, 128, 128)

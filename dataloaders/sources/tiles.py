@@ -1,0 +1,181 @@
+"""An image as independent tiles in a shard: what is seen of it is all that is read, each tile checked on its own.
+
+    <key>.0000-0000.jpg    row and column of the tile; a JPEG or PNG file, or (.raw) its numbers as they are
+    <key>.0000-0001.jpg    tiles at the right and at the bottom are as large as what is left of the image
+    <key>.tiles            the table: how large image and tiles are, and of each tile offset, size and crc32
+    <key>.cls
+
+The index knows the table as the image: its offset, size and crc32 are those of `<key>.tiles`. So the checksum of the
+table covers those of all tiles, and a window costs one read for the table and one for each tile that it touches. All
+tiles are one sample with one key: a split by samples is a split by images, and windows never cross it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dataloaders.pixels.decode import decode
+from dataloaders.pixels.depth import MOST_BANDS, Numbers, PixelFormat, UndecodableError
+from dataloaders.source import DamagedSampleError
+from dataloaders.sources.files import LARGEST_SAMPLE
+
+Box = tuple[int, int, int, int]
+
+TABLE_SUFFIX, RAW_SUFFIX = "tiles", "raw"
+LARGEST_SIDE = 1 << 13  # of a tile, in pixels
+
+_MAGIC = b"SFTILES1"
+_HEADER = struct.Struct("<8s6I")  # magic, side, height, width, bands, numbers, whether raw
+_ROW = np.dtype([("offset", "<i8"), ("size", "<i8"), ("crc32", "<u4")])
+_NUMBERS: tuple[Numbers, ...] = ("uint8", "uint16", "float32")  # by their code in the header: only append
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How an image is cut.
+
+    Attributes:
+        side: of a tile, in pixels.
+        height: of the image.
+        width: likewise.
+        bands: of each pixel.
+        numbers: of each band.
+        is_raw: whether tiles hold numbers, and no image files.
+    """
+
+    side: int
+    height: int
+    width: int
+    bands: int
+    numbers: Numbers
+    is_raw: bool
+
+    @property
+    def rows(self) -> int:
+        """Rows of tiles."""
+        return -(-self.height // self.side)
+
+    @property
+    def columns(self) -> int:
+        """Columns of tiles."""
+        return -(-self.width // self.side)
+
+    def shape(self, row: int, column: int) -> tuple[int, int, int]:
+        """Return (height, width, bands) of a tile."""
+        height = min(self.side, self.height - row * self.side)
+        return height, min(self.side, self.width - column * self.side), self.bands
+
+    def touched(self, box: Box) -> Iterator[tuple[int, int]]:
+        """Yield (row, column) of the tiles that a box of pixels touches."""
+        top, left, height, width = box
+        for row in range(top // self.side, -(-(top + height) // self.side)):
+            for column in range(left // self.side, -(-(left + width) // self.side)):
+                yield row, column
+
+
+def encode_table(grid: Grid, tiles: list[tuple[int, int, int]]) -> bytes:
+    """Return the table of an image whose tiles are at (offset, size) in the shard and have these checksums."""
+    header = _HEADER.pack(
+        _MAGIC, grid.side, grid.height, grid.width, grid.bands, _NUMBERS.index(grid.numbers), grid.is_raw
+    )
+    return header + np.array(tiles, _ROW).tobytes()
+
+
+def _parsed(table: bytes, shard_size: int) -> tuple[Grid, npt.NDArray[Any]]:
+    """Return what a table says; raises ValueError where nothing that we write says it."""
+    if len(table) < _HEADER.size:
+        raise ValueError("it is cut short")
+    magic, side, height, width, bands, numbers, is_raw = _HEADER.unpack_from(table)
+    if magic != _MAGIC or is_raw > 1 or numbers >= len(_NUMBERS):
+        raise ValueError("it is of another kind")
+    if not (1 <= side <= LARGEST_SIDE and min(height, width) >= 1 and 1 <= bands <= MOST_BANDS):
+        raise ValueError("its sizes cannot be")
+    grid = Grid(side, height, width, bands, _NUMBERS[numbers], bool(is_raw))
+    if len(table) != _HEADER.size + grid.rows * grid.columns * _ROW.itemsize:
+        raise ValueError("it has another number of tiles than its sizes mean")
+    tiles = np.frombuffer(table, _ROW, offset=_HEADER.size)
+    offset, size = tiles["offset"], tiles["size"]
+    if offset.min() < 0 or size.min() < 1 or size.max() > LARGEST_SAMPLE or (offset > shard_size - size).any():
+        raise ValueError("a tile lies outside the shard")
+    return grid, tiles
+
+
+class TiledImage:
+    """An image in tiles (`dataloaders.source.Tiled`).
+
+    Args:
+        table: the table's bytes.
+        shard_size: bytes of the shard that the tiles are in.
+        read: returns bytes by (offset, size, crc32), checked.
+        place: names the image in messages.
+
+    Attributes:
+        table: the table's bytes.
+        grid: how the image is cut.
+
+    Raises:
+        DamagedSampleError: the table is none.
+    """
+
+    def __init__(self, table: bytes, shard_size: int, read: Callable[[int, int, int], bytes], place: str) -> None:
+        try:
+            self.grid, self._tiles = _parsed(table, shard_size)
+        except ValueError as error:
+            raise DamagedSampleError(f"{place}: its table of tiles is none ({error})") from None
+        self.table = table
+        self._read = read
+        self._place = place
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(height, width, bands)."""
+        return self.grid.height, self.grid.width, self.grid.bands
+
+    @property
+    def numbers(self) -> str:
+        """The dtype of its bands, as numpy names it."""
+        return self.grid.numbers
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tiles as they are stored."""
+        return int(self._tiles["size"].sum())
+
+    def window(self, box: Box) -> npt.NDArray[Any]:
+        """Return the pixels of (top, left, height, width), (h, w, C); reads the tiles that it touches.
+
+        Raises:
+            DamagedSampleError: one of these is damaged.
+            DataError: the storage does not deliver.
+        """
+        top, left, height, width = box
+        side = self.grid.side
+        pixels = np.empty((height, width, self.grid.bands), self.grid.numbers)
+        for row, column in self.grid.touched(box):
+            y, x = row * side, column * side
+            y0, y1, x0, x1 = max(y, top), min(y + side, top + height), max(x, left), min(x + side, left + width)
+            pixels[y0 - top : y1 - top, x0 - left : x1 - left] = self._tile(row, column)[
+                y0 - y : y1 - y, x0 - x : x1 - x
+            ]
+        return pixels
+
+    def _tile(self, row: int, column: int) -> npt.NDArray[Any]:
+        found, shape = self._tiles[row * self.grid.columns + column], self.grid.shape(row, column)
+        data = self._read(int(found["offset"]), int(found["size"]), int(found["crc32"]))
+        try:
+            if self.grid.is_raw:
+                return np.frombuffer(data, np.dtype(self.grid.numbers).newbyteorder("<")).reshape(shape)
+            tile = decode(data, form=PixelFormat(self.grid.bands, self.grid.numbers, self.grid.side**2))
+            if tile.shape != shape:
+                raise ValueError(f"it is {tile.shape[0]} x {tile.shape[1]} pixels and not {shape[0]} x {shape[1]}")
+        except (UndecodableError, ValueError) as error:
+            raise DamagedSampleError(
+                f"{self._place} is damaged (tile in row {row}, column {column}: {error})"
+            ) from None
+        return tile
