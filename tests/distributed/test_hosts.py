@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -274,3 +275,31 @@ def test_a_host_that_answers_again_takes_part_again(
     assert [event["hosts"] for event in events if event["event"] == "attempt"] == [["a", "b"], ["a"], ["a", "b"]]
     assert [how for _, how, _ in ledger.account(events).failures] == ["host"]
     assert [step for kind, step in losses(run) if kind == "train"] == list(range(1, 199))
+
+
+@pytest.mark.drill
+@pytest.mark.hosts
+@pytest.mark.parametrize("delay", [0.0, 0.3, 0.8, 1.5, 3.0, 5.0])
+def test_an_agent_is_killed_while_it_starts(
+    delay: float, cluster: Cluster, one: Path, digits: Path, tmp_path: Path
+) -> None:
+    """The run is refused in one sentence that names the host, or it goes on without the host; nothing is left."""
+    process = start(cluster, train_words(digits, tmp_path, *LONGER))
+    limit = time.monotonic() + 60
+    agent = None
+    while agent is None:
+        assert time.monotonic() < limit
+        with contextlib.suppress(AssertionError, OSError):
+            agent = process_of(cluster, "b", "launch.hosts.agent")
+    time.sleep(delay)
+    os.kill(agent, signal.SIGKILL)
+    said = end(process, cluster)
+    assert "Traceback" not in said
+    if process.returncode == 0:
+        found, wanted = losses(tmp_path / "demo"), losses(one)
+        assert all(found[key][0] == pytest.approx(wanted[key][0], abs=2e-4) for key in wanted)
+        return
+    assert process.returncode == LaunchError.exit_code, said
+    (line,) = [line for line in said.splitlines() if line.startswith("error:")]
+    assert "host b" in line
+    assert not (tmp_path / "demo" / "checkpoints").exists()
