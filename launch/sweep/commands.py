@@ -156,9 +156,9 @@ def _shown(sweep: Sweep, console: Console) -> Iterator[tuple[Callable[[str], Non
         screen.update("", refresh=True)
 
 
-def _conclude(sweep: Sweep, book: Book, console: Console) -> None:
+def _conclude(sweep: Sweep, book: Book, console: Console, at_work: bool = False) -> None:
     """Print the trials and what the sweep recommends; then write CSV and HTML page, which a full disk may prevent."""
-    console.print(final_table(sweep, book))
+    console.print(final_table(sweep, book, at_work))
     say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
     for line in report.recommendation(sweep, book):
         say(plain(line))
@@ -200,7 +200,7 @@ def show(folder: Path, console: Console, json_too: bool = False) -> None:
                           "trials": [as_json(trial) for trial in book.in_order()]}, indent=2))  # fmt: skip
         return
     console.print(cell(f"{folder}: {_state(folder)}, {_counts(book)}"), highlight=False)
-    _conclude(sweep, book, console)
+    _conclude(sweep, book, console, at_work=_state(folder).startswith("running"))
 
 
 def _counts(book: Book) -> str:

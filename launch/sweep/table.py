@@ -46,8 +46,14 @@ def live_table(sweep: Sweep, book: Book, running: Mapping[Key, Running]) -> Tabl
     return table
 
 
-def final_table(sweep: Sweep, book: Book) -> Table:
-    """Return the table of a sweep, the best trial first."""
+def final_table(sweep: Sweep, book: Book, at_work: bool = False) -> Table:
+    """Return the table of a sweep, the best trial first.
+
+    Args:
+        sweep: that is shown.
+        book: its state.
+        at_work: whether a driver runs it; otherwise what has not ended is interrupted.
+    """
     table = open_table(
         "trial", "state", sweep.metric, "spread", "step", "seconds", *sweep.config.space, "note", box=None
     )
@@ -55,8 +61,9 @@ def final_table(sweep: Sweep, book: Book) -> Table:
         values = [cell(label(trial.point[key])) if key in trial.point else "" for key in sweep.config.space]
         seconds = f"{sum(run.seconds for run in trial.runs):,.0f}"
         spread = f"±{trial.spread:.4f}" if trial.spread is not None else ""
+        state = trial.state if trial.over or at_work else "interrupted"
         table.add_row(
-            _name(trial), cell(trial.state), _value(trial), spread, _step(trial), seconds, *values, cell(_note(trial))
+            _name(trial), cell(state), _value(trial), spread, _step(trial), seconds, *values, cell(_note(trial))
         )
     return table
 

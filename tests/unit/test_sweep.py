@@ -371,10 +371,14 @@ def test_a_sweep_can_be_shown_where_nothing_can_be_written(tmp_path: Path) -> No
     write_state(sweep.folder / SWEEP, sweep.as_json())
     (sweep.folder / "results.csv").mkdir()  # nothing can take its place
     console = Console(width=200, file=io.StringIO())
+    journal = Journal(sweep.folder)
+    journal.append(Book(sweep).take({"event": "asked", "trial": 0}))
+    journal.close()
     with pytest.raises(OSError, match=r"s/results.csv"):
         commands.show(sweep.folder, console)
     assert isinstance(console.file, io.StringIO)
     assert "nothing to recommend" in console.file.getvalue()
+    assert "interrupted" in console.file.getvalue()  # nobody runs it
 
 
 def test_a_wide_range_of_integers_is_not_counted_out(tmp_path: Path) -> None:
