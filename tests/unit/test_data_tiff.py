@@ -104,6 +104,22 @@ def test_tiles_of_jpeg_are_those_of_tifffile(photometric):
     assert np.array_equal(found, tifffile.imread(io.BytesIO(data)))
 
 
+def test_rgb_in_jpeg_is_not_taken_for_ycbcr_where_the_tile_does_not_say_it():
+    """What libtiff writes: no mark of Adobe's in the tiles, only the tag of the file says that they are RGB."""
+    pixels = pixels_of(3, "uint8", 64, 64)
+    options = {"compression": "jpeg", "tile": (64, 64), "photometric": "rgb"}
+    data = bytearray(written(pixels, **options, compressionargs={"outcolorspace": "rgb", "level": 100}))
+    assert tiff.header(bytes(data)).photometric == 2
+    if (mark := data.find(b"\xff\xee\x00\x0eAdobe")) >= 0:
+        data[mark + 1] = 0xFE  # a comment
+    frame = data.index(b"\xff\xc0")
+    scan = data.index(b"\xff\xda")
+    for number in range(3):
+        data[frame + 10 + 3 * number] = number + 1
+        data[scan + 5 + 2 * number] = number + 1
+    assert np.abs(decode(bytes(data)).astype(int) - pixels).max() < 8
+
+
 @pytest.mark.parametrize("numbers", ["int16", "uint8", "float16", "float64"])
 def test_other_numbers_are_read_as_floats(numbers):
     pixels = pixels_of(2, numbers)
