@@ -26,6 +26,7 @@ from types import TracebackType
 
 _TOOLS = ("ip", "ssh", "sshd", "ssh-keygen", "unshare", "tc", "nft")
 _READY_S = 20.0
+_ROUNDS = 100
 _FOLDER, _OWNER = "sf-hosts-", "owner"  # the process that made the hosts: pid, start, tag, names
 _TAG = re.compile(r"s[0-9a-f]{4}")
 _PATH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
@@ -200,7 +201,7 @@ class Cluster:
 
     def kill(self, name: str) -> None:
         """Kill everything on a host, its sshd too: its power is gone."""
-        _kill_all_in(self.namespace(name))
+        _kill_all_in({Path(f"/run/netns/{self.namespace(name)}").stat().st_ino})
 
     def close(self) -> None:
         """Remove all hosts."""
@@ -210,17 +211,52 @@ class Cluster:
             daemon.wait()
 
 
-def _kill_all_in(namespace: str) -> None:
-    for pid in map(int, _output("ip", "netns", "pids", namespace).split()):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+def _kill_all_in(spaces: set[int]) -> None:
+    """Kill all processes of some network namespaces, which inodes name, and what they still start meanwhile."""
+    spaces = spaces - {_space_of("self")}
+    for _ in range(_ROUNDS):
+        found = [pid for pid in _all_processes() if _space_of(pid) in spaces]
+        if not found:
+            return
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def _all_processes() -> list[str]:
+    """Return the ids of the processes that are no zombies."""
+    return [path.parent.name for path in Path("/proc").glob("[0-9]*/cmdline") if _text(path)]
+
+
+def _space_of(pid: str) -> int:
+    try:
+        return Path(f"/proc/{pid}/ns/net").stat().st_ino
+    except OSError:
+        return 0
+
+
+def _spaces(tag: str, names: Sequence[str], folder: Path) -> set[int]:
+    """Return the namespaces of hosts: by their names, and by their sshd where the names are gone."""
+    config = str(folder / "sshd_config")
+    found = {_space_of(pid) for pid in _all_processes() if config in _text(Path(f"/proc/{pid}/cmdline"))}
+    for name in names:
+        with contextlib.suppress(OSError):
+            found.add(Path(f"/run/netns/{tag}-{name}").stat().st_ino)
+    return found - {0}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def _remove(tag: str, names: Sequence[str], folder: Path) -> None:
     """Remove hosts, and the folder that says whose they are at last."""
+    _kill_all_in(_spaces(tag, names, folder))
     for name in names:
-        with contextlib.suppress(subprocess.CalledProcessError):
-            _kill_all_in(f"{tag}-{name}")
         _try("ip", "netns", "del", f"{tag}-{name}")
         _try("ip", "link", "del", f"{tag}{name}")
     _try("ip", "link", "del", tag)

@@ -188,20 +188,27 @@ def test_hosts_that_cannot_train_are_named(cluster: Cluster, digits: Path, tmp_p
 @pytest.mark.hosts
 def test_what_a_killed_process_left_is_removed_by_the_next(cluster: Cluster) -> None:
     make = "from launch.drill.namespaces import Cluster; c = Cluster(2); c.__enter__()"
-    code = f"{make}; print(c.namespace('b'), flush=True); input()"
+    code = f"{make}; print(c.namespace('b'), c.folder, flush=True); input()"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                text=True, start_new_session=True)  # fmt: skip
     assert process.stdout is not None
-    space = process.stdout.readline().strip()
+    space, folder = process.stdout.readline().split()
     process.kill()
     process.communicate()
+
+    def daemons() -> int:
+        listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+        return listed.count(f"{folder}/sshd_config")
 
     def spaces() -> str:
         return subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
 
     assert space in spaces()
+    assert daemons() == 2
+    subprocess.run(["umount", f"/run/netns/{space}"], check=True)  # its name leads nowhere now
     with Cluster(1):
         assert space not in spaces()
+        assert not daemons()
         assert cluster.namespace("a") in spaces(), "its process lives"
 
 
