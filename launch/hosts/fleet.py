@@ -31,10 +31,11 @@ _LONGEST_S = 3600.0
 
 @dataclass
 class _Absence:
-    """For how long a host that was lost is left out."""
+    """For how long a host that was lost is left out, and why."""
 
     seconds: float = 0.0
     until: float = 0.0
+    why: str = ""
 
     def lose(self, first: float) -> None:
         """Leave the host out for twice as long as the last time, or for `first` seconds where it was well since."""
@@ -60,6 +61,7 @@ class Fleet:
         grace_s: seconds that ranks have for a checkpoint after a stop signal.
         own_disks: the run's folder is another one on each host (checkpoint.replicas).
         imports: `run.imports`, the code of which must be alike on all hosts.
+        soon_s: seconds until hosts are tried again where too few are left to train.
     """
 
     specs: Sequence[HostSpec]
@@ -73,6 +75,7 @@ class Fleet:
     grace_s: float = 60.0
     own_disks: bool = False
     imports: tuple[str, ...] = ()
+    soon_s: float = 5.0
     _links: dict[str, Link] = field(default_factory=dict)
     _absences: dict[str, _Absence] = field(default_factory=dict)
     _checked: set[str] = field(default_factory=set)
@@ -121,15 +124,22 @@ class Fleet:
                 return
             if not told:
                 told = True
-                self.say(f"{len(present)} of at least {self.config.min_hosts} hosts are there; waiting for the others")
+                self.say(self._waiting(len(present)))
             received.wait_for_stop(1.0)
+
+    def _waiting(self, present: int) -> str:
+        """Return what is waited for, and why."""
+        whys = [
+            f"; {absence.why}" for name, absence in self._absences.items() if name not in self._links and absence.why
+        ]
+        return f"{present} of at least {self.config.min_hosts} hosts are there; waiting for the others{''.join(whys)}"
 
     def _connect(self, complete: bool) -> None:
         now = time.monotonic()
         for name, link in list(self._links.items()):
             link.poll()
             if link.lost is not None:
-                self._leave_out(name)
+                self._leave_out(name, link.lost)
         missing = [
             spec for spec in self.specs
             if spec.name not in self._links and self._absences.get(spec.name, _Absence()).until <= now
@@ -146,11 +156,14 @@ class Fleet:
             if link.name not in faults:
                 self._links[link.name] = link
                 self._warm(link)
+        for link in new:
+            if link.name not in faults:
                 continue
             link.close()
-            if link.name in self._checked:
-                self.say(f"{faults[link.name]}; the run continues without it and will try it again")
-            self._leave_out(link.name)
+            fault = faults[link.name]
+            if link.name in self._checked and fault != self._absences.get(link.name, _Absence()).why:
+                self.say(f"{fault}; the run continues without it and will try it again")
+            self._leave_out(link.name, fault)
         self._checked.update(self._links)
 
     def _faults(self, new: Sequence[Link]) -> dict[str, str]:
@@ -200,7 +213,7 @@ class Fleet:
             if link.lost is not None or (not link.facts and now - since > self.config.connect_s):
                 link.close()
                 self._taken_back(name)
-                self._leave_out(name)
+                self._leave_out(name, link.lost or "")
             elif link.facts and name not in self._back:
                 self._back[name] = self._newest()
                 self._warm(link)
@@ -218,12 +231,17 @@ class Fleet:
             return None
         return next((folder for folder in folders if (folder / MANIFEST).is_file()), None)
 
-    def _leave_out(self, name: str) -> None:
-        """Leave a host out for a while that grows with each loss."""
-        self._absences.setdefault(name, _Absence()).lose(self.config.retry_s)
+    def _leave_out(self, name: str, why: str) -> None:
+        """Leave a host out for a while that grows with each loss; not for long where too few are left to train."""
+        absence = self._absences.setdefault(name, _Absence())
+        absence.lose(self.config.retry_s)
+        absence.why = why or absence.why
         link = self._links.pop(name, None)
         if link is not None:
             link.close()
+        if sum(link.lost is None for link in self._links.values()) < self.config.min_hosts:
+            for absence in self._absences.values():
+                absence.until = min(absence.until, time.monotonic() + self.soon_s)
 
     def _fitting(self, specs: Sequence[HostSpec]) -> list[HostSpec]:
         """Return the hosts with as many of their slots as can share the global batch, the last ones losing theirs."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,6 @@ from launch.hosts.names import HostSpec
 from launch.ranks.signals import Received
 from launch.ray.bundles import Bundles, UnwantedError
 
-_SOON_S = 1.0
 VIA = "ray "  # begins how hosts are reached, in the record of a run
 
 
@@ -32,6 +30,7 @@ class RayFleet(Fleet):
     per_node: int | None = None
     nodes: Sequence[HostSpec] = ()
     wait: bool = False
+    soon_s: float = 1.0
     _bundles: Bundles | None = None
 
     def prepare(self, received: Received) -> None:
@@ -47,13 +46,6 @@ class RayFleet(Fleet):
                 return
             self.specs, self.reach = self._bundles.specs, self._bundles.open
         super().prepare(received)
-
-    def _leave_out(self, name: str) -> None:
-        """Leave a bundle out for a while; where none is left, it is tried again at once: nothing trains meanwhile."""
-        super()._leave_out(name)
-        if not any(link.lost is None for link in self._links.values()):
-            for absence in self._absences.values():
-                absence.until = min(absence.until, time.monotonic() + _SOON_S)
 
     def close(self) -> None:
         """End all agents, and give the bundles back."""

@@ -310,3 +310,20 @@ def test_an_agent_is_killed_while_it_starts(
     (line,) = [line for line in said.splitlines() if line.startswith("error:")]
     assert "host b" in line
     assert not (tmp_path / "demo" / "checkpoints").exists()
+
+
+@pytest.mark.drill
+@pytest.mark.hosts
+def test_a_run_whose_hosts_are_all_lost_at_once_tries_them_again_soon(
+    cluster: Cluster, one: Path, digits: Path, tmp_path: Path
+) -> None:
+    process = start(cluster, train_words(digits, tmp_path, *LONGER))  # launch.retry_s is 600
+    wait_for_step(tmp_path / "demo", 12, process)
+    for host in "ab":
+        os.kill(process_of(cluster, host, "launch.hosts.agent"), signal.SIGKILL)
+    said = end(process, cluster)
+    assert process.returncode == 0, said
+    assert losses(tmp_path / "demo").keys() == losses(one).keys()
+    (line,) = [line for line in said.splitlines() if "of at least 1 hosts are there" in line]
+    assert "host a" in line
+    assert "host b" in line
