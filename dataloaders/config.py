@@ -75,13 +75,18 @@ class AugmentConfig(FrozenConfig):
 
     @pydantic.model_validator(mode="after")
     def _ranges(self) -> Self:
-        low, high = self.scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"scale = [{low}, {high}] must satisfy 0 < first <= second <= 1")
+        check_scale(self.scale)
         low, high = self.ratio
         if not 0 < low <= high:
             raise ValueError(f"ratio = [{low}, {high}] must satisfy 0 < first <= second")
         return self
+
+
+def check_scale(scale: tuple[float, float]) -> None:
+    """Check limits of the share of an image that a crop takes; raises ValueError."""
+    low, high = scale
+    if not 0 < low <= high <= 1:
+        raise ValueError(f"scale = [{low}, {high}] must satisfy 0 < first <= second <= 1")
 
 
 class MixtureEntry(FrozenConfig):
@@ -112,6 +117,7 @@ class ResolutionStage(FrozenConfig):
             begins.
         random_to: other end of the range from which the height of every step is drawn, by the seed and the step.
         multiple: distance between two heights of a ramp or a range; none means 32.
+        scale: share of the area of the stage's crops, instead of `augment.scale`.
     """
 
     # In a list of tables, a key that older runs do not name must be none by default: see `core/continuing.py`.
@@ -121,6 +127,7 @@ class ResolutionStage(FrozenConfig):
     ramp_to: int | None = pydantic.Field(default=None, ge=1, le=LARGEST_SIDE)
     random_to: int | None = pydantic.Field(default=None, ge=1, le=LARGEST_SIDE)
     multiple: int | None = pydantic.Field(default=None, ge=1, le=LARGEST_SIDE)
+    scale: Annotated[tuple[float, float] | None, pydantic.Field(strict=False)] = None
 
     @property
     def sides(self) -> range:
@@ -133,6 +140,8 @@ class ResolutionStage(FrozenConfig):
     def _one_place(self) -> Self:
         if (self.epoch is None) == (self.step is None):
             raise ValueError("a resolution stage begins at an epoch or at a step: give exactly one of the two")
+        if self.scale is not None:
+            check_scale(self.scale)
         if self.ramp_to and self.random_to:
             raise ValueError("the sizes of a resolution stage follow a ramp or are drawn: give ramp_to or random_to")
         last = self.ramp_to or self.random_to
@@ -308,6 +317,11 @@ class DataConfig(FrozenConfig):
     def _possible_sizes(self) -> Self:
         if self.augment.crop == "window" and self.engine == "ffcv":
             raise ValueError('augment.crop = "window" is not one of FFCV\'s crops: set engine = "native"')
+        if self.augment.crop != "resized" and any(stage.scale is not None for stage in self.resolutions):
+            raise ValueError(
+                f'resolutions: scale is the share of the area that augment.crop = "resized" takes, and the crop here '
+                f'is "{self.augment.crop}": leave scale out'
+            )
         if self.augment.crop == "pad" and (self.resolutions or self.aspect_buckets):
             raise ValueError(
                 'augment.crop = "pad" keeps images as large as they are stored, so it excludes resolutions '

@@ -27,7 +27,7 @@ from dataloaders.ffcv.pipeline import GOOD, Pipeline, Run
 from dataloaders.pixels.depth import MAX_PIXELS
 from dataloaders.pixels.mixing import draw_mix
 from dataloaders.pixels.transforms import draw_choices
-from dataloaders.pixels.view import View, centre_view, random_view
+from dataloaders.pixels.view import View, centre_view, random_view, scaled
 from dataloaders.reading.loading import EvalLoading, Loaded, Loading, Request, TrainLoading, answer
 from dataloaders.reading.streams import ShardEvalStream, ShardTrainStream
 from dataloaders.source import DamagedSampleError, Source
@@ -68,7 +68,10 @@ class FfcvTrainStream(ShardTrainStream):
                 found = [centre_view(stored, request.shape, config.eval_crop) for stored in sizes]
             choices = draw_choices(augment, seed, request.epochs, request.samples)
             if augment.crop == "resized":
-                found = [random_view(s, request.shape, augment, c.crop) for s, c in zip(sizes, choices, strict=True)]
+                found = [
+                    random_view(s, request.shape, scaled(augment, request.scale), c.crop)
+                    for s, c in zip(sizes, choices, strict=True)
+                ]
             return [view.mirror(augment.flip and c.flip < 0.5) for view, c in zip(found, choices, strict=True)]
 
         def mix(request: Request) -> Any:

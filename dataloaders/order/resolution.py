@@ -84,6 +84,10 @@ class ImageSizes:
             return sides[(step - first) * len(sides) // (self._steps[place + 1] - first)]
         return sides[0]
 
+    def scale(self, step: int) -> tuple[float, float] | None:
+        """Return the share of the area that the crops of a step take; None for that of the config."""
+        return self._stages[int(np.searchsorted(self._steps, step, side="right")) - 1].scale
+
     def shape(self, step: int, aspect: float = 1.0) -> Shape:
         """Return (height, width) of a step's images, of width / height near `aspect`."""
         side = self.side(step)

@@ -40,6 +40,7 @@ from dataloaders.pixels.view import (
     dtype_of,
     padded_view,
     random_view,
+    scaled,
     see_boxes,
     see_image,
     see_mask,
@@ -137,13 +138,27 @@ class TrainTransform:
         check_windows(config, source, training_shapes(config))
         _check_parts(config.augment, source)
 
-    def __call__(self, sample: Stored, stored: Shape, shape: Shape, choices: Choices) -> Shown:
+    def __call__(
+        self,
+        sample: Stored,
+        stored: Shape,
+        shape: Shape,
+        choices: Choices,
+        scale: tuple[float, float] | None = None,
+    ) -> Shown:
         """Return what is shown of a sample stored as (height, width), in (H, W).
+
+        Args:
+            sample: as its source reads it.
+            stored: its (height, width).
+            shape: (H, W).
+            choices: drawn for it.
+            scale: share of the area of its crop; None for that of the config.
 
         Raises:
             UndecodableError: the bytes are not a whole image, or not one of the size the container says.
         """
-        view = self._view(stored, shape, choices.crop).mirror(self._augment.flip and choices.flip < 0.5)
+        view = self._view(stored, shape, choices.crop, scale).mirror(self._augment.flip and choices.flip < 0.5)
         shrink = _decode_shrink(view) if self._augment.crop == "resized" else 1
         image = _seen(sample, view, stored, shrink, self._form, self._interpolation)
         mask = None if sample.mask is None else see_mask(view, decode_mask(sample.mask, stored))
@@ -151,9 +166,9 @@ class TrainTransform:
             image, mask = self._recoloured(image, mask, choices)
         return Shown(image, mask, None if sample.boxes is None else see_boxes(view, sample.boxes), sample.soft)
 
-    def _view(self, stored: Shape, shape: Shape, draws: list[float]) -> View:
+    def _view(self, stored: Shape, shape: Shape, draws: list[float], scale: tuple[float, float] | None) -> View:
         if self._augment.crop == "resized":
-            return random_view(stored, shape, self._augment, draws)
+            return random_view(stored, shape, scaled(self._augment, scale), draws)
         if self._augment.crop == "pad":
             return padded_view(stored, self._augment.pad, draws)
         if self._augment.crop == "window":

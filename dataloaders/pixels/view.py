@@ -65,6 +65,11 @@ def random_view(stored: Shape, shape: Shape, augment: AugmentConfig, draws: Sequ
     return View(random_box(stored, shape[1] / shape[0], augment, draws), shape, (0, 0), shape)
 
 
+def scaled(augment: AugmentConfig, scale: tuple[float, float] | None) -> AugmentConfig:
+    """Return augmentations whose crops take another share of the area; the same where `scale` is None."""
+    return augment if scale is None else augment.model_copy(update={"scale": scale})
+
+
 def random_box(stored: Shape, aspect: float, augment: AugmentConfig, draws: Sequence[float]) -> Box:
     """Return a crop of random area and aspect ratio (Szegedy et al. 2015, as in torchvision and timm).
 

@@ -50,6 +50,7 @@ class Request:
         epoch: of the run.
         shape: (H, W) of the images.
         coming: files that this request and those after it need, for sources that fetch whole files.
+        scale: share of the area of crops; None for that of the config.
     """
 
     samples: npt.NDArray[np.int64]
@@ -59,6 +60,7 @@ class Request:
     epoch: int = 0
     shape: tuple[int, int] = (0, 0)
     coming: tuple[int, ...] = ()
+    scale: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -279,7 +281,8 @@ class _TrainWork:
         raise DataError(f"{reason}, and so is every stand-in tried: restore the shards")
 
     def _show(self, sample: int, choices: Choices) -> Shown:
-        return self._transform(self._source.read(sample), self._source.size(sample), self._request.shape, choices)
+        stored, request = self._source.size(sample), self._request
+        return self._transform(self._source.read(sample), stored, request.shape, choices, request.scale)
 
     def loaded(self) -> Loaded:
         request = self._request

@@ -30,13 +30,6 @@ from setformer_dist.core.batch import MicroBatch, MixSpec
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.ranks import RankInfo
 
-# (step, width / height) -> (height, width)
-_ShapeOf = Callable[[int, float], tuple[int, int]]
-
-
-def _no_shape(step: int, aspect: float) -> tuple[int, int]:
-    return 0, 0
-
 
 def _nothing_comes(first_step: int) -> Iterator[tuple[int, ...]]:
     return itertools.repeat(())
@@ -55,7 +48,7 @@ def train_requests(
     plan: Plan,
     cut: Cut,
     first_step: int,
-    shape: _ShapeOf = _no_shape,
+    sizes: ImageSizes | None = None,
     coming: Callable[[int], Iterator[tuple[int, ...]]] = _nothing_comes,
     micro_at: Callable[[Shape], int] | None = None,
 ) -> Iterator[Request]:
@@ -65,16 +58,17 @@ def train_requests(
         plan: of the samples.
         cut: this rank's part of them.
         first_step: optimizer step.
-        shape: of each step's images.
+        sizes: of each step's images.
         coming: from a step on, the files that each step and those after it need.
         micro_at: the micro batch of images of a size; the cut's own without it.
     """
     for step, files in zip(itertools.count(first_step), coming(first_step), strict=False):
-        size = shape(step, plan.aspect(step))
-        places = (cut if micro_at is None or size is None else cut.at(micro_at(size))).places()
+        size = sizes.shape(step, plan.aspect(step)) if sizes is not None else (0, 0)
+        scale = sizes.scale(step) if sizes is not None else None
+        places = (cut if micro_at is None else cut.at(micro_at(size))).places()
         samples, epochs = (found.reshape(places.shape) for found in plan.pick(step, places.ravel()))
         for part, first in enumerate((step * plan.global_batch + places[:, 0]).tolist()):
-            yield Request(samples[part], epochs[part], first, step, step // plan.steps_per_epoch, size, files)
+            yield Request(samples[part], epochs[part], first, step, step // plan.steps_per_epoch, size, files, scale)
 
 
 def evaluation_requests(
@@ -165,7 +159,7 @@ class ShardTrainStream:
         """
         damage = DamageCount(self._max_bad_share)
         requests = functools.partial(
-            train_requests, self._plan, self._cut, first_step, self._sizes.shape, self._coming, self._micro_at
+            train_requests, self._plan, self._cut, first_step, self._sizes, self._coming, self._micro_at
         )
         for loaded in self._readers.answers(requests):
             damage.add(loaded.request.epoch, len(loaded.samples), loaded.bad)

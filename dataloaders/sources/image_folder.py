@@ -330,7 +330,7 @@ def _remove_old(home: Path, folder: Path) -> None:
         if re.fullmatch(r"[0-9a-f]{32}|\.[0-9a-f]{32}\.partial", path.name) and path.is_dir()
     ]
     if any(not path.name.startswith(".") for path in old):
-        _log.warning("the index of %s is older than its images, or damaged, and is made again", folder)
+        _log.warning("the index of %s is older than its images or this version, or damaged; it is made again", folder)
     for path in old:
         if not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

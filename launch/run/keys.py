@@ -40,7 +40,7 @@ UNITS = {
     "data.mixture[].weight": "relative weight", "data.image_size": _PIXELS, "data.resolutions[].epoch": "epoch",
     "data.resolutions[].step": "optimizer step", "data.resolutions[].image_size": _PIXELS,
     "data.resolutions[].ramp_to": _PIXELS, "data.resolutions[].random_to": _PIXELS,
-    "data.resolutions[].multiple": _PIXELS,
+    "data.resolutions[].multiple": _PIXELS, "data.resolutions[].scale": "share of the area",
     "data.aspect_buckets": "width / height", "data.bucket_multiple": _PIXELS, "data.eval_crop": _SHARE,
     "data.mean": "share of the full range", "data.std": "share of the full range", "data.workers": "processes",
     "data.max_pixels": _PIXELS,

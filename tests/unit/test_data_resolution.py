@@ -306,3 +306,22 @@ def test_larger_images_in_smaller_micro_batches_are_the_same_images(data, thread
                 image, label = expected[one.step, sample]
                 assert torch.equal(one.inputs[k], image)
                 assert torch.equal(one.labels[k], label)
+
+
+def test_a_stage_may_have_crops_of_another_scale(data):
+    small, large = (0.08, 0.2), (0.9, 1.0)
+    one = {"step": 0, "image_size": 24}
+    two = {"step": 2, "image_size": 24}
+
+    def images(scale, *tables):
+        config = config_of(data, augment=AugmentConfig(scale=scale), resolutions=stages(*tables))
+        return [batch.inputs for batch in take(stream_of(data, config, micro=20), 0, 4)]
+
+    both = images(small, one, {**two, "scale": large})
+    alone = images(small, one, two)[:2] + images(large, one, two)[2:]
+    assert all(torch.equal(a, b) for a, b in zip(both, alone, strict=True))
+    assert not torch.equal(both[2], images(small, one, two)[2])
+    with pytest.raises(ValueError, match="0 < first <= second"):
+        stages({**one, "scale": (0.5, 0.2)})
+    with pytest.raises(ValueError, match=r'the crop here is "none": leave scale out'):
+        config_of(data, augment=AugmentConfig(crop="none"), resolutions=stages({**one, "scale": large}))
