@@ -84,7 +84,7 @@ class PolicyTable(FrozenConfig):
     save_seconds: _Hours = 30.0
     kill_after_seconds: _Hours = 150.0
     suspect_failures: _Hours = 3.0
-    depth: int = pydantic.Field(default=32, ge=1)
+    depth: int = pydantic.Field(default=8, ge=1)
 
 
 class PageTable(FrozenConfig):

@@ -4,6 +4,7 @@
     first that fits              starts, all ranks or none (launch.queue.timeline chooses the nodes)
     one that does not            elastic jobs shrink, jobs of lower priority stop, where that makes room for it;
                                  otherwise it gets a reservation, which jobs behind it must not touch (back-fill)
+    behind the last reservation  starts if it touches none
     nobody is blocked            elastic jobs grow
 
 Waiting is bounded: a job that has waited `starve_after_s` goes before all others. Then it waits at most until the
@@ -50,7 +51,7 @@ def decide(
     ordered = list(in_order(candidates, use, rules, now))
     for place, job in enumerate(ordered):
         if len(decision.blocked) >= rules.depth or len(decision.starts) >= rules.most_starts:
-            decision.leave(ordered[place:])
+            decision.back_fill(ordered[place:])
             break
         decision.consider(job)
     decision.end_overdue()
@@ -198,6 +199,25 @@ class _Decision:
         self.timeline.reserve(start, job.limit_s, placement)
         self.reserved[job.id] = (start, placement)
         self.waits[job.id] = Wait(reason, start)
+
+    def back_fill(self, jobs: Sequence[Job]) -> None:
+        """Start those that fit beside all reservations; none of them gets one."""
+        refused: list[tuple[int, float]] = []  # ranks and times that did not fit: more of both does not fit either
+        left = []
+        for job in jobs:
+            size = job.sizes[0]
+            if (
+                len(self.starts) < self.rules.most_starts
+                and size <= self.timeline.total_free
+                and not any(size >= ranks and job.limit_s >= limit for ranks, limit in refused)
+                and (sizes := self._within_quota(job))
+            ):
+                if self._start(job, sizes):
+                    continue
+                if job.per_node is None:
+                    refused.append((size, job.limit_s))
+            left.append(job)
+        self.leave(left)
 
     def leave(self, jobs: Sequence[Job]) -> None:
         """Say of the jobs behind the last one that was considered that they wait for those ahead."""

@@ -100,7 +100,7 @@ class Rules:
         protect_s: a job that had starved is not preempted for so long.
         save_s: expected time of a stop with a checkpoint.
         grow_after_s: an elastic job is not grown sooner than this after its last start.
-        depth: blocked jobs that get a reservation; jobs behind them do not back-fill.
+        depth: blocked jobs that get a reservation.
         most_starts: of one decision; the next one comes at once.
         most_preempting: jobs that others stop for in one decision.
     """
@@ -111,7 +111,7 @@ class Rules:
     protect_s: float = 3600.0
     save_s: float = 30.0
     grow_after_s: float = 600.0
-    depth: int = 32
+    depth: int = 8
     most_starts: int = 64
     most_preempting: int = 4
 

@@ -45,6 +45,15 @@ def test_back_fill_only_where_it_delays_nobody() -> None:
     assert plan.waits[3].expected == 200.0
 
 
+def test_jobs_behind_the_last_reservation_back_fill_too() -> None:
+    running = [run(job(1, 5), ("a", 4), ("b", 1))]  # to 100
+    waiting = [job(2, 8), job(3, 8), job(4, 2, limit_s=99.0), job(5, 3, limit_s=99.0), job(6, 2, limit_s=50.0), job(7)]
+    plan = decide(NODES, waiting, running, {}, Rules(depth=1), 10.0)
+    assert [s.job for s in plan.starts] == [6]  # 7 would end after 2 is to start
+    assert plan.reserved.keys() == {2}
+    assert {number for number, wait in plan.waits.items() if wait.reason == BEHIND} == {3, 4, 5, 7}
+
+
 def test_preemption_stops_those_that_lose_least_and_nobody_in_vain() -> None:
     running = [
         run(job(1, 4, limit_s=1000.0), ("a", 4), saved=0.0),
