@@ -52,7 +52,7 @@ _SHRUNK_QUALITY = 90
 # A JPEG that is to be shrunk is decoded at no less than this many times its new side, for the resize to average.
 _DECODE_MARGIN = 2
 
-# Rows of an image in tiles that are looked at together: as many as the largest tile has.
+# Rows of an image in tiles that are looked at together, at most: as many as the largest tile has.
 _ROWS_CHECKED = LARGEST_SIDE
 
 # Pixels by which a box may stand out of its image: annotations are rounded.
@@ -172,7 +172,9 @@ def check(stored: Stored, classes: int) -> tuple[int, int]:
         height, width = _checked_size(stored.image, True, form)
     else:
         height, width = stored.image.shape[:2]
-        for _ in bands_of_rows(stored.image, _ROWS_CHECKED, form):
+        # A power of two, so that most tiles are read once; fewer rows where these would exceed the limit.
+        rows = min(_ROWS_CHECKED, 1 << max(0, (form.max_pixels // width).bit_length() - 1))
+        for _ in bands_of_rows(stored.image, rows, form):
             pass
     how = Intake(classes=classes)
     if stored.mask is not None:

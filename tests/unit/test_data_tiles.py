@@ -13,13 +13,14 @@ import torch
 from dataloaders.config import DataConfig
 from dataloaders.opening import open_source
 from dataloaders.packing.inspection import inspect, pictures
+from dataloaders.packing.intake import check
 from dataloaders.packing.pack import PackOptions, pack_image_folder
 from dataloaders.packing.verify import verify
 from dataloaders.pixels.decode import UndecodableError, decode
 from dataloaders.pixels.depth import PixelFormat
 from dataloaders.reading.loading import EvalLoading, Request, TrainLoading, answer
 from dataloaders.reading.streams import ShardEvalStream, ShardTrainStream
-from dataloaders.source import DamagedSampleError
+from dataloaders.source import DamagedSampleError, Stored
 from dataloaders.sources.shards import ShardDataset, open_split
 from dataloaders.sources.tiles import Grid, TiledImage, encode_table
 from dataloaders.storage.base import LocalFolder
@@ -387,6 +388,20 @@ def test_tiles_are_repacked_inspected_and_shown(tmp_path):
     assert found.formats == {"tiles": 4}
     assert found.image_bytes > sum(p.size for p in pixels.values()) / 20
     assert len(pictures(split, 4, 50)) == 4
+
+
+def test_a_wide_image_in_tiles_is_checked_whole():
+    """8,192 rows of it would be more pixels than are decoded at once."""
+    grid = Grid(4096, 8192, 24_576, 1, "uint8", is_raw=True)
+    table = encode_table(grid, [(0, 4096**2, 0)] * 12)
+    read = []
+
+    def tile(offset, size, crc32):
+        read.append(size)
+        return bytes(size)
+
+    assert check(Stored(TiledImage(table, 4096**2, tile, "an image")), classes=1) == (8192, 24_576)
+    assert len(read) == 12
 
 
 def test_splits_share_no_image_and_no_tile(tmp_path):
