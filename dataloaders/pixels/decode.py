@@ -312,7 +312,7 @@ def _refuse_absurd(height: int, width: int, form: PixelFormat = RGB) -> None:
     if height * width > form.max_pixels:
         raise UndecodableError(
             f"it claims {height} x {width} pixels, more than the {form.max_pixels} that are decoded (data.max_pixels; "
-            "or pack it as tiles)"
+            "when packing, --max-pixels; of an image packed with --tiles, training decodes only the window)"
         )
 
 
