@@ -39,7 +39,7 @@ from dataloaders.pixels.decode import (
     stored_shape,
     unfit,
 )
-from dataloaders.pixels.depth import RGB, PixelFormat
+from dataloaders.pixels.depth import MAX_PIXELS, RGB, PixelFormat
 from dataloaders.pixels.formats import FORMATS
 from dataloaders.source import Boxes, Stored, Tiled
 from dataloaders.sources.tiles import LARGEST_SIDE, RAW_SUFFIX, Grid
@@ -157,17 +157,18 @@ def tiles_of(stored: Stored, grid: Grid, how: Intake) -> Iterator[tuple[str, byt
             yield f"{row:04d}-{column:04d}.{suffix}", data
 
 
-def check(stored: Stored, classes: int) -> tuple[int, int]:
+def check(stored: Stored, classes: int, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Check a sample as packed, and return its (height, width) in pixels.
 
     Args:
         stored: the sample; its image is decoded, strictly.
         classes: how many there are, for masks and boxes.
+        max_pixels: height x width beyond which an image is refused.
 
     Raises:
         UndecodableError: what is wrong with it.
     """
-    form = natural(stored.image)
+    form = natural(stored.image, max_pixels)
     if isinstance(stored.image, bytes | np.ndarray):
         height, width = _checked_size(stored.image, True, form)
     else:

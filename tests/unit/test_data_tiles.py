@@ -1,6 +1,7 @@
 """Images as tiles: a window is read to the last bit from the tiles that it touches and from no others."""
 
 import itertools
+import json
 import shutil
 import zlib
 from pathlib import Path
@@ -21,6 +22,7 @@ from dataloaders.pixels.depth import PixelFormat
 from dataloaders.reading.loading import EvalLoading, Request, TrainLoading, answer
 from dataloaders.reading.streams import ShardEvalStream, ShardTrainStream
 from dataloaders.source import DamagedSampleError, Stored
+from dataloaders.sources.index import fingerprint_of
 from dataloaders.sources.shards import ShardDataset, open_split
 from dataloaders.sources.tiles import Grid, TiledImage, encode_table
 from dataloaders.storage.base import LocalFolder
@@ -345,6 +347,19 @@ def test_more_pixels_than_the_limit_need_the_key_or_tiles(tmp_path):
     assert loaded("whole", 12_000).error is None
     assert loaded("tiled", 11_999).bad == []  # what is decoded is the window
     assert loaded("tiled", 2303).error is not None
+
+
+def test_verify_allows_as_many_pixels_as_packing_did(tmp_path):
+    folder_of(tmp_path / "source", "png", sizes=[(120, 100)] * 2)
+    packed(tmp_path, form=PixelFormat(max_pixels=12_000))
+    assert verify(tmp_path / "packed" / "train").damaged == []
+    index = tmp_path / "packed" / "train" / "index.json"
+    table = json.loads(index.read_text())
+    assert table["options"]["max_pixels"] == 12_000
+    table["options"]["max_pixels"] = 11_999
+    index.write_text(json.dumps({**table, "fingerprint": fingerprint_of(table)}))
+    damaged = verify(tmp_path / "packed" / "train").damaged
+    assert ["more than the 11999" in damage.detail for damage in damaged] == [True, True]
 
 
 def test_a_raised_limit_lets_pillow_read_and_no_bomb_through(tmp_path, monkeypatch):
