@@ -32,8 +32,8 @@ class AugmentConfig(FrozenConfig):
 
     Attributes:
         crop: "resized" (random area and aspect ratio, then resized to the image size), "pad" (zero padding and
-            a random window; for images already at the image size), "window" (a random window of the image size, never
-            resized; evaluation shows the window at the image's centre) or "none" (as in evaluation).
+            a random window; for images already at the image size), "window" (a random window of the image size, not
+            resized; evaluation uses the window at the image's centre) or "none" (as in evaluation).
         pad: pixels added on each side by crop = "pad".
         scale: smallest and largest share of the image's area that crop = "resized" takes.
         ratio: smallest and largest width / height of that crop.
@@ -189,14 +189,14 @@ class DataConfig(FrozenConfig):
         eval_crop: side of the centre crop in evaluation as a share of the resized image's; an image of the model's
             size is not cropped.
         interpolation: how images are resized (antialiased).
-        mean: means of the bands that normalisation subtracts, in units of the full range 0 to 1 (with pixels =
-            "float32", in the units of the data). Their number is the number of bands that images must have, and the
+        mean: means of the bands that normalisation subtracts, as shares of the full range (with pixels = "float32", in
+            the units of the data). One number per band: this sets the number of bands that images must have, and the
             model's in_chans.
         std: deviations of the bands that normalisation divides by, in the same units.
-        pixels: numbers that images have in each band: "uint8" (with three bands, all else of 8 bits is converted to
-            RGB), "uint16" or "float32"; images of another kind are refused. They reach the device as they are.
-        max_pixels: height x width beyond which an image is refused before it is decoded. Memory grows with it; images
-            packed as tiles may be larger, as only what is seen of them is decoded.
+        pixels: data type of the bands: "uint8" (with three bands, all other 8-bit images are converted to RGB),
+            "uint16" or "float32"; other images are refused. Values reach the device unchanged.
+        max_pixels: largest height x width of an image; larger ones are refused before they are decoded. Memory grows
+            with it. Of images packed as tiles, only what training reads counts.
         resolutions: stages of progressive resizing; before the first, and without any, images have `image_size`.
         aspect_buckets: shapes (width / height) of training images, such as [0.75, 1.0, 1.33]; each batch has one
             shape of about image_size x image_size pixels and the images closest to it. Empty: square.

@@ -39,7 +39,7 @@ from dataloaders.pixels.decode import (
     stored_shape,
     unfit,
 )
-from dataloaders.pixels.depth import RGB, PixelFormat
+from dataloaders.pixels.depth import MAX_PIXELS, RGB, PixelFormat
 from dataloaders.pixels.formats import FORMATS
 from dataloaders.source import Boxes, Stored, Tiled
 from dataloaders.sources.tiles import LARGEST_SIDE, RAW_SUFFIX, Grid
@@ -52,7 +52,7 @@ _SHRUNK_QUALITY = 90
 # A JPEG that is to be shrunk is decoded at no less than this many times its new side, for the resize to average.
 _DECODE_MARGIN = 2
 
-# Rows of an image in tiles that are looked at together: as many as the largest tile has.
+# Rows of an image in tiles that are looked at together, at most: as many as the largest tile has.
 _ROWS_CHECKED = LARGEST_SIDE
 
 # Pixels by which a box may stand out of its image: annotations are rounded.
@@ -157,22 +157,25 @@ def tiles_of(stored: Stored, grid: Grid, how: Intake) -> Iterator[tuple[str, byt
             yield f"{row:04d}-{column:04d}.{suffix}", data
 
 
-def check(stored: Stored, classes: int) -> tuple[int, int]:
+def check(stored: Stored, classes: int, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Check a sample as packed, and return its (height, width) in pixels.
 
     Args:
         stored: the sample; its image is decoded, strictly.
         classes: how many there are, for masks and boxes.
+        max_pixels: height x width beyond which an image is refused.
 
     Raises:
         UndecodableError: what is wrong with it.
     """
-    form = natural(stored.image)
+    form = natural(stored.image, max_pixels)
     if isinstance(stored.image, bytes | np.ndarray):
         height, width = _checked_size(stored.image, True, form)
     else:
         height, width = stored.image.shape[:2]
-        for _ in bands_of_rows(stored.image, _ROWS_CHECKED, form):
+        # A power of two, so that most tiles are read once; fewer rows where these would exceed the limit.
+        rows = min(_ROWS_CHECKED, 1 << max(0, (form.max_pixels // width).bit_length() - 1))
+        for _ in bands_of_rows(stored.image, rows, form):
             pass
     how = Intake(classes=classes)
     if stored.mask is not None:

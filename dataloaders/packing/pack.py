@@ -50,7 +50,7 @@ from dataloaders.packing.intake import Intake, Taken, encode_boxes, encode_soft,
 from dataloaders.packing.origins import Origin, Raw
 from dataloaders.packing.shard_file import BLOCK, ShardFile
 from dataloaders.pixels.decode import UndecodableError, suffix_for
-from dataloaders.pixels.depth import RGB, PixelFormat
+from dataloaders.pixels.depth import MAX_PIXELS, RGB, PixelFormat
 from dataloaders.source import DamagedSampleError
 from dataloaders.sources.files import LARGEST_SAMPLE
 from dataloaders.sources.index import (
@@ -557,6 +557,8 @@ def _write_index(
         said["tiles"] = options.tiles
     if not options.form.is_rgb:
         said["pixels"], said["bands"] = options.form.numbers, options.form.bands
+    if options.form.max_pixels != MAX_PIXELS:
+        said["max_pixels"] = options.form.max_pixels  # `verify` allows what packing did
     if rejected:
         lines = ["name\treason", *("\t".join(map(_one_field, reject)) for reject in rejected)]
         durable_write(work / REJECTS_NAME, ("\n".join(lines) + "\n").encode(errors="surrogateescape"))

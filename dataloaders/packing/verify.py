@@ -28,6 +28,7 @@ from dataloaders.helpers import begin_helper, helper_context, lean_start
 from dataloaders.packing.finding import open_container, parted
 from dataloaders.packing.intake import check
 from dataloaders.pixels.decode import UndecodableError
+from dataloaders.pixels.depth import MAX_PIXELS
 from dataloaders.source import DamagedSampleError, Source
 from dataloaders.sources.foreign import find_shards
 from dataloaders.sources.index import INDEX_NAME, read_index
@@ -240,7 +241,7 @@ def _check_sample(source: Source, sample: int, decode: bool) -> Iterator[Damage]
     try:
         stored = source.read(sample)
         if decode:
-            found, said = check(stored, len(source.classes)), source.size(sample)
+            found, said = check(stored, len(source.classes), _max_pixels(source)), source.size(sample)
             if found != said:
                 detail = f"it is {found[1]}x{found[0]} pixels, the index says {said[1]}x{said[0]}"
                 yield Damage(_shard_name(source, sample), source.key(sample), "size", detail)
@@ -250,6 +251,12 @@ def _check_sample(source: Source, sample: int, decode: bool) -> Iterator[Damage]
         yield Damage(_shard_name(source, sample), source.key(sample), "decode", str(error))
     except DataError as error:
         yield Damage(_shard_name(source, sample), source.key(sample), "read", str(error))
+
+
+def _max_pixels(source: Source) -> int:
+    """Return the limit with which a split was packed; that of all others is the usual one."""
+    found = source.index.options.get("max_pixels") if isinstance(source, ShardDataset) else None
+    return found if isinstance(found, int) else MAX_PIXELS
 
 
 def _shard_name(source: Source, sample: int) -> str:

@@ -204,7 +204,7 @@ def unfit(data: bytes | npt.NDArray[Any] | Tiled, form: PixelFormat) -> str | No
     return None if form.numbers == "uint8" else mismatch(3, "uint8", form)
 
 
-def natural(data: bytes | npt.NDArray[Any] | Tiled) -> PixelFormat:
+def natural(data: bytes | npt.NDArray[Any] | Tiled, max_pixels: int = MAX_PIXELS) -> PixelFormat:
     """Return the format by which an image is read as it is: what is not TIFF, pixels or tiles, as RGB of 8 bits.
 
     Raises:
@@ -212,10 +212,11 @@ def natural(data: bytes | npt.NDArray[Any] | Tiled) -> PixelFormat:
     """
     if not isinstance(data, bytes):
         numbers = data.dtype.name if isinstance(data, np.ndarray) else data.numbers
-        return PixelFormat(data.shape[2], cast("Numbers", numbers))
-    if tiff.is_tiff(data) and not _pil_reads(data, RGB) and not tiff.is_read(found := tiff.header(data), RGB):
-        return PixelFormat(found.bands, found.numbers if found.numbers in FULL_RANGE else "float32")
-    return RGB
+        return PixelFormat(data.shape[2], cast("Numbers", numbers), max_pixels)
+    rgb = PixelFormat(max_pixels=max_pixels)
+    if tiff.is_tiff(data) and not _pil_reads(data, rgb) and not tiff.is_read(found := tiff.header(data), rgb):
+        return PixelFormat(found.bands, found.numbers if found.numbers in FULL_RANGE else "float32", max_pixels)
+    return rgb
 
 
 def picture_of(data: bytes | npt.NDArray[Any] | Tiled) -> npt.NDArray[np.uint8]:
@@ -312,7 +313,7 @@ def _refuse_absurd(height: int, width: int, form: PixelFormat = RGB) -> None:
     if height * width > form.max_pixels:
         raise UndecodableError(
             f"it claims {height} x {width} pixels, more than the {form.max_pixels} that are decoded (data.max_pixels; "
-            "or pack it as tiles)"
+            "when packing, --max-pixels; of an image packed with --tiles, training decodes only the window)"
         )
 
 

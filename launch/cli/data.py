@@ -39,15 +39,16 @@ app = typer.Typer(
 # What `verify` ends with when something is damaged.
 _DAMAGED = 4
 
-_PACK_HELP = """Pack images (with classes, masks or boxes) or texts into what training reads.
+_PACK_HELP = """Pack images (with classes, masks or boxes) or texts for training.
 
 SOURCE is a directory of class folders (CLASS/image.jpg), or a tar or tar.gz of one; or images next to masks (--masks),
 images with COCO annotations (--coco), a TSV file of texts and labels, or a container to be repacked (a packed
 split, a pattern of WebDataset shards, a .beton file). DEST is a folder for WebDataset shards and their index, or a
 file that ends in .beton. DEST holds one split; give training and validation the same class map with --classes-from.
 
-Image bytes are kept as they are, unless --max-side or --quality is given (CMYK and 16-bit images are made RGB of 8
-bits). The same source gives the same bytes. The same command continues a packing into shards that was stopped.
+Image bytes are copied unchanged, except with --max-side, --quality or --tiles. CMYK JPEG and (with --pixels uint8)
+16-bit PNG become 8-bit RGB. The same source gives the same bytes. To continue a stopped packing into shards, repeat the
+command.
 
 Examples:
 
@@ -70,14 +71,14 @@ Examples:
   setformer data pack photos/train packed/train.beton
 """
 _SPLIT_HELP = "Sub-folder of SOURCE to pack, such as train."
-_SKIP_HELP = "List damaged images and unexpected members of shards, and leave them out, instead of failing."
-_EMPTY_HELP = "Class folders may hold no image that is read; they become no class."
-_RAW_HELP = "For .beton: pixels, shrunk to this longer side; 0 as they are."
-_CLASSES_HELP = "Class map: a file as of `data index --classes`, or a packed split, whose map is used."
+_SKIP_HELP = "Exclude and list damaged images and unexpected members of shards, instead of failing."
+_EMPTY_HELP = "Ignore class folders without a readable image, instead of failing."
+_RAW_HELP = "For .beton: store raw pixels, shrunk to this longer side; 0 shrinks nothing."
+_CLASSES_HELP = "Class map: a file as for `data index --classes`, or a packed split, whose map is used."
 _COCO_HELP = "COCO instances: a file, or its name within SOURCE."
-_TILES_HELP = "Cut large images into tiles of this side in pixels, of which training reads what it sees; 0 keeps all."
-_PIXELS_HELP = "Height x width beyond which an image is refused; memory grows with it."
-_MIB_HELP = "At most so many MiB of images in one shard, in the size that SOURCE has."
+_TILES_HELP = "Cut images into tiles of this side in pixels; training reads only the tiles it needs. 0: no tiles."
+_PIXELS_HELP = "Largest height x width of an image; larger ones are refused. Memory grows with it."
+_MIB_HELP = "Most MiB of images in one shard, counted as they are in SOURCE."
 
 ClassMap = Annotated[Path | None, typer.Option(help="Class map: names in label order, one per line or a JSON list.")]
 PathArgument = Annotated[
@@ -99,20 +100,20 @@ def pack(
     void: Annotated[int | None, typer.Option(metavar="VALUE", help="Mask value to ignore.")] = None,
     coco: Annotated[str | None, typer.Option(metavar="JSON", help=_COCO_HELP)] = None,
     classes: Annotated[Path | None, typer.Option("--classes", "--classes-from", help=_CLASSES_HELP)] = None,
-    samples_per_shard: Annotated[int, typer.Option(help="At most so many samples in one shard.")] = 2000,
+    samples_per_shard: Annotated[int, typer.Option(help="Most samples in one shard.")] = 2000,
     mib_per_shard: Annotated[int, typer.Option(help=_MIB_HELP)] = 512,
-    max_side: Annotated[int, typer.Option(help="Shrink images to this longer side in pixels; 0 keeps all.")] = 0,
+    max_side: Annotated[int, typer.Option(help="Shrink images to this longer side in pixels; 0 shrinks none.")] = 0,
     quality: Annotated[
-        int | None, typer.Option(help="JPEG quality; given alone, all JPEG files are re-encoded.")
+        int | None, typer.Option(help="JPEG quality. Without --max-side or --tiles, it re-encodes every JPEG file.")
     ] = None,
     raw: RawSide = None,
     tiles: Annotated[int, typer.Option(metavar="SIDE", min=0, help=_TILES_HELP)] = 0,
-    pixels: Annotated[Pixels, typer.Option(help="Numbers of each band; images of others are refused.")] = "uint8",
-    bands: Annotated[int, typer.Option(min=1, max=4096, help="Bands of each image.")] = 3,
+    pixels: Annotated[Pixels, typer.Option(help="Data type of the bands; other images are refused.")] = "uint8",
+    bands: Annotated[int, typer.Option(min=1, max=4096, help="Number of bands of each image.")] = 3,
     max_pixels: Annotated[int, typer.Option(min=1, help=_PIXELS_HELP)] = 178_956_970,
-    length: Annotated[int, typer.Option(min=0, help="For texts: bytes to which they are cut; 0 keeps all.")] = 0,
+    length: Annotated[int, typer.Option(min=0, help="For texts: cut each to this many bytes; 0 cuts none.")] = 0,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 packs in this one. Same result.")] = 2,
-    strict: Annotated[bool, typer.Option(help="Decode every image, or only look at headers.")] = True,
+    strict: Annotated[bool, typer.Option(help="Decode every image, or read only headers.")] = True,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help=_SKIP_HELP)] = False,
     allow_empty_classes: Annotated[bool, typer.Option("--allow-empty-classes", help=_EMPTY_HELP)] = False,
     shuffle: Annotated[int | None, typer.Option(metavar="SEED", help="Shuffle the samples with this seed.")] = None,

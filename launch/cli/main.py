@@ -138,8 +138,8 @@ def train(
 ) -> None:
     """Start or resume the run that a config describes.
 
-    Run the same command again to resume from the newest checkpoint that verifies. If a rank dies or hangs, all ranks
-    are ended and restarted automatically ([restart]). Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint first.
+    Run the same command again to resume from the newest checkpoint that passes verification. If a rank dies or hangs,
+    all ranks are stopped and restarted automatically ([restart]). Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint first.
 
     Examples:
 
@@ -155,7 +155,7 @@ def train(
 
         setformer train --from runs/demo
 
-    Under DeepSpeed's own launcher the same run starts with
+    DeepSpeed's own launcher starts the same run with
     `deepspeed --num_accelerators 2 --module launch.entry configs/runs/demo.toml data.root=data/digits`.
     """
     _refuse_other_launchers()

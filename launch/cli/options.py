@@ -24,14 +24,14 @@ ConfigOrRun = Annotated[
 ]
 FromOption = Annotated[
     Path | None,
-    typer.Option("--from", help="A run's folder: a new run with its config and seed.", show_default=False),
+    typer.Option("--from", help="Start a new run with the config and seed of this run folder.", show_default=False),
 ]
 TrustOption = Annotated[
     bool, typer.Option("--trust", help="Use the modules, commands, hosts and addresses that the repeated run names.")
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="Dotted overrides, such as optim.lr=1e-3; ~key takes one away.", show_default=False),
+    typer.Argument(help="Dotted overrides, such as optim.lr=1e-3; ~key removes one.", show_default=False),
 ]
 
 
@@ -69,10 +69,10 @@ ImportOption = Annotated[
 ]
 WeightsOption = Annotated[str, typer.Option(help="plain, ema, or auto: those that scored better in the run.")]
 HostsOption = Annotated[
-    str, typer.Option(help="Hosts and the ranks on each, as a:8,b:8.", show_default=False, callback=_where)
+    str, typer.Option(help="Hosts and the ranks on each, such as a:8,b:8.", show_default=False, callback=_where)
 ]
 HostfileOption = Annotated[
-    Path | None, typer.Option(help="The same as a file of DeepSpeed's: lines HOST slots=N.", show_default=False)
+    Path | None, typer.Option(help="The same as a DeepSpeed hostfile: lines HOST slots=N.", show_default=False)
 ]
 ViaOption = Annotated[
     str | None,
@@ -92,17 +92,17 @@ RanksOption = Annotated[
     int | None, typer.Option("--ranks", "-n", help="Processes on this machine, by default 1.", min=1)
 ]
 RanksPerNodeOption = Annotated[
-    int | None, typer.Option(help="With --ray: ranks of each node; by default as many as it has room for.", min=1)
+    int | None, typer.Option(help="With --ray: ranks on each node; by default as many as fit.", min=1)
 ]
 RayNodesOption = Annotated[
     str,
     typer.Option(
         "--ray-nodes",
-        help="With --ray: the nodes to train on by address, and the ranks of each, as 10.0.0.2:8,10.0.0.3:8.",
+        help="With --ray: addresses of nodes and the ranks on each, such as 10.0.0.2:8,10.0.0.3:8.",
     ),
 ]
 WaitOption = Annotated[bool, typer.Option("--wait", help="With --ray: wait for more nodes if the ranks do not fit.")]
-IncludeOption = Annotated[str, typer.Option(help="Hosts of the hostfile to take, as a@b:0,1.")]
+IncludeOption = Annotated[str, typer.Option(help="Hosts of the hostfile to use, such as a@b:0,1.")]
 ExcludeOption = Annotated[str, typer.Option(help="Hosts of the hostfile to leave out.")]
 GraceOption = Annotated[
     float, typer.Option(help="Seconds for a last checkpoint after Ctrl-C, SIGTERM or SIGUSR1.", min=0)

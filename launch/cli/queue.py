@@ -36,7 +36,7 @@ app = typer.Typer(help=_HELP, no_args_is_help=True)
 QueueOption = Annotated[
     str | None,
     typer.Option(
-        "--queue", help="The queue's folder, or URL of its page; by default SETFORMER_QUEUE, or your own.",
+        "--queue", help="The queue's folder or the URL of its page; by default SETFORMER_QUEUE, or your own folder.",
         show_default=False,
     ),
 ]  # fmt: skip
@@ -48,7 +48,7 @@ TokenFileOption = Annotated[
     Path | None,
     typer.Option(
         help="File with the page's token; by default SETFORMER_QUEUE_TOKEN or SETFORMER_QUEUE_TOKEN_FILE. Without a "
-        "token the page is read-only and listens on loopback alone.",
+        "token, the page is read-only and listens on loopback only.",
         show_default=False,
     ),
 ]
@@ -126,7 +126,7 @@ def serve(
     queue: FolderOption = None,
     page: Annotated[
         str | None,
-        typer.Option(help="Serve the queue's page, too: a port of 127.0.0.1, or ADDRESS:PORT.", show_default=False),
+        typer.Option(help="Also serve the queue's page: a port on 127.0.0.1, or ADDRESS:PORT.", show_default=False),
     ] = None,
     token_file: TokenFileOption = None,
     until_idle: Annotated[
@@ -160,12 +160,12 @@ def serve(
 @app.command()
 def page(
     where: Annotated[
-        str, typer.Argument(metavar="[ADDRESS:]PORT", help="Where it listens; by default on 127.0.0.1.")
+        str, typer.Argument(metavar="[ADDRESS:]PORT", help="Where the page listens; the default address is 127.0.0.1.")
     ] = "8765",
     token_file: TokenFileOption = None,
     queue: FolderOption = None,
 ) -> None:
-    """Serve the queue's page, its JSON API and its figures for Prometheus, without a scheduler.
+    """Serve the queue's page, its JSON API and its metrics for Prometheus, without a scheduler.
 
     Example: setformer queue page 8765
     """
@@ -186,10 +186,12 @@ def submit(
         typer.Option("--ranks", "-n", help="Ranks, or MIN:MAX for a job that may change its size.", show_default=False),
     ] = None,
     nodes: Annotated[int | None, typer.Option(help="Nodes, with --ranks-per-node.", min=1, show_default=False)] = None,
-    ranks_per_node: Annotated[int | None, typer.Option(help="Ranks of each node.", min=1, show_default=False)] = None,
-    priority: Annotated[int, typer.Option(help="A job of higher priority goes first, and may stop others.")] = 0,
+    ranks_per_node: Annotated[
+        int | None, typer.Option(help="Ranks on each node, with --nodes.", min=1, show_default=False)
+    ] = None,
+    priority: Annotated[int, typer.Option(help="A job of higher priority starts first, and may stop others.")] = 0,
     user: Annotated[
-        str | None, typer.Option(help="User whose fair share the job counts for; by default you.", show_default=False)
+        str | None, typer.Option(help="User whose fair share pays for the job; by default you.", show_default=False)
     ] = None,
     name: Annotated[
         str | None, typer.Option(help="Name shown in lists; by default run.name.", show_default=False)
@@ -200,15 +202,16 @@ def submit(
         typer.Option(help="Longest total run time, such as 90, 30m, 4h or 2d; then the job stops.", show_default=False),
     ] = None,
     after: Annotated[
-        list[int] | None, typer.Option(help="Start only when this job is done.", show_default=False)
+        list[int] | None,
+        typer.Option(help="Number of a job that must be done first; may be repeated.", show_default=False),
     ] = None,
     held: Annotated[bool, typer.Option("--hold", help="Wait for `setformer queue release`.")] = False,
     sweep: Annotated[
-        bool, typer.Option("--sweep", help="CONFIG is a sweep config; --ranks slots are for its trials.")
+        bool, typer.Option("--sweep", help="CONFIG is a sweep config; --ranks is the slots that its trials share.")
     ] = False,
     queue: QueueOption = None,
 ) -> None:
-    """Check a run config and put it into the queue; start a server on this machine if none runs.
+    """Check a config and put it into the queue; start a server on this machine if none runs.
 
     Examples:
 
@@ -231,7 +234,7 @@ def submit(
 
 @app.command("ls")
 def ls(
-    everything: Annotated[bool, typer.Option("--all", help="List jobs that have ended, too.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Also list jobs that have ended.")] = False,
     as_json: JsonOption = False,
     queue: QueueOption = None,
 ) -> None:
@@ -279,7 +282,7 @@ def logs(
 
 @app.command()
 def top(
-    once: Annotated[bool, typer.Option("--once", help="Show them once, then stop.")] = False, queue: QueueOption = None
+    once: Annotated[bool, typer.Option("--once", help="Show them once, then exit.")] = False, queue: QueueOption = None
 ) -> None:
     """Show nodes and jobs, and refresh every second.
 
@@ -355,7 +358,7 @@ def drain(
     node: NodeName,
     why: Annotated[str, typer.Option(help="Reason, shown to all users.")] = "by hand",
     vacate: Annotated[
-        bool, typer.Option("--vacate", help="Jobs that run there save, stop, and go on elsewhere.")
+        bool, typer.Option("--vacate", help="Its running jobs also save, stop, and resume on other nodes.")
     ] = False,
     queue: QueueOption = None,
 ) -> None:

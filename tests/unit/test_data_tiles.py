@@ -1,6 +1,7 @@
 """Images as tiles: a window is read to the last bit from the tiles that it touches and from no others."""
 
 import itertools
+import json
 import shutil
 import zlib
 from pathlib import Path
@@ -13,13 +14,15 @@ import torch
 from dataloaders.config import DataConfig
 from dataloaders.opening import open_source
 from dataloaders.packing.inspection import inspect, pictures
+from dataloaders.packing.intake import check
 from dataloaders.packing.pack import PackOptions, pack_image_folder
 from dataloaders.packing.verify import verify
 from dataloaders.pixels.decode import UndecodableError, decode
 from dataloaders.pixels.depth import PixelFormat
 from dataloaders.reading.loading import EvalLoading, Request, TrainLoading, answer
 from dataloaders.reading.streams import ShardEvalStream, ShardTrainStream
-from dataloaders.source import DamagedSampleError
+from dataloaders.source import DamagedSampleError, Stored
+from dataloaders.sources.index import fingerprint_of
 from dataloaders.sources.shards import ShardDataset, open_split
 from dataloaders.sources.tiles import Grid, TiledImage, encode_table
 from dataloaders.storage.base import LocalFolder
@@ -346,6 +349,19 @@ def test_more_pixels_than_the_limit_need_the_key_or_tiles(tmp_path):
     assert loaded("tiled", 2303).error is not None
 
 
+def test_verify_allows_as_many_pixels_as_packing_did(tmp_path):
+    folder_of(tmp_path / "source", "png", sizes=[(120, 100)] * 2)
+    packed(tmp_path, form=PixelFormat(max_pixels=12_000))
+    assert verify(tmp_path / "packed" / "train").damaged == []
+    index = tmp_path / "packed" / "train" / "index.json"
+    table = json.loads(index.read_text())
+    assert table["options"]["max_pixels"] == 12_000
+    table["options"]["max_pixels"] = 11_999
+    index.write_text(json.dumps({**table, "fingerprint": fingerprint_of(table)}))
+    damaged = verify(tmp_path / "packed" / "train").damaged
+    assert ["more than the 11999" in damage.detail for damage in damaged] == [True, True]
+
+
 def test_a_raised_limit_lets_pillow_read_and_no_bomb_through(tmp_path, monkeypatch):
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 1000)  # PIL refuses twice as many
     monkeypatch.setattr("dataloaders.pixels.decode.MAX_PIXELS", 1000)
@@ -387,6 +403,20 @@ def test_tiles_are_repacked_inspected_and_shown(tmp_path):
     assert found.formats == {"tiles": 4}
     assert found.image_bytes > sum(p.size for p in pixels.values()) / 20
     assert len(pictures(split, 4, 50)) == 4
+
+
+def test_a_wide_image_in_tiles_is_checked_whole():
+    """8,192 rows of it would be more pixels than are decoded at once."""
+    grid = Grid(4096, 8192, 24_576, 1, "uint8", is_raw=True)
+    table = encode_table(grid, [(0, 4096**2, 0)] * 12)
+    read = []
+
+    def tile(offset, size, crc32):
+        read.append(size)
+        return bytes(size)
+
+    assert check(Stored(TiledImage(table, 4096**2, tile, "an image")), classes=1) == (8192, 24_576)
+    assert len(read) == 12
 
 
 def test_splits_share_no_image_and_no_tile(tmp_path):
