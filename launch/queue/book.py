@@ -14,13 +14,13 @@ from launch.queue.config import QueueConfig
 from launch.queue.keeper import OUTPUT
 from launch.queue.order import decayed
 from launch.queue.outcome import Outcome, backoff, judge, why
+from launch.queue.policy import SHOWN
 from launch.queue.state import Job, Node, Placement, Plan, Running, Start, Stop
 from launch.queue.store import Row, Store, event
 from launch.ranks.logs import last_error_line
 
 _NODE_HALF_LIFE_S = 6 * 3600.0
 _MOST_IN_ROW = 20  # failures of machines, after which the job is given up
-_EXPLAINED = 200  # jobs whose place in the order is kept up to date
 _SAME_S = 30.0
 
 
@@ -214,7 +214,7 @@ class Book:
             if wait is None:
                 continue
             now_at = places.get(number, 0)
-            shown = now_at if 0 < now_at <= _EXPLAINED else None
+            shown = now_at if 0 < now_at <= SHOWN else None
             same = (expected is None) == (wait.expected is None) and abs(
                 (expected or 0) - (wait.expected or 0)
             ) < _SAME_S

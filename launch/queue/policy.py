@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from launch.queue.order import in_order, starves
 from launch.queue.room import make_room, options
@@ -26,6 +27,7 @@ from setformer_dist.core.words import counted
 _OVERDUE_S = 60.0  # a job beyond its limit is expected to end within this time
 FITS_NOT = "does not fit the nodes that are up"
 BEHIND = "behind other jobs"
+SHOWN = 200  # jobs whose place in the order is known at least
 
 
 def decide(
@@ -48,10 +50,13 @@ def decide(
     """
     decision = _Decision(Timeline(nodes, now), running, rules, now)
     candidates = decision.candidates(waiting)
-    ordered = list(in_order(candidates, use, rules, now))
-    for place, job in enumerate(ordered):
+    coming, ordered = in_order(candidates, use, rules, now), []
+    for job in coming:
+        ordered.append(job)
         if len(decision.blocked) >= rules.depth or len(decision.starts) >= rules.most_starts:
-            decision.back_fill(ordered[place:])
+            # Which of thousands is the last matters to nobody while there is no free slot.
+            ordered += coming if decision.timeline.total_free else islice(coming, SHOWN)
+            decision.back_fill(ordered, candidates)
             break
         decision.consider(job)
     decision.end_overdue()
@@ -200,24 +205,31 @@ class _Decision:
         self.reserved[job.id] = (start, placement)
         self.waits[job.id] = Wait(reason, start)
 
-    def back_fill(self, jobs: Sequence[Job]) -> None:
-        """Start those that fit beside all reservations; none of them gets one."""
+    def back_fill(self, ordered: Sequence[Job], jobs: Sequence[Job]) -> None:
+        """Start those that fit beside all reservations; none of them gets one.
+
+        Args:
+            ordered: jobs in their order; those that were considered before are passed over.
+            jobs: all, those too that are not in the order.
+        """
         refused: list[tuple[int, float]] = []  # ranks and times that did not fit: more of both does not fit either
-        left = []
-        for job in jobs:
+        seen = {*self.waits, *(start.job for start in self.starts)}
+        free = self.timeline.total_free
+        for job in ordered if free else ():
             size = job.sizes[0]
             if (
-                len(self.starts) < self.rules.most_starts
-                and size <= self.timeline.total_free
+                job.id not in seen
+                and len(self.starts) < self.rules.most_starts
+                and size <= free
                 and not any(size >= ranks and job.limit_s >= limit for ranks, limit in refused)
                 and (sizes := self._within_quota(job))
             ):
                 if self._start(job, sizes):
-                    continue
-                if job.per_node is None:
+                    seen.add(job.id)
+                    free = self.timeline.total_free
+                elif job.per_node is None:
                     refused.append((size, job.limit_s))
-            left.append(job)
-        self.leave(left)
+        self.leave([job for job in jobs if job.id not in seen])
 
     def leave(self, jobs: Sequence[Job]) -> None:
         """Say of the jobs behind the last one that was considered that they wait for those ahead."""

@@ -163,7 +163,7 @@ class Plan:
         starts: in the order in which they were decided.
         stops: likewise.
         waits: by job.
-        order: ids of all jobs that may start, first first.
+        order: ids of the jobs that may start, first first; of thousands, at least the first 200.
         reserved: (start, placement) by job, for blocked jobs.
         more: whether a further decision at once may start more.
     """
