@@ -28,7 +28,7 @@ from launch.queue.scheduler import Scheduler
 from launch.queue.source import Local
 from launch.queue.store import Lease, LeaseLostError, MissingError, Store, event, url_of
 from launch.queue.submit import Request, seconds_of, submit
-from setformer_dist.core.errors import ConfigError, LaunchError, TransientError
+from setformer_dist.core.errors import ConfigError, LaunchError, SetformerError, TransientError
 
 _BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin")) if Path("/usr/lib/postgresql").is_dir() else []
 
@@ -193,12 +193,32 @@ def test_damaged_read_only_and_unreachable_databases_are_one_sentence(tmp_path: 
     store.backup(tmp_path / "copy" / "queue.db")
     with pytest.raises(LaunchError, match="exists"):
         store.backup(tmp_path / "copy" / "queue.db")
+    with pytest.raises(LaunchError, match="cannot be used"):
+        store.backup(tmp_path / "nowhere" / "queue.db")
     assert not Store(url_of(tmp_path / "copy")).check()
     store.close()
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "queue.db").write_bytes(b"no database at all" * 100)
     with pytest.raises(LaunchError, match="not a database; restore a backup"):
         Store(url_of(tmp_path / "bad"))
+    with sqlite3.connect(tmp_path / "copy" / "queue.db") as file:
+        file.execute("DELETE FROM queue_lease")
+        file.execute("INSERT INTO queue_events VALUES (1, 0.0, 'x', 1, '{bad')")
+    file.close()
+    store = Store(url_of(tmp_path / "copy"))
+    with pytest.raises(LaunchError, match=r"is damaged \(No row.*restore a backup"):
+        store.lease()
+    with pytest.raises(LaunchError, match=r"is damaged \(Expecting.*restore a backup"):
+        store.rows(sa.select(db.events))
+    lease, events = store.check()
+    assert lease == "queue_lease has no row, or more than one"
+    assert "queue_events is no JSON" in events
+    store.close()
+    whole = (tmp_path / "copy" / "queue.db").read_bytes()  # SQLite names a table in an error that is no text
+    (tmp_path / "bad" / "queue.db").write_bytes(whole.replace(b"queue_", b"\xff" * 6).replace(b"CREATE", b"CRATE "))
+    with pytest.raises(LaunchError, match=r"is damaged \('utf-8'.*restore a backup"):
+        Store(url_of(tmp_path / "bad")).rows(sa.select(db.jobs))
+    (tmp_path / "bad" / "queue.db").write_bytes(b"no database at all" * 100)
     with pytest.raises(LaunchError, match=r"unable to open.*check that"):
         Store(url_of(tmp_path / "nowhere"))
     with pytest.raises(LaunchError, match="no URL of SQLite or PostgreSQL"):
@@ -336,3 +356,46 @@ def test_what_the_page_reads(store: Store) -> None:
     figures = Figures(queue, Path("/nosuch")).text().decode()
     assert 'setformer_queue_jobs{state="waiting",user="ada"} 3.0' in figures
     assert "setformer_queue_wait_seconds_sum 3.0" in figures
+
+
+def test_numbers_and_texts_that_no_database_holds_are_one_sentence(store: Store) -> None:
+    with pytest.raises(LaunchError, match="number is larger") if store.is_file else pytest.raises(SetformerError):
+        store.job(10**30)
+    with pytest.raises(LaunchError, match="not valid UTF-8"):
+        wishes.drain(store, "\udcff", "by hand")
+
+
+def test_a_scheduler_outlives_a_full_disk_and_ends_where_its_database_is_gone(
+    tmp_path: Path,
+) -> None:
+    store = Store(url_of(tmp_path))
+    scheduler = Scheduler(store, tmp_path, _config())
+    assert not scheduler.step()
+    with store.read() as connection:
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
+    with store.write() as connection:  # no page more: what SQLite says where the disk is full
+        connection.exec_driver_sql(f"PRAGMA max_page_count={pages}")
+    with pytest.raises(TransientError, match="full; make room there"), store.write() as connection:
+        event(connection, "large", text="x" * 100_000)
+    path = tmp_path / "queue.db"
+    path.rename(tmp_path / "away")
+    with pytest.raises(LaunchError, match="was removed or replaced"):
+        scheduler.step()
+    Store(url_of(tmp_path)).close()  # a new one in its place
+    with pytest.raises(LaunchError, match="was removed or replaced"):
+        scheduler.step()
+
+
+def test_a_scheduler_tries_again_after_an_error_of_the_system(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    scheduler = Scheduler(store, tmp_path, _config())
+
+    def full(_: Scheduler) -> bool:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Scheduler, "_round", full)
+        assert [scheduler.step(), scheduler.step()] == [True, True]
+        assert sum("No space left on device; trying again" in line for line in caplog.messages) == 1
+    assert not scheduler.step()
