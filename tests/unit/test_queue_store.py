@@ -85,7 +85,8 @@ def _config(slots: int = 2) -> QueueConfig:
 
 
 def _submit(store: Store, name: str, ranks: str = "1", config: QueueConfig | None = None, **other: object) -> int:
-    request = Request(Path("demo"), [f"run.name={name}"], ranks, user="ada", **other)  # type: ignore[arg-type]
+    words = {"user": "ada", "name": other.pop("label", None), **other}
+    request = Request(Path("demo"), [f"run.name={name}"], ranks, **words)  # type: ignore[arg-type]
     return submit(store, config or _config(), request)
 
 
@@ -176,6 +177,12 @@ def test_impossible_requests_say_what_would_fit(tmp_path: Path, monkeypatch: pyt
         ({"limit": "soon"}, "no time"),
         ({"priority": 101}, "more than ada may give"),
         ({"after": [5]}, "no such job"),
+        ({"after": [10**30]}, "a number is larger than"),
+        ({"max_retries": 10**30}, "a number is larger than"),
+        ({"label": "x" * 256}, "--name has 256 characters: 255 at most"),
+        ({"label": "a\0b"}, "--name .* is not valid text"),
+        ({"user": "\udcff"}, "--user .* is not valid text"),
+        ({"user": "x" * 101}, "--user has 101 characters"),
     ]
     for asked, said in cases:
         with pytest.raises(LaunchError, match=said):
@@ -363,6 +370,19 @@ def test_numbers_and_texts_that_no_database_holds_are_one_sentence(store: Store)
         store.job(10**30)
     with pytest.raises(LaunchError, match="not valid UTF-8"):
         wishes.drain(store, "\udcff", "by hand")
+    with pytest.raises(LaunchError, match=r"--why .* is not valid text"):
+        wishes.drain(store, "vm", "\udcff")
+
+
+def test_a_user_without_a_name_names_itself(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nameless() -> str:
+        raise KeyError("getpwuid(): uid not found: 12345")  # what Python 3.11 and 3.12 raise
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("getpass.getuser", nameless)
+    with pytest.raises(LaunchError, match="has no name on this machine: name yourself with --user"):
+        submit(store, _config(), Request(Path("demo")))
+    assert submit(store, _config(), Request(Path("demo"), user="ada")) == 1
 
 
 def test_a_scheduler_outlives_a_full_disk_and_ends_where_its_database_is_gone(
