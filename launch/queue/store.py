@@ -99,9 +99,8 @@ class Store:
             for word, repair in _REPAIRS:
                 if word in said.lower():
                     raise LaunchError(f"{text}; {repair}") from None
-            if "full" in said.lower():
-                raise TransientError(f"{text}; make room there") from None
-            raise TransientError(text) from None
+            repairs = [repair for word, repair in _PASSES if word in said.lower()]
+            raise TransientError("; ".join([text, *repairs])) from None
         except OverflowError:
             raise LaunchError("a number is larger than the queue's database can hold: write a smaller one") from None
         except UnicodeEncodeError:
@@ -257,6 +256,11 @@ _REPAIRS = (
     ("unable to open", "check that the queue's folder exists and may be written"),
     ("password", "check user and password in queue.toml"),
     ("does not exist", "create it, with createdb"),
+)
+
+_PASSES = (
+    ("full", "make room there"),
+    ("locked", "another process holds it, such as a shell of sqlite3: end that one"),
 )
 
 

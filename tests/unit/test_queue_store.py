@@ -237,13 +237,16 @@ def test_damaged_read_only_and_unreachable_databases_are_one_sentence(tmp_path: 
         load(tmp_path)
 
 
-def test_a_locked_database_is_waited_for(tmp_path: Path) -> None:
+def test_a_locked_database_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(url_of(tmp_path))
     other = sqlite3.connect(tmp_path / "queue.db", isolation_level=None, check_same_thread=False)
     other.execute("BEGIN IMMEDIATE")
     program = "import sys, time; time.sleep(0.3)"
     subprocess.run([sys.executable, "-S", "-c", program], check=True)
     assert not store.rows(sa.select(db.jobs))  # reads do not wait
+    monkeypatch.setattr("launch.queue.store._BUSY_S", 0.05)
+    with pytest.raises(TransientError, match="locked; another process holds it"):
+        wishes.drain(Store(url_of(tmp_path)), "vm", None)
     other.execute("COMMIT")
     with store.write() as connection:
         event(connection, "x")
