@@ -20,6 +20,7 @@ import sqlalchemy as sa
 from launch.queue import attempts, keeper, wishes
 from launch.queue import schema as db
 from launch.queue.attempts import Ended, Watcher
+from launch.queue.book import Book
 from launch.queue.config import QueueConfig, load
 from launch.queue.outcome import backoff, judge
 from launch.queue.page.figures import Figures
@@ -422,3 +423,14 @@ def test_a_scheduler_tries_again_after_an_error_of_the_system(
         assert [scheduler.step(), scheduler.step()] == [True, True]
         assert sum("No space left on device; trying again" in line for line in caplog.messages) == 1
     assert not scheduler.step()
+
+
+def test_a_clock_that_is_set_back_keeps_no_job_waiting(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    number, now = _submit(store, "x"), time.time()
+    with store.write() as connection:
+        connection.execute(sa.update(db.jobs).where(db.jobs.c.id == number).values(eligible_at=now + 600.0))
+    assert Book(_config(), lambda: now).waiting(store)[0].eligible_at == now + 600.0
+    assert Book(_config(), lambda: now - 86400.0).waiting(store)[0].eligible_at == 0.0
