@@ -6,6 +6,7 @@ import errno
 import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pydantic
@@ -56,6 +57,8 @@ def system_fault(error: OSError) -> str | None:
     Args:
         error: that no command has explained; without a file's name it comes of what was printed.
     """
+    if error.errno == errno.ENOENT and error.filename is None and _no_folder():
+        return "the present folder was removed: cd to another one"
     repair = next((repair for repair, numbers in _REPAIRS.items() if error.errno in numbers), None)
     if repair is None or error.errno is None:
         return None
@@ -63,6 +66,14 @@ def system_fault(error: OSError) -> str | None:
         return f"the system refuses: {os.strerror(error.errno)}; {repair}"
     what = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else "standard output"
     return f"{what} cannot be used: {os.strerror(error.errno)}; {repair}"
+
+
+def _no_folder() -> bool:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def check_homes(words: Iterable[str]) -> None:

@@ -13,7 +13,7 @@ from launch.queue.attempts import Ended
 from launch.queue.config import QueueConfig
 from launch.queue.keeper import OUTPUT
 from launch.queue.order import decayed
-from launch.queue.outcome import Outcome, backoff, judge, why
+from launch.queue.outcome import BACKOFF_MAX_S, Outcome, backoff, judge, why
 from launch.queue.policy import SHOWN
 from launch.queue.state import Job, Node, Placement, Plan, Running, Start, Stop
 from launch.queue.store import Row, Store, event
@@ -61,7 +61,7 @@ class Book:
         return [self._job(row, tuple(number for number in row["after"] if number not in done)) for row in rows]
 
     def _job(self, row: Row, after: tuple[int, ...] = (), prefix: str = "") -> Job:
-        limit = row[f"{prefix}limit_s"]
+        limit, eligible_at = row[f"{prefix}limit_s"], row[f"{prefix}eligible_at"]
         hours = self.config.user(row[f"{prefix}user"]).max_hours
         turn = 3600 * min(self.config.policy.turn_hours, hours or self.config.policy.turn_hours)
         return Job(
@@ -73,7 +73,8 @@ class Book:
             per_node=row[f"{prefix}per_node"],
             limit_s=turn if limit is None else max(1.0, limit - row[f"{prefix}used_s"]),
             hard=limit is not None,
-            eligible_at=row[f"{prefix}eligible_at"],
+            # No failure makes a job wait so long: the clock was set back since.
+            eligible_at=eligible_at if eligible_at - self.clock() <= BACKOFF_MAX_S else 0.0,
             held=bool(row[f"{prefix}held"]),
             after=after,
         )

@@ -25,7 +25,7 @@ from setformer_dist.core.errors import (
 )
 
 _MISTAKES = {error.exit_code for error in (ConfigError, DataError, CheckpointError, TrainingError)}
-_BACKOFF_S, _BACKOFF_MAX_S = 10.0, 600.0
+_BACKOFF_S, BACKOFF_MAX_S = 10.0, 600.0
 _SOON = 5  # a machine's failures in a row after which a LaunchError counts as the job's own
 
 
@@ -75,7 +75,7 @@ def judge(ended: Ended, asked: bool, last_why: str, launch_failures: int = 0) ->
 
 def backoff(failures_in_row: int) -> float:
     """Return the seconds before the next attempt: 10 s, doubled by each further failure, 10 minutes at most."""
-    return float(min(_BACKOFF_MAX_S, _BACKOFF_S * 2.0 ** min(16, failures_in_row - 1)))
+    return float(min(BACKOFF_MAX_S, _BACKOFF_S * 2.0 ** min(16, failures_in_row - 1)))
 
 
 def why(folder: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import urllib.parse
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from pathlib import Path
 import urllib3
 
 from launch.queue.store import Row
-from launch.queue.submit import Request
+from launch.queue.submit import Request, user_here
 from launch.queue.token import VARIABLE
 from launch.run.config import load_run, shipped
 from setformer_dist.core import strictjson
@@ -102,7 +101,7 @@ class Remote:
             "nodes": request.nodes,
             "ranks_per_node": request.per_node,
             "priority": request.priority,
-            "user": request.user or getpass.getuser(),
+            "user": request.user or user_here(),
             "name": request.name,
             "max_retries": request.max_retries,
             "time_limit": request.limit,

@@ -60,6 +60,7 @@ class Scheduler:
     clock: Callable[[], float] = time.time
     stale_s: float = 8.0
     _watcher: processes.Watcher = field(default_factory=processes.Watcher)
+    _trouble: str = ""
     _saved: dict[tuple[int, int], tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -100,19 +101,24 @@ class Scheduler:
     def step(self) -> bool:
         """Do one round; return whether anything is left to do, or another scheduler does it."""
         try:
+            self.store.check_file()
             if self.lease.term is None:
                 if not self.lease.acquire():
                     return True
                 log.warning("this scheduler leads the queue in %s (term %d)", self.folder, self.lease.term)
                 with self.lease.write() as connection:
                     event(connection, "leads", term=self.lease.term, pid=os.getpid(), host=socket.gethostname())
-            return self._round()
+            left = self._round()
+            self._trouble = ""
+            return left
         except LeaseLostError as error:
             log.warning("%s: this one stands by", error)
             self.lease = self._new_lease()
             self._watcher = processes.Watcher()
-        except TransientError as error:
-            log.warning("%s; trying again", error)
+        except (TransientError, OSError) as error:  # such as a full disk: jobs go on meanwhile
+            if str(error) != self._trouble:
+                log.warning("%s; trying again every second", error)
+            self._trouble = str(error)
         return True
 
     def _round(self) -> bool:
@@ -237,7 +243,7 @@ class Scheduler:
         """Write the config of an attempt, and return its command."""
         if job["kind"] == "sweep":
             return sweeps.command(program(), self.config.cluster, folder.parent, job["config"], placement)
-        write_state(folder / "config.json", json.loads(job["config"]))
+        write_state(folder / "config.json", self.store.parsed(job["config"]))
         return command(self.config.cluster, [*program(), "train", str(folder / "config.json")], placement)
 
 

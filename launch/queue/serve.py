@@ -9,9 +9,6 @@ import time
 from pathlib import Path
 from typing import Protocol
 
-import sqlalchemy as sa
-
-from launch.queue import schema as db
 from launch.queue import token as tokens
 from launch.queue.config import VARIABLE, QueueConfig, database_of
 from launch.queue.scheduler import Scheduler
@@ -123,5 +120,5 @@ def ensure_server(folder: Path, store: Store) -> str | None:
 
 
 def _beat(store: Store) -> tuple[str, int, int]:
-    row = store.rows(sa.select(db.lease))[0]
+    row = store.lease()
     return row["holder"], int(row["term"]), int(row["beat"])

@@ -28,10 +28,15 @@ def jobs_table(rows: list[Row], now: float) -> Table:
     for row in rows:
         where = " ".join(f"{node}:{count}" for node, count in row["placement"]) or row["reason"]
         since = row["started"] or row["finished"] or row["waiting_since"]
-        cells = (row["id"], row["name"], row["user"], row["priority"], ranks_of(row), row["state"], span(now - since),
-                 where, expected_in(row, now))  # fmt: skip
+        cells = (row["id"], _short(row["name"]), _short(row["user"]), row["priority"], ranks_of(row), row["state"],
+                 span(now - since), _short(where, 400), expected_in(row, now))  # fmt: skip
         table.add_row(*map(cell, cells))
     return table
+
+
+def _short(text: str, most: int = 40) -> str:
+    """Return a text that does not push the other columns of a list away; `show` gives it as a whole."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def nodes_table(nodes: list[Row]) -> Table:

@@ -7,7 +7,6 @@ of URLs; who shows them escapes them.
 from __future__ import annotations
 
 import codecs
-import json
 import os
 import re
 import time
@@ -89,10 +88,10 @@ class Local:
 
     def leader(self) -> Row | None:
         """As `Source`."""
-        row = self.store.rows(sa.select(db.lease))[0]
+        row = self.store.lease()
         if not row["holder"]:
             return None
-        holder = json.loads(row["holder"])
+        holder = self.store.parsed(row["holder"])
         return {"host": holder["host"], "pid": holder["pid"], "term": row["term"]}
 
     def nodes(self) -> list[Row]:
@@ -162,7 +161,7 @@ class Local:
         job = self.store.job(number)
         query = sa.select(db.attempts).where(db.attempts.c.job == number).order_by(db.attempts.c.number)
         happened = sa.select(db.events).where(db.events.c.job == number).order_by(db.events.c.id).limit(MOST_EVENTS)
-        job["config"] = redacted_json(json.loads(job["config"]))
+        job["config"] = redacted_json(self.store.parsed(job["config"]))
         tries = self.store.rows(query)
         live = next((row for row in tries if row["state"] != "ended"), None)
         return {**job, **_now(live), "tries": tries, "events": self.store.rows(happened)}

@@ -59,6 +59,7 @@ class Store:
                 f"({_line(error)}): write postgresql+psycopg://USER@HOST/NAME"
             ) from None
         self.is_file = self._engine.dialect.name == "sqlite"
+        self._inode = 0  # of the file, once a scheduler has looked
         if self.is_file:
             _prepare_sqlite(self._engine)
         if check:
@@ -98,7 +99,14 @@ class Store:
             for word, repair in _REPAIRS:
                 if word in said.lower():
                     raise LaunchError(f"{text}; {repair}") from None
-            raise TransientError(text) from None
+            repairs = [repair for word, repair in _PASSES if word in said.lower()]
+            raise TransientError("; ".join([text, *repairs])) from None
+        except OverflowError:
+            raise LaunchError("a number is larger than the queue's database can hold: write a smaller one") from None
+        except UnicodeEncodeError:
+            raise LaunchError("a text is not valid UTF-8, so the queue's database cannot hold it: change it") from None
+        except (ValueError, exc.NoResultFound) as error:  # bytes that are no text, no JSON; no lease
+            raise LaunchError(f"the queue's database {self.shown} is damaged ({_line(error)}); {_RESTORE}") from None
 
     def rows(self, query: sa.Select[Any]) -> list[Row]:
         """Return the rows of a query as dicts."""
@@ -115,6 +123,36 @@ class Store:
         if not found:
             raise MissingError(f"the queue has no job {number}: see `setformer queue ls --all`")
         return found[0]
+
+    def check_file(self) -> None:
+        """Refuse a SQLite file that is another one than at the last call, or gone: what is written would be lost.
+
+        Raises:
+            LaunchError: as said.
+        """
+        if not self.is_file:
+            return
+        path = str(self._engine.url.database)
+        try:
+            found = Path(path).stat().st_ino
+        except FileNotFoundError:
+            found = 0
+        self._inode = self._inode or found
+        if found != self._inode:
+            raise LaunchError(
+                f"the queue's database {path} was removed or replaced while a scheduler used it: restore a backup, or "
+                "start `setformer queue serve` again"
+            )
+
+    def lease(self) -> Row:
+        """Return the row of the lease; raises LaunchError where there is none."""
+        with self.read() as connection:
+            return dict(connection.execute(sa.select(db.lease)).mappings().one())
+
+    def parsed(self, text: str) -> Any:
+        """Return what a column holds as JSON; raises LaunchError where it is none."""
+        with self._explained():
+            return json.loads(text)
 
     def close(self) -> None:
         """Close all connections."""
@@ -142,11 +180,14 @@ class Store:
             raise LaunchError(f"{path} exists: name another file for the backup")
         aside = path.with_name(f".{path.name}.tmp")
         aside.unlink(missing_ok=True)
-        with self.read() as connection, contextlib.closing(sqlite3.connect(aside)) as target:
-            source = connection.connection.driver_connection
-            assert isinstance(source, sqlite3.Connection)
-            source.backup(target)
-        aside.replace(path)
+        try:
+            with self.read() as connection, contextlib.closing(sqlite3.connect(aside)) as target:
+                source = connection.connection.driver_connection
+                assert isinstance(source, sqlite3.Connection)
+                source.backup(target)
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 class Lease:
@@ -165,7 +206,7 @@ class Lease:
 
     def acquire(self) -> bool:
         """Try to take it; to be called again and again, at least once a second."""
-        row = self._store.rows(sa.select(db.lease))[0]
+        row = self._store.lease()
         seen = (int(row["term"]), int(row["beat"]))
         now = time.monotonic()
         if row["holder"] and (seen != self._seen or now - self._seen_at < self._stale_s):
@@ -205,14 +246,21 @@ class Lease:
             connection.execute(sa.update(table).where(table.c.term == self.term).values(holder=""))
 
 
+_RESTORE = "restore a backup (`setformer queue backup` makes them)"
 _REPAIRS = (
-    ("malformed", "restore a backup (`setformer queue backup` makes them)"),
-    ("not a database", "restore a backup (`setformer queue backup` makes them)"),
+    ("malformed", _RESTORE),
+    ("not a database", _RESTORE),
+    ("no such table", _RESTORE),
+    ("no such column", _RESTORE),
     ("readonly", "change who may write there"),
     ("unable to open", "check that the queue's folder exists and may be written"),
     ("password", "check user and password in queue.toml"),
     ("does not exist", "create it, with createdb"),
+)
+
+_PASSES = (
     ("full", "make room there"),
+    ("locked", "another process holds it, such as a shell of sqlite3: end that one"),
 )
 
 
@@ -258,9 +306,12 @@ def _contradictions(connection: sa.Connection) -> Sequence[str]:
         runs = state in ("running", "stopping")
         if runs != (number in counts):
             faults.append(f"job {number} is {state} and has {counts.get(number, 0)} attempts that run")
-    try:
-        for config in connection.execute(sa.select(db.jobs.c.config)).scalars():
-            json.loads(config)
-    except ValueError as error:
-        faults.append(f"the config of a job is no JSON: {error}")
+    if len(connection.execute(sa.select(db.lease)).all()) != 1:
+        faults.append(f"{db.lease.name} has no row, or more than one")
+    for table in (db.jobs, db.attempts, db.events):
+        try:
+            for row in connection.execute(sa.select(table)).mappings():
+                json.loads(row.get("config", "{}"))
+        except ValueError as error:
+            faults.append(f"a row of {table.name} is no JSON or no text: {error}")
     return faults

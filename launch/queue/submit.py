@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from launch.run.config import RunConfig, check_folder, continued, load_run, reso
 from setformer_dist.core import config as base
 from setformer_dist.core.errors import ConfigError, LaunchError
 from setformer_dist.core.words import counted
+
+_LONGEST_NAME, _LONGEST_USER = 255, 100  # characters; no run.name is longer
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,9 @@ def submit(store: Store, config: QueueConfig, request: Request) -> int:
         LaunchError: the request cannot be met by this queue.
     """
     job = _sweep(config, request) if request.sweep else _run(request)
-    user = request.user or getpass.getuser()
+    user = request.user or user_here()
+    for option, text, most in (("--name", request.name or job.name, _LONGEST_NAME), ("--user", user, _LONGEST_USER)):
+        check_text(option, text, most)
     limit_s = None if request.limit is None else seconds_of(request.limit)
     _check_user(config, user, request.priority, limit_s)
     sizes, folder = job.sizes, str(job.folder.absolute())
@@ -107,6 +112,30 @@ def submit(store: Store, config: QueueConfig, request: Request) -> int:
         number = int(key[0])
         event(connection, "submitted", number, user=user, sizes=sizes, priority=request.priority)
     return number
+
+
+def user_here() -> str:
+    """Return the name of the user of this process.
+
+    Raises:
+        LaunchError: the machine has none for it, as in a container with any user id.
+    """
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        raise LaunchError(f"user id {os.getuid()} has no name on this machine: name yourself with --user") from None
+
+
+def check_text(option: str, text: str, most: int) -> None:
+    """Refuse a text that lists cannot show or a database cannot hold.
+
+    Raises:
+        LaunchError: it is longer than `most` characters, or has NUL or a half character in it.
+    """
+    if len(text) > most:
+        raise LaunchError(f"{option} has {len(text):,} characters: {most} at most")
+    if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
+        raise LaunchError(f"{option} {text} is not valid text: leave out NUL and what is not UTF-8")
 
 
 def _run(request: Request) -> _Job:
@@ -262,7 +291,7 @@ def _check_after(connection: sa.Connection, after: Sequence[int]) -> None:
         if state is None:
             raise LaunchError(f"--after {number}: the queue has no such job")
         if state in ("failed", "cancelled"):
-            raise LaunchError(f"--after {number}: that job has {state}, so this one would wait for ever")
+            raise LaunchError(f"--after {number}: that job is {state}, so this one would wait for ever")
 
 
 def _check_alone(connection: sa.Connection, folder: str, after: Sequence[int]) -> None:

@@ -10,7 +10,10 @@ import sqlalchemy as sa
 from launch.queue import schema as db
 from launch.queue.config import QueueConfig
 from launch.queue.store import MissingError, Store, event
+from launch.queue.submit import check_text
 from setformer_dist.core.errors import LaunchError
+
+_LONGEST_WHY = 500  # characters
 
 
 def cancel(store: Store, number: int) -> str:
@@ -80,7 +83,10 @@ def drain(store: Store, name: str, why: str | None, vacate: bool = False) -> Non
 
     Raises:
         MissingError: there is no such node.
+        LaunchError: the reason is too long, or no text.
     """
+    if why is not None:
+        check_text("--why", why, _LONGEST_WHY)
     with store.write() as connection:
         values: dict[str, object] = {"drained": why, "vacate": vacate and why is not None}
         if why is None:

@@ -229,5 +229,5 @@ def test_keys_that_no_system_takes_are_refused_in_the_config(tmp_path: Path, ove
 
 def test_another_number_of_channels_than_images_have_is_refused(tmp_path: Path) -> None:
     config = demo(tmp_path, "model.args.in_chans=1")
-    with pytest.raises(ConfigError, match=r"model\.args\.in_chans = 1: images are read as RGB"):
+    with pytest.raises(ConfigError, match=r"model\.args\.in_chans = 1, and images are read with 3 bands"):
         inputs_of(config.data).build_model(config.model, 10, {}, 0)

@@ -156,7 +156,9 @@ def test_one_of_several_clusters_is_not_taken_by_chance(tmp_path):
     with contextlib.ExitStack() as stack:
         for address in ("192.0.2.7:1", "192.0.2.7:2"):
             words = ["raylet", "-c", "import sys; sys.stdin.read()", f"--gcs-address={address}"]
-            stack.enter_context(subprocess.Popen(words, executable=sys.executable, stdin=subprocess.PIPE))
+            stack.enter_context(
+                subprocess.Popen(words, executable=sys.executable, stdin=subprocess.PIPE, start_new_session=True)
+            )
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         found = subprocess.run(
             [sys.executable, "-P", "-m", "launch.ray.cluster", "auto"],

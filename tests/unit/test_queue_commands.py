@@ -89,3 +89,13 @@ def test_sweeps_that_no_queue_can_run(queue: Path, words: str, said: str) -> Non
     run("queue submit digits --sweep --ranks 2:4 budget.ranks=2")
     job = Store(url_of(queue)).job(1)
     assert (job["kind"], job["sizes"], job["name"]) == ("sweep", [2, 3, 4], "digits")
+
+
+def test_a_long_name_does_not_push_the_other_columns_away(queue: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(f"queue submit demo --name {'x' * 255}")
+    capsys.readouterr()
+    for words in ("queue ls", "queue top --once"):
+        run(words)
+        assert f"{'x' * 39}… " in capsys.readouterr().out.replace("│", " ")
+    run("queue show 1")
+    assert capsys.readouterr().out.count("x") >= 255

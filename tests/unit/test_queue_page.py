@@ -249,6 +249,11 @@ def test_long_and_malformed_requests_are_refused(actor: TestClient) -> None:
         answer = actor.post("/api/jobs", content=body, headers={**BEARER, "Content-Type": "application/json"})
         assert answer.status_code in (400, 422), body[:20]
         assert answer.json()["error"]
+    answer = actor.post("/api/jobs", content=b"{bad", headers={**BEARER, "Content-Type": "application/json"})
+    assert answer.json()["error"] == "the body is not valid JSON (at character 1)"
+    huge = {"config": "demo", "directory": "/", "after": [10**30]}
+    answer = actor.post("/api/jobs", json=huge, headers=BEARER)
+    assert (answer.status_code, answer.json()["exit_code"]) == (400, 5), "no 500"
     for path in ("/jobs/0", "/jobs/99999999999999999999", "/jobs/x", "/jobs/1?attempt=0", "/events?before=x"):
         assert actor.get(path, headers=BEARER).status_code == 422
     for path in ("/jobs/77", "/jobs/1?attempt=9", "/nosuch", "/files/../api.py", "/files/front.html.j2"):

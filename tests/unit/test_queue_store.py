@@ -20,6 +20,7 @@ import sqlalchemy as sa
 from launch.queue import attempts, keeper, wishes
 from launch.queue import schema as db
 from launch.queue.attempts import Ended, Watcher
+from launch.queue.book import Book
 from launch.queue.config import QueueConfig, load
 from launch.queue.outcome import backoff, judge
 from launch.queue.page.figures import Figures
@@ -28,7 +29,7 @@ from launch.queue.scheduler import Scheduler
 from launch.queue.source import Local
 from launch.queue.store import Lease, LeaseLostError, MissingError, Store, event, url_of
 from launch.queue.submit import Request, seconds_of, submit
-from setformer_dist.core.errors import ConfigError, LaunchError, TransientError
+from setformer_dist.core.errors import ConfigError, LaunchError, SetformerError, TransientError
 
 _BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin")) if Path("/usr/lib/postgresql").is_dir() else []
 
@@ -85,7 +86,8 @@ def _config(slots: int = 2) -> QueueConfig:
 
 
 def _submit(store: Store, name: str, ranks: str = "1", config: QueueConfig | None = None, **other: object) -> int:
-    request = Request(Path("demo"), [f"run.name={name}"], ranks, user="ada", **other)  # type: ignore[arg-type]
+    words = {"user": "ada", "name": other.pop("label", None), **other}
+    request = Request(Path("demo"), [f"run.name={name}"], ranks, **words)  # type: ignore[arg-type]
     return submit(store, config or _config(), request)
 
 
@@ -176,6 +178,12 @@ def test_impossible_requests_say_what_would_fit(tmp_path: Path, monkeypatch: pyt
         ({"limit": "soon"}, "no time"),
         ({"priority": 101}, "more than ada may give"),
         ({"after": [5]}, "no such job"),
+        ({"after": [10**30]}, "a number is larger than"),
+        ({"max_retries": 10**30}, "a number is larger than"),
+        ({"label": "x" * 256}, "--name has 256 characters: 255 at most"),
+        ({"label": "a\0b"}, "--name .* is not valid text"),
+        ({"user": "\udcff"}, "--user .* is not valid text"),
+        ({"user": "x" * 101}, "--user has 101 characters"),
     ]
     for asked, said in cases:
         with pytest.raises(LaunchError, match=said):
@@ -193,12 +201,32 @@ def test_damaged_read_only_and_unreachable_databases_are_one_sentence(tmp_path: 
     store.backup(tmp_path / "copy" / "queue.db")
     with pytest.raises(LaunchError, match="exists"):
         store.backup(tmp_path / "copy" / "queue.db")
+    with pytest.raises(LaunchError, match="cannot be used"):
+        store.backup(tmp_path / "nowhere" / "queue.db")
     assert not Store(url_of(tmp_path / "copy")).check()
     store.close()
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "queue.db").write_bytes(b"no database at all" * 100)
     with pytest.raises(LaunchError, match="not a database; restore a backup"):
         Store(url_of(tmp_path / "bad"))
+    with sqlite3.connect(tmp_path / "copy" / "queue.db") as file:
+        file.execute("DELETE FROM queue_lease")
+        file.execute("INSERT INTO queue_events VALUES (1, 0.0, 'x', 1, '{bad')")
+    file.close()
+    store = Store(url_of(tmp_path / "copy"))
+    with pytest.raises(LaunchError, match=r"is damaged \(No row.*restore a backup"):
+        store.lease()
+    with pytest.raises(LaunchError, match=r"is damaged \(Expecting.*restore a backup"):
+        store.rows(sa.select(db.events))
+    lease, events = store.check()
+    assert lease == "queue_lease has no row, or more than one"
+    assert "queue_events is no JSON" in events
+    store.close()
+    whole = (tmp_path / "copy" / "queue.db").read_bytes()  # SQLite names a table in an error that is no text
+    (tmp_path / "bad" / "queue.db").write_bytes(whole.replace(b"queue_", b"\xff" * 6).replace(b"CREATE", b"CRATE "))
+    with pytest.raises(LaunchError, match=r"is damaged \('utf-8'.*restore a backup"):
+        Store(url_of(tmp_path / "bad")).rows(sa.select(db.jobs))
+    (tmp_path / "bad" / "queue.db").write_bytes(b"no database at all" * 100)
     with pytest.raises(LaunchError, match=r"unable to open.*check that"):
         Store(url_of(tmp_path / "nowhere"))
     with pytest.raises(LaunchError, match="no URL of SQLite or PostgreSQL"):
@@ -210,13 +238,16 @@ def test_damaged_read_only_and_unreachable_databases_are_one_sentence(tmp_path: 
         load(tmp_path)
 
 
-def test_a_locked_database_is_waited_for(tmp_path: Path) -> None:
+def test_a_locked_database_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(url_of(tmp_path))
     other = sqlite3.connect(tmp_path / "queue.db", isolation_level=None, check_same_thread=False)
     other.execute("BEGIN IMMEDIATE")
     program = "import sys, time; time.sleep(0.3)"
     subprocess.run([sys.executable, "-S", "-c", program], check=True)
     assert not store.rows(sa.select(db.jobs))  # reads do not wait
+    monkeypatch.setattr("launch.queue.store._BUSY_S", 0.05)
+    with pytest.raises(TransientError, match="locked; another process holds it"):
+        wishes.drain(Store(url_of(tmp_path)), "vm", None)
     other.execute("COMMIT")
     with store.write() as connection:
         event(connection, "x")
@@ -336,3 +367,70 @@ def test_what_the_page_reads(store: Store) -> None:
     figures = Figures(queue, Path("/nosuch")).text().decode()
     assert 'setformer_queue_jobs{state="waiting",user="ada"} 3.0' in figures
     assert "setformer_queue_wait_seconds_sum 3.0" in figures
+
+
+def test_numbers_and_texts_that_no_database_holds_are_one_sentence(store: Store) -> None:
+    with pytest.raises(LaunchError, match="number is larger") if store.is_file else pytest.raises(SetformerError):
+        store.job(10**30)
+    with pytest.raises(LaunchError, match="not valid UTF-8"):
+        wishes.drain(store, "\udcff", "by hand")
+    with pytest.raises(LaunchError, match=r"--why .* is not valid text"):
+        wishes.drain(store, "vm", "\udcff")
+
+
+def test_a_user_without_a_name_names_itself(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nameless() -> str:
+        raise KeyError("getpwuid(): uid not found: 12345")  # what Python 3.11 and 3.12 raise
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("getpass.getuser", nameless)
+    with pytest.raises(LaunchError, match="has no name on this machine: name yourself with --user"):
+        submit(store, _config(), Request(Path("demo")))
+    assert submit(store, _config(), Request(Path("demo"), user="ada")) == 1
+
+
+def test_a_scheduler_outlives_a_full_disk_and_ends_where_its_database_is_gone(
+    tmp_path: Path,
+) -> None:
+    store = Store(url_of(tmp_path))
+    scheduler = Scheduler(store, tmp_path, _config())
+    assert not scheduler.step()
+    with store.read() as connection:
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
+    with store.write() as connection:  # no page more: what SQLite says where the disk is full
+        connection.exec_driver_sql(f"PRAGMA max_page_count={pages}")
+    with pytest.raises(TransientError, match="full; make room there"), store.write() as connection:
+        event(connection, "large", text="x" * 100_000)
+    path = tmp_path / "queue.db"
+    path.rename(tmp_path / "away")
+    with pytest.raises(LaunchError, match="was removed or replaced"):
+        scheduler.step()
+    Store(url_of(tmp_path)).close()  # a new one in its place
+    with pytest.raises(LaunchError, match="was removed or replaced"):
+        scheduler.step()
+
+
+def test_a_scheduler_tries_again_after_an_error_of_the_system(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    scheduler = Scheduler(store, tmp_path, _config())
+
+    def full(_: Scheduler) -> bool:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Scheduler, "_round", full)
+        assert [scheduler.step(), scheduler.step()] == [True, True]
+        assert sum("No space left on device; trying again" in line for line in caplog.messages) == 1
+    assert not scheduler.step()
+
+
+def test_a_clock_that_is_set_back_keeps_no_job_waiting(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    number, now = _submit(store, "x"), time.time()
+    with store.write() as connection:
+        connection.execute(sa.update(db.jobs).where(db.jobs.c.id == number).values(eligible_at=now + 600.0))
+    assert Book(_config(), lambda: now).waiting(store)[0].eligible_at == now + 600.0
+    assert Book(_config(), lambda: now - 86400.0).waiting(store)[0].eligible_at == 0.0

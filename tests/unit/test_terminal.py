@@ -144,6 +144,15 @@ def test_what_the_machine_refuses_is_one_sentence(error: OSError, said: str | No
     assert fault is None if said is None else fault is not None and said in fault
 
 
+def test_a_present_folder_that_was_removed_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (gone := tmp_path / "gone").mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(FileNotFoundError) as caught:
+        Path.cwd()
+    assert system_fault(caught.value) == "the present folder was removed: cd to another one"
+
+
 @pytest.mark.parametrize(
     ("error", "full"),
     [

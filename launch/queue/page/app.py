@@ -92,5 +92,7 @@ def _explain_faults(app: FastAPI, shown: pages.Pages) -> None:
 
 def _sentence(error: RequestValidationError | pydantic.ValidationError) -> str:
     first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return f"the body is not valid JSON (at character {first['loc'][-1]})"
     place = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
     return f"{place or 'the body'}: {first['msg'][:1].lower()}{first['msg'][1:]}"[:500]

@@ -174,8 +174,8 @@ class Submission(Given):
     nodes: int | None = Field(default=None, ge=1)
     ranks_per_node: int | None = Field(default=None, ge=1)
     priority: int = Field(default=0, ge=-(2**31), lt=2**31)
-    user: str | None = Field(default=None, max_length=200, description="by default the server's user")
-    name: str | None = Field(default=None, max_length=500, description="by default run.name")
+    user: str | None = Field(default=None, max_length=100, description="by default the server's user")
+    name: str | None = Field(default=None, max_length=255, description="by default run.name")
     max_retries: int = Field(default=0, ge=0, lt=2**31)
     time_limit: str | None = Field(default=None, description="90, 30m, 4h or 2d")
     after: list[int] = []
