@@ -4,10 +4,12 @@ import concurrent.futures
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -172,23 +174,30 @@ def test_one_of_several_clusters_is_not_taken_by_chance(tmp_path):
     assert "192.0.2.7:1, 192.0.2.7:2" in found.stderr
 
 
-def test_the_socket_of_another_users_node_is_told(tmp_path):
+@pytest.fixture
+def open_folder():
+    """A folder that other users may enter, which pytest's are not."""
+    folder = Path(tempfile.mkdtemp(prefix="sf-open-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_the_socket_of_another_users_node_is_told(open_folder):
     """Ray aborts the process of a driver that may not connect to it."""
-    theirs, closed = tmp_path / "socket", tmp_path / "closed"
+    theirs, closed = open_folder / "socket", open_folder / "closed"
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(theirs))
     theirs.chmod(0o755)
     closed.mkdir(0o700)
     assert not foreign(theirs)
-    assert not foreign(tmp_path / "nosuch")
+    assert not foreign(open_folder / "nosuch")
     if os.getuid():
         pytest.skip("only root can become another user")
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
     child = os.fork()
     if not child:
         os.setuid(65534)
-        os._exit(foreign(theirs) + 2 * foreign(closed / "socket") + 4 * foreign(tmp_path / "nosuch"))
+        os._exit(foreign(theirs) + 2 * foreign(closed / "socket") + 4 * foreign(open_folder / "nosuch"))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
 
 
