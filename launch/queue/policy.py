@@ -25,7 +25,7 @@ from launch.queue.timeline import Slots, Timeline
 from setformer_dist.core.words import counted
 
 _OVERDUE_S = 60.0  # a job beyond its limit is expected to end within this time
-FITS_NOT = "does not fit the nodes that are up"
+FITS_NOT = "does not fit the nodes that are up and not drained"
 BEHIND = "behind other jobs"
 SHOWN = 200  # jobs whose place in the order is known at least
 

@@ -26,6 +26,8 @@ from launch.testing.commands import ROOT, setformer, train_words
 ELSEWHERE = {
     "queue submit demo data.root=runs/demo-data --ranks 2": "tests/unit/test_queue_commands.py",
     "queue ls": "tests/unit/test_queue_commands.py",
+    "queue submit digits --sweep set.data.root=runs/demo-data --ranks 2": "tests/unit/test_queue_commands.py",
+    'queue drain node3 --why "new memory" --vacate': "tests/unit/test_queue_commands.py",
     "queue serve": "tests/unit/test_queue_commands.py",
     "queue serve --page 8765": "tests/unit/test_queue_page_server.py",
     "queue page 8765": "tests/unit/test_queue_page_server.py",

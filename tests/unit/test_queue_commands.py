@@ -48,7 +48,7 @@ def test_every_command(queue: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ]  # fmt: skip
     for words in ("queue hold 1", "queue release 1", "queue move 1 --priority 5", "queue ls", "queue ls --all",
                   "queue show 1", "queue logs 1", "queue top --once", "queue events",
-                  'queue drain node3 --why "new memory"', "queue undrain node3", "queue cancel 1",
+                  'queue drain node3 --why "new memory"', 'queue drain node3 --why "new memory" --vacate', "queue undrain node3", "queue cancel 1",
                   "queue backup queue-copy.db", "queue check"):  # fmt: skip
         run(words)
         assert capsys.readouterr().out.strip() or "logs" in words, words
@@ -87,6 +87,7 @@ def test_sweeps_that_no_queue_can_run(queue: Path, words: str, said: str) -> Non
     with pytest.raises(SetformerError, match=re.escape(said)):
         run(f"queue submit digits --sweep {words}")
     run("queue submit digits --sweep --ranks 2:4 budget.ranks=2")
+    run("queue submit digits --sweep set.data.root=runs/demo-data --ranks 2 sweep.name=other")
     job = Store(url_of(queue)).job(1)
     assert (job["kind"], job["sizes"], job["name"]) == ("sweep", [2, 3, 4], "digits")
 

@@ -326,7 +326,7 @@ def test_rounds_with_jobs_that_cannot_train(store: Store, tmp_path: Path, monkey
     wishes.drain(store, node, "by hand")
     assert "goes on from its newest checkpoint" in wishes.release(store, first)
     scheduler.step()
-    assert store.job(first)["reason"] == "does not fit the nodes that are up"
+    assert store.job(first)["reason"] == "does not fit the nodes that are up and not drained"
     wishes.drain(store, node, None)
     scheduler.step()
     assert store.job(first)["state"] == "running"
