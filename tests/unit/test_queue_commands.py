@@ -48,7 +48,8 @@ def test_every_command(queue: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ]  # fmt: skip
     for words in ("queue hold 1", "queue release 1", "queue move 1 --priority 5", "queue ls", "queue ls --all",
                   "queue show 1", "queue logs 1", "queue top --once", "queue events",
-                  'queue drain node3 --why "new memory"', 'queue drain node3 --why "new memory" --vacate', "queue undrain node3", "queue cancel 1",
+                  'queue drain node3 --why "new memory"',
+                  'queue drain node3 --why "new memory" --vacate', "queue undrain node3", "queue cancel 1",
                   "queue backup queue-copy.db", "queue check"):  # fmt: skip
         run(words)
         assert capsys.readouterr().out.strip() or "logs" in words, words
