@@ -62,10 +62,12 @@ def train_requests(
         coming: from a step on, the files that each step and those after it need.
         micro_at: the micro batch of images of a size; the cut's own without it.
     """
+    places = cut.places()
     for step, files in zip(itertools.count(first_step), coming(first_step), strict=False):
         size = sizes.shape(step, plan.aspect(step)) if sizes is not None else (0, 0)
         scale = sizes.scale(step) if sizes is not None else None
-        places = (cut if micro_at is None else cut.at(micro_at(size))).places()
+        if micro_at is not None:
+            places = cut.at(micro_at(size)).places()
         samples, epochs = (found.reshape(places.shape) for found in plan.pick(step, places.ravel()))
         for part, first in enumerate((step * plan.global_batch + places[:, 0]).tolist()):
             yield Request(samples[part], epochs[part], first, step, step // plan.steps_per_epoch, size, files, scale)

@@ -240,8 +240,8 @@ class Fleet:
         if link is not None:
             link.close()
         if sum(link.lost is None for link in self._links.values()) < self.config.min_hosts:
-            for absence in self._absences.values():
-                absence.until = min(absence.until, time.monotonic() + self.soon_s)
+            for each in self._absences.values():
+                each.until = min(each.until, time.monotonic() + self.soon_s)
 
     def _fitting(self, specs: Sequence[HostSpec]) -> list[HostSpec]:
         """Return the hosts with as many of their slots as can share the global batch, the last ones losing theirs."""

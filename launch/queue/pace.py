@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from setformer_dist.core.files import read_plain
+from setformer_dist.core.files import read_plain, replacing
 
 FILE = "decisions.json"
 _EVERY_S = 10.0
@@ -47,10 +46,8 @@ class Pace:
         if time.monotonic() - self._written < _EVERY_S:
             return
         self._written = time.monotonic()
-        aside = self.folder / f".{FILE}.{os.getpid()}"
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), replacing(self.folder / FILE) as aside:
             aside.write_text(json.dumps(asdict(self._seen)))
-            aside.replace(self.folder / FILE)
 
 
 def read(folder: Path) -> Seen | None:

@@ -32,7 +32,7 @@ def read(path: Path, overrides: Sequence[str]) -> tuple[Sweep, str]:
         table = apply_override(table, text)
     base = read_toml(base_of(page, sweep.config.sweep.base))
     table["sweep"] = {**sweep.config.sweep.model_dump(mode="json", exclude_unset=True), "base": _BASE}
-    return sweep, json.dumps({"sweep": table, "base": base})
+    return sweep, json.dumps({"sweep": table, "base": base, "slots_of_trial": slots_of_trial(sweep)})
 
 
 def slots_of_trial(sweep: Sweep) -> int:
@@ -48,7 +48,9 @@ def check(sweep: Sweep, cluster: ClusterTable, sizes: Sequence[int], per_node: i
         LaunchError: naming what it can.
     """
     if cluster.kind == "hosts":
-        raise LaunchError('a sweep runs where Ray does: this queue has cluster.kind = "hosts", and can run runs alone')
+        raise LaunchError(
+            'cluster.kind = "hosts" has no Ray, which a sweep needs: use a queue of kind "local" or "ray"'
+        )
     if per_node is not None:
         raise LaunchError("a sweep has no --nodes: --ranks says how many slots its trials share")
     if sizes[0] < (least := slots_of_trial(sweep)):
@@ -72,6 +74,6 @@ def command(words: Sequence[str], cluster: ClusterTable, folder: Path, config: s
     write_state(folder / _BASE, kept["base"])
     write_state(folder / _SWEEP, kept["sweep"])
     slots = sum(count for _, count in placement)
-    parallel = slots // slots_of_trial(load_sweep(folder / _SWEEP))
+    parallel = slots // int(kept["slots_of_trial"])
     where = ["--ray", cluster.ray, "--ray-nodes", named(placement)] if cluster.kind == "ray" else []
     return [*words, "sweep", "run", str(folder / _SWEEP), f"budget.parallel={parallel}", *where]

@@ -23,6 +23,7 @@ from launch.sweep.journal import read_events
 from launch.testing.commands import losses, setformer, train_words
 from launch.testing.ray_nodes import RayNodes
 from setformer_dist.core import ledger
+from tests.integration.test_queue import SWEEP
 
 REASON = why_impossible()
 pytestmark = [
@@ -38,21 +39,6 @@ ray = "{address}"
 save_seconds = 5.0
 grow_after_minutes = 0.01
 kill_after_seconds = 60.0
-"""
-SWEEP = """
-[sweep]
-name = "s"
-out = "{out}"
-base = "demo"
-[set]
-data = {{ root = "{data}" }}
-schedule = {{ epochs = 1, warmup_epochs = 0.2 }}
-[space]
-"optim.lr" = {{ loguniform = [1e-4, 1e-2] }}
-[budget]
-trials = 2
-[search]
-name = "random"
 """
 STEPS = ("~schedule.epochs", "schedule.warmup_epochs=0", "run.log_every=1", "checkpoint.every_steps=5", "run.threads=1")
 
@@ -159,7 +145,7 @@ def test_six_jobs_and_everything_that_can_be_killed(queue: Queue, digits: Path, 
     (page := tmp_path / "page.toml").write_text(SWEEP.format(out=tmp_path, data=digits))
     trials = submit(queue.store, queue.config, Request(page, (), "2", priority=1, sweep=True))
     queue.until("the sweep is done", lambda: queue.state(trials) == "done", 300)
-    assert sorted(event["trial"] for event in read_events(tmp_path / "s") if event["event"] == "ended") == [0, 1]
+    assert sorted(event["trial"] for event in read_events(tmp_path / "s") if event["event"] == "ended") == [0, 1, 2]
 
     # A node is killed: its jobs go on elsewhere.
     queue.until("the elastic job has grown", lambda: queue.tries(wide)[-1][0] == 4 and queue.step("wide") > 20)

@@ -82,7 +82,7 @@ def test_a_queue_that_is_no_folder_is_one_sentence(queue: Path) -> None:
     ],
 )
 def test_sweeps_that_no_queue_can_run(queue: Path, words: str, said: str) -> None:
-    with pytest.raises(SetformerError, match="a sweep runs where Ray does"):
+    with pytest.raises(SetformerError, match="has no Ray, which a sweep needs"):
         run("queue submit digits --sweep")
     (queue / "queue.toml").write_text("[cluster]\nslots = 8\n")
     with pytest.raises(SetformerError, match=re.escape(said)):
