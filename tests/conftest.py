@@ -55,6 +55,13 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def no_terminal() -> None:
+    """Print as into a pipe, whatever terminal started the tests: its width folds texts and its colors split them."""
+    for name in ("COLUMNS", "LINES", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def own_cores() -> None:
     """Leave the other cores to the tests that run next to these, here and in all that this process starts.
 
