@@ -1,14 +1,15 @@
-"""What pretraining without labels is worth with few labels: masked autoencoding on CIFAR-10, with seeds.
+"""What pretraining without labels is worth with few labels, on CIFAR-10: MAE of a SeTformer, SimMIM of softmax.
 
     python -m benchmarks.pretraining --data FOLDER [--out benchmarks/out/pretraining] [--seeds 0 1 2] [--labels 0.1]
-                                     [--epochs 200] [--tuning-epochs 100]
+                                     [--epochs 200] [--tuning-epochs 100] [--set KEY=VALUE ...]
 
-FOLDER holds cifar10_train.tar.gz and cifar10_test.tar.gz. For each seed, a SeTformer is pretrained on all training
-images without their labels, and then fine-tuned with a share of the labels (the same images of each class for both
-variants); beside it the same model is trained from scratch by the same recipe. Each is an ordinary run of the command
+FOLDER holds cifar10_train.tar.gz and cifar10_test.tar.gz. For each method and seed, a model is pretrained on all
+training images without their labels, and then fine-tuned with a share of the labels (the same images of each class for
+all); beside it the same model is trained from scratch by the same recipe. Both backbones have the same blocks, widths
+and schedules; they differ in the attention, and by that a little in parameters. Each is an ordinary run of the command
 line. A second start trains only what is missing, and resumes a run that was interrupted. Writes
 
-    OUT/pretraining.json   one entry per seed: top-1 of both, and of a linear probe and nearest neighbours
+    OUT/pretraining.json   an entry per method and seed: top-1 of both, and of a linear probe and nearest neighbours
     OUT/pretraining.md     the table, means and standard deviations over the seeds
 """
 
@@ -25,6 +26,14 @@ from benchmarks.machine import describe
 from launch.run.features import probe
 from launch.run.trained import load_trained, open_named_split
 
+# Method: what its pretraining is besides configs/runs/cifar10_mae.toml, and what its model is.
+METHODS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "SeTformer, MAE": ((), ()),
+    "softmax, SimMIM": (
+        ("task.name=simmim", "~task.args.decoder_dim", "~task.args.decoder_depth"),
+        ("model.args.attention=softmax",),
+    ),
+}
 COLUMNS = ("from scratch", "fine-tuned", "linear probe", "nearest neighbours")
 
 
@@ -59,14 +68,16 @@ def train(config: str, name: str, seed: int, data: Path, epochs: int, args: argp
     return folder
 
 
-def entry_of(seed: int, whole: Path, few: Path, args: argparse.Namespace) -> dict[str, float]:
-    """Return the top-1 accuracies of a seed, in percent."""
-    pretrained = train("configs/runs/cifar10_mae.toml", "pretrained", seed, whole, args.epochs, args)
+def entry_of(method: str, seed: int, whole: Path, few: Path, args: argparse.Namespace) -> dict[str, float]:
+    """Return the top-1 accuracies of a method and a seed, in percent."""
+    task, model = METHODS[method]
+    model = (*model, *args.set)
+    prefix = method.replace(", ", "-")
+    pretrained = train("configs/runs/cifar10_mae.toml", prefix, seed, whole, args.epochs, args, *task, *model)
     scores = {}
     for name, weights in (("from scratch", ()), ("fine-tuned", (f"model.weights={pretrained}",))):
-        folder = train(
-            "configs/runs/cifar10.toml", name.replace(" ", "-"), seed, few, args.tuning_epochs, args, *weights
-        )
+        run = f"{prefix}-{name.replace(' ', '-')}"
+        folder = train("configs/runs/cifar10.toml", run, seed, few, args.tuning_epochs, args, *model, *weights)
         found = json.loads((folder / "summary.json").read_text())["evaluation"]
         scores[name] = 100 * max(found["top1"], found["ema_top1"])
     trained = load_trained(pretrained)
@@ -75,14 +86,16 @@ def entry_of(seed: int, whole: Path, few: Path, args: argparse.Namespace) -> dic
     return {**scores, "linear probe": 100 * probed.linear, "nearest neighbours": 100 * probed.neighbours}
 
 
-def report(found: dict[str, dict[str, float]], setting: str) -> str:
+def report(found: dict[str, dict[str, dict[str, float]]], setting: str) -> str:
     """Return the table."""
-    lines = [setting, "", f"| seed | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
-    lines += [f"| {seed} | {' | '.join(f'{row[c]:.2f}' for c in COLUMNS)} |" for seed, row in found.items()]
-    if len(found) > 1:
-        columns = [[row[c] for row in found.values()] for c in COLUMNS]
-        means = (f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" for values in columns)
-        lines.append(f"| mean | {' | '.join(means)} |")
+    lines = [setting, "", f"| method | seed | {' | '.join(COLUMNS)} |", f"|---|---|{'---|' * len(COLUMNS)}"]
+    for method, seeds in found.items():
+        for seed, row in seeds.items():
+            lines.append(f"| {method} | {seed} | {' | '.join(f'{row[c]:.2f}' for c in COLUMNS)} |")
+        if len(seeds) > 1:
+            columns = [[row[c] for row in seeds.values()] for c in COLUMNS]
+            means = (f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" for values in columns)
+            lines.append(f"| {method} | mean | {' | '.join(means)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -98,19 +111,25 @@ def main() -> None:
     parser.add_argument("--tuning-epochs", type=int, default=100, help="of training with labels")
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="of all runs, such as a smaller model"
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     pack(args.data, args.packed)
     few = few_labels(args.data, args.out, args.labels)
     setting = (
         f"CIFAR-10, top-1 in percent of the test images, {args.labels:.0%} of the labels, {args.epochs} epochs of "
-        f"pretraining, {args.tuning_epochs} with labels; {describe()}"
+        f"pretraining, {args.tuning_epochs} with labels{''.join(f', {word}' for word in args.set)}; {describe()}"
     )
-    found: dict[str, dict[str, float]] = {}
+    out = args.out / "pretraining.json"
+    found = json.loads(out.read_text()) if out.exists() else {}
     for seed in args.seeds:
-        found[str(seed)] = entry_of(seed, args.packed, few, args)
-        (args.out / "pretraining.json").write_text(json.dumps(found, indent=1) + "\n")
-        (args.out / "pretraining.md").write_text(report(found, setting))
+        for method in args.methods:
+            found.setdefault(method, {})[str(seed)] = entry_of(method, seed, args.packed, few, args)
+            out.write_text(json.dumps(found, indent=1) + "\n")
+            (args.out / "pretraining.md").write_text(report(found, setting))
     print(report(found, setting))
 
 

@@ -212,7 +212,7 @@ class DataConfig(FrozenConfig):
             shards), and report how many; otherwise they are an error.
         allow_empty_classes: ignore class folders without a readable image; otherwise they are an error.
         labels: whether samples must have labels; with false, folders need no class folders and external shards no
-            labels, for a task that learns without them ("mae").
+            labels, for a task that learns without them ("mae", "simmim").
         channels_last: pass images to the model in the channels-last memory format, which makes convolutions faster on
             many devices; results differ by rounding.
         bad_validation: "raise" stops the run at a damaged validation sample; "zero_weight" gives it weight 0.

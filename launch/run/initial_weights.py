@@ -28,7 +28,7 @@ from setformer_dist.core.metric import Mode, better_weights, mode_by_name
 from setformer_dist.core.model_config import ModelConfig
 from setformer_dist.core.words import counted
 from setformer_dist.models.masked import ENCODER
-from setformer_dist.tasks.mae import Masked
+from setformer_dist.tasks.mae import TASKS_OF_HIDDEN
 
 # What the names of a classifier begin with in the models that can be pretrained as encoders.
 _HEAD = "head."
@@ -260,7 +260,7 @@ def _of_checkpoint(checkpoint: Checkpoint) -> _Source:
     trained = config.get("model") if isinstance(config, dict) else None
     choices = revisions.choices_of(trained) if isinstance(trained, dict) else {}
     task = _table(config, "task").get("name") if isinstance(config, dict) else None
-    encoder = ENCODER if task == Masked.name else ""
+    encoder = ENCODER if task in TASKS_OF_HIDDEN else ""
     name = f"{kind} of {checkpoint.path}"
     return _Source(name, facts, checkpoint.parameters(), fill, choices=choices, encoder=encoder)
 

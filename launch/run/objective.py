@@ -1,4 +1,4 @@
-"""The model of a run as its task needs it: for most tasks a classifier; for "mae" an encoder within an autoencoder."""
+"""The model of a run as its task needs it: a classifier, or an encoder within what fills in hidden parts of images."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from launch.run.config import RunConfig
 from launch.run.inputs import ImageInputs, TokenInputs, inputs_of, shapes_of_images
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.task import Hiding, Prepare, Task
-from setformer_dist.models.masked import MaskedAutoencoder
+from setformer_dist.models.masked import MaskedAutoencoder, MaskedModel
 from setformer_dist.models.recompute import set_recompute
+from setformer_dist.models.simmim import SimmimModel
 from setformer_dist.tasks.build import build_task
-from setformer_dist.tasks.mae import Masked
+from setformer_dist.tasks.mae import TASKS_OF_HIDDEN, Hidden, Masked
 
 
 def build_for(config: RunConfig, task: Task, input_spec: dict[str, object]) -> nn.Module:
@@ -30,20 +31,26 @@ def build_for(config: RunConfig, task: Task, input_spec: dict[str, object]) -> n
     inputs: ImageInputs | TokenInputs = inputs_of(config.data)
     check_objective(config, task)
     model = inputs.build_model(config.model, len(task.outputs), input_spec, config.run.seed)
-    if not isinstance(task, Masked):
+    if not isinstance(task, Hidden):
         return model
-    t = task.config
-    whole = MaskedAutoencoder(model, t.unit, t.ratio, t.decoder_dim, t.decoder_depth)
     assert isinstance(config.data, DataConfig)  # checked above
+    whole = _around(model, task, config.model.name, config.data.bands)
     task.check_images(shapes_of_images(config.data), whole.stride)
     set_recompute(whole, config.model.policy, config.model.name)
     return whole
 
 
+def _around(encoder: nn.Module, task: Hidden, name: str, bands: int) -> MaskedModel:
+    if isinstance(task, Masked):
+        t = task.config
+        return MaskedAutoencoder(encoder, t.unit, t.ratio, t.decoder_dim, t.decoder_depth)
+    return SimmimModel(encoder, task.config.unit, task.config.ratio, name, bands)
+
+
 def build_assumed(config: RunConfig, classes: int) -> nn.Module:
     """Return the model for images of so many classes, where the data are not there; raises as `build_for`."""
     names = tuple(map(str, range(classes)))
-    if config.task.name == Masked.name:
+    if config.task.name in TASKS_OF_HIDDEN:
         return build_for(config, build_task(config.task, names), {})
     return inputs_of(config.data).build_model(config.model, classes, {}, config.run.seed)
 
@@ -57,7 +64,7 @@ def check_objective(config: RunConfig, task: Task) -> None:
     if isinstance(config.data, DataConfig) and not config.data.labels and getattr(task, "needs_labels", True):
         raise ConfigError(
             f"task {task.name} learns from labels, and data.labels = false says that there are none: remove the key, "
-            'or choose a task without (task.name = "mae")'
+            'or choose a task without (task.name = "mae" or "simmim")'
         )
     if not isinstance(task, Hiding):
         return
@@ -75,14 +82,14 @@ def check_objective(config: RunConfig, task: Task) -> None:
         raise ConfigError(f"distill.teacher: task {task.name} has no classes to learn from a teacher: remove distill")
     if config.parallel.sequence > 1:
         raise ConfigError(
-            f"parallel.sequence = {config.parallel.sequence}: task {task.name} computes with the visible tokens of "
-            "whole images, which have no form on several ranks yet: set parallel.sequence = 1"
+            f"parallel.sequence = {config.parallel.sequence}: task {task.name} has no form for images that "
+            "ranks share by rows yet: set parallel.sequence = 1"
         )
 
 
 def encoder_of(model: nn.Module) -> nn.Module:
     """Return the model that is kept: of an autoencoder its encoder, else the model itself."""
-    return model.encoder if isinstance(model, MaskedAutoencoder) else model
+    return model.encoder if isinstance(model, MaskedModel) else model
 
 
 def prepare_for(

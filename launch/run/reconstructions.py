@@ -1,4 +1,4 @@
-"""Pictures of what a masked autoencoder makes of images: the image, what it saw, and its reconstruction."""
+"""Pictures of images with hidden parts: the image, what the model saw, and its reconstruction."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from launch.run.inputs import Split, images_of
 from launch.run.trained import Trained
 from setformer_dist.core.batch import MicroBatch
 from setformer_dist.core.errors import DataError
-from setformer_dist.models.masked import MaskedAutoencoder
+from setformer_dist.models.masked import MaskedModel
 from setformer_dist.report.html import ReconstructedImage
-from setformer_dist.tasks.mae import Masked, hidden_pixels, moments
+from setformer_dist.tasks.mae import Hidden, hidden_pixels, moments
 
 _GREY = 128
 
@@ -28,7 +28,7 @@ def reconstructed_samples(trained: Trained, split: Split, count: int = 8) -> lis
         count: most images that are returned.
     """
     model, task, data = trained.model, trained.task, trained.config.data
-    if not (isinstance(model, MaskedAutoencoder) and isinstance(task, Masked) and isinstance(data, DataConfig)):
+    if not (isinstance(model, MaskedModel) and isinstance(task, Hidden) and isinstance(data, DataConfig)):
         return []
     source, pixels, ids = images_of(split), [], []
     for sample in range(0, split.num_samples, max(1, split.num_samples // count)):
@@ -50,7 +50,7 @@ def reconstructed_samples(trained: Trained, split: Split, count: int = 8) -> lis
     return [ReconstructedImage(*three) for three in zip(*shown, strict=True)]
 
 
-def _laid_back(given: torch.Tensor, outputs: torch.Tensor, model: MaskedAutoencoder) -> torch.Tensor:
+def _laid_back(given: torch.Tensor, outputs: torch.Tensor, model: MaskedModel) -> torch.Tensor:
     """Return the images with the model's pixels (m, K, U, U, B) in hidden units."""
     m, unit = len(given), model.unit
     hidden = model.visible_of(given).hidden()

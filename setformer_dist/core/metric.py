@@ -51,6 +51,7 @@ METRICS_OF: Mapping[str, tuple[Metric, ...]] = {
     "classification": (Metric("top1", "top-1", "top-1 accuracy"), Metric("top5", "top-5", "top-5 accuracy"), LOSS),
     "multilabel": (Metric("f1", "F1", "F1 over all labels"), Metric("exact", "exact match"), LOSS),
     "mae": (LOSS,),
+    "simmim": (LOSS,),
 }
 
 

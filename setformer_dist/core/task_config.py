@@ -14,13 +14,14 @@ class TaskConfig(FrozenConfig):
 
     Attributes:
         name: "classification" (one class per sample), "multilabel" (a class name joins the labels of a sample, such as
-            "cat+dog"), "mae" (masked autoencoding, without labels; docs/pretraining.md), or a task that a module of
-            run.imports registers.
+            "cat+dog"), "mae" and "simmim" (masked image modelling, without labels; docs/pretraining.md), or a task
+            that a module of run.imports registers.
         args: arguments of the task. "classification" and "multilabel" take loss ("cross_entropy",
             "binary_cross_entropy" or "focal"), class_weights (a factor per class name), and for "focal" gamma and
             alpha. "multilabel" also takes separator (default "+") and none (the class name for samples without labels,
-            default "none"). "mae" takes unit (side of what is hidden, in pixels, default 32), ratio (share that is
-            hidden, default 0.6), normalise (default true), decoder_dim (default 256) and decoder_depth (default 2).
+            default "none"). "mae" and "simmim" take unit (side of what is hidden, in pixels, default
+            32), ratio (share that is hidden, default 0.6) and normalise (default true), and "mae" decoder_dim (default
+            256) and decoder_depth (default 2).
     """
 
     name: str = "classification"

@@ -11,6 +11,7 @@ recompute.py    what a block keeps for its backward pass, and what it computes a
 reference_sets.py  the reference sets of a model: which there are, what its layers see of them, and freezing them
 sequence.py    an encoder of token sequences, with any attention
 setformer.py   a hierarchical vision transformer whose attention is optimal transport to a small reference set
+simmim.py      masked image modelling around any model: hidden units replaced, and one layer that predicts them
 visible.py     the tokens of some units of each image, gathered, and laid back into the grid
 soft.py        SOFT and SOFT++: vision transformers with a Gaussian kernel through 49 landmarks in place of softmax
 """

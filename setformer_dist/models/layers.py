@@ -6,7 +6,8 @@ Letters: B = images, H, W = token rows and columns, C = channels.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -130,6 +131,22 @@ class Untraceable:
     def __prepare_scriptable__(self) -> object:
         """Raise ConfigError; torch.jit.script asks every module for this first."""
         raise ConfigError(f"torch.jit.script cannot compile this model: {USE_EXPORT}")
+
+
+@contextmanager
+def called_as(module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Let a call of a module compute something else than its `forward` for a while, with all its hooks.
+
+    ZeRO-3 gathers a module's weights by these, so another method of it, called directly, would find none.
+    """
+    before = module.__dict__.get("forward")
+    module.forward = function
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 def scale_branch(y: torch.Tensor, keep_2b: torch.Tensor | None, index: int) -> torch.Tensor:

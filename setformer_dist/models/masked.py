@@ -56,16 +56,67 @@ class Fusion(nn.Module):
         return self.norm(total)  # type: ignore[no-any-return]
 
 
-class MaskedAutoencoder(Untraceable, nn.Module):
-    """An encoder with a decoder that learns to reconstruct the hidden units of its images.
+class MaskedModel(Untraceable, nn.Module):
+    """An encoder, and around it what learns to fill in hidden units of its images.
 
     Takes (B, in_chans + 1, height, width): an image, and a channel that is above 0.5 in hidden units. Every image
     hides `visible_units` fewer than it has units. Without that channel the last units are hidden, which serves to
-    count costs.
+    count costs. Returns (B, K, U, U, in_chans), the pixels of the hidden units in row-major order.
 
     Attributes:
         encoder: the model that is kept.
+        unit: U.
+        ratio: share of the units that is hidden.
+        stride: image pixels per token of the encoder's last stage, p.
+        channels: of an image.
     """
+
+    encoder: nn.Module
+
+    def __init__(self, encoder: nn.Module, unit: int, ratio: float, stride: int, channels: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.unit, self.ratio, self.stride, self.channels = unit, ratio, stride, channels
+        self.feature_info = encoder.feature_info
+        self.num_features, self.num_classes = encoder.num_features, 0
+
+    def set_sample_keys(self, keys: torch.Tensor | None) -> None:
+        """Make the encoder's drop path a function of these keys, where it takes them."""
+        own = getattr(self.encoder, "set_sample_keys", None)
+        if own is not None:
+            own(keys)
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the parameters that must not decay: all but the weights of linear layers and convolutions."""
+        own = getattr(self.encoder, "no_weight_decay", None)
+        names = {f"{ENCODER}{name}" for name in own()} if own is not None else set()
+        weights = {f"{n}.weight" for n, module in self.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+        others = {name for name, _ in self.named_parameters() if not name.startswith(ENCODER)}
+        return names | (others - weights)
+
+    def visible_of(self, inputs: torch.Tensor) -> VisibleUnits:
+        """Return the visible units of (B, in_chans + 1, height, width), or of images the first ones."""
+        b, channels, height, width = inputs.shape
+        rows, columns = height // self.unit, width // self.unit
+        count = visible_units(rows * columns, self.ratio)
+        if channels == self.channels:
+            index = torch.arange(count, device=inputs.device).expand(b, count)
+        else:
+            hidden = (inputs[:, -1, :: self.unit, :: self.unit] > 0.5).flatten(1).to(torch.int8)
+            index = hidden.argsort(dim=1, stable=True)[:, :count]
+        return VisibleUnits(index.contiguous(), rows, columns)
+
+    def pixels_of(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, K s, s, p p in_chans), pixels of the tokens of hidden units -> (B, K, U, U, in_chans)."""
+        side, patch = self.unit // self.stride, self.stride
+        x = tokens.view(tokens.shape[0], -1, side, side, patch, patch, self.channels).transpose(3, 4)
+        return x.reshape(x.shape[0], -1, self.unit, self.unit, self.channels)
+
+
+class MaskedAutoencoder(MaskedModel):
+    """An encoder with a decoder that learns to reconstruct the hidden units of its images."""
+
+    encoder: SeTformer
 
     def __init__(self, encoder: nn.Module, unit: int, ratio: float, dim: int, depth: int) -> None:
         """Build around an encoder without a classifier; the decoder has `depth` blocks of `dim` channels.
@@ -73,21 +124,17 @@ class MaskedAutoencoder(Untraceable, nn.Module):
         Raises:
             ConfigError: parts of an image cannot be left out of this model, or the decoder is impossible.
         """
-        super().__init__()
         if not isinstance(encoder, SeTformer):
             raise ConfigError(
                 f"{type(encoder).__name__} has no encoder in stages that takes some tokens of an image: task mae is "
-                "for setformer_* models with attention = 'set'"
+                "for setformer_* models with attention = 'set', and task simmim for others"
             )
         if (reason := encoder.why_not_masked()) is not None:
-            raise ConfigError(f"task mae: {reason}")
+            raise ConfigError(f"task mae: {reason}, or task simmim, which leaves no token out")
         if dim % _HEAD_CHANNELS:
             near = f"{max(1, dim // _HEAD_CHANNELS) * _HEAD_CHANNELS}"
             raise ConfigError(f"task.args.decoder_dim = {dim} must be a multiple of {_HEAD_CHANNELS}, such as {near}")
-        self.encoder = encoder
-        self.unit, self.ratio = unit, ratio
-        self.stride = encoder.config.reductions[-1]
-        channels = encoder.in_chans
+        super().__init__(encoder, unit, ratio, encoder.config.reductions[-1], encoder.in_chans)
         self.fusion = Fusion(encoder.widths, dim)
         self.mask_token = nn.Parameter(torch.empty(dim))
         decoder = SetformerConfig(
@@ -99,12 +146,10 @@ class MaskedAutoencoder(Untraceable, nn.Module):
         )
         self.decoder = nn.ModuleList(Block(0, decoder) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
-        self.pixels = nn.Linear(dim, self.stride**2 * channels)
+        self.pixels = nn.Linear(dim, self.stride**2 * self.channels)
         for module in (self.fusion, self.decoder, self.pixels):
             module.apply(init_linear)
         nn.init.normal_(self.mask_token, std=0.02)
-        self.feature_info = encoder.feature_info
-        self.num_features, self.num_classes = encoder.num_features, 0
 
     @property
     def stages(self) -> nn.ModuleList:
@@ -121,17 +166,6 @@ class MaskedAutoencoder(Untraceable, nn.Module):
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.set_recompute("block" if enable else "none")
 
-    def set_sample_keys(self, keys: torch.Tensor | None) -> None:
-        """Make the encoder's drop path a function of these keys."""
-        self.encoder.set_sample_keys(keys)
-
-    def no_weight_decay(self) -> set[str]:
-        """Return the parameters that must not decay: all but the weights of linear layers and convolutions."""
-        names = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
-        weights = {f"{n}.weight" for n, module in self.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
-        others = {name for name, _ in self.named_parameters() if not name.startswith("encoder.")}
-        return names | (others - weights)
-
     def group_matcher(self, coarse: bool = False) -> dict[str, object]:
         """Return timm's patterns that order the parameters by depth, for layer decay; the decoder is the deepest."""
         return {
@@ -142,22 +176,10 @@ class MaskedAutoencoder(Untraceable, nn.Module):
             ],
         }
 
-    def visible_of(self, inputs: torch.Tensor) -> VisibleUnits:
-        """Return the visible units of (B, in_chans + 1, height, width), or of images the first ones."""
-        b, channels, height, width = inputs.shape
-        rows, columns = height // self.unit, width // self.unit
-        count = visible_units(rows * columns, self.ratio)
-        if channels == self.encoder.in_chans:
-            index = torch.arange(count, device=inputs.device).expand(b, count)
-        else:
-            hidden = (inputs[:, -1, :: self.unit, :: self.unit] > 0.5).flatten(1).to(torch.int8)
-            index = hidden.argsort(dim=1, stable=True)[:, :count]
-        return VisibleUnits(index.contiguous(), rows, columns)
-
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """(B, in_chans + 1, height, width) -> (B, K, U, U, in_chans): pixels of the hidden units, row-major."""
         visible = self.visible_of(inputs)
-        images = inputs[:, : self.encoder.in_chans]
+        images = inputs[:, : self.channels]
         *stages, last = self.encoder.forward_visible(images, visible)
         return self.decoded([*stages, self.encoder.norm(last)], visible)
 
@@ -165,16 +187,11 @@ class MaskedAutoencoder(Untraceable, nn.Module):
         """Return the pixels of the hidden units, (B, K, U, U, in_chans), from the encoder's stages."""
         x = visible.scatter(self.fusion(stages))
         _, height, width, dim = x.shape
-        side = height // visible.rows
-        x = torch.where(visible.seen(side).unsqueeze(-1), x, self.mask_token.to(x.dtype))
+        x = torch.where(visible.seen(height // visible.rows).unsqueeze(-1), x, self.mask_token.to(x.dtype))
         x = x + sine_places(height, width, dim, x.device).to(x.dtype)
         whole = self.decoder[0].recompute == "block"
         x = run_blocks(self.decoder, x, None, recompute=bool(whole))
-        x = self.pixels(self.norm(visible.hidden().gather(x)))
-        b, patch = x.shape[0], self.stride
-        x = x.view(b, -1, side, side, patch, patch, self.encoder.in_chans).transpose(3, 4)
-        pixels: torch.Tensor = x.reshape(b, -1, self.unit, self.unit, self.encoder.in_chans)
-        return pixels
+        return self.pixels_of(self.pixels(self.norm(visible.hidden().gather(x))))
 
 
 def sine_places(height: int, width: int, dim: int, device: torch.device) -> torch.Tensor:

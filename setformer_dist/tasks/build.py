@@ -16,13 +16,18 @@ from setformer_dist.core.registry import register
 from setformer_dist.core.task import Task
 from setformer_dist.core.task_config import TaskConfig
 from setformer_dist.tasks.classification import Classification
-from setformer_dist.tasks.mae import Masked
+from setformer_dist.tasks.mae import Masked, Simmim
 from setformer_dist.tasks.multilabel import MultiLabel
 
 # Makes a task of task.args and the names of the data's classes.
 TaskFactory = Callable[[Mapping[str, Any], tuple[str, ...]], Task]
 
-_TASKS: dict[str, TaskFactory] = {"classification": Classification, "multilabel": MultiLabel, "mae": Masked}
+_TASKS: dict[str, TaskFactory] = {
+    "classification": Classification,
+    "multilabel": MultiLabel,
+    "mae": Masked,
+    "simmim": Simmim,
+}
 
 
 def register_task(name: str, factory: TaskFactory) -> None:

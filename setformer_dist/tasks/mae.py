@@ -27,35 +27,45 @@ _EVALUATION = -1  # in the place of seed and epoch
 _FLAT = 1e-6  # added to a unit's variance, as in MAE
 
 
-class MaskedConfig(FrozenConfig):
-    """The table [task.args] of task "mae".
+class HidingConfig(FrozenConfig):
+    """The table [task.args] of task "simmim".
 
     Attributes:
         unit: side of the squares that are hidden or visible as a whole, in pixels; a multiple of the model's stride.
         ratio: share of the units that is hidden.
         normalise: compare with the pixels of each unit brought to mean 0 and variance 1.
-        decoder_dim: channels of the decoder, a multiple of 32.
-        decoder_depth: blocks of the decoder.
     """
 
     unit: int = pydantic.Field(default=32, ge=1)
     ratio: float = pydantic.Field(default=0.6, gt=0, lt=1)
     normalise: bool = True
+
+
+class MaskedConfig(HidingConfig):
+    """The table [task.args] of task "mae".
+
+    Attributes:
+        decoder_dim: channels of the decoder, a multiple of 32.
+        decoder_depth: blocks of the decoder.
+    """
+
     decoder_dim: int = pydantic.Field(default=256, ge=32)
     decoder_depth: int = pydantic.Field(default=2, ge=1)
 
 
-class Masked:
+class Hidden:
     """The loss is the mean square error of the hidden units' pixels."""
 
-    name = "mae"
+    name: str
     metrics: tuple[Metric, ...] = METRICS_OF["mae"]
     outputs: tuple[str, ...] = ()
     exclusive = False
     needs_labels = False
+    config_type: type[HidingConfig]
+    config: HidingConfig
 
     def __init__(self, args: Mapping[str, object], classes: tuple[str, ...]) -> None:
-        self.config = base.build(MaskedConfig, args, "task.args")
+        self.config = base.build(self.config_type, args, "task.args")
 
     def check_images(self, shapes: Sequence[tuple[int, int]], stride: int) -> None:
         """Check that units fit into images of these heights and widths; raises ConfigError.
@@ -94,19 +104,37 @@ class Masked:
     def confidences(self, outputs: torch.Tensor) -> torch.Tensor:
         """Refuse: there are no classes."""
         raise ConfigError(
-            "a model of task mae reconstructs hidden parts of images and has no classes: fine-tune it (model.weights), "
-            "or score its features with `setformer probe`"
+            f"a model of task {self.name} reconstructs hidden parts of images and has no classes: fine-tune it "
+            "(model.weights), or score its features with `setformer probe`"
         )
+
+
+class Masked(Hidden):
+    """Masked autoencoding: the encoder computes visible tokens alone (K. He et al. 2022)."""
+
+    name = "mae"
+    config_type = MaskedConfig
+    config: MaskedConfig
+
+
+class Simmim(Hidden):
+    """Masked image modelling by whole images, hidden units replaced by learned pixels (Z. Xie et al. 2022)."""
+
+    name = "simmim"
+    config_type = HidingConfig
+
+
+TASKS_OF_HIDDEN = (Masked.name, Simmim.name)
 
 
 class MaskedPrepare:
     """A `Prepare` that draws masks and makes targets of hidden pixels.
 
-    Args: as of `Masked.prepared`, with the task's table.
+    Args: as of `Hidden.prepared`, with the task's table.
     """
 
     def __init__(
-        self, whole: Prepare, config: MaskedConfig, dtype: torch.dtype, seed: int, steps_per_epoch: int
+        self, whole: Prepare, config: HidingConfig, dtype: torch.dtype, seed: int, steps_per_epoch: int
     ) -> None:
         self._whole = whole
         self._config = config

@@ -76,7 +76,7 @@ def run_of(*words: str) -> RunConfig:
         (["model.args.attention=softmax"], r"task mae: attention = 'softmax' has no form"),
         (["data.augment.mixup=0.2"], r"data\.augment\.mixup blends two images"),
         (["distill.teacher=runs/x"], r"task mae has no classes to learn from a teacher"),
-        (["parallel.sequence=2"], r"parallel\.sequence = 2: task mae computes with the visible tokens"),
+        (["parallel.sequence=2"], r"parallel\.sequence = 2: task mae has no form"),
         (["~model.args", "model.name=soft_tiny"], r"running statistics|SOFT has no encoder"),
         (["~model.args", "model.name=resnet18"], r"resnet18 keeps running statistics"),
     ],

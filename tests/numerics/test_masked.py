@@ -15,6 +15,7 @@ from setformer_dist.core.masking import check_unit, hidden_units, visible_units
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.models.layers import conv_tokens
 from setformer_dist.models.masked import MaskedAutoencoder
+from setformer_dist.models.simmim import SimmimModel
 from setformer_dist.tasks.mae import Masked
 
 UNIT, RATIO = 8, 0.6
@@ -203,3 +204,49 @@ def test_a_ratio_outside_of_0_to_1_is_refused(ratio):
 def test_models_without_an_exact_mask_are_refused(name, args, words):
     with pytest.raises(ConfigError, match=words):
         MaskedAutoencoder(timm.create_model(name, num_classes=0, **args), 16, RATIO, 32, 1)
+
+
+def simmim(name="setformer_nano", unit=UNIT, **args):
+    torch.manual_seed(0)
+    return SimmimModel(timm.create_model(name, num_classes=0, **args), unit, RATIO, name, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "unit", "side"),
+    [
+        ("setformer_nano", {"attention": "softmax"}, 8, 32),
+        ("setformer_nano", {"attention": "set"}, 8, 32),
+        ("vit_tiny_patch16_224", {"img_size": 64}, 16, 64),
+        ("swin_tiny_patch4_window7_224", {"img_size": 96, "window_size": 3}, 32, 96),
+        ("convnext_atto", {}, 32, 64),
+    ],
+)
+def test_simmim_hides_pixels_of_any_backbone_and_all_of_it_learns(name, args, unit, side):
+    model = simmim(name, unit, **args).eval()
+    units = side // unit
+    hidden = torch.from_numpy(hidden_units(np.arange(2, dtype=np.int64), units, units, RATIO))
+    pixels = hidden.repeat_interleave(unit, 1).repeat_interleave(unit, 2).unsqueeze(1)
+    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+    given = torch.cat([images, pixels.float()], 1)
+    found = model(given)
+    assert found.shape == (2, int(hidden[0].sum()), unit, unit, 3)
+    changed = given.clone()
+    changed[:, :3] = torch.where(pixels, torch.tensor(float("nan")), images)
+    assert torch.equal(model(changed), found)
+    found.square().mean().backward()
+    unused = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    assert unused <= {"encoder.head.norm.weight", "encoder.head.norm.bias"}  # ConvNeXt norms what it has pooled
+    assert "forward" not in model.encoder.__dict__
+
+
+def test_simmim_predicts_each_hidden_unit_from_its_own_place():
+    model = simmim(attention="softmax").eval()
+    given, _ = inputs()
+    features = model.encoder.forward_intermediates(
+        torch.where(given[:, 3:] > 0, model.replacement.repeat(1, 4, 5), given[:, :3]),
+        indices=1, norm=True, output_fmt="NHWC", intermediates_only=True,
+    )[0]  # fmt: skip
+    whole = model.pixels(features).view(3, 4, 5, 8, 8, 3)
+    for image in range(3):
+        rows, columns = given[image, 3, ::UNIT, ::UNIT].nonzero(as_tuple=True)
+        torch.testing.assert_close(model(given)[image], whole[image, rows, columns])
