@@ -16,6 +16,7 @@ objective.py         the model of a run as its task needs it, alone or within an
 outcome.py           what rank 0 leaves behind when training ends: summary.json and report.html in the run's folder
 own_code.py          a user's own modules: run.imports, --import
 own_model.py         models that a program gives as objects
+periodic_probe.py    a probe of the features while a run trains
 probe.py             what `setformer doctor --hosts` has every host run: an all-reduce, and a look at the data
 reconstructions.py   pictures of what a masked autoencoder reconstructs
 refit_by_ray.py      rank 0's end of reference sets that a service on a Ray cluster computes

@@ -22,6 +22,7 @@ from launch.run.identity import identity_of, shapes_of
 from launch.run.initial_weights import FirstWeights
 from launch.run.inputs import Split, check_splits, evaluation_micro, inputs_of
 from launch.run.objective import prepare_for
+from launch.run.periodic_probe import probe_of
 from launch.run.refit_by_ray import ByRay
 from launch.run.sequence import split_model, with_rows
 from launch.run.store import RunStore
@@ -147,6 +148,7 @@ def compose(
         watch=watch,
         first_weights=first_weights,
         refresh=refresh_of(run, layers, engine, master, ema, comm, heartbeat, schedule_steps),
+        probe=probe_of(run, splits.train, splits.val, engine, comm, stream.steps_per_epoch),
     )
     return Trainer(
         components, c.eval, best, schedule_steps, c.run.log_every, c.run.seed, c.run.record_samples, copies_s

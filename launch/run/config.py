@@ -29,7 +29,7 @@ from setformer_dist.core.continuing import FREE, Permitted, differences, must_st
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.files import read_state
 from setformer_dist.core.logging_config import LoggingConfig
-from setformer_dist.core.metric import METRICS_OF, check_best, metric_named
+from setformer_dist.core.metric import AVERAGED, METRICS_OF, PROBE_METRICS, Metric, check_best, metric_named
 from setformer_dist.core.model_config import ModelConfig
 from setformer_dist.core.secrets import redacted_json
 from setformer_dist.core.task_config import TaskConfig
@@ -249,6 +249,7 @@ class RunConfig(FrozenConfig):
         metrics = METRICS_OF.get(name, ()) if isinstance(name, str) else ()
         if not metrics:
             return table
+        metrics = (*metrics, *PROBE_METRICS)
         chosen = checkpoint.get("best_metric", metrics[0].name)
         metric = metric_named(metrics, chosen) if isinstance(chosen, str) else None
         mode = {"best_mode": metric.mode} if metric else {}
@@ -256,12 +257,12 @@ class RunConfig(FrozenConfig):
 
     @pydantic.model_validator(mode="after")
     def _possible(self) -> RunConfig:
-        metrics = METRICS_OF.get(self.task.name, ())
-        check_best(metrics, self.checkpoint.best_metric, self.checkpoint.best_mode, self.task.name)
+        check_best(self.metrics, self.checkpoint.best_metric, self.checkpoint.best_mode, self.task.name)
         if self.ema.decay == 0 and self.checkpoint.best_metric.startswith("ema_"):
             raise ValueError(
                 f"checkpoint.best_metric = {self.checkpoint.best_metric!r} needs averaged weights: set ema.decay"
             )
+        self._check_probe()
         if (parts := self.parallel.sequence) > 1:
             if not isinstance(self.data, DataConfig):
                 raise ValueError(
@@ -273,6 +274,34 @@ class RunConfig(FrozenConfig):
                     "rows: set one of them back"
                 )
         return self
+
+    def _check_probe(self) -> None:
+        if not self.eval.probe.every_epochs:
+            return
+        if not isinstance(self.data, DataConfig):
+            raise ValueError("eval.probe scores features of images, and [data] has token sequences: remove eval.probe")
+        if self.parallel.sequence > 1:
+            raise ValueError(
+                f"eval.probe takes whole images, and parallel.sequence = {self.parallel.sequence} cuts them by rows: "
+                "set one of them back"
+            )
+        if not self.data.labels and self.eval.probe.data is None:
+            raise ValueError(
+                "eval.probe learns from labels, and data.labels = false says that there are none: name labelled data "
+                "in eval.probe.data"
+            )
+        best = self.checkpoint.best_metric
+        if self.ema.decay and best in [metric.name for metric in PROBE_METRICS]:
+            raise ValueError(
+                f"checkpoint.best_metric = {best!r}: with ema.decay the averaged weights are probed: use "
+                f"{AVERAGED + best!r}"
+            )
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """What evaluations of the run report; none where the task is not ours."""
+        metrics = METRICS_OF.get(self.task.name, ())
+        return (*metrics, *PROBE_METRICS) if metrics and self.eval.probe.every_epochs else metrics
 
     @property
     def folder(self) -> Path:

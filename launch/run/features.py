@@ -1,19 +1,25 @@
-"""`setformer probe`: what the frozen features of a trained model know of the classes of a data set."""
+"""What frozen features know of the classes of a data set: `setformer probe`, and what probes in training share."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
-from launch.run.inputs import Split, check_splits, inputs_of
+from dataloaders.config import DataConfig
+from dataloaders.sources.subset import SubsetSource
+from launch.run.inputs import Split, check_splits, images_of, inputs_of
 from launch.run.objective import encoder_of
 from launch.run.trained import Trained
+from setformer_dist.core.batch import EvalStream
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.core.seeding import Purpose, sample_keys
+from setformer_dist.core.task import Prepare
 from setformer_dist.engine.probe import linear_top1, neighbours_top1
 
 
@@ -36,6 +42,15 @@ class Probed:
     classes: int
 
 
+@dataclass(frozen=True)
+class Features:
+    """Features of samples: (n, c) fp32 and (n,) int64 labels and sample ids, on the CPU."""
+
+    values: torch.Tensor
+    labels: torch.Tensor
+    ids: torch.Tensor
+
+
 def probe(
     trained: Trained, train: Split, val: Split, batch: int, neighbours: int = 20, share: float = 1.0, seed: int = 0
 ) -> Probed:
@@ -56,59 +71,97 @@ def probe(
     """
     if not 0 < share <= 1:
         raise ConfigError(f"--labels {share} must be above 0, and at most 1 for all labels")
-    check_splits(train, val)
-    if len(train.classes) < 2:
-        raise DataError("a probe tells classes apart, and the data have one: name labelled data with --data")
+    config = trained.config.data
     model = encoder_of(trained.model).eval()
-    x, labels, ids = features_of(trained, model, train, batch)
-    chosen = drawn(labels, ids, share, seed)
-    x, labels = x[chosen], labels[chosen]
-    y, wanted, _ = features_of(trained, model, val, batch)
+    check_probed(model, trained.config.model.name, train, val)
+    if isinstance(config, DataConfig):
+        config, train = with_labels(config, train, share, seed)
+    inputs, device = inputs_of(config), next(model.parameters()).device
+    prepare = inputs.prepare(len(train.classes), device, torch.float32)
+    found = []
+    with torch.no_grad():
+        for split in (train, val):
+            stream = inputs.eval_stream(split, RankInfo(), batch)
+            try:
+                features = features_of(functools.partial(pooled, model), stream, prepare)
+            finally:
+                stream.close()
+            assert features is not None
+            found.append(features)
+    x, y = found
     return Probed(
-        linear_top1(x, labels, y, wanted),
-        neighbours_top1(x, labels, y, wanted, neighbours),
-        len(x),
-        len(y),
+        linear_top1(x.values, x.labels, y.values, y.labels),
+        neighbours_top1(x.values, x.labels, y.values, y.labels, neighbours),
+        len(x.labels),
+        len(y.labels),
         len(train.classes),
     )
 
 
-@torch.no_grad()
-def features_of(
-    trained: Trained, model: nn.Module, split: Split, batch: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (features (n, c) fp32, labels (n,), sample ids (n,)) of a split as evaluation sees it, on the CPU.
+def check_probed(model: nn.Module, name: str, train: Split, val: Split) -> None:
+    """Check that a model of this name gives features, and that two splits have labels that can be told apart.
 
     Raises:
-        ConfigError: the model gives no features.
+        ConfigError: it gives none.
+        DataError: the splits differ, or there are fewer than two classes.
     """
+    check_splits(train, val)
+    if len(train.classes) < 2:
+        raise DataError(
+            "a probe tells classes apart, and the data have one: name labelled data (--data, eval.probe.data)"
+        )
     if not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):
         raise ConfigError(
-            f"model {trained.config.model.name} gives no features: it needs forward_features and forward_head, as "
-            "timm's models have them"
+            f"model {name} gives no features: it needs forward_features and forward_head, as timm's models have them"
         )
-    inputs, device = inputs_of(trained.config.data), next(model.parameters()).device
-    prepare = inputs.prepare(len(split.classes), device, torch.float32)
-    stream = inputs.eval_stream(split, RankInfo(), batch)
+
+
+def pooled(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Return the features that a classifier would see, (m, c)."""
+    features: torch.Tensor = model.forward_head(model.forward_features(images), pre_logits=True)  # type: ignore[operator]
+    return features.flatten(1)
+
+
+def features_of(
+    compute: Callable[[torch.Tensor], torch.Tensor],
+    stream: EvalStream,
+    prepare: Prepare,
+    given_up: Callable[[], bool] = lambda: False,
+) -> Features | None:
+    """Return the features of this rank's share of a split as evaluation sees it; None when given up.
+
+    Args:
+        compute: images -> (m, c).
+        stream: the samples.
+        prepare: makes images.
+        given_up: asked before each micro batch.
+    """
     found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-    try:
-        for part in stream.micro_batches():
-            images, _ = prepare(part, train=False)
-            features = model.forward_head(model.forward_features(images), pre_logits=True)  # type: ignore[operator]
-            counts = part.weights > 0
-            found.append((features.flatten(1).float().cpu()[counts], part.labels[counts], part.sample_ids[counts]))
-    finally:
-        stream.close()
-    features, labels, ids = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return features, labels, ids
+    for part in stream.micro_batches():
+        if given_up():
+            return None
+        images, _ = prepare(part, train=False)
+        counts = part.weights > 0
+        found.append((compute(images).float().cpu()[counts], part.labels[counts], part.sample_ids[counts]))
+    return Features(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
-def drawn(labels: torch.Tensor, ids: torch.Tensor, share: float, seed: int) -> torch.Tensor:
+def with_labels(config: DataConfig, split: Split, share: float, seed: int) -> tuple[DataConfig, Split]:
+    """Return a split of a share of the labels of each class, at least one of each, and the config that reads it."""
+    if share == 1:
+        return config, split
+    source = images_of(split)
+    ids = np.arange(source.num_samples)
+    chosen = drawn(source.labels(ids).numpy(), ids, share, seed)
+    return config.model_copy(update={"engine": "native"}), SubsetSource(source, chosen)
+
+
+def drawn(labels: np.ndarray, ids: np.ndarray, share: float, seed: int) -> np.ndarray:
     """Return which samples a share of the labels of each class is, at least one of each: rising indices."""
-    keys = sample_keys(Purpose.MASK, seed, 0, ids.numpy()).view(np.uint64)
+    keys = sample_keys(Purpose.MASK, seed, 0, ids).view(np.uint64)
     order = keys.argsort(kind="stable")
     kept = []
-    for label in sorted(set(labels.tolist())):
-        of_class = order[labels.numpy()[order] == label]
+    for label in np.unique(labels):
+        of_class = order[labels[order] == label]
         kept.append(of_class[: max(1, round(share * len(of_class)))])
-    return torch.from_numpy(np.sort(np.concatenate(kept)))
+    return np.sort(np.concatenate(kept))

@@ -30,7 +30,7 @@ from setformer_dist.core.config import FrozenConfig, nearest, suggested_key
 from setformer_dist.core.continuing import FREE, Difference, differences
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.files import read_state
-from setformer_dist.core.metric import AVERAGED, METRICS_OF, Mode, metric_named, mode_by_name
+from setformer_dist.core.metric import AVERAGED, Mode, metric_named, mode_by_name
 
 SWEEP = "sweep.json"
 TRIALS = "trials"
@@ -252,7 +252,7 @@ class Sweep:
         """Which values of it are better."""
         if self.config.sweep.mode is not None:
             return self.config.sweep.mode
-        known = metric_named(METRICS_OF.get(self.run.task.name, ()), self.metric)
+        known = metric_named(self.run.metrics, self.metric)
         return known.mode if known is not None else mode_by_name(self.metric)
 
     def better(self, a: float, b: float) -> bool:
@@ -358,7 +358,7 @@ def _check(sweep: Sweep, path: Path) -> None:
         if key in ("run.seed", *(f"run.{name}" for name in _OWN)):
             raise ConfigError(f'{path}: space."{key}" is set by the sweep itself: leave it out')
     _check_set(sweep.config, path)
-    metrics = METRICS_OF.get(sweep.run.task.name, ())
+    metrics = sweep.run.metrics
     metric = metric_named(metrics, sweep.metric)
     if metrics and metric is None:
         names = [m.name for m in metrics]

@@ -54,6 +54,12 @@ METRICS_OF: Mapping[str, tuple[Metric, ...]] = {
     "simmim": (LOSS,),
 }
 
+# Of a probe during training (eval.probe), whatever the task.
+PROBE_METRICS = (
+    Metric("probe_linear", "linear probe", "accuracy of a linear probe"),
+    Metric("probe_neighbours", "neighbours", "accuracy of nearest neighbours"),
+)
+
 
 def metric_named(metrics: Sequence[Metric], name: str) -> Metric | None:
     """Return the metric that a figure's name means, of the weights or of their average; None for none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from setformer_dist.core.batch import EvalStream, TrainStream
 from setformer_dist.core.fragments import Fragment
@@ -38,6 +39,22 @@ class Costs:
     peak_flops: float | None
 
 
+class Probe(Protocol):
+    """Scores the features of a run's model with labels, beside its task."""
+
+    def due(self, step: int) -> bool:
+        """Return whether it is wanted after so many optimizer steps."""
+        ...
+
+    def run(self, given_up: Callable[[], bool]) -> dict[str, float] | None:
+        """Return the figures `core.metric.PROBE_METRICS`, on all ranks; None when given up. Collective.
+
+        Args:
+            given_up: asked again and again; the same answer on all ranks.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Components:
     """The parts of a run on one rank.
@@ -64,4 +81,5 @@ class Components:
     callbacks: Callbacks
     watch: Watch | None = None
     refresh: Refresh | None = None
+    probe: Probe | None = None
     first_weights: Callable[[list[Fragment]], str] | None = None

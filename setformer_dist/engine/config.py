@@ -336,6 +336,23 @@ class EmaConfig(FrozenConfig):
         return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
 
 
+class ProbeConfig(FrozenConfig):
+    """Scores of the features during training, as `setformer probe` has them: a linear classifier and the neighbours.
+
+    Attributes:
+        every_epochs: epochs between two probes; 0 turns them off. The end of the run then probes too. With averaged
+            weights, these are probed.
+        data: labelled data, with the names of splits that data.train and data.val have; by default data.root.
+        labels: share of the training labels to use, per class; only their images are computed. A fixed choice.
+        neighbours: number of nearest neighbours that vote.
+    """
+
+    every_epochs: int = pydantic.Field(default=0, ge=0)
+    data: str | None = None
+    labels: float = pydantic.Field(default=1.0, gt=0, le=1)
+    neighbours: int = pydantic.Field(default=20, ge=1)
+
+
 class EvalConfig(FrozenConfig):
     """Periodic evaluation.
 
@@ -344,11 +361,13 @@ class EvalConfig(FrozenConfig):
         every_steps: optimizer steps between two further evaluations; 0 turns them off.
         marginal_error: also report the marginal error of the transport plans of SeT attention: the largest and the mean
             over blocks, heads and images of each rank's first micro batch. Needs a model with SeT attention.
+        probe: scores of the features with the labels of data.
     """
 
     every_epochs: int = pydantic.Field(default=1, ge=0)
     every_steps: int = pydantic.Field(default=0, ge=0)
     marginal_error: bool = False
+    probe: ProbeConfig = ProbeConfig()
 
 
 class GuardConfig(FrozenConfig):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
-from setformer_dist.core.metric import AVERAGED, headline
+from setformer_dist.core.metric import AVERAGED, PROBE_METRICS, headline
 from setformer_dist.engine.components import Components
 from setformer_dist.engine.config import EvalConfig
 from setformer_dist.engine.evaluate import EvalResult, evaluate
@@ -17,31 +18,46 @@ log = logging.getLogger(__name__)
 
 
 class Evaluation:
-    """Scores a run's weights on its validation split."""
+    """Scores a run's weights on its validation split, and by a probe where there is one.
 
-    def __init__(self, components: Components, config: EvalConfig, clock: StepClock) -> None:
+    Args:
+        components: of the run.
+        config: when.
+        clock: takes the time of it.
+        total_steps: of the run; its end has a probe too.
+    """
+
+    def __init__(self, components: Components, config: EvalConfig, clock: StepClock, total_steps: int) -> None:
         self._c = components
         self._config = config
         self._clock = clock
+        self._total_steps = total_steps
 
     def due(self, step: int) -> bool:
         """Return whether the config wants an evaluation after so many steps; the end of the run has one always."""
         every_steps = self._config.every_steps
         every_epochs = self._config.every_epochs * self._c.stream.steps_per_epoch
-        return (every_steps > 0 and step % every_steps == 0) or (every_epochs > 0 and step % every_epochs == 0)
+        own = (every_steps > 0 and step % every_steps == 0) or (every_epochs > 0 and step % every_epochs == 0)
+        return own or (self._c.probe is not None and self._c.probe.due(step))
 
     def run(self, state: RunState, stop: StopVote, progress: RunProgress) -> dict[str, float] | None:
         """Score the weights and their average; None if a signal came before the end, the same on all ranks."""
         with self._clock.section("evaluation"):
             scores = self.scores(stop)
-            if scores is None:
+            probed = self._probed(state.step, stop) if scores is not None else None
+            if scores is None or probed is None:
                 return None
             (result, _), *averaged = scores
             measured = {name: value for part, prefix in scores for name, value in part.as_dict(prefix).items()}
+            measured |= probed
             metrics = self._c.task.metrics
             text = f"step {state.step}: {headline(metrics, result.figures)}"
             for part, _ in averaged:
                 text += f" · averaged weights: {headline(metrics, part.figures)}"
+            for metric in PROBE_METRICS:
+                text += "".join(
+                    f" · {metric.title} {metric.show(probed[n])}" for n in probed if n.endswith(metric.name)
+                )
         state.evaluation = measured
         left_out = {"left_out": result.left_out} if result.left_out else {}
         values = {**measured, "samples": result.samples, **left_out}
@@ -78,6 +94,20 @@ class Evaluation:
             )
         finally:
             self._c.engine.train()
+
+    def _probed(self, step: int, stop: StopVote) -> dict[str, float] | None:
+        """Return the figures of the probe, of the averaged weights where there are any; {} where none is due."""
+        probe, ema = self._c.probe, self._c.ema
+        if probe is None or not (probe.due(step) or step == self._total_steps):
+            return {}
+        self._c.engine.eval()
+        try:
+            with ema.swapped_in() if ema is not None else contextlib.nullcontext():
+                figures = probe.run(lambda: self._given_up(stop))
+        finally:
+            self._c.engine.train()
+        prefix = AVERAGED if ema is not None else ""
+        return None if figures is None else {f"{prefix}{name}": value for name, value in figures.items()}
 
     def _given_up(self, stop: StopVote) -> bool:
         self._c.heartbeat.beat("evaluation")

@@ -5,6 +5,8 @@ k = training samples, q = samples scored, c = features, C = classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -15,8 +17,17 @@ _ROUNDS = 200
 _AT_ONCE = 1024  # samples scored at a time, so that the k x q similarities never exist together
 
 
+class ProbeCancelledError(Exception):
+    """A probe was asked to give up."""
+
+
 def linear_top1(
-    train: torch.Tensor, labels: torch.Tensor, scored: torch.Tensor, wanted: torch.Tensor, decay: float = 1e-3
+    train: torch.Tensor,
+    labels: torch.Tensor,
+    scored: torch.Tensor,
+    wanted: torch.Tensor,
+    decay: float = 1e-3,
+    cancelled: Callable[[], bool] = lambda: False,
 ) -> float:
     """Return the top-1 accuracy of a logistic regression on standardised features, from 0 to 1.
 
@@ -28,6 +39,10 @@ def linear_top1(
         scored: (q, c) features.
         wanted: (q,) int64.
         decay: half the factor of the squared weights in the mean loss.
+        cancelled: asked in every round.
+
+    Raises:
+        ProbeCancelledError: it has answered yes.
     """
     mean, std = train.double().mean(0), train.double().std(0).clamp_min(1e-6)
     x, y = (train.double() - mean) / std, (scored.double() - mean) / std
@@ -37,6 +52,8 @@ def linear_top1(
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=_ROUNDS, history_size=20, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
+        if cancelled():
+            raise ProbeCancelledError
         optimizer.zero_grad()
         value = F.cross_entropy(F.linear(x, weight, bias), labels) + decay * weight.square().sum()
         value.backward()  # type: ignore[no-untyped-call]
@@ -50,15 +67,22 @@ def linear_top1(
 
 @torch.no_grad()
 def neighbours_top1(
-    train: torch.Tensor, labels: torch.Tensor, scored: torch.Tensor, wanted: torch.Tensor, neighbours: int = 20
+    train: torch.Tensor,
+    labels: torch.Tensor,
+    scored: torch.Tensor,
+    wanted: torch.Tensor,
+    neighbours: int = 20,
+    cancelled: Callable[[], bool] = lambda: False,
 ) -> float:
     """Return the top-1 accuracy of a vote of the nearest training samples by cosine, from 0 to 1.
 
-    Arguments as of `linear_top1`; each of the `neighbours` votes with weight exp(cosine / 0.07).
+    Arguments and errors as of `linear_top1`; each of the `neighbours` votes with weight exp(cosine / 0.07).
     """
     x = F.normalize(train.double(), dim=1)
     classes, right = int(max(labels.max(), wanted.max())) + 1, 0
     for first in range(0, len(scored), _AT_ONCE):
+        if cancelled():
+            raise ProbeCancelledError
         part = F.normalize(scored[first : first + _AT_ONCE].double(), dim=1)
         near = (part @ x.T).topk(min(neighbours, len(x)), dim=1)
         votes = torch.zeros(len(part), classes, dtype=torch.float64)

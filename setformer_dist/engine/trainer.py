@@ -58,7 +58,7 @@ class Trainer:
         updates = Updates(c.engine)
         self._step = TrainStep(c.engine, c.task, c.prepare, self._clock, c.plan, seed, c.comm, updates, c.refresh)
         self._steps = StepLog(c, self._clock, record_samples)
-        self._evaluation = Evaluation(c, evaluation, self._clock)
+        self._evaluation = Evaluation(c, evaluation, self._clock, total_steps)
         self._state = RunState(step=0, best=best)
         self._started = time.perf_counter()
         self._resumed: SavedState | None = None

@@ -70,7 +70,7 @@ def metric_figure(evals: Sequence[Row], metric: Metric) -> str:
     lines = [
         (text, colour, (points := series(evals, key))[0], [times * v for v in points[1]]) for text, colour, key in found
     ]
-    return line_figure("accuracy", lines, f"{metric.label[:1].upper()}{metric.label[1:]}{unit}")
+    return line_figure(metric.name, lines, f"{metric.label[:1].upper()}{metric.label[1:]}{unit}")
 
 
 def rate_figure(train: Sequence[Row]) -> str:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from setformer_dist.core import ledger
 from setformer_dist.core.files import replacing
-from setformer_dist.core.metric import AVERAGED, LOSS, METRICS_OF, Metric
+from setformer_dist.core.metric import AVERAGED, LOSS, METRICS_OF, PROBE_METRICS, Metric
 from setformer_dist.core.words import plain_page
 from setformer_dist.report import figures, refreshes, timeline
 from setformer_dist.report.rows import Row, RunRecord, finite, read_run
@@ -44,7 +44,7 @@ _TILES = {
     "global_batch": "images per optimizer step",
 }
 _IN_LEAD = ("name", "model", "finished")
-_SHARES = ("top1", "top5", "f1", "exact", "mfu", "share", "accuracy", "goodput")
+_SHARES = ("top1", "top5", "f1", "exact", "mfu", "share", "accuracy", "goodput", "probe_linear", "probe_neighbours")
 # What an evaluation's row holds besides the task's metrics.
 _BESIDES = ("step", "samples", "left_out")
 _MEGA, _KILO = 1e6, 1e3
@@ -105,10 +105,10 @@ def render(
     """Return the page."""
     template = resources.files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    metrics = _metrics_of(run)
+    metrics = (*_metrics_of(run), *_probed(run))
     curves = [
         figures.loss_figure(run.train, run.evals),
-        figures.metric_figure(run.evals, metrics[0]),
+        *(figures.metric_figure(run.evals, metric) for metric in (metrics[0], *_probed(run))),
         figures.rate_figure(run.train),
         figures.speed_figure(run.train),
     ]
@@ -187,8 +187,14 @@ def _metrics_of(run: RunRecord) -> tuple[Metric, ...]:
     found = dict.fromkeys(
         key.removeprefix(AVERAGED) for row in run.evals for key in row if finite(row[key]) is not None
     )
-    other = [key for key in found if key not in (*_BESIDES, LOSS.name, *_MARGINAL_COLUMNS)]
+    beside = (*_BESIDES, LOSS.name, *_MARGINAL_COLUMNS, *(metric.name for metric in PROBE_METRICS))
+    other = [key for key in found if key not in beside]
     return (*(Metric(key, key, share=False) for key in other), LOSS)
+
+
+def _probed(run: RunRecord) -> tuple[Metric, ...]:
+    """Return the metrics of probes during training that its evaluations hold."""
+    return tuple(m for m in PROBE_METRICS if any(m.name in row or f"{AVERAGED}{m.name}" in row for row in run.evals))
 
 
 def show(key: str, value: object) -> str:

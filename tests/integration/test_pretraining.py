@@ -5,18 +5,23 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
+from torch import nn
 
 from dataloaders.config import DataConfig
 from dataloaders.opening import open_source
+from dataloaders.sources.subset import SubsetSource
 from launch.run.config import RunConfig, load_run, resolve
+from launch.run.features import with_labels
 from launch.run.inputs import inputs_of
 from launch.run.objective import build_for, check_objective
 from launch.run.sequence import check_sequence
 from launch.testing.commands import DEMO, losses, setformer, train_words
 from setformer_dist.core.errors import ConfigError, DataError
+from setformer_dist.report.rows import read_run
 from setformer_dist.tasks.build import build_task
 
 MAE = ("task.name=mae", "task.args.unit=4", "task.args.decoder_dim=32", "task.args.decoder_depth=1",
@@ -29,7 +34,7 @@ def test_it_trains_alike_on_any_ranks_resumes_and_is_fine_tuned(digits: Path, tm
     out = tmp_path / "runs"
     for ranks, stage in ((1, 0), (2, 3)):
         words = train_words(digits, out, *MAE, f"run.name=on{ranks}", f"zero.stage={stage}", "ema.decay=0.9",
-                            "eval.every_epochs=1", ranks=ranks)  # fmt: skip
+                            "eval.probe.every_epochs=1", "eval.probe.labels=0.5", ranks=ranks)  # fmt: skip
         ended = setformer(*words)
         assert ended.code == 0, ended.err
     alone, shared = losses(out / "on1"), losses(out / "on2")
@@ -37,6 +42,13 @@ def test_it_trains_alike_on_any_ranks_resumes_and_is_fine_tuned(digits: Path, tm
     for place, (loss, averaged) in alone.items():
         assert shared[place][0] == pytest.approx(loss, rel=1e-4), place
         assert averaged is None or shared[place][1] == pytest.approx(averaged, rel=1e-4)
+    figures = [read_run(out / f"on{ranks}").evals[-1] for ranks in (1, 2)]
+    for name in ("ema_probe_linear", "ema_probe_neighbours"):
+        assert figures[0][name] == pytest.approx(figures[1][name], abs=0.02), name  # of 360 samples
+    again = setformer("probe", str(out / "on2"), "--labels", "0.5", "--weights", "ema")
+    assert f"linear {figures[1]['ema_probe_linear']:.2%}, 20 nearest neighbours" in again.out
+    assert f"{figures[1]['ema_probe_neighbours']:.2%} on" in again.out
+    assert "linear probe" in (out / "on2" / "report.html").read_text()
     assert "Reconstructions" in (out / "on2" / "report.html").read_text()
 
     shutil.copytree(out / "on2", out / "again" / "on2")
@@ -68,6 +80,11 @@ def run_of(*words: str) -> RunConfig:
     return load_run(Path(DEMO), [*MAE, *words])
 
 
+def built(*words: str) -> nn.Module:
+    config = run_of(*words)
+    return build_for(config, build_task(config.task, ()), {})
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -76,15 +93,20 @@ def run_of(*words: str) -> RunConfig:
         (["model.args.attention=softmax"], r"task mae: attention = 'softmax' has no form"),
         (["data.augment.mixup=0.2"], r"data\.augment\.mixup blends two images"),
         (["distill.teacher=runs/x"], r"task mae has no classes to learn from a teacher"),
+        (["eval.probe.every_epochs=1", "data.labels=false"], r"name labelled data in eval\.probe\.data"),
+        (["eval.probe.every_epochs=1", "parallel.sequence=2"], r"eval\.probe takes whole images"),
+        (
+            ["eval.probe.every_epochs=1", "ema.decay=0.9", "checkpoint.best_metric=probe_linear"],
+            r"the averaged weights are probed: use 'ema_probe_linear'",
+        ),
         (["parallel.sequence=2"], r"parallel\.sequence = 2: task mae has no form"),
         (["~model.args", "model.name=soft_tiny"], r"running statistics|SOFT has no encoder"),
         (["~model.args", "model.name=resnet18"], r"resnet18 keeps running statistics"),
     ],
 )
 def test_what_cannot_be_pretrained_is_refused_with_the_reason(words: list[str], says: str) -> None:
-    config = run_of(*words)
     with pytest.raises(ConfigError, match=says):
-        build_for(config, build_task(config.task, ()), {})
+        built(*words)
 
 
 def test_images_without_labels_are_read_by_a_task_that_needs_none(digits: Path, tmp_path: Path) -> None:
@@ -100,6 +122,22 @@ def test_images_without_labels_are_read_by_a_task_that_needs_none(digits: Path, 
     plain = load_run(Path(DEMO), ["data.labels=false"])
     with pytest.raises(ConfigError, match=r"task classification learns from labels, and data\.labels = false"):
         check_objective(plain, build_task(plain.task, ("a", "b")))
+
+
+def test_a_share_of_the_labels_is_a_source_of_its_own(digits: Path) -> None:
+    config = DataConfig(root=str(digits))
+    whole = open_source(str(digits), "train", config)
+    _, part = with_labels(config, whole, 0.1, seed=0)
+    assert isinstance(part, SubsetSource)
+    ids = np.arange(part.num_samples)
+    counts = part.labels(ids).bincount()
+    wanted = whole.labels(np.arange(whole.num_samples)).bincount()
+    assert counts.tolist() == [max(1, round(0.1 * int(n))) for n in wanted]
+    assert part.read(5).image == whole.read(int(part.chosen[5])).image
+    assert part.key(5) == whole.key(int(part.chosen[5]))
+    assert part.labels(np.array([-1]))[0] == 0
+    assert with_labels(config, whole, 1.0, seed=0) == (config, whole)
+    assert part.fingerprint != with_labels(config, whole, 0.1, seed=1)[1].fingerprint
 
 
 def test_costs_and_memory_are_predicted_for_the_whole_autoencoder() -> None:
