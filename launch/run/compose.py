@@ -21,7 +21,7 @@ from launch.run.distill import with_teacher
 from launch.run.identity import identity_of, shapes_of
 from launch.run.initial_weights import FirstWeights
 from launch.run.inputs import Split, check_splits, evaluation_micro, inputs_of
-from launch.run.objective import prepare_for
+from launch.run.objective import averaged_of, prepare_for
 from launch.run.periodic_probe import probe_of
 from launch.run.refit_by_ray import ByRay
 from launch.run.sequence import split_model, with_rows
@@ -117,7 +117,9 @@ def compose(
     identity = identity_of(run, model, splits.train.classes, input_spec)
     best, copies_s = Best(c.checkpoint.best_metric, c.checkpoint.best_mode), 60 * c.checkpoint.mirror_minutes
     first_weights = first_weights_of(run, task, model, comm)
-    prepare = prepare_for(c, task, len(splits.train.classes), device, DTYPES[c.precision.dtype], stream.steps_per_epoch)
+    dtype, classes = DTYPES[c.precision.dtype], len(splits.train.classes)
+    averaged = averaged_of(task, model, device, dtype)
+    prepare = prepare_for(c, task, classes, device, dtype, stream.steps_per_epoch, averaged)
     task, prepare, taught_by = with_teacher(run, task, prepare, input_spec, device, comm)
     prepare = with_rows(prepare, model, split_model(run, task, model, ranks))
     engine = initialize(model, c.optim, run.deepspeed_json())
@@ -148,6 +150,7 @@ def compose(
         watch=watch,
         first_weights=first_weights,
         refresh=refresh_of(run, layers, engine, master, ema, comm, heartbeat, schedule_steps),
+        averaged=averaged,
         probe=probe_of(run, splits.train, splits.val, engine, comm, stream.steps_per_epoch),
     )
     return Trainer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -11,6 +12,7 @@ from torch import nn
 from dataloaders.config import DataConfig
 from launch.run.config import ResolvedRun
 from launch.run.inputs import shapes_of_images
+from launch.run.objective import averaged_bytes
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.model_config import Recompute
 from setformer_dist.engine.deepspeed_engine import DTYPES
@@ -41,7 +43,7 @@ def predicted(run: ResolvedRun, model: nn.Module, shape: tuple[int, ...], batch_
     c, plan = run.config, run.plan
     dtype = DTYPES[c.precision.dtype]
     micro, *largest = largest_batch(run, shape)
-    return predict_memory(
+    memory = predict_memory(
         model,
         dtype,
         torch.float32 if c.precision.grad_accum == "fp32" else dtype,
@@ -55,6 +57,7 @@ def predicted(run: ResolvedRun, model: nn.Module, shape: tuple[int, ...], batch_
         len(OPTIMIZERS[c.optim.name].states),
         _set_aside(run),
     )
+    return dataclasses.replace(memory, parameters=memory.parameters + averaged_bytes(model, dtype))
 
 
 def keep_within_budget(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import torch
 from torch import nn
 
@@ -10,7 +13,8 @@ from launch.run.config import RunConfig
 from launch.run.inputs import ImageInputs, TokenInputs, inputs_of, shapes_of_images
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.task import Hiding, Prepare, Task
-from setformer_dist.models.masked import MaskedAutoencoder, MaskedModel
+from setformer_dist.engine.averaged import AveragedModel
+from setformer_dist.models.masked import ENCODER, MaskedAutoencoder, MaskedModel, latents
 from setformer_dist.models.recompute import set_recompute
 from setformer_dist.models.simmim import SimmimModel
 from setformer_dist.tasks.build import build_task
@@ -43,7 +47,7 @@ def build_for(config: RunConfig, task: Task, input_spec: dict[str, object]) -> n
 def _around(encoder: nn.Module, task: Hidden, name: str, bands: int) -> MaskedModel:
     if isinstance(task, Masked):
         t = task.config
-        return MaskedAutoencoder(encoder, t.unit, t.ratio, t.decoder_dim, t.decoder_depth)
+        return MaskedAutoencoder(encoder, t.unit, t.ratio, t.decoder_dim, t.decoder_depth, task.latent)
     return SimmimModel(encoder, task.config.unit, task.config.ratio, name, bands)
 
 
@@ -80,6 +84,16 @@ def check_objective(config: RunConfig, task: Task) -> None:
             )
     if config.distill.teacher:
         raise ConfigError(f"distill.teacher: task {task.name} has no classes to learn from a teacher: remove distill")
+    if isinstance(task, Masked) and task.latent:
+        if not config.ema.decay:
+            raise ConfigError(
+                "task.args.target = 'latent' is what averaged weights compute: set ema.decay, such as 0.999"
+            )
+        if config.refresh.on or not config.refresh.learn:
+            raise ConfigError(
+                "task.args.target = 'latent' follows the average of learned weights, and [refresh] sets references "
+                "otherwise: remove the table"
+            )
     if config.parallel.sequence > 1:
         raise ConfigError(
             f"parallel.sequence = {config.parallel.sequence}: task {task.name} has no form for images that "
@@ -92,8 +106,29 @@ def encoder_of(model: nn.Module) -> nn.Module:
     return model.encoder if isinstance(model, MaskedModel) else model
 
 
+def averaged_of(task: Task, model: nn.Module, device: torch.device, dtype: torch.dtype) -> AveragedModel | None:
+    """Return the averaged encoder that a task compares with, a copy made before ZeRO cuts the model; None for most."""
+    if not (isinstance(task, Masked) and task.latent and isinstance(model, MaskedAutoencoder)):
+        return None
+    encoder = copy.deepcopy(model.encoder).eval().requires_grad_(False)
+    return AveragedModel(encoder.to(device=device, dtype=dtype), ENCODER)
+
+
+def averaged_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """Return what the copy of `averaged_of` takes of a rank's memory."""
+    if not (isinstance(model, MaskedAutoencoder) and model.latent):
+        return 0
+    return sum(p.numel() for p in model.encoder.parameters()) * dtype.itemsize
+
+
 def prepare_for(
-    config: RunConfig, task: Task, classes: int, device: torch.device, dtype: torch.dtype, steps_per_epoch: int = 1
+    config: RunConfig,
+    task: Task,
+    classes: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    steps_per_epoch: int = 1,
+    averaged: AveragedModel | None = None,
 ) -> Prepare:
     """Return the way from micro batches to what the run's model takes, masks included.
 
@@ -104,8 +139,13 @@ def prepare_for(
         device: where to.
         dtype: of inputs.
         steps_per_epoch: optimizer steps of an epoch; needed in training alone.
+        averaged: what the task compares with (`averaged_of`).
     """
     inputs = inputs_of(config.data)
     if not isinstance(task, Hiding):
         return inputs.prepare(classes, device, dtype)
-    return task.prepared(inputs.prepare(classes, device, torch.float32), dtype, config.run.seed, steps_per_epoch)
+    whole = inputs.prepare(classes, device, torch.float32)
+    if averaged is not None and isinstance(task, Masked):
+        targets = functools.partial(latents, averaged.module)
+        return task.prepared(whole, dtype, config.run.seed, steps_per_epoch, targets)
+    return task.prepared(whole, dtype, config.run.seed, steps_per_epoch)

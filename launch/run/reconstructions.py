@@ -20,7 +20,7 @@ _GREY = 128
 
 @torch.no_grad()
 def reconstructed_samples(trained: Trained, split: Split, count: int = 8) -> list[ReconstructedImage]:
-    """Return images spread evenly over a split, with the masks of evaluation; none of another task.
+    """Return images spread evenly over a split, with the masks of evaluation; none if the task predicts no pixels.
 
     Args:
         trained: the model.
@@ -29,6 +29,8 @@ def reconstructed_samples(trained: Trained, split: Split, count: int = 8) -> lis
     """
     model, task, data = trained.model, trained.task, trained.config.data
     if not (isinstance(model, MaskedModel) and isinstance(task, Hidden) and isinstance(data, DataConfig)):
+        return []
+    if task.latent:
         return []
     source, pixels, ids = images_of(split), [], []
     for sample in range(0, split.num_samples, max(1, split.num_samples // count)):

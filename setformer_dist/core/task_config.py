@@ -21,7 +21,7 @@ class TaskConfig(FrozenConfig):
             alpha. "multilabel" also takes separator (default "+") and none (the class name for samples without labels,
             default "none"). "mae" and "simmim" take unit (side of what is hidden, in pixels, default
             32), ratio (share that is hidden, default 0.6) and normalise (default true), and "mae" decoder_dim (default
-            256) and decoder_depth (default 2).
+            256), decoder_depth (default 2) and target ("pixels" or "latent", default "pixels").
     """
 
     name: str = "classification"

@@ -18,6 +18,7 @@
     events.py     calls the callbacks on a run's events, and handles an exception in one
     comm.py       torch.distributed behind the Collectives protocol, and what it costs
     signals.py    SIGTERM and Ctrl-C as a wish to stop at the next step
+    averaged.py           a part of the model with the averaged weights, whole on every rank
     batch_plan.py         global batch = micro batch × accumulation × groups: the one equation, solved in this one place
     deepspeed_engine.py   the one call of `deepspeed.initialize`
     refitter.py           who computes new sets: the ranks, or somebody else meanwhile

@@ -11,6 +11,7 @@ from setformer_dist.core.fragments import Fragment
 from setformer_dist.core.heartbeat import Heartbeat
 from setformer_dist.core.store import CheckpointStore
 from setformer_dist.core.task import Prepare, Task
+from setformer_dist.engine.averaged import AveragedModel
 from setformer_dist.engine.batch_plan import BatchPlan
 from setformer_dist.engine.comm import CommMeter, TorchCollectives
 from setformer_dist.engine.ema import Ema
@@ -81,5 +82,6 @@ class Components:
     callbacks: Callbacks
     watch: Watch | None = None
     refresh: Refresh | None = None
+    averaged: AveragedModel | None = None
     probe: Probe | None = None
     first_weights: Callable[[list[Fragment]], str] | None = None

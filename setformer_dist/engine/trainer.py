@@ -249,10 +249,16 @@ class Trainer:
         if self._c.ema is not None:
             with self._clock.section("optimizer"):
                 self._c.ema.update(step)
+                self._follow_average()
         if self._c.refresh is not None and self._c.refresh.sampled(step):  # a section waits for the device
             with self._clock.section("refresh"):
                 self._c.refresh.after_update(step)
         self._steps.take(step, outcome)
+
+    def _follow_average(self) -> None:
+        """Let what the task compares with take over the averaged weights."""
+        if self._c.averaged is not None and self._c.ema is not None:
+            self._c.averaged.follow(self._c.ema, self._c.comm)
 
     def _refresh(self, refresh: Refresh) -> None:
         """Begin to compute reference sets, and set them, where that is due: before this step is evaluated and saved."""
@@ -332,6 +338,7 @@ class Trainer:
         elif c.first_weights is not None:
             self._began_with = c.first_weights(self._fragments())
             c.master.refresh()
+        self._follow_average()
         c.guard.went_back(self._state.step)  # where a rollback was cut short
         self._resumed = saved
 
@@ -351,6 +358,7 @@ class Trainer:
         self._steps.drop()
         stop.settle()
         self._take_over(saved)
+        self._follow_average()
         if self._state.step != saved.step:
             self._save_renumbered(saved)
         self._c.guard.went_back(self._state.step)

@@ -17,6 +17,7 @@ import math
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.masking import visible_units
@@ -118,8 +119,10 @@ class MaskedAutoencoder(MaskedModel):
 
     encoder: SeTformer
 
-    def __init__(self, encoder: nn.Module, unit: int, ratio: float, dim: int, depth: int) -> None:
+    def __init__(self, encoder: nn.Module, unit: int, ratio: float, dim: int, depth: int, latent: bool = False) -> None:
         """Build around an encoder without a classifier; the decoder has `depth` blocks of `dim` channels.
+
+        With `latent` it predicts what `latents` returns, not pixels.
 
         Raises:
             ConfigError: parts of an image cannot be left out of this model, or the decoder is impossible.
@@ -146,7 +149,8 @@ class MaskedAutoencoder(MaskedModel):
         )
         self.decoder = nn.ModuleList(Block(0, decoder) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
-        self.pixels = nn.Linear(dim, self.stride**2 * self.channels)
+        self.latent = latent
+        self.pixels = nn.Linear(dim, encoder.num_features if latent else self.stride**2 * self.channels)
         for module in (self.fusion, self.decoder, self.pixels):
             module.apply(init_linear)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -177,21 +181,43 @@ class MaskedAutoencoder(MaskedModel):
         }
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """(B, in_chans + 1, height, width) -> (B, K, U, U, in_chans): pixels of the hidden units, row-major."""
+        """(B, in_chans + 1, height, width) -> (B, K, U, U, in_chans): pixels of the hidden units, row-major.
+
+        With latent targets (B, K, s, s, C): their tokens as `latents` has them.
+        """
         visible = self.visible_of(inputs)
         images = inputs[:, : self.channels]
         *stages, last = self.encoder.forward_visible(images, visible)
         return self.decoded([*stages, self.encoder.norm(last)], visible)
 
     def decoded(self, stages: list[torch.Tensor], visible: VisibleUnits) -> torch.Tensor:
-        """Return the pixels of the hidden units, (B, K, U, U, in_chans), from the encoder's stages."""
+        """Return what `forward` does, from the encoder's stages."""
         x = visible.scatter(self.fusion(stages))
         _, height, width, dim = x.shape
         x = torch.where(visible.seen(height // visible.rows).unsqueeze(-1), x, self.mask_token.to(x.dtype))
         x = x + sine_places(height, width, dim, x.device).to(x.dtype)
         whole = self.decoder[0].recompute == "block"
         x = run_blocks(self.decoder, x, None, recompute=bool(whole))
-        return self.pixels_of(self.pixels(self.norm(visible.hidden().gather(x))))
+        x = self.pixels(self.norm(visible.hidden().gather(x)))
+        side = self.unit // self.stride
+        return x.view(x.shape[0], -1, side, side, x.shape[-1]) if self.latent else self.pixels_of(x)
+
+
+def latents(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Return what a latent target is of: the encoder's last tokens, each of mean 0 and variance 1 over its channels.
+
+    Args:
+        encoder: computes whole images.
+        images: (B, in_chans, height, width).
+
+    Returns:
+        (B, C, rows, columns) fp32.
+    """
+    assert isinstance(encoder, SeTformer)
+    found = encoder.forward_intermediates(images, indices=1, norm=True, output_fmt="NHWC", intermediates_only=True)
+    tokens = found[0]
+    assert isinstance(tokens, torch.Tensor)
+    return F.layer_norm(tokens.float(), tokens.shape[-1:]).permute(0, 3, 1, 2)
 
 
 def sine_places(height: int, width: int, dim: int, device: torch.device) -> torch.Tensor:

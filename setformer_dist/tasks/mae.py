@@ -8,7 +8,8 @@ m = images of a micro batch, K = hidden units of an image, U = pixels of a unit'
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import pydantic
@@ -22,6 +23,9 @@ from setformer_dist.core.masking import check_unit, hidden_units
 from setformer_dist.core.metric import METRICS_OF, Metric
 from setformer_dist.core.seeding import Purpose, sample_keys
 from setformer_dist.core.task import Prepare
+
+# Images (m, 3, H, W) -> (m, C, rows, columns) fp32.
+Latents = Callable[[torch.Tensor], torch.Tensor]
 
 _EVALUATION = -1  # in the place of seed and epoch
 _FLAT = 1e-6  # added to a unit's variance, as in MAE
@@ -47,10 +51,13 @@ class MaskedConfig(HidingConfig):
     Attributes:
         decoder_dim: channels of the decoder, a multiple of 32.
         decoder_depth: blocks of the decoder.
+        target: "pixels" of hidden units, or "latent": the tokens that the averaged weights compute of the whole image,
+            each brought to mean 0 and variance 1 (data2vec: A. Baevski et al. 2022); `normalise` is for pixels alone.
     """
 
     decoder_dim: int = pydantic.Field(default=256, ge=32)
     decoder_depth: int = pydantic.Field(default=2, ge=1)
+    target: Literal["pixels", "latent"] = "pixels"
 
 
 class Hidden:
@@ -77,7 +84,9 @@ class Hidden:
         for shape in shapes:
             check_unit(self.config.unit, stride, shape, self.config.ratio)
 
-    def prepared(self, whole: Prepare, dtype: torch.dtype, seed: int, steps_per_epoch: int) -> Prepare:
+    def prepared(
+        self, whole: Prepare, dtype: torch.dtype, seed: int, steps_per_epoch: int, latents: Latents | None = None
+    ) -> Prepare:
         """Return what makes inputs with masks, and targets.
 
         Args:
@@ -85,8 +94,22 @@ class Hidden:
             dtype: of the inputs.
             seed: of the run.
             steps_per_epoch: optimizer steps of an epoch.
+            latents: images -> (m, C, rows, columns) fp32, the targets where they are latent.
+
+        Raises:
+            ConfigError: they are, and nothing computes them.
         """
-        return MaskedPrepare(whole, self.config, dtype, seed, steps_per_epoch)
+        if self.latent and latents is None:
+            raise ConfigError(
+                "task.args.target = 'latent' compares with averaged weights as they are during training, so the loss "
+                "is computed there alone: score the features with `setformer probe`"
+            )
+        return MaskedPrepare(whole, self.config, dtype, seed, steps_per_epoch, latents)
+
+    @property
+    def latent(self) -> bool:
+        """Whether the targets are tokens that averaged weights compute."""
+        return isinstance(self.config, MaskedConfig) and self.config.target == "latent"
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the mean square error, shape (); both (m, K, U, U, 3)."""
@@ -128,29 +151,43 @@ TASKS_OF_HIDDEN = (Masked.name, Simmim.name)
 
 
 class MaskedPrepare:
-    """A `Prepare` that draws masks and makes targets of hidden pixels.
+    """A `Prepare` that draws masks and makes targets of hidden pixels, or of their latents.
 
     Args: as of `Hidden.prepared`, with the task's table.
     """
 
     def __init__(
-        self, whole: Prepare, config: HidingConfig, dtype: torch.dtype, seed: int, steps_per_epoch: int
+        self,
+        whole: Prepare,
+        config: HidingConfig,
+        dtype: torch.dtype,
+        seed: int,
+        steps_per_epoch: int,
+        latents: Latents | None,
     ) -> None:
         self._whole = whole
         self._config = config
         self._dtype = dtype
         self._seed = seed
         self._steps_per_epoch = steps_per_epoch
+        self._latents = latents
 
     def __call__(self, batch: MicroBatch, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (m, 4, H, W), images and a channel that is 1 in hidden units, and targets (m, K, U, U, 3) fp32."""
+        """Return (m, 4, H, W), images and a channel that is 1 in hidden units, and targets (m, K, U, U, 3) fp32.
+
+        Latent targets are (m, K, s, s, C) fp32, with s tokens of a unit's side.
+        """
         images, _ = self._whole(batch, train=train)
         unit = self._config.unit
         rows, columns = images.shape[2] // unit, images.shape[3] // unit
         hidden = torch.from_numpy(hidden_units(self._keys(batch, train), rows, columns, self._config.ratio))
-        targets = hidden_pixels(images, hidden, unit)
-        if self._config.normalise:
-            targets = normalised(targets)
+        if self._latents is not None:
+            with torch.no_grad():
+                found = self._latents(images.to(self._dtype))
+            targets = hidden_pixels(found, hidden, found.shape[2] // rows)
+        else:
+            targets = hidden_pixels(images, hidden, unit)
+            targets = normalised(targets) if self._config.normalise else targets
         channel = hidden.to(images.device).repeat_interleave(unit, 1).repeat_interleave(unit, 2).unsqueeze(1)
         return torch.cat([images.to(self._dtype), channel.to(self._dtype)], 1), targets
 

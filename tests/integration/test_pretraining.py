@@ -17,6 +17,7 @@ from dataloaders.sources.subset import SubsetSource
 from launch.run.config import RunConfig, load_run, resolve
 from launch.run.features import with_labels
 from launch.run.inputs import inputs_of
+from launch.run.memory import predicted
 from launch.run.objective import build_for, check_objective
 from launch.run.sequence import check_sequence
 from launch.testing.commands import DEMO, losses, setformer, train_words
@@ -76,6 +77,32 @@ def test_it_trains_alike_on_any_ranks_resumes_and_is_fine_tuned(digits: Path, tm
     assert timm.is_model("setformer_nano")
 
 
+@pytest.mark.drill
+def test_latent_targets_are_those_of_the_averaged_weights_on_any_ranks_and_after_a_resume(
+    digits: Path, tmp_path: Path
+) -> None:
+    out, found = tmp_path / "runs", []
+    for ranks, stage in ((1, 0), (2, 3), (2, 1)):
+        words = train_words(digits, out, *MAE, "task.args.target=latent", f"run.name=on{ranks}{stage}",
+                            f"zero.stage={stage}", "ema.decay=0.9", "eval.every_epochs=1", ranks=ranks)  # fmt: skip
+        ended = setformer(*words)
+        assert ended.code == 0, ended.err
+        found.append(losses(out / f"on{ranks}{stage}"))
+    for place, (loss, _) in found[0].items():
+        for other in found[1:]:
+            assert other[place][0] == pytest.approx(loss, rel=1e-4), place
+
+    shutil.copytree(out / "on21", out / "again" / "on21")
+    steps = sorted((out / "again" / "on21" / "checkpoints").glob("step-*"))
+    shutil.rmtree(steps[-1])
+    resumed = setformer(*[word if not word.startswith("run.out=") else f"run.out={out / 'again'}" for word in words])
+    assert resumed.code == 0, resumed.err
+    assert losses(out / "again" / "on21") == found[2]
+    refused = setformer("eval", str(out / "on21"))
+    assert refused.code != 0
+    assert "score the features with `setformer probe`" in refused.err
+
+
 def run_of(*words: str) -> RunConfig:
     return load_run(Path(DEMO), [*MAE, *words])
 
@@ -99,6 +126,12 @@ def built(*words: str) -> nn.Module:
             ["eval.probe.every_epochs=1", "ema.decay=0.9", "checkpoint.best_metric=probe_linear"],
             r"the averaged weights are probed: use 'ema_probe_linear'",
         ),
+        (
+            ["task.args.target=latent", "ema.decay=0"],
+            r"target = 'latent' is what averaged weights compute: set ema\.decay",
+        ),
+        (["task.args.target=latent", "ema.decay=0.9", "refresh.every=5"], r"remove the table"),
+        (["task.args.target=words"], r"task\.args\.target"),
         (["parallel.sequence=2"], r"parallel\.sequence = 2: task mae has no form"),
         (["~model.args", "model.name=soft_tiny"], r"running statistics|SOFT has no encoder"),
         (["~model.args", "model.name=resnet18"], r"resnet18 keeps running statistics"),
@@ -145,3 +178,10 @@ def test_costs_and_memory_are_predicted_for_the_whole_autoencoder() -> None:
     model = build_for(config, build_task(config.task, ()), {})
     assert inputs_of(config.data).tokens(model, None) > 0  # type: ignore[arg-type]
     check_sequence(resolve(config, 1), None, model)
+    latent = run_of("task.args.target=latent", "ema.decay=0.9")
+    whole = build_for(latent, build_task(latent.task, ()), {})
+    shape = (3, *latent.data.shape)  # type: ignore[union-attr]
+    more = predicted(resolve(latent, 1), whole, shape, None).parameters
+    weights = sum(p.numel() for p in whole.parameters())
+    encoder = sum(p.numel() for p in whole.encoder.parameters())  # type: ignore[union-attr]
+    assert more == 4 * (weights + encoder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import timm
@@ -14,7 +16,7 @@ from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.masking import check_unit, hidden_units, visible_units
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.models.layers import conv_tokens
-from setformer_dist.models.masked import MaskedAutoencoder
+from setformer_dist.models.masked import MaskedAutoencoder, latents
 from setformer_dist.models.simmim import SimmimModel
 from setformer_dist.tasks.mae import Masked
 
@@ -204,6 +206,29 @@ def test_a_ratio_outside_of_0_to_1_is_refused(ratio):
 def test_models_without_an_exact_mask_are_refused(name, args, words):
     with pytest.raises(ConfigError, match=words):
         MaskedAutoencoder(timm.create_model(name, num_classes=0, **args), 16, RATIO, 32, 1)
+
+
+def test_latent_targets_are_normed_tokens_of_the_whole_image_at_hidden_places():
+    torch.manual_seed(0)
+    encoder = timm.create_model("setformer_nano", num_classes=0)
+    model = MaskedAutoencoder(encoder, UNIT, RATIO, 32, 1, latent=True)
+    task = Masked({"unit": UNIT, "target": "latent"}, ())
+
+    def plain(batch, train):
+        return batch.inputs, None
+
+    prepared = task.prepared(plain, torch.float32, 0, 10, functools.partial(latents, encoder))
+    given, targets = prepared(batch_of([4, 7]), train=False)
+    tokens = encoder.norm(encoder.forward_intermediates(given[:, :3], indices=1, intermediates_only=True,
+                                                        output_fmt="NHWC")[0])  # fmt: skip
+    tokens = (tokens - tokens.mean(-1, keepdim=True)) / (tokens.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+    for image in range(2):
+        rows, columns = given[image, 3, ::UNIT, ::UNIT].nonzero(as_tuple=True)
+        torch.testing.assert_close(targets[image, :, 0, 0], tokens[image, rows, columns], rtol=1e-4, atol=1e-5)
+    assert not targets.requires_grad
+    assert model(given).shape == targets.shape
+    with pytest.raises(ConfigError, match="score the features with"):
+        task.prepared(plain, torch.float32, 0, 10)
 
 
 def simmim(name="setformer_nano", unit=UNIT, **args):
