@@ -128,10 +128,10 @@ def built(*words: str) -> nn.Module:
         ),
         (
             ["task.args.target=latent", "ema.decay=0"],
-            r"target = 'latent' is what averaged weights compute: set ema\.decay",
+            r"what averaged weights compute: set ema\.decay",
         ),
         (["task.args.target=latent", "ema.decay=0.9", "refresh.every=5"], r"remove the table"),
-        (["task.args.target=words"], r"task\.args\.target"),
+        (["task.args.target=words"], r"task\.args: target = 'words'"),
         (["parallel.sequence=2"], r"parallel\.sequence = 2: task mae has no form"),
         (["~model.args", "model.name=soft_tiny"], r"running statistics|SOFT has no encoder"),
         (["~model.args", "model.name=resnet18"], r"resnet18 keeps running statistics"),
