@@ -8,7 +8,8 @@
     nobody is blocked            elastic jobs grow
 
 Waiting is bounded: a job that has waited `starve_after_s` goes before all others. Then it waits at most until the
-running jobs have reached their limits, and for jobs that had starved before it.
+running jobs have reached their limits, and for jobs that had starved before it. Where its user's quota keeps it back,
+no other job of that user starts, so it waits for that user's running jobs first.
 """
 
 from __future__ import annotations
@@ -88,10 +89,12 @@ class _Decision:
     preempting: list[int] = field(default_factory=list)
     options: dict[int, list[tuple[Stop, Slots]]] = field(default_factory=dict)
     held_by: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    barred: dict[str, int] = field(default_factory=dict)  # users whose quota is kept for a job that has starved
 
     def __post_init__(self) -> None:
         for run in self.running:
-            self.held_by[run.job.user] += run.ranks
+            # One that is being grown has its larger size already.
+            self.held_by[run.job.user] += max(run.ranks, sum(count for _, count in run.then))
             if run.stopping:
                 self.timeline.take(_larger(run.placement, run.then), self.now + self.rules.save_s)
                 self.timeline.give_soon(self.timeline.slots_of(_less(run.placement, run.then)))
@@ -135,8 +138,7 @@ class _Decision:
         """Start a job, or make room for it, or reserve its place."""
         sizes = self._within_quota(job)
         if not sizes:
-            quota = self.rules.quotas[job.user]
-            self.waits[job.id] = Wait(f"{job.user} may run {counted(quota, 'rank')} at a time")
+            self._over_quota(job)
             return
         if self._start(job, sizes) or self._room_comes(job, sizes[0]):
             return
@@ -152,7 +154,18 @@ class _Decision:
             return
         self._reserve(job, sizes[0], "waits for free slots")
 
+    def _over_quota(self, job: Job) -> None:
+        quota = self.rules.quotas[job.user]
+        if job.user in self.barred:
+            self.waits[job.id] = Wait(f"behind {_jobs((self.barred[job.user],))} of the same user, which has starved")
+            return
+        self.waits[job.id] = Wait(f"{job.user} may run {counted(quota, 'rank')} at a time")
+        if starves(job, self.rules, self.now) and job.sizes[0] <= quota:
+            self.barred[job.user] = job.id  # its user's small jobs would take the quota for ever
+
     def _within_quota(self, job: Job) -> tuple[int, ...]:
+        if job.user in self.barred:
+            return ()
         quota = self.rules.quotas.get(job.user)
         if quota is None:
             return job.sizes
@@ -246,8 +259,8 @@ class _Decision:
                 continue
             if run.job.hard:
                 self.stops[run.job.id] = Stop(run.job.id, "limit")
-            elif self.blocked:
-                self.stops[run.job.id] = Stop(run.job.id, "turn", by=self.blocked[0].id)
+            elif for_whom := self.barred.get(run.job.user) or next((job.id for job in self.blocked), 0):
+                self.stops[run.job.id] = Stop(run.job.id, "turn", by=for_whom)
 
     def grow(self) -> None:
         """Grow the elastic job that gains most, if slots are free and nobody waits for them."""
@@ -269,6 +282,8 @@ class _Decision:
 
     def _growable(self, run: Running) -> Sequence[int]:
         if run.job.id in self.stops or self.now - run.started < self.rules.grow_after_s:
+            return ()
+        if run.job.user in self.barred:
             return ()
         quota = self.rules.quotas.get(run.job.user)
         spare = None if quota is None else quota - self.held_by[run.job.user]
