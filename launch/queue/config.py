@@ -68,7 +68,8 @@ class PolicyTable(FrozenConfig):
         half_life_days: after which a user's use counts half.
         starve_after_hours: a job that has waited so long goes before all others.
         turn_hours: after which a job without a time limit gives way to jobs that wait.
-        protect_minutes: for which a job that had starved is not preempted.
+        protect_minutes: for which a job that had starved is not preempted. A job that ran for less goes on waiting
+            as if it had not.
         grow_after_minutes: an elastic job is not grown sooner after a start.
         save_seconds: expected time of a stop with a checkpoint.
         kill_after_seconds: a job that has not saved and ended by then is killed.

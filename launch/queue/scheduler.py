@@ -159,8 +159,12 @@ class Scheduler:
             with self.lease.write() as connection:
                 resized = self.book.close(connection, row, ended)
             self._saved.pop((row["job"], row["number"]), None)
-            if resized is not None:
+            if resized is not None and self._usable(resized):  # otherwise it waits
                 self._start(Start(row["job"], resized))
+
+    def _usable(self, placement: Placement) -> bool:
+        usable = {node.name for node in self.book.nodes(self.store) if node.usable}
+        return all(name in usable for name, _ in placement)
 
     def _insist(self, row: Row) -> None:
         """Tell a job again that should stop; kill the keeper of one that does not end even so."""
