@@ -9,13 +9,14 @@ from collections.abc import Callable
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from launch.queue import schema as db
 from launch.queue.source import Source, expected_in, ranks_of, span
 from launch.queue.store import Row
 from launch.shown import cell
 from setformer_dist.core.terminal import open_table
-from setformer_dist.core.words import plain
+from setformer_dist.core.words import plain, plain_lines
 
 _FOLLOW_S = 0.5
 
@@ -48,11 +49,12 @@ def nodes_table(nodes: list[Row]) -> Table:
 
 
 def leader(source: Source) -> str:
-    """Return a line about the scheduler."""
-    found = source.leader()
-    if found is None:
-        return "no scheduler runs: start one with `setformer queue serve`"
-    return f"scheduler: host {plain(found['host'])}, process {found['pid']}, term {found['term']}"
+    """Return a line about the scheduler, and one about queue.toml where it is broken."""
+    found, fault = source.leader(), source.fault()
+    line = "no scheduler runs: start one with `setformer queue serve`"
+    if found is not None:
+        line = f"scheduler: host {plain(found['host'])}, process {found['pid']}, term {found['term']}"
+    return f"{line}\n{plain_lines(fault)}" if fault else line
 
 
 def ls(source: Source, console: Console, everything: bool, as_json: bool) -> None:
@@ -69,7 +71,7 @@ def top(source: Source, console: Console, once: bool) -> None:
     """Print nodes and jobs again and again."""
 
     def page() -> Group:
-        return Group(plain(leader(source)), nodes_table(source.nodes()), jobs_table(source.jobs(False), time.time()))
+        return Group(Text(leader(source)), nodes_table(source.nodes()), jobs_table(source.jobs(False), time.time()))
 
     if once or not console.is_terminal:
         console.print(page())

@@ -20,6 +20,7 @@ from launch.queue import schema as db
 from launch.queue import wishes
 from launch.queue.config import QueueConfig
 from launch.queue.keeper import OUTPUT
+from launch.queue.settings import Settings
 from launch.queue.store import MissingError, Row, Store
 from launch.queue.submit import Request
 from launch.queue.submit import submit as put
@@ -39,6 +40,9 @@ class Source(Protocol):
 
     def leader(self) -> Row | None:
         """Return host, pid and term of the scheduler; None where none runs."""
+
+    def fault(self) -> str:
+        """Return why queue.toml is not in force, in one sentence; "" where it is."""
 
     def nodes(self) -> list[Row]:
         """Return name, slots, used and state of each node."""
@@ -80,11 +84,26 @@ class Local:
 
     Attributes:
         store: the database.
-        config: queue.toml.
+        config: queue.toml, as it was read first.
+        settings: queue.toml as it is now; None where it does not change.
     """
 
     store: Store
     config: QueueConfig
+    settings: Settings | None = None
+
+    def fault(self) -> str:
+        """As `Source`."""
+        if self.settings is None:
+            return ""
+        self.settings.look()
+        return self.settings.fault
+
+    def _in_force(self) -> QueueConfig:
+        if self.settings is None:
+            return self.config
+        self.settings.look()
+        return self.settings.config
 
     def leader(self) -> Row | None:
         """As `Source`."""
@@ -203,7 +222,7 @@ class Local:
 
     def move(self, number: int, priority: int) -> str:
         """As `Source`."""
-        return wishes.move(self.store, self.config, number, priority)
+        return wishes.move(self.store, self._in_force(), number, priority)
 
     def drain(self, node: str, why: str | None, vacate: bool = False) -> None:
         """As `Source`."""
@@ -211,7 +230,7 @@ class Local:
 
     def submit(self, request: Request) -> int:
         """As `Source`."""
-        return put(self.store, self.config, request)
+        return put(self.store, self._in_force(), request)
 
 
 def _now(run: Row | None) -> Row:
