@@ -7,9 +7,11 @@ of URLs; who shows them escapes them.
 from __future__ import annotations
 
 import codecs
+import json
 import os
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +35,8 @@ MOST_EVENTS = 1000  # in one answer
 _COLOURS = re.compile(r"\x1b\[[0-9;]{0,32}m")
 _BY_AGE = ("running", "stopping", "waiting")
 _LIVE = ("running", "stopping")
+_WORDS = {"placement": "on", "seconds": "ran", "room_for": "makes room for job", "then": "then on", "sizes": "ranks",
+          "how": "", "why": "because:", "code": "exit code"}  # fmt: skip
 
 
 class Source(Protocol):
@@ -271,6 +275,27 @@ def span(seconds: float) -> str:
         if seconds >= unit:
             return f"{seconds / unit:.1f} {name}"
     return f"{max(0.0, seconds):.0f} s"
+
+
+def said(data: Mapping[str, object]) -> str:
+    """Return what an event's data says, in words."""
+    return ", ".join(
+        f"{_WORDS.get(key, key)} {_value(key, value)}".strip()
+        for key, value in data.items()
+        if value not in (None, "", 0, [])
+    )
+
+
+def _value(key: str, value: object) -> str:
+    if key in ("seconds", "waited") and isinstance(value, float):
+        return span(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list) and value and all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        return " ".join(f"{node}:{count}" for node, count in value)
+    if key == "sizes" and isinstance(value, list) and value:
+        return f"{value[0]}" if len(value) == 1 else f"{value[0]}:{value[-1]}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def ranks_of(row: Row) -> str:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import pwd
-import shutil
-import signal
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,36 +26,15 @@ from launch.queue.state import Start
 from launch.queue.store import Lease, LeaseLostError, MissingError, Store, event, url_of
 from launch.queue.submit import Request, seconds_of, submit
 from setformer_dist.core.errors import ConfigError, LaunchError, SetformerError, TransientError
-
-_BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin")) if Path("/usr/lib/postgresql").is_dir() else []
+from tests.unit.queue_postgres import Postgres
 
 
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[str]:
-    """URL of a PostgreSQL that listens on a socket in a temporary folder alone."""
-    if not _BINARIES:
-        pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
-    user = "nobody" if os.getuid() == 0 else None  # PostgreSQL refuses to run as root
-    folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))
-    if user:
-        os.chown(folder, pwd.getpwnam(user).pw_uid, -1)
-    words = {"user": user, "check": True, "capture_output": True, "cwd": folder, "timeout": 60}
-    data = folder / "data"
-    subprocess.run([_BINARIES[-1] / "initdb", "-D", data, "-U", "q", "-A", "trust", "--no-sync"], **words)
-    server = subprocess.Popen(
-        [_BINARIES[-1] / "postgres", "-D", data, "-k", folder, "-c", "listen_addresses="],
-        user=user, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    try:
-        limit = time.monotonic() + 30
-        while subprocess.run([_BINARIES[-1] / "pg_isready", "-h", folder, "-U", "q"], capture_output=True).returncode:
-            assert time.monotonic() < limit
-            time.sleep(0.1)
-        yield f"postgresql+psycopg://q@/postgres?host={folder}"
-    finally:
-        server.send_signal(signal.SIGINT)  # SIGTERM would wait for every connection to end
-        server.wait(30)
-        shutil.rmtree(folder, ignore_errors=True)
+    """URL of a PostgreSQL."""
+    server = Postgres()
+    yield server.url
+    server.close()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
