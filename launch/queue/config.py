@@ -74,7 +74,7 @@ class PolicyTable(FrozenConfig):
         save_seconds: expected time of a stop with a checkpoint.
         kill_after_seconds: a job that has not saved and ended by then is killed.
         suspect_failures: failures (by half in six hours) after which a node is drained.
-        depth: waiting jobs that get a reservation.
+        depth: waiting jobs that get a reservation; more of them promise more starts, and leave more slots idle.
     """
 
     half_life_days: _Hours = 7.0
@@ -85,7 +85,7 @@ class PolicyTable(FrozenConfig):
     save_seconds: _Hours = 30.0
     kill_after_seconds: _Hours = 150.0
     suspect_failures: _Hours = 3.0
-    depth: int = pydantic.Field(default=8, ge=1)
+    depth: int = pydantic.Field(default=3, ge=1)
 
 
 class PageTable(FrozenConfig):

@@ -4,7 +4,7 @@
     first that fits              starts, all ranks or none (launch.queue.timeline chooses the nodes)
     one that does not            elastic jobs shrink, jobs of lower priority stop, where that makes room for it;
                                  otherwise it gets a reservation, which jobs behind it must not touch (back-fill)
-    behind the last reservation  starts if it touches none
+    behind the last reservation  starts if it touches none; the next ones are told when they should start
     nobody is blocked            elastic jobs grow
 
 Waiting is bounded: a job that has waited `starve_after_s` goes before all others. Then it waits at most until the
@@ -28,6 +28,7 @@ from setformer_dist.core.words import counted
 _OVERDUE_S = 60.0  # a job beyond its limit is expected to end within this time
 FITS_NOT = "does not fit the nodes that are up and not drained"
 BEHIND = "behind other jobs"
+_MOST_BLOCKED = 8  # jobs of which it is known when they should start, if `depth` is not larger
 SHOWN = 200  # jobs whose place in the order is known at least
 
 
@@ -54,10 +55,11 @@ def decide(
     coming, ordered = in_order(candidates, use, rules, now), []
     for job in coming:
         ordered.append(job)
-        if len(decision.blocked) >= rules.depth or len(decision.starts) >= rules.most_starts:
+        if decision.is_full:
             # Which of thousands is the last matters to nobody while there is no free slot.
             ordered += coming if decision.timeline.total_free else islice(coming, SHOWN)
             decision.back_fill(ordered, candidates)
+            decision.foresee(ordered)
             break
         decision.consider(job)
     decision.end_overdue()
@@ -102,6 +104,13 @@ class _Decision:
                     self.timeline.reserve(self.now + self.rules.save_s, run.job.limit_s, run.then)
             else:
                 self.timeline.take(run.placement, self._end_of(run))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no further job gets a reservation. Those for which others save now do not count: they start soon."""
+        long = sum(start > self._soon for start, _ in self.reserved.values())
+        most = max(_MOST_BLOCKED, self.rules.depth)
+        return long >= self.rules.depth or len(self.blocked) >= most or len(self.starts) >= self.rules.most_starts
 
     @property
     def _soon(self) -> float:
@@ -243,6 +252,14 @@ class _Decision:
                 elif job.per_node is None:
                     refused.append((size, job.limit_s))
         self.leave([job for job in jobs if job.id not in seen])
+
+    def foresee(self, ordered: Sequence[Job]) -> None:
+        """Say of the next ones behind when they should start, by reservations that nobody has to respect."""
+        behind = (job for job in ordered if self.blocked and self.waits.get(job.id) == Wait(BEHIND))
+        for job in islice(behind, max(0, _MOST_BLOCKED - len(self.blocked))):
+            if (found := self.timeline.earliest(job.sizes[0], job.per_node, job.limit_s)) is not None:
+                self.timeline.reserve(found[0], job.limit_s, found[1])
+                self.waits[job.id] = Wait(BEHIND, found[0])
 
     def leave(self, jobs: Sequence[Job]) -> None:
         """Say of the jobs behind the last one that was considered that they wait for those ahead."""
