@@ -55,6 +55,10 @@ def _check_starts(plan: Plan, nodes: Sequence[Node], jobs: dict[int, Job], rules
 def _check_stops(plan: Plan, jobs: dict[int, Job], running: Sequence[Running], rules: Rules, now: float) -> None:
     live = {run.job.id: run for run in running}
     assert len({stop.job for stop in plan.stops}) == len(plan.stops), "a job is stopped twice"
+    told = {stop.job for stop in plan.stops}
+    for run in running:
+        if not run.stopping and now >= run.started + run.job.limit_s and (run.job.hard or plan.reserved):
+            assert run.job.id in told, "it runs beyond its limit, or beyond its turn while others wait"
     for stop in plan.stops:
         run = live[stop.job]
         over = now >= run.started + run.job.limit_s
