@@ -1,6 +1,7 @@
 """The queue's policy against FIFO and EASY back-fill, on generated workloads; and how long a decision takes.
 
-    python -m benchmarks.queue [--jobs 2000] [--seeds 3] [--nodes 32] [--slots 8] [--load 0.9] [--json FILE]
+    python -m benchmarks.queue [--jobs 2000] [--seeds 12] [--nodes 32] [--slots 8] [--load 0.9] [--json FILE]
+    python -m benchmarks.queue --swf TRACE.swf.gz [--jobs 2000] [--nodes 32] [--slots 8]    # a trace instead
 
 Sizes and run times are drawn as Lublin and Feitelson do (2003, J. Parallel Distrib. Comput. 63(11)), with the
 parameters of their program m_lublin99.c for jobs without types: a quarter of the jobs has one rank, log2 of the
@@ -23,13 +24,13 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import describe
+from benchmarks.swf import Work, read
 from launch.queue.policy import decide
 from launch.queue.state import Job, Node, Placement, Rules, Running
 from launch.queue.timeline import Timeline
@@ -39,17 +40,6 @@ _SERIAL, _POWERS, _ULOW, _BELOW, _UPROB = 0.244, 0.576, 0.8, 2.5, 0.86
 _LONG, _SHORT = (312.0, 0.03), (4.2, 0.94)
 _PA, _PB = -0.0054, 0.78
 _BOUND_S = 10.0  # of the bounded slowdown
-
-
-@dataclass(frozen=True)
-class Work:
-    """One job of a workload: when it comes, how wide it is, how long it runs and says it does."""
-
-    id: int
-    arrives: float
-    ranks: int
-    seconds: float
-    estimate: float
 
 
 def workload(count: int, slots: int, load: float, seed: int) -> list[Work]:
@@ -195,23 +185,33 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.queue", description=__doc__)
     parser.add_argument("--jobs", type=int, default=2000)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=12)
     parser.add_argument("--nodes", type=int, default=32)
     parser.add_argument("--slots", type=int, default=8, help="of each node")
     parser.add_argument("--load", type=float, default=0.9)
+    parser.add_argument("--swf", type=Path, help="a trace in the Standard Workload Format, instead of generated jobs")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    nodes = [Node(f"n{i}", args.slots) for i in range(args.nodes)]
+    nodes, slots = [Node(f"n{i}", args.slots) for i in range(args.nodes)], args.nodes * args.slots
+    if args.swf is not None:
+        try:
+            jobs, left_out = read(args.swf, slots, args.jobs)
+        except (OSError, EOFError, ValueError) as error:
+            parser.error(str(error))
+        print(f"{len(jobs)} jobs of {args.swf}; {left_out} left out, which did not run or need more than {slots} slots")
+        workloads = [jobs]
+    else:
+        workloads = [workload(args.jobs, slots, args.load, seed) for seed in range(args.seeds)]
     found: dict[str, list[dict[str, float]]] = {}
-    for seed in range(args.seeds):
-        jobs = workload(args.jobs, args.nodes * args.slots, args.load, seed)
+    for jobs in workloads:
         for name, decider in (("FIFO", fifo), ("EASY", easy), ("queue", queue)):
             found.setdefault(name, []).append(simulate(jobs, nodes, decider))
-    table = Table("policy", "mean wait", "bounded slowdown", "utilisation", "of the offline bound")
+    table = Table("policy", "mean wait", "bounded slowdown", "utilisation", "of the offline bound", "± of its mean")
     for name, rows in found.items():
         mean = {key: statistics.fmean(row[key] for row in rows) for key in rows[0]}
+        spread = statistics.stdev(row["of_bound"] for row in rows) / len(rows) ** 0.5 if len(rows) > 1 else math.nan
         table.add_row(name, f"{mean['wait_s']:,.0f} s", f"{mean['slowdown']:.1f}", f"{mean['utilisation']:.3f}",
-                      f"{mean['of_bound']:.3f}")  # fmt: skip
+                      f"{mean['of_bound']:.3f}", f"{spread:.3f}")  # fmt: skip
     console = Console()
     console.print(describe())
     console.print(table)

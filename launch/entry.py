@@ -23,6 +23,7 @@ if __name__ == "__main__":
 
 from launch.machine.doctor import check_package_origins
 from launch.ranks.launchers import adopt
+from launch.ranks.lock import gone
 from launch.ranks.logs import LOG_DIR_VARIABLE, log_file
 from launch.ranks.orphans import use_scratch
 from launch.run.config import continued, load_run
@@ -64,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     bear_lost_streams()
     use_scratch()
     redact_tracebacks()
-    write_stacks_when_asked()
     try:
+        write_stacks_when_asked()
         adopt(os.environ)
         return run_rank(arguments.config, arguments.overrides)
     except SetformerError as error:
@@ -115,11 +116,21 @@ def no_shared_memory(error: Exception, shared: Path = Path("/dev/shm")) -> str |
 
 
 def write_stacks_when_asked() -> None:
-    """Let the supervisor have the stacks of all threads in this rank's log (SIGUSR2), also while the rank hangs."""
+    """Let the supervisor have the stacks of all threads in this rank's log (SIGUSR2), also while the rank hangs.
+
+    Raises:
+        TransientError: the log cannot be written, or the run's folder is gone.
+    """
     folder, rank = os.environ.get(LOG_DIR_VARIABLE), os.environ.get("RANK")
     if folder is None or rank is None:
         return
-    log = os.open(log_file(Path(folder), int(rank)), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    path = log_file(Path(folder), int(rank))
+    try:
+        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    except FileNotFoundError:
+        raise TransientError(gone(path.parent)) from None
+    except OSError as error:
+        raise TransientError(f"the rank's log {path} cannot be written ({error.strerror})") from None
     faulthandler.register(signal.SIGUSR2, file=log, all_threads=True)
 
 

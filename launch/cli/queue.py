@@ -16,7 +16,7 @@ from setformer_dist.core.errors import LaunchError
 from setformer_dist.core.terminal import open_console
 
 if TYPE_CHECKING:
-    from launch.queue.config import QueueConfig
+    from launch.queue.settings import Settings
     from launch.queue.source import Source
     from launch.queue.store import Store
 
@@ -57,19 +57,25 @@ NodeName = Annotated[str, typer.Argument(metavar="NODE", help="Name of the node.
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def _open(queue: str | None) -> tuple[Path, QueueConfig, Store]:
-    """Return the queue's folder, its config and its database.
+def _open(queue: str | None, strict: bool = False) -> tuple[Path, Settings, Store]:
+    """Return the queue's folder, its settings and its database.
+
+    Args:
+        queue: as given.
+        strict: refuse a broken queue.toml, also where a scheduler has used an earlier one.
 
     Raises:
+        ConfigError: queue.toml is broken.
         LaunchError: the extra is not installed, or the database cannot be used.
     """
     _need("sqlalchemy", "psycopg")
-    from launch.queue import config as settings
+    from launch.queue import config as files
     from launch.queue.serve import open_store
+    from launch.queue.settings import Settings
 
-    folder = settings.folder_of(queue)
-    config = settings.load(folder)
-    return folder, config, open_store(folder, config)
+    folder = files.folder_of(queue)
+    settings = Settings(folder, files.load(folder) if strict else None)
+    return folder, settings, open_store(folder, settings.config)
 
 
 def _need(*names: str) -> None:
@@ -92,7 +98,7 @@ def _source(queue: str | None) -> tuple[Source, Callable[[], None]]:
         from launch.queue.remote import Remote
 
         return Remote(url, token.find()), lambda: None
-    folder, config, store = _open(queue)
+    folder, found, store = _open(queue)
     from launch.queue.serve import ensure_server
     from launch.queue.source import Local
 
@@ -100,7 +106,7 @@ def _source(queue: str | None) -> tuple[Source, Callable[[], None]]:
         if line := ensure_server(folder, store):
             print(line, file=sys.stderr)
 
-    return Local(store, config), ensure
+    return Local(store, found.config, found), ensure
 
 
 def _page(where: str, token_file: Path | None) -> tuple[socket.socket, str | None]:
@@ -141,7 +147,7 @@ def serve(
 
         setformer queue serve --page 8765
     """
-    folder, config, store = _open(queue)
+    folder, settings, store = _open(queue, strict=True)
     store.close()
     from launch.queue import token
     from launch.queue.serve import serve as run
@@ -153,7 +159,7 @@ def serve(
 
         child = Child(folder, listening, found)
     token.forget()
-    if code := run(folder, config, until_idle, child):
+    if code := run(folder, settings.config, until_idle, child):
         raise typer.Exit(code)
 
 
@@ -169,12 +175,12 @@ def page(
 
     Example: setformer queue page 8765
     """
-    folder, config, store = _open(queue)
+    folder, settings, store = _open(queue, strict=True)
     store.close()
     listening, found = _page(where, token_file)
     from launch.queue.page.server import run
 
-    raise typer.Exit(run(folder, config, listening, found))
+    raise typer.Exit(run(folder, settings, listening, found))
 
 
 @app.command()
@@ -229,6 +235,8 @@ def submit(
         after or (), held, sweep,
     )  # fmt: skip
     print(f"job {source.submit(request)}")
+    if fault := source.fault():
+        print(fault, file=sys.stderr)
     ensure_server()
 
 

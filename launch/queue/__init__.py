@@ -6,6 +6,7 @@ timeline.py    free slots over time, and which nodes a job gets
 room.py        whom a job of higher priority stops, or shrinks
 policy.py      one decision: a pure function
 config.py      queue.toml: users, shares, limits, nodes
+settings.py    queue.toml while a server runs: read again when it changes
 schema.py      the tables, and how an older database becomes the present one
 store.py       the database: jobs, attempts, nodes, events, the schedulers' lease
 keeper.py      the process that starts a job, outlives the scheduler, and writes how the job ended

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -54,11 +54,19 @@ class Book:
         wanted = [column for column in db.jobs.c if column.name not in ("config", "directory")]
         rows = store.rows(sa.select(*wanted).where(db.jobs.c.state == "waiting").order_by(db.jobs.c.id))
         needed = {number for row in rows for number in row["after"]}
-        done: set[int] = set()
+        done: dict[int, float] = {}
         if needed:
-            query = sa.select(db.jobs.c.id).where(db.jobs.c.state == "done", db.jobs.c.id.in_(sorted(needed)))
-            done = {row["id"] for row in store.rows(query)}
-        return [self._job(row, tuple(number for number in row["after"] if number not in done)) for row in rows]
+            query = sa.select(db.jobs.c.id, db.jobs.c.finished)
+            query = query.where(db.jobs.c.state == "done", db.jobs.c.id.in_(sorted(needed)))
+            done = {row["id"]: row["finished"] or 0.0 for row in store.rows(query)}
+        return [
+            replace(
+                self._job(row, after=tuple(number for number in row["after"] if number not in done)),
+                # It waits for slots only since those that it waited for are done.
+                waiting_since=max([row["waiting_since"], *(done[n] for n in row["after"] if n in done)]),
+            )
+            for row in rows
+        ]
 
     def _job(self, row: Row, after: tuple[int, ...] = (), prefix: str = "") -> Job:
         limit, eligible_at = row[f"{prefix}limit_s"], row[f"{prefix}eligible_at"]
@@ -114,6 +122,8 @@ class Book:
             )
         )  # fmt: skip
         since = connection.execute(sa.select(db.jobs.c.waiting_since).where(db.jobs.c.id == start.job)).scalar_one()
+        ended = sa.select(sa.func.max(db.attempts.c.ended)).where(db.attempts.c.job == start.job)
+        since = max(since, connection.execute(ended).scalar() or 0.0)
         changed = {"state": "running", "attempts": number, "reason": "", "place": None, "expected": None}
         connection.execute(_job_row(start.job).values(**changed))
         waited = max(0.0, now - since)
@@ -149,14 +159,19 @@ class Book:
         elif outcome.how == "stopped" and row["stop_why"] == "limit":
             self.end(connection, row["job"], "over limit", "reached its time limit; `setformer queue release` goes on")
         elif outcome.how == "stopped":
-            self._wait(connection, row, failures_in_row=0)
+            self._wait(connection, row, self._since(row, ran), failures_in_row=0)
             if row["stop_why"] == "resize" and row["then_on"]:
                 return as_placement(row["then_on"])
         else:
-            self._failed(connection, row, outcome)
+            self._failed(connection, row, outcome, self._since(row, ran))
         return None
 
-    def _failed(self, connection: sa.Connection, row: Row, outcome: Outcome) -> None:
+    def _since(self, row: Row, ran: float) -> float:
+        """Return since when a job waits; a start that gave it little time does not begin its waiting anew."""
+        short = ran < 60 * self.config.policy.protect_minutes
+        return float(min(row["job_waiting_since"], self.clock())) if short else self.clock()
+
+    def _failed(self, connection: sa.Connection, row: Row, outcome: Outcome, since: float) -> None:
         own = outcome.how in ("mistake", "error")
         failures, in_row = row["job_own_failures"] + own, row["job_failures_in_row"] + 1
         if outcome.how == "mistake":
@@ -167,10 +182,10 @@ class Book:
             self.end(connection, row["job"], "failed", f"failed {in_row} times in a row ({outcome.how})")
         else:
             until = self.clock() + backoff(in_row)
-            self._wait(connection, row, own_failures=failures, failures_in_row=in_row, eligible_at=until)
+            self._wait(connection, row, since, own_failures=failures, failures_in_row=in_row, eligible_at=until)
 
-    def _wait(self, connection: sa.Connection, row: Row, **changed: object) -> None:
-        values = {"state": "waiting", "waiting_since": self.clock(), **changed}
+    def _wait(self, connection: sa.Connection, row: Row, since: float, **changed: object) -> None:
+        values = {"state": "waiting", "waiting_since": since, **changed}
         connection.execute(_job_row(row["job"]).values(**values))
 
     def end(self, connection: sa.Connection, job: int, state: str, reason: str) -> None:

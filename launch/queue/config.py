@@ -68,12 +68,13 @@ class PolicyTable(FrozenConfig):
         half_life_days: after which a user's use counts half.
         starve_after_hours: a job that has waited so long goes before all others.
         turn_hours: after which a job without a time limit gives way to jobs that wait.
-        protect_minutes: for which a job that had starved is not preempted.
+        protect_minutes: for which a job that had starved is not preempted. A job that ran for less goes on waiting
+            as if it had not.
         grow_after_minutes: an elastic job is not grown sooner after a start.
         save_seconds: expected time of a stop with a checkpoint.
         kill_after_seconds: a job that has not saved and ended by then is killed.
         suspect_failures: failures (by half in six hours) after which a node is drained.
-        depth: waiting jobs that get a reservation.
+        depth: waiting jobs that get a reservation; more of them promise more starts, and leave more slots idle.
     """
 
     half_life_days: _Hours = 7.0
@@ -84,7 +85,7 @@ class PolicyTable(FrozenConfig):
     save_seconds: _Hours = 30.0
     kill_after_seconds: _Hours = 150.0
     suspect_failures: _Hours = 3.0
-    depth: int = pydantic.Field(default=8, ge=1)
+    depth: int = pydantic.Field(default=3, ge=1)
 
 
 class PageTable(FrozenConfig):

@@ -4,11 +4,12 @@
     first that fits              starts, all ranks or none (launch.queue.timeline chooses the nodes)
     one that does not            elastic jobs shrink, jobs of lower priority stop, where that makes room for it;
                                  otherwise it gets a reservation, which jobs behind it must not touch (back-fill)
-    behind the last reservation  starts if it touches none
+    behind the last reservation  starts if it touches none; the next ones are told when they should start
     nobody is blocked            elastic jobs grow
 
 Waiting is bounded: a job that has waited `starve_after_s` goes before all others. Then it waits at most until the
-running jobs have reached their limits, and for jobs that had starved before it.
+running jobs have reached their limits, and for jobs that had starved before it. Where its user's quota keeps it back,
+no other job of that user starts, so it waits for that user's running jobs first.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from setformer_dist.core.words import counted
 _OVERDUE_S = 60.0  # a job beyond its limit is expected to end within this time
 FITS_NOT = "does not fit the nodes that are up and not drained"
 BEHIND = "behind other jobs"
+_MOST_BLOCKED = 8  # jobs of which it is known when they should start, if `depth` is not larger
 SHOWN = 200  # jobs whose place in the order is known at least
 
 
@@ -53,10 +55,11 @@ def decide(
     coming, ordered = in_order(candidates, use, rules, now), []
     for job in coming:
         ordered.append(job)
-        if len(decision.blocked) >= rules.depth or len(decision.starts) >= rules.most_starts:
+        if decision.is_full:
             # Which of thousands is the last matters to nobody while there is no free slot.
             ordered += coming if decision.timeline.total_free else islice(coming, SHOWN)
             decision.back_fill(ordered, candidates)
+            decision.foresee(ordered)
             break
         decision.consider(job)
     decision.end_overdue()
@@ -88,10 +91,12 @@ class _Decision:
     preempting: list[int] = field(default_factory=list)
     options: dict[int, list[tuple[Stop, Slots]]] = field(default_factory=dict)
     held_by: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    barred: dict[str, int] = field(default_factory=dict)  # users whose quota is kept for a job that has starved
 
     def __post_init__(self) -> None:
         for run in self.running:
-            self.held_by[run.job.user] += run.ranks
+            # One that is being grown has its larger size already.
+            self.held_by[run.job.user] += max(run.ranks, sum(count for _, count in run.then))
             if run.stopping:
                 self.timeline.take(_larger(run.placement, run.then), self.now + self.rules.save_s)
                 self.timeline.give_soon(self.timeline.slots_of(_less(run.placement, run.then)))
@@ -99,6 +104,13 @@ class _Decision:
                     self.timeline.reserve(self.now + self.rules.save_s, run.job.limit_s, run.then)
             else:
                 self.timeline.take(run.placement, self._end_of(run))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no further job gets a reservation. Those for which others save now do not count: they start soon."""
+        long = sum(start > self._soon for start, _ in self.reserved.values())
+        most = max(_MOST_BLOCKED, self.rules.depth)
+        return long >= self.rules.depth or len(self.blocked) >= most or len(self.starts) >= self.rules.most_starts
 
     @property
     def _soon(self) -> float:
@@ -135,8 +147,7 @@ class _Decision:
         """Start a job, or make room for it, or reserve its place."""
         sizes = self._within_quota(job)
         if not sizes:
-            quota = self.rules.quotas[job.user]
-            self.waits[job.id] = Wait(f"{job.user} may run {counted(quota, 'rank')} at a time")
+            self._over_quota(job)
             return
         if self._start(job, sizes) or self._room_comes(job, sizes[0]):
             return
@@ -152,7 +163,18 @@ class _Decision:
             return
         self._reserve(job, sizes[0], "waits for free slots")
 
+    def _over_quota(self, job: Job) -> None:
+        quota = self.rules.quotas[job.user]
+        if job.user in self.barred:
+            self.waits[job.id] = Wait(f"behind {_jobs((self.barred[job.user],))} of the same user, which has starved")
+            return
+        self.waits[job.id] = Wait(f"{job.user} may run {counted(quota, 'rank')} at a time")
+        if starves(job, self.rules, self.now) and job.sizes[0] <= quota:
+            self.barred[job.user] = job.id  # its user's small jobs would take the quota for ever
+
     def _within_quota(self, job: Job) -> tuple[int, ...]:
+        if job.user in self.barred:
+            return ()
         quota = self.rules.quotas.get(job.user)
         if quota is None:
             return job.sizes
@@ -231,6 +253,14 @@ class _Decision:
                     refused.append((size, job.limit_s))
         self.leave([job for job in jobs if job.id not in seen])
 
+    def foresee(self, ordered: Sequence[Job]) -> None:
+        """Say of the next ones behind when they should start, by reservations that nobody has to respect."""
+        behind = (job for job in ordered if self.blocked and self.waits.get(job.id) == Wait(BEHIND))
+        for job in islice(behind, max(0, _MOST_BLOCKED - len(self.blocked))):
+            if (found := self.timeline.earliest(job.sizes[0], job.per_node, job.limit_s)) is not None:
+                self.timeline.reserve(found[0], job.limit_s, found[1])
+                self.waits[job.id] = Wait(BEHIND, found[0])
+
     def leave(self, jobs: Sequence[Job]) -> None:
         """Say of the jobs behind the last one that was considered that they wait for those ahead."""
         if not self.blocked:  # many start now: these are next
@@ -246,8 +276,8 @@ class _Decision:
                 continue
             if run.job.hard:
                 self.stops[run.job.id] = Stop(run.job.id, "limit")
-            elif self.blocked:
-                self.stops[run.job.id] = Stop(run.job.id, "turn", by=self.blocked[0].id)
+            elif for_whom := self.barred.get(run.job.user) or next((job.id for job in self.blocked), 0):
+                self.stops[run.job.id] = Stop(run.job.id, "turn", by=for_whom)
 
     def grow(self) -> None:
         """Grow the elastic job that gains most, if slots are free and nobody waits for them."""
@@ -269,6 +299,8 @@ class _Decision:
 
     def _growable(self, run: Running) -> Sequence[int]:
         if run.job.id in self.stops or self.now - run.started < self.rules.grow_after_s:
+            return ()
+        if run.job.user in self.barred:
             return ()
         quota = self.rules.quotas.get(run.job.user)
         spare = None if quota is None else quota - self.held_by[run.job.user]

@@ -44,6 +44,10 @@ class Remote:
         found: Row | None = self._get("/cluster")["leader"]
         return found
 
+    def fault(self) -> str:
+        """As `Source`."""
+        return str(self._get("/cluster").get("fault", ""))
+
     def nodes(self) -> list[Row]:
         """As `Source`."""
         return list(self._get("/cluster")["nodes"])

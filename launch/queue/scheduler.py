@@ -16,7 +16,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from launch.queue.nodes import Nodes, command, devices_for, environment, program
 from launch.queue.outcome import last_saved
 from launch.queue.pace import Pace
 from launch.queue.policy import decide
+from launch.queue.settings import Settings
 from launch.queue.state import Placement, Plan, Start, Stop
 from launch.queue.store import Lease, LeaseLostError, Row, Store, event
 from setformer_dist.core.errors import TransientError
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 
 TICK_S = 1.0
 _SAVED_EVERY_S = 15.0
+_LEFT = "it is no longer in queue.toml"
 _LOST_S = 60.0  # beyond `kill_after_seconds`, after which the keeper is killed as well
 
 
@@ -50,7 +52,7 @@ class Scheduler:
     Attributes:
         store: the database.
         folder: of the queue, which all schedulers share.
-        config: queue.toml.
+        config: queue.toml; read again when it changes.
         clock: Unix time.
     """
 
@@ -61,10 +63,12 @@ class Scheduler:
     stale_s: float = 8.0
     _watcher: processes.Watcher = field(default_factory=processes.Watcher)
     _trouble: str = ""
+    _told: bool = True  # of queue.toml as it is now
     _saved: dict[tuple[int, int], tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.lease = self._new_lease()
+        self.settings = Settings(self.folder, self.config)
         self.nodes = Nodes(self.config.cluster)
         self.book = Book(self.config, self.clock)
         self.pace = Pace(self.folder)
@@ -102,12 +106,14 @@ class Scheduler:
         """Do one round; return whether anything is left to do, or another scheduler does it."""
         try:
             self.store.check_file()
+            self._reread()
             if self.lease.term is None:
                 if not self.lease.acquire():
                     return True
                 log.warning("this scheduler leads the queue in %s (term %d)", self.folder, self.lease.term)
                 with self.lease.write() as connection:
                     event(connection, "leads", term=self.lease.term, pid=os.getpid(), host=socket.gethostname())
+                self.settings.keep()
             left = self._round()
             self._trouble = ""
             return left
@@ -121,7 +127,32 @@ class Scheduler:
             self._trouble = str(error)
         return True
 
+    def _reread(self) -> None:
+        """Use queue.toml as it is now; one that is broken is told once."""
+        if not self.settings.look():
+            return
+        if self.settings.fault:
+            log.warning("%s", self.settings.fault)
+        else:
+            log.warning("queue.toml has changed: it is in force")
+        if self.settings.config.cluster != self.config.cluster:
+            self.nodes.close()
+            self.nodes = Nodes(self.settings.config.cluster)
+        self.config = self.book.config = self.settings.config
+        self._told = False
+
+    def _tell_settings(self) -> None:
+        if not self._told:
+            with self.lease.write() as connection:
+                if fault := self.settings.fault:
+                    event(connection, "settings refused", fault=fault)
+                else:
+                    event(connection, "settings")
+            self.settings.keep()
+            self._told = True
+
     def _round(self) -> bool:
+        self._tell_settings()
         self._observe_nodes()
         self._observe_ends()
         self._obey()
@@ -129,6 +160,8 @@ class Scheduler:
 
     def _observe_nodes(self) -> None:
         up = self.nodes.look()
+        listed = self.config.cluster.kind != "ray"  # there, a node that is not up has left the list
+        busy = {name for row in self._live() for name, _ in row["placement"]} if listed else ()
         known = {row["name"]: row for row in self.store.rows(sa.select(db.nodes))}
         with self.lease.write() as connection:
             for name, slots in up.items():
@@ -139,10 +172,22 @@ class Scheduler:
                 elif not row["up"] or row["slots"] != slots:
                     connection.execute(_node(name).values(slots=slots, up=True))
                     event(connection, "node up", node=name, slots=slots)
+                if row is not None and row["drained"] == _LEFT:
+                    connection.execute(_node(name).values(drained=None))
+                    event(connection, "undrained", node=name)
             for name in known.keys() - up.keys():
                 if known[name]["up"]:
-                    connection.execute(_node(name).values(up=False))
-                    event(connection, "node down", node=name)
+                    self._gone(connection, name, busy)
+
+    def _gone(self, connection: sa.Connection, name: str, busy: Collection[str]) -> None:
+        """Write down that a node is down; one that left queue.toml is drained as long as jobs run on it."""
+        if name not in busy:
+            connection.execute(_node(name).values(up=False))
+            event(connection, "node down", node=name)
+            return
+        alone = sa.update(db.nodes).where(db.nodes.c.name == name, db.nodes.c.drained.is_(None))
+        if connection.execute(alone.values(drained=_LEFT)).rowcount:
+            event(connection, "drained", node=name, why=_LEFT)
 
     def _live(self) -> list[Row]:
         """Return the attempts that have not ended, with their jobs' columns as `job_...`."""
@@ -159,8 +204,12 @@ class Scheduler:
             with self.lease.write() as connection:
                 resized = self.book.close(connection, row, ended)
             self._saved.pop((row["job"], row["number"]), None)
-            if resized is not None:
+            if resized is not None and self._usable(resized):  # otherwise it waits
                 self._start(Start(row["job"], resized))
+
+    def _usable(self, placement: Placement) -> bool:
+        usable = {node.name for node in self.book.nodes(self.store) if node.usable}
+        return all(name in usable for name, _ in placement)
 
     def _insist(self, row: Row) -> None:
         """Tell a job again that should stop; kill the keeper of one that does not end even so."""

@@ -7,9 +7,11 @@ of URLs; who shows them escapes them.
 from __future__ import annotations
 
 import codecs
+import json
 import os
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +22,7 @@ from launch.queue import schema as db
 from launch.queue import wishes
 from launch.queue.config import QueueConfig
 from launch.queue.keeper import OUTPUT
+from launch.queue.settings import Settings
 from launch.queue.store import MissingError, Row, Store
 from launch.queue.submit import Request
 from launch.queue.submit import submit as put
@@ -32,6 +35,8 @@ MOST_EVENTS = 1000  # in one answer
 _COLOURS = re.compile(r"\x1b\[[0-9;]{0,32}m")
 _BY_AGE = ("running", "stopping", "waiting")
 _LIVE = ("running", "stopping")
+_WORDS = {"placement": "on", "seconds": "ran", "room_for": "makes room for job", "then": "then on", "sizes": "ranks",
+          "how": "", "why": "because:", "code": "exit code"}  # fmt: skip
 
 
 class Source(Protocol):
@@ -39,6 +44,9 @@ class Source(Protocol):
 
     def leader(self) -> Row | None:
         """Return host, pid and term of the scheduler; None where none runs."""
+
+    def fault(self) -> str:
+        """Return why queue.toml is not in force, in one sentence; "" where it is."""
 
     def nodes(self) -> list[Row]:
         """Return name, slots, used and state of each node."""
@@ -80,11 +88,26 @@ class Local:
 
     Attributes:
         store: the database.
-        config: queue.toml.
+        config: queue.toml, as it was read first.
+        settings: queue.toml as it is now; None where it does not change.
     """
 
     store: Store
     config: QueueConfig
+    settings: Settings | None = None
+
+    def fault(self) -> str:
+        """As `Source`."""
+        if self.settings is None:
+            return ""
+        self.settings.look()
+        return self.settings.fault
+
+    def _in_force(self) -> QueueConfig:
+        if self.settings is None:
+            return self.config
+        self.settings.look()
+        return self.settings.config
 
     def leader(self) -> Row | None:
         """As `Source`."""
@@ -203,7 +226,7 @@ class Local:
 
     def move(self, number: int, priority: int) -> str:
         """As `Source`."""
-        return wishes.move(self.store, self.config, number, priority)
+        return wishes.move(self.store, self._in_force(), number, priority)
 
     def drain(self, node: str, why: str | None, vacate: bool = False) -> None:
         """As `Source`."""
@@ -211,7 +234,7 @@ class Local:
 
     def submit(self, request: Request) -> int:
         """As `Source`."""
-        return put(self.store, self.config, request)
+        return put(self.store, self._in_force(), request)
 
 
 def _now(run: Row | None) -> Row:
@@ -252,6 +275,27 @@ def span(seconds: float) -> str:
         if seconds >= unit:
             return f"{seconds / unit:.1f} {name}"
     return f"{max(0.0, seconds):.0f} s"
+
+
+def said(data: Mapping[str, object]) -> str:
+    """Return what an event's data says, in words."""
+    return ", ".join(
+        f"{_WORDS.get(key, key)} {_value(key, value)}".strip()
+        for key, value in data.items()
+        if value not in (None, "", 0, [])
+    )
+
+
+def _value(key: str, value: object) -> str:
+    if key in ("seconds", "waited") and isinstance(value, float):
+        return span(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list) and value and all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        return " ".join(f"{node}:{count}" for node, count in value)
+    if key == "sizes" and isinstance(value, list) and value:
+        return f"{value[0]}" if len(value) == 1 else f"{value[0]}:{value[-1]}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def ranks_of(row: Row) -> str:

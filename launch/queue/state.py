@@ -111,7 +111,7 @@ class Rules:
     protect_s: float = 3600.0
     save_s: float = 30.0
     grow_after_s: float = 600.0
-    depth: int = 8
+    depth: int = 3
     most_starts: int = 64
     most_preempting: int = 4
 

@@ -1,8 +1,8 @@
 """Slots of each node over time: what is free now, what running jobs give back, what is reserved for jobs ahead.
 
 A running job gives its slots back at its limit at the latest. A reservation is a placement and a span of time. A job
-fits at a time if its slots are free then and no reservation that overlaps its own span needs them. Reservations count
-in full for their overlap, also where they do not overlap each other: that may make a start later, never too early.
+fits at a time if its slots are free then, and stay free whenever a reservation begins in its own span: between two
+beginnings, slots only come free.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Timeline:
         self._gives: list[tuple[int, int]] = []
         self._spans: list[tuple[float, float]] = []
         self._reserved: Slots = np.zeros((0, len(nodes)), dtype=np.int64)
+        self._left: list[Slots] = []  # by reservation: what is free when it begins, it and others taken away
         self._soon: Slots = np.zeros(len(nodes), dtype=np.int64)
 
     def slots_of(self, placement: Placement) -> Slots:
@@ -56,6 +57,9 @@ class Timeline:
                 place = bisect.bisect_right(self._times, until)
                 self._times.insert(place, until)
                 self._gives.insert(place, (index, count))
+                for (start, _), left in zip(self._spans, self._left, strict=True):
+                    if start < until:
+                        left[index] -= count
 
     def give_soon(self, slots: Slots) -> None:
         """Note slots that jobs which are stopping give back."""
@@ -63,8 +67,13 @@ class Timeline:
 
     def reserve(self, start: float, length: float, placement: Placement) -> None:
         """Keep slots for a job that is ahead."""
-        self._spans.append((start, start + length))
-        self._reserved = np.vstack([self._reserved, self.slots_of(placement)])
+        end, slots = start + length, self.slots_of(placement)
+        for (other, _), left in zip(self._spans, self._left, strict=True):
+            if start <= other < end:
+                left -= slots
+        self._spans.append((start, end))
+        self._reserved = np.vstack([self._reserved, slots])
+        self._left.append(self._free_at(start) - self._reserved_in(start, start))
 
     @property
     def total_free(self) -> int:
@@ -72,12 +81,15 @@ class Timeline:
         return int(self._free.sum())
 
     def free(self, at: float, length: float) -> Slots:
-        """Return free slots by node for a span that begins at a time; less than 0 where reservations add up."""
-        free = self._free.copy()
-        if at > self._now:
-            count = bisect.bisect_right(self._times, at)
-            free += self._given(count)
-        return self._without_reserved(free, at, length)
+        """Return slots by node that are free for a whole span from a time on; less than 0 where there are too few."""
+        free = self._free_at(at) - self._reserved_in(at, at)
+        for (start, _), left in zip(self._spans, self._left, strict=True):
+            if at < start < at + length:
+                np.minimum(free, left, out=free)
+        return free
+
+    def _free_at(self, at: float) -> Slots:
+        return self._free + self._given(bisect.bisect_right(self._times, at)) if at > self._now else self._free.copy()
 
     @property
     def any_soon(self) -> bool:
@@ -85,8 +97,11 @@ class Timeline:
         return bool(self._soon.any())
 
     def free_soon(self, at: float, length: float) -> Slots:
-        """Return what is free for a span that begins when the jobs that are stopping have ended."""
-        return self._without_reserved(self._free + self._soon, at, length)
+        """Return what is free for a span that begins when the jobs that are stopping have ended.
+
+        Every reservation in the span counts in full: what stopping jobs give may be what it waits for.
+        """
+        return self._free + self._soon - self._reserved_in(at, at + length)
 
     def _given(self, count: int) -> Slots:
         if not count:
@@ -94,11 +109,11 @@ class Timeline:
         gives = np.array(self._gives[:count], dtype=np.int64)
         return np.bincount(gives[:, 0], weights=gives[:, 1], minlength=len(self.nodes)).astype(np.int64)
 
-    def _without_reserved(self, free: Slots, at: float, length: float) -> Slots:
-        overlapping = [start < at + length and end > at for start, end in self._spans]
-        if any(overlapping):
-            free = free - self._reserved[np.array(overlapping)].sum(axis=0)
-        return free
+    def _reserved_in(self, begin: float, end: float) -> Slots:
+        """Return the sum of the reservations of a span, or of an instant where it ends when it begins."""
+        last = begin == end
+        wanted = [(start <= begin if last else start < end) and until > begin for start, until in self._spans]
+        return np.asarray(self._reserved[np.array(wanted, dtype=bool)].sum(axis=0), dtype=np.int64)
 
     def earliest(self, ranks: int, per_node: int | None, length: float) -> tuple[float, Placement] | None:
         """Return when and where a job fits at the earliest; None where it never does.

@@ -54,7 +54,8 @@ def release(store: Store, number: int) -> str:
         return "waits again, and goes on from its newest checkpoint"
     if not row["held"]:
         raise LaunchError(f"job {number} is not held (it is {row['state']}), so there is nothing to release")
-    _change(store, number, "release", held=False)
+    # It has not waited for slots before: a job that is held for a day must not go before all others then.
+    _change(store, number, "release", held=False, waiting_since=time.time())
     return "may start"
 
 
@@ -113,6 +114,7 @@ def _change(store: Store, number: int, kind: str, **values: object) -> str:
         alive = (table.c.id == number, table.c.state.not_in(db.ENDED))
         if not connection.execute(sa.update(table).where(*alive).values(**values)).rowcount:
             raise LaunchError(f"job {number} has ended ({state}): there is nothing to {kind}")
+        values.pop("waiting_since", None)
         event(connection, kind, number, **values)
     return state
 

@@ -145,6 +145,14 @@ def held_by_tool(checkpoints: Path) -> Iterator[None]:
                 os.utime(root.parent / LOCK_FILE, (before, before))
 
 
+def gone(folder: Path) -> str:
+    """Return the sentence about a run's folder, or one in it, that is not where it was."""
+    return (
+        f"{folder} was moved or removed while the run was at work in it, so nothing can be saved there: put it back, "
+        "and start the run again to resume from its newest checkpoint"
+    )
+
+
 class Supervised:
     """A run's folder whose supervisor's lock this process holds. Made by `supervising`.
 
@@ -181,10 +189,7 @@ class Supervised:
         self._gone_since = self._gone_since or now
         if now - self._gone_since < _GONE_S:
             return None
-        return (
-            f"{lost} was moved or removed while the run was at work in it, so nothing can be saved there: put it back, "
-            "and start the run again to resume from its newest checkpoint"
-        )
+        return gone(lost)
 
     def _lost(self) -> Path | None:
         for path in (self._folder / LOCK_FILE, self._folder / "checkpoints"):

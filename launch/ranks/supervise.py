@@ -19,7 +19,7 @@ from typing import Protocol
 from checkpoints.layout import MANIFEST, step_folders, step_of
 from launch.ranks.attempt import AttemptError, FolderLostError, HangTimeouts, Regroup, Watch
 from launch.ranks.board import Board
-from launch.ranks.lock import supervising
+from launch.ranks.lock import gone, supervising
 from launch.ranks.restarts import Failure, GiveUp, RestartConfig, verdict
 from launch.ranks.signals import Received, stop_signals
 from setformer_dist.core import ledger
@@ -119,7 +119,14 @@ def run_supervised(
             folder.show_life()
             if recorder is not None:
                 recorder.begin()
-            return _attempts(crew, run_folder, config, received, folder.fault, say, recorder, Board(run_folder, tell))
+            try:
+                return _attempts(
+                    crew, run_folder, config, received, folder.fault, say, recorder, Board(run_folder, tell)
+                )
+            except FileNotFoundError:  # between two looks
+                if (run_folder / "logs").is_dir():
+                    raise
+                raise FolderLostError(gone(run_folder)) from None
 
 
 def _attempts(
@@ -138,8 +145,8 @@ def _attempts(
     log_dir = run_folder / "logs"
     watch = Watch(received, timeouts, lost, board.look)
     while True:
-        log_dir.mkdir(parents=True, exist_ok=True)
         try:
+            log_dir.mkdir(exist_ok=True)
             crew.prepare(received)
             if received.stop:
                 say(f"stopped before starting; {how_to_resume(run_folder)}")

@@ -22,6 +22,7 @@ from launch.queue.store import Store, url_of
 from launch.queue.submit import Request, submit
 from launch.sweep.journal import read_events
 from setformer_dist.core import ledger
+from tests.unit.queue_postgres import Postgres
 
 SMALL = (
     "~schedule.epochs",
@@ -36,11 +37,11 @@ SMALL = (
 class Place:
     """A queue in a folder, with its scheduler in this process."""
 
-    def __init__(self, folder: Path, digits: Path, slots: int, **policy: float) -> None:
+    def __init__(self, folder: Path, digits: Path, slots: int, url: str | None = None, **policy: float) -> None:
         self.config = QueueConfig.model_validate({"cluster": {"slots": slots}, "policy": policy})
         self.folder, self.digits = folder, digits
         (folder / "q").mkdir()
-        self.store = Store(url_of(folder / "q"))
+        self.store = Store(url or url_of(folder / "q"))
         self.scheduler = Scheduler(self.store, folder / "q", self.config, stale_s=0.5)
 
     def submit(self, name: str, ranks: str = "1", *more: str, **other: object) -> int:
@@ -86,8 +87,8 @@ def make(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     made: list[Place] = []
 
-    def make(slots: int, **policy: float) -> Place:
-        made.append(Place(tmp_path, digits, slots, **policy))
+    def make(slots: int, url: str | None = None, **policy: float) -> Place:
+        made.append(Place(tmp_path, digits, slots, url, **policy))
         return made[-1]
 
     yield make
@@ -171,6 +172,48 @@ def test_a_stand_by_takes_over_within_ten_seconds(make: Make, tmp_path: Path) ->
             server.terminate()
             server.wait()
     assert not place.store.rows(sa.select(db.lease))[0]["holder"]  # given back
+
+
+@pytest.fixture
+def server() -> Iterator[Postgres]:
+    made = Postgres()
+    yield made
+    made.close()
+
+
+@pytest.mark.drill
+def test_a_database_that_is_lost_and_comes_back_loses_and_doubles_no_job(
+    server: Postgres, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = make(2, url=server.url)
+    first, second = place.submit("one", "1", "schedule.steps=60"), place.submit("two")
+    place.until(lambda: place.step("one") > 2)
+    for at, immediately in enumerate((True, False, True)):
+        server.stop(immediately)
+        before = place.step("one")
+        for _ in range(3):
+            assert place.scheduler.step()  # it bears it
+            time.sleep(0.3)
+        server.start()
+        place.scheduler.step()
+        place.until(lambda before=before: place.step("one") > before)  # the job went on
+        assert place.state(first) == "running"
+        assert sum("cannot be used" in line for line in caplog.messages) == at + 1  # told once each time
+    server.stop(immediately=True)
+    folder = place.folder / "q" / "jobs" / "000001" / "attempt-0001"
+    limit = time.monotonic() + 240
+    while not (folder / "end.json").exists():  # it ends while nobody can write it down
+        place.scheduler.step()
+        assert time.monotonic() < limit
+        time.sleep(0.3)
+    server.start()
+    third = place.submit("three")
+    place.until(lambda: all(place.state(number) == "done" for number in (first, second, third)))
+    assert [place.tries(number) for number in (first, second, third)] == [[(1, "done")]] * 3
+    assert not place.store.check()
+    for kind in ("started", "ended", "done"):
+        rows = place.store.rows(sa.select(db.events.c.job).where(db.events.c.kind == kind))
+        assert sorted(row["job"] for row in rows) == [first, second, third], kind
 
 
 @pytest.mark.drill

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import pwd
-import shutil
-import signal
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,39 +22,19 @@ from launch.queue.page.figures import Figures
 from launch.queue.page.live import Watch
 from launch.queue.scheduler import Scheduler
 from launch.queue.source import Local
+from launch.queue.state import Start
 from launch.queue.store import Lease, LeaseLostError, MissingError, Store, event, url_of
 from launch.queue.submit import Request, seconds_of, submit
 from setformer_dist.core.errors import ConfigError, LaunchError, SetformerError, TransientError
-
-_BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin")) if Path("/usr/lib/postgresql").is_dir() else []
+from tests.unit.queue_postgres import Postgres
 
 
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[str]:
-    """URL of a PostgreSQL that listens on a socket in a temporary folder alone."""
-    if not _BINARIES:
-        pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
-    user = "nobody" if os.getuid() == 0 else None  # PostgreSQL refuses to run as root
-    folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))
-    if user:
-        os.chown(folder, pwd.getpwnam(user).pw_uid, -1)
-    words = {"user": user, "check": True, "capture_output": True, "cwd": folder, "timeout": 60}
-    data = folder / "data"
-    subprocess.run([_BINARIES[-1] / "initdb", "-D", data, "-U", "q", "-A", "trust", "--no-sync"], **words)
-    server = subprocess.Popen(
-        [_BINARIES[-1] / "postgres", "-D", data, "-k", folder, "-c", "listen_addresses="],
-        user=user, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    try:
-        limit = time.monotonic() + 30
-        while subprocess.run([_BINARIES[-1] / "pg_isready", "-h", folder, "-U", "q"], capture_output=True).returncode:
-            assert time.monotonic() < limit
-            time.sleep(0.1)
-        yield f"postgresql+psycopg://q@/postgres?host={folder}"
-    finally:
-        server.send_signal(signal.SIGINT)  # SIGTERM would wait for every connection to end
-        server.wait(30)
-        shutil.rmtree(folder, ignore_errors=True)
+    """URL of a PostgreSQL."""
+    server = Postgres()
+    yield server.url
+    server.close()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -434,3 +409,31 @@ def test_a_clock_that_is_set_back_keeps_no_job_waiting(
         connection.execute(sa.update(db.jobs).where(db.jobs.c.id == number).values(eligible_at=now + 600.0))
     assert Book(_config(), lambda: now).waiting(store)[0].eligible_at == now + 600.0
     assert Book(_config(), lambda: now - 86400.0).waiting(store)[0].eligible_at == 0.0
+
+
+def test_since_when_a_job_waits(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not while it is held or waits for another job; and a start that gave it no time does not begin it anew."""
+    monkeypatch.chdir(tmp_path)
+    first, second, held = _submit(store, "a"), _submit(store, "b", after=[1]), _submit(store, "c", held=True)
+    now = time.time()
+    with store.write() as connection:
+        connection.execute(sa.update(db.jobs).values(waiting_since=now - 90000.0))
+    book = Book(_config(), lambda: now)
+    placement = (("vm", 1),)
+    with store.write() as connection:
+        book.open(connection, Start(first, placement), 1, tmp_path / "1", None)
+    query = sa.select(db.attempts, *(c.label(f"job_{c.name}") for c in db.jobs.c)).join(db.jobs)
+    for started, since in ((now - 3599.0, now - 90000.0), (now - 3601.0, now)):
+        (row,) = store.rows(query.where(db.attempts.c.state != "ended"))
+        with store.write() as connection:
+            book.close(connection, {**row, "started": started, "stop_why": "preempted"}, Ended(143, now))
+        assert store.job(first)["waiting_since"] == since
+        with store.write() as connection:
+            book.open(connection, Start(first, placement), store.job(first)["attempts"] + 1, tmp_path / "2", None)
+    waited = [row["data"]["waited"] for row in store.rows(sa.select(db.events).where(db.events.c.kind == "started"))]
+    assert waited == [90000.0, 0.0, 0.0]  # what was told before is not told again
+    with store.write() as connection:
+        book.end(connection, first, "done", "")
+    assert wishes.release(store, held) == "may start"
+    assert [round(each.waiting_since - now) for each in book.waiting(store)] == [0, 0]
+    assert [each.id for each in book.waiting(store)] == [second, held]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -12,12 +14,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from launch import entry
 from launch.history.show import list_runs, show_run
+from launch.ranks.attempt import AttemptError, FolderLostError
+from launch.ranks.logs import LOG_DIR_VARIABLE
 from launch.ranks.restarts import Failure, GiveUp, Restart, RestartConfig, verdict
-from launch.ranks.supervise import how_to_resume
+from launch.ranks.supervise import how_to_resume, run_supervised
 from launch.run.config import load_run
 from setformer_dist.core import ledger
-from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.errors import ConfigError, TransientError
 from setformer_dist.core.heartbeat import FD_VARIABLE, Heartbeat, Pulse
 
 DEMO = Path(__file__).parent.parent.parent / "configs" / "runs" / "demo.toml"
@@ -50,6 +55,58 @@ def test_failures_at_one_step_are_of_the_runs_own_making():
     judged = verdict(failures(7, 40, 40, 40), POLICY)
     assert isinstance(judged, GiveUp)
     assert "3 times at step 40" in judged.reason
+
+
+class _Crew:
+    """Starts nothing; its run's folder is removed while it does."""
+
+    hosts = ()
+    ranks = 1
+
+    def __init__(self, folder, when):
+        self.folder, self.when = folder, when
+
+    def machines(self):
+        return {}
+
+    def show_life(self):
+        pass
+
+    def close(self):
+        pass
+
+    def prepare(self, received):
+        if self.when == "prepare":
+            shutil.rmtree(self.folder)
+
+    def attempt(self, log_dir, watch):
+        shutil.rmtree(self.folder)
+        if self.when == "end":
+            raise AttemptError("a rank failed", "killed", 0)
+        (log_dir / "rank-00000.log").open("ab")
+        return 0
+
+
+@pytest.mark.parametrize("when", ["prepare", "start", "end"])
+def test_a_run_folder_that_is_removed_meanwhile_is_one_sentence_and_not_made_again(tmp_path, when):
+    folder = tmp_path / "run"
+    with pytest.raises(FolderLostError, match=r"run was moved or removed.*start the run again"):
+        run_supervised(_Crew(folder, when), folder, POLICY)
+    assert not folder.exists()
+
+
+def test_a_rank_whose_log_is_gone_says_so_in_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv(LOG_DIR_VARIABLE, str(tmp_path / "run" / "logs"))
+    # The rest of a rank's start changes this process.
+    for name in ("bear_lost_streams", "use_scratch", "redact_tracebacks"):
+        monkeypatch.setattr(f"launch.entry.{name}", lambda: None)
+    assert entry.main([str(DEMO)]) == TransientError.exit_code
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"error: \S*/run/logs was moved or removed [^\n]*\n", said), said
+    (tmp_path / "run" / "logs" / "rank-00000.log").mkdir(parents=True)
+    with pytest.raises(TransientError, match=r"rank-00000.log cannot be written \(Is a directory\)"):
+        entry.write_stacks_when_asked()
 
 
 def test_the_window_forgets():

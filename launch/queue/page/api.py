@@ -39,8 +39,8 @@ def router(queue: Local, curves: Curves) -> APIRouter:
 def _reads(routes: APIRouter, queue: Local, curves: Curves) -> None:
     @routes.get("/cluster", response_model=models.Cluster)
     def cluster() -> Row:
-        """Return the scheduler that leads, and the nodes."""
-        return {"leader": queue.leader(), "nodes": queue.nodes()}
+        """Return the scheduler that leads, the nodes, and what is wrong with queue.toml."""
+        return {"leader": queue.leader(), "nodes": queue.nodes(), "fault": queue.fault()}
 
     @routes.get("/jobs", response_model=models.Jobs)
     def jobs(

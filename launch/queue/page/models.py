@@ -43,6 +43,7 @@ class Cluster(pydantic.BaseModel):
 
     leader: Leader | None = Field(description="null where no scheduler runs")
     nodes: list[Node]
+    fault: str = Field(description="why queue.toml is not in force; empty where it is")
 
 
 class Job(pydantic.BaseModel):

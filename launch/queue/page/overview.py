@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from launch.queue import schema as db
 from launch.queue.page.curves import Curves, chart, spark
-from launch.queue.source import CHUNK, Local, as_line, expected_in, ranks_of, span
+from launch.queue.source import CHUNK, Local, as_line, expected_in, ranks_of, said, span
 from launch.queue.store import Row
 from setformer_dist.core.secrets import redacted
 
@@ -24,8 +24,6 @@ _NODES, _RUNNING, _WAITING, _ENDED, _EVENTS = 200, 48, 200, 15, 12
 EVENTS = 100  # of a page of events
 _DAY_S = 86400.0
 _BLOCKS = 16  # slots that are drawn one by one
-_WORDS = {"placement": "on", "seconds": "ran", "room_for": "makes room for job", "then": "then on", "sizes": "ranks",
-          "how": "", "why": "because:", "code": "exit code"}  # fmt: skip
 _LABELS = {"loss": "training", "eval_loss": "evaluation"}
 
 
@@ -151,24 +149,7 @@ def _ended(row: Row, now: float) -> Facts:
 def event(row: Row, now: float) -> Facts:
     """Return one event as a page shows it."""
     rest = {key: value for key, value in row.items() if key not in ("id", "time", "event", "job")}
-    said = ", ".join(
-        f"{_WORDS.get(key, key)} {_value(key, value)}".strip()
-        for key, value in rest.items()
-        if value not in (None, "", 0, [])
-    )
-    return {"id": row["id"], "kind": row["event"], "job": row["job"], "at": when(row["time"], now), "said": said}
-
-
-def _value(key: str, value: object) -> str:
-    if key in ("seconds", "waited") and isinstance(value, float):
-        return span(value)
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list) and value and all(isinstance(pair, list) and len(pair) == 2 for pair in value):
-        return " ".join(f"{node}:{count}" for node, count in value)
-    if key == "sizes" and isinstance(value, list) and value:
-        return f"{value[0]}" if len(value) == 1 else f"{value[0]}:{value[-1]}"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return {"id": row["id"], "kind": row["event"], "job": row["job"], "at": when(row["time"], now), "said": said(rest)}
 
 
 def when(at: float | None, now: float) -> When | None:

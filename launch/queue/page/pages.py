@@ -97,7 +97,8 @@ class Pages:
     def front(self, request: Request) -> Response:
         """Return the first page."""
         facts = self._fresh.get("front", lambda: overview.front(self.queue, self.curves))
-        return self.render(request, "front.html.j2", leader=self._leader(), **facts)
+        fault = self._fresh.get("fault", self.queue.fault)
+        return self.render(request, "front.html.j2", leader=self._leader(), fault=fault, **facts)
 
     def _leader(self) -> dict[str, object]:
         found = self._fresh.get("leader", self.queue.leader)

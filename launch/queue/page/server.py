@@ -24,12 +24,12 @@ from pathlib import Path
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from launch.queue import config as settings
 from launch.queue import token as tokens
-from launch.queue.config import QueueConfig, database_of
+from launch.queue.config import database_of
 from launch.queue.page.access import Access, own_names
 from launch.queue.page.app import application
 from launch.queue.page.live import Watch
+from launch.queue.settings import Settings
 from launch.queue.source import Local
 from launch.queue.store import Store
 from launch.ranks.processes import die_with_parent
@@ -90,14 +90,14 @@ def address_of(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
-def run(folder: Path, config: QueueConfig, listening: socket.socket, token: str | None) -> int:
+def run(folder: Path, found: Settings, listening: socket.socket, token: str | None) -> int:
     """Serve the page until a stop signal comes; return 128 + the signal.
 
     Raises:
         LaunchError: the database cannot be used.
     """
-    store = Store(database_of(folder, config))
-    server = server_of(Local(store, config), folder, token, listening)
+    store = Store(database_of(folder, found.config))
+    server = server_of(Local(store, found.config, found), folder, token, listening)
     with stop_signals() as received:
         server.over = lambda: bool(received.stop)
         server.run(sockets=[listening])
@@ -227,7 +227,7 @@ def main(words: list[str]) -> int:
     token = tokens.find() if os.environ.get(tokens.VARIABLE) else None
     tokens.forget()
     try:
-        return run(folder, settings.load(folder), socket.socket(fileno=int(words[1])), token)
+        return run(folder, Settings(folder), socket.socket(fileno=int(words[1])), token)
     except SetformerError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
