@@ -209,7 +209,20 @@ class BucketPlan:
 
 def training_shapes(config: DataConfig) -> list[tuple[int, int]]:
     """Return every height and width of the images that training will show."""
-    sides = {config.image_size, *(side for stage in config.resolutions for side in stage.sides)}
+    return _shapes_of(config, {config.image_size, *(side for stage in config.resolutions for side in stage.sides)})
+
+
+def telling_shapes(config: DataConfig) -> list[Shape]:
+    """Return the shapes that tell whether a model takes all: of each ramp and range the first two and the last.
+
+    Sizes of a ramp lie at one distance. So a model that needs multiples of a number refuses one of the first two, or
+    none.
+    """
+    ends = (side for stage in config.resolutions for side in (*stage.sides[:2], stage.sides[-1]))
+    return _shapes_of(config, {config.image_size, *ends})
+
+
+def _shapes_of(config: DataConfig, sides: set[int]) -> list[Shape]:
     shapes = {proportional(side, config.shape) for side in sides}
     if config.aspect_buckets:
         shapes = {bucket_shape(side, a, config.bucket_multiple) for side in sides for a in config.aspect_buckets}

@@ -367,6 +367,8 @@ def _pil_reads(data: bytes, form: PixelFormat) -> bool:
     found = tiff.header(data)
     if found.compression not in _TIFF_BY_PIL or found.numbers not in ("uint8", "1 bit", "2 bit", "4 bit"):
         return False
+    if found.extra > found.alpha:  # more than colours: PIL would leave a band out
+        return False
     try:
         with _opened(data, form):
             return True

@@ -20,6 +20,9 @@ MOST_BANDS = 4096
 # What stands for 1.0 in `data.mean` and `data.std`; float images are in units of their own.
 FULL_RANGE: dict[Numbers, int] = {"uint8": 255, "uint16": 65535, "float32": 1}
 
+# What float32 holds exactly, or (float64) is rounded to it.
+TO_FLOAT = frozenset({"uint8", "int8", "uint16", "int16", "float16", "float32", "float64"})
+
 
 class UndecodableError(DataError):
     """Bytes that are not a whole image; the message says why, and the reader adds which image it is."""
@@ -70,8 +73,12 @@ def mismatch(bands: int, numbers: str, wanted: PixelFormat) -> str:
         repair = f"give data.mean and data.std {bands} numbers each, and the model follows"
     elif numbers in FULL_RANGE:
         repair = f'set data.pixels = "{numbers}" and give data.mean and data.std {bands} numbers each'
+    elif numbers in TO_FLOAT and wanted.numbers != "float32":
+        repair = f'convert it, or set data.pixels = "float32" and give data.mean and data.std {bands} numbers each'
+    elif numbers in TO_FLOAT:
+        repair = f"give data.mean and data.std {bands} numbers each, and the model follows"
     else:
-        repair = 'convert it, or read it by data.pixels = "float32"'
+        repair = "convert it"
     return (
         f'has {said(bands, numbers)}, and {wanted} are read (data.pixels = "{wanted.numbers}", data.mean of '
         f"{wanted.bands}): {repair} (setformer data: --pixels and --bands)"

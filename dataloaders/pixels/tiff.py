@@ -6,7 +6,8 @@
 
 Strict: every tile or strip must lie within the file and decompress to all of its pixels, JPEG tiles go to libjpeg-turbo
 in its strict mode, and compressions whose decoders show half a picture are refused. Numbers stay as stored; places on
-the earth and values that stand for "no data" are not looked at, but what is no number (NaN) is refused.
+the earth and values that stand for "no data" are not looked at, but what is no number (NaN) is refused. What bands mean
+is asked for 8-bit RGB only: grey that counts from white is turned round, colours of other kinds are refused.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
-from dataloaders.pixels.depth import MAX_PIXELS, MOST_BANDS, PixelFormat, UndecodableError, mismatch
+from dataloaders.pixels.depth import MAX_PIXELS, MOST_BANDS, TO_FLOAT, PixelFormat, UndecodableError, mismatch, said
 from setformer_dist.core.errors import ConfigError
 
 Box = tuple[int, int, int, int]
@@ -40,22 +41,24 @@ _OTHERS = {
 }  # fmt: skip
 
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _SAMPLES = 256, 257, 258, 259, 262, 277
-_TILE_WIDTH, _TILE_HEIGHT, _EXTRA, _FORMAT = 322, 323, 338, 339
-_TAGS = {_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _SAMPLES, _TILE_WIDTH, _TILE_HEIGHT, _EXTRA, _FORMAT}
+_PLANAR, _TILE_WIDTH, _TILE_HEIGHT, _EXTRA, _FORMAT = 284, 322, 323, 338, 339
+_TAGS = {
+    _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _SAMPLES, _PLANAR, _TILE_WIDTH, _TILE_HEIGHT, _EXTRA, _FORMAT,
+}  # fmt: skip
 
 # Type of a tag's values -> (struct code, bytes): BYTE, SHORT, LONG, LONG8.
 _TYPES = {1: ("B", 1), 3: ("H", 2), 4: ("I", 4), 16: ("Q", 8)}
 
-_PALETTE, _RGB, _YCBCR = 3, 2, 6
+_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _YCBCR = 0, 1, 2, 3, 6
+
+# What bands mean that are no RGB, for messages.
+_COLOURS = {4: "a mask", 5: "CMYK", _YCBCR: "YCbCr", 8: "CIELab", 9: "ICCLab", 10: "ITULab", 32803: "a camera's raw"}
 
 # (sample format, bits) -> numbers; formats: unsigned, signed, float.
 _NUMBERS = {
     (1, 8): "uint8", (1, 16): "uint16", (1, 32): "uint32", (2, 8): "int8", (2, 16): "int16", (2, 32): "int32",
     (3, 16): "float16", (3, 32): "float32", (3, 64): "float64",
 }  # fmt: skip
-
-# What float32 holds exactly, or (float64) is rounded to it.
-_TO_FLOAT = frozenset({"uint8", "int8", "uint16", "int16", "float16", "float32", "float64"})
 
 
 class Header(NamedTuple):
@@ -67,8 +70,10 @@ class Header(NamedTuple):
         bands: values of a pixel, transparency included.
         numbers: of each, as numpy names them; "12 bit" and the like where no dtype is that.
         compression: number in the file.
-        photometric: likewise; 3 is a palette.
-        alpha: bands that are transparency, the last ones.
+        photometric: what bands mean, likewise; 3 is a palette.
+        extra: bands beside those colours, the last ones.
+        alpha: how many of these are transparency.
+        planar: whether each band is stored by itself.
         tile: (height, width) of a tile; (0, 0) in strips.
     """
 
@@ -78,7 +83,9 @@ class Header(NamedTuple):
     numbers: str
     compression: int
     photometric: int
+    extra: int
     alpha: int
+    planar: bool
     tile: tuple[int, int]
 
 
@@ -105,10 +112,11 @@ def header(data: bytes) -> Header:
         raise UndecodableError("it is a TIFF whose bands differ from each other in bits or kind: convert it")
     numbers = _NUMBERS.get((formats.pop(), min(bits)), f"{min(bits)} bit")
     tile = tags.get(_TILE_HEIGHT, (0,))[0], tags.get(_TILE_WIDTH, (0,))[0]
-    alpha = sum(kind in (1, 2) for kind in tags.get(_EXTRA, ()))
+    extra = tags.get(_EXTRA, ())
+    alpha = sum(kind in (1, 2) for kind in extra)
     found = Header(
         tags[_HEIGHT][0], tags[_WIDTH][0], bands, numbers, tags.get(_COMPRESSION, (1,))[0],
-        tags.get(_PHOTOMETRIC, (1,))[0], alpha, tile,
+        tags.get(_PHOTOMETRIC, (1,))[0], len(extra), alpha, tags.get(_PLANAR, (1,))[0] == 2, tile,
     )  # fmt: skip
     if min(found.height, found.width) < 1:
         raise UndecodableError("it is not a whole image: it has no pixels")
@@ -151,8 +159,7 @@ def refuse(found: Header, form: PixelFormat) -> None:
         raise UndecodableError(
             f"it is a TIFF compressed by {name}, which is not read strictly: convert it ({known} are read)"
         )
-    if found.photometric == _PALETTE:
-        raise UndecodableError("it is a TIFF with a palette, whose numbers are no bands: convert it")
+    _refuse_colours(found, form)
     if not is_read(found, form):
         raise UndecodableError(f"it {mismatch(found.bands, found.numbers, form)}")
     if found.height * found.width > form.max_pixels:
@@ -165,12 +172,27 @@ def refuse(found: Header, form: PixelFormat) -> None:
             raise UndecodableError(f"it is a TIFF of {found.height} x {found.width} with larger tiles: convert it")
 
 
+def _refuse_colours(found: Header, form: PixelFormat) -> None:
+    """Refuse numbers that are no bands, bands that are not the colours they would be taken for, and other JPEGs."""
+    if found.photometric == _PALETTE:
+        raise UndecodableError("it is a TIFF with a palette, whose numbers are no bands: convert it")
+    in_jpeg = found.compression == _JPEG
+    known = {_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB} | ({_YCBCR} if in_jpeg else set())
+    if (form.is_rgb or found.photometric == _YCBCR) and found.photometric not in known:
+        name = _COLOURS.get(found.photometric, f"photometric {found.photometric}")
+        raise UndecodableError(f"it is a TIFF of {COMPRESSIONS[found.compression]} whose bands are {name}: convert it")
+    if in_jpeg and (found.numbers != "uint8" or not (found.planar or found.bands in (1, 3))):
+        raise UndecodableError(
+            f"it is a TIFF of JPEG of {said(found.bands, found.numbers)}: convert it (1 or 3 bands of uint8 are read)"
+        )
+
+
 def is_read(found: Header, form: PixelFormat) -> bool:
     """Return whether the bands and numbers of a TIFF are those of a format."""
-    if form.is_rgb:  # grey becomes three equal bands, transparency is left out
+    if form.is_rgb:  # grey becomes three equal bands from black to white, transparency is left out
         return found.numbers == "uint8" and found.bands - found.alpha in (1, 3)
     if form.numbers == "float32":
-        return found.bands == form.bands and found.numbers in _TO_FLOAT
+        return found.bands == form.bands and found.numbers in TO_FLOAT
     return form.fits(found.bands, found.numbers)
 
 
@@ -198,6 +220,8 @@ def window(data: bytes, form: PixelFormat, box: Box | None = None) -> npt.NDArra
         raise UndecodableError(f"it is not a whole image: {_first_line(error)}") from None
     if form.is_rgb:
         colours = pixels[..., : found.bands - found.alpha]
+        if found.photometric == _WHITE_IS_ZERO:
+            colours = 255 - colours
         return np.ascontiguousarray(np.broadcast_to(colours, (*pixels.shape[:2], 3)))
     if form.numbers == "float32":
         pixels = pixels.astype(np.float32)
@@ -227,7 +251,7 @@ def _assembled(page: Any, data: bytes, found: Header, box: Box) -> npt.NDArray[A
     if rows * columns * found.bands > 4 * max(found.height * found.width * found.bands, MAX_PIXELS):
         raise UndecodableError(f"it is a TIFF of {found.height} x {found.width} with larger tiles: convert it")
     down, across = -(-found.height // rows), -(-found.width // columns)
-    planes = found.bands if page.planarconfig == 2 else 1
+    planes = found.bands if found.planar else 1
     if len(page.dataoffsets) != planes * down * across or len(page.databytecounts) != len(page.dataoffsets):
         raise UndecodableError("it is not a whole image: tiles or strips are missing")
     for plane in range(planes):
@@ -263,15 +287,11 @@ def _segment(page: Any, data: bytes, number: int, found: Header, least: tuple[in
 
 def _jpeg(packed: bytes, page: Any, number: int, found: Header) -> npt.NDArray[np.uint8]:
     """Decode a tile or strip that is a JPEG without its tables, strictly."""
-    if found.numbers != "uint8":
-        raise ValueError(f"JPEG of {found.numbers}")
     tables = page.jpegtables or b"\xff\xd8\xff\xd9"
     # Without this mark libjpeg guesses that three bands are YCbCr.
     mark = b"\xff\xee\x00\x0eAdobe\x00\x64\0\0\0\0\0" if found.photometric == _RGB else b""
     whole = packed[:2] + mark + tables[2:-2] + packed[2:]
-    bands = 1 if page.planarconfig == 2 else found.bands
-    if bands not in (1, 3):
-        raise ValueError(f"JPEG of {bands} bands in one")
+    bands = 1 if found.planar else found.bands
     _, _, shape = page.decode(None, number)
     height, width = simplejpeg.decode_jpeg_header(whole)[:2]
     if height > shape[1] or width > shape[2]:

@@ -16,7 +16,7 @@ from dataloaders.config import DataConfig, TokenConfig
 from dataloaders.ffcv.check import load_ffcv_engine
 from dataloaders.opening import check_mixture_room, open_source
 from dataloaders.order.mixture import MixtureSource
-from dataloaders.order.resolution import training_shapes
+from dataloaders.order.resolution import telling_shapes, training_shapes
 from dataloaders.pixels.transforms import check_pixels
 from dataloaders.reading.device import Prepare as ImagePrepare
 from dataloaders.reading.streams import ShardEvalStream, ShardTrainStream
@@ -37,6 +37,7 @@ from setformer_dist.core.ranks import RankInfo
 from setformer_dist.core.task import Prepare
 from setformer_dist.engine.batch_plan import BatchPlan
 from setformer_dist.models.build import build_model, timm_arguments
+from setformer_dist.models.measure import refuses
 
 _CHANNELS = 3  # of models that are told nothing
 
@@ -226,19 +227,13 @@ def check_shapes(model: nn.Module, name: str, config: DataConfig | TokenConfig) 
         return
     if not (config.resolutions or config.aspect_buckets or config.image_width):
         return
-    was_training = model.training
-    model.eval()
-    for shape in training_shapes(config):
-        try:
-            with torch.no_grad():
-                model(torch.zeros(1, config.bands, *shape))
-        except (RuntimeError, AssertionError, ValueError) as error:
+    for shape in telling_shapes(config):
+        if (error := refuses(model, (config.bands, *shape))) is not None:
             raise ConfigError(
                 f"model {name} does not take images of {shape[0]} x {shape[1]}, which data.image_width, "
                 f"data.resolutions or data.aspect_buckets ask for ({str(error).splitlines()[0]}): choose other sizes "
                 "or another model"
-            ) from None
-    model.train(was_training)
+            )
 
 
 def shapes_of_images(config: DataConfig) -> list[tuple[int, int]]:

@@ -324,6 +324,8 @@ def _nearest(model: type[pydantic.BaseModel], keys: list[str], siblings: list[st
     if meant is not None:
         return f": {_suggested(meant)}"
     close = misspelt or difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
+    if not close:  # "size" for image_size, "from_step" for step
+        close = [name for name in siblings if set(name.split("_")) & set(key.split("_"))]
     if close:
         return f": did you mean {'.'.join([*keys[:-1], close[0]])}?"
     elsewhere = {path.rsplit(".", 1)[-1]: path for path in all_keys(model) if path != ".".join(keys)}
@@ -349,6 +351,8 @@ def _place(model: type[pydantic.BaseModel], loc: tuple[str | int, ...]) -> tuple
             known = dict(kinds[part].model_fields)
             continue
         keys.append(part)
+        if part.isdecimal() and part not in known:
+            continue  # a place in a list of tables, whose keys follow
         siblings = list(known)
         kinds = inner_models(known[part].annotation) if part in known else {}
         known = dict(kinds[""].model_fields) if "" in kinds else {}

@@ -27,9 +27,10 @@ class BatchConfig(FrozenConfig):
         global_size: samples per optimizer step over all ranks; a resumed run must keep it.
         micro: samples per rank and accumulation step; "auto" takes the largest possible size up to max_micro.
         max_micro: largest micro batch that "auto" may choose; memory limits it.
-        micro_pixels: largest number of pixels in a micro batch (height x width x samples). If data.resolutions or
-            data.aspect_buckets make images larger, micro batches have fewer samples, and a step accumulates more of
-            them. If not set, all micro batches have the same number of samples.
+        micro_pixels: largest number of pixels in a rank's micro batch (height x width x samples; with
+            parallel.sequence, only the rank's own rows count). If data.resolutions or data.aspect_buckets make images
+            larger, micro batches have fewer samples, and a step accumulates more of them. If not set, all micro batches
+            have the same number of samples.
     """
 
     global_size: Annotated[int, Permitted("global_batch")] = pydantic.Field(gt=0, le=LARGEST_GLOBAL_BATCH)

@@ -43,6 +43,30 @@ def multiply_adds_of(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtyp
     return int(counter.get_total_flops()) // 2
 
 
+def refuses(model: nn.Module, shape: tuple[int, ...]) -> Exception | None:
+    """Return the error by which a model refuses a sample of a shape; None if it takes it.
+
+    It runs without numbers, so an image of any size costs no memory and a fraction of a second. What fails so may be
+    an own model that looks at its numbers: only a real forward pass says no.
+    """
+    mode = FakeTensorMode()
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            try:
+                weights = _fake_weights(model, mode, None)
+                with mode:
+                    torch.func.functional_call(model, weights, (torch.zeros(1, *shape),))
+            except Exception:  # noqa: BLE001 - of fake tensors, or the model's own
+                model(torch.zeros(1, *shape))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        return error
+    finally:
+        model.train(was_training)
+    return None
+
+
 def _fake_weights(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
     """Return fake tensors in place of all parameters and buffers, in `dtype` where one is given."""
     fakes = {}

@@ -147,6 +147,16 @@ def test_grey_jpeg_in_tiff_becomes_three_equal_bands():
     assert np.array_equal(found[..., 0], found[..., 2])
 
 
+@pytest.mark.parametrize("compression", [None, "lzw", "zstd", "jpeg"])
+def test_grey_that_counts_from_white_is_turned_round_whoever_reads_it(compression):
+    """One photograph, saved in four ways, is one photograph: PIL reads the first two, tifffile the others."""
+    grey = pixels_of(1, "uint8")
+    data = written(grey, compression=compression, tile=(64, 64), photometric="miniswhite")
+    assert np.array_equal(one_and_all(data, RGB), np.asarray(PIL.Image.open(io.BytesIO(data)).convert("RGB")))
+    if compression != "jpeg":
+        assert np.array_equal(decode(data, form=PixelFormat(1, "uint8")), grey)
+
+
 def test_png_of_16_bits_keeps_them_where_the_config_says_so(tmp_path):
     colour = pixels_of(3, "uint16")
     data = imagecodecs.png_encode(colour)
@@ -157,6 +167,33 @@ def test_png_of_16_bits_keeps_them_where_the_config_says_so(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ refused in a sentence
+
+
+@pytest.mark.parametrize(("photometric", "bands", "name"), [("cielab", 3, "CIELab"), ("separated", 4, "CMYK")])
+def test_bands_that_are_no_rgb_are_refused_and_not_taken_for_it(photometric, bands, name):
+    data = written(pixels_of(bands, "uint8"), compression="zstd", photometric=photometric)
+    with pytest.raises(UndecodableError, match=f"whose bands are {name}: convert it"):
+        decode(data)
+    assert decode(written(pixels_of(bands, "uint8"), compression="lzw", photometric=photometric)).shape[2] == 3
+
+
+def test_ycbcr_outside_jpeg_is_refused_in_every_format():
+    data = written(pixels_of(3, "uint8"), compression="zstd", photometric="ycbcr", subsampling=(1, 1))
+    for form in (RGB, PixelFormat(3, "float32")):
+        with pytest.raises(UndecodableError, match="whose bands are YCbCr: convert it"):
+            decode(data, form=form)
+
+
+@pytest.mark.parametrize("compression", ["lzw", "zstd"])
+def test_a_fourth_band_that_is_no_transparency_is_not_left_out_in_silence(compression):
+    """Red, green, blue and near infrared: whoever takes the first three should say so."""
+    pixels = pixels_of(4, "uint8")
+    data = written(pixels, compression=compression, photometric="rgb", extrasamples=[0])
+    words = "4 bands of uint8, and 3 bands of uint8 are read .*give data.mean and data.std 4 numbers"
+    with pytest.raises(UndecodableError, match=words):
+        decode(data)
+    assert "4 bands" in str(unfit(data, RGB))
+    assert np.array_equal(decode(data, form=PixelFormat(4, "uint8")), pixels)
 
 
 @pytest.mark.parametrize("compression", ["jpeg2000", "webp", "lerc", "jpegxl"])
@@ -247,8 +284,12 @@ def test_bands_and_depth_that_differ_are_named_with_the_repair():
         decode(data)
     with pytest.raises(UndecodableError, match=r"12 bands of uint16, and 4 bands of uint16 are read .*12 numbers"):
         decode(data, form=PixelFormat(4, "uint16"))
-    with pytest.raises(UndecodableError, match="has 1 band of int32"):
+    with pytest.raises(UndecodableError, match=r"has 1 band of int32, .*: convert it \(setformer data"):
         decode(written(pixels_of(1, "int32")), form=PixelFormat(1, "float32"))
+    with pytest.raises(UndecodableError, match=r'2 bands of int16, .* or set data.pixels = "float32" and .* 2 numbers'):
+        decode(written(pixels_of(2, "int16")), form=PixelFormat(2, "uint16"))
+    with pytest.raises(UndecodableError, match=r"2 bands of int16, .*: give data.mean and data.std 2 numbers"):
+        decode(written(pixels_of(2, "int16")), form=PixelFormat(3, "float32"))
 
 
 def test_without_the_extra_a_sentence_names_it(monkeypatch):

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import ValidationError
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dataloaders.config import DataConfig, MixtureEntry, ResolutionStage
 from dataloaders.order.mixture import MixtureSource
-from launch.run.inputs import ImageInputs, check_splits
+from launch.run.inputs import ImageInputs, check_shapes, check_splits
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.model_config import ModelConfig
 
@@ -49,6 +50,41 @@ def test_models_take_every_size_that_training_shows() -> None:
     model = ImageInputs(config).build_model(ModelConfig(name="setformer_nano"), 10, {}, 0)
     assert model.training
     assert model(torch.zeros(2, 3, 24, 40)).shape == (2, 10)
+
+
+def test_many_and_large_sizes_are_checked_without_computing_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank computed an image of each of 127 sizes up to 4096 x 4096 before it began: minutes, and gigabytes."""
+    real: list[tuple[int, ...]] = []
+    model = ImageInputs(DataConfig(root="d", image_size=64)).build_model(ModelConfig(name="setformer_nano"), 10, {}, 0)
+    forward = type(model).forward
+
+    def watched(self: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+        real.append((*images.shape[-2:], isinstance(images, FakeTensor)))
+        return forward(self, images)
+
+    monkeypatch.setattr(type(model), "forward", watched)
+    stage = ResolutionStage(step=0, image_size=64, random_to=4096)
+    check_shapes(model, "setformer_nano", DataConfig(root="d", image_size=64, resolutions=(stage,)))
+    assert real == [(64, 64, True), (96, 96, True), (4096, 4096, True)]
+
+
+class LooksAtNumbers(torch.nn.Module):
+    """What runs only with numbers, and takes images of sides that 64 divides."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if images.shape[-1] % 64:
+            raise ValueError("a side that 64 does not divide")
+        return images[images > -1].sum() + images.mean().item()
+
+
+def test_a_model_that_looks_at_its_numbers_is_computed_and_a_ramp_of_wrong_steps_refused() -> None:
+    def ramp(multiple: int) -> DataConfig:
+        stage = ResolutionStage(step=0, image_size=64, ramp_to=256, multiple=multiple)
+        return DataConfig(root="d", image_size=64, resolutions=(stage,))
+
+    check_shapes(LooksAtNumbers(), "own", ramp(64))
+    with pytest.raises(ConfigError, match=r"own does not take images of 96 x 96, .*a side that 64 does not divide"):
+        check_shapes(LooksAtNumbers(), "own", ramp(32))
 
 
 @pytest.mark.parametrize(
