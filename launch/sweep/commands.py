@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import json
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -156,9 +157,9 @@ def _shown(sweep: Sweep, console: Console) -> Iterator[tuple[Callable[[str], Non
         screen.update("", refresh=True)
 
 
-def _conclude(sweep: Sweep, book: Book, console: Console, at_work: bool = False) -> None:
+def _conclude(sweep: Sweep, book: Book, console: Console) -> None:
     """Print the trials and what the sweep recommends; then write CSV and HTML page, which a full disk may prevent."""
-    console.print(final_table(sweep, book, at_work))
+    console.print(final_table(sweep, book))
     say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
     for line in report.recommendation(sweep, book):
         say(plain(line))
@@ -195,18 +196,17 @@ def show(folder: Path, console: Console, json_too: bool = False) -> None:
     """
     sweep = read_sweep(folder)
     book = book_of(sweep, read_events(folder))
+    book.at_work = _state(folder).startswith("running")
     if json_too:
         print(json.dumps({"sweep": folder.name, "state": _state(folder), "metric": sweep.metric, "mode": sweep.mode,
-                          "trials": [as_json(trial) for trial in book.in_order()]}, indent=2))  # fmt: skip
+                          "trials": [as_json(book, trial) for trial in book.in_order()]}, indent=2))  # fmt: skip
         return
     console.print(cell(f"{folder}: {_state(folder)}, {_counts(book)}"), highlight=False)
-    _conclude(sweep, book, console, at_work=_state(folder).startswith("running"))
+    _conclude(sweep, book, console)
 
 
 def _counts(book: Book) -> str:
-    counts: Mapping[str, int] = {
-        state: sum(t.state == state for t in book.trials) for state in dict.fromkeys(t.state for t in book.trials)
-    }
+    counts = collections.Counter(map(book.state_of, book.trials))
     return ", ".join(f"{number} {state}" for state, number in counts.items()) or "no trial yet"
 
 
@@ -237,6 +237,7 @@ def list_sweeps(root: Path, console: Console) -> None:
             sweep = read_sweep(folder)
             book = book_of(sweep, read_events(folder))
             state = _state(folder)
+            book.at_work = state.startswith("running")
         except DataError as error:  # one damaged sweep must not hide the others
             table.add_row(cell(folder), cell(error, "red"))
             continue

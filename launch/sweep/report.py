@@ -56,7 +56,7 @@ def write(sweep: Sweep, book: Book) -> Path:
         recommendation=recommendation(sweep, book),
         figures=[(title, Markup(_html(figure))) for title, figure in figures],
         keys=list(sweep.config.space),
-        rows=[_row(sweep, trial) for trial in book.in_order()],
+        rows=[_row(sweep, book, trial) for trial in book.in_order()],
     )
     path = sweep.folder / REPORT
     write_text(path, text)
@@ -69,7 +69,7 @@ def _html(figure: go.Figure) -> str:
 
 
 def _lead(sweep: Sweep, book: Book) -> str:
-    states = [trial.state for trial in book.trials]
+    states = [book.state_of(trial) for trial in book.trials]
     told = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     config = sweep.config
     return (
@@ -78,14 +78,14 @@ def _lead(sweep: Sweep, book: Book) -> str:
     )
 
 
-def _row(sweep: Sweep, trial: Trial) -> list[str]:
+def _row(sweep: Sweep, book: Book, trial: Trial) -> list[str]:
     value = "" if trial.value is None else f"{trial.value:.4f}"
     spread = "" if trial.spread is None else f"±{trial.spread:.4f}"
     cells = [label(trial.point[key]) if key in trial.point else "" for key in sweep.config.space]
     note = next((run.why for run in trial.runs if run.why), "")
     if trial.source is not None:
         note = f"clone of trial {trial.source[0]} at step {trial.source[1]}"
-    return [str(trial.number), trial.state, value, spread, *cells, note]
+    return [str(trial.number), book.state_of(trial), value, spread, *cells, note]
 
 
 def curves(sweep: Sweep, book: Book) -> go.Figure:

@@ -24,6 +24,8 @@ DONE, PRUNED, REPLACED, FAILED = "done", "pruned", "replaced", "failed"
 WAITING, RUNNING, STOPPING = "waiting", "running", "stopping"
 # States of a trial.
 COMPLETE = "complete"
+# What people see of a running trial that no driver works on.
+INTERRUPTED = "interrupted"
 
 
 @dataclass
@@ -100,6 +102,7 @@ class Book:
         trials: in order of their numbers.
         begun: whether the journal names the sweep.
         hours: that drivers have worked, up to the last event.
+        at_work: whether a driver runs it now; the journal does not know.
     """
 
     def __init__(self, sweep: Sweep) -> None:
@@ -108,7 +111,12 @@ class Book:
         self.trials: list[Trial] = []
         self.begun = False
         self.hours = 0.0
+        self.at_work = False
         self._last_time: float | None = None
+
+    def state_of(self, trial: Trial) -> str:
+        """Return a trial's state as people see it: without a driver nothing runs."""
+        return trial.state if trial.over or self.at_work else INTERRUPTED
 
     @property
     def exhausted(self) -> bool:
@@ -262,10 +270,10 @@ def book_of(sweep: Sweep, events: list[Event]) -> Book:
     return book
 
 
-def as_json(trial: Trial) -> dict[str, Any]:
-    """Return a trial as JSON."""
+def as_json(book: Book, trial: Trial) -> dict[str, Any]:
+    """Return a trial of a sweep as JSON."""
     return {
-        "trial": trial.number, "state": trial.state, "value": trial.value, "spread": trial.spread,
+        "trial": trial.number, "state": book.state_of(trial), "value": trial.value, "spread": trial.spread,
         "point": trial.point, "source": trial.source, "replaces": trial.replaces,
         "runs": [vars(run) for run in trial.runs],
     }  # fmt: skip

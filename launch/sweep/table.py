@@ -46,14 +46,8 @@ def live_table(sweep: Sweep, book: Book, running: Mapping[Key, Running]) -> Tabl
     return table
 
 
-def final_table(sweep: Sweep, book: Book, at_work: bool = False) -> Table:
-    """Return the table of a sweep, the best trial first.
-
-    Args:
-        sweep: that is shown.
-        book: its state.
-        at_work: whether a driver runs it; otherwise what has not ended is interrupted.
-    """
+def final_table(sweep: Sweep, book: Book) -> Table:
+    """Return the table of a sweep, the best trial first."""
     table = open_table(
         "trial", "state", sweep.metric, "spread", "step", "seconds", *sweep.config.space, "note", box=None
     )
@@ -61,10 +55,8 @@ def final_table(sweep: Sweep, book: Book, at_work: bool = False) -> Table:
         values = [cell(label(trial.point[key])) if key in trial.point else "" for key in sweep.config.space]
         seconds = f"{sum(run.seconds for run in trial.runs):,.0f}"
         spread = f"±{trial.spread:.4f}" if trial.spread is not None else ""
-        state = trial.state if trial.over or at_work else "interrupted"
-        table.add_row(
-            _name(trial), cell(state), _value(trial), spread, _step(trial), seconds, *values, cell(_note(trial))
-        )
+        state = cell(book.state_of(trial))
+        table.add_row(_name(trial), state, _value(trial), spread, _step(trial), seconds, *values, cell(_note(trial)))
     return table
 
 
@@ -91,7 +83,7 @@ def write_csv(sweep: Sweep, book: Book) -> Path:
         writer.writerow(
             [
                 trial.number,
-                trial.state,
+                book.state_of(trial),
                 "" if trial.value is None else repr(trial.value),
                 "" if trial.spread is None else repr(trial.spread),
                 sum(run.value is not None for run in trial.runs),

@@ -21,7 +21,7 @@ from launch.sweep.page import SWEEP, SchedulerTable, Sweep, SweepConfig, check_c
 from launch.sweep.progress import ProgressReader
 from launch.sweep.report import recommendation, study_of, write
 from launch.sweep.space import Parameter, extremes, grid, parameters
-from launch.sweep.state import Book, book_of
+from launch.sweep.state import Book, as_json, book_of
 from launch.sweep.table import final_table, live_table, write_csv
 from launch.testing.commands import ROOT
 from setformer_dist.core.config import all_keys
@@ -420,6 +420,18 @@ def test_points_have_the_mean_and_the_spread_of_their_seeds(tmp_path: Path) -> N
     assert text[0].startswith("trial,state,top1,spread,seeds,step,seconds,optim.lr")
     assert [line.split(",")[0] for line in text[1:]] == ["1", "0", "2"]
     assert final_table(sweep, book).row_count == 3
+
+
+def test_what_has_not_ended_is_interrupted_where_no_driver_runs(tmp_path: Path) -> None:
+    sweep = page(tmp_path)
+    sweep.folder.mkdir()
+    book = Book(sweep)
+    book.take({"event": "asked", "trial": 0})
+    for at_work, state in ((True, "running"), (False, "interrupted")):
+        book.at_work = at_work
+        assert write_csv(sweep, book).read_text().splitlines()[1].startswith(f"0,{state},")
+        assert as_json(book, book.trials[0])["state"] == state
+        assert f"1 trial (1 {state})" in write(sweep, book).read_text()
 
 
 def test_the_page_of_a_sweep_is_one_file_that_needs_no_network(tmp_path: Path) -> None:
