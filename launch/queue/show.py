@@ -38,8 +38,8 @@ def jobs_list(rows: list[Row], now: float, width: int) -> RenderableType:
     if width < _WIDE:
         return Group(*_narrow([(*heads[:3], "prio", *heads[4:]), *lines], width))
     table = open_table(*heads)
-    for cells in lines:
-        table.add_row(*map(Text, cells))
+    for line in lines:
+        table.add_row(*map(Text, line))
     return table
 
 
