@@ -167,8 +167,8 @@ class Book:
         return None
 
     def _since(self, row: Row, ran: float) -> float:
-        """Return since when a job waits; a start that gave it little time does not begin its waiting anew."""
-        short = ran < 60 * self.config.policy.protect_minutes
+        """Return since when a job waits; a start that gave it little time, and no whole turn, is as if none."""
+        short = ran < 60 * self.config.policy.protect_minutes and row["stop_why"] != "turn"
         return float(min(row["job_waiting_since"], self.clock())) if short else self.clock()
 
     def _failed(self, connection: sa.Connection, row: Row, outcome: Outcome, since: float) -> None:

@@ -85,7 +85,8 @@ class Settings:
                 (self._folder / USED).unlink(missing_ok=True)
             elif not self.fault:
                 with replacing(self._folder / USED) as aside:
-                    shutil.copy(path, aside)  # with its mode: it may hold a password
+                    aside.touch(0o600)  # it may hold a password
+                    shutil.copy(path, aside)
 
 
 def _content(folder: Path) -> bytes | None:

@@ -209,7 +209,7 @@ class World:
             job = replace(job, limit_s=max(1.0, job.limit_s - ran))
         why = live.stop.why if live.stop else ""
         # A start that gave it little time does not begin its waiting anew.
-        since = job.waiting_since if ran < self.rules.protect_s else now
+        since = job.waiting_since if ran < self.rules.protect_s and why != "turn" else now
         if how == "done":
             self._end(job, "done")
         elif why == "cancelled":

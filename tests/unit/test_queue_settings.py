@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 from rich.console import Console
+from starlette.testclient import TestClient
 
 from launch.queue import schema as db
 from launch.queue import show
 from launch.queue.attempts import Ended
 from launch.queue.config import FILE, load
+from launch.queue.page.access import Access
+from launch.queue.page.app import application
 from launch.queue.scheduler import Scheduler
 from launch.queue.settings import USED, Settings
 from launch.queue.source import Local
@@ -105,6 +108,23 @@ def test_a_broken_file_keeps_the_old_settings_and_says_so_once(
     served.write("x")
     with pytest.raises(ConfigError):
         Settings(tmp_path)  # nothing that anybody used
+
+
+def test_the_page_and_the_api_say_what_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text("[users.ada]\n")
+    found, store = Settings(tmp_path), Store(url_of(tmp_path))
+    found.keep()
+    assert (tmp_path / USED).read_text() == "[users.ada]\n"
+    (tmp_path / FILE).write_text("[users.ada]\n'<b>' = 1\n")
+    found = Settings(tmp_path)
+    app = application(Local(store, found.config, found), tmp_path, Access(None, frozenset()))
+    page = TestClient(app, base_url="http://127.0.0.1:8765")
+    assert "stay in force" in page.get("/api/cluster").json()["fault"]
+    text = page.get("/").text
+    assert "the settings before it stay in force" in text
+    assert "&lt;b&gt;" in text
+    assert "<b>" not in text
+    store.close()
 
 
 def test_a_file_that_is_being_written_is_not_read(tmp_path: Path) -> None:

@@ -423,15 +423,17 @@ def test_since_when_a_job_waits(store: Store, tmp_path: Path, monkeypatch: pytes
     with store.write() as connection:
         book.open(connection, Start(first, placement), 1, tmp_path / "1", None)
     query = sa.select(db.attempts, *(c.label(f"job_{c.name}") for c in db.jobs.c)).join(db.jobs)
-    for started, since in ((now - 3599.0, now - 90000.0), (now - 3601.0, now)):
+    short, long = (now - 3599.0, "preempted", now - 90000.0), (now - 3601.0, "preempted", now)
+    for started, why, since in (short, long, (now - 60.0, "turn", now)):
         (row,) = store.rows(query.where(db.attempts.c.state != "ended"))
         with store.write() as connection:
-            book.close(connection, {**row, "started": started, "stop_why": "preempted"}, Ended(143, now))
+            row |= {"started": started, "stop_why": why, "job_waiting_since": now - 90000.0}
+            book.close(connection, row, Ended(143, now))
         assert store.job(first)["waiting_since"] == since
         with store.write() as connection:
             book.open(connection, Start(first, placement), store.job(first)["attempts"] + 1, tmp_path / "2", None)
     waited = [row["data"]["waited"] for row in store.rows(sa.select(db.events).where(db.events.c.kind == "started"))]
-    assert waited == [90000.0, 0.0, 0.0]  # what was told before is not told again
+    assert waited == [90000.0, 0.0, 0.0, 0.0]  # what was told before is not told again
     with store.write() as connection:
         book.end(connection, first, "done", "")
     assert wishes.release(store, held) == "may start"
