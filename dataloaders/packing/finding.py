@@ -38,6 +38,7 @@ from dataloaders.sources.kinds import kind_of
 from dataloaders.sources.passed import Passed
 from dataloaders.sources.scanning import left_out_of
 from dataloaders.sources.shards import ShardDataset
+from dataloaders.sources.slides import SlideFolder
 from dataloaders.storage.homes import user_cache
 from dataloaders.storage.remote import is_url
 from setformer_dist.core.errors import ConfigError, DataError
@@ -60,6 +61,7 @@ class Wanted:
         skip_bad: leave out what of shards of others is no whole sample.
         allow_empty: class folders may hold no image.
         largest: bytes that a file may have.
+        slides: level that is read of whole-slide images; None for other images.
     """
 
     split: str | None = None
@@ -71,6 +73,7 @@ class Wanted:
     skip_bad: bool = False
     allow_empty: bool = False
     largest: int = LARGEST_SAMPLE
+    slides: int | None = None
 
     def class_map(self) -> tuple[tuple[str, ...], object] | None:
         """Return the class map that was asked for, and where it is from."""
@@ -102,11 +105,13 @@ def find_origin(source: Path | str, wanted: Wanted, scratch: Path) -> FoundOrigi
         ConfigError: an option that does not go with such a source.
         DataError: there is no such source, or nothing in it to pack.
     """
-    if is_container(source):
+    if wanted.slides is None and is_container(source):
         return _container(source, wanted)
     source = Path(source)
     if not source.exists():
         raise DataError(f"source {source} does not exist: name an image folder or a tar of one")
+    if wanted.slides is not None:
+        return _slides(source, wanted, wanted.slides)
     if wanted.coco:
         return _with_boxes(source, wanted, scratch)
     if wanted.masks:
@@ -150,7 +155,17 @@ def _container(source: Path | str, wanted: Wanted) -> FoundOrigin:
     for option, given in (("--split", wanted.split), ("--masks", wanted.masks), ("--coco", wanted.coco)):
         if given:
             raise ConfigError(f"{option} does not go with {source}, which holds samples and not files")
-    container = open_container(source, wanted.skip_bad)
+    return _of_source(open_container(source, wanted.skip_bad), wanted)
+
+
+def _slides(source: Path, wanted: Wanted, level: int) -> FoundOrigin:
+    folder = source / wanted.split if wanted.split else source
+    if not folder.is_dir():
+        raise DataError(f"--slides reads slides in a folder, and {folder} is none")
+    return _of_source(SlideFolder(folder, level), wanted)
+
+
+def _of_source(container: Source, wanted: Wanted) -> FoundOrigin:
     classes = wanted.class_map()
     renumber = None
     if classes is not None:

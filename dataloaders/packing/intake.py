@@ -15,6 +15,7 @@ EXIF orientation is neither applied nor kept: it looks to training as the origin
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from dataloaders.pixels.decode import (
     UndecodableError,
     bands_of_rows,
     decode,
+    decode_box,
     image_size,
     is_jpeg,
     natural,
@@ -42,6 +44,7 @@ from dataloaders.pixels.decode import (
 from dataloaders.pixels.depth import MAX_PIXELS, RGB, PixelFormat
 from dataloaders.pixels.formats import FORMATS
 from dataloaders.source import Boxes, Stored, Tiled
+from dataloaders.sources.slides import SlideImage
 from dataloaders.sources.tiles import LARGEST_SIDE, RAW_SUFFIX, Grid
 
 VOID = 255
@@ -140,21 +143,35 @@ def _tiled(stored: Stored, how: Intake) -> Taken:
 def tiles_of(stored: Stored, grid: Grid, how: Intake) -> Iterator[tuple[str, bytes]]:
     """Yield the tiles of an image row by row: what follows the key in the name of each, and its bytes.
 
-    Tiles of a JPEG are JPEG files, of other RGB images PNG files; all others are their numbers.
+    Tiles of a JPEG or of a slide are JPEG files, of other RGB images PNG files; all others are their numbers.
 
     Raises:
         UndecodableError: the image is not whole; also after the first tiles.
     """
-    lossy = isinstance(stored.image, bytes) and is_jpeg(stored.image)
+    lossy = isinstance(stored.image, SlideImage) or (isinstance(stored.image, bytes) and is_jpeg(stored.image))
     suffix = RAW_SUFFIX if grid.is_raw else "jpg" if lossy else "png"
-    for row, rows in enumerate(bands_of_rows(stored.image, grid.side, how.form)):
+    for row, column, part in _cut(stored.image, grid, how.form):
+        pixels = np.ascontiguousarray(part)
+        if grid.is_raw:
+            data = pixels.astype(pixels.dtype.newbyteorder("<"), copy=False).tobytes()
+        else:
+            data = _jpeg(pixels, how.quality or _REWRITTEN_QUALITY) if lossy else _png(pixels)
+        yield f"{row:04d}-{column:04d}.{suffix}", data
+
+
+def _cut(
+    image: bytes | npt.NDArray[Any] | Tiled, grid: Grid, form: PixelFormat
+) -> Iterator[tuple[int, int, npt.NDArray[Any]]]:
+    """Yield (row, column, pixels) of an image's tiles."""
+    if isinstance(image, SlideImage):  # a row of its tiles may be too much to hold
+        for row, column in itertools.product(range(grid.rows), range(grid.columns)):
+            height, width, _ = grid.shape(row, column)
+            box = (row * grid.side, column * grid.side, height, width)
+            yield row, column, decode_box(image, box, (grid.height, grid.width), form)
+        return
+    for row, rows in enumerate(bands_of_rows(image, grid.side, form)):
         for column in range(grid.columns):
-            pixels = np.ascontiguousarray(rows[:, column * grid.side : (column + 1) * grid.side])
-            if grid.is_raw:
-                data = pixels.astype(pixels.dtype.newbyteorder("<"), copy=False).tobytes()
-            else:
-                data = _jpeg(pixels, how.quality or _REWRITTEN_QUALITY) if lossy else _png(pixels)
-            yield f"{row:04d}-{column:04d}.{suffix}", data
+            yield row, column, rows[:, column * grid.side : (column + 1) * grid.side]
 
 
 def check(stored: Stored, classes: int, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:

@@ -110,6 +110,7 @@ class PackOptions:
         void: mask value that stands for "does not count"; becomes 255.
         coco: COCO annotations with the boxes of the images: a file, or the name of one within the source.
         tiles: side in pixels of the tiles that images are cut into; 0 keeps them whole.
+        slides: level that is read of whole-slide images; None packs other images.
         form: what pixels of the images are, and how many an image may have.
 
     Raises:
@@ -133,6 +134,7 @@ class PackOptions:
     void: int | None = None
     coco: str | None = None
     tiles: int = 0
+    slides: int | None = None
     form: PixelFormat = RGB
 
     def __post_init__(self) -> None:
@@ -148,6 +150,10 @@ class PackOptions:
             raise ConfigError("--void is a value from 0 to 255 of the masks that --masks names")
         if self.tiles and (self.tiles % _TILE_STEP or not _TILE_STEP <= self.tiles <= LARGEST_SIDE):
             raise ConfigError(f"--tiles is a multiple of {_TILE_STEP} up to {LARGEST_SIDE} (0 keeps images whole)")
+        if self.slides is not None and not self.tiles:
+            raise ConfigError("--slides reads images that are too large to be kept whole: give --tiles, such as 1024")
+        if self.slides is not None and (self.masks or self.coco):
+            raise ConfigError("--slides does not go with --masks or --coco")
         if self.tiles and self.max_side:
             raise ConfigError("--tiles keeps images in their size, and --max-side shrinks them: give one of the two")
 
@@ -163,6 +169,7 @@ class PackOptions:
             self.skip_bad,
             self.allow_empty_classes,
             int(self.form.room * LARGEST_SAMPLE),
+            self.slides,
         )
 
     def intake(self, classes: int) -> Intake:

@@ -13,6 +13,7 @@ scanning.py        external shards, scanned each by itself, in any process
 tar_headers.py     the files in a tar, header by header
 tars.py            the samples of a tar, or an error that names the place
 foreign.py         external WebDataset shards: indexed when first seen, then read like packed ones
+slides.py          whole-slide images in folders, by OpenSlide
 subset.py          some samples of a source, as a source of their own
 tiles.py           an image as independent tiles in a shard, of which what is seen is read
 shards.py          packed shards: `read(i)` is one read at a known position, checked against the index

@@ -66,6 +66,8 @@ Examples:
 
   setformer data pack aerial packed/train --tiles 1024
 
+  setformer data pack slides packed/train --tiles 1024 --slides 0
+
   setformer data pack sentinel packed/train --tiles 512 --pixels uint16 --bands 12
 
   setformer data pack photos/train packed/train.beton
@@ -76,6 +78,7 @@ _EMPTY_HELP = "Ignore class folders without a readable image, instead of failing
 _RAW_HELP = "For .beton: store raw pixels, shrunk to this longer side; 0 shrinks nothing."
 _CLASSES_HELP = "Class map: a file as for `data index --classes`, or a packed split, whose map is used."
 _COCO_HELP = "COCO instances: a file, or its name within SOURCE."
+_SLIDES_HELP = "Pack whole-slide images at this level of their resolutions; 0 is the finest. Needs --tiles."
 _TILES_HELP = "Cut images into tiles of this side in pixels; training reads only the tiles it needs. 0: no tiles."
 _PIXELS_HELP = "Largest height x width of an image; larger ones are refused. Memory grows with it."
 _MIB_HELP = "Most MiB of images in one shard, counted as they are in SOURCE."
@@ -108,6 +111,7 @@ def pack(
     ] = None,
     raw: RawSide = None,
     tiles: Annotated[int, typer.Option(metavar="SIDE", min=0, help=_TILES_HELP)] = 0,
+    slides: Annotated[int | None, typer.Option(metavar="LEVEL", min=0, help=_SLIDES_HELP)] = None,
     pixels: Annotated[Pixels, typer.Option(help="Data type of the bands; other images are refused.")] = "uint8",
     bands: Annotated[int, typer.Option(min=1, max=4096, help="Number of bands of each image.")] = 3,
     max_pixels: Annotated[int, typer.Option(min=1, help=_PIXELS_HELP)] = 178_956_970,
@@ -145,6 +149,7 @@ def pack(
         void=void,
         coco=coco,
         tiles=tiles,
+        slides=slides,
         form=depth.PixelFormat(bands, pixels, max_pixels),
     )
     if tiles and dest.suffix == ".beton":

@@ -50,6 +50,7 @@ OPTIONAL: Mapping[str, str] = {
     "mlflow-skinny": "logging.mlflow",
     "tifffile": "TIFF files of other pixels than RGB of 8 bits",
     "imagecodecs": "the same, and PNG files of 16 bits",
+    "openslide-python": "whole-slide images",
     "ray": "sweeps, scheduling and the reference refresh service",
     "sqlalchemy": "the queue",
     "psycopg": "the queue, with PostgreSQL",
