@@ -18,20 +18,25 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from checkpoints.reader import list_checkpoints
+from checkpoints.errors import DamagedError
+from checkpoints.identity import Identity
+from checkpoints.reader import Checkpoint, list_checkpoints
 from dataloaders.config import DataConfig
 from launch.ranks.lock import check_free
 from launch.run.compose import check_device, open_splits, refreshed_layers, watch_of
 from launch.run.config import ResolvedRun, check_folder
 from launch.run.distill import teacher_of
-from launch.run.identity import shapes_of
+from launch.run.identity import identity_of, shapes_of
+from launch.run.imported import is_imported
 from launch.run.initial_weights import FirstWeights
 from launch.run.inputs import evaluation_micro, inputs_of, shapes_of_images
 from launch.run.memory import keep_within_budget, largest_batch, predicted
 from launch.run.objective import build_assumed, build_for
 from launch.run.own_code import bring
 from launch.run.sequence import check_sequence
+from launch.run.store import continued_cursor
 from setformer_dist.callbacks.build import build_callbacks
+from setformer_dist.core.batch import TrainStream
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.ranks import RankInfo
@@ -115,6 +120,8 @@ def _examine(run: ResolvedRun) -> _Known:
         validation = inputs.eval_stream(splits.val, place, evaluation_micro(c.data, run.plan))
         stack.callback(validation.close)
         per_epoch = stream.steps_per_epoch
+        identity = identity_of(run, model, classes, inputs.spec(splits.train))
+        resumed = _resumed(run, identity, stream)
     warmup = c.schedule.warmup(per_epoch)
     check_possible(c.refresh, layers, c.schedule.total_steps(per_epoch))
     rows = [
@@ -126,7 +133,7 @@ def _examine(run: ResolvedRun) -> _Known:
         rows.append(("decay", f"over the last {c.schedule.decay(per_epoch):,} steps"))
     if teacher is not None:
         rows.append(("teacher", f"{teacher.checkpoint.path}, {teacher.config.model.name}, {teacher.weights} weights"))
-    rows += _beginning(run, model, len(task.outputs))
+    rows += [("begins", resumed)] if resumed else _beginning(run, model, len(task.outputs))
     rows += _recomputed(run, model, inputs.shape(splits.train), inputs.dtype)
     return _Known(model, inputs.shape(splits.train), inputs.dtype, tuple(rows))
 
@@ -139,14 +146,31 @@ def _recomputed(
     return [] if chosen is None else [("recomputed, by stage", chosen)]
 
 
-def _beginning(run: ResolvedRun, model: nn.Module, outputs: int) -> list[tuple[str, str]]:
-    """Say from what the run would begin; raises as `FirstWeights.check`."""
-    c = run.config
-    folder = c.folder / "checkpoints"
+def _resumed(run: ResolvedRun, identity: Identity, stream: TrainStream) -> str:
+    """Say from which checkpoint the run would resume, "" if from none.
+
+    Raises:
+        CheckpointError: it is of another model, other classes or other data.
+    """
+    folder = run.config.folder / "checkpoints"
     whole = [entry for entry in list_checkpoints(folder) if entry.fault is None] if folder.is_dir() else []
-    steps = [entry.manifest.step for entry in whole if entry.manifest is not None]
-    if steps:
-        return [("begins", f"resumes from the newest checkpoint that verifies; the newest is step {max(steps):,}")]
+    for newest, manifest in ((entry, entry.manifest) for entry in whole if entry.manifest is not None):
+        found = Checkpoint(newest.path, manifest, {})
+        try:
+            imported = is_imported(found)
+        except DamagedError:
+            continue
+        if not imported:
+            found.identity.check_same_model(identity)
+            allowed = run.config.checkpoint.allow_changes
+            stream.check_state(continued_cursor(found.trainer["stream"], stream.state(0), allowed))
+        return f"resumes from the newest checkpoint that verifies; the newest is step {manifest.step:,}"
+    return ""
+
+
+def _beginning(run: ResolvedRun, model: nn.Module, outputs: int) -> list[tuple[str, str]]:
+    """Say from what a run without checkpoints would begin; raises as `FirstWeights.check`."""
+    c = run.config
     if c.model.weights is not None:
         buffers = frozenset(name for name, _ in model.named_buffers())
         arguments = inputs_of(c.data).model_arguments(c.model, outputs)

@@ -8,6 +8,7 @@ A wrong key, type or value becomes one ConfigError that names the place and the 
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
@@ -236,9 +237,22 @@ def _homes(table: Mapping[str, object]) -> Iterator[str]:
             yield f"{key} = {_short(value)}: {HOME_NOT_EXPANDED}"
 
 
+# What begins pydantic's words on a value's type, and what it writes into a fault's place where a key has several.
+_WISH = ": input should be "
+_TYPE_OF_SEVERAL = re.compile(r"int|float|bool|str|(literal|tuple|list|dict)\[.*\]")
+
+
 def readable(error: pydantic.ValidationError, model: type[pydantic.BaseModel] | None = None) -> str:
     """Return pydantic's faults as one line; with the model, unknown keys get a suggestion."""
-    return "; ".join(_explain(model or FrozenConfig, fault) for fault in error.errors())
+    said: list[str] = []
+    for fault in error.errors():
+        text = _explain(model or FrozenConfig, fault)
+        value, _, wish = text.partition(_WISH)
+        if wish and said and said[-1].startswith(value + _WISH):  # a key of several types: one fault for each
+            said[-1] += f" or {wish}"
+        else:
+            said.append(text)
+    return "; ".join(said)
 
 
 def _explain(model: type[pydantic.BaseModel], fault: Any) -> str:
@@ -251,7 +265,7 @@ def _explain(model: type[pydantic.BaseModel], fault: Any) -> str:
         return f"unknown key {_short(place)}{_nearest(model, keys, siblings)}"
     if fault["type"] == "missing":
         return f"key {place!r} is missing"
-    message = fault["msg"].removeprefix("Value error, ")
+    message = fault["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
     if not place:
         return str(message)
     if fault["type"] == "value_error":
@@ -347,6 +361,8 @@ def _place(model: type[pydantic.BaseModel], loc: tuple[str | int, ...]) -> tuple
     known: dict[str, Any] = dict(model.model_fields)
     kinds: dict[str, type[pydantic.BaseModel]] = {}
     for part in map(str, loc):
+        if keys and not known and _TYPE_OF_SEVERAL.fullmatch(part):
+            continue
         if part in kinds and part not in known:
             known = dict(kinds[part].model_fields)
             continue

@@ -79,11 +79,12 @@ class ModelConfig(FrozenConfig):
         found = None if self.memory_budget is None else _SIZE.fullmatch(self.memory_budget)
         return None if found is None else int(float(found[1]) * 2 ** {"MiB": 20, "GiB": 30}[found[2]])
 
-    @pydantic.field_validator("memory_budget")
+    @pydantic.field_validator("memory_budget", mode="before")
     @classmethod
-    def _budget_is_a_size(cls, value: str | None) -> str | None:
-        if value is not None and (_SIZE.fullmatch(value) is None or float(value.split()[0].rstrip("GMiB")) == 0):
-            raise ValueError(f"memory_budget = {value!r} is no size: write it as '20 GiB' or '900 MiB'")
+    def _budget_is_a_size(cls, value: object) -> object:
+        found = _SIZE.fullmatch(value) if isinstance(value, str) else None
+        if value is not None and (found is None or float(found[1]) == 0):
+            raise ValueError(f"model.memory_budget: {value!r} is no size: write it as '20 GiB' or '900 MiB'")
         return value
 
     @pydantic.model_validator(mode="after")

@@ -139,9 +139,15 @@ def test_a_run_folder_of_another_config_and_a_checkpoint_of_another_model(digits
     assert_one_sentence(
         setformer("predict", run, str(images)), 3, "val is a folder: name its images, such as", "*/*.jpg"
     )
+    (tmp_path / "fewer").mkdir()
+    for split in ("train", "val"):
+        shutil.copytree(digits / "val", tmp_path / "fewer" / split)
     (tmp_path / "demo" / "config.json").unlink()
-    wider = setformer(*train_words(digits, tmp_path, "model.args.embed_dim=96", ranks=1))
-    assert_one_sentence(wider, 4, "of another model", "embed_dim")
+    for more in ((), ("--dry-run",)):
+        wider = setformer(*train_words(digits, tmp_path, "model.args.embed_dim=96", ranks=1), *more)
+        assert_one_sentence(wider, 4, "of another model", "embed_dim")
+        moved = setformer(*train_words(tmp_path / "fewer", tmp_path, ranks=1), *more)
+        assert_one_sentence(moved, 4, "was written with fingerprint")
 
 
 def test_a_dry_run_without_data_says_so_before_its_figures(tmp_path: Path) -> None:
