@@ -31,7 +31,7 @@ from dataloaders.sources.class_folders import (
     plain_source,
     read_class_map,
 )
-from dataloaders.sources.classes import check_numbers_in_place
+from dataloaders.sources.classes import UNLABELLED, check_numbers_in_place
 from dataloaders.sources.files import LARGEST_SAMPLE
 from dataloaders.sources.index import INDEX_NAME, read_table
 from dataloaders.sources.kinds import kind_of
@@ -61,6 +61,7 @@ class Wanted:
         skip_bad: leave out what of shards of others is no whole sample.
         allow_empty: class folders may hold no image.
         largest: bytes that a file may have.
+        labels: whether classes are wanted; without, all images at any depth are of one class.
         slides: level that is read of whole-slide images; None for other images.
     """
 
@@ -73,6 +74,7 @@ class Wanted:
     skip_bad: bool = False
     allow_empty: bool = False
     largest: int = LARGEST_SAMPLE
+    labels: bool = True
     slides: int | None = None
 
     def class_map(self) -> tuple[tuple[str, ...], object] | None:
@@ -116,7 +118,7 @@ def find_origin(source: Path | str, wanted: Wanted, scratch: Path) -> FoundOrigi
         return _with_boxes(source, wanted, scratch)
     if wanted.masks:
         return _with_masks(source, wanted, scratch)
-    return _class_folders(source, wanted, scratch)
+    return _class_folders(source, wanted, scratch) if wanted.labels else _unlabelled(source, wanted, scratch)
 
 
 def is_container(source: Path | str) -> bool:
@@ -152,7 +154,12 @@ def open_container(path: Path | str, skip_bad: bool = False) -> Source:
 
 
 def _container(source: Path | str, wanted: Wanted) -> FoundOrigin:
-    for option, given in (("--split", wanted.split), ("--masks", wanted.masks), ("--coco", wanted.coco)):
+    for option, given in (
+        ("--split", wanted.split),
+        ("--masks", wanted.masks),
+        ("--coco", wanted.coco),
+        ("--no-labels", not wanted.labels),
+    ):
         if given:
             raise ConfigError(f"{option} does not go with {source}, which holds samples and not files")
     return _of_source(open_container(source, wanted.skip_bad), wanted)
@@ -162,7 +169,7 @@ def _slides(source: Path, wanted: Wanted, level: int) -> FoundOrigin:
     folder = source / wanted.split if wanted.split else source
     if not folder.is_dir():
         raise DataError(f"--slides reads slides in a folder, and {folder} is none")
-    return _of_source(SlideFolder(folder, level), wanted)
+    return _of_source(SlideFolder(folder, level, wanted.labels), wanted)
 
 
 def _of_source(container: Source, wanted: Wanted) -> FoundOrigin:
@@ -203,6 +210,21 @@ def _class_folders(source: Path, wanted: Wanted, scratch: Path) -> FoundOrigin:
     label_of = {name: label for label, name in enumerate(classes)}
     settled = listing.settled(classes, frozenset(), wanted, [label_of[name] for name in seen])
     return FoundOrigin(settled, [*notes, *_said(tree.passed)])
+
+
+def _unlabelled(source: Path, wanted: Wanted, scratch: Path) -> FoundOrigin:
+    tree = Tree(source)
+    listing = _Listing(source, scratch, tree.passed)
+
+    def is_wanted(name: str) -> bool:
+        return tree.add(name) and (wanted.split is None or wanted.split in name.split("/")[:-1])
+
+    listing.catalog.add_found(file for file in listing.files() if is_wanted(file.name))
+    tree.check_images()
+    listing.catalog.add_files((image, 0, None) for image in listing.catalog.found())
+    if not listing.catalog.num_files():
+        raise DataError(f"source {source} has no images in a folder {wanted.split!r}")
+    return FoundOrigin(listing.settled((UNLABELLED,), frozenset(), wanted, [0]), _said(tree.passed))
 
 
 def _with_masks(source: Path, wanted: Wanted, scratch: Path) -> FoundOrigin:

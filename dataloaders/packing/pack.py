@@ -110,6 +110,7 @@ class PackOptions:
         void: mask value that stands for "does not count"; becomes 255.
         coco: COCO annotations with the boxes of the images: a file, or the name of one within the source.
         tiles: side in pixels of the tiles that images are cut into; 0 keeps them whole.
+        labels: whether images lie in class folders; without, all at any depth are of one class.
         slides: level that is read of whole-slide images; None packs other images.
         form: what pixels of the images are, and how many an image may have.
 
@@ -134,6 +135,7 @@ class PackOptions:
     void: int | None = None
     coco: str | None = None
     tiles: int = 0
+    labels: bool = True
     slides: int | None = None
     form: PixelFormat = RGB
 
@@ -150,6 +152,8 @@ class PackOptions:
             raise ConfigError("--void is a value from 0 to 255 of the masks that --masks names")
         if self.tiles and (self.tiles % _TILE_STEP or not _TILE_STEP <= self.tiles <= LARGEST_SIDE):
             raise ConfigError(f"--tiles is a multiple of {_TILE_STEP} up to {LARGEST_SIDE} (0 keeps images whole)")
+        if not self.labels and (self.masks or self.coco or self.classes_file or self.classes_from):
+            raise ConfigError("--no-labels packs images alone: leave out --masks, --coco and --classes")
         if self.slides is not None and not self.tiles:
             raise ConfigError("--slides reads images that are too large to be kept whole: give --tiles, such as 1024")
         if self.slides is not None and (self.masks or self.coco):
@@ -169,6 +173,7 @@ class PackOptions:
             self.skip_bad,
             self.allow_empty_classes,
             int(self.form.room * LARGEST_SAMPLE),
+            self.labels,
             self.slides,
         )
 

@@ -213,7 +213,8 @@ class Tree:
         if not labelled:
             raise DataError(
                 f"source {self.source} holds {self._loose} images but none in a class folder: make it "
-                "<class>/image.jpg, or name its boxes with --coco or its masks with --masks"
+                "<class>/image.jpg, name its boxes with --coco or its masks with --masks, or read it without labels "
+                "(data.labels = false, pack --no-labels)"
             )
         if self._loose:
             self.passed.others["images outside class folders"] = self._loose

@@ -94,12 +94,13 @@ class SlideFolder:
     Args:
         folder: searched at any depth.
         level: that is read of each.
+        labels: false makes all of one class, whatever folders they lie in.
 
     Raises:
         DataError: there are no slides, or some lie in class folders and some in none.
     """
 
-    def __init__(self, folder: Path, level: int) -> None:
+    def __init__(self, folder: Path, level: int, labels: bool = True) -> None:
         _openslide()
         self._folder, self._level = folder, level
         passed = Passed()
@@ -107,12 +108,12 @@ class SlideFolder:
         if not self._keys:
             raise DataError(f"{folder} holds no slides ({', '.join(sorted(SUFFIXES))}){_others(folder)}")
         loose = [key for key in self._keys if "/" not in key]
-        if loose and len(loose) < len(self._keys):
+        if labels and loose and len(loose) < len(self._keys):
             raise DataError(
                 f"{loose[0]} in {folder} is in no class folder, and other slides are: move it into one, or pack the "
                 "class folders alone"
             )
-        of_each = [UNLABELLED if loose else key.split("/")[0] for key in self._keys]
+        of_each = [UNLABELLED if loose or not labels else key.split("/")[0] for key in self._keys]
         self.classes = tuple(sorted(set(of_each)))
         self._label = np.array([self.classes.index(name) for name in of_each], np.int64)
         self.parts: frozenset[str] = frozenset()

@@ -66,6 +66,8 @@ Examples:
 
   setformer data pack aerial packed/train --tiles 1024
 
+  setformer data pack aerial packed/unlabelled --tiles 1024 --no-labels
+
   setformer data pack slides packed/train --tiles 1024 --slides 0
 
   setformer data pack sentinel packed/train --tiles 512 --pixels uint16 --bands 12
@@ -78,6 +80,7 @@ _EMPTY_HELP = "Ignore class folders without a readable image, instead of failing
 _RAW_HELP = "For .beton: store raw pixels, shrunk to this longer side; 0 shrinks nothing."
 _CLASSES_HELP = "Class map: a file as for `data index --classes`, or a packed split, whose map is used."
 _COCO_HELP = "COCO instances: a file, or its name within SOURCE."
+_LABELS_HELP = "Images lie in class folders, or (--no-labels) at any depth, all of one class, for pretraining."
 _SLIDES_HELP = "Pack whole-slide images at this level of their resolutions; 0 is the finest. Needs --tiles."
 _TILES_HELP = "Cut images into tiles of this side in pixels; training reads only the tiles it needs. 0: no tiles."
 _PIXELS_HELP = "Largest height x width of an image; larger ones are refused. Memory grows with it."
@@ -103,6 +106,7 @@ def pack(
     void: Annotated[int | None, typer.Option(metavar="VALUE", help="Mask value to ignore.")] = None,
     coco: Annotated[str | None, typer.Option(metavar="JSON", help=_COCO_HELP)] = None,
     classes: Annotated[Path | None, typer.Option("--classes", "--classes-from", help=_CLASSES_HELP)] = None,
+    labels: Annotated[bool, typer.Option(help=_LABELS_HELP)] = True,
     samples_per_shard: Annotated[int, typer.Option(help="Most samples in one shard.")] = 2000,
     mib_per_shard: Annotated[int, typer.Option(help=_MIB_HELP)] = 512,
     max_side: Annotated[int, typer.Option(help="Shrink images to this longer side in pixels; 0 shrinks none.")] = 0,
@@ -149,6 +153,7 @@ def pack(
         void=void,
         coco=coco,
         tiles=tiles,
+        labels=labels,
         slides=slides,
         form=depth.PixelFormat(bands, pixels, max_pixels),
     )

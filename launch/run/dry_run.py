@@ -1,15 +1,15 @@
 """`setformer train --dry-run`: what a run would be and cost, checked as far as a run checks before its first step.
 
 It opens the data, builds the model, makes the streams of rank 0, compares the run's folder and opens the
-weights that a new run begins with. What would end the run ends it with the same error and exit code. Where the data are
-not there yet it says all that can be said without them first.
+weights that a new run begins with. What would end the run ends it with the same error and exit code; memory alone is
+only compared, since the run may be for another machine. Where the data are not there yet it says all that can be said
+without them first.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from typing import TypedDict
@@ -30,7 +30,7 @@ from launch.run.identity import identity_of, shapes_of
 from launch.run.imported import is_imported
 from launch.run.initial_weights import FirstWeights
 from launch.run.inputs import evaluation_micro, inputs_of, shapes_of_images
-from launch.run.memory import keep_within_budget, largest_batch, predicted
+from launch.run.memory import keep_within_budget, largest_batch, memory_of_machine, predicted
 from launch.run.objective import build_assumed, build_for
 from launch.run.own_code import bring
 from launch.run.sequence import check_sequence
@@ -274,14 +274,10 @@ def _memory_rows(run: ResolvedRun, known: _Known, costs: Costs) -> list[tuple[st
     if host:
         rows.append(("host memory per rank, by zero.offload", f"{host / 2**20:,.1f} MiB"))
     if not torch.cuda.is_available():
-        need, there = (memory["total"] + host) * run.plan.world_size, _memory_of_machine()
+        need, there = (memory["total"] + host) * run.plan.world_size, memory_of_machine()
         verdict = "enough" if need < there else "NOT ENOUGH for all ranks on this machine"
         rows.append(("memory of this machine", f"{there / 2**30:,.1f} GiB: {verdict}"))
     return rows
-
-
-def _memory_of_machine() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def checkpoint_bytes(run: ResolvedRun, costs: Costs) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 
 import torch
 from torch import nn
@@ -19,6 +20,9 @@ from setformer_dist.engine.deepspeed_engine import DTYPES
 from setformer_dist.engine.optim import OPTIMIZERS
 from setformer_dist.models.measure import Memory, predict_memory
 from setformer_dist.models.recompute import candidates, set_recompute
+
+# Predictions were within 7 % of what was measured (docs/memory.md): what is far beyond the memory is refused.
+_MARGIN = 1.1
 
 
 def largest_batch(run: ResolvedRun, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -58,6 +62,44 @@ def predicted(run: ResolvedRun, model: nn.Module, shape: tuple[int, ...], batch_
         _set_aside(run),
     )
     return dataclasses.replace(memory, parameters=memory.parameters + averaged_bytes(model, dtype))
+
+
+def check_schedule_fits(
+    run: ResolvedRun, model: nn.Module, shape: tuple[int, ...], batch_dtype: torch.dtype | None, local_ranks: int
+) -> None:
+    """Refuse a schedule of image sizes whose largest does not fit: the run would end when it comes, perhaps in days.
+
+    Args:
+        run: its config.
+        model: with its policy of recomputation set.
+        shape: of the samples that the run begins with.
+        batch_dtype: as in `predicted`.
+        local_ranks: ranks on this host, which share its memory.
+
+    Raises:
+        ConfigError: naming the size, what it is predicted to take, and what there is.
+    """
+    data = run.config.data
+    if not isinstance(data, DataConfig) or len(shapes_of_images(data)) == 1:
+        return
+    memory = predicted(run, model, shape, batch_dtype)
+    if torch.cuda.is_available():
+        need, there, whose = memory.total, torch.cuda.mem_get_info()[1], "the device"
+    else:
+        need, there, whose = memory.total + memory.host, memory_of_machine() // local_ranks, "this host, per rank,"
+    if need <= _MARGIN * there:
+        return
+    micro, *largest = largest_batch(run, shape)
+    raise ConfigError(
+        f"data.resolutions comes to images of {largest[-2]} x {largest[-1]}, {micro} at a time, for which a rank is "
+        f"predicted to take {_shown(need)}, and {whose} has {_shown(there)}: lower batch.micro or batch.micro_pixels, "
+        "or set model.memory_budget, model.recompute or parallel.sequence"
+    )
+
+
+def memory_of_machine() -> int:
+    """Return the bytes of this host's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def keep_within_budget(

@@ -31,7 +31,7 @@ from launch.record.machine import machine_facts
 from launch.run.compose import Splits, check_device, compose, open_splits
 from launch.run.config import ResolvedRun, RunConfig, check_folder, resolve
 from launch.run.inputs import inputs_of
-from launch.run.memory import keep_within_budget
+from launch.run.memory import check_schedule_fits, keep_within_budget
 from launch.run.objective import build_for
 from launch.run.outcome import finish
 from launch.run.own_code import bring
@@ -106,7 +106,7 @@ def session(
     check_device(run)
     splits = data or open_splits(run)
     task = build_task(config.task, splits.train.classes)
-    model = _model(run, splits, task, own)
+    model = _model(run, splits, task, own, ranks.local_world_size)
     torch.set_num_threads(config.run.threads or max(1, usable_cores() // ranks.local_world_size))
     check_folder(run)
     if connect(ranks, timeout_minutes=config.run.timeout_minutes) and stays:
@@ -148,7 +148,7 @@ def _record_end(
     ledger.record(begun.run.config.folder, "ended", **values)
 
 
-def _model(run: ResolvedRun, splits: Splits, task: Task, own: OwnModel | None) -> nn.Module:
+def _model(run: ResolvedRun, splits: Splits, task: Task, own: OwnModel | None, local_ranks: int) -> nn.Module:
     """Return the run's model, fresh from its seed; it recomputes what its budget of memory asks for."""
     config, inputs = run.config, inputs_of(run.config.data)
     shape = inputs.shape(splits.train)
@@ -159,6 +159,7 @@ def _model(run: ResolvedRun, splits: Splits, task: Task, own: OwnModel | None) -
     recomputed = keep_within_budget(run, model, shape, inputs.dtype)
     if recomputed is not None:
         log.info("recomputed, by stage: %s", recomputed)
+    check_schedule_fits(run, model, shape, inputs.dtype, local_ranks)
     return model
 
 

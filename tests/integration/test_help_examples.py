@@ -21,6 +21,7 @@ from PIL import Image
 
 from launch.cli import main as cli
 from launch.testing.commands import ROOT, setformer, train_words
+from tests.unit.test_data_slides import write_slide
 
 # What no test has the data or the hours for, and where its command runs instead.
 ELSEWHERE = {
@@ -166,6 +167,7 @@ def place(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.fromarray(pixels.astype(np.uint8)).save(root / folder / "a" / f"1.{suffix}")
         else:
             tifffile.imwrite(root / folder / "a" / f"1.{suffix}", pixels.astype(np.uint16), planarconfig="contig")
+    write_slide(root / "slides" / "a" / "1.svs", aperio=True)
     masks = {f"train/images/{i}.png": _png(i) for i in range(4)}
     masks |= {f"train/annotations/{i}.png": _png(i, mode="L") for i in range(4)}
     _tar(root / "camvid.tar.gz", masks)

@@ -13,6 +13,7 @@ from torch import nn
 
 from dataloaders.config import DataConfig
 from dataloaders.opening import open_source
+from dataloaders.packing.pack import PackOptions, pack_image_folder
 from dataloaders.sources.subset import SubsetSource
 from launch.run.config import RunConfig, load_run, resolve
 from launch.run.features import with_labels
@@ -155,6 +156,26 @@ def test_images_without_labels_are_read_by_a_task_that_needs_none(digits: Path, 
     plain = load_run(Path(DEMO), ["data.labels=false"])
     with pytest.raises(ConfigError, match=r"task classification learns from labels, and data\.labels = false"):
         check_objective(plain, build_task(plain.task, ("a", "b")))
+
+
+def test_images_at_any_depth_are_packed_without_labels(digits: Path, tmp_path: Path) -> None:
+    flat = tmp_path / "photos"
+    for place, image in enumerate(sorted((digits / "images" / "val").rglob("*.png"))[:6]):
+        (folder := flat / ("deep/er" if place % 2 else "")).mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, folder / f"{place}.png")
+    pack_image_folder(flat, tmp_path / "packed" / "train", PackOptions(labels=False, tiles=16))
+    source = open_source(str(tmp_path / "packed"), "train", DataConfig(root=str(tmp_path / "packed")))
+    assert (source.num_samples, source.classes) == (6, ("unlabelled",))
+    pack_image_folder(flat, tmp_path / "deep", PackOptions(labels=False, split="er"))
+    assert open_source(str(tmp_path), "deep", DataConfig(root=str(tmp_path))).num_samples == 3
+    with pytest.raises(DataError, match="no images in a folder 'other'"):
+        pack_image_folder(flat, tmp_path / "none", PackOptions(labels=False, split="other"))
+    with pytest.raises(DataError, match=r"or read it without labels .*pack --no-labels"):
+        pack_image_folder(flat / "deep" / "er", tmp_path / "none", PackOptions())
+    with pytest.raises(ConfigError, match=r"--no-labels does not go with"):
+        pack_image_folder(tmp_path / "deep", tmp_path / "none", PackOptions(labels=False))
+    with pytest.raises(ConfigError, match=r"--no-labels packs images alone"):
+        PackOptions(labels=False, coco="x.json")
 
 
 def test_a_share_of_the_labels_is_a_source_of_its_own(digits: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 import setformer_dist.models  # noqa: F401
 from launch.run.config import load_run, resolve
-from launch.run.memory import keep_within_budget, largest_batch, predicted
+from launch.run.memory import check_schedule_fits, keep_within_budget, largest_batch, predicted
 from launch.testing.commands import DEMO
 from setformer_dist.core.config import ConfigError
 from setformer_dist.core.model_config import ModelConfig
@@ -112,6 +112,22 @@ def test_old_and_new_words_mean_the_same():
 
 def run_of(tmp_path: Path, *words: str):
     return resolve(load_run(Path(DEMO), [f"run.out={tmp_path}", "data.image_size=128", "batch.micro=32", *words]), 2)
+
+
+def test_a_schedule_whose_largest_images_do_not_fit_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("model.name=setformer_nano", "~model.args", "model.drop_path=0.0")
+    model = build_model(run_of(tmp_path, *words).config.model, 10, 128, 0)
+    stages = "data.resolutions=[{epoch = 0, image_size = 128}, {epoch = 1, image_size = 512}]"
+    growing = run_of(tmp_path, *words, stages, "data.augment.crop=resized")
+    need = predicted(growing, model, (3, 128, 128), None).total
+    check_schedule_fits(growing, model, (3, 128, 128), None, local_ranks=2)
+    monkeypatch.setattr("launch.run.memory.memory_of_machine", lambda: int(2 * need / 1.1) + 2)
+    check_schedule_fits(growing, model, (3, 128, 128), None, local_ranks=2)
+    with pytest.raises(ConfigError, match=r"data\.resolutions comes to images of 512 x 512, 32 at a time"):
+        check_schedule_fits(growing, model, (3, 128, 128), None, local_ranks=3)
+    check_schedule_fits(run_of(tmp_path, *words), model, (3, 128, 128), None, local_ranks=1 << 40)  # one size
 
 
 @pytest.mark.parametrize("name", ["setformer_nano", "soft_tiny"])
