@@ -10,6 +10,7 @@ origins.py      where the samples of a packing come from: files of images, or an
 pack.py         packing: from a source to shards with an index
 shard_file.py   a shard being written, with its sha256
 text.py         packing labelled texts: each byte is a token
+statistics.py   mean and standard deviation of the bands of images
 throughput.py   how fast this data loads on this machine, where the time of an image goes, and what would help
 verify.py       reading data whole: is every byte still what was packed, does every image decode
 """

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
 
@@ -16,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.terminal import open_console
-from setformer_dist.core.words import counted
+from setformer_dist.core.words import counted, plain
 
 if TYPE_CHECKING:
     from dataloaders.packing.convert import BetonResult
@@ -258,6 +259,40 @@ def inspect(
         print(json.dumps(found))
     if sheet is not None:
         _say(console, f"contact sheet: {sheet}")
+
+
+@app.command()
+def stats(
+    path: PathArgument,
+    look_at: Annotated[int, typer.Option(min=1, help="Images that are read at most, spread evenly.")] = 1000,
+    max_pixels: Annotated[int, typer.Option(min=1, help=_PIXELS_HELP)] = 178_956_970,
+    as_json: AsJson = False,
+) -> None:
+    """Print mean and standard deviation of the bands, as a run config's [data] wants them.
+
+    Examples:
+
+        setformer data stats packed/train
+    """
+    from dataloaders.packing.finding import open_container
+    from dataloaders.packing.statistics import band_statistics
+
+    source = open_container(path)
+    try:
+        total = min(look_at, source.num_samples)
+        with _progress(f"opening {path}", "reading images") as steps:
+            steps.start(total)
+            found = band_statistics(source, look_at, max_pixels, steps.advance)
+    finally:
+        source.close()
+    if as_json:
+        print(json.dumps(asdict(found)))
+        return
+    damaged = f", {found.damaged} damaged ones left out" if found.damaged else ""
+    print(f"# {counted(found.images, 'image')} of {source.num_samples:,} in {plain(path)}{damaged}\n[data]")
+    print(f'pixels = "{found.pixels}"')
+    for name in ("mean", "std"):
+        print(f"{name} = [{', '.join(f'{value:.4g}' for value in getattr(found, name))}]")
 
 
 @app.command()
