@@ -39,7 +39,7 @@ from launch.run.own_model import OwnModel, build_own
 from launch.run.repeat import data_differs
 from setformer_dist.core import ledger
 from setformer_dist.core.callback import Callback
-from setformer_dist.core.errors import LaunchError
+from setformer_dist.core.errors import LaunchError, TransientError
 from setformer_dist.core.files import write_json, write_state
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.core.secrets import RedactingFormatter
@@ -230,11 +230,20 @@ def _record_start(run: ResolvedRun, comm: TorchCollectives) -> None:
 
 
 def log_to_file(run: ResolvedRun, ranks: RankInfo) -> logging.Handler:
-    """Send this process's log to the rank's file in the run's folder, and return what does so."""
+    """Send this process's log to the rank's file in the run's folder, and return what does so.
+
+    Raises:
+        TransientError: the file cannot be opened, for example since the disk is full.
+    """
     folder = run.config.folder / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
     path = log_file(folder, ranks.rank)
-    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")  # names may be no text
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")  # names may be no text
+    except OSError as error:
+        raise TransientError(
+            f"the log {path} cannot be written ({error.strerror}): make room, or repair the folder"
+        ) from None
     handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)

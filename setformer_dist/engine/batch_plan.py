@@ -14,6 +14,7 @@ from itertools import chain, islice
 from typing import Protocol, TypeVar
 
 from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.words import counted
 from setformer_dist.engine.config import BatchConfig
 
 
@@ -108,8 +109,8 @@ def solve(config: BatchConfig, world_size: int, multiple_of: int = 1, sequence: 
     if world_size % sequence:
         possible = [s for s in range(1, world_size + 1) if world_size % s == 0]
         raise ConfigError(
-            f"parallel.sequence = {sequence} ranks share each image, and {world_size} ranks cannot be cut into groups "
-            f"of {sequence}: use a multiple of {sequence} ranks, or parallel.sequence = {_or(possible)}"
+            f"parallel.sequence = {sequence} ranks share each image, and {counted(world_size, 'rank')} cannot be cut "
+            f"into groups of {sequence}: use a multiple of {sequence} ranks, or parallel.sequence = {_or(possible)}"
         )
     groups = world_size // sequence
     who = f"{world_size} ranks" if sequence == 1 else f"{groups} groups of {sequence} ranks (parallel.sequence)"

@@ -86,7 +86,7 @@ def test_killed_with_two_ranks_an_image_and_resumed_with_one_and_the_other_way(
             2,
             "24 rows cannot be cut into 2 equal parts for this model",
         ),
-        (("parallel.sequence=2",), 1, "1 ranks cannot be cut into groups of 2"),
+        (("parallel.sequence=2",), 1, "1 rank cannot be cut into groups of 2"),
     ],
 )
 def test_what_cannot_be_cut_is_said_before_training_and_by_a_dry_run(

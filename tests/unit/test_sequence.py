@@ -58,7 +58,7 @@ def test_neighbours_share_a_place_in_the_data():
             4,
             "6 ranks cannot be cut into groups of 4: use a multiple of 4 ranks, or parallel.sequence = 1, 2, 3 or",
         ),
-        (24, 1, 2, "1 ranks cannot be cut into groups of 2: use a multiple of 2 ranks, or parallel.sequence = 1"),
+        (24, 1, 2, "1 rank cannot be cut into groups of 2: use a multiple of 2 ranks, or parallel.sequence = 1"),
         (2, 6, 2, "fewer samples per step than the 3 groups of 2 ranks (parallel.sequence): use at most 4 ranks"),
         (
             8,
