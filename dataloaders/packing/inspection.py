@@ -26,6 +26,7 @@ from dataloaders.source import Boxes, DamagedSampleError, Source, Stored, Tiled,
 from dataloaders.sources.image_folder import ImageFolderDataset
 from dataloaders.sources.scanning import shared_keys
 from dataloaders.sources.shards import ShardDataset
+from setformer_dist.core.words import counted
 
 # Samples whose bytes are looked at, unless all are wanted.
 LOOKED_AT = 2000
@@ -226,7 +227,8 @@ def _shared_keys(source: Source) -> tuple[int, str] | None:
 def format_of(image: bytes | npt.NDArray[Any] | Tiled) -> str:
     """Return the name of an image's format."""
     if isinstance(image, Tiled):
-        return "tiles"
+        bands, numbers = image.shape[2], image.numbers
+        return "tiles" if (bands, numbers) == (3, "uint8") else f"tiles ({counted(bands, 'band')} of {numbers})"
     if not isinstance(image, bytes):
         return "raw pixels"
     if is_jpeg(image):

@@ -11,6 +11,7 @@ from PIL import Image
 
 from dataloaders.config import DataConfig
 from dataloaders.opening import open_source
+from dataloaders.packing.inspection import inspect
 from dataloaders.packing.pack import PackOptions, pack_image_folder
 from dataloaders.packing.statistics import band_statistics
 from dataloaders.pixels.depth import PixelFormat
@@ -50,7 +51,10 @@ def test_they_are_those_of_numpy(tmp_path: Path, dtype: str, bands: int, full: i
         pack_image_folder(folder, where, PackOptions(tiles=tiles, form=form))
     data = DataConfig(root=str(tmp_path), pixels=dtype, mean=(0.5,) * bands, std=(1.0,) * bands,  # type: ignore[arg-type]
                       cache=str(tmp_path / "cache"))  # fmt: skip
-    found = band_statistics(open_source(str(tmp_path), where.name, data), 100, MOST)
+    source = open_source(str(tmp_path), where.name, data)
+    if tiles:
+        assert inspect(source).formats == {f"tiles ({bands} bands of {dtype})": 4}
+    found = band_statistics(source, 100, MOST)
     assert (found.pixels, found.images, found.damaged) == (dtype, 4, 0)
     close = 1e-12 if not tiles else 0.1  # quarters of the images
     np.testing.assert_allclose(found.mean, values.mean(0) / full, rtol=close)
