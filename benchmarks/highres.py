@@ -4,10 +4,10 @@
     python -m benchmarks.highres --models setformer_base --sizes 4096 --recompute block --dtype bf16
                                                                         one 4096 x 4096 image of the base model
 
-Every row runs in a process of its own: one image, random pixels, cross entropy, no optimizer. Time is the fastest of
-`--repeats` passes after a first one at a small size, memory the rise of the resident set, which holds activations and
-the gradients of the weights. "predicted" is what `setformer train --dry-run` says of the same pass. A peer that takes
-longer than `--limit` for a pass is not tried at larger sizes.
+Every row runs in a process of its own: one image, random pixels, cross entropy, no optimizer. Time is the fastest
+pass of two seconds or `--repeats` passes, after a first one that measures memory: the rise of the resident set, which
+holds activations and the gradients of the weights. "predicted" is what `setformer train --dry-run` says of the same
+pass. A peer that takes longer than `--limit` for a pass is not tried at larger sizes.
 
     OUT/highres.json    every row
     OUT/highres.png     time per pixel over the side
@@ -44,6 +44,7 @@ MODELS = (
     "vit_small_patch16_224",
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_LEAST_S = 2.0  # of timing one row
 WARM = 64  # side of the image that builds kernels and fills caches first
 
 
@@ -72,10 +73,12 @@ def passes(name: str, size: int, recompute: str, dtype: str, repeats: int) -> di
         model.zero_grad(set_to_none=True)
 
     once(size if name.startswith("swin") else WARM)
-    taken, memory = [], 0
-    for _ in range(repeats):
+    memory = peak_bytes(lambda: once(size))  # also the first pass of this size, so that it is not timed
+    taken = []
+    begun = time.perf_counter()
+    while len(taken) < repeats or time.perf_counter() - begun < _LEAST_S:
         start = time.perf_counter()
-        memory = max(memory, peak_bytes(lambda: once(size)))
+        once(size)
         taken.append(time.perf_counter() - start)
     return {"seconds": min(taken), "peak_bytes": memory, "predicted_bytes": predicted}
 
