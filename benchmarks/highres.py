@@ -38,6 +38,7 @@ from setformer_dist.models.recompute import set_recompute
 
 MODELS = (
     "setformer_mini",
+    "setformer_tiny",
     "setformer_mini implicit",
     "swin_tiny_patch4_window7_224",
     "convnext_tiny",
@@ -101,7 +102,7 @@ def report(rows: list[dict[str, Any]], console: Console) -> None:
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw time per pixel over the image side."""
-    figure = matplotlib.figure.Figure(figsize=(7, 4.2), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
     for name in dict.fromkeys(row["model"] for row in rows):
         mine = [row for row in rows if row["model"] == name]
@@ -110,7 +111,12 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes.loglog([row["size"] for row in mine], values, style, marker="o", label=name)
     axes.set(xlabel="image side, pixels", ylabel="forward and backward, ns a pixel")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
+    sides = sorted({row["size"] for row in rows})
+    axes.set_xticks(sides, map(str, sides))
+    axes.set_xticks([], minor=True)
+    axes.yaxis.set_minor_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=120)
 
 
