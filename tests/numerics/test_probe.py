@@ -7,6 +7,8 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from launch.run.features import Features
+from launch.run.periodic_probe import _Fit
 from setformer_dist.engine.probe import ProbeCancelledError, linear_top1, neighbours_top1
 
 
@@ -40,6 +42,17 @@ def test_the_vote_of_neighbours_is_that_of_a_plain_loop():
             votes[labels[place]] += np.exp(cosine[place] / 0.07)
         right += int(votes.argmax() == label)
     assert neighbours_top1(x, labels, y, wanted, neighbours=7) == right / 50
+
+
+def test_whatever_fails_in_the_fit_is_told_and_nobody_waits_for_ever():
+    x, labels = clouds(20, 0)
+    train = Features(x, labels, torch.arange(20))
+    fit = _Fit(train, Features(x[:, :3], labels, torch.arange(20)), 5)
+    assert isinstance(fit.look(30.0), str)
+    fit.cancel()
+    fit = _Fit(train, Features(x, labels[:0].new_full((20,), -1).float(), torch.arange(20)), 5)
+    assert fit.look(30.0) is not None
+    fit.cancel()
 
 
 @pytest.mark.parametrize("probe", [linear_top1, neighbours_top1])
