@@ -272,7 +272,7 @@ def _memory_rows(run: ResolvedRun, known: _Known, costs: Costs) -> list[tuple[st
     rows = [] if (*largest,) == known.shape else [("largest micro batch", "×".join(map(str, (micro, *largest))))]
     rows += [(f"memory per rank: {n.replace('_', ' ')}", f"{v / 2**20:,.1f} MiB") for n, v in memory.items()]
     if host:
-        rows.append(("host memory per rank, by zero.offload", f"{host / 2**20:,.1f} MiB"))
+        rows.append(("host memory per rank, by offload", f"{host / 2**20:,.1f} MiB"))
     if not torch.cuda.is_available():
         need, there = (memory["total"] + host) * run.plan.world_size, memory_of_machine()
         verdict = "enough" if need < there else "NOT ENOUGH for all ranks on this machine"

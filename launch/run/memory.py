@@ -118,8 +118,9 @@ def keep_within_budget(
     budget, name = run.config.model.budget_bytes, run.config.model.name
     if budget is None:
         return None
-    stages = len(model.stages) if hasattr(model, "set_recompute") else 0  # type: ignore[arg-type]
-    choices: list[Recompute | tuple[Recompute, ...]] = [*candidates(stages)] if stages else ["none", "block"]
+    choices: list[Recompute | tuple[Recompute, ...]] = ["none", "block"]
+    if hasattr(model, "set_recompute"):
+        choices = [*candidates(len(model.stages), torch.cuda.is_available())]  # type: ignore[arg-type]
 
     @functools.cache
     def total(index: int) -> int:

@@ -16,7 +16,7 @@ from setformer_dist.core.continuing import FREE
 OWN_MODEL = "own:"
 
 # What a block computes again in its backward pass (models/recompute.py), in the order of the memory that it leaves.
-Recompute = Literal["none", "cheap", "mlp", "block"]
+Recompute = Literal["none", "cheap", "mlp", "block", "offload"]
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(MiB|GiB)")
 
@@ -33,8 +33,9 @@ class ModelConfig(FrozenConfig):
         activation_checkpointing: recompute every block in the backward pass: less memory, about a third more work;
             the same as recompute = "block".
         recompute: what the backward pass computes again, for all stages or for each: "none"; "cheap", the outputs of
-            norms and GELU; "mlp", the MLP as well; "block", all but a block's input (docs/memory.md). No
-            policy changes a bit. Models other than setformer_* know "none" and "block".
+            norms and GELU; "mlp", the MLP as well; "block", all but a block's input; "offload", the same with that
+            input in host memory (docs/memory.md). No policy changes a bit. Models other than setformer_* know "none"
+            and "block".
         memory_budget: what a rank may take on its device, such as "20 GiB" or "900 MiB": the run takes the policy that
             recomputes least and is predicted to fit. Excludes `recompute`.
         args: arguments of the model's constructor, such as embed_dim, depths, stem_strides, attention ("set", "soft",
@@ -71,7 +72,7 @@ class ModelConfig(FrozenConfig):
     def recomputes_blocks(self) -> bool:
         """Return whether every block of every stage is recomputed by config."""
         policies = (self.policy,) if isinstance(self.policy, str) else self.policy
-        return set(policies) == {"block"}
+        return set(policies) <= {"block", "offload"}
 
     @property
     def budget_bytes(self) -> int | None:

@@ -4,6 +4,7 @@ arguments.py   which arguments of a model a config may set: those of its own con
 attention.py   the attention modules, one interface for images and sequences
 build.py       a model from the `[model]` table: any name that timm knows, ours included
 cost.py        parameters and multiply-adds of a SeTformer as closed formulas of its config, without building it
+host_memory.py  inputs of recomputed blocks in host memory, where a GPU has its own
 layers.py      what our image models share: keyed stochastic depth, small layers, and timm's method set over stages
 masked.py      masked autoencoding around a SeTformer: fusion of its stages, and a light decoder
 measure.py     counted costs: multiply-adds and memory of any model, without computing it

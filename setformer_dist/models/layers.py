@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from setformer_dist.core.config import FrozenConfig, merge
 from setformer_dist.core.errors import ConfigError
-from setformer_dist.models.recompute import MadeAgain
+from setformer_dist.core.model_config import Recompute
+from setformer_dist.models.host_memory import InHostMemory
+from setformer_dist.models.recompute import WHOLE, MadeAgain
 from setformer_dist.ops.parts import Rows
 from setformer_dist.ops.splitmix import GOLDEN, mix64
 
@@ -161,7 +163,7 @@ def run_blocks(
     x: torch.Tensor,
     keep: torch.Tensor | None,
     *,
-    recompute: bool,
+    recompute: Recompute,
     rows: Rows | None = None,
     positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -171,19 +173,21 @@ def run_blocks(
         blocks: of one stage.
         x: tokens, in the blocks' layout.
         keep: (2 * blocks, B) drop path factors, or None.
-        recompute: recompute each block in the backward pass instead of keeping its activations.
+        recompute: of the stage; "block" and "offload" are done here, the others by the blocks themselves.
         rows: the group that shares the images; a recomputation takes over the sums of the first pass.
         positions: where the tokens lie, for blocks that take some tokens of a grid (visible.py).
     """
     places = () if positions is None else (positions,)
     contexts: dict[str, Any] = {} if rows is None else {"context_fn": rows.recomputing}
-    for i, block in enumerate(blocks):
-        keep_2b = None if keep is None else keep[2 * i : 2 * i + 2]
-        if recompute and torch.is_grad_enabled():
-            # The factors are arguments, so that recomputation sees those of the first pass.
-            x = checkpoint(block, x, keep_2b, *places, use_reentrant=False, **contexts)
-        else:
-            x = block(x, keep_2b, *places)
+    whole = recompute in WHOLE and torch.is_grad_enabled()
+    with InHostMemory() if recompute == "offload" and whole else nullcontext():
+        for i, block in enumerate(blocks):
+            keep_2b = None if keep is None else keep[2 * i : 2 * i + 2]
+            if whole:
+                # The factors are arguments, so that recomputation sees those of the first pass.
+                x = checkpoint(block, x, keep_2b, *places, use_reentrant=False, **contexts)
+            else:
+                x = block(x, keep_2b, *places)
     return x
 
 

@@ -196,8 +196,7 @@ class MaskedAutoencoder(MaskedModel):
         _, height, width, dim = x.shape
         x = torch.where(visible.seen(height // visible.rows).unsqueeze(-1), x, self.mask_token.to(x.dtype))
         x = x + sine_places(height, width, dim, x.device).to(x.dtype)
-        whole = self.decoder[0].recompute == "block"
-        x = run_blocks(self.decoder, x, None, recompute=bool(whole))
+        x = run_blocks(self.decoder, x, None, recompute=self.decoder[0].recompute)  # type: ignore[arg-type]
         x = self.pixels(self.norm(visible.hidden().gather(x)))
         side = self.unit // self.stride
         return x.view(x.shape[0], -1, side, side, x.shape[-1]) if self.latent else self.pixels_of(x)

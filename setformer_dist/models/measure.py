@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -113,11 +114,13 @@ class Activations:
         peak: the most that is alive at a time besides the weights: activations, what operators work with, and the
             gradients of the weights as they come.
         added: the same without the gradients of the weights, which are there before and added to.
+        host: inputs of blocks in host memory (host_memory.py).
     """
 
     kept: int
     peak: int
     added: int
+    host: int = 0
 
 
 def measure_activations(
@@ -137,7 +140,7 @@ def measure_activations(
     with mode, alive:
         kept = torch.func.functional_call(both, inner, (torch.ones(batch, dtype=batch_dtype or dtype), alive))
     model.train(was_training)
-    return Activations(kept, alive.most, alive.most_unsettled)
+    return Activations(kept, alive.most, alive.most_unsettled, alive.host)
 
 
 def predict_memory(
@@ -172,7 +175,7 @@ def predict_memory(
             to, as on a CPU.
     """
     passes = measure_activations(model, dtype, batch, batch_dtype)
-    return memory_of(
+    memory = memory_of(
         parameters(model),
         passes,
         dtype,
@@ -185,6 +188,7 @@ def predict_memory(
         states,
         bucket_bytes,
     )
+    return dataclasses.replace(memory, host=memory.host + passes.host)
 
 
 def memory_of(
@@ -273,11 +277,12 @@ class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
         now: bytes alive.
         most: the largest that `now` has been.
         most_unsettled: the same without gradients of weights that were whole by then.
+        host: all that went to host memory.
     """
 
     def __init__(self, known: Sequence[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.most = self.most_unsettled = self._settled = 0
+        self.now = self.most = self.most_unsettled = self.host = self._settled = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
@@ -291,7 +296,9 @@ class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type == "meta":
+                self.host += leaf.numel() * leaf.itemsize
+            elif isinstance(leaf, torch.Tensor):
                 self._count(leaf.untyped_storage())
         return out
 

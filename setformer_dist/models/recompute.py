@@ -4,9 +4,10 @@
     cheap    outputs of norms and of the GELU are made again from their inputs: 8, hardly any work
     mlp      the MLP's branch is computed again, and the norm before the attention: 5, about half a forward pass
     block    all but the block's input: 1, a whole forward pass
+    offload  as block, and a GPU's copy of that input goes to host memory: 0 (host_memory.py)
 
-The rounds of attention, and what ranks exchange for them, are computed again by "block" alone; even there the sums of
-the first pass are taken over, so a recomputation exchanges nothing (`ops.parts.Rows.recomputing`).
+The rounds of attention, and what ranks exchange for them, are computed again by "block" and "offload" alone; even
+there the sums of the first pass are taken over, so a recomputation exchanges nothing (`ops.parts.Rows.recomputing`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.model_config import Recompute
 
 ORDER: tuple[Recompute, ...] = get_args(Recompute)
+
+# Policies that compute whole blocks again.
+WHOLE: frozenset[Recompute] = frozenset({"block", "offload"})
 
 
 class MadeAgain:
@@ -91,14 +95,18 @@ def per_stage(recompute: Recompute | tuple[Recompute, ...], stages: int) -> tupl
     return recompute
 
 
-def candidates(stages: int) -> list[tuple[Recompute, ...]]:
+def candidates(stages: int, host_memory: bool) -> list[tuple[Recompute, ...]]:
     """Return policies in the order in which they cost time, each holding less than the one before.
 
     Stages come from the first on: a byte that they keep takes the fewest multiplications to make again.
+
+    Args:
+        stages: of the model.
+        host_memory: whether the host's memory is another than the device's.
     """
-    none, cheap, mlp, block = ORDER
+    none, cheap, mlp, block, offload = ORDER
     found = [(none,) * stages, (cheap,) * stages]
-    for policy, before in ((mlp, cheap), (block, mlp)):
+    for policy, before in ((mlp, cheap), (block, mlp), (offload, block))[: 3 if host_memory else 2]:
         found += [(policy,) * i + (before,) * (stages - i) for i in range(1, stages + 1)]
     return found
 

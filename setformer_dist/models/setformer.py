@@ -51,7 +51,7 @@ from setformer_dist.models.layers import (
     run_blocks,
     scale_branch,
 )
-from setformer_dist.models.recompute import MadeAgain, per_stage
+from setformer_dist.models.recompute import WHOLE, MadeAgain, per_stage
 from setformer_dist.models.visible import VisibleUnits
 from setformer_dist.ops.parts import Rows, from_above, mean_of_rows
 from setformer_dist.ops.set import split
@@ -231,7 +231,7 @@ class Block(nn.Module):
             keep_2b: (2, B) drop path factors of the two branches, or None.
             positions: (B or 1, H W, axes) as in `set_attention`, or None.
         """
-        if self.recompute in ("none", "block") or not torch.is_grad_enabled():
+        if self.recompute == "none" or self.recompute in WHOLE or not torch.is_grad_enabled():
             x = x + self._transported(x, self.norm1(x), keep_2b, positions)
             return x + self._mixed(x, keep_2b)
         with MadeAgain() as again:
@@ -278,14 +278,13 @@ class Stage(nn.Module):
             keep: (2 * blocks, B) drop path factors, or None.
             visible: units whose tokens, gathered, x holds; None where it holds the whole grid.
         """
-        whole = self.recompute == "block"
         if visible is None:
-            return run_blocks(self.blocks, self.downsample(x), keep, recompute=whole, rows=self.rows)
+            return run_blocks(self.blocks, self.downsample(x), keep, recompute=self.recompute, rows=self.rows)
         x = x if isinstance(self.downsample, nn.Identity) else self.downsample(x, visible)
         first = self.blocks[0].attn
         assert isinstance(first, SetAttention)
         positions = visible.positions(x.shape[2], first.config)
-        return run_blocks(self.blocks, x, keep, recompute=whole, positions=positions)
+        return run_blocks(self.blocks, x, keep, recompute=self.recompute, positions=positions)
 
 
 # -------------------------------------------------------------------------------------------------------- model

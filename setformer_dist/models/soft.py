@@ -35,6 +35,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from setformer_dist.core.config import FrozenConfig, build
+from setformer_dist.core.model_config import Recompute
 from setformer_dist.models.attention import AttentionConfig, SoftAttentionConfig, make_attention
 from setformer_dist.models.layers import (
     DropPath,
@@ -201,10 +202,11 @@ class Stage(nn.Module):
         b, rows, columns, dim = x.shape
         position = self.position if self.class_token is None else self.position[:, 1:]
         x = x + resize(position.view(1, self.side, self.side, dim), (rows, columns))
+        recompute: Recompute = "block" if self.grad_checkpointing else "none"
         if self.class_token is None:
-            return run_blocks(self.blocks, x, keep, recompute=self.grad_checkpointing), None
+            return run_blocks(self.blocks, x, keep, recompute=recompute), None
         token = (self.class_token + self.position[:, :1]).expand(b, -1, -1)
-        y = run_blocks(self.blocks, torch.cat([token, x.flatten(1, 2)], 1), keep, recompute=self.grad_checkpointing)
+        y = run_blocks(self.blocks, torch.cat([token, x.flatten(1, 2)], 1), keep, recompute=recompute)
         return y[:, 1:].reshape(b, rows, columns, dim), y[:, :1]
 
 

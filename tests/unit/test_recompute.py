@@ -15,6 +15,7 @@ from launch.run.memory import check_schedule_fits, keep_within_budget, largest_b
 from launch.testing.commands import DEMO
 from setformer_dist.core.config import ConfigError
 from setformer_dist.core.model_config import ModelConfig
+from setformer_dist.models import host_memory
 from setformer_dist.models.build import build_model
 from setformer_dist.models.measure import measure_activations
 from setformer_dist.models.recompute import ORDER, candidates, set_recompute
@@ -63,12 +64,51 @@ def test_a_block_keeps_what_the_docs_say():
             model.set_recompute(policy)
             sizes.append(measure_activations(model, torch.float32, (2, 3, 128, 128)).kept)
         kept[policy] = (sizes[1] - sizes[0]) / 3 / (2 * 64 * 64 * 128 * 4)
-    assert kept == pytest.approx({"none": 12, "cheap": 8, "mlp": 5, "block": 1}, abs=0.1)
+    assert kept == pytest.approx({"none": 12, "cheap": 8, "mlp": 5, "block": 1, "offload": 1}, abs=0.1)
+
+
+@pytest.fixture
+def other_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device's memory counts as another than the host's, as a GPU's is; the copies are real."""
+    monkeypatch.setattr("setformer_dist.models.host_memory.has_own_memory", lambda _tensor: True)
+    monkeypatch.setattr("setformer_dist.models.host_memory._SMALLEST_BYTES", 1)
+
+
+@pytest.mark.usefixtures("other_memory")
+def test_inputs_that_went_to_host_memory_come_back_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small()
+    kept = step(model)
+    model.set_recompute("offload")
+    fetched = []
+    fetch = host_memory._Sent.fetch
+    monkeypatch.setattr(host_memory._Sent, "fetch", lambda sent: (fetched.append(id(sent)), fetch(sent))[1])
+    for a, b in zip(kept, step(model), strict=True):
+        assert torch.equal(a, b)
+    assert len(set(fetched)) == 8, "an input and the factors of drop path of each of four blocks"
+
+
+@pytest.mark.usefixtures("other_memory")
+def test_what_lies_in_host_memory_is_predicted_apart(tmp_path: Path) -> None:
+    """A block's input is one map of 2 x 64 x 64 x 128 numbers; the device keeps none of them."""
+    model = small(embed_dim=128, depths=(4,), num_heads=(4,), drop_path_rate=0.0)
+    model.set_recompute("block")
+    block = measure_activations(model, torch.float32, (2, 3, 128, 128))
+    model.set_recompute("offload")
+    offload = measure_activations(model, torch.float32, (2, 3, 128, 128))
+    each = 2 * 64 * 64 * 128 * 4
+    assert (block.host, offload.host) == (0, 4 * each)
+    assert block.kept - offload.kept == pytest.approx(4 * each, rel=0.3)
+    assert block.peak > offload.peak + 2 * each
+
+
+def test_a_budget_sends_inputs_away_only_where_the_device_has_its_own_memory() -> None:
+    assert not any("offload" in policies for policies in candidates(4, host_memory=False))
+    assert candidates(2, host_memory=True)[-2:] == [("offload", "block"), ("offload", "offload")]
 
 
 def test_each_candidate_holds_less_than_the_one_before():
     held = []
-    for policies in candidates(3):
+    for policies in candidates(3, host_memory=False):
         model = small(drop_path_rate=0.0)
         model.set_recompute(policies)
         held.append(measure_activations(model, torch.float32, (4, 3, 64, 64)).kept)
@@ -139,7 +179,7 @@ def test_a_budget_takes_what_recomputes_least_and_fits(tmp_path: Path, name: str
     run = run_of(tmp_path, *model_words)
     model = build_model(run.config.model, 10, 128, 0)
     shape = (3, 128, 128)
-    choices = candidates(len(model.stages)) if name == "setformer_nano" else ["none", "block"]
+    choices = candidates(len(model.stages), host_memory=False) if name == "setformer_nano" else ["none", "block"]
     totals = []
     for choice in choices:
         set_recompute(model, choice, name)
