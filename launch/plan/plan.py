@@ -13,8 +13,9 @@ from rich.console import Console
 
 from launch.plan.goodput import Saving, best_interval, goodput
 from launch.plan.hardware import DEVICES, GB
-from launch.plan.rows import MOST_MICRO, Cluster, Row, rank_memory, recommended, row_of, saving_of
+from launch.plan.rows import MOST_MICRO, Cluster, Row, rank_memory, recommended, row_of, saving_of, shared
 from launch.plan.subject import Subject, subject_of
+from launch.plan.traffic import seconds
 from launch.run.config import RunConfig
 from launch.run.own_code import bring
 from setformer_dist.core.errors import ConfigError
@@ -155,9 +156,25 @@ def _print_subject(subject: Subject, cluster: Cluster, console: Console) -> None
         ("failures", f"one device fails every {cluster.device_hours:,.0f} hours (assumed), back after "
                      f"{cluster.restart_s:g} s; checkpoints go at {cluster.storage / GB:g} GB/s (assumed)"),
     ]  # fmt: skip
+    rows += _shared_rows(subject, cluster)
     for row in rows + ([("assumed", subject.assumed)] if subject.assumed else []):
         table.add_row(*row)
     console.print(table, markup=False, highlight=False)
+
+
+def _shared_rows(subject: Subject, cluster: Cluster) -> list[tuple[str, str]]:
+    """Return what ranks that share an image exchange for it, and how long that takes."""
+    exchange, parts = subject.exchange, subject.parts
+    if exchange is None:
+        return []
+    sums, rows = shared(subject, 1, 1)
+    took = [seconds(transfer, cluster.device, parts, cluster.per_node) for transfer in (sums, rows)]
+    return [
+        ("shared images", f"{parts} ranks hold the rows of each; per micro batch and rank {exchange.sums} sums, of "
+                          f"{exchange.sum_bytes / 1e6:,.2f} MB for one image ({1e3 * took[0]:,.2f} ms, "
+                          f"{1e6 * took[0] / exchange.sums:,.0f} us each), and {exchange.rows} rows of tokens to a "
+                          f"neighbour, {exchange.row_bytes / 1e6:,.2f} MB ({1e3 * took[1]:,.2f} ms)"),
+    ]  # fmt: skip
 
 
 def _print_memory(subject: Subject, cluster: Cluster, rows: Sequence[Row], console: Console) -> None:
@@ -235,7 +252,7 @@ def _print_speed(rows: Sequence[Row], best: dict[int, Row | None], console: Cons
             continue
         verdict = "recommended" if row is best[row.world_size] else "" if row.fits else "does not fit"
         b = row.batch
-        batch = f"{b.global_size:,} = {b.micro} × {b.accumulation} × {b.world_size:,}"
+        batch = f"{b.global_size:,} = {b.micro} × {b.accumulation} × {b.groups:,}"
         table.add_row(
             f"{row.world_size:,}", str(row.stage), batch,
             _size(row.sent), *(f"{1e3 * s:,.1f}" for s in (row.compute_s, row.traffic_s, row.update_s, row.step_s)),

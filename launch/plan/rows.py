@@ -5,7 +5,8 @@ Time of a step, in seconds:
     compute   micro batches x (3 x 2 x multiply-adds x samples / reached FLOP/s + modules x launch_s); recomputed
               activations are a fourth pass besides a forward pass and a backward pass of twice its work
     traffic   launch.plan.traffic; with zero.overlap_comm gradients hide behind backward passes, weights of ZeRO-3
-              behind forward passes, as far as they are shorter; updated weights are waited for
+              behind forward passes, as far as they are shorter; updated weights are waited for, and so are the sums
+              and rows of ranks that share images
     update    bytes of masters, gradients, states and average, read and written once, by the memory's bandwidth
 
 Samples are taken to be there in time, and offload's transfers are left out.
@@ -13,6 +14,7 @@ Samples are taken to be there in time, and offload's transfers are left out.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -112,11 +114,7 @@ def row_of(subject: Subject, cluster: Cluster, stage: int, world_size: int) -> R
     try:
         zero = ZeroConfig.model_validate({**c.zero.model_dump(), "stage": stage})
         check_precision(c.precision, zero, set(device.peak), device.name)
-        if c.parallel.sequence > 1:
-            raise ConfigError(
-                f"parallel.sequence = {c.parallel.sequence}: groups of ranks that share an image are not planned yet"
-            )
-        first = solve(c.batch, world_size, c.data.group)
+        first = solve(c.batch, world_size, c.data.group, subject.parts)
         most = evaluation_micro(c.data, first)
     except (ConfigError, pydantic.ValidationError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, pydantic.ValidationError) else str(error)
@@ -126,11 +124,11 @@ def row_of(subject: Subject, cluster: Cluster, stage: int, world_size: int) -> R
     checkpointed = c.model.recomputes_blocks
     micros = [most]
     if c.batch.micro == "auto":
-        possible = possible_micros(c.batch.global_size, world_size)
+        possible = possible_micros(c.batch.global_size, first.groups)
         micros = [m for m in possible if m <= most and m % c.data.group == 0]
 
     def plan(micro: int) -> BatchPlan:
-        return BatchPlan(first.global_size, micro, first.global_size // (micro * world_size), world_size)
+        return dataclasses.replace(first, micro=micro, accumulation=first.global_size // (micro * first.groups))
 
     def memory(batch: BatchPlan, choice: bool = checkpointed) -> Memory:
         return rank_memory(subject, device, stage, batch, choice)
@@ -140,10 +138,10 @@ def row_of(subject: Subject, cluster: Cluster, stage: int, world_size: int) -> R
     accumulation = batch.accumulation
 
     def fits(choice: bool, micro: int) -> bool:
-        return memory(BatchPlan(0, micro, accumulation, world_size), choice).total <= room
+        return memory(dataclasses.replace(first, micro=micro, accumulation=accumulation), choice).total <= room
 
     largest = tuple((choice, _largest(functools.partial(fits, choice))) for choice in subject.passes)
-    transfers = traffic(subject.model, stage, world_size, accumulation)
+    transfers = traffic(subject.model, stage, world_size, accumulation) + shared(subject, batch.micro, accumulation)
     compute, last_backward = _compute(subject, device, batch)
     times = {t.what: seconds(t, device, world_size, cluster.per_node) for t in transfers}
     if c.zero.overlap_comm and stage:
@@ -162,6 +160,18 @@ def row_of(subject: Subject, cluster: Cluster, stage: int, world_size: int) -> R
         compute_s=compute,
         traffic_s=sending,
         update_s=_update(subject, device, stage, world_size),
+    )
+
+
+def shared(subject: Subject, micro: int, times: int) -> tuple[Transfer, ...]:
+    """Return what ranks that share images send each other, in so many micro batches; nothing where images are whole."""
+    exchange = subject.exchange
+    if exchange is None:
+        return ()
+    images = micro * times
+    return (
+        Transfer("all_reduce", images * exchange.sum_bytes, times * exchange.sums, "sums", subject.parts),
+        Transfer("send", images * exchange.row_bytes, times * exchange.rows, "rows", subject.parts),
     )
 
 
@@ -196,7 +206,7 @@ def _largest(fits: Callable[[int], bool]) -> int:
 def _compute(subject: Subject, device: Device, batch: BatchPlan) -> tuple[float, float]:
     """Return (seconds of all passes of a step, of the last backward pass)."""
     dtype = subject.config.precision.dtype
-    forward = 2 * subject.multiply_adds * batch.micro / device.reached_in(dtype)
+    forward = 2 * subject.multiply_adds / subject.parts * batch.micro / device.reached_in(dtype)
     launching = subject.modules * device.launch_s
     passes = 4 if subject.config.model.recomputes_blocks else 3
     kernels, host = passes * forward, passes / 3 * launching

@@ -9,10 +9,13 @@ import torch
 from torch import nn
 
 from dataloaders.config import DataConfig
+from launch.plan.groups import Exchange, exchange_of
 from launch.plan.traffic import Model
 from launch.run.config import RunConfig
 from launch.run.inputs import inputs_of
+from launch.run.memory import part_of_sample
 from launch.run.objective import build_assumed, build_for
+from launch.run.sequence import check_sequence
 from setformer_dist.core.errors import DataError
 from setformer_dist.engine.deepspeed_engine import DTYPES
 from setformer_dist.engine.optim import OPTIMIZERS, parameter_groups
@@ -43,7 +46,12 @@ class Passes:
         def line(a: int, b: int) -> int:
             return round(a + (b - a) * (micro - low) / (high - low))
 
-        return Activations(line(first.kept, last.kept), line(first.peak, last.peak), line(first.added, last.added))
+        return Activations(
+            line(first.kept, last.kept),
+            line(first.peak, last.peak),
+            line(first.added, last.added),
+            line(first.host, last.host),
+        )
 
 
 @dataclass(frozen=True)
@@ -56,8 +64,10 @@ class Subject:
         model: what traffic follows from.
         references: parameters in reference sets, of `model.count`.
         multiply_adds: of a sample's forward pass.
+        exchange: of ranks that share each image; None where images are whole.
         modules: without submodules, each of which Python calls once in a pass.
-        passes: activations without and with activation checkpointing; one of them alone where a model has no choice.
+        passes: activations of a rank without and with activation checkpointing; one of them alone where a model has no
+            choice.
         assumed: what was not there to be read, or "".
     """
 
@@ -69,6 +79,12 @@ class Subject:
     modules: int
     passes: Mapping[bool, Passes]
     assumed: str
+    exchange: Exchange | None = None
+
+    @property
+    def parts(self) -> int:
+        """Ranks that share each sample."""
+        return self.config.parallel.sequence
 
     @property
     def dtype(self) -> torch.dtype:
@@ -95,9 +111,10 @@ def subject_of(config: RunConfig) -> Subject:
     """Build and measure the model of a run config.
 
     Raises:
-        SetformerError: the model cannot be built; or its data are tokens, and not there.
+        SetformerError: the model cannot be built or split; or its data are tokens, and not there.
     """
     model, shape, assumed = _model_of(config)
+    check_sequence(config, None, model)
     inputs = inputs_of(config.data)
     dtype = DTYPES[config.precision.dtype]
     groups = parameter_groups(model, config.optim)
@@ -113,8 +130,9 @@ def subject_of(config: RunConfig) -> Subject:
         references=sum(p.numel() for name, p in model.named_parameters() if "references" in name.split(".")[-1]),
         multiply_adds=multiply_adds_of(model, shape, inputs.dtype or torch.float32),
         modules=sum(1 for module in model.modules() if not list(module.children())),
-        passes=_passes_of(model, config, dtype, shape, inputs.dtype),
+        passes=_passes_of(model, config, dtype, part_of_sample(shape, config.parallel.sequence), inputs.dtype),
         assumed=assumed,
+        exchange=exchange_of(model, shape[-1], dtype) if config.parallel.sequence > 1 else None,
     )
 
 

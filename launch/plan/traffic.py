@@ -8,6 +8,8 @@ tests/distributed/test_plan.py, which counts them on running ranks:
     stage 2   the same, but gradients after each micro batch (DeepSpeed's "reduce" sends whole buckets to all ranks)
     stage 3   each weight gathered once per micro batch, but small ones ("persistent") once per step; gradients
               reduce-scattered after each micro batch. Every tensor is padded to a multiple of the ranks.
+
+Ranks that share images (groups.py) wait for their sums and rows, which no computation hides.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any, Literal
 
 from launch.plan.hardware import Device
 
-Operation = Literal["all_reduce", "all_gather", "reduce_scatter"]
+Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
 
 _PERSISTENT = 100_000  # elements: stage3_param_persistence_threshold, DeepSpeed's default
 _REUSE = 1_000_000_000  # elements: stage3_max_reuse_distance, likewise
@@ -36,15 +38,20 @@ class Transfer:
         payload: bytes of the whole tensors, added up, as a rank hands them over or gets them.
         calls: collectives they are sent in.
         what: is sent.
+        group: neighbouring ranks among which it goes; None for all.
     """
 
     operation: Operation
     payload: int
     calls: int
     what: str
+    group: int | None = None
 
     def sent(self, world_size: int) -> float:
         """Return the bytes that a rank sends, in a ring (Thakur et al. 2005): W-1 parts, an all-reduce twice."""
+        if self.operation == "send":
+            return self.payload
+        world_size = self.group or world_size
         rounds = 2 if self.operation == "all_reduce" else 1
         return rounds * self.payload * (world_size - 1) / world_size
 
@@ -137,10 +144,14 @@ def seconds(transfer: Transfer, device: Device, world_size: int, per_node: int) 
     Within a node in a ring, between nodes each rank with those of its place on the other nodes, which is how NCCL
     uses one adapter per GPU: all of the payload goes over the links inside, a node's share of it over each rank's
     adapter. Latency is a ring's hop per rank inside; between nodes a tree's for all-reduces (double binary trees, NCCL
-    2.4) and a ring's for the others.
+    2.4) and a ring's for the others. Rows go to a neighbour, over the slowest link of the group.
     """
+    world_size = transfer.group or world_size
     inside = min(per_node, world_size)
     nodes = math.ceil(world_size / per_node)
+    if transfer.operation == "send":
+        link = device.inside if nodes == 1 else device.between
+        return transfer.payload / link.bandwidth + transfer.calls * link.latency
     rounds = 2 if transfer.operation == "all_reduce" else 1
     bandwidth = (inside - 1) / inside * transfer.payload / device.inside.bandwidth
     bandwidth += (nodes - 1) / nodes * transfer.payload / inside / device.between.bandwidth

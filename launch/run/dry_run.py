@@ -109,7 +109,7 @@ def _examine(run: ResolvedRun) -> _Known:
     model = build_for(c, task, inputs.spec(splits.train))
     check_folder(run)
     watch_of(run, model)
-    check_sequence(run, task, model)
+    check_sequence(run.config, task, model)
     layers = refreshed_layers(run, model)
     teacher = teacher_of(run, task, inputs.spec(splits.train))
     ranks = RankInfo(rank=0, world_size=run.plan.world_size, local_rank=0, local_world_size=run.plan.world_size)
@@ -183,7 +183,7 @@ def _assumed(run: ResolvedRun) -> _Known:
     c = run.config
     assert isinstance(c.data, DataConfig)
     model = build_assumed(c, _ASSUMED_CLASSES)
-    check_sequence(run, None, model)
+    check_sequence(run.config, None, model)
     shape = (c.data.bands, *c.data.shape)
     return _Known(model, shape, None, tuple(_recomputed(run, model, shape, None)))
 

@@ -54,7 +54,7 @@ def predicted(run: ResolvedRun, model: nn.Module, shape: tuple[int, ...], batch_
         c.zero.stage,
         plan.world_size,
         c.ema.decay > 0,
-        (micro, *_part_of(tuple(largest), plan.sequence)),
+        (micro, *part_of_sample(tuple(largest), plan.sequence)),
         batch_dtype,
         c.zero.offload,
         plan.global_size // (micro * plan.groups),
@@ -150,7 +150,7 @@ def _shown(size: int) -> str:
     return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"
 
 
-def _part_of(shape: tuple[int, ...], parts: int) -> tuple[int, ...]:
+def part_of_sample(shape: tuple[int, ...], parts: int) -> tuple[int, ...]:
     """Return what one of the ranks that share a sample has of it; of an image, its share of the rows."""
     return shape if parts == 1 else (shape[0], shape[1] // parts, *shape[2:])
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dataloaders.config import DataConfig
-from launch.run.config import ResolvedRun
+from launch.run.config import ResolvedRun, RunConfig
 from launch.run.inputs import shapes_of_images
 from setformer_dist.core.batch import MicroBatch
 from setformer_dist.core.errors import ConfigError
@@ -43,41 +43,45 @@ class Splittable(Protocol):
         ...
 
 
-def check_sequence(run: ResolvedRun, task: Task | None, model: nn.Module) -> None:
+def check_sequence(config: RunConfig, task: Task | None, model: nn.Module) -> None:
     """Refuse what groups of ranks cannot share, before training.
 
     Args:
-        run: with its config.
+        config: of the run.
         task: None where the data are not there yet.
         model: the run's, whole.
 
     Raises:
         ConfigError: naming what stands against it, and the repair.
     """
-    c, parts = run.config, run.config.parallel.sequence
+    parts = config.parallel.sequence
     if parts == 1:
         return
-    reason = _why_not(run, task, model)
+    reason = _why_not(config, task, model)
     if reason is not None:
         raise ConfigError(
             f"parallel.sequence = {parts}: {reason} (parallel.sequence = 1 gives every rank whole images)"
         )
-    assert isinstance(c.data, DataConfig)
-    for height, _ in shapes_of_images(c.data):
+    assert isinstance(config.data, DataConfig)
+    for height, _ in shapes_of_images(config.data):
         cast(Splittable, model).image_rows(height, 0, parts)
 
 
-def _why_not(run: ResolvedRun, task: Task | None, model: nn.Module) -> str | None:
-    c = run.config
+def _why_not(config: RunConfig, task: Task | None, model: nn.Module) -> str | None:
     if task is not None and isinstance(task, Counted):
         return f"task {task.name} has a loss that counts elements of whole images"
+    known = config.model.name
     for name, module in model.named_modules():
         if isinstance(module, _BATCH_NORM):
-            return f"{name} of {c.model.name} is a BatchNorm, whose statistics would be those of a part of the rows"
+            return (
+                f"{name} of {config.model.name} is a BatchNorm, whose statistics would be those of a part of the rows"
+            )
         if isinstance(module, nn.Dropout) and module.p > 0:
-            return f"{name} of {c.model.name} is a dropout of {module.p} from each rank's own generator: set it to 0"
+            return (
+                f"{name} of {config.model.name} is a dropout of {module.p} from each rank's own generator: set it to 0"
+            )
     if not all(hasattr(model, method) for method in ("why_not_split", "split_rows", "image_rows")):
-        return f"{c.model.name} has no form for images cut by rows; a SeTformer with attention = 'set' has"
+        return f"{known} has no form for images cut by rows; a SeTformer with attention = 'set' has"
     return cast(Splittable, model).why_not_split()
 
 
@@ -93,7 +97,7 @@ def split_model(run: ResolvedRun, task: Task, model: nn.Module, ranks: RankInfo)
     Raises:
         ConfigError: as `check_sequence`, on every rank.
     """
-    check_sequence(run, task, model)
+    check_sequence(run.config, task, model)
     parts = run.config.parallel.sequence
     if parts == 1:
         return None

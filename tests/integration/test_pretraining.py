@@ -198,7 +198,7 @@ def test_costs_and_memory_are_predicted_for_the_whole_autoencoder() -> None:
     config = run_of()
     model = build_for(config, build_task(config.task, ()), {})
     assert inputs_of(config.data).tokens(model, None) > 0  # type: ignore[arg-type]
-    check_sequence(resolve(config, 1), None, model)
+    check_sequence(config, None, model)
     latent = run_of("task.args.target=latent", "ema.decay=0.9")
     whole = build_for(latent, build_task(latent.task, ()), {})
     shape = (3, *latent.data.shape)  # type: ignore[union-attr]

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 import setformer_dist.models  # noqa: F401
+from launch.plan.groups import exchange_of
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.ops.parts import Rows
 from setformer_dist.ops.set.attention import problem_of
@@ -100,6 +101,23 @@ def test_a_model_exchanges_what_the_formula_says_and_a_recomputation_nothing(rec
         assert rows.messages == 2 * config.attn.iterations * len(blocks) + 2 + halo
         assert rows.bytes == 8 * (numbers + pooled)
         assert rows.shifted == 8 * 2 * 2 * IMAGE[1] // 2 * config.widths[0]
+        assert_planned(model, rows, images=2)
+
+
+def assert_planned(model, rows: Rows, images: int) -> None:
+    """`setformer plan` counts the messages and bytes that a rank's model sent in fp64."""
+    exchange = exchange_of(model, IMAGE[1], torch.float64)
+    assert rows.messages == exchange.sums + exchange.rows
+    assert rows.bytes == images * exchange.sum_bytes
+    assert rows.shifted == images * exchange.row_bytes
+
+
+def test_the_plan_knows_what_implicit_gradients_and_other_kernels_exchange():
+    for attn in ({"gradient": "implicit"}, {"kernel": "nystrom", "anchors": 6, "reference_sets": 1}):
+        model = model_of(SHAPES["stem 2 2"], attn=attn)
+        images, labels = samples(3)
+        for rows in in_parts(model, images, labels, 2)[2]:
+            assert_planned(model, rows, images=3)
 
 
 def test_without_gradients_a_model_exchanges_the_forward_sums_alone():

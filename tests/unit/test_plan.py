@@ -176,6 +176,32 @@ def test_a_row_is_the_sum_of_its_parts(subject: Subject) -> None:
     assert row.traffic_s == pytest.approx(updated + seconds(row.transfers[0], H100.device, 8, 8))
 
 
+def test_ranks_that_share_images_wait_for_sums_and_rows(subject: Subject) -> None:
+    shared = subject_of(load_run(CONFIG, ["data.root=nowhere", "precision.dtype=bf16", "parallel.sequence=2"]))
+    assert shared.exchange is not None
+    row, alone = row_of(shared, H100, 2, 8), row_of(subject, H100, 2, 4)
+    assert row.batch is not None
+    assert alone.batch is not None
+    assert row.batch.global_size == row.batch.micro * row.batch.accumulation * 4 == 64
+    assert shared.passes[False].at(8).kept == pytest.approx(subject.passes[False].at(8).kept / 2, rel=0.1)
+    sums, rows = row.transfers[-2:]
+    assert (sums.calls, rows.calls) == (shared.exchange.sums, shared.exchange.rows)
+    assert sums.payload == row.batch.micro * shared.exchange.sum_bytes
+    assert rows.sent(8) == rows.payload == row.batch.micro * shared.exchange.row_bytes
+    ring = 2 * (sums.payload / 2 / H100.device.inside.bandwidth + sums.calls * H100.device.inside.latency)
+    assert seconds(sums, H100.device, 8, 8) == pytest.approx(ring)  # between two ranks, however many there are
+    apart = seconds(rows, H100.device, 8, 1)
+    assert apart == pytest.approx(rows.payload / H100.device.between.bandwidth + rows.calls * 8e-6)
+    assert row.traffic_s > sum(seconds(t, H100.device, 8, 8) for t in (sums, rows))
+    assert "cannot be cut into groups of 2" in row_of(shared, H100, 2, 3).why_not
+
+
+def test_a_model_without_a_split_form_is_not_planned_in_groups() -> None:
+    words = ["data.root=nowhere", "parallel.sequence=2", "model.name=convnext_atto", "~model.args", "ema.decay=0"]
+    with pytest.raises(ConfigError, match="convnext_atto has no form for images cut by rows"):
+        subject_of(load_run(CONFIG, words))
+
+
 def test_the_largest_micro_batch_fits_and_the_next_does_not(subject: Subject) -> None:
     small = dataclasses.replace(DEVICES["cpu"], memory=2**28, reserved=2**24)
     cluster = dataclasses.replace(H100, device=small)

@@ -31,7 +31,7 @@ def checked(*overrides: str, parts: int = 2, ranks: int = 2) -> nn.Module:
     config = load_run(DEMO, [f"parallel.sequence={parts}", *overrides])
     run = resolve(config, ranks)
     model = inputs_of(config.data).build_model(config.model, 10, {}, 0)
-    check_sequence(run, build_task(config.task, tuple("abcdefghij")), model)
+    check_sequence(run.config, build_task(config.task, tuple("abcdefghij")), model)
     return model
 
 
@@ -125,7 +125,7 @@ def test_whole_images_are_not_asked_anything():
 def test_layers_of_an_own_model_that_mix_rows_or_draw_are_refused(layer, words):
     run = resolve(load_run(DEMO, ["parallel.sequence=2"]), 2)
     with pytest.raises(ConfigError, match=words):
-        check_sequence(run, None, nn.Sequential(layer, nn.Linear(3, 3)))
+        check_sequence(run.config, None, nn.Sequential(layer, nn.Linear(3, 3)))
 
 
 def test_what_a_page_alone_shows_is_refused_when_it_is_read():
