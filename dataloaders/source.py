@@ -6,6 +6,7 @@ image folder, local or behind a URL. Streams, augmentation, damage and benchmark
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -58,6 +59,23 @@ class Tiled(Protocol):
         Raises:
             DamagedSampleError: one of these is damaged.
             DataError: the storage does not deliver.
+        """
+        ...
+
+
+# By the height of a window, the first and the end of the rows in it that this rank looks at (parallel.sequence).
+OwnRows = Mapping[int, tuple[int, int]]
+
+
+@runtime_checkable
+class PartlyDecoded(Protocol):
+    """What a source has besides whose images may be in tiles."""
+
+    def decode_only(self, rows: OwnRows) -> None:
+        """Decode of the windows of these heights only the tiles that their rows touch; other pixels are 0.
+
+        All tiles of a window are still read and compared with their checksums: the ranks that share an image must find
+        the same images damaged. Images without tiles are decoded whole.
         """
         ...
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from dataloaders.order.order import OF_SHARES, ORDER_ID, Ints, Order, walk
-from dataloaders.source import Fetching, Source, Stored
+from dataloaders.source import Fetching, OwnRows, PartlyDecoded, Source, Stored
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.seeding import Purpose, generator
 
@@ -160,6 +160,12 @@ class MixtureSource:
         counts = [source.num_samples for source in self.sources]
         self._ends = np.cumsum(counts)
         self._starts = self._ends - counts
+
+    def decode_only(self, rows: OwnRows) -> None:
+        """Hand on to the sets whose images may be in tiles (`dataloaders.source.PartlyDecoded`)."""
+        for source in self.sources:
+            if isinstance(source, PartlyDecoded):
+                source.decode_only(rows)
 
     @property
     def num_samples(self) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dataloaders.source import Boxes, DamagedSampleError, Source, Stored, Tiled
+from dataloaders.source import Boxes, DamagedSampleError, OwnRows, Source, Stored, Tiled
 from dataloaders.sources.arrays import CHUNK_SHIFT, num_chunks
 from dataloaders.sources.classes import soft_label
 from dataloaders.sources.files import LARGEST_SAMPLE, parse_json
@@ -67,7 +67,12 @@ class ShardDataset:
         self._height, self._width = columns["height"], columns["width"]
         self._names = [shard.name for shard in index.shards]
         self._tiled = bool(index.options.get("tiles"))
+        self._own_rows: OwnRows = {}
         self._sure = bytearray(num_chunks(len(index))) if index.chunks else bytearray(b"\1" * num_chunks(len(index)))
+
+    def decode_only(self, rows: OwnRows) -> None:
+        """Decode of windows of tiled images only what these rows touch (`dataloaders.source.PartlyDecoded`)."""
+        self._own_rows = dict(rows)
 
     @property
     def num_samples(self) -> int:
@@ -154,7 +159,7 @@ class ShardDataset:
             return self._checked(sample, offset, size, checksum, "a tile's")
 
         size = self.index.shards[self._shard[sample]].size
-        return TiledImage(table, size, read, self.place(sample))
+        return TiledImage(table, size, read, self.place(sample), self._own_rows)
 
     def _bytes(self, sample: int, place: _Place) -> bytes:
         offsets, sizes, checksums = place
@@ -244,6 +249,7 @@ class ShardDataset:
             "index": self.index.place,
             "fingerprint": self.fingerprint,
             "names": tuple(self._names),
+            "own_rows": self._own_rows,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -251,6 +257,7 @@ class ShardDataset:
         if index.fingerprint != state["fingerprint"]:
             raise DataError(f"data folder {state['storage'].name} was repacked while it was in use: start again")
         self.__init__(state["storage"], index)  # type: ignore[misc]
+        self._own_rows = state["own_rows"]
 
 
 def open_split(folder: Path) -> ShardDataset:

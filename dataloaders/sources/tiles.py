@@ -15,6 +15,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,9 @@ import numpy.typing as npt
 
 from dataloaders.pixels.decode import decode
 from dataloaders.pixels.depth import MOST_BANDS, Numbers, PixelFormat, UndecodableError
-from dataloaders.source import DamagedSampleError
+from dataloaders.source import DamagedSampleError, OwnRows
 from dataloaders.sources.files import LARGEST_SAMPLE
+from setformer_dist.core.errors import DataError
 
 Box = tuple[int, int, int, int]
 
@@ -114,6 +116,7 @@ class TiledImage:
         shard_size: bytes of the shard that the tiles are in.
         read: returns bytes by (offset, size, crc32), checked.
         place: names the image in messages.
+        own_rows: what of windows is looked at.
 
     Attributes:
         table: the table's bytes.
@@ -123,7 +126,14 @@ class TiledImage:
         DamagedSampleError: the table is none.
     """
 
-    def __init__(self, table: bytes, shard_size: int, read: Callable[[int, int, int], bytes], place: str) -> None:
+    def __init__(
+        self,
+        table: bytes,
+        shard_size: int,
+        read: Callable[[int, int, int], bytes],
+        place: str,
+        own_rows: OwnRows = MappingProxyType({}),
+    ) -> None:
         try:
             self.grid, self._tiles = _parsed(table, shard_size)
         except ValueError as error:
@@ -131,6 +141,7 @@ class TiledImage:
         self.table = table
         self._read = read
         self._place = place
+        self._own_rows = own_rows
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -152,22 +163,37 @@ class TiledImage:
 
         Raises:
             DamagedSampleError: one of these is damaged.
-            DataError: the storage does not deliver.
+            DataError: the storage does not deliver; or where parts are decoded, a tile of this part does not decode,
+                which ranks with other parts cannot know.
         """
         top, left, height, width = box
         side = self.grid.side
-        pixels = np.empty((height, width, self.grid.bands), self.grid.numbers)
+        first, end = self._own_rows.get(height, (0, height))
+        is_part = (first, end) != (0, height)
+        pixels = (np.zeros if is_part else np.empty)((height, width, self.grid.bands), self.grid.numbers)
         for row, column in self.grid.touched(box):
+            data = self._bytes(row, column)
             y, x = row * side, column * side
+            if y >= top + end or y + side <= top + first:
+                continue
             y0, y1, x0, x1 = max(y, top), min(y + side, top + height), max(x, left), min(x + side, left + width)
-            pixels[y0 - top : y1 - top, x0 - left : x1 - left] = self._tile(row, column)[
-                y0 - y : y1 - y, x0 - x : x1 - x
-            ]
+            try:
+                tile = self._decoded(data, row, column)
+            except DamagedSampleError as error:
+                if is_part:
+                    raise DataError(
+                        f"{error}; its checksum is right, so it was packed so: pack the split again"
+                    ) from None
+                raise
+            pixels[y0 - top : y1 - top, x0 - left : x1 - left] = tile[y0 - y : y1 - y, x0 - x : x1 - x]
         return pixels
 
-    def _tile(self, row: int, column: int) -> npt.NDArray[Any]:
-        found, shape = self._tiles[row * self.grid.columns + column], self.grid.shape(row, column)
-        data = self._read(int(found["offset"]), int(found["size"]), int(found["crc32"]))
+    def _bytes(self, row: int, column: int) -> bytes:
+        found = self._tiles[row * self.grid.columns + column]
+        return self._read(int(found["offset"]), int(found["size"]), int(found["crc32"]))
+
+    def _decoded(self, data: bytes, row: int, column: int) -> npt.NDArray[Any]:
+        shape = self.grid.shape(row, column)
         try:
             if self.grid.is_raw:
                 return np.frombuffer(data, np.dtype(self.grid.numbers).newbyteorder("<")).reshape(shape)

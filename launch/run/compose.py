@@ -24,7 +24,7 @@ from launch.run.inputs import Split, check_splits, evaluation_micro, inputs_of
 from launch.run.objective import averaged_of, prepare_for
 from launch.run.periodic_probe import probe_of
 from launch.run.refit_by_ray import ByRay
-from launch.run.sequence import split_model, with_rows
+from launch.run.sequence import check_sequence, decode_own_rows, split_model, with_rows
 from launch.run.store import RunStore
 from setformer_dist.callbacks.build import build_callbacks
 from setformer_dist.core.batch import TrainStream
@@ -109,6 +109,9 @@ def compose(
     check_metric(task, c.checkpoint.best_metric, c.checkpoint.best_mode)
     device = torch.device(get_accelerator().current_device_name())
     inputs = inputs_of(c.data)
+    check_sequence(c, task, model)
+    for split in (splits.train, splits.val):
+        decode_own_rows(c, split, model, ranks)
     stream = inputs.train_stream(splits.train, c.run.seed, place, plan)
     validation = inputs.eval_stream(splits.val, place, evaluation_micro(c.data, plan))
     schedule_steps = c.schedule.total_steps(stream.steps_per_epoch)

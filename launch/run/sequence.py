@@ -1,6 +1,7 @@
 """parallel.sequence of a run: whether the model and the data allow it, and how the parts of an image come about.
 
 Each rank of a group decodes the whole image and keeps its rows: augmentation, mixing and a teacher see whole images.
+Only of windows of tiled images, where nothing looks at other rows, it decodes no more than its own.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import torch
 from torch import nn
 
 from dataloaders.config import DataConfig
+from dataloaders.source import PartlyDecoded
 from launch.run.config import ResolvedRun, RunConfig
-from launch.run.inputs import shapes_of_images
+from launch.run.inputs import Split, shapes_of_images
 from setformer_dist.core.batch import MicroBatch
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.ranks import RankInfo
@@ -111,6 +113,25 @@ def split_model(run: ResolvedRun, task: Task, model: nn.Module, ranks: RankInfo)
     rows = Rows(RowGroup(ranks, parts, run.config.run.timeout_minutes))
     cast(Splittable, model).split_rows(rows)
     return rows
+
+
+def decode_own_rows(config: RunConfig, split: Split, model: nn.Module, ranks: RankInfo) -> None:
+    """Have a split decode no more than this rank's rows, where its storage and what is done to images allow it.
+
+    Mixing, mirroring and erasing treat each row alone; other augmentations and a teacher look at all of them.
+    """
+    data, parts = config.data, config.parallel.sequence
+    if parts == 1 or not isinstance(data, DataConfig) or not isinstance(split, PartlyDecoded):
+        return
+    augment = data.augment
+    looks_further = augment.randaugment_ops or augment.color_jitter or augment.own or config.distill.teacher
+    if augment.crop != "window" or looks_further:
+        return
+    own = {
+        height: cast(Splittable, model).image_rows(height, ranks.rank % parts, parts)
+        for height, _ in shapes_of_images(data)
+    }
+    split.decode_only({height: (rows.start, rows.stop) for height, rows in own.items()})
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import pickle
 import shutil
 import zlib
 from pathlib import Path
@@ -22,6 +23,7 @@ from dataloaders.pixels.depth import PixelFormat
 from dataloaders.reading.loading import EvalLoading, Request, TrainLoading, answer
 from dataloaders.reading.streams import ShardEvalStream, ShardTrainStream
 from dataloaders.source import DamagedSampleError, Stored
+from dataloaders.sources import tiles
 from dataloaders.sources.index import fingerprint_of
 from dataloaders.sources.shards import ShardDataset, open_split
 from dataloaders.sources.tiles import Grid, TiledImage, encode_table
@@ -117,11 +119,11 @@ def test_a_window_reads_the_table_and_the_tiles_that_it_touches_and_nothing_else
     table = 8 + 6 * 4 + 8 * 12 * 20
     assert [size for _, size in storage.reads] == [table]
     tile = 64 * 64 * 4 * 2
-    for box, tiles in [((0, 0, 64, 64), 1), ((63, 63, 2, 2), 4), ((64, 128, 128, 64), 2), ((10, 10, 100, 100), 4)]:
+    for box, count in [((0, 0, 64, 64), 1), ((63, 63, 2, 2), 4), ((64, 128, 128, 64), 2), ((10, 10, 100, 100), 4)]:
         storage.reads.clear()
         image.window(box)
-        assert [size for _, size in storage.reads] == [tile] * tiles
-        assert len(set(storage.reads)) == tiles
+        assert [size for _, size in storage.reads] == [tile] * count
+        assert len(set(storage.reads)) == count
     whole = sum(path.stat().st_size for path in (tmp_path / "packed" / "train").glob("*.tar"))
     assert 4 * tile < whole / 20
 
@@ -158,6 +160,56 @@ def test_what_training_sees_depends_on_neither_tiles_nor_ranks_nor_readers(tmp_p
     assert all(found == first for found in streams.values())
     assert batches("tiles16", 2, 1) == first
     assert batches("tiles64", 4, 1, threads=3) == first
+
+
+def test_a_part_of_a_window_decodes_its_own_tiles_and_checks_all(tmp_path, monkeypatch):
+    folder_of(tmp_path / "source")
+    packed(tmp_path, tiles=16)
+    config = config_of(tmp_path)
+    request = Request(np.arange(4), np.zeros(4, np.int64), shape=(48, 48))
+
+    def shown(rows, loading=TrainLoading, more=(0,)):
+        source = open_source(config.root, "train", config)
+        source.decode_only(rows)
+        source = pickle.loads(pickle.dumps(source))  # as it goes to other processes
+        source.storage = CountingFolder(Path(config.root) / "train")
+        decoded = []
+        whole = tiles.decode
+        monkeypatch.setattr(tiles, "decode", lambda data, form: (decoded.append(1), whole(data, form=form))[1])
+        found = answer(loading(source, config, *more), request)
+        monkeypatch.setattr(tiles, "decode", whole)
+        return found, len(decoded), len(source.storage.reads)
+
+    for loading, more in ((TrainLoading, (0,)), (EvalLoading, (4,))):
+        wanted, decoded, reads = shown({}, loading, more)
+        parts = {(0, 17): 0, (15, 33): 0, (31, 48): 0}
+        for first, end in parts:
+            found, parts[first, end], its_reads = shown({48: (first, end), 64: (0, 1)}, loading, more)
+            assert torch.equal(found.images[:, :, first:end], wanted.images[:, :, first:end])
+            assert its_reads == reads
+        assert all(count < decoded for count in parts.values())
+        assert not found.images[:, :, :8].any(), "of rows that nobody looks at, nothing is decoded"
+
+
+def test_ranks_with_other_rows_find_the_same_images_damaged(tmp_path):
+    folder_of(tmp_path / "source")
+    packed(tmp_path, tiles=16)
+    config = config_of(tmp_path)
+    shard = next((tmp_path / "packed" / "train").glob("*.tar"))
+    sound = open_source(config.root, "train", config).read(0).image
+    data = bytearray(shard.read_bytes())
+    row, column = sound.grid.rows // 2, sound.grid.columns // 2  # which the window in the middle touches
+    tile = sound._tiles[row * sound.grid.columns + column]
+    data[int(tile["offset"]) + 3] ^= 1
+    shard.write_bytes(data)
+    told = set()
+    for rows in ({}, {48: (0, 1)}, {48: (24, 48)}):
+        source = open_source(config.root, "train", config)
+        source.decode_only(rows)
+        loaded = answer(EvalLoading(source, config, 4), Request(np.arange(4)))
+        told.add(str(loaded.bad or loaded.error))
+    assert len(told) == 1
+    assert "sample 0" in told.pop()
 
 
 def test_windows_lie_everywhere_and_are_never_resized(tmp_path):
