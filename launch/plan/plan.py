@@ -167,13 +167,14 @@ def _shared_rows(subject: Subject, cluster: Cluster) -> list[tuple[str, str]]:
     exchange, parts = subject.exchange, subject.parts
     if exchange is None:
         return []
-    sums, rows = shared(subject, 1, 1)
-    took = [seconds(transfer, cluster.device, parts, cluster.per_node) for transfer in (sums, rows)]
+    transfers = shared(subject, 1, 1)
+    took = [seconds(transfer, cluster.device, parts, cluster.per_node) for transfer in transfers]
+    gathers = f", and {exchange.gathers} gathers of {exchange.gather_bytes / 1e6:,.2f} MB" if exchange.gathers else ""
     return [
         ("shared images", f"{parts} ranks hold the rows of each; per micro batch and rank {exchange.sums} sums, of "
                           f"{exchange.sum_bytes / 1e6:,.2f} MB for one image ({1e3 * took[0]:,.2f} ms, "
                           f"{1e6 * took[0] / exchange.sums:,.0f} us each), and {exchange.rows} rows of tokens to a "
-                          f"neighbour, {exchange.row_bytes / 1e6:,.2f} MB ({1e3 * took[1]:,.2f} ms)"),
+                          f"neighbour, {exchange.row_bytes / 1e6:,.2f} MB ({1e3 * took[1]:,.2f} ms){gathers}"),
     ]  # fmt: skip
 
 

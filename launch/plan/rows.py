@@ -169,10 +169,12 @@ def shared(subject: Subject, micro: int, times: int) -> tuple[Transfer, ...]:
     if exchange is None:
         return ()
     images = micro * times
-    return (
+    found = (
         Transfer("all_reduce", images * exchange.sum_bytes, times * exchange.sums, "sums", subject.parts),
         Transfer("send", images * exchange.row_bytes, times * exchange.rows, "rows", subject.parts),
+        Transfer("all_gather", images * exchange.gather_bytes, times * exchange.gathers, "keys", subject.parts),
     )
+    return tuple(transfer for transfer in found if transfer.calls)
 
 
 def rank_memory(subject: Subject, device: Device, stage: int, batch: BatchPlan, checkpointed: bool) -> Memory:

@@ -132,7 +132,7 @@ def subject_of(config: RunConfig) -> Subject:
         modules=sum(1 for module in model.modules() if not list(module.children())),
         passes=_passes_of(model, config, dtype, part_of_sample(shape, config.parallel.sequence), inputs.dtype),
         assumed=assumed,
-        exchange=exchange_of(model, shape[-1], dtype) if config.parallel.sequence > 1 else None,
+        exchange=exchange_of(model, (shape[-2], shape[-1]), dtype) if config.parallel.sequence > 1 else None,
     )
 
 

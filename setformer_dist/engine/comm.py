@@ -271,6 +271,12 @@ class RowGroup:
             work.wait()
         return found
 
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the values of all ranks of the group, stacked."""
+        found = [torch.empty_like(values) for _ in range(self.count)]
+        deepspeed_comm.all_gather(found, values, group=self._group)
+        return torch.stack(found)
+
 
 class _TimedWork:
     """A running collective; waiting for it counts as communication."""

@@ -30,7 +30,7 @@ from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.model_config import SetKind
 from setformer_dist.ops.cast_attention import Assignment, cast_attention
 from setformer_dist.ops.kernels import at_least_fp32
-from setformer_dist.ops.parts import Rows
+from setformer_dist.ops.parts import Rows, gathered
 from setformer_dist.ops.set.attention import IntTuple, SetAttentionConfig, marginal_error, set_attention
 from setformer_dist.ops.soft_attention import pool_grid, pool_sequence, soft_attention
 
@@ -469,11 +469,17 @@ class CastAttention(nn.Module):
 
 
 class SoftmaxAttention(nn.Module):
-    """Ordinary multi-head attention (Vaswani et al. 2017) by torch's fastest kernel."""
+    """Ordinary multi-head attention (Vaswani et al. 2017) by torch's fastest kernel.
+
+    Attributes:
+        rows: the group of ranks that share each image, None where this one has it whole. Every rank then gathers the
+            keys and values of all, so what they exchange grows with the image.
+    """
 
     def __init__(self, dim: int, num_heads: int) -> None:
         """Build for `dim` channels split over `num_heads` heads."""
         super().__init__()
+        self.rows: Rows | None = None
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.output = nn.Linear(dim, dim)
@@ -483,6 +489,8 @@ class SoftmaxAttention(nn.Module):
     ) -> torch.Tensor:
         """(b, n, c) -> (b, n, c); the grid has no meaning here."""
         q, k, v = (split_heads(y, self.num_heads) for y in self.qkv(x_bnc).chunk(3, -1))
+        if self.rows is not None:
+            k, v = gathered(torch.stack([k, v]), self.rows).permute(1, 2, 3, 0, 4, 5).flatten(3, 4)
         if mask_bn is None:
             return self.output(merge_heads(F.scaled_dot_product_attention(q, k, v)))  # type: ignore[no-any-return]
         # Without any valid token all are keys, so that there is something to sum over; the output is dropped.

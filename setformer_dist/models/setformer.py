@@ -34,6 +34,7 @@ from setformer_dist.models.attention import (
     CastAttentionConfig,
     SetAttention,
     SoftAttentionConfig,
+    SoftmaxAttention,
     make_attention,
 )
 from setformer_dist.models.layers import (
@@ -344,12 +345,14 @@ class SeTformer(Pyramid):
 
     def why_not_split(self) -> str | None:
         """Return why the rows of an image cannot lie on several ranks, in this model; None where they can."""
-        if self.config.attention != "set":
+        if self.config.attention not in ("set", "softmax"):
             return _NOT_BY_SUMS.format(self.config.attention)
         if self.global_pool != "avg":
             return f"global_pool = {self.global_pool!r} is not a sum over the parts: use global_pool = 'avg'"
         if self.config.drop_rate > 0:
             return f"drop_rate = {self.config.drop_rate} draws from each rank's own generator: set it to 0"
+        if self.config.attention == "softmax":  # gathers the keys and values of all parts
+            return None
         return split.why_not(problem_of(self.config.attn), torch.float32)
 
     def split_rows(self, rows: Rows | None) -> None:
@@ -366,7 +369,7 @@ class SeTformer(Pyramid):
         if reason is not None:
             raise ConfigError(f"rows of an image on several ranks: {reason}")
         for module in self.modules():
-            if isinstance(module, SeTformer | Stem | Stage | Downsample | Block | SetAttention):
+            if isinstance(module, SeTformer | Stem | Stage | Downsample | Block | SetAttention | SoftmaxAttention):
                 module.rows = rows
 
     def row_multiple(self, parts: int) -> int:

@@ -42,6 +42,10 @@ class Parts(Protocol):
         """Give values to the part below (or above) and return those of the part above (or below), zeros at the edge."""
         ...
 
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the values of all parts, (count, *shape), in a tensor of its own."""
+        ...
+
 
 class Rows:
     """The parts as a model sees them: counts what is sent, and lets a recomputation take over the first pass's sums.
@@ -50,6 +54,7 @@ class Rows:
         messages: sums and shifts that this rank took part in.
         bytes: size of what it put into sums; a shift counts apart.
         shifted: bytes of the rows it gave to neighbours.
+        gathered: bytes of what it gave to all others.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -58,7 +63,7 @@ class Rows:
         self._first_pass: list[torch.Tensor] | None = None
         self._again: Iterator[torch.Tensor] | None = None
         self.index, self.count = parts.index, parts.count
-        self.messages = self.bytes = self.shifted = 0
+        self.messages = self.bytes = self.shifted = self.gathered = 0
 
     @property
     def is_top(self) -> bool:
@@ -98,10 +103,19 @@ class Rows:
         self.shifted += values.nbytes
         return self._parts.shift(values, down)
 
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the values of all parts, (count, *shape); not differentiable (`gathered` is).
+
+        A recomputation gathers again, as what it gets is as large as the image.
+        """
+        self.messages += 1
+        self.gathered += values.nbytes
+        return self._parts.gather(values)
+
     def recomputing(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Return contexts for torch's checkpoint: the first pass keeps its sums, its recomputation takes them over.
 
-        So a recomputation exchanges nothing. The sums of a block are a few kilobytes for each image.
+        So a recomputation exchanges nothing, unless it gathers. The sums of a block are a few kilobytes for each image.
         """
         kept: list[torch.Tensor] = []
         return self._keeping(kept), self._taking_over(kept)
@@ -145,6 +159,25 @@ class _FromAbove(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return ctx.rows.shift(grad.contiguous(), False), None
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, rows: Rows) -> torch.Tensor:
+        ctx.rows = rows
+        return rows.gather(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        wide = grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad
+        return ctx.rows.sum(wide.contiguous())[ctx.rows.index].to(grad.dtype), None
+
+
+def gathered(values: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Return the values of all parts, (count, *shape); the gradient is the sum of what the parts have for this one."""
+    every: torch.Tensor = _Gathered.apply(values.contiguous(), rows)
+    return every
 
 
 def summed(values: torch.Tensor, rows: Rows) -> torch.Tensor:

@@ -107,6 +107,12 @@ class ThreadParts:
         self._shared.meet()
         return found
 
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the values of all ranks."""
+        found = torch.stack(self._all(values))
+        self._shared.meet()
+        return found
+
     def _all(self, values: torch.Tensor) -> list[torch.Tensor]:
         self._shared.slots[self.index] = values.detach()
         self._shared.meet()

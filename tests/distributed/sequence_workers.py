@@ -105,6 +105,7 @@ def exchanged() -> dict[str, Any]:
         "own": mine.tolist(),
         "above": group.shift(mine, down=True).tolist(),
         "below": group.shift(mine.bfloat16(), down=False).tolist(),
+        "all": group.gather(mine.bfloat16()).tolist(),
         "metered": meter.seconds > 0,
     }
     disconnect()

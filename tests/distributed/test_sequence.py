@@ -61,4 +61,6 @@ def test_groups_are_of_neighbours_and_exchange_among_themselves() -> None:
     assert [rank["own"] for rank in found] == [[float(rank), 1.0] for rank in range(4)]
     assert [rank["above"] for rank in found] == [[0.0, 0.0], [0.0, 1.0], [0.0, 0.0], [2.0, 1.0]]
     assert [rank["below"] for rank in found] == [[1.0, 1.0], [0.0, 0.0], [3.0, 1.0], [0.0, 0.0]]
+    pairs = [[[0.0, 1.0], [1.0, 1.0]], [[2.0, 1.0], [3.0, 1.0]]]
+    assert [rank["all"] for rank in found] == [pairs[0], pairs[0], pairs[1], pairs[1]]
     assert all(rank["metered"] for rank in found)

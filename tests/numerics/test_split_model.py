@@ -21,6 +21,7 @@ IMAGE = (48, 24)
 SHAPES = {
     "stem 2 1": {"embed_dim": 16, "depths": (1, 2), "num_heads": (2, 2), "stem_strides": (2, 1)},
     "stem 2 2": {"embed_dim": 16, "depths": (2, 1), "num_heads": (2, 4), "stem_strides": (2, 2), "layer_scale": 0.5},
+    "softmax": {"embed_dim": 16, "depths": (1, 2), "num_heads": (2, 2), "stem_strides": (2, 1), "attention": "softmax"},
     "stem 1 2": {"embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2), "stem_strides": (1, 2), "drop_path_rate": 0.4},
 }
 
@@ -106,15 +107,20 @@ def test_a_model_exchanges_what_the_formula_says_and_a_recomputation_nothing(rec
 
 def assert_planned(model, rows: Rows, images: int) -> None:
     """`setformer plan` counts the messages and bytes that a rank's model sent in fp64."""
-    exchange = exchange_of(model, IMAGE[1], torch.float64)
-    assert rows.messages == exchange.sums + exchange.rows
+    exchange = exchange_of(model, IMAGE, torch.float64)
+    assert rows.messages == exchange.sums + exchange.rows + exchange.gathers
+    assert rows.count * rows.gathered == images * exchange.gather_bytes
     assert rows.bytes == images * exchange.sum_bytes
     assert rows.shifted == images * exchange.row_bytes
 
 
 def test_the_plan_knows_what_implicit_gradients_and_other_kernels_exchange():
-    for attn in ({"gradient": "implicit"}, {"kernel": "nystrom", "anchors": 6, "reference_sets": 1}):
-        model = model_of(SHAPES["stem 2 2"], attn=attn)
+    for more in (
+        {"attention": "softmax"},
+        {"attn": {"gradient": "implicit"}},
+        {"attn": {"kernel": "nystrom", "anchors": 6, "reference_sets": 1}},
+    ):
+        model = model_of(SHAPES["stem 2 2"], **more)
         images, labels = samples(3)
         for rows in in_parts(model, images, labels, 2)[2]:
             assert_planned(model, rows, images=3)
@@ -151,7 +157,6 @@ def test_a_model_that_holds_whole_images_again_is_as_it_was():
     [
         ({"attention": "soft", "soft": {"landmarks": 4}}, "attention = 'soft' needs tokens of other rows"),
         ({"attention": "cast", "cast": {"clusters": 4}}, "attention = 'cast' needs tokens of other rows"),
-        ({"attention": "softmax"}, "attention = 'softmax' needs tokens of other rows"),
         ({"drop_rate": 0.1}, "drop_rate = 0.1 draws from each rank's own generator"),
         ({"global_pool": "max"}, "global_pool = 'max' is not a sum over the parts"),
         ({"attn": {"tolerance": 1e-3, "gradient": "implicit"}}, "tolerance = 0.001 stops rounds"),

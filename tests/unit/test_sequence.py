@@ -83,7 +83,7 @@ def test_ranks_that_cannot_be_grouped(batch, ranks, parts, words):
         ),
         (["model.args.attention=soft"], "parallel.sequence = 2: attention = 'soft' needs tokens of other rows"),
         (["model.args.attention=cast"], "parallel.sequence = 2: attention = 'cast' needs tokens of other rows"),
-        (["model.args.attention=softmax"], "attention = 'softmax' needs tokens of other rows"),
+        (["model.args.attention=softmax", "model.args.global_pool=max"], "global_pool = 'max' is not a sum"),
         (["model.args.drop_rate=0.1"], "dropout of 0.1 from each rank's own generator"),
         (["model.args.global_pool=max"], "global_pool = 'max' is not a sum"),
         (["model.args.attn.tolerance=1e-3", "model.args.attn.gradient=implicit"], "set attn.tolerance = 0"),
