@@ -33,6 +33,7 @@ from launch.run.inputs import evaluation_micro, inputs_of, shapes_of_images
 from launch.run.memory import keep_within_budget, largest_batch, memory_of_machine, predicted
 from launch.run.objective import build_assumed, build_for
 from launch.run.own_code import bring
+from launch.run.periodic_probe import probed_data
 from launch.run.sequence import check_sequence
 from launch.run.store import continued_cursor
 from setformer_dist.callbacks.build import build_callbacks
@@ -110,6 +111,7 @@ def _examine(run: ResolvedRun) -> _Known:
     check_folder(run)
     watch_of(run, model)
     check_sequence(run.config, task, model)
+    probed_data(run, model, splits.train, splits.val)
     layers = refreshed_layers(run, model)
     teacher = teacher_of(run, task, inputs.spec(splits.train))
     ranks = RankInfo(rank=0, world_size=run.plan.world_size, local_rank=0, local_world_size=run.plan.world_size)

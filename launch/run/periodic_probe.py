@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from dataloaders.config import DataConfig
 from launch.run.config import ResolvedRun
@@ -14,7 +15,7 @@ from launch.run.features import Features, check_probed, features_of, pooled, wit
 from launch.run.inputs import Split, evaluation_micro, inputs_of
 from launch.run.objective import encoder_of
 from setformer_dist.core.batch import EvalStream
-from setformer_dist.core.errors import TrainingError
+from setformer_dist.core.errors import DataError, TrainingError
 from setformer_dist.core.metric import PROBE_METRICS
 from setformer_dist.core.task import Prepare
 from setformer_dist.engine.comm import TorchCollectives
@@ -157,6 +158,32 @@ class _Fit:
         self._done.set()
 
 
+def probed_data(run: ResolvedRun, model: nn.Module, train: Split, val: Split) -> tuple[DataConfig, Split, Split] | None:
+    """Open and check what the probe of a run learns from; None where the config wants none. Arguments of `probe_of`.
+
+    Returns:
+        (config of the labelled data, training split, validation split)
+
+    Raises:
+        ConfigError: the model gives no features.
+        DataError: the labelled data are missing or damaged, or have fewer than two classes.
+    """
+    config, data = run.config.eval.probe, run.config.data
+    if not config.every_epochs:
+        return None
+    assert isinstance(data, DataConfig)  # checked with the config
+    if config.data is not None:
+        data = data.model_copy(update={"root": config.data, "labels": True, "mixture": ()})
+        inputs = inputs_of(data)
+        try:
+            train, val = inputs.open(config.data, data.train), inputs.open(config.data, data.val)
+        except DataError as error:
+            raise DataError(f"eval.probe.data = {config.data!r}: {error}") from None
+    check_probed(encoder_of(model), run.config.model.name, train, val)
+    data, train = with_labels(data, train, config.labels, seed=0)
+    return data, train, val
+
+
 def probe_of(
     run: ResolvedRun, train: Split, val: Split, engine: Engine, comm: TorchCollectives, steps_per_epoch: int
 ) -> PeriodicProbe | None:
@@ -174,16 +201,10 @@ def probe_of(
         ConfigError: the model gives no features.
         DataError: the labelled data are missing or damaged, or have fewer than two classes.
     """
-    config, data = run.config.eval.probe, run.config.data
-    if not config.every_epochs:
+    found = probed_data(run, engine.module, train, val)
+    if found is None:
         return None
-    assert isinstance(data, DataConfig)  # checked with the config
-    if config.data is not None:
-        data = data.model_copy(update={"root": config.data, "labels": True, "mixture": ()})
-        inputs = inputs_of(data)
-        train, val = inputs.open(config.data, data.train), inputs.open(config.data, data.val)
-    check_probed(encoder_of(engine.module), run.config.model.name, train, val)
-    data, train = with_labels(data, train, config.labels, seed=0)
+    config, (data, train, val) = run.config.eval.probe, found
     inputs, micro = inputs_of(data), evaluation_micro(data, run.plan)
     streams = tuple(functools.partial(inputs.eval_stream, split, comm.ranks, micro) for split in (train, val))
     prepare = inputs.prepare(len(train.classes), engine.device, DTYPES[run.config.precision.dtype])

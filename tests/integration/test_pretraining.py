@@ -20,6 +20,7 @@ from launch.run.features import with_labels
 from launch.run.inputs import inputs_of
 from launch.run.memory import predicted
 from launch.run.objective import build_for, check_objective
+from launch.run.periodic_probe import probed_data
 from launch.run.sequence import check_sequence
 from launch.testing.commands import DEMO, losses, setformer, train_words
 from setformer_dist.core.errors import ConfigError, DataError
@@ -206,3 +207,18 @@ def test_costs_and_memory_are_predicted_for_the_whole_autoencoder() -> None:
     weights = sum(p.numel() for p in whole.parameters())
     encoder = sum(p.numel() for p in whole.encoder.parameters())  # type: ignore[union-attr]
     assert more == 4 * (weights + encoder)
+
+
+def test_labelled_data_of_a_probe_are_opened_before_training(digits: Path, tmp_path: Path) -> None:
+    """A dry run does so as well."""
+    words = ("eval.probe.every_epochs=1", "eval.probe.labels=0.5", "ema.decay=0")
+    config = run_of(*words, f"eval.probe.data={digits}")
+    model = build_for(config, build_task(config.task, ()), {})
+    splits = [open_source(str(digits), name, DataConfig(root=str(digits))) for name in ("train", "val")]
+    found = probed_data(resolve(config, 1), model, *splits)
+    assert found is not None
+    assert found[1].num_samples < splits[0].num_samples
+    assert probed_data(resolve(run_of(), 1), model, *splits) is None
+    missing = run_of(*words, f"eval.probe.data={tmp_path / 'none'}")
+    with pytest.raises(DataError, match=r"eval\.probe\.data = .*none/train does not exist"):
+        probed_data(resolve(missing, 1), model, *splits)
