@@ -4,8 +4,10 @@
 
 Each rank is a process; they exchange over gloo. For the attention of one block of each stage of setformer_base, one
 image, fp32: messages and bytes as counted where they are sent, forward and backward, beside `ops.set.split.traffic`;
-the time of forward and backward; and of that, the time within the exchange. The larger image has four times the tokens
-and the same traffic.
+the time of forward and backward by each implementation of the split form; of that, the time within the exchange; and
+the time that this rank takes for the whole image with the C++ kernel. The larger image has four times the tokens and
+the same traffic. The C++ kernel does not compute implicit gradients. With as many ranks as cores, give each rank one
+thread (OMP_NUM_THREADS=1), so that whole and split form use the same.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ class Timed:
 
 
 def measure(cases: list[list[Any]], repeats: int) -> list[dict[str, Any]]:
-    """Measure each case, [stage, side, gradient], on this rank of one group; one after the other."""
+    """Measure each case, [stage, side, gradient, implementation], on this rank of one group; one after the other."""
     ranks = RankInfo.from_env()
     connect(ranks, os.environ["SETFORMER_RENDEZVOUS"])
     timed = Timed(RowGroup(ranks, ranks.world_size))
@@ -64,10 +66,10 @@ def measure(cases: list[list[Any]], repeats: int) -> list[dict[str, Any]]:
     return found
 
 
-def _measured(timed: Timed, stage: int, side: int, gradient: str, repeats: int) -> dict[str, Any]:
+def _measured(timed: Timed, stage: int, side: int, gradient: str, how: str, repeats: int) -> dict[str, Any]:
     heads, m, pixels = STAGES[stage]
     grid = (side // pixels, side // pixels)
-    config = SetAttentionConfig.model_validate({"references": m, "gradient": gradient})
+    config = SetAttentionConfig.model_validate({"references": m, "gradient": gradient, "implementation": how})
     generator = torch.Generator().manual_seed(timed.index)
     n = grid[0] * grid[1] // timed.count
     x = torch.randn(1, heads, n, WIDTH, generator=generator).requires_grad_()
@@ -84,15 +86,25 @@ def _measured(timed: Timed, stage: int, side: int, gradient: str, repeats: int) 
         y.backward(torch.ones_like(y))
         times.append(time.perf_counter() - start)
         inside.append(timed.seconds)
+    whole = torch.randn(1, heads, grid[0] * grid[1], WIDTH, generator=generator).requires_grad_()
+    alone = []
+    for _ in range(repeats + 1):
+        timed.sum(torch.zeros(1))
+        start = time.perf_counter()
+        y = set_attention(whole, sets[0], SetAttentionConfig(references=m), return_references_hmd=sets[1], grid=grid)
+        y.backward(torch.ones_like(y))
+        alone.append(time.perf_counter() - start)
     expected = traffic(problem_of(config), 2, m, WIDTH)
     size = 8 if gradient == "implicit" else 4  # a linear system travels in fp64, and all of its message with it
     return {
         "stage": stage, "side": side, "tokens": grid[0] * grid[1], "gradient": gradient,
+        "implementation": how,
         "forward_messages": forward[0], "backward_messages": rows.messages - forward[0],
         "forward_bytes": forward[1], "backward_bytes": rows.bytes - forward[1],
         "expected_messages": [expected.forward_messages, expected.backward_messages],
         "expected_bytes": [4 * heads * expected.forward, size * heads * expected.backward],
         "block_us": 1e6 * sorted(times[1:])[repeats // 2], "exchange_us": 1e6 * sorted(inside[1:])[repeats // 2],
+        "whole_us": 1e6 * sorted(alone[1:])[repeats // 2],
     }  # fmt: skip
 
 
@@ -105,17 +117,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out/sequence.json"))
     options = parser.parse_args()
-    cases = [[s, side, how] for s in options.stages for side in options.side for how in ("exact", "implicit")]
+    ways = (("exact", "torch"), ("exact", "cpp"), ("implicit", "torch"))
+    cases = [[s, side, *way] for s in options.stages for side in options.side for way in ways]
     found = run_ranks(measure, options.ranks, cases, options.repeats, timeout=1800)[0]
     names = (
         "stage",
         "tokens",
         "gradient",
+        "by",
         "messages",
         "KB forward",
         "KB backward",
         "µs",
         "of it exchange",
+        "whole image",
         "as formula",
     )
     table = Table(*names, title=f"{options.ranks} gloo ranks, {describe()}")
@@ -125,9 +140,11 @@ def main() -> None:
             row["forward_bytes"], row["backward_bytes"]
         ] == row["expected_bytes"]  # fmt: skip
         table.add_row(
-            str(row["stage"]), f"{row['tokens']:,}", row["gradient"], f"{messages[0]} + {messages[1]}",
+            str(row["stage"]), f"{row['tokens']:,}", row["gradient"], row["implementation"],
+            f"{messages[0]} + {messages[1]}",
             f"{row['forward_bytes'] / 1e3:.1f}", f"{row['backward_bytes'] / 1e3:.1f}",
-            f"{row['block_us']:,.0f}", f"{row['exchange_us']:,.0f}", "yes" if row["as_expected"] else "NO",
+            f"{row['block_us']:,.0f}", f"{row['exchange_us']:,.0f}",
+            f"{row['whole_us']:,.0f}", "yes" if row["as_expected"] else "NO",
         )  # fmt: skip
     Console(width=120).print(table)
     write(options.out, {"machine": describe(), "ranks": options.ranks, "rows": found})

@@ -54,7 +54,7 @@ class Filter {
       scatter_rows_[i] = T(0);
     }
     std::copy_n(scatter_columns_ + 0, m_, gather_columns_ + 0);
-    if (call_.renormalise) find_largest();
+    if (call_.renormalise) find_largest(image);
     prepare_grid();
   }
 
@@ -143,7 +143,7 @@ class Filter {
     }
   }
 
-  void find_largest() {
+  void find_largest(long image) {
     Array<T> highest(m_);
     std::fill_n(highest + 0, m_, NOWHERE);
     for (long first = 0; first < n_; first += L) {
@@ -158,7 +158,9 @@ class Filter {
       }
       vec(scatter_rows_ + first) = -joined<T>(nearest, larger<T>);
     }
-    for (long j = 0; j < call_.references; ++j) gather_columns_[j] = -highest[j];
+    const T* given = static_cast<const T*>(call_.nearest);
+    if (given && (call_.own_places || call_.mask)) given += image * call_.references;
+    for (long j = 0; j < call_.references; ++j) gather_columns_[j] = -(given ? given[j] : highest[j]);
   }
 
   const Call& call_;

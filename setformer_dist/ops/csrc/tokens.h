@@ -17,7 +17,7 @@ constexpr long TILE = 32;  // tokens; K of a tile and what goes with it fit into
 
 enum Type : int64_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 
-// These two are mirrored in ops/set/cpp.py, field by field; absent tensors have no data.
+// These are mirrored in ops/set/cpp.py (`Part` in split_cpp.py), field by field; absent tensors have no data.
 struct Tokens {
   void* data;
   int64_t type;
@@ -34,6 +34,26 @@ struct Call {
   uint8_t* mask;                                 // (b, n)
   void* scalings;                                // v of all rounds, (sets, b, h, L + 1, m)
   void *grad_gather, *grad_scatter;              // (b, h, m, k), one for each image
+  // Of tokens that are a part of the images: valid tokens of each whole image, (b), and the largest logarithm of the
+  // filter in each column over all of them, (b, or 1 where all are alike, m). Otherwise they are found here.
+  int64_t* valid;
+  void* nearest;
+};
+
+enum Pass : int64_t { ROUND, SCATTER, SCATTER_BACKWARD, GATHER_BACKWARD, ROUND_BACKWARD, TOKENS_BACKWARD };
+
+// One pass over a part's tokens (split.h). Tensors are contiguous and in the working dtype; those marked with + are
+// padded: n to a multiple of 16, m likewise.
+struct Part {
+  Call call;                     // scalings: as far as they are known
+  int64_t round;                 // where the pass is one of a round
+  int64_t kept;                  // heads whose kernel matrices stay in memory; those of the others are computed again
+  void* kernels;                 // (sets, kept, n, m) +
+  void *pooled, *pooled_sums;    // (b, h, m, d), (b, h, m): sums out of the last round; then pooled alone, in
+  void* columns[2];              // (b, h, m) for each set: sums out of a pass; absent where nobody asks for them
+  void* rows;                    // (sets, b, h, 2 L + 1, n) +: the backward's: 1 / (K v) and x of each round, and df
+  void *grad_pooled, *along;     // (b, h, m, d), (b, h, m): sums out of SCATTER_BACKWARD; t and t . pooled, in
+  void* y;                       // (sets, b, h, L, m): of the backward's rounds, as far as they are known
 };
 
 struct Tile {

@@ -7,6 +7,9 @@ reference.py        every equation one line, gradients by autograd
 in_torch.py         PyTorch, few heads at a time, so that n x m matrices stay in cache
 cpp.py              C++ for CPUs, fused
 split.py            tokens of an image on several ranks, by sums over the group
+split_torch.py      in PyTorch
+split_cpp.py        by the C++ kernel, pass by pass
+split_common.py     what both share: a part and the whole image
 triton.py           GPUs: buffers and launches
 triton_kernels.py   its Triton kernels
 """

@@ -12,7 +12,7 @@ tokens is not in the paper; docs/ablation.md says what was tried.
     in_torch.py    "torch": PyTorch without an autograd graph; any device
     cpp.py         "cpp": fused C++ for CPUs, built at first use
     triton.py      "triton": fused for GPUs; neither the kernel matrix nor the plan ever reaches the device's memory
-    split.py       tokens of an image on several ranks; in PyTorch on any device
+    split.py       tokens of an image on several ranks; in C++ on CPUs, in PyTorch on any device
 
 Letters: b = images, h = heads, n = tokens of one image, m = references, k = anchors, d = channels of one head.
 """
@@ -182,7 +182,8 @@ def set_attention(
         positions, places = _places_beside(positions_bna, x_bhnd, references_hmd.shape[1], config)
     inputs = Inputs(x_bhnd, features, references_hmd, return_references_hmd, positions, places, mask_bn)
     problem = problem_of(config)
-    y = split_attention(inputs, problem, rows) if rows else _on_one_rank(inputs, problem, config.implementation)
+    asked = config.implementation
+    y = split_attention(inputs, problem, rows, asked) if rows else _on_one_rank(inputs, problem, asked)
     return y if whole is None else torch.where(whole, y, 0.0)
 
 

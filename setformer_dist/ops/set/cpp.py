@@ -2,7 +2,7 @@
 
 `forward` and `backward` take and give what those of `in_torch` do, so one may run forward by this and backward by that.
 `supports` says whether they can compute a problem; nobody asks them otherwise (ops/cpp_library.py
-builds the kernel).
+builds the kernel). The split form calls it by split_cpp.py, which shares `Call` and what is around it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _Tokens(ctypes.Structure):
     )
 
 
-class _Call(ctypes.Structure):
+class Call(ctypes.Structure):
     """`Call` of the C++ file, field by field."""
 
     _fields_ = (
@@ -41,24 +41,33 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_double) for name in ("epsilon", "sigma", "tau")),
         *((name, _Tokens) for name in ("x", "compared", "y", "grad_x", "grad_compared")),
         *((name, ctypes.c_void_p) for name in ("gather", "scatter", "positions", "places", "mask", "scalings")),
-        *((name, ctypes.c_void_p) for name in ("grad_gather", "grad_scatter")),
+        *((name, ctypes.c_void_p) for name in ("grad_gather", "grad_scatter", "valid", "nearest")),
     )
 
 
-def _tokens(tensor: torch.Tensor | None) -> _Tokens:
+def tokens(tensor: torch.Tensor | None) -> _Tokens:
+    """Return a tensor (b, h, n, d), or None, as a field of `Call`."""
     if tensor is None:
         return _Tokens()
     return _Tokens(tensor.data_ptr(), _TYPES[tensor.dtype], tensor.stride())
 
 
-def _pointer(tensor: torch.Tensor | None) -> int | None:
+def pointer(tensor: torch.Tensor | None) -> int | None:
+    """Return where a contiguous tensor lies, or None."""
     return None if tensor is None else tensor.data_ptr()
 
 
-def _run(inputs: Inputs, problem: SetProblem, dtype: torch.dtype, backward: bool, **more: Any) -> None:
-    """Call the kernel; `more` are the remaining fields of `_Call`, tensors that the caller holds."""
-    library = cpp_library.library()
-    assert isinstance(library, ctypes.CDLL), library
+def call_of(
+    inputs: Inputs, problem: SetProblem, dtype: torch.dtype, **more: Any
+) -> tuple[Call, dict[str, torch.Tensor | None]]:
+    """Return the call, and tensors that must live as long as it does.
+
+    Args:
+        inputs: the tensors.
+        problem: the numbers.
+        dtype: in which to work.
+        more: the remaining fields of `Call`, tensors that the caller holds.
+    """
 
     def plain(tensor: torch.Tensor | None, as_type: torch.dtype = dtype) -> torch.Tensor | None:
         return None if tensor is None else tensor.detach().to(as_type).contiguous()
@@ -72,7 +81,7 @@ def _run(inputs: Inputs, problem: SetProblem, dtype: torch.dtype, backward: bool
     }
     b, h, n, d = inputs.x_bhnd.shape
     positions = inputs.positions_bna
-    call = _Call(
+    call = Call(
         images=b,
         heads=h,
         tokens=n,
@@ -87,23 +96,70 @@ def _run(inputs: Inputs, problem: SetProblem, dtype: torch.dtype, backward: bool
         epsilon=problem.epsilon,
         sigma=problem.sigma,
         tau=problem.tau,
-        x=_tokens(inputs.x_bhnd),
-        compared=_tokens(inputs.features_bhnk),
-        **{name: _pointer(tensor) for name, tensor in small.items()},
+        x=tokens(inputs.x_bhnd),
+        compared=tokens(inputs.features_bhnk),
+        **{name: pointer(tensor) for name, tensor in small.items()},
         **more,
     )
+    return call, small
+
+
+def _run(inputs: Inputs, problem: SetProblem, dtype: torch.dtype, backward: bool, **more: Any) -> None:
+    """Call the kernel; `more` as in `call_of`."""
+    library = cpp_library.library()
+    assert isinstance(library, ctypes.CDLL), library
+    call, _held = call_of(inputs, problem, dtype, **more)
     if library.setformer_set_attention(ctypes.byref(call), int(dtype == torch.float64), int(backward)):
-        raise MemoryError(f"no memory for SeT attention of {n} tokens and {call.references} references")
+        raise MemoryError(f"no memory for SeT attention of {call.tokens} tokens and {call.references} references")
 
 
-def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
+def empty_like(tensor: torch.Tensor) -> torch.Tensor:
     """Return memory for an output; a large one in huge pages, as the system gives them out zeroed page by page."""
-    out = torch.empty_like(tensor)
+    return _in_huge_pages(torch.empty_like(tensor))
+
+
+def empty(like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return working memory, likewise."""
+    return _in_huge_pages(like.new_empty(shape, dtype=dtype))
+
+
+def _in_huge_pages(out: torch.Tensor) -> torch.Tensor:
     library = cpp_library.library()
     assert isinstance(library, ctypes.CDLL), library
     if out.nbytes >= _LARGE:
         library.setformer_prefer_huge_pages(ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(out.nbytes))
     return out
+
+
+class Outputs:
+    """Memory for the gradients of a call."""
+
+    def __init__(self, inputs: Inputs, dtype: torch.dtype) -> None:
+        """Take it; the sums of the reference sets are in the working dtype."""
+        x, features = inputs.x_bhnd, inputs.features_bhnk
+        self._references = inputs.gather_hmk, inputs.scatter_hmk
+        self._x = empty_like(x)
+        self._features = None if features is None else empty_like(features)
+        self._sums = [None if r is None else r.new_empty((len(x), *r.shape), dtype=dtype) for r in self._references]
+
+    def fields(self) -> dict[str, Any]:
+        """Return them as fields of `Call`."""
+        return {
+            "grad_x": tokens(self._x),
+            "grad_compared": tokens(self._features),
+            "grad_gather": pointer(self._sums[0]),
+            "grad_scatter": pointer(self._sums[1]),
+        }
+
+    def found(self) -> Gradients:
+        """Return what the kernel has written there."""
+        # It leaves the sum over images in the place of the first; a view would keep the others' memory.
+        gather, scatter = (
+            None if s is None or r is None else s[0].to(r.dtype, copy=True)
+            for s, r in zip(self._sums, self._references, strict=True)
+        )
+        assert gather is not None
+        return Gradients(self._x, self._features, gather, scatter)
 
 
 def unsuitable(inputs: Inputs, problem: SetProblem) -> str | None:
@@ -149,9 +205,9 @@ def forward(inputs: Inputs, problem: SetProblem, dtype: torch.dtype) -> tuple[to
     """
     b, h, _, _ = inputs.x_bhnd.shape
     sets = 1 if inputs.scatter_hmk is None else 2
-    y = _empty_like(inputs.x_bhnd)
+    y = empty_like(inputs.x_bhnd)
     rounds = inputs.x_bhnd.new_empty((sets, b, h, problem.iterations + 1, inputs.gather_hmk.shape[1]), dtype=dtype)
-    _run(inputs, problem, dtype, False, y=_tokens(y), scalings=_pointer(rounds))
+    _run(inputs, problem, dtype, False, y=tokens(y), scalings=pointer(rounds))
     return y, rounds
 
 
@@ -167,31 +223,10 @@ def backward(
         problem: likewise.
         dtype: likewise.
     """
-    b = inputs.x_bhnd.shape[0]
-    features, scatter = inputs.features_bhnk, inputs.scatter_hmk
-    grad_x = _empty_like(inputs.x_bhnd)
-    grad_features = None if features is None else _empty_like(features)
-    sums = [None if r is None else r.new_empty((b, *r.shape), dtype=dtype) for r in (inputs.gather_hmk, scatter)]
+    outputs = Outputs(inputs, dtype)
     rounds = rounds.contiguous()
-    _run(
-        inputs,
-        problem,
-        dtype,
-        True,
-        y=_tokens(grad_y),
-        scalings=_pointer(rounds),
-        grad_x=_tokens(grad_x),
-        grad_compared=_tokens(grad_features),
-        grad_gather=_pointer(sums[0]),
-        grad_scatter=_pointer(sums[1]),
-    )
-    # The kernel leaves the sum over images in the place of the first; a view would keep the others' memory.
-    gather, back = (
-        None if s is None or r is None else s[0].to(r.dtype, copy=True)
-        for s, r in zip(sums, (inputs.gather_hmk, scatter), strict=True)
-    )
-    assert gather is not None
-    return Gradients(grad_x, grad_features, gather, back)
+    _run(inputs, problem, dtype, True, y=tokens(grad_y), scalings=pointer(rounds), **outputs.fields())
+    return outputs.found()
 
 
 def exponential(numbers: torch.Tensor) -> torch.Tensor:

@@ -252,13 +252,13 @@ def differentiable(inputs: Inputs, problem: SetProblem, implementation: str) -> 
         problem: the numbers.
         implementation: its name.
     """
-    if _watched(inputs):
+    if watched(inputs):
         y: torch.Tensor = set_attention_op(*inputs, problem.numbers(), implementation)[0]
         return y
     return _SetAttention.apply(*inputs, problem, implementation)  # type: ignore[no-any-return]
 
 
-def _watched(tensors: Sequence[Maybe]) -> bool:
+def watched(tensors: Sequence[Maybe]) -> bool:
     """Return whether the call must go through the dispatcher: a mode, transform or tracer is active.
 
     A kernel reads memory, which knows nothing of a lazy minus sign and does not exist for zeros of autograd.
@@ -293,7 +293,7 @@ class _SetAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         kept, *tensors = ctx.saved_tensors
         batched = torch._C._functorch.is_legacy_batchedtensor(grad_y)  # is_grads_batched, vectorize=True
-        if batched or _watched((grad_y, *tensors)):
+        if batched or watched((grad_y, *tensors)):
             return _differentiate_by_operator(grad_y, kept, tensors, ctx.rest[0].numbers(), ctx.rest[1])
         found = _backward(grad_y, kept, Inputs(*tensors), *ctx.rest)
         return found.x, found.features, found.gather, found.scatter, *(None,) * (3 + len(ctx.rest))
