@@ -231,9 +231,14 @@ class Block(nn.Module):
             keep_2b: (2, B) drop path factors of the two branches, or None.
             positions: (B or 1, H W, axes) as in `set_attention`, or None.
         """
-        if self.recompute in ("none", "block") or not torch.is_grad_enabled():
+        compiling = torch.compiler.is_compiling()  # a compiler makes cheap things again by itself
+        plain = ("none", "block", "cheap") if compiling else ("none", "block")
+        if self.recompute in plain or not torch.is_grad_enabled():
             x = x + self._transported(x, self.norm1(x), keep_2b, positions)
             return x + self._mixed(x, keep_2b)
+        if compiling:
+            x = x + self._transported(x, self.norm1(x), keep_2b, positions)
+            return x + checkpoint(self._mixed, x, keep_2b, use_reentrant=False)
         with MadeAgain() as again:
             x = x + self._transported(x, again.norm(self.norm1, x), keep_2b, positions)
             if self.recompute == "cheap":
