@@ -116,11 +116,13 @@ class CompiledForward:
         self._module, self._name = module, name
         self._compiled, self._compilation = compiled, compilation
         self._eager = type(module).forward
-        self._watchable = [inner for inner in module.modules() if hasattr(inner, "watched")]
+        self._watchable: list[Any] | None = None  # found at the first call, when a copy is whole
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the module's own `forward` returns, to rounding."""
         compilation = self._compilation
+        if self._watchable is None:
+            self._watchable = [inner for inner in self._module.modules() if hasattr(inner, "watched")]
         if compilation.off or any(module.watched for module in self._watchable):
             return self._eager(self._module, *args, **kwargs)
         graphs, breaks, began = *_counted(), time.perf_counter()
