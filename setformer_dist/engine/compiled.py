@@ -235,7 +235,9 @@ def _options(config: CompileConfig) -> dict[str, Any] | None:
         return None
     # Kernels are not chosen by timing where that changes sums, and random numbers are those of torch: the same run
     # has the same bits twice, and timm's stochastic depth drops what it drops without the compiler.
-    return {"deterministic": True, "fallback_random": True, "triton.cudagraphs": config.cudagraphs}
+    known = importlib.import_module("torch._inductor.config")
+    wanted = {"deterministic": True, "fallback_random": True}
+    return {name: on for name, on in wanted.items() if hasattr(known, name)} | {"triton.cudagraphs": config.cudagraphs}
 
 
 def _set_up(graphs: int, processes: int) -> None:

@@ -14,7 +14,8 @@ def test_a_task_is_kept_cut_and_tried_again(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
         "import json, sys, time, pathlib\n"
-        "pathlib.Path(sys.argv[1]).write_text(json.dumps({'machine': 'here', 'rows': [{'a': 1.5, 'kinds': {'b': 2}}]}))\n"
+        "rows = [{'a': 1.5, 'kinds': {'b': 2}}]\n"
+        "pathlib.Path(sys.argv[1]).write_text(json.dumps({'machine': 'here', 'rows': rows}))\n"
         "print('said', flush=True)\n"
         "time.sleep(float(sys.argv[2]))\n"
     )
