@@ -12,7 +12,7 @@ ifeq ($(DS_ACCELERATOR),)
 unexport DS_ACCELERATOR
 endif
 
-.PHONY: help setup ffcv demo test drills drills-ci drills-hosts lint types docs check clean
+.PHONY: help setup ffcv demo gpu wheels test drills drills-ci drills-hosts lint types docs check clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,20 @@ ffcv: $(STAMP)  ## build FFCV, for data.engine = "ffcv"; installs system package
 
 demo: $(STAMP)  ## train SeTformer on handwritten digits: 2 ranks, ZeRO-2, one to two minutes
 	$(BIN)/setformer demo
+
+gpu: $(STAMP)  ## measure on a GPU all that is not measured yet (docs/gpu.md)
+	$(BIN)/python -m benchmarks.gpu
+
+WHEELS_PYTHON ?= 3.12
+wheels: $(STAMP)  ## fetch into build/wheels what a GPU machine without a network needs (docs/gpu.md)
+	mkdir -p build/wheels
+	DS_BUILD_OPS=0 $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --constraint constraints.txt \
+		--wheel-dir build/wheels deepspeed hjson
+	grep -vE '^(#|deepspeed|hjson)' benchmarks/wheels.txt > build/wheels.txt
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version $(WHEELS_PYTHON) \
+		--implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
+		--platform manylinux2014_x86_64 --constraint constraints.txt --dest build/wheels --requirement build/wheels.txt
+	du -sh build/wheels
 
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest -m "not drill" --numprocesses 2 --dist loadfile

@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from launch.examples.demo import prepare_data
 from launch.testing.commands import DEMO, Ended, kill_ranks, losses, setformer, start, wait_for
 
 
-def words(data: Path, out: Path, dtype: str, stage: int, steps: int) -> list[str]:
-    """Return the command of one run."""
+def words(data: Path, out: Path, dtype: str, stage: int, steps: int, ranks: int, more: Sequence[str]) -> list[str]:
+    """Return the command of one run; `more` overrides keys."""
     return [
-        "train", DEMO, f"data.root={data}", f"run.out={out}", "--ranks", "2", "run.log_every=1",
+        "train", DEMO, f"data.root={data}", f"run.out={out}", "--ranks", str(ranks), "run.log_every=1",
         "~schedule.epochs", "~schedule.warmup_epochs", f"schedule.steps={steps}", "schedule.warmup_steps=5",
         "eval.every_epochs=0", "checkpoint.every_steps=5", f"precision.dtype={dtype}", f"zero.stage={stage}",
+        *more,
     ]  # fmt: skip
 
 
@@ -39,18 +41,18 @@ def must(ended: Ended) -> None:
         sys.exit(ended.err)
 
 
-def measure(data: Path, dtype: str, stage: int, steps: int) -> dict[str, Any]:
+def measure(data: Path, dtype: str, stage: int, steps: int, ranks: int = 2, more: Sequence[str] = ()) -> dict[str, Any]:
     """Return the final losses of an uninterrupted and of a killed and resumed run."""
     with tempfile.TemporaryDirectory() as folder:
         whole, killed = Path(folder) / "whole", Path(folder) / "killed"
-        must(setformer(*words(data, whole, dtype, stage, steps)))
-        process = start(*words(data, killed, dtype, stage, steps))
+        must(setformer(*words(data, whole, dtype, stage, steps, ranks, more)))
+        process = start(*words(data, killed, dtype, stage, steps, ranks, more))
         wait_for(killed / "demo" / "checkpoints" / "step-00000010" / "manifest.json", process)
         kill_ranks(process)
         _, err = process.communicate()
         if not process.returncode:
             sys.exit(f"the run ended before it could be killed: {err}")
-        must(setformer(*words(data, killed, dtype, stage, steps)))
+        must(setformer(*words(data, killed, dtype, stage, steps, ranks, more)))
         first, second = losses(whole / "demo"), losses(killed / "demo")
     return {
         "dtype": dtype,
@@ -68,6 +70,8 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--ranks", type=int, default=2, help="one GPU has room for one")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the demo's config")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out/stages.json"))
     arguments = parser.parse_args()
     console = Console()
@@ -80,7 +84,7 @@ def main() -> None:
     for dtype in arguments.dtypes:
         reference: list[float] = []
         for stage in arguments.stages:
-            row = measure(data, dtype, stage, arguments.steps)
+            row = measure(data, dtype, stage, arguments.steps, arguments.ranks, arguments.set)
             reference = reference or row["losses"]
             distance = max(abs(a / b - 1) for a, b in zip(row["losses"], reference, strict=True))
             rows.append({**row, "distance": distance})

@@ -1,5 +1,6 @@
 """One run: its config, its parts, what begins, continues and ends it, and its trained weights.
 
+compiled.py          [compile]: what is refused, where compiled code is kept
 compose.py           the composition root: every part of a run is built here
 config.py            one TOML file -> RunConfig -> ResolvedRun for a number of ranks
 distill.py           the teacher of a run

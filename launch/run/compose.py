@@ -16,6 +16,7 @@ from checkpoints.manager import CheckpointManager
 from checkpoints.objects import Objects
 from checkpoints.reader import Checkpoint
 from checkpoints.spread_manager import SpreadManager
+from launch.run.compiled import compile_for
 from launch.run.config import ResolvedRun, RunConfig
 from launch.run.distill import with_teacher
 from launch.run.identity import identity_of, shapes_of
@@ -125,10 +126,11 @@ def compose(
     prepare = prepare_for(c, task, classes, device, dtype, stream.steps_per_epoch, averaged)
     task, prepare, taught_by = with_teacher(run, task, prepare, input_spec, device, comm)
     prepare = with_rows(prepare, model, split_model(run, task, model, ranks))
-    engine = initialize(model, c.optim, run.deepspeed_json())
+    heartbeat = Heartbeat.from_env()
+    leaves = compile_for(run, model, ranks, device.type, functools.partial(heartbeat.beat, "forward"))
+    engine = initialize(model, c.optim, run.deepspeed_json(), leaves)
     master = MasterState(engine)
     ema = Ema(master, c.ema) if c.ema.decay else None
-    heartbeat = Heartbeat.from_env()
     meter = CommMeter()
     meter.install()
 

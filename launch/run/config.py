@@ -36,6 +36,7 @@ from setformer_dist.core.task_config import TaskConfig
 from setformer_dist.engine.batch_plan import BatchPlan, solve
 from setformer_dist.engine.config import (
     BatchConfig,
+    CompileConfig,
     DistillConfig,
     EmaConfig,
     EvalConfig,
@@ -164,6 +165,8 @@ class RunConfig(FrozenConfig):
         "gradient_accumulation_steps": "accumulation follows from batch.global_size, batch.micro and --ranks",
         "gradient_clip_val": "optim.clip_norm",
         "amp": "precision.dtype",
+        "torch_compile": "compile.mode",
+        "torchcompile": "compile.mode",
         "fp16": "precision.dtype",
         "bf16": "precision.dtype",
         "opt": "optim.name",
@@ -228,6 +231,7 @@ class RunConfig(FrozenConfig):
     precision: PrecisionConfig = PrecisionConfig()
     zero: Annotated[ZeroConfig, FREE] = ZeroConfig()
     parallel: Annotated[ParallelConfig, FREE] = ParallelConfig()
+    compile: Annotated[CompileConfig, FREE] = CompileConfig()
     ema: EmaConfig = EmaConfig()
     refresh: RefreshConfig = RefreshConfig()
     eval: Annotated[EvalConfig, FREE] = EvalConfig()
@@ -263,6 +267,7 @@ class RunConfig(FrozenConfig):
                 f"checkpoint.best_metric = {self.checkpoint.best_metric!r} needs averaged weights: set ema.decay"
             )
         self._check_probe()
+        self._check_compile()
         if (parts := self.parallel.sequence) > 1:
             if not isinstance(self.data, DataConfig):
                 raise ValueError(
@@ -274,6 +279,33 @@ class RunConfig(FrozenConfig):
                     "rows: set one of them back"
                 )
         return self
+
+    def _check_compile(self) -> None:
+        how = self.compile
+        if how.mode == "off":
+            return
+        if self.parallel.sequence > 1:
+            raise ValueError(
+                f'compile.mode = "{how.mode}": blocks exchange sums within their forward pass with parallel.sequence = '
+                f'{self.parallel.sequence}, which no graph holds: set compile.mode = "off", or parallel.sequence = 1'
+            )
+        if self.zero.stage == 3 and (how.mode == "model" or how.cudagraphs):
+            key = 'compile.mode = "model"' if how.mode == "model" else "compile.cudagraphs = true"
+            raise ValueError(
+                f"{key} does not go with zero.stage = 3, which gathers weights block by block, each time into other "
+                'memory: set compile.mode = "blocks" without cudagraphs, or a lower zero.stage'
+            )
+        policies = (self.model.policy,) if isinstance(self.model.policy, str) else self.model.policy
+        if how.mode == "model" and "offload" in policies:
+            raise ValueError(
+                'compile.mode = "model": model.recompute = "offload" copies the inputs of blocks between graphs: set '
+                'compile.mode = "blocks", or model.recompute = "block"'
+            )
+        if 0 < self.restart.start_after_s <= how.limit_s:
+            raise ValueError(
+                f"compile.limit_s = {how.limit_s:g} s must be below restart.start_after_s = "
+                f"{self.restart.start_after_s:g} s, after which a rank without a step counts as hung"
+            )
 
     def _check_probe(self) -> None:
         if not self.eval.probe.every_epochs:

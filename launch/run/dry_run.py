@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from rich.console import Console
 from torch import nn
 
@@ -23,6 +24,7 @@ from checkpoints.identity import Identity
 from checkpoints.reader import Checkpoint, list_checkpoints
 from dataloaders.config import DataConfig
 from launch.ranks.lock import check_free
+from launch.run.compiled import check_compiled
 from launch.run.compose import check_device, open_splits, refreshed_layers, watch_of
 from launch.run.config import ResolvedRun, check_folder
 from launch.run.distill import teacher_of
@@ -112,6 +114,7 @@ def _examine(run: ResolvedRun) -> _Known:
     watch_of(run, model)
     check_sequence(run.config, task, model)
     probed_data(run, model, splits.train, splits.val)
+    check_compiled(run, model, get_accelerator().device_name())
     layers = refreshed_layers(run, model)
     teacher = teacher_of(run, task, inputs.spec(splits.train))
     ranks = RankInfo(rank=0, world_size=run.plan.world_size, local_rank=0, local_world_size=run.plan.world_size)
@@ -186,6 +189,7 @@ def _assumed(run: ResolvedRun) -> _Known:
     assert isinstance(c.data, DataConfig)
     model = build_assumed(c, _ASSUMED_CLASSES)
     check_sequence(run.config, None, model)
+    check_compiled(run, model, get_accelerator().device_name())
     shape = (c.data.bands, *c.data.shape)
     return _Known(model, shape, None, tuple(_recomputed(run, model, shape, None)))
 

@@ -58,7 +58,7 @@ UNITS = {
     "optim.lr": "learning rate", "optim.weight_decay": "1 / (learning rate × step)", "optim.betas": _FACTOR,
     "optim.eps": "gradient", "optim.clip_norm": "norm of the gradient", "optim.layer_decay": _FACTOR,
     "precision.loss_scale": _FACTOR, "zero.stage": "", "zero.bucket_mib": "MiB", "ema.decay": _FACTOR,
-    "parallel.sequence": "ranks",
+    "parallel.sequence": "ranks", "compile.limit_s": _SECONDS,
     "refresh.every": _STEPS, "refresh.at_steps": _STEPS, "refresh.sample_steps": _STEPS, "refresh.samples": "tokens",
     "refresh.iterations": "rounds", "refresh.delay": _STEPS, "refresh.wait_s": _SECONDS,
     "eval.every_epochs": _EPOCHS, "eval.probe.every_epochs": _EPOCHS, "eval.probe.labels": _SHARE,

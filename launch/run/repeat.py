@@ -35,7 +35,9 @@ REPEATS = "repeats"
 CONFIG = "config.json"
 _NO_CONFIG = ("resolved",)
 # Keys that name code, or places that something is sent to; and texts of any key that are fetched or written elsewhere.
-_OUTSIDE = ("run.imports", "launch.env", "deepspeed", "logging.wandb.project", "logging.mlflow.experiment")
+_OUTSIDE = (
+    "run.imports", "launch.env", "deepspeed", "compile.cache", "logging.wandb.project", "logging.mlflow.experiment"
+)  # fmt: skip
 _PLACE = re.compile(r"://|::|^(?:hf[-_]hub|local-dir):")
 _PROMETHEUS = "logging.prometheus"
 _CLUSTER, _OWN_CLUSTER = "refresh.address", "auto"  # the user's token goes to the address

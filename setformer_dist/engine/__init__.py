@@ -9,6 +9,7 @@
     stop_vote.py  how all ranks come to stop at the same step
     protocol.py   what this package uses of DeepSpeed's engine, as a type
     step.py       one optimizer step: forward, backward, update
+    compiled.py   torch.compile of a model's blocks, or of the whole, in place
     zero.py       typed config -> DeepSpeed's JSON
     master.py     every ZeRO stage seen as fragments of fp32 masters and optimizer states
     optim.py      parameter groups, optimizers, learning-rate schedules

@@ -277,6 +277,34 @@ class PrecisionConfig(FrozenConfig):
     loss_scale: float = pydantic.Field(default=0.0, ge=0)
 
 
+class CompileConfig(FrozenConfig):
+    """The `[compile]` table: torch.compile of the model (docs/compile.md).
+
+    Attributes:
+        mode: what is compiled: "off" is nothing; "blocks" is each block, where equal blocks of a stage share what was
+            compiled; "model" is the whole forward pass, which takes longer to compile and does not go with zero.stage =
+            3. Losses agree with those of "off" to rounding, so a run that changes it is another one in its last bits.
+        cudagraphs: replay launches from CUDA graphs; for NVIDIA GPUs, and not with zero.stage = 3.
+        cache: folder that keeps what was compiled, for the next start; by default one in the user's cache. It holds
+            code that is run, so it must belong to the user and be closed to others.
+        fallback: what happens when something cannot be compiled, or takes too long: with true the run goes on without
+            the compiler and says so, with false it ends.
+        limit_s: seconds that a rank may compile in all. Must be below restart.start_after_s.
+    """
+
+    mode: Literal["off", "blocks", "model"] = "off"
+    cudagraphs: bool = False
+    cache: str | None = None
+    fallback: bool = False
+    limit_s: float = pydantic.Field(default=1200.0, gt=0)
+
+    @pydantic.model_validator(mode="after")
+    def _of_a_mode(self) -> CompileConfig:
+        if self.mode == "off" and self.cudagraphs:
+            raise ValueError('compile.cudagraphs needs something compiled: set compile.mode = "blocks" or "model"')
+        return self
+
+
 class ZeroConfig(FrozenConfig):
     """DeepSpeed ZeRO (Rajbhandari et al. 2020).
 

@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import deepspeed
 import pydantic
@@ -15,6 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import compiler
 from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.zero.utils import is_zero_supported_optimizer
+from deepspeed.utils import set_z3_leaf_module
 from torch import nn
 
 from setformer_dist.core.errors import ConfigError
@@ -61,18 +62,23 @@ def supported_dtypes() -> set[str]:
     return names
 
 
-def initialize(model: nn.Module, optim: OptimConfig, deepspeed_json: Mapping[str, object]) -> Engine:
+def initialize(
+    model: nn.Module, optim: OptimConfig, deepspeed_json: Mapping[str, object], leaves: Sequence[nn.Module] = ()
+) -> Engine:
     """Return a DeepSpeed engine with an optimizer over the model's parameter groups.
 
     Args:
         model: on the CPU, in fp32.
         optim: see `OptimConfig`.
         deepspeed_json: see `zero.deepspeed_config`.
+        leaves: modules whose weights ZeRO-3 gathers as a whole, by hooks outside of their forward pass.
 
     Raises:
         ConfigError: DeepSpeed does not take a key or a value of its config.
     """
     quiet_deepspeed()
+    for module in leaves:
+        set_z3_leaf_module(module, True)
     optimizer = optimizer_of(parameter_groups(model, optim), optim)
     if not is_zero_supported_optimizer(optimizer):  # DeepSpeed has not tested it; our tests have, under every stage
         deepspeed_json = {**deepspeed_json, "zero_allow_untested_optimizer": True}

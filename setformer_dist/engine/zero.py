@@ -34,6 +34,7 @@ OWNED_KEYS = {
     "zero_optimization.cpu_offload": "zero.offload",  # an older name of the same
     "zero_optimization.cpu_offload_param": "zero.offload",
     "zero_force_ds_cpu_optimizer": "zero.offload",
+    "compile": "compile.mode",
 }
 
 

@@ -291,6 +291,11 @@ class SetAttention(nn.Module):
         )
         return self.output(merge_heads(y_bhnd))  # type: ignore[no-any-return]
 
+    @property
+    def watched(self) -> bool:
+        """Whether somebody sees what it computes, which no compiled graph hands over."""
+        return self.watcher is not None or self.taker is not None
+
     def sets(self) -> dict[SetKind, nn.Parameter]:
         """Return the sets that this layer has."""
         found: dict[SetKind, nn.Parameter | None] = {

@@ -58,6 +58,10 @@ from setformer_dist.ops.parts import Rows, from_above, mean_of_rows
 from setformer_dist.ops.set import split
 from setformer_dist.ops.set.attention import IntTuple, SetAttentionConfig, problem_of
 
+# Policies with which a block itself computes nothing again.
+_KEPT = ("none", *sorted(WHOLE))
+_KEPT_COMPILED = (*_KEPT, "cheap")
+
 _NOT_BY_SUMS = (
     "attention = {!r} needs tokens of other rows, not only sums over them: use attention = 'set', SeTformer proper"
 )
@@ -232,9 +236,13 @@ class Block(nn.Module):
             keep_2b: (2, B) drop path factors of the two branches, or None.
             positions: (B or 1, H W, axes) as in `set_attention`, or None.
         """
-        if self.recompute == "none" or self.recompute in WHOLE or not torch.is_grad_enabled():
+        compiling = torch.compiler.is_compiling()  # a compiler makes cheap things again by itself
+        if self.recompute in (_KEPT_COMPILED if compiling else _KEPT) or not torch.is_grad_enabled():
             x = x + self._transported(x, self.norm1(x), keep_2b, positions)
             return x + self._mixed(x, keep_2b)
+        if compiling:
+            x = x + self._transported(x, self.norm1(x), keep_2b, positions)
+            return x + checkpoint(self._mixed, x, keep_2b, use_reentrant=False)
         with MadeAgain() as again:
             x = x + self._transported(x, again.norm(self.norm1, x), keep_2b, positions)
             if self.recompute == "cheap":

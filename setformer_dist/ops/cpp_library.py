@@ -83,7 +83,7 @@ def _built() -> Path:
         *(s.read_text() for s in sources),
         *FLAGS,
         *compiler,
-        _cpu(),
+        cpu_facts(),
         torch.__version__,
         str(libraries),
     ]
@@ -131,7 +131,7 @@ def _folder() -> Path:
     return Path(root) / "setformer_cpu"
 
 
-def _cpu() -> str:
+def cpu_facts() -> str:
     """Name the CPU as far as compiled code depends on it: a home folder may be shared by machines of many kinds."""
     facts = [platform.machine(), platform.processor()]
     described = Path("/proc/cpuinfo")

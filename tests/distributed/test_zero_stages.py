@@ -74,6 +74,16 @@ def test_bf16_stage_0_takes_no_dummy_step() -> None:
 
 
 @pytest.mark.drill
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_compiled_blocks_train_alike_under_every_stage(stage: int) -> None:
+    losses, graphs, left = run_ranks(workers.compiled_losses, 2, stage, "blocks", timeout=300)[0]
+    eager = run_ranks(workers.compiled_losses, 2, stage, "off", timeout=300)[0][0]
+    assert losses == pytest.approx(eager, rel=1e-6)
+    assert graphs == 3  # of four blocks in three stages
+    assert left == 0
+
+
+@pytest.mark.drill
 @pytest.mark.parametrize("recompute", ["none", "cheap", "mlp", "block"])
 def test_recomputation_changes_no_loss_under_zero_3(recompute: str) -> None:
     kept = run_ranks(workers.checkpointed_losses, 2, 3, "none")[0]

@@ -7,12 +7,14 @@ from typing import Any
 
 import timm
 import torch
+from deepspeed.utils import set_z3_leaf_module
 
 from setformer_dist.core.model_config import ModelConfig, Recompute
 from setformer_dist.core.ranks import RankInfo
+from setformer_dist.engine import compiled
 from setformer_dist.engine.batch_plan import solve
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
-from setformer_dist.engine.config import BatchConfig, EmaConfig, OptimConfig, PrecisionConfig, ZeroConfig
+from setformer_dist.engine.config import BatchConfig, CompileConfig, EmaConfig, OptimConfig, PrecisionConfig, ZeroConfig
 from setformer_dist.engine.deepspeed_engine import DTYPES, initialize
 from setformer_dist.engine.ema import Ema
 from setformer_dist.engine.master import MasterState
@@ -99,6 +101,23 @@ def checkpointed_losses(stage: int, recompute: Recompute) -> list[float]:
     losses = keyed_steps(trainee)
     disconnect()
     return losses
+
+
+def compiled_losses(stage: int, mode: str) -> tuple[list[float], int, int]:
+    """The same compiled; with the numbers of graphs, and of weights that ZeRO-3 left here after a forward pass."""
+    compiled.BACKEND = "aot_eager"  # graphs and backward passes as always, without g++
+    module = build_model(ModelConfig(name="setformer_nano", drop_path=0.3), 10, 16, 0)
+    compilation = compiled.compile_model(module, CompileConfig(mode=mode))
+    if stage == 3 and mode == "blocks":
+        for _, block in compiled.blocks_of(module):
+            set_z3_leaf_module(block, True)
+    nothing_stays = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance")
+    cut = {"zero_optimization": dict.fromkeys(nothing_stays, 0)} if stage == 3 else None
+    trainee = Trainee(stage, "fp32", module=module, deepspeed=cut)
+    losses = keyed_steps(trainee)
+    left = sum(p.data.numel() for p in trainee.engine.module.parameters()) if stage == 3 else 0
+    disconnect()
+    return losses, compilation.graphs if compilation is not None else 0, left
 
 
 def keyed_steps(trainee: Trainee) -> list[float]:
