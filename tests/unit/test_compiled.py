@@ -201,7 +201,10 @@ def test_what_cannot_be_compiled_is_refused() -> None:
         (("zero.stage=3", "compile.mode=model"), "does not go with zero.stage = 3"),
         (("zero.stage=3", "compile.mode=blocks", "compile.cudagraphs=true"), "does not go with zero.stage = 3"),
         (("parallel.sequence=2", "compile.mode=blocks"), "which no graph holds"),
-        (("compile.mode=model", "model.recompute=[none, offload, none]"), "copies the inputs of blocks between graphs"),
+        (
+            ("compile.mode=model", 'model.recompute=["none", "offload", "none"]'),
+            "copies the inputs of blocks between graphs",
+        ),
         (("compile.cudagraphs=true",), "needs something compiled"),
         (("compile.mode=blocks", "restart.start_after_s=60"), "must be below restart.start_after_s = 60"),
         (("compile.mode=all",), "input should be 'off', 'blocks' or 'model'"),
