@@ -114,7 +114,8 @@ class _SplitAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        kept, inputs = Kept(*ctx.saved_tensors[:3]), Inputs(*ctx.saved_tensors[3:])
+        saved = ctx.saved_tensors  # once: a recomputed block gives each of them once
+        kept, inputs = Kept(*saved[:3]), Inputs(*saved[3:])
         whole, problem, rows, dtype, by = ctx.rest
         with no_autocast(grad_y.device):
             found = by.backward(grad_y, inputs, whole, kept, problem, rows, dtype)
