@@ -262,6 +262,9 @@ def test_what_the_user_has_set_stays():
     assert made["DS_ACCELERATOR"] == "xpu"
     assert rank_environment(2, 1234, 3, {"OMP_NUM_THREADS": "7"})["OMP_NUM_THREADS"] == "3"
     assert rank_environment(2, 1234, None, {"CUDA_VISIBLE_DEVICES": ""})["DS_ACCELERATOR"] == "cpu"
+    assert int(rank_environment(2, 1234, None, {})["GOMP_SPINCOUNT"]) < 300_000
+    assert rank_environment(2, 1234, None, {"GOMP_SPINCOUNT": "5"})["GOMP_SPINCOUNT"] == "5"
+    assert "GOMP_SPINCOUNT" not in rank_environment(2, 1234, None, {"OMP_WAIT_POLICY": "active"})
 
 
 def test_zero_ranks_are_refused(tmp_path):
