@@ -104,8 +104,11 @@ LIGHTNING = [
         ("optim=adamw", "name a key of it, such as optim.name=adamw"),
         ("eval=3", "eval is a table of keys, not 3: name a key of it, such as eval.every_epochs"),
         ("batch.micro=x", "demo.toml: batch.micro = 'x': input should be a valid integer or 'auto'"),
-        ("model.recompute=x", "model.recompute = 'x': input should be 'none', 'cheap', 'mlp', 'block' or 'offload' or a list"),
-        ("model.recompute=['x']", "; model.recompute.0 = 'x': input should be 'none', 'cheap', 'mlp', 'block' or 'offload'"),
+        (
+            "model.recompute=x",
+            "recompute = 'x': input should be 'none', 'cheap', 'mlp', 'block' or 'offload' or a list",
+        ),
+        ("model.recompute=['x']", "; model.recompute.0 = 'x': input should be 'none', 'cheap', 'mlp', 'block'"),
         ("data.mean=0.5", "data.mean = 0.5: input should be a list"),
         ("model.memory_budget=20", "model.memory_budget: 20 is no size: write it as '20 GiB' or '900 MiB'"),
         ("model.memory_budget=lots", "demo.toml: model.memory_budget: 'lots' is no size: write it as '20 GiB'"),
