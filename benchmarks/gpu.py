@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu --out OUT                 run what is not done yet, in order
     python -m benchmarks.gpu --out OUT --list          what is done
-    python -m benchmarks.gpu --out OUT --only models   tasks whose name begins so
+    python -m benchmarks.gpu --out OUT --only models   tasks with this in their names
     python -m benchmarks.gpu --out OUT --minutes 9     begin no task, and end the running one, after so long
     python -m benchmarks.gpu --device cpu --small      every task in a tiny form on a CPU, to try this program itself
 
@@ -23,6 +23,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from setformer_dist.core.files import write_json, write_text
 
 LONGEST_S = 540.0
 _GRACE_S = 20.0
@@ -140,13 +142,8 @@ class Results:
     def add(self, task: Task, result: dict[str, Any]) -> None:
         """Write down a result."""
         self.found[task.name] = result
-        self._write("gpu.json", json.dumps(self.found, indent=1) + "\n")
-        self._write("gpu.md", "\n".join(section(name, entry) for name, entry in self.found.items()))
-
-    def _write(self, name: str, text: str) -> None:
-        aside = self.folder / f".{name}"
-        aside.write_text(text)
-        aside.replace(self.folder / name)
+        write_json(self.folder / "gpu.json", self.found)
+        write_text(self.folder / "gpu.md", "\n".join(section(name, entry) for name, entry in self.found.items()))
 
 
 def section(name: str, entry: dict[str, Any]) -> str:

@@ -168,14 +168,18 @@ def _shared_rows(subject: Subject, cluster: Cluster) -> list[tuple[str, str]]:
     if exchange is None:
         return []
     transfers = shared(subject, 1, 1)
-    took = [seconds(transfer, cluster.device, parts, cluster.per_node) for transfer in transfers]
-    gathers = f", and {exchange.gathers} gathers of {exchange.gather_bytes / 1e6:,.2f} MB" if exchange.gathers else ""
-    return [
-        ("shared images", f"{parts} ranks hold the rows of each; per micro batch and rank {exchange.sums} sums, of "
-                          f"{exchange.sum_bytes / 1e6:,.2f} MB for one image ({1e3 * took[0]:,.2f} ms, "
-                          f"{1e6 * took[0] / exchange.sums:,.0f} us each), and {exchange.rows} rows of tokens to a "
-                          f"neighbour, {exchange.row_bytes / 1e6:,.2f} MB ({1e3 * took[1]:,.2f} ms){gathers}"),
-    ]  # fmt: skip
+    ms = {t.what: 1e3 * seconds(t, cluster.device, parts, cluster.per_node) for t in transfers}
+    text = (
+        f"{parts} ranks hold the rows of each; per micro batch and rank {exchange.sums} sums, of "
+        f"{exchange.sum_bytes / 1e6:,.2f} MB for one image ({ms['sums']:,.2f} ms, "
+        f"{1e3 * ms['sums'] / exchange.sums:,.0f} us each)"
+    )
+    if exchange.rows:
+        size = f"{exchange.row_bytes / 1e6:,.2f} MB ({ms['rows']:,.2f} ms)"
+        text += f", {exchange.rows} rows of tokens to a neighbour, {size}"
+    if exchange.gathers:
+        text += f", {exchange.gathers} gathers of keys, {exchange.gather_bytes / 1e6:,.2f} MB ({ms['keys']:,.2f} ms)"
+    return [("shared images", text)]
 
 
 def _print_memory(subject: Subject, cluster: Cluster, rows: Sequence[Row], console: Console) -> None:

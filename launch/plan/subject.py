@@ -46,12 +46,7 @@ class Passes:
         def line(a: int, b: int) -> int:
             return round(a + (b - a) * (micro - low) / (high - low))
 
-        return Activations(
-            line(first.kept, last.kept),
-            line(first.peak, last.peak),
-            line(first.added, last.added),
-            line(first.host, last.host),
-        )
+        return Activations(line(first.kept, last.kept), line(first.peak, last.peak), line(first.added, last.added))
 
 
 @dataclass(frozen=True)

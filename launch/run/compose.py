@@ -125,7 +125,7 @@ def compose(
     averaged = averaged_of(task, model, device, dtype)
     prepare = prepare_for(c, task, classes, device, dtype, stream.steps_per_epoch, averaged)
     task, prepare, taught_by = with_teacher(run, task, prepare, input_spec, device, comm)
-    prepare = with_rows(prepare, model, split_model(run, task, model, ranks))
+    prepare = with_rows(prepare, model, split_model(c, model, ranks))
     heartbeat = Heartbeat.from_env()
     leaves = compile_for(run, model, ranks, device.type, functools.partial(heartbeat.beat, "forward"))
     engine = initialize(model, c.optim, run.deepspeed_json(), leaves)

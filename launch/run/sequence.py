@@ -15,7 +15,7 @@ from torch import nn
 
 from dataloaders.config import DataConfig
 from dataloaders.source import PartlyDecoded
-from launch.run.config import ResolvedRun, RunConfig
+from launch.run.config import RunConfig
 from launch.run.inputs import Split, shapes_of_images
 from setformer_dist.core.batch import MicroBatch
 from setformer_dist.core.errors import ConfigError
@@ -87,20 +87,15 @@ def _why_not(config: RunConfig, task: Task | None, model: nn.Module) -> str | No
     return cast(Splittable, model).why_not_split()
 
 
-def split_model(run: ResolvedRun, task: Task, model: nn.Module, ranks: RankInfo) -> Rows | None:
+def split_model(config: RunConfig, model: nn.Module, ranks: RankInfo) -> Rows | None:
     """Have the model hold this rank's rows; None and nothing changed where images are whole. Collective.
 
     Args:
-        run: with its config.
-        task: of the run.
-        model: not yet DeepSpeed's.
+        config: of the run.
+        model: not yet DeepSpeed's; `check_sequence` has nothing against it.
         ranks: this process's place.
-
-    Raises:
-        ConfigError: as `check_sequence`, on every rank.
     """
-    check_sequence(run.config, task, model)
-    parts = run.config.parallel.sequence
+    parts = config.parallel.sequence
     if parts == 1:
         return None
     if ranks.is_main and ranks.local_world_size % parts:
@@ -110,7 +105,7 @@ def split_model(run: ResolvedRun, task: Task, model: nn.Module, ranks: RankInfo)
             ranks.local_world_size,
             parts,
         )
-    rows = Rows(RowGroup(ranks, parts, run.config.run.timeout_minutes))
+    rows = Rows(RowGroup(ranks, parts, config.run.timeout_minutes))
     cast(Splittable, model).split_rows(rows)
     return rows
 

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.words import counted
 from setformer_dist.engine.config import CompileConfig
 
 log = logging.getLogger(__name__)
@@ -70,14 +71,14 @@ class Compilation:
         use = "training" if torch.is_grad_enabled() else "evaluation"
         broken = f", in {breaks + 1} pieces, which costs speed" if breaks else ""
         log.info(
-            "compiled %s for %s of %s in %.1f s%s (%d graphs in %.1f s so far)",
-            name, use, shape, seconds, broken, self.graphs, self.seconds,
+            "compiled %s for %s of %s in %.1f s%s (%s in %.1f s so far)",
+            name, use, shape, seconds, broken, counted(self.graphs, "graph"), self.seconds,
         )  # fmt: skip
         self.beat()
         if self.seconds > self.config.limit_s:
             self.give_up(
                 f"compiling has taken {self.seconds:.0f} s, longer than compile.limit_s = {self.config.limit_s:g}, and "
-                f"{self.graphs} graphs are done: raise it"
+                f"{counted(self.graphs, 'graph')} done so far: raise it"
             )
 
     def failed(self, name: str, error: BaseException) -> None:

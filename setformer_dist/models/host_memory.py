@@ -2,7 +2,8 @@
 
 A copy goes out on a stream of its own, behind the work that made the tensor, and comes back one block ahead of its
 need. At most `_UNDERWAY` copies out are unfinished: computation waits for older ones, so that the memory which they
-hold stays bounded. The bits are those that went out. On a CPU there is no other memory, and tensors stay as they are.
+hold stays bounded. The bits are those that went out. (torch's `save_on_cpu` lets computation
+wait for every copy.) On a CPU there is no other memory, and tensors stay as they are.
 """
 
 from __future__ import annotations
@@ -17,19 +18,12 @@ _SMALLEST_BYTES = 1 << 20
 _UNDERWAY = 2
 
 
-class InHostMemory:
+class InHostMemory(torch.autograd.graph.saved_tensors_hooks):
     """Within `with`, large tensors that autograd keeps lie in host memory; for the blocks of one stage, in order."""
 
     def __init__(self) -> None:
+        super().__init__(self._pack, self._unpack)
         self._sent: list[_Sent] = []
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
-
-    def __enter__(self) -> InHostMemory:
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._hooks.__exit__(None, None, None)
 
     def _pack(self, tensor: torch.Tensor) -> Any:
         if tensor.numel() * tensor.itemsize < _SMALLEST_BYTES or not has_own_memory(tensor):

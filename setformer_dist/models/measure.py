@@ -89,7 +89,8 @@ class Memory:
         activations: kept for the backward pass of one micro batch.
         working: the most that gradients, activations, and the buckets and copies by which gradients are reduced take
             together: they are not all alive at once.
-        host: what offload keeps in host memory instead, and the fp32 gradients that Adam takes there.
+        host: what zero.offload and model.recompute = "offload" keep in host memory instead, and the fp32 gradients
+            that Adam takes there.
     """
 
     parameters: int

@@ -13,8 +13,17 @@ from torch import nn
 
 from launch.plan.goodput import Saving, best_interval, goodput
 from launch.plan.hardware import DEVICES, GB
-from launch.plan.plan import counts_of, device_named, impossible, memory_parts, plan, recovery_of, with_batch
-from launch.plan.rows import MOST_MICRO, Cluster, Row, rank_memory, recommended, row_of, saving_of
+from launch.plan.plan import (
+    _shared_rows,
+    counts_of,
+    device_named,
+    impossible,
+    memory_parts,
+    plan,
+    recovery_of,
+    with_batch,
+)
+from launch.plan.rows import MOST_MICRO, Cluster, Row, rank_memory, recommended, row_of, saving_of, shared
 from launch.plan.subject import Passes, Subject, subject_of
 from launch.plan.traffic import Model, Transfer, seconds, traffic
 from launch.run.config import load_run
@@ -194,6 +203,14 @@ def test_ranks_that_share_images_wait_for_sums_and_rows(subject: Subject) -> Non
     assert apart == pytest.approx(rows.payload / H100.device.between.bandwidth + rows.calls * 8e-6)
     assert row.traffic_s > sum(seconds(t, H100.device, 8, 8) for t in (sums, rows))
     assert "cannot be cut into groups of 2" in row_of(shared, H100, 2, 3).why_not
+
+
+def test_a_model_of_one_stage_gives_no_rows_to_neighbours() -> None:
+    words = ["parallel.sequence=2", "model.args.depths=[2]", "model.args.num_heads=[2]", "data.root=nowhere"]
+    one = subject_of(load_run(CONFIG, [*words, "model.args.attn.references=9"]))
+    assert [transfer.what for transfer in shared(one, 1, 1)] == ["sums"]
+    ((_, text),) = _shared_rows(one, H100)
+    assert "neighbour" not in text
 
 
 def test_a_model_without_a_split_form_is_not_planned_in_groups() -> None:
