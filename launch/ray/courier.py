@@ -17,6 +17,7 @@ next one: equal problems have equal solutions.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import importlib.metadata
@@ -34,7 +35,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -49,6 +50,7 @@ _AGAIN_S = 0.5  # between two tries
 _ASK_S = 3.0  # between two signs of life of the service
 _DEAF_S = 15.0  # a service that answered once and does not for so long is replaced
 _DUMB_S = 120.0  # likewise one that never answered: it may still import
+_FOUND_S = 40.0  # likewise, where another courier has begun it
 _ANSWER_S = 3.0
 
 
@@ -94,6 +96,7 @@ class Courier:
         self._asked: Any = None  # for a sign of life
         self._asked_at = 0.0
         self._heard = False
+        self._found = False  # the service, which another courier has begun
         self._job: Job | None = None
         self._told = ""
 
@@ -132,6 +135,8 @@ class Courier:
             self._job = None
         except (RayError, ValueError) as error:  # a ValueError is an actor's name that has just become free
             self._tell(_short(error))
+            if isinstance(error, ActorUnavailableError):  # it may live, and be suspended
+                self._kill()
             self._forget_service(dead=isinstance(error, RayActorError))
 
     def _carry(self) -> None:
@@ -171,7 +176,7 @@ class Courier:
     def _begin_service(self) -> Any:
         """Return the service of this cluster and version, which is begun where there is none."""
         if self._service is None:
-            self._number = self._chosen()
+            self._number, self._found = self._chosen()
             self._service = (
                 ray.remote(RefitService)
                 .options(
@@ -188,15 +193,15 @@ class Courier:
             self._ask()
         return self._service
 
-    def _chosen(self) -> int:
-        """Return the number of the service that lives, or of the next one.
+    def _chosen(self) -> tuple[int, bool]:
+        """Return the number of the service that lives, or of the next one, and whether one lives.
 
         Ray's client takes a name for that of an actor of another driver for ever, also once that is dead.
         """
         beginning = f"{_PREFIX}{self._version}-"
         named = [name.removeprefix(beginning) for name in list_named_actors() if name.startswith(beginning)]
         living = {int(number) for number in named} - self._dead
-        return max(living) if living else max(self._dead, default=-1) + 1
+        return (max(living), True) if living else (max(self._dead, default=-1) + 1, False)
 
     def _ask(self) -> None:
         self._asked, self._asked_at = self._service.lives.remote(), time.monotonic()
@@ -211,15 +216,20 @@ class Courier:
             return
         if patience_s and self._heard:
             self._ask()
+        longest_s = _DEAF_S if self._heard else _FOUND_S if self._found else _DUMB_S
         done, _ = ray.wait([self._asked], timeout=patience_s)
         if done:
             ray.get(self._asked)
             self._heard = True
             self._ask()
-        elif (self._heard and patience_s) or time.monotonic() - self._asked_at > (_DEAF_S if self._heard else _DUMB_S):
+        elif (self._heard and patience_s) or time.monotonic() - self._asked_at > longest_s:
             self._tell("the refresh service gave no sign of life, and was ended")
-            ray.kill(self._service)
+            self._kill()
             self._forget_service(dead=True)
+
+    def _kill(self) -> None:
+        with contextlib.suppress(RayError):
+            ray.kill(self._service)
 
     def _forget_service(self, dead: bool) -> None:
         if dead:

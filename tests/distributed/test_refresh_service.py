@@ -243,6 +243,7 @@ def test_runs_share_a_service_and_go_on_without_the_one_that_began_it(cluster: C
             assert of_the_cluster("RefitService", os.getpid()) == [service]
             assert first._process is not None
             first._process.kill()
+            service.wait(60)  # it may answer until then, and two services would be begun
             assert answer_of(second, problems[1]) == expected[1]
             assert answer_of(first, problems[2]) == expected[2]  # by a courier of its own again
             [other] = of_the_cluster("RefitService", os.getpid())
@@ -252,6 +253,18 @@ def test_runs_share_a_service_and_go_on_without_the_one_that_began_it(cluster: C
             assert answer_of(second, problems[3]) == expected[3]
             other.wait(60)  # what gave no sign of life is ended
             assert answer_of(first, problems[3]) == expected[3]
+
+
+@pytest.mark.drill
+def test_a_service_that_a_run_never_reached_is_replaced_and_ended(cluster: Cluster) -> None:
+    problem = problem_bytes(problem_of(PLAIN, iterations=1), 1)
+    wait_for_none(os.getpid())
+    with contextlib.closing(Courier(cluster.address)):
+        service = wait_for_service(os.getpid())
+        service.send_signal(signal.SIGSTOP)
+        with contextlib.closing(Courier(cluster.address)) as second:
+            assert answer_of(second, problem) == solved(problem)
+            service.wait(60)
 
 
 @pytest.mark.drill
