@@ -6,9 +6,11 @@ Every buffer starts as NaN, so a number that no kernel wrote is seen.
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from setformer_dist.ops.kernels import at_least_fp32, unit
 from setformer_dist.ops.set import reference as set_reference
@@ -58,7 +60,7 @@ def inputs(
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     wide = at_least_fp32(torch.empty(0, dtype=dtype)).dtype  # references come in at least fp32
-    references = [unit(normal(HEADS, m, k or d)).to(wide) for _ in range(sets)]
+    references = [(0.3 * normal(HEADS, m, k or d)).to(wide) for _ in range(sets)]
     mask = None
     if masked:
         mask = torch.rand(b, n, generator=generator) < 0.7
@@ -286,6 +288,80 @@ def test_nothing_of_the_size_of_the_plan_is_allocated(buffers: list[int]) -> Non
     buffers.clear()
     by_triton(given, problem(iterations=1), gradient_of(given.x_bhnd), 1)
     assert max(buffers) == given.x_bhnd.numel()
+
+
+@pytest.mark.parametrize("sets", [1, 2])
+def test_three_launches_and_no_other_kernel(sets: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # buffers are not to be filled
+    monkeypatch.setattr(set_triton, "_may_wait", lambda device, splits: True)  # as on a GPU
+    launched: list[str] = []
+    for name in ("forward", "backward", "references_backward"):
+        monkeypatch.setattr(set_triton.kernels, name, Unlaunched(name, launched))
+    given = inputs(sets=sets, dtype=torch.float32)
+    dy = gradient_of(given.x_bhnd)
+    with Computing() as seen:
+        _, kept = set_triton.forward(given, problem(), 1)
+        set_triton.backward(dy, given, kept, problem(), 1)
+    assert launched == ["forward", "backward", "references_backward"]
+    assert seen.names <= {"aten.empty", "aten.empty_like", "aten.slice", "aten.promote_types"}
+
+
+class Unlaunched:
+    """A kernel that notes its launches instead."""
+
+    def __init__(self, name: str, launched: list[str]) -> None:
+        self._note = lambda *args, **options: launched.append(name)
+
+    def __getitem__(self, grid: object) -> Any:
+        return self._note
+
+
+class Computing(TorchDispatchMode):
+    """Notes PyTorch's operators: what is not a view or an empty tensor is a kernel on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func).rsplit(".", 1)[0])
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_reference_without_a_length() -> None:
+    given = inputs()
+    given.gather_hmk[1, 3] = 0.0
+    given.gather_hmk[0, 2] *= 1e-7  # divided by 1e-6, not by its length
+    assert_same(given, problem(), tolerance=max(TOLERANCE[WIDE], 1e-8))  # the least length is a number of fp32
+
+
+def test_references_of_two_dtypes_get_gradients_of_theirs() -> None:
+    given = inputs(dtype=torch.float32)
+    assert given.scatter_hmk is not None
+    narrow = given._replace(gather_hmk=given.gather_hmk.bfloat16())
+    wide = narrow._replace(gather_hmk=narrow.gather_hmk.float())
+    dy = gradient_of(given.x_bhnd)
+    y, gradients = by_triton(narrow, problem(), dy, 1)
+    expected, others = by_triton(wide, problem(), dy, 1)
+    assert torch.equal(y, expected)
+    assert gradients.gather.dtype == torch.bfloat16
+    assert torch.equal(gradients.gather, others.gather.bfloat16())
+    assert gradients.scatter is not None
+    assert others.scatter is not None
+    assert torch.equal(gradients.scatter, others.scatter)
+
+
+def test_a_program_of_some_references_and_one_of_all_add_up_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = inputs(m=9, b=3)
+    dy = gradient_of(given.x_bhnd)
+    _, gradients = by_triton(given, problem(), dy, 2)
+    monkeypatch.setattr(set_triton, "_rows_of_program", lambda spec: 2)  # one on a GPU
+    monkeypatch.setattr(set_triton, "PART_NUMBERS", 64)  # several turns, the last one not full
+    _, others = by_triton(given, problem(), dy, 2)
+    assert_near(others.gather, gradients.gather, 1e-12)
+    assert gradients.scatter is not None
+    assert others.scatter is not None
+    assert_near(others.scatter, gradients.scatter, 1e-12)
 
 
 def test_what_the_kernels_cannot_do_is_said() -> None:

@@ -20,7 +20,6 @@ import torch
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
-from setformer_dist.ops.kernels import at_least_fp32, unit, unit_backward
 from setformer_dist.ops.set import triton_kernels as kernels
 from setformer_dist.ops.set.problem import Gradients, Inputs, SetProblem
 
@@ -37,6 +36,8 @@ RUN = 512
 MAX_EXPONENT = 80.0
 # What a program reads to merge the splits of its group, in numbers.
 MAX_MERGE = 4096
+# Numbers of the references' gradients that a program adds up at once, for each reference it has.
+PART_NUMBERS = 2048
 # Programs that share a group, at most: as many as wait for each other on a large GPU (`_may_wait`).
 MAX_SPLITS = 64
 
@@ -106,12 +107,16 @@ def backward(
         dx = torch.empty_like(inputs.x_bhnd)
         dfeatures = None if inputs.features_bhnk is None else torch.empty_like(inputs.features_bhnk)
         b, h = inputs.x_bhnd.shape[:2]
-        dr = call.buffer(spec.SETS, b, h, spec.SPLITS, spec.MP, spec.KP)
+        d_units = call.buffer(spec.SETS, b, h, spec.SPLITS, spec.MP, spec.KP)
         view = None if dfeatures is None else _view(dfeatures)
-        call.launch(kernels.backward, {}, _view(dx), view, dr, _view(grad_y), adjoint)
-        dr = unit_backward(call.references, dr.sum((1, 3))[:, :, : spec.M, : spec.K])
-    scatter = None if inputs.scatter_hmk is None else dr[1].to(inputs.scatter_hmk.dtype, copy=True)
-    return Gradients(dx, dfeatures, dr[0].to(inputs.gather_hmk.dtype, copy=True), scatter)
+        call.launch(kernels.backward, {}, _view(dx), view, d_units, _view(grad_y), adjoint)
+        sets = call.of_references(d_units, b)
+    gather, scatter = inputs.gather_hmk, inputs.scatter_hmk
+    d_gather, d_scatter = sets[0].to(gather.dtype), None
+    if scatter is not None:
+        assert sets[1] is not None
+        d_scatter = sets[1].to(scatter.dtype)
+    return Gradients(dx, dfeatures, d_gather, d_scatter)
 
 
 def _view(tensor: torch.Tensor) -> kernels.View:
@@ -120,28 +125,30 @@ def _view(tensor: torch.Tensor) -> kernels.View:
 
 @dataclass(frozen=True)
 class _Call:
-    """One call's inputs as the kernels take them; `references` as they came, (s, h, m, k)."""
+    """One call's inputs as the kernels take them."""
 
     data: kernels.Data
     spec: kernels.Spec
     acc: torch.dtype
-    references: torch.Tensor
 
     @classmethod
     def of(cls, inputs: Inputs, problem: SetProblem, splits: int | None) -> _Call:
         x = inputs.x_bhnd
         b, h, n, _ = x.shape
         groups = b * h
-        acc = at_least_fp32(x[:0]).dtype
+        acc = torch.promote_types(x.dtype, torch.float32)
         spec = _spec(inputs, problem, _splits(inputs) if splits is None else splits)
         positions, places, mask = inputs.positions_bna, inputs.places_ma, inputs.mask_bn
         buffer = functools.partial(_buffer, acc, x.device)
-        # Widened first: under autocast two narrow dtypes cannot be stacked.
-        given = torch.stack([r.to(acc) for r in (inputs.gather_hmk, inputs.scatter_hmk) if r is not None])
+        gather, scatter = inputs.gather_hmk, inputs.scatter_hmk
+        if scatter is not None and scatter.dtype != gather.dtype:
+            wider = torch.promote_types(gather.dtype, scatter.dtype)
+            gather, scatter = gather.to(wider), scatter.to(wider)
         data = kernels.Data(
             x=_view(x),
             features=None if inputs.features_bhnk is None else _view(inputs.features_bhnk),
-            references=unit(given),
+            gather=gather.contiguous(),
+            scatter=None if scatter is None else scatter.contiguous(),
             positions=None if positions is None else positions.to(acc).contiguous(),
             positions_b=0 if positions is None or positions.shape[0] == 1 else n * spec.AXES,
             places=None if places is None else places.to(acc).contiguous(),
@@ -156,7 +163,7 @@ class _Call:
             n=n,
             run=triton.cdiv(triton.cdiv(n, spec.BLOCK), spec.SPLITS) * spec.BLOCK,
         )
-        return cls(data, spec, acc, given)
+        return cls(data, spec, acc)
 
     def buffer(self, *shape: int) -> torch.Tensor:
         """Return an uninitialised buffer of the accumulators' dtype."""
@@ -166,6 +173,18 @@ class _Call:
         """Return potentials (s, groups, rounds + 2, m), and after them pooled (groups, MP, DP), out of `kept`."""
         return kept, kept[kept.numel() - self.data.groups * self.spec.MP * self.spec.DP :]
 
+    def of_references(self, d_units: torch.Tensor, images: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the gradients of both sets, (h, m, k), from those of their unit vectors (s, b, h, splits, MP, KP)."""
+        data, spec = self.data, self.spec
+        d_gather = torch.empty_like(data.gather)
+        d_scatter = None if data.scatter is None else torch.empty_like(data.scatter)
+        rows = _rows_of_program(spec)
+        grid = (triton.cdiv(spec.M, rows), spec.SETS * data.heads)
+        sets = (d_gather, d_scatter, d_units, data.gather, data.scatter)
+        sizes = (spec.M, spec.MP, spec.K, spec.KP, spec.SPLITS, rows, max(1, PART_NUMBERS // spec.KP), spec.ACC)
+        kernels.references_backward[grid](*sets, data.heads, images * spec.SPLITS, *sizes, num_warps=WARPS)
+        return d_gather, d_scatter
+
     def launch(self, kernel: Any, options: dict[str, int], *arguments: Any) -> None:
         """Run all phases: in one launch where programs may wait for each other or have nobody to wait for."""
         spec = _constants(self.spec)
@@ -174,6 +193,11 @@ class _Call:
         steps = [(0, phases)] if self.spec.TOGETHER or self.spec.SPLITS == 1 else [(i, i + 1) for i in range(phases)]
         for first, end in steps:
             kernel[grid](*arguments, self.data, first, end, spec, num_warps=WARPS, **options)
+
+
+def _rows_of_program(spec: kernels.Spec) -> int:
+    """Return of how many references a program adds up gradients; interpreted, it costs more than what it computes."""
+    return spec.MP if triton.knobs.runtime.interpret else 1
 
 
 def _buffer(dtype: torch.dtype, device: torch.device, *shape: int) -> torch.Tensor:
@@ -207,10 +231,21 @@ def _splits(inputs: Inputs) -> int:
 
 
 def _spec(inputs: Inputs, problem: SetProblem, splits: int) -> kernels.Spec:
-    d = inputs.x_bhnd.shape[-1]
+    x = inputs.x_bhnd
     _, m, k = inputs.gather_hmk.shape
-    rounded, precision = _products(inputs.x_bhnd.dtype)
+    sets = 1 if inputs.scatter_hmk is None else 2
     axes = 0 if inputs.positions_bna is None else inputs.positions_bna.shape[-1]
+    sizes = (x.shape[-1], m, k, _block(inputs), sets, splits, axes)
+    together = splits > 1 and _may_wait(x.device, splits)
+    return _spec_of(problem, sizes, together, x.dtype, torch.get_float32_matmul_precision())
+
+
+@functools.lru_cache(maxsize=256)
+def _spec_of(
+    problem: SetProblem, sizes: tuple[int, ...], together: bool, dtype: torch.dtype, fp32_products: str
+) -> kernels.Spec:
+    d, m, k, block, sets, splits, axes = sizes
+    rounded, precision = _products(dtype, fp32_products)
     return kernels.Spec(
         M=m,
         MP=_padded(m),
@@ -218,11 +253,11 @@ def _spec(inputs: Inputs, problem: SetProblem, splits: int) -> kernels.Spec:
         KP=_padded(k),
         D=d,
         DP=_padded(d),
-        BLOCK=_block(inputs),
-        SETS=1 if inputs.scatter_hmk is None else 2,
+        BLOCK=block,
+        SETS=sets,
         ROUNDS=problem.iterations,
         SPLITS=splits,
-        TOGETHER=splits > 1 and _may_wait(inputs.x_bhnd.device, splits),
+        TOGETHER=together,
         LOGS=_exponents(problem, axes) > MAX_EXPONENT,
         EPSILON=problem.epsilon,
         SIGMA=problem.sigma,
@@ -233,7 +268,7 @@ def _spec(inputs: Inputs, problem: SetProblem, splits: int) -> kernels.Spec:
         ROUND=rounded,
         # Triton's interpreter multiplies the bits of bf16 as integers; widened, bf16 has the same products.
         DOT=tl.float32 if triton.knobs.runtime.interpret and rounded == tl.bfloat16 else rounded,
-        ACC=tl.float64 if inputs.x_bhnd.dtype == torch.float64 else tl.float32,
+        ACC=tl.float64 if dtype == torch.float64 else tl.float32,
         PRECISION=precision,
     )
 
@@ -275,9 +310,9 @@ _PRODUCTS = {
 }
 
 
-def _products(dtype: torch.dtype) -> tuple[tl.dtype, str]:
+def _products(dtype: torch.dtype, fp32_products: str) -> tuple[tl.dtype, str]:
     """Return dtype and precision of products; fp32's follow torch's setting."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    if dtype == torch.float32 and fp32_products != "highest":
         return tl.float32, "tf32"
     return _PRODUCTS[dtype]
 

@@ -66,7 +66,8 @@ class Data(NamedTuple):
     Attributes:
         x: values.
         features: what is compared with the references; None takes x of unit length.
-        references: (sets, h, m, k), contiguous.
+        gather: references that gather, (h, m, k), contiguous, of any length.
+        scatter: those that scatter, likewise and of the same dtype; None where one set does both.
         positions: (b or 1, n, axes), contiguous, or None.
         positions_b: stride from one image's positions to the next; 0 where all share them.
         places: (m, axes), contiguous, or None.
@@ -85,7 +86,8 @@ class Data(NamedTuple):
 
     x: View
     features: View | None
-    references: torch.Tensor
+    gather: torch.Tensor
+    scatter: torch.Tensor | None
     positions: torch.Tensor | None
     positions_b: int
     places: torch.Tensor | None
@@ -183,11 +185,24 @@ def _square_at(at, index, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _references(data, s, h, spec):
-    """References of one set and head, (MP, KP), zeros in the padding."""
+    """References of one set and head, brought to unit length, (MP, KP), zeros in the padding."""
     j = tl.arange(0, spec.MP)
     k = tl.arange(0, spec.KP)
-    at = data.references + ((data.heads * s + h) * spec.M + j)[:, None] * spec.K + k[None, :]
-    return tl.load(at, mask=(j < spec.M)[:, None] & (k < spec.K)[None, :], other=0.0)
+    at = _set_at(data.gather, data.scatter, s) + (h * spec.M + j)[:, None] * spec.K + k[None, :]
+    found = tl.load(at, mask=(j < spec.M)[:, None] & (k < spec.K)[None, :], other=0.0).to(spec.ACC)
+    return found * _inverse_length(tl.sum(found * found, 1))[:, None]
+
+
+@triton.jit
+def _set_at(gather, scatter, s):
+    """Pointer to what belongs to set s."""
+    return gather if scatter is None else tl.where(s == 0, gather, scatter)
+
+
+@triton.jit
+def _inverse_length(square):
+    """1 / length of references from their square sums; a shorter one than SHORTEST is divided by that."""
+    return 1.0 / tl.sqrt(tl.maximum(square, SHORTEST * SHORTEST))
 
 
 @triton.jit
@@ -896,3 +911,50 @@ def backward(dx, dfeatures, d_references, dy, adjoint, data, FIRST: tl.constexpr
         _meet(data, group, phase + 1, spec)
     if END > LAST:
         _gradients(dx, dfeatures, d_references, dy, adjoint, b, h, group, split, data, spec)
+
+
+@triton.jit
+def references_backward(
+    d_gather,
+    d_scatter,
+    d_units,
+    gather,
+    scatter,
+    heads,
+    parts,
+    M: tl.constexpr,
+    MP: tl.constexpr,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Gradients of the references from all parts of those of their unit vectors, added up in fixed order.
+
+    A program has ROWS references of one set and head. Further arguments:
+        d_units: what `backward` wrote, (sets, b, heads, SPLITS, MP, KP).
+        parts: b * SPLITS.
+        PARTS: how many of them are loaded at once.
+    """
+    first = tl.program_id(0) * ROWS
+    s, h = tl.program_id(1) // heads, tl.program_id(1) % heads
+    j, k = first + tl.arange(0, ROWS), tl.arange(0, KP)
+    inside = (j < M)[:, None] & (k < K)[None, :]
+    total = tl.zeros((PARTS, ROWS, KP), ACC)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        group = s * (parts // SPLITS) * heads + (part // SPLITS) * heads + h
+        place = (group * SPLITS + part % SPLITS).to(tl.int64) * (MP * KP)
+        at = d_units + place[:, None, None] + (j[:, None] * KP + k[None, :])[None, :, :]
+        total += tl.load(at, mask=(part < parts)[:, None, None] & inside[None, :, :], other=0.0)
+    gradient = tl.sum(total, 0)
+    own = (h * M + j)[:, None] * K + k[None, :]
+    reference = tl.load(_set_at(gather, scatter, s) + own, mask=inside, other=0.0).to(ACC)
+    square = tl.sum(reference * reference, 1)
+    inverse = _inverse_length(square)
+    along = tl.sum(gradient * reference, 1) * inverse * inverse
+    along = tl.where(square < SHORTEST * SHORTEST, 0.0, along)
+    found = (gradient - reference * along[:, None]) * inverse[:, None]
+    tl.store(_set_at(d_gather, d_scatter, s) + own, found.to(d_gather.dtype.element_ty), mask=inside)

@@ -1,0 +1,169 @@
+"""Host time of the Triton operator: what a call costs before the GPU begins, on a machine that needs no GPU.
+
+    python -m benchmarks.host [--json FILE]
+
+Kernels are compiled for Hopper, and a driver that launches nothing stands where CUDA's would. All else runs as on a
+GPU: autograd, our Python, Triton's choice of the compiled kernel. PyTorch's own small kernels take a CPU's time.
+SeTformer-Tiny's four stages, one image, bf16, two sets, the filter, 5 rounds. A call's launches do not depend on the
+batch. "Kernels" are ours and PyTorch's; on a GPU each is a launch of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime import driver
+
+from benchmarks.machine import describe
+from benchmarks.measure import write
+from setformer_dist.ops.set import op
+from setformer_dist.ops.set import triton as set_triton
+from setformer_dist.ops.set.problem import Inputs, SetProblem
+
+# Tokens, heads and references of a block of each stage of SeTformer-Tiny at 224 x 224.
+STAGES = ((3136, 2, 49), (784, 4, 49), (196, 8, 25), (49, 16, 25))
+WIDTH = 32
+PROBLEM = SetProblem(epsilon=0.1, sigma=0.0, tau=0.25, iterations=5)
+REPEATS = 1000
+# PyTorch's operators that launch nothing.
+NO_KERNEL = ("promote_types", "empty", "empty_like", "slice", "select", "view", "transpose", "detach")
+
+
+class Stub(DriverBase):
+    """A Hopper GPU that launches nothing and counts."""
+
+    launches = 0
+
+    class utils:  # noqa: N801 - Triton's name
+        """What Triton asks of a device, and the loader of binaries."""
+
+        @staticmethod
+        def get_device_properties(device: int) -> dict[str, int]:
+            """Return what is asked for."""
+            return {"max_shared_mem": 227 << 10, "multiprocessor_count": 132}
+
+        @staticmethod
+        def load_binary(*binary: object) -> tuple[int, ...]:
+            """Return module, function, registers, spills and the most threads."""
+            return 1, 2, 0, 0, 1024
+
+        @staticmethod
+        def unload_module(module: object) -> None:
+            """Nothing was loaded."""
+
+    @staticmethod
+    def launcher_cls(source: object, metadata: object) -> Callable[..., None]:
+        """Return what stands for a launch."""
+        return Stub._launch
+
+    @staticmethod
+    def _launch(*arguments: object) -> None:
+        Stub.launches += 1
+
+    @classmethod
+    def is_active(cls) -> bool:
+        """Return whether this driver is to be used."""
+        return True
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        """Return a type of the launcher, which has none here."""
+        return ty
+
+    def get_current_target(self) -> GPUTarget:
+        """Return what to compile for."""
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        """Return where the tensors are."""
+        return torch.device("cpu")
+
+    def get_benchmarker(self) -> Any:
+        """Refuse."""
+        raise AssertionError("nothing runs here that could be timed")
+
+    def get_current_device(self) -> int:
+        """Return the device."""
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        """Return the stream."""
+        return 0
+
+
+class Kernels(TorchDispatchMode):
+    """Counts PyTorch's operators that are kernels on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count one."""
+        self.count += func.overloadpacket.__name__ not in NO_KERNEL
+        return func(*args, **(kwargs or {}))
+
+
+def microseconds(work: Callable[[], Any]) -> float:
+    """Return the lower quartile: another program can make a call longer, none shorter."""
+    found = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - start)
+    return 1e6 * statistics.quantiles(found, n=4)[0]
+
+
+def stage(n: int, heads: int, m: int) -> dict[str, Any]:
+    """Measure a block's call of the operator."""
+    x = torch.randn(1, n, heads * WIDTH).bfloat16().view(1, n, heads, WIDTH).transpose(1, 2).requires_grad_()
+    gather, scatter = (torch.randn(heads, m, WIDTH).requires_grad_() for _ in range(2))
+    inputs = Inputs(x, None, gather, scatter, torch.rand(1, n, 2), torch.rand(m, 2), None)
+    grad_y = torch.randn(1, heads, n, WIDTH).bfloat16()
+
+    def forward() -> torch.Tensor:
+        return op.differentiable(inputs, PROBLEM, "triton")
+
+    def both() -> None:
+        torch.autograd.grad(forward(), (x, gather, scatter), grad_y)
+
+    both()  # compiles
+    Stub.launches = 0
+    both()
+    ours, forward_us, both_us = Stub.launches, microseconds(forward), microseconds(both)
+    with torch.no_grad(), Kernels() as others:
+        _, kept = set_triton.forward(inputs, PROBLEM)
+        set_triton.backward(grad_y, inputs, kept, PROBLEM)
+    found = {"tokens": n, "heads": heads, "references": m, "forward_us": forward_us, "both_us": both_us}
+    return {**found, "triton_kernels": ours, "torch_kernels": others.count}
+
+
+def main() -> None:
+    """Measure all stages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/out/host.json"))
+    args = parser.parse_args()
+    driver.set_active(Stub())
+    set_triton._may_wait = lambda device, splits: True  # as on a GPU
+    torch.set_num_threads(1)
+    rows = [stage(*sizes) for sizes in STAGES]
+    table = Table("tokens", "heads", "forward µs", "forward + backward µs", "kernels", "of PyTorch", title=describe())
+    for r in rows:
+        kernels, times = r["triton_kernels"] + r["torch_kernels"], (f"{r['forward_us']:.0f}", f"{r['both_us']:.0f}")
+        table.add_row(str(r["tokens"]), str(r["heads"]), *times, str(kernels), str(r["torch_kernels"]))
+    Console().print(table)
+    write(args.json, {"machine": describe(), "stages": rows})
+
+
+if __name__ == "__main__":
+    main()
