@@ -37,12 +37,12 @@ from dataloaders.pixels.decode import (
     image_size,
     is_jpeg,
     natural,
+    opened,
     refuse_large,
     stored_shape,
     unfit,
 )
 from dataloaders.pixels.depth import MAX_PIXELS, RGB, PixelFormat
-from dataloaders.pixels.formats import FORMATS
 from dataloaders.source import Boxes, Stored, Tiled
 from dataloaders.sources.slides import SlideImage
 from dataloaders.sources.tiles import LARGEST_SIDE, RAW_SUFFIX, Grid
@@ -301,7 +301,7 @@ def _mask(data: bytes, stored: tuple[int, int], packed: tuple[int, int], how: In
 def _mask_values(data: bytes) -> tuple[str, npt.NDArray[np.uint8]]:
     """Return a mask file's mode and its (H, W) values."""
     try:
-        with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with opened(data) as image:
             refuse_large(image)
             mode, values = image.mode, np.asarray(image)
     except UndecodableError:

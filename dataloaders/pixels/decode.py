@@ -28,6 +28,7 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
+import PIL.ExifTags
 import PIL.Image
 import simplejpeg
 
@@ -346,10 +347,16 @@ def refuse_large(image: PIL.Image.Image, form: PixelFormat = RGB) -> None:
 
 
 @contextlib.contextmanager
-def _opened(data: bytes, form: PixelFormat = RGB) -> Iterator[PIL.Image.Image]:
-    """Open an image by PIL, whose own limit gives way to a larger one that the config names."""
+def opened(data: bytes, form: PixelFormat = RGB) -> Iterator[PIL.Image.Image]:
+    """Open an image by PIL, whose own limit gives way to a larger one that the config names.
+
+    PIL alone of all readers turns a TIFF as it asks to be shown, by its tag or by words within it, and no other format.
+    """
+    if tiff.is_tiff(data):
+        data = tiff.upright(data)
     if form.max_pixels <= MAX_PIXELS:
         with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _keep_upright(image)
             yield image
         return
     with _PIL_LIMIT:  # a setting of the process, needed while the header is read
@@ -359,7 +366,13 @@ def _opened(data: bytes, form: PixelFormat = RGB) -> Iterator[PIL.Image.Image]:
         finally:
             PIL.Image.MAX_IMAGE_PIXELS = before
     with image:
+        _keep_upright(image)
         yield image
+
+
+def _keep_upright(image: PIL.Image.Image) -> None:
+    if image.format == "TIFF":
+        image.getexif()[PIL.ExifTags.Base.Orientation] = 1
 
 
 def _pil_reads(data: bytes, form: PixelFormat) -> bool:
@@ -370,7 +383,7 @@ def _pil_reads(data: bytes, form: PixelFormat) -> bool:
     if found.extra > found.alpha:  # more than colours: PIL would leave a band out
         return False
     try:
-        with _opened(data, form):
+        with opened(data, form):
             return True
     except PIL.UnidentifiedImageError:
         return False
@@ -381,7 +394,7 @@ def _decode_by_pil(data: bytes, form: PixelFormat) -> npt.NDArray[Any]:
         _check_png(data)
         if not form.is_rgb and data[24] == 16:  # IHDR's bit depth
             return _png16(data, form)
-    with _opened(data, form) as image:
+    with opened(data, form) as image:
         refuse_large(image, form)
         if form.is_rgb:
             if image.mode.startswith("I"):  # 16 bits a channel; PIL's own conversion would clip at 255
@@ -492,7 +505,7 @@ def image_size(data: bytes, form: PixelFormat = RGB) -> tuple[int, int]:
         elif tiff.is_tiff(data):
             height, width = tiff.header(data)[:2]
         else:
-            with _opened(data, form) as image:
+            with opened(data, form) as image:
                 height, width = image.height, image.width
     except UndecodableError:
         raise

@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 import io
 import struct
+from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -42,7 +43,9 @@ _OTHERS = {
 
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _SAMPLES = 256, 257, 258, 259, 262, 277
 _PLANAR, _TILE_WIDTH, _TILE_HEIGHT, _EXTRA, _FORMAT = 284, 322, 323, 338, 339
+_SUBFILE, _OLD_SUBFILE, _ORIENTATION = 254, 255, 274
 _TAGS = {
+    _SUBFILE, _OLD_SUBFILE,
     _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _SAMPLES, _PLANAR, _TILE_WIDTH, _TILE_HEIGHT, _EXTRA, _FORMAT,
 }  # fmt: skip
 
@@ -106,6 +109,10 @@ def header(data: bytes) -> Header:
         raise UndecodableError("it is not a whole image: the TIFF's table of tags is cut short") from None
     if not {_WIDTH, _HEIGHT} <= set(tags):
         raise UndecodableError("it is not a whole image: the TIFF does not say how large it is")
+    if tags.get(_SUBFILE, (0,))[0] & 1 or tags.get(_OLD_SUBFILE, (1,))[0] == 2:
+        raise UndecodableError(
+            "it is a TIFF whose first page is a reduced copy of another one, and only first pages are read: convert it"
+        )
     bands, bits = tags.get(_SAMPLES, (1,))[0], set(tags.get(_BITS, (1,)))
     formats = set(tags.get(_FORMAT, (1,)))
     if not 1 <= bands <= MOST_BANDS or len(bits) != 1 or len(formats) != 1:
@@ -123,8 +130,32 @@ def header(data: bytes) -> Header:
     return found
 
 
+def upright(data: bytes) -> bytes:
+    """Return a TIFF that does not ask to be turned when shown: pixels are read as they are stored, in every format.
+
+    Raises:
+        UndecodableError: its table of tags is cut short.
+    """
+    try:
+        for tag, kind, _, start, order in _entries(data, {_ORIENTATION}):
+            if tag == _ORIENTATION and kind in _TYPES:
+                code, size = _TYPES[kind]
+                return data[:start] + struct.pack(order + code, 1) + data[start + size :]
+    except (struct.error, IndexError, KeyError, OverflowError):
+        raise UndecodableError("it is not a whole image: the TIFF's table of tags is cut short") from None
+    return data
+
+
 def _tags(data: bytes) -> dict[int, tuple[int, ...]]:
     """Return the values of the tags that are wanted here, of the first page."""
+    found: dict[int, tuple[int, ...]] = {}
+    for tag, kind, number, start, order in _entries(data, _TAGS):
+        found[tag] = struct.unpack_from(f"{order}{number}{_TYPES[kind][0]}", data, start)
+    return found
+
+
+def _entries(data: bytes, wanted: set[int]) -> Iterator[tuple[int, int, int, int, str]]:
+    """Yield (tag, type, number of values, where they begin, byte order) of those tags of the first page."""
     order = "<" if data[:2] == b"II" else ">"
     big = data[2:4] in (b"+\0", b"\0+")
     word, count_code, entry = ("Q", "Q", 20) if big else ("I", "H", 12)
@@ -132,19 +163,17 @@ def _tags(data: bytes) -> dict[int, tuple[int, ...]]:
     (count,) = struct.unpack_from(order + count_code, data, place)
     place += struct.calcsize(order + count_code)
     inside = struct.calcsize(order + word)
-    found: dict[int, tuple[int, ...]] = {}
     for at in range(place, place + entry * min(count, 4096), entry):
         tag, kind, number = struct.unpack_from(f"{order}HH{word}", data, at)
-        if tag not in _TAGS:
+        if tag not in wanted:
             continue
-        code, size = _TYPES[kind]
+        size = _TYPES[kind][1]
         if not 1 <= number <= MOST_BANDS:
             raise IndexError
         start = at + 4 + inside
         if size * number > inside:
             (start,) = struct.unpack_from(order + word, data, start)
-        found[tag] = struct.unpack_from(f"{order}{number}{code}", data, start)
-    return found
+        yield tag, kind, number, start, order
 
 
 def refuse(found: Header, form: PixelFormat) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from dataloaders.config import DataConfig
 from dataloaders.opening import open_source
+from dataloaders.packing.intake import _mask_values
 from dataloaders.pixels import tiff
 from dataloaders.pixels.decode import UndecodableError, decode, decode_box, image_size, natural, unfit
 from dataloaders.pixels.depth import RGB, PixelFormat
@@ -155,6 +156,42 @@ def test_grey_that_counts_from_white_is_turned_round_whoever_reads_it(compressio
     assert np.array_equal(one_and_all(data, RGB), np.asarray(PIL.Image.open(io.BytesIO(data)).convert("RGB")))
     if compression != "jpeg":
         assert np.array_equal(decode(data, form=PixelFormat(1, "uint8")), grey)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("compression", [None, "lzw", "zstd"])
+def test_pixels_are_read_as_stored_however_they_ask_to_be_shown(compression, orientation):
+    pixels = pixels_of(3, "uint8")
+    options = {"photometric": "rgb", "compression": compression, "extratags": [(274, 3, 1, orientation, True)]}
+    data = written(pixels, **options)
+    assert np.array_equal(one_and_all(data, RGB), pixels)
+    assert image_size(data) == (HEIGHT, WIDTH)
+
+
+def test_words_in_a_tiff_do_not_turn_it():
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    pixels = pixels_of(3, "uint8")
+    data = written(pixels, photometric="rgb", extratags=[(700, 1, len(xmp), xmp, True)])
+    assert np.asarray(PIL.Image.open(io.BytesIO(data))).shape == (WIDTH, HEIGHT, 3)  # PIL alone does
+    assert np.array_equal(one_and_all(data, RGB), pixels)
+
+
+def test_masks_are_not_turned():
+    classes = np.arange(HEIGHT * WIDTH, dtype=np.uint32).reshape(HEIGHT, WIDTH) % 7
+    data = written(classes[..., None].astype(np.uint8), extratags=[(274, 3, 1, 6, True)])
+    _, values = _mask_values(data)
+    assert np.array_equal(values, classes)
+
+
+@pytest.mark.parametrize("tag", [(254, 4, 1, 1, True), (255, 3, 1, 2, True)])
+def test_a_reduced_copy_is_not_taken_for_the_image(tag):
+    kind, value = tag[0], tag[3]
+    options = {"subfiletype": value} if kind == 254 else {"extratags": [tag]}
+    data = written(pixels_of(3, "uint8"), photometric="rgb", **options)
+    with pytest.raises(UndecodableError, match="first page is a reduced copy"):
+        decode(data, form=RGB)
+    with pytest.raises(UndecodableError, match="first page is a reduced copy"):
+        image_size(data)
 
 
 def test_png_of_16_bits_keeps_them_where_the_config_says_so(tmp_path):
