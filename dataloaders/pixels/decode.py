@@ -321,7 +321,8 @@ def _refuse_absurd(height: int, width: int, form: PixelFormat = RGB) -> None:
 def _refuse_bytes(height: int, width: int, each: int, limit: int) -> None:
     if height * width * each > limit:
         raise UndecodableError(
-            f"it claims {height} x {width} pixels of {each} bytes, over the {limit >> 20} MiB that decoding may take"
+            f"it claims {height} x {width} pixels of {each} bytes, over the {limit >> 20} MiB that decoding may take "
+            "(as data.max_pixels, or --max-pixels when packing, grows, so does this)"
         )
 
 
