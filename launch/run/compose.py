@@ -107,7 +107,7 @@ def compose(
     ranks, plan, place = comm.ranks, run.plan, comm.ranks.sharing_data(run.plan.sequence)
     watch = watch_of(run, model)
     layers = refreshed_layers(run, model)
-    check_metric(task, c.checkpoint.best_metric, c.checkpoint.best_mode)
+    check_metric(task, c.checkpoint.best_metric, c.checkpoint.best_mode, c.further_metrics)
     device = torch.device(get_accelerator().current_device_name())
     inputs = inputs_of(c.data)
     check_sequence(c, task, model)

@@ -333,7 +333,12 @@ class RunConfig(FrozenConfig):
     def metrics(self) -> tuple[Metric, ...]:
         """What evaluations of the run report; none where the task is not ours."""
         metrics = METRICS_OF.get(self.task.name, ())
-        return (*metrics, *PROBE_METRICS) if metrics and self.eval.probe.every_epochs else metrics
+        return (*metrics, *self.further_metrics) if metrics else metrics
+
+    @property
+    def further_metrics(self) -> tuple[Metric, ...]:
+        """What evaluations of the run report besides the task's."""
+        return PROBE_METRICS if self.eval.probe.every_epochs else ()
 
     @property
     def folder(self) -> Path:

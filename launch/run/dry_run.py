@@ -108,7 +108,7 @@ def _examine(run: ResolvedRun) -> _Known:
     splits = open_splits(run)
     classes = splits.train.classes
     task = build_task(c.task, classes)
-    check_metric(task, c.checkpoint.best_metric, c.checkpoint.best_mode)
+    check_metric(task, c.checkpoint.best_metric, c.checkpoint.best_mode, c.further_metrics)
     model = build_for(c, task, inputs.spec(splits.train))
     check_folder(run)
     watch_of(run, model)

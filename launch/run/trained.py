@@ -261,11 +261,16 @@ def predict(trained: Trained, images: Iterable[Path], top: int) -> Iterator[Pred
     """Classify image files one after the other; yield an error in the place of an image that does not decode.
 
     Raises:
-        ConfigError: the model does not take images.
+        ConfigError: the model does not take images, or has no classes.
     """
     data_config = trained.config.data
     if not isinstance(data_config, DataConfig):
         raise ConfigError(f"{trained.checkpoint.path} is a model of token sequences: name a checkpoint of images")
+    if not trained.task.outputs:
+        raise ConfigError(
+            f"{trained.checkpoint.path} is a model of task {trained.task.name}, which has no classes: fine-tune it "
+            "(model.weights), or score its features with `setformer probe`"
+        )
     for path in images:
         try:
             pixels = decode_for_eval(read_whole(path, LARGEST_SAMPLE), data_config)

@@ -6,12 +6,12 @@ register_task("ranking", Ranking)      # in a module that run.imports names; Ran
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from setformer_dist.core.config import nearest
 from setformer_dist.core.errors import ConfigError
-from setformer_dist.core.metric import check_best
+from setformer_dist.core.metric import Metric, check_best
 from setformer_dist.core.registry import register
 from setformer_dist.core.task import Task
 from setformer_dist.core.task_config import TaskConfig
@@ -53,13 +53,13 @@ def build_task(config: TaskConfig, classes: tuple[str, ...]) -> Task:
     return _TASKS[config.name](config.args, classes)
 
 
-def check_metric(task: Task, best_metric: str, best_mode: str) -> None:
-    """Check that a task has the metric by which checkpoints are ranked.
+def check_metric(task: Task, best_metric: str, best_mode: str, further: Sequence[Metric] = ()) -> None:
+    """Check that a task has the metric by which checkpoints are ranked, or that it is one of the run's further ones.
 
     Raises:
         ConfigError: it has not, or its better values lie on the other side.
     """
     try:
-        check_best(task.metrics, best_metric, "min" if best_mode == "min" else "max", task.name)
+        check_best((*task.metrics, *further), best_metric, "min" if best_mode == "min" else "max", task.name)
     except ValueError as error:
         raise ConfigError(str(error)) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def test_it_trains_alike_on_any_ranks_resumes_and_is_fine_tuned(digits: Path, tm
     out = tmp_path / "runs"
     for ranks, stage in ((1, 0), (2, 3)):
         words = train_words(digits, out, *MAE, f"run.name=on{ranks}", f"zero.stage={stage}", "ema.decay=0.9",
-                            "eval.probe.every_epochs=1", "eval.probe.labels=0.5", ranks=ranks)  # fmt: skip
+                            "eval.probe.every_epochs=1", "eval.probe.labels=0.5",
+                            "checkpoint.best_metric=ema_probe_linear", ranks=ranks)  # fmt: skip
         ended = setformer(*words)
         assert ended.code == 0, ended.err
     alone, shared = losses(out / "on1"), losses(out / "on2")
@@ -48,6 +50,9 @@ def test_it_trains_alike_on_any_ranks_resumes_and_is_fine_tuned(digits: Path, tm
     figures = [read_run(out / f"on{ranks}").evals[-1] for ranks in (1, 2)]
     for name in ("ema_probe_linear", "ema_probe_neighbours"):
         assert figures[0][name] == pytest.approx(figures[1][name], abs=0.02), name  # of 360 samples
+    best = json.loads((out / "on2" / "summary.json").read_text())["best"]
+    assert best["metric"] == "ema_probe_linear"
+    assert best["value"] == max(row["ema_probe_linear"] for row in read_run(out / "on2").evals)
     again = setformer("probe", str(out / "on2"), "--labels", "0.5", "--weights", "ema")
     assert f"linear {figures[1]['ema_probe_linear']:.2%}, 20 nearest neighbours" in again.out
     assert f"{figures[1]['ema_probe_neighbours']:.2%} on" in again.out
