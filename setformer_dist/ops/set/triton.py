@@ -76,11 +76,11 @@ def forward(inputs: Inputs, problem: SetProblem, splits: int | None = None) -> t
         y (b, h, n, d) in dtype and layout of x, 0 at masked tokens; and what `backward` takes, `kept_shape`.
     """
     with torch.no_grad(), torch.cuda.device(inputs.x_bhnd.get_device()):
-        call = _Call.of(inputs, problem, splits)
+        call = Call.of(inputs, problem, splits)
         y = torch.empty_like(inputs.x_bhnd)
         kept = torch.empty(kept_shape(inputs, problem), dtype=call.acc, device=y.device)
         potentials, pooled = call.parts_of(kept)
-        call.launch(kernels.forward, _FORWARD, _view(y), potentials, pooled)
+        call.launch(kernels.forward, FORWARD, view(y), potentials, pooled)
     return y, kept
 
 
@@ -97,7 +97,7 @@ def backward(
         splits: as for `forward`; another number changes the last digits.
     """
     with torch.no_grad(), torch.cuda.device(inputs.x_bhnd.get_device()):
-        call = _Call.of(inputs, problem, splits)
+        call = Call.of(inputs, problem, splits)
         spec, groups = call.spec, call.data.groups
         potentials, pooled = call.parts_of(kept)
         columns = call.buffer(spec.SETS, groups, spec.ROUNDS + 1, 2, spec.MP)
@@ -107,20 +107,24 @@ def backward(
         dfeatures = None if inputs.features_bhnk is None else torch.empty_like(inputs.features_bhnk)
         b, h = inputs.x_bhnd.shape[:2]
         dr = call.buffer(spec.SETS, b, h, spec.SPLITS, spec.MP, spec.KP)
-        view = None if dfeatures is None else _view(dfeatures)
-        call.launch(kernels.backward, {}, _view(dx), view, dr, _view(grad_y), adjoint)
+        of_features = None if dfeatures is None else view(dfeatures)
+        call.launch(kernels.backward, {}, view(dx), of_features, dr, view(grad_y), adjoint)
         dr = unit_backward(call.references, dr.sum((1, 3))[:, :, : spec.M, : spec.K])
     scatter = None if inputs.scatter_hmk is None else dr[1].to(inputs.scatter_hmk.dtype, copy=True)
     return Gradients(dx, dfeatures, dr[0].to(inputs.gather_hmk.dtype, copy=True), scatter)
 
 
-def _view(tensor: torch.Tensor) -> kernels.View:
+def view(tensor: torch.Tensor) -> kernels.View:
+    """Return a tensor (b, h, n, channels) as kernels take it."""
     return kernels.View(tensor, *tensor.stride())
 
 
 @dataclass(frozen=True)
-class _Call:
-    """One call's inputs as the kernels take them; `references` as they came, (s, h, m, k)."""
+class Call:
+    """One call's inputs as the kernels take them; `references` as they came, (s, h, m, k).
+
+    split_triton.py makes its calls by it, too.
+    """
 
     data: kernels.Data
     spec: kernels.Spec
@@ -128,7 +132,8 @@ class _Call:
     references: torch.Tensor
 
     @classmethod
-    def of(cls, inputs: Inputs, problem: SetProblem, splits: int | None) -> _Call:
+    def of(cls, inputs: Inputs, problem: SetProblem, splits: int | None) -> Call:
+        """Return a call; buffers and arguments are those of `forward`."""
         x = inputs.x_bhnd
         b, h, n, _ = x.shape
         groups = b * h
@@ -139,8 +144,8 @@ class _Call:
         # Widened first: under autocast two narrow dtypes cannot be stacked.
         given = torch.stack([r.to(acc) for r in (inputs.gather_hmk, inputs.scatter_hmk) if r is not None])
         data = kernels.Data(
-            x=_view(x),
-            features=None if inputs.features_bhnk is None else _view(inputs.features_bhnk),
+            x=view(x),
+            features=None if inputs.features_bhnk is None else view(inputs.features_bhnk),
             references=unit(given),
             positions=None if positions is None else positions.to(acc).contiguous(),
             positions_b=0 if positions is None or positions.shape[0] == 1 else n * spec.AXES,
@@ -151,6 +156,7 @@ class _Call:
             slots=buffer(spec.ROUNDS + 1, spec.SETS, groups, spec.SPLITS, spec.MP),
             parts=buffer(groups, spec.SPLITS, spec.MP, spec.DP),
             gate=torch.zeros(1 + groups, dtype=torch.int32, device=x.device) if spec.TOGETHER else None,
+            totals=None,
             groups=groups,
             heads=h,
             n=n,
@@ -166,14 +172,24 @@ class _Call:
         """Return potentials (s, groups, rounds + 2, m), and after them pooled (groups, MP, DP), out of `kept`."""
         return kept, kept[kept.numel() - self.data.groups * self.spec.MP * self.spec.DP :]
 
-    def launch(self, kernel: Any, options: dict[str, int], *arguments: Any) -> None:
-        """Run all phases: in one launch where programs may wait for each other or have nobody to wait for."""
+    def launch(
+        self, kernel: Any, options: dict[str, int], *arguments: Any, first: int = 0, end: int | None = None
+    ) -> None:
+        """Run phases: in one launch where programs may wait for each other or have nobody to wait for.
+
+        Args:
+            kernel: what to launch.
+            options: of the compiler.
+            arguments: before those that every kernel takes.
+            first: phase to begin with.
+            end: phase to end before; None runs all those of a whole forward or backward.
+        """
         spec = _constants(self.spec)
-        phases = self.spec.ROUNDS + 2
+        end = self.spec.ROUNDS + 2 if end is None else end
         grid = (self.data.groups * self.spec.SPLITS,)
-        steps = [(0, phases)] if self.spec.TOGETHER or self.spec.SPLITS == 1 else [(i, i + 1) for i in range(phases)]
-        for first, end in steps:
-            kernel[grid](*arguments, self.data, first, end, spec, num_warps=WARPS, **options)
+        together = self.spec.TOGETHER or self.spec.SPLITS == 1
+        for begin, stop in [(first, end)] if together else [(i, i + 1) for i in range(first, end)]:
+            kernel[grid](*arguments, self.data, begin, stop, spec, num_warps=WARPS, **options)
 
 
 def _buffer(dtype: torch.dtype, device: torch.device, *shape: int) -> torch.Tensor:
@@ -263,7 +279,7 @@ def _constants(spec: kernels.Spec) -> kernels.Spec:
 
 # More programs at once are worth more to the forward than the registers they take from it (NVIDIA's compiler alone can
 # be told so), and than loads ahead of their use.
-_FORWARD = {"num_stages": 1} | ({"maxnreg": 128} if torch.version.cuda else {})
+FORWARD = {"num_stages": 1} | ({"maxnreg": 128} if torch.version.cuda else {})
 
 # The dtype and precision of products. Weights of 1 / n and their gradients would vanish in fp16: TF32 has its ten bits
 # of mantissa and fp32's range. Products of fp32 are three of TF32 each, as good as fp32's own and on tensor cores.
