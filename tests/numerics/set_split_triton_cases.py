@@ -50,7 +50,7 @@ class OneAtATime(ThreadParts):
 
 def one_of(
     given: Inputs, p: SetProblem, dy: torch.Tensor, splits: int | None, how: ModuleType, comm: ThreadCollectives
-):
+) -> tuple[torch.Tensor, Gradients, tuple[int, int], tuple[int, int]]:
     """Return output, gradients and group of one rank."""
     rows = Rows(OneAtATime(comm))
     own = rows.own(given.x_bhnd.shape[2])
