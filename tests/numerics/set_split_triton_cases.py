@@ -13,16 +13,20 @@ from types import ModuleType
 import pytest
 import torch
 
+from setformer_dist.core.errors import ConfigError
 from setformer_dist.ops.parts import Rows
-from setformer_dist.ops.set import split_triton
+from setformer_dist.ops.set import split_torch, split_triton
 from setformer_dist.ops.set import triton as set_triton
+from setformer_dist.ops.set.attention import SetAttentionConfig, set_attention
 from setformer_dist.ops.set.problem import Gradients, Inputs, SetProblem
-from setformer_dist.ops.set.split import traffic
+from setformer_dist.ops.set.split import _implementation, traffic
 from setformer_dist.ops.set.split_common import part_of
 from setformer_dist.ops.sinkhorn import working_dtype
 from setformer_dist.testing.threads import ThreadCollectives, ThreadParts, run_on_threads
 from tests.numerics.set_triton_cases import (
+    DEVICE,
     TOLERANCE,
+    WIDE,
     assert_near,
     buffers,
     by_reference,
@@ -130,3 +134,111 @@ def test_parts_equal_the_whole(sets: int, axes: int, renormalise: bool) -> None:
     )  # fmt: skip
     given = inputs(n=18, k=(0, 11)[index // 3 % 2], sets=sets, axes=axes, masked=index % 4 == 0, b=1 + index % 2)
     assert_same(given, p, parts=(2, 3, 1)[index % 3], splits=1 + index % 2)
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "d", "parts", "splits"),
+    [
+        *((3, 1, 8, 3, 1), (2, 9, 16, 2, 1), (42, 25, 7, 3, 2)),
+        # More splits than tiles and than references; more than a tile of both.
+        *(pytest.param(*size, marks=pytest.mark.drill) for size in ((60, 9, 16, 2, 32), (198, 49, 24, 2, None))),
+    ],
+)
+def test_any_sizes(n: int, m: int, d: int, parts: int, splits: int | None) -> None:
+    assert_same(inputs(n, m, d), problem(iterations=2), parts, splits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_narrow_dtypes(dtype: torch.dtype) -> None:
+    assert_same(inputs(n=48, m=9, d=24, masked=True, dtype=dtype), problem(sigma=0.6), parts=2, splits=2)
+
+
+def test_small_epsilon_in_fp32_sends_fp64() -> None:
+    # exp(100) is far beyond fp32: logarithms carry it within a rank, fp64 between ranks.
+    assert_same(inputs(n=40, dtype=torch.float32), problem(epsilon=0.01), parts=2, tolerance=2e-4)
+    whole = inputs(n=40, sets=1, dtype=torch.float32)
+    assert_same(whole, problem(epsilon=0.02, renormalise=False), parts=2, tolerance=2e-4)
+
+
+def test_a_narrow_filter_does_not_vanish_far_from_a_part() -> None:
+    given = inputs(n=30, m=4, dtype=torch.float32)
+    assert given.positions_bna is not None
+    order = given.positions_bna[0, :, 0].argsort()  # parts lie apart, so that a part is far from some references
+    ones = Inputs(torch.full_like(given.x_bhnd, 0.7), *given[1:4], given.positions_bna[:, order], *given[5:])
+    p = problem(tau=0.02)
+    y, gradients = by_parts(ones, p, gradient_of(given.x_bhnd), 3)
+    torch.testing.assert_close(y, ones.x_bhnd, atol=1e-4, rtol=0)
+    assert gradients.x.isfinite().all()
+    assert gradients.gather.isfinite().all()
+    assert_same(given._replace(positions_bna=ones.positions_bna), p, parts=3, tolerance=2e-4)
+
+
+def test_a_part_may_have_no_valid_token() -> None:
+    given = inputs(n=12, b=2, masked=True)
+    assert given.mask_bn is not None
+    given.mask_bn[0, :6] = False  # the first of two parts of the first image
+    given.mask_bn[1, 6:] = False
+    assert_same(given, problem(iterations=2), parts=2)
+    hidden = ~given.mask_bn[:, None, :, None]
+    dirty = Inputs(given.x_bhnd.masked_fill(hidden, torch.nan), *given[1:])
+    y, gradients = by_parts(dirty, problem(iterations=1), gradient_of(given.x_bhnd).masked_fill(hidden, torch.nan), 2)
+    assert (y.masked_select(hidden) == 0).all()
+    assert (gradients.x.masked_select(hidden) == 0).all()
+    assert gradients.x.isfinite().all()
+    assert gradients.gather.isfinite().all()
+
+
+@pytest.mark.parametrize("options", [{}, {"renormalise": False}, {"epsilon": 0.02}, {"iterations": 1}])
+@pytest.mark.parametrize("sets", [1, 2])
+def test_ranks_of_a_group_may_differ_in_their_implementation(sets: int, options: dict) -> None:
+    given = inputs(n=18, sets=sets)
+    assert_same(given, problem(**options), parts=2, by=(split_triton, split_torch))
+
+
+@pytest.mark.drill
+def test_the_same_parts_give_the_same_bits_and_each_phase_may_be_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, dy = inputs(n=60, dtype=torch.float32), gradient_of(inputs(n=60, dtype=torch.float32).x_bhnd)
+    one, its = by_parts(given, problem(), dy, 2, 2)
+    monkeypatch.setattr(set_triton, "_may_wait", lambda device, splits: False)  # true on a GPU
+    for _ in range(2):
+        two, others = by_parts(given, problem(), dy, 2, 2)
+        assert torch.equal(one, two)
+        for a, b in zip(its, others, strict=True):
+            assert a is b is None or torch.equal(a, b)
+
+
+def test_nothing_of_the_size_of_the_plan_is_allocated(buffers: list[int]) -> None:
+    given = inputs(n=400, m=49, d=16, sets=1, dtype=torch.bfloat16)
+    buffers.clear()
+    by_parts(given, problem(iterations=2), gradient_of(given.x_bhnd), 2)
+    assert max(buffers) <= given.x_bhnd.numel()
+
+
+def attention(config: SetAttentionConfig) -> list[torch.Tensor]:
+    """Return output and gradients of the operator on the only rank of a group."""
+    draw = torch.Generator().manual_seed(3)
+    x, first, second = (
+        torch.randn(shape, generator=draw, dtype=WIDE).to(DEVICE).requires_grad_()
+        for shape in ((1, 2, 16, 8), (2, 4, 8), (2, 4, 8))
+    )
+
+    def one(comm: ThreadCollectives) -> list[torch.Tensor]:
+        y = set_attention(x, first, config, return_references_hmd=second, grid=(4, 4), rows=Rows(ThreadParts(comm)))
+        return [y.detach(), *torch.autograd.grad(y, (x, first, second), gradient_of(y))]
+
+    return run_on_threads(1, one)[0]
+
+
+def test_the_operator_takes_the_kernels() -> None:
+    taken = {"auto": "cpp" if DEVICE == "cpu" else "triton", "torch": "torch", "triton": "triton"}
+    for wanted, name in taken.items():
+        assert _implementation(inputs(n=4), problem(), wanted).__name__.endswith(f"split_{name}")
+    found, expected = (attention(SetAttentionConfig(references=4, implementation=how)) for how in ("triton", "torch"))
+    for one, other in zip(found, expected, strict=True):
+        assert_near(one, other, TOLERANCE[WIDE])
+
+
+def test_what_the_kernels_cannot_do_is_said() -> None:
+    config = SetAttentionConfig(references=4, gradient="implicit", implementation="triton")
+    with pytest.raises(ConfigError, match="implementation = 'triton' cannot compute this: its gradient is that of the"):
+        attention(config)
