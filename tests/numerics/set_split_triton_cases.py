@@ -12,10 +12,12 @@ from types import ModuleType
 
 import pytest
 import torch
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
 
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.ops.parts import Rows
-from setformer_dist.ops.set import split_torch, split_triton
+from setformer_dist.ops.set import split_torch, split_triton, triton_kernels, triton_split_kernels
 from setformer_dist.ops.set import triton as set_triton
 from setformer_dist.ops.set.attention import SetAttentionConfig, set_attention
 from setformer_dist.ops.set.problem import Gradients, Inputs, SetProblem
@@ -205,6 +207,33 @@ def test_the_same_parts_give_the_same_bits_and_each_phase_may_be_a_launch(monkey
         assert torch.equal(one, two)
         for a, b in zip(its, others, strict=True):
             assert a is b is None or torch.equal(a, b)
+
+
+MET: list[tuple[int, int]] = []
+
+
+def _note(arrived, meetings) -> None:  # type: ignore[no-untyped-def]
+    MET.append((int(arrived.handle.data.item()), int(meetings)))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _meet_and_note(data, group, meetings, spec):  # type: ignore[no-untyped-def]
+    _note(tl.atomic_add(data.gate + 1 + group, 1) + 1, meetings)
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3])
+def test_programs_that_wait_count_their_meetings_rightly(iterations: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one split none would wait; too high a number would wait for ever on a GPU, too low a one not at all."""
+    if DEVICE == "cuda":
+        return  # where the other cases wait
+    spec_of = set_triton._spec
+    monkeypatch.setattr(set_triton, "_spec", lambda *given: spec_of(*given)._replace(TOGETHER=True))
+    for module in (triton_kernels, triton_split_kernels):
+        monkeypatch.setattr(module, "_meet", _meet_and_note)
+    MET.clear()
+    assert_same(inputs(n=6), problem(iterations=iterations), parts=2)
+    assert {1} <= {met for met, _ in MET} <= {1, 2}
+    assert all(arrived == meeting for arrived, meeting in MET)
 
 
 def test_nothing_of_the_size_of_the_plan_is_allocated(buffers: list[int]) -> None:
