@@ -4,7 +4,8 @@
 
 4 heads of 32 channels, m = 49 references, 5 rounds; batch 2 and fp32 on a CPU, batch 16 and bf16 on a GPU, which fill
 them. "SeT" is the paper's operator (one reference set, no filter) by the fused kernel (C++ or Triton), "SeT default"
-ours (two sets, separable filter), "SDPA" PyTorch's, on a GPU by the fastest of its backends. Gradients are the exact
+ours (two sets, separable filter), "SeT split" the same by the passes of ranks that share an image, in a group of one,
+"SDPA" PyTorch's, on a GPU by the fastest of its backends. Gradients are the exact
 ones of what was computed. Quadratic operators stop at --quadratic tokens. On a GPU, times are those of replayed CUDA
 graphs, and "called" is the time of forward + backward called from Python, as long as launches and Python may take.
 
@@ -45,6 +46,7 @@ from benchmarks.measure import (
     write,
 )
 from setformer_dist.ops.cast_attention import cast_attention
+from setformer_dist.ops.parts import Rows
 from setformer_dist.ops.set.attention import SetAttentionConfig, set_attention
 from setformer_dist.ops.soft_attention import pool_grid, soft_attention
 
@@ -53,8 +55,27 @@ DTYPE = torch.float32 if DEVICE == "cpu" else torch.bfloat16
 QUADRATIC = ("SDPA",)
 SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 FUSED = "cpp" if DEVICE == "cpu" else "triton"
+DEFAULT = SetAttentionConfig(references=REFERENCES, implementation=FUSED)
 PLAIN = SetAttentionConfig(references=REFERENCES, reference_sets=1, position_filter="none", implementation=FUSED)
 Operator = Callable[..., torch.Tensor]
+
+
+class Alone:
+    """A group of one rank, as `ops.parts.Parts`."""
+
+    index, count = 0, 1
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Return them."""
+        return values.clone()
+
+    def shift(self, values: torch.Tensor, down: bool) -> torch.Tensor:
+        """Return what is beyond the edge."""
+        return torch.zeros_like(values)
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """Return them as those of one part."""
+        return values.unsqueeze(0).clone()
 
 
 def linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -82,18 +103,19 @@ def operators() -> dict[str, tuple[int, Operator]]:
         clusters = max(2, round(math.sqrt(n)))
         return cast_attention(q, k, v, surrogates(clusters), size=math.ceil(n / clusters))
 
-    def set_of(config: SetAttentionConfig) -> Operator:
+    def set_of(config: SetAttentionConfig, rows: Rows | None = None) -> Operator:
         def operator(x: torch.Tensor, *references: torch.Tensor) -> torch.Tensor:
             side = math.isqrt(x.shape[2])
             back = references[1] if config.reference_sets == 2 else None
-            return set_attention(x, references[0], config, return_references_hmd=back, grid=(side, side))
+            return set_attention(x, references[0], config, return_references_hmd=back, grid=(side, side), rows=rows)
 
         return operator
 
     return {
         "SDPA": (3, F.scaled_dot_product_attention),
         "SeT": (1, set_of(PLAIN)),
-        "SeT default": (1, set_of(SetAttentionConfig(references=REFERENCES, implementation=FUSED))),
+        "SeT default": (1, set_of(DEFAULT)),
+        "SeT split": (1, set_of(DEFAULT, Rows(Alone()))),
         "SeT in PyTorch": (1, set_of(PLAIN.model_copy(update={"implementation": "torch"}))),
         "SeT reference": (1, set_of(PLAIN.model_copy(update={"implementation": "reference"}))),
         "SOFT": (2, soft),
@@ -107,7 +129,7 @@ def work(name: str, n: int) -> tuple[Callable[[], Any], Callable[[], Any], int]:
     count, operator = operators()[name]
     torch.manual_seed(0)
     tokens = [torch.randn(BATCH, HEADS, n, WIDTH, device=DEVICE, dtype=DTYPE) for _ in range(count)]
-    sets = 2 if name == "SeT default" else 1 if name.startswith("SeT") else 0
+    sets = 2 if name in ("SeT default", "SeT split") else 1 if name.startswith("SeT") else 0
     parameters = [torch.randn(HEADS, REFERENCES, WIDTH, device=DEVICE) for _ in range(sets)]
     upstream = torch.randn(BATCH, HEADS, n, WIDTH, device=DEVICE, dtype=DTYPE)
     leaves = [t.clone().requires_grad_() for t in (*tokens, *parameters)]
@@ -127,7 +149,7 @@ def flops(name: str, n: int) -> int:
     if name == "SDPA":  # two products forward, five backward; torch does not count the CPU's operator
         return 14 * BATCH * HEADS * n * n * WIDTH
     with FlopCounterMode(display=False) as counter:
-        work(name, n)[1]()
+        work("SeT default" if name == "SeT split" else name, n)[1]()
     return int(counter.get_total_flops())
 
 

@@ -72,6 +72,8 @@ def tasks() -> list[Task]:
     found = [
         _task("1 kernels", "pytest -q -p no:cacheprovider tests/numerics/set_triton_cases.py",
               "pytest -q -p no:cacheprovider tests/numerics/test_set_triton.py --collect-only"),
+        _task("1 kernels split", "pytest -q -p no:cacheprovider tests/numerics/set_split_triton_cases.py",
+              "pytest -q -p no:cacheprovider tests/numerics/test_set_triton.py --collect-only"),
         _task("1 resume", f"{stages} --dtypes bf16 --stages 2", f"{stages} --dtypes fp32 --stages 2"),
         _task("1 resume compiled", f"{stages} --dtypes bf16 --stages 2 --set compile.mode=blocks",
               f"{stages} --dtypes fp32 --stages 0"),

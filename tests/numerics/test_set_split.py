@@ -10,9 +10,10 @@ import torch
 
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.ops.parts import Rows
-from setformer_dist.ops.set import split_cpp
+from setformer_dist.ops.set import split_cpp, split_torch
 from setformer_dist.ops.set.attention import SetAttentionConfig, problem_of, set_attention
-from setformer_dist.ops.set.split import traffic
+from setformer_dist.ops.set.problem import Inputs
+from setformer_dist.ops.set.split import _implementations, traffic
 from setformer_dist.testing.threads import ThreadCollectives, ThreadParts, run_on_threads
 
 CASES = [
@@ -188,6 +189,22 @@ def test_more_tokens_than_a_tile_and_parts_that_begin_within_a_row():
     small = {name: t.half() if name == "x_bhnd" else t.float() for name, t in tensors.items()}
     found, _, _ = split(config, small, upstream.half(), 2, ("cpp",), grid=(9, 34))
     assert_same(found, wanted, 1e-2)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("case", [case for case in CASES if case["gradient"] == "implicit"], ids=name_of)
+def test_implicit_gradients_take_the_forward_of_the_kernel_and_the_backward_of_pytorch(case, masked):
+    config = SetAttentionConfig(references=9, tau=0.1, **case)
+    tensors, upstream = operands(config, 48)
+    mask = torch.rand(2, 48, generator=torch.Generator().manual_seed(5)) > 0.3 if masked else None
+    given = Inputs(tensors["x_bhnd"], None, tensors["references_hmd"], None, None, None, None)
+    assert _implementations(given, problem_of(config), "auto") == (split_cpp, split_torch)
+    wanted = unsplit(
+        config.model_copy(update={"implementation": "torch"}), tensors, upstream, grid=(12, 4), mask_bn=mask
+    )
+    for by in (("auto",), ("torch", "auto")):
+        found, _, _ = split(config, tensors, upstream, 3, by, grid=(12, 4), mask_bn=mask)
+        assert_same(found, wanted, 1e-12)
 
 
 def test_cpp_that_cannot_is_refused_and_left_to_pytorch():

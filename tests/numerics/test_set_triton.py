@@ -27,10 +27,9 @@ def run(*command: str, limit_s: int = 560, **environment: str) -> str:
     return result.stdout
 
 
-def run_cases(*which: str, limit_s: int = 560) -> None:
+def run_cases(*which: str, cases: str = "set_triton_cases.py", limit_s: int = 560) -> None:
     environment = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    cases = str(FOLDER / "set_triton_cases.py")
-    printed = run("-m", "pytest", "-x", "-o", "addopts=", *which, cases, limit_s=limit_s, **environment)
+    printed = run("-m", "pytest", "-x", "-o", "addopts=", *which, str(FOLDER / cases), limit_s=limit_s, **environment)
     assert " passed" in printed
     assert "skipped" not in printed
 
@@ -45,8 +44,21 @@ def test_kernels_equal_the_reference_in_all_cases() -> None:
     run_cases(limit_s=3000)
 
 
+@pytest.mark.drill
+def test_kernels_of_the_split_form_equal_the_whole() -> None:
+    """All cases: what interpreting them costs is minutes, half of it of a few."""
+    run_cases(cases="set_split_triton_cases.py", limit_s=1500)
+
+
+KERNELS = {
+    "whole": ("forward", "backward", "references_backward"),
+    "split": ("forward_round", "forward_tokens", "backward_tokens", "backward_round", "gradients"),
+}
+
+
 @pytest.mark.drill  # LLVM takes a minute and more
-def test_kernels_compile_for_hopper_without_one() -> None:
-    printed = run("-m", "tests.numerics.set_triton_compiles", "bfloat16", TRITON_INTERPRET="0")
-    for kernel in ("forward", "backward", "references_backward"):
+@pytest.mark.parametrize(("form", "capability"), [("whole", 90), ("split", 80), ("split", 90), ("split", 100)])
+def test_kernels_compile_for_a_gpu_without_one(form: str, capability: int) -> None:
+    printed = run("-m", "tests.numerics.set_triton_compiles", "bfloat16", form, str(capability), TRITON_INTERPRET="0")
+    for kernel in KERNELS[form]:
         assert f"{kernel} compiled" in printed

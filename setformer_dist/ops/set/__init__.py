@@ -9,7 +9,9 @@ cpp.py              C++ for CPUs, fused
 split.py            tokens of an image on several ranks, by sums over the group
 split_torch.py      in PyTorch
 split_cpp.py        by the C++ kernel, pass by pass
-split_common.py     what both share: a part and the whole image
+split_triton.py     in Triton kernels, pass by pass
+split_common.py     what these share: a part and the whole image, messages
 triton.py           GPUs: buffers and launches
 triton_kernels.py   its Triton kernels
+triton_split_kernels.py  those of split_triton.py
 """

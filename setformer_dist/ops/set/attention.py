@@ -12,7 +12,7 @@ tokens is not in the paper; docs/ablation.md says what was tried.
     in_torch.py    "torch": PyTorch without an autograd graph; any device
     cpp.py         "cpp": fused C++ for CPUs, built at first use
     triton.py      "triton": fused for GPUs; neither the kernel matrix nor the plan ever reaches the device's memory
-    split.py       tokens of an image on several ranks; in C++ on CPUs, in PyTorch on any device
+    split.py       tokens of an image on several ranks; in C++ on CPUs, in Triton on GPUs, in PyTorch on any
 
 Letters: b = images, h = heads, n = tokens of one image, m = references, k = anchors, d = channels of one head.
 """
@@ -22,7 +22,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import os
 from typing import Annotated, Literal
 
 import pydantic
@@ -35,7 +34,7 @@ from setformer_dist.core.errors import ConfigError
 from setformer_dist.ops.kernels import at_least_fp32, grid_places, line_places, nystrom, unit
 from setformer_dist.ops.parts import Rows
 from setformer_dist.ops.set import cpp, reference
-from setformer_dist.ops.set.op import CPP_OR_TORCH, TRITON, differentiable
+from setformer_dist.ops.set.op import CPP_OR_TORCH, differentiable, no_triton
 from setformer_dist.ops.set.problem import Inputs, SetProblem
 from setformer_dist.ops.set.split import split_attention
 from setformer_dist.ops.sinkhorn import working_dtype
@@ -369,7 +368,7 @@ def choose_implementation(inputs: Inputs, problem: SetProblem, wanted: str = "au
     no_scalings, no_reference = _no_scalings(inputs, problem), _no_reference(problem)
     if wanted == "auto":
         on_cpu = inputs.x_bhnd.device.type == "cpu"
-        reason = no_scalings if on_cpu else _no_triton(inputs, problem)
+        reason = no_scalings if on_cpu else no_triton(inputs, problem)
         if reason is None:
             slower = cpp.unsuitable(inputs, problem) if on_cpu else None
             if slower is not None:  # a kernel that cannot be built speaks for itself (cpp_library.py)
@@ -382,7 +381,7 @@ def choose_implementation(inputs: Inputs, problem: SetProblem, wanted: str = "au
         return chosen
     reason = {"reference": no_reference, "torch": no_scalings, "cpp": no_scalings}.get(wanted)
     if wanted == "triton":
-        reason = _no_triton(inputs, problem)
+        reason = no_triton(inputs, problem)
     elif wanted == "cpp" and not torch.compiler.is_compiling():
         reason = reason or cpp.supports(inputs, problem)
     if reason is not None:
@@ -400,16 +399,6 @@ def _no_scalings(inputs: Inputs, problem: SetProblem) -> str | None:
     if working_dtype(inputs.x_bhnd.dtype, problem.epsilon) is None:
         return f"epsilon = {problem.epsilon} is below 0.01, where only logarithms are safe"
     return None
-
-
-def _no_triton(inputs: Inputs, problem: SetProblem) -> str | None:
-    device = inputs.x_bhnd.device.type
-    if TRITON is None:
-        return "this PyTorch has no Triton"
-    if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
-        return f"device {device!r} has no Triton kernels"
-    reason: str | None = TRITON.why_not(inputs, problem)
-    return reason
 
 
 _said: set[str] = set()

@@ -12,6 +12,7 @@ attention over a hundred tokens. It runs the same functions.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -36,6 +37,22 @@ TRITON: Any = _set_triton
 CPP_OR_TORCH = "cpp or torch"
 
 Maybe = torch.Tensor | None
+
+
+def no_triton(inputs: Inputs, problem: SetProblem) -> str | None:
+    """Return why the Triton kernels cannot compute this here, None where they can.
+
+    Args:
+        inputs: the tensors; their device, dtypes and shapes are looked at.
+        problem: the numbers.
+    """
+    device = inputs.x_bhnd.device.type
+    if TRITON is None:
+        return "this PyTorch has no Triton"
+    if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"device {device!r} has no Triton kernels"
+    reason: str | None = TRITON.why_not(inputs, problem)
+    return reason
 
 
 @torch.library.custom_op("setformer::set_attention", mutates_args=())

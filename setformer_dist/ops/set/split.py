@@ -15,12 +15,13 @@ Letters as in in_torch.py; z = heads x images, p = parts.
 
     split_torch.py   "torch": any device; kernel matrices of all heads are held at once
     split_cpp.py     "cpp": the C++ kernel for CPUs, pass by pass
-    split_common.py  what both share
+    split_triton.py  "triton": kernels for GPUs, one launch between two messages
+    split_common.py  what they share
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -31,10 +32,15 @@ from setformer_dist.core.errors import ConfigError
 from setformer_dist.ops.kernels import no_autocast
 from setformer_dist.ops.parts import Rows
 from setformer_dist.ops.set import cpp, split_cpp, split_torch
-from setformer_dist.ops.set.op import watched
+from setformer_dist.ops.set.op import no_triton, watched
 from setformer_dist.ops.set.problem import Inputs, SetProblem
-from setformer_dist.ops.set.split_common import Kept, needs_last, part_of
+from setformer_dist.ops.set.split_common import needs_last, part_of
 from setformer_dist.ops.sinkhorn import working_dtype
+
+try:
+    from setformer_dist.ops.set import split_triton as _split_triton
+except ImportError:  # a PyTorch without Triton, which `no_triton` says
+    _split_triton = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -80,21 +86,27 @@ def why_not(problem: SetProblem, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _implementation(inputs: Inputs, problem: SetProblem, wanted: str) -> ModuleType:
-    """Return the module that computes it: the C++ kernel where it can, unless PyTorch is asked for.
+def _implementations(inputs: Inputs, problem: SetProblem, wanted: str) -> tuple[ModuleType, ModuleType]:
+    """Return the modules of forward and backward: the kernels of this device where they can, unless PyTorch is wanted.
 
-    Ranks of a group may differ in it: both send the same numbers.
+    Ranks of a group may differ in them: all send the same numbers. An implicit gradient takes PyTorch's backward, and
+    what it needs the C++ kernel's forward keeps, too.
 
     Raises:
-        ConfigError: the C++ kernel is asked for and cannot.
+        ConfigError: kernels are asked for that cannot.
     """
-    if wanted not in ("auto", "cpp"):
-        return split_torch
-    reason = cpp.supports(inputs, problem)
-    if reason is not None and wanted == "cpp":
-        raise ConfigError(f"implementation = 'cpp' cannot compute this: {reason}; set implementation = 'auto'")
-    no_memory = watched(inputs) or inputs.x_bhnd.shape[0] == 0
-    return split_torch if reason is not None or no_memory else split_cpp
+    if wanted not in ("auto", "cpp", "triton"):
+        return split_torch, split_torch
+    by_triton = wanted == "triton" or (wanted == "auto" and inputs.x_bhnd.device.type != "cpu")
+    reason = no_triton(inputs, problem) if by_triton else cpp.supports(inputs, problem)
+    if reason is not None and wanted != "auto":
+        raise ConfigError(f"implementation = {wanted!r} cannot compute this: {reason}; set implementation = 'auto'")
+    if watched(inputs) or inputs.x_bhnd.shape[0] == 0:  # no memory to read
+        return split_torch, split_torch
+    if reason is None:
+        return (_split_triton, _split_triton) if by_triton else (split_cpp, split_cpp)
+    forward_alone = not by_triton and cpp.supports(inputs, replace(problem, implicit=False)) is None
+    return split_cpp if forward_alone else split_torch, split_torch
 
 
 class _SplitAttention(torch.autograd.Function):
@@ -102,12 +114,12 @@ class _SplitAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
-        inputs, (whole, problem, rows, by) = Inputs(*arguments[:7]), arguments[7:]
+        inputs, (whole, problem, rows, ahead, back) = Inputs(*arguments[:7]), arguments[7:]
         dtype = working_dtype(inputs.x_bhnd.dtype, problem.epsilon)
         assert dtype is not None
         with no_autocast(inputs.x_bhnd.device):
-            y, kept = by.forward(inputs, whole, problem, rows, dtype)
-        ctx.rest = whole, problem, rows, dtype, by
+            y, kept = ahead.forward(inputs, whole, problem, rows, dtype)
+        ctx.rest, ctx.kept_as = (whole, problem, rows, dtype, back), type(kept)
         ctx.save_for_backward(*kept, *inputs)
         return y  # type: ignore[no-any-return]
 
@@ -115,11 +127,11 @@ class _SplitAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: a recomputed block gives each of them once
-        kept, inputs = Kept(*saved[:3]), Inputs(*saved[3:])
-        whole, problem, rows, dtype, by = ctx.rest
+        kept, inputs = ctx.kept_as(*saved[:-7]), Inputs(*saved[-7:])
+        whole, problem, rows, dtype, back = ctx.rest
         with no_autocast(grad_y.device):
-            found = by.backward(grad_y, inputs, whole, kept, problem, rows, dtype)
-        return found.x, found.features, found.gather, found.scatter, *(None,) * 7
+            found = back.backward(grad_y, inputs, whole, kept, problem, rows, dtype)
+        return found.x, found.features, found.gather, found.scatter, *(None,) * 8
 
 
 def split_attention(whole: Inputs, problem: SetProblem, rows: Rows, wanted: str = "auto") -> torch.Tensor:
@@ -129,15 +141,16 @@ def split_attention(whole: Inputs, problem: SetProblem, rows: Rows, wanted: str 
         whole: x and features of this part; positions and mask of the whole image.
         problem: the numbers.
         rows: the group.
-        wanted: "auto" and "cpp" take the C++ kernel, "auto" only where it can; others stand for PyTorch.
+        wanted: "cpp" and "triton" take those kernels, "auto" those of this device where they can; others stand for
+            PyTorch.
 
     Raises:
-        ConfigError: the split form cannot compute it, or the C++ kernel that is asked for.
+        ConfigError: the split form cannot compute it, or the kernels that are asked for.
     """
     reason = why_not(problem, whole.x_bhnd.dtype)
     if reason is not None:
         raise ConfigError(f"SeT attention over several ranks: {reason}")
     inputs, known = part_of(whole, problem, rows)
-    by = _implementation(inputs, problem, wanted)
-    y: torch.Tensor = _SplitAttention.apply(*inputs, known, problem, rows, by)
+    by = _implementations(inputs, problem, wanted)
+    y: torch.Tensor = _SplitAttention.apply(*inputs, known, problem, rows, *by)
     return y

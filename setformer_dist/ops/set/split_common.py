@@ -1,4 +1,4 @@
-"""What both implementations of the split form share: what a part knows of the whole image, and what they keep.
+"""What all implementations of the split form share: what a part knows of the whole image, what travels, what is kept.
 
 Letters as in split.py.
 """
@@ -107,6 +107,32 @@ class Kept(NamedTuple):
 def needs_last(problem: SetProblem, sets: int) -> bool:
     """Return whether the last v of every set is needed; a renormalised gathering set of two cancels its own."""
     return sets == 1 or not problem.renormalise or problem.implicit
+
+
+def last_sums(problem: SetProblem, sets: int, z: int, m: int, d: int) -> list[tuple[int, ...]]:
+    """Return the shapes of what travels in the last round: P, N if renormalised, and u K of the sets that need it."""
+    needed = sets if needs_last(problem, sets) else sets - 1
+    return [(z, m, d), *[(z, m)] * problem.renormalise, (needed, z, m)]
+
+
+def message_for(
+    like: torch.Tensor, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return memory for what travels together, and the place of each tensor in it.
+
+    Args:
+        like: a tensor on the same device.
+        shapes: of the tensors.
+        dtype: theirs.
+    """
+    message = like.new_empty(sum(math.prod(shape) for shape in shapes), dtype=dtype)
+    return message, parts_of_message(message, shapes)
+
+
+def parts_of_message(message: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
+    """Return the tensors of a message, views of it."""
+    parts = torch.split(message, [math.prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def sum_all(rows: Rows, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -11,7 +11,6 @@ again, tile by tile, which takes longer. So memory is O(n) + O(m d) for each hea
 from __future__ import annotations
 
 import ctypes
-import math
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from setformer_dist.ops import cpp_library
 from setformer_dist.ops.parts import Rows
 from setformer_dist.ops.set import cpp
 from setformer_dist.ops.set.problem import Gradients, Inputs, SetProblem
-from setformer_dist.ops.set.split_common import Kept, Whole, needs_last
+from setformer_dist.ops.set.split_common import Kept, Whole, last_sums, message_for, needs_last, parts_of_message
 
 # For kernel matrices that stay in memory from one pass to the next, in each forward or backward of a block.
 KEPT_BYTES = 256 << 20
@@ -106,15 +105,15 @@ def forward(
         every[:, :, number] = (1.0 / m) / rows.sum(columns.view(-1)).view(sets, z, m)
 
     first = 0 if needs_last(problem, sets) else 1  # nothing looks at a v that is not needed
-    shapes = [(z, m, d), *[(z, m)] * problem.renormalise, *[(z, m)] * (sets - first)]
-    message, places = _message(x, shapes, dtype)
+    shapes = last_sums(problem, sets, z, m, d)
+    message, places = message_for(x, shapes, dtype)
     norms = places[1] if problem.renormalise else None
-    columns_last = (*[None] * first, *places[-(sets - first) :])
+    columns_last = (*[None] * first, *places[-1])
     passes.run(_ROUND, round=last, columns=columns_last, pooled=places[0], pooled_sums=norms)
-    pooled, *totals = _parts_of(rows.sum(message), shapes)
-    every[first:, :, last] = (1.0 / m) / torch.stack(totals[-(sets - first) :])
+    pooled, *sums, total = parts_of_message(rows.sum(message), shapes)
+    every[first:, :, last] = (1.0 / m) / total
     if problem.renormalise:
-        inverse_sum = totals[0].clamp_min(torch.finfo(dtype).tiny).reciprocal_().unsqueeze(-1)
+        inverse_sum = sums[0].clamp_min(torch.finfo(dtype).tiny).reciprocal_().unsqueeze(-1)
     else:
         inverse_sum = (every[0, :, last] * m).unsqueeze(-1)
     kept = Kept(every, pooled * inverse_sum, inverse_sum)
@@ -137,11 +136,11 @@ def backward(
     pooled = kept.pooled.contiguous()
 
     shapes = [tuple(pooled.shape), (z, m)]
-    message, (dpooled, columns) = _message(x, shapes, dtype)
+    message, (dpooled, columns) = message_for(x, shapes, dtype)
     passes.run(
         _SCATTER_BACKWARD, pooled=pooled, grad_pooled=dpooled, rows=row_state, columns=(*[None] * (sets - 1), columns)
     )
-    dpooled, dg_back = _parts_of(rows.sum(message), shapes)
+    dpooled, dg_back = parts_of_message(rows.sum(message), shapes)
     dpooled = dpooled * every[-1, :, last].unsqueeze(-1)
     t = dpooled * kept.inverse_sum
     # Renormalised, gathering does not see its v; otherwise its columns' sums follow from what all ranks have.
@@ -162,16 +161,3 @@ def backward(
             dgs = -every[:, :, number - 1] * rows.sum(sums.view(-1)).view(sets, z, m)
     passes.run(_TOKENS_BACKWARD, y=ys, **state)
     return gradients.found()
-
-
-def _message(
-    like: torch.Tensor, shapes: list[tuple[int, ...]], dtype: torch.dtype
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Return memory for what travels together, and the place of each tensor in it."""
-    message = like.new_empty(sum(math.prod(shape) for shape in shapes), dtype=dtype)
-    return message, _parts_of(message, shapes)
-
-
-def _parts_of(message: torch.Tensor, shapes: list[tuple[int, ...]]) -> list[torch.Tensor]:
-    parts = torch.split(message, [math.prod(shape) for shape in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -77,11 +77,11 @@ def forward(inputs: Inputs, problem: SetProblem, splits: int | None = None) -> t
         y (b, h, n, d) in dtype and layout of x, 0 at masked tokens; and what `backward` takes, `kept_shape`.
     """
     with torch.no_grad(), torch.cuda.device(inputs.x_bhnd.get_device()):
-        call = _Call.of(inputs, problem, splits)
+        call = Call.of(inputs, problem, splits)
         y = torch.empty_like(inputs.x_bhnd)
         kept = torch.empty(kept_shape(inputs, problem), dtype=call.acc, device=y.device)
         potentials, pooled = call.parts_of(kept)
-        call.launch(kernels.forward, _FORWARD, _view(y), potentials, pooled)
+        call.launch(kernels.forward, FORWARD, view(y), potentials, pooled)
     return y, kept
 
 
@@ -98,7 +98,7 @@ def backward(
         splits: as for `forward`; another number changes the last digits.
     """
     with torch.no_grad(), torch.cuda.device(inputs.x_bhnd.get_device()):
-        call = _Call.of(inputs, problem, splits)
+        call = Call.of(inputs, problem, splits)
         spec, groups = call.spec, call.data.groups
         potentials, pooled = call.parts_of(kept)
         columns = call.buffer(spec.SETS, groups, spec.ROUNDS + 1, 2, spec.MP)
@@ -108,31 +108,27 @@ def backward(
         dfeatures = None if inputs.features_bhnk is None else torch.empty_like(inputs.features_bhnk)
         b, h = inputs.x_bhnd.shape[:2]
         d_units = call.buffer(spec.SETS, b, h, spec.SPLITS, spec.MP, spec.KP)
-        view = None if dfeatures is None else _view(dfeatures)
-        call.launch(kernels.backward, {}, _view(dx), view, d_units, _view(grad_y), adjoint)
-        sets = call.of_references(d_units, b)
-    gather, scatter = inputs.gather_hmk, inputs.scatter_hmk
-    d_gather, d_scatter = sets[0].to(gather.dtype), None
-    if scatter is not None:
-        assert sets[1] is not None
-        d_scatter = sets[1].to(scatter.dtype)
-    return Gradients(dx, dfeatures, d_gather, d_scatter)
+        of_features = None if dfeatures is None else view(dfeatures)
+        call.launch(kernels.backward, {}, view(dx), of_features, d_units, view(grad_y), adjoint)
+        return Gradients(dx, dfeatures, *call.of_references(inputs, d_units))
 
 
-def _view(tensor: torch.Tensor) -> kernels.View:
+def view(tensor: torch.Tensor) -> kernels.View:
+    """Return a tensor (b, h, n, channels) as kernels take it."""
     return kernels.View(tensor, *tensor.stride())
 
 
 @dataclass(frozen=True)
-class _Call:
-    """One call's inputs as the kernels take them."""
+class Call:
+    """One call's inputs as the kernels take them; split_triton.py makes its calls by it, too."""
 
     data: kernels.Data
     spec: kernels.Spec
     acc: torch.dtype
 
     @classmethod
-    def of(cls, inputs: Inputs, problem: SetProblem, splits: int | None) -> _Call:
+    def of(cls, inputs: Inputs, problem: SetProblem, splits: int | None) -> Call:
+        """Return a call; buffers and arguments are those of `forward`."""
         x = inputs.x_bhnd
         b, h, n, _ = x.shape
         groups = b * h
@@ -145,8 +141,8 @@ class _Call:
             wider = torch.promote_types(gather.dtype, scatter.dtype)
             gather, scatter = gather.to(wider), scatter.to(wider)
         data = kernels.Data(
-            x=_view(x),
-            features=None if inputs.features_bhnk is None else _view(inputs.features_bhnk),
+            x=view(x),
+            features=None if inputs.features_bhnk is None else view(inputs.features_bhnk),
             gather=gather.contiguous(),
             scatter=None if scatter is None else scatter.contiguous(),
             positions=None if positions is None else positions.to(acc).contiguous(),
@@ -158,6 +154,7 @@ class _Call:
             slots=buffer(spec.ROUNDS + 1, spec.SETS, groups, spec.SPLITS, spec.MP),
             parts=buffer(groups, spec.SPLITS, spec.MP, spec.DP),
             gate=torch.zeros(1 + groups, dtype=torch.int32, device=x.device) if spec.TOGETHER else None,
+            totals=None,
             groups=groups,
             heads=h,
             n=n,
@@ -173,8 +170,11 @@ class _Call:
         """Return potentials (s, groups, rounds + 2, m), and after them pooled (groups, MP, DP), out of `kept`."""
         return kept, kept[kept.numel() - self.data.groups * self.spec.MP * self.spec.DP :]
 
-    def of_references(self, d_units: torch.Tensor, images: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the gradients of both sets, (h, m, k), from those of their unit vectors (s, b, h, splits, MP, KP)."""
+    def of_references(self, inputs: Inputs, d_units: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the gradients of both sets, in their dtypes, from those of their unit vectors (s, b, h, splits, MP, KP).
+
+        A part's sums give that part's share: bringing to unit length is linear in the gradient.
+        """
         data, spec = self.data, self.spec
         d_gather = torch.empty_like(data.gather)
         d_scatter = None if data.scatter is None else torch.empty_like(data.scatter)
@@ -182,17 +182,30 @@ class _Call:
         grid = (triton.cdiv(spec.M, rows), spec.SETS * data.heads)
         sets = (d_gather, d_scatter, d_units, data.gather, data.scatter)
         sizes = (spec.M, spec.MP, spec.K, spec.KP, spec.SPLITS, rows, max(1, PART_NUMBERS // spec.KP), spec.ACC)
-        kernels.references_backward[grid](*sets, data.heads, images * spec.SPLITS, *sizes, num_warps=WARPS)
-        return d_gather, d_scatter
+        parts = d_units.shape[1] * spec.SPLITS
+        kernels.references_backward[grid](*sets, data.heads, parts, *sizes, num_warps=WARPS)
+        if d_scatter is not None and inputs.scatter_hmk is not None:
+            d_scatter = d_scatter.to(inputs.scatter_hmk.dtype)
+        return d_gather.to(inputs.gather_hmk.dtype), d_scatter
 
-    def launch(self, kernel: Any, options: dict[str, int], *arguments: Any) -> None:
-        """Run all phases: in one launch where programs may wait for each other or have nobody to wait for."""
+    def launch(
+        self, kernel: Any, options: dict[str, int], *arguments: Any, first: int = 0, end: int | None = None
+    ) -> None:
+        """Run phases: in one launch where programs may wait for each other or have nobody to wait for.
+
+        Args:
+            kernel: what to launch.
+            options: of the compiler.
+            arguments: before those that every kernel takes.
+            first: phase to begin with.
+            end: phase to end before; None runs all those of a whole forward or backward.
+        """
         spec = _constants(self.spec)
-        phases = self.spec.ROUNDS + 2
+        end = self.spec.ROUNDS + 2 if end is None else end
         grid = (self.data.groups * self.spec.SPLITS,)
-        steps = [(0, phases)] if self.spec.TOGETHER or self.spec.SPLITS == 1 else [(i, i + 1) for i in range(phases)]
-        for first, end in steps:
-            kernel[grid](*arguments, self.data, first, end, spec, num_warps=WARPS, **options)
+        together = self.spec.TOGETHER or self.spec.SPLITS == 1
+        for begin, stop in [(first, end)] if together else [(i, i + 1) for i in range(first, end)]:
+            kernel[grid](*arguments, self.data, begin, stop, spec, num_warps=WARPS, **options)
 
 
 def _rows_of_program(spec: kernels.Spec) -> int:
@@ -298,7 +311,7 @@ def _constants(spec: kernels.Spec) -> kernels.Spec:
 
 # More programs at once are worth more to the forward than the registers they take from it (NVIDIA's compiler alone can
 # be told so), and than loads ahead of their use.
-_FORWARD = {"num_stages": 1} | ({"maxnreg": 128} if torch.version.cuda else {})
+FORWARD = {"num_stages": 1} | ({"maxnreg": 128} if torch.version.cuda else {})
 
 # The dtype and precision of products. Weights of 1 / n and their gradients would vanish in fp16: TF32 has its ten bits
 # of mantissa and fp32's range. Products of fp32 are three of TF32 each, as good as fp32's own and on tensor cores.

@@ -72,12 +72,14 @@ class Data(NamedTuple):
         positions_b: stride from one image's positions to the next; 0 where all share them.
         places: (m, axes), contiguous, or None.
         mask: (b, n) bytes, not 0 for valid tokens, or None.
-        counts: (b,) number of valid tokens, given with `mask`.
+        counts: (b,) number of valid tokens, given with `mask`; where ranks share images, always, and of whole images.
         inverses: (groups, n), 1 / length of each token of x, written by the first phase; None with `features`.
         slots: (rounds + 1, sets, groups, SPLITS, MP), sums over the tokens of a split.
         parts: (groups, SPLITS, MP, DP), likewise.
         gate: (1 + groups,) zeros: a counter that names programs, and for each group how many have arrived; None where
             no program waits.
+        totals: (sets, groups, m), where ranks share images: what all of them had to say of the round before, instead of
+            what the splits left (triton_split_kernels.py); None where a rank has its images whole.
         groups: heads of all images.
         heads: h.
         n: tokens.
@@ -97,6 +99,7 @@ class Data(NamedTuple):
     slots: torch.Tensor
     parts: torch.Tensor
     gate: torch.Tensor | None
+    totals: torch.Tensor | None
     groups: int
     heads: int
     n: int
@@ -465,8 +468,25 @@ def _potential(lse, spec):
 
 @triton.jit
 def _potential_of(t, s, group, data, spec):
-    """Return g of round t >= 1, from what the splits left."""
-    return _potential(_merged(_all_splits(data, t - 1, s, group, tl.arange(0, spec.MP), spec)), spec)
+    """Return g of round t >= 1, from what the splits left, or from what all ranks had to say."""
+    if data.totals is None:
+        g = _potential(_merged(_all_splits(data, t - 1, s, group, tl.arange(0, spec.MP), spec)), spec)
+    else:
+        g = _potential_of_sums(_sums_of_ranks(data.totals, s, group, data, spec), spec)
+    return g
+
+
+@triton.jit
+def _sums_of_ranks(totals, s, group, data, spec):
+    """One number for each reference of (sets, groups, m), in its dtype, 0 in the padding."""
+    j = tl.arange(0, spec.MP)
+    return tl.load(totals + (group + data.groups * s) * spec.M + j, mask=j < spec.M, other=0.0)
+
+
+@triton.jit
+def _potential_of_sums(sums, spec):
+    """As `_potential`, of sum_i exp(M + f), which may be in a wider dtype."""
+    return tl.where(sums > 0.0, -spec.LOG_M - tl.log(tl.where(sums > 0.0, sums, 1.0)), 0.0).to(spec.ACC)
 
 
 @triton.jit
@@ -696,13 +716,21 @@ def _along(adjoint, group, spec):
 
 @triton.jit
 def _gradient_of(t, s, adjoint, group, data, spec):
-    """Return dg of round t, from what the splits left."""
+    """Return dg of round t, from what the splits left, or from what all ranks had to say."""
     dg = tl.zeros((spec.MP,), spec.ACC)
     if t < spec.ROUNDS:
-        dg += tl.sum(_all_splits(data, t, s, group, tl.arange(0, spec.MP), spec), 0)
+        if data.totals is None:
+            dg += tl.sum(_all_splits(data, t, s, group, tl.arange(0, spec.MP), spec), 0)
+        else:
+            sums = _sums_of_ranks(data.totals, s, group, data, spec)
+            g = _load_potential(adjoint.potentials, t, s, group, data, spec)
+            dg -= (tl.exp(g.to(sums.dtype)) * sums).to(spec.ACC)
     else:
         if s == spec.SETS - 1:
-            dg += tl.sum(_all_splits(data, spec.ROUNDS, s, group, tl.arange(0, spec.MP), spec), 0)
+            if data.totals is None:
+                dg += tl.sum(_all_splits(data, spec.ROUNDS, s, group, tl.arange(0, spec.MP), spec), 0)
+            else:
+                dg += _sums_of_ranks(data.totals, 0, group, data, spec).to(spec.ACC)
         if not spec.RENORMALISE and s == 0:  # renormalised gathering weights do not feel their own column potential
             dg += _along(adjoint, group, spec)
     return dg
