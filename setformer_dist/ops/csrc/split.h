@@ -229,10 +229,13 @@ void Head<T>::part_implicit_system() {
         for (long j = 0; j < m; ++j) {
           const double weighted = row[j] * inverse;
           columns[j] += row[j];
-          for (long l = 0; l < m; ++l) gram[j * m + l] += weighted * row[l];
+          for (long l = j; l < m; ++l) gram[j * m + l] += weighted * row[l];
         }
       });
     });
+    for (long j = 0; j < m; ++j) {
+      for (long l = 0; l < j; ++l) gram[j * m + l] = gram[l * m + j];
+    }
   }
 }
 
