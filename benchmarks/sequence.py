@@ -6,8 +6,8 @@ Each rank is a process; they exchange over gloo. For the attention of one block 
 image, fp32: messages and bytes as counted where they are sent, forward and backward, beside `ops.set.split.traffic`;
 the time of forward and backward by each implementation of the split form; of that, the time within the exchange; and
 the time that this rank takes for the whole image with the C++ kernel. The larger image has four times the tokens and
-the same traffic. The C++ kernel does not compute implicit gradients. With as many ranks as cores, give each rank one
-thread (OMP_NUM_THREADS=1), so that whole and split form use the same.
+the same traffic. With as many ranks as cores, give each rank one thread (OMP_NUM_THREADS=1), so that whole and split
+form use the same.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out/sequence.json"))
     options = parser.parse_args()
-    ways = (("exact", "torch"), ("exact", "cpp"), ("implicit", "torch"))
+    ways = (("exact", "torch"), ("exact", "cpp"), ("implicit", "torch"), ("implicit", "cpp"))
     cases = [[s, side, *way] for s in options.stages for side in options.side for way in ways]
     found = run_ranks(measure, options.ranks, cases, options.repeats, timeout=1800)[0]
     names = (

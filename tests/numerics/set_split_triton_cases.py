@@ -21,7 +21,7 @@ from setformer_dist.ops.set import split_torch, split_triton, triton_kernels, tr
 from setformer_dist.ops.set import triton as set_triton
 from setformer_dist.ops.set.attention import SetAttentionConfig, set_attention
 from setformer_dist.ops.set.problem import Gradients, Inputs, SetProblem
-from setformer_dist.ops.set.split import _implementations, traffic
+from setformer_dist.ops.set.split import _implementation, traffic
 from setformer_dist.ops.set.split_common import part_of
 from setformer_dist.ops.sinkhorn import working_dtype
 from setformer_dist.testing.threads import ThreadCollectives, ThreadParts, run_on_threads
@@ -261,8 +261,7 @@ def attention(config: SetAttentionConfig) -> list[torch.Tensor]:
 def test_the_operator_takes_the_kernels() -> None:
     taken = {"auto": "cpp" if DEVICE == "cpu" else "triton", "torch": "torch", "triton": "triton"}
     for wanted, name in taken.items():
-        for module in _implementations(inputs(n=4), problem(), wanted):
-            assert module.__name__.endswith(f"split_{name}")
+        assert _implementation(inputs(n=4), problem(), wanted).__name__.endswith(f"split_{name}")
     found, expected = (attention(SetAttentionConfig(references=4, implementation=how)) for how in ("triton", "torch"))
     for one, other in zip(found, expected, strict=True):
         assert_near(one, other, TOLERANCE[WIDE])

@@ -10,10 +10,9 @@ import torch
 
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.ops.parts import Rows
-from setformer_dist.ops.set import split_cpp, split_torch
+from setformer_dist.ops.set import split_cpp
 from setformer_dist.ops.set.attention import SetAttentionConfig, problem_of, set_attention
-from setformer_dist.ops.set.problem import Inputs
-from setformer_dist.ops.set.split import _implementations, traffic
+from setformer_dist.ops.set.split import traffic
 from setformer_dist.testing.threads import ThreadCollectives, ThreadParts, run_on_threads
 
 CASES = [
@@ -22,12 +21,7 @@ CASES = [
         ["none", "linear", "separable"], [1, 2], [True, False], ["exact", "implicit"]
     )
 ]
-# The C++ kernel computes exact gradients only.
-IMPLEMENTED = [
-    (how, case)
-    for how, case in itertools.product(["torch", "cpp"], CASES)
-    if how == "torch" or case["gradient"] == "exact"
-]
+IMPLEMENTED = list(itertools.product(["torch", "cpp"], CASES))
 KERNELS = [{"kernel": "gaussian"}, {"kernel": "nystrom", "anchors": 5}]
 
 
@@ -89,7 +83,7 @@ def assert_same(found, wanted, tolerance: float) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
     ("how", "case"),
-    [*IMPLEMENTED, *itertools.product(["torch", "cpp"], KERNELS)],
+    itertools.product(["torch", "cpp"], [*CASES, *KERNELS]),
     ids=lambda value: value if isinstance(value, str) else name_of(value),
 )
 def test_parts_equal_the_whole(how, case, masked):
@@ -135,9 +129,10 @@ def test_the_shipped_form_sends_what_the_facts_say():
 
 
 @pytest.mark.parametrize("how", ["torch", "cpp"])
+@pytest.mark.parametrize("gradient", ["exact", "implicit"])
 @pytest.mark.parametrize("features", ["similarity", "nystrom"])
-def test_fp32_and_bf16_parts_agree_with_the_whole_to_their_rounding(how, features):
-    config = SetAttentionConfig(references=9, kernel=features)
+def test_fp32_and_bf16_parts_agree_with_the_whole_to_their_rounding(how, features, gradient):
+    config = SetAttentionConfig(references=9, kernel=features, gradient=gradient)
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 2e-2)):
         tensors, upstream = operands(config, 64, dtype=dtype)
         wanted = unsplit(config, tensors, upstream, grid=(16, 4))
@@ -155,16 +150,17 @@ def test_the_same_parts_give_the_same_bits(how):
     assert all(torch.equal(one[1][name], two[1][name]) for name in tensors)
 
 
+@pytest.mark.parametrize("gradient", ["exact", "implicit"])
 @pytest.mark.parametrize("case", [{"reference_sets": 1}, {"reference_sets": 2}, {"renormalise": False}], ids=name_of)
-def test_ranks_of_a_group_may_differ_in_their_implementation(case):
-    config = SetAttentionConfig(references=9, **case)
+def test_ranks_of_a_group_may_differ_in_their_implementation(case, gradient):
+    config = SetAttentionConfig(references=9, gradient=gradient, **case)
     tensors, upstream = operands(config, 48)
     wanted = unsplit(config, tensors, upstream, grid=(12, 4))
     found, _, _ = split(config, tensors, upstream, 3, ("cpp", "torch"), grid=(12, 4))
     assert_same(found, wanted, 1e-12)
 
 
-@pytest.mark.parametrize("case", CASES[::2], ids=name_of)
+@pytest.mark.parametrize("case", CASES[::2] + CASES[1::6], ids=name_of)
 def test_kernel_matrices_that_are_kept_change_no_bit(case, monkeypatch):
     """With memory for none, some and all of them."""
     config = SetAttentionConfig(references=9, **case)
@@ -191,26 +187,11 @@ def test_more_tokens_than_a_tile_and_parts_that_begin_within_a_row():
     assert_same(found, wanted, 1e-2)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("case", [case for case in CASES if case["gradient"] == "implicit"], ids=name_of)
-def test_implicit_gradients_take_the_forward_of_the_kernel_and_the_backward_of_pytorch(case, masked):
-    config = SetAttentionConfig(references=9, tau=0.1, **case)
-    tensors, upstream = operands(config, 48)
-    mask = torch.rand(2, 48, generator=torch.Generator().manual_seed(5)) > 0.3 if masked else None
-    given = Inputs(tensors["x_bhnd"], None, tensors["references_hmd"], None, None, None, None)
-    assert _implementations(given, problem_of(config), "auto") == (split_cpp, split_torch)
-    wanted = unsplit(
-        config.model_copy(update={"implementation": "torch"}), tensors, upstream, grid=(12, 4), mask_bn=mask
-    )
-    for by in (("auto",), ("torch", "auto")):
-        found, _, _ = split(config, tensors, upstream, 3, by, grid=(12, 4), mask_bn=mask)
-        assert_same(found, wanted, 1e-12)
-
-
-def test_cpp_that_cannot_is_refused_and_left_to_pytorch():
-    config = SetAttentionConfig(references=4, gradient="implicit")
+def test_cpp_that_cannot_is_refused_and_left_to_pytorch(monkeypatch):
+    monkeypatch.setenv("SETFORMER_NO_CPP", "1")
+    config = SetAttentionConfig(references=4)
     tensors, upstream = operands(config, 16)
-    with pytest.raises(ConfigError, match="implementation = 'cpp' cannot compute this: gradient = 'implicit'"):
+    with pytest.raises(ConfigError, match="implementation = 'cpp' cannot compute this: SETFORMER_NO_CPP is set"):
         split(config, tensors, upstream, 1, ("cpp",), grid=(4, 4))
     split(config, tensors, upstream, 1, grid=(4, 4))
 

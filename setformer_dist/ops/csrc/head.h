@@ -99,7 +99,12 @@ class Head {
   void part_scatter_backward();
   void part_gather_backward();
   void part_round_backward();
-  void part_tokens_backward();
+  void part_tokens_backward(bool implicit = false);
+  void part_implicit_system();
+  void part_implicit_side();
+  void implicit_backward(const Plan<T>& plan, const T* kernel, Tile tile, const T* direct, T* df);
+  template <class Body>
+  void for_plan_rows(const Plan<T>& plan, const T* kernel, Tile tile, const Body& body);
   Plan<T>& part_plan(long set, bool reads_references = false);
   void read_pooled();
   void read_grad_pooled();
@@ -107,6 +112,9 @@ class Head {
   void write_columns(const Plan<T>& plan, const T* sums);
 
   // This head's numbers in a tensor (sets, b, h, size).
+  double* of_head(double* tensor, long size, long set = 0) const {
+    return tensor + ((set * call_.images + image_) * call_.heads + head_) * size;
+  }
   T* of_head(void* tensor, long size, long set = 0) const {
     return static_cast<T*>(tensor) + ((set * call_.images + image_) * call_.heads + head_) * size;
   }

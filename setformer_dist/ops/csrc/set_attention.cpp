@@ -55,7 +55,7 @@ void run_part(const Part& part, int64_t pass) {
     Head<T> head(call, pass >= SCATTER_BACKWARD, &part);
     for (long i = first; i < last; ++i) head.part(static_cast<Pass>(pass), i / call.heads, i % call.heads);
   });
-  if (pass != TOKENS_BACKWARD) return;
+  if (pass != TOKENS_BACKWARD && pass != IMPLICIT_TOKENS) return;
   sum_images<T>(call, call.gather, call.grad_gather);
   sum_images<T>(call, call.scatter, call.grad_scatter);
 }

@@ -8,10 +8,18 @@
 //   ROUND_BACKWARD     those of the rounds before
 //   TOKENS_BACKWARD    the first round, and the gradients of tokens and references
 //
+// The implicit gradient (sinkhorn.implicit_adjoint) sees the last round alone: L = 1, and v of the last two rounds.
+//
+//   IMPLICIT_SYSTEM    column sums of the plan P, and P^T (P 1)^-1 P
+//   IMPLICIT_SIDE      P^T (P 1)^-1 df, of what GATHER_BACKWARD has left
+//   IMPLICIT_TOKENS    the gradients of tokens and references
+//
 // K of as many heads as the caller has memory for stays there; of the others each pass computes it again, tile by tile.
 // Nothing else grows with tokens times references: `direct` is computed twice.
 
 #pragma once
+
+#include <vector>
 
 #include "head.h"
 
@@ -27,6 +35,9 @@ void Head<T>::part(Pass pass, long image, long head) {
     case GATHER_BACKWARD: return part_gather_backward();
     case ROUND_BACKWARD: return part_round_backward();
     case TOKENS_BACKWARD: return part_tokens_backward();
+    case IMPLICIT_SYSTEM: return part_implicit_system();
+    case IMPLICIT_SIDE: return part_implicit_side();
+    case IMPLICIT_TOKENS: return part_tokens_backward(true);
   }
 }
 
@@ -159,11 +170,12 @@ void Head<T>::part_round_backward() {
 }
 
 template <class T>
-void Head<T>::part_tokens_backward() {
+void Head<T>::part_tokens_backward(bool implicit) {
   const long sets = call_.two_sets ? 2 : 1;
   for (long set = 0; set < sets; ++set) {
     const Plan<T>& plan = part_plan(set, true);
     for (long l = 1; l <= call_.rounds; ++l) read_round(plan, l);
+    if (implicit) std::copy_n(last_v(plan), m_, right_[set] + m_);
     std::fill_n(plan.dg, m_, T(0));
     std::fill_n(grad_references_[set] + 0, m_ * k_, T(0));
   }
@@ -176,11 +188,86 @@ void Head<T>::part_tokens_backward() {
       const T* kernel = kernel_of(plan, tile);
       if (set == sets - 1) scatter_backward(plan, kernel, tile, direct_tile_, false);
       if (set == 0) gather_backward(plan, kernel, tile, direct_tile_, sets == 1);
-      plan_backward(plan, kernel, tile, direct_tile_, set ? grad_features_ : output_);
+      T* df = set ? grad_features_ : output_;
+      implicit ? implicit_backward(plan, kernel, tile, direct_tile_, df)
+               : plan_backward(plan, kernel, tile, direct_tile_, df);
       if (set == 0) features_backward(plan, kernel, tile, grad_features_);
     }
   });
   for (long set = 0; set < sets; ++set) write_references(plans_[set]);
+}
+
+// ---------------------------------------------------------------------------------------------- implicit gradient
+
+// Do something with each valid row of the plan P and 1 / its sum.
+template <class T>
+template <class Body>
+void Head<T>::for_plan_rows(const Plan<T>& plan, const T* kernel, Tile tile, const Body& body) {
+  const long m = call_.references;
+  const T* v = last_v(plan);
+  dot_row<T>(kernel, m_, plan.v, tile.rows, m_, u_);
+  std::vector<double> row(m);
+  for (long t = 0; t < tile.count; ++t) {
+    const T a = row_sums_[tile.first + t], u = a / u_[t];
+    if (a == 0) continue;
+    double sum = 0;
+    for (long j = 0; j < m; ++j) sum += row[j] = kernel[t * m_ + j] * u * v[j];
+    body(tile.first + t, row.data(), 1 / sum);
+  }
+}
+
+template <class T>
+void Head<T>::part_implicit_system() {
+  const long m = call_.references;
+  for (long set = 0; set < (call_.two_sets ? 2 : 1); ++set) {
+    const Plan<T>& plan = part_plan(set, true);
+    double *columns = of_head(part_->system, m, set), *gram = of_head(part_->gram, m * m, set);
+    std::fill_n(columns, m, 0.0);
+    std::fill_n(gram, m * m, 0.0);
+    for_tiles(call_.tokens, [&](Tile tile) {
+      for_plan_rows(plan, new_kernel(plan, tile), tile, [&](long, const double* row, double inverse) {
+        for (long j = 0; j < m; ++j) {
+          const double weighted = row[j] * inverse;
+          columns[j] += row[j];
+          for (long l = j; l < m; ++l) gram[j * m + l] += weighted * row[l];
+        }
+      });
+    });
+    for (long j = 0; j < m; ++j) {
+      for (long l = 0; l < j; ++l) gram[j * m + l] = gram[l * m + j];
+    }
+  }
+}
+
+template <class T>
+void Head<T>::part_implicit_side() {
+  const long m = call_.references;
+  for (long set = 0; set < (call_.two_sets ? 2 : 1); ++set) {
+    const Plan<T>& plan = part_plan(set, true);
+    double* side = of_head(part_->side, m, set);
+    std::fill_n(side, m, 0.0);
+    for_tiles(call_.tokens, [&](Tile tile) {
+      for_plan_rows(plan, kernel_of(plan, tile), tile, [&](long i, const double* row, double inverse) {
+        const double weight = plan.df[i] * inverse;
+        for (long j = 0; j < m; ++j) side[j] += weight * row[j];
+      });
+    });
+  }
+}
+
+// As plan_backward, with x = (df - u K y) / (K v) where v is the last one, as u is.
+template <class T>
+void Head<T>::implicit_backward(const Plan<T>& plan, const T* kernel, Tile tile, const T* direct, T* df) {
+  const T *inverse = plan.inverse_kv + tile.first, *a = row_sums_ + tile.first;
+  T* x = plan.x + tile.first;
+  dot_row<T>(kernel, m_, right_[plan.set], tile.rows, m_, sums_);
+  dot_row<T>(kernel, m_, last_v(plan), tile.rows, m_, u_);
+  for (long t = 0; t < tile.rows; t += L) {
+    vec(x + t) = (vec(plan.df + tile.first + t) - vec(a + t) * vec(inverse + t) * vec(sums_ + t)) / vec(u_ + t);
+  }
+  similarity_backward(plan, kernel, direct, tile);
+  multiply<T>(ds_, m_, 1, plan.references, k_, tile.rows, call_.references, k_, df, k_);
+  accumulate<T>(ds_, m_, features_, k_, tile.rows, m_rows_, k_, grad_references_[plan.set], k_);
 }
 
 }  // namespace setformer

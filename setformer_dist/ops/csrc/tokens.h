@@ -40,7 +40,10 @@ struct Call {
   void* nearest;
 };
 
-enum Pass : int64_t { ROUND, SCATTER, SCATTER_BACKWARD, GATHER_BACKWARD, ROUND_BACKWARD, TOKENS_BACKWARD };
+enum Pass : int64_t {
+  ROUND, SCATTER, SCATTER_BACKWARD, GATHER_BACKWARD, ROUND_BACKWARD, TOKENS_BACKWARD, IMPLICIT_SYSTEM, IMPLICIT_SIDE,
+  IMPLICIT_TOKENS
+};
 
 // One pass over a part's tokens (split.h). Tensors are contiguous and in the working dtype; those marked with + are
 // padded: n to a multiple of 16, m likewise.
@@ -54,6 +57,8 @@ struct Part {
   void* rows;                    // (sets, b, h, 2 L + 1, n) +: the backward's: 1 / (K v) and x of each round, and df
   void *grad_pooled, *along;     // (b, h, m, d), (b, h, m): sums out of SCATTER_BACKWARD; t and t . pooled, in
   void* y;                       // (sets, b, h, L, m): of the backward's rounds, as far as they are known
+  // In fp64, of the implicit gradient: column sums of the plan P, P^T (P 1)^-1 P and P^T (P 1)^-1 df of each set.
+  double *system, *gram, *side;  // (sets, b, h, m), (sets, b, h, m, m), (sets, b, h, m)
 };
 
 struct Tile {

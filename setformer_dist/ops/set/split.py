@@ -21,7 +21,7 @@ Letters as in in_torch.py; z = heads x images, p = parts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.ops.kernels import no_autocast
 from setformer_dist.ops.parts import Rows
-from setformer_dist.ops.set import cpp, split_cpp, split_torch
+from setformer_dist.ops.set import split_cpp, split_torch
 from setformer_dist.ops.set.op import no_triton, watched
 from setformer_dist.ops.set.problem import Inputs, SetProblem
 from setformer_dist.ops.set.split_common import needs_last, part_of
@@ -86,27 +86,24 @@ def why_not(problem: SetProblem, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _implementations(inputs: Inputs, problem: SetProblem, wanted: str) -> tuple[ModuleType, ModuleType]:
-    """Return the modules of forward and backward: the kernels of this device where they can, unless PyTorch is wanted.
+def _implementation(inputs: Inputs, problem: SetProblem, wanted: str) -> ModuleType:
+    """Return the module that computes it: the kernels of this device where they can, unless PyTorch is asked for.
 
-    Ranks of a group may differ in them: all send the same numbers. An implicit gradient takes PyTorch's backward, and
-    what it needs the C++ kernel's forward keeps, too.
+    Ranks of a group may differ in it: all send the same numbers.
 
     Raises:
         ConfigError: kernels are asked for that cannot.
     """
     if wanted not in ("auto", "cpp", "triton"):
-        return split_torch, split_torch
+        return split_torch
     by_triton = wanted == "triton" or (wanted == "auto" and inputs.x_bhnd.device.type != "cpu")
-    reason = no_triton(inputs, problem) if by_triton else cpp.supports(inputs, problem)
+    reason = no_triton(inputs, problem) if by_triton else split_cpp.supports(inputs, problem)
     if reason is not None and wanted != "auto":
         raise ConfigError(f"implementation = {wanted!r} cannot compute this: {reason}; set implementation = 'auto'")
-    if watched(inputs) or inputs.x_bhnd.shape[0] == 0:  # no memory to read
-        return split_torch, split_torch
-    if reason is None:
-        return (_split_triton, _split_triton) if by_triton else (split_cpp, split_cpp)
-    forward_alone = not by_triton and cpp.supports(inputs, replace(problem, implicit=False)) is None
-    return split_cpp if forward_alone else split_torch, split_torch
+    no_memory = watched(inputs) or inputs.x_bhnd.shape[0] == 0
+    if reason is not None or no_memory:
+        return split_torch
+    return _split_triton if by_triton else split_cpp
 
 
 class _SplitAttention(torch.autograd.Function):
@@ -114,12 +111,12 @@ class _SplitAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
-        inputs, (whole, problem, rows, ahead, back) = Inputs(*arguments[:7]), arguments[7:]
+        inputs, (whole, problem, rows, by) = Inputs(*arguments[:7]), arguments[7:]
         dtype = working_dtype(inputs.x_bhnd.dtype, problem.epsilon)
         assert dtype is not None
         with no_autocast(inputs.x_bhnd.device):
-            y, kept = ahead.forward(inputs, whole, problem, rows, dtype)
-        ctx.rest, ctx.kept_as = (whole, problem, rows, dtype, back), type(kept)
+            y, kept = by.forward(inputs, whole, problem, rows, dtype)
+        ctx.rest, ctx.kept_as = (whole, problem, rows, dtype, by), type(kept)
         ctx.save_for_backward(*kept, *inputs)
         return y  # type: ignore[no-any-return]
 
@@ -128,10 +125,10 @@ class _SplitAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: a recomputed block gives each of them once
         kept, inputs = ctx.kept_as(*saved[:-7]), Inputs(*saved[-7:])
-        whole, problem, rows, dtype, back = ctx.rest
+        whole, problem, rows, dtype, by = ctx.rest
         with no_autocast(grad_y.device):
-            found = back.backward(grad_y, inputs, whole, kept, problem, rows, dtype)
-        return found.x, found.features, found.gather, found.scatter, *(None,) * 8
+            found = by.backward(grad_y, inputs, whole, kept, problem, rows, dtype)
+        return found.x, found.features, found.gather, found.scatter, *(None,) * 7
 
 
 def split_attention(whole: Inputs, problem: SetProblem, rows: Rows, wanted: str = "auto") -> torch.Tensor:
@@ -151,6 +148,6 @@ def split_attention(whole: Inputs, problem: SetProblem, rows: Rows, wanted: str 
     if reason is not None:
         raise ConfigError(f"SeT attention over several ranks: {reason}")
     inputs, known = part_of(whole, problem, rows)
-    by = _implementations(inputs, problem, wanted)
-    y: torch.Tensor = _SplitAttention.apply(*inputs, known, problem, rows, *by)
+    by = _implementation(inputs, problem, wanted)
+    y: torch.Tensor = _SplitAttention.apply(*inputs, known, problem, rows, by)
     return y

@@ -1,7 +1,6 @@
 """The split form of SeT attention by the C++ kernel for CPUs (csrc/split.h): passes over this part's tokens.
 
-`forward` and `backward` take and give what those of split_torch.py do. `cpp.supports` says for both forms whether the
-kernel can compute a problem.
+`forward` and `backward` take and give what those of split_torch.py do; `supports` says whether they can.
 
 Each pass is one call for all heads of all images; between two of them their sums travel. A pass needs the kernel matrix
 K of each head and set. Those of as many heads as KEPT_BYTES hold stay in memory; of the others each pass computes K
@@ -11,6 +10,7 @@ again, tile by tile, which takes longer. So memory is O(n) + O(m d) for each hea
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 from typing import Any
 
 import torch
@@ -19,13 +19,23 @@ from setformer_dist.ops import cpp_library
 from setformer_dist.ops.parts import Rows
 from setformer_dist.ops.set import cpp
 from setformer_dist.ops.set.problem import Gradients, Inputs, SetProblem
-from setformer_dist.ops.set.split_common import Kept, Whole, last_sums, message_for, needs_last, parts_of_message
+from setformer_dist.ops.set.split_common import (
+    Kept,
+    Whole,
+    last_sums,
+    message_for,
+    needs_last,
+    parts_of_message,
+    sum_all,
+)
+from setformer_dist.ops.sinkhorn import implicit_system
 
 # For kernel matrices that stay in memory from one pass to the next, in each forward or backward of a block.
 KEPT_BYTES = 256 << 20
 _PAD = 16  # numbers; the kernel pads to this or to its half
 
 _ROUND, _SCATTER, _SCATTER_BACKWARD, _GATHER_BACKWARD, _ROUND_BACKWARD, _TOKENS_BACKWARD = range(6)
+_IMPLICIT_SYSTEM, _IMPLICIT_SIDE, _IMPLICIT_TOKENS = range(6, 9)
 
 
 class _Part(ctypes.Structure):
@@ -36,7 +46,7 @@ class _Part(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("round", "kept")),
         *((name, ctypes.c_void_p) for name in ("kernels", "pooled", "pooled_sums")),
         ("columns", ctypes.c_void_p * 2),
-        *((name, ctypes.c_void_p) for name in ("rows", "grad_pooled", "along", "y")),
+        *((name, ctypes.c_void_p) for name in ("rows", "grad_pooled", "along", "y", "system", "gram", "side")),
     )
 
 
@@ -86,12 +96,22 @@ def _padded(size: int) -> int:
     return -(-size // _PAD) * _PAD
 
 
+def supports(inputs: Inputs, problem: SetProblem) -> str | None:
+    """Return why the kernel cannot compute the problem, or None where it can: as the whole form, and implicitly.
+
+    Args:
+        inputs: as those of `cpp.supports`.
+        problem: likewise.
+    """
+    return cpp.supports(inputs, dataclasses.replace(problem, implicit=False))
+
+
 def forward(
     inputs: Inputs, whole: Whole, problem: SetProblem, rows: Rows, dtype: torch.dtype
 ) -> tuple[torch.Tensor, Kept]:
     """Return y (b, h, n / p, d) of this part's tokens in the dtype of x, and what `backward` needs.
 
-    Args are those of `split_torch.forward`; `cpp.supports` has accepted them.
+    Args are those of `split_torch.forward`; `supports` has accepted them.
     """
     x = inputs.x_bhnd
     b, h, _, d = x.shape
@@ -126,8 +146,10 @@ def backward(
 ) -> Gradients:
     """Return the gradients of this part's x and features, and this part's share of those of the reference sets.
 
-    Args are those of `split_torch.backward`; `cpp.supports` has accepted them.
+    Args are those of `split_torch.backward`; `supports` has accepted them.
     """
+    if problem.implicit:
+        return _implicit_backward(grad_y, inputs, whole, kept, problem, rows, dtype)
     x, every = inputs.x_bhnd, kept.rounds.contiguous()
     sets, z, last, m = every.shape[0], every.shape[1], problem.iterations, every.shape[3]
     gradients = cpp.Outputs(inputs, dtype)
@@ -141,14 +163,8 @@ def backward(
         _SCATTER_BACKWARD, pooled=pooled, grad_pooled=dpooled, rows=row_state, columns=(*[None] * (sets - 1), columns)
     )
     dpooled, dg_back = parts_of_message(rows.sum(message), shapes)
-    dpooled = dpooled * every[-1, :, last].unsqueeze(-1)
-    t = dpooled * kept.inverse_sum
-    # Renormalised, gathering does not see its v; otherwise its columns' sums follow from what all ranks have.
-    dg, along = (pooled * dpooled).sum(-1), (t * pooled).sum(-1)
-    (along if not problem.renormalise else dg).zero_()
-    dgs = torch.stack([dg, dg_back]) if sets == 2 else (dg + dg_back).unsqueeze(0)
-
-    state: dict[str, Any] = {"pooled": pooled, "grad_pooled": t, "along": along, "rows": row_state}
+    state, dgs = _after_scattering(dpooled, dg_back, kept, problem)
+    state |= {"pooled": pooled, "rows": row_state}
     ys = x.new_empty((sets, z, last, m), dtype=dtype)
     for number in range(last, 0, -1):
         ys[:, :, number - 1] = every[:, :, number] * dgs * m
@@ -160,4 +176,51 @@ def backward(
         if number > 1:
             dgs = -every[:, :, number - 1] * rows.sum(sums.view(-1)).view(sets, z, m)
     passes.run(_TOKENS_BACKWARD, y=ys, **state)
+    return gradients.found()
+
+
+def _after_scattering(
+    dpooled: torch.Tensor, dg_back: torch.Tensor, kept: Kept, problem: SetProblem
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """Return what the first message brings: fields of `Part`, and the gradients of log v of each set, (sets, z, m)."""
+    dpooled = dpooled * kept.rounds[-1, :, -1].unsqueeze(-1)
+    t = dpooled * kept.inverse_sum
+    # Renormalised, gathering does not see its v; otherwise its columns' sums follow from what all ranks have.
+    dg, along = (kept.pooled * dpooled).sum(-1), (t * kept.pooled).sum(-1)
+    (along if not problem.renormalise else dg).zero_()
+    dgs = torch.stack([dg, dg_back]) if len(kept.rounds) == 2 else (dg + dg_back).unsqueeze(0)
+    return {"grad_pooled": t, "along": along}, dgs
+
+
+def _implicit_backward(
+    grad_y: torch.Tensor, inputs: Inputs, whole: Whole, kept: Kept, problem: SetProblem, rows: Rows, dtype: torch.dtype
+) -> Gradients:
+    """As `backward`: the linear systems' sums travel in fp64, with the first message and in a second one."""
+    x, ends = inputs.x_bhnd, kept.rounds[:, :, -2:].contiguous()  # what the last round began and ended with
+    sets, z, _, m = ends.shape
+    gradients, last = cpp.Outputs(inputs, dtype), dataclasses.replace(problem, iterations=1)
+    passes = _Passes(inputs, whole, last, dtype, ends, y=cpp.tokens(grad_y), **gradients.fields())
+    state: dict[str, Any] = {
+        "rows": cpp.empty(x, (sets, z, 3, passes.padded_n), dtype),
+        "pooled": kept.pooled.contiguous(),
+    }
+    dpooled, columns = torch.empty_like(state["pooled"]), x.new_empty((z, m), dtype=dtype)
+    passes.run(_SCATTER_BACKWARD, grad_pooled=dpooled, columns=(*[None] * (sets - 1), columns), **state)
+    system, gram = (x.new_empty((sets, z, *shape), dtype=torch.float64) for shape in ((m,), (m, m)))
+    passes.run(_IMPLICIT_SYSTEM, system=system, gram=gram)
+    pairs = [one for pair in zip(system, gram, strict=True) for one in pair]
+    dpooled, dg_back, *pairs = sum_all(rows, [dpooled, columns, *pairs])
+    more, dgs = _after_scattering(dpooled, dg_back, kept, problem)
+    state |= more
+
+    ys = x.new_zeros((sets, z, 1, m), dtype=dtype)
+    passes.run(_GATHER_BACKWARD, y=ys, **state)
+    side = x.new_empty((sets, z, m), dtype=torch.float64)
+    passes.run(_IMPLICIT_SIDE, side=side, rows=state["rows"])
+    seen = 1 if problem.renormalise else sets  # renormalised, scattering has no gradient of log u
+    sides = dgs.double()
+    sides[:seen] -= torch.stack(sum_all(rows, list(side[:seen])))
+    for s in range(sets):
+        ys[s] = implicit_system(pairs[2 * s], pairs[2 * s + 1], sides[s].unsqueeze(1)) * ends[s, :, 1:]
+    passes.run(_IMPLICIT_TOKENS, y=ys, **state)
     return gradients.found()
