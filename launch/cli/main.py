@@ -168,7 +168,8 @@ def train(
     if dry_run:
         from launch.run import dry_run as predicted
 
-        predicted.dry_run(run, open_console())
+        elsewhere = began.specs or via or began.via
+        predicted.dry_run(run, open_console(), None if elsewhere else began.world_size)
         return
     check_folder(run)
     if not began.specs and not (via or began.via):  # else it is reached from another machine

@@ -32,7 +32,7 @@ from launch.run.identity import identity_of, shapes_of
 from launch.run.imported import is_imported
 from launch.run.initial_weights import FirstWeights
 from launch.run.inputs import evaluation_micro, inputs_of, shapes_of_images
-from launch.run.memory import keep_within_budget, largest_batch, memory_of_machine, predicted
+from launch.run.memory import check_images_fit, keep_within_budget, largest_batch, memory_of_machine, predicted
 from launch.run.objective import build_assumed, build_for
 from launch.run.own_code import bring
 from launch.run.periodic_probe import probed_data
@@ -194,8 +194,13 @@ def _assumed(run: ResolvedRun) -> _Known:
     return _Known(model, shape, None, tuple(_recomputed(run, model, shape, None)))
 
 
-def dry_run(run: ResolvedRun, console: Console) -> None:
+def dry_run(run: ResolvedRun, console: Console, local_ranks: int | None = None) -> None:
     """Print the resolved config, DeepSpeed's JSON, and the predicted costs.
+
+    Args:
+        run: the run.
+        console: where to print.
+        local_ranks: those that this machine would have; None where others would train.
 
     Raises:
         SetformerError: as the run would before its first step, after all that can be said was printed.
@@ -229,6 +234,8 @@ def dry_run(run: ResolvedRun, console: Console) -> None:
     console.print(table, markup=False)
     if missing is not None:
         raise missing
+    if local_ranks is not None:
+        check_images_fit(run, known.model, known.shape, known.dtype, local_ranks)
     check_free(run.config.folder)
     _check_disk(run, costs)
 

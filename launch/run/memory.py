@@ -23,6 +23,7 @@ from setformer_dist.models.recompute import candidates, set_recompute
 
 # Predictions were within 7 % of what was measured (docs/memory.md): what is far beyond the memory is refused.
 _MARGIN = 1.1
+_FEW_PIXELS = 1 << 20  # of a micro batch
 
 
 def largest_batch(run: ResolvedRun, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -64,10 +65,12 @@ def predicted(run: ResolvedRun, model: nn.Module, shape: tuple[int, ...], batch_
     return dataclasses.replace(memory, parameters=memory.parameters + averaged_bytes(model, dtype))
 
 
-def check_schedule_fits(
+def check_images_fit(
     run: ResolvedRun, model: nn.Module, shape: tuple[int, ...], batch_dtype: torch.dtype | None, local_ranks: int
 ) -> None:
-    """Refuse a schedule of image sizes whose largest does not fit: the run would end when it comes, perhaps in days.
+    """Refuse images that do not fit: of a schedule of sizes, the largest would end the run when they come, in days.
+
+    A batch of one size with fewer than a million pixels is not looked at: predicting takes a second of each start.
 
     Args:
         run: its config.
@@ -80,7 +83,11 @@ def check_schedule_fits(
         ConfigError: naming the size, what it is predicted to take, and what there is.
     """
     data = run.config.data
-    if not isinstance(data, DataConfig) or len(shapes_of_images(data)) == 1:
+    if not isinstance(data, DataConfig):
+        return
+    micro, *largest = largest_batch(run, shape)
+    scheduled = len(shapes_of_images(data)) > 1
+    if not scheduled and micro * largest[-2] * largest[-1] < _FEW_PIXELS:
         return
     memory = predicted(run, model, shape, batch_dtype)
     if torch.cuda.is_available():
@@ -89,9 +96,9 @@ def check_schedule_fits(
         need, there, whose = memory.total + memory.host, memory_of_machine() // local_ranks, "this host, per rank,"
     if need <= _MARGIN * there:
         return
-    micro, *largest = largest_batch(run, shape)
+    what = "data.resolutions comes to images" if scheduled else "the micro batch is images"
     raise ConfigError(
-        f"data.resolutions comes to images of {largest[-2]} x {largest[-1]}, {micro} at a time, for which a rank is "
+        f"{what} of {largest[-2]} x {largest[-1]}, {micro} at a time, for which a rank is "
         f"predicted to take {_shown(need)}, and {whose} has {_shown(there)}: lower batch.micro or batch.micro_pixels, "
         "or set model.memory_budget, model.recompute or parallel.sequence"
     )

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from checkpoints.identity import digest_json
+from dataloaders.config import DataConfig
 from dataloaders.order.order import CURSOR_FORMAT, ORDER_ID
 from dataloaders.sources.index import INDEX_FORMAT
 from launch.ranks.environment import usable_cores
@@ -31,7 +32,7 @@ from launch.record.machine import machine_facts
 from launch.run.compose import Splits, check_device, compose, open_splits
 from launch.run.config import ResolvedRun, RunConfig, check_folder, resolve
 from launch.run.inputs import inputs_of
-from launch.run.memory import check_schedule_fits, keep_within_budget
+from launch.run.memory import check_images_fit, keep_within_budget
 from launch.run.objective import build_for
 from launch.run.outcome import finish
 from launch.run.own_code import bring
@@ -159,7 +160,8 @@ def _model(run: ResolvedRun, splits: Splits, task: Task, own: OwnModel | None, l
     recomputed = keep_within_budget(run, model, shape, inputs.dtype)
     if recomputed is not None:
         log.info("recomputed, by stage: %s", recomputed)
-    check_schedule_fits(run, model, shape, inputs.dtype, local_ranks)
+    if own is None or (isinstance(config.data, DataConfig) and config.data.resolutions):
+        check_images_fit(run, model, shape, inputs.dtype, local_ranks)  # not every own model runs without numbers
     return model
 
 

@@ -11,7 +11,7 @@ import torch
 
 import setformer_dist.models  # noqa: F401
 from launch.run.config import load_run, resolve
-from launch.run.memory import check_schedule_fits, keep_within_budget, largest_batch, predicted
+from launch.run.memory import check_images_fit, keep_within_budget, largest_batch, predicted
 from launch.testing.commands import DEMO
 from setformer_dist.core.config import ConfigError
 from setformer_dist.core.model_config import ModelConfig
@@ -162,12 +162,15 @@ def test_a_schedule_whose_largest_images_do_not_fit_is_refused_before_training(
     stages = "data.resolutions=[{epoch = 0, image_size = 128}, {epoch = 1, image_size = 512}]"
     growing = run_of(tmp_path, *words, stages, "data.augment.crop=resized")
     need = predicted(growing, model, (3, 128, 128), None).total
-    check_schedule_fits(growing, model, (3, 128, 128), None, local_ranks=2)
+    check_images_fit(growing, model, (3, 128, 128), None, local_ranks=2)
     monkeypatch.setattr("launch.run.memory.memory_of_machine", lambda: int(2 * need / 1.1) + 2)
-    check_schedule_fits(growing, model, (3, 128, 128), None, local_ranks=2)
+    check_images_fit(growing, model, (3, 128, 128), None, local_ranks=2)
     with pytest.raises(ConfigError, match=r"data\.resolutions comes to images of 512 x 512, 32 at a time"):
-        check_schedule_fits(growing, model, (3, 128, 128), None, local_ranks=3)
-    check_schedule_fits(run_of(tmp_path, *words), model, (3, 128, 128), None, local_ranks=1 << 40)  # one size
+        check_images_fit(growing, model, (3, 128, 128), None, local_ranks=3)
+    one_size = run_of(tmp_path, *words), model, (3, 128, 128), None
+    check_images_fit(*one_size, local_ranks=1 << 40)  # too few pixels for a look
+    with pytest.raises(ConfigError, match=r"the micro batch is images of 128 x 128, 64 at a time"):
+        check_images_fit(run_of(tmp_path, *words, "batch.micro=64", "batch.global_size=128"), *one_size[1:], 1 << 40)
 
 
 @pytest.mark.parametrize("name", ["setformer_nano", "soft_tiny"])

@@ -171,7 +171,7 @@ class Call:
         return kept, kept[kept.numel() - self.data.groups * self.spec.MP * self.spec.DP :]
 
     def of_references(self, inputs: Inputs, d_units: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the gradients of both sets, in their dtypes, from those of their unit vectors (s, b, h, splits, MP, KP).
+        """Return both sets' gradients, in their dtypes, from those of their unit vectors (s, b, h, splits, MP, KP).
 
         A part's sums give that part's share: bringing to unit length is linear in the gradient.
         """
