@@ -147,7 +147,7 @@ def train(
 
         setformer train configs/runs/cifar10.toml data.root=data/cifar10 optim.lr=2e-3 run.name=try2 --ranks 2
 
-        setformer train configs/runs/imagenet_base.toml --ranks 8 --dry-run
+        setformer train demo data.root=runs/demo-data run.name=next --ranks 2 --dry-run
 
         setformer train demo data.root=runs/demo-data --hosts localhost:2
 
