@@ -93,7 +93,10 @@ def write_report(
     Raises:
         DataError: the run folder does not exist, or its config or summary is damaged.
     """
-    text = render(read_run(run_folder), samples, timeline_of(ledger.read_events(run_folder)), reconstructed)
+    run, line = read_run(run_folder), timeline_of(ledger.read_events(run_folder))
+    if run.summary.get("finished") is True:
+        line.finish(run.summary.get("steps"))
+    text = render(run, samples, line, reconstructed)
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as aside:
         aside.write_text(plain_page(text), encoding="utf-8")  # names of classes and files may be no text

@@ -75,6 +75,16 @@ class Timeline:
     saves: list[tuple[float, int]] = field(default_factory=list)
     rollbacks: list[float] = field(default_factory=list)
 
+    def finish(self, step: object) -> None:
+        """Call the last attempt done, as the run is: its own report is written before the last word of the ledger.
+
+        Args:
+            step: the run's last one; a run that goes on beyond it is not done.
+        """
+        last = self.attempts[-1] if self.attempts else None
+        if last is not None and not last.how and last.last is not None and last.last == step:
+            self.attempts[-1] = replace(last, how="done", final=True)
+
     def clock(self, at: float) -> float:
         """Return seconds of the run until a time, without the time between a stop and the next start."""
         index = bisect.bisect_right(self._sessions, at, key=lambda session: session[0]) - 1

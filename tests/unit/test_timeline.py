@@ -64,6 +64,10 @@ def test_an_attempt_without_an_end_was_killed_or_runs() -> None:
     line = timeline_of([*TWO[:3], event("attempt", 500, ranks=2), event("began", 505, step=10), event("seen", 520)])
     assert [(s.how, s.end) for s in line.attempts] == [("killed", 120), ("", 520)]
     assert timeline.rows(line)[1][-1] == "no end yet"
+    line.finish(19)
+    assert timeline.rows(line)[1][-1] == "no end yet"
+    line.finish(line.attempts[-1].last)
+    assert timeline.rows(line)[1][-1] == "done"
 
 
 def test_starts_of_other_launchers_are_attempts() -> None:
