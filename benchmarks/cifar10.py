@@ -25,15 +25,16 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import describe
+from launch.ranks.processes import die_with_parent
 
 CONFIGS = {"SeTformer": "configs/runs/cifar10.toml", "Swin (timm)": "configs/runs/cifar10_peer.toml"}
 NAMES = {"SeTformer": "cifar10", "Swin (timm)": "cifar10-peer"}
 
 
 def setformer(*words: str, environment: Mapping[str, str] = os.environ) -> None:
-    """Run the command line; stop with its exit code if it fails."""
+    """Run the command line, which ends with this program; stop with its exit code if it fails."""
     command = [sys.executable, "-m", "launch.cli.main", *words]
-    code = subprocess.run(command, check=False, env=environment).returncode
+    code = subprocess.run(command, check=False, env=environment, preexec_fn=die_with_parent()).returncode
     if code:
         sys.exit(code)
 

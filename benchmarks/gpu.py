@@ -17,6 +17,7 @@ import dataclasses
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -24,6 +25,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import describe
+from launch.ranks.processes import die_with_parent
 from setformer_dist.core.files import write_json, write_text
 
 LONGEST_S = 540.0
@@ -40,16 +43,18 @@ class Task:
         words: after `python -m`; `{json}` is where its JSON goes.
         small: the same in a tiny form.
         needs: a path without which it cannot run; "" for none.
+        run: the name of the training that it is, below OUT/runs; "" for none.
     """
 
     name: str
     words: tuple[str, ...]
     small: tuple[str, ...]
     needs: str = ""
+    run: str = ""
 
 
-def _task(name: str, words: str, small: str, needs: str = "") -> Task:
-    return Task(name, tuple(words.split()), tuple(small.split()), needs)
+def _task(name: str, words: str, small: str, needs: str = "", run: str = "") -> Task:
+    return Task(name, tuple(words.split()), tuple(small.split()), needs, run)
 
 
 SIZES = {
@@ -119,12 +124,13 @@ def tasks() -> list[Task]:
 def cifar10(net: str, seed: int) -> Task:
     """Return the training of one network with one seed; a run that was cut off goes on where it was."""
     config, more = _NETS[net]
+    name = f"gpu-{net}-{seed}"
     run = (
-        f"launch.cli train {config} --ranks 1 data.root={_CIFAR} run.name=gpu-{net}-{seed} run.seed={seed} "
+        f"launch.cli train {config} --ranks 1 data.root={_CIFAR} run.name={name} run.seed={seed} "
         f"run.out={{out}}/runs batch.micro=auto checkpoint.every_steps=500 {more}"
     )
     short = "~schedule.epochs ~schedule.warmup_epochs schedule.steps=2 schedule.warmup_steps=1 batch.global_size=8"
-    return _task(f"6 cifar10 {net} {seed}", run, f"{run} {short} run.threads=1", _CIFAR)
+    return _task(f"6 cifar10 {net} {seed}", run, f"{run} {short} run.threads=1", _CIFAR, name)
 
 
 class Results:
@@ -145,7 +151,8 @@ class Results:
         """Write down a result."""
         self.found[task.name] = result
         write_json(self.folder / "gpu.json", self.found)
-        write_text(self.folder / "gpu.md", "\n".join(section(name, entry) for name, entry in self.found.items()))
+        sections = [section(name, entry) for name, entry in self.found.items()]
+        write_text(self.folder / "gpu.md", "\n".join([*sections, together(self.found)]))
 
 
 def section(name: str, entry: dict[str, Any]) -> str:
@@ -178,18 +185,21 @@ def run(task: Task, words: Sequence[str], results: Results, limit_s: float, envi
     command = [sys.executable, "-m", *filled]
     began = time.monotonic()
     process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        preexec_fn=die_with_parent(),
+    )  # fmt: skip
+    interrupted = False
     try:
         output, _ = process.communicate(timeout=limit_s)
-    except subprocess.TimeoutExpired:
+    except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
         os.killpg(process.pid, signal.SIGTERM)  # a run saves a checkpoint and ends
         try:
             output, _ = process.communicate(timeout=_GRACE_S)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             output, _ = process.communicate()
-        output += f"\ncut off after {limit_s:.0f} s\n"
+        output += f"\ncut off after {time.monotonic() - began:.0f} s\n"
         code = 124
     else:
         code = process.returncode
@@ -202,8 +212,39 @@ def run(task: Task, words: Sequence[str], results: Results, limit_s: float, envi
     if measured.exists():
         result["json"] = json.loads(measured.read_text())
         measured.unlink()
+    elif task.run and (summary := results.folder / "runs" / task.run / "summary.json").exists():
+        result["json"] = {"machine": describe(), "rows": [_of_run(json.loads(summary.read_text()))]}
     results.add(task, result)
+    if interrupted:
+        raise KeyboardInterrupt
     return code == 0
+
+
+def _of_run(summary: dict[str, Any]) -> dict[str, Any]:
+    """Return a training's figures as a row."""
+    figures = {f"{name} %": 100 * value for name, value in summary["evaluation"].items() if name.endswith("top1")}
+    return {key: summary[key] for key in ("name", "steps", "finished", "images_per_s")} | figures
+
+
+def together(found: dict[str, dict[str, Any]]) -> str:
+    """Return the finished trainings side by side: a row for each network, a column for each seed; "" for none."""
+    scores: dict[str, dict[str, float]] = {}
+    for name, entry in found.items():
+        for row in (entry.get("json") or {}).get("rows", []):
+            if name.startswith("6 cifar10 ") and row.get("finished"):
+                net, seed = name.split()[-2:]
+                scores.setdefault(net, {})[seed] = max(value for key, value in row.items() if key.endswith("top1 %"))
+    if not scores:
+        return ""
+    seeds = sorted({seed for of_net in scores.values() for seed in of_net})
+    lines = [
+        "| network | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean |",
+        "|" + " --- |" * (len(seeds) + 2),
+    ]
+    for net, of_net in scores.items():
+        cells = [f"{of_net[seed]:.2f}" if seed in of_net else "" for seed in seeds]
+        lines.append(f"| {net} | " + " | ".join(cells) + f" | {statistics.mean(of_net.values()):.2f} |")
+    return "## 6 cifar10, top-1 in percent\n\n" + "\n".join(lines) + "\n"
 
 
 def main() -> None:

@@ -32,6 +32,23 @@ def test_a_task_is_kept_cut_and_tried_again(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "gpu.json").read_text())["1 tried"]["output"] == "said\n"
 
 
+def test_trainings_stand_side_by_side(tmp_path: Path) -> None:
+    results = gpu.Results(tmp_path / "out")
+    for net, seed, top1, finished in (("set", 0, 0.95, True), ("set", 1, 0.96, True), ("swin", 0, 0.9, True),
+                                      ("cast", 0, 0.5, False)):  # fmt: skip
+        folder = tmp_path / "out" / "runs" / f"gpu-{net}-{seed}"
+        folder.mkdir(parents=True)
+        summary = {"name": folder.name, "steps": 9, "finished": finished, "images_per_s": 7.0,
+                   "evaluation": {"top1": top1 - 0.01, "ema_top1": top1, "loss": 1.0}}  # fmt: skip
+        (folder / "summary.json").write_text(json.dumps(summary))
+        task = gpu.Task(f"6 cifar10 {net} {seed}", (), (), run=folder.name)
+        assert gpu.run(task, ("this",), results, 60.0, dict(os.environ))
+    table = (tmp_path / "out" / "gpu.md").read_text().split("## 6 cifar10, top-1 in percent")[1]
+    assert "| set | 95.00 | 96.00 | 95.50 |" in table
+    assert "| swin | 90.00 |  | 90.00 |" in table
+    assert "cast" not in table
+
+
 def test_tasks_have_names_of_their_own() -> None:
     names = [task.name for task in gpu.tasks()]
     assert len(set(names)) == len(names)
