@@ -1,13 +1,15 @@
 """What training through our loop costs, against DeepSpeed alone and against bare PyTorch DDP.
 
     python -m benchmarks.engine [--config configs/runs/demo.toml] [--data DIR] [--ranks 2] [--blocks 12]
+    python -m benchmarks.engine --ranks 1 --dtype bf16 --set model.name=setformer_tiny    on a GPU, if there is one
 
 For each ZeRO stage, on the same model and the same batches of our stream:
   ours       the trainer's loop with everything in it: clock, metrics, agreement to stop, drop-path keys
   DeepSpeed  forward, backward and step of the same engine object and nothing else
   DDP        torch's DistributedDataParallel with fused AdamW and clipping, no DeepSpeed at all
 Ours and DeepSpeed take turns in blocks of steps in the same processes, so that noise of the machine hits both;
-the overhead is the median over pairs of neighbouring blocks. Averaging of weights is off, since DDP has none.
+the overhead is the median over pairs of neighbouring blocks. Averaging of weights is off, since DDP has none. In bf16,
+DeepSpeed holds weights in bf16 and DDP computes by autocast from fp32 ones.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from rich.console import Console
 from rich.table import Table
 from torch.nn.parallel import DistributedDataParallel
@@ -37,6 +40,7 @@ from launch.testing.ranks import run_ranks
 from setformer_dist.core.batch import MicroBatch
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
+from setformer_dist.engine.deepspeed_engine import DTYPES
 from setformer_dist.engine.metrics import peak_memory_mib
 from setformer_dist.engine.optim import optimizer_of, parameter_groups
 from setformer_dist.engine.progress import RunProgress
@@ -64,6 +68,8 @@ def timed(comm: TorchCollectives, work: Any) -> float:
     comm.barrier()
     start = time.perf_counter()
     work()
+    if get_accelerator().device_name() != "cpu":
+        get_accelerator().synchronize()
     comm.barrier()
     return time.perf_counter() - start
 
@@ -108,8 +114,9 @@ def ddp(config: str, overrides: list[str], blocks: int) -> dict[str, Any]:
     splits = open_splits(run)
     c = run.config
     stream = ShardTrainStream(splits.train, c.data, c.run.seed, comm.ranks, run.plan.global_size, run.plan.micro)
-    make = Prepare(c.data, len(splits.train.classes), "cpu", torch.float32)
-    model = build_model(c.model, len(splits.train.classes), c.data.image_size, 0)
+    device, dtype = torch.device(get_accelerator().current_device_name()), DTYPES[c.precision.dtype]
+    make = Prepare(c.data, len(splits.train.classes), device, torch.float32)
+    model = build_model(c.model, len(splits.train.classes), c.data.image_size, 0).to(device)
     optimizer = optimizer_of(parameter_groups(model, c.optim), c.optim)
     parallel = DistributedDataParallel(model)
     batches = stream.micro_batches(0)
@@ -119,7 +126,9 @@ def ddp(config: str, overrides: list[str], blocks: int) -> dict[str, Any]:
             for micro in range(run.plan.accumulation):
                 images, targets = make(next(batches), train=True)
                 parallel.require_backward_grad_sync = micro == run.plan.accumulation - 1
-                (soft_cross_entropy(parallel(images), targets) / run.plan.accumulation).backward()
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    loss = soft_cross_entropy(parallel(images), targets)
+                (loss / run.plan.accumulation).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), c.optim.clip_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -140,6 +149,8 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--blocks", type=int, default=12, help="pairs of blocks per stage")
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser.add_argument("--dtype", default="fp32")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further overrides of the config")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out/engine.json"))
     arguments = parser.parse_args()
     console = Console()
@@ -149,17 +160,22 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         common = [
-            f"data.root={data}", f"run.out={folder}", "precision.dtype=fp32", "ema.decay=0",
+            f"data.root={data}", f"run.out={folder}", f"precision.dtype={arguments.dtype}", "ema.decay=0",
             "eval.every_epochs=0", "checkpoint.every_steps=1000000", "schedule.epochs=1000", "run.log_every=10",
+            *arguments.set,
         ]  # fmt: skip
-        base = run_ranks(ddp, arguments.ranks, arguments.config, common, arguments.blocks, timeout=600, cold=True)[0]
+        where = {"DS_ACCELERATOR": get_accelerator().device_name()}
+        base = run_ranks(
+            ddp, arguments.ranks, arguments.config, common, arguments.blocks, timeout=600, env=where, cold=True
+        )[0]
         per_ddp = statistics.median(base["ddp"]) / STEPS
         rows.append({"loop": "DDP", "stage": None, "steps_per_s": 1 / per_ddp, "memory_mib": max(base["memory_mib"])})
         for stage in arguments.stages:
             words = [*common, f"zero.stage={stage}", f"run.name=stage{stage}"]
             found = run_ranks(
-                ours_and_deepspeed, arguments.ranks, arguments.config, words, arguments.blocks, timeout=900, cold=True
-            )[0]
+                ours_and_deepspeed, arguments.ranks, arguments.config, words, arguments.blocks, timeout=900, env=where,
+                cold=True,
+            )[0]  # fmt: skip
             ratios = [a / b for a, b in zip(found["ours"], found["deepspeed"], strict=True)]
             rows.append(
                 {
