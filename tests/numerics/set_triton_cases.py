@@ -283,6 +283,90 @@ def test_an_image_is_computed_alike_whatever_shares_its_batch(masked: bool, monk
         assert torch.equal(its.x, gradients.x[own])
 
 
+# The kernels for few tokens, which no number of splits asks for.
+
+
+def assert_short(given: Inputs, p: SetProblem, tolerance: float | None = None) -> None:
+    assert set_triton._is_short(given, p, None)
+    assert_same(given, p, None, tolerance)
+
+
+@pytest.mark.parametrize(("sets", "axes", "renormalise"), HALVES)
+def test_few_tokens_with_any_options(sets: int, axes: int, renormalise: bool) -> None:
+    assert_short(inputs(n=49, m=25, d=32, sets=sets, axes=axes), problem(renormalise=renormalise))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_as_many_tokens_as_fit(masked: bool) -> None:
+    assert_short(inputs(n=196, m=25, d=32, masked=masked, b=2), problem(renormalise=not masked))
+    assert not set_triton._is_short(inputs(n=257, m=25, d=32), problem(), None)
+    assert not set_triton._is_short(inputs(), problem(0.01), None)
+
+
+@pytest.mark.parametrize("size", [(1, 1, 16, 0), (1, 9, 24, 0), (7, 1, 8, 0), (33, 9, 7, 5), (60, 49, 24, 31)])
+def test_few_tokens_of_any_sizes(size: tuple[int, int, int, int]) -> None:
+    n, m, d, k = size
+    assert_short(inputs(n, m, d, k), problem(sigma=0.6, iterations=1 + n % 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_few_tokens_in_narrow_dtypes(dtype: torch.dtype) -> None:
+    assert_short(inputs(n=49, m=25, d=32, dtype=dtype, masked=True, b=2), problem())
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e18), (torch.float32, 1e-18), (torch.float16, 6e4)])
+def test_few_tokens_of_any_length(dtype: torch.dtype, size: float) -> None:
+    given = inputs(n=9, m=9, dtype=dtype)
+    x = given.x_bhnd.double()
+    scaled = (x / x.abs().amax() * size).to(dtype)
+    y, _ = set_triton.forward(given._replace(x_bhnd=scaled), problem())
+    wide = [None if t is None else t.double() for t in given._replace(x_bhnd=scaled)[:4]]
+    expected = set_reference.forward(Inputs(*wide, given.positions_bna, given.places_ma, None), problem())
+    assert_near(y, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_either_backward_takes_what_either_forward_kept(renormalise: bool) -> None:
+    given, p = inputs(n=33, m=9, masked=True, b=2), problem(renormalise=renormalise)
+    dy = gradient_of(given.x_bhnd)
+    found = []
+    for forth, back in ((None, 1), (1, None), (None, None)):
+        y, kept = set_triton.forward(given, p, forth)
+        found.append((y, *set_triton.backward(dy, given, kept, p, back)))
+    for other in found[1:]:
+        for one, another in zip(found[0], other, strict=True):
+            assert (one is None) == (another is None)
+            if one is not None and another is not None:
+                assert_near(one, another, ROUNDING)
+
+
+def test_an_image_of_few_tokens_is_computed_alike_whatever_shares_its_batch() -> None:
+    three = inputs(n=49, m=9, masked=True, b=3, dtype=torch.float32)
+    assert three.mask_bn is not None
+    three.mask_bn[1] = False  # one has none that is valid
+    dy = gradient_of(three.x_bhnd)
+    y, gradients = by_triton(three, problem(), dy, None)
+    assert not y[1].any()
+    assert not gradients.x[1].any()
+    assert three.positions_bna is not None
+    for image in (0, 2):
+        own = slice(image, image + 1)
+        places = (three.positions_bna[own], three.places_ma)
+        alone = Inputs(three.x_bhnd[own], None, three.gather_hmk, three.scatter_hmk, *places, three.mask_bn[own])
+        one, its = by_triton(alone, problem(), dy[own], None)
+        assert torch.equal(one, y[own])
+        assert torch.equal(its.x, gradients.x[own])
+
+
+def test_few_tokens_need_no_other_buffers(buffers: list[int]) -> None:
+    given = inputs(n=49, m=25, d=32, dtype=torch.float32)
+    buffers.clear()
+    by_triton(given, problem(), gradient_of(given.x_bhnd), None)
+    x, units, references = given.x_bhnd.numel(), 2 * HEADS * 32 * 32, given.gather_hmk.numel()
+    kept = set_triton.kept_shape(given, problem())[0]
+    assert sorted(buffers) == sorted([x, kept, x, units, references, references])
+
+
 def test_nothing_of_the_size_of_the_plan_is_allocated(buffers: list[int]) -> None:
     given = inputs(n=300, m=49, d=16, sets=1, dtype=torch.bfloat16)
     buffers.clear()

@@ -6,6 +6,7 @@ imported it, cannot.
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -52,12 +53,13 @@ def test_kernels_of_the_split_form_equal_the_whole() -> None:
 
 KERNELS = {
     "whole": ("forward", "backward", "references_backward"),
+    "short": ("forward", "backward", "references_backward"),
     "split": ("forward_round", "forward_tokens", "backward_tokens", "backward_round", "gradients"),
 }
 
 
 @pytest.mark.drill  # LLVM takes a minute and more
-@pytest.mark.parametrize(("form", "capability"), [("whole", 90), ("split", 80), ("split", 90), ("split", 100)])
+@pytest.mark.parametrize(("form", "capability"), [("whole", 90), *itertools.product(("short", "split"), (80, 90, 100))])
 def test_kernels_compile_for_a_gpu_without_one(form: str, capability: int) -> None:
     printed = run("-m", "tests.numerics.set_triton_compiles", "bfloat16", form, str(capability), TRITON_INTERPRET="0")
     for kernel in KERNELS[form]:

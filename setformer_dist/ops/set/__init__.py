@@ -13,5 +13,6 @@ split_triton.py     in Triton kernels, pass by pass
 split_common.py     what these share: a part and the whole image, messages
 triton.py           GPUs: buffers and launches
 triton_kernels.py   its Triton kernels
+triton_short_kernels.py  those for few tokens
 triton_split_kernels.py  those of split_triton.py
 """

@@ -21,6 +21,7 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
 from setformer_dist.ops.set import triton_kernels as kernels
+from setformer_dist.ops.set import triton_short_kernels as short_kernels
 from setformer_dist.ops.set.problem import Gradients, Inputs, SetProblem
 
 # Bytes of one reference set of one head: with more, compiled for Hopper, the backward needs more shared memory than the
@@ -30,6 +31,9 @@ SET_BYTES = 16384
 TILE_BYTES = 8192
 # Warps of a program: no thread has more than 32 numbers of a tile.
 WARPS = 4
+# Numbers of a tile of all tokens by all references, at most, for which one program does everything on chip
+# (triton_short_kernels.py); 0 takes the other kernels for all.
+SHORT = 8192
 # Tokens of a program, at least: a fixed size, so that sums have the same order whatever shares the batch.
 RUN = 512
 # Weights as small as exp(-MAX_EXPONENT) are still normal numbers of fp32, which end at exp(-87).
@@ -71,16 +75,20 @@ def forward(inputs: Inputs, problem: SetProblem, splits: int | None = None) -> t
     Args:
         inputs: see `problem.Inputs`; masked tokens are never read, and an image may be all masked.
         problem: the numbers; `why_not` must have nothing against them.
-        splits: programs that share the tokens of one head and image, a power of two; None chooses.
+        splits: programs that share the tokens of one head and image, a power of two; None chooses, and takes the
+            kernels for few tokens where they can.
 
     Returns:
         y (b, h, n, d) in dtype and layout of x, 0 at masked tokens; and what `backward` takes, `kept_shape`.
     """
     with torch.no_grad(), torch.cuda.device(inputs.x_bhnd.get_device()):
-        call = Call.of(inputs, problem, splits)
+        call = Call.of(inputs, problem, splits, _is_short(inputs, problem, splits))
         y = torch.empty_like(inputs.x_bhnd)
         kept = torch.empty(kept_shape(inputs, problem), dtype=call.acc, device=y.device)
         potentials, pooled = call.parts_of(kept)
+        if call.is_short:
+            call.launch_short(short_kernels.forward, FORWARD, view(y), potentials, pooled)
+            return y, kept
         call.launch(kernels.forward, FORWARD, view(y), potentials, pooled)
     return y, kept
 
@@ -98,17 +106,22 @@ def backward(
         splits: as for `forward`; another number changes the last digits.
     """
     with torch.no_grad(), torch.cuda.device(inputs.x_bhnd.get_device()):
-        call = Call.of(inputs, problem, splits)
+        call = Call.of(inputs, problem, splits, _is_short(inputs, problem, splits))
         spec, groups = call.spec, call.data.groups
         potentials, pooled = call.parts_of(kept)
+        b, h = inputs.x_bhnd.shape[:2]
+        dx = torch.empty_like(inputs.x_bhnd)
+        dfeatures = None if inputs.features_bhnk is None else torch.empty_like(inputs.features_bhnk)
+        of_features = None if dfeatures is None else view(dfeatures)
+        d_units = call.buffer(spec.SETS, b, h, spec.SPLITS, spec.MP, spec.KP)
+        if call.is_short:
+            call.launch_short(
+                short_kernels.backward, {}, view(dx), of_features, d_units, view(grad_y), potentials, pooled
+            )
+            return Gradients(dx, dfeatures, *call.of_references(inputs, d_units))
         columns = call.buffer(spec.SETS, groups, spec.ROUNDS + 1, 2, spec.MP)
         d_pooled, along = call.buffer(groups, spec.MP, spec.DP), call.buffer(groups, spec.MP)
         adjoint = kernels.Adjoint(potentials, columns, pooled, d_pooled, along)
-        dx = torch.empty_like(inputs.x_bhnd)
-        dfeatures = None if inputs.features_bhnk is None else torch.empty_like(inputs.features_bhnk)
-        b, h = inputs.x_bhnd.shape[:2]
-        d_units = call.buffer(spec.SETS, b, h, spec.SPLITS, spec.MP, spec.KP)
-        of_features = None if dfeatures is None else view(dfeatures)
         call.launch(kernels.backward, {}, view(dx), of_features, d_units, view(grad_y), adjoint)
         return Gradients(dx, dfeatures, *call.of_references(inputs, d_units))
 
@@ -125,15 +138,18 @@ class Call:
     data: kernels.Data
     spec: kernels.Spec
     acc: torch.dtype
+    is_short: bool = False
 
     @classmethod
-    def of(cls, inputs: Inputs, problem: SetProblem, splits: int | None) -> Call:
-        """Return a call; buffers and arguments are those of `forward`."""
+    def of(cls, inputs: Inputs, problem: SetProblem, splits: int | None, is_short: bool = False) -> Call:
+        """Return a call; buffers and arguments are those of `forward`, `is_short` is for the kernels of few tokens."""
         x = inputs.x_bhnd
         b, h, n, _ = x.shape
         groups = b * h
         acc = torch.promote_types(x.dtype, torch.float32)
-        spec = _spec(inputs, problem, _splits(inputs) if splits is None else splits)
+        spec = _spec(inputs, problem, 1 if is_short else _splits(inputs) if splits is None else splits)
+        if is_short:
+            spec = spec._replace(BLOCK=_padded(n))
         positions, places, mask = inputs.positions_bna, inputs.places_ma, inputs.mask_bn
         buffer = functools.partial(_buffer, acc, x.device)
         gather, scatter = inputs.gather_hmk, inputs.scatter_hmk
@@ -150,9 +166,9 @@ class Call:
             places=None if places is None else places.to(acc).contiguous(),
             mask=None if mask is None else mask.contiguous().view(torch.uint8),
             counts=None if mask is None else mask.sum(-1).clamp_min(1).to(acc),
-            inverses=None if inputs.features_bhnk is not None else buffer(groups, n),
-            slots=buffer(spec.ROUNDS + 1, spec.SETS, groups, spec.SPLITS, spec.MP),
-            parts=buffer(groups, spec.SPLITS, spec.MP, spec.DP),
+            inverses=None if is_short or inputs.features_bhnk is not None else buffer(groups, n),
+            slots=None if is_short else buffer(spec.ROUNDS + 1, spec.SETS, groups, spec.SPLITS, spec.MP),
+            parts=None if is_short else buffer(groups, spec.SPLITS, spec.MP, spec.DP),
             gate=torch.zeros(1 + groups, dtype=torch.int32, device=x.device) if spec.TOGETHER else None,
             totals=None,
             groups=groups,
@@ -160,7 +176,7 @@ class Call:
             n=n,
             run=triton.cdiv(triton.cdiv(n, spec.BLOCK), spec.SPLITS) * spec.BLOCK,
         )
-        return cls(data, spec, acc)
+        return cls(data, spec, acc, is_short)
 
     def buffer(self, *shape: int) -> torch.Tensor:
         """Return an uninitialised buffer of the accumulators' dtype."""
@@ -187,6 +203,12 @@ class Call:
         if d_scatter is not None and inputs.scatter_hmk is not None:
             d_scatter = d_scatter.to(inputs.scatter_hmk.dtype)
         return d_gather.to(inputs.gather_hmk.dtype), d_scatter
+
+    def launch_short(self, kernel: Any, options: dict[str, int], *arguments: Any) -> None:
+        """Run a kernel of few tokens: no thread has more than 32 numbers of a tile."""
+        spec = self.spec
+        warps = WARPS if spec.BLOCK * max(spec.MP, spec.KP, spec.DP) <= SHORT // 2 else 2 * WARPS
+        kernel[(self.data.groups,)](*arguments, self.data, _constants(spec), num_warps=warps, **options)
 
     def launch(
         self, kernel: Any, options: dict[str, int], *arguments: Any, first: int = 0, end: int | None = None
@@ -233,6 +255,16 @@ def _block(inputs: Inputs) -> int:
     """Return the tokens of a tile."""
     largest = TILE_BYTES // (_padded(inputs.gather_hmk.shape[1]) * _width(inputs.x_bhnd.dtype))
     return max(16, min(128, largest, _padded(inputs.x_bhnd.shape[2])))
+
+
+def _is_short(inputs: Inputs, problem: SetProblem, splits: int | None) -> bool:
+    """Return whether the kernels of few tokens compute it: a function of n, m and widths alone, and of the numbers."""
+    _, m, k = inputs.gather_hmk.shape
+    n, d = inputs.x_bhnd.shape[2:]
+    axes = 0 if inputs.positions_bna is None else inputs.positions_bna.shape[-1]
+    if splits is not None or _exponents(problem, axes) > MAX_EXPONENT:
+        return False
+    return _padded(n) * max(_padded(m), _padded(k), _padded(d)) <= SHORT
 
 
 def _splits(inputs: Inputs) -> int:

@@ -75,7 +75,7 @@ class Data(NamedTuple):
         counts: (b,) number of valid tokens, given with `mask`; where ranks share images, always, and of whole images.
         inverses: (groups, n), 1 / length of each token of x, written by the first phase; None with `features`.
         slots: (rounds + 1, sets, groups, SPLITS, MP), sums over the tokens of a split.
-        parts: (groups, SPLITS, MP, DP), likewise.
+        parts: (groups, SPLITS, MP, DP), likewise; both None where nothing is left for later (triton_short_kernels.py).
         gate: (1 + groups,) zeros: a counter that names programs, and for each group how many have arrived; None where
             no program waits.
         totals: (sets, groups, m), where ranks share images: what all of them had to say of the round before, instead of
@@ -96,8 +96,8 @@ class Data(NamedTuple):
     mask: torch.Tensor | None
     counts: torch.Tensor | None
     inverses: torch.Tensor | None
-    slots: torch.Tensor
-    parts: torch.Tensor
+    slots: torch.Tensor | None
+    parts: torch.Tensor | None
     gate: torch.Tensor | None
     totals: torch.Tensor | None
     groups: int
@@ -295,21 +295,24 @@ def _log_count(data, b, spec):
 
 @triton.jit
 def _measure(data, b, h, group, split, spec):
-    """Leave 1 / length of each token, for all later phases of this program.
-
-    x is brought near 1 by a power of two before its squares are summed: they cannot overflow.
-    """
+    """Leave 1 / length of each token, for all later phases of this program."""
     if data.features is None:
         for start in range(split * data.run, _end(data, split, spec), spec.BLOCK):
             rows = start + tl.arange(0, spec.BLOCK)
             x = _load_tile(data.x, b, h, rows, _shown(data, b, rows), spec.D, spec.DP)
-            largest = tl.max(tl.abs(x.to(tl.float32)), 1)
-            scale = tl.exp2(-tl.floor(tl.log2(tl.maximum(largest, SHORTEST)))).to(spec.ACC)
-            wide = x.to(spec.ACC) * scale[:, None]
-            length = tl.sqrt(tl.sum(wide * wide, 1))
-            inverse = scale / tl.maximum(length, scale * SHORTEST)
-            tl.store(data.inverses + group.to(tl.int64) * data.n + rows, inverse, mask=rows < data.n)
+            at = data.inverses + group.to(tl.int64) * data.n + rows
+            tl.store(at, _inverse_lengths(x, spec), mask=rows < data.n)
         tl.debug_barrier()
+
+
+@triton.jit
+def _inverse_lengths(x, spec):
+    """1 / length of each row, brought near 1 by a power of two before its squares are summed: they cannot overflow."""
+    largest = tl.max(tl.abs(x.to(tl.float32)), 1)
+    scale = tl.exp2(-tl.floor(tl.log2(tl.maximum(largest, SHORTEST)))).to(spec.ACC)
+    wide = x.to(spec.ACC) * scale[:, None]
+    length = tl.sqrt(tl.sum(wide * wide, 1))
+    return scale / tl.maximum(length, scale * SHORTEST)
 
 
 # ------------------------------------------------------------------------------------------------------ one tile
@@ -855,6 +858,12 @@ def _cosine_gradient(dlog, cosine, kernel, columns, dg, s, adjoint, group, log_c
         at = _row_at(adjoint.columns, 2 * t, s, group, data, 2 * (spec.ROUNDS + 1), spec.MP, spec)
         its, its_dg = tl.load(at), tl.load(at + spec.MP)
         total = _less_round(total, kernel, its, its_dg, t, s, of_dlog, adjoint, group, log_count, shown, data, spec)
+    return _of_exponents(total, cosine, spec)
+
+
+@triton.jit
+def _of_exponents(total, cosine, spec):
+    """Gradient of the cosines from that of the exponents."""
     if spec.SIGMA > 0:
         VARIANCE: tl.constexpr = spec.SIGMA * spec.SIGMA
         total *= tl.exp2((cosine - 1.0) * (LOG2_E / VARIANCE)) * (1.0 / (VARIANCE * spec.EPSILON))
