@@ -264,7 +264,8 @@ def _is_short(inputs: Inputs, problem: SetProblem, splits: int | None) -> bool:
     axes = 0 if inputs.positions_bna is None else inputs.positions_bna.shape[-1]
     if splits is not None or _exponents(problem, axes) > MAX_EXPONENT:
         return False
-    return _padded(n) * max(_padded(m), _padded(k), _padded(d)) <= SHORT
+    most = SHORT // 2 if _width(inputs.x_bhnd.dtype) == 4 else SHORT  # else 128 KiB on chip, which not all GPUs have
+    return _padded(n) * max(_padded(m), _padded(k), _padded(d)) <= most
 
 
 def _splits(inputs: Inputs) -> int:
