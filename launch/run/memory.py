@@ -70,7 +70,8 @@ def check_images_fit(
 ) -> None:
     """Refuse images that do not fit: of a schedule of sizes, the largest would end the run when they come, in days.
 
-    A batch of one size with fewer than a million pixels is not looked at: predicting takes a second of each start.
+    Images of one size are looked at on CPUs alone, where others suffer, and from a million pixels a micro batch on:
+    predicting takes a second of each start.
 
     Args:
         run: its config.
@@ -87,7 +88,8 @@ def check_images_fit(
         return
     micro, *largest = largest_batch(run, shape)
     scheduled = len(shapes_of_images(data)) > 1
-    if not scheduled and micro * largest[-2] * largest[-1] < _FEW_PIXELS:
+    few = micro * largest[-2] * largest[-1] < _FEW_PIXELS
+    if not scheduled and (few or torch.cuda.is_available()):
         return
     memory = predicted(run, model, shape, batch_dtype)
     if torch.cuda.is_available():
