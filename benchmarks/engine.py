@@ -88,6 +88,7 @@ def ours_and_deepspeed(config: str, overrides: list[str], blocks: int) -> dict[s
     bare: list[float] = []
     with StopRequest() as signals, RunProgress(1_000_000, 0, visible=False) as progress:
         stop = StopVote(signals, comm, parts.store, parts.callbacks)
+        parts.callbacks.start(0, STEPS * (blocks + 1), None, progress.say)
         batches = parts.stream.micro_batches(0)
         trainer.train_until(STEPS, batches, stop, progress)
         for block in range(blocks):
@@ -147,12 +148,14 @@ def main() -> None:
     parser.add_argument("--config", default="configs/runs/demo.toml")
     parser.add_argument("--data", type=Path, help="packed data of the config; by default the demo's digits")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--blocks", type=int, default=12, help="pairs of blocks per stage")
+    parser.add_argument("--blocks", type=int, default=12, help="pairs of blocks per stage, two or more")
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further overrides of the config")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out/engine.json"))
     arguments = parser.parse_args()
+    if arguments.blocks < 2:
+        parser.error("--blocks: the quartiles need two blocks or more")
     console = Console()
     data = arguments.data or Path("runs/demo-data")
     if arguments.data is None:

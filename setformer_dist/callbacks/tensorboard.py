@@ -17,7 +17,7 @@ class TensorBoard(Callback):
     essential = False
 
     def __init__(self) -> None:
-        self._folder = Path()
+        self._folder: Path | None = None
         self._board: SummaryWriter | None = None
 
     def on_run_start(self, run: RunStart) -> None:
@@ -49,6 +49,7 @@ class TensorBoard(Callback):
         self._close()
 
     def _write(self, kind: str, step: int, values: Mapping[str, object]) -> None:
+        assert self._folder is not None  # on_run_start came first
         board = self._board = self._board or SummaryWriter(str(self._folder))
         for name, value in scalars(values):
             board.add_scalar(f"{kind}/{name}", value, step)
