@@ -49,8 +49,8 @@ class Tiled(Protocol):
         ...
 
     @property
-    def table(self) -> bytes:
-        """What says where they are, with the checksum of each."""
+    def content(self) -> bytes:
+        """What says which image it is, wherever it is stored: its sizes, and bytes and checksum of each tile."""
         ...
 
     def window(self, box: tuple[int, int, int, int]) -> npt.NDArray[Any]:

@@ -20,6 +20,7 @@ import PIL.Image
 import PIL.ImageDraw
 
 from dataloaders.packing.intake import VOID
+from dataloaders.packing.overlap import UNKNOWN, checksums
 from dataloaders.pixels.decode import MASK_FORMATS, UndecodableError, is_jpeg, picture_of
 from dataloaders.pixels.formats import FORMATS
 from dataloaders.source import Boxes, DamagedSampleError, Source, Stored, Tiled, bytes_of
@@ -108,15 +109,14 @@ def inspect(source: Source, look_at: int = LOOKED_AT) -> Inspection:
     seen = _look(source, chosen)
     sizes = source.sizes()
     columns = source.index.columns if isinstance(source, ShardDataset) else {}
-    sizes_known, checks_known = "size" in columns, "crc32" in columns
+    sizes_known = "size" in columns
     total = int(columns["size"].sum()) if sizes_known else round(seen.bytes / max(seen.whole, 1) * source.num_samples)
     if isinstance(source, ShardDataset) and source.index.options.get("tiles"):
         total = sum(shard.size for shard in source.index.shards)  # the index knows the tables of the tiles
-    if checks_known:
-        # Equal checksums by chance: once in 4 thousand million pairs; with the size as well, hardly ever.
-        checks = columns["crc32"].astype(np.int64) << 31 ^ columns["size"]
-        numbers = np.arange(source.num_samples)
-    else:
+    checks = checksums(source)
+    numbers = np.flatnonzero(checks != UNKNOWN)
+    checks = checks[numbers]
+    if not len(numbers):
         checks, numbers = np.array(seen.checks, np.int64), np.array(seen.numbers, np.int64)
     groups, doubled = _duplicates(source, checks, numbers)
     shared = _shared_keys(source) or (0, "")
@@ -181,7 +181,7 @@ def _look(source: Source, chosen: list[int]) -> _Seen:
         seen.bytes += bytes_of(image)
         seen.formats[format_of(image)] += 1
         seen.numbers.append(sample)
-        data = image if isinstance(image, bytes) else image.table if isinstance(image, Tiled) else image.tobytes()
+        data = image if isinstance(image, bytes) else image.content if isinstance(image, Tiled) else image.tobytes()
         seen.checks.append(zlib.crc32(data) << 31 ^ len(data))
         if stored.boxes is not None:
             seen.boxes += np.bincount(stored.boxes.labels, minlength=len(source.classes))[: len(source.classes)]

@@ -119,7 +119,6 @@ class TiledImage:
         own_rows: what of windows is looked at.
 
     Attributes:
-        table: the table's bytes.
         grid: how the image is cut.
 
     Raises:
@@ -138,7 +137,7 @@ class TiledImage:
             self.grid, self._tiles = _parsed(table, shard_size)
         except ValueError as error:
             raise DamagedSampleError(f"{place}: its table of tiles is none ({error})") from None
-        self.table = table
+        self._header = table[: _HEADER.size]
         self._read = read
         self._place = place
         self._own_rows = own_rows
@@ -152,6 +151,11 @@ class TiledImage:
     def numbers(self) -> str:
         """The dtype of its bands, as numpy names it."""
         return self.grid.numbers
+
+    @property
+    def content(self) -> bytes:
+        """What says which image it is, wherever its tiles are."""
+        return self._header + self._tiles["size"].tobytes() + self._tiles["crc32"].tobytes()
 
     @property
     def num_bytes(self) -> int:

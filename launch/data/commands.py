@@ -77,7 +77,7 @@ def show_verified(results: list[Verified], as_json: bool, console: Console) -> b
             _say(console, f"damaged: {damage.shard}{key}: {damage.kind}: {damage.detail}")
         if len(found.damaged) > _NAMED:
             _say(console, f"and {len(found.damaged) - _NAMED} more (all of them with --json)")
-        looked = counted(found.samples, "sample") + (" decoded" if found.decoded else "")
+        looked = counted(found.samples, "sample") + (" decoded" if found.decoded and not found.damaged else "")
         looked += f", {counted(found.shards, 'shard')} compared with their sha256" if found.shards else ""
         state = f"{len(found.damaged)} damaged" if found.damaged else "all whole"
         _say(console, f"{found.path}: {state} ({looked})")

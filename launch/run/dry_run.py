@@ -23,15 +23,17 @@ from checkpoints.errors import DamagedError
 from checkpoints.identity import Identity
 from checkpoints.reader import Checkpoint, list_checkpoints
 from dataloaders.config import DataConfig
+from dataloaders.packing.overlap import overlap
+from dataloaders.tokens import TokenSplit
 from launch.ranks.lock import check_free
 from launch.run.compiled import check_compiled
-from launch.run.compose import check_device, open_splits, refreshed_layers, watch_of
+from launch.run.compose import Splits, check_device, open_splits, refreshed_layers, watch_of
 from launch.run.config import ResolvedRun, check_folder
 from launch.run.distill import teacher_of
 from launch.run.identity import identity_of, shapes_of
 from launch.run.imported import is_imported
 from launch.run.initial_weights import FirstWeights
-from launch.run.inputs import evaluation_micro, inputs_of, shapes_of_images
+from launch.run.inputs import evaluation_micro, images_of, inputs_of, shapes_of_images
 from launch.run.memory import check_images_fit, keep_within_budget, largest_batch, memory_of_machine, predicted
 from launch.run.objective import build_assumed, build_for
 from launch.run.own_code import bring
@@ -134,6 +136,7 @@ def _examine(run: ResolvedRun) -> _Known:
          f"{len(classes)} classes"),
         ("steps", f"{c.schedule.total_steps(per_epoch):,} of which {warmup:,} warm up; {per_epoch:,} per epoch"),
     ]  # fmt: skip
+    rows += _shared_samples(splits)
     if c.schedule.name == "wsd":
         rows.append(("decay", f"over the last {c.schedule.decay(per_epoch):,} steps"))
     if teacher is not None:
@@ -141,6 +144,18 @@ def _examine(run: ResolvedRun) -> _Known:
     rows += [("begins", resumed)] if resumed else _beginning(run, model, len(task.outputs))
     rows += _recomputed(run, model, inputs.shape(splits.train), inputs.dtype)
     return _Known(model, inputs.shape(splits.train), inputs.dtype, tuple(rows))
+
+
+def _shared_samples(splits: Splits) -> list[tuple[str, str]]:
+    """Say how many validation samples are trained on, where the data keep checksums of images."""
+    if isinstance(splits.train, TokenSplit) or isinstance(splits.val, TokenSplit):
+        return []
+    found = overlap(images_of(splits.train), images_of(splits.val))
+    if found is None or not found.samples:
+        return []
+    trained, validated = found.first
+    shared = f"{found.samples:,} of {splits.val.num_samples:,} validation samples have the bytes of a training sample"
+    return [("OVERLAP", f"{shared}; the first: {validated}, in training {trained}")]
 
 
 def _recomputed(

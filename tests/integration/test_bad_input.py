@@ -160,6 +160,12 @@ def test_a_dry_run_without_data_says_so_before_its_figures(tmp_path: Path) -> No
     assert any(line.strip().startswith("parameters") for line in figures)
 
 
+def test_a_dry_run_says_that_validation_samples_are_trained_on(digits: Path, tmp_path: Path) -> None:
+    ended = setformer(*train_words(digits, tmp_path, "data.val=train"), "--dry-run")
+    assert ended.code == 0, ended.err
+    assert "1,437 of 1,437 validation samples have the bytes of a training sample" in " ".join(ended.out.split())
+
+
 def test_port_in_use(digits: Path, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("", 0))
