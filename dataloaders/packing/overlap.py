@@ -59,7 +59,8 @@ def checksums(source: Source) -> npt.NDArray[np.int64]:
         return np.full(source.num_samples, UNKNOWN, np.int64)
     if source.index.options.get("tiles"):
         return np.array([_of_tiles(source, sample) for sample in range(source.num_samples)], np.int64)
-    return source.index.columns["crc32"].astype(np.int64) << 31 ^ source.index.columns["size"]
+    columns = source.index.columns
+    return np.bitwise_xor(columns["crc32"].astype(np.int64) << 31, columns["size"].astype(np.int64))
 
 
 def _of_tiles(source: ShardDataset, sample: int) -> int:

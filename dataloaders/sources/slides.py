@@ -47,7 +47,6 @@ class SlideImage:
     """
 
     numbers = "uint8"
-    table = b""
 
     def __init__(self, path: str, level: int) -> None:
         self._path = path
@@ -58,6 +57,11 @@ class SlideImage:
             raise DamagedSampleError(f"{path} has no level {level}: its {count} are 0 to {count - 1}")
         width, height = slide.level_dimensions[level]
         self.shape = (height, width, 3)
+
+    @property
+    def content(self) -> bytes:
+        """OpenSlide's digest of the slide; its path where there is none."""
+        return f"{_opened(self._path).properties.get('openslide.quickhash-1', self._path)} {self._level}".encode()
 
     @property
     def num_bytes(self) -> int:

@@ -63,6 +63,7 @@ def test_a_level_is_chosen_and_its_windows_are_of_that_level(tmp_path: Path) -> 
     write_slide(tmp_path / "c" / "a.tif")
     small = tifffile.imread(tmp_path / "c" / "a.tif", key=1)
     slide = SlideImage(str(tmp_path / "c" / "a.tif"), 1)
+    assert slide.content != SlideImage(str(tmp_path / "c" / "a.tif"), 0).content
     assert slide.shape == (250, 350, 3)
     found = slide.window((100, 200, 64, 64))
     assert np.abs(found.astype(int) - small[100:164, 200:264]).max() <= 3
