@@ -60,7 +60,8 @@ def checksums(source: Source) -> npt.NDArray[np.int64]:
     if source.index.options.get("tiles"):
         return np.array([_of_tiles(source, sample) for sample in range(source.num_samples)], np.int64)
     columns = source.index.columns
-    return np.bitwise_xor(columns["crc32"].astype(np.int64) << 31, columns["size"].astype(np.int64))
+    checks: npt.NDArray[np.int64] = columns["crc32"].astype(np.int64) << 31 ^ columns["size"]
+    return checks
 
 
 def _of_tiles(source: ShardDataset, sample: int) -> int:
