@@ -36,6 +36,7 @@ import torch
 from dataloaders.config import TokenConfig
 from dataloaders.order.order import Cut, FullOrder, SetPlan, cursor_at, step_of_cursor
 from dataloaders.reading.streams import evaluation_requests, train_requests
+from dataloaders.reading.transfer import on_device
 from dataloaders.sources.files import LARGEST_TABLE, is_plain_name, open_regular, parse_json, read_whole
 from dataloaders.sources.index import durable_write, fingerprint_of
 from dataloaders.storage.whole_folder import check_destination, commit_folder, work_folder
@@ -452,5 +453,5 @@ class TokenPrepare:
         smoothing = self._smoothing if train else 0.0
         rest = smoothing / self._num_classes
         targets = torch.full((len(batch.labels), self._num_classes), rest, device=self._device)
-        labels = batch.labels.to(self._device, non_blocking=True).view(-1, 1)
-        return batch.inputs.to(self._device, non_blocking=True), targets.scatter_(1, labels, 1.0 - smoothing + rest)
+        labels = on_device(batch.labels, self._device).view(-1, 1)
+        return on_device(batch.inputs, self._device), targets.scatter_(1, labels, 1.0 - smoothing + rest)

@@ -12,6 +12,7 @@ import torch
 
 from dataloaders.config import DataConfig
 from dataloaders.pixels.depth import FULL_RANGE
+from dataloaders.reading.transfer import on_device
 from setformer_dist.core.batch import MicroBatch, MixSpec
 
 
@@ -44,7 +45,7 @@ class Prepare:
 
         Smoothing and mixing are for training alone; evaluation gets one-hot targets, or the data's soft labels.
         """
-        images = batch.inputs.to(self._device, non_blocking=True).float() * self._scale + self._shift
+        images = on_device(batch.inputs, self._device).float() * self._scale + self._shift
         targets = self._targets(batch, self._smoothing if train else 0.0)
         if train and batch.mix is not None:
             images, targets = _mix(images, targets, batch.mix)
@@ -54,18 +55,18 @@ class Prepare:
         hard = self._one_hot(batch.labels, smoothing)
         if batch.soft is None:
             return hard
-        soft = batch.soft.to(self._device, non_blocking=True)
+        soft = on_device(batch.soft, self._device)
         smooth = soft * (1.0 - smoothing) + smoothing / self._num_classes
         return torch.where(soft.any(dim=1, keepdim=True), smooth, hard)
 
     def _one_hot(self, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
         rest = smoothing / self._num_classes
         targets = torch.full((len(labels), self._num_classes), rest, device=self._device)
-        return targets.scatter_(1, labels.to(self._device).view(-1, 1), 1.0 - smoothing + rest)
+        return targets.scatter_(1, on_device(labels, self._device).view(-1, 1), 1.0 - smoothing + rest)
 
 
 def _mix(images: torch.Tensor, targets: torch.Tensor, mix: MixSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    partner, lam, box = (part.to(images.device, non_blocking=True) for part in (mix.partner, mix.lam, mix.box))
+    partner, lam, box = (on_device(part, images.device) for part in (mix.partner, mix.lam, mix.box))
     y0, y1, x0, x1 = box.view(-1, 4, 1, 1, 1).unbind(1)
     rows = torch.arange(images.shape[-2], device=images.device).view(1, 1, -1, 1)
     columns = torch.arange(images.shape[-1], device=images.device).view(1, 1, 1, -1)

@@ -1,0 +1,16 @@
+"""Tensors of a micro batch on their way to the device."""
+
+from __future__ import annotations
+
+import torch
+
+
+def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor on a device; on a GPU without waiting for the kernels that were launched before.
+
+    A copy from pageable memory makes the host wait until the GPU has done all that is queued. One from pinned memory
+    is queued behind it. torch keeps the pinned memory until the copy is done, and uses it again.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
