@@ -46,7 +46,7 @@ def measure(data: Path, dtype: str, stage: int, steps: int, ranks: int = 2, more
     with tempfile.TemporaryDirectory() as folder:
         whole, killed = Path(folder) / "whole", Path(folder) / "killed"
         must(setformer(*words(data, whole, dtype, stage, steps, ranks, more)))
-        process = start(*words(data, killed, dtype, stage, steps, ranks, more))
+        process = start(*words(data, killed, dtype, stage, steps, ranks, more), "--restarts", "0")
         wait_for(killed / "demo" / "checkpoints" / "step-00000010" / "manifest.json", process)
         kill_ranks(process)
         _, err = process.communicate()
