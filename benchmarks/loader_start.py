@@ -87,7 +87,8 @@ def make_beton(path: Path, images: list[bytes]) -> None:
 def ours(folder: str) -> Facts:
     """Open, go to the middle of an epoch, and give a batch."""
     config_module = importlib.import_module("dataloaders.config")
-    opening, streams = (importlib.import_module(f"dataloaders.{name}") for name in ("opening", "streams"))
+    opening = importlib.import_module("dataloaders.opening")
+    streams = importlib.import_module("dataloaders.reading.streams")
     ranks = importlib.import_module("setformer_dist.core.ranks").RankInfo()
     before, start = _resident_mib(), time.perf_counter()
     config = config_module.DataConfig(root=folder, train="tar", image_size=SIZE)

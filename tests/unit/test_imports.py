@@ -1,6 +1,7 @@
 """Imports go one way (docs/architecture.md), and no import of ours hides inside a function."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -112,6 +113,18 @@ def test_no_import_of_ours_inside_a_function() -> None:
                     assert not hidden, f"{path}: {function.name} imports {hidden}"
 
 
+def test_modules_that_are_imported_by_name_exist() -> None:
+    found = 0
+    for path in sorted(path for folder in (*OURS, "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")):
+        for name in re.findall(r'import_module\("([\w.]+)"\)', path.read_text()):
+            if name.split(".")[0] in (*OURS, "benchmarks"):
+                found += 1
+                assert (ROOT / name.replace(".", "/")).is_dir() or (ROOT / f"{name.replace('.', '/')}.py").is_file(), (
+                    f"{path} imports {name}"
+                )
+    assert found > 5
+
+
 def test_no_pickle_on_any_load_path() -> None:
     # Two exceptions, by torch's restricted unpickler: `setformer ckpt import` reads DeepSpeed's own files, and
     # `setformer ckpt convert` turns a file of torch.save into .safetensors.
@@ -178,4 +191,9 @@ def test_few_files_of_the_engine_know_deepspeed() -> None:
         for name in imports(ast.parse(path.read_text()))
         if name.startswith("deepspeed") and not name.startswith("deepspeed.accelerator")
     }
-    assert knowing == {"deepspeed_engine.py", "master.py", "comm.py"}  # offload.py and zero.py know it by names alone
+    assert knowing == {
+        "deepspeed_engine.py",
+        "gradient_norm.py",
+        "master.py",
+        "comm.py",
+    }  # offload.py and zero.py know it by names alone
