@@ -22,6 +22,7 @@
     averaged.py           a part of the model with the averaged weights, whole on every rank
     batch_plan.py         global batch = micro batch × accumulation × groups: the one equation, solved in this one place
     deepspeed_engine.py   the one call of `deepspeed.initialize`
+    fused_update.py       what DeepSpeed does for each parameter in an update, for all at once: checks, norm, copies
     refitter.py           who computes new sets: the ranks, or somebody else meanwhile
     refresh.py            reference sets set by K-means: what is sampled when, and where the new sets go
     guard.py              losses that are not finite, and loss spikes: what is done about the step
@@ -30,5 +31,6 @@
     progress.py           what rank 0 shows while a run is under way: a bar on a terminal, a line now and then elsewhere
 
 Few know DeepSpeed: deepspeed_engine.py makes the engine and zero.py its JSON, master.py and offload.py know how it lays
-out memory, comm.py which of its collectives are measured. All others see protocol.py.
+out memory, fused_update.py what an update does, comm.py which of its collectives are measured. All others see
+protocol.py.
 """

@@ -21,7 +21,7 @@ from torch import nn
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.engine.batch_plan import BatchPlan
 from setformer_dist.engine.config import OptimConfig
-from setformer_dist.engine.gradient_norm import quicken
+from setformer_dist.engine.fused_update import quicken
 from setformer_dist.engine.offload import forget_gradients_after_steps
 from setformer_dist.engine.optim import optimizer_of, parameter_groups
 from setformer_dist.engine.protocol import Engine

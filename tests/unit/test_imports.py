@@ -193,7 +193,7 @@ def test_few_files_of_the_engine_know_deepspeed() -> None:
     }
     assert knowing == {
         "deepspeed_engine.py",
-        "gradient_norm.py",
+        "fused_update.py",
         "master.py",
         "comm.py",
     }  # offload.py and zero.py know it by names alone

@@ -1,0 +1,124 @@
+"""What DeepSpeed launches for an optimizer step besides the model, with its own update and with ours.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.update [--model setformer_tiny] [--dtype bf16] [--out FILE]
+
+One rank, one image of 64 x 64. "Kernels" counts operators that compute or copy: on a GPU each is a launch of its own,
+or several. "Update" is `engine.step()`; "backward" what DeepSpeed adds to the forward and backward pass of the model
+alone. Times are those of this CPU, where arithmetic counts as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.machine import describe
+from benchmarks.measure import write
+from launch.testing.ranks import run_ranks
+from setformer_dist.core.model_config import ModelConfig
+from setformer_dist.core.ranks import RankInfo
+from setformer_dist.engine import deepspeed_engine
+from setformer_dist.engine.batch_plan import solve
+from setformer_dist.engine.comm import connect, disconnect
+from setformer_dist.engine.config import BatchConfig, OptimConfig, PrecisionConfig, ZeroConfig
+from setformer_dist.engine.zero import deepspeed_config
+from setformer_dist.models.build import build_model
+
+NO_KERNEL = (
+    "alias", "as_strided", "detach", "empty", "empty_like", "expand", "narrow", "permute", "promote_types", "select",
+    "slice", "split", "t", "transpose", "unsqueeze", "view", "_unsafe_view", "_record_function_enter_new",
+    "_record_function_exit",
+)  # fmt: skip
+SIDE, CLASSES, REPEATS = 64, 10, 7
+
+
+class Kernels(TorchDispatchMode):
+    """Counts operators that compute or copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count and call."""
+        self.count += func.name().split("::")[1].split(".")[0] not in NO_KERNEL
+        return func(*args, **(kwargs or {}))
+
+
+def counted(work: Callable[[], object]) -> int:
+    """Return the kernels of a piece of work."""
+    kernels = Kernels()
+    with kernels:
+        work()
+    return kernels.count
+
+
+def measure(model: str, dtype: str, stage: int, ours: bool) -> dict[str, Any]:
+    """Return the kernels of a step, and the milliseconds of its update, on this rank."""
+    torch.set_num_threads(1)
+    connect(RankInfo.from_env(), os.environ["SETFORMER_RENDEZVOUS"])
+    if not ours:
+        deepspeed_engine.quicken = lambda engine: None
+    plan = solve(BatchConfig(global_size=1, micro=1), 1)
+    json = deepspeed_config(PrecisionConfig(dtype=dtype), ZeroConfig(stage=stage), plan, 1.0, {})
+    engine = deepspeed_engine.initialize(build_model(ModelConfig(name=model), CLASSES, SIDE, 0), OptimConfig(), json)
+    images = torch.randn(1, 3, SIDE, SIDE, dtype=deepspeed_engine.DTYPES[dtype])
+    parameters = len(list(engine.module.parameters()))
+
+    def passes() -> None:
+        engine.backward(torch.nn.functional.cross_entropy(engine(images).float(), torch.tensor([1])))
+
+    def alone() -> None:
+        torch.nn.functional.cross_entropy(twin(images).float(), torch.tensor([1])).backward()
+
+    seconds = []
+    for _ in range(REPEATS):
+        passes()
+        start = time.perf_counter()
+        engine.step()
+        seconds.append(time.perf_counter() - start)
+    both, update = counted(passes), counted(engine.step)
+    twin = build_model(ModelConfig(name=model), CLASSES, SIDE, 0).to(images.dtype)
+    kernels = counted(alone)
+    disconnect()
+    ms = 1e3 * statistics.median(seconds[1:])
+    return {"parameters": parameters, "model": kernels, "backward": both - kernels, "update": update, "update_ms": ms}
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="setformer_tiny")
+    parser.add_argument("--dtype", default="bf16", choices=sorted(deepspeed_engine.DTYPES))
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], choices=range(4))
+    parser.add_argument("--out", type=Path, help="write JSON here")
+    arguments = parser.parse_args()
+    rows = []
+    for stage in arguments.stages:
+        for ours in (False, True):
+            [found] = run_ranks(measure, 1, arguments.model, arguments.dtype, stage, ours, timeout=300, cold=True)
+            rows.append({"stage": stage, "loop": "ours" if ours else "DeepSpeed alone", **found})
+    parameters, kernels = rows[0]["parameters"], rows[0]["model"]
+    title = f"{arguments.model}, {arguments.dtype}, {parameters} parameters; the model: {kernels} kernels"
+    table = Table("ZeRO", "update", "kernels in the backward pass", "kernels of the update", "update, ms", title=title)
+    for row in rows:
+        table.add_row(
+            str(row["stage"]), row["loop"], str(row["backward"]), str(row["update"]), f"{row['update_ms']:.0f}"
+        )
+    Console().print(table, describe())
+    if arguments.out is not None:
+        write(arguments.out, {"machine": describe(), "model": arguments.model, "dtype": arguments.dtype, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

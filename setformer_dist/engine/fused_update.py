@@ -1,0 +1,108 @@
+"""What an update does for each parameter, done for all of them at once: checks, norm, scaling and copies of gradients.
+
+Written against DeepSpeed 0.19.8. Before an update it looks for inf and NaN in each gradient by itself, and then takes
+the norm of each by itself: 6,600 kernels a step for the 439 parameters of SeTformer-Tiny, and with stage 0 in low
+precision a wait for the device after each. The first is not needed: the norm of gradients that are not finite is not
+finite either, and an update with such a norm is left out as well. The second is one call of torch's, whose result
+DeepSpeed goes on with: the norm of all gradients is the norm of their norms. Under stage 0 it copies each gradient out
+of the buffer that is reduced, and in low precision each gradient to its master and each master to its weight.
+
+Left as they are: offloaded optimizers, of which DeepSpeed takes the norm while gradients arrive, and stage 1 in bf16
+with gradients in fp32 (`precision.grad_accum`), which has no such check.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.utils import get_norm_dtype
+
+from setformer_dist.engine.protocol import Engine
+
+
+def quicken(engine: Engine) -> None:
+    """Have an engine treat its gradients together.
+
+    Args:
+        engine: fresh from `deepspeed.initialize`.
+    """
+    made: Any = engine
+    optimizer = made.optimizer
+    if not engine.zero_optimization_stage():
+        made.allreduce_and_copy = _reduced_together(made)
+        if isinstance(optimizer, FP16_UnfusedOptimizer):
+            optimizer.step = _step_together(optimizer)
+        else:
+            made.clip_fp32_gradients = lambda: _clip(made)
+        return
+    has_norms = hasattr(optimizer, "get_grad_norm_direct") and getattr(optimizer, "compute_grad_norm", True)
+    if has_norms and not engine.zero_use_cpu_optimizer():
+        optimizer.check_overflow = lambda partition_gradients=True: None
+        optimizer.get_grad_norm_direct = _of_norms(optimizer.get_grad_norm_direct)
+
+
+def norms_of(gradients: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor | None:
+    """Return the 2-norm of each gradient that is not empty, (k,), computed in a dtype; None where there is none."""
+    whole = [gradient for gradient in gradients if gradient.numel() and not getattr(gradient, "_zero_padding", False)]
+    return torch.stack(torch._foreach_norm(whole, 2, dtype=dtype)) if whole else None
+
+
+def _of_norms(norm: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Return DeepSpeed's function for ZeRO's partitions of gradients, given the norm of each as the only gradient."""
+
+    def of_all(gradients: Sequence[torch.Tensor], params: Sequence[torch.Tensor], norm_type: int = 2) -> torch.Tensor:
+        norms = norms_of(gradients, get_norm_dtype())
+        return norm(gradients if norms is None else [norms], params, norm_type)
+
+    return of_all
+
+
+def _clip(engine: Any) -> None:
+    """Scale fp32 gradients, equal on all ranks, to the norm that the config allows; keep their norm."""
+    parameters, most = engine.module.parameters(), engine.gradient_clipping()
+    engine._global_grad_norm = torch.nn.utils.clip_grad_norm_(parameters, most, foreach=True)
+
+
+def _reduced_together(engine: Any) -> Callable[..., None]:
+    """Return DeepSpeed's mean of gradients over the ranks of stage 0."""
+
+    def reduced(gradients: Sequence[torch.Tensor], group: Any, world_size: float | None = None) -> None:
+        if world_size != 1:
+            mean = engine.allreduce_bucket(gradients, group, world_size)
+            torch._foreach_copy_(list(gradients), engine.unflatten(mean, gradients))
+
+    return reduced
+
+
+def _step_together(optimizer: Any) -> Callable[[], bool]:
+    """Return the step of an `FP16_UnfusedOptimizer`: fp32 masters of whole weights in low precision."""
+    weights = [p for group in optimizer.fp16_groups for p in group]
+    masters = [p for group in optimizer.fp32_groups for p in group]
+
+    @torch.no_grad()
+    def step() -> bool:
+        optimizer.overflow = False
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
+        norms = norms_of(gradients, torch.float32)
+        norm = 0.0 if norms is None else float(torch.linalg.vector_norm(norms))
+        if not math.isfinite(norm):
+            left_out: bool = optimizer._skip_invalid_grad_norm()
+            return left_out
+        optimizer._global_grad_norm = norm
+        optimizer._update_scale(False)
+        scaled = [torch.empty_like(p) for p in masters]
+        torch._foreach_copy_(scaled, gradients)
+        torch._foreach_mul_(scaled, 1.0 / optimizer.unscale_and_clip_grads(norm, apply_scale=False))
+        for master, gradient in zip(masters, scaled, strict=True):
+            master.grad = gradient
+        optimizer.optimizer.step()
+        for master in masters:
+            master.grad = None
+        torch._foreach_copy_(weights, masters)
+        return False
+
+    return step
