@@ -164,7 +164,8 @@ def _dot(left, right, spec):
 def _tile_at(view, b, h, rows, PADDED: tl.constexpr):
     """Pointers to a tile (rows, PADDED)."""
     start = view.at + b.to(tl.int64) * view.b + h.to(tl.int64) * view.h
-    return start + rows.to(tl.int64)[:, None] * view.n + tl.arange(0, PADDED)[None, :] * view.c
+    columns = tl.arange(0, PADDED).to(tl.int64)  # channels may lie far apart, too
+    return start + rows.to(tl.int64)[:, None] * view.n + columns[None, :] * view.c
 
 
 @triton.jit
@@ -359,7 +360,7 @@ def _kernel(cosine, spec):
 
 
 @triton.jit
-def _filter(data, b, rows, spec):
+def _filter(data, b, rows, shown, spec):
     """Position filter F, with LOGS its logarithm, (BLOCK, MP); anything without one."""
     j = tl.arange(0, spec.MP)
     found = tl.zeros((spec.BLOCK, spec.MP), spec.ACC)
@@ -368,7 +369,7 @@ def _filter(data, b, rows, spec):
         of_columns = tl.zeros((spec.MP,), spec.ACC)
         for axis in tl.static_range(spec.AXES):
             at = data.positions + b.to(tl.int64) * data.positions_b + rows * spec.AXES + axis
-            position = tl.load(at, mask=rows < data.n, other=0.0) * (1.0 / spec.TAU)
+            position = tl.load(at, mask=shown, other=0.0) * (1.0 / spec.TAU)
             place = tl.load(data.places + j * spec.AXES + axis, mask=j < spec.M, other=0.0) * (1.0 / spec.TAU)
             if spec.LOGS:
                 apart = position[:, None] - place[None, :]
@@ -546,7 +547,7 @@ def _round(potentials, t, LAST: tl.constexpr, b, h, group, split, data, spec):
                 weights = e * u[:, None]
                 sums += weights
             if LAST and (s == 0):
-                near = _filter(data, b, rows, spec)
+                near = _filter(data, b, rows, shown, spec)
                 x = _load_tile(data.x, b, h, rows, shown, spec.D, spec.DP)
                 if spec.LOGS:
                     logit = _filtered(kernel, near, spec) + f[:, None]
@@ -625,7 +626,7 @@ def _spread(y, potentials, pooled, b, h, group, split, data, spec):
         shown = _shown(data, b, rows)
         tile, factor = _features(data, b, h, group, rows, shown, spec)
         kernel = _kernel(_cosine(tile, factor, references, spec), spec)
-        weights = _scatter_weights(kernel, _filter(data, b, rows, spec), before, g, shown, spec)
+        weights = _scatter_weights(kernel, _filter(data, b, rows, shown, spec), before, g, shown, spec)
         _store_tile(y, b, h, rows, rows < data.n, _dot(weights, values, spec), spec.D, spec.DP)
 
 
@@ -694,7 +695,7 @@ def _spread_adjoint(dy, adjoint, b, h, group, split, data, spec):
         shown = _shown(data, b, rows)
         tile, factor = _features(data, b, h, group, rows, shown, spec)
         kernel = _kernel(_cosine(tile, factor, references, spec), spec)
-        weights = _scatter_weights(kernel, _filter(data, b, rows, spec), before, g, shown, spec)
+        weights = _scatter_weights(kernel, _filter(data, b, rows, shown, spec), before, g, shown, spec)
         gradient = _load_tile(dy, b, h, rows, shown, spec.D, spec.DP)
         part += _dot(tl.trans(weights), gradient, spec)
         sums += _scatter_gradient(weights, gradient, pooled, spec)
@@ -824,7 +825,7 @@ def _round_adjoint(t, LAST: tl.constexpr, dy, adjoint, b, h, group, split, data,
             e, u, _, along = _half_round(kernel, columns, dg, t, s, adjoint, group, log_count, shown, data, spec)
             df = -along
             if LAST:
-                near = _filter(data, b, rows, spec)
+                near = _filter(data, b, rows, shown, spec)
                 if s == 0:
                     _, dlog = _gather_side(kernel, near, gathering, b, h, rows, shown, log_count, data, spec)
                     df += tl.sum(dlog, 1)
@@ -902,7 +903,7 @@ def _gradients(dx, dfeatures, d_references, dy, adjoint, b, h, group, split, dat
         rows = start + tl.arange(0, spec.BLOCK)
         shown = _shown(data, b, rows)
         tile, factor = _features(data, b, h, group, rows, shown, spec)
-        near = _filter(data, b, rows, spec)
+        near = _filter(data, b, rows, shown, spec)
         cosine = _cosine(tile, factor, references, spec)
         kernel = _kernel(cosine, spec)
         weights, dlog = _gather_side(kernel, near, gathering, b, h, rows, shown, log_count, data, spec)

@@ -87,7 +87,7 @@ def forward(y, potentials, pooled, data, spec):
     log_count = _log_count(data, b, spec)
     x = _load_tile(data.x, b, h, rows, shown, spec.D, spec.DP)
     tile, factor = _compared(data, x, b, h, rows, shown, spec)
-    near = _filter(data, b, rows, spec)
+    near = _filter(data, b, rows, shown, spec)
 
     kernel = _kernel(_cosine(tile, factor, _references(data, 0, h, spec), spec), spec)
     before, g = _rounds(kernel, 0, log_count, shown, potentials, group, data, spec)
@@ -133,7 +133,7 @@ def backward(dx, dfeatures, d_units, dy, potentials, pooled, data, spec):
     log_count = _log_count(data, b, spec)
     x = _load_tile(data.x, b, h, rows, shown, spec.D, spec.DP)
     tile, factor = _compared(data, x, b, h, rows, shown, spec)
-    near = _filter(data, b, rows, spec)
+    near = _filter(data, b, rows, shown, spec)
     LAST: tl.constexpr = spec.SETS - 1
 
     references = _references(data, LAST, h, spec)
