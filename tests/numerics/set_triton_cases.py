@@ -139,14 +139,20 @@ OPTIONS = list(itertools.product((1, 2), (0, 1, 2), (True, False)))
 HALVES = [pytest.param(*option, marks=[pytest.mark.drill] if sum(option) % 2 else []) for option in OPTIONS]
 
 
-@pytest.mark.parametrize(("sets", "axes", "renormalise"), HALVES)
-def test_any_options(sets: int, axes: int, renormalise: bool) -> None:
+def of_options(n: int, sets: int, axes: int, renormalise: bool, most: int = 1) -> tuple[int, Inputs, SetProblem]:
+    """Return the place among the options, and inputs of `most` images at most and numbers that vary with it."""
     index = OPTIONS.index((sets, axes, renormalise))
     p = problem(
         epsilon=(0.1, 0.01, 0.5)[index % 3], sigma=(0.0, 0.6)[index // 2 % 2], iterations=1 + index % 4,
         renormalise=renormalise,
     )  # fmt: skip
-    given = inputs(n=20, k=(0, 11)[index // 3 % 2], sets=sets, axes=axes, masked=index % 4 == 0)
+    images = 1 + index % most
+    return index, inputs(n, k=(0, 11)[index // 3 % 2], sets=sets, axes=axes, masked=index % 4 == 0, b=images), p
+
+
+@pytest.mark.parametrize(("sets", "axes", "renormalise"), HALVES)
+def test_any_options(sets: int, axes: int, renormalise: bool) -> None:
+    index, given, p = of_options(20, sets, axes, renormalise)
     assert_same(given, p, splits=1 + index % 2)
 
 

@@ -73,7 +73,8 @@ class Data(NamedTuple):
         places: (m, axes), contiguous, or None.
         mask: (b, n) bytes, not 0 for valid tokens, or None.
         counts: (b,) number of valid tokens, given with `mask`; where ranks share images, always, and of whole images.
-        inverses: (groups, n), 1 / length of each token of x, written by the first phase; None with `features`.
+        inverses: (groups, n), 1 / length of each token of x, written by the first phase; None with `features`, and
+            where a tile is loaded once (triton_short_kernels.py).
         slots: (rounds + 1, sets, groups, SPLITS, MP), sums over the tokens of a split.
         parts: (groups, SPLITS, MP, DP), likewise; both None where nothing is left for later (triton_short_kernels.py).
         gate: (1 + groups,) zeros: a counter that names programs, and for each group how many have arrived; None where
@@ -336,7 +337,10 @@ def _features(data, b, h, group, rows, shown, spec):
         factor = tl.full((spec.BLOCK,), 1.0, spec.ACC)
     else:
         tile = _load_tile(data.x, b, h, rows, shown, spec.D, spec.DP)
-        factor = tl.load(data.inverses + group.to(tl.int64) * data.n + rows, mask=shown, other=0.0)
+        if data.inverses is None:
+            factor = _inverse_lengths(tile, spec)
+        else:
+            factor = tl.load(data.inverses + group.to(tl.int64) * data.n + rows, mask=shown, other=0.0)
     return tile.to(spec.ROUND), factor
 
 
