@@ -36,40 +36,52 @@ STAGES = ((3136, 2, 49), (784, 4, 49), (196, 8, 25), (49, 16, 25))
 WIDTH = 32
 PROBLEM = SetProblem(epsilon=0.1, sigma=0.0, tau=0.25, iterations=5)
 REPEATS = 1000
+# Bytes that a program can have, by compute capability.
+SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 # PyTorch's operators that launch nothing.
 NO_KERNEL = ("promote_types", "empty", "empty_like", "slice", "select", "view", "transpose", "detach")
 
 
+class Device:
+    """What Triton asks of a device, and the loader of binaries."""
+
+    def __init__(self, shared_memory: int) -> None:
+        self._shared_memory = shared_memory
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        """Return what is asked for; Triton refuses a kernel that needs more shared memory."""
+        return {"max_shared_mem": self._shared_memory, "multiprocessor_count": 132}
+
+    def load_binary(self, *binary: object) -> tuple[int, ...]:
+        """Return module, function, registers, spills and the most threads."""
+        return 1, 2, 0, 0, 1024
+
+    def unload_module(self, module: object) -> None:
+        """Nothing was loaded."""
+
+
 class Stub(DriverBase):
-    """A Hopper GPU that launches nothing and counts."""
+    """A GPU that launches nothing and counts.
 
-    launches = 0
+    Attributes:
+        launches: so far.
+        compiled: Triton's description of every kernel that was compiled.
+    """
 
-    class utils:  # noqa: N801 - Triton's name
-        """What Triton asks of a device, and the loader of binaries."""
+    def __init__(self, capability: int = 90) -> None:
+        """Stand for a GPU of a compute capability: 80 (A100), 89 (for desktops), 90 (H100) or 100 (B200)."""
+        self._capability = capability
+        self.utils = Device(SHARED_MEMORY[capability])
+        self.launches = 0
+        self.compiled: list[Any] = []
 
-        @staticmethod
-        def get_device_properties(device: int) -> dict[str, int]:
-            """Return what is asked for."""
-            return {"max_shared_mem": 227 << 10, "multiprocessor_count": 132}
-
-        @staticmethod
-        def load_binary(*binary: object) -> tuple[int, ...]:
-            """Return module, function, registers, spills and the most threads."""
-            return 1, 2, 0, 0, 1024
-
-        @staticmethod
-        def unload_module(module: object) -> None:
-            """Nothing was loaded."""
-
-    @staticmethod
-    def launcher_cls(source: object, metadata: object) -> Callable[..., None]:
+    def launcher_cls(self, source: object, metadata: object) -> Callable[..., None]:
         """Return what stands for a launch."""
-        return Stub._launch
+        self.compiled.append(metadata)
+        return self._launch
 
-    @staticmethod
-    def _launch(*arguments: object) -> None:
-        Stub.launches += 1
+    def _launch(self, *arguments: object) -> None:
+        self.launches += 1
 
     @classmethod
     def is_active(cls) -> bool:
@@ -82,7 +94,7 @@ class Stub(DriverBase):
 
     def get_current_target(self) -> GPUTarget:
         """Return what to compile for."""
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self._capability, 32)
 
     def get_active_torch_device(self) -> torch.device:
         """Return where the tensors are."""
@@ -124,7 +136,7 @@ def microseconds(work: Callable[[], Any]) -> float:
     return 1e6 * statistics.quantiles(found, n=4)[0]
 
 
-def stage(n: int, heads: int, m: int) -> dict[str, Any]:
+def stage(n: int, heads: int, m: int, gpu: Stub) -> dict[str, Any]:
     """Measure a block's call of the operator."""
     x = torch.randn(1, n, heads * WIDTH).bfloat16().view(1, n, heads, WIDTH).transpose(1, 2).requires_grad_()
     gather, scatter = (torch.randn(heads, m, WIDTH).requires_grad_() for _ in range(2))
@@ -138,9 +150,9 @@ def stage(n: int, heads: int, m: int) -> dict[str, Any]:
         torch.autograd.grad(forward(), (x, gather, scatter), grad_y)
 
     both()  # compiles
-    Stub.launches = 0
+    gpu.launches = 0
     both()
-    ours, forward_us, both_us = Stub.launches, microseconds(forward), microseconds(both)
+    ours, forward_us, both_us = gpu.launches, microseconds(forward), microseconds(both)
     with torch.no_grad(), Kernels() as others:
         _, kept = set_triton.forward(inputs, PROBLEM)
         set_triton.backward(grad_y, inputs, kept, PROBLEM)
@@ -153,10 +165,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=Path("benchmarks/out/host.json"))
     args = parser.parse_args()
-    driver.set_active(Stub())
+    gpu = Stub()
+    driver.set_active(gpu)
     set_triton._may_wait = lambda device, splits: True  # as on a GPU
     torch.set_num_threads(1)
-    rows = [stage(*sizes) for sizes in STAGES]
+    rows = [stage(*sizes, gpu) for sizes in STAGES]
     table = Table("tokens", "heads", "forward µs", "forward + backward µs", "kernels", "of PyTorch", title=describe())
     for r in rows:
         kernels, times = r["triton_kernels"] + r["torch_kernels"], (f"{r['forward_us']:.0f}", f"{r['both_us']:.0f}")

@@ -6,7 +6,6 @@ a number that no kernel wrote is seen.
 
 from __future__ import annotations
 
-import itertools
 import threading
 from types import ModuleType
 
@@ -27,6 +26,7 @@ from setformer_dist.ops.sinkhorn import working_dtype
 from setformer_dist.testing.threads import ThreadCollectives, ThreadParts, run_on_threads
 from tests.numerics.set_triton_cases import (
     DEVICE,
+    HALVES,
     TOLERANCE,
     WIDE,
     assert_near,
@@ -34,6 +34,7 @@ from tests.numerics.set_triton_cases import (
     by_reference,
     gradient_of,
     inputs,
+    of_options,
     problem,
 )
 
@@ -122,19 +123,9 @@ def assert_same(
             assert_near(one, other, tolerance, at_least=0.1 if dtype == torch.float32 else 1e-3)
 
 
-OPTIONS = list(itertools.product((1, 2), (0, 1, 2), (True, False)))
-# Half of them, with every value of every option, is what `make test` can afford in the interpreter.
-HALVES = [pytest.param(*option, marks=[pytest.mark.drill] if sum(option) % 2 else []) for option in OPTIONS]
-
-
 @pytest.mark.parametrize(("sets", "axes", "renormalise"), HALVES)
 def test_parts_equal_the_whole(sets: int, axes: int, renormalise: bool) -> None:
-    index = OPTIONS.index((sets, axes, renormalise))
-    p = problem(
-        epsilon=(0.1, 0.01, 0.5)[index % 3], sigma=(0.0, 0.6)[index // 2 % 2], iterations=1 + index % 4,
-        renormalise=renormalise,
-    )  # fmt: skip
-    given = inputs(n=18, k=(0, 11)[index // 3 % 2], sets=sets, axes=axes, masked=index % 4 == 0, b=1 + index % 2)
+    index, given, p = of_options(18, sets, axes, renormalise, most=2)
     assert_same(given, p, parts=(2, 3, 1)[index % 3], splits=1 + index % 2)
 
 

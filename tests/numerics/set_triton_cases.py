@@ -6,6 +6,7 @@ Every buffer starts as NaN, so a number that no kernel wrote is seen.
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -138,14 +139,20 @@ OPTIONS = list(itertools.product((1, 2), (0, 1, 2), (True, False)))
 HALVES = [pytest.param(*option, marks=[pytest.mark.drill] if sum(option) % 2 else []) for option in OPTIONS]
 
 
-@pytest.mark.parametrize(("sets", "axes", "renormalise"), HALVES)
-def test_any_options(sets: int, axes: int, renormalise: bool) -> None:
+def of_options(n: int, sets: int, axes: int, renormalise: bool, most: int = 1) -> tuple[int, Inputs, SetProblem]:
+    """Return the place among the options, and inputs of `most` images at most and numbers that vary with it."""
     index = OPTIONS.index((sets, axes, renormalise))
     p = problem(
         epsilon=(0.1, 0.01, 0.5)[index % 3], sigma=(0.0, 0.6)[index // 2 % 2], iterations=1 + index % 4,
         renormalise=renormalise,
     )  # fmt: skip
-    given = inputs(n=20, k=(0, 11)[index // 3 % 2], sets=sets, axes=axes, masked=index % 4 == 0)
+    images = 1 + index % most
+    return index, inputs(n, k=(0, 11)[index // 3 % 2], sets=sets, axes=axes, masked=index % 4 == 0, b=images), p
+
+
+@pytest.mark.parametrize(("sets", "axes", "renormalise"), HALVES)
+def test_any_options(sets: int, axes: int, renormalise: bool) -> None:
+    index, given, p = of_options(20, sets, axes, renormalise)
     assert_same(given, p, splits=1 + index % 2)
 
 
@@ -175,17 +182,38 @@ def test_many_images_with_positions_of_their_own_and_any_layout() -> None:
     assert_near(found.x, by_reference(odd, problem(), whole)[1][0], TOLERANCE[WIDE])  # type: ignore[arg-type]
 
 
-def test_masked_tokens_are_never_read_and_an_image_may_have_no_others() -> None:
+@pytest.mark.parametrize("splits", [2, None])
+def test_masked_tokens_are_never_read_and_an_image_may_have_no_others(splits: int | None) -> None:
     given = inputs(n=20, b=2, masked=True)
     assert given.mask_bn is not None
-    expected, expected_gradients = by_triton(given, problem(), gradient_of(given.x_bhnd), 2)
+    assert given.positions_bna is not None
+    expected, expected_gradients = by_triton(given, problem(), gradient_of(given.x_bhnd), splits)
     hidden = ~given.mask_bn[:, None, :, None]
-    dirty = Inputs(given.x_bhnd.masked_fill(hidden, torch.nan), *given[1:])
+    dirty = given._replace(
+        x_bhnd=given.x_bhnd.masked_fill(hidden, torch.nan),
+        positions_bna=given.positions_bna.masked_fill(~given.mask_bn[..., None], torch.nan),
+    )
     dy = gradient_of(given.x_bhnd).masked_fill(hidden, torch.nan)
-    y, gradients = by_triton(dirty, problem(), dy, 2)
+    y, gradients = by_triton(dirty, problem(), dy, splits)
     assert torch.equal(y, expected)
     assert torch.equal(gradients.x, expected_gradients.x)
     assert (gradients.x.masked_select(hidden) == 0).all()
+    assert torch.equal(gradients.gather, expected_gradients.gather)
+
+
+def test_channels_may_lie_far_apart() -> None:
+    """Further than 2^31 numbers, in memory of which next to nothing is touched."""
+    given = inputs(n=5, axes=0, dtype=torch.float16)
+    shape, strides = given.x_bhnd.shape, (1, 1 << 12, 1, 150_000_000)
+    far = torch.empty(0, dtype=torch.float16, device=DEVICE)
+    far.set_(torch.UntypedStorage(2 * 16 * strides[-1], device=DEVICE), 0, shape, strides)
+    far.copy_(given.x_bhnd)
+    dy = gradient_of(given.x_bhnd)
+    for splits in (1, None):
+        expected, gradients = by_triton(given, problem(), dy, splits)
+        y, others = by_triton(given._replace(x_bhnd=far), problem(), dy, splits)
+        assert torch.equal(y, expected)
+        assert torch.equal(others.x, gradients.x)
 
 
 @pytest.mark.parametrize("p", [problem(), problem(epsilon=0.01, sigma=0.6, renormalise=False)])
@@ -455,5 +483,32 @@ def test_what_the_kernels_cannot_do_is_said() -> None:
     given = inputs()
     assert "implicit" in str(set_triton.why_not(given, SetProblem(0.1, 0.0, 1.0, 3, implicit=True)))
     assert "16384" in str(set_triton.why_not(inputs(m=200, d=65), problem()))
+    # A product of fp32 has operands twice as large, and GPUs for desktops have less room.
+    assert "take 32768 bytes" in str(set_triton.why_not(inputs(m=49, d=64, dtype=torch.float32), problem()))
+    assert set_triton.why_not(inputs(m=49, d=32, dtype=torch.float32), problem()) is None or DEVICE == "cuda"
     whole = Inputs(given.x_bhnd.long(), *given[1:])
     assert "int64" in str(set_triton.why_not(whole, problem()))
+
+
+@pytest.mark.parametrize(("kib", "expected"), [(227, 16384), (163, 16384), (99, 10137), (64, 6553)])
+def test_a_set_takes_no_more_than_the_device_has(kib: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(shared_memory_per_block_optin=kib << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert set_triton._set_limit(torch.device("cuda")) == expected
+
+
+@pytest.mark.parametrize(("m", "d", "k"), [(49, 32, 0), (16, 512, 0), (9, 256, 0), (16, 16, 512), (200, 16, 0)])
+def test_no_operand_of_a_tile_is_larger_than_a_tile_may_be(m: int, d: int, k: int) -> None:
+    block = set_triton._block(inputs(n=200, m=m, d=d, k=k, dtype=torch.bfloat16))
+    widest = max(set_triton._padded(size) for size in (m, d, k or d))
+    assert block == 16 or block * widest * 2 <= set_triton.TILE_BYTES
+
+
+def test_a_precision_of_products_may_be_set_for_one_backend() -> None:
+    given, before = inputs(n=5, dtype=torch.float32), torch.backends.cuda.matmul.fp32_precision
+    assert set_triton._spec(given, problem(), 1).PRECISION == "tf32x3"
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # after which torch.get_float32_matmul_precision raises
+    try:
+        assert set_triton._spec(given, problem(), 1).PRECISION == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before

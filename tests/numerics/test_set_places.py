@@ -82,13 +82,14 @@ def test_images_of_several_sizes_in_one_batch_are_each_as_alone(implementation):
     sides = [(3, 4), (5, 6)]
     _, there, back = tensors(1)
     images = [tensors(rows * columns, b=1)[0] for rows, columns in sides]
-    batch, positions = torch.full((2, 2, 30, 8), torch.nan, dtype=torch.float64), torch.zeros(2, 30, 2).double()
+    batch, positions = (torch.full(shape, torch.nan, dtype=torch.float64) for shape in ((2, 2, 30, 8), (2, 30, 2)))
     mask = torch.zeros(2, 30, dtype=torch.bool)
     for index, (image, side) in enumerate(zip(images, sides, strict=True)):
         count = image.shape[2]
         batch[index, :, :count], mask[index, :count] = image[0], True
         positions[index, :count] = grid_places(side, torch.float64, offset=0.5)
-    together = attend(batch, there, back, config, positions_bna=positions, mask_bn=mask)
+    together = attend(batch, there.requires_grad_(), back, config, positions_bna=positions, mask_bn=mask)
+    assert torch.autograd.grad(together.square().sum(), there)[0].isfinite().all()  # padding may lie anywhere, too
     for index, (image, side) in enumerate(zip(images, sides, strict=True)):
         alone = attend(image, there, back, config, grid=side)
         torch.testing.assert_close(together[index : index + 1, :, : image.shape[2]], alone, atol=1e-13, rtol=1e-13)

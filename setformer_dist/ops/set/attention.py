@@ -171,6 +171,8 @@ def set_attention(
     if mask_bn is not None:
         whole = (mask_bn if rows is None else mask_bn[:, rows.own(n)])[:, None, :, None]
         x_bhnd = torch.where(whole, x_bhnd, 0.0)  # padding may hold anything, NaN included
+        if positions_bna is not None:
+            positions_bna = torch.where(mask_bn.unsqueeze(-1), positions_bna, 0.0)
         mask_bn = mask_bn | ~mask_bn.any(-1, keepdim=True)
     features = None
     if anchors_hkd is not None:

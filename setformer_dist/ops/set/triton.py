@@ -24,10 +24,10 @@ from setformer_dist.ops.set import triton_kernels as kernels
 from setformer_dist.ops.set import triton_short_kernels as short_kernels
 from setformer_dist.ops.set.problem import Gradients, Inputs, SetProblem
 
-# Bytes of one reference set of one head: with more, compiled for Hopper, the backward needs more shared memory than the
-# chip has.
+# Bytes of one reference set of one head, at most. Compiled, the backward needs ten times as much shared memory at most,
+# so on a chip with less of it than an A100 the limit is a tenth of what a program can have there (`_set_limit`).
 SET_BYTES = 16384
-# Bytes of operands in a tile of tokens by references: what registers and shared memory hold.
+# Bytes of operands in a tile of tokens by references, features or values: what registers and shared memory hold.
 TILE_BYTES = 8192
 # Warps of a program: no thread has more than 32 numbers of a tile.
 WARPS = 4
@@ -57,9 +57,20 @@ def why_not(inputs: Inputs, problem: SetProblem) -> str | None:
         return "fp64 is for Triton's interpreter only, as its compiler fails on some products of fp64"
     m, k = inputs.gather_hmk.shape[1:]
     size = _padded(m) * _padded(max(k, x.shape[-1])) * _width(x.dtype)
-    if size > SET_BYTES:
-        return f"{m} references of {k} features take {size} bytes, more than the {SET_BYTES} that fit on chip"
+    if x.dtype == torch.float32:
+        size *= 2  # a product that is three of TF32 has each operand in two parts
+    most = _set_limit(x.device)
+    if size > most:
+        return f"{m} references of {k} features take {size} bytes, more than the {most} that fit on chip"
     return None
+
+
+def _set_limit(device: torch.device) -> int:
+    """Return the bytes of a reference set that fit on this device."""
+    if device.type != "cuda":
+        return SET_BYTES
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return min(SET_BYTES, int(shared) // 10)
 
 
 def kept_shape(inputs: Inputs, problem: SetProblem) -> tuple[int]:
@@ -253,8 +264,10 @@ def _padded(size: int) -> int:
 
 def _block(inputs: Inputs) -> int:
     """Return the tokens of a tile."""
-    largest = TILE_BYTES // (_padded(inputs.gather_hmk.shape[1]) * _width(inputs.x_bhnd.dtype))
-    return max(16, min(128, largest, _padded(inputs.x_bhnd.shape[2])))
+    n, d = inputs.x_bhnd.shape[2:]
+    _, m, k = inputs.gather_hmk.shape
+    largest = TILE_BYTES // (max(map(_padded, (m, k, d))) * _width(inputs.x_bhnd.dtype))
+    return max(16, min(128, largest, _padded(n)))
 
 
 def _is_short(inputs: Inputs, problem: SetProblem, splits: int | None) -> bool:
@@ -283,15 +296,16 @@ def _spec(inputs: Inputs, problem: SetProblem, splits: int) -> kernels.Spec:
     axes = 0 if inputs.positions_bna is None else inputs.positions_bna.shape[-1]
     sizes = (x.shape[-1], m, k, _block(inputs), sets, splits, axes)
     together = splits > 1 and _may_wait(x.device, splits)
-    return _spec_of(problem, sizes, together, x.dtype, torch.get_float32_matmul_precision())
+    # `torch.get_float32_matmul_precision` raises where a precision was set for one backend.
+    return _spec_of(problem, sizes, together, x.dtype, torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 @functools.lru_cache(maxsize=256)
 def _spec_of(
-    problem: SetProblem, sizes: tuple[int, ...], together: bool, dtype: torch.dtype, fp32_products: str
+    problem: SetProblem, sizes: tuple[int, ...], together: bool, dtype: torch.dtype, allows_tf32: bool
 ) -> kernels.Spec:
     d, m, k, block, sets, splits, axes = sizes
-    rounded, precision = _products(dtype, fp32_products)
+    rounded, precision = _products(dtype, allows_tf32)
     return kernels.Spec(
         M=m,
         MP=_padded(m),
@@ -356,9 +370,9 @@ _PRODUCTS = {
 }
 
 
-def _products(dtype: torch.dtype, fp32_products: str) -> tuple[tl.dtype, str]:
+def _products(dtype: torch.dtype, allows_tf32: bool) -> tuple[tl.dtype, str]:
     """Return dtype and precision of products; fp32's follow torch's setting."""
-    if dtype == torch.float32 and fp32_products != "highest":
+    if dtype == torch.float32 and allows_tf32:
         return tl.float32, "tf32"
     return _PRODUCTS[dtype]
 

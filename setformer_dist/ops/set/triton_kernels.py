@@ -73,7 +73,8 @@ class Data(NamedTuple):
         places: (m, axes), contiguous, or None.
         mask: (b, n) bytes, not 0 for valid tokens, or None.
         counts: (b,) number of valid tokens, given with `mask`; where ranks share images, always, and of whole images.
-        inverses: (groups, n), 1 / length of each token of x, written by the first phase; None with `features`.
+        inverses: (groups, n), 1 / length of each token of x, written by the first phase; None with `features`, and
+            where a tile is loaded once (triton_short_kernels.py).
         slots: (rounds + 1, sets, groups, SPLITS, MP), sums over the tokens of a split.
         parts: (groups, SPLITS, MP, DP), likewise; both None where nothing is left for later (triton_short_kernels.py).
         gate: (1 + groups,) zeros: a counter that names programs, and for each group how many have arrived; None where
@@ -164,7 +165,8 @@ def _dot(left, right, spec):
 def _tile_at(view, b, h, rows, PADDED: tl.constexpr):
     """Pointers to a tile (rows, PADDED)."""
     start = view.at + b.to(tl.int64) * view.b + h.to(tl.int64) * view.h
-    return start + rows.to(tl.int64)[:, None] * view.n + tl.arange(0, PADDED)[None, :] * view.c
+    columns = tl.arange(0, PADDED).to(tl.int64)  # channels may lie far apart, too
+    return start + rows.to(tl.int64)[:, None] * view.n + columns[None, :] * view.c
 
 
 @triton.jit
@@ -335,7 +337,10 @@ def _features(data, b, h, group, rows, shown, spec):
         factor = tl.full((spec.BLOCK,), 1.0, spec.ACC)
     else:
         tile = _load_tile(data.x, b, h, rows, shown, spec.D, spec.DP)
-        factor = tl.load(data.inverses + group.to(tl.int64) * data.n + rows, mask=shown, other=0.0)
+        if data.inverses is None:
+            factor = _inverse_lengths(tile, spec)
+        else:
+            factor = tl.load(data.inverses + group.to(tl.int64) * data.n + rows, mask=shown, other=0.0)
     return tile.to(spec.ROUND), factor
 
 
@@ -359,7 +364,7 @@ def _kernel(cosine, spec):
 
 
 @triton.jit
-def _filter(data, b, rows, spec):
+def _filter(data, b, rows, shown, spec):
     """Position filter F, with LOGS its logarithm, (BLOCK, MP); anything without one."""
     j = tl.arange(0, spec.MP)
     found = tl.zeros((spec.BLOCK, spec.MP), spec.ACC)
@@ -368,7 +373,7 @@ def _filter(data, b, rows, spec):
         of_columns = tl.zeros((spec.MP,), spec.ACC)
         for axis in tl.static_range(spec.AXES):
             at = data.positions + b.to(tl.int64) * data.positions_b + rows * spec.AXES + axis
-            position = tl.load(at, mask=rows < data.n, other=0.0) * (1.0 / spec.TAU)
+            position = tl.load(at, mask=shown, other=0.0) * (1.0 / spec.TAU)
             place = tl.load(data.places + j * spec.AXES + axis, mask=j < spec.M, other=0.0) * (1.0 / spec.TAU)
             if spec.LOGS:
                 apart = position[:, None] - place[None, :]
@@ -546,7 +551,7 @@ def _round(potentials, t, LAST: tl.constexpr, b, h, group, split, data, spec):
                 weights = e * u[:, None]
                 sums += weights
             if LAST and (s == 0):
-                near = _filter(data, b, rows, spec)
+                near = _filter(data, b, rows, shown, spec)
                 x = _load_tile(data.x, b, h, rows, shown, spec.D, spec.DP)
                 if spec.LOGS:
                     logit = _filtered(kernel, near, spec) + f[:, None]
@@ -625,7 +630,7 @@ def _spread(y, potentials, pooled, b, h, group, split, data, spec):
         shown = _shown(data, b, rows)
         tile, factor = _features(data, b, h, group, rows, shown, spec)
         kernel = _kernel(_cosine(tile, factor, references, spec), spec)
-        weights = _scatter_weights(kernel, _filter(data, b, rows, spec), before, g, shown, spec)
+        weights = _scatter_weights(kernel, _filter(data, b, rows, shown, spec), before, g, shown, spec)
         _store_tile(y, b, h, rows, rows < data.n, _dot(weights, values, spec), spec.D, spec.DP)
 
 
@@ -694,7 +699,7 @@ def _spread_adjoint(dy, adjoint, b, h, group, split, data, spec):
         shown = _shown(data, b, rows)
         tile, factor = _features(data, b, h, group, rows, shown, spec)
         kernel = _kernel(_cosine(tile, factor, references, spec), spec)
-        weights = _scatter_weights(kernel, _filter(data, b, rows, spec), before, g, shown, spec)
+        weights = _scatter_weights(kernel, _filter(data, b, rows, shown, spec), before, g, shown, spec)
         gradient = _load_tile(dy, b, h, rows, shown, spec.D, spec.DP)
         part += _dot(tl.trans(weights), gradient, spec)
         sums += _scatter_gradient(weights, gradient, pooled, spec)
@@ -824,7 +829,7 @@ def _round_adjoint(t, LAST: tl.constexpr, dy, adjoint, b, h, group, split, data,
             e, u, _, along = _half_round(kernel, columns, dg, t, s, adjoint, group, log_count, shown, data, spec)
             df = -along
             if LAST:
-                near = _filter(data, b, rows, spec)
+                near = _filter(data, b, rows, shown, spec)
                 if s == 0:
                     _, dlog = _gather_side(kernel, near, gathering, b, h, rows, shown, log_count, data, spec)
                     df += tl.sum(dlog, 1)
@@ -902,7 +907,7 @@ def _gradients(dx, dfeatures, d_references, dy, adjoint, b, h, group, split, dat
         rows = start + tl.arange(0, spec.BLOCK)
         shown = _shown(data, b, rows)
         tile, factor = _features(data, b, h, group, rows, shown, spec)
-        near = _filter(data, b, rows, spec)
+        near = _filter(data, b, rows, shown, spec)
         cosine = _cosine(tile, factor, references, spec)
         kernel = _kernel(cosine, spec)
         weights, dlog = _gather_side(kernel, near, gathering, b, h, rows, shown, log_count, data, spec)

@@ -21,10 +21,10 @@ from setformer_dist.ops.set.triton_kernels import (
     _columns,
     _cosine,
     _dot,
+    _features,
     _filter,
     _filtered,
     _gather_weights,
-    _inverse_lengths,
     _kernel,
     _load_potential,
     _load_tile,
@@ -55,18 +55,6 @@ def _tokens(data, spec):
 
 
 @triton.jit
-def _compared(data, x, b, h, rows, shown, spec):
-    """What is compared: (tile, factor of each row), as `triton_kernels._features` says."""
-    if data.features is not None:
-        tile = _load_tile(data.features, b, h, rows, shown, spec.K, spec.KP)
-        factor = tl.full((spec.BLOCK,), 1.0, spec.ACC)
-    else:
-        tile = x
-        factor = _inverse_lengths(x, spec)
-    return tile.to(spec.ROUND), factor
-
-
-@triton.jit
 def _rounds(kernel, s, log_count, shown, potentials, group, data, spec):
     """Run all rounds of a set, keep their potentials, and return the last two."""
     g = tl.zeros((spec.MP,), spec.ACC)
@@ -86,8 +74,8 @@ def forward(y, potentials, pooled, data, spec):
     b, h, group, rows, shown = _tokens(data, spec)
     log_count = _log_count(data, b, spec)
     x = _load_tile(data.x, b, h, rows, shown, spec.D, spec.DP)
-    tile, factor = _compared(data, x, b, h, rows, shown, spec)
-    near = _filter(data, b, rows, spec)
+    tile, factor = _features(data, b, h, group, rows, shown, spec)
+    near = _filter(data, b, rows, shown, spec)
 
     kernel = _kernel(_cosine(tile, factor, _references(data, 0, h, spec), spec), spec)
     before, g = _rounds(kernel, 0, log_count, shown, potentials, group, data, spec)
@@ -132,8 +120,8 @@ def backward(dx, dfeatures, d_units, dy, potentials, pooled, data, spec):
     b, h, group, rows, shown = _tokens(data, spec)
     log_count = _log_count(data, b, spec)
     x = _load_tile(data.x, b, h, rows, shown, spec.D, spec.DP)
-    tile, factor = _compared(data, x, b, h, rows, shown, spec)
-    near = _filter(data, b, rows, spec)
+    tile, factor = _features(data, b, h, group, rows, shown, spec)
+    near = _filter(data, b, rows, shown, spec)
     LAST: tl.constexpr = spec.SETS - 1
 
     references = _references(data, LAST, h, spec)
