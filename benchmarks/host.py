@@ -32,7 +32,7 @@ from setformer_dist.ops.set import triton as set_triton
 from setformer_dist.ops.set.problem import Inputs, SetProblem
 
 # Tokens, heads and references of a block of each stage of SeTformer-Tiny at 224 x 224.
-STAGES = ((3136, 2, 49), (784, 4, 49), (196, 8, 25), (49, 16, 25))
+STAGES = ((3136, 2, 49), (784, 4, 25), (196, 8, 9), (49, 16, 9))
 WIDTH = 32
 PROBLEM = SetProblem(epsilon=0.1, sigma=0.0, tau=0.25, iterations=5)
 REPEATS = 1000

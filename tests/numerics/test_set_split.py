@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from setformer_dist.core.errors import ConfigError
+from setformer_dist.ops.kernels import log_filter
 from setformer_dist.ops.parts import Rows
-from setformer_dist.ops.set import split_cpp
+from setformer_dist.ops.set import split_common, split_cpp
 from setformer_dist.ops.set.attention import SetAttentionConfig, problem_of, set_attention
 from setformer_dist.ops.set.split import traffic
 from setformer_dist.testing.threads import ThreadCollectives, ThreadParts, run_on_threads
@@ -217,3 +218,17 @@ def test_grid_and_mask_are_of_the_whole_image():
         split(config, tensors, upstream, 2, grid=(2, 4))
     with pytest.raises(ConfigError, match=r"expected \(2, 16\)"):
         split(config, tensors, upstream, 2, grid=(4, 4), mask_bn=torch.ones(2, 8, dtype=torch.bool))
+
+
+def test_what_is_kept_of_places_goes_with_them() -> None:
+    positions, places = torch.rand(1, 100, 2), torch.rand(9, 2)
+    held = len(split_common._found)
+    with torch.inference_mode():
+        found = split_common._kept_nearest(positions, places, 0.25, torch.float32)
+    assert split_common._kept_nearest(positions, places, 0.25, torch.float32) is found
+    assert split_common._kept_nearest(positions, places, 0.5, torch.float32) is not found
+    assert not found.is_inference()
+    assert torch.equal(found, log_filter(positions, places, 0.25).amax(-2, keepdim=True))
+    assert len(split_common._found) == held + 1
+    del positions
+    assert len(split_common._found) == held

@@ -5,13 +5,13 @@ Letters as in split.py.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from setformer_dist.ops.kernels import log_filter
 from setformer_dist.ops.parts import Rows
@@ -52,8 +52,10 @@ def part_of(whole: Inputs, problem: SetProblem, rows: Rows) -> tuple[Inputs, Who
         assert places is not None
         dtype = working_dtype(whole.x_bhnd.dtype, problem.epsilon)
         assert dtype is not None
-        find = _kept_nearest if mask is None else _nearest
-        nearest = find(positions, places, problem.tau, dtype, mask)
+        if mask is None:
+            nearest = _kept_nearest(positions, places, problem.tau, dtype)
+        else:
+            nearest = _nearest(positions, places, problem.tau, dtype, mask)
     inputs = whole._replace(
         positions_bna=None if positions is None else positions[:, own], mask_bn=None if mask is None else mask[:, own]
     )
@@ -82,12 +84,24 @@ def _nearest(
     return found
 
 
-@functools.lru_cache(maxsize=64)
-def _kept_nearest(
-    positions_bna: torch.Tensor, places_ma: torch.Tensor, tau: float, dtype: torch.dtype, mask_bn: None
-) -> torch.Tensor:
-    """Return `_nearest`, found once: the places of a grid are kept tensors (attention.py), told apart as objects."""
-    return _nearest(positions_bna, places_ma, tau, dtype)
+# What `_nearest` found, by positions, places, and (tau, dtype), as long as both tensors live: those of a grid are kept
+# (attention.py), those that a caller gives are new each time.
+_Found = dict[tuple[float, torch.dtype], torch.Tensor]
+_found: MutableMapping[torch.Tensor, MutableMapping[torch.Tensor, _Found]] = WeakTensorKeyDictionary()
+
+
+def _kept_nearest(positions_bna: torch.Tensor, places_ma: torch.Tensor, tau: float, dtype: torch.dtype) -> torch.Tensor:
+    """Return `_nearest` of all tokens, found once for the same tensors."""
+    by_places = _found.get(positions_bna)
+    if by_places is None:
+        by_places = _found[positions_bna] = WeakTensorKeyDictionary()
+    if (found := by_places.get(places_ma)) is None:
+        found = by_places[places_ma] = {}
+    kept = found.get((tau, dtype))
+    if kept is None:
+        with torch.inference_mode(False):  # an evaluation may be the first that asks
+            kept = found[tau, dtype] = _nearest(positions_bna, places_ma, tau, dtype)
+    return kept
 
 
 class Kept(NamedTuple):
