@@ -113,6 +113,8 @@ def tasks() -> list[Task]:
         _task("7 fp16", f"{stages} --dtypes fp16 --stages 0 1 2 3", f"{stages} --dtypes fp32 --stages 1"),
         _task("7 offload", f"{stages} --dtypes bf16 --stages 3 --set zero.offload=all",
               f"{stages} --dtypes fp32 --stages 3 --set zero.offload=all"),
+        _task("7 update", f"benchmarks.update {_OUT}",
+              f"benchmarks.update {_OUT} --model setformer_nano --dtype fp32 --stages 0 2"),
         _task("7 transfer", f"benchmarks.transfer {_OUT}",
               f"benchmarks.transfer {_OUT} --batch 2 --size 32 --repeats 3"),
         _task("7 engine", f"benchmarks.engine {_OUT} --ranks 1 --dtype bf16 --set model.name=setformer_tiny ~model.args"

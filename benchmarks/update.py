@@ -4,7 +4,7 @@
 
 One rank, one image of 64 x 64. "Kernels" counts operators that compute or copy: on a GPU each is a launch of its own,
 or several. "Update" is `engine.step()`; "backward" what DeepSpeed adds to the forward and backward pass of the model
-alone. Times are those of this CPU, where arithmetic counts as well.
+alone.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from rich.console import Console
 from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.machine import describe
-from benchmarks.measure import write
+from benchmarks.measure import wait, write
 from launch.testing.ranks import run_ranks
 from setformer_dist.core.model_config import ModelConfig
 from setformer_dist.core.ranks import RankInfo
@@ -72,27 +73,33 @@ def measure(model: str, dtype: str, stage: int, ours: bool) -> dict[str, Any]:
     plan = solve(BatchConfig(global_size=1, micro=1), 1)
     json = deepspeed_config(PrecisionConfig(dtype=dtype), ZeroConfig(stage=stage), plan, 1.0, {})
     engine = deepspeed_engine.initialize(build_model(ModelConfig(name=model), CLASSES, SIDE, 0), OptimConfig(), json)
-    images = torch.randn(1, 3, SIDE, SIDE, dtype=deepspeed_engine.DTYPES[dtype])
+    images = torch.randn(1, 3, SIDE, SIDE).to(engine.device, deepspeed_engine.DTYPES[dtype])
+    label = torch.tensor([1], device=engine.device)
     parameters = len(list(engine.module.parameters()))
 
     def passes() -> None:
-        engine.backward(torch.nn.functional.cross_entropy(engine(images).float(), torch.tensor([1])))
+        engine.backward(torch.nn.functional.cross_entropy(engine(images).float(), label))
 
     def alone() -> None:
-        torch.nn.functional.cross_entropy(twin(images).float(), torch.tensor([1])).backward()
+        torch.nn.functional.cross_entropy(twin(images).float(), label).backward()
 
-    seconds = []
+    updates, steps = [], []
     for _ in range(REPEATS):
+        wait()
+        begun = time.perf_counter()
         passes()
-        start = time.perf_counter()
+        wait()
+        passed = time.perf_counter()
         engine.step()
-        seconds.append(time.perf_counter() - start)
+        wait()
+        updates.append(1e3 * (time.perf_counter() - passed))
+        steps.append(1e3 * (time.perf_counter() - begun))
     both, update = counted(passes), counted(engine.step)
-    twin = build_model(ModelConfig(name=model), CLASSES, SIDE, 0).to(images.dtype)
+    twin = build_model(ModelConfig(name=model), CLASSES, SIDE, 0).to(images)
     kernels = counted(alone)
     disconnect()
-    ms = 1e3 * statistics.median(seconds[1:])
-    return {"parameters": parameters, "model": kernels, "backward": both - kernels, "update": update, "update_ms": ms}
+    counts = {"parameters": parameters, "model": kernels, "backward": both - kernels, "update": update}
+    return {**counts, "update_ms": statistics.median(updates[1:]), "step_ms": statistics.median(steps[1:])}
 
 
 def main() -> None:
@@ -104,16 +111,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write JSON here")
     arguments = parser.parse_args()
     rows = []
+    where = {"DS_ACCELERATOR": get_accelerator().device_name()}
     for stage in arguments.stages:
         for ours in (False, True):
-            [found] = run_ranks(measure, 1, arguments.model, arguments.dtype, stage, ours, timeout=300, cold=True)
+            words = (arguments.model, arguments.dtype, stage, ours)
+            [found] = run_ranks(measure, 1, *words, timeout=300, env=where, cold=True)
             rows.append({"stage": stage, "loop": "ours" if ours else "DeepSpeed alone", **found})
     parameters, kernels = rows[0]["parameters"], rows[0]["model"]
     title = f"{arguments.model}, {arguments.dtype}, {parameters} parameters; the model: {kernels} kernels"
-    table = Table("ZeRO", "update", "kernels in the backward pass", "kernels of the update", "update, ms", title=title)
+    table = Table("ZeRO", "update", "kernels added to backward", "of the update", "its ms", "step, ms", title=title)
     for row in rows:
         table.add_row(
-            str(row["stage"]), row["loop"], str(row["backward"]), str(row["update"]), f"{row['update_ms']:.0f}"
+            str(row["stage"]),
+            row["loop"],
+            str(row["backward"]),
+            str(row["update"]),
+            f"{row['update_ms']:.1f}",
+            f"{row['step_ms']:.1f}",
         )
     Console().print(table, describe())
     if arguments.out is not None:
