@@ -4,7 +4,7 @@
 
 One rank, one image of 64 x 64. "Kernels" counts operators that compute or copy: on a GPU each is a launch of its own,
 or several. "Update" is `engine.step()`; "backward" what DeepSpeed adds to the forward and backward pass of the model
-alone.
+alone. On a CPU the milliseconds are arithmetic, too.
 """
 
 from __future__ import annotations
