@@ -3,7 +3,7 @@
     python -m benchmarks.transfer [--batch 256] [--size 224] [--out FILE]
 
     pageable        `tensor.to(device, non_blocking=True)` of usual memory
-    by way of       a run's way (`dataloaders.reading.transfer.on_device`): copied to pinned memory first
+    by way of       a run's way (`setformer_dist.core.transfer.on_device`): copied to pinned memory first
     pinned          a copy from memory that is pinned already: what reader threads could gain by writing there
 
 "Host" is the time until the call returns while the device still has `--queued` ms of products to do, "alone" the time
@@ -25,7 +25,7 @@ from rich.table import Table
 
 from benchmarks.machine import describe
 from benchmarks.measure import DEVICE, seconds, wait, write
-from dataloaders.reading.transfer import on_device
+from setformer_dist.core.transfer import on_device
 
 
 def ways(images: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:

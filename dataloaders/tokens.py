@@ -36,13 +36,13 @@ import torch
 from dataloaders.config import TokenConfig
 from dataloaders.order.order import Cut, FullOrder, SetPlan, cursor_at, step_of_cursor
 from dataloaders.reading.streams import evaluation_requests, train_requests
-from dataloaders.reading.transfer import on_device
 from dataloaders.sources.files import LARGEST_TABLE, is_plain_name, open_regular, parse_json, read_whole
 from dataloaders.sources.index import durable_write, fingerprint_of
 from dataloaders.storage.whole_folder import check_destination, commit_folder, work_folder
 from setformer_dist.core.batch import MicroBatch
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.ranks import RankInfo
+from setformer_dist.core.transfer import on_device
 
 TOKENS_FORMAT = 1
 TOKENS_NAME = "tokens.json"

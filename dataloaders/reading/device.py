@@ -12,8 +12,8 @@ import torch
 
 from dataloaders.config import DataConfig
 from dataloaders.pixels.depth import FULL_RANGE
-from dataloaders.reading.transfer import on_device
 from setformer_dist.core.batch import MicroBatch, MixSpec
+from setformer_dist.core.transfer import on_device
 
 
 class Prepare:

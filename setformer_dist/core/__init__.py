@@ -34,5 +34,6 @@ Nothing here imports torch.distributed, touches a device or has an effect at imp
     task.py            what a run learns, as an interface
     task_config.py     the `[task]` table of a run config
     terminal.py        consoles and tables; terminals and pipes that go away
+    transfer.py        tensors of a micro batch on their way to the device
     words.py           numbers with their nouns, texts without control characters
 """

@@ -13,6 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from setformer_dist.core.batch import MicroBatch
 from setformer_dist.core.seeding import Purpose, sample_keys, torch_seed
 from setformer_dist.core.task import Counted, Prepare, Task
+from setformer_dist.core.transfer import on_device
 from setformer_dist.engine.batch_plan import BatchPlan
 from setformer_dist.engine.comm import TorchCollectives
 from setformer_dist.engine.deepspeed_engine import set_accumulation
@@ -128,4 +129,4 @@ class TrainStep:
     def _key_drop_path(self, step: int, batch: MicroBatch, device: torch.device) -> None:
         if self._set_sample_keys is not None:
             keys = sample_keys(Purpose.DROP_PATH, self._seed, step, batch.sample_ids.numpy())
-            self._set_sample_keys(torch.from_numpy(keys).to(device))
+            self._set_sample_keys(on_device(torch.from_numpy(keys), device))

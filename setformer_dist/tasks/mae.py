@@ -23,6 +23,7 @@ from setformer_dist.core.masking import check_unit, hidden_units
 from setformer_dist.core.metric import METRICS_OF, Metric
 from setformer_dist.core.seeding import Purpose, sample_keys
 from setformer_dist.core.task import Prepare
+from setformer_dist.core.transfer import on_device
 
 # Images (m, 3, H, W) -> (m, C, rows, columns) fp32.
 Latents = Callable[[torch.Tensor], torch.Tensor]
@@ -188,7 +189,7 @@ class MaskedPrepare:
         else:
             targets = hidden_pixels(images, hidden, unit)
             targets = normalised(targets) if self._config.normalise else targets
-        channel = hidden.to(images.device).repeat_interleave(unit, 1).repeat_interleave(unit, 2).unsqueeze(1)
+        channel = on_device(hidden, images.device).repeat_interleave(unit, 1).repeat_interleave(unit, 2).unsqueeze(1)
         return torch.cat([images.to(self._dtype), channel.to(self._dtype)], 1), targets
 
     def _keys(self, batch: MicroBatch, train: bool) -> np.ndarray:
@@ -208,7 +209,7 @@ def hidden_pixels(images: torch.Tensor, hidden: torch.Tensor, unit: int) -> torc
     """
     m, channels, height, width = images.shape
     units = images.reshape(m, channels, height // unit, unit, width // unit, unit).permute(0, 2, 4, 3, 5, 1)
-    index = hidden.flatten().nonzero().squeeze(1).to(images.device)
+    index = on_device(hidden.flatten().nonzero().squeeze(1), images.device)
     return units.reshape(-1, unit, unit, channels).index_select(0, index).view(m, -1, unit, unit, channels)
 
 

@@ -8,8 +8,8 @@ import torch
 def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return a tensor on a device; on a GPU without waiting for the kernels that were launched before.
 
-    A copy from pageable memory makes the host wait until the GPU has done all that is queued. One from pinned memory
-    is queued behind it. torch keeps the pinned memory until the copy is done, and uses it again.
+    `tensor.to(device)` waits until the GPU has done all that is queued, and so does a copy from pageable memory. One
+    from pinned memory is queued behind it. torch keeps the pinned memory until the copy is done, and uses it again.
     """
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
