@@ -151,7 +151,7 @@ def test_fp16_takes_the_updates_of_fp32(by_rank: list[dict[str, Any]]) -> None:
     # DeepSpeed alone divides by a scale that it never multiplied by: losses as if nothing was learned.
     full, half = by_rank[0]["scaled"]
     assert half["scale"] == 2048
-    assert half["losses"] == pytest.approx(full["losses"], rel=2e-3)
+    assert half["losses"] == pytest.approx(full["losses"], rel=1e-4)
     assert half["norms"] == pytest.approx(full["norms"], rel=5e-3)
 
 
