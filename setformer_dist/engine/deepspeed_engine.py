@@ -89,7 +89,7 @@ def initialize(
         )
     except (DeepSpeedConfigError, pydantic.ValidationError) as error:
         raise ConfigError(f"DeepSpeed refuses its config: {' '.join(str(error).split())}") from None
-    if engine.zero_use_cpu_optimizer():
+    if engine.zero_use_cpu_optimizer() or engine.zero_optimization_stage() == 3:
         forget_gradients_after_steps(engine.optimizer)
     quicken(engine)
     made: Engine = engine

@@ -7,6 +7,10 @@ finite either, and an update with such a norm is left out as well. The second is
 DeepSpeed goes on with: the norm of all gradients is the norm of their norms. Under stage 0 it copies each gradient out
 of the buffer that is reduced, and in low precision each gradient to its master and each master to its weight.
 
+In fp16 DeepSpeed's stage 0 does not multiply the loss by the scale that its step divides by, so that updates are 65,536
+times too small; here it is multiplied. And where a step raises the scale, DeepSpeed divides by the new one; ours does
+not.
+
 Left as they are: offloaded optimizers, of which DeepSpeed takes the norm while gradients arrive, and stage 1 in bf16
 with gradients in fp32 (`precision.grad_accum`), which has no such check.
 """
@@ -36,6 +40,8 @@ def quicken(engine: Engine) -> None:
         made.allreduce_and_copy = _reduced_together(made)
         if isinstance(optimizer, FP16_UnfusedOptimizer):
             optimizer.step = _step_together(optimizer)
+            if engine.fp16_enabled():
+                made.backward = _scaled(made)
         else:
             made.clip_fp32_gradients = lambda: _clip(made)
         return
@@ -62,9 +68,26 @@ def _of_norms(norm: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
 
 def _clip(engine: Any) -> None:
-    """Scale fp32 gradients, equal on all ranks, to the norm that the config allows; keep their norm."""
-    parameters, most = engine.module.parameters(), engine.gradient_clipping()
-    engine._global_grad_norm = torch.nn.utils.clip_grad_norm_(parameters, most, foreach=True)
+    """Scale fp32 gradients, equal on all ranks, to the norm that the config allows; keep their norm.
+
+    All become NaN where the norm is not finite: by an infinite norm finite gradients would be scaled to an update of 0.
+    """
+    parameters = list(engine.module.parameters())
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    usable = norm.isfinite()
+    engine._global_grad_norm = torch.where(usable, norm, torch.inf)  # as the other stages have it
+    limited = torch.where(usable, norm, torch.nan)
+    torch.nn.utils.clip_grads_with_norm_(parameters, engine.gradient_clipping(), limited, foreach=True)
+
+
+def _scaled(engine: Any) -> Callable[..., object]:
+    """Return DeepSpeed's backward pass, of a loss times fp16's scale."""
+    backward, scaling = engine.backward, engine.optimizer.loss_scale_config
+
+    def of_scaled(loss: torch.Tensor, **options: object) -> object:
+        return backward(loss.float() * scaling.cur_scale, **options)
+
+    return of_scaled
 
 
 def _reduced_together(engine: Any) -> Callable[..., None]:
@@ -92,11 +115,12 @@ def _step_together(optimizer: Any) -> Callable[[], bool]:
         if not math.isfinite(norm):
             left_out: bool = optimizer._skip_invalid_grad_norm()
             return left_out
-        optimizer._global_grad_norm = norm
+        optimizer._global_grad_norm = norm / optimizer.loss_scale_config.cur_scale
+        divisor = optimizer.unscale_and_clip_grads(norm, apply_scale=False)
         optimizer._update_scale(False)
         scaled = [torch.empty_like(p) for p in masters]
         torch._foreach_copy_(scaled, gradients)
-        torch._foreach_mul_(scaled, 1.0 / optimizer.unscale_and_clip_grads(norm, apply_scale=False))
+        torch._foreach_mul_(scaled, 1.0 / divisor)
         for master, gradient in zip(masters, scaled, strict=True):
             master.grad = gradient
         optimizer.optimizer.step()

@@ -1,10 +1,11 @@
-"""Repairs of DeepSpeed's offload (written against 0.19.8): no step sees a gradient of an earlier one.
+"""Repairs of DeepSpeed's offload and stage 3 (written against 0.19.8): no step sees a gradient of an earlier one.
 
 With zero.offload the gradients of a step end in buffers in host memory that stay from step to step, and DeepSpeed only
 overwrites what the step has gradients for. Two things go wrong by that. A parameter without a gradient in some step is
-updated by that of an earlier one (without offload it would be zero). And where gradients accumulate in fp32 besides
-weights of low precision (stages 1 and 2), those of a step that is left out, because they are not finite, are added to,
-so that every later step is left out as well.
+updated by that of an earlier one (zero under stages 0 to 2 without offload). And where gradients accumulate in fp32
+besides weights of low precision (stages 1 and 2), those of a step that is left out, as they are not finite, are
+added to, so that every later step is left out as well. Stage 3 without offload, whose buffer is on the device, has the
+first fault, too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ import torch
 
 
 def forget_gradients_after_steps(optimizer: Any) -> None:
-    """Have all gradients in host memory be zero after every step of an optimizer with offload, taken or left out."""
+    """Have kept gradients be zero after every step, taken or left out, of an optimizer with offload or of stage 3."""
+    if not getattr(optimizer, "cpu_offload", False) and not getattr(optimizer, "offload_optimizer", False):
+        _forget_on_device(optimizer)
+        return
     reset = optimizer.reset_cpu_buffers  # called at both ends of a step, and nowhere else
 
     def reset_all() -> None:
@@ -27,6 +31,17 @@ def forget_gradients_after_steps(optimizer: Any) -> None:
             gradient.zero_()
 
     optimizer.reset_cpu_buffers = reset_all
+
+
+def _forget_on_device(optimizer: Any) -> None:
+    """Have stage 3's gradients be zero after every step."""
+    step = optimizer.step
+
+    def step_and_forget() -> None:
+        step()
+        optimizer.grad_partitions_flat_buffer.zero_()
+
+    optimizer.step = step_and_forget
 
 
 def _in_host_memory(optimizer: Any) -> Iterator[torch.Tensor]:

@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from launch.testing.ranks import run_ranks
 from setformer_dist.engine.comm import disconnect
+from setformer_dist.engine.config import OptimConfig
+from setformer_dist.engine.guard import Updates
 from setformer_dist.tasks.classification import soft_cross_entropy
 from tests.distributed import workers
 from tests.distributed.test_offload import poisoned_and_passed_over
@@ -31,6 +34,7 @@ class Kernels(TorchDispatchMode):
         "narrow",
         "as_strided",
         "empty",
+        "empty_like",
         "empty_strided",
     )
 
@@ -75,9 +79,40 @@ def norm_of(weights: dict[str, torch.Tensor], depth: int) -> float:
     return float(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm())
 
 
+def scaled(dtype: str) -> dict[str, Any]:
+    """Train under stage 0 with the optimizer whose updates are as large as gradients; fp16 scales its loss."""
+    usual, workers.OPTIM = workers.OPTIM, OptimConfig(name="sgd", lr=0.3, momentum=0.1, weight_decay=0.0)
+    trainee = workers.Trainee(0, dtype, micro=8, module=layers(4), clip_norm=1e3)
+    workers.OPTIM = usual
+    trainee.master.set_loss_scale({"cur_scale": 1024.0, "cur_iter": 998.0})  # the third update raises it
+    losses, norms = [], []
+    for k in range(5):
+        losses.append(trainee.step(k))
+        norms.append(float(trainee.engine.get_global_grad_norm()))
+    return {"losses": losses, "norms": norms, "scale": trainee.master.loss_scale().get("cur_scale")}
+
+
+def too_long(stage: int, dtype: str) -> dict[str, Any]:
+    """Take an update of finite gradients whose norm no fp32 number holds."""
+    trainee = workers.Trainee(stage, dtype, micro=8, module=layers(4))
+    updates = Updates(trainee.engine)
+    before = [fragment.tensor.clone() for fragment in trainee.master.fragments("param")]
+    images, targets = workers.samples(0, 8)
+    loss = soft_cross_entropy(trainee.engine(images.to(trainee.dtype)), targets)
+    trainee.engine.backward(loss * 1e25)
+    trainee.engine.step()
+    now = [fragment.tensor for fragment in trainee.master.fragments("param")]
+    same = all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
+    return {"left_out": updates.left_out, "same": same, "norm": float(trainee.engine.get_global_grad_norm())}
+
+
 def everything() -> dict[str, Any]:
+    accelerator: Any = type(get_accelerator())
+    accelerator.is_fp16_supported = lambda self: True  # DeepSpeed lists no CPU; torch computes it on all
     found = {
         "updates": [[update(stage, dtype, depth) for depth in (4, 20)] for stage, dtype in LAYOUTS],
+        "scaled": [scaled(dtype) for dtype in ("fp32", "fp16")],
+        "too long": [too_long(stage, dtype) for stage, dtype in LAYOUTS if stage < 3],
         "poisoned": [poisoned_and_passed_over(stage, "none", dtype, "auto") for stage, dtype in LAYOUTS],
     }
     disconnect()
@@ -110,3 +145,16 @@ def test_gradients_that_are_not_finite_change_nothing(by_rank: list[dict[str, An
     for found in by_rank:
         for layout, result in zip(LAYOUTS, found["poisoned"], strict=True):
             assert result == {"left_out": [False, False, True, False, False], "steps": 4, "same": True}, layout
+
+
+def test_fp16_takes_the_updates_of_fp32(by_rank: list[dict[str, Any]]) -> None:
+    # DeepSpeed alone divides by a scale that it never multiplied by: losses as if nothing was learned.
+    full, half = by_rank[0]["scaled"]
+    assert half["scale"] == 2048
+    assert half["losses"] == pytest.approx(full["losses"], rel=1e-4)
+    assert half["norms"] == pytest.approx(full["norms"], rel=5e-3)
+
+
+def test_a_norm_that_is_not_finite_leaves_the_update_out(by_rank: list[dict[str, Any]]) -> None:
+    for found in by_rank:
+        assert found["too long"] == [{"left_out": True, "same": True, "norm": float("inf")}] * 6

@@ -46,7 +46,7 @@ def everything() -> dict[str, Any]:
         "live": [is_live(*layout) for layout in OFFLOADED],
         "poisoned": [poisoned_and_passed_over(*layout) for layout in POISONED],
         "cut": [losses_with_other_micro_batches(*layout) for layout in [(0, "none"), *WITH_AND_WITHOUT]],
-        "sometimes": [losses_of_sometimes(*layout) for layout in [(2, "none"), *OFFLOADED]],
+        "sometimes": [losses_of_sometimes(*layout) for layout in [(2, "none"), (3, "none"), *OFFLOADED]],
     }
     disconnect()
     return found
@@ -175,8 +175,8 @@ def losses_of_sometimes(stage: int, offload: str) -> list[float]:
 
 
 def test_a_parameter_without_gradient_does_not_get_that_of_an_earlier_step(by_rank: list[dict[str, Any]]) -> None:
-    without, *offloaded = by_rank[0]["sometimes"]
-    for losses in offloaded:
+    without, *others = by_rank[0]["sometimes"]  # of stage 2; stage 3 has the fault without offload, too
+    for losses in others:
         assert losses == pytest.approx(without, rel=1e-6, abs=0)
 
 

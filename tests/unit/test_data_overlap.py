@@ -9,7 +9,7 @@ from dataloaders.packing.finding import open_container
 from dataloaders.packing.inspection import inspect
 from dataloaders.packing.overlap import Overlap, overlap
 from dataloaders.packing.pack import PackOptions, pack_image_folder
-from dataloaders.sources.shards import open_split
+from dataloaders.sources.shards import ShardDataset, open_split
 from dataloaders.sources.subset import SubsetSource
 
 # Which image, by the name of its file.
@@ -58,6 +58,39 @@ def test_folders_say_nothing_and_so_nothing_is_said(splits, tmp_path):
     folder = open_container(tmp_path / "images" / "val")
     assert overlap(train, folder) is None
     assert overlap(folder, train) is None
+
+
+class Elsewhere:
+    """Storage that no table may be read from: it would fetch a whole shard for each."""
+
+    name = "https://elsewhere"
+
+    def read(self, name, offset, size):
+        pytest.fail("it was read")
+
+
+def test_nothing_is_fetched_nor_read_at_length(splits, monkeypatch):
+    train, val = splits
+    tiled = bool(train.index.options.get("tiles"))
+    found = overlap(ShardDataset(Elsewhere(), train.index), val)
+    assert (found is None) == tiled
+    monkeypatch.setattr("dataloaders.packing.overlap.TABLES", 3)
+    assert (overlap(train, val) is None) == tiled
+
+
+def test_a_large_index_is_compared_in_blocks(splits, monkeypatch):
+    train, val = splits
+    monkeypatch.setattr("dataloaders.packing.overlap._BLOCK", 1)
+    assert overlap(train, val).samples == 1
+    assert overlap(train, train).samples == 4
+
+
+def test_samples_without_an_image_are_no_twins(splits):
+    train, val = splits
+    for split in splits:
+        split.index.columns["size"] = np.zeros_like(split.index.columns["size"])
+        split.index.columns["crc32"] = np.zeros_like(split.index.columns["crc32"])
+    assert overlap(ShardDataset(train.storage, train.index), ShardDataset(val.storage, val.index)) is None
 
 
 @pytest.mark.parametrize("tiles", [None, 32])
