@@ -5,7 +5,7 @@
 
 For each ZeRO stage, on the same model and the same batches of our stream:
   ours       the trainer's loop with everything in it: clock, metrics, agreement to stop, drop-path keys
-  DeepSpeed  forward, backward and step of the same engine object and nothing else
+  DeepSpeed  forward, backward and step of the same engine, with our update, and nothing else
   DDP        torch's DistributedDataParallel with fused AdamW and clipping, no DeepSpeed at all
 Ours and DeepSpeed take turns in blocks of steps in the same processes, so that noise of the machine hits both;
 the overhead is the median over pairs of neighbouring blocks. Averaging of weights is off, since DDP has none. In bf16,

@@ -20,13 +20,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
 from benchmarks.machine import describe
-from benchmarks.measure import write
+from benchmarks.measure import Kernels, write
 from setformer_dist.ops.set import op
 from setformer_dist.ops.set import triton as set_triton
 from setformer_dist.ops.set.problem import Inputs, SetProblem
@@ -38,8 +37,6 @@ PROBLEM = SetProblem(epsilon=0.1, sigma=0.0, tau=0.25, iterations=5)
 REPEATS = 1000
 # Bytes that a program can have, by compute capability.
 SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
-# PyTorch's operators that launch nothing.
-NO_KERNEL = ("promote_types", "empty", "empty_like", "slice", "select", "view", "transpose", "detach")
 
 
 class Device:
@@ -111,19 +108,6 @@ class Stub(DriverBase):
     def get_current_stream(self, device: int | None = None) -> int:
         """Return the stream."""
         return 0
-
-
-class Kernels(TorchDispatchMode):
-    """Counts PyTorch's operators that are kernels on a GPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count one."""
-        self.count += func.overloadpacket.__name__ not in NO_KERNEL
-        return func(*args, **(kwargs or {}))
 
 
 def microseconds(work: Callable[[], Any]) -> float:

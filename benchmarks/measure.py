@@ -16,8 +16,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+# PyTorch's operators that launch nothing on a GPU.
+NO_KERNEL = frozenset((
+    "alias", "as_strided", "detach", "empty", "empty_like", "empty_strided", "expand", "narrow", "permute",
+    "promote_types", "select", "slice", "split", "t", "transpose", "unsqueeze", "view", "_unsafe_view",
+    "_record_function_enter_new", "_record_function_exit",
+))  # fmt: skip
+
+
+class Kernels(TorchDispatchMode):
+    """Counts PyTorch's operators that are kernels on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count one."""
+        self.count += func.overloadpacket.__name__ not in NO_KERNEL
+        return func(*args, **(kwargs or {}))
 
 
 def wait() -> None:

@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.update [--model setformer_tiny] [--dtype bf16] [--out FILE]
 
-One rank, one image of 64 x 64. "Kernels" counts operators that compute or copy: on a GPU each is a launch of its own,
-or several. "Update" is `engine.step()`; "backward" what DeepSpeed adds to the forward and backward pass of the model
-alone. On a CPU the milliseconds are arithmetic, too.
+One rank, one image of 64 x 64. Kernels are operators that compute or copy: on a GPU each is a launch of its own, or
+several. "Added to backward" is what DeepSpeed adds to the forward and backward pass of the model alone; the update is
+`engine.step()`. On a CPU the milliseconds are mostly arithmetic.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from rich.console import Console
 from rich.table import Table
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.machine import describe
-from benchmarks.measure import wait, write
+from benchmarks.measure import Kernels, wait, write
 from launch.testing.ranks import run_ranks
 from setformer_dist.core.model_config import ModelConfig
 from setformer_dist.core.ranks import RankInfo
@@ -35,25 +34,7 @@ from setformer_dist.engine.config import BatchConfig, OptimConfig, PrecisionConf
 from setformer_dist.engine.zero import deepspeed_config
 from setformer_dist.models.build import build_model
 
-NO_KERNEL = (
-    "alias", "as_strided", "detach", "empty", "empty_like", "expand", "narrow", "permute", "promote_types", "select",
-    "slice", "split", "t", "transpose", "unsqueeze", "view", "_unsafe_view", "_record_function_enter_new",
-    "_record_function_exit",
-)  # fmt: skip
 SIDE, CLASSES, REPEATS = 64, 10, 7
-
-
-class Kernels(TorchDispatchMode):
-    """Counts operators that compute or copy."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count and call."""
-        self.count += func.name().split("::")[1].split(".")[0] not in NO_KERNEL
-        return func(*args, **(kwargs or {}))
 
 
 def counted(work: Callable[[], object]) -> int:

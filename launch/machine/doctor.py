@@ -33,7 +33,7 @@ REQUIRED: Mapping[str, str] = {
     "torch": "2.11",
     "torchvision": "0.26",
     "timm": "1.0.20",
-    "deepspeed": "0.19.7",
+    "deepspeed": "0.19.8",
     "pydantic": "2.10",
     "typer": "0.15",
     "rich": "13",

@@ -26,7 +26,7 @@
     refitter.py           who computes new sets: the ranks, or somebody else meanwhile
     refresh.py            reference sets set by K-means: what is sampled when, and where the new sets go
     guard.py              losses that are not finite, and loss spikes: what is done about the step
-    offload.py            CPU offload: no step sees a gradient of an earlier one
+    offload.py            CPU offload and ZeRO-3: no step sees a gradient of an earlier one
     probe.py              how much frozen features know of classes
     progress.py           what rank 0 shows while a run is under way: a bar on a terminal, a line now and then elsewhere
 

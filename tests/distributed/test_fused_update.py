@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.measure import Kernels
 from launch.testing.ranks import run_ranks
 from setformer_dist.engine.comm import disconnect
 from setformer_dist.engine.config import OptimConfig
@@ -19,32 +19,6 @@ from tests.distributed.test_offload import poisoned_and_passed_over
 
 LAYOUTS = [(stage, dtype) for dtype in ("fp32", "bf16") for stage in range(4)]
 SIZE = 16  # samples of a step
-
-
-class Kernels(TorchDispatchMode):
-    """Counts operators that compute or copy."""
-
-    NO_KERNEL = (
-        "detach",
-        "view",
-        "slice",
-        "select",
-        "alias",
-        "split",
-        "narrow",
-        "as_strided",
-        "empty",
-        "empty_like",
-        "empty_strided",
-    )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.name().split("::")[1].split(".")[0] not in self.NO_KERNEL
-        return func(*args, **(kwargs or {}))
 
 
 def layers(depth: int) -> torch.nn.Module:
