@@ -220,6 +220,12 @@ def merge_heads(y_bhnd: torch.Tensor) -> torch.Tensor:
     return y_bhnd.transpose(1, 2).flatten(2)
 
 
+def project(y_bhnd: torch.Tensor, output: nn.Linear | None) -> torch.Tensor:
+    """(b, h, n, d) -> (b, n, c), by the output map; without one (b, n, h d)."""
+    y_bnc = merge_heads(y_bhnd)
+    return y_bnc if output is None else output(y_bnc)  # type: ignore[no-any-return]
+
+
 class SetAttention(nn.Module):
     """SeT attention: one input map (for similarity and values), transport per head, one output map.
 
@@ -269,8 +275,17 @@ class SetAttention(nn.Module):
         grid: Grid | None = None,
         mask_bn: torch.Tensor | None = None,
         positions_bna: torch.Tensor | None = None,
+        mapped: bool = True,
     ) -> torch.Tensor:
-        """(b, n, c) -> (b, n, c); positions as in `set_attention`, for tokens that are no whole grid."""
+        """(b, n, c) -> (b, n, c).
+
+        Args:
+            x_bnc: tokens.
+            grid: rows and columns of an image's tokens, or None.
+            mask_bn: True at valid tokens, or None.
+            positions_bna: as in `set_attention`, for tokens that are no whole grid.
+            mapped: apply the output map; otherwise whoever calls does, as block.py.
+        """
         x_bhnd = split_heads(self.input(x_bnc), self.num_heads)
         if self.watcher is not None:
             self.watcher(self._marginal_error(x_bhnd, mask_bn))
@@ -289,7 +304,7 @@ class SetAttention(nn.Module):
             positions_bna=positions_bna,
             rows=self.rows,
         )
-        return self.output(merge_heads(y_bhnd))  # type: ignore[no-any-return]
+        return project(y_bhnd, self.output if mapped else None)
 
     @property
     def watched(self) -> bool:
@@ -349,7 +364,11 @@ class SoftAttention(nn.Module):
             self.value_conv = nn.Conv2d(num_heads, num_heads, side, padding=side // 2, groups=num_heads, bias=False)
 
     def forward(
-        self, x_bnc: torch.Tensor, grid: Grid | None = None, mask_bn: torch.Tensor | None = None
+        self,
+        x_bnc: torch.Tensor,
+        grid: Grid | None = None,
+        mask_bn: torch.Tensor | None = None,
+        mapped: bool = True,
     ) -> torch.Tensor:
         """(b, n, c) -> (b, n, c).
 
@@ -375,7 +394,7 @@ class SoftAttention(nn.Module):
             y_bhnd = y_bhnd + self._value_conv(v_bhnd, self.value_conv, grid)
         if mask_bn is not None:
             y_bhnd = y_bhnd.masked_fill(~mask_bn[:, None, :, None], 0)
-        return self.output(merge_heads(y_bhnd))  # type: ignore[no-any-return]
+        return project(y_bhnd, self.output if mapped else None)
 
     def _landmarks(
         self, q_bhnd: torch.Tensor, grid: Grid | None, mask_bn: torch.Tensor | None
@@ -456,7 +475,11 @@ class CastAttention(nn.Module):
         nn.init.normal_(self.surrogates)  # as long as queries and keys of normed tokens
 
     def forward(
-        self, x_bnc: torch.Tensor, grid: Grid | None = None, mask_bn: torch.Tensor | None = None
+        self,
+        x_bnc: torch.Tensor,
+        grid: Grid | None = None,
+        mask_bn: torch.Tensor | None = None,
+        mapped: bool = True,
     ) -> torch.Tensor:
         """(b, n, c) -> (b, n, c); the grid has no meaning here."""
         q, k, v = (split_heads(y, self.num_heads) for y in self.qkv(x_bnc).chunk(3, -1))
@@ -470,7 +493,7 @@ class CastAttention(nn.Module):
             gate_bn=None if self.gate is None else at_least_fp32(self.gate(x_bnc)).squeeze(-1),
             mask_bn=mask_bn,
         )
-        return self.output(merge_heads(y_bhnd))  # type: ignore[no-any-return]
+        return project(y_bhnd, self.output if mapped else None)
 
 
 class SoftmaxAttention(nn.Module):
@@ -490,18 +513,22 @@ class SoftmaxAttention(nn.Module):
         self.output = nn.Linear(dim, dim)
 
     def forward(
-        self, x_bnc: torch.Tensor, grid: Grid | None = None, mask_bn: torch.Tensor | None = None
+        self,
+        x_bnc: torch.Tensor,
+        grid: Grid | None = None,
+        mask_bn: torch.Tensor | None = None,
+        mapped: bool = True,
     ) -> torch.Tensor:
         """(b, n, c) -> (b, n, c); the grid has no meaning here."""
         q, k, v = (split_heads(y, self.num_heads) for y in self.qkv(x_bnc).chunk(3, -1))
         if self.rows is not None:
             k, v = gathered(torch.stack([k, v]), self.rows).permute(1, 2, 3, 0, 4, 5).flatten(3, 4)
         if mask_bn is None:
-            return self.output(merge_heads(F.scaled_dot_product_attention(q, k, v)))  # type: ignore[no-any-return]
+            return project(F.scaled_dot_product_attention(q, k, v), self.output if mapped else None)
         # Without any valid token all are keys, so that there is something to sum over; the output is dropped.
         keys_b11n = (mask_bn | ~mask_bn.any(-1, keepdim=True))[:, None, None, :]
         hidden_b1n1 = ~mask_bn[:, None, :, None]
         # NaN in the padding must not reach a product with weight zero.
         q, k, v = (y.masked_fill(hidden_b1n1, 0) for y in (q, k, v))
         y_bhnd = F.scaled_dot_product_attention(q, k, v, attn_mask=keys_b11n).masked_fill(hidden_b1n1, 0)
-        return self.output(merge_heads(y_bhnd))  # type: ignore[no-any-return]
+        return project(y_bhnd, self.output if mapped else None)

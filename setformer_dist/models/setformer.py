@@ -54,6 +54,7 @@ from setformer_dist.models.layers import (
 )
 from setformer_dist.models.recompute import WHOLE, MadeAgain, per_stage
 from setformer_dist.models.visible import VisibleUnits
+from setformer_dist.ops import block as blocks
 from setformer_dist.ops.parts import Rows, from_above, mean_of_rows
 from setformer_dist.ops.set import split
 from setformer_dist.ops.set.attention import IntTuple, SetAttentionConfig, problem_of
@@ -168,9 +169,9 @@ class Stem(nn.Module):
             x = self.conv1(edge_rows(channels_last(image_bchw), self.rows), padded=True)
             # Beyond the image's border the second convolution sees zeros, not what the first makes of zeros.
             x = edge_rows(x, self.rows)
-            return self.norm(conv_tokens(x.permute(0, 2, 3, 1), self.conv2, padded=True))  # type: ignore[no-any-return]
+            return blocks.norm(conv_tokens(x.permute(0, 2, 3, 1), self.conv2, padded=True), self.norm)
         x = self.conv1(channels_last(image_bchw))
-        return self.norm(conv_tokens(x.permute(0, 2, 3, 1), self.conv2))  # type: ignore[no-any-return]
+        return blocks.norm(conv_tokens(x.permute(0, 2, 3, 1), self.conv2), self.norm)
 
     def _of_visible(self, image_bchw: torch.Tensor, visible: VisibleUnits) -> torch.Tensor:
         """Return tokens of visible units, which see zeros in place of hidden ones, before both convolutions."""
@@ -178,7 +179,7 @@ class Stem(nn.Module):
         image_bchw = image_bchw.masked_fill(~visible.seen(side).unsqueeze(1), 0.0)
         x = self.conv1(channels_last(image_bchw))
         x = x.masked_fill(~visible.seen(side // self.conv1.stride[0]).unsqueeze(1), 0.0)
-        return self.norm(visible.gather(conv_tokens(x.permute(0, 2, 3, 1), self.conv2)))  # type: ignore[no-any-return]
+        return blocks.norm(visible.gather(conv_tokens(x.permute(0, 2, 3, 1), self.conv2)), self.norm)
 
     def margins(self) -> tuple[int, int]:
         """Return how many image rows above and below its own a part needs, where there are some."""
@@ -202,11 +203,11 @@ class Downsample(nn.Module):
         With visible units x holds their tokens, gathered, and so does the result.
         """
         if visible is not None:
-            return self.norm(visible.gather(conv_tokens(visible.scatter(x_bhwc), self.conv)))  # type: ignore[no-any-return]
+            return blocks.norm(visible.gather(conv_tokens(visible.scatter(x_bhwc), self.conv)), self.norm)
         if self.rows is not None:
             x_bhwc = torch.cat([from_above(x_bhwc[:, -1:], self.rows), x_bhwc], 1)
-            return self.norm(conv_tokens(x_bhwc, self.conv, padded=True))  # type: ignore[no-any-return]
-        return self.norm(conv_tokens(x_bhwc, self.conv))  # type: ignore[no-any-return]
+            return blocks.norm(conv_tokens(x_bhwc, self.conv, padded=True), self.norm)
+        return blocks.norm(conv_tokens(x_bhwc, self.conv), self.norm)
 
 
 class Block(nn.Module):
@@ -238,6 +239,8 @@ class Block(nn.Module):
         """
         compiling = torch.compiler.is_compiling()  # a compiler makes cheap things again by itself
         if self.recompute in (_KEPT_COMPILED if compiling else _KEPT) or not torch.is_grad_enabled():
+            if blocks.available(x, self._layers()) and not blocks.hooked(self.attn):
+                return self._by_parts(x, keep_2b, positions)
             x = x + self._transported(x, self.norm1(x), keep_2b, positions)
             return x + self._mixed(x, keep_2b)
         if compiling:
@@ -250,14 +253,33 @@ class Block(nn.Module):
         # To its end, as ZeRO-3 would keep weights of a layer whose forward pass is cut short.
         return x + checkpoint(self._mixed, x, keep_2b, use_reentrant=False, early_stop=False)
 
+    def _layers(self) -> tuple[nn.Module, ...]:
+        """Return the layers whose weights `_by_parts` takes."""
+        return self.norm1, self.attn.output, self.norm2, self.mlp.fc1, self.mlp.fc2
+
+    def _by_parts(
+        self, x: torch.Tensor, keep_2b: torch.Tensor | None, positions: torch.Tensor | None
+    ) -> torch.Tensor:
+        """As `forward`, in three autograd functions: what is before attention, attention, what is behind it."""
+        output, norm, fc1, fc2 = self._layers()[1:]
+        x, normed = blocks.enter(x, self.norm1)
+        weights = blocks.Weights(
+            output.weight, output.bias, self.scale1, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias,
+            self.scale2,
+        )  # fmt: skip
+        return blocks.leave(x, self._attended(normed, positions, mapped=False), keep_2b, weights, norm.eps)
+
+    def _attended(self, normed: torch.Tensor, positions: torch.Tensor | None, mapped: bool = True) -> torch.Tensor:
+        tokens, shape = normed.flatten(1, 2), normed.shape[:-1]
+        if positions is not None:
+            return self.attn(tokens, positions_bna=positions, mapped=mapped).view(*shape, -1)  # type: ignore[no-any-return]
+        grid = (shape[1] * (1 if self.rows is None else self.rows.count), shape[2])
+        return self.attn(tokens, grid, mapped=mapped).view(*shape, -1)  # type: ignore[no-any-return]
+
     def _transported(
         self, x: torch.Tensor, normed: torch.Tensor, keep_2b: torch.Tensor | None, positions: torch.Tensor | None
     ) -> torch.Tensor:
-        if positions is not None:
-            y = self.attn(normed.flatten(1, 2), positions_bna=positions).view(x.shape)
-        else:
-            grid = (x.shape[1] * (1 if self.rows is None else self.rows.count), x.shape[2])
-            y = self.attn(normed.flatten(1, 2), grid).view(x.shape)
+        y = self._attended(normed, positions)
         return scale_branch(y if self.scale1 is None else y * self.scale1, keep_2b, 0)
 
     def _mixed(self, x: torch.Tensor, keep_2b: torch.Tensor | None, again: MadeAgain | None = None) -> torch.Tensor:

@@ -39,6 +39,11 @@ CPP_OR_TORCH = "cpp or torch"
 Maybe = torch.Tensor | None
 
 
+def runs_triton(device: str) -> bool:
+    """Return whether Triton kernels run on this type of device: a GPU, or a CPU that interprets them."""
+    return device == "cuda" or (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+
+
 def no_triton(inputs: Inputs, problem: SetProblem) -> str | None:
     """Return why the Triton kernels cannot compute this here, None where they can.
 
@@ -49,7 +54,7 @@ def no_triton(inputs: Inputs, problem: SetProblem) -> str | None:
     device = inputs.x_bhnd.device.type
     if TRITON is None:
         return "this PyTorch has no Triton"
-    if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+    if not runs_triton(device):
         return f"device {device!r} has no Triton kernels"
     reason: str | None = TRITON.why_not(inputs, problem)
     return reason

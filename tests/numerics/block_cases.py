@@ -1,0 +1,175 @@
+"""Both sides of a block's attention against PyTorch's operators; run by test_block.py in a process of its own.
+
+Every buffer starts as NaN, so a number that no kernel wrote is seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import setformer_dist.models  # noqa: F401  (registers the models)
+from setformer_dist.models.layers import scale_branch
+from setformer_dist.ops import block
+from setformer_dist.ops.block import Weights
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Largest error relative to the largest number.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+DTYPES = list(TOLERANCE)
+
+
+@pytest.fixture(autouse=True)
+def buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty, empty_like = torch.empty, torch.empty_like
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(torch.nan))
+
+
+def leaf(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(*shape, device=DEVICE).to(dtype).requires_grad_()
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    assert torch.isfinite(found).all()
+    error = (found.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-30)
+    assert error <= tolerance, f"{error:.2e}"
+
+
+def compared(
+    ours: Callable[..., torch.Tensor], theirs: Callable[..., torch.Tensor], leaves: list[torch.Tensor | None]
+) -> None:
+    """Compare results and gradients with PyTorch's on the same numbers in fp64."""
+    dtype = next(x.dtype for x in leaves if x is not None)
+    wide = [None if x is None else x.detach().double().requires_grad_() for x in leaves]
+    y, expected = ours(*leaves), theirs(*wide)
+    close(y, expected, TOLERANCE[dtype])
+    dy = torch.randn_like(expected)
+    dy = dy.to(dtype).double()
+    found = torch.autograd.grad(y, [x for x in leaves if x is not None], dy.to(y.dtype))
+    wanted = torch.autograd.grad(expected, [x for x in wide if x is not None], dy)
+    for mine, other in zip(found, wanted, strict=True):
+        close(mine, other, TOLERANCE[dtype])
+        assert mine.dtype == dtype
+
+
+def layers(channels: int, width: int, hidden: int, scaled: bool, dtype: torch.dtype) -> list[torch.Tensor | None]:
+    """Return the norm that enters, and what leaves."""
+    torch.manual_seed(channels)
+    c = channels
+    scales = [leaf(c, dtype=dtype) if scaled else None for _ in range(2)]
+    vectors = [leaf(c, dtype=dtype) for _ in range(2)]
+    matrices = [leaf(*shape, dtype=dtype) for shape in ((c, width), (hidden, c), (c, hidden))]
+    biases = [leaf(n, dtype=dtype) for n in (c, hidden, c)]
+    w = Weights(
+        matrices[0], biases[0], scales[0], leaf(c, dtype=dtype), leaf(c, dtype=dtype), matrices[1], biases[1],
+        matrices[2], biases[2], scales[1],
+    )  # fmt: skip
+    return [*vectors, *w]
+
+
+def plainly(x, y, keep_2s, weight, shift, *weights):  # noqa: ANN001, ANN002, ANN202
+    """Both parts by PyTorch's operators; attention multiplies what it gets by y."""
+    w = Weights(*weights)
+    c = x.shape[-1]
+    y = y * F.layer_norm(x, (c,), weight, shift, 1e-5).repeat_interleave(y.shape[-1] // c, -1)
+    branch = F.linear(y, w.output, w.output_bias)
+    x = x + scale_branch(branch if w.scale1 is None else branch * w.scale1, keep_2s, 0)
+    hidden = F.linear(F.layer_norm(x, (c,), w.norm, w.norm_bias, 1e-5), w.fc1, w.fc1_bias)
+    branch = F.linear(F.gelu(hidden), w.fc2, w.fc2_bias)
+    return x + scale_branch(branch if w.scale2 is None else branch * w.scale2, keep_2s, 1)
+
+
+def by_parts(x, y, keep_2s, weight, shift, *weights):  # noqa: ANN001, ANN002, ANN202
+    x, normed = block.enter(x, SimpleNamespace(weight=weight, bias=shift, eps=1e-5))
+    y = y * normed.repeat_interleave(y.shape[-1] // x.shape[-1], -1)
+    return block.leave(x, y, keep_2s, Weights(*weights), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("samples", "rows", "channels", "wider"), [(2, 7, 48, 1), (3, 5, 16, 2), (1, 1, 130, 1), (4, 90, 64, 1)]
+)
+@pytest.mark.parametrize(("scaled", "dropped"), [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_both_parts(
+    samples: int, rows: int, channels: int, wider: int, scaled: bool, dropped: bool, dtype: torch.dtype
+) -> None:
+    if dtype in (torch.float16, torch.float32) and channels != 64:
+        return
+    given = layers(channels, wider * channels, 72, scaled, dtype)
+    x, y = (leaf(samples, rows, 1, c, dtype=dtype) for c in (channels, wider * channels))
+    keep = torch.tensor([[0.0, 1.25, 1.25, 0.0], [2, 0, 2, 2]], device=DEVICE)[:, :samples] if dropped else None
+
+    def ours(x, y, *given):  # noqa: ANN001, ANN002, ANN202
+        return by_parts(x, y, keep, *given)
+
+    def theirs(x, y, *given):  # noqa: ANN001, ANN002, ANN202
+        return plainly(x, y, keep, *given)
+
+    compared(ours, theirs, [x, y, *given])
+
+
+def test_gradients_are_the_derivatives() -> None:
+    """Against finite differences."""
+    given = layers(16, 16, 8, True, torch.float64)
+    x, y = (leaf(2, 3, 16, dtype=torch.float64) for _ in range(2))
+    keep = torch.tensor([[1.5, 0.0], [0.5, 1.0]])
+    assert torch.autograd.gradcheck(lambda x, y, *given: by_parts(x, y, keep, *given), (x, y, *given), fast_mode=True)
+
+
+def test_what_is_not_there() -> None:
+    """Linear layers and norms without biases, weights that are frozen, a part whose norm nobody uses."""
+    given = layers(32, 32, 40, False, torch.float64)
+    weight, *others = given[:1] + [None if i in (1, 4, 6, 8) else w for i, w in enumerate(given[2:])]
+    x, y = (leaf(2, 5, 32, dtype=torch.float64) for _ in range(2))
+    frozen = [None if w is None else w.detach() for w in others]
+    compared(
+        lambda x, y, weight, fc2: by_parts(x, y, None, weight, None, *frozen[:7], fc2, *frozen[8:]),
+        lambda x, y, weight, fc2: plainly(x, y, None, weight, None, *frozen[:7], fc2, *frozen[8:]),
+        [x, y, weight, others[7]],
+    )
+    total, _ = block.enter(x, nn.LayerNorm(32, device=DEVICE, dtype=torch.float64))
+    (dx,) = torch.autograd.grad(total.sum(), (x,))
+    assert torch.equal(dx, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("attention", ["set", "softmax"])
+@pytest.mark.parametrize(("layer_scale", "drop_path"), [(None, 0.0), (0.5, 0.5)])
+def test_a_model_computes_the_same(attention: str, layer_scale: float | None, drop_path: float) -> None:
+    """Losses and gradients of a whole model with these kernels and without; frozen weights stay without gradient."""
+    size = {"embed_dim": 16, "depths": (1, 2), "num_heads": (1, 2), "num_classes": 5, "attention": attention}
+    torch.manual_seed(0)
+    model = timm.create_model("setformer_nano", **size, layer_scale=layer_scale, drop_path_rate=drop_path)
+    model = model.to(DEVICE, torch.float64 if DEVICE == "cpu" else torch.float32).train()
+    model.stages[0].blocks[0].norm1.weight.requires_grad_(False)
+    image = torch.randn(3, 3, 16, 16, device=DEVICE, dtype=next(model.parameters()).dtype)
+    found = {}
+    for widest in (block.WIDEST, 0):
+        model.set_sample_keys(torch.tensor([3, 5, 8], device=DEVICE))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(block, "WIDEST", widest)
+            loss = F.cross_entropy(model(image), torch.tensor([0, 1, 2], device=DEVICE))
+        model.zero_grad()
+        loss.backward()
+        found[widest] = [loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
+    assert model.stages[0].blocks[0].norm1.weight.grad is None
+    for mine, other in zip(*found.values(), strict=True):
+        close(mine, other, 1e-9 if DEVICE == "cpu" else 1e-4)
+
+
+def test_which_layers_are_taken_apart() -> None:
+    x = torch.randn(2, 3, 8, device=DEVICE)
+    plain, hooked = nn.Linear(8, 8), nn.Linear(8, 8)
+    hooked.register_forward_hook(lambda *_: None)
+    own = type("Own", (nn.Linear,), {})(8, 8)
+    assert block.available(x, (plain, nn.LayerNorm(8)))
+    assert not block.available(x, (plain, hooked))
+    assert not block.available(x, (plain, own))
+    assert not block.available(x, (nn.LayerNorm(8, elementwise_affine=False),))
+    assert not block.available(x.to("meta"), (plain,))
