@@ -24,7 +24,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # PyTorch's operators that launch nothing on a GPU.
 NO_KERNEL = frozenset((
     "alias", "as_strided", "detach", "empty", "empty_like", "empty_strided", "expand", "narrow", "permute",
-    "promote_types", "select", "slice", "split", "t", "transpose", "unsqueeze", "view", "_unsafe_view",
+    "promote_types", "select", "slice", "split", "t", "transpose", "unbind", "unsqueeze", "view", "_unsafe_view",
     "_record_function_enter_new", "_record_function_exit",
 ))  # fmt: skip
 

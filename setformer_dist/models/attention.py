@@ -223,7 +223,7 @@ def merge_heads(y_bhnd: torch.Tensor) -> torch.Tensor:
 def project(y_bhnd: torch.Tensor, output: nn.Linear | None) -> torch.Tensor:
     """(b, h, n, d) -> (b, n, c), by the output map; without one (b, n, h d)."""
     y_bnc = merge_heads(y_bhnd)
-    return y_bnc if output is None else output(y_bnc)  # type: ignore[no-any-return]
+    return y_bnc if output is None else output(y_bnc)
 
 
 class SetAttention(nn.Module):

@@ -255,19 +255,14 @@ class Block(nn.Module):
 
     def _layers(self) -> tuple[nn.Module, ...]:
         """Return the layers whose weights `_by_parts` takes."""
-        return self.norm1, self.attn.output, self.norm2, self.mlp.fc1, self.mlp.fc2
+        return self.norm1, self.attn.output, self.norm2, self.mlp.fc1, self.mlp.fc2  # type: ignore[return-value]
 
-    def _by_parts(
-        self, x: torch.Tensor, keep_2b: torch.Tensor | None, positions: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _by_parts(self, x: torch.Tensor, keep_2b: torch.Tensor | None, positions: torch.Tensor | None) -> torch.Tensor:
         """As `forward`, in three autograd functions: what is before attention, attention, what is behind it."""
-        output, norm, fc1, fc2 = self._layers()[1:]
         x, normed = blocks.enter(x, self.norm1)
-        weights = blocks.Weights(
-            output.weight, output.bias, self.scale1, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias,
-            self.scale2,
-        )  # fmt: skip
-        return blocks.leave(x, self._attended(normed, positions, mapped=False), keep_2b, weights, norm.eps)
+        y = self._attended(normed, positions, mapped=False)
+        weights = blocks.Weights.of(self.attn.output, self.scale1, self.norm2, self.mlp.fc1, self.mlp.fc2, self.scale2)  # type: ignore[arg-type]
+        return blocks.leave(x, y, keep_2b, weights, self.norm2.eps)
 
     def _attended(self, normed: torch.Tensor, positions: torch.Tensor | None, mapped: bool = True) -> torch.Tensor:
         tokens, shape = normed.flatten(1, 2), normed.shape[:-1]

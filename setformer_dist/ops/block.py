@@ -56,6 +56,14 @@ class Weights(NamedTuple):
     fc2_bias: Maybe
     scale2: Maybe
 
+    @classmethod
+    def of(
+        cls, output: nn.Linear, scale1: Maybe, norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear, scale2: Maybe
+    ) -> Weights:
+        """Return the weights of layers for which `available` holds."""
+        linear = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        return cls(output.weight, output.bias, scale1, norm.weight, norm.bias, *linear, scale2)
+
 
 def available(x: torch.Tensor, layers: Sequence[nn.Module]) -> bool:
     """Return whether these functions can stand for the layers here, and nobody looks at how they compute.
@@ -71,7 +79,7 @@ def available(x: torch.Tensor, layers: Sequence[nn.Module]) -> bool:
         and x.numel() > 0
         and not watched((x,))
         and not torch.is_autocast_enabled(x.device.type)
-        and not torch.nn.modules.module._has_any_global_hook()
+        and not torch.nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
         and all(_is_plain(layer, x) for layer in layers)
     )
 
@@ -138,12 +146,18 @@ class Rows(NamedTuple):
     tiles: int
 
     @classmethod
-    def of(cls, x: torch.Tensor, columns: int | None = None) -> Rows:
-        """Return tiles of whole rows, or of so many columns."""
+    def of(cls, x: torch.Tensor) -> Rows:
+        """Return tiles of whole rows of a tensor."""
         channels = x.shape[-1]
-        padded = max(16, 1 << (channels - 1).bit_length()) if columns is None else columns
+        padded = max(16, 1 << (channels - 1).bit_length())
         tile = max(1, TILE // padded)
         return cls(x.numel() // channels, channels, padded, tile, max(1, SUMMED // padded // tile))
+
+    def by_columns(self, channels: int) -> Rows:
+        """Return the same programs for another width, in tiles of `COLUMNS` columns."""
+        of_program = self.tile * self.tiles
+        tile = min(of_program, TILE // COLUMNS)
+        return Rows(self.rows, channels, COLUMNS, tile, of_program // tile)
 
     @property
     def programs(self) -> int:
@@ -187,19 +201,11 @@ def add_norm(
     return Normed(total, normed, mean, inverse)
 
 
-class Sums(NamedTuple):
-    """Gradients of vectors, in the accumulator's dtype: of the norm, of a bias that y holds, of the layer scale."""
-
-    weight: torch.Tensor
-    shift: torch.Tensor
-    bias: torch.Tensor
-    scale: torch.Tensor
-
-
 def add_norm_backward(
-    d_total: Maybe, d_normed: Maybe, of: Normed | None, y: Maybe, scale: Maybe, keep: Maybe, weight: Maybe
-) -> tuple[torch.Tensor, torch.Tensor, Sums]:
-    """Return the gradients of x and y of `add_norm`, and sums over rows.
+    d_total: Maybe, d_normed: Maybe, of: Normed | None, y: Maybe, scale: Maybe, keep: Maybe, weight: Maybe,
+    sums: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return the gradients of x and y of `add_norm`; they are one tensor where they are equal.
 
     Args:
         d_total: gradient of the sum, contiguous, or None.
@@ -209,36 +215,48 @@ def add_norm_backward(
         scale: likewise.
         keep: likewise.
         weight: likewise.
+        sums: (programs, 4 C) gets what each program sums over its rows: gradients of y's bias, of scale, of weight and
+            of shift; without a norm (programs, 2 C), the first two.
     """
     given = d_normed if d_total is None else d_total
     assert given is not None
     rows = Rows.of(given)
     dx = None if d_normed is None else torch.empty_like(given)  # else it is that of the sum
     dy = None if scale is None and keep is None else torch.empty_like(given)
-    sums = torch.empty(rows.programs, 4, rows.channels, dtype=_accumulator(given), device=given.device)
     total, mean, inverse = (None, None, None) if of is None else (of.total, of.mean, of.inverse)
     kernels.add_norm_backward[(rows.programs,)](
         d_total, d_normed, total, mean, inverse, weight, y, scale, keep, dx, dy, sums, rows.rows,
-        _rows_of_sample(rows, keep), *_constants(rows, given),
+        _rows_of_sample(rows, keep), sums.stride(0), *_constants(rows, given),
     )  # fmt: skip
     dx = given if dx is None else dx
-    return dx, dx if dy is None else dy, Sums(*sums.sum(0).unbind())
+    return dx, dx if dy is None else dy
 
 
-def gelu_backward(dy: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradient of what an exact GELU got, and its sum over rows in the accumulator's dtype.
+def gelu_backward(dy: torch.Tensor, x: torch.Tensor, rows: Rows, sums: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of what an exact GELU got.
 
     Args:
         dy: (R, C), contiguous, as is x.
         x: what it got.
+        rows: of the block's tokens.
+        sums: (programs, C) gets its sums over each program's rows.
     """
-    rows = Rows.of(x, COLUMNS)
+    rows = rows.by_columns(x.shape[-1])
     dx = torch.empty_like(x)
-    sums = torch.empty(rows.programs, rows.channels, dtype=_accumulator(x), device=x.device)
     kernels.gelu_backward[(rows.programs, -(-rows.channels // COLUMNS))](
-        dy, x, dx, sums, rows.rows, *_constants(rows, x)
+        dy, x, dx, sums, rows.rows, sums.stride(0), *_constants(rows, x)
     )
-    return dx, sums.sum(0)
+    return dx
+
+
+def _sums(rows: Rows, width: int, x: torch.Tensor) -> torch.Tensor:
+    """Return a place for each program's sums."""
+    return torch.empty(rows.programs, width, dtype=_accumulator(x), device=x.device)
+
+
+def _summed(sums: torch.Tensor, x: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    """Return the sums over all programs, cut into vectors."""
+    return torch.split(sums.sum(0).to(x.dtype), list(sizes))
 
 
 def _accumulator(x: torch.Tensor) -> torch.dtype:
@@ -276,15 +294,16 @@ class _Enter(torch.autograd.Function):
         total, mean, inverse, weight, shift = ctx.saved_tensors
         of = Normed(total, None, mean, inverse)
         with torch.cuda.device(total.get_device()):
-            dx, _, sums = add_norm_backward(_whole(dx), d_normed.contiguous(), of, None, None, None, weight)
-        return dx, _as(weight, sums.weight), _as(shift, sums.shift), None
+            rows, c = Rows.of(total), total.shape[-1]
+            sums = _sums(rows, 4 * c, total)
+            dx, _ = add_norm_backward(_whole(dx), d_normed.contiguous(), of, None, None, None, weight, sums)
+            d_weight, d_shift = _summed(sums[:, 2 * c :], total, (c, c))
+        return dx, d_weight, _as(shift, d_shift), None
 
 
 class _Leave(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, y: torch.Tensor, keep_2s: Maybe, eps: float, *weights: Any
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, y: torch.Tensor, keep_2s: Maybe, eps: float, *weights: Any) -> torch.Tensor:
         w = Weights(*weights)
         shape, x = x.shape, x.reshape(-1, x.shape[-1])
         y = y.reshape(-1, y.shape[-1])
@@ -308,23 +327,28 @@ class _Leave(torch.autograd.Function):
         keep1, keep2 = (None, None) if keep_2s is None else keep_2s
         shape, d_out = d_out.shape, d_out.reshape(-1, d_out.shape[-1]).contiguous()
         with torch.cuda.device(d_out.get_device()):
-            _, d_branch2, sums2 = add_norm_backward(d_out, None, None, branch2, w.scale2, keep2, None)
-            d_hidden, d_fc1_bias = gelu_backward(d_branch2 @ w.fc2, hidden)
+            rows, c, hidden_c = Rows.of(d_out), d_out.shape[-1], hidden.shape[-1]
+            sums = _sums(rows, 6 * c + hidden_c, d_out)
+            _, d_branch2 = add_norm_backward(d_out, None, None, branch2, w.scale2, keep2, None, sums)
+            d_hidden = gelu_backward(d_branch2 @ w.fc2, hidden, rows, sums[:, 6 * c :])
             sum1 = Normed(total, normed, mean, inverse)
-            dx, d_branch1, sums1 = add_norm_backward(
-                d_out, d_hidden @ w.fc1, sum1, branch1, w.scale1, keep1, w.norm
+            dx, d_branch1 = add_norm_backward(
+                d_out, d_hidden @ w.fc1, sum1, branch1, w.scale1, keep1, w.norm, sums[:, 2 * c :]
+            )
+            d_fc2_bias, d_scale2, d_output_bias, d_scale1, d_norm, d_norm_bias, d_fc1_bias = _summed(
+                sums, d_out, (*(c,) * 6, hidden_c)
             )
             gradients = Weights(
                 output=d_branch1.t() @ y,
-                output_bias=_as(w.output_bias, sums1.bias),
-                scale1=_as(w.scale1, sums1.scale),
-                norm=sums1.weight.to(w.norm.dtype),
-                norm_bias=_as(w.norm_bias, sums1.shift),
+                output_bias=_as(w.output_bias, d_output_bias),
+                scale1=_as(w.scale1, d_scale1),
+                norm=d_norm,
+                norm_bias=_as(w.norm_bias, d_norm_bias),
                 fc1=d_hidden.t() @ normed,
                 fc1_bias=_as(w.fc1_bias, d_fc1_bias),
                 fc2=d_branch2.t() @ active,
-                fc2_bias=_as(w.fc2_bias, sums2.bias),
-                scale2=_as(w.scale2, sums2.scale),
+                fc2_bias=_as(w.fc2_bias, d_fc2_bias),
+                scale2=_as(w.scale2, d_scale2),
             )
             dy = d_branch1 @ w.output
         return dx.view(shape), dy.view(*shape[:-1], -1), None, None, *gradients
@@ -335,5 +359,5 @@ def _whole(gradient: Maybe) -> Maybe:
 
 
 def _as(vector: Maybe, gradient: torch.Tensor) -> Maybe:
-    """Return a gradient in its vector's dtype; None without one."""
+    """Return a gradient in its vector's dtype, as a rule the tokens'; None without one."""
     return None if vector is None else gradient.to(vector.dtype)

@@ -71,19 +71,14 @@ def add_norm(
 @triton.jit
 def add_norm_backward(
     d_total, d_normed, total, mean, inverse, weight, y, scale, keep, dx, dy, sums, rows, rows_of_sample,
-    C: tl.constexpr, CP: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr, TILES: tl.constexpr,
+    stride, C: tl.constexpr, CP: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of x and of y, and this program's sums over rows, (4, C) of (programs, 4, C).
+    """Write the gradients of x and of y, and this program's sums over its rows.
 
-    Sums are the gradients of the norm's weight and shift, of a bias that y holds, and of scale.
-
-    Args:
-        d_total: gradient of the sum, or None.
-        d_normed: of the norm, or None where there is none.
-        total: the sum, of which mean and inverse are.
-        y: read for the gradient of scale; None where there is none.
-        dx: None where it is d_total, without a norm.
-        dy: None where it is dx.
+    Sums are the gradients of a bias that y holds, of scale, and, with a norm, of its weight and shift, C numbers each.
+    `d_total`, the gradient of the sum, and `d_normed`, that of the norm, may be None. `mean` and `inverse` are those of
+    `total`. `y` is read for the gradient of scale, and None without one. `dx` is None where it is d_total, without a
+    norm, and `dy` where it is dx. `stride` leads from the sums of one program to those of the next.
     """
     of_weight = tl.zeros((TILE, CP), ACC)
     of_shift = tl.zeros((TILE, CP), ACC)
@@ -116,19 +111,20 @@ def add_norm_backward(
             tl.store(dy + at, d.to(dy.dtype.element_ty), there)
         of_bias += d
     c = tl.arange(0, CP)
-    own = sums + tl.program_id(0).to(tl.int64) * 4 * C + c
-    tl.store(own, tl.sum(of_weight, 0), c < C)
-    tl.store(own + C, tl.sum(of_shift, 0), c < C)
-    tl.store(own + 2 * C, tl.sum(of_bias, 0), c < C)
-    tl.store(own + 3 * C, tl.sum(of_scale, 0), c < C)
+    own = sums + tl.program_id(0).to(tl.int64) * stride + c
+    tl.store(own, tl.sum(of_bias, 0), c < C)
+    tl.store(own + C, tl.sum(of_scale, 0), c < C)
+    if d_normed is not None:
+        tl.store(own + 2 * C, tl.sum(of_weight, 0), c < C)
+        tl.store(own + 3 * C, tl.sum(of_shift, 0), c < C)
 
 
 @triton.jit
 def gelu_backward(
-    dy, x, dx, sums, rows, C: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
+    dy, x, dx, sums, rows, stride, C: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
     TILES: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of GELU's input, and its sums over this program's rows, (C,) of (programs, C)."""
+    """Write the gradient of GELU's input, and its sums over this program's rows; stride as in `add_norm_backward`."""
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     summed = tl.zeros((TILE, COLUMNS), ACC)
     for i in range(TILES):
@@ -141,7 +137,7 @@ def gelu_backward(
         d *= 0.5 * (1 + tl.erf(value * 0.7071067811865476)) + value * density
         tl.store(dx + at, d.to(dx.dtype.element_ty), there)
         summed += d
-    tl.store(sums + tl.program_id(0) * C + c, tl.sum(summed, 0), c < C)
+    tl.store(sums + tl.program_id(0).to(tl.int64) * stride + c, tl.sum(summed, 0), c < C)
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
