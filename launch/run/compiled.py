@@ -27,6 +27,7 @@ from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.engine.compiled import blocks_of, check_compile, compile_model
 from setformer_dist.engine.config import CompileConfig
+from setformer_dist.models.setformer import Block
 from setformer_dist.ops.cpp_library import cpu_facts
 
 # Where torch's compiler looks for its folder.
@@ -69,7 +70,7 @@ def compile_for(
     """
     c = run.config
     if c.compile.mode == "off":
-        return []
+        return whole_blocks(model) if device == "cuda" else []
     check_compiled(run, model, device)
     os.environ[VARIABLE] = str(cache_of(c.compile))
     sizes = len(shapes_of_images(c.data)) if isinstance(c.data, DataConfig) else 1
@@ -78,6 +79,11 @@ def compile_for(
     processes = 1 if device == "cpu" else max(1, min(_MOST_PROCESSES, share))
     compile_model(model, c.compile, sizes, processes, beat)
     return [module for _, module in blocks_of(model)] if c.compile.mode == "blocks" else []
+
+
+def whole_blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks that take the weights of their layers themselves (ops/block.py), not only by their calls."""
+    return [module for module in model.modules() if isinstance(module, Block)]
 
 
 def cache_of(config: CompileConfig) -> Path:

@@ -84,6 +84,19 @@ def test_compiled_blocks_train_alike_under_every_stage(stage: int) -> None:
 
 
 @pytest.mark.drill
+@pytest.mark.parametrize(("stage", "recompute"), [(0, "none"), (3, "none"), (3, "block"), (3, "mlp")])
+def test_blocks_by_parts_train_alike_under_every_stage(stage: int, recompute: str) -> None:
+    """As on a GPU: residual sums and norms by Triton kernels, interpreted; "mlp" does without, its blocks still whole."""
+    how = {"timeout": 300, "cold": True, "env": {"TRITON_INTERPRET": "1"}}
+    losses, calls, left = run_ranks(workers.by_parts_losses, 2, stage, True, recompute, **how)[0]
+    plain, none, _ = run_ranks(workers.by_parts_losses, 2, stage, False, recompute, **how)[0]
+    assert losses == pytest.approx(plain, rel=1e-5)
+    assert none == 0
+    assert calls == (0 if recompute == "mlp" else 4 * 3 * 2 * (2 if recompute == "block" else 1))
+    assert left == 0
+
+
+@pytest.mark.drill
 @pytest.mark.parametrize("recompute", ["none", "cheap", "mlp", "block"])
 def test_recomputation_changes_no_loss_under_zero_3(recompute: str) -> None:
     kept = run_ranks(workers.checkpointed_losses, 2, 3, "none")[0]

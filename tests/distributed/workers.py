@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from typing import Any
+from unittest import mock
 
 import timm
 import torch
 from deepspeed.utils import set_z3_leaf_module
 
+from launch.run.compiled import whole_blocks
 from setformer_dist.core.model_config import ModelConfig, Recompute
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.engine import compiled
@@ -21,6 +23,7 @@ from setformer_dist.engine.master import MasterState
 from setformer_dist.engine.optim import parameter_groups
 from setformer_dist.engine.zero import deepspeed_config
 from setformer_dist.models.build import build_model
+from setformer_dist.ops import block
 from setformer_dist.tasks.classification import soft_cross_entropy
 
 OPTIM = OptimConfig(lr=1e-3, clip_norm=1.0)
@@ -118,6 +121,23 @@ def compiled_losses(stage: int, mode: str) -> tuple[list[float], int, int]:
     left = sum(p.data.numel() for p in trainee.engine.module.parameters()) if stage == 3 else 0
     disconnect()
     return losses, compilation.graphs if compilation is not None else 0, left
+
+
+def by_parts_losses(stage: int, by_parts: bool, recompute: Recompute) -> tuple[list[float], int, int]:
+    """The same by ops/block.py, or not; with the blocks computed by it, and the weights left after a forward pass."""
+    block.WIDEST = block.WIDEST if by_parts else 0
+    calls = mock.patch.object(block, "leave", wraps=block.leave).start()
+    module = build_model(ModelConfig(name="setformer_nano", drop_path=0.3, recompute=recompute), 10, 16, 0)
+    if stage == 3:
+        for inner in whole_blocks(module):
+            set_z3_leaf_module(inner, True)
+    nothing_stays = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance")
+    cut = {"zero_optimization": dict.fromkeys(nothing_stays, 0)} if stage == 3 else None
+    trainee = Trainee(stage, "fp32", module=module, deepspeed=cut)
+    losses = keyed_steps(trainee)
+    left = sum(p.data.numel() for p in trainee.engine.module.parameters()) if stage == 3 else 0
+    disconnect()
+    return losses, calls.call_count, left
 
 
 def keyed_steps(trainee: Trainee) -> list[float]:
