@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.model_config import Recompute
+from setformer_dist.ops import block
 
 ORDER: tuple[Recompute, ...] = get_args(Recompute)
 
@@ -52,6 +53,19 @@ class MadeAgain:
         weight, bias = (None if w is None else w.detach().clone() for w in (norm.weight, norm.bias))
         made = functools.partial(F.layer_norm, x.detach(), list(norm.normalized_shape), weight, bias, norm.eps)
         return self._named(norm(x), made)
+
+    def enter(self, norm: nn.LayerNorm, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalise as `ops.block.enter`, and name the norm."""
+        weight, bias = (None if w is None else w.detach().clone() for w in (norm.weight, norm.bias))
+        x, normed = block.enter(x, norm)
+        given = x.detach()
+
+        def made() -> torch.Tensor:
+            again = block.add_norm(given.contiguous(), None, None, None, weight, bias, norm.eps).normed
+            assert again is not None
+            return again
+
+        return x, self._named(normed, made)
 
     def gelu(self, x: torch.Tensor, approximate: str) -> torch.Tensor:
         """Apply GELU, and name the result."""

@@ -239,7 +239,7 @@ class Block(nn.Module):
         """
         compiling = torch.compiler.is_compiling()  # a compiler makes cheap things again by itself
         if self.recompute in (_KEPT_COMPILED if compiling else _KEPT) or not torch.is_grad_enabled():
-            if blocks.available(x, self._layers()) and not blocks.hooked(self.attn):
+            if self._has_parts(x):
                 return self._by_parts(x, keep_2b, positions)
             x = x + self._transported(x, self.norm1(x), keep_2b, positions)
             return x + self._mixed(x, keep_2b)
@@ -247,22 +247,32 @@ class Block(nn.Module):
             x = x + self._transported(x, self.norm1(x), keep_2b, positions)
             return x + checkpoint(self._mixed, x, keep_2b, use_reentrant=False)
         with MadeAgain() as again:
+            if self._has_parts(x):
+                return self._by_parts(x, keep_2b, positions, again)
             x = x + self._transported(x, again.norm(self.norm1, x), keep_2b, positions)
             if self.recompute == "cheap":
                 return x + self._mixed(x, keep_2b, again)
         # To its end, as ZeRO-3 would keep weights of a layer whose forward pass is cut short.
         return x + checkpoint(self._mixed, x, keep_2b, use_reentrant=False, early_stop=False)
 
-    def _layers(self) -> tuple[nn.Module, ...]:
-        """Return the layers whose weights `_by_parts` takes."""
-        return self.norm1, self.attn.output, self.norm2, self.mlp.fc1, self.mlp.fc2  # type: ignore[return-value]
+    def _has_parts(self, x: torch.Tensor) -> bool:
+        """Return whether `_by_parts` can take the weights of the layers."""
+        layers = (self.norm1, self.attn.output, self.norm2, self.mlp.fc1, self.mlp.fc2)
+        return blocks.available(x, layers) and not blocks.hooked(self.attn)  # type: ignore[arg-type]
 
-    def _by_parts(self, x: torch.Tensor, keep_2b: torch.Tensor | None, positions: torch.Tensor | None) -> torch.Tensor:
+    def _by_parts(
+        self,
+        x: torch.Tensor,
+        keep_2b: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        again: MadeAgain | None = None,
+    ) -> torch.Tensor:
         """As `forward`, in three autograd functions: what is before attention, attention, what is behind it."""
-        x, normed = blocks.enter(x, self.norm1)
+        x, normed = blocks.enter(x, self.norm1) if again is None else again.enter(self.norm1, x)
         y = self._attended(normed, positions, mapped=False)
         weights = blocks.Weights.of(self.attn.output, self.scale1, self.norm2, self.mlp.fc1, self.mlp.fc2, self.scale2)  # type: ignore[arg-type]
-        return blocks.leave(x, y, keep_2b, weights, self.norm2.eps)
+        policy: blocks.Again = "none" if again is None else "cheap" if self.recompute == "cheap" else "mlp"
+        return blocks.leave(x, y, keep_2b, weights, self.norm2.eps, policy)
 
     def _attended(self, normed: torch.Tensor, positions: torch.Tensor | None, mapped: bool = True) -> torch.Tensor:
         tokens, shape = normed.flatten(1, 2), normed.shape[:-1]

@@ -16,7 +16,7 @@ Letters: S = samples, R = rows (tokens of all samples), C = channels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ except ImportError:  # a PyTorch without Triton
     kernels = None  # type: ignore[assignment]
 
 Maybe = torch.Tensor | None
+Again = Literal["none", "cheap", "mlp"]
 
 # Numbers of a tile: 8 for each thread of 4 warps, in each of about eight tiles that a backward pass holds.
 TILE = 1024
@@ -119,7 +120,9 @@ def norm(x: torch.Tensor, layer: nn.LayerNorm) -> torch.Tensor:
     return y
 
 
-def leave(x: torch.Tensor, y: torch.Tensor, keep_2s: Maybe, weights: Weights, eps: float) -> torch.Tensor:
+def leave(
+    x: torch.Tensor, y: torch.Tensor, keep_2s: Maybe, weights: Weights, eps: float, again: Again = "none"
+) -> torch.Tensor:
     """Return what a block returns.
 
     Args:
@@ -128,8 +131,9 @@ def leave(x: torch.Tensor, y: torch.Tensor, keep_2s: Maybe, weights: Weights, ep
         keep_2s: (2, S) drop path factors, or None.
         weights: see `Weights`.
         eps: of the norm.
+        again: what the backward pass computes again, with the same bits: nothing, norm and GELU, or the whole MLP.
     """
-    out: torch.Tensor = _Leave.apply(x, y, keep_2s, eps, *weights)
+    out: torch.Tensor = _Leave.apply(x, y, keep_2s, eps, again, *weights)
     return out
 
 
@@ -301,37 +305,82 @@ class _Enter(torch.autograd.Function):
         return dx, d_weight, _as(shift, d_shift), None
 
 
+# What a policy makes again.
+_AGAIN: dict[Again, tuple[str, ...]] = {
+    "none": (), "cheap": ("normed", "active"), "mlp": ("normed", "hidden", "active", "branch2"),
+}  # fmt: skip
+
+
+class _Kept(NamedTuple):
+    """What `_Leave` computes on its way, and keeps unless the backward pass makes it again."""
+
+    y: torch.Tensor
+    branch1: Maybe
+    total: torch.Tensor
+    normed: Maybe
+    mean: torch.Tensor
+    inverse: torch.Tensor
+    hidden: Maybe
+    active: Maybe
+    branch2: Maybe
+
+    def without(self, again: Again, w: Weights) -> _Kept:
+        """Return what is to be kept; branches are for the gradients of their scales alone."""
+        unused = [name for name, scale in (("branch1", w.scale1), ("branch2", w.scale2)) if scale is None]
+        return self._replace(**dict.fromkeys([*_AGAIN[again], *unused]))  # type: ignore[arg-type]
+
+    def whole(self, w: Weights, eps: float) -> _Kept:
+        """Return it with what is not kept, the same bits."""
+        _, _, total, normed, _, _, hidden, active, branch = self
+        if normed is None:
+            normed = add_norm(total, None, None, None, w.norm, w.norm_bias, eps).normed
+        if hidden is None:
+            hidden = F.linear(normed, w.fc1, w.fc1_bias)  # type: ignore[arg-type]
+        if active is None:
+            active = F.gelu(hidden)
+        if branch is None and w.scale2 is not None:
+            branch = F.linear(active, w.fc2, w.fc2_bias)
+        return self._replace(normed=normed, hidden=hidden, active=active, branch2=branch)
+
+
 class _Leave(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, y: torch.Tensor, keep_2s: Maybe, eps: float, *weights: Any) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, y: torch.Tensor, keep_2s: Maybe, eps: float, again: Again, *weights: Any
+    ) -> torch.Tensor:
         w = Weights(*weights)
         shape, x = x.shape, x.reshape(-1, x.shape[-1])
         y = y.reshape(-1, y.shape[-1])
         keep1, keep2 = (None, None) if keep_2s is None else keep_2s
         with torch.cuda.device(x.get_device()):
             branch1 = F.linear(y, w.output, w.output_bias)
-            sum1 = add_norm(x, branch1, w.scale1, keep1, w.norm, w.norm_bias, eps)
-            hidden = F.linear(sum1.normed, w.fc1, w.fc1_bias)  # type: ignore[arg-type]
+            total, normed, mean, inverse = add_norm(x, branch1, w.scale1, keep1, w.norm, w.norm_bias, eps)
+            hidden = F.linear(normed, w.fc1, w.fc1_bias)  # type: ignore[arg-type]
             active = F.gelu(hidden)
             branch2 = F.linear(active, w.fc2, w.fc2_bias)
-            out = add_norm(sum1.total, branch2, w.scale2, keep2).total
-        branches = (None if w.scale1 is None else branch1, None if w.scale2 is None else branch2)
-        ctx.save_for_backward(y, *sum1, hidden, active, *branches, keep_2s, *weights)
+            out = add_norm(total, branch2, w.scale2, keep2).total
+        kept = _Kept(y, branch1, total, normed, mean, inverse, hidden, active, branch2)  # type: ignore[arg-type]
+        ctx.save_for_backward(*kept.without(again, w), keep_2s, *weights)
+        ctx.eps = eps
         return out.view(shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor) -> tuple[Any, ...]:
-        y, total, normed, mean, inverse, hidden, active, branch1, branch2, keep_2s, *weights = ctx.saved_tensors
-        w = Weights(*weights)
+        saved, fields = ctx.saved_tensors, len(_Kept._fields)
+        kept, keep_2s, w = _Kept(*saved[:fields]), saved[fields], Weights(*saved[fields + 1 :])
         keep1, keep2 = (None, None) if keep_2s is None else keep_2s
         shape, d_out = d_out.shape, d_out.reshape(-1, d_out.shape[-1]).contiguous()
         with torch.cuda.device(d_out.get_device()):
+            y, branch1, total, normed, mean, inverse, hidden, active, branch2 = kept.whole(w, ctx.eps)
+            sum1 = Normed(total, normed, mean, inverse)
+            assert normed is not None
+            assert hidden is not None
+            assert active is not None
             rows, c, hidden_c = Rows.of(d_out), d_out.shape[-1], hidden.shape[-1]
             sums = _sums(rows, 6 * c + hidden_c, d_out)
             _, d_branch2 = add_norm_backward(d_out, None, None, branch2, w.scale2, keep2, None, sums)
             d_hidden = gelu_backward(d_branch2 @ w.fc2, hidden, rows, sums[:, 6 * c :])
-            sum1 = Normed(total, normed, mean, inverse)
             dx, d_branch1 = add_norm_backward(
                 d_out, d_hidden @ w.fc1, sum1, branch1, w.scale1, keep1, w.norm, sums[:, 2 * c :]
             )
@@ -351,7 +400,7 @@ class _Leave(torch.autograd.Function):
                 scale2=_as(w.scale2, d_scale2),
             )
             dy = d_branch1 @ w.output
-        return dx.view(shape), dy.view(*shape[:-1], -1), None, None, *gradients
+        return dx.view(shape), dy.view(*shape[:-1], -1), None, None, None, *gradients
 
 
 def _whole(gradient: Maybe) -> Maybe:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import pytest
 import timm
@@ -17,6 +19,7 @@ from torch.nn import functional as F
 
 import setformer_dist.models  # noqa: F401  (registers the models)
 from setformer_dist.models.layers import scale_branch
+from setformer_dist.models.recompute import MadeAgain
 from setformer_dist.ops import block
 from setformer_dist.ops.block import Weights
 
@@ -165,6 +168,59 @@ def test_a_model_computes_the_same(attention: str, layer_scale: float | None, dr
     assert model.stages[0].blocks[0].norm1.weight.grad is None
     for mine, other in zip(*found.values(), strict=True):
         close(mine, other, 1e-9 if DEVICE == "cpu" else 1e-4)
+
+
+def small(depth: int, width: int, policy: str, **more: Any) -> nn.Module:
+    torch.manual_seed(0)
+    size = {"embed_dim": width, "depths": (depth,), "num_heads": (2,), "num_classes": 5, "stem_strides": (1, 2)}
+    model = timm.create_model("setformer_nano", **size, **more).to(DEVICE).train()
+    model.set_recompute(policy)
+    return model
+
+
+@pytest.mark.parametrize("layer_scale", [None, 0.5])
+def test_what_is_made_again_has_the_same_bits(layer_scale: float | None) -> None:
+    found = {}
+    image = torch.randn(2, 3, 8, 8, device=DEVICE)
+    for policy in ("none", "cheap", "mlp", "block"):
+        model = small(2, 16, policy, layer_scale=layer_scale, drop_path_rate=0.5)
+        model.set_sample_keys(torch.tensor([3, 8], device=DEVICE))
+        with mock.patch.object(block, "leave", wraps=block.leave) as leave:
+            loss = F.cross_entropy(model(image), torch.tensor([0, 1], device=DEVICE))
+        loss.backward()
+        assert leave.call_count == 2
+        found[policy] = [loss.detach(), *(p.grad for p in model.parameters())]
+    for policy in ("cheap", "mlp", "block"):
+        assert all(map(torch.equal, found["none"], found[policy])), policy
+
+
+def test_a_block_keeps_what_the_docs_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As test_recompute.py says of PyTorch's operators."""
+    sizes: dict[int, int] = {}
+    packed = MadeAgain._pack
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def pack(again: MadeAgain, tensor: torch.Tensor) -> Any:
+        kept = packed(again, tensor)
+        return keep(kept) if isinstance(kept, torch.Tensor) else kept
+
+    monkeypatch.setattr(MadeAgain, "_pack", pack)
+    found = {}
+    for policy in ("none", "cheap", "mlp"):
+        of_depths = []
+        for depth in (1, 3):
+            model = small(depth, 128, policy, mlp_ratio=2.0, layer_scale=0.5)
+            weights = {parameter.data_ptr() for parameter in model.parameters()}
+            sizes.clear()
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                y = model(torch.randn(2, 3, 32, 32, device=DEVICE))
+            of_depths.append(sum(size for storage, size in sizes.items() if storage not in weights))
+            del y
+        found[policy] = (of_depths[1] - of_depths[0]) / 2 / (2 * 16 * 16 * 128 * 4)
+    assert found == pytest.approx({"none": 12, "cheap": 8, "mlp": 5}, abs=0.3)
 
 
 def test_which_layers_are_taken_apart() -> None:
