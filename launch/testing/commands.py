@@ -64,7 +64,8 @@ def command(*words: str) -> list[str]:
 def environment() -> dict[str, str]:
     """Return this process's environment without a rank's place, with the checkout's packages first."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    return {**kept, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return {**kept, "PYTHONPATH": path, "COLUMNS": "200"}
 
 
 def setformer(*words: str, timeout: float = 280, cwd: Path = ROOT) -> Ended:

@@ -1,15 +1,19 @@
 """Imports go one way (docs/architecture.md), and no import of ours hides inside a function."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import dataloaders
+import setformer_dist
+from launch.testing.commands import environment
 
 ROOT = Path(__file__).parent.parent.parent
 OURS = ("setformer", "setformer_dist", "dataloaders", "checkpoints", "launch")
@@ -193,3 +197,19 @@ def test_few_files_of_the_engine_know_deepspeed() -> None:
     }
     # offload.py and zero.py know it by names alone
     assert knowing == {"comm.py", "deepspeed_engine.py", "fused_update.py", "master.py"}
+
+
+def test_a_checkout_that_is_not_installed_knows_its_version() -> None:
+    """A machine without a network has it on its path alone (docs/gpu.md)."""
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == setformer_dist.__version__
+    for package in OURS:
+        for path in (ROOT / package).rglob("*.py"):
+            assert not re.search(r"version\(.setformer_dist.\)", path.read_text()), path
+
+
+def test_commands_that_tests_start_find_what_this_process_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packages on the path alone, too (docs/gpu.md)."""
+    monkeypatch.setenv("PYTHONPATH", "/site")
+    assert environment()["PYTHONPATH"] == f"{ROOT}{os.pathsep}/site"
+    monkeypatch.delenv("PYTHONPATH")
+    assert environment()["PYTHONPATH"] == str(ROOT)
