@@ -85,12 +85,13 @@ _NETS = {
 
 def tasks() -> list[Task]:
     """Return all tasks, the most worth first."""
+    cases = "pytest -p no:cacheprovider -n 8 -rf --tb=short tests/numerics"  # compiling takes most of the time
     stages, profiled = f"benchmarks.stages {_OUT} --ranks 1 --steps 20", f"benchmarks.step_profile {_OUT}"
     found = [
-        _check("1 kernels", "pytest -q -p no:cacheprovider tests/numerics/set_triton_cases.py",
-               "pytest -q -p no:cacheprovider tests/numerics/test_set_triton.py --collect-only"),
-        _check("1 kernels split", "pytest -q -p no:cacheprovider tests/numerics/set_split_triton_cases.py",
-               "pytest -q -p no:cacheprovider tests/numerics/test_set_triton.py --collect-only"),
+        _check("1 kernels", f"{cases}/set_triton_cases.py",
+               "pytest -p no:cacheprovider tests/numerics/test_set_triton.py --collect-only"),
+        _check("1 kernels split", f"{cases}/set_split_triton_cases.py",
+               "pytest -p no:cacheprovider tests/numerics/test_set_triton.py --collect-only"),
         _check("1 resume", f"{stages} --dtypes bf16 --stages 2", f"{stages} --dtypes fp32 --stages 2"),
         _check("1 resume compiled", f"{stages} --dtypes bf16 --stages 2 --set compile.mode=blocks",
                f"{stages} --dtypes fp32 --stages 0"),

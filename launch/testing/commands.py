@@ -174,7 +174,9 @@ def children(pid: int) -> list[int]:
     found: list[int] = []
     try:
         pids = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:  # it ended since it was named: processes come and go while this looks
+    except OSError:  # it ended since it was named, or the kernel was built without this file
+        with contextlib.suppress(psutil.Error):
+            found = [child.pid for child in psutil.Process(pid).children(recursive=True)]
         return found
     for child in pids:
         found += [int(child), *children(int(child))]

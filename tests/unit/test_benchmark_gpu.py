@@ -126,7 +126,7 @@ def test_cases_of_kernels_need_no_unusual_package(tmp_path: Path) -> None:
     path = os.pathsep.join(filter(None, (str(tmp_path), *sys.path)))
     for task in gpu.tasks():
         if task.words[0] == "pytest":
-            words = [sys.executable, "-m", *task.words, "--collect-only"]
+            words = [sys.executable, "-m", *task.words, "-n", "0", "--collect-only"]
             found = subprocess.run(words, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True,
                                    text=True, check=False)  # fmt: skip
             assert found.returncode == 0, found.stdout + found.stderr

@@ -1,7 +1,6 @@
 """Imports go one way (docs/architecture.md), and no import of ours hides inside a function."""
 
 import ast
-import os
 import re
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import pytest
 
 import dataloaders
 import setformer_dist
-from launch.testing.commands import environment
 
 ROOT = Path(__file__).parent.parent.parent
 OURS = ("setformer", "setformer_dist", "dataloaders", "checkpoints", "launch")
@@ -205,11 +203,3 @@ def test_a_checkout_that_is_not_installed_knows_its_version() -> None:
     for package in OURS:
         for path in (ROOT / package).rglob("*.py"):
             assert not re.search(r"version\(.setformer_dist.\)", path.read_text()), path
-
-
-def test_commands_that_tests_start_find_what_this_process_finds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packages on the path alone, too (docs/gpu.md)."""
-    monkeypatch.setenv("PYTHONPATH", "/site")
-    assert environment()["PYTHONPATH"] == f"{ROOT}{os.pathsep}/site"
-    monkeypatch.delenv("PYTHONPATH")
-    assert environment()["PYTHONPATH"] == str(ROOT)
