@@ -88,6 +88,7 @@ def tasks() -> list[Task]:
     cases = "pytest -p no:cacheprovider -n 8 -rf --tb=short tests/numerics"  # compiling takes most of the time
     stages, profiled = f"benchmarks.stages {_OUT} --ranks 1 --steps 20", f"benchmarks.step_profile {_OUT}"
     found = [
+        _check("1 ahead", f"benchmarks.ahead {_OUT}", f"benchmarks.ahead {_OUT} --processes 1 --only 49"),
         _check("1 kernels", f"{cases}/set_triton_cases.py",
                "pytest -p no:cacheprovider tests/numerics/test_set_triton.py --collect-only"),
         _check("1 kernels split", f"{cases}/set_split_triton_cases.py",
