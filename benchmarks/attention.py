@@ -263,7 +263,12 @@ def main() -> None:
         return
     console = Console(width=130)
     limits = {"flops": matmul_limit(), "bytes": bandwidth_limit()}
-    rows = []
+    rows: list[dict[str, Any]] = []
+
+    def keep() -> None:
+        head = {"machine": describe(), "threads": arguments.threads, "limits": limits}
+        write(arguments.out, {**head, "rows": rows, "exponents": summarise(rows)})
+
     for n in arguments.tokens:
         for name in arguments.operators or operators():
             if name in QUADRATIC and n > arguments.quadratic:
@@ -274,20 +279,10 @@ def main() -> None:
                 console.print(f"{n} {name} left out: {str(error).splitlines()[0]}", style="yellow")
                 continue
             console.print(f"{n} {name}: {1e3 * rows[-1]['both_s']:.2f} ms", style="dim")
-    exponents = summarise(rows)
+            keep()
     console.print(f"limits: {limits['flops'] / 1e9:.0f} GFLOP/s, {limits['bytes'] / 1e9:.1f} GB/s")
-    report(rows, exponents, console)
+    report(rows, summarise(rows), console)
     plot(rows, arguments.picture)
-    write(
-        arguments.out,
-        {
-            "machine": describe(),
-            "threads": arguments.threads,
-            "limits": limits,
-            "rows": rows,
-            "exponents": exponents,
-        },
-    )
     console.print(f"written to {arguments.out} and {arguments.picture}")
 
 

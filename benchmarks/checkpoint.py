@@ -235,6 +235,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             place = str(Path(folder).absolute())
             rows[size] = run_ranks(measure, 2, size, place, arguments.repeats, timeout=280, cold=True)[0]
+        kept = [{"size": name, **row} for name, row in rows.items()]
+        write_json(arguments.out, {"machine": describe(), "rows": kept})
     table = Table("seconds (median)", *(f"{row['parameters'] / 1e6:.1f} M parameters" for row in rows.values()))
     table.add_row("bytes", *(f"{row['bytes'] / 2**20:.0f} MiB" for row in rows.values()))
     for text, key in _LINES:
@@ -244,7 +246,6 @@ def main() -> None:
         table.add_row(text, *(f"{row[key]:.2f}" for row in rows.values()))
     table.title = f"{describe()}, 2 ranks"
     Console().print(table)
-    write_json(arguments.out, {"machine": describe(), "rows": rows})
     sys.exit(0)
 
 

@@ -15,7 +15,6 @@ DeepSpeed holds weights in bf16 and DDP computes by autocast from fp32 ones.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -31,6 +30,7 @@ from rich.table import Table
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.machine import describe
+from benchmarks.measure import write
 from dataloaders.reading.device import Prepare
 from dataloaders.reading.streams import ShardTrainStream
 from launch.examples.demo import prepare_data
@@ -160,7 +160,7 @@ def main() -> None:
     data = arguments.data or Path("runs/demo-data")
     if arguments.data is None:
         prepare_data(data, console)
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         common = [
             f"data.root={data}", f"run.out={folder}", f"precision.dtype={arguments.dtype}", "ema.decay=0",
@@ -173,6 +173,7 @@ def main() -> None:
         )[0]
         per_ddp = statistics.median(base["ddp"]) / STEPS
         rows.append({"loop": "DDP", "stage": None, "steps_per_s": 1 / per_ddp, "memory_mib": max(base["memory_mib"])})
+        keep(rows, arguments)
         for stage in arguments.stages:
             words = [*common, f"zero.stage={stage}", f"run.name=stage{stage}"]
             found = run_ranks(
@@ -191,11 +192,17 @@ def main() -> None:
                     "memory_mib": max(found["memory_mib"]),
                 }
             )
+            keep(rows, arguments)
     report(rows, per_ddp, arguments, console)
 
 
+def keep(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    """Write the JSON."""
+    write(arguments.out, {"machine": describe(), "config": arguments.config, "ranks": arguments.ranks, "rows": rows})
+
+
 def report(rows: list[dict[str, Any]], per_ddp: float, arguments: argparse.Namespace, console: Console) -> None:
-    """Print the table and write the JSON."""
+    """Print the table."""
     table = Table("loop", "steps/s", "against DDP", "over DeepSpeed alone", "peak MiB per rank", title=describe())
     for row in rows:
         name = "bare DDP" if row["stage"] is None else f"ours, ZeRO-{row['stage']}"
@@ -204,9 +211,6 @@ def report(rows: list[dict[str, Any]], per_ddp: float, arguments: argparse.Names
         speed = row["steps_per_s"]
         table.add_row(name, f"{speed:.2f}", f"{speed * per_ddp:.2f}×", over, f"{row['memory_mib']:.0f}")
     console.print(table)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    result = {"machine": describe(), "config": arguments.config, "ranks": arguments.ranks, "rows": rows}
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
     console.print(f"written to {arguments.out}")
 
 

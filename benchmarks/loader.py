@@ -248,10 +248,13 @@ def main() -> None:
             facts[data] = make_set(folder, files, _LARGE_SET if large else _SET, arguments.peers, raw=not large)
             for run in (run for run in asked if run.data == data):
                 rows.append(measured(run, folder, arguments.seconds, arguments.peers))
+                write(
+                    arguments.json,
+                    {"machine": describe(), "batch": BATCH, "size": SIZE, "sets": facts, "rows": rows},
+                )
                 said = rows[-1].get("failed") or f"{rows[-1]['images_per_cpu_second']:.0f} images per CPU second"
                 console.print(f"  {run.data}, {run.loader}, {run.threads} threads: {said}", style="dim")
             console.print(report(rows, data, facts[data]))
-    write(arguments.json, {"machine": describe(), "batch": BATCH, "size": SIZE, "sets": facts, "rows": rows})
     plot(rows, arguments.plot)
 
 

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from setformer_dist.core.files import write_json
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -155,6 +157,6 @@ def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
-    """Write the JSON of a benchmark."""
+    """Write the JSON of a benchmark, which may be ended at any instant."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(path, result)

@@ -10,7 +10,6 @@ resumed run is bit by bit that of the uninterrupted one, and the relative distan
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import describe
+from benchmarks.measure import write
 from launch.examples.demo import prepare_data
 from launch.testing.commands import DEMO, Ended, kill_ranks, losses, setformer, start, wait_for
 
@@ -88,14 +88,13 @@ def main() -> None:
             reference = reference or row["losses"]
             distance = max(abs(a / b - 1) for a, b in zip(row["losses"], reference, strict=True))
             rows.append({**row, "distance": distance})
+            write(arguments.out, {"machine": describe(), "rows": rows})
             same = "yes" if row["bitwise"] else "NO"
             table.add_row(
                 dtype, str(stage), f"{row['loss']:.9f}", f"{row['resumed_loss']:.9f}", same, f"{distance:.1e}"
             )
     table.title = describe()
     console.print(table)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=2) + "\n")
     console.print(f"written to {arguments.out}")
     sys.exit(0 if all(row["bitwise"] for row in rows) else 1)
 

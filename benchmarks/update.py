@@ -98,6 +98,9 @@ def main() -> None:
             words = (arguments.model, arguments.dtype, stage, ours)
             [found] = run_ranks(measure, 1, *words, timeout=300, env=where, cold=True)
             rows.append({"stage": stage, "loop": "ours" if ours else "DeepSpeed alone", **found})
+            if arguments.out is not None:
+                head = {"machine": describe(), "model": arguments.model, "dtype": arguments.dtype}
+                write(arguments.out, {**head, "rows": rows})
     parameters, kernels = rows[0]["parameters"], rows[0]["model"]
     title = f"{arguments.model}, {arguments.dtype}, {parameters} parameters; the model: {kernels} kernels"
     table = Table("ZeRO", "update", "kernels added to backward", "of the update", "its ms", "step, ms", title=title)
@@ -111,8 +114,6 @@ def main() -> None:
             f"{row['step_ms']:.1f}",
         )
     Console().print(table, describe())
-    if arguments.out is not None:
-        write(arguments.out, {"machine": describe(), "model": arguments.model, "dtype": arguments.dtype, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ def see_image(view: View, pixels: npt.NDArray[Any], stored: Shape, interpolation
     if (height, width) != view.resized:
         image = _resized(image, view.resized, interpolation)
     image = _window(image, view, 0)
-    return image.flip(-1) if view.mirrored else image
+    return _mirrored(image) if view.mirrored else image
 
 
 def _resized(image: torch.Tensor, shape: Shape, interpolation: str) -> torch.Tensor:
@@ -182,7 +182,7 @@ def see_mask(view: View, mask: npt.NDArray[np.uint8]) -> torch.Tensor:
     if (height, width) != view.resized:
         seen = interpolate(seen[None], view.resized, mode="nearest-exact")[0]
     seen = _window(seen, view, NOT_COUNTED)[0]
-    return seen.flip(-1) if view.mirrored else seen
+    return _mirrored(seen) if view.mirrored else seen
 
 
 def see_boxes(view: View, boxes: Boxes) -> tuple[torch.Tensor, torch.Tensor]:
@@ -238,3 +238,10 @@ def _window(image: torch.Tensor, view: View, outside: int) -> torch.Tensor:
     y, x = max(0, -top), max(0, -left)
     window[:, y : y + inside.shape[1], x : x + inside.shape[2]] = inside
     return window
+
+
+def _mirrored(image: torch.Tensor) -> torch.Tensor:
+    """Return an image (..., width) mirrored; PyTorch 2.11 cannot flip uint16."""
+    if image.dtype == torch.uint16:
+        return image.view(torch.int16).flip(-1).view(torch.uint16)
+    return image.flip(-1)

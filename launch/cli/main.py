@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
 import io
 import json
 import logging
@@ -68,6 +67,7 @@ from launch.run import keys
 from launch.run.config import RunConfig, check_folder, continued, load_run, resolve, shipped
 from launch.run.own_code import bring
 from launch.run.repeat import Repetition, check_trusted, repetition
+from setformer_dist import __version__
 from setformer_dist.core.errors import (
     ConfigError,
     DataError,
@@ -102,7 +102,7 @@ app.command()(cli_plan.plan)
 
 def _show_version(asked: bool) -> None:
     if asked:
-        print(f"setformer_dist {importlib.metadata.version('setformer_dist')}")
+        print(f"setformer_dist {__version__}")
         raise typer.Exit()
 
 

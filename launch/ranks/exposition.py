@@ -12,7 +12,6 @@ takes part in it. Its import costs 0.1 s, so the command line imports it for tho
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
 import socket
 import threading
@@ -30,6 +29,7 @@ from prometheus_client.registry import Collector
 
 from checkpoints.layout import MANIFEST, step_folders, step_of
 from launch.ranks.attempt import FolderLostError
+from setformer_dist import __version__
 from setformer_dist.core import ledger, strictjson
 from setformer_dist.core.errors import LaunchError
 from setformer_dist.core.files import open_plain
@@ -106,7 +106,7 @@ class Exposition(Collector):
     def _of_run(self) -> Iterator[Metric]:
         f, live, run = self._figures, self._live, self._folder.name
         info = GaugeMetricFamily("setformer_run_info", "Run, model and version.", labels=("run", "model", "version"))
-        info.add_metric((run, _label(self._model), importlib.metadata.version("setformer_dist")), 1)
+        info.add_metric((run, _label(self._model), __version__), 1)
         yield info
         ranks = live.ranks if live is not None else ()
         step = max((rank.step for rank in ranks), default=-1)

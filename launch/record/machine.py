@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from launch.ranks.environment import usable_cores
+from setformer_dist import __version__
 from setformer_dist.core.secrets import names_secret, redacted
 
 _HOME = Path(__file__).resolve().parents[2]
@@ -67,8 +68,8 @@ def mattering(environ: Mapping[str, str]) -> dict[str, str | None]:
 
 def versions() -> dict[str, str]:
     """Return the versions of this project and of the libraries that are installed."""
-    found = {name: version_of(name) for name in ("setformer_dist", *LIBRARIES)}
-    return {name: version for name, version in found.items() if version is not None}
+    found = {name: version_of(name) for name in LIBRARIES}
+    return {"setformer_dist": __version__} | {name: version for name, version in found.items() if version is not None}
 
 
 def version_of(name: str) -> str | None:

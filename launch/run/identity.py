@@ -9,9 +9,10 @@ from torch import nn
 
 from checkpoints.identity import Identity, digest_json, digest_shapes
 from launch.run.config import ResolvedRun
+from setformer_dist import __version__
 from setformer_dist.core.revisions import unnamed
 
-VERSIONS_OF = ("setformer_dist", "torch", "deepspeed", "timm", "safetensors")
+LIBRARIES = ("torch", "deepspeed", "timm", "safetensors")
 
 
 def identity_of(
@@ -27,7 +28,7 @@ def identity_of(
         stage=c.zero.stage,
         world_size=run.plan.world_size,
         classes=digest_json(list(classes)),
-        versions={name: importlib.metadata.version(name) for name in VERSIONS_OF},
+        versions={"setformer_dist": __version__} | {name: importlib.metadata.version(name) for name in LIBRARIES},
     )
 
 

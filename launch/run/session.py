@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
-import importlib.metadata
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,6 +37,7 @@ from launch.run.outcome import finish
 from launch.run.own_code import bring
 from launch.run.own_model import OwnModel, build_own
 from launch.run.repeat import data_differs
+from setformer_dist import __version__
 from setformer_dist.core import ledger
 from setformer_dist.core.callback import Callback
 from setformer_dist.core.errors import LaunchError, TransientError
@@ -189,7 +189,7 @@ def check_agreement(run: ResolvedRun, splits: Splits, comm: TorchCollectives) ->
 def facts_of(run: ResolvedRun, splits: Splits) -> dict[str, str]:
     """Return what the samples and the steps of a run follow from, by name."""
     return {
-        "version": importlib.metadata.version("setformer_dist"),
+        "version": __version__,
         "rule of samples": f"{ORDER_ID}, cursor {CURSOR_FORMAT}, index {INDEX_FORMAT}",
         "seed": str(run.config.run.seed),
         "global batch": str(run.plan.global_size),

@@ -64,7 +64,8 @@ def command(*words: str) -> list[str]:
 def environment() -> dict[str, str]:
     """Return this process's environment without a rank's place, with the checkout's packages first."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    return {**kept, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return {**kept, "PYTHONPATH": path, "COLUMNS": "200"}
 
 
 def setformer(*words: str, timeout: float = 280, cwd: Path = ROOT) -> Ended:
@@ -173,7 +174,9 @@ def children(pid: int) -> list[int]:
     found: list[int] = []
     try:
         pids = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:  # it ended since it was named: processes come and go while this looks
+    except OSError:  # it ended since it was named, or the kernel was built without this file
+        with contextlib.suppress(psutil.Error):
+            found = [child.pid for child in psutil.Process(pid).children(recursive=True)]
         return found
     for child in pids:
         found += [int(child), *children(int(child))]

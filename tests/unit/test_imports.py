@@ -4,12 +4,14 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import dataloaders
+import setformer_dist
 
 ROOT = Path(__file__).parent.parent.parent
 OURS = ("setformer", "setformer_dist", "dataloaders", "checkpoints", "launch")
@@ -193,3 +195,11 @@ def test_few_files_of_the_engine_know_deepspeed() -> None:
     }
     # offload.py and zero.py know it by names alone
     assert knowing == {"comm.py", "deepspeed_engine.py", "fused_update.py", "master.py"}
+
+
+def test_a_checkout_that_is_not_installed_knows_its_version() -> None:
+    """A machine without a network has it on its path alone (docs/gpu.md)."""
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == setformer_dist.__version__
+    for package in OURS:
+        for path in (ROOT / package).rglob("*.py"):
+            assert not re.search(r"version\(.setformer_dist.\)", path.read_text()), path
