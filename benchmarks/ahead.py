@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,18 +19,14 @@ from typing import Any
 
 import timm
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from triton.runtime import driver
+from torch.nn import functional as F
 
 import setformer_dist.models  # noqa: F401  (registers the models)
 from benchmarks import attention as operators
-from benchmarks.host import Stub
+from benchmarks.host import Stub, on_stub
 from benchmarks.machine import describe
 from benchmarks.measure import write
 from launch.run.config import load_run
-from setformer_dist.ops.set import attention, op, split
-from setformer_dist.ops.set import triton as set_triton
-from setformer_dist.ops.set.problem import Inputs, SetProblem
 
 # Name, side of an image and images of what `benchmarks.step_profile` measures; the last one is a run's config.
 MODELS = (
@@ -38,60 +35,30 @@ MODELS = (
 )  # fmt: skip
 TOKENS = (49, 196, 784, 3136, 12544, 50176)
 OPERATORS = ("SeT", "SeT default", "SeT split")
-Call = tuple[Inputs, SetProblem]
 
 
-def on_stub(capability: int) -> Stub:
-    """Return a GPU that launches nothing, and have the operator take it for one."""
-    gpu = Stub(capability)
-    driver.set_active(gpu)
-    set_triton._may_wait = lambda device, splits: True
-    for module in (op, attention, split):
-        module.no_triton = lambda inputs, problem: set_triton.why_not(inputs, problem)
-    attention.choose_implementation = lambda inputs, problem, wanted="auto": "triton"
-    return gpu
-
-
-def calls_of(name: str, size: int, batch: int) -> list[Call]:
-    """Return a model's calls of the operator in bf16, on fake tensors."""
-    found: list[Call] = []
-
-    def kept(inputs: Inputs, problem: SetProblem, implementation: str) -> torch.Tensor:
-        found.append((inputs, problem))
-        return torch.empty_like(inputs.x_bhnd)
-
-    differentiable, attention.differentiable = attention.differentiable, kept
-    arguments: dict[str, Any] = {}
-    if not name.startswith("setformer"):
-        config = load_run(Path(f"configs/runs/{name}.toml"), []).model
-        name, arguments = config.name, dict(config.args)
-    model = timm.create_model(name, **arguments).to(torch.bfloat16).train()
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model(torch.ones(batch, 3, size, size, dtype=torch.bfloat16))
-    attention.differentiable = differentiable
-    return found
-
-
-def compile_call(inputs: Inputs, problem: SetProblem) -> None:
-    """Run forward and backward of a call on memory of the same shapes, which is not written."""
-    made = Inputs(*(None if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) for t in inputs))
-    leaves = [t.requires_grad_() for t in (made.x_bhnd, made.gather_hmk, made.scatter_hmk) if t is not None]
-    y = op.differentiable(made, problem, "triton")
-    torch.autograd.grad(y, leaves, torch.empty_strided(y.shape, made.x_bhnd.stride(), dtype=y.dtype))
+def step_of(name: str, size: int, batch: int, **arguments: Any) -> Callable[[], None]:
+    """Return a model's training step in bf16, on tensors without memory."""
+    model = timm.create_model(name, **arguments).to("meta", torch.bfloat16).train()
+    images = torch.empty(batch, 3, size, size, device="meta", dtype=torch.bfloat16)
+    labels = torch.empty(batch, dtype=torch.long, device="meta")
+    return lambda: F.cross_entropy(model(images).float(), labels).backward()
 
 
 def compile_case(case: tuple[Any, ...], capability: int) -> dict[str, Any]:
     """Compile what a model's step (name, size, batch) or an operator (name, tokens) launches."""
     torch.set_num_threads(1)
-    gpu, began = on_stub(capability), time.monotonic()
+    gpu, began = Stub(capability), time.monotonic()
+    on_stub(gpu)
     if case[0] in OPERATORS:
         operators.BATCH, operators.DTYPE = 16, torch.bfloat16  # as on a GPU
         on_gpu = {"implementation": "triton"}
         operators.PLAIN, operators.DEFAULT = (c.model_copy(update=on_gpu) for c in (operators.PLAIN, operators.DEFAULT))
         operators.work(*case)[1]()
     else:
-        for inputs, problem in {repr(found): found for found in calls_of(*case)}.values():
-            compile_call(inputs, problem)
+        name, size, batch = case
+        preset = None if name.startswith("setformer") else load_run(Path(f"configs/runs/{name}.toml"), []).model
+        step_of(name if preset is None else preset.name, size, batch, **(preset.args if preset else {}))()
     return {
         "case": " ".join(map(str, case)),
         "kernels": len(gpu.compiled),

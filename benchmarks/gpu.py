@@ -91,6 +91,8 @@ def tasks() -> list[Task]:
         _check("1 ahead", f"benchmarks.ahead {_OUT}", f"benchmarks.ahead {_OUT} --processes 1 --only 49"),
         _check("1 kernels", f"{cases}/set_triton_cases.py",
                "pytest -p no:cacheprovider tests/numerics/test_set_triton.py --collect-only"),
+        _check("1 kernels block", f"{cases}/block_cases.py",
+               "pytest -p no:cacheprovider tests/numerics/test_block.py --collect-only"),
         _check("1 kernels split", f"{cases}/set_split_triton_cases.py",
                "pytest -p no:cacheprovider tests/numerics/test_set_triton.py --collect-only"),
         _check("1 resume", f"{stages} --dtypes bf16 --stages 2", f"{stages} --dtypes fp32 --stages 2"),
@@ -104,6 +106,8 @@ def tasks() -> list[Task]:
                       f"{profiled} {_NANO} --compile off")
             )  # fmt: skip
     found += [
+        _task("2 models one by one", f"{profiled} --models setformer_tiny setformer_base --one-by-one",
+              f"{profiled} {_NANO} --one-by-one"),
         _task("2 models tiny model", f"{profiled} --models {SIZES['tiny']} --compile model",
               f"{profiled} {_NANO}"),
         _task("3 attention", f"benchmarks.attention {_OUT} --quadratic 50176 --tokens 49 196 784 3136 12544 50176",

@@ -1,4 +1,4 @@
-"""Host time of the Triton operator: what a call costs before the GPU begins, on a machine that needs no GPU.
+"""Host time on a machine that needs no GPU: what a call of the Triton operator costs before a GPU begins, and a step.
 
     python -m benchmarks.host [--json FILE]
 
@@ -6,6 +6,10 @@ Kernels are compiled for Hopper, and a driver that launches nothing stands where
 GPU: autograd, our Python, Triton's choice of the compiled kernel. PyTorch's own small kernels take a CPU's time.
 SeTformer-Tiny's four stages, one image, bf16, two sets, the filter, 5 rounds. A call's launches do not depend on the
 batch. "Kernels" are ours and PyTorch's; on a GPU each is a launch of its own.
+
+A step is forward, cross entropy and backward of a whole model in fp32, one image of 56 x 56 and as few channels as it
+can have, so that computing takes little: what is left is Python, autograd and launches. "One by one" is SeTformer-Tiny
+without `ops/block.py`.
 """
 
 from __future__ import annotations
@@ -16,17 +20,22 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import timm
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.nn import functional as F
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
+import setformer_dist.models  # noqa: F401  (registers the models)
 from benchmarks.machine import describe
 from benchmarks.measure import Kernels, write
-from setformer_dist.ops.set import op
+from setformer_dist.ops import block
+from setformer_dist.ops.set import attention, op, split
 from setformer_dist.ops.set import triton as set_triton
 from setformer_dist.ops.set.problem import Inputs, SetProblem
 
@@ -35,6 +44,13 @@ STAGES = ((3136, 2, 49), (784, 4, 25), (196, 8, 9), (49, 16, 9))
 WIDTH = 32
 PROBLEM = SetProblem(epsilon=0.1, sigma=0.0, tau=0.25, iterations=5)
 REPEATS = 1000
+STEPS = 40
+# Models as narrow as they can be, with all their blocks.
+NARROW: dict[str, dict[str, Any]] = {
+    "setformer_tiny": {"embed_dim": 16, "num_heads": (1, 1, 1, 1)},
+    "swin_tiny_patch4_window7_224": {"img_size": 56, "embed_dim": 8, "num_heads": (1, 1, 1, 1)},
+    "convnext_tiny": {"dims": (8, 16, 32, 64)},
+}
 # Bytes that a program can have, by compute capability.
 SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 
@@ -110,6 +126,17 @@ class Stub(DriverBase):
         return 0
 
 
+def on_stub(gpu: Stub) -> None:
+    """Take a GPU that launches nothing for a real one, also for tensors that are not on it."""
+    driver.set_active(gpu)
+    set_triton._may_wait = lambda device, splits: True
+    for module in (op, attention, split):
+        module.no_triton = lambda inputs, problem: set_triton.why_not(inputs, problem)
+    attention.choose_implementation = lambda inputs, problem, wanted="auto": "triton"
+    block.runs_triton = lambda device: True
+    torch.is_autocast_enabled = lambda *device: False  # which knows no tensors without memory
+
+
 def microseconds(work: Callable[[], Any]) -> float:
     """Return the lower quartile: another program can make a call longer, none shorter."""
     found = []
@@ -144,14 +171,28 @@ def stage(n: int, heads: int, m: int, gpu: Stub) -> dict[str, Any]:
     return {**found, "triton_kernels": ours, "torch_kernels": others.count}
 
 
+def step(name: str, one_by_one: bool = False) -> dict[str, Any]:
+    """Measure a model's training step; the time of this thread alone, as other programs take the cores' time."""
+    model = timm.create_model(name, **NARROW[name]).train()
+    image, label = torch.randn(1, 3, 56, 56), torch.tensor([1])
+    parameters = list(model.parameters())
+    found = []
+    with mock.patch.object(block, "WIDEST", 0 if one_by_one else block.WIDEST):
+        for _ in range(3 + STEPS):
+            begun = time.thread_time()
+            torch.autograd.grad(F.cross_entropy(model(image), label), parameters, allow_unused=True)
+            found.append(1e3 * (time.thread_time() - begun))
+    shown = f"{name}, one by one" if one_by_one else name
+    return {"model": shown, "step_ms": statistics.quantiles(found[3:], n=4)[0]}
+
+
 def main() -> None:
-    """Measure all stages."""
+    """Measure all stages, and whole models."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=Path("benchmarks/out/host.json"))
     args = parser.parse_args()
     gpu = Stub()
-    driver.set_active(gpu)
-    set_triton._may_wait = lambda device, splits: True  # as on a GPU
+    on_stub(gpu)
     torch.set_num_threads(1)
     rows = [stage(*sizes, gpu) for sizes in STAGES]
     table = Table("tokens", "heads", "forward µs", "forward + backward µs", "kernels", "of PyTorch", title=describe())
@@ -159,7 +200,12 @@ def main() -> None:
         kernels, times = r["triton_kernels"] + r["torch_kernels"], (f"{r['forward_us']:.0f}", f"{r['both_us']:.0f}")
         table.add_row(str(r["tokens"]), str(r["heads"]), *times, str(kernels), str(r["torch_kernels"]))
     Console().print(table)
-    write(args.json, {"machine": describe(), "stages": rows})
+    steps = [step("setformer_tiny"), step("setformer_tiny", one_by_one=True), *map(step, list(NARROW)[1:])]
+    table = Table("model", "host time of a step, ms")
+    for r in steps:
+        table.add_row(r["model"], f"{r['step_ms']:.1f}")
+    Console().print(table)
+    write(args.json, {"machine": describe(), "stages": rows, "steps": steps})
 
 
 if __name__ == "__main__":

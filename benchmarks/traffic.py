@@ -17,20 +17,17 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import timm
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.runtime import driver
 
 import setformer_dist.models  # noqa: F401  (registers the models)
-from benchmarks.host import Stub
+from benchmarks.ahead import step_of
+from benchmarks.host import Stub, on_stub
 from benchmarks.measure import NO_KERNEL, write
 from setformer_dist.ops import block
-from setformer_dist.ops.set import attention, op
-from setformer_dist.ops.set import triton as set_triton
+from setformer_dist.ops.set import op
 
 MODELS = [
     f"{name}{size}" for size in ("tiny", "base")
@@ -91,10 +88,7 @@ def _tensors(found: object) -> Iterator[torch.Tensor]:
 def row(traffic: Traffic, name: str, batch: int, size: int, one_by_one: bool) -> dict[str, Any]:
     """Count a training step of a model."""
     full = name + SWIN if name.startswith("swin") else name
-    model = timm.create_model(full, **({"img_size": size} if name.startswith("swin") else {}))
-    model = model.to("meta", torch.bfloat16).train()
-    images = torch.empty(batch, 3, size, size, device="meta", dtype=torch.bfloat16)
-    labels = torch.empty(batch, dtype=torch.long, device="meta")
+    step = step_of(full, size, batch, **({"img_size": size} if name.startswith("swin") else {}))
     traffic.reset()
     with (
         mock.patch.object(block, "WIDEST", 0 if one_by_one else block.WIDEST),
@@ -102,7 +96,7 @@ def row(traffic: Traffic, name: str, batch: int, size: int, one_by_one: bool) ->
         mock.patch.object(op, "watched", return_value=False),
         traffic,
     ):
-        F.cross_entropy(model(images).float(), labels).backward()
+        step()
     kinds = {kind: round(traffic.bytes[kind] / 1e9, 2) for kind in [*KINDS, "other"]}
     total = round(sum(traffic.bytes.values()) / 1e9, 1)
     shown = f"{name}, one by one" if one_by_one else name
@@ -117,13 +111,8 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out/traffic.json"))
     arguments = parser.parse_args()
-    # As on a GPU.
-    block.runs_triton = lambda device: True
-    attention.choose_implementation = lambda *given: "triton"
-    set_triton._may_wait = lambda device, splits: True
-    torch.is_autocast_enabled = lambda *device: False
     traffic = Traffic()
-    driver.set_active(traffic)
+    on_stub(traffic)
     rows = []
     for name in arguments.models:
         rows += [row(traffic, name, arguments.batch, arguments.size, False)]

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from benchmarks.machine import describe
 from benchmarks.measure import Kernels, wait, write
+from launch.run.compiled import whole_blocks
 from launch.testing.ranks import run_ranks
 from setformer_dist.core.model_config import ModelConfig
 from setformer_dist.core.ranks import RankInfo
@@ -53,7 +54,8 @@ def measure(model: str, dtype: str, stage: int, ours: bool) -> dict[str, Any]:
         deepspeed_engine.quicken = lambda engine: None
     plan = solve(BatchConfig(global_size=1, micro=1), 1)
     json = deepspeed_config(PrecisionConfig(dtype=dtype), ZeroConfig(stage=stage), plan, 1.0, {})
-    engine = deepspeed_engine.initialize(build_model(ModelConfig(name=model), CLASSES, SIDE, 0), OptimConfig(), json)
+    built = build_model(ModelConfig(name=model), CLASSES, SIDE, 0)
+    engine = deepspeed_engine.initialize(built, OptimConfig(), json, whole_blocks(built) if ours else ())
     images = torch.randn(1, 3, SIDE, SIDE).to(engine.device, deepspeed_engine.DTYPES[dtype])
     label = torch.tensor([1], device=engine.device)
     parameters = len(list(engine.module.parameters()))

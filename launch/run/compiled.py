@@ -70,7 +70,7 @@ def compile_for(
     """
     c = run.config
     if c.compile.mode == "off":
-        return whole_blocks(model) if device == "cuda" else []
+        return whole_blocks(model)
     check_compiled(run, model, device)
     os.environ[VARIABLE] = str(cache_of(c.compile))
     sizes = len(shapes_of_images(c.data)) if isinstance(c.data, DataConfig) else 1
@@ -82,7 +82,7 @@ def compile_for(
 
 
 def whole_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks that take the weights of their layers themselves (ops/block.py), not only by their calls."""
+    """Return our blocks: they may take the weights of their layers themselves (ops/block.py), and hooks take time."""
     return [module for module in model.modules() if isinstance(module, Block)]
 
 
