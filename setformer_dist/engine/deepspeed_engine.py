@@ -7,6 +7,7 @@ import importlib
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import deepspeed
 import pydantic
@@ -80,6 +81,7 @@ def initialize(
     quiet_deepspeed()
     for module in leaves:
         set_z3_leaf_module(module, True)
+        module.register_forward_pre_hook(_reached)
     optimizer = optimizer_of(parameter_groups(model, optim), optim)
     if not is_zero_supported_optimizer(optimizer):  # DeepSpeed has not tested it; our tests have, under every stage
         deepspeed_json = {**deepspeed_json, "zero_allow_untested_optimizer": True}
@@ -94,6 +96,20 @@ def initialize(
     quicken(engine)
     made: Engine = engine
     return made
+
+
+def _reached(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Let gradients reach the first input of a leaf where nothing before it is trained.
+
+    DeepSpeed reduces a leaf's gradients when those of its inputs are there. Where no input needs one, PyTorch says so
+    before the leaf's backward pass, and its weights have no gradients yet.
+    """
+    given = [x for x in inputs[:1] if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    if not given or not torch.is_grad_enabled() or any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
+        return None
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        return None
+    return given[0].detach().requires_grad_(), *inputs[1:]
 
 
 def set_accumulation(engine: Engine, plan: BatchPlan, accumulation: int) -> None:

@@ -532,3 +532,7 @@ class SoftmaxAttention(nn.Module):
         q, k, v = (y.masked_fill(hidden_b1n1, 0) for y in (q, k, v))
         y_bhnd = F.scaled_dot_product_attention(q, k, v, attn_mask=keys_b11n).masked_fill(hidden_b1n1, 0)
         return project(y_bhnd, self.output if mapped else None)
+
+
+# All of them leave their output map to their caller where it asks for that (`mapped`).
+KINDS = (SetAttention, SoftAttention, CastAttention, SoftmaxAttention)

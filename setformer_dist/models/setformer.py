@@ -29,6 +29,7 @@ from setformer_dist.core.config import FrozenConfig, build
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.model_config import Recompute
 from setformer_dist.models.attention import (
+    KINDS,
     AttentionConfig,
     AttentionKind,
     CastAttentionConfig,
@@ -257,8 +258,11 @@ class Block(nn.Module):
 
     def _has_parts(self, x: torch.Tensor) -> bool:
         """Return whether `_by_parts` can take the weights of the layers."""
-        layers = (self.norm1, self.attn.output, self.norm2, self.mlp.fc1, self.mlp.fc2)
-        return blocks.available(x, layers) and not blocks.hooked(self.attn)  # type: ignore[arg-type]
+        attn, mlp = self.attn, self.mlp
+        if type(attn) not in KINDS or blocks.altered(attn) or type(mlp) is not Mlp or blocks.altered(mlp):
+            return False
+        layers = (self.norm1, attn.output, self.norm2, mlp.fc1, mlp.fc2)
+        return mlp.approximate == "none" and blocks.available(x, layers, (self.scale1, self.scale2))  # type: ignore[arg-type]
 
     def _by_parts(
         self,

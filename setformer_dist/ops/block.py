@@ -23,7 +23,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from setformer_dist.ops.set.op import runs_triton, watched
+from setformer_dist.ops.set.op import PLAIN, runs_triton, watched
 
 try:
     from setformer_dist.ops import block_kernels as kernels
@@ -66,12 +66,13 @@ class Weights(NamedTuple):
         return cls(output.weight, output.bias, scale1, norm.weight, norm.bias, *linear, scale2)
 
 
-def available(x: torch.Tensor, layers: Sequence[nn.Module]) -> bool:
+def available(x: torch.Tensor, layers: Sequence[nn.Module], scales: Sequence[Maybe] = ()) -> bool:
     """Return whether these functions can stand for the layers here, and nobody looks at how they compute.
 
     Args:
         x: what the block gets, (S, ..., C).
         layers: linear layers and norms whose weights are taken.
+        scales: layer scales, or None.
     """
     return (
         kernels is not None
@@ -82,22 +83,34 @@ def available(x: torch.Tensor, layers: Sequence[nn.Module]) -> bool:
         and not torch.is_autocast_enabled(x.device.type)
         and not torch.nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
         and all(_is_plain(layer, x) for layer in layers)
+        and all(scale is None or (scale.shape == x.shape[-1:] and _readable(scale, x)) for scale in scales)
     )
 
 
 def _is_plain(layer: nn.Module, x: torch.Tensor) -> bool:
-    """Return whether a layer does what its class says and no more: no hooks, no other forward, one dtype."""
+    """Return whether a layer does what its class says and no more, with weights that kernels can read."""
     if type(layer) is nn.LayerNorm:
-        known = len(layer.normalized_shape) == 1 and layer.weight is not None
+        known = layer.weight is not None and layer.weight.shape == x.shape[-1:]
     else:
         known = type(layer) is nn.Linear
-    return known and layer.weight.dtype == x.dtype and not hooked(layer) and "forward" not in vars(layer)
+    return known and not altered(layer) and _readable(layer.weight, x) and _readable(layer.bias, x)
 
 
-def hooked(module: nn.Module) -> bool:
-    """Return whether somebody sees what a module gets or returns."""
+def _readable(weight: Maybe, x: torch.Tensor) -> bool:
+    """Return whether kernels can read a weight where it lies: an ordinary tensor like x, in memory order."""
+    return weight is None or (
+        type(weight) in PLAIN and weight.dtype == x.dtype and weight.device == x.device and weight.is_contiguous()
+    )
+
+
+def altered(module: nn.Module) -> bool:
+    """Return whether somebody sees what a module gets or returns, or gave it another forward than its class's."""
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
     )
 
 
@@ -215,7 +228,7 @@ def add_norm_backward(
         d_total: gradient of the sum, contiguous, or None.
         d_normed: of the norm, likewise.
         of: what `add_norm` returned; None where d_normed is.
-        y: as it got it; None where it had none or has no scale.
+        y: as it got it; None where it had none, or nobody needs the gradient of scale.
         scale: likewise.
         keep: likewise.
         weight: likewise.
@@ -314,7 +327,7 @@ _AGAIN: dict[Again, tuple[str, ...]] = {
 class _Kept(NamedTuple):
     """What `_Leave` computes on its way, and keeps unless the backward pass makes it again."""
 
-    y: torch.Tensor
+    y: Maybe
     branch1: Maybe
     total: torch.Tensor
     normed: Maybe
@@ -324,22 +337,24 @@ class _Kept(NamedTuple):
     active: Maybe
     branch2: Maybe
 
-    def without(self, again: Again, w: Weights) -> _Kept:
-        """Return what is to be kept; branches are for the gradients of their scales alone."""
-        unused = [name for name, scale in (("branch1", w.scale1), ("branch2", w.scale2)) if scale is None]
+    def without(self, again: Again, needed: Weights) -> _Kept:
+        """Return what is to be kept: nothing that is for the gradient of one weight alone, where nobody needs that."""
+        uses = {"y": needed.output, "branch1": needed.scale1, "normed": needed.fc1, "active": needed.fc2}
+        unused = [name for name, use in {**uses, "branch2": needed.scale2}.items() if not use]
         return self._replace(**dict.fromkeys([*_AGAIN[again], *unused]))  # type: ignore[arg-type]
 
-    def whole(self, w: Weights, eps: float) -> _Kept:
-        """Return it with what is not kept, the same bits."""
+    def whole(self, w: Weights, needed: Weights, eps: float) -> _Kept:
+        """Return it with what is not kept and is needed, the same bits."""
         _, _, total, normed, _, _, hidden, active, branch = self
-        if normed is None:
+        if normed is None and (needed.fc1 or hidden is None):
             normed = add_norm(total, None, None, None, w.norm, w.norm_bias, eps).normed
         if hidden is None:
             hidden = F.linear(normed, w.fc1, w.fc1_bias)  # type: ignore[arg-type]
-        if active is None:
+        again = branch is None and needed.scale2
+        if active is None and (needed.fc2 or again):
             active = F.gelu(hidden)
-        if branch is None and w.scale2 is not None:
-            branch = F.linear(active, w.fc2, w.fc2_bias)
+        if again:
+            branch = F.linear(active, w.fc2, w.fc2_bias)  # type: ignore[arg-type]
         return self._replace(normed=normed, hidden=hidden, active=active, branch2=branch)
 
 
@@ -349,8 +364,9 @@ class _Leave(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, y: torch.Tensor, keep_2s: Maybe, eps: float, again: Again, *weights: Any
     ) -> torch.Tensor:
         w = Weights(*weights)
-        shape, x = x.shape, x.reshape(-1, x.shape[-1])
+        shape, x = x.shape, x.reshape(-1, x.shape[-1]).contiguous()
         y = y.reshape(-1, y.shape[-1])
+        keep_2s = _whole(keep_2s)
         keep1, keep2 = (None, None) if keep_2s is None else keep_2s
         with torch.cuda.device(x.get_device()):
             branch1 = F.linear(y, w.output, w.output_bias)
@@ -358,25 +374,26 @@ class _Leave(torch.autograd.Function):
             hidden = F.linear(normed, w.fc1, w.fc1_bias)  # type: ignore[arg-type]
             active = F.gelu(hidden)
             branch2 = F.linear(active, w.fc2, w.fc2_bias)
-            out = add_norm(total, branch2, w.scale2, keep2).total
+            # Of the shape that is returned, as no view may be changed in place.
+            out = add_norm(total.view(shape), branch2, w.scale2, keep2).total
         kept = _Kept(y, branch1, total, normed, mean, inverse, hidden, active, branch2)  # type: ignore[arg-type]
-        ctx.save_for_backward(*kept.without(again, w), keep_2s, *weights)
+        needed = Weights(*ctx.needs_input_grad[-len(w) :])
+        ctx.save_for_backward(*kept.without(again, needed), keep_2s, *weights)
         ctx.eps = eps
-        return out.view(shape)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor) -> tuple[Any, ...]:
         saved, fields = ctx.saved_tensors, len(_Kept._fields)
         kept, keep_2s, w = _Kept(*saved[:fields]), saved[fields], Weights(*saved[fields + 1 :])
+        needed = Weights(*ctx.needs_input_grad[-len(w) :])
         keep1, keep2 = (None, None) if keep_2s is None else keep_2s
         shape, d_out = d_out.shape, d_out.reshape(-1, d_out.shape[-1]).contiguous()
         with torch.cuda.device(d_out.get_device()):
-            y, branch1, total, normed, mean, inverse, hidden, active, branch2 = kept.whole(w, ctx.eps)
-            sum1 = Normed(total, normed, mean, inverse)
-            assert normed is not None
+            y, branch1, total, normed, mean, inverse, hidden, active, branch2 = kept.whole(w, needed, ctx.eps)
+            sum1 = Normed(total, None, mean, inverse)
             assert hidden is not None
-            assert active is not None
             rows, c, hidden_c = Rows.of(d_out), d_out.shape[-1], hidden.shape[-1]
             sums = _sums(rows, 6 * c + hidden_c, d_out)
             _, d_branch2 = add_norm_backward(d_out, None, None, branch2, w.scale2, keep2, None, sums)
@@ -388,14 +405,14 @@ class _Leave(torch.autograd.Function):
                 sums, d_out, (*(c,) * 6, hidden_c)
             )
             gradients = Weights(
-                output=d_branch1.t() @ y,
+                output=d_branch1.t() @ y if needed.output else None,  # type: ignore[arg-type]
                 output_bias=_as(w.output_bias, d_output_bias),
                 scale1=_as(w.scale1, d_scale1),
                 norm=d_norm,
                 norm_bias=_as(w.norm_bias, d_norm_bias),
-                fc1=d_hidden.t() @ normed,
+                fc1=d_hidden.t() @ normed if needed.fc1 else None,  # type: ignore[arg-type]
                 fc1_bias=_as(w.fc1_bias, d_fc1_bias),
-                fc2=d_branch2.t() @ active,
+                fc2=d_branch2.t() @ active if needed.fc2 else None,  # type: ignore[arg-type]
                 fc2_bias=_as(w.fc2_bias, d_fc2_bias),
                 scale2=_as(w.scale2, d_scale2),
             )
@@ -403,8 +420,8 @@ class _Leave(torch.autograd.Function):
         return dx.view(shape), dy.view(*shape[:-1], -1), None, None, None, *gradients
 
 
-def _whole(gradient: Maybe) -> Maybe:
-    return None if gradient is None else gradient.contiguous()
+def _whole(tensor: Maybe) -> Maybe:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _as(vector: Maybe, gradient: torch.Tensor) -> Maybe:

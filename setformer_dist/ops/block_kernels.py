@@ -77,8 +77,8 @@ def add_norm_backward(
 
     Sums are the gradients of a bias that y holds, of scale, and, with a norm, of its weight and shift, C numbers each.
     `d_total`, the gradient of the sum, and `d_normed`, that of the norm, may be None. `mean` and `inverse` are those of
-    `total`. `y` is read for the gradient of scale, and None without one. `dx` is None where it is d_total, without a
-    norm, and `dy` where it is dx. `stride` leads from the sums of one program to those of the next.
+    `total`. `y` is None where nobody needs the gradient of scale. `dx` is None where it is d_total, without a norm, and
+    `dy` where it is dx. `stride` leads from the sums of one program to those of the next.
     """
     of_weight = tl.zeros((TILE, CP), ACC)
     of_shift = tl.zeros((TILE, CP), ACC)
@@ -105,7 +105,8 @@ def add_norm_backward(
         if keep is not None:
             d *= _factors(keep, r, rows, rows_of_sample, ACC)
         if scale is not None:
-            of_scale += d * tl.load(y + at, there, 0.0).to(ACC)
+            if y is not None:
+                of_scale += d * tl.load(y + at, there, 0.0).to(ACC)
             d *= _channels(scale, c, C, ACC)
         if dy is not None:
             tl.store(dy + at, d.to(dy.dtype.element_ty), there)

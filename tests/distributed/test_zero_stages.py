@@ -97,6 +97,16 @@ def test_blocks_by_parts_train_alike_under_every_stage(stage: int, recompute: st
 
 
 @pytest.mark.drill
+@pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
+def test_a_frozen_stem_before_whole_blocks_changes_no_stage(recompute: str) -> None:
+    """The input of the first block needs no gradient, and its weights do."""
+    losses, _, left = run_ranks(workers.by_parts_losses, 2, 3, False, recompute, True)[0]
+    plain = run_ranks(workers.by_parts_losses, 2, 0, False, recompute, True)[0][0]
+    assert losses == pytest.approx(plain, rel=1e-6)
+    assert left == 0
+
+
+@pytest.mark.drill
 @pytest.mark.parametrize("recompute", ["none", "cheap", "mlp", "block"])
 def test_recomputation_changes_no_loss_under_zero_3(recompute: str) -> None:
     kept = run_ranks(workers.checkpointed_losses, 2, 3, "none")[0]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
 import timm
 import torch
-from deepspeed.utils import set_z3_leaf_module
 
 from launch.run.compiled import whole_blocks
 from setformer_dist.core.model_config import ModelConfig, Recompute
@@ -58,6 +58,7 @@ class Trainee:
         module: torch.nn.Module | None = None,
         deepspeed: dict[str, Any] | None = None,
         global_size: int = 16,
+        leaves: Sequence[torch.nn.Module] = (),
     ) -> None:
         self.ranks = RankInfo.from_env()
         if not torch.distributed.is_initialized():
@@ -71,7 +72,7 @@ class Trainee:
         self.dtype = DTYPES[dtype]
         if module is None:
             module = small_model() if model is None else build_model(model, 10, 16, 0)
-        self.engine = initialize(module, OPTIM, json)
+        self.engine = initialize(module, OPTIM, json, leaves)
         self.master = MasterState(self.engine)
         self.ema = Ema(self.master, EmaConfig(decay=0.9))
 
@@ -111,29 +112,27 @@ def compiled_losses(stage: int, mode: str) -> tuple[list[float], int, int]:
     compiled.BACKEND = "aot_eager"  # graphs and backward passes as always, without g++
     module = build_model(ModelConfig(name="setformer_nano", drop_path=0.3), 10, 16, 0)
     compilation = compiled.compile_model(module, CompileConfig(mode=mode))
-    if stage == 3 and mode == "blocks":
-        for _, block in compiled.blocks_of(module):
-            set_z3_leaf_module(block, True)
+    leaves = [inner for _, inner in compiled.blocks_of(module)] if mode == "blocks" else []
     nothing_stays = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance")
     cut = {"zero_optimization": dict.fromkeys(nothing_stays, 0)} if stage == 3 else None
-    trainee = Trainee(stage, "fp32", module=module, deepspeed=cut)
+    trainee = Trainee(stage, "fp32", module=module, deepspeed=cut, leaves=leaves)
     losses = keyed_steps(trainee)
     left = sum(p.data.numel() for p in trainee.engine.module.parameters()) if stage == 3 else 0
     disconnect()
     return losses, compilation.graphs if compilation is not None else 0, left
 
 
-def by_parts_losses(stage: int, by_parts: bool, recompute: Recompute) -> tuple[list[float], int, int]:
+def by_parts_losses(
+    stage: int, by_parts: bool, recompute: Recompute, frozen: bool = False
+) -> tuple[list[float], int, int]:
     """The same by ops/block.py, or not; with the blocks computed by it, and the weights left after a forward pass."""
     block.WIDEST = block.WIDEST if by_parts else 0
     calls = mock.patch.object(block, "leave", wraps=block.leave).start()
     module = build_model(ModelConfig(name="setformer_nano", drop_path=0.3, recompute=recompute), 10, 16, 0)
-    if stage == 3:
-        for inner in whole_blocks(module):
-            set_z3_leaf_module(inner, True)
+    module.stem.requires_grad_(not frozen)
     nothing_stays = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance")
     cut = {"zero_optimization": dict.fromkeys(nothing_stays, 0)} if stage == 3 else None
-    trainee = Trainee(stage, "fp32", module=module, deepspeed=cut)
+    trainee = Trainee(stage, "fp32", module=module, deepspeed=cut, leaves=whole_blocks(module))
     losses = keyed_steps(trainee)
     left = sum(p.data.numel() for p in trainee.engine.module.parameters()) if stage == 3 else 0
     disconnect()

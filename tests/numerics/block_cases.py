@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import setformer_dist.models  # noqa: F401  (registers the models)
-from setformer_dist.models.layers import scale_branch
+from setformer_dist.models.layers import Mlp, scale_branch
 from setformer_dist.models.recompute import MadeAgain
 from setformer_dist.ops import block
 from setformer_dist.ops.block import Weights
@@ -122,6 +122,57 @@ def test_both_parts(
     compared(ours, theirs, [x, y, *given])
 
 
+def in_layouts(samples: int) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Return x, y, factors and a gradient, each in an order in memory that is not its own."""
+    wide = {"device": DEVICE, "dtype": torch.float64}
+    factors = torch.tensor([[0.5, 2.0], [3.0, 0.0]], device=DEVICE)[:, :samples]
+    return {
+        "sliced": (
+            torch.randn(samples, 4, 3, 48, **wide)[..., :24],
+            torch.randn(samples, 4, 3, 48, **wide)[..., 24:],
+            factors.repeat_interleave(3, 1)[:, ::3],
+            torch.randn(samples, 4, 3, 48, **wide)[..., ::2],
+        ),
+        "permuted": (
+            torch.randn(samples, 24, 4, 3, **wide).permute(0, 2, 3, 1),
+            torch.randn(samples, 24, 4, 3, **wide).permute(0, 2, 3, 1),
+            factors.t().contiguous().t(),
+            torch.randn(samples, 24, 4, 3, **wide).permute(0, 2, 3, 1),
+        ),
+        "expanded": (
+            torch.randn(1, 1, 1, 24, **wide).expand(samples, 4, 3, 24),
+            torch.randn(1, 1, 3, 1, **wide).expand(samples, 4, 3, 24),
+            factors[:, :1].expand(2, samples),
+            torch.randn(1, **wide).expand(samples, 4, 3, 24),
+        ),
+    }
+
+
+@pytest.mark.parametrize("layout", ["sliced", "permuted", "expanded"])
+@pytest.mark.parametrize("samples", [1, 2])
+def test_any_order_in_memory(layout: str, samples: int) -> None:
+    given = layers(24, 24, 40, True, torch.float64)
+    x, y, keep, dy = in_layouts(samples)[layout]
+    of = [t for t in (x.requires_grad_(), y.requires_grad_(), *given) if t is not None]
+    ours, theirs = by_parts(x, y, keep, *given), plainly(x, y, keep, *given)
+    close(ours, theirs, 1e-12)
+    for mine, other in zip(torch.autograd.grad(ours, of, dy), torch.autograd.grad(theirs, of, dy), strict=True):
+        close(mine, other, 1e-12)
+
+
+def test_a_sample_without_numbers_spoils_no_other() -> None:
+    given = layers(24, 24, 40, True, torch.float32)
+    x, y = (torch.randn(3, 7, 1, 24, device=DEVICE) for _ in range(2))
+    expected = by_parts(x, y, None, *given)
+    for worst in (torch.nan, torch.inf):
+        x[1, 3, 0, 5] = worst
+        of = x.clone().requires_grad_(), y.clone().requires_grad_()
+        found = by_parts(*of, None, *given)
+        assert torch.equal(found[::2], expected[::2])
+        assert not torch.isfinite(found[1]).all()
+        assert all(torch.isfinite(d[::2]).all() for d in torch.autograd.grad(found.sum(), of))
+
+
 def test_gradients_are_the_derivatives() -> None:
     """Against finite differences."""
     given = layers(16, 16, 8, True, torch.float64)
@@ -223,13 +274,116 @@ def test_a_block_keeps_what_the_docs_say(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found == pytest.approx({"none": 12, "cheap": 8, "mlp": 5}, abs=0.3)
 
 
+def bytes_kept(model: nn.Module, image: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Return what a model does, and the bytes that autograd keeps for it besides weights."""
+    sizes: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = model(image)
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    return y, sum(size for storage, size in sizes.items() if storage not in weights)
+
+
+@pytest.mark.parametrize("frozen", ["attn.output.weight scale1", "fc1.weight", "fc2.weight", "scale2", ""])
+def test_frozen_weights(frozen: str) -> None:
+    """Others have the same gradients, whatever is made again; no more is kept than by PyTorch's operators."""
+    image = torch.randn(2, 3, 8, 8, device=DEVICE)
+    found: dict[str, list[torch.Tensor]] = {}
+    for policy in ("all", "none", "mlp"):
+        model = small(1, 16, policy if policy != "all" else "none", layer_scale=0.5)
+        left = {name: p for name, p in model.named_parameters() if not name.endswith(tuple(frozen.split(" ")))}
+        if policy != "all":
+            for parameter in model.parameters():
+                parameter.requires_grad_(any(parameter is p for p in left.values()))
+        y, kept = bytes_kept(model, image)
+        if policy == "none":
+            with mock.patch.object(block, "WIDEST", 0):
+                assert kept <= bytes_kept(model, image)[1]
+        found[policy] = list(torch.autograd.grad(y.square().sum(), list(left.values()))) if left else []
+            assert left or not kept
+    for policy in ("none", "mlp"):
+        assert all(map(torch.equal, found["all"], found[policy])), policy
+
+
+def test_what_a_block_returns_may_be_changed_in_place() -> None:
+    inner = small(1, 16, "none").stages[0].blocks[0]
+    x, found = torch.randn(2, 4, 4, 16, device=DEVICE), []
+    for widest in (block.WIDEST, 0):
+        given = x.clone().requires_grad_()
+        with mock.patch.object(block, "WIDEST", widest):
+            y = inner(given)
+        y.mul_(2)[0].relu_()
+        found.append([y, *torch.autograd.grad(y.sum(), given)])
+    assert all(itertools.starmap(torch.allclose, zip(*found, strict=True)))
+
+
 def test_which_layers_are_taken_apart() -> None:
     x = torch.randn(2, 3, 8, device=DEVICE)
-    plain, hooked = nn.Linear(8, 8), nn.Linear(8, 8)
+    plain, hooked = (nn.Linear(8, 8, device=DEVICE) for _ in range(2))
     hooked.register_forward_hook(lambda *_: None)
-    own = type("Own", (nn.Linear,), {})(8, 8)
-    assert block.available(x, (plain, nn.LayerNorm(8)))
-    assert not block.available(x, (plain, hooked))
-    assert not block.available(x, (plain, own))
-    assert not block.available(x, (nn.LayerNorm(8, elementwise_affine=False),))
+    own = type("Own", (nn.Linear,), {})(8, 8, device=DEVICE)
+    kind = type("Kind", (torch.Tensor,), {})
+    of_a_kind = nn.Linear(8, 8, device=DEVICE)
+    of_a_kind.weight = nn.Parameter(of_a_kind.weight.detach().as_subclass(kind))
+    half = nn.LayerNorm(8, device=DEVICE)
+    half.bias = nn.Parameter(half.bias.detach().half())
+    assert block.available(x, (plain, nn.LayerNorm(8, device=DEVICE)), (None, torch.ones(8, device=DEVICE)))
+    for layer in (hooked, own, of_a_kind, half, nn.LayerNorm(8, elementwise_affine=False), nn.LayerNorm(4)):
+        assert not block.available(x, (layer,))
+    for scale in (torch.ones(1), torch.ones(8).half(), torch.ones(16)[::2], torch.ones(1).expand(8)):
+        assert not block.available(x, (plain,), (scale.to(DEVICE),))
     assert not block.available(x.to("meta"), (plain,))
+    with torch.autograd.forward_ad.dual_level():
+        assert not block.available(x, (plain,))
+
+
+@pytest.mark.parametrize("where", ["attn", "attn.output", "norm1", "norm2", "mlp", "mlp.fc1", "mlp.fc2"])
+def test_hooks_and_other_forwards_are_called(where: str) -> None:
+    """Set before the first call and after it."""
+    inner = small(1, 16, "none").stages[0].blocks[0]
+    x, module, seen = torch.randn(2, 4, 4, 16, device=DEVICE), inner.get_submodule(where), []
+    for register in (
+        module.register_forward_hook,
+        module.register_forward_pre_hook,
+        module.register_full_backward_hook,
+        module.register_full_backward_pre_hook,
+    ):
+        inner(x)
+        handle = register(lambda *_: seen.append(where))
+        inner(x).sum().backward()
+        assert seen.pop() == where
+        handle.remove()
+    forward = module.forward
+    module.forward = lambda *args, **more: seen.append(where) or forward(*args, **more)
+    inner(x)
+    assert seen == [where]
+
+
+class Other(Mlp):
+    def forward(self, x: torch.Tensor, again: MadeAgain | None = None) -> torch.Tensor:
+        return self.fc1(x)
+
+
+def test_other_modules_in_a_block_compute_as_they_do() -> None:
+    def by(change: Callable[[nn.Module], object]) -> list[torch.Tensor]:
+        x, found = torch.ones(2, 4, 4, 16, device=DEVICE).cumsum(3), []
+        for widest in (block.WIDEST, 0):
+            inner = small(1, 16, "none").stages[0].blocks[0]
+            change(inner)
+            with mock.patch.object(block, "WIDEST", widest):
+                found.append(inner(x))
+        return found
+
+    for change in (
+        lambda inner: setattr(inner.mlp, "approximate", "tanh"),
+        lambda inner: setattr(inner, "mlp", Other(16, 1).to(DEVICE)),
+        lambda inner: setattr(inner, "norm2", nn.Identity()),
+        lambda inner: setattr(inner.attn, "output", nn.Identity()),
+        lambda inner: nn.utils.parametrizations.weight_norm(inner.mlp.fc1),
+        lambda inner: nn.utils.prune.l1_unstructured(inner.mlp.fc1, "weight", 0.5),
+    ):
+        assert torch.equal(*by(change))

@@ -287,17 +287,18 @@ def watched(tensors: Sequence[Maybe]) -> bool:
     """
     return (
         torch.compiler.is_compiling()
-        or any(type(t) not in _PLAIN for t in tensors)
+        or any(type(t) not in PLAIN for t in tensors)
         or any(t is not None and (t.is_neg() or t._is_zerotensor()) for t in tensors)
         or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0  # type: ignore[no-untyped-call]
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
     )
 
 
 # What a tensor is that has no kind of its own to say what operators do with it.
-_PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
+PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
 
 
 class _SetAttention(torch.autograd.Function):
