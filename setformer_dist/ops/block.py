@@ -93,7 +93,7 @@ def _is_plain(layer: nn.Module, x: torch.Tensor) -> bool:
         known = layer.weight is not None and layer.weight.shape == x.shape[-1:]
     else:
         known = type(layer) is nn.Linear
-    return known and not altered(layer) and _readable(layer.weight, x) and _readable(layer.bias, x)
+    return known and not altered(layer) and all(_readable(w, x) for w in (layer.weight, layer.bias))  # type: ignore[arg-type]
 
 
 def _readable(weight: Maybe, x: torch.Tensor) -> bool:
@@ -405,19 +405,24 @@ class _Leave(torch.autograd.Function):
                 sums, d_out, (*(c,) * 6, hidden_c)
             )
             gradients = Weights(
-                output=d_branch1.t() @ y if needed.output else None,  # type: ignore[arg-type]
+                output=_product(d_branch1, y, needed.output),
                 output_bias=_as(w.output_bias, d_output_bias),
                 scale1=_as(w.scale1, d_scale1),
                 norm=d_norm,
                 norm_bias=_as(w.norm_bias, d_norm_bias),
-                fc1=d_hidden.t() @ normed if needed.fc1 else None,  # type: ignore[arg-type]
+                fc1=_product(d_hidden, normed, needed.fc1),
                 fc1_bias=_as(w.fc1_bias, d_fc1_bias),
-                fc2=d_branch2.t() @ active if needed.fc2 else None,  # type: ignore[arg-type]
+                fc2=_product(d_branch2, active, needed.fc2),
                 fc2_bias=_as(w.fc2_bias, d_fc2_bias),
                 scale2=_as(w.scale2, d_scale2),
             )
             dy = d_branch1 @ w.output
         return dx.view(shape), dy.view(*shape[:-1], -1), None, None, None, *gradients
+
+
+def _product(d: torch.Tensor, given: Maybe, needed: object) -> Any:
+    """Return the gradient of a linear layer's weight, or None where nobody needs it."""
+    return torch.mm(d.t(), given) if needed and given is not None else None
 
 
 def _whole(tensor: Maybe) -> Maybe:
