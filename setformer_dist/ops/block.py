@@ -89,17 +89,21 @@ def available(x: torch.Tensor, layers: Sequence[nn.Module], scales: Sequence[May
 
 def _is_plain(layer: nn.Module, x: torch.Tensor) -> bool:
     """Return whether a layer does what its class says and no more, with weights that kernels can read."""
-    if type(layer) is nn.LayerNorm:
-        known = layer.weight is not None and layer.weight.shape == x.shape[-1:]
-    else:
-        known = type(layer) is nn.Linear
-    return known and not altered(layer) and all(_readable(w, x) for w in (layer.weight, layer.bias))  # type: ignore[arg-type]
+    own = layer._parameters  # attributes of a module are slow, and every block asks
+    weight = own.get("weight")
+    if weight is None or altered(layer):
+        return False
+    known = type(layer) is nn.Linear or (type(layer) is nn.LayerNorm and weight.shape == x.shape[-1:])
+    return known and _readable(weight, x) and _readable(own.get("bias"), x)
 
 
 def _readable(weight: Maybe, x: torch.Tensor) -> bool:
     """Return whether kernels can read a weight where it lies: an ordinary tensor like x, in memory order."""
     return weight is None or (
-        type(weight) in PLAIN and weight.dtype == x.dtype and weight.device == x.device and weight.is_contiguous()
+        type(weight) in PLAIN
+        and weight.dtype is x.dtype
+        and weight.is_contiguous()
+        and weight.get_device() == x.get_device()
     )
 
 
