@@ -25,6 +25,7 @@ from torch import nn
 
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.words import counted
+from setformer_dist.engine import cuda_graphs
 from setformer_dist.engine.config import CompileConfig
 
 log = logging.getLogger(__name__)
@@ -222,13 +223,8 @@ def compile_model(
             shared[kind] = torch.compile(kind.forward, backend=BACKEND, dynamic=False, options=_options(config))
         module.forward = CompiledForward(module, name, shared[kind], compilation)
     if config.cudagraphs:
-        model.register_forward_pre_hook(_begin)
+        cuda_graphs.fit(model)
     return compilation
-
-
-def _begin(*_: object) -> None:
-    """Tell the compiler that a micro batch begins, after which outputs of the last one's graphs may be overwritten."""
-    torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 
 
 def _options(config: CompileConfig) -> dict[str, Any] | None:
