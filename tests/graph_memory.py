@@ -107,9 +107,7 @@ class GraphMemory:
         if not self._warming:
             self._node = self._at(number, addresses, managed)
         taken_as_they_are = {*static, *managed}
-        kept = [
-            t.clone() if _is_tensor(t) and i not in taken_as_they_are else t for i, t in enumerate(inputs)
-        ]
+        kept = [t.clone() if _is_tensor(t) and i not in taken_as_they_are else t for i, t in enumerate(inputs)]
         fixed = {t.untyped_storage()._cdata for i, t in enumerate(inputs) if i in addresses}
         del inputs
         results = function(kept)
