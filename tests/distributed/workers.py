@@ -22,6 +22,7 @@ from setformer_dist.engine.optim import parameter_groups
 from setformer_dist.engine.zero import deepspeed_config
 from setformer_dist.models.build import build_model
 from setformer_dist.tasks.classification import soft_cross_entropy
+from tests.graph_memory import graph_memory
 
 OPTIM = OptimConfig(lr=1e-3, clip_norm=1.0)
 
@@ -118,6 +119,22 @@ def compiled_losses(stage: int, mode: str) -> tuple[list[float], int, int]:
     left = sum(p.data.numel() for p in trainee.engine.module.parameters()) if stage == 3 else 0
     disconnect()
     return losses, compilation.graphs if compilation is not None else 0, left
+
+
+def graphed_losses(stage: int, dtype: str) -> tuple[list[float], list[float], int]:
+    """Losses of two micro batches a step with the memory of CUDA graphs and without; and how many inputs moved."""
+    found, moved = [], 0
+    for with_memory in (True, False):
+        with graph_memory() as memory:
+            if not with_memory:
+                compiled.BACKEND = "aot_eager"
+            module = build_model(ModelConfig(name="setformer_nano", drop_path=0.3), 10, 16, 0)
+            compiled.compile_model(module, CompileConfig(mode="blocks", cudagraphs=True))
+            found.append(keyed_steps(Trainee(stage, dtype, module=module)))
+            moved += memory.moved
+        torch._dynamo.reset()
+    disconnect()
+    return found[0], found[1], moved
 
 
 def keyed_steps(trainee: Trainee) -> list[float]:

@@ -206,6 +206,11 @@ def test_what_cannot_be_compiled_is_refused() -> None:
             "copies the inputs of blocks between graphs",
         ),
         (("compile.cudagraphs=true",), "needs something compiled"),
+        (("compile.mode=blocks", "compile.cudagraphs=true", "zero.overlap_comm=true"), "set one of them to false"),
+        (
+            ("compile.mode=blocks", "compile.cudagraphs=true", "model.recompute=offload"),
+            "reads inputs of blocks beside the forward pass",
+        ),
         (("compile.mode=blocks", "restart.start_after_s=60"), "must be below restart.start_after_s = 60"),
         (("compile.mode=all",), "input should be 'off', 'blocks' or 'model'"),
     ],
