@@ -22,7 +22,6 @@ from setformer_dist.engine.optim import parameter_groups
 from setformer_dist.engine.zero import deepspeed_config
 from setformer_dist.models.build import build_model
 from setformer_dist.tasks.classification import soft_cross_entropy
-from tests.graph_memory import graph_memory
 
 OPTIM = OptimConfig(lr=1e-3, clip_norm=1.0)
 
@@ -123,6 +122,8 @@ def compiled_losses(stage: int, mode: str) -> tuple[list[float], int, int]:
 
 def graphed_losses(stage: int, dtype: str) -> tuple[list[float], list[float], int]:
     """Losses of two micro batches a step with the memory of CUDA graphs and without; and how many inputs moved."""
+    from tests.graph_memory import graph_memory  # noqa: PLC0415  # imports torch's compiler, which takes seconds
+
     found, moved = [], 0
     for with_memory in (True, False):
         with graph_memory() as memory:
