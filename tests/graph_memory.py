@@ -1,6 +1,6 @@
 """CUDA graphs' memory on a CPU: a backend whose results die when torch's trees of CUDA graphs let them.
 
-Follows `torch/_inductor/cudagraph_trees.py`. Graphs that are called one after the other make a path of a tree. A graph
+Follows `torch._inductor.cudagraph_trees`. Graphs that are called one after the other make a path of a tree. A graph
 takes results of the path, weights and other attributes of modules where they lie; all else is copied. When a micro
 batch begins, the path ends with the next call, and what is left of its results is overwritten: here all bits are set,
 NaN in any floating dtype. Without that a path ends where nothing of it is alive. The first path with a graph runs

@@ -1,4 +1,4 @@
-"""What CUDA graphs ask of a training, by torch's trees of them (`torch/_inductor/cudagraph_trees.py`).
+"""What CUDA graphs ask of a training, by torch's trees of them (`torch._inductor.cudagraph_trees`).
 
 A graph writes its results to the same memory each time. Torch lets the graphs of a micro batch take the memory of the
 last one's results as soon as it is told that a micro batch begins, and does not say so once graphs are replayed. So
