@@ -85,10 +85,10 @@ def test_what_lives_longer_than_a_micro_batch_has_memory_of_its_own(
 ) -> None:
     expected = without_memory(monkeypatch, mode, recompute)
     with graph_memory() as memory:
-        model = small(mode, recompute)
-        assert trained(model, in_one_place(), steps=2) == expected[:4]  # to the last bit
+        model, keys = small(mode, recompute), in_one_place()
+        assert trained(model, keys, steps=2) == expected[:4]  # to the last bit
         once = memory.recorded
-        trained(model, in_one_place())
+        trained(model, keys)
     assert once > 0
     assert (memory.recorded, memory.moved, memory.overwritten) == (once, 0, 0)
 
