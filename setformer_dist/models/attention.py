@@ -284,7 +284,7 @@ class SetAttention(nn.Module):
             grid: rows and columns of an image's tokens, or None.
             mask_bn: True at valid tokens, or None.
             positions_bna: as in `set_attention`, for tokens that are no whole grid.
-            mapped: apply the output map; otherwise whoever calls does, as block.py.
+            mapped: apply the output map; otherwise whoever calls does, as ops/block.py.
         """
         x_bhnd = split_heads(self.input(x_bnc), self.num_heads)
         if self.watcher is not None:
