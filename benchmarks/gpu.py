@@ -98,11 +98,18 @@ def tasks() -> list[Task]:
         _check("1 resume", f"{stages} --dtypes bf16 --stages 2", f"{stages} --dtypes fp32 --stages 2"),
         _check("1 resume compiled", f"{stages} --dtypes bf16 --stages 2 --set compile.mode=blocks",
                f"{stages} --dtypes fp32 --stages 0"),
+        _check("1 resume graphs", f"{stages} --dtypes bf16 --stages 0 2 --set compile.mode=blocks"
+               " compile.cudagraphs=true batch.micro=32 eval.every_steps=7", f"{stages} --dtypes fp32 --stages 0"),
     ]  # fmt: skip
     for size, models in SIZES.items():
         for mode in ("off", "blocks"):
             found.append(
                 _task(f"2 models {size} {mode}", f"{profiled} --models {models} --compile {mode}",
+                      f"{profiled} {_NANO} --compile off")
+            )  # fmt: skip
+        if size == "tiny":
+            found.append(
+                _task("2 models tiny graphs", f"{profiled} --models {models} --compile blocks+graphs model+graphs",
                       f"{profiled} {_NANO} --compile off")
             )  # fmt: skip
     found += [

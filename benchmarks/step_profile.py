@@ -1,6 +1,9 @@
 """Where the time of a training step goes: kernels by kind, gaps between them, and the host; memory; FLOP utilisation.
 
-    python -m benchmarks.step_profile [--models setformer_tiny …] [--compile off blocks model] [--size 224]
+    python -m benchmarks.step_profile [--models setformer_tiny …] [--compile off blocks model …] [--size 224]
+
+"blocks+graphs" and "model+graphs" are compiled with CUDA graphs, for a GPU. "graphs" is how many were recorded, and
+"skips" how often torch left a part out, whose reasons it writes to the terminal.
 
 Forward, cross entropy, backward and a fused AdamW step, bf16 on a GPU and fp32 on a CPU. "busy" is the time in which
 kernels ran, "gaps" what is left of the step, "host" how long Python and launches take until the last kernel is queued
@@ -26,9 +29,11 @@ from benchmarks.machine import describe
 from benchmarks.measure import DEVICE, peak_bytes, seconds, wait, write
 from setformer_dist.engine.compiled import blocks_of, compile_model
 from setformer_dist.engine.config import CompileConfig
+from setformer_dist.engine.cuda_graphs import recorded, skips
 from setformer_dist.engine.metrics import peak_flops
 from setformer_dist.models.measure import multiply_adds_of
 from setformer_dist.models.recompute import set_recompute
+from setformer_dist.ops import block
 
 DTYPE = torch.float32 if DEVICE == "cpu" else torch.bfloat16
 # What the names of our Triton kernels begin with.
@@ -46,6 +51,7 @@ KINDS = (
     ("copy", ("memcpy", "memset", "copy", "cat")),
 )
 PROFILED = 5  # steps
+MODES = ("off", "blocks", "model", "blocks+graphs", "model+graphs")
 
 
 def kind_of(name: str) -> str:
@@ -59,11 +65,14 @@ def kind_of(name: str) -> str:
 def step_of(name: str, size: int, batch: int, mode: str, recompute: str) -> tuple[Any, torch.nn.Module]:
     """Return a training step and its model."""
     torch.manual_seed(0)
-    torch._dynamo.reset()
+    torch._dynamo.reset()  # frees the memory of graphs, too
+    torch._dynamo.utils.counters.clear()
     fixed = {"img_size": size} if name.startswith("swin") else {}
     model = timm.create_model(name, num_classes=1000, **fixed).to(DEVICE, DTYPE).train()
     set_recompute(model, recompute, name)  # type: ignore[arg-type]
-    compile_model(model, CompileConfig(mode=mode), processes=1 if DEVICE == "cpu" else 8)  # type: ignore[arg-type]
+    what, _, graphs = mode.partition("+")
+    config = CompileConfig(mode=what, cudagraphs=bool(graphs))  # type: ignore[arg-type]
+    compile_model(model, config, processes=1 if DEVICE == "cpu" else 8)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     images = torch.randn(batch, 3, size, size, device=DEVICE, dtype=DTYPE)
     labels = torch.arange(batch, device=DEVICE) % 1000
@@ -103,6 +112,7 @@ def row(name: str, size: int, batch: int, mode: str, recompute: str, budget: flo
     train()
     wait()
     first = time.perf_counter() - began
+    train()  # CUDA graphs are recorded in the second step
     took = seconds(train, budget, 20)
     wait()
     began = time.perf_counter()
@@ -119,7 +129,8 @@ def row(name: str, size: int, batch: int, mode: str, recompute: str, budget: flo
         "images/s": round(batch / took, 2), "step ms": round(1e3 * took, 2), "host ms": round(1e3 * host, 2),
         "busy ms": round(sum(kinds.values()), 2), "gaps ms": round(1e3 * took - sum(kinds.values()), 2),
         "MiB of a step": memory >> 20, "MFU": None if peak is None else round(flops / peak, 4),
-        "first step s": round(first, 1), "blocks": len(blocks_of(model)), "kinds": kinds,
+        "first step s": round(first, 1), "graphs": recorded(), "skips": skips(), "blocks": len(blocks_of(model)),
+        "kinds": kinds,
     }  # fmt: skip
 
 
@@ -127,13 +138,15 @@ def main() -> None:
     """Measure, write JSON after every row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["setformer_tiny", "swin_tiny_patch4_window7_224"])
-    parser.add_argument("--compile", nargs="+", choices=["off", "blocks", "model"], default=["off"])
+    parser.add_argument("--compile", nargs="+", choices=MODES, default=["off"])
+    parser.add_argument("--one-by-one", action="store_true", help="blocks by PyTorch's operators, without ops/block.py")
     parser.add_argument("--recompute", nargs="+", default=["none"], help="other models take none and block")
     parser.add_argument("--batch", type=int, default=4 if DEVICE == "cpu" else 256)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--budget", type=float, default=3.0, help="seconds for the time of a step")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out/step_profile.json"))
     arguments = parser.parse_args()
+    block.WIDEST = 0 if arguments.one_by_one else block.WIDEST
     rows: list[dict[str, Any]] = []
     for name in arguments.models:
         for mode in arguments.compile:

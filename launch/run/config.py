@@ -296,6 +296,17 @@ class RunConfig(FrozenConfig):
                 'memory: set compile.mode = "blocks" without cudagraphs, or a lower zero.stage'
             )
         policies = (self.model.policy,) if isinstance(self.model.policy, str) else self.model.policy
+        if how.cudagraphs and self.zero.overlap_comm:
+            raise ValueError(
+                "compile.cudagraphs = true: zero.overlap_comm = true reads gradients beside the backward pass, whose "
+                "graphs take the memory of gradients again without waiting: set one of them to false"
+            )
+        if how.cudagraphs and "offload" in policies:
+            raise ValueError(
+                'compile.cudagraphs = true: model.recompute = "offload" reads inputs of blocks beside the forward pass,'
+                ' whose graphs take their memory again without waiting: set model.recompute = "block", or '
+                "compile.cudagraphs = false"
+            )
         if how.mode == "model" and "offload" in policies:
             raise ValueError(
                 'compile.mode = "model": model.recompute = "offload" copies the inputs of blocks between graphs: set '

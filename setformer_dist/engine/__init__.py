@@ -21,6 +21,7 @@
     signals.py    SIGTERM and Ctrl-C as a wish to stop at the next step
     averaged.py           a part of the model with the averaged weights, whole on every rank
     batch_plan.py         global batch = micro batch × accumulation × groups: the one equation, solved in this one place
+    cuda_graphs.py        what must not lie in the memory of CUDA graphs, and what the log says of them
     deepspeed_engine.py   the one call of `deepspeed.initialize`
     fused_update.py       what DeepSpeed does for each parameter in an update, for all at once: checks, norm, copies
     refitter.py           who computes new sets: the ranks, or somebody else meanwhile

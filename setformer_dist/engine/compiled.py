@@ -16,6 +16,7 @@ import copy
 import importlib
 import logging
 import time
+import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from torch import nn
 
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.words import counted
+from setformer_dist.engine import cuda_graphs
 from setformer_dist.engine.config import CompileConfig
 
 log = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ log = logging.getLogger(__name__)
 BACKEND = "inductor"
 _CONFIGURED = ("_dynamo", "_functorch", "_inductor")
 _SHOWN = 300  # characters of what a compiler says
+_ALIGNMENT = 16  # bytes, of torch's compiler
 
 # Training, evaluation, and either once more with what a block may be given besides (drop path, places of tokens).
 _FORMS = 4
@@ -103,19 +106,48 @@ class Compilation:
         log.warning("%s: %s; the run goes on without the compiler (compile.fallback)", self.shown, reason)
 
 
+class Shared:
+    """Compiled forwards, each for modules of one class whose weights lie alike.
+
+    Torch's compiler loads weights whose addresses are multiples of 16 bytes in pieces of that size, and takes it that
+    further modules have theirs likewise. ZeRO's stages 1 and 2 lay weights side by side, whatever their sizes.
+    """
+
+    def __init__(self, config: CompileConfig) -> None:
+        self._backend, self._options = BACKEND, _options(config)
+        self._made: dict[tuple[object, ...], Callable[..., Any]] = {}
+
+    def of(self, module: nn.Module) -> Callable[..., Any]:
+        """Return what computes a module's forward pass, given it and the arguments."""
+        kind = type(module)
+        lie = (tensor.data_ptr() % _ALIGNMENT == 0 for tensor in (*module.parameters(), *module.buffers()))
+        key = (kind, *lie)
+        if key not in self._made:
+            forward: Any = kind.forward
+            if any(made[0] is kind for made in self._made):
+                # Torch finds what it has compiled by the code object.
+                code, names = forward.__code__.replace(), forward.__globals__
+                own = types.FunctionType(code, names, forward.__name__, forward.__defaults__, forward.__closure__)
+                own.__kwdefaults__ = forward.__kwdefaults__
+                forward = own
+            self._made[key] = torch.compile(forward, backend=self._backend, dynamic=False, options=self._options)
+        return self._made[key]
+
+
 class CompiledForward:
     """A module's `forward`, compiled; as it was, while the module is watched or after a failure.
 
     Args:
         module: whose forward pass it is.
         name: of the module.
-        compiled: takes the module and the arguments; shared by modules of one class.
+        shared: compiled forwards, which take the module and the arguments.
         compilation: of the whole model.
     """
 
-    def __init__(self, module: nn.Module, name: str, compiled: Callable[..., Any], compilation: Compilation) -> None:
+    def __init__(self, module: nn.Module, name: str, shared: Shared, compilation: Compilation) -> None:
         self._module, self._name = module, name
-        self._compiled, self._compilation = compiled, compilation
+        self._shared, self._compilation = shared, compilation
+        self._compiled: Callable[..., Any] | None = None  # chosen at the first call, when weights lie where they stay
         self._eager = type(module).forward
         self._watchable: list[Any] | None = None  # found at the first call, when a copy is whole
 
@@ -126,6 +158,8 @@ class CompiledForward:
             self._watchable = [inner for inner in self._module.modules() if hasattr(inner, "watched")]
         if compilation.off or any(module.watched for module in self._watchable):
             return self._eager(self._module, *args, **kwargs)
+        if self._compiled is None:
+            self._compiled = self._shared.of(self._module)
         graphs, breaks, began = *_counted(), time.perf_counter()
         try:
             result = self._compiled(self._module, *args, **kwargs)
@@ -141,7 +175,7 @@ class CompiledForward:
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledForward:
         """Return the forward of the module's copy; what was compiled is shared, as no weights are in it."""
         module = copy.deepcopy(self._module, memo)
-        return CompiledForward(module, self._name, self._compiled, self._compilation)
+        return CompiledForward(module, self._name, self._shared, self._compilation)
 
 
 def _counted() -> tuple[int, int]:
@@ -215,20 +249,12 @@ def compile_model(
     modules = [("the model", model)] if config.mode == "model" else blocks_of(model)
     _set_up(len(modules) * sizes * _FORMS, processes)
     compilation = Compilation(config, beat)
-    shared: dict[type[nn.Module], Callable[..., Any]] = {}
+    shared = Shared(config)
     for name, module in modules:
-        kind = type(module)
-        if kind not in shared:
-            shared[kind] = torch.compile(kind.forward, backend=BACKEND, dynamic=False, options=_options(config))
-        module.forward = CompiledForward(module, name, shared[kind], compilation)
+        module.forward = CompiledForward(module, name, shared, compilation)
     if config.cudagraphs:
-        model.register_forward_pre_hook(_begin)
+        cuda_graphs.fit(model)
     return compilation
-
-
-def _begin(*_: object) -> None:
-    """Tell the compiler that a micro batch begins, after which outputs of the last one's graphs may be overwritten."""
-    torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 
 
 def _options(config: CompileConfig) -> dict[str, Any] | None:

@@ -284,7 +284,8 @@ class CompileConfig(FrozenConfig):
         mode: what is compiled: "off" is nothing; "blocks" is each block, where equal blocks of a stage share what was
             compiled; "model" is the whole forward pass, which takes longer to compile and does not go with zero.stage =
             3. Losses agree with those of "off" to rounding, so a run that changes it is another one in its last bits.
-        cudagraphs: replay launches from CUDA graphs; for NVIDIA GPUs, and not with zero.stage = 3.
+        cudagraphs: replay launches from CUDA graphs; for NVIDIA GPUs, and not with zero.stage = 3, zero.overlap_comm or
+            model.recompute = "offload".
         cache: folder that keeps what was compiled, for the next start; by default one in the user's cache. It holds
             code that is run, so it must belong to the user and be closed to others.
         fallback: what happens when something cannot be compiled, or takes too long: with true the run goes on without

@@ -8,8 +8,8 @@ DeepSpeed goes on with: the norm of all gradients is the norm of their norms. Un
 of the buffer that is reduced, and in low precision each gradient to its master and each master to its weight.
 
 In fp16 DeepSpeed's stage 0 does not multiply the loss by the scale that its step divides by, so that updates are 65,536
-times too small; here it is multiplied. And where a step raises the scale, DeepSpeed divides by the new one; ours does
-not.
+times too small; here it is multiplied. And where a step raises the scale, DeepSpeed divides by the new one under every
+stage, which halves that update; here the scale rises after it.
 
 Left as they are: offloaded optimizers, of which DeepSpeed takes the norm while gradients arrive, and stage 1 in bf16
 with gradients in fp32 (`precision.grad_accum`), which has no such check.
@@ -45,6 +45,8 @@ def quicken(engine: Engine) -> None:
         else:
             made.clip_fp32_gradients = lambda: _clip(made)
         return
+    if engine.fp16_enabled():
+        _raise_scale_afterwards(optimizer)
     has_norms = hasattr(optimizer, "get_grad_norm_direct") and getattr(optimizer, "compute_grad_norm", True)
     if has_norms and not engine.zero_use_cpu_optimizer():
         optimizer.check_overflow = lambda partition_gradients=True: None
@@ -88,6 +90,27 @@ def _scaled(engine: Any) -> Callable[..., object]:
         return backward(loss.float() * scaling.cur_scale, **options)
 
     return of_scaled
+
+
+def _raise_scale_afterwards(optimizer: Any) -> None:
+    """Have a ZeRO optimizer raise fp16's scale when its step is done, not before it divides gradients by the scale."""
+    update_scale, take_step = optimizer._update_scale, optimizer.step
+    waiting: list[bool] = []
+
+    def update(has_overflow: bool = False) -> None:
+        if has_overflow:
+            update_scale(True)
+        else:
+            waiting.append(False)
+
+    def step(*arguments: object, **options: object) -> object:
+        waiting.clear()
+        result = take_step(*arguments, **options)
+        if waiting:
+            update_scale(False)
+        return result
+
+    optimizer._update_scale, optimizer.step = update, step
 
 
 def _reduced_together(engine: Any) -> Callable[..., None]:

@@ -74,6 +74,7 @@ class TrainStep:
         self._updates = updates
         self._refresh = refresh
         self._set_sample_keys = getattr(engine.module, "set_sample_keys", None)
+        self._keys: dict[int, torch.Tensor] = {}
 
     def __call__(self, step: int, batches: Iterator[MicroBatch]) -> StepOutcome:
         """Run optimizer step `step` (0-based) on the next micro batches of the stream."""
@@ -128,5 +129,7 @@ class TrainStep:
 
     def _key_drop_path(self, step: int, batch: MicroBatch, device: torch.device) -> None:
         if self._set_sample_keys is not None:
-            keys = sample_keys(Purpose.DROP_PATH, self._seed, step, batch.sample_ids.numpy())
-            self._set_sample_keys(on_device(torch.from_numpy(keys), device))
+            keys = torch.from_numpy(sample_keys(Purpose.DROP_PATH, self._seed, step, batch.sample_ids.numpy()))
+            # In one place for each size, as a CUDA graph reads attributes of modules where they lay when it was made.
+            place = self._keys.setdefault(len(keys), torch.empty_like(keys, device=device))
+            self._set_sample_keys(place.copy_(on_device(keys, device)))

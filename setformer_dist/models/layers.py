@@ -35,11 +35,17 @@ class DropPath(nn.Module):
     sample, on the micro batch, or on recomputation. Without keys it comes from torch's generator.
     """
 
+    bits: torch.Tensor
+
     def __init__(self, rates: Sequence[float]) -> None:
         """Set the share of samples dropped by each branch, in model order."""
         super().__init__()
         self.rates = tuple(rates)
         self.keys: torch.Tensor | None = None
+        # The bits of fp32, which no change of the model's dtype rounds. They move with the model, as a copy from the
+        # host in every pass would wait for the device, and has no place in a CUDA graph.
+        bits = torch.tensor(self.rates, dtype=torch.float32).view(torch.int32)
+        self.register_buffer("bits", bits, persistent=False)
 
     def forward(self, batch: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor | None:
         """Return (branches, batch) factors, 0 or 1 / (1 - rate), or None where nothing is dropped."""
@@ -53,7 +59,7 @@ class DropPath(nn.Module):
                     f"{self.keys.numel()} sample keys were set for a batch of {batch}: set one key per sample"
                 )
             uniform = keyed_uniform(self.keys.to(device), len(self.rates))
-        rate = torch.tensor(self.rates, device=device).unsqueeze(1)
+        rate = self.bits.view(torch.float32).to(device).unsqueeze(1)
         return ((uniform >= rate) / (1.0 - rate)).to(dtype)
 
 

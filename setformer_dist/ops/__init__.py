@@ -1,5 +1,7 @@
 """Pure tensor functions of the models: kernels, optimal transport, set attention. No state, files or ranks.
 
+block.py                the parts of a block on both sides of its attention, for GPUs: each one autograd function
+block_kernels.py        its Triton kernels: residual sums, norms, GELU
 cast_attention.py       CAST: softmax attention inside clusters of tokens, summaries between them
 cpp_library.py          our C++ for CPUs (csrc/), built for this very CPU when a process first asks for it, and kept
 kmeans.py               K-means of many groups at once

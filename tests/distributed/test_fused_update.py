@@ -53,10 +53,10 @@ def norm_of(weights: dict[str, torch.Tensor], depth: int) -> float:
     return float(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm())
 
 
-def scaled(dtype: str) -> dict[str, Any]:
-    """Train under stage 0 with the optimizer whose updates are as large as gradients; fp16 scales its loss."""
+def scaled(stage: int, dtype: str) -> dict[str, Any]:
+    """Train with the optimizer whose updates are as large as gradients; fp16 scales its loss."""
     usual, workers.OPTIM = workers.OPTIM, OptimConfig(name="sgd", lr=0.3, momentum=0.1, weight_decay=0.0)
-    trainee = workers.Trainee(0, dtype, micro=8, module=layers(4), clip_norm=1e3)
+    trainee = workers.Trainee(stage, dtype, micro=8, module=layers(4), clip_norm=1e3)
     workers.OPTIM = usual
     trainee.master.set_loss_scale({"cur_scale": 1024.0, "cur_iter": 998.0})  # the third update raises it
     losses, norms = [], []
@@ -85,7 +85,7 @@ def everything() -> dict[str, Any]:
     accelerator.is_fp16_supported = lambda self: True  # DeepSpeed lists no CPU; torch computes it on all
     found = {
         "updates": [[update(stage, dtype, depth) for depth in (4, 20)] for stage, dtype in LAYOUTS],
-        "scaled": [scaled(dtype) for dtype in ("fp32", "fp16")],
+        "scaled": [scaled(*layout) for layout in ((0, "fp32"), *((stage, "fp16") for stage in range(4)))],
         "too long": [too_long(stage, dtype) for stage, dtype in LAYOUTS if stage < 3],
         "poisoned": [poisoned_and_passed_over(stage, "none", dtype, "auto") for stage, dtype in LAYOUTS],
     }
@@ -122,11 +122,13 @@ def test_gradients_that_are_not_finite_change_nothing(by_rank: list[dict[str, An
 
 
 def test_fp16_takes_the_updates_of_fp32(by_rank: list[dict[str, Any]]) -> None:
-    # DeepSpeed alone divides by a scale that it never multiplied by: losses as if nothing was learned.
-    full, half = by_rank[0]["scaled"]
-    assert half["scale"] == 2048
-    assert half["losses"] == pytest.approx(full["losses"], rel=1e-4)
-    assert half["norms"] == pytest.approx(full["norms"], rel=5e-3)
+    # DeepSpeed alone divides by a scale that it never multiplied by (stage 0): losses as if nothing was learned; and in
+    # the third step by one that was raised before: half an update.
+    full, *halves = by_rank[0]["scaled"]
+    for half in halves:
+        assert half["scale"] == 2048
+        assert half["losses"] == pytest.approx(full["losses"], rel=1e-4)
+        assert half["norms"] == pytest.approx(full["norms"], rel=5e-3)
 
 
 def test_a_norm_that_is_not_finite_leaves_the_update_out(by_rank: list[dict[str, Any]]) -> None:

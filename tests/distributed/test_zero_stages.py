@@ -107,6 +107,14 @@ def test_a_frozen_stem_before_whole_blocks_changes_no_stage(recompute: str) -> N
 
 
 @pytest.mark.drill
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16")])
+def test_gradients_of_cuda_graphs_live_until_the_step(stage: int, dtype: str) -> None:
+    for found, expected, moved in run_ranks(workers.graphed_losses, 2, stage, dtype, timeout=400):
+        assert found == expected  # to the last bit
+        assert moved == 0
+
+
+@pytest.mark.drill
 @pytest.mark.parametrize("recompute", ["none", "cheap", "mlp", "block"])
 def test_recomputation_changes_no_loss_under_zero_3(recompute: str) -> None:
     kept = run_ranks(workers.checkpointed_losses, 2, 3, "none")[0]

@@ -139,6 +139,24 @@ def by_parts_losses(
     return losses, calls.call_count, left
 
 
+def graphed_losses(stage: int, dtype: str) -> tuple[list[float], list[float], int]:
+    """Losses of two micro batches a step with the memory of CUDA graphs and without; and how many inputs moved."""
+    from tests.graph_memory import graph_memory  # noqa: PLC0415  # imports torch's compiler, which takes seconds
+
+    found, moved = [], 0
+    for with_memory in (True, False):
+        with graph_memory() as memory:
+            if not with_memory:
+                compiled.BACKEND = "aot_eager"
+            module = build_model(ModelConfig(name="setformer_nano", drop_path=0.3), 10, 16, 0)
+            compiled.compile_model(module, CompileConfig(mode="blocks", cudagraphs=True))
+            found.append(keyed_steps(Trainee(stage, dtype, module=module)))
+            moved += memory.moved
+        torch._dynamo.reset()
+    disconnect()
+    return found[0], found[1], moved
+
+
 def keyed_steps(trainee: Trainee) -> list[float]:
     """Three steps, the drop path of each sample keyed."""
     losses = []

@@ -127,6 +127,21 @@ def test_a_masked_autoencoder_too() -> None:
     assert compilation.graphs == 3  # two stages, and the decoder's two blocks
 
 
+def test_blocks_whose_weights_lie_at_other_alignments_share_no_code() -> None:
+    model = small(depths=(4,), num_heads=(2,))
+    eager = step(model)
+    for block in model.stages[0].blocks[2:]:  # as ZeRO's stages 1 and 2 lay them, behind a tensor of an odd size
+        weight = block.norm1.weight
+        weight.data = torch.cat([torch.zeros(1), weight.data])[1:]
+    compilation = made(model)
+    for _ in range(2):
+        assert_alike(eager, step(model))
+    assert compilation.graphs == 2
+    aligned, _, other, last = (block.forward._compiled for block in model.stages[0].blocks)
+    assert aligned is not other
+    assert other is last
+
+
 def test_who_watches_sees_every_block(caplog: pytest.LogCaptureFixture) -> None:
     model, seen = small(), []
     compilation = made(model)
@@ -206,6 +221,11 @@ def test_what_cannot_be_compiled_is_refused() -> None:
             "copies the inputs of blocks between graphs",
         ),
         (("compile.cudagraphs=true",), "needs something compiled"),
+        (("compile.mode=blocks", "compile.cudagraphs=true", "zero.overlap_comm=true"), "set one of them to false"),
+        (
+            ("compile.mode=blocks", "compile.cudagraphs=true", "model.recompute=offload"),
+            "reads inputs of blocks beside the forward pass",
+        ),
         (("compile.mode=blocks", "restart.start_after_s=60"), "must be below restart.start_after_s = 60"),
         (("compile.mode=all",), "input should be 'off', 'blocks' or 'model'"),
     ],

@@ -341,9 +341,12 @@ def test_every_parameter_gets_a_gradient():
             assert grad.abs().max() > 0, name
 
 
-def test_the_model_has_no_buffers_and_no_batch_norm():
+def test_the_model_saves_no_buffers_and_has_no_batch_norm():
     model = small()
-    assert not list(model.buffers())
+    assert [name for name, _ in model.named_buffers()] == ["drop_path.bits"]
+    assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
+    rates = torch.tensor(model.drop_path.rates)
+    assert torch.equal(model.bfloat16().drop_path.bits.view(torch.float32), rates)
     assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
