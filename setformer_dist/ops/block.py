@@ -3,12 +3,12 @@
     enter    x -> x and norm1(x), which attention gets
     leave    x, y -> x' = x + keep1 scale1 output(y),   x' + keep2 scale2 fc2(gelu(fc1(norm2(x'))))
 
-By PyTorch's operators residual sums, layer scale, drop path, norms and, backward, the sums over all tokens for the
-gradients of weights and biases read and write the tokens once each, and autograd spends more of the host's time than
-the kernels last. Here a residual sum and the norm behind it are one pass, gradients of vectors are summed where the
-tokens are read anyway, and products are PyTorch's. Results are the same every time.
+With PyTorch's operators, residual sums, layer scale, drop path, norms and, backward, the sums over all tokens for the
+gradients of norms, scales and biases read the tokens once each. Here a residual sum and the norm behind it are one
+pass, these gradients are summed where the tokens are read anyway, and products are PyTorch's. Results are the same
+every time.
 
-None of this is for compiled graphs: a compiler fuses the same by itself. On CPUs PyTorch's operators are as fast.
+CPUs, which have no Triton, compute by PyTorch's operators, and so do compiled graphs: a compiler fuses by itself.
 
 Letters: S = samples, R = rows (tokens of all samples), C = channels.
 """
