@@ -41,6 +41,8 @@ _log = logging.getLogger(__name__)
 # How torch's DataLoader reports the death of a worker, and its timeout, in a RuntimeError.
 _DEATHS = ("exited unexpectedly", "killed by signal")
 _TIMED_OUT = "timed out after"
+# How it begins an error that was raised within a worker.
+_RAISED = "Caught "
 
 # Seconds that the wait for a reader is longer than a read may take: a read that fails says why, the wait cannot.
 _GRACE_S = 30.0
@@ -310,12 +312,13 @@ class Readers:
         while True:
             try:
                 return next(answers, None)
+            except (ConnectionError, EOFError, FileNotFoundError) as error:
+                if str(error).startswith(_RAISED):
+                    raise
+                raise _died(error) from None  # while it handed a tensor over
             except RuntimeError as error:
                 if any(words in str(error) for words in _DEATHS):
-                    raise TransientError(
-                        f"a data reader process died ({error}): if memory or /dev/shm ran out, lower data.workers "
-                        "or data.prefetch"
-                    ) from None
+                    raise _died(error) from None
                 if _TIMED_OUT not in str(error):
                     raise  # a defect within a reader, with its traceback
             now = list(moved)
@@ -346,6 +349,12 @@ class Readers:
         self._running = None
         end, self._end = self._end, _nothing
         end()
+
+
+def _died(error: Exception) -> TransientError:
+    return TransientError(
+        f"a data reader process died ({error}): if memory or /dev/shm ran out, lower data.workers or data.prefetch"
+    )
 
 
 class _Requests:

@@ -281,9 +281,9 @@ class Block(nn.Module):
     def _attended(self, normed: torch.Tensor, positions: torch.Tensor | None, mapped: bool = True) -> torch.Tensor:
         tokens, shape = normed.flatten(1, 2), normed.shape[:-1]
         if positions is not None:
-            return self.attn(tokens, positions_bna=positions, mapped=mapped).view(*shape, -1)  # type: ignore[no-any-return]
+            return self.attn(tokens, positions_bna=positions, mapped=mapped).unflatten(1, shape[1:])  # type: ignore[no-any-return]
         grid = (shape[1] * (1 if self.rows is None else self.rows.count), shape[2])
-        return self.attn(tokens, grid, mapped=mapped).view(*shape, -1)  # type: ignore[no-any-return]
+        return self.attn(tokens, grid, mapped=mapped).unflatten(1, shape[1:])  # type: ignore[no-any-return]
 
     def _transported(
         self, x: torch.Tensor, normed: torch.Tensor, keep_2b: torch.Tensor | None, positions: torch.Tensor | None

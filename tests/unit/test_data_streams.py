@@ -472,6 +472,21 @@ def reader_pids(stream):
     return {worker.pid for worker in stream._readers._end.__self__._workers}
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), EOFError(), FileNotFoundError(2, "no socket")])
+def test_a_reader_that_dies_while_it_hands_a_tensor_over_does_too(data, error):
+    def answers(found):
+        raise found
+        yield
+
+    stream = ShardTrainStream(open_split(data / "train"), config_of(data, workers=1), 1, RankInfo(), 24, 24)
+    with pytest.raises(TransientError, match="reader process died"):
+        stream._readers._next_of(answers(error), [])
+    within = type(error)("Caught " + type(error).__name__ + " in DataLoader worker process 0.")
+    with pytest.raises(type(error), match="Caught"):
+        stream._readers._next_of(answers(within), [])
+    stream.close()
+
+
 def test_a_killed_reader_stops_the_run_with_a_reason(data):
     stream = ShardTrainStream(open_split(data / "train"), config_of(data, workers=1), 1, RankInfo(), 24, 24)
     batches = stream.micro_batches(0)

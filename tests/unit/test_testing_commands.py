@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -36,5 +37,5 @@ def test_children_are_found_by_any_kernel(listed: bool, monkeypatch: pytest.Monk
 
             monkeypatch.setattr(Path, "read_text", refused)
         assert children(process.pid) == [child]
-        os.killpg(process.pid, 9)
+        os.kill(child, signal.SIGKILL)
     assert not children(process.pid)
