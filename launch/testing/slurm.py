@@ -5,6 +5,7 @@ It takes root and the packages slurm-wlm and munge. Everything lies in one folde
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -15,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
+
+import psutil
 
 _TOOLS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol")
 _PATH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
@@ -131,7 +134,20 @@ PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+        for step in self._steps():  # each waits for a slurmctld that takes its report
+            step.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _steps(self) -> list[psutil.Process]:
+        """Return the processes that look after jobs of this Slurm."""
+        found = []
+        for process in psutil.process_iter(["name"]):
+            with contextlib.suppress(psutil.Error):
+                if process.info["name"] == "slurmstepd" and any(
+                    file.path.startswith(str(self.folder)) for file in process.open_files()
+                ):
+                    found.append(process)
+        return found
 
 
 def _free_ports(count: int) -> list[int]:
