@@ -82,7 +82,7 @@ def compile_for(
 
 
 def whole_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return our blocks: they may take the weights of their layers themselves (ops/block.py), and hooks take time."""
+    """Return our blocks: they read weights past their layers' hooks (ops/block.py), and fewer hooks take less time."""
     return [module for module in model.modules() if isinstance(module, Block)]
 
 

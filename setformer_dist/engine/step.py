@@ -131,5 +131,6 @@ class TrainStep:
         if self._set_sample_keys is not None:
             keys = torch.from_numpy(sample_keys(Purpose.DROP_PATH, self._seed, step, batch.sample_ids.numpy()))
             # In one place for each size, as a CUDA graph reads attributes of modules where they lay when it was made.
-            place = self._keys.setdefault(len(keys), torch.empty_like(keys, device=device))
-            self._set_sample_keys(place.copy_(on_device(keys, device)))
+            if len(keys) not in self._keys:
+                self._keys[len(keys)] = torch.empty_like(keys, device=device)
+            self._set_sample_keys(self._keys[len(keys)].copy_(on_device(keys, device)))

@@ -1,4 +1,4 @@
-"""Whole runs with the memory of CUDA graphs: micro batches, averaged weights, evaluations, probes, pieces, sizes."""
+"""Whole runs with the memory of CUDA graphs: micro batches, averaged weights, evaluations, probes, pieces."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ PROGRAM = "tests.integration.graphed_runs"
 HIDING = ("data.augment.mixup=0", "data.augment.cutmix=0", "checkpoint.best_metric=loss", "task.args.unit=4",
           "model.args.stem_strides=[1,1]")  # fmt: skip
 MAE = (*HIDING, "task.name=mae", "task.args.decoder_dim=32", "task.args.decoder_depth=1")
-SIZES = "data.resolution=[{ epoch = 0, image_size = 24 }]"
 
 
 @pytest.mark.drill
