@@ -30,7 +30,7 @@ from launch.run.inputs import evaluation_micro
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.engine.batch_plan import BatchPlan, possible_micros, solve
 from setformer_dist.engine.config import ZeroConfig
-from setformer_dist.engine.zero import check_precision
+from setformer_dist.engine.zero import check_precision, set_aside
 from setformer_dist.models.measure import Memory, memory_of
 
 _COPY = 3.3e9  # bytes/s of one rank, as saving copies its fragments in host memory (docs/results.md, checkpoints)
@@ -180,7 +180,7 @@ def shared(subject: Subject, micro: int, times: int) -> tuple[Transfer, ...]:
 def rank_memory(subject: Subject, device: Device, stage: int, batch: BatchPlan, checkpointed: bool) -> Memory:
     """Return the memory of a rank; buckets are set aside by stages 1 to 3."""
     c = subject.config
-    buckets = (1 + c.zero.overlap_comm) * subject.model.bucket * subject.model.item if device.buckets and stage else 0
+    buckets = set_aside(c.zero, stage, subject.model.count) * subject.model.item if device.buckets else 0
     return memory_of(
         subject.model.count,
         subject.passes[checkpointed].at(batch.micro),

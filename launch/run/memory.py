@@ -18,7 +18,8 @@ from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.model_config import Recompute
 from setformer_dist.engine.deepspeed_engine import DTYPES
 from setformer_dist.engine.optim import OPTIMIZERS
-from setformer_dist.models.measure import Memory, predict_memory
+from setformer_dist.engine.zero import set_aside
+from setformer_dist.models.measure import Memory, parameters, predict_memory
 from setformer_dist.models.recompute import candidates, set_recompute
 
 # Predictions were within 7 % of what was measured (docs/memory.md): what is far beyond the memory is refused.
@@ -60,7 +61,7 @@ def predicted(run: ResolvedRun, model: nn.Module, shape: tuple[int, ...], batch_
         c.zero.offload,
         plan.global_size // (micro * plan.groups),
         len(OPTIMIZERS[c.optim.name].states),
-        _set_aside(run),
+        _set_aside(run, parameters(model)),
     )
     return dataclasses.replace(memory, parameters=memory.parameters + averaged_bytes(model, dtype))
 
@@ -164,9 +165,7 @@ def part_of_sample(shape: tuple[int, ...], parts: int) -> tuple[int, ...]:
     return shape if parts == 1 else (shape[0], shape[1] // parts, *shape[2:])
 
 
-def _set_aside(run: ResolvedRun) -> int:
-    """Return the bytes of the reduction buckets that DeepSpeed sets aside on a GPU; a CPU's are taken as they fill."""
-    zero = run.config.zero
+def _set_aside(run: ResolvedRun, count: int) -> int:
+    """Return the bytes of the reduction buckets that are set aside on a GPU; a CPU's are taken as they fill."""
     item = DTYPES[run.config.precision.dtype].itemsize
-    whole = torch.cuda.is_available() and zero.stage > 0
-    return (1 + zero.overlap_comm) * zero.bucket_mib * 2**20 // 4 * item if whole else 0
+    return set_aside(run.config.zero, run.config.zero.stage, count) * item if torch.cuda.is_available() else 0

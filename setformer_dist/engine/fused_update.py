@@ -26,6 +26,7 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.utils import get_norm_dtype
 
 from setformer_dist.engine.protocol import Engine
+from setformer_dist.engine.reduction import reduce_together
 
 
 def quicken(engine: Engine) -> None:
@@ -47,6 +48,7 @@ def quicken(engine: Engine) -> None:
         return
     if engine.fp16_enabled():
         _raise_scale_afterwards(optimizer)
+    reduce_together(engine)
     has_norms = hasattr(optimizer, "get_grad_norm_direct") and getattr(optimizer, "compute_grad_norm", True)
     if has_norms and not engine.zero_use_cpu_optimizer():
         optimizer.check_overflow = lambda partition_gradients=True: None

@@ -79,6 +79,20 @@ def deepspeed_config(
     return merge(config, extra)
 
 
+def set_aside(zero: ZeroConfig, stage: int, count: int) -> int:
+    """Return the elements of the reduction buckets that a GPU gives away whole, besides gradients and one copy of them.
+
+    Args:
+        zero: the run's.
+        stage: of ZeRO.
+        count: parameters of the model.
+    """
+    bucket = zero.bucket_mib * 2**20 // 4
+    if stage in (1, 2) and zero.offload == "none":  # a bucket is the copy (`reduction.py`)
+        return 2 * min(bucket, count) if zero.overlap_comm else 0
+    return (1 + zero.overlap_comm) * bucket if stage else 0
+
+
 def _zero_section(zero: ZeroConfig) -> dict[str, object]:
     elements = zero.bucket_mib * 2**20 // 4
     section: dict[str, object] = {

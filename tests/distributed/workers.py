@@ -59,13 +59,14 @@ class Trainee:
         deepspeed: dict[str, Any] | None = None,
         global_size: int = 16,
         leaves: Sequence[torch.nn.Module] = (),
+        overlap: bool = False,
     ) -> None:
         self.ranks = RankInfo.from_env()
         if not torch.distributed.is_initialized():
             connect(self.ranks, os.environ["SETFORMER_RENDEZVOUS"])
         self.comm = TorchCollectives(self.ranks)
         self.plan = solve(BatchConfig(global_size=global_size, micro=micro), self.ranks.world_size)
-        zero = ZeroConfig(stage=stage, offload=offload, bucket_mib=1)
+        zero = ZeroConfig(stage=stage, offload=offload, bucket_mib=1, overlap_comm=overlap)
         json = deepspeed_config(
             PrecisionConfig(dtype=dtype, grad_accum=grad_accum), zero, self.plan, clip_norm, deepspeed or {}
         )

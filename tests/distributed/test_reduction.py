@@ -1,0 +1,148 @@
+"""Gradients reduced a bucket at once are those of DeepSpeed, bit by bit, in all layouts and with unused parts."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from benchmarks.measure import Kernels
+from launch.testing.ranks import run_ranks
+from setformer_dist.engine import fused_update
+from setformer_dist.engine.comm import disconnect
+from setformer_dist.tasks.classification import soft_cross_entropy
+from tests.distributed import workers
+
+# Stage, dtype, dtype of sums; elements of a bucket: all weights at once, a few, less than one of them; overlap_comm.
+LAYOUTS = [
+    (stage, dtype, sums, bucket, overlap)
+    for stage in (1, 2)
+    for dtype, sums in (("fp32", "auto"), ("bf16", "auto"), ("fp16", "auto"), ("bf16", "fp32"), ("fp16", "fp32"))
+    for bucket, overlap in ((100_000, False), (3000, False), (100, False), (3000, True))
+    if (stage, dtype, sums) != (1, "bf16", "fp32")  # DeepSpeed has another optimizer for it
+    if (stage, dtype, sums, overlap) != (1, "fp16", "fp32", True)  # is DeepSpeed's, see below
+]
+OTHER_WAYS = [
+    {"zero_optimization": {"reduce_scatter": False}},
+    {"zero_optimization": {"use_multi_rank_bucket_allreduce": False}},
+    {"zero_optimization": {"contiguous_gradients": False}},
+]
+
+
+class Partly(torch.nn.Module):
+    """Layers of sizes that no number of ranks divides; one is frozen, two are used by every second pass alone."""
+
+    def __init__(self, depth: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(depth)
+        self.first = torch.nn.Linear(768, 31)
+        self.frozen = torch.nn.Linear(31, 31).requires_grad_(False)
+        self.by_turns = torch.nn.ModuleList(torch.nn.Linear(31, 31) for _ in range(2))
+        self.inner = torch.nn.ModuleList(torch.nn.Linear(31, 31) for _ in range(depth))
+        self.scale = torch.nn.Parameter(torch.ones(1))
+        self.last = torch.nn.Linear(31, 10)
+        self.passes = 0
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.frozen(self.first(images.flatten(1)))
+        x = x + self.by_turns[self.passes % 2](x)
+        self.passes += 1
+        for layer in self.inner:
+            x = x + torch.nn.functional.gelu(layer(x))
+        return self.last(x * self.scale)
+
+
+def trained(
+    stage: int,
+    dtype: str,
+    sums: str,
+    bucket: int,
+    overlap: bool,
+    *,
+    ours: bool,
+    deepspeed: dict[str, Any] | None = None,
+) -> tuple[list[torch.Tensor], list[float], bool]:
+    """Return the master weights after three steps of two micro batches, the norms, and whether buckets were ours."""
+    with mock.patch.object(fused_update, "reduce_together", wraps=None if not ours else fused_update.reduce_together):
+        micro = 12 // workers.RankInfo.from_env().world_size
+        trainee = workers.Trainee(
+            stage, dtype, sums, micro, module=Partly(), deepspeed=deepspeed, global_size=24, overlap=overlap
+        )
+    trainee.engine.optimizer.reduce_bucket_size = bucket
+    norms = []
+    for k in range(3):
+        trainee.step(k)
+        norms.append(float(trainee.engine.get_global_grad_norm()))
+    taken = "reduction" in getattr(trainee.engine.optimizer.reduce_gradients, "__module__", "")
+    return [fragment.tensor.clone() for fragment in trainee.master.fragments("param")], norms, taken
+
+
+def both() -> list[tuple[bool, list[float], list[float], bool]]:
+    """Return of each layout whether the weights are DeepSpeed's, the norms with and without, and who reduced."""
+    accelerator: Any = type(get_accelerator())
+    accelerator.is_fp16_supported = lambda self: True  # DeepSpeed lists no CPU; torch computes it on all
+    found = []
+    for layout in LAYOUTS:
+        weights, norms, taken = trained(*layout, ours=True)
+        # DeepSpeed with overlap_comm leaves out, under stage 1, what the last micro batch does not use.
+        wanted, wanted_norms, other = trained(*layout[:-1], False, ours=False)
+        same = all(map(torch.equal, weights, wanted)) and len(weights) == len(wanted) > 0
+        found.append((same, norms, wanted_norms, taken and not other))
+    disconnect()
+    return found
+
+
+def other_ways() -> list[tuple[bool, list[float]]]:
+    found = [trained(2, "fp32", "auto", 3000, False, ours=True, deepspeed=way)[1:] for way in ({}, *OTHER_WAYS)]
+    disconnect()
+    return [(taken, norms) for norms, taken in found]
+
+
+def kernels(depth: int) -> list[int]:
+    """Return how many kernels a backward pass has beyond the model's, under stages 1 and 2."""
+    found = []
+    for stage in (1, 2):
+        trainee = workers.Trainee(stage, "bf16", micro=8, module=Partly(depth))
+        images, targets = workers.samples(0, 16)
+        counts = []
+        for backward in (trainee.engine.backward, torch.Tensor.backward):
+            module = trainee.engine if backward == trainee.engine.backward else Partly(depth).bfloat16()
+            loss = soft_cross_entropy(module(images.bfloat16()), targets)
+            with Kernels() as counted:
+                backward(loss)
+            counts.append(counted.count)
+        found.append(counts[0] - counts[1])
+    disconnect()
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_weights_are_those_of_deepspeed(world_size: int) -> None:
+    for found in run_ranks(both, world_size, timeout=280):
+        for layout, (same, norms, wanted, ours) in zip(LAYOUTS, found, strict=True):
+            assert ours == (layout[::2][:2] != (1, "fp32")), layout  # there gradients wait in fp32, too
+            assert same, layout
+            assert norms == wanted, layout
+
+
+def test_three_ranks_add_in_another_order_alone() -> None:
+    for found in run_ranks(both, 3, timeout=280):
+        for layout, (_, norms, wanted, _) in zip(LAYOUTS, found, strict=True):
+            assert norms == pytest.approx(wanted, rel=1e-6 if layout[1] == "fp32" else 1e-2), layout
+
+
+def test_a_config_that_asks_for_another_way_gets_deepspeeds() -> None:
+    for (ours, norms), *others in run_ranks(other_ways, 2, timeout=120):
+        assert ours
+        for theirs, other in others:
+            assert not theirs
+            assert other == pytest.approx(norms, rel=1e-5)
+
+
+def test_a_backward_pass_has_as_many_kernels_for_any_number_of_weights() -> None:
+    few, many = (run_ranks(kernels, 2, depth, timeout=120)[0] for depth in (2, 20))
+    for stage in (0, 1):
+        assert many[stage] <= few[stage] < 20, stage + 1
