@@ -296,10 +296,17 @@ class RunConfig(FrozenConfig):
                 'memory: set compile.mode = "blocks" without cudagraphs, or a lower zero.stage'
             )
         policies = (self.model.policy,) if isinstance(self.model.policy, str) else self.model.policy
-        if how.cudagraphs and self.zero.overlap_comm:
+        deepspeeds = (
+            self.zero.offload != "none"
+            or self.deepspeed
+            or (self.zero.stage == 1 and self.precision.grad_accum == "fp32")
+        )
+        if how.cudagraphs and self.zero.overlap_comm and deepspeeds:
             raise ValueError(
                 "compile.cudagraphs = true: zero.overlap_comm = true reads gradients beside the backward pass, whose "
-                "graphs take the memory of gradients again without waiting: set one of them to false"
+                "graphs take their memory again without waiting, where DeepSpeed reduces them: with zero.offload, with "
+                'a [deepspeed] table, and with precision.grad_accum = "fp32" under zero.stage = 1: set one of the two '
+                "to false"
             )
         if how.cudagraphs and "offload" in policies:
             raise ValueError(

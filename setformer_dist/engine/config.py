@@ -284,7 +284,7 @@ class CompileConfig(FrozenConfig):
         mode: what is compiled: "off" is nothing; "blocks" is each block, where equal blocks of a stage share what was
             compiled; "model" is the whole forward pass, which takes longer to compile and does not go with zero.stage =
             3. Losses agree with those of "off" to rounding, so a run that changes it is another one in its last bits.
-        cudagraphs: replay launches from CUDA graphs; for NVIDIA GPUs, and not with zero.stage = 3, zero.overlap_comm or
+        cudagraphs: replay launches from CUDA graphs; for NVIDIA GPUs, and not with zero.stage = 3 or
             model.recompute = "offload".
         cache: folder that keeps what was compiled, for the next start; by default one in the user's cache. It holds
             code that is run, so it must belong to the user and be closed to others.
@@ -311,8 +311,9 @@ class ZeroConfig(FrozenConfig):
 
     Attributes:
         stage: 0 replicates; 1 shards optimizer states, 2 also gradients, 3 also parameters.
-        overlap_comm: overlap the reduction of gradients with the backward pass.
-        bucket_mib: size of the reduction and gather buckets.
+        overlap_comm: overlap the reduction of gradients with the backward pass: each bucket is reduced as soon as it is
+            full, so bucket_mib must be a small part of the model.
+        bucket_mib: size of the reduction and gather buckets, as fp32; in low precision they are half as large.
         offload: what is kept and updated in host memory (ZeRO-Offload, Ren et al. 2021): "none"; "optimizer", that is
             master weights, optimizer states, EMA and their gradients (stages 1, 2, 3); or "all", also the weights,
             which are copied to the device when needed (stage 3). May change when a run resumes.

@@ -65,6 +65,7 @@ class Reduction:
         # With `precision.grad_accum = "fp32"` what this rank keeps of means is added to one fp32 tensor of a group.
         self._sums = any(map(optimizer._use_compact_grad_partition_buffer, range(len(self._kept))))
         self._overlap: bool = optimizer.overlap_comm
+        self._begun: set[torch.Tensor] = set()
         self._waiting: list[torch.Tensor] = []
         self._elements = 0
         self._under_way: deque[tuple[list[torch.Tensor], torch.Tensor, Any]] = deque()
@@ -83,9 +84,8 @@ class Reduction:
 
     def reduce(self, pipeline_parallel: bool = False) -> None:
         """Reduce the gradients of all weights; DeepSpeed calls it after the last backward pass of a step of stage 1."""
-        begun = {weight for weights, _, _ in self._under_way for weight in weights}.union(self._waiting)
-        for weight in self._weights:
-            if weight.grad is not None and weight not in begun:
+        for weight in self._weights:  # all of them, or those that the last micro batch did not use
+            if weight.grad is not None and weight not in self._begun:
                 self._add(weight)
         self.finish()
 
@@ -95,6 +95,7 @@ class Reduction:
         self._flush()
         while self._under_way:
             self._settle()
+        self._begun.clear()
         optimizer = self._optimizer
         last = optimizer.is_gradient_accumulation_boundary()
         for index, weights in enumerate(self._kept):
@@ -134,6 +135,7 @@ class Reduction:
         """Have a gradient wait; where it does not fit into the bucket, reduce those that wait."""
         if self._elements + weight.numel() > self._optimizer.reduce_bucket_size:
             self._flush()
+        self._begun.add(weight)
         self._waiting.append(weight)
         self._elements += weight.numel()
 

@@ -21,7 +21,7 @@ LAYOUTS = [
     (stage, dtype, sums, bucket, overlap)
     for stage in (1, 2)
     for dtype, sums in (("fp32", "auto"), ("bf16", "auto"), ("fp16", "auto"), ("bf16", "fp32"), ("fp16", "fp32"))
-    for bucket, overlap in ((100_000, False), (3000, False), (100, False), (3000, True))
+    for bucket, overlap in ((100_000, False), (3000, False), (100, False), (3000, True), (100, True))
     if (stage, dtype, sums) != (1, "bf16", "fp32")  # DeepSpeed has another optimizer for it
     if (stage, dtype, sums, overlap) != (1, "fp16", "fp32", True)  # is DeepSpeed's, see below
 ]

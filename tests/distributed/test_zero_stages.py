@@ -107,9 +107,19 @@ def test_a_frozen_stem_before_whole_blocks_changes_no_stage(recompute: str) -> N
 
 
 @pytest.mark.drill
-@pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16")])
-def test_gradients_of_cuda_graphs_live_until_the_step(stage: int, dtype: str) -> None:
-    for found, expected, moved in run_ranks(workers.graphed_losses, 2, stage, dtype, timeout=400):
+@pytest.mark.parametrize(
+    ("stage", "dtype", "overlap"),
+    [
+        (0, "fp32", False),
+        (0, "bf16", False),
+        (1, "fp32", False),
+        (2, "bf16", False),
+        (1, "bf16", True),
+        (2, "fp32", True),
+    ],
+)
+def test_gradients_of_cuda_graphs_live_until_the_step(stage: int, dtype: str, overlap: bool) -> None:
+    for found, expected, moved in run_ranks(workers.graphed_losses, 2, stage, dtype, overlap, timeout=400):
         assert found == expected  # to the last bit
         assert moved == 0
 

@@ -140,7 +140,7 @@ def by_parts_losses(
     return losses, calls.call_count, left
 
 
-def graphed_losses(stage: int, dtype: str) -> tuple[list[float], list[float], int]:
+def graphed_losses(stage: int, dtype: str, overlap: bool) -> tuple[list[float], list[float], int]:
     """Losses of two micro batches a step with the memory of CUDA graphs and without; and how many inputs moved."""
     from tests.graph_memory import graph_memory  # noqa: PLC0415  # imports torch's compiler, which takes seconds
 
@@ -151,7 +151,10 @@ def graphed_losses(stage: int, dtype: str) -> tuple[list[float], list[float], in
                 compiled.BACKEND = "aot_eager"
             module = build_model(ModelConfig(name="setformer_nano", drop_path=0.3), 10, 16, 0)
             compiled.compile_model(module, CompileConfig(mode="blocks", cudagraphs=True))
-            found.append(keyed_steps(Trainee(stage, dtype, module=module)))
+            trainee = Trainee(stage, dtype, module=module, overlap=overlap)
+            if stage:
+                trainee.engine.optimizer.reduce_bucket_size = 10_000  # many in a backward pass
+            found.append(keyed_steps(trainee))
             moved += memory.moved
         torch._dynamo.reset()
     disconnect()

@@ -221,7 +221,17 @@ def test_what_cannot_be_compiled_is_refused() -> None:
             "copies the inputs of blocks between graphs",
         ),
         (("compile.cudagraphs=true",), "needs something compiled"),
-        (("compile.mode=blocks", "compile.cudagraphs=true", "zero.overlap_comm=true"), "set one of them to false"),
+        *(
+            (
+                ("compile.mode=blocks", "compile.cudagraphs=true", "zero.overlap_comm=true", *keys),
+                "where DeepSpeed reduces",
+            )
+            for keys in (
+                ("zero.stage=1", "precision.dtype=bf16", "precision.grad_accum=fp32"),
+                ("zero.offload=optimizer",),
+                ("deepspeed.zero_optimization.round_robin_gradients=true",),
+            )
+        ),
         (
             ("compile.mode=blocks", "compile.cudagraphs=true", "model.recompute=offload"),
             "reads inputs of blocks beside the forward pass",
