@@ -183,7 +183,8 @@ class Cluster:
 
     def slow(self, name: str, kbit: int) -> None:
         """Limit the bandwidth of a host's link, both ways."""
-        limit = ("tbf", "rate", f"{kbit}kbit", "burst", "16kb", "latency", "200ms")
+        burst = max(16, kbit // 2000)  # kB: what a timer of 4 ms lets through at once
+        limit = ("tbf", "rate", f"{kbit}kbit", "burst", f"{burst}kb", "latency", "200ms")
         _do("tc", "qdisc", "replace", "dev", f"{self._tag}{name}", "root", *limit)
         _do("tc", "-n", self.namespace(name), "qdisc", "replace", "dev", "eth0", "root", *limit)
 
