@@ -2,11 +2,11 @@
 
 Written against DeepSpeed 0.19.8, whose hooks copy each gradient into a bucket, look up which ranks keep which part of
 it, copy the bucket again to add it up, and copy each gradient out: two kernels and 40 µs of Python for each of the 439
-weights of SeTformer-Tiny, also for a rank alone. Here a hook only notes the weight, and a bucket is one concatenation,
-one division, one sum over ranks and one copy of what this rank keeps: DeepSpeed's operations on the same numbers. A
-rank alone has its gradients where they should be.
+weights of SeTformer-Tiny, also for a rank alone. Here a hook only notes that a gradient is there, and a bucket is one
+concatenation, one division, one sum over ranks and one copy of what this rank keeps: DeepSpeed's operations on the same
+numbers. A rank alone has its gradients where they should be.
 
-With `zero.overlap_comm` a full bucket is summed while the backward pass goes on, two buckets at a time.
+With `zero.overlap_comm` a bucket is summed while the backward pass goes on, two buckets at a time.
 
 DeepSpeed does it where a run asks for something else: offload, or keys of its own for it.
 """
@@ -49,25 +49,34 @@ def reduce_together(engine: Engine) -> None:
     if type(optimizer) is not DeepSpeedZeroOptimizer or made.torch_autocast_enabled():
         return
     if all(getattr(optimizer, name) == usual for name, usual in _USUAL.items()):
-        Reduction(optimizer).install()
+        Reduction(optimizer, list(engine.module.parameters())).install()
 
 
 class Reduction:
-    """Gradients of one ZeRO optimizer on their way to the ranks that keep them."""
+    """Gradients of one ZeRO optimizer on their way to the ranks that keep them.
 
-    def __init__(self, optimizer: Any) -> None:
+    Buckets are fixed: weights from the model's last to its first, as their gradients come. Ranks reduce them in this
+    order, each when all its gradients are there, and the rest after the backward pass, with zeros for weights that this
+    rank has not used. So ranks agree whatever order gradients come in, and on weights that some of them use alone.
+
+    Args:
+        optimizer: DeepSpeed's.
+        parameters: of the model, in its order.
+    """
+
+    def __init__(self, optimizer: Any, parameters: Sequence[torch.Tensor]) -> None:
         self._optimizer = optimizer
+        self._overlap: bool = optimizer.overlap_comm
         self._ranks = comm.get_world_size(group=optimizer.dp_process_group)
-        self._weights: list[torch.Tensor] = [p for group in optimizer.bit16_groups for p in group if p.requires_grad]
-        self._order = {p: index for index, p in enumerate(self._weights)}
         self._kept: list[list[torch.Tensor]] = optimizer.params_in_partition
         self._group = {p: index for index, group in enumerate(self._kept) for p in group}
         # With `precision.grad_accum = "fp32"` what this rank keeps of means is added to one fp32 tensor of a group.
         self._sums = any(map(optimizer._use_compact_grad_partition_buffer, range(len(self._kept))))
-        self._overlap: bool = optimizer.overlap_comm
-        self._begun: set[torch.Tensor] = set()
-        self._waiting: list[torch.Tensor] = []
-        self._elements = 0
+        known = {p for group in optimizer.bit16_groups for p in group if p.requires_grad}
+        self._buckets = buckets_of([p for p in parameters if p in known], optimizer.reduce_bucket_size)
+        self._bucket = {p: index for index, weights in enumerate(self._buckets) for p in weights}
+        self._missing = [len(weights) for weights in self._buckets]
+        self._next = 0
         self._under_way: deque[tuple[list[torch.Tensor], torch.Tensor, Any]] = deque()
 
     def install(self) -> None:
@@ -77,25 +86,23 @@ class Reduction:
             hook.remove()
         optimizer._grad_acc_hooks = []
         if optimizer.partition_gradients or self._overlap:  # stage 2 frees gradients that other ranks keep
-            weights: list[Any] = self._weights
-            optimizer._grad_acc_hooks = [weight.register_post_accumulate_grad_hook(self._arrived) for weight in weights]
-        optimizer.reduce_gradients = self.reduce
+            weights: list[Any] = list(self._bucket)
+            optimizer._grad_acc_hooks = [weight.register_post_accumulate_grad_hook(self._take) for weight in weights]
+        optimizer.reduce_gradients = self.finish
         optimizer.overlapping_partition_gradients_reduce_epilogue = self.finish
 
-    def reduce(self, pipeline_parallel: bool = False) -> None:
-        """Reduce the gradients of all weights; DeepSpeed calls it after the last backward pass of a step of stage 1."""
-        for weight in self._weights:  # all of them, or those that the last micro batch did not use
-            if weight.grad is not None and weight not in self._begun:
-                self._add(weight)
-        self.finish()
-
     @torch.no_grad()
-    def finish(self) -> None:
-        """Reduce what waits, and hand DeepSpeed what the update needs; it calls this after backward passes."""
-        self._flush()
+    def finish(self, pipeline_parallel: bool = False) -> None:
+        """Reduce what is left, and hand DeepSpeed what the update needs.
+
+        It calls this after each backward pass of stage 2, and after the last one of a step of stage 1.
+        """
+        while self._next < len(self._buckets):
+            self._begin()
         while self._under_way:
             self._settle()
-        self._begun.clear()
+        self._missing = [len(weights) for weights in self._buckets]
+        self._next = 0
         optimizer = self._optimizer
         last = optimizer.is_gradient_accumulation_boundary()
         for index, weights in enumerate(self._kept):
@@ -123,41 +130,41 @@ class Reduction:
                     return_tensor_list=True,
                 )
                 optimizer.all_grad_tensors[index] = None
-        for weight in self._weights:
+        for weight in self._bucket:
             weight.grad = None
 
-    def _arrived(self, weight: torch.Tensor) -> None:
-        """Note a weight whose gradient is there. Stage 1 reduces those of the last micro batch, which hold all."""
-        if self._optimizer.partition_gradients or self._optimizer.is_gradient_accumulation_boundary():
-            self._add(weight)
-
-    def _add(self, weight: torch.Tensor) -> None:
-        """Have a gradient wait; where it does not fit into the bucket, reduce those that wait."""
-        if self._elements + weight.numel() > self._optimizer.reduce_bucket_size:
-            self._flush()
-        self._begun.add(weight)
-        self._waiting.append(weight)
-        self._elements += weight.numel()
+    def _take(self, weight: torch.Tensor) -> None:
+        """Take note of a gradient; reduce what is complete. Stage 1 has it all in the last micro batch of a step."""
+        if not (self._optimizer.partition_gradients or self._optimizer.is_gradient_accumulation_boundary()):
+            return
+        index = self._bucket[weight]
+        self._missing[index] -= 1
+        if self._missing[index] < 0:
+            raise RuntimeError(
+                "a weight got a gradient twice in one backward pass: the first one may be reduced by now"
+            )
+        while self._next < len(self._buckets) and not self._missing[self._next]:
+            self._begin()
 
     @torch.no_grad()
-    def _flush(self) -> None:
-        """Begin to take the means of the gradients that wait, in an order that is the same on all ranks."""
-        weights = sorted(self._waiting, key=self._order.__getitem__)
-        self._waiting, self._elements = [], 0
-        if not weights or (self._ranks == 1 and not self._sums):
+    def _begin(self) -> None:
+        """Begin to take the means of the next bucket."""
+        weights, self._next = self._buckets[self._next], self._next + 1
+        if self._ranks == 1 and not self._sums:
             return
         work, optimizer = None, self._optimizer
-        bucket = torch.cat([_gradient(weight).reshape(-1) for weight in weights])
+        gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
+        bucket = torch.cat([gradient.reshape(-1) for gradient in gradients])
         if self._ranks > 1:
             bucket = bucket.div_(float(self._ranks)).to(optimizer.communication_data_type)
             work = comm.all_reduce(bucket, group=optimizer.dp_process_group, async_op=self._overlap)
-        for weight in weights:
-            if self._sums or weight not in self._group:
-                weight.grad = None
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient if weight in self._group and not self._sums else None
         self._under_way.append((weights, bucket, work))
         while len(self._under_way) > (_AT_ONCE if self._overlap else 0):
             self._settle()
 
+    @torch.no_grad()
     def _settle(self) -> None:
         """Put what this rank keeps of the means of the oldest bucket where it belongs."""
         weights, bucket, work = self._under_way.popleft()
@@ -170,8 +177,8 @@ class Reduction:
         if self._sums:
             self._add_to_sums(kept, means)
         elif kept:
-            gradients = [_gradient(weight) for weight in kept]
-            torch._foreach_copy_(gradients, [means[w].view_as(g) for w, g in zip(kept, gradients, strict=True)])
+            gradients: list[Any] = [weight.grad for weight in kept]
+            torch._foreach_copy_(gradients, [means[weight].view_as(weight) for weight in kept])
 
     def _add_to_sums(self, weights: Sequence[torch.Tensor], means: dict[torch.Tensor, torch.Tensor]) -> None:
         """Add what this rank keeps of means to the sums of their groups."""
@@ -189,6 +196,14 @@ class Reduction:
             torch._foreach_add_(sums, parts)
 
 
-def _gradient(weight: torch.Tensor) -> torch.Tensor:
-    assert weight.grad is not None  # only weights that have one wait
-    return weight.grad
+def buckets_of(parameters: Sequence[torch.Tensor], most: int) -> list[list[torch.Tensor]]:
+    """Return parameters from the last to the first, in buckets of so many elements at most, or of one parameter."""
+    buckets: list[list[torch.Tensor]] = []
+    room = 0
+    for parameter in reversed(parameters):
+        if not buckets or parameter.numel() > room:
+            buckets.append([])
+            room = most
+        buckets[-1].append(parameter)
+        room -= parameter.numel()
+    return buckets

@@ -11,7 +11,7 @@ from deepspeed.accelerator import get_accelerator
 
 from benchmarks.measure import Kernels
 from launch.testing.ranks import run_ranks
-from setformer_dist.engine import fused_update
+from setformer_dist.engine import fused_update, reduction
 from setformer_dist.engine.comm import disconnect
 from setformer_dist.tasks.classification import soft_cross_entropy
 from tests.distributed import workers
@@ -66,7 +66,11 @@ def trained(
     deepspeed: dict[str, Any] | None = None,
 ) -> tuple[list[torch.Tensor], list[float], bool]:
     """Return the master weights after three steps of two micro batches, the norms, and whether buckets were ours."""
-    with mock.patch.object(fused_update, "reduce_together", wraps=None if not ours else fused_update.reduce_together):
+    real = fused_update.reduce_together, reduction.buckets_of
+    with (
+        mock.patch.object(fused_update, "reduce_together", wraps=real[0] if ours else None),
+        mock.patch.object(reduction, "buckets_of", lambda parameters, _: real[1](parameters, bucket)),
+    ):
         micro = 12 // workers.RankInfo.from_env().world_size
         trainee = workers.Trainee(
             stage, dtype, sums, micro, module=Partly(), deepspeed=deepspeed, global_size=24, overlap=overlap
@@ -101,6 +105,21 @@ def other_ways() -> list[tuple[bool, list[float]]]:
     return [(taken, norms) for norms, taken in found]
 
 
+def used_by_some(overlap: bool) -> list[list[float]]:
+    """Return the masters of a rank after three steps in which each rank uses another layer, under stages 0 to 2."""
+    found = []
+    for stage in (0, 1, 2):
+        module = Partly()
+        module.passes = workers.RankInfo.from_env().rank
+        module.register_forward_hook(lambda made, *_: setattr(made, "passes", made.passes + 1))  # the same each time
+        trainee = workers.Trainee(stage, "fp32", micro=8, module=module, overlap=overlap)
+        for k in range(3):
+            trainee.step(k)
+        found.append(torch.cat([p.detach().flatten() for p in trainee.engine.module.parameters()]).tolist())
+    disconnect()
+    return found
+
+
 def kernels(depth: int) -> list[int]:
     """Return how many kernels a backward pass has beyond the model's, under stages 1 and 2."""
     found = []
@@ -132,6 +151,20 @@ def test_three_ranks_add_in_another_order_alone() -> None:
     for found in run_ranks(both, 3, timeout=280):
         for layout, (_, norms, wanted, _) in zip(LAYOUTS, found, strict=True):
             assert norms == pytest.approx(wanted, rel=1e-6 if layout[1] == "fp32" else 1e-2), layout
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_weights_that_some_ranks_use_alone(overlap: bool) -> None:
+    for whole, *parts in run_ranks(used_by_some, 2, overlap, timeout=120):
+        for part in parts:
+            assert part == pytest.approx(whole, abs=1e-6)
+
+
+def test_buckets_hold_all_from_the_last_to_the_first() -> None:
+    parameters = [torch.empty(size) for size in (3, 0, 5, 2, 2, 9, 1)]
+    buckets = reduction.buckets_of(parameters, 4)
+    assert [[p.numel() for p in bucket] for bucket in buckets] == [[1], [9], [2, 2], [5], [0, 3]]
+    assert reduction.buckets_of([], 4) == []
 
 
 def test_a_config_that_asks_for_another_way_gets_deepspeeds() -> None:
