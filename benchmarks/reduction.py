@@ -39,13 +39,12 @@ from setformer_dist.engine.zero import deepspeed_config
 from setformer_dist.models.build import build_model
 
 CLASSES, TURN = 10, 5
-BUCKET_MIB = 8  # with overlap_comm; without, all gradients are one bucket
 LOOPS = [(stage, overlap, ours) for stage in (1, 2) for overlap in (False, True) for ours in (False, True)]
 
 
 def engine_of(asked: argparse.Namespace, stage: int, overlap: bool, ours: bool) -> Engine:
     """Return an engine whose gradients are reduced by DeepSpeed, or by ours."""
-    zero = ZeroConfig(stage=stage, overlap_comm=overlap, bucket_mib=BUCKET_MIB if overlap else 256)
+    zero = ZeroConfig(stage=stage, overlap_comm=overlap, bucket_mib=asked.bucket_mib if overlap else 256)
     plan = solve(BatchConfig(global_size=2 * asked.micro, micro=asked.micro), 2)
     settings = deepspeed_config(PrecisionConfig(dtype=asked.dtype), zero, plan, 1.0, {})
     model = build_model(ModelConfig(name=asked.model), CLASSES, asked.side, 0)
@@ -110,6 +109,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=96)
     parser.add_argument("--micro", type=int, default=8, help="images of a rank and step")
     parser.add_argument("--dtype", default="fp32", choices=sorted(deepspeed_engine.DTYPES))
+    parser.add_argument("--bucket-mib", type=int, default=25, help="zero.bucket_mib with overlap_comm; 256 without")
     parser.add_argument("--turns", type=int, default=4, help=f"of {TURN} steps for each loop")
     parser.add_argument("--out", type=Path, help="write JSON here")
     parser.add_argument("--folder", help=argparse.SUPPRESS)

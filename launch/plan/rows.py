@@ -30,7 +30,7 @@ from launch.run.inputs import evaluation_micro
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.engine.batch_plan import BatchPlan, possible_micros, solve
 from setformer_dist.engine.config import ZeroConfig
-from setformer_dist.engine.zero import check_precision, set_aside
+from setformer_dist.engine.zero import check_precision, overlaps, set_aside
 from setformer_dist.models.measure import Memory, memory_of
 
 _COPY = 3.3e9  # bytes/s of one rank, as saving copies its fragments in host memory (docs/results.md, checkpoints)
@@ -141,10 +141,12 @@ def row_of(subject: Subject, cluster: Cluster, stage: int, world_size: int) -> R
         return memory(dataclasses.replace(first, micro=micro, accumulation=accumulation), choice).total <= room
 
     largest = tuple((choice, _largest(functools.partial(fits, choice))) for choice in subject.passes)
-    transfers = traffic(subject.model, stage, world_size, accumulation) + shared(subject, batch.micro, accumulation)
+    overlap = stage > 0 and overlaps(c.precision, c.zero.model_copy(update={"stage": stage}), c.deepspeed)
+    transfers = traffic(subject.model, stage, world_size, accumulation, overlap)
+    transfers += shared(subject, batch.micro, accumulation)
     compute, last_backward = _compute(subject, device, batch)
     times = {t.what: seconds(t, device, world_size, cluster.per_node) for t in transfers}
-    if c.zero.overlap_comm and stage:
+    if overlap:
         passes = accumulation if stage > 1 else 1
         times["gradients"] = max(0.0, times["gradients"] - passes * last_backward)
         times["weights"] = max(0.0, times.get("weights", 0.0) - accumulation * last_backward / 2)
@@ -180,7 +182,8 @@ def shared(subject: Subject, micro: int, times: int) -> tuple[Transfer, ...]:
 def rank_memory(subject: Subject, device: Device, stage: int, batch: BatchPlan, checkpointed: bool) -> Memory:
     """Return the memory of a rank; buckets are set aside by stages 1 to 3."""
     c = subject.config
-    buckets = set_aside(c.zero, stage, subject.model.count) * subject.model.item if device.buckets else 0
+    zero = c.zero.model_copy(update={"stage": stage})
+    buckets = set_aside(c.precision, zero, c.deepspeed, subject.model.count) if device.buckets else 0
     return memory_of(
         subject.model.count,
         subject.passes[checkpointed].at(batch.micro),
@@ -192,7 +195,7 @@ def rank_memory(subject: Subject, device: Device, stage: int, batch: BatchPlan, 
         c.zero.offload,
         batch.accumulation,
         subject.states,
-        buckets,
+        buckets * subject.model.item,
     )
 
 

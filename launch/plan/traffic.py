@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from launch.plan.hardware import Device
+from setformer_dist.engine.zero import OVERLAPPED
 
 Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
 
@@ -93,14 +94,24 @@ class Model:
         return sum(self.sizes)
 
 
-def traffic(model: Model, stage: int, world_size: int, accumulation: int) -> tuple[Transfer, ...]:
-    """Return the collectives of one optimizer step on one rank; sums of norms and flags (bytes) are left out."""
+def traffic(
+    model: Model, stage: int, world_size: int, accumulation: int, overlap: bool = False
+) -> tuple[Transfer, ...]:
+    """Return the collectives of one optimizer step on one rank; sums of norms and flags (bytes) are left out.
+
+    Args:
+        model: its sizes.
+        stage: of ZeRO.
+        world_size: number of ranks.
+        accumulation: micro batches of a step.
+        overlap: whether stages 1 and 2 reduce gradients beside the backward pass.
+    """
     gradients = model.count * model.item
     if stage == 0:
         return (Transfer("all_reduce", gradients, math.ceil(model.count / _STAGE0_BUCKET), "gradients"),)
     if stage in (1, 2):
         times = accumulation if stage == 2 else 1
-        calls = times * math.ceil(model.count / model.bucket)
+        calls = times * math.ceil(model.count / (min(model.bucket, OVERLAPPED) if overlap else model.bucket))
         step = _ALIGNED * world_size
         padded = sum(math.ceil(sum(group) / step) * step for group in model.groups) * model.item
         return (

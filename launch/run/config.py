@@ -48,7 +48,7 @@ from setformer_dist.engine.config import (
     ScheduleConfig,
     ZeroConfig,
 )
-from setformer_dist.engine.zero import deepspeed_config
+from setformer_dist.engine.zero import deepspeed_config, overlaps, reduced_here
 
 _CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
 
@@ -296,17 +296,13 @@ class RunConfig(FrozenConfig):
                 'memory: set compile.mode = "blocks" without cudagraphs, or a lower zero.stage'
             )
         policies = (self.model.policy,) if isinstance(self.model.policy, str) else self.model.policy
-        deepspeeds = (
-            self.zero.offload != "none"
-            or self.deepspeed
-            or (self.zero.stage == 1 and self.precision.grad_accum == "fp32")
-        )
-        if how.cudagraphs and self.zero.overlap_comm and deepspeeds:
+        asked = self.precision, self.zero, self.deepspeed
+        if how.cudagraphs and self.zero.stage and overlaps(*asked) and not reduced_here(*asked):
             raise ValueError(
                 "compile.cudagraphs = true: zero.overlap_comm = true reads gradients beside the backward pass, whose "
                 "graphs take their memory again without waiting, where DeepSpeed reduces them: with zero.offload, with "
-                'a [deepspeed] table, and with precision.grad_accum = "fp32" under zero.stage = 1: set one of the two '
-                "to false"
+                'a [deepspeed] table, and with precision.grad_accum = "fp32" under zero.stage = 1: set '
+                'zero.overlap_comm = "auto"'
             )
         if how.cudagraphs and "offload" in policies:
             raise ValueError(

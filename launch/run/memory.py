@@ -167,5 +167,6 @@ def part_of_sample(shape: tuple[int, ...], parts: int) -> tuple[int, ...]:
 
 def _set_aside(run: ResolvedRun, count: int) -> int:
     """Return the bytes of the reduction buckets that are set aside on a GPU; a CPU's are taken as they fill."""
-    item = DTYPES[run.config.precision.dtype].itemsize
-    return set_aside(run.config.zero, run.config.zero.stage, count) * item if torch.cuda.is_available() else 0
+    c = run.config
+    elements = set_aside(c.precision, c.zero, c.deepspeed, count) if torch.cuda.is_available() else 0
+    return elements * DTYPES[c.precision.dtype].itemsize

@@ -22,6 +22,7 @@ from deepspeed import comm
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from setformer_dist.engine.protocol import Engine
+from setformer_dist.engine.zero import OVERLAPPED
 
 # Of DeepSpeed's optimizer: what must hold for its reduction to be the one of this module.
 _USUAL = {
@@ -73,7 +74,8 @@ class Reduction:
         # With `precision.grad_accum = "fp32"` what this rank keeps of means is added to one fp32 tensor of a group.
         self._sums = any(map(optimizer._use_compact_grad_partition_buffer, range(len(self._kept))))
         known = {p for group in optimizer.bit16_groups for p in group if p.requires_grad}
-        self._buckets = buckets_of([p for p in parameters if p in known], optimizer.reduce_bucket_size)
+        most = min(optimizer.reduce_bucket_size, OVERLAPPED) if self._overlap else optimizer.reduce_bucket_size
+        self._buckets = buckets_of([p for p in parameters if p in known], most)
         self._bucket = {p: index for index, weights in enumerate(self._buckets) for p in weights}
         self._missing = [len(weights) for weights in self._buckets]
         self._next = 0

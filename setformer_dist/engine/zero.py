@@ -14,6 +14,9 @@ from setformer_dist.core.errors import ConfigError
 from setformer_dist.engine.batch_plan import BatchPlan
 from setformer_dist.engine.config import PrecisionConfig, ZeroConfig
 
+# Elements of a bucket that is reduced beside the backward pass: the 25 MiB of PyTorch's DDP, in fp32.
+OVERLAPPED = 25 * 2**20 // 4
+
 # Keys of DeepSpeed's that we set from our own config; a [deepspeed] table that names one contradicts it.
 OWNED_KEYS = {
     "train_batch_size": "batch.global_size",
@@ -62,7 +65,7 @@ def deepspeed_config(
         "gradient_accumulation_steps": plan.accumulation,
         "gradient_clipping": clip_norm,
         "steps_per_print": 1_000_000_000,  # our metrics print
-        "zero_optimization": _zero_section(zero),
+        "zero_optimization": _zero_section(zero, overlaps(precision, zero, extra)),
     }
     if zero.offload != "none":
         # The optimizer stays PyTorch's or timm's: the numbers of a run without offload, and nothing to compile.
@@ -79,25 +82,37 @@ def deepspeed_config(
     return merge(config, extra)
 
 
-def set_aside(zero: ZeroConfig, stage: int, count: int) -> int:
+def reduced_here(precision: PrecisionConfig, zero: ZeroConfig, extra: Mapping[str, object]) -> bool:
+    """Return whether a config leaves all that `reduction.py` does to it, and nothing to DeepSpeed."""
+    fp32_besides = precision.dtype != "fp32" and precision.grad_accum == "fp32"
+    return zero.stage in (1, 2) and zero.offload == "none" and not extra and not (zero.stage == 1 and fp32_besides)
+
+
+def overlaps(precision: PrecisionConfig, zero: ZeroConfig, extra: Mapping[str, object]) -> bool:
+    """Return whether gradients are reduced beside the backward pass; `extra` is the [deepspeed] table."""
+    return reduced_here(precision, zero, extra) if zero.overlap_comm == "auto" else zero.overlap_comm
+
+
+def set_aside(precision: PrecisionConfig, zero: ZeroConfig, extra: Mapping[str, object], count: int) -> int:
     """Return the elements of the reduction buckets that a GPU gives away whole, besides gradients and one copy of them.
 
     Args:
+        precision: the run's.
         zero: the run's.
-        stage: of ZeRO.
+        extra: the [deepspeed] table.
         count: parameters of the model.
     """
-    bucket = zero.bucket_mib * 2**20 // 4
-    if stage in (1, 2) and zero.offload == "none":  # a bucket is the copy (`reduction.py`)
-        return 2 * min(bucket, count) if zero.overlap_comm else 0
-    return (1 + zero.overlap_comm) * bucket if stage else 0
+    bucket, overlap = zero.bucket_mib * 2**20 // 4, overlaps(precision, zero, extra)
+    if reduced_here(precision, zero, extra):  # a bucket is the copy
+        return 2 * min(bucket, OVERLAPPED, count) if overlap else 0
+    return (1 + overlap) * bucket if zero.stage else 0
 
 
-def _zero_section(zero: ZeroConfig) -> dict[str, object]:
+def _zero_section(zero: ZeroConfig, overlap: bool) -> dict[str, object]:
     elements = zero.bucket_mib * 2**20 // 4
     section: dict[str, object] = {
         "stage": zero.stage,
-        "overlap_comm": zero.overlap_comm,
+        "overlap_comm": overlap,
         "contiguous_gradients": True,
         "reduce_bucket_size": elements,
         "allgather_bucket_size": elements,
