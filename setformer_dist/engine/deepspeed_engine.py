@@ -18,6 +18,7 @@ from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.zero.utils import is_zero_supported_optimizer
 from deepspeed.utils import set_z3_leaf_module
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.engine.batch_plan import BatchPlan
@@ -43,6 +44,18 @@ def _import_muon() -> None:
 
 
 _import_muon()
+
+
+class _ScalarsAsBytes(TorchFunctionMode):
+    """Lets weights without dimensions be viewed as bytes: so DeepSpeed sends all weights, and PyTorch refuses these."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.view and args[1:] == (torch.uint8,) and not args[0].dim():
+            return args[0].view(1).view(torch.uint8)
+        return func(*args, **(kwargs or {}))
+
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -86,9 +99,10 @@ def initialize(
     if not is_zero_supported_optimizer(optimizer):  # DeepSpeed has not tested it; our tests have, under every stage
         deepspeed_json = {**deepspeed_json, "zero_allow_untested_optimizer": True}
     try:
-        engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=deepspeed_json, dist_init_required=False
-        )
+        with _ScalarsAsBytes():
+            engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=deepspeed_json, dist_init_required=False
+            )
     except (DeepSpeedConfigError, pydantic.ValidationError) as error:
         raise ConfigError(f"DeepSpeed refuses its config: {' '.join(str(error).split())}") from None
     if engine.zero_use_cpu_optimizer() or engine.zero_optimization_stage() == 3:

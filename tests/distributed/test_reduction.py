@@ -42,7 +42,7 @@ class Partly(torch.nn.Module):
         self.frozen = torch.nn.Linear(31, 31).requires_grad_(False)
         self.by_turns = torch.nn.ModuleList(torch.nn.Linear(31, 31) for _ in range(2))
         self.inner = torch.nn.ModuleList(torch.nn.Linear(31, 31) for _ in range(depth))
-        self.scale = torch.nn.Parameter(torch.ones(1))
+        self.scale = torch.nn.Parameter(torch.tensor(1.0))
         self.last = torch.nn.Linear(31, 10)
         self.passes = 0
 

@@ -29,11 +29,25 @@ from setformer_dist.tasks.classification import soft_cross_entropy
 OPTIM = OptimConfig(lr=1e-3, clip_norm=1.0)
 
 
+class Scaled(torch.nn.Module):
+    """A layer times a weight without dimensions, as in NFNets, ReZero and CLIP."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.gain = torch.nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) * self.gain
+
+
 def small_model() -> torch.nn.Module:
     torch.manual_seed(0)
-    return timm.create_model(
+    model = timm.create_model(
         "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=48, depth=2, num_heads=3, num_classes=10
     )
+    model.head = Scaled(model.head)
+    return model
 
 
 def samples(step: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
