@@ -114,9 +114,9 @@ class Reduction:
                 continue
             gradients = optimizer.get_all_grad_tensors(weights, dtype=optimizer.gradient_accumulation_dtype)
             earlier = optimizer.all_grad_tensors.get(index)
-            if earlier is not None:
+            if earlier:
                 torch._foreach_add_(earlier, gradients)
-            elif last:
+            elif last or not weights:  # of a small group some ranks keep nothing
                 optimizer.all_grad_tensors[index] = gradients
             else:  # those of further micro batches may come to lie where these do (`cuda_graphs.py`)
                 optimizer.all_grad_tensors[index] = [torch.empty_like(gradient) for gradient in gradients]
@@ -160,8 +160,8 @@ class Reduction:
         if self._ranks > 1:
             bucket = bucket.div_(float(self._ranks)).to(optimizer.communication_data_type)
             work = comm.all_reduce(bucket, group=optimizer.dp_process_group, async_op=self._overlap)
-        for weight, gradient in zip(weights, gradients, strict=True):
-            weight.grad = gradient if weight in self._group and not self._sums else None
+        for weight in weights:
+            weight.grad = None
         self._under_way.append((weights, bucket, work))
         while len(self._under_way) > (_AT_ONCE if self._overlap else 0):
             self._settle()
@@ -179,8 +179,11 @@ class Reduction:
         if self._sums:
             self._add_to_sums(kept, means)
         elif kept:
-            gradients: list[Any] = [weight.grad for weight in kept]
-            torch._foreach_copy_(gradients, [means[weight].view_as(weight) for weight in kept])
+            # Not where gradients lay: autograd may have made one of them a view of what it still reads.
+            own = [torch.empty_like(weight) for weight in kept]
+            torch._foreach_copy_(own, [means[weight].view_as(weight) for weight in kept])
+            for weight, mean in zip(kept, own, strict=True):
+                weight.grad = mean
 
     def _add_to_sums(self, weights: Sequence[torch.Tensor], means: dict[torch.Tensor, torch.Tensor]) -> None:
         """Add what this rank keeps of means to the sums of their groups."""

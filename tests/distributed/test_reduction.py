@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
@@ -55,6 +56,33 @@ class Partly(torch.nn.Module):
         return self.last(x * self.scale)
 
 
+class Shift(torch.nn.Module):
+    """Adds a weight that is viewed as its input: autograd lets the gradient of one be a view of that of the other."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.shift = torch.nn.Parameter(torch.linspace(-1, 1, count))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.shift.view_as(x)
+
+
+def shifted() -> torch.nn.Module:
+    """Return a model for micro batches of six images."""
+    torch.manual_seed(0)
+    first = torch.nn.Linear(768, 30)
+    return torch.nn.Sequential(torch.nn.Flatten(), first, torch.nn.Tanh(), Shift(180), torch.nn.Linear(30, 10))
+
+
+def with_a_small_group() -> torch.nn.Module:
+    """Return a model whose weights without decay are one number, of which all ranks but one keep nothing."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.PReLU(), torch.nn.Linear(768, 10, bias=False))
+
+
+MODULES = {made.__name__: made for made in (Partly, shifted, with_a_small_group)}
+
+
 def trained(
     stage: int,
     dtype: str,
@@ -63,6 +91,7 @@ def trained(
     overlap: bool,
     *,
     ours: bool,
+    module: str = "Partly",
     deepspeed: dict[str, Any] | None = None,
 ) -> tuple[list[torch.Tensor], list[float], bool]:
     """Return the master weights after three steps of two micro batches, the norms, and whether buckets were ours."""
@@ -73,7 +102,7 @@ def trained(
     ):
         micro = 12 // workers.RankInfo.from_env().world_size
         trainee = workers.Trainee(
-            stage, dtype, sums, micro, module=Partly(), deepspeed=deepspeed, global_size=24, overlap=overlap
+            stage, dtype, sums, micro, module=MODULES[module](), deepspeed=deepspeed, global_size=24, overlap=overlap
         )
     trainee.engine.optimizer.reduce_bucket_size = bucket
     norms = []
@@ -84,15 +113,17 @@ def trained(
     return [fragment.tensor.clone() for fragment in trainee.master.fragments("param")], norms, taken
 
 
-def both() -> list[tuple[bool, list[float], list[float], bool]]:
+def both(
+    module: str = "Partly", layouts: Sequence[tuple[Any, ...]] = LAYOUTS
+) -> list[tuple[bool, list[float], list[float], bool]]:
     """Return of each layout whether the weights are DeepSpeed's, the norms with and without, and who reduced."""
     accelerator: Any = type(get_accelerator())
     accelerator.is_fp16_supported = lambda self: True  # DeepSpeed lists no CPU; torch computes it on all
     found = []
-    for layout in LAYOUTS:
-        weights, norms, taken = trained(*layout, ours=True)
+    for layout in layouts:
+        weights, norms, taken = trained(*layout, ours=True, module=module)
         # DeepSpeed with overlap_comm leaves out, under stage 1, what the last micro batch does not use.
-        wanted, wanted_norms, other = trained(*layout[:-1], False, ours=False)
+        wanted, wanted_norms, other = trained(*layout[:-1], False, ours=False, module=module)
         same = all(map(torch.equal, weights, wanted)) and len(weights) == len(wanted) > 0
         found.append((same, norms, wanted_norms, taken and not other))
     disconnect()
@@ -150,6 +181,23 @@ def test_weights_are_those_of_deepspeed(world_size: int) -> None:
 def test_three_ranks_add_in_another_order_alone() -> None:
     for found in run_ranks(both, 3, timeout=280):
         for layout, (_, norms, wanted, _) in zip(LAYOUTS, found, strict=True):
+            assert norms == pytest.approx(wanted, rel=1e-6 if layout[1] == "fp32" else 1e-2), layout
+
+
+def test_gradients_that_autograd_still_reads_are_left_alone() -> None:
+    layouts = [(stage, "fp32", "auto", 180, overlap) for stage, overlap in ((2, False), (2, True), (1, True))]
+    for found in run_ranks(both, 2, "shifted", layouts, timeout=120):
+        for layout, (same, norms, wanted, ours) in zip(layouts, found, strict=True):
+            assert ours, layout
+            assert same, layout
+            assert norms == wanted, layout
+
+
+def test_ranks_that_keep_nothing_of_a_group() -> None:
+    layouts = [(2, "fp32", "auto", 3000, False), (2, "bf16", "fp32", 3000, True), (1, "fp32", "auto", 3000, True)]
+    for found in run_ranks(both, 3, "with_a_small_group", layouts, timeout=120):
+        for layout, (_, norms, wanted, ours) in zip(layouts, found, strict=True):
+            assert ours, layout
             assert norms == pytest.approx(wanted, rel=1e-6 if layout[1] == "fp32" else 1e-2), layout
 
 
