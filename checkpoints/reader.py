@@ -14,7 +14,7 @@ import contextlib
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -202,31 +202,46 @@ class Checkpoint:
                 counts[state] += sum(piece.end - piece.start for piece, _ in held)
         return dict(sorted(counts.items()))
 
-    def check_holds(self, shapes: Mapping[str, tuple[int, ...]], states: Iterable[str]) -> None:
+    def check_holds(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        states: Sequence[str],
+        fixed: Mapping[str, tuple[int, ...]] | None = None,
+        fixed_states: Sequence[str] = (),
+    ) -> None:
         """Check by the headers alone that a run with these parameters can be filled.
 
         Args:
             shapes: of every parameter that trains, by name.
             states: of each of them.
+            fixed: shapes of those that do not train. An older checkpoint has none of them.
+            fixed_states: of each of these.
 
         Raises:
             CheckpointError: a parameter has another shape, a state of it is missing in whole or in part, or there
                 are parameters that the run does not have.
         """
         with self._open() as files:
-            if more := sorted(files.parameters.keys() - shapes.keys()):
+            still = {name: shape for name, shape in (fixed or {}).items() if name in files.parameters}
+            if more := sorted(files.parameters.keys() - shapes.keys() - still.keys()):
                 raise CheckpointError(
-                    f"{self.path} holds {counted(len(more), 'parameter')} that this model does not train, such as "
+                    f"{self.path} holds {counted(len(more), 'parameter')} that this model does not have, such as "
                     f"{more[0]!r}: use the config that it was trained with"
                 )
-            nothing = [Fragment(n, s, 0, shape, torch.empty(0)) for n, shape in shapes.items() for s in states]
+            asked = [*((shapes, state) for state in states), *((still, state) for state in fixed_states)]
+            nothing = [
+                Fragment(name, state, 0, shape, torch.empty(0))
+                for of, state in asked
+                for name, shape in of.items()
+                if math.prod(shape)  # of a parameter without elements nothing is written
+            ]
             self._check(files, nothing)
             for fragment in nothing:
                 numel = math.prod(fragment.shape)
                 held = sum(
                     piece.end - piece.start for piece, _ in files.pieces.get((fragment.name, fragment.state), ())
                 )
-                if numel and not held:
+                if not held:
                     raise self._no_state(files, fragment.state, fragment.name)
                 if held < numel:
                     raise DamagedError(

@@ -23,6 +23,7 @@ from launch.run.identity import identity_of, shapes_of
 from launch.run.initial_weights import FirstWeights
 from launch.run.inputs import Split, check_splits, evaluation_micro, inputs_of
 from launch.run.objective import averaged_of, prepare_for
+from launch.run.own_model import agreed_buffers
 from launch.run.periodic_probe import probe_of
 from launch.run.refit_by_ray import ByRay
 from launch.run.sequence import check_sequence, decode_own_rows, split_model, with_rows
@@ -121,6 +122,7 @@ def compose(
     identity = identity_of(run, model, splits.train.classes, input_spec)
     best, copies_s = Best(c.checkpoint.best_metric, c.checkpoint.best_mode), 60 * c.checkpoint.mirror_minutes
     first_weights = first_weights_of(run, task, model, comm)
+    buffers = agreed_buffers(model, c, comm)
     dtype, classes = DTYPES[c.precision.dtype], len(splits.train.classes)
     averaged = averaged_of(task, model, device, dtype)
     prepare = prepare_for(c, task, classes, device, dtype, stream.steps_per_epoch, averaged)
@@ -144,7 +146,7 @@ def compose(
         task=task,
         prepare=prepare,
         schedule=Schedule(engine.optimizer, c.schedule, stream.steps_per_epoch),
-        store=store_of(run, identity, splits, comm, stream, master, schedule_steps, taught_by),
+        store=store_of(run, identity, splits, comm, stream, master, schedule_steps, taught_by, buffers),
         comm=comm,
         meter=meter,
         record=RunRecord(c.folder, ranks.is_main),
@@ -183,9 +185,11 @@ def store_of(
     master: MasterState,
     total_steps: int,
     taught_by: str | None,
+    buffers: str | None,
 ) -> RunStore:
     """Return the checkpoints of the run, with the checks of what it may resume from."""
     config = run.config
+    averaged = ["ema"] if config.ema.decay else []
     return RunStore(
         manager_of(config, comm),
         run,
@@ -199,9 +203,13 @@ def store_of(
         holds=functools.partial(
             Checkpoint.check_holds,
             shapes=master.shapes,
-            states=("param", *master.states, *(["ema"] if config.ema.decay else [])),
+            states=("param", *master.states, *averaged),
+            fixed=master.fixed_shapes,
+            fixed_states=("param", *averaged),
         ),
         teacher=taught_by,
+        fixed=master.fixed_shapes,
+        buffers=buffers,
     )
 
 

@@ -7,7 +7,9 @@ using the checkpoint (`setformer.load(path, model=...)`).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,13 +17,17 @@ from torch import nn
 from launch.run.config import RunConfig
 from launch.run.inputs import check_shapes, inputs_of
 from setformer_dist.core import revisions
-from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.errors import CheckpointError, ConfigError
 from setformer_dist.core.model_config import OWN_MODEL
 from setformer_dist.core.task import Task
+from setformer_dist.engine.comm import TorchCollectives
 from setformer_dist.models.build import own_model
 
 # A module whose copy is trained, or a function of the number of outputs that makes one.
 OwnModel = nn.Module | Callable[[int], nn.Module]
+
+# Of trainer.json: a digest of the buffers, which are no part of a checkpoint.
+BUFFERS = "buffers"
 
 # Tasks whose loss takes one number for each output.
 _BY_OUTPUT = ("classification", "multilabel")
@@ -41,10 +47,11 @@ def named_own(config: RunConfig, own: OwnModel) -> RunConfig:
         )
     model = config.model
     asked = {"args": revisions.without_defaults(model.args), "drop_path": model.drop_path, "weights": model.weights}
-    if wrong := [key for key, value in asked.items() if value]:
+    if wrong := [f"model.{key}" for key, value in asked.items() if value]:
+        words = ", ".join(f'"~{key}"' for key in wrong)
         raise ConfigError(
-            f"model.{wrong[0]} applies only to models that are built by name, and this run gets a model as an object: "
-            f'remove the key, from Python by load_config(..., "~model.{wrong[0]}")'
+            f"{' and '.join(wrong)} applies only to models that are built by name, and this run gets a model as an "
+            f"object: remove it, from Python by load_config(..., {words})"
         )
     kind = type(own) if isinstance(own, nn.Module) else own
     name = getattr(kind, "__qualname__", type(kind).__qualname__)
@@ -86,7 +93,8 @@ def build_own(own: OwnModel, config: RunConfig, shape: tuple[int, ...], task: Ta
         task: what the run learns.
 
     Raises:
-        ConfigError: also where the model does not take the run's samples, or has another number of outputs.
+        ConfigError: also where the model does not take the run's samples, has another number of outputs, or changes
+            buffers of its state_dict.
     """
     inputs, outputs = inputs_of(config.data), len(task.outputs)
     model = made_own(own, config, outputs)
@@ -98,7 +106,7 @@ def build_own(own: OwnModel, config: RunConfig, shape: tuple[int, ...], task: Ta
     except Exception as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(f"model {name} does not take a batch of shape {(1, *shape)}: {why}") from error
-    model.train()
+    _refuse_changing_buffers(model.train(), name, torch.zeros(2, *shape, dtype=inputs.dtype or torch.float32))
     if task.name in _BY_OUTPUT and getattr(made, "shape", None) != (1, outputs):
         got = tuple(made.shape) if isinstance(made, torch.Tensor) else type(made).__name__
         raise ConfigError(
@@ -107,3 +115,65 @@ def build_own(own: OwnModel, config: RunConfig, shape: tuple[int, ...], task: Ta
         )
     check_shapes(model, name, config.data)
     return model
+
+
+def _refuse_changing_buffers(model: nn.Module, name: str, batch: torch.Tensor) -> None:
+    """Refuse state that a training pass changes besides parameters: ranks do not share it, nor do checkpoints hold it.
+
+    Raises:
+        ConfigError: naming the first such buffer.
+    """
+    saved = model.state_dict().keys()
+    before = {where: buffer.clone() for where, buffer in model.named_buffers() if where in saved}
+    if not before:
+        return
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        model(batch)
+    for where, buffer in model.named_buffers():
+        if where in before and not torch.equal(buffer, before[where]):
+            raise ConfigError(
+                f"model {name} changes its buffer {where} while it trains, which neither ranks nor checkpoints share: "
+                "leave that out (such as spectral norms), or register the buffer with persistent=False if it may begin "
+                "anew at each start"
+            )
+
+
+def digest_of_buffers(model: nn.Module) -> str | None:
+    """Return a sha256 of the buffers in a model's state_dict, by name; None where it has none."""
+    saved = model.state_dict().keys()
+    found = sorted((where, buffer) for where, buffer in model.named_buffers() if where in saved)
+    digest = hashlib.sha256()
+    for where, buffer in found:
+        digest.update(f"{where} {buffer.dtype} {tuple(buffer.shape)}\n".encode())
+        digest.update(buffer.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest() if found else None
+
+
+def agreed_buffers(model: nn.Module, config: RunConfig, comm: TorchCollectives) -> str | None:
+    """Return the digest of an own model's buffers, the same on all ranks; None of a model that is built by name.
+
+    Raises:
+        ConfigError: ranks have other buffers. Parameters are rank 0's.
+    """
+    if not config.model.name.startswith(OWN_MODEL):
+        return None
+    mine = digest_of_buffers(model)
+    if len(set(comm.gather_json(mine))) > 1:
+        raise ConfigError(
+            f"the buffers of model {config.model.name.removeprefix(OWN_MODEL)} differ from rank to rank: pass a "
+            "function that makes it (it draws from the run's seed), or call torch.manual_seed before you make the model"
+        )
+    return mine
+
+
+def check_same_buffers(trainer: Mapping[str, object], mine: str | None, place: Path) -> None:
+    """Refuse a model whose buffers are not those that a checkpoint was trained with; old checkpoints do not say.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    if trainer.get(BUFFERS, mine) != mine:
+        raise CheckpointError(
+            f"the buffers of the model that was passed are not those that checkpoint {place} was trained with (by a "
+            "digest): pass the model with the buffers it had, or a function that draws them from the run's seed"
+        )

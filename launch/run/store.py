@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,15 @@ from launch.run.config import ResolvedRun
 from launch.run.distill import KEY as TEACHER
 from launch.run.distill import check_same_teacher
 from launch.run.imported import is_imported, loadable, trainer_state
+from launch.run.own_model import BUFFERS, check_same_buffers
 from setformer_dist.core.continuing import agreements
 from setformer_dist.core.errors import CheckpointError
 from setformer_dist.core.fragments import Fragment
 from setformer_dist.core.store import CopyEvent, SavedState, Snapshot
+from setformer_dist.core.words import counted
 from setformer_dist.engine.run_state import check_trainer
+
+log = logging.getLogger(__name__)
 
 
 class RunStore:
@@ -42,10 +47,13 @@ class RunStore:
         check_place: Callable[[dict[str, object]], object],
         holds: Callable[[Checkpoint], object],
         teacher: str | None = None,
+        fixed: Collection[str] = (),
+        buffers: str | None = None,
     ) -> None:
         self._teacher = teacher
         self._check_place = check_place
         self._holds = holds
+        self._fixed = fixed
         self._manager = manager
         self._cursor_at = cursor_at
         self._total_steps = total_steps
@@ -55,6 +63,9 @@ class RunStore:
         self._about = {"config": run.as_json(), "classes": list(classes), "inputs": input_spec}
         if teacher is not None:
             self._about[TEACHER] = teacher
+        self._buffers = buffers
+        if buffers is not None:
+            self._about[BUFFERS] = buffers
 
     def due(self, step: int) -> bool:
         """Return whether the config wants a checkpoint after this many steps."""
@@ -144,13 +155,18 @@ class RunStore:
         check_trainer(found.trainer, found.path)
         found.identity.check_same_model(self._identity)
         check_same_teacher(found.trainer, self._teacher, found.path)
+        check_same_buffers(found.trainer, self._buffers, found.path)
         allowed = self._run.config.checkpoint.allow_changes
         found.trainer["stream"] = continued_cursor(found.trainer["stream"], self._cursor_at(0), allowed)
         return found
 
     def load(self, saved: SavedState, fragments: Iterable[Fragment]) -> None:
-        """Fill the fragments."""
+        """Fill the fragments; parameters that do not train stay as they are where an older checkpoint lacks them."""
         assert isinstance(saved, Checkpoint)  # what `newest` returned
+        if lacking := set(self._fixed) - saved.parameters().keys():
+            missing = counted(len(lacking), "parameter")
+            log.warning("checkpoint %s lacks %s that do not train: they are as the model has them", saved.path, missing)
+            fragments = [fragment for fragment in fragments if fragment.name not in lacking]
         found = loadable(saved, fragments, self._run.config.optim.name) if is_imported(saved) else fragments
         self._manager.load(saved, found)
 

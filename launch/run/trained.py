@@ -24,7 +24,7 @@ from launch.run.identity import shapes_of
 from launch.run.initial_weights import better_of
 from launch.run.inputs import Split, images_of, inputs_of
 from launch.run.objective import build_for, prepare_for
-from launch.run.own_model import OwnModel, made_own
+from launch.run.own_model import OwnModel, check_same_buffers, digest_of_buffers, made_own
 from setformer_dist.core import config as base
 from setformer_dist.core.batch import MicroBatch
 from setformer_dist.core.errors import CheckpointError, ConfigError, DataError
@@ -99,7 +99,10 @@ def load_trained(path: Path, weights: Weights = "auto", own: OwnModel | None = N
                 empty = build_for(config, task, about.inputs)
             _check_shapes(shapes_of(empty), shapes, place)
             model = build_for(config, task, about.inputs)
-        _check_shapes(shapes_of(model), shapes, place, given=own is not None)
+        made = {name: shape for name, shape in shapes_of(model).items() if math.prod(shape)}  # none holds empty ones
+        _check_shapes(made, shapes, place, given=own is not None)
+        if own is not None:
+            check_same_buffers(checkpoint.trainer, digest_of_buffers(model), place)
     except ConfigError as error:
         raise CheckpointError(
             f"the model of checkpoint {place} cannot be built: {error}{_own_code(about.imports)}"
@@ -218,7 +221,7 @@ def _check_shapes(
 def _fill(model: nn.Module, weights: dict[str, torch.Tensor], checkpoint: Checkpoint) -> None:
     """Load every parameter; buffers are constants of the architecture and not in checkpoints."""
     result = model.load_state_dict(weights, strict=False)
-    parameters = {name for name, _ in model.named_parameters()}
+    parameters = {name for name, p in model.named_parameters() if p.numel()}
     wrong = [*(name for name in result.missing_keys if name in parameters), *result.unexpected_keys]
     if wrong:
         raise CheckpointError(f"checkpoint {checkpoint.path} and its own config disagree about {', '.join(wrong[:4])}")

@@ -5,7 +5,7 @@
     stages 1 and 2       param._hp_mapping: an address within a flat partition per parameter group
     stage 3              each parameter's own partition; rank r holds [r·p, (r+1)·p), zero-padded at the end
 
-With zero.offload the same tensors lie in host memory.
+With zero.offload the same tensors lie in host memory. Parameters that do not train are whole, on rank 0.
 
 Checkpoints, the EMA, and later overwrites of references are loops over these. This file and offload.py are the
 only ones that know how DeepSpeed lays out memory (written against 0.19.8).
@@ -13,10 +13,13 @@ only ones that know how DeepSpeed lays out memory (written against 0.19.8).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
+import deepspeed
 import torch
+from deepspeed import comm
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import nn
 
@@ -62,24 +65,32 @@ class MasterState:
         self._create_states(getattr(optimizer, "fp32_partitioned_groups_flat", grouped), kind.counts)
         self._layout = _layout_of(engine)
         self.replicated = engine.zero_optimization_stage() == 0
+        self._fixed = _Fixed(engine, self.replicated)
 
     def fragments(self, *states: str) -> list[Fragment]:
         """Return all that this rank holds of the states ("param", and of `states`), as live views."""
-        return [
+        found = [
             Fragment(self._names[p], state, start, self._shapes[p], view)
             for state in states
             for p, start, view in self._layout.views(state)
             if view.numel()
         ]
+        return [*found, *self._fixed.fragments()] if "param" in states else found
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The whole shape of every parameter that trains, by name."""
         return {name: self._shapes[p] for p, name in self._names.items()}
 
+    @property
+    def fixed_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The whole shape of every parameter that does not train, by name. Its only state is "param"."""
+        return self._fixed.shapes
+
     def refresh(self) -> None:
         """Bring the parameters that compute up to date after masters were written. Collective."""
         self._layout.refresh()
+        self._fixed.refresh()
 
     @property
     def optimizer_steps(self) -> int:
@@ -133,13 +144,55 @@ def _layout_of(engine: Engine) -> _Layout:
     return _Stage0(engine)
 
 
+class _Fixed:
+    """Parameters that do not train. DeepSpeed keeps no masters of them; rank 0 does, and all ranks where each has all.
+
+    They are part of what was trained: a checkpoint without them is worth nothing to who has lost them.
+    """
+
+    def __init__(self, engine: Engine, replicated: bool) -> None:
+        found = [(name, p) for name, p in engine.module.named_parameters() if not p.requires_grad]
+        self._parameters: list[Any] = [p for _, p in found]
+        self._sharded = any(hasattr(p, "ds_shape") for p in self._parameters)
+        self._sent = not replicated
+        self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in found}
+        self._masters: list[torch.Tensor] = []
+        with self._whole():
+            if replicated or comm.get_rank() == 0:
+                # In fp32 the weight itself, but for ZeRO-3, where it is whole within this block alone.
+                weights = [p.data.clone() if self._sharded else p.data for p in self._parameters]
+                self._masters = [weight.float() for weight in weights]
+
+    def fragments(self) -> list[Fragment]:
+        return [
+            Fragment(name, "param", 0, shape, master.view(-1))
+            for (name, shape), master in zip(self.shapes.items(), self._masters, strict=bool(self._masters))
+            if master.numel()
+        ]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        with self._whole():
+            for p, master in zip(self._parameters, self._masters, strict=bool(self._masters)):
+                p.data.copy_(master)
+        if self._sent and not self._sharded:
+            for p in self._parameters:
+                comm.broadcast(p.data, 0)
+
+    def _whole(self) -> Any:
+        """Have ZeRO-3's parameters whole for a while; what rank 0 writes into them stays."""
+        if not self._sharded:
+            return contextlib.nullcontext()
+        return deepspeed.zero.GatheredParameters(self._parameters, modifier_rank=0)
+
+
 class _Stage0:
     def __init__(self, engine: Engine) -> None:
         self._optimizer = engine.optimizer
 
     def views(self, state: str) -> Iterator[tuple[nn.Parameter, int, torch.Tensor]]:
         for group in self._optimizer.param_groups:
-            for p in group["params"]:
+            for p in filter(torch.Tensor.numel, group["params"]):  # empty ones have no states
                 tensor = p.data if state == "param" else self._optimizer.state[p][state]
                 yield p, 0, tensor.view(-1)
 
@@ -154,6 +207,8 @@ class _Stage0LowPrecision:
     def views(self, state: str) -> Iterator[tuple[nn.Parameter, int, torch.Tensor]]:
         for low_group, master_group in zip(self._optimizer.fp16_groups, self._optimizer.fp32_groups, strict=True):
             for low, master in zip(low_group, master_group, strict=True):
+                if not low.numel():  # has no states
+                    continue
                 tensor = master.data if state == "param" else self._optimizer.optimizer.state[master][state]
                 yield low, 0, tensor.view(-1)
 

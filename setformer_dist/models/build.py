@@ -9,6 +9,7 @@ import pydantic
 import timm
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 import setformer_dist.models  # noqa: F401 — registers our models with timm
 from setformer_dist.core.config import readable
@@ -73,6 +74,7 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int | tuple[i
         why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise ConfigError(f"model {config.name} cannot be built with model.args = {config.args}: {why}") from None
     _refuse_running_statistics(model, config.name)
+    _lay_out(model)
     set_recompute(model, config.policy, config.name)
     return model
 
@@ -87,16 +89,51 @@ def own_model(make: Callable[[int], nn.Module], config: ModelConfig, outputs: in
         seed: the run's.
 
     Raises:
-        ConfigError: it is no module, keeps running statistics, has no parameters, or cannot recompute activations.
+        ConfigError: it is no module, keeps running statistics, has no parameters or such as cannot be sharded, or
+            cannot recompute activations.
     """
     name = config.name.removeprefix(OWN_MODEL)
     torch.manual_seed(torch_seed(Purpose.INIT, seed))
     model = make(outputs)
     if not isinstance(model, nn.Module) or not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(f"model {name} is no torch.nn.Module with parameters that are trained")
+    _refuse_odd_parameters(model, name)
     _refuse_running_statistics(model, name)
+    _lay_out(model)
     set_recompute(model, config.policy, name)
     return model
+
+
+def _lay_out(model: nn.Module) -> None:
+    """Have parameters in fp32 and contiguous: masters are, and what DeepSpeed joins must be alike."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float().contiguous()
+
+
+def _refuse_odd_parameters(model: nn.Module, name: str) -> None:
+    """Refuse parameters that optimizers and ranks cannot share.
+
+    Raises:
+        ConfigError: naming the first of them, and what to do.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ConfigError(f"model {name} is compiled by torch.jit: pass the module itself (compile.mode compiles it)")
+    for where, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ConfigError(
+                f"model {name}: {where} has no size yet: give its layer sizes, or pass a batch through it"
+            )
+        if not parameter.is_floating_point():
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise ConfigError(
+                f"model {name}: {where} is {kind}, and optimizers take real numbers: make it a floating one "
+                "(torch.view_as_real), or a buffer"
+            )
+    for where, module in model.named_modules():
+        if getattr(module, "sparse", None) is True:
+            raise ConfigError(
+                f"model {name}: {where} has sparse gradients, which ranks cannot add up: set sparse=False"
+            )
 
 
 def _refuse_running_statistics(model: nn.Module, name: str) -> None:

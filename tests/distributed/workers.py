@@ -47,6 +47,7 @@ def small_model() -> torch.nn.Module:
         "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=48, depth=2, num_heads=3, num_classes=10
     )
     model.head = Scaled(model.head)
+    model.pos_embed.requires_grad_(False)
     return model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -99,6 +100,55 @@ def own_model(data: str, out: str) -> None:
         print(error)
 
 
+class Odd(nn.Module):
+    """Parameters of all kinds, some of which do not train, and a buffer that is drawn."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 4, 4).to(memory_format=torch.channels_last), nn.Flatten())
+        self.fixed = nn.Linear(8 * 16, 16).requires_grad_(False)
+        self.gain = nn.Parameter(torch.tensor(1.0))
+        self.wide = nn.Parameter(torch.ones(16, dtype=torch.float64))
+        self.turned = nn.Parameter(torch.randn(16, 16).t() / 4)
+        self.one = nn.Parameter(torch.zeros(1).expand(16))
+        self.none = nn.Parameter(torch.empty(0, 3))
+        self.register_buffer("frequencies", torch.randn(16))
+        self.head = nn.Linear(16, outputs)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.fixed(self.body(images)) * self.gain * self.wide.to(images.dtype)
+        return self.head(torch.cos(x * self.frequencies) @ self.turned + self.one)
+
+
+def odd_model(data: str, out: str, stage: int) -> None:
+    """Train such a model, resume and load it by one with other weights, and by one with other buffers."""
+    table = {**config_of(data, out).model_dump(), "model": {}}
+    table["zero"]["stage"] = stage
+    config = RunConfig.model_validate(table)
+    torch.manual_seed(7)
+    template = Odd(10)
+    torch.manual_seed(8)
+    other = Odd(10)
+    with setformer.Training(config, model=template) as run:
+        run.train(steps=4)
+    try:
+        setformer.train(config, model=other)
+    except SetformerError as error:
+        print(error)
+    other.frequencies.copy_(template.frequencies)
+    setformer.train(config, model=other)  # resumed: its own weights count for nothing
+    trained = setformer.load(config.folder, model=other).model
+    assert torch.equal(trained.fixed.weight, template.fixed.weight)
+    assert not torch.equal(trained.fixed.weight, other.fixed.weight)
+    for name in ("turned", "wide", "one", "gain"):
+        assert not torch.equal(getattr(trained, name), getattr(template, name).float()), name
+    other.frequencies.add_(1)
+    try:
+        setformer.load(config.folder, model=other)
+    except SetformerError as error:
+        print(error)
+
+
 class Bars:
     """Sample i: a bar at the place of its class; a neighbouring class is a little probable."""
 
@@ -133,7 +183,12 @@ def own_data(_: str, out: str) -> None:
         print(error)
 
 
-PROGRAMS: dict[str, Callable[[str, str], None]] = {"in_pieces": in_pieces, "own_model": own_model, "own_data": own_data}
+PROGRAMS: dict[str, Callable[[str, str], None]] = {
+    "in_pieces": in_pieces,
+    "own_model": own_model,
+    "own_data": own_data,
+    **{f"odd_model_{stage}": functools.partial(odd_model, stage=stage) for stage in (0, 2, 3)},
+}
 
 if __name__ == "__main__":
     PROGRAMS[sys.argv[1]](sys.argv[2], sys.argv[3])

@@ -65,6 +65,17 @@ def test_a_module_is_a_template_and_its_code_is_given_again(digits: Path, tmp_pa
     assert "holds a run of another config" in mixed.err
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_what_does_not_train_is_in_checkpoints_and_buffers_are_checked(
+    digits: Path, tmp_path: Path, stage: int
+) -> None:
+    said = module(PROGRAM, f"odd_model_{stage}", str(digits), str(tmp_path))
+    assert said.code == 0, said.err
+    resumed, loaded = said.out.splitlines()[-2:]
+    for line in (resumed, loaded):
+        assert "the buffers of the model that was passed are not those that checkpoint" in line
+
+
 def test_data_sets_in_python_with_soft_labels_train_and_resume(tmp_path: Path) -> None:
     said = module(PROGRAM, "own_data", "", str(tmp_path))
     assert said.code == 0, said.err
@@ -110,6 +121,38 @@ class Fixed(nn.Module):
         super().__init__()
 
 
+class Spectral(Tiny):
+    """A layer that changes its buffers."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__(outputs)
+        self.head = nn.utils.parametrizations.spectral_norm(self.head)
+
+
+class Complexes(Tiny):
+    """A parameter that no optimizer here takes."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__(outputs)
+        self.phases = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+
+
+class Sparse(Tiny):
+    """A layer with sparse gradients."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__(outputs)
+        self.words = nn.Embedding(7, 3, sparse=True)
+
+
+class Unsized(Tiny):
+    """A layer that waits for its first batch."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__(outputs)
+        self.head = nn.LazyLinear(outputs)
+
+
 def fails(outputs: int) -> nn.Module:
     return nn.Linear(7, outputs)
 
@@ -132,8 +175,18 @@ def fails(outputs: int) -> nn.Module:
         (
             Tiny,
             {"model": {"args": {"depths": [1]}}},
-            r'remove the key, from Python by load_config\(..., "~model.args"\)',
+            r'remove it, from Python by load_config\(..., "~model.args"\)',
         ),
+        (
+            Tiny,
+            {"model": {"args": {"depths": [1]}, "drop_path": 0.1}},
+            r'model.args and model.drop_path applies .* by load_config\(..., "~model.args", "~model.drop_path"\)',
+        ),
+        (Spectral, {}, r"model Spectral changes its buffer head.parametrizations.weight.0._u while it trains"),
+        (Complexes, {}, r"model Complexes: phases is complex64, and optimizers take real numbers"),
+        (Sparse, {}, r"model Sparse: words has sparse gradients, .*: set sparse=False"),
+        (Unsized, {}, r"model Unsized: head.weight has no size yet: give its layer sizes"),
+        (torch.jit.script(Tiny(10)), {}, r"is compiled by torch.jit: pass the module itself"),
         (Tiny, {"run": {"imports": ["no_such_module"]}}, "module 'no_such_module'"),
     ],
 )
