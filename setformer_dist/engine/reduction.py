@@ -50,23 +50,24 @@ def reduce_together(engine: Engine) -> None:
     if type(optimizer) is not DeepSpeedZeroOptimizer or made.torch_autocast_enabled():
         return
     if all(getattr(optimizer, name) == usual for name, usual in _USUAL.items()):
-        Reduction(optimizer, list(engine.module.parameters())).install()
+        Reduction(engine).install()
 
 
 class Reduction:
-    """Gradients of one ZeRO optimizer on their way to the ranks that keep them.
+    """Gradients of one engine on their way to the ranks that keep them.
 
     Buckets are fixed: weights from the model's last to its first, as their gradients come. Ranks reduce them in this
     order, each when all its gradients are there, and the rest after the backward pass, with zeros for weights that this
     rank has not used. So ranks agree whatever order gradients come in, and on weights that some of them use alone.
 
     Args:
-        optimizer: DeepSpeed's.
-        parameters: of the model, in its order.
+        engine: whose optimizer is of ZeRO stage 1 or 2.
     """
 
-    def __init__(self, optimizer: Any, parameters: Sequence[torch.Tensor]) -> None:
-        self._optimizer = optimizer
+    def __init__(self, engine: Any) -> None:
+        self._optimizer = optimizer = engine.optimizer
+        # The optimizer has a copy of it, which is that of the last pass until a gradient reaches the model's outputs.
+        self._is_last = engine.is_gradient_accumulation_boundary
         self._overlap: bool = optimizer.overlap_comm
         self._ranks = comm.get_world_size(group=optimizer.dp_process_group)
         self._kept: list[list[torch.Tensor]] = optimizer.params_in_partition
@@ -75,7 +76,7 @@ class Reduction:
         self._sums = any(map(optimizer._use_compact_grad_partition_buffer, range(len(self._kept))))
         known = {p for group in optimizer.bit16_groups for p in group if p.requires_grad}
         most = min(optimizer.reduce_bucket_size, OVERLAPPED) if self._overlap else optimizer.reduce_bucket_size
-        self._buckets = buckets_of([p for p in parameters if p in known], most)
+        self._buckets = buckets_of([p for p in engine.module.parameters() if p in known], most)
         self._bucket = {p: index for index, weights in enumerate(self._buckets) for p in weights}
         self._missing = [len(weights) for weights in self._buckets]
         self._next = 0
@@ -106,7 +107,7 @@ class Reduction:
         self._missing = [len(weights) for weights in self._buckets]
         self._next = 0
         optimizer = self._optimizer
-        last = optimizer.is_gradient_accumulation_boundary()
+        last = self._is_last()
         for index, weights in enumerate(self._kept):
             if self._sums:
                 if last:
@@ -137,13 +138,15 @@ class Reduction:
 
     def _take(self, weight: torch.Tensor) -> None:
         """Take note of a gradient; reduce what is complete. Stage 1 has it all in the last micro batch of a step."""
-        if not (self._optimizer.partition_gradients or self._optimizer.is_gradient_accumulation_boundary()):
+        if not (self._optimizer.partition_gradients or self._is_last()):
             return
         index = self._bucket[weight]
         self._missing[index] -= 1
         if self._missing[index] < 0:
             raise RuntimeError(
-                "a weight got a gradient twice in one backward pass: the first one may be reduced by now"
+                "a weight got a second gradient in one backward pass, as reentrant checkpoints give, and the first may "
+                "be reduced by now: only zero.stage = 1 with zero.overlap_comm = false adds them. Or the last backward "
+                "pass failed: this engine cannot go on"
             )
         while self._next < len(self._buckets) and not self._missing[self._next]:
             self._begin()

@@ -151,6 +151,24 @@ def used_by_some(overlap: bool) -> list[list[float]]:
     return found
 
 
+def apart(overlap: bool) -> list[float]:
+    """Return a rank's weights after two steps of stage 1; in the second the loss of a rank is of weights alone."""
+    real = reduction.buckets_of
+    with mock.patch.object(reduction, "buckets_of", lambda parameters, _: real(parameters, 100)):
+        trainee = workers.Trainee(1, "fp32", module=Partly(), overlap=overlap)
+    trainee.step(0)
+    images, targets = workers.samples(1, 4)
+    for factor in (1, 2):
+        if trainee.ranks.is_main:
+            loss = factor * sum(p.square().sum() for p in trainee.engine.module.last.parameters())
+        else:
+            loss = soft_cross_entropy(trainee.engine(images), targets)
+        trainee.engine.backward(loss)
+        trainee.engine.step()
+    disconnect()
+    return torch.cat([p.detach().flatten() for p in trainee.engine.module.parameters()]).tolist()
+
+
 def kernels(depth: int) -> list[int]:
     """Return how many kernels a backward pass has beyond the model's, under stages 1 and 2."""
     found = []
@@ -206,6 +224,11 @@ def test_weights_that_some_ranks_use_alone(overlap: bool) -> None:
     for whole, *parts in run_ranks(used_by_some, 2, overlap, timeout=120):
         for part in parts:
             assert part == pytest.approx(whole, abs=1e-6)
+
+
+def test_a_loss_that_does_not_reach_the_outputs_waits_for_the_last_micro_batch() -> None:
+    for found, wanted in zip(run_ranks(apart, 2, True), run_ranks(apart, 2, False), strict=True):
+        assert found == wanted
 
 
 def test_buckets_hold_all_from_the_last_to_the_first() -> None:
