@@ -163,6 +163,7 @@ class Reduction:
         if self._ranks > 1:
             bucket = bucket.div_(float(self._ranks)).to(optimizer.communication_data_type)
             work = comm.all_reduce(bucket, group=optimizer.dp_process_group, async_op=self._overlap)
+        del gradients  # their memory may be that of the means
         for weight in weights:
             weight.grad = None
         self._under_way.append((weights, bucket, work))
@@ -175,8 +176,6 @@ class Reduction:
         weights, bucket, work = self._under_way.popleft()
         if work is not None:
             work.wait()
-        if self._sums:
-            bucket = bucket.to(self._optimizer.gradient_accumulation_dtype)
         means = dict(zip(weights, torch.split(bucket, [weight.numel() for weight in weights]), strict=True))
         kept = [weight for weight in weights if weight in self._group]
         if self._sums:
@@ -201,7 +200,9 @@ class Reduction:
             sums.append(optimizer._get_compact_grad_partition_slice(group, rank, known, part.numel()))
             parts.append(part)
         if parts:
-            torch._foreach_add_(sums, parts)
+            wide = [torch.empty_like(total) for total in sums]
+            torch._foreach_copy_(wide, parts)
+            torch._foreach_add_(sums, wide)
 
 
 def buckets_of(parameters: Sequence[torch.Tensor], most: int) -> list[list[torch.Tensor]]:

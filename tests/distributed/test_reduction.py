@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 from unittest import mock
@@ -169,6 +170,35 @@ def apart(overlap: bool) -> list[float]:
     return torch.cat([p.detach().flatten() for p in trainee.engine.module.parameters()]).tolist()
 
 
+def peak(sums: str, ours: bool) -> int:
+    """Return the bytes that a step of stage 2 in bf16 takes at most, besides what is there before it."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(768, 768) for _ in range(6)]
+    with (
+        mock.patch.object(fused_update, "reduce_together", wraps=fused_update.reduce_together if ours else None),
+        mock.patch.object(reduction, "buckets_of", lambda parameters, _: [list(parameters)]),
+    ):
+        module = torch.nn.Sequential(torch.nn.Flatten(), *layers, torch.nn.Linear(768, 10))
+        trainee = workers.Trainee(2, "bf16", sums, micro=8, module=module)
+    trainee.engine.optimizer.reduce_bucket_size = 4_000_000  # all weights: DeepSpeed allocates so many
+    trainee.step(0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+        trainee.step(1)
+    events, changes = list(profiled.profiler.kineto_results.experimental_event_tree()), []
+    while events:
+        event = events.pop()
+        events += event.children
+        if hasattr(event.extra_fields, "alloc_size"):
+            changes.append((event.start_time_ns, event.extra_fields.alloc_size))
+    return max(itertools.accumulate(change for _, change in sorted(changes)))
+
+
+def peaks() -> list[tuple[int, int]]:
+    found = [(peak(sums, True), peak(sums, False)) for sums in ("auto", "fp32")]
+    disconnect()
+    return found
+
+
 def kernels(depth: int) -> list[int]:
     """Return how many kernels a backward pass has beyond the model's, under stages 1 and 2."""
     found = []
@@ -229,6 +259,12 @@ def test_weights_that_some_ranks_use_alone(overlap: bool) -> None:
 def test_a_loss_that_does_not_reach_the_outputs_waits_for_the_last_micro_batch() -> None:
     for found, wanted in zip(run_ranks(apart, 2, True), run_ranks(apart, 2, False), strict=True):
         assert found == wanted
+
+
+def test_a_step_holds_no_more_than_deepspeeds() -> None:
+    for found in run_ranks(peaks, 2, timeout=120):
+        for ours, theirs in found:
+            assert ours < 1.05 * theirs
 
 
 def test_buckets_hold_all_from_the_last_to_the_first() -> None:
