@@ -73,6 +73,16 @@ def test_bf16_stage_0_takes_no_dummy_step() -> None:
     assert stage_0 == pytest.approx(stage_1, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("stage", "dtype"), [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
+)
+def test_what_does_not_train_is_held_once_and_reaches_all_ranks(stage: int, dtype: str) -> None:
+    (first, held), (other, held_too) = run_ranks(workers.fixed_everywhere, 2, stage, dtype)
+    assert (held, held_too) == ((1, 0) if stage else (1, 1))
+    assert first == 3.0
+    assert other == (3.0 if stage else 4.0)  # under stage 0 each rank reads all of a checkpoint
+
+
 @pytest.mark.drill
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_compiled_blocks_train_alike_under_every_stage(stage: int) -> None:

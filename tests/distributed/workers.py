@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
+import deepspeed
 import timm
 import torch
 
@@ -208,6 +209,21 @@ def losses_of(stage: int, dtype: str, grad_accum: str, steps: int) -> list[float
     losses = [trainee.step(k) for k in range(steps)]
     disconnect()
     return losses
+
+
+def fixed_everywhere(stage: int, dtype: str) -> list[float]:
+    """Write into the one parameter that does not train, where it is held; return its mean as the model has it."""
+    trainee = Trainee(stage, dtype)
+    weight = trainee.engine.module.pos_embed
+    held = [f for f in trainee.master.fragments("param") if f.name == "pos_embed"]
+    for fragment in held:
+        fragment.tensor.fill_(trainee.ranks.rank + 3.0)
+    trainee.master.refresh()
+    trainee.step(0)
+    with deepspeed.zero.GatheredParameters([weight], enabled=stage == 3):
+        found = float(weight.float().mean())
+    disconnect()
+    return [found, float(len(held))]
 
 
 def round_trip(stage: int, dtype: str, grad_accum: str) -> dict[str, Any]:
