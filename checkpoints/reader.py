@@ -229,19 +229,14 @@ class Checkpoint:
                     f"{more[0]!r}: use the config that it was trained with"
                 )
             asked = [*((shapes, state) for state in states), *((still, state) for state in fixed_states)]
-            nothing = [
-                Fragment(name, state, 0, shape, torch.empty(0))
-                for of, state in asked
-                for name, shape in of.items()
-                if math.prod(shape)  # of a parameter without elements nothing is written
-            ]
+            nothing = [Fragment(n, state, 0, shape, torch.empty(0)) for of, state in asked for n, shape in of.items()]
             self._check(files, nothing)
             for fragment in nothing:
                 numel = math.prod(fragment.shape)
                 held = sum(
                     piece.end - piece.start for piece, _ in files.pieces.get((fragment.name, fragment.state), ())
                 )
-                if not held:
+                if numel and not held:
                     raise self._no_state(files, fragment.state, fragment.name)
                 if held < numel:
                     raise DamagedError(

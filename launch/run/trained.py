@@ -99,8 +99,7 @@ def load_trained(path: Path, weights: Weights = "auto", own: OwnModel | None = N
                 empty = build_for(config, task, about.inputs)
             _check_shapes(shapes_of(empty), shapes, place)
             model = build_for(config, task, about.inputs)
-        made = {name: shape for name, shape in shapes_of(model).items() if math.prod(shape)}  # none holds empty ones
-        _check_shapes(made, shapes, place, given=own is not None)
+        _check_shapes(shapes_of(model), shapes, place, given=own is not None)
         if own is not None:
             check_same_buffers(checkpoint.trainer, digest_of_buffers(model), place)
     except ConfigError as error:
@@ -221,7 +220,7 @@ def _check_shapes(
 def _fill(model: nn.Module, weights: dict[str, torch.Tensor], checkpoint: Checkpoint) -> None:
     """Load every parameter; buffers are constants of the architecture and not in checkpoints."""
     result = model.load_state_dict(weights, strict=False)
-    parameters = {name for name, p in model.named_parameters() if p.numel()}
+    parameters = {name for name, _ in model.named_parameters()}
     wrong = [*(name for name in result.missing_keys if name in parameters), *result.unexpected_keys]
     if wrong:
         raise CheckpointError(f"checkpoint {checkpoint.path} and its own config disagree about {', '.join(wrong[:4])}")

@@ -167,7 +167,6 @@ class _Fixed:
         return [
             Fragment(name, "param", 0, shape, master.view(-1))
             for (name, shape), master in zip(self.shapes.items(), self._masters, strict=bool(self._masters))
-            if master.numel()
         ]
 
     @torch.no_grad()
@@ -192,7 +191,7 @@ class _Stage0:
 
     def views(self, state: str) -> Iterator[tuple[nn.Parameter, int, torch.Tensor]]:
         for group in self._optimizer.param_groups:
-            for p in filter(torch.Tensor.numel, group["params"]):  # empty ones have no states
+            for p in group["params"]:
                 tensor = p.data if state == "param" else self._optimizer.state[p][state]
                 yield p, 0, tensor.view(-1)
 
@@ -207,8 +206,6 @@ class _Stage0LowPrecision:
     def views(self, state: str) -> Iterator[tuple[nn.Parameter, int, torch.Tensor]]:
         for low_group, master_group in zip(self._optimizer.fp16_groups, self._optimizer.fp32_groups, strict=True):
             for low, master in zip(low_group, master_group, strict=True):
-                if not low.numel():  # has no states
-                    continue
                 tensor = master.data if state == "param" else self._optimizer.optimizer.state[master][state]
                 yield low, 0, tensor.view(-1)
 

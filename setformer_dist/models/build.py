@@ -123,6 +123,10 @@ def _refuse_odd_parameters(model: nn.Module, name: str) -> None:
             raise ConfigError(
                 f"model {name}: {where} has no size yet: give its layer sizes, or pass a batch through it"
             )
+        if not parameter.numel():
+            raise ConfigError(
+                f"model {name}: {where} has no elements, so nothing of it can be shared out: leave it out"
+            )
         if not parameter.is_floating_point():
             kind = str(parameter.dtype).removeprefix("torch.")
             raise ConfigError(

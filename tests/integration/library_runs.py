@@ -111,7 +111,6 @@ class Odd(nn.Module):
         self.wide = nn.Parameter(torch.ones(16, dtype=torch.float64))
         self.turned = nn.Parameter(torch.randn(16, 16).t() / 4)
         self.one = nn.Parameter(torch.zeros(1).expand(16))
-        self.none = nn.Parameter(torch.empty(0, 3))
         self.register_buffer("frequencies", torch.randn(16))
         self.head = nn.Linear(16, outputs)
 

@@ -145,6 +145,14 @@ class Sparse(Tiny):
         self.words = nn.Embedding(7, 3, sparse=True)
 
 
+class Empty(Tiny):
+    """A parameter without elements."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__(outputs)
+        self.none = nn.Parameter(torch.empty(0, 3))
+
+
 class Unsized(Tiny):
     """A layer that waits for its first batch."""
 
@@ -185,6 +193,7 @@ def fails(outputs: int) -> nn.Module:
         (Spectral, {}, r"model Spectral changes its buffer head.parametrizations.weight.0._u while it trains"),
         (Complexes, {}, r"model Complexes: phases is complex64, and optimizers take real numbers"),
         (Sparse, {}, r"model Sparse: words has sparse gradients, .*: set sparse=False"),
+        (Empty, {}, r"model Empty: none has no elements"),
         (Unsized, {}, r"model Unsized: head.weight has no size yet: give its layer sizes"),
         (torch.jit.script(Tiny(10)), {}, r"is compiled by torch.jit: pass the module itself"),
         (Tiny, {"run": {"imports": ["no_such_module"]}}, "module 'no_such_module'"),
