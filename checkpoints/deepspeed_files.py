@@ -132,6 +132,8 @@ def read(path: Path, trust_pickle: bool = False) -> Imported:
         if any(padding < 0 for group in paddings for padding in group):
             raise ValueError("a padding is negative")
         states = {state: dict(gather([rank[state] for rank in flat], shapes, paddings)) for state in flat[0]}
+        fixed = _fixed3([model, *(_load(path, trust_pickle) for path in models[1:])]) if stage == 3 else _fixed12(model)
+        states["param"] = {**fixed, **states["param"]}
         _check_names(states["param"])
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"{folder} is not laid out as DeepSpeed 0.19 does: {error!r}") from error
@@ -236,6 +238,22 @@ def _gather3(ranks: list[_Groups], shapes: _Shapes, paddings: list[list[int]]) -
         raise ValueError(f"the flat vectors have {sizes} elements, a rank's share of the shapes is {offset}")
 
 
+def _fixed12(model: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return what does not train: of the module's state, as it computes, what is no buffer and no second name."""
+    others = {*model["buffer_names"], *(model.get("shared_params") or {})}
+    trained = {name for group in model["param_shapes"] for name in group}
+    return {name: value.float() for name, value in model["module"].items() if name not in others | trained}
+
+
+def _fixed3(models: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """The same of stage 3, where each is cut over the ranks."""
+    parts = [model.get("frozen_param_fragments") or {} for model in models]
+    return {
+        name: torch.cat([part[name].float().reshape(-1) for part in parts])[: math.prod(shape)].reshape(tuple(shape))
+        for name, shape in (models[0].get("frozen_param_shapes") or {}).items()
+    }
+
+
 def write(
     folder: Path,
     steps: int,
@@ -252,6 +270,7 @@ def write(
         steps: optimizer steps done.
         states: "param", and where there are "exp_avg" and "exp_avg_sq", of every parameter by name, in the order in
             which the optimizer that loads it has them: it cuts the flat vectors by its own shapes, without a name.
+            Parameters that have "param" alone of several states do not train.
         updates: of the steps, those that Adam made; None for all.
         hyperparameters: of the one parameter group, such as lr, betas, eps and weight_decay.
         version: DeepSpeed's, noted in the files.
@@ -261,7 +280,10 @@ def write(
     """
     tag = folder / f"global_step{steps}"
     tag.mkdir(parents=True)
-    shapes = OrderedDict((name, tensor.shape) for name, tensor in states["param"].items())
+    fixed = OrderedDict(
+        (name, tensor) for name, tensor in states["param"].items() if any(name not in held for held in states.values())
+    )
+    shapes = OrderedDict((name, tensor.shape) for name, tensor in states["param"].items() if name not in fixed)
     flat = {
         state: torch.cat([tensors[name].float().reshape(-1) for name in shapes]) for state, tensors in states.items()
     }
@@ -269,9 +291,9 @@ def write(
         "module": OrderedDict(states["param"]),
         "buffer_names": [],
         "param_shapes": [shapes],
-        "frozen_param_shapes": None,
+        "frozen_param_shapes": OrderedDict((name, tensor.shape) for name, tensor in fixed.items()),
         "shared_params": {},
-        "frozen_param_fragments": None,
+        "frozen_param_fragments": fixed,
         "global_steps": steps,
         "skipped_steps": 0 if updates is None else steps - updates,
         "dp_world_size": 1,

@@ -35,6 +35,7 @@ from setformer_dist.core.errors import CheckpointError
 from setformer_dist.core.fragments import KEPT, Fragment
 from setformer_dist.core.words import counted
 
+WEIGHTS = frozenset({"param", "ema"})  # states that a parameter has also where it does not train
 _NAMED = 3  # parameters that an error message names before it only counts
 MAX_TRAINER = 16 << 20  # bytes of trainer.json: a config, some ten thousand class names, the losses since a log line
 _SCRATCH = 4 << 20  # bytes read at a time where values must be converted
@@ -268,7 +269,8 @@ class Checkpoint:
             fallback: state to take for parameters that lack the first, such as "param" when EMA is partial.
 
         Returns:
-            Parameter name to tensor of the parameter's shape.
+            Parameter name to tensor of the parameter's shape; without those that do not train where `state` is one of
+            the optimizer, of which they have none.
 
         Raises:
             CheckpointError: a parameter has neither state, or a part of one is missing.
@@ -281,6 +283,10 @@ class Checkpoint:
             for name, shape in files.parameters.items():
                 chosen = next((s for s in (state, fallback) if s and files.pieces.get((name, s))), None)
                 if chosen is None and 0 not in shape:
+                    if state not in WEIGHTS and not any(
+                        files.pieces.get((name, s)) for s in set(files.states) - WEIGHTS
+                    ):
+                        continue
                     raise self._no_state(files, state, name)
                 yield name, self._assemble(files, name, chosen, shape)
             files.check_unchanged()

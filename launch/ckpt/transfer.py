@@ -35,7 +35,7 @@ def export_deepspeed(path: Path, dest: Path, console: Console) -> None:
     states_of = {"param"} if options is None else {"param", "exp_avg", "exp_avg_sq"}
     wanted = [state for state in ("param", "exp_avg", "exp_avg_sq") if state in states_of & set(checkpoint.states())]
     whole: dict[str, dict[str, torch.Tensor]] = {state: checkpoint.read_full(state) for state in wanted}
-    states = {state: {name: tensors[name] for name in names} for state, tensors in whole.items()}
+    states = {state: {n: tensors[n] for n in names if n in tensors} for state, tensors in whole.items()}
     updates = checkpoint.trainer.get("optimizer_steps")
     with made(dest) as folder:
         tag = deepspeed_files.write(

@@ -37,8 +37,9 @@ from setformer_dist.core.fragments import Fragment
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.core.store import Snapshot
 from setformer_dist.engine.comm import connect
-from tests.distributed.workers import Trainee
+from tests.distributed.workers import Trainee, small_model
 
+NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 STATES = ("param", "exp_avg", "exp_avg_sq")
 
 
@@ -84,7 +85,8 @@ def test_what_deepspeed_saved_is_imported_element_by_element(tmp_path, stage, ra
     wanted = STATES if stage else ("param",)
     assert set(checkpoint.states()) == set(wanted)
     full = {state: checkpoint.read_full(state) for state in wanted}
-    assert len(full["param"]) == 32
+    assert len(full["param"]) == 33  # one of them does not train
+    assert torch.equal(full["param"]["pos_embed"], small_model().pos_embed.to(getattr(torch, NAMES[dtype])).float())
     compared = 0
     for key, values in truth.items():
         name, state, start = key.rsplit("|", 2)
@@ -92,7 +94,7 @@ def test_what_deepspeed_saved_is_imported_element_by_element(tmp_path, stage, ra
             found = full[state][name].reshape(-1)[int(start) : int(start) + len(values)]
             assert found.tolist() == values, key
             compared += len(values)
-    assert compared >= sum(t.numel() for t in full["param"].values()) * len(wanted)
+    assert compared >= sum(t.numel() for tensors in full.values() for t in tensors.values())
 
 
 def test_a_pickle_with_a_foreign_class_needs_trust_and_is_not_run_before(tmp_path):
@@ -137,6 +139,22 @@ def test_what_is_exported_for_deepspeed_is_read_by_its_own_tool(tmp_path):
     assert set(found) == set(tensors)
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
     assert torch.equal(deepspeed_files.read(tmp_path / "ds").states["param"]["a.weight"], tensors["a.weight"])
+
+
+def test_what_does_not_train_is_exported_for_deepspeed(tmp_path):
+    weights = {"trains": torch.randn(7, 3), "fixed": torch.randn(5)}
+    fragments = [Fragment(n, "param", 0, tuple(t.shape), t.reshape(-1)) for n, t in weights.items()]
+    fragments += [Fragment("trains", state, 0, (7, 3), torch.full((21,), 0.5)) for state in ("exp_avg", "exp_avg_sq")]
+    manager = CheckpointManager(tmp_path / "run", Alone(), CheckpointConfig(keep_last=99))
+    optimizer = {"config": {"optim": {"name": "adamw", "lr": 0.1}}, "optimizer_steps": 4}
+    manager.save(Snapshot(4, fragments, optimizer, {}), Identity(model="m"))
+    done = run("export", tmp_path / "run", tmp_path / "ds", "--deepspeed")
+    assert done.exit_code == 0, done.exception
+    found = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path / "ds"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
+    read = deepspeed_files.read(tmp_path / "ds").states
+    assert all(torch.equal(read["param"][name], tensor) for name, tensor in weights.items())
+    assert set(read.get("exp_avg", {"trains": None})) == {"trains"}
 
 
 def deepspeed_resumes(exported: str, ours: str, stage: int) -> dict[str, Any]:
