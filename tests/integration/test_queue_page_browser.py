@@ -147,9 +147,11 @@ def test_the_keyboard_alone_logs_in_and_cancels(browser: Browser, queue: Local, 
         page = seen.page
         page.goto(f"{url}/jobs/1")
         assert page.url == f"{url}/login"
+        ready(page)
         page.keyboard.type("wrong")
         page.keyboard.press("Enter")
         page.locator("text=not the token").wait_for()
+        ready(page)
         page.keyboard.type(world.TOKEN)
         page.keyboard.press("Enter")
         page.locator("#waiting").wait_for()
@@ -167,6 +169,11 @@ def test_the_keyboard_alone_logs_in_and_cancels(browser: Browser, queue: Local, 
         page.locator("#token").wait_for()
         assert not [line for line in seen.said if "403" not in line]  # the wrong token
         page.context.close()
+
+
+def ready(page: Page) -> None:
+    """Wait until the field of the token has the focus, which a browser gives it after it is seen."""
+    page.wait_for_function("document.activeElement.id === 'token'")
 
 
 def focused(page: Page) -> str:
