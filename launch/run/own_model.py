@@ -49,9 +49,10 @@ def named_own(config: RunConfig, own: OwnModel) -> RunConfig:
     asked = {"args": revisions.without_defaults(model.args), "drop_path": model.drop_path, "weights": model.weights}
     if wrong := [f"model.{key}" for key, value in asked.items() if value]:
         words = ", ".join(f'"~{key}"' for key in wrong)
+        applies, it = ("applies", "it") if len(wrong) == 1 else ("apply", "them")
         raise ConfigError(
-            f"{' and '.join(wrong)} applies only to models that are built by name, and this run gets a model as an "
-            f"object: remove it, from Python by load_config(..., {words})"
+            f"{' and '.join(wrong)} {applies} only to models that are built by name, and this run gets a model as an "
+            f"object: remove {it}, from Python by load_config(..., {words})"
         )
     kind = type(own) if isinstance(own, nn.Module) else own
     name = getattr(kind, "__qualname__", type(kind).__qualname__)
