@@ -141,7 +141,7 @@ def row_of(subject: Subject, cluster: Cluster, stage: int, world_size: int) -> R
         return memory(dataclasses.replace(first, micro=micro, accumulation=accumulation), choice).total <= room
 
     largest = tuple((choice, _largest(functools.partial(fits, choice))) for choice in subject.passes)
-    overlap = stage > 0 and overlaps(c.precision, c.zero.model_copy(update={"stage": stage}), c.deepspeed)
+    overlap = overlaps(c.precision, c.zero.model_copy(update={"stage": stage}), c.deepspeed)
     transfers = traffic(subject.model, stage, world_size, accumulation, overlap)
     transfers += shared(subject, batch.micro, accumulation)
     compute, last_backward = _compute(subject, device, batch)

@@ -3,8 +3,8 @@
 The list of collectives is that of DeepSpeed 0.19.8 as we configure it, read in its source and held by
 tests/distributed/test_plan.py, which counts them on running ranks:
 
-    stage 0   gradients, one all-reduce, after the last micro batch
-    stage 1   gradients, all-reduced in buckets, after the last micro batch; updated weights gathered
+    stage 0   gradients, all-reduced in buckets, in the last micro batch
+    stage 1   the same; updated weights gathered
     stage 2   the same, but gradients after each micro batch (DeepSpeed's "reduce" sends whole buckets to all ranks)
     stage 3   each weight gathered once per micro batch, but small ones ("persistent") once per step; gradients
               reduce-scattered after each micro batch. Every tensor is padded to a multiple of the ranks.
@@ -26,7 +26,6 @@ Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
 
 _PERSISTENT = 100_000  # elements: stage3_param_persistence_threshold, DeepSpeed's default
 _REUSE = 1_000_000_000  # elements: stage3_max_reuse_distance, likewise
-_STAGE0_BUCKET = 500_000_000  # elements: DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE
 _ALIGNED = 2  # elements: ZeRO-1 and 2 pad a group to a multiple of this times the ranks
 
 
@@ -104,29 +103,27 @@ def traffic(
         stage: of ZeRO.
         world_size: number of ranks.
         accumulation: micro batches of a step.
-        overlap: whether stages 1 and 2 reduce gradients beside the backward pass.
+        overlap: whether stages 0 to 2 reduce gradients beside the backward pass.
     """
     gradients = model.count * model.item
-    if stage == 0:
-        return (Transfer("all_reduce", gradients, math.ceil(model.count / _STAGE0_BUCKET), "gradients"),)
-    if stage in (1, 2):
+    if stage < 3:
         times = accumulation if stage == 2 else 1
         calls = times * math.ceil(model.count / (min(model.bucket, OVERLAPPED) if overlap else model.bucket))
+        reduced = Transfer("all_reduce", times * gradients, calls, "gradients")
+        if not stage:
+            return (reduced,)
         step = _ALIGNED * world_size
         padded = sum(math.ceil(sum(group) / step) * step for group in model.groups) * model.item
-        return (
-            Transfer("all_reduce", times * gradients, calls, "gradients"),
-            Transfer("all_gather", padded, len(model.groups), "updated weights"),
-        )
+        return reduced, Transfer("all_gather", padded, len(model.groups), "updated weights")
     large = [size for size in model.sizes if size > model.persistent]
     small = [size for size in model.sizes if size <= model.persistent]
     gathers = large + _gathered_again(model)
-    reduced = _padded(model.sizes, world_size) * model.item
+    scattered = _padded(model.sizes, world_size) * model.item
     found = [
         Transfer("all_gather", accumulation * _padded(gathers, world_size) * model.item, accumulation * len(gathers),
                  "weights"),
         Transfer("all_gather", _padded(small, world_size) * model.item, len(small), "small weights"),
-        Transfer("reduce_scatter", accumulation * reduced, accumulation * math.ceil(model.count / model.bucket),
+        Transfer("reduce_scatter", accumulation * scattered, accumulation * math.ceil(model.count / model.bucket),
                  "gradients"),
     ]  # fmt: skip
     return tuple(transfer for transfer in found if transfer.payload)

@@ -297,7 +297,7 @@ class RunConfig(FrozenConfig):
             )
         policies = (self.model.policy,) if isinstance(self.model.policy, str) else self.model.policy
         asked = self.precision, self.zero, self.deepspeed
-        if how.cudagraphs and self.zero.stage and overlaps(*asked) and not reduced_here(*asked):
+        if how.cudagraphs and overlaps(*asked) and not reduced_here(*asked):
             raise ValueError(
                 "compile.cudagraphs = true: zero.overlap_comm = true reads gradients beside the backward pass, whose "
                 "graphs take their memory again without waiting, where DeepSpeed reduces them: with zero.offload, with "

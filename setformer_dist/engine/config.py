@@ -311,10 +311,10 @@ class ZeroConfig(FrozenConfig):
 
     Attributes:
         stage: 0 replicates; 1 shards optimizer states, 2 also gradients, 3 also parameters.
-        overlap_comm: overlap the reduction of gradients with the backward pass. Stages 1 and 2 then reduce gradients in
+        overlap_comm: overlap the reduction of gradients with the backward pass. Stages 0 to 2 then reduce gradients in
             buckets of 25 MiB at most, each when it is complete. "auto" does so where this package reduces gradients
-            itself: under stages 1 and 2, unless they are offloaded, a [deepspeed] table is given, or stage 1 keeps
-            gradients in fp32 besides weights of low precision.
+            itself: under stages 0 to 2, unless they are offloaded, a [deepspeed] table is given, or stage 1 keeps
+            gradients in fp32 besides weights of low precision. Under stage 0 DeepSpeed itself overlaps nothing.
         bucket_mib: size of the reduction and gather buckets, as fp32; in low precision they are half as large.
         offload: what is kept and updated in host memory (ZeRO-Offload, Ren et al. 2021): "none"; "optimizer", that is
             master weights, optimizer states, EMA and their gradients (stages 1, 2, 3); or "all", also the weights,

@@ -1,10 +1,11 @@
-"""The mean of gradients over the ranks under ZeRO stages 1 and 2, taken for a bucket of them at once.
+"""The mean of gradients over the ranks under ZeRO stages 0 to 2, taken for a bucket of them at once.
 
-Written against DeepSpeed 0.19.8, whose hooks copy each gradient into a bucket, look up which ranks keep which part of
-it, copy the bucket again to add it up, and copy each gradient out: two kernels and 40 µs of Python for each of the 439
-weights of SeTformer-Tiny, also for a rank alone. Here a hook only notes that a gradient is there, and a bucket is one
-concatenation, one division, one sum over ranks and one copy of what this rank keeps: DeepSpeed's operations on the same
-numbers. A rank alone has its gradients where they should be.
+Written against DeepSpeed 0.19.8. Under stages 1 and 2 its hooks copy each gradient into a bucket, look up which ranks
+keep which part of it, copy the bucket again to add it up, and copy each gradient out: two kernels and 40 µs of Python
+for each of the 439 weights of SeTformer-Tiny, also for a rank alone. Under stage 0 it begins when the backward pass is
+over, and copies each gradient back. Here a hook only notes that a gradient is there, and a bucket is one concatenation,
+one division, one sum over ranks and, where a rank keeps a part of it, one copy of that. A rank alone has its gradients
+where they should be.
 
 With `zero.overlap_comm` a bucket is summed while the backward pass goes on, two buckets at a time.
 
@@ -14,12 +15,13 @@ DeepSpeed does it where a run asks for something else: offload, or keys of its o
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from deepspeed import comm
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import groups
 
 from setformer_dist.engine.protocol import Engine
 from setformer_dist.engine.zero import OVERLAPPED
@@ -36,21 +38,36 @@ _USUAL = {
     "zenflow": False,
     "sequence_parallel_size": 1,
 }
+# The same of its engine under stage 0.
+_USUAL_WHOLE = {
+    "gradient_average": True,
+    "has_moe_layers": False,
+    "pipeline_parallelism": False,
+    "sequence_parallel_size": 1,
+}
 _AT_ONCE = 2  # buckets that are summed beside a backward pass; each is memory
 
 
 def reduce_together(engine: Engine) -> None:
-    """Have an engine of ZeRO stage 1 or 2 reduce gradients by `Reduction`, unless its config asks for another way.
+    """Have an engine of ZeRO stage 0, 1 or 2 reduce gradients by `Reduction`, unless its config asks for another way.
 
     Args:
         engine: fresh from `deepspeed.initialize`.
     """
     made: Any = engine
-    optimizer = made.optimizer
-    if type(optimizer) is not DeepSpeedZeroOptimizer or made.torch_autocast_enabled():
+    if made.torch_autocast_enabled():
         return
-    if all(getattr(optimizer, name) == usual for name, usual in _USUAL.items()):
-        Reduction(engine).install()
+    if not engine.zero_optimization_stage():
+        scaled = not made.postscale_gradients() or made.gradient_predivide_factor() != 1
+        own_buffer = hasattr(made.optimizer, "get_grads_for_reduction")  # of sums in fp32
+        if not (scaled or own_buffer) and _are(made, _USUAL_WHOLE):
+            Whole(made).install()
+    elif type(made.optimizer) is DeepSpeedZeroOptimizer and _are(made.optimizer, _USUAL):
+        Parts(made).install()
+
+
+def _are(owner: Any, usual: Mapping[str, object]) -> bool:
+    return all(getattr(owner, name) == value for name, value in usual.items())
 
 
 class Reduction:
@@ -61,26 +78,150 @@ class Reduction:
     rank has not used. So ranks agree whatever order gradients come in, and on weights that some of them use alone.
 
     Args:
-        engine: whose optimizer is of ZeRO stage 1 or 2.
+        weights: all that are trained, in the order of the model.
+        group: of the ranks that have gradients of the same weights.
+        dtype: in which gradients are summed.
+        bucket: elements of a bucket, at most.
+        overlap: whether they are summed beside the backward pass.
     """
 
+    def __init__(
+        self, weights: Sequence[torch.Tensor], group: Any, dtype: torch.dtype, bucket: int, overlap: bool
+    ) -> None:
+        self._group, self._dtype, self._overlap = group, dtype, overlap
+        self._ranks: int = comm.get_world_size(group=group)
+        self._buckets = buckets_of(weights, min(bucket, OVERLAPPED) if overlap else bucket)
+        self._bucket = {weight: index for index, bucket in enumerate(self._buckets) for weight in bucket}
+        self._missing = [len(bucket) for bucket in self._buckets]
+        self._next = 0
+        self._under_way: deque[tuple[list[torch.Tensor], torch.Tensor, Any]] = deque()
+
+    def _hook(self) -> list[Any]:
+        """Have each weight say when its gradient is there; return the handles."""
+        weights: list[Any] = list(self._bucket)
+        return [weight.register_post_accumulate_grad_hook(self._take) for weight in weights]
+
+    def _now(self) -> bool:
+        """Return whether gradients of this backward pass are reduced."""
+        raise NotImplementedError
+
+    def _keep(self, weights: Sequence[torch.Tensor], means: Sequence[torch.Tensor]) -> None:
+        """Put what this rank keeps of means, which have the weights' shapes, where it belongs."""
+        raise NotImplementedError
+
+    def _reduce_the_rest(self) -> None:
+        """Reduce what is left after a backward pass."""
+        while self._next < len(self._buckets):
+            self._begin()
+        while self._under_way:
+            self._settle()
+        self._missing = [len(bucket) for bucket in self._buckets]
+        self._next = 0
+
+    def _take(self, weight: torch.Tensor) -> None:
+        """Take note of a gradient; reduce what is complete."""
+        if not self._now():
+            return
+        index = self._bucket[weight]
+        self._missing[index] -= 1
+        if self._missing[index] < 0:
+            raise RuntimeError(
+                "a weight got a second gradient in one backward pass, as reentrant checkpoints give, and the first may "
+                "be reduced by now: only zero.stage = 0 or 1 with zero.overlap_comm = false adds them. Or the last "
+                "backward pass failed: this engine cannot go on"
+            )
+        while self._next < len(self._buckets) and not self._missing[self._next]:
+            self._begin()
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        """Begin to take the means of the next bucket."""
+        weights, self._next = self._buckets[self._next], self._next + 1
+        if self._in_place():
+            return
+        work = None
+        gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
+        bucket = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        if self._ranks > 1:
+            bucket = bucket.div_(float(self._ranks)).to(self._dtype)
+            work = comm.all_reduce(bucket, group=self._group, async_op=self._overlap)
+        del gradients  # their memory may be that of the means
+        for weight in weights:
+            weight.grad = None
+        self._under_way.append((weights, bucket, work))
+        while len(self._under_way) > (_AT_ONCE if self._overlap else 0):
+            self._settle()
+
+    def _in_place(self) -> bool:
+        """Return whether gradients are where they belong without any reduction."""
+        return self._ranks == 1
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Keep what this rank keeps of the means of the oldest bucket."""
+        weights, bucket, work = self._under_way.popleft()
+        if work is not None:
+            work.wait()
+        means = torch.split(bucket, [weight.numel() for weight in weights])
+        self._keep(weights, [mean.view_as(weight) for mean, weight in zip(means, weights, strict=True)])
+
+
+class Whole(Reduction):
+    """All means on all ranks: stage 0."""
+
     def __init__(self, engine: Any) -> None:
+        """Take over from an engine's own reduction, by `install`."""
+        self._engine = engine
+        super().__init__(
+            [p for p in engine.module.parameters() if p.requires_grad],
+            groups._get_sequence_data_parallel_group(),
+            engine.communication_data_type,
+            engine.zero_reduce_bucket_size(),
+            engine.zero_overlap_comm(),
+        )
+
+    def install(self) -> None:
+        """Take the place of what DeepSpeed does after the last backward pass of a step."""
+        if self._overlap and self._ranks > 1:
+            self._hook()
+        self._engine.buffered_allreduce_fallback = self.finish
+
+    @torch.no_grad()
+    def finish(self, grads: object = None, elements_per_buffer: int = 0) -> None:
+        """Reduce what is left; weights that no micro batch has used get zeros, as DeepSpeed gives them."""
+        self._reduce_the_rest()
+        for weight in self._bucket:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+
+    def _now(self) -> bool:
+        return bool(self._engine.is_gradient_accumulation_boundary())
+
+    def _keep(self, weights: Sequence[torch.Tensor], means: Sequence[torch.Tensor]) -> None:
+        for weight, mean in zip(weights, means, strict=True):
+            weight.grad = mean.to(weight.dtype)
+
+
+class Parts(Reduction):
+    """What an optimizer of stage 1 or 2 keeps on each rank."""
+
+    def __init__(self, engine: Any) -> None:
+        """Take over from an engine's optimizer, by `install`."""
         self._optimizer = optimizer = engine.optimizer
         # The optimizer has a copy of it, which is that of the last pass until a gradient reaches the model's outputs.
         self._is_last = engine.is_gradient_accumulation_boundary
-        self._overlap: bool = optimizer.overlap_comm
-        self._ranks = comm.get_world_size(group=optimizer.dp_process_group)
         self._kept: list[list[torch.Tensor]] = optimizer.params_in_partition
-        self._group = {p: index for index, group in enumerate(self._kept) for p in group}
+        self._index = {p: index for index, group in enumerate(self._kept) for p in group}
         # With `precision.grad_accum = "fp32"` what this rank keeps of means is added to one fp32 tensor of a group.
         self._sums = any(map(optimizer._use_compact_grad_partition_buffer, range(len(self._kept))))
         known = {p for group in optimizer.bit16_groups for p in group if p.requires_grad}
-        most = min(optimizer.reduce_bucket_size, OVERLAPPED) if self._overlap else optimizer.reduce_bucket_size
-        self._buckets = buckets_of([p for p in engine.module.parameters() if p in known], most)
-        self._bucket = {p: index for index, weights in enumerate(self._buckets) for p in weights}
-        self._missing = [len(weights) for weights in self._buckets]
-        self._next = 0
-        self._under_way: deque[tuple[list[torch.Tensor], torch.Tensor, Any]] = deque()
+        super().__init__(
+            [p for p in engine.module.parameters() if p in known],
+            optimizer.dp_process_group,
+            optimizer.communication_data_type,
+            optimizer.reduce_bucket_size,
+            optimizer.overlap_comm,
+        )
 
     def install(self) -> None:
         """Take the place of DeepSpeed's hooks, and of what it does after a backward pass."""
@@ -89,8 +230,7 @@ class Reduction:
             hook.remove()
         optimizer._grad_acc_hooks = []
         if optimizer.partition_gradients or self._overlap:  # stage 2 frees gradients that other ranks keep
-            weights: list[Any] = list(self._bucket)
-            optimizer._grad_acc_hooks = [weight.register_post_accumulate_grad_hook(self._take) for weight in weights]
+            optimizer._grad_acc_hooks = self._hook()
         optimizer.reduce_gradients = self.finish
         optimizer.overlapping_partition_gradients_reduce_epilogue = self.finish
 
@@ -100,12 +240,7 @@ class Reduction:
 
         It calls this after each backward pass of stage 2, and after the last one of a step of stage 1.
         """
-        while self._next < len(self._buckets):
-            self._begin()
-        while self._under_way:
-            self._settle()
-        self._missing = [len(weights) for weights in self._buckets]
-        self._next = 0
+        self._reduce_the_rest()
         optimizer = self._optimizer
         last = self._is_last()
         for index, weights in enumerate(self._kept):
@@ -136,67 +271,34 @@ class Reduction:
         for weight in self._bucket:
             weight.grad = None
 
-    def _take(self, weight: torch.Tensor) -> None:
-        """Take note of a gradient; reduce what is complete. Stage 1 has it all in the last micro batch of a step."""
-        if not (self._optimizer.partition_gradients or self._is_last()):
-            return
-        index = self._bucket[weight]
-        self._missing[index] -= 1
-        if self._missing[index] < 0:
-            raise RuntimeError(
-                "a weight got a second gradient in one backward pass, as reentrant checkpoints give, and the first may "
-                "be reduced by now: only zero.stage = 1 with zero.overlap_comm = false adds them. Or the last backward "
-                "pass failed: this engine cannot go on"
-            )
-        while self._next < len(self._buckets) and not self._missing[self._next]:
-            self._begin()
+    def _now(self) -> bool:
+        """Return whether gradients are reduced: stage 1 has all in the last micro batch of a step."""
+        return bool(self._optimizer.partition_gradients or self._is_last())
 
-    @torch.no_grad()
-    def _begin(self) -> None:
-        """Begin to take the means of the next bucket."""
-        weights, self._next = self._buckets[self._next], self._next + 1
-        if self._ranks == 1 and not self._sums:
-            return
-        work, optimizer = None, self._optimizer
-        gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
-        bucket = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        if self._ranks > 1:
-            bucket = bucket.div_(float(self._ranks)).to(optimizer.communication_data_type)
-            work = comm.all_reduce(bucket, group=optimizer.dp_process_group, async_op=self._overlap)
-        del gradients  # their memory may be that of the means
-        for weight in weights:
-            weight.grad = None
-        self._under_way.append((weights, bucket, work))
-        while len(self._under_way) > (_AT_ONCE if self._overlap else 0):
-            self._settle()
+    def _in_place(self) -> bool:
+        return self._ranks == 1 and not self._sums
 
-    @torch.no_grad()
-    def _settle(self) -> None:
-        """Put what this rank keeps of the means of the oldest bucket where it belongs."""
-        weights, bucket, work = self._under_way.popleft()
-        if work is not None:
-            work.wait()
-        means = dict(zip(weights, torch.split(bucket, [weight.numel() for weight in weights]), strict=True))
-        kept = [weight for weight in weights if weight in self._group]
+    def _keep(self, weights: Sequence[torch.Tensor], means: Sequence[torch.Tensor]) -> None:
+        kept = [(weight, mean) for weight, mean in zip(weights, means, strict=True) if weight in self._index]
         if self._sums:
-            self._add_to_sums(kept, means)
+            self._add_to_sums(kept)
         elif kept:
             # Not where gradients lay: autograd may have made one of them a view of what it still reads.
-            own = [torch.empty_like(weight) for weight in kept]
-            torch._foreach_copy_(own, [means[weight].view_as(weight) for weight in kept])
-            for weight, mean in zip(kept, own, strict=True):
+            own = [torch.empty_like(weight) for weight, _ in kept]
+            torch._foreach_copy_(own, [mean for _, mean in kept])
+            for (weight, _), mean in zip(kept, own, strict=True):
                 weight.grad = mean
 
-    def _add_to_sums(self, weights: Sequence[torch.Tensor], means: dict[torch.Tensor, torch.Tensor]) -> None:
+    def _add_to_sums(self, kept: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Add what this rank keeps of means to the sums of their groups."""
         optimizer = self._optimizer
         sums, parts = [], []
-        for weight in weights:
-            group, known = self._group[weight], optimizer.get_param_id(weight)
+        for weight, mean in kept:
+            group, known = self._index[weight], optimizer.get_param_id(weight)
             rank = comm.get_rank(group=optimizer.real_dp_process_group[group])
             start = optimizer.grad_start_offset[group][rank][known]
             room = optimizer.partition_size[group] - optimizer.grad_partition_insertion_offset[group][rank][known]
-            part = means[weight].narrow(0, int(start), int(min(weight.numel() - start, room)))
+            part = mean.flatten().narrow(0, int(start), int(min(weight.numel() - start, room)))
             sums.append(optimizer._get_compact_grad_partition_slice(group, rank, known, part.numel()))
             parts.append(part)
         if parts:

@@ -85,12 +85,13 @@ def deepspeed_config(
 def reduced_here(precision: PrecisionConfig, zero: ZeroConfig, extra: Mapping[str, object]) -> bool:
     """Return whether a config leaves all that `reduction.py` does to it, and nothing to DeepSpeed."""
     fp32_besides = precision.dtype != "fp32" and precision.grad_accum == "fp32"
-    return zero.stage in (1, 2) and zero.offload == "none" and not extra and not (zero.stage == 1 and fp32_besides)
+    return zero.stage < 3 and zero.offload == "none" and not extra and not (zero.stage == 1 and fp32_besides)
 
 
 def overlaps(precision: PrecisionConfig, zero: ZeroConfig, extra: Mapping[str, object]) -> bool:
     """Return whether gradients are reduced beside the backward pass; `extra` is the [deepspeed] table."""
-    return reduced_here(precision, zero, extra) if zero.overlap_comm == "auto" else zero.overlap_comm
+    asked = zero.overlap_comm is True and zero.stage > 0  # DeepSpeed overlaps nothing under stage 0
+    return asked or (zero.overlap_comm is not False and reduced_here(precision, zero, extra))
 
 
 def set_aside(precision: PrecisionConfig, zero: ZeroConfig, extra: Mapping[str, object], count: int) -> int:

@@ -21,9 +21,10 @@ from tests.distributed import workers
 # Stage, dtype, dtype of sums; elements of a bucket: all weights at once, a few, less than one of them; overlap_comm.
 LAYOUTS = [
     (stage, dtype, sums, bucket, overlap)
-    for stage in (1, 2)
+    for stage in (0, 1, 2)
     for dtype, sums in (("fp32", "auto"), ("bf16", "auto"), ("fp16", "auto"), ("bf16", "fp32"), ("fp16", "fp32"))
     for bucket, overlap in ((100_000, False), (3000, False), (100, False), (3000, True), (100, True))
+    if stage or (sums == "auto" and bucket != 100)  # DeepSpeed has no sums in fp32 there
     if (stage, dtype, sums) != (1, "bf16", "fp32")  # DeepSpeed has another optimizer for it
     if (stage, dtype, sums, overlap) != (1, "fp16", "fp32", True)  # is DeepSpeed's, see below
 ]
@@ -105,12 +106,15 @@ def trained(
         trainee = workers.Trainee(
             stage, dtype, sums, micro, module=MODULES[module](), deepspeed=deepspeed, global_size=24, overlap=overlap
         )
-    trainee.engine.optimizer.reduce_bucket_size = bucket
+    if stage:
+        trainee.engine.optimizer.reduce_bucket_size = bucket
     norms = []
     for k in range(3):
         trainee.step(k)
         norms.append(float(trainee.engine.get_global_grad_norm()))
-    taken = "reduction" in getattr(trainee.engine.optimizer.reduce_gradients, "__module__", "")
+    made: Any = trainee.engine
+    reduced = made.optimizer.reduce_gradients if stage else made.buffered_allreduce_fallback
+    taken = "reduction" in getattr(reduced, "__module__", "")
     return [fragment.tensor.clone() for fragment in trainee.master.fragments("param")], norms, taken
 
 
@@ -152,11 +156,11 @@ def used_by_some(overlap: bool) -> list[list[float]]:
     return found
 
 
-def apart(overlap: bool) -> list[float]:
-    """Return a rank's weights after two steps of stage 1; in the second the loss of a rank is of weights alone."""
+def apart(stage: int, overlap: bool) -> list[float]:
+    """Return a rank's weights after two steps; in the second the loss of a rank is of weights alone."""
     real = reduction.buckets_of
     with mock.patch.object(reduction, "buckets_of", lambda parameters, _: real(parameters, 100)):
-        trainee = workers.Trainee(1, "fp32", module=Partly(), overlap=overlap)
+        trainee = workers.Trainee(stage, "fp32", module=Partly(), overlap=overlap)
     trainee.step(0)
     images, targets = workers.samples(1, 4)
     for factor in (1, 2):
@@ -182,8 +186,13 @@ def peak(sums: str, ours: bool) -> int:
         trainee = workers.Trainee(2, "bf16", sums, micro=8, module=module)
     trainee.engine.optimizer.reduce_bucket_size = 4_000_000  # all weights: DeepSpeed allocates so many
     trainee.step(0)
+    # The least of three: whether what one thread frees is gone when another allocates, is a matter of chance.
+    return min(most_of_step(trainee, step) for step in (1, 2, 3))
+
+
+def most_of_step(trainee: workers.Trainee, step: int) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
-        trainee.step(1)
+        trainee.step(step)
     events, changes = list(profiled.profiler.kineto_results.experimental_event_tree()), []
     while events:
         event = events.pop()
@@ -200,9 +209,9 @@ def peaks() -> list[tuple[int, int]]:
 
 
 def kernels(depth: int) -> list[int]:
-    """Return how many kernels a backward pass has beyond the model's, under stages 1 and 2."""
+    """Return how many kernels a backward pass has beyond the model's, under stages 0 to 2."""
     found = []
-    for stage in (1, 2):
+    for stage in (0, 1, 2):
         trainee = workers.Trainee(stage, "bf16", micro=8, module=Partly(depth))
         images, targets = workers.samples(0, 16)
         counts = []
@@ -233,7 +242,9 @@ def test_three_ranks_add_in_another_order_alone() -> None:
 
 
 def test_gradients_that_autograd_still_reads_are_left_alone() -> None:
-    layouts = [(stage, "fp32", "auto", 180, overlap) for stage, overlap in ((2, False), (2, True), (1, True))]
+    layouts = [
+        (stage, "fp32", "auto", 180, overlap) for stage, overlap in ((2, False), (2, True), (1, True), (0, True))
+    ]
     for found in run_ranks(both, 2, "shifted", layouts, timeout=120):
         for layout, (same, norms, wanted, ours) in zip(layouts, found, strict=True):
             assert ours, layout
@@ -256,8 +267,9 @@ def test_weights_that_some_ranks_use_alone(overlap: bool) -> None:
             assert part == pytest.approx(whole, abs=1e-6)
 
 
-def test_a_loss_that_does_not_reach_the_outputs_waits_for_the_last_micro_batch() -> None:
-    for found, wanted in zip(run_ranks(apart, 2, True), run_ranks(apart, 2, False), strict=True):
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_loss_that_does_not_reach_the_outputs_waits_for_the_last_micro_batch(stage: int) -> None:
+    for found, wanted in zip(run_ranks(apart, 2, stage, True), run_ranks(apart, 2, stage, False), strict=True):
         assert found == wanted
 
 
@@ -284,5 +296,5 @@ def test_a_config_that_asks_for_another_way_gets_deepspeeds() -> None:
 
 def test_a_backward_pass_has_as_many_kernels_for_any_number_of_weights() -> None:
     few, many = (run_ranks(kernels, 2, depth, timeout=120)[0] for depth in (2, 20))
-    for stage in (0, 1):
-        assert many[stage] <= few[stage] < 20, stage + 1
+    for stage in (0, 1, 2):
+        assert many[stage] <= few[stage] < 20, stage

@@ -110,7 +110,7 @@ def test_stages_share_what_they_say_they_share() -> None:
 def test_traffic_of_the_stages_by_hand() -> None:
     model = Model(((150_000, 11), (7,)), 2, 100_000)
     gradients = 2 * 150_018
-    assert traffic(model, 0, 4, 3) == (Transfer("all_reduce", gradients, 1, "gradients"),)
+    assert traffic(model, 0, 4, 3) == (Transfer("all_reduce", gradients, 2, "gradients"),)
     padded = 2 * (150_016 + 8)  # each group to a multiple of 2 x 4
     assert traffic(model, 1, 4, 3) == (
         Transfer("all_reduce", gradients, 2, "gradients"),
