@@ -6,8 +6,9 @@ tests/distributed/test_plan.py, which counts them on running ranks:
     stage 0   gradients, all-reduced in buckets, in the last micro batch
     stage 1   the same; updated weights gathered
     stage 2   the same, but gradients after each micro batch (DeepSpeed's "reduce" sends whole buckets to all ranks)
-    stage 3   each weight gathered once per micro batch, but small ones ("persistent") once per step; gradients
-              reduce-scattered after each micro batch. Every tensor is padded to a multiple of the ranks.
+    stage 3   each weight gathered once per micro batch, as many at once as DeepSpeed gathers ahead; small ones
+              ("persistent") once per step, all at once; gradients reduce-scattered after each micro batch. Every tensor
+              is padded to a multiple of the ranks.
 
 Ranks that share images (groups.py) wait for their sums and rows, which no computation hides.
 """
@@ -25,6 +26,7 @@ from setformer_dist.engine.zero import OVERLAPPED
 Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
 
 _PERSISTENT = 100_000  # elements: stage3_param_persistence_threshold, DeepSpeed's default
+_PREFETCH = 50_000_000  # elements: stage3_prefetch_bucket_size, likewise
 _REUSE = 1_000_000_000  # elements: stage3_max_reuse_distance, likewise
 _ALIGNED = 2  # elements: ZeRO-1 and 2 pad a group to a multiple of this times the ranks
 
@@ -65,6 +67,7 @@ class Model:
         item: bytes of an element as the model computes.
         bucket: elements of a reduction bucket.
         persistent: elements up to which ZeRO-3 keeps a parameter whole on every rank.
+        prefetch: elements that ZeRO-3 gathers ahead.
         reuse: elements; a parameter that is needed again before so many others stays.
     """
 
@@ -72,6 +75,7 @@ class Model:
     item: int
     bucket: int
     persistent: int = _PERSISTENT
+    prefetch: int = _PREFETCH
     reuse: int = _REUSE
 
     @classmethod
@@ -79,8 +83,9 @@ class Model:
         """Return the facts with what a run's [deepspeed] table says of ZeRO-3."""
         zero = deepspeed.get("zero_optimization", {})
         persistent = int(zero.get("stage3_param_persistence_threshold", _PERSISTENT))
+        prefetch = int(zero.get("stage3_prefetch_bucket_size", _PREFETCH))
         reuse = int(zero.get("stage3_max_reuse_distance", _REUSE))
-        return cls(groups, item, bucket_mib * 2**20 // 4, persistent, reuse)
+        return cls(groups, item, bucket_mib * 2**20 // 4, persistent, prefetch, reuse)
 
     @property
     def sizes(self) -> list[int]:
@@ -119,10 +124,11 @@ def traffic(
     small = [size for size in model.sizes if size <= model.persistent]
     gathers = large + _gathered_again(model)
     scattered = _padded(model.sizes, world_size) * model.item
+    at_once = math.ceil(sum(gathers) / model.prefetch) if model.prefetch else len(gathers)
     found = [
-        Transfer("all_gather", accumulation * _padded(gathers, world_size) * model.item, accumulation * len(gathers),
-                 "weights"),
-        Transfer("all_gather", _padded(small, world_size) * model.item, len(small), "small weights"),
+        Transfer("all_gather", accumulation * _padded(gathers, world_size) * model.item,
+                 accumulation * min(at_once, len(gathers)), "weights"),
+        Transfer("all_gather", _padded(small, world_size) * model.item, 1, "small weights"),
         Transfer("reduce_scatter", accumulation * scattered, accumulation * math.ceil(model.count / model.bucket),
                  "gradients"),
     ]  # fmt: skip

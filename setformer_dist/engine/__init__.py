@@ -24,7 +24,8 @@
     cuda_graphs.py        what must not lie in the memory of CUDA graphs, and what the log says of them
     deepspeed_engine.py   the one call of `deepspeed.initialize`
     fused_update.py       what DeepSpeed does for each parameter in an update, for all at once: checks, norm, copies
-    reduction.py          ZeRO-1 and 2: means of gradients over the ranks, a bucket of them at once
+    reduction.py          ZeRO-0 to 2: means of gradients over the ranks, a bucket of them at once
+    gathering.py          ZeRO-3: the small weights that stay whole, gathered at once after an update
     refitter.py           who computes new sets: the ranks, or somebody else meanwhile
     refresh.py            reference sets set by K-means: what is sampled when, and where the new sets go
     guard.py              losses that are not finite, and loss spikes: what is done about the step
@@ -33,6 +34,6 @@
     progress.py           what rank 0 shows while a run is under way: a bar on a terminal, a line now and then elsewhere
 
 Few know DeepSpeed: deepspeed_engine.py makes the engine and zero.py its JSON, master.py and offload.py know how it lays
-out memory, reduction.py where it wants gradients, fused_update.py what an update does, comm.py which of its collectives
-are measured. All others see protocol.py.
+out memory, reduction.py where it wants gradients, gathering.py which weights it keeps whole, fused_update.py what an
+update does, comm.py which of its collectives are measured. All others see protocol.py.
 """

@@ -25,6 +25,7 @@ import torch
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.utils import get_norm_dtype
 
+from setformer_dist.engine.gathering import gather_together
 from setformer_dist.engine.protocol import Engine
 from setformer_dist.engine.reduction import reduce_together
 
@@ -38,6 +39,7 @@ def quicken(engine: Engine) -> None:
     made: Any = engine
     optimizer = made.optimizer
     reduce_together(engine)
+    gather_together(engine)
     if not engine.zero_optimization_stage():
         if isinstance(optimizer, FP16_UnfusedOptimizer):
             optimizer.step = _step_together(optimizer)
