@@ -1,4 +1,4 @@
-"""What training through our loop costs, against DeepSpeed alone and against bare PyTorch DDP.
+"""What training through our loop costs, against DeepSpeed alone and against PyTorch's DDP and FSDP2.
 
     python -m benchmarks.engine [--config configs/runs/demo.toml] [--data DIR] [--ranks 2] [--blocks 12]
     python -m benchmarks.engine --ranks 1 --dtype bf16 --set model.name=setformer_tiny    on a GPU, if there is one
@@ -6,10 +6,11 @@
 For each ZeRO stage, on the same model and the same batches of our stream:
   ours       the trainer's loop with everything in it: clock, metrics, agreement to stop, drop-path keys
   DeepSpeed  forward, backward and step of the same engine, with our update, and nothing else
-  DDP        torch's DistributedDataParallel with fused AdamW and clipping, no DeepSpeed at all
+  DDP        torch's DistributedDataParallel with fused AdamW and clipping, no DeepSpeed at all: a peer of stage 0
+  FSDP2      torch's fully_shard of each block and the rest, the same otherwise: a peer of stage 3
 Ours and DeepSpeed take turns in blocks of steps in the same processes, so that noise of the machine hits both;
 the overhead is the median over pairs of neighbouring blocks. Averaging of weights is off, since DDP has none. In bf16,
-DeepSpeed holds weights in bf16 and DDP computes by autocast from fp32 ones.
+DeepSpeed holds weights in bf16, DDP computes by autocast from fp32 ones, and FSDP2 gathers fp32 ones as bf16.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from rich.console import Console
 from rich.table import Table
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.machine import describe
@@ -34,6 +37,7 @@ from benchmarks.measure import write
 from dataloaders.reading.device import Prepare
 from dataloaders.reading.streams import ShardTrainStream
 from launch.examples.demo import prepare_data
+from launch.run.compiled import whole_blocks
 from launch.run.compose import compose, open_splits
 from launch.run.config import ResolvedRun, load_run, resolve
 from launch.testing.ranks import run_ranks
@@ -109,8 +113,17 @@ def deepspeed_steps(parts: Any, batches: Iterator[MicroBatch]) -> None:
         parts.engine.step()
 
 
-def ddp(config: str, overrides: list[str], blocks: int) -> dict[str, Any]:
-    """Return seconds of each block and peak memory of a bare DDP loop."""
+def fully_sharded(model: torch.nn.Module, device: torch.device, dtype: torch.dtype, ranks: int) -> FSDPModule:
+    """Return a model whose blocks FSDP2 shards, each as a whole."""
+    mesh = init_device_mesh(device.type, (ranks,))
+    policy = MixedPrecisionPolicy() if dtype == torch.float32 else MixedPrecisionPolicy(dtype, dtype)
+    for block in whole_blocks(model):
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def peer(name: str, config: str, overrides: list[str], blocks: int) -> dict[str, Any]:
+    """Return seconds of each block and peak memory of a bare loop of "DDP" or "FSDP2"."""
     run, comm = prepare(config, overrides)
     splits = open_splits(run)
     c = run.config
@@ -118,16 +131,21 @@ def ddp(config: str, overrides: list[str], blocks: int) -> dict[str, Any]:
     device, dtype = torch.device(get_accelerator().current_device_name()), DTYPES[c.precision.dtype]
     make = Prepare(c.data, len(splits.train.classes), device, torch.float32)
     model = build_model(c.model, len(splits.train.classes), c.data.image_size, 0).to(device)
+    sharded = fully_sharded(model, device, dtype, comm.ranks.world_size) if name == "FSDP2" else None
     optimizer = optimizer_of(parameter_groups(model, c.optim), c.optim)
-    parallel = DistributedDataParallel(model)
+    parallel = DistributedDataParallel(model) if sharded is None else model
     batches = stream.micro_batches(0)
 
     def steps() -> None:
         for _ in range(STEPS):
             for micro in range(run.plan.accumulation):
                 images, targets = make(next(batches), train=True)
-                parallel.require_backward_grad_sync = micro == run.plan.accumulation - 1
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                last = micro == run.plan.accumulation - 1
+                if sharded is None:
+                    parallel.require_backward_grad_sync = last
+                else:
+                    sharded.set_requires_gradient_sync(last)
+                with torch.autocast(device.type, dtype, enabled=sharded is None and dtype != torch.float32):
                     loss = soft_cross_entropy(parallel(images), targets)
                 (loss / run.plan.accumulation).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), c.optim.clip_norm)
@@ -139,7 +157,7 @@ def ddp(config: str, overrides: list[str], blocks: int) -> dict[str, Any]:
     stream.close()
     memory = comm.gather_json(peak_memory_mib())
     disconnect()
-    return {"ddp": seconds, "memory_mib": memory}
+    return {"seconds": seconds, "memory_mib": memory}
 
 
 def main() -> None:
@@ -168,12 +186,12 @@ def main() -> None:
             *arguments.set,
         ]  # fmt: skip
         where = {"DS_ACCELERATOR": get_accelerator().device_name()}
-        base = run_ranks(
-            ddp, arguments.ranks, arguments.config, common, arguments.blocks, timeout=600, env=where, cold=True
-        )[0]
-        per_ddp = statistics.median(base["ddp"]) / STEPS
-        rows.append({"loop": "DDP", "stage": None, "steps_per_s": 1 / per_ddp, "memory_mib": max(base["memory_mib"])})
-        keep(rows, arguments)
+        for name in ("DDP", "FSDP2"):
+            words = (name, arguments.config, common, arguments.blocks)
+            found = run_ranks(peer, arguments.ranks, *words, timeout=600, env=where, cold=True)[0]
+            speed = STEPS / statistics.median(found["seconds"])
+            rows.append({"loop": name, "stage": None, "steps_per_s": speed, "memory_mib": max(found["memory_mib"])})
+            keep(rows, arguments)
         for stage in arguments.stages:
             words = [*common, f"zero.stage={stage}", f"run.name=stage{stage}"]
             found = run_ranks(
@@ -193,7 +211,7 @@ def main() -> None:
                 }
             )
             keep(rows, arguments)
-    report(rows, per_ddp, arguments, console)
+    report(rows, arguments, console)
 
 
 def keep(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
@@ -201,15 +219,18 @@ def keep(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     write(arguments.out, {"machine": describe(), "config": arguments.config, "ranks": arguments.ranks, "rows": rows})
 
 
-def report(rows: list[dict[str, Any]], per_ddp: float, arguments: argparse.Namespace, console: Console) -> None:
-    """Print the table."""
-    table = Table("loop", "steps/s", "against DDP", "over DeepSpeed alone", "peak MiB per rank", title=describe())
+def report(rows: list[dict[str, Any]], arguments: argparse.Namespace, console: Console) -> None:
+    """Print the table; the peers are its first rows."""
+    peers = [row for row in rows if row["stage"] is None]
+    against = [f"against {row['loop']}" for row in peers]
+    table = Table("loop", "steps/s", *against, "over DeepSpeed alone", "peak MiB per rank", title=describe())
     for row in rows:
-        name = "bare DDP" if row["stage"] is None else f"ours, ZeRO-{row['stage']}"
+        name = f"bare {row['loop']}" if row["stage"] is None else f"ours, ZeRO-{row['stage']}"
         low, high = row.get("overhead_quartiles", (0.0, 0.0))
         over = f"{row['overhead']:+.1%} (quartiles {low:+.1%} to {high:+.1%})" if "overhead" in row else ""
         speed = row["steps_per_s"]
-        table.add_row(name, f"{speed:.2f}", f"{speed * per_ddp:.2f}×", over, f"{row['memory_mib']:.0f}")
+        ratios = [f"{speed / other['steps_per_s']:.2f}×" for other in peers]
+        table.add_row(name, f"{speed:.2f}", *ratios, over, f"{row['memory_mib']:.0f}")
     console.print(table)
     console.print(f"written to {arguments.out}")
 

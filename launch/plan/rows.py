@@ -35,7 +35,7 @@ from setformer_dist.models.measure import Memory, memory_of
 
 _COPY = 3.3e9  # bytes/s of one rank, as saving copies its fragments in host memory (docs/results.md, checkpoints)
 MOST_MICRO = 65_536  # images: no larger micro batch is looked for
-_NEAR = 1.01  # stages whose steps take so nearly the same time that the lower one is recommended
+_NEAR = 1.03  # stages whose steps take so nearly the same time that the lower one is recommended
 
 
 @dataclass(frozen=True)
