@@ -67,7 +67,7 @@ def _device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def load_trained(path: Path, weights: Weights = "auto", own: OwnModel | None = None) -> Trained:
+def load_trained(path: Path, weights: Weights = "auto", own: OwnModel | None = None, best: bool = False) -> Trained:
     """Load the model of a step folder, a checkpoints folder or a run folder, in fp32 on the CPU.
 
     Nothing that the checkpoint says is followed further than its own bytes: the model is one that this program knows,
@@ -78,12 +78,16 @@ def load_trained(path: Path, weights: Weights = "auto", own: OwnModel | None = N
         path: where the checkpoint is.
         weights: "plain", "ema", or "auto": what scored better in the run's last evaluation.
         own: makes the model, where it was given to the run as an object: its code is in no checkpoint.
+        best: of several checkpoints, take the best by the run's `checkpoint.best_metric`, not the newest.
 
     Raises:
         CheckpointError: nothing there verifies, it was not written by a run, or it holds no average.
     """
     checkpoint = open_checkpoint(path)
     about = _about(checkpoint)
+    if best:
+        checkpoint = open_checkpoint(path, best_by=about.config.checkpoint)
+        about = _about(checkpoint)
     config, place = about.config, checkpoint.path
     chosen = better_of(checkpoint) if weights == "auto" else weights
     state = "ema" if chosen == "ema" else "param"
@@ -278,7 +282,7 @@ def predict(trained: Trained, images: Iterable[Path], top: int) -> Iterator[Pred
             pixels = decode_for_eval(read_whole(path, LARGEST_SAMPLE), data_config)
         except OSError as error:
             if path.is_dir():
-                yield DataError(f"image {path} is a folder: name its images, such as {path}/*.jpg or {path}/*/*.jpg")
+                yield DataError(f"image {path} is a folder without an image: name image files, or a folder of them")
                 continue
             yield DataError(f"image {path} cannot be read: {error.strerror}")
             continue
