@@ -134,6 +134,10 @@ def test_a_finished_run_started_again_says_so_and_changes_nothing(whole_run: Pat
     ended = setformer(*train_words(digits, whole_run.parent))
     assert ended.code == 0, ended.err
     assert "resumed at step 22" in ended.err
+    assert "the run is done, and no step is left to train" in ended.err
+    last = ended.err.splitlines()[-1]
+    assert last.startswith("done: 22 steps, best top1 0.")
+    assert last.endswith(f"report {whole_run / 'report.html'}")
     assert losses(whole_run) == before
 
 
