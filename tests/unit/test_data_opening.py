@@ -175,7 +175,7 @@ def test_a_beton_file_here_and_behind_a_url(root, tmp_path):
     [
         (
             "none",
-            r"data folder .*none does not exist: set data\.root or data\.train and data\.val \(in .* there are .*images",
+            r"none does not exist: set data\.root or data\.train and data\.val \(in .* there are .*images",
         ),
         ("none-*.tar", r"no shard matches .*none-\*\.tar: the folder holds .*"),
         ("none-{0..3}.tar", r"none-0\.tar cannot be opened"),
