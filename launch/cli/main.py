@@ -84,7 +84,7 @@ from setformer_dist.core.words import counted, plain, plain_lines
 class _Stoppable(typer.core.TyperGroup):
     """A group of commands that says that Ctrl-C has stopped one: Typer alone ends without a word."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
             return super().invoke(ctx)

@@ -222,7 +222,8 @@ def _open(weights: str) -> _Source:
         return _of_checkpoint(open_checkpoint(path))
     if not path.exists():
         raise ConfigError(
-            f"model.weights = {path} does not exist: name a run's folder, an exported one, a .safetensors file, or {HUB}OWNER/MODEL"
+            f"model.weights = {path} does not exist: name a run's folder, an exported one, a .safetensors file, or "
+            f"{HUB}OWNER/MODEL"
         )
     if path.suffix != ".safetensors":
         raise ConfigError(
