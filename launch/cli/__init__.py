@@ -1,5 +1,6 @@
 """The commands and their options, with Typer.
 
+bars.py      a progress bar
 ckpt.py      `setformer ckpt`: looking at checkpoints, checking them, taking them elsewhere, making room
 data.py      `setformer data`: making, checking and looking at the data that training reads
 lra.py       `setformer lra`: Long Range Arena, from the data to the table

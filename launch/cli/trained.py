@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from dataloaders.pixels.formats import IMAGE_SUFFIXES
+from launch.cli.bars import progress_bar
 from launch.cli.options import BestOption, CheckpointPath, ImportOption, WeightsOption
 from launch.run.own_code import bring
 from setformer_dist.core.errors import DataError
@@ -46,7 +47,10 @@ def evaluate(
 
     bring(imports or ())
     trained = infer.load_trained(checkpoint, weights_named(weights), best=best)
-    result = infer.evaluate_checkpoint(trained, infer.open_named_split(trained, data, split), batch)
+    opened = infer.open_named_split(trained, data, split)
+    with progress_bar("opening the data", "evaluating") as steps:
+        steps.start(opened.num_samples)
+        result = infer.evaluate_checkpoint(trained, opened, batch, steps.advance)
     place = str(trained.checkpoint.path)
     if as_json:
         about = {"checkpoint": place, "weights": trained.weights, "samples": result.samples}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -230,8 +230,16 @@ def _fill(model: nn.Module, weights: dict[str, torch.Tensor], checkpoint: Checkp
         raise CheckpointError(f"checkpoint {checkpoint.path} and its own config disagree about {', '.join(wrong[:4])}")
 
 
-def evaluate_checkpoint(trained: Trained, split: Split, micro_batch: int) -> EvalResult:
+def evaluate_checkpoint(
+    trained: Trained, split: Split, micro_batch: int, advance: Callable[[int], None] = lambda samples: None
+) -> EvalResult:
     """Score a split with one process, where the model is.
+
+    Args:
+        trained: the model.
+        split: what is scored.
+        micro_batch: samples computed at once.
+        advance: told the samples of each micro batch as it begins.
 
     Raises:
         DataError: the split's classes are not the model's.
@@ -244,8 +252,18 @@ def evaluate_checkpoint(trained: Trained, split: Split, micro_batch: int) -> Eva
     ranks = RankInfo()
     joined = connect(ranks)
     stream = inputs_of(trained.config.data).eval_stream(split, ranks, micro_batch)
+
+    left = split.num_samples
+
+    def goes_on() -> bool:
+        nonlocal left
+        now = min(micro_batch, left)
+        left -= now
+        advance(now)
+        return False
+
     try:
-        result = evaluate(trained.model, trained.task, stream, trained.prepare(), TorchCollectives(ranks))
+        result = evaluate(trained.model, trained.task, stream, trained.prepare(), TorchCollectives(ranks), goes_on)
         assert result is not None  # no rank gives up here
         return result
     finally:

@@ -17,6 +17,7 @@ import pytest
 
 from checkpoints.manifest import read_manifest
 from launch.ranks.environment import choose_port
+from launch.run.trained import evaluate_checkpoint, load_trained, open_named_split
 from launch.testing.commands import (
     DEMO,
     ROOT,
@@ -112,6 +113,14 @@ def test_a_folder_of_images_and_the_figures_for_programs(whole_run: Path, digits
     assert found["weights"] == "plain"
     assert found["samples"] == 360
     assert found["metrics"].keys() >= {"top1", "top5", "loss"}
+
+
+def test_an_evaluation_tells_how_far_it_is(whole_run: Path, digits: Path) -> None:
+    trained = load_trained(whole_run, "plain")
+    told: list[int] = []
+    result = evaluate_checkpoint(trained, open_named_split(trained, str(digits), None), 128, told.append)
+    assert result.samples == 360
+    assert told == [128, 128, 104]
 
 
 def test_the_best_checkpoint_is_taken_where_it_is_asked_for(digits: Path, tmp_path: Path) -> None:
