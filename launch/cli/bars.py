@@ -32,7 +32,8 @@ class Steps:
 
 @contextmanager
 def progress_bar(first: str, later: str) -> Iterator[Steps]:
-    """Show a progress bar on stderr, so that what is printed can be piped on."""
+    """Show a progress bar on stderr, so that what is printed can be piped on; nothing where that is no terminal."""
+    console = open_console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=open_console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         yield Steps(progress, first, later)

@@ -101,7 +101,7 @@ def predict(
     images: Annotated[
         list[Path], typer.Argument(help="Image files, and folders whose images are taken.", show_default=False)
     ],
-    top: Annotated[int, typer.Option(help="Classes shown per image.")] = 3,
+    top: Annotated[int, typer.Option(min=1, help="Classes shown per image.")] = 3,
     weights: WeightsOption = "auto",
     best: BestOption = False,
     as_json: AsJsonLines = False,

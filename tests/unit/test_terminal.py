@@ -16,6 +16,7 @@ import pytest
 from rich.panel import Panel
 from rich.text import Text
 
+from launch.cli.bars import progress_bar
 from launch.cli.main import AboveBar, main
 from launch.cli.usage import system_fault
 from launch.run import keys
@@ -169,6 +170,15 @@ def test_memory_that_is_full_is_one_sentence(error: Exception, full: bool) -> No
     said = no_memory(error)
     assert (said is not None) == full
     assert said is None or "batch.micro" in said
+
+
+def test_a_progress_bar_writes_nothing_into_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", pipe)
+    with progress_bar("opening", "reading") as steps:
+        steps.start(10)
+        steps.advance(10)
+    assert not pipe.getvalue()
 
 
 def test_ctrl_c_in_a_command_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
