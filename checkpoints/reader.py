@@ -34,7 +34,7 @@ from checkpoints.rankfile import Piece, RankFile, open_rank_file
 from checkpoints.strictjson import parse
 from setformer_dist.core.errors import CheckpointError
 from setformer_dist.core.fragments import KEPT, Fragment
-from setformer_dist.core.words import counted
+from setformer_dist.core.words import counted, plain
 
 log = logging.getLogger(__name__)
 
@@ -458,7 +458,7 @@ def open_checkpoint(path: Path, best_by: CheckpointConfig | None = None) -> Chec
             skipped.append(str(error))
             continue
         for fault in skipped:  # the user takes the answer for one of the newest checkpoint
-            log.warning("%s; %s is used instead", fault, found.path)
+            log.warning("%s; %s is used instead", plain(fault), plain(found.path))
         return found
     if skipped:
         raise CheckpointError(f"no checkpoint in {root} verifies: {'; '.join(skipped)}")
