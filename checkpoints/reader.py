@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,7 +34,9 @@ from checkpoints.rankfile import Piece, RankFile, open_rank_file
 from checkpoints.strictjson import parse
 from setformer_dist.core.errors import CheckpointError
 from setformer_dist.core.fragments import KEPT, Fragment
-from setformer_dist.core.words import counted
+from setformer_dist.core.words import counted, plain
+
+log = logging.getLogger(__name__)
 
 WEIGHTS = frozenset({"param", "ema"})  # states that a parameter has also where it does not train
 _NAMED = 3  # parameters that an error message names before it only counts
@@ -439,7 +442,7 @@ def open_checkpoint(path: Path, best_by: CheckpointConfig | None = None) -> Chec
     Args:
         path: a step folder, a `checkpoints` folder, or a run folder.
         best_by: in a folder of several, take the best by this metric; otherwise the newest. What does not
-            verify is skipped either way.
+            verify is skipped either way, with a warning.
 
     Raises:
         CheckpointError: there is none there, or none verifies; all reasons are named.
@@ -450,9 +453,13 @@ def open_checkpoint(path: Path, best_by: CheckpointConfig | None = None) -> Chec
     skipped = []
     for entry in _in_order(list_checkpoints(root), best_by):
         try:
-            return verified(entry.path)
+            found = verified(entry.path)
         except CheckpointError as error:
             skipped.append(str(error))
+            continue
+        for fault in skipped:  # the user takes the answer for one of the newest checkpoint
+            log.warning("%s; %s is used instead", plain(fault), plain(found.path))
+        return found
     if skipped:
         raise CheckpointError(f"no checkpoint in {root} verifies: {'; '.join(skipped)}")
     aside = len(layout.put_aside(root))

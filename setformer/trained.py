@@ -15,7 +15,12 @@ from setformer_dist.engine.evaluate import EvalResult
 
 
 def load(
-    path: str | Path, weights: str = "auto", *, model: OwnModel | None = None, imports: Iterable[str] = ()
+    path: str | Path,
+    weights: str = "auto",
+    *,
+    model: OwnModel | None = None,
+    imports: Iterable[str] = (),
+    best: bool = False,
 ) -> Trained:
     """Load the model of a checkpoint, verified, in fp32 on the CPU.
 
@@ -27,6 +32,7 @@ def load(
         weights: "plain", "ema", or "auto": those that scored better in the run.
         model: as `Training`; a copy is filled.
         imports: modules to import first.
+        best: of a run, take the checkpoint that scored best (`checkpoint.best_metric`), not the newest.
 
     Returns:
         `model` (an `nn.Module` in evaluation mode), `classes`, `config`, `task`, and `probabilities(images)`, which
@@ -37,7 +43,7 @@ def load(
         ConfigError: `weights` is none of the three, or a module cannot be imported.
     """
     bring(imports)
-    return runs.load_trained(Path(path), weights_named(weights), own=model)
+    return runs.load_trained(Path(path), weights_named(weights), own=model, best=best)
 
 
 def evaluate(

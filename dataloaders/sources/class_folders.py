@@ -165,7 +165,8 @@ class Tree:
         tops = self._levels[depth].keys() if depth < len(self._levels) else set()
         if depth < self._shortest and len(tops) > 1 and tops <= SPLIT_NAMES:
             raise DataError(
-                f"source {self.source} holds several splits ({self._names(depth)}): choose one with --split"
+                f"source {self.source} holds several splits ({self._names(depth)}): choose one with --split, "
+                "in a run config with data.train and data.val"
             )
         if len(tops) > 1 and "images" in tops and (masks := sorted(tops & MASK_FOLDERS)):
             raise DataError(

@@ -44,6 +44,8 @@ ARRAYS_NAME = "index.safetensors"
 # Bytes of arrays that are read and checked whole on opening: 3 million samples, a quarter of a second.
 _READ_AT_ONCE = 256 << 20
 
+_NAMED = 4  # folders that a message names
+
 # Bytes of a sample in the arrays, its key included, and of their header.
 _LARGEST_ROW = 1 << 10
 _LARGEST_HEADER = 1 << 20
@@ -346,7 +348,7 @@ def _why_not_a_split(folder: Path) -> str:
     """Say what is in a folder without an index, and what to do about it."""
     pack = f"`setformer data pack SOURCE {folder}`"
     if not folder.exists():
-        return f"data folder {folder} does not exist: set data.root, or make it with {pack}"
+        return f"data folder {folder} does not exist: set data.root{_beside(folder)}, or make it with {pack}"
     if not folder.is_dir():
         return f"data folder {folder} is a file, not a folder of shards: pack it with `setformer data pack`"
     entries = list(folder.iterdir())
@@ -364,6 +366,17 @@ def _why_not_a_split(folder: Path) -> str:
             f"{folder.with_name(folder.name + '-packed')}`"
         )
     return f"data folder {folder} has no {INDEX_NAME}: make it with {pack}"
+
+
+def _beside(folder: Path) -> str:
+    """Return what folders there are in its place, as a part of a sentence; nothing where there are none."""
+    parent = folder.parent
+    try:
+        names = sorted(entry.name for entry in parent.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    except OSError:
+        return ""
+    more = " …" if len(names) > _NAMED else ""
+    return f" or data.train and data.val (in {parent} there are {', '.join(names[:_NAMED])}{more})" if names else ""
 
 
 def _has_images(folder: Path, depth: int = 3) -> bool:

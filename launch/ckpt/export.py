@@ -67,7 +67,7 @@ model = timm.create_model({name!r}, {arguments}checkpoint_path="model.safetensor
 _REGISTER = "import setformer_dist.models  # registers the architecture with timm\n"
 
 
-def export(path: Path, dest: Path, weights: Weights, console: Console) -> None:
+def export(path: Path, dest: Path, weights: Weights, console: Console, best: bool = False) -> None:
     """Write the weights, timm's config and a model card.
 
     Args:
@@ -75,13 +75,14 @@ def export(path: Path, dest: Path, weights: Weights, console: Console) -> None:
         dest: folder to make.
         weights: "plain", "ema", or "auto": what scored better in the run.
         console: where to.
+        best: of several checkpoints, the best instead of the newest.
 
     Raises:
         CheckpointError: nothing there verifies, or it was not written by a run.
         ConfigError: the folder is there already.
     """
     check_free(dest)
-    trained = load_trained(path, weights)
+    trained = load_trained(path, weights, best=best)
     model = encoder_of(trained.model)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     written = ["model.safetensors", "README.md"]

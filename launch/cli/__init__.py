@@ -1,5 +1,6 @@
 """The commands and their options, with Typer.
 
+bars.py      a progress bar
 ckpt.py      `setformer ckpt`: looking at checkpoints, checking them, taking them elsewhere, making room
 data.py      `setformer data`: making, checking and looking at the data that training reads
 lra.py       `setformer lra`: Long Range Arena, from the data to the table
@@ -8,6 +9,8 @@ options.py   arguments and options that several commands have
 plan.py      `setformer plan`: a run on machines that are not there
 queue.py     `setformer queue`: a queue for a cluster that several people share
 runs.py      `setformer runs`: looking at runs
+stopped.py   what Ctrl-C leaves
 sweep.py     `setformer sweep`: many runs over a space of configs
+trained.py   `setformer eval`, `probe` and `predict`: a trained checkpoint, scored and used
 usage.py     what is said of words that no command takes
 """

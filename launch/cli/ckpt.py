@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from launch.cli.options import CheckpointPath, ImportOption, StoredPath, WeightsOption
+from launch.cli.options import BestOption, CheckpointPath, ImportOption, StoredPath, WeightsOption
 from launch.run.own_code import bring
+from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.metric import weights_named
 from setformer_dist.core.terminal import open_console
 
@@ -128,6 +129,7 @@ def export(
     checkpoint: CheckpointPath,
     dest: Annotated[Path, typer.Argument(help="Folder to create.", show_default=False)],
     weights: WeightsOption = "auto",
+    best: BestOption = False,
     deepspeed: Annotated[
         bool,
         typer.Option("--deepspeed", help="Write the format of DeepSpeed's zero_to_fp32.py, with Adam's states."),
@@ -142,18 +144,22 @@ def export(
 
         setformer ckpt export runs/demo exported --weights ema
 
+        setformer ckpt export runs/demo the-best --best
+
         setformer ckpt export runs/demo for-deepspeed --deepspeed
     """
     chosen = weights_named(weights)
     bring(imports or ())
     if deepspeed:
+        if best:
+            raise ConfigError("--best does not go with --deepspeed: name the folder of a step")
         from launch.ckpt import transfer
 
         transfer.export_deepspeed(checkpoint, dest, open_console())
     else:
         from launch.ckpt import export
 
-        export.export(checkpoint, dest, chosen, open_console())
+        export.export(checkpoint, dest, chosen, open_console(), best)
 
 
 @app.command("import")

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from launch.cli.bars import progress_bar
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.terminal import open_console
 from setformer_dist.core.words import counted, plain
@@ -162,7 +162,7 @@ def pack(
         raise ConfigError("--tiles makes WebDataset shards, which a .beton file is not: name a folder as destination")
     if raw is not None and dest.suffix != ".beton":
         raise ConfigError("--raw stores pixels, which only a .beton file can hold: name a destination *.beton")
-    with _progress(f"looking for images in {source}", "packing") as steps, _resumes(dest):
+    with progress_bar(f"looking for images in {source}", "packing") as steps, _resumes(dest):
         if dest.suffix == ".beton":
             result: Packed = convert.pack_beton(source, dest, options, raw, steps.start, steps.advance)
         else:
@@ -191,7 +191,7 @@ def index(
     """
     from launch.data import commands
 
-    with _progress(f"opening {path}", "indexing") as steps:
+    with progress_bar(f"opening {path}", "indexing") as steps:
         said = commands.index(path, classes, checksums, workers, steps.start, steps.advance)
     _say(open_console(), said)
 
@@ -222,7 +222,7 @@ def verify(
     for path in paths:
         if "://" not in path and not any(sign in path for sign in "*{[") and not Path(path).exists():
             raise ConfigError(f"{path} does not exist: name a packed split, shards, a .beton file or an image folder")
-        with _progress(f"opening {path}", "verifying") as steps:
+        with progress_bar(f"opening {path}", "verifying") as steps:
             try:
                 results.append(verify.verify(path, workers, decode, steps.start, steps.advance))
             except DataError as error:  # not even its index is whole, or it is no data
@@ -280,7 +280,7 @@ def stats(
     source = open_container(path)
     try:
         total = min(look_at, source.num_samples)
-        with _progress(f"opening {path}", "reading images") as steps:
+        with progress_bar(f"opening {path}", "reading images") as steps:
             steps.start(total)
             found = band_statistics(source, look_at, max_pixels, steps.advance)
     finally:
@@ -315,7 +315,7 @@ def convert(
     """
     from dataloaders.packing import convert
 
-    with _progress(f"opening {source}", "converting") as steps, _resumes(dest):
+    with progress_bar(f"opening {source}", "converting") as steps, _resumes(dest):
         result = convert.convert(source, dest, raw, workers, force, steps.start, steps.advance)
     _report_packing(dest, result)
 
@@ -340,40 +340,12 @@ def bench(
     from launch.data import commands
 
     most = threads or len(os.sched_getaffinity(0))
-    with _progress("measuring", "measuring") as steps:
+    with progress_bar("measuring", "measuring") as steps:
         found = commands.measure(path, image_size, randaugment, most, seconds, steps.say)
     commands.show_throughput(found, as_json, open_console())
 
 
 # ------------------------------------------------------------------------------------------------------------------
-
-
-class _Steps:
-    """A progress bar that takes what a library passes to `on_start` and `on_progress`."""
-
-    def __init__(self, progress: Progress, first: str, later: str) -> None:
-        self._progress, self._later = progress, later
-        self._task = progress.add_task(first, total=None)
-
-    def start(self, total: int) -> None:
-        """Begin with so many things to do."""
-        self._progress.update(self._task, total=total, description=self._later)
-
-    def advance(self, done: int) -> None:
-        """Count so many as done."""
-        self._progress.advance(self._task, done)
-
-    def say(self, what: str) -> None:
-        """Say what is being done."""
-        self._progress.update(self._task, description=what)
-
-
-@contextmanager
-def _progress(first: str, later: str) -> Iterator[_Steps]:
-    """Show a progress bar on stderr, so that what is printed can be piped on."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=open_console(stderr=True), transient=True) as progress:
-        yield _Steps(progress, first, later)
 
 
 @contextmanager
@@ -400,7 +372,7 @@ def _pack_text(
     from dataloaders.packing import text
 
     options = text.TextOptions(length, split, **_class_map(classes), force=force)
-    with _progress(f"reading {source}", "packing") as steps:
+    with progress_bar(f"reading {source}", "packing") as steps:
         packed = text.pack_text(source, dest, options, steps.advance)
     _say(
         open_console(),

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 from rich.control import Control
 from rich.logging import RichHandler
 from rich.segment import ControlType
@@ -32,15 +33,14 @@ from launch.cli import plan as cli_plan
 from launch.cli import queue as cli_queue
 from launch.cli import runs as cli_runs
 from launch.cli import sweep as cli_sweep
+from launch.cli import trained as cli_trained
 from launch.cli.options import (
-    CheckpointPath,
     ConfigOrRun,
     ExcludeOption,
     FromOption,
     GraceOption,
     HostfileOption,
     HostsOption,
-    ImportOption,
     IncludeOption,
     Overrides,
     RanksOption,
@@ -51,8 +51,8 @@ from launch.cli.options import (
     TrustOption,
     ViaOption,
     WaitOption,
-    WeightsOption,
 )
+from launch.cli.stopped import STOPPED, STOPPED_CODE
 from launch.cli.usage import UsageError, check_homes, system_fault, usage_fault
 from launch.hosts.fleet import Fleet
 from launch.hosts.names import HostSpec, of_slurm, parse_hosts, read_hostfile
@@ -65,26 +65,37 @@ from launch.ray.installed import check_reachable
 from launch.record.attempts import Recorder
 from launch.run import keys
 from launch.run.config import RunConfig, check_folder, continued, load_run, resolve, shipped
-from launch.run.own_code import bring
 from launch.run.repeat import Repetition, check_trusted, repetition
 from setformer_dist import __version__
 from setformer_dist.core.errors import (
     ConfigError,
-    DataError,
     LaunchError,
     RankFailedError,
     SetformerError,
     TransientError,
 )
 from setformer_dist.core.ledger import LEDGER
-from setformer_dist.core.metric import headline, weights_named
 from setformer_dist.core.secrets import redact_tracebacks, redacted
 from setformer_dist.core.shared_memory import no_memory
 from setformer_dist.core.terminal import open_closed_streams, open_console
 from setformer_dist.core.words import counted, plain, plain_lines
 
+
+class _Stoppable(typer.core.TyperGroup):
+    """A group of commands that says that Ctrl-C has stopped one: Typer alone ends without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print(STOPPED, file=sys.stderr)
+            raise typer.Exit(STOPPED_CODE) from None
+
+
 app = typer.Typer(
     name="setformer",
+    cls=_Stoppable,
     help="Train SeTformer with DeepSpeed, on streamed shards, from one CPU machine to many GPUs.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
@@ -377,97 +388,9 @@ def _refuse_other_launchers() -> None:
         )
 
 
-@app.command("eval")
-def evaluate(
-    checkpoint: CheckpointPath,
-    data: Annotated[str | None, typer.Option(help="Folder of packed splits; by default the run's.")] = None,
-    split: Annotated[str | None, typer.Option(help="Name of the split; by default the run's validation.")] = None,
-    weights: WeightsOption = "auto",
-    batch: Annotated[int, typer.Option(help="Images computed at once.")] = 128,
-    imports: ImportOption = None,
-) -> None:
-    """Evaluate a checkpoint on a packed split.
-
-    Examples:
-
-        setformer eval runs/demo
-
-        setformer eval runs/demo/checkpoints/step-00000440 --data runs/demo-data --split val --weights ema
-    """
-    from launch.run import trained as infer
-
-    bring(imports or ())
-    trained = infer.load_trained(checkpoint, weights_named(weights))
-    result = infer.evaluate_checkpoint(trained, infer.open_named_split(trained, data, split), batch)
-    left_out = f", {result.left_out} damaged ones left out" if result.left_out else ""
-    print(
-        f"{trained.checkpoint.path} ({trained.weights} weights): "
-        f"{headline(trained.task.metrics, result.figures, everything=True)} on {result.samples} samples{left_out}"
-    )
-
-
-@app.command("probe")
-def probe_features(
-    checkpoint: CheckpointPath,
-    data: Annotated[str | None, typer.Option(help="Labelled data; by default the run's.")] = None,
-    weights: WeightsOption = "auto",
-    neighbours: Annotated[int, typer.Option(min=1, help="Number of nearest neighbours that vote.")] = 20,
-    labels: Annotated[float, typer.Option(help="Share of the training labels to use, per class.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the choice of labels.")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Images computed at once.")] = 128,
-    imports: ImportOption = None,
-) -> None:
-    """Score a model's frozen features by a linear classifier and by nearest neighbours. Both learn from the run's
-    training split and are scored on its validation split.
-
-    Example:
-
-        setformer probe runs/demo
-    """
-    from launch.run import features
-    from launch.run import trained as infer
-
-    bring(imports or ())
-    trained = infer.load_trained(checkpoint, weights_named(weights))
-    train, val = (
-        infer.open_named_split(trained, data, name) for name in (trained.config.data.train, trained.config.data.val)
-    )
-    found = features.probe(trained, train, val, batch, neighbours, labels, seed)
-    print(
-        f"{trained.checkpoint.path} ({trained.weights} weights): linear {found.linear:.2%}, {neighbours} nearest "
-        f"neighbours {found.neighbours:.2%} on {found.scored} samples of {found.classes} classes, with the labels of "
-        f"{found.trained_on}"
-    )
-
-
-@app.command()
-def predict(
-    checkpoint: CheckpointPath,
-    images: Annotated[list[Path], typer.Argument(help="Image files.", show_default=False)],
-    top: Annotated[int, typer.Option(help="Classes shown per image.")] = 3,
-    weights: WeightsOption = "auto",
-    imports: ImportOption = None,
-) -> None:
-    """Print the most likely classes of image files.
-
-    Example:
-
-        setformer predict runs/demo some/digit.png another/digit.png --top 3
-    """
-    from launch.run import trained as infer
-
-    bring(imports or ())
-    trained = infer.load_trained(checkpoint, weights_named(weights))
-    failed: DataError | None = None
-    for found in infer.predict(trained, images, top):
-        if isinstance(found, DataError):  # one bad image does not hide the others
-            print(f"error: {plain(found)}", file=sys.stderr)
-            failed = found
-            continue
-        ranked = ", ".join(f"{plain(n)} {p:.1%}" for n, p in zip(found.classes, found.probabilities, strict=True))
-        print(f"{plain(found.image)}: {ranked}")
-    if failed is not None:
-        raise typer.Exit(failed.exit_code)
+app.command("eval")(cli_trained.evaluate)
+app.command("probe")(cli_trained.probe_features)
+app.command()(cli_trained.predict)
 
 
 @app.command()
@@ -667,8 +590,8 @@ def main() -> None:
         sys.stdout = None  # what is left of its text would only fail again
         sys.exit(TransientError.exit_code)
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr)
-        sys.exit(130)
+        print(STOPPED, file=sys.stderr)
+        sys.exit(STOPPED_CODE)
 
 
 if __name__ == "__main__":

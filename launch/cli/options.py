@@ -68,6 +68,10 @@ ImportOption = Annotated[
     typer.Option("--import", help="Module of your own that registers the model or the task.", show_default=False),
 ]
 WeightsOption = Annotated[str, typer.Option(help="plain, ema, or auto: those that scored better in the run.")]
+BestOption = Annotated[
+    bool,
+    typer.Option("--best", help="Of a run's checkpoints, take the best (checkpoint.best_metric), not the newest."),
+]
 HostsOption = Annotated[
     str, typer.Option(help="Hosts and the ranks on each, such as a:8,b:8.", show_default=False, callback=_where)
 ]

@@ -43,10 +43,16 @@ def run_folders(root: Path) -> list[Path]:
     """
     if (root / "config.json").is_file() or (root / ledger.LEDGER).is_file():
         return [root]
-    found = [path.parent for path in root.glob("*/config.json")] if root.is_dir() else []
+    found = _times_of_runs(root) if root.is_dir() else {}
     if not found:
         raise DataError(f"{root} holds no run: name a run's folder, or the folder of runs (run.out, by default runs)")
-    return sorted(found, key=lambda folder: (folder / "config.json").stat().st_mtime)
+    return sorted(found, key=lambda folder: found[folder])
+
+
+def _times_of_runs(root: Path) -> dict[Path, float]:
+    """Return when each run below a folder began; one that ended before its first step has a ledger alone."""
+    names = (ledger.LEDGER, "config.json")  # the latter counts where there are both
+    return {path.parent: path.stat().st_mtime for name in names for path in root.glob(f"*/{name}")}
 
 
 def list_runs(root: Path, console: Console) -> None:

@@ -175,6 +175,9 @@ class RunConfig(FrozenConfig):
         "lr_scheduler": "schedule.name",
         "model_ema": "ema.decay",
         "drop_path": "model.drop_path",
+        "drop": "dropout is an argument of the model: model.args.drop_rate",
+        "drop_rate": "dropout is an argument of the model: model.args.drop_rate",
+        "dropout": "dropout is an argument of the model: model.args.drop_rate",
         "crop_pct": "data.eval_crop",
         "val_split": "data.val",
         "train_split": "data.train",
@@ -187,6 +190,11 @@ class RunConfig(FrozenConfig):
         "reprob": "data.augment.erasing",
         "smoothing": "data.augment.smoothing",
         "hflip": "data.augment.flip",
+        "vflip": "images are mirrored left to right alone (data.augment.flip); data.augment.own takes code of your own",
+        "bce_loss": 'set task.args.loss = "binary_cross_entropy"',
+        "mixup_prob": "data.augment.mix_prob",
+        "mixup_alpha": "data.augment.mixup",
+        "cutmix_alpha": "data.augment.cutmix",
         "train_interpolation": "data.interpolation",
         "initial_checkpoint": "model.weights",
         "teacher_model": "distill.teacher",
@@ -217,6 +225,19 @@ class RunConfig(FrozenConfig):
         "lr_scheduler_type": "schedule.name",
         "deterministic": "every run is deterministic, by run.seed",
         "local_rank": "ranks are given by --ranks",
+        "device": "the device is detected; `setformer doctor` says which",
+        "lr_base": "the learning rate is not scaled with the batch: set optim.lr",
+        "schedule": "schedule.name",
+        "scheduler": "schedule.name",
+        "lr_schedule": "schedule.name",
+        "log_wandb": "logging.wandb.project",
+        "wandb_project": "logging.wandb.project",
+        "patience_epochs": "no run ends early; checkpoint.keep_best keeps its best checkpoint",
+        "patience": "no run ends early; checkpoint.keep_best keeps its best checkpoint",
+        "freeze": "all parameters train: `setformer probe RUN` scores frozen features, optim.layer_decay slows layers",
+        "max_duration": "schedule.epochs",
+        "save_folder": "run.out",
+        "load_path": "model.weights",
         "num_nodes": "hosts are given by --hosts or --hostfile",
     }
 
@@ -482,13 +503,28 @@ def check_folder(run: ResolvedRun) -> None:
             f"{path} has the key {newer[0]!r}, which this version of setformer_dist does not know: a later version "
             "wrote it, and only that version can continue the run"
         )
-    found = differences(there, run.config, run.config.checkpoint.allow_changes)
-    differing = [(d.key, redacted_json(d.there), redacted_json(d.here)) for d in found]
-    differing = [(key, theirs, ours) for key, theirs, ours in differing if theirs != ours]
+    allowed = run.config.checkpoint.allow_changes
+    found = [(d, redacted_json(d.there), redacted_json(d.here)) for d in differences(there, run.config, allowed)]
+    differing = [(d, theirs, ours) for d, theirs, ours in found if theirs != ours]
     if differing:
-        shown = ", ".join(f"{key} is {theirs!r} there and {ours!r} here" for key, theirs, ours in differing[:4])
+        shown = ", ".join(f"{d.key} is {theirs!r} there and {ours!r} here" for d, theirs, ours in differing[:4])
         more = f", and {len(differing) - 4} more" if len(differing) > 4 else ""
+        permits = {d.by for d, _, _ in differing}
         raise ConfigError(
             f"run folder {run.config.folder} holds a run of another config ({shown}{more}): "
-            "give this run another run.name, or move the folder away"
+            f"give this run another run.name, or move the folder away{_to_go_on(run.config, permits)}"
         )
+
+
+def _to_go_on(config: RunConfig, permits: set[str | None]) -> str:
+    """Return how the run in the folder may be used all the same, as the end of a sentence.
+
+    Args:
+        config: of the run that would continue.
+        permits: for each key that differs, the entry of checkpoint.allow_changes that would let it change.
+    """
+    named = [name for name in permits if name is not None]
+    if len(named) == len(permits):
+        entries = json.dumps(sorted({*config.checkpoint.allow_changes, *named}))
+        return f"; to continue with the change, set checkpoint.allow_changes = {entries} (docs/checkpoints.md)"
+    return f"; to begin a new run with its weights, also set model.weights = {json.dumps(str(config.folder))}"

@@ -200,7 +200,7 @@ class FirstWeights:
         if len(modules) <= _NAMED:
             skip = [*(self.config.skip or ()), *sorted(modules)]
             repair += f", or draw these from the seed (model.skip = {skip})".replace("'", '"')
-        return f"model.weights do not fit: {source.name}, are of another model ({first}{more}): {repair}"
+        return f"model.weights do not fit: {source.name} are of another model ({first}{more}): {repair}"
 
 
 def _filler(found: Adapted) -> Callable[[list[Fragment]], None]:
@@ -216,11 +216,14 @@ def _open(weights: str) -> _Source:
     if weights.startswith(HUB):
         return dataclasses.replace(_of_file(fetched(weights)), name=f"the weights of {weights}")
     path = Path(weights)
+    if (exported := path / "model.safetensors").is_file() and not (path / "checkpoints").is_dir():
+        path = exported  # of `setformer ckpt export`, or of the hub
     if path.is_dir():
         return _of_checkpoint(open_checkpoint(path))
     if not path.exists():
         raise ConfigError(
-            f"model.weights = {path} does not exist: name a run's folder, a .safetensors file, or {HUB}OWNER/MODEL"
+            f"model.weights = {path} does not exist: name a run's folder, an exported one, a .safetensors file, or "
+            f"{HUB}OWNER/MODEL"
         )
     if path.suffix != ".safetensors":
         raise ConfigError(

@@ -14,7 +14,7 @@ from launch.run.reconstructions import reconstructed_samples
 from launch.run.trained import classified_samples, load_trained
 from setformer_dist.core import ledger
 from setformer_dist.core.files import write_state
-from setformer_dist.core.words import plain
+from setformer_dist.core.words import counted, plain
 from setformer_dist.engine.run_state import Outcome
 from setformer_dist.models.measure import parameters
 from setformer_dist.report.html import write_report
@@ -59,7 +59,7 @@ def finish(run: ResolvedRun, splits: Splits, outcome: Outcome, own: OwnModel | N
         figures = summary(run, outcome)
         write_state(folder / "summary.json", figures)
         if outcome.signum is None:
-            _report(run, splits, figures, own)
+            _report(run, splits, outcome, figures, own)
         else:
             write_report(folder, folder / "report.html", [])
     except Exception as error:
@@ -72,7 +72,9 @@ def finish(run: ResolvedRun, splits: Splits, outcome: Outcome, own: OwnModel | N
         )
 
 
-def _report(run: ResolvedRun, splits: Splits, figures: dict[str, object], own: OwnModel | None) -> None:
+def _report(
+    run: ResolvedRun, splits: Splits, outcome: Outcome, figures: dict[str, object], own: OwnModel | None
+) -> None:
     folder: Path = run.config.folder
     trained = load_trained(folder / "checkpoints", own=own)
     figures |= {
@@ -84,3 +86,12 @@ def _report(run: ResolvedRun, splits: Splits, figures: dict[str, object], own: O
     pictures = classified_samples(trained, splits.val), reconstructed_samples(trained, splits.val)
     write_report(folder, folder / "report.html", *pictures)
     log.info("report %s", folder / "report.html")
+    print(_said(run, outcome), file=sys.stderr, flush=True)
+
+
+def _said(run: ResolvedRun, outcome: Outcome) -> str:
+    """Return the last line of a run that is done: what came out, and where it is."""
+    state, folder = outcome.state, run.config.folder
+    best = state.best
+    scored = "" if best.value is None else f", best {best.metric} {best.value:.4f} at step {best.step}"
+    return plain(f"done: {counted(state.step, 'step')}{scored}; report {folder / 'report.html'}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def _device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def load_trained(path: Path, weights: Weights = "auto", own: OwnModel | None = None) -> Trained:
+def load_trained(path: Path, weights: Weights = "auto", own: OwnModel | None = None, best: bool = False) -> Trained:
     """Load the model of a step folder, a checkpoints folder or a run folder, in fp32 on the CPU.
 
     Nothing that the checkpoint says is followed further than its own bytes: the model is one that this program knows,
@@ -78,12 +78,16 @@ def load_trained(path: Path, weights: Weights = "auto", own: OwnModel | None = N
         path: where the checkpoint is.
         weights: "plain", "ema", or "auto": what scored better in the run's last evaluation.
         own: makes the model, where it was given to the run as an object: its code is in no checkpoint.
+        best: of several checkpoints, take the best by the run's `checkpoint.best_metric`, not the newest.
 
     Raises:
         CheckpointError: nothing there verifies, it was not written by a run, or it holds no average.
     """
     checkpoint = open_checkpoint(path)
     about = _about(checkpoint)
+    if best:
+        checkpoint = open_checkpoint(path, best_by=about.config.checkpoint)
+        about = _about(checkpoint)
     config, place = about.config, checkpoint.path
     chosen = better_of(checkpoint) if weights == "auto" else weights
     state = "ema" if chosen == "ema" else "param"
@@ -226,8 +230,16 @@ def _fill(model: nn.Module, weights: dict[str, torch.Tensor], checkpoint: Checkp
         raise CheckpointError(f"checkpoint {checkpoint.path} and its own config disagree about {', '.join(wrong[:4])}")
 
 
-def evaluate_checkpoint(trained: Trained, split: Split, micro_batch: int) -> EvalResult:
+def evaluate_checkpoint(
+    trained: Trained, split: Split, micro_batch: int, advance: Callable[[int], None] = lambda samples: None
+) -> EvalResult:
     """Score a split with one process, where the model is.
+
+    Args:
+        trained: the model.
+        split: what is scored.
+        micro_batch: samples computed at once.
+        advance: told the samples of each micro batch as it begins.
 
     Raises:
         DataError: the split's classes are not the model's.
@@ -240,8 +252,18 @@ def evaluate_checkpoint(trained: Trained, split: Split, micro_batch: int) -> Eva
     ranks = RankInfo()
     joined = connect(ranks)
     stream = inputs_of(trained.config.data).eval_stream(split, ranks, micro_batch)
+
+    left = split.num_samples
+
+    def goes_on() -> bool:
+        nonlocal left
+        now = min(micro_batch, left)
+        left -= now
+        advance(now)
+        return False
+
     try:
-        result = evaluate(trained.model, trained.task, stream, trained.prepare(), TorchCollectives(ranks))
+        result = evaluate(trained.model, trained.task, stream, trained.prepare(), TorchCollectives(ranks), goes_on)
         assert result is not None  # no rank gives up here
         return result
     finally:
@@ -278,7 +300,7 @@ def predict(trained: Trained, images: Iterable[Path], top: int) -> Iterator[Pred
             pixels = decode_for_eval(read_whole(path, LARGEST_SAMPLE), data_config)
         except OSError as error:
             if path.is_dir():
-                yield DataError(f"image {path} is a folder: name its images, such as {path}/*.jpg or {path}/*/*.jpg")
+                yield DataError(f"image {path} is a folder without an image: name image files, or a folder of them")
                 continue
             yield DataError(f"image {path} cannot be read: {error.strerror}")
             continue

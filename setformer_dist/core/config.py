@@ -8,6 +8,7 @@ A wrong key, type or value becomes one ConfigError that names the place and the 
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import tomllib
 import unicodedata
@@ -239,6 +240,8 @@ def _homes(table: Mapping[str, object]) -> Iterator[str]:
 
 # What begins pydantic's words on a value's type, and what it writes into a fault's place where a key has several.
 _WISH = ": input should be "
+_AS_A_LIST = ", on the command line "
+_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?")
 _TYPE_OF_SEVERAL = re.compile(r"int|float|bool|str|(literal|tuple|list|dict)\[.*\]")
 
 
@@ -248,6 +251,7 @@ def readable(error: pydantic.ValidationError, model: type[pydantic.BaseModel] | 
     for fault in error.errors():
         text = _explain(model or FrozenConfig, fault)
         value, _, wish = text.partition(_WISH)
+        wish = wish.partition(_AS_A_LIST)[0] if said else wish  # of several types, the list may not be what was meant
         if wish and said and said[-1].startswith(value + _WISH):  # a key of several types: one fault for each
             said[-1] += f" or {wish}"
         else:
@@ -264,7 +268,8 @@ def _explain(model: type[pydantic.BaseModel], fault: Any) -> str:
             return f"unknown table {_short(place)} with {_short(inner)}: {_suggested(meant)}"
         return f"unknown key {_short(place)}{_nearest(model, keys, siblings)}"
     if fault["type"] == "missing":
-        return f"key {place!r} is missing"
+        first = first_key(model, place)
+        return f"table [{place}] is missing, with keys such as {first}" if first else f"key {place!r} is missing"
     message = fault["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
     if not place:
         return str(message)
@@ -276,9 +281,17 @@ def _explain(model: type[pydantic.BaseModel], fault: Any) -> str:
         first = first_key(model, place) or f"{place}.key"
         written = f"={value}" if isinstance(value, str) and len(value) <= _SHORT else ""
         return f"{place} is a table of keys, not {_short(value)}: name a key of it, such as {first}{written}"
+    if fault["type"] in ("tuple_type", "list_type") and isinstance(fault["input"], str):
+        return f"{place} = {_short(fault['input'])}{_WISH}a list{_AS_A_LIST}'{place}={_listed(fault['input'])}'"
     if isinstance(fault["input"], dict):
         return f"{place}: {message[0].lower()}{message[1:]}"
     return f"{place} = {_short(fault['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def _listed(text: str) -> str:
+    """Return a text that was meant as a list, such as a,b or [a,b], as TOML has it."""
+    parts = [part.strip(" '\"") for part in text.strip("[]() ").split(",")]
+    return f"[{', '.join(part if _NUMBER.fullmatch(part) else json.dumps(part) for part in parts if part)}]"
 
 
 def _short(value: object) -> str:

@@ -66,11 +66,19 @@ def agreements(cursor: type) -> dict[str, Agreed]:
 
 @dataclass(frozen=True)
 class Difference:
-    """A key that may not change, and did."""
+    """A key that may not change, and did.
+
+    Attributes:
+        key: its dotted name.
+        there: the value of the run that would be continued.
+        here: the value of the continuation.
+        by: the entry of checkpoint.allow_changes that would permit it; None where nothing does.
+    """
 
     key: str
     there: Any
     here: object
+    by: str | None = None
 
 
 def flatten(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
@@ -112,7 +120,7 @@ def differences(
     theirs = {key: value for key, value in {**defaults, **found}.items() if _stays(key, marks, permitted)}
     ours = must_stay(here, permitted)
     keys = sorted(key for key in {*theirs, *ours} if not _alike(theirs.get(key), ours.get(key)))
-    return [Difference(key, theirs.get(key), ours.get(key)) for key in keys]
+    return [Difference(key, theirs.get(key), ours.get(key), _permits(key, marks)) for key in keys]
 
 
 def _alike(there: object, here: object) -> bool:
@@ -143,8 +151,18 @@ def _named(key: str, keys: Collection[str]) -> bool:
 
 
 def _stays(key: str, marks: Mapping[str, Permitted], permitted: Collection[str]) -> bool:
-    marked = [marks[beginning] for beginning in _beginnings(key) if beginning in marks]
-    return not marked or not (marked[-1].by is None or marked[-1].by in permitted)
+    marked = _mark_of(key, marks)
+    return marked is None or not (marked.by is None or marked.by in permitted)
+
+
+def _permits(key: str, marks: Mapping[str, Permitted]) -> str | None:
+    marked = _mark_of(key, marks)
+    return marked.by if marked is not None else None
+
+
+def _mark_of(key: str, marks: Mapping[str, Permitted]) -> Permitted | None:
+    """Return the mark that counts for a key: its own, or that of the nearest table around it."""
+    return next((marks[beginning] for beginning in reversed(_beginnings(key)) if beginning in marks), None)
 
 
 def _marks(config: pydantic.BaseModel, prefix: str = "") -> Iterator[tuple[str, Permitted]]:

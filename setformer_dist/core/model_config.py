@@ -43,7 +43,8 @@ class ModelConfig(FrozenConfig):
             iterations, references …, [model.args.soft], [model.args.cast]. Arguments of `timm.create_model` that load
             or write files (pretrained, checkpoint_path, …) are refused.
         weights: initial weights for fine-tuning: a checkpoint of this project (a run folder or the folder of one step),
-            a .safetensors file, or hf-hub:timm/MODEL. A resumed run does not read them again.
+            a .safetensors file or the folder of an exported model, or hf-hub:timm/MODEL. A resumed run does not read
+            them again.
         skip: name prefixes of parameters that `weights` does not set, such as ["head."] for another number of classes;
             they keep their random initialization.
     """

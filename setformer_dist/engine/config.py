@@ -93,10 +93,18 @@ class ScheduleConfig(FrozenConfig):
 
     @pydantic.model_validator(mode="after")
     def _one_of(self) -> ScheduleConfig:
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError("schedule: give either epochs or steps, one of them")
+        if self.epochs is None and self.steps is None:
+            raise ValueError("schedule: give epochs or steps, the length of the run")
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError(
+                "schedule: give either epochs or steps, not both (on the command line, ~schedule.epochs or "
+                "~schedule.steps removes one)"
+            )
         if self.warmup_epochs is not None and self.warmup_steps is not None:
-            raise ValueError("schedule: give warmup_epochs or warmup_steps, not both")
+            raise ValueError(
+                "schedule: give warmup_epochs or warmup_steps, not both (on the command line, ~schedule.warmup_epochs "
+                "or ~schedule.warmup_steps removes one)"
+            )
         return self
 
     @pydantic.model_validator(mode="after")

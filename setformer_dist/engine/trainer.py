@@ -194,7 +194,8 @@ class Trainer:
         self._began = True
         self._started = time.perf_counter() - self._state.seconds
         if saved is not None:
-            progress.say(f"resumed at step {saved.step} from {saved.path}")
+            left = "" if saved.step < self._total_steps else ": the run is done, and no step is left to train"
+            progress.say(f"resumed at step {saved.step} from {saved.path}{left}")
         elif self._began_with:
             progress.say(self._began_with)
             log.info(self._began_with)

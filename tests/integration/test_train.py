@@ -3,6 +3,7 @@ DeepSpeed's launcher."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -14,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from checkpoints.manifest import read_manifest
 from launch.ranks.environment import choose_port
+from launch.run.trained import evaluate_checkpoint, load_trained, open_named_split
 from launch.testing.commands import (
     DEMO,
     ROOT,
@@ -97,11 +100,53 @@ def test_eval_and_predict_and_listing_of_a_run(whole_run: Path, digits: Path) ->
     assert listed.out.count("verified") == 2  # keep_last of the config
 
 
+def test_a_folder_of_images_and_the_figures_for_programs(whole_run: Path, digits: Path) -> None:
+    threes = digits / "images" / "val" / "3"
+    predicted = setformer("predict", str(whole_run), str(threes), "--top", "2", "--json")
+    assert predicted.code == 0, predicted.err
+    lines = [json.loads(line) for line in predicted.out.splitlines() if line.startswith("{")]
+    assert [line["image"] for line in lines] == [str(image) for image in sorted(threes.iterdir())]
+    assert all(len(line["classes"]) == 2 for line in lines)
+    scored = setformer("eval", str(whole_run), "--weights", "plain", "--data", str(digits), "--json")
+    (found,) = [json.loads(line) for line in scored.out.splitlines() if line.startswith("{")]
+    assert found["checkpoint"] == str(whole_run / "checkpoints" / "step-00000022")
+    assert found["weights"] == "plain"
+    assert found["samples"] == 360
+    assert found["metrics"].keys() >= {"top1", "top5", "loss"}
+
+
+def test_an_evaluation_tells_how_far_it_is(whole_run: Path, digits: Path) -> None:
+    trained = load_trained(whole_run, "plain")
+    told: list[int] = []
+    result = evaluate_checkpoint(trained, open_named_split(trained, str(digits), None), 128, told.append)
+    assert result.samples == 360
+    assert told == [128, 128, 104]
+
+
+def test_the_best_checkpoint_is_taken_where_it_is_asked_for(digits: Path, tmp_path: Path) -> None:
+    ended = setformer(*train_words(digits, tmp_path, ranks=1))
+    assert ended.code == 0, ended.err
+    run = tmp_path / "demo"
+    folder = run / "checkpoints" / "step-00000020"
+    surely_best = dataclasses.replace(read_manifest(folder), metrics={"top1": 1.0})
+    (folder / "manifest.json").write_text(json.dumps(surely_best.to_json()))
+    newest, best = setformer("eval", str(run)), setformer("eval", str(run), "--best")
+    assert "step-00000022 (" in newest.out
+    assert "step-00000020 (" in best.out, best.err
+    exported = setformer("ckpt", "export", str(run), str(tmp_path / "best"), "--best")
+    assert exported.code == 0, exported.err
+    assert "step-00000020" in (tmp_path / "best" / "README.md").read_text()
+
+
 def test_a_finished_run_started_again_says_so_and_changes_nothing(whole_run: Path, digits: Path) -> None:
     before = losses(whole_run)
     ended = setformer(*train_words(digits, whole_run.parent))
     assert ended.code == 0, ended.err
     assert "resumed at step 22" in ended.err
+    assert "the run is done, and no step is left to train" in ended.err
+    last = ended.err.splitlines()[-1]
+    assert last.startswith("done: 22 steps, best top1 0.")
+    assert last.endswith(f"report {whole_run / 'report.html'}")
     assert losses(whole_run) == before
 
 

@@ -320,6 +320,19 @@ def test_a_user_may_point_at_run_root_or_step(tmp_path):
         open_checkpoint(root / "step-00000009")
 
 
+def test_a_checkpoint_that_is_passed_over_is_told_of(tmp_path, caplog):
+    for step in (1, 2):
+        save(tmp_path, values(step), step=step)
+    assert open_checkpoint(tmp_path).step == 2
+    assert not caplog.records
+    (rank_file,) = (tmp_path / "step-00000002").glob("rank-*")
+    rank_file.write_bytes(rank_file.read_bytes()[:-1])
+    assert open_checkpoint(tmp_path).step == 1
+    (record,) = caplog.records
+    assert "step-00000002 does not verify" in record.message
+    assert record.message.endswith("step-00000001 is used instead")
+
+
 def test_a_copied_step_folder_under_another_name_opens(tmp_path):
     path = save(tmp_path / "a", values())
     path.rename(tmp_path / "the-good-one")

@@ -88,7 +88,10 @@ LIGHTNING = [
         ("optim.lr=fast", "optim.lr = 'fast': input should be a valid number"),
         ("run.seed=1.5", "run.seed = 1.5: input should be a valid integer"),
         ("zero.stage=4", "zero.stage = 4: input should be 0, 1, 2 or 3"),
-        ("schedule.steps=10", "give either epochs or steps"),
+        ("schedule.steps=10", "give either epochs or steps, not both (on the command line, ~schedule.epochs"),
+        ("~schedule.epochs", "schedule: give epochs or steps, the length of the run"),
+        ("~batch", "table [batch] is missing, with keys such as batch.global_size"),
+        ("~batch.global_size", "key 'batch.global_size' is missing"),
         ("checkpoint.best_metric=ema_top1 ema.decay=0", "needs averaged weights: set ema.decay"),
         ("batch.micro=0", "must be a positive number of samples"),
         ("run.name=a/b", "must be a folder name"),
@@ -110,6 +113,12 @@ LIGHTNING = [
         ),
         ("model.recompute=['x']", "; model.recompute.0 = 'x': input should be 'none', 'cheap', 'mlp', 'block'"),
         ("data.mean=0.5", "data.mean = 0.5: input should be a list"),
+        ("optim.betas=0.9,0.95", "should be a list, on the command line 'optim.betas=[0.9, 0.95]'"),
+        ("run.imports=a,b", """should be a list, on the command line 'run.imports=["a", "b"]'"""),
+        ("checkpoint.allow_changes=[data]", """on the command line 'checkpoint.allow_changes=["data"]'"""),
+        ("drop_rate=0.1", "dropout is an argument of the model: model.args.drop_rate"),
+        ("optim.schedule=cosine", "did you mean schedule.name?"),
+        ("vflip=0.5", "images are mirrored left to right alone"),
         ("model.memory_budget=20", "model.memory_budget: 20 is no size: write it as '20 GiB' or '900 MiB'"),
         ("model.memory_budget=lots", "demo.toml: model.memory_budget: 'lots' is no size: write it as '20 GiB'"),
         ("data.resolutions=[{stepp=4,image_size=64}]", "did you mean data.resolutions.0.step?"),
@@ -310,6 +319,32 @@ def test_a_run_folder_of_another_config_is_refused(tmp_path: Path) -> None:
     check_folder(resolve(load_run(DEMO, [f"run.out={tmp_path}", "zero.stage=3", "batch.micro=16"]), 1))
     with pytest.raises(ConfigError, match=r"batch\.global_size is 64 there and 128 here"):
         check_folder(resolve(load_run(DEMO, [f"run.out={tmp_path}", "batch.global_size=128"]), 2))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "repair"),
+    [
+        (["batch.global_size=128"], 'to continue with the change, set checkpoint.allow_changes = ["global_batch"] '),
+        (
+            ["batch.global_size=128", "data.augment.pad=3"],
+            'to continue with the change, set checkpoint.allow_changes = ["data", "global_batch"] ',
+        ),
+        (
+            ["data.augment.pad=3", "batch.global_size=128", 'checkpoint.allow_changes=["data"]'],
+            'to continue with the change, set checkpoint.allow_changes = ["data", "global_batch"] ',
+        ),
+        (["optim.lr=0.1", "batch.global_size=128"], 'to begin a new run with its weights, also set model.weights = "'),
+    ],
+)
+def test_a_folder_of_another_config_says_how_its_run_can_be_used(
+    tmp_path: Path, overrides: list[str], repair: str
+) -> None:
+    run = resolve(load_run(DEMO, [f"run.out={tmp_path}"]), 2)
+    run.config.folder.mkdir()
+    write_json(run.config.folder / "config.json", run.as_json())
+    with pytest.raises(ConfigError) as refused:
+        check_folder(resolve(load_run(DEMO, [f"run.out={tmp_path}", *overrides]), 2))
+    assert repair in str(refused.value)
     (run.config.folder / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="is damaged"):
         check_folder(run)

@@ -173,7 +173,10 @@ def test_a_beton_file_here_and_behind_a_url(root, tmp_path):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("none", r"data folder .*none does not exist: set data\.root"),
+        (
+            "none",
+            r"none does not exist: set data\.root or data\.train and data\.val \(in .* there are .*images",
+        ),
         ("none-*.tar", r"no shard matches .*none-\*\.tar: the folder holds .*"),
         ("none-{0..3}.tar", r"none-0\.tar cannot be opened"),
         ("text", r"data folder .*text has no index\.json"),

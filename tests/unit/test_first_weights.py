@@ -79,6 +79,7 @@ def test_a_file_serves_as_well_and_its_buffers_are_no_parameters(tmp_path):
     report, held = filled(file_of(tmp_path / "model.safetensors", filter=torch.ones(2)))
     assert report.endswith("model.safetensors: 3 of 3 parameters")
     assert held["body.w param"] == held["body.w ema"] == held["head.b param"] == 4
+    assert filled(tmp_path) == (report, held)  # the folder that `setformer ckpt export` makes
 
 
 def test_another_number_of_classes_is_refused_until_the_head_is_skipped(tmp_path):
@@ -101,7 +102,8 @@ def test_another_number_of_classes_is_refused_until_the_head_is_skipped(tmp_path
 def test_missing_and_unknown_names_are_one_sentence(tmp_path):
     other = {"body.w": (2, 3), "neck": (1,)}
     with pytest.raises(
-        CheckpointError, match=r"another model \(head.w is not in it; head.b is not in it; neck is not in"
+        CheckpointError,
+        match=r"safetensors are of another model \(head.w is not in it; head.b is not in it; neck is not in",
     ):
         filled(file_of(tmp_path / "model.safetensors", other))
     assert filled(tmp_path / "model.safetensors", "head.", "neck")[1]["body.w param"] == 4

@@ -296,6 +296,21 @@ def test_a_damaged_run_does_not_hide_the_others_in_the_list(tmp_path):
     assert "unknown" in lines[str(tmp_path / "good")]
 
 
+def test_a_run_that_was_stopped_before_its_first_step_is_in_the_list(tmp_path):
+    """It has no config.json yet."""
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        ledger.record(tmp_path / name, "attempt", number=1)
+        ledger.record(tmp_path / name, "ended", why="stopped", final=True)
+    (tmp_path / "second" / "config.json").write_text("{}")
+    console = Console(width=300)
+    with console.capture() as shown:
+        list_runs(tmp_path, console)
+    (first, *said), (second, *_) = (line.split() for line in shown.get().splitlines()[1:])
+    assert (first, second) == (str(tmp_path / "first"), str(tmp_path / "second"))
+    assert said[:2] == ["stopped", "0"]
+
+
 def test_the_step_shown_is_the_one_that_the_run_is_at(tmp_path, capsys):
     """Not every step is logged: of 276 that are done and saved, 275 is the last in metrics.jsonl."""
     (tmp_path / "config.json").write_text("{}")

@@ -16,8 +16,10 @@ import pytest
 from rich.panel import Panel
 from rich.text import Text
 
+from launch.cli.bars import progress_bar
 from launch.cli.main import AboveBar, main
 from launch.cli.usage import system_fault
+from launch.run import keys
 from launch.run.config import load_run, resolve
 from launch.run.session import log_to_file
 from setformer_dist.core.ranks import RankInfo
@@ -168,6 +170,39 @@ def test_memory_that_is_full_is_one_sentence(error: Exception, full: bool) -> No
     said = no_memory(error)
     assert (said is not None) == full
     assert said is None or "batch.micro" in said
+
+
+def test_a_progress_bar_writes_nothing_into_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", pipe)
+    with progress_bar("opening", "reading") as steps:
+        steps.start(10)
+        steps.advance(10)
+    assert not pipe.getvalue()
+
+
+def test_ctrl_c_in_a_command_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def pressed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for owner in (sys, threading):
+        monkeypatch.setattr(owner, "excepthook", owner.excepthook)
+    monkeypatch.setattr(keys, "keys_named", pressed)
+    monkeypatch.setattr(sys, "argv", ["setformer", "config", "optim.lr"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "stopped by Ctrl-C\n"
+
+
+def test_ctrl_c_while_the_commands_are_imported_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")  # stands for the signal, at the first import
+    environ = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "launch.cli", "--version"], env=environ, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 130
+    assert ended.stderr == "stopped by Ctrl-C\n"
 
 
 @pytest.mark.parametrize("words", [["--version"], ["config"]])

@@ -1,0 +1,145 @@
+"""`setformer eval`, `probe` and `predict`: what a trained checkpoint is worth, and what it says of images."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dataloaders.pixels.formats import IMAGE_SUFFIXES
+from launch.cli.bars import progress_bar
+from launch.cli.options import BestOption, CheckpointPath, ImportOption, WeightsOption
+from launch.run.own_code import bring
+from setformer_dist.core.errors import DataError
+from setformer_dist.core.metric import headline, weights_named
+from setformer_dist.core.words import plain
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+AsJsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON object per image instead of text.")]
+
+
+def evaluate(
+    checkpoint: CheckpointPath,
+    data: Annotated[str | None, typer.Option(help="Folder of packed splits; by default the run's.")] = None,
+    split: Annotated[str | None, typer.Option(help="Name of the split; by default the run's validation.")] = None,
+    weights: WeightsOption = "auto",
+    best: BestOption = False,
+    batch: Annotated[int, typer.Option(help="Images computed at once.")] = 128,
+    as_json: AsJson = False,
+    imports: ImportOption = None,
+) -> None:
+    """Evaluate a checkpoint on a packed split.
+
+    Examples:
+
+        setformer eval runs/demo
+
+        setformer eval runs/demo --best --json
+
+        setformer eval runs/demo/checkpoints/step-00000440 --data runs/demo-data --split val --weights ema
+    """
+    from launch.run import trained as infer
+
+    bring(imports or ())
+    trained = infer.load_trained(checkpoint, weights_named(weights), best=best)
+    opened = infer.open_named_split(trained, data, split)
+    with progress_bar("opening the data", "evaluating") as steps:
+        steps.start(opened.num_samples)
+        result = infer.evaluate_checkpoint(trained, opened, batch, steps.advance)
+    place = str(trained.checkpoint.path)
+    if as_json:
+        about = {"checkpoint": place, "weights": trained.weights, "samples": result.samples}
+        print(json.dumps({**about, "left_out": result.left_out, "metrics": result.figures}))
+        return
+    left_out = f", {result.left_out} damaged ones left out" if result.left_out else ""
+    print(
+        f"{place} ({trained.weights} weights): "
+        f"{headline(trained.task.metrics, result.figures, everything=True)} on {result.samples} samples{left_out}"
+    )
+
+
+def probe_features(
+    checkpoint: CheckpointPath,
+    data: Annotated[str | None, typer.Option(help="Labelled data; by default the run's.")] = None,
+    weights: WeightsOption = "auto",
+    neighbours: Annotated[int, typer.Option(min=1, help="Number of nearest neighbours that vote.")] = 20,
+    labels: Annotated[float, typer.Option(help="Share of the training labels to use, per class.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of labels.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Images computed at once.")] = 128,
+    imports: ImportOption = None,
+) -> None:
+    """Score a model's frozen features by a linear classifier and by nearest neighbours. Both learn from the run's
+    training split and are scored on its validation split.
+
+    Example:
+
+        setformer probe runs/demo
+    """
+    from launch.run import features
+    from launch.run import trained as infer
+
+    bring(imports or ())
+    trained = infer.load_trained(checkpoint, weights_named(weights))
+    train, val = (
+        infer.open_named_split(trained, data, name) for name in (trained.config.data.train, trained.config.data.val)
+    )
+    found = features.probe(trained, train, val, batch, neighbours, labels, seed)
+    print(
+        f"{trained.checkpoint.path} ({trained.weights} weights): linear {found.linear:.2%}, {neighbours} nearest "
+        f"neighbours {found.neighbours:.2%} on {found.scored} samples of {found.classes} classes, with the labels of "
+        f"{found.trained_on}"
+    )
+
+
+def predict(
+    checkpoint: CheckpointPath,
+    images: Annotated[
+        list[Path], typer.Argument(help="Image files, and folders whose images are taken.", show_default=False)
+    ],
+    top: Annotated[int, typer.Option(min=1, help="Classes shown per image.")] = 3,
+    weights: WeightsOption = "auto",
+    best: BestOption = False,
+    as_json: AsJsonLines = False,
+    imports: ImportOption = None,
+) -> None:
+    """Print the most likely classes of image files.
+
+    Examples:
+
+        setformer predict runs/demo some/digit.png another/digit.png --top 3
+
+        setformer predict runs/demo some --best --json
+    """
+    from launch.run import trained as infer
+
+    bring(imports or ())
+    trained = infer.load_trained(checkpoint, weights_named(weights), best=best)
+    failed: DataError | None = None
+    for found in infer.predict(trained, _images_of(images), top):
+        if isinstance(found, DataError):  # one bad image does not hide the others
+            print(f"error: {plain(found)}", file=sys.stderr)
+            failed = found
+            continue
+        ranked = zip(found.classes, found.probabilities, strict=True)
+        if as_json:
+            print(json.dumps({"image": os.fsdecode(found.image), "classes": dict(ranked)}))
+        else:
+            print(f"{plain(found.image)}: {', '.join(f'{plain(n)} {p:.1%}' for n, p in ranked)}")
+    if failed is not None:
+        raise typer.Exit(failed.exit_code)
+
+
+def _images_of(paths: Iterable[Path]) -> Iterator[Path]:
+    """Yield files as they are named, and of folders the images at any depth, in the order of their names.
+
+    A folder without an image comes as it is, so that it is told of as one that cannot be read.
+    """
+    for path in paths:
+        inside = path.rglob("*") if path.is_dir() else ()
+        found = sorted(file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+        yield from found or [path]
