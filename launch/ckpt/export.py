@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors.torch
 import timm
+import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
@@ -83,7 +84,7 @@ def export(path: Path, dest: Path, weights: Weights, console: Console) -> None:
     check_free(dest)
     trained = load_trained(path, weights)
     model = encoder_of(trained.model)
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    tensors = _apart(model.state_dict())
     written = ["model.safetensors", "README.md"]
     with made(dest) as folder:
         data = safetensors.torch.save(tensors, metadata={"format": "pt"})
@@ -96,17 +97,29 @@ def export(path: Path, dest: Path, weights: Weights, console: Console) -> None:
     console.print(f"{dest}: {', '.join(sorted(written))}, {trained.weights} weights", highlight=False, markup=False)
 
 
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return tensors of which none is part of another: weights with two names are two in a file, as loaders expect."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.contiguous() if storage not in seen else tensor.clone()
+        seen.add(storage)
+    return found
+
+
 def _timm_config(trained: Trained, data: DataConfig) -> dict[str, object]:
     """Return the config.json of timm's hub layout."""
     name = trained.config.model.name
     arguments = ImageInputs(data).model_arguments(trained.config.model, len(trained.task.outputs))
     default = timm.get_pretrained_cfg(name, allow_unregistered=True)
     kept = default.to_dict() if default is not None else {}
+    features = getattr(trained.model, "num_features", None)  # timm's models have it; a model of one's own may not
     same = ("first_conv", "classifier", "fixed_input_size", "pool_size")
     return {
         "architecture": name.split(".")[0],
         "num_classes": len(trained.task.outputs),
-        "num_features": trained.model.num_features,
+        **({"num_features": features} if features is not None else {}),
         "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
         "label_names": list(trained.task.outputs),
         "pretrained_cfg": {
@@ -194,6 +207,6 @@ def made(dest: Path) -> Iterator[Path]:
         yield aside
         aside.rename(dest)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch's zip writer raises RuntimeErrors
-        raise ConfigError(f"{dest} cannot be written: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{dest} cannot be written: {' '.join(str(error).split())}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)

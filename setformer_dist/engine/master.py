@@ -25,6 +25,7 @@ from torch import nn
 
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.fragments import Fragment
+from setformer_dist.engine.deepspeed_engine import ScalarsAsBytes
 from setformer_dist.engine.optim import kind_of
 from setformer_dist.engine.protocol import Engine
 
@@ -194,11 +195,14 @@ class _Fixed:
             for p in self._parameters:
                 comm.broadcast(p.data, 0)
 
-    def _whole(self) -> Any:
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
         """Have ZeRO-3's parameters whole for a while; what rank 0 writes into them stays."""
         if not self._sharded:
-            return contextlib.nullcontext()
-        return deepspeed.zero.GatheredParameters(self._parameters, modifier_rank=0)
+            yield
+            return
+        with ScalarsAsBytes(), deepspeed.zero.GatheredParameters(self._parameters, modifier_rank=0):
+            yield
 
 
 class _Stage0:

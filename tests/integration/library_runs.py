@@ -109,6 +109,7 @@ class Odd(nn.Module):
         self.body = nn.Sequential(nn.Conv2d(3, 8, 4, 4).to(memory_format=torch.channels_last), nn.Flatten())
         self.fixed = nn.Linear(8 * 16, 16).requires_grad_(False)
         self.gain = nn.Parameter(torch.tensor(1.0))
+        self.level = nn.Parameter(torch.rand(()), requires_grad=False)
         self.wide = nn.Parameter(torch.ones(16, dtype=torch.float64))
         self.turned = nn.Parameter(torch.randn(16, 16).t() / 4)
         self.one = nn.Parameter(torch.zeros(1).expand(16))
@@ -116,7 +117,7 @@ class Odd(nn.Module):
         self.head = nn.Linear(16, outputs)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        x = self.fixed(self.body(images)) * self.gain * self.wide.to(images.dtype)
+        x = self.fixed(self.body(images)) * (self.gain + self.level) * self.wide.to(images.dtype)
         return self.head(torch.cos(x * self.frequencies) @ self.turned + self.one)
 
 
@@ -139,6 +140,7 @@ def odd_model(data: str, out: str, stage: int) -> None:
     setformer.train(config, model=other)  # resumed: its own weights count for nothing
     trained = setformer.load(config.folder, model=other).model
     assert torch.equal(trained.fixed.weight, template.fixed.weight)
+    assert torch.equal(trained.level, template.level)
     assert not torch.equal(trained.fixed.weight, other.fixed.weight)
     for name in ("turned", "wide", "one", "gain"):
         assert not torch.equal(getattr(trained, name), getattr(template, name).float()), name

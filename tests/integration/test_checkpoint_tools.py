@@ -18,6 +18,8 @@ import pytest
 import timm
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from safetensors.torch import load_file
+from torch import nn
 from typer.testing import CliRunner
 
 import setformer_dist.models  # noqa: F401  (registers the models)
@@ -27,8 +29,9 @@ from checkpoints.identity import Identity
 from checkpoints.manager import CheckpointManager
 from checkpoints.reader import open_checkpoint
 from dataloaders.packing.pack import pack_image_folder
+from launch.ckpt import export
 from launch.cli.main import app
-from launch.run.trained import load_trained
+from launch.run.trained import Trained, load_trained
 from launch.testing.commands import setformer, train_words
 from launch.testing.ranks import run_ranks
 from setformer_dist.core.comm import Alone
@@ -310,6 +313,21 @@ def test_plain_timm_loads_what_is_exported(trained, tmp_path):
     weights = open_checkpoint(trained).read_full()
     assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
     assert "| top1 |" in card
+
+
+def test_weights_with_two_names_are_written_under_both(trained, tmp_path, monkeypatch):
+    def tied(*args: Any) -> Trained:
+        made = load_trained(*args)
+        made.model.twin = made.model.get_classifier()
+        made.model.part = nn.Parameter(made.model.twin.weight.data[:3])
+        return made
+
+    monkeypatch.setattr(export, "load_trained", tied)
+    done = run("export", trained, tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    [name] = {name for name, tensor in found.items() if torch.equal(tensor, found["twin.weight"])} - {"twin.weight"}
+    assert torch.equal(found[name][:3], found["part"])
 
 
 def test_show_ls_and_verify_of_a_run(trained, tmp_path):
