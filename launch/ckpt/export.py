@@ -65,7 +65,18 @@ _TOKENS = """import timm
 {register}
 model = timm.create_model({name!r}, {arguments}checkpoint_path="model.safetensors").eval()"""
 
-_REGISTER = "import setformer_dist.models  # registers the architecture with timm\n"
+# A function of one's own that makes a model may take no notice of pretrained=True.
+_OWN = """import json
+import timm
+from PIL import Image
+{register}
+about = json.load(open("{folder}/config.json"))
+model = timm.create_model({name!r}, {arguments}checkpoint_path="{folder}/model.safetensors").eval()
+transform = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=about["pretrained_cfg"]))
+logits = model(transform(Image.open("some.jpg").convert("RGB")).unsqueeze(0))
+print(about["label_names"][logits.argmax()])"""
+
+_REGISTER = "import {module}  # registers the architecture with timm\n"
 
 
 def export(path: Path, dest: Path, weights: Weights, console: Console) -> None:
@@ -145,19 +156,7 @@ def _crop(data: DataConfig) -> float:
 
 
 def _card(trained: Trained, dest: Path) -> str:
-    checkpoint, config = trained.checkpoint, trained.config
-    register = (
-        ""
-        if timm.models.model_entrypoint(config.model.name.split(".")[0]).__module__.startswith("timm.")
-        else (_REGISTER)
-    )
-    if isinstance(config.data, DataConfig):
-        snippet = _IMAGES.format(register=register, folder=dest.name)
-    else:
-        input_spec = checkpoint.trainer.get("inputs", {})
-        arguments = {**input_spec, **timm_arguments(config.model, len(trained.task.outputs), 0)}
-        words = "".join(f"{key}={value!r}, " for key, value in arguments.items())
-        snippet = _TOKENS.format(register=register, name=config.model.name, arguments=words)
+    checkpoint = trained.checkpoint
     few = 0 < len(trained.task.outputs) <= 1000
     return _CARD.format(
         name=checkpoint.identity.model,
@@ -166,10 +165,27 @@ def _card(trained: Trained, dest: Path) -> str:
         elements=checkpoint.states()["param"],
         source=f"{checkpoint.path.parent.parent.name}/{checkpoint.path.parent.name}/{checkpoint.path.name}",
         metrics=_metrics_of(trained),
-        snippet=snippet,
+        snippet=_snippet(trained, dest),
         classes=f"\nClasses in order: {', '.join(trained.task.outputs)}.\n" if few else "",
         config=json.dumps(checkpoint.trainer["config"], indent=2),
     )
+
+
+def _snippet(trained: Trained, dest: Path) -> str:
+    """Return a program that loads what is exported, and classifies an image where there are any."""
+    config, outputs = trained.config, len(trained.task.outputs)
+    home = timm.models.model_entrypoint(config.model.name.split(".")[0]).__module__
+    known = home.startswith(("timm.", "setformer_dist."))
+    register = "" if home.startswith("timm.") else _REGISTER.format(module="setformer_dist.models" if known else home)
+    if isinstance(config.data, DataConfig) and known:
+        return _IMAGES.format(register=register, folder=dest.name)
+    if isinstance(config.data, DataConfig):
+        template, arguments = _OWN, ImageInputs(config.data).model_arguments(config.model, outputs)
+    else:
+        template = _TOKENS
+        arguments = {**trained.checkpoint.trainer.get("inputs", {}), **timm_arguments(config.model, outputs, 0)}
+    words = "".join(f"{key}={value!r}, " for key, value in arguments.items())
+    return template.format(register=register, name=config.model.name, arguments=words, folder=dest.name)
 
 
 def _metrics_of(trained: Trained) -> str:
