@@ -99,7 +99,7 @@ def own_model(make: Callable[[int], nn.Module], config: ModelConfig, outputs: in
     if not isinstance(model, nn.Module) or not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(f"model {name} is no torch.nn.Module with parameters that are trained")
     _refuse_odd_parameters(model, name)
-    _lay_out(model)
+    _lay_out(model.cpu())  # where its first batch is; DeepSpeed brings it to the rank's device
     if config.policy != "none":  # "none", the default, leaves what the model does by itself
         set_recompute(model, config.policy, name)
     return model
