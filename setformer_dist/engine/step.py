@@ -114,17 +114,15 @@ class TrainStep:
         Raises:
             ConfigError: it cannot: the task or the model is wrong.
         """
-        name = self._task.name
-        if not isinstance(loss, torch.Tensor):
-            raise ConfigError(f"task {name}: its method loss must return a tensor, and returned {type(loss).__name__}")
-        if loss.dim():
+        if not isinstance(loss, torch.Tensor) or loss.dim():
+            got = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
             raise ConfigError(
-                f"task {name}: its method loss must return a tensor of shape (), and returned {tuple(loss.shape)}"
+                f"task {self._task.name}: its method loss must return a tensor of shape (), and returned {got}"
             )
         if not loss.requires_grad:
             raise ConfigError(
-                f"the loss of task {name} does not depend on any parameter that trains: look for torch.no_grad or "
-                "detach in the model and in the task"
+                f"the loss of task {self._task.name} does not depend on any parameter that trains: look for "
+                "torch.no_grad or detach in the model and in the task"
             )
         return loss
 
