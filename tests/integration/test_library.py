@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -221,6 +223,35 @@ def test_a_model_that_cannot_be_trained_is_refused(
     with pytest.raises(ConfigError, match=said), setformer.Training(config, model=model):
         pass
     assert not config.folder.exists()
+
+
+class Followed(Tiny):
+    """A momentum encoder of the last layer."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__(outputs)
+        self.slow = copy.deepcopy(self.head).requires_grad_(False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.slow.weight.data.lerp_(self.head.weight.data, 0.1)
+        features = self.body(images)
+        return self.head(features) + self.slow(features)
+
+
+def followed_net(pretrained: bool = False, num_classes: int = 10, **_: Any) -> nn.Module:
+    return Followed(num_classes)
+
+
+def test_a_model_of_imported_code_is_looked_at_as_one_that_is_passed(digits: Path, tmp_path: Path) -> None:
+    timm.models.register_model(followed_net)
+    table = {**config_of(str(digits), str(tmp_path)).model_dump(), "model": {"name": "followed_net"}}
+    table["run"]["imports"] = [__name__]
+    with (
+        pytest.raises(ConfigError, match=r"model followed_net changes its parameter slow.weight in a forward pass"),
+        setformer.Training(setformer.load_config(**table)),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("config", ["demo", Path("demo.toml"), {"run": {"name": "x"}}])
