@@ -232,6 +232,7 @@ class Checkpoint:
                     f"{self.path} holds {counted(len(more), 'parameter')} that this model does not have, such as "
                     f"{more[0]!r}: use the config that it was trained with"
                 )
+            self._check_trained(files, shapes.keys(), still.keys())
             asked = [*((shapes, state) for state in states), *((still, state) for state in fixed_states)]
             nothing = [Fragment(n, state, 0, shape, torch.empty(0)) for of, state in asked for n, shape in of.items()]
             self._check(files, nothing)
@@ -338,6 +339,21 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.path} is a checkpoint of another model ({first}{more}): use the config it was trained with, "
                 "or a new run folder"
+            )
+
+    def _check_trained(self, files: _RankFiles, trained: Iterable[str], fixed: Iterable[str]) -> None:
+        """Check that what trains is what trained: by the states of an optimizer, if it keeps any here."""
+        optimized = {name for name, state in files.pieces if state not in WEIGHTS and not name.startswith(KEPT)}
+        if not optimized:
+            return
+        no_longer = [f"{name} trained there and does not here" for name in fixed if name in optimized]
+        only_weights = {name for name, shape in files.parameters.items() if math.prod(shape)} - optimized
+        not_yet = [f"{name} trains here and did not there" for name in trained if name in only_weights]
+        if wrong := [*no_longer, *not_yet]:
+            more = f" and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
+            raise CheckpointError(
+                f"{self.path} is a checkpoint of another model ({'; '.join(wrong[:_NAMED])}{more}): train the same "
+                "parameters (requires_grad), or begin a new run with its weights"
             )
 
     def _no_state(self, files: _RankFiles, state: str, name: str) -> CheckpointError:

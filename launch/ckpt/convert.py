@@ -54,7 +54,7 @@ def convert(source: Path, dest: Path, key: str | None, console: Console) -> None
         aside.write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
         aside.rename(dest)
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{dest} cannot be written: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{dest} cannot be written: {' '.join(str(error).split())}") from None
     finally:
         aside.unlink(missing_ok=True)
     count = sum(tensor.numel() for tensor in tensors.values())

@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors.torch
 import timm
+import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
@@ -64,7 +65,18 @@ _TOKENS = """import timm
 {register}
 model = timm.create_model({name!r}, {arguments}checkpoint_path="model.safetensors").eval()"""
 
-_REGISTER = "import setformer_dist.models  # registers the architecture with timm\n"
+# A function of one's own that makes a model may take no notice of pretrained=True.
+_OWN = """import json
+import timm
+from PIL import Image
+{register}
+about = json.load(open("{folder}/config.json"))
+model = timm.create_model({name!r}, {arguments}checkpoint_path="{folder}/model.safetensors").eval()
+transform = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=about["pretrained_cfg"]))
+logits = model(transform(Image.open("some.jpg").convert("RGB")).unsqueeze(0))
+print(about["label_names"][logits.argmax()])"""
+
+_REGISTER = "import {module}  # registers the architecture with timm\n"
 
 
 def export(path: Path, dest: Path, weights: Weights, console: Console, best: bool = False) -> None:
@@ -84,7 +96,7 @@ def export(path: Path, dest: Path, weights: Weights, console: Console, best: boo
     check_free(dest)
     trained = load_trained(path, weights, best=best)
     model = encoder_of(trained.model)
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    tensors = _apart(model.state_dict())
     written = ["model.safetensors", "README.md"]
     with made(dest) as folder:
         data = safetensors.torch.save(tensors, metadata={"format": "pt"})
@@ -97,17 +109,29 @@ def export(path: Path, dest: Path, weights: Weights, console: Console, best: boo
     console.print(f"{dest}: {', '.join(sorted(written))}, {trained.weights} weights", highlight=False, markup=False)
 
 
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return tensors of which none is part of another: weights with two names are two in a file, as loaders expect."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.contiguous() if storage not in seen else tensor.clone()
+        seen.add(storage)
+    return found
+
+
 def _timm_config(trained: Trained, data: DataConfig) -> dict[str, object]:
     """Return the config.json of timm's hub layout."""
     name = trained.config.model.name
     arguments = ImageInputs(data).model_arguments(trained.config.model, len(trained.task.outputs))
     default = timm.get_pretrained_cfg(name, allow_unregistered=True)
     kept = default.to_dict() if default is not None else {}
+    features = getattr(trained.model, "num_features", None)  # timm's models have it; a model of one's own may not
     same = ("first_conv", "classifier", "fixed_input_size", "pool_size")
     return {
         "architecture": name.split(".")[0],
         "num_classes": len(trained.task.outputs),
-        "num_features": trained.model.num_features,
+        **({"num_features": features} if features is not None else {}),
         "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
         "label_names": list(trained.task.outputs),
         "pretrained_cfg": {
@@ -133,19 +157,7 @@ def _crop(data: DataConfig) -> float:
 
 
 def _card(trained: Trained, dest: Path) -> str:
-    checkpoint, config = trained.checkpoint, trained.config
-    register = (
-        ""
-        if timm.models.model_entrypoint(config.model.name.split(".")[0]).__module__.startswith("timm.")
-        else (_REGISTER)
-    )
-    if isinstance(config.data, DataConfig):
-        snippet = _IMAGES.format(register=register, folder=dest.name)
-    else:
-        input_spec = checkpoint.trainer.get("inputs", {})
-        arguments = {**input_spec, **timm_arguments(config.model, len(trained.task.outputs), 0)}
-        words = "".join(f"{key}={value!r}, " for key, value in arguments.items())
-        snippet = _TOKENS.format(register=register, name=config.model.name, arguments=words)
+    checkpoint = trained.checkpoint
     few = 0 < len(trained.task.outputs) <= 1000
     return _CARD.format(
         name=checkpoint.identity.model,
@@ -154,10 +166,27 @@ def _card(trained: Trained, dest: Path) -> str:
         elements=checkpoint.states()["param"],
         source=f"{checkpoint.path.parent.parent.name}/{checkpoint.path.parent.name}/{checkpoint.path.name}",
         metrics=_metrics_of(trained),
-        snippet=snippet,
+        snippet=_snippet(trained, dest),
         classes=f"\nClasses in order: {', '.join(trained.task.outputs)}.\n" if few else "",
         config=json.dumps(checkpoint.trainer["config"], indent=2),
     )
+
+
+def _snippet(trained: Trained, dest: Path) -> str:
+    """Return a program that loads what is exported, and classifies an image where there are any."""
+    config, outputs = trained.config, len(trained.task.outputs)
+    home = timm.models.model_entrypoint(config.model.name.split(".")[0]).__module__
+    known = home.startswith(("timm.", "setformer_dist."))
+    register = "" if home.startswith("timm.") else _REGISTER.format(module="setformer_dist.models" if known else home)
+    if isinstance(config.data, DataConfig) and known:
+        return _IMAGES.format(register=register, folder=dest.name)
+    if isinstance(config.data, DataConfig):
+        template, arguments = _OWN, ImageInputs(config.data).model_arguments(config.model, outputs)
+    else:
+        template = _TOKENS
+        arguments = {**trained.checkpoint.trainer.get("inputs", {}), **timm_arguments(config.model, outputs, 0)}
+    words = "".join(f"{key}={value!r}, " for key, value in arguments.items())
+    return template.format(register=register, name=config.model.name, arguments=words, folder=dest.name)
 
 
 def _metrics_of(trained: Trained) -> str:
@@ -195,6 +224,6 @@ def made(dest: Path) -> Iterator[Path]:
         yield aside
         aside.rename(dest)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch's zip writer raises RuntimeErrors
-        raise ConfigError(f"{dest} cannot be written: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{dest} cannot be written: {' '.join(str(error).split())}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)

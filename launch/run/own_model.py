@@ -6,12 +6,16 @@ using the checkpoint (`setformer.load(path, model=...)`).
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+import xxhash
 from torch import nn
 
 from launch.run.config import RunConfig
@@ -69,7 +73,7 @@ def made_own(own: OwnModel, config: RunConfig, outputs: int) -> nn.Module:
 
     def make(count: int) -> nn.Module:
         if isinstance(own, nn.Module):
-            return copy.deepcopy(own)
+            return _copied(own)
         try:
             return own(count)
         except ConfigError:
@@ -84,6 +88,22 @@ def made_own(own: OwnModel, config: RunConfig, outputs: int) -> nn.Module:
     return own_model(make, config.model, outputs, config.run.seed)
 
 
+def _copied(own: nn.Module) -> nn.Module:
+    """Return a copy of a module.
+
+    Raises:
+        ConfigError: it keeps a tensor that autograd made: a weight made anew by each pass, or an output it remembers.
+    """
+    try:
+        return copy.deepcopy(own)
+    except RuntimeError as error:
+        why = str(error).splitlines()[0]
+        raise ConfigError(
+            f"model {type(own).__qualname__} cannot be copied ({why}): pass a function of the number of outputs that "
+            "makes it"
+        ) from error
+
+
 def build_own(own: OwnModel, config: RunConfig, shape: tuple[int, ...], task: Task) -> nn.Module:
     """Return `made_own`, tried on one sample.
 
@@ -95,20 +115,15 @@ def build_own(own: OwnModel, config: RunConfig, shape: tuple[int, ...], task: Ta
 
     Raises:
         ConfigError: also where the model does not take the run's samples, has another number of outputs, or changes
-            buffers of its state_dict.
+            its state.
     """
     inputs, outputs = inputs_of(config.data), len(task.outputs)
     model = made_own(own, config, outputs)
     name = config.model.name.removeprefix(OWN_MODEL)
-    model.eval()
-    try:
-        with torch.no_grad():
-            made = model(torch.zeros(1, *shape, dtype=inputs.dtype or torch.float32))
-    except Exception as error:
-        why = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigError(f"model {name} does not take a batch of shape {(1, *shape)}: {why}") from error
-    _refuse_changing_buffers(model.train(), name, torch.zeros(2, *shape, dtype=inputs.dtype or torch.float32))
-    if task.name in _BY_OUTPUT and getattr(made, "shape", None) != (1, outputs):
+    batch = torch.zeros(2, *shape, dtype=inputs.dtype or torch.float32)
+    made = check_unchanged(model, name, batch)
+    # By the config's name, as a task of the user's own, derived from one of these, may take outputs of any kind.
+    if config.task.name in _BY_OUTPUT and getattr(made, "shape", None) != (1, outputs):
         got = tuple(made.shape) if isinstance(made, torch.Tensor) else type(made).__name__
         raise ConfigError(
             f"model {name} makes {got} of one sample, and task {task.name} on this data needs {(1, outputs)}: give it "
@@ -118,36 +133,107 @@ def build_own(own: OwnModel, config: RunConfig, shape: tuple[int, ...], task: Ta
     return model
 
 
-def _refuse_changing_buffers(model: nn.Module, name: str, batch: torch.Tensor) -> None:
-    """Refuse state that a training pass changes besides parameters: ranks do not share it, nor do checkpoints hold it.
+def check_unchanged(model: nn.Module, name: str, batch: torch.Tensor) -> Any:
+    """Run a model in evaluation and in training mode, and refuse state that this changes: optimizers alone do.
+
+    Ranks do not share what a forward pass writes. Checkpoints do not hold buffers, nor in low precision what is written
+    into parameters, and ZeRO-3 forgets it. A model that sets itself up by its first batch would do so by this one.
+
+    Args:
+        model: in either mode; left in that of training.
+        name: for messages.
+        batch: two samples.
+
+    Returns:
+        The outputs for the first sample, in evaluation mode.
 
     Raises:
-        ConfigError: naming the first such buffer.
+        ConfigError: it does not take the batch, or changes a parameter or a buffer of its state_dict.
     """
-    saved = model.state_dict().keys()
-    before = {where: buffer.clone() for where, buffer in model.named_buffers() if where in saved}
-    if not before:
-        return
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        model(batch)
-    for where, buffer in model.named_buffers():
-        if where in before and not torch.equal(buffer, before[where]):
+    before = _digests(model)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.no_grad():
+                made = model.eval()(batch[:1].clone())
+            model.train()(batch.clone())  # with gradients: some change their state only then
+            _run_with_others(model, batch.clone())
+        except Exception as error:
+            why = " ".join(f"{type(error).__name__}: {error}".split())
             raise ConfigError(
-                f"model {name} changes its buffer {where} while it trains, which neither ranks nor checkpoints share: "
-                "leave that out (such as spectral norms), or register the buffer with persistent=False if it may begin "
-                "anew at each start"
+                f"model {name} does not take a batch of shape {(1 + model.training, *batch.shape[1:])}: {why}"
+            ) from error
+    after = _digests(model)
+    wrong = [where for where in {**before, **after} if before.get(where) != after.get(where)]
+    parameters = dict(model.named_parameters())
+    for where in wrong:
+        if where in parameters:
+            raise ConfigError(
+                f"model {name} changes its parameter {where} in a forward pass, which neither ranks nor checkpoints "
+                "share: set up weights where the model is made; what follows other weights (a momentum encoder) "
+                "cannot be trained here"
             )
+        if "running" in where or "num_batches_tracked" in where:
+            raise ConfigError(
+                f"model {name} keeps running statistics ({where} …), which neither ranks nor checkpoints share: choose "
+                "layer or group norms, or keep these layers in evaluation mode (override train)"
+            )
+        raise ConfigError(
+            f"model {name} changes its buffer {where} in a forward pass, which neither ranks nor checkpoints share: "
+            "leave that out (such as spectral norms), or register the buffer with persistent=False if it may begin "
+            "anew at each start"
+        )
+    return made
+
+
+def _run_with_others(model: nn.Module, batch: torch.Tensor) -> None:
+    """Run a model while what does not train has another sign, and give it back its own.
+
+    A momentum encoder begins with the weights that it follows. Only while they differ, a pass shows that it moves.
+    """
+    fixed = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    if not fixed:
+        return
+    for parameter in fixed:
+        parameter.data.neg_()
+    with contextlib.suppress(Exception):  # not every weight may be negative
+        model(batch)
+    for parameter in fixed:
+        parameter.data.neg_()
+
+
+def _saved_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Return the buffers in a model's state_dict, by name."""
+    saved = model.state_dict().keys()
+    return sorted(((where, buffer) for where, buffer in model.named_buffers() if where in saved), key=lambda b: b[0])
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    whole = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
+    data: memoryview = whole.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+    return data
+
+
+def _digests(model: nn.Module) -> dict[str, str]:
+    """Return a digest of each parameter and of each buffer in the state_dict, by name."""
+    named = itertools.chain(model.named_parameters(), _saved_buffers(model))
+    return {where: xxhash.xxh3_128(_bytes_of(tensor)).hexdigest() for where, tensor in named}
 
 
 def digest_of_buffers(model: nn.Module) -> str | None:
     """Return a sha256 of the buffers in a model's state_dict, by name; None where it has none."""
-    saved = model.state_dict().keys()
-    found = sorted((where, buffer) for where, buffer in model.named_buffers() if where in saved)
+    found = _saved_buffers(model)
     digest = hashlib.sha256()
     for where, buffer in found:
         digest.update(f"{where} {buffer.dtype} {tuple(buffer.shape)}\n".encode())
-        digest.update(buffer.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(_bytes_of(buffer))
     return digest.hexdigest() if found else None
+
+
+def round_buffers(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give a model's buffers the values with which its run computed: the run had them in its dtype."""
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(buffer.to(dtype))
 
 
 def agreed_buffers(model: nn.Module, config: RunConfig, comm: TorchCollectives) -> str | None:

@@ -35,7 +35,7 @@ from launch.run.memory import check_images_fit, keep_within_budget
 from launch.run.objective import build_for
 from launch.run.outcome import finish
 from launch.run.own_code import bring
-from launch.run.own_model import OwnModel, build_own
+from launch.run.own_model import OwnModel, build_own, check_unchanged
 from launch.run.repeat import data_differs
 from setformer_dist import __version__
 from setformer_dist.core import ledger
@@ -157,6 +157,8 @@ def _model(run: ResolvedRun, splits: Splits, task: Task, own: OwnModel | None, l
         model = build_own(own, config, shape, task)
     else:
         model = build_for(config, task, inputs.spec(splits.train))
+        if config.run.imports and not all(p.requires_grad for p in model.parameters()):  # perhaps the user's own code
+            check_unchanged(model, config.model.name, torch.zeros(2, *shape, dtype=inputs.dtype or torch.float32))
     recomputed = keep_within_budget(run, model, shape, inputs.dtype)
     if recomputed is not None:
         log.info("recomputed, by stage: %s", recomputed)

@@ -24,7 +24,7 @@ from launch.run.identity import shapes_of
 from launch.run.initial_weights import better_of
 from launch.run.inputs import Split, images_of, inputs_of
 from launch.run.objective import build_for, prepare_for
-from launch.run.own_model import OwnModel, check_same_buffers, digest_of_buffers, made_own
+from launch.run.own_model import OwnModel, check_same_buffers, digest_of_buffers, made_own, round_buffers
 from setformer_dist.core import config as base
 from setformer_dist.core.batch import MicroBatch
 from setformer_dist.core.errors import CheckpointError, ConfigError, DataError
@@ -33,6 +33,7 @@ from setformer_dist.core.ranks import RankInfo
 from setformer_dist.core.revisions import as_trained
 from setformer_dist.core.task import Prepare, Task
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
+from setformer_dist.engine.deepspeed_engine import DTYPES
 from setformer_dist.engine.evaluate import EvalResult, evaluate
 from setformer_dist.report.html import ClassifiedImage
 from setformer_dist.tasks.build import build_task
@@ -106,6 +107,7 @@ def load_trained(path: Path, weights: Weights = "auto", own: OwnModel | None = N
         _check_shapes(shapes_of(model), shapes, place, given=own is not None)
         if own is not None:
             check_same_buffers(checkpoint.trainer, digest_of_buffers(model), place)
+            round_buffers(model, DTYPES[config.precision.dtype])
     except ConfigError as error:
         raise CheckpointError(
             f"the model of checkpoint {place} cannot be built: {error}{_own_code(about.imports)}"

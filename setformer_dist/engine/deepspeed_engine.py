@@ -46,7 +46,7 @@ def _import_muon() -> None:
 _import_muon()
 
 
-class _ScalarsAsBytes(TorchFunctionMode):
+class ScalarsAsBytes(TorchFunctionMode):
     """Lets weights without dimensions be viewed as bytes: so DeepSpeed sends all weights, and PyTorch refuses these."""
 
     def __torch_function__(
@@ -99,7 +99,7 @@ def initialize(
     if not is_zero_supported_optimizer(optimizer):  # DeepSpeed has not tested it; our tests have, under every stage
         deepspeed_json = {**deepspeed_json, "zero_allow_untested_optimizer": True}
     try:
-        with _ScalarsAsBytes():
+        with ScalarsAsBytes():
             engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=deepspeed_json, dist_init_required=False
             )

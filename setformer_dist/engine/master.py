@@ -23,7 +23,9 @@ from deepspeed import comm
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import nn
 
+from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.fragments import Fragment
+from setformer_dist.engine.deepspeed_engine import ScalarsAsBytes
 from setformer_dist.engine.optim import kind_of
 from setformer_dist.engine.protocol import Engine
 
@@ -52,7 +54,8 @@ class MasterState:
     """
 
     def __init__(self, engine: Engine) -> None:
-        self._names = {p: n for n, p in engine.module.named_parameters() if p.requires_grad}
+        self._all = list(engine.module.named_parameters())
+        self._names = {p: n for n, p in self._all if p.requires_grad}
         self._shapes = {p: tuple(getattr(p, "ds_shape", p.shape)) for p in self._names}
         optimizer = engine.optimizer
         self._scaler = getattr(optimizer, "loss_scaler", getattr(optimizer, "loss_scale_config", None))
@@ -86,6 +89,20 @@ class MasterState:
     def fixed_shapes(self) -> dict[str, tuple[int, ...]]:
         """The whole shape of every parameter that does not train, by name. Its only state is "param"."""
         return self._fixed.shapes
+
+    def check_trained(self) -> None:
+        """Check that the same parameters train as in the beginning: ZeRO has divided those.
+
+        Raises:
+            ConfigError: the model or a callback has changed `requires_grad` of one since.
+        """
+        for name, parameter in self._all:
+            if parameter.requires_grad != (parameter in self._names):
+                now, then = ("trains now", "did not") if parameter.requires_grad else ("does not train now", "did")
+                raise ConfigError(
+                    f"parameter {name} {now}, and {then} when the run began: set requires_grad where the model is "
+                    "made, and begin a new run to change it"
+                )
 
     def refresh(self) -> None:
         """Bring the parameters that compute up to date after masters were written. Collective."""
@@ -178,11 +195,14 @@ class _Fixed:
             for p in self._parameters:
                 comm.broadcast(p.data, 0)
 
-    def _whole(self) -> Any:
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
         """Have ZeRO-3's parameters whole for a while; what rank 0 writes into them stays."""
         if not self._sharded:
-            return contextlib.nullcontext()
-        return deepspeed.zero.GatheredParameters(self._parameters, modifier_rank=0)
+            yield
+            return
+        with ScalarsAsBytes(), deepspeed.zero.GatheredParameters(self._parameters, modifier_rank=0):
+            yield
 
 
 class _Stage0:

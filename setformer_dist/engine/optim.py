@@ -63,8 +63,8 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> _Groups:
 
     With layer_decay < 1 each group carries an `lr_scale`, which the schedule multiplies in.
     """
-    listed: Any = getattr(model, "no_weight_decay", None)
-    named = listed() if listed is not None else set()
+    listed: Any = getattr(model, "no_weight_decay", None)  # a method of timm's models; a set of names is as clear
+    named = (listed() if callable(listed) else listed) or set()
     if config.layer_decay < 1:
         groups = param_groups_layer_decay(
             model,

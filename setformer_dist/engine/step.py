@@ -11,6 +11,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from setformer_dist.core.batch import MicroBatch
+from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.seeding import Purpose, sample_keys, torch_seed
 from setformer_dist.core.task import Counted, Prepare, Task
 from setformer_dist.core.transfer import on_device
@@ -95,7 +96,7 @@ class TrainStep:
             self._key_drop_path(step, batch, inputs.device)
             watching = self._refresh.watching(step, index, batch) if self._refresh is not None else nullcontext()
             with self._clock.section("forward"), watching:
-                loss = self._task.loss(self._engine(inputs), targets)
+                loss = self._checked(self._task.loss(self._engine(inputs), targets))
                 if factor is not None:
                     loss = loss * factor
             with self._clock.section("backward"):
@@ -106,6 +107,24 @@ class TrainStep:
         loss = torch.stack(losses).sum()
         loss = loss * torch.nan if self._updates.left_out else loss
         return StepOutcome(loss, self._accumulation, substitutions, sample_ids)
+
+    def _checked(self, loss: object) -> torch.Tensor:
+        """Return a loss that can be trained with.
+
+        Raises:
+            ConfigError: it cannot: the task or the model is wrong.
+        """
+        if not isinstance(loss, torch.Tensor) or loss.dim():
+            got = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise ConfigError(
+                f"task {self._task.name}: its method loss must return a tensor of shape (), and returned {got}"
+            )
+        if not loss.requires_grad:
+            raise ConfigError(
+                f"the loss of task {self._task.name} does not depend on any parameter that trains: look for "
+                "torch.no_grad or detach in the model and in the task"
+            )
+        return loss
 
     def _cut(self, batches: Iterator[MicroBatch]) -> tuple[int, Iterator[MicroBatch]]:
         """Return how many micro batches the next step has, and those; DeepSpeed is told where it changes."""

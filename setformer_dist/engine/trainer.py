@@ -97,6 +97,7 @@ class Trainer:
         Raises:
             TrainingError: the loss is not finite or spikes, and the guard does not tolerate it (`engine.guard`); or a
                 callback failed (`engine.events`).
+            ConfigError: the loss is none, or other parameters train than in the beginning.
             SetformerError: from the stream or the store.
         """
         with StopRequest(self._c.heartbeat) as stop:
@@ -146,6 +147,7 @@ class Trainer:
             if not self._began:
                 self._begin(progress)
             self._say = progress.say
+            c.engine.train()  # a program may have looked at the model in between
             self._clock.take()
             vote = StopVote(stop, c.comm, c.store, c.callbacks)
             signum = self._steps_until(last_step, vote, progress)
@@ -247,6 +249,7 @@ class Trainer:
     def _do_step(self, batches: Iterator[MicroBatch]) -> None:
         step = self._state.step
         outcome = self._step(step, batches)
+        self._c.master.check_trained()
         if self._c.ema is not None:
             with self._clock.section("optimizer"):
                 self._c.ema.update(step)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Callable
 
 import pydantic
 import timm
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parameter import is_lazy
 
 import setformer_dist.models  # noqa: F401 — registers our models with timm
@@ -89,8 +91,7 @@ def own_model(make: Callable[[int], nn.Module], config: ModelConfig, outputs: in
         seed: the run's.
 
     Raises:
-        ConfigError: it is no module, keeps running statistics, has no parameters or such as cannot be sharded, or
-            cannot recompute activations.
+        ConfigError: it is no module, has no parameters or such as cannot be sharded, or cannot recompute activations.
     """
     name = config.name.removeprefix(OWN_MODEL)
     torch.manual_seed(torch_seed(Purpose.INIT, seed))
@@ -98,9 +99,9 @@ def own_model(make: Callable[[int], nn.Module], config: ModelConfig, outputs: in
     if not isinstance(model, nn.Module) or not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(f"model {name} is no torch.nn.Module with parameters that are trained")
     _refuse_odd_parameters(model, name)
-    _refuse_running_statistics(model, name)
-    _lay_out(model)
-    set_recompute(model, config.policy, name)
+    _lay_out(model.cpu())  # where its first batch is; DeepSpeed brings it to the rank's device
+    if config.policy != "none":  # "none", the default, leaves what the model does by itself
+        set_recompute(model, config.policy, name)
     return model
 
 
@@ -118,6 +119,15 @@ def _refuse_odd_parameters(model: nn.Module, name: str) -> None:
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise ConfigError(f"model {name} is compiled by torch.jit: pass the module itself (compile.mode compiles it)")
+    if any(isinstance(module, OptimizedModule) for module in model.modules()):
+        raise ConfigError(
+            f"model {name} is compiled by torch.compile: pass the module itself (compile.mode compiles it)"
+        )
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ConfigError(f"model {name} is wrapped in {type(model).__name__}: pass the module itself (its .module)")
+    for where, parameter in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if parameter.is_meta:
+            raise ConfigError(f"model {name}: {where} is on the meta device, without values: make the model on the CPU")
     for where, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise ConfigError(

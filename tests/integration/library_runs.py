@@ -17,6 +17,7 @@ import setformer
 from launch.run.config import RunConfig
 from launch.testing.commands import SHORT
 from setformer_dist.core.errors import SetformerError
+from setformer_dist.tasks.classification import Classification
 
 LENGTH = ("~schedule.epochs", "~schedule.warmup_epochs", "schedule.steps=7", "run.record_samples=true",
           "checkpoint.every_steps=4", "eval.every_steps=6", "batch.global_size=16")  # fmt: skip
@@ -108,6 +109,7 @@ class Odd(nn.Module):
         self.body = nn.Sequential(nn.Conv2d(3, 8, 4, 4).to(memory_format=torch.channels_last), nn.Flatten())
         self.fixed = nn.Linear(8 * 16, 16).requires_grad_(False)
         self.gain = nn.Parameter(torch.tensor(1.0))
+        self.level = nn.Parameter(torch.rand(()), requires_grad=False)
         self.wide = nn.Parameter(torch.ones(16, dtype=torch.float64))
         self.turned = nn.Parameter(torch.randn(16, 16).t() / 4)
         self.one = nn.Parameter(torch.zeros(1).expand(16))
@@ -115,7 +117,7 @@ class Odd(nn.Module):
         self.head = nn.Linear(16, outputs)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        x = self.fixed(self.body(images)) * self.gain * self.wide.to(images.dtype)
+        x = self.fixed(self.body(images)) * (self.gain + self.level) * self.wide.to(images.dtype)
         return self.head(torch.cos(x * self.frequencies) @ self.turned + self.one)
 
 
@@ -138,6 +140,7 @@ def odd_model(data: str, out: str, stage: int) -> None:
     setformer.train(config, model=other)  # resumed: its own weights count for nothing
     trained = setformer.load(config.folder, model=other).model
     assert torch.equal(trained.fixed.weight, template.fixed.weight)
+    assert torch.equal(trained.level, template.level)
     assert not torch.equal(trained.fixed.weight, other.fixed.weight)
     for name in ("turned", "wide", "one", "gain"):
         assert not torch.equal(getattr(trained, name), getattr(template, name).float()), name
@@ -146,6 +149,94 @@ def odd_model(data: str, out: str, stage: int) -> None:
         setformer.load(config.folder, model=other)
     except SetformerError as error:
         print(error)
+
+
+class Changing(Tiny):
+    """What trains changes during the run."""
+
+    passes = 0
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.passes += self.training
+        self.body.requires_grad_(self.passes < 4)
+        return super().forward(images)
+
+
+class Blind(Tiny):
+    """Learns nothing: its outputs have no gradients."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images).detach()
+
+
+class Waves(Tiny):
+    """Large numbers in a buffer; dropout."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__(outputs)
+        self.register_buffer("frequencies", 1000 * torch.rand(24 * 16))
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.drop(self.body(images) * torch.cos(self.frequencies)))
+
+
+class Vector(Classification):
+    """One loss for each sample."""
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+
+class Named(nn.Module):
+    """Returns a table."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.inner = Tiny(outputs)
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": self.inner(images)}
+
+
+class OfTables(Classification):
+    """Takes it."""
+
+    def loss(self, outputs: Any, targets: torch.Tensor) -> torch.Tensor:
+        return super().loss(outputs["logits"], targets)
+
+    def sums(self, outputs: Any, batch: Any, targets: torch.Tensor) -> torch.Tensor:
+        return super().sums(outputs["logits"], batch, targets)
+
+
+def unusual(data: str, out: str) -> None:
+    """Train what cannot be trained, models whose modes and outputs are unusual, and a large buffer in bf16."""
+    setformer.register_task("vector", Vector)
+    setformer.register_task("tables", OfTables)
+
+    def config(name: str, task: str = "classification", dtype: str = "fp32") -> RunConfig:
+        table = {**config_of(data, out).model_dump(), "model": {}, "ema": {}, "task": {"name": task}}
+        table["run"]["name"], table["precision"]["dtype"] = name, dtype
+        return RunConfig.model_validate(table)
+
+    for name, model, task in (
+        ("changing", Changing, "classification"),
+        ("blind", Blind, "classification"),
+        ("vector", Tiny, "vector"),
+    ):
+        try:
+            setformer.train(config(name, task), model=model)
+        except SetformerError as error:
+            print(error)
+    setformer.train(config("tables", "tables"), model=Named)
+    with setformer.Training(config("waves", dtype="bf16"), model=Waves) as run:
+        run.train(steps=2)
+        run.model.eval()
+        run.train(steps=2)
+        assert run.model.training
+        figures = run.evaluate()
+    loaded = setformer.evaluate(setformer.load(run.folder, model=Waves)).figures
+    assert abs(loaded["loss"] - figures["loss"]) < 5e-3, (loaded, figures)
 
 
 class Bars:
@@ -186,6 +277,7 @@ PROGRAMS: dict[str, Callable[[str, str], None]] = {
     "in_pieces": in_pieces,
     "own_model": own_model,
     "own_data": own_data,
+    "unusual": unusual,
     **{f"odd_model_{stage}": functools.partial(odd_model, stage=stage) for stage in (0, 2, 3)},
 }
 

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import pytest
 import timm
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from safetensors.torch import load_file
+from torch import nn
 from typer.testing import CliRunner
 
 import setformer_dist.models  # noqa: F401  (registers the models)
@@ -27,8 +30,9 @@ from checkpoints.identity import Identity
 from checkpoints.manager import CheckpointManager
 from checkpoints.reader import open_checkpoint
 from dataloaders.packing.pack import pack_image_folder
+from launch.ckpt import export
 from launch.cli.main import app
-from launch.run.trained import load_trained
+from launch.run.trained import Trained, load_trained
 from launch.testing.commands import setformer, train_words
 from launch.testing.ranks import run_ranks
 from setformer_dist.core.comm import Alone
@@ -310,6 +314,59 @@ def test_plain_timm_loads_what_is_exported(trained, tmp_path):
     weights = open_checkpoint(trained).read_full()
     assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
     assert "| top1 |" in card
+
+
+class OwnNet(nn.Module):
+    """Known to timm, and no more like its models than it must be."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, outputs)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(images.mean((2, 3)))
+
+
+def own_net(pretrained: bool = False, num_classes: int = 10, **_: Any) -> nn.Module:
+    return OwnNet(num_classes)
+
+
+def test_the_card_of_a_model_of_ones_own_loads_its_weights(trained, tmp_path, monkeypatch):
+    timm.models.register_model(own_net)
+    model = OwnNet(10)
+
+    def own(*args: Any) -> Trained:
+        made = load_trained(*args)
+        table = made.config.model.model_copy(update={"name": "own_net", "args": {}})
+        return replace(made, model=model, config=made.config.model_copy(update={"model": table}))
+
+    monkeypatch.setattr(export, "load_trained", own)
+    done = run("export", trained, tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    card = (tmp_path / "out" / "README.md").read_text().splitlines()
+    assert f"import {__name__}  # registers the architecture with timm" in card
+    code = [line for line in card if line.startswith(("import", "about =", "model =", "transform ="))]
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec("\n".join(code), found)  # the lines of the card, as a reader would run them
+    assert torch.equal(found["model"].head.weight, model.head.weight)
+    assert found["about"]["label_names"] == [str(digit) for digit in range(10)]
+    assert found["transform"] is not None
+
+
+def test_weights_with_two_names_are_written_under_both(trained, tmp_path, monkeypatch):
+    def tied(*args: Any) -> Trained:
+        made = load_trained(*args)
+        made.model.twin = made.model.get_classifier()
+        made.model.part = nn.Parameter(made.model.twin.weight.data[:3])
+        return made
+
+    monkeypatch.setattr(export, "load_trained", tied)
+    done = run("export", trained, tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    [name] = {name for name, tensor in found.items() if torch.equal(tensor, found["twin.weight"])} - {"twin.weight"}
+    assert torch.equal(found[name][:3], found["part"])
 
 
 def test_show_ls_and_verify_of_a_run(trained, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -76,6 +78,18 @@ def test_what_does_not_train_is_in_checkpoints_and_buffers_are_checked(
         assert "the buffers of the model that was passed are not those that checkpoint" in line
 
 
+def test_models_that_change_what_trains_and_unusual_ones(digits: Path, tmp_path: Path) -> None:
+    said = module(PROGRAM, "unusual", str(digits), str(tmp_path))
+    assert said.code == 0, said.err
+    text = said.out.splitlines()
+    for line in (
+        "parameter body.0.weight does not train now, and did when the run began",
+        "the loss of task classification does not depend on any parameter that trains",
+        "its method loss must return a tensor of shape (), and returned (16,)",
+    ):
+        assert any(line in printed for printed in text), said.out
+
+
 def test_data_sets_in_python_with_soft_labels_train_and_resume(tmp_path: Path) -> None:
     said = module(PROGRAM, "own_data", "", str(tmp_path))
     assert said.code == 0, said.err
@@ -111,7 +125,7 @@ class Normed(Tiny):
 
     def __init__(self, outputs: int) -> None:
         super().__init__(outputs)
-        self.norm = nn.BatchNorm2d(3)
+        self.body.insert(0, nn.BatchNorm2d(3))
 
 
 class Fixed(nn.Module):
@@ -169,7 +183,7 @@ def fails(outputs: int) -> nn.Module:
     ("model", "tables", "said"),
     [
         (Wide, {}, r"model Wide makes \(1, 11\) of one sample, and task classification on this data needs \(1, 10\)"),
-        (Normed, {}, r"model Normed keeps running statistics \(norm.running_mean"),
+        (Normed, {}, r"model Normed keeps running statistics \(body.0.num_batches_tracked"),
         (fails, {}, r"model fails does not take a batch of shape \(1, 3, 16, 16\): RuntimeError"),
         (
             "resnet50d",
@@ -190,7 +204,7 @@ def fails(outputs: int) -> nn.Module:
             {"model": {"args": {"depths": [1]}, "drop_path": 0.1}},
             r'args and model.drop_path apply .* remove them, .*, "~model.args", "~model.drop_path"\)',
         ),
-        (Spectral, {}, r"model Spectral changes its buffer head.parametrizations.weight.0._u while it trains"),
+        (Spectral, {}, r"model Spectral changes its buffer head.parametrizations.weight.0._u in a forward pass"),
         (Complexes, {}, r"model Complexes: phases is complex64, and optimizers take real numbers"),
         (Sparse, {}, r"model Sparse: words has sparse gradients, .*: set sparse=False"),
         (Empty, {}, r"model Empty: none has no elements"),
@@ -209,6 +223,35 @@ def test_a_model_that_cannot_be_trained_is_refused(
     with pytest.raises(ConfigError, match=said), setformer.Training(config, model=model):
         pass
     assert not config.folder.exists()
+
+
+class Followed(Tiny):
+    """A momentum encoder of the last layer."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__(outputs)
+        self.slow = copy.deepcopy(self.head).requires_grad_(False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.slow.weight.data.lerp_(self.head.weight.data, 0.1)
+        features = self.body(images)
+        return self.head(features) + self.slow(features)
+
+
+def followed_net(pretrained: bool = False, num_classes: int = 10, **_: Any) -> nn.Module:
+    return Followed(num_classes)
+
+
+def test_a_model_of_imported_code_is_looked_at_as_one_that_is_passed(digits: Path, tmp_path: Path) -> None:
+    timm.models.register_model(followed_net)
+    table = {**config_of(str(digits), str(tmp_path)).model_dump(), "model": {"name": "followed_net"}}
+    table["run"]["imports"] = [__name__]
+    with (
+        pytest.raises(ConfigError, match=r"model followed_net changes its parameter slow.weight in a forward pass"),
+        setformer.Training(setformer.load_config(**table)),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("config", ["demo", Path("demo.toml"), {"run": {"name": "x"}}])

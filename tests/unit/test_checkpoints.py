@@ -435,3 +435,17 @@ def test_what_a_part_of_the_run_keeps_is_no_parameter(tmp_path):
     back = {key: torch.zeros_like(tensor) for key, tensor in kept.items()}
     checkpoint.load_into([Fragment(*key, 0, tuple(t.shape), t.view(-1)) for key, t in back.items()])
     assert_equal(kept, back)
+
+
+def test_a_checkpoint_of_which_other_parameters_trained_is_refused(tmp_path):
+    full = {key: tensor for key, tensor in values().items() if key[0] != "scale" or key[1] != "exp_avg"}
+    save(tmp_path, full)
+    trained = {name: shape for name, shape in SHAPES.items() if name != "scale"}
+    states, weights = ("param", "exp_avg", "ema"), ("param", "ema")
+    checkpoint = newest(tmp_path)
+    checkpoint.check_holds(trained, states, {"scale": ()}, weights)
+    with pytest.raises(CheckpointError, match=r"another model \(scale trains here and did not there\): train the same"):
+        checkpoint.check_holds(SHAPES, states)
+    less = {name: shape for name, shape in trained.items() if name != "stem.weight"}
+    with pytest.raises(CheckpointError, match=r"stem.weight trained there and does not here"):
+        checkpoint.check_holds(less, states, {"scale": (), "stem.weight": SHAPES["stem.weight"]}, weights)
