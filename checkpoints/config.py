@@ -41,7 +41,8 @@ class CheckpointConfig(FrozenConfig):
             the sample where the run stopped; a step of the new size must start there. No sample is lost or repeated,
             but later steps contain other samples than before, and schedules use the new step number. Refused with
             data.mixture, data.aspect_buckets and epoch_end = "wrap". "data" continues at the same position of the same
-            epoch with other data. The model can never change.
+            epoch with other data. "schedule" continues at the same step with another schedule (all of
+            its keys) or another optim.lr, for example for more epochs. The model can never change.
     """
 
     every_steps: int = Field(default=1000, ge=1)
@@ -57,7 +58,7 @@ class CheckpointConfig(FrozenConfig):
     mirror: str = ""
     mirror_minutes: float = Field(default=30.0, gt=0)
     replicas: int = Field(default=0, ge=0)
-    allow_changes: tuple[Literal["global_batch", "data"], ...] = Field(default=(), strict=False)
+    allow_changes: tuple[Literal["global_batch", "data", "schedule"], ...] = Field(default=(), strict=False)
 
     @pydantic.field_validator("mirror")
     @classmethod

@@ -6,6 +6,7 @@ RunConfig + ranks     -> DeepSpeed's JSON, batch plan
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
 import json
@@ -25,7 +26,7 @@ from launch.ranks.restarts import RestartConfig
 from setformer_dist.core import config as base
 from setformer_dist.core import revisions
 from setformer_dist.core.config import FrozenConfig
-from setformer_dist.core.continuing import FREE, Permitted, differences, must_stay, unknown_keys
+from setformer_dist.core.continuing import FREE, Difference, Permitted, differences, must_stay, unknown_keys
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.files import read_state
 from setformer_dist.core.logging_config import LoggingConfig
@@ -246,7 +247,7 @@ class RunConfig(FrozenConfig):
     model: ModelConfig
     data: Annotated[AnyDataConfig, Permitted("data")]
     batch: BatchConfig
-    schedule: ScheduleConfig
+    schedule: Annotated[ScheduleConfig, Permitted("schedule")]
     optim: OptimConfig = OptimConfig()
     distill: DistillConfig = DistillConfig()
     precision: PrecisionConfig = PrecisionConfig()
@@ -484,9 +485,45 @@ def check_folder(run: ResolvedRun) -> None:
     Raises:
         ConfigError: naming the keys that differ.
     """
-    path = run.config.folder / "config.json"
-    if not os.path.lexists(path):
+    there = _config_there(run.config.folder)
+    if there is None:
         return
+    differing = _shown(differences(there, run.config, run.config.checkpoint.allow_changes))
+    if differing:
+        shown = ", ".join(f"{d.key} is {d.there!r} there and {d.here!r} here" for d in differing[:4])
+        more = f", and {len(differing) - 4} more" if len(differing) > 4 else ""
+        permits = {d.by for d in differing}
+        raise ConfigError(
+            f"run folder {run.config.folder} holds a run of another config ({shown}{more}): "
+            f"give this run another run.name, or move the folder away{_to_go_on(run.config, permits)}"
+        )
+
+
+def permitted_changes(run: ResolvedRun) -> list[Difference]:
+    """Return what differs from the config in the run's folder, which `checkpoint.allow_changes` permits.
+
+    Raises:
+        ConfigError: as `check_folder`.
+    """
+    there = _config_there(run.config.folder)
+    return [] if there is None else _shown(differences(there, run.config))
+
+
+def _shown(found: Iterable[Difference]) -> list[Difference]:
+    """Return differences with values that may be shown; credentials are not in a folder's config, and do not count."""
+    shown = [dataclasses.replace(d, there=redacted_json(d.there), here=redacted_json(d.here)) for d in found]
+    return [d for d in shown if d.there != d.here]
+
+
+def _config_there(folder: Path) -> dict[str, object] | None:
+    """Return the config of the run in a folder; None where there is none.
+
+    Raises:
+        ConfigError: it is damaged, or of a later version.
+    """
+    path = folder / "config.json"
+    if not os.path.lexists(path):
+        return None
     try:
         there, _ = read_state(path)
     except (ValueError, OSError) as error:
@@ -503,17 +540,7 @@ def check_folder(run: ResolvedRun) -> None:
             f"{path} has the key {newer[0]!r}, which this version of setformer_dist does not know: a later version "
             "wrote it, and only that version can continue the run"
         )
-    allowed = run.config.checkpoint.allow_changes
-    found = [(d, redacted_json(d.there), redacted_json(d.here)) for d in differences(there, run.config, allowed)]
-    differing = [(d, theirs, ours) for d, theirs, ours in found if theirs != ours]
-    if differing:
-        shown = ", ".join(f"{d.key} is {theirs!r} there and {ours!r} here" for d, theirs, ours in differing[:4])
-        more = f", and {len(differing) - 4} more" if len(differing) > 4 else ""
-        permits = {d.by for d, _, _ in differing}
-        raise ConfigError(
-            f"run folder {run.config.folder} holds a run of another config ({shown}{more}): "
-            f"give this run another run.name, or move the folder away{_to_go_on(run.config, permits)}"
-        )
+    return there
 
 
 def _to_go_on(config: RunConfig, permits: set[str | None]) -> str:

@@ -49,6 +49,7 @@ from setformer_dist.core.secrets import redacted
 from setformer_dist.core.terminal import open_table, print_heading
 from setformer_dist.engine.optim import OPTIMIZERS
 from setformer_dist.engine.refresh import check_possible
+from setformer_dist.engine.run_state import check_within
 from setformer_dist.models.build import check_name
 from setformer_dist.models.measure import multiply_adds_of, parameters
 from setformer_dist.tasks.build import build_task, check_metric
@@ -183,7 +184,8 @@ def _resumed(run: ResolvedRun, identity: Identity, stream: TrainStream) -> str:
         if not imported:
             found.identity.check_same_model(identity)
             allowed = run.config.checkpoint.allow_changes
-            stream.check_state(continued_cursor(found.trainer["stream"], stream.state(0), allowed))
+            step = stream.check_state(continued_cursor(found.trainer["stream"], stream.state(0), allowed))
+            check_within(step, run.config.schedule.total_steps(stream.steps_per_epoch), newest.path)
         return f"resumes from the newest checkpoint that verifies; the newest is step {manifest.step:,}"
     return ""
 

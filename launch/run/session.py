@@ -29,7 +29,7 @@ from launch.record.attempts import Recorder
 from launch.record.checkout import codes_of
 from launch.record.machine import machine_facts
 from launch.run.compose import Splits, check_device, compose, open_splits
-from launch.run.config import ResolvedRun, RunConfig, check_folder, resolve
+from launch.run.config import ResolvedRun, RunConfig, check_folder, permitted_changes, resolve
 from launch.run.inputs import inputs_of
 from launch.run.memory import check_images_fit, keep_within_budget
 from launch.run.objective import build_for
@@ -209,6 +209,10 @@ def claim_folder(run: ResolvedRun, comm: TorchCollectives, splits: Splits) -> No
         data = {"training": splits.train.fingerprint[:16], "validation": splits.val.fingerprint[:16]}
         for line in data_differs(folder, data):
             log.warning("%s", line)
+        for change in permitted_changes(run):
+            key, theirs, ours = change.key, change.there, change.here
+            log.warning("%s was %r and is %r from here on (checkpoint.allow_changes)", key, theirs, ours)
+            ledger.record(folder, "changed", key=key, there=theirs, here=ours)
         config = run.as_json()
         write_state(folder / "config.json", {**config, "resolved": {**config["resolved"], "data": data}})
         write_json(folder / "deepspeed.json", run.deepspeed_json())

@@ -10,6 +10,8 @@
     {"event": "refreshed", "time": t, "step": 40, ...}           rank 0: reference sets were set by K-means; with
                                                                  "skipped", why not, "by", who computed them, and
                                                                  "late", why it was not in time
+    {"event": "changed", "time": t, "key": "schedule.epochs", "there": 2, "here": 4}
+                                                                 rank 0: of the config, by checkpoint.allow_changes
     {"event": "saved", "time": t, "step": 40}                    rank 0: a checkpoint is complete
     {"event": "ended", "time": t, "why": "killed", "step": 53}   supervisor: "done", "stopped", or how it failed, and
                                                                  "final": true where it will not start again

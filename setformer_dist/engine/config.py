@@ -204,7 +204,7 @@ class OptimConfig(FrozenConfig):
     """
 
     name: Literal["adamw", "adam", "nadamw", "adopt", "lion", "sgd"] = "adamw"
-    lr: float = pydantic.Field(default=1e-3, gt=0)
+    lr: Annotated[float, Permitted("schedule")] = pydantic.Field(default=1e-3, gt=0)
     weight_decay: float = pydantic.Field(default=0.05, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = pydantic.Field(default=1e-8, gt=0)

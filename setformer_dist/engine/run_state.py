@@ -29,6 +29,24 @@ class _Refresh(pydantic.BaseModel):
     pending: _Pending | None = None
 
 
+def check_within(step: int, total_steps: int, path: Path) -> None:
+    """Check that a run whose schedule has changed does not end before its checkpoint.
+
+    Args:
+        step: of the checkpoint, as this run counts.
+        total_steps: of the run.
+        path: of the checkpoint.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    if step > total_steps:
+        raise CheckpointError(
+            f"{path} is at step {step:,}, and the run now ends at step {total_steps:,}: make schedule.epochs or "
+            "schedule.steps larger, or give the shorter run another run.name"
+        )
+
+
 @dataclass(frozen=True)
 class Best:
     """Best value of the watched metric so far."""

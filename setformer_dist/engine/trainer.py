@@ -24,7 +24,7 @@ from setformer_dist.engine.guard import Incident, Updates
 from setformer_dist.engine.metrics import StepClock
 from setformer_dist.engine.progress import RunProgress
 from setformer_dist.engine.refresh import Refresh
-from setformer_dist.engine.run_state import Best, Outcome, RunState
+from setformer_dist.engine.run_state import Best, Outcome, RunState, check_within
 from setformer_dist.engine.signals import StopRequest
 from setformer_dist.engine.step import TrainStep
 from setformer_dist.engine.step_log import RewindError, StepLog
@@ -336,6 +336,7 @@ class Trainer:
         saved = self._to_go_on_from()
         if saved is not None:
             self._take_over(saved)
+            check_within(self._state.step, self._total_steps, saved.path)
             if self._state.step != saved.step:
                 c.guard.forget()
                 self._save_renumbered(saved)

@@ -103,3 +103,33 @@ def test_a_second_run_in_one_folder_is_refused_and_changes_nothing(
     assert refused.code == 5, refused.err
     assert "another process trains in run folder" in refused.err
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before
+
+
+def test_a_run_that_is_done_is_made_longer_bit_by_bit(digits: Path, tmp_path: Path) -> None:
+    steady = ("schedule.name=constant", "checkpoint.every_steps=11")
+    longer = (*steady, "schedule.epochs=2", 'checkpoint.allow_changes=["schedule"]')
+    whole = setformer(*train_words(digits, tmp_path / "whole", *longer, ranks=1))
+    assert whole.code == 0, whole.err
+    first = setformer(*train_words(digits, tmp_path, *steady, ranks=1))
+    assert first.code == 0, first.err
+    refused = setformer(*train_words(digits, tmp_path, *longer[:-1], ranks=1))
+    assert refused.code == 2, refused.err
+    assert 'checkpoint.allow_changes = ["schedule"]' in refused.err
+    ended = setformer(*train_words(digits, tmp_path, *longer, ranks=1))
+    assert ended.code == 0, ended.err
+    assert "schedule.epochs was 1 and is 2 from here on" in ended.err + ended.out
+    run = tmp_path / "demo"
+    assert '"event": "changed"' in (run / "ledger.jsonl").read_text()
+    found, wanted = open_checkpoint(run), open_checkpoint(tmp_path / "whole" / "demo")
+    assert found.step == wanted.step == 44
+    for state in wanted.states():
+        theirs = wanted.read_full(state)
+        assert all(tensor.equal(theirs[name]) for name, tensor in found.read_full(state).items()), state
+    shorter = setformer(*train_words(digits, tmp_path, *steady, 'checkpoint.allow_changes=["schedule"]', ranks=1))
+    assert shorter.code != 0
+    assert "is at step 44, and the run now ends at step 22" in shorter.err
+    assert json.loads((run / "config.json").read_text())["schedule"]["epochs"] == 2
+    dry = setformer(
+        *train_words(digits, tmp_path, *steady, 'checkpoint.allow_changes=["schedule"]', ranks=1), "--dry-run"
+    )
+    assert "is at step 44, and the run now ends at step 22" in dry.err

@@ -333,7 +333,8 @@ def test_a_run_folder_of_another_config_is_refused(tmp_path: Path) -> None:
             ["data.augment.pad=3", "batch.global_size=128", 'checkpoint.allow_changes=["data"]'],
             'to continue with the change, set checkpoint.allow_changes = ["data", "global_batch"] ',
         ),
-        (["optim.lr=0.1", "batch.global_size=128"], 'to begin a new run with its weights, also set model.weights = "'),
+        (["optim.lr=0.1"], 'to continue with the change, set checkpoint.allow_changes = ["schedule"] '),
+        (["ema.decay=0.1", "batch.global_size=128"], 'to begin a new run with its weights, also set model.weights = "'),
     ],
 )
 def test_a_folder_of_another_config_says_how_its_run_can_be_used(

@@ -51,7 +51,7 @@ def test_every_key_and_every_part_of_the_position_in_the_data_has_a_rule_for_res
     fields = {field.name for field in dataclasses.fields(Cursor)}
     agreed = agreements(Cursor)
     assert fields - set(agreed) == {"epoch", "samples_consumed"}  # marked as the position
-    assert {rule.by for rule in agreed.values()} == {None, *permits}
+    assert {rule.by for rule in agreed.values()} == {None, "global_batch", "data"} < {None, *permits}
     assert not [name for name, mark in typing.get_type_hints(Cursor, include_extras=True).items()
                 if not {type(m) for m in mark.__metadata__} & {Agreed, Position}]  # fmt: skip
 
