@@ -19,6 +19,7 @@ from launch.run.sequence import check_sequence
 from setformer_dist.core.errors import DataError
 from setformer_dist.engine.deepspeed_engine import DTYPES
 from setformer_dist.engine.optim import OPTIMIZERS, parameter_groups
+from setformer_dist.models.build import freeze
 from setformer_dist.models.measure import Activations, measure_activations, multiply_adds_of
 from setformer_dist.tasks.build import build_task
 
@@ -136,11 +137,13 @@ def _model_of(config: RunConfig) -> tuple[nn.Module, tuple[int, ...], str]:
     try:
         train = inputs.open_train()
         model = build_for(config, build_task(config.task, train.classes), inputs.spec(train))
+        freeze(model, config.model.freeze)
         return model, inputs.shape(train), ""
     except DataError:
         if not isinstance(config.data, DataConfig):
             raise
     model = build_assumed(config, _ASSUMED_CLASSES)
+    freeze(model, config.model.freeze)
     return model, (config.data.bands, *config.data.shape), f"the data are not there: {_ASSUMED_CLASSES} classes"
 
 

@@ -275,6 +275,12 @@ def refreshed_layers(run: ResolvedRun, model: nn.Module) -> tuple[Layer, ...]:
     if not any(kind in layer.shapes for layer in layers for kind in config.sets):
         there = ", ".join(dict.fromkeys(kind for layer in layers for kind in layer.shapes))
         raise ConfigError(f"refresh.sets = {list(config.sets)}, and this model has none of them: it has {there}")
+    kept = [f"{layer.name}.{kind}" for layer in layers for kind in config.sets if kind in layer.shapes]
+    if still := [name for name in kept if not model.get_parameter(name).requires_grad]:
+        raise ConfigError(
+            f"[refresh] sets {still[0]}, which does not train (model.freeze, requires_grad): remove the table, or "
+            "freeze less"
+        )
     if not config.learn:
         freeze_sets(model, config.sets)
     return layers

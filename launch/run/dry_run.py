@@ -50,7 +50,7 @@ from setformer_dist.core.terminal import open_table, print_heading
 from setformer_dist.engine.optim import OPTIMIZERS
 from setformer_dist.engine.refresh import check_possible
 from setformer_dist.engine.run_state import check_within
-from setformer_dist.models.build import check_name
+from setformer_dist.models.build import check_name, freeze
 from setformer_dist.models.measure import multiply_adds_of, parameters
 from setformer_dist.tasks.build import build_task, check_metric
 
@@ -113,6 +113,7 @@ def _examine(run: ResolvedRun) -> _Known:
     task = build_task(c.task, classes)
     check_metric(task, c.checkpoint.best_metric, c.checkpoint.best_mode, c.further_metrics)
     model = build_for(c, task, inputs.spec(splits.train))
+    freeze(model, c.model.freeze)
     check_folder(run)
     watch_of(run, model)
     check_sequence(run.config, task, model)

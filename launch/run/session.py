@@ -48,7 +48,7 @@ from setformer_dist.core.task import Task
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
 from setformer_dist.engine.run_state import Outcome
 from setformer_dist.engine.trainer import Trainer
-from setformer_dist.models.build import check_name
+from setformer_dist.models.build import check_name, freeze
 from setformer_dist.tasks.build import build_task
 
 log = logging.getLogger(__name__)
@@ -159,6 +159,7 @@ def _model(run: ResolvedRun, splits: Splits, task: Task, own: OwnModel | None, l
         model = build_for(config, task, inputs.spec(splits.train))
         if config.run.imports and not all(p.requires_grad for p in model.parameters()):  # perhaps the user's own code
             check_unchanged(model, config.model.name, torch.zeros(2, *shape, dtype=inputs.dtype or torch.float32))
+    freeze(model, config.model.freeze)
     recomputed = keep_within_budget(run, model, shape, inputs.dtype)
     if recomputed is not None:
         log.info("recomputed, by stage: %s", recomputed)

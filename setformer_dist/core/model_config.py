@@ -47,6 +47,8 @@ class ModelConfig(FrozenConfig):
             them again.
         skip: name prefixes of parameters that `weights` does not set, such as ["head."] for another number of classes;
             they keep their random initialization.
+        freeze: name prefixes of parameters that do not train, such as ["stem.", "stages.0."]: they keep their initial
+            weights, and take no memory for gradients and optimizer states.
     """
 
     name: str = "setformer_tiny"
@@ -57,6 +59,7 @@ class ModelConfig(FrozenConfig):
     args: dict[str, Any] = pydantic.Field(default_factory=dict)
     weights: str | None = None
     skip: tuple[str, ...] | None = pydantic.Field(default=None, strict=False)
+    freeze: tuple[str, ...] = pydantic.Field(default=(), strict=False)
 
     @pydantic.field_validator("args")
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pydantic
 import timm
@@ -103,6 +103,30 @@ def own_model(make: Callable[[int], nn.Module], config: ModelConfig, outputs: in
     if config.policy != "none":  # "none", the default, leaves what the model does by itself
         set_recompute(model, config.policy, name)
     return model
+
+
+def freeze(model: nn.Module, prefixes: Sequence[str]) -> None:
+    """Have parameters not train.
+
+    Args:
+        model: in training, before an engine has it.
+        prefixes: of their names (`model.freeze`).
+
+    Raises:
+        ConfigError: a prefix is that of no parameter, or none is left that trains.
+    """
+    named = dict(model.named_parameters())
+    for prefix in prefixes:
+        found = [parameter for name, parameter in named.items() if name.startswith(prefix)]
+        if not found:
+            known = list(dict.fromkeys(name.split(".")[0] for name in named))
+            raise ConfigError(
+                f"model.freeze: no parameter's name begins with {prefix!r}; names begin with {', '.join(known)}"
+            )
+        for parameter in found:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in named.values()):
+        raise ConfigError(f"model.freeze = {list(prefixes)} leaves no parameter that trains: remove one of them")
 
 
 def _lay_out(model: nn.Module) -> None:

@@ -189,7 +189,9 @@ def predict_memory(
         states,
         bucket_bytes,
     )
-    return dataclasses.replace(memory, host=memory.host + passes.host)
+    fixed = sum(p.numel() for p in model.parameters() if not p.requires_grad) * dtype.itemsize  # no masters of these
+    weights = memory.parameters + (-(-fixed // world_size) if stage == 3 else fixed)
+    return dataclasses.replace(memory, parameters=weights, host=memory.host + passes.host)
 
 
 def memory_of(
