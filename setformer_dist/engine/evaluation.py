@@ -42,7 +42,7 @@ class Evaluation:
 
     def run(self, state: RunState, stop: StopVote, progress: RunProgress) -> dict[str, float] | None:
         """Score the weights and their average; None if a signal came before the end, the same on all ranks."""
-        with self._clock.section("evaluation"):
+        with self._clock.section("evaluation"), progress.busy("evaluating"):
             scores = self.scores(stop)
             probed = self._probed(state.step, stop) if scores is not None else None
             if scores is None or probed is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from types import TracebackType
 
 from rich.progress import (
@@ -95,6 +97,15 @@ class RunProgress:
         elif news or time.monotonic() - self._last_line >= LINE_EVERY_S:
             self._last_line = time.monotonic()
             self._console.print(f"step {self._step}/{self._total} · {self._text}", highlight=False, markup=False)
+
+    @contextlib.contextmanager
+    def busy(self, text: str) -> Iterator[None]:
+        """Show on the bar what else the run does for a while, in which no step is taken."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, text=f"{text} · {self._text}" if self._text else text, refresh=True)
+        yield
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, text=self._text, refresh=True)
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""

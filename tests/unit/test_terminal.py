@@ -101,6 +101,20 @@ def test_what_rank_0_says_is_one_line_of_a_log(monkeypatch):
     assert figures.endswith("12 damaged samples replaced (see the log)")
 
 
+def test_a_bar_says_that_the_run_evaluates(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with RunProgress(10, 0, visible=True) as progress:
+        progress.figures(0.5, 1000.0, 0, 1.0, 1e-3)
+        with progress.busy("evaluating"):
+            progress.say("in between")
+        progress.say("after it")
+    during, _, after = sys.stderr.getvalue().partition("after it")
+    assert "evaluating · epoch 1.0" in during
+    assert "evaluating" not in after
+
+
 def test_consoles_and_tables_are_opened_in_one_place():
     here = {"setformer_dist/core/terminal.py"}
     for folder in ("launch", "setformer_dist", "dataloaders", "checkpoints"):
