@@ -54,8 +54,8 @@ class MasterState:
     """
 
     def __init__(self, engine: Engine) -> None:
-        self._all = list(engine.module.named_parameters())
-        self._names = {p: n for n, p in self._all if p.requires_grad}
+        self._all = [(n, p, p.requires_grad) for n, p in engine.module.named_parameters()]
+        self._names = {p: n for n, p, trains in self._all if trains}
         self._shapes = {p: tuple(getattr(p, "ds_shape", p.shape)) for p in self._names}
         optimizer = engine.optimizer
         self._scaler = getattr(optimizer, "loss_scaler", getattr(optimizer, "loss_scale_config", None))
@@ -96,9 +96,9 @@ class MasterState:
         Raises:
             ConfigError: the model or a callback has changed `requires_grad` of one since.
         """
-        for name, parameter in self._all:
-            if parameter.requires_grad != (parameter in self._names):
-                now, then = ("trains now", "did not") if parameter.requires_grad else ("does not train now", "did")
+        for name, parameter, trained in self._all:
+            if parameter.requires_grad != trained:
+                now, then = ("does not train now", "did") if trained else ("trains now", "did not")
                 raise ConfigError(
                     f"parameter {name} {now}, and {then} when the run began: set requires_grad where the model is "
                     "made, and begin a new run to change it"
