@@ -186,12 +186,15 @@ def main() -> None:
             *arguments.set,
         ]  # fmt: skip
         where = {"DS_ACCELERATOR": get_accelerator().device_name()}
-        for name in ("DDP", "FSDP2"):
+
+        def measure_peer(name: str) -> None:
             words = (name, arguments.config, common, arguments.blocks)
             found = run_ranks(peer, arguments.ranks, *words, timeout=600, env=where, cold=True)[0]
             speed = STEPS / statistics.median(found["seconds"])
             rows.append({"loop": name, "stage": None, "steps_per_s": speed, "memory_mib": max(found["memory_mib"])})
             keep(rows, arguments)
+
+        measure_peer("DDP")
         for stage in arguments.stages:
             words = [*common, f"zero.stage={stage}", f"run.name=stage{stage}"]
             found = run_ranks(
@@ -211,6 +214,7 @@ def main() -> None:
                 }
             )
             keep(rows, arguments)
+        measure_peer("FSDP2")
     report(rows, arguments, console)
 
 
@@ -220,7 +224,7 @@ def keep(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
 
 
 def report(rows: list[dict[str, Any]], arguments: argparse.Namespace, console: Console) -> None:
-    """Print the table; the peers are its first rows."""
+    """Print the table."""
     peers = [row for row in rows if row["stage"] is None]
     against = [f"against {row['loop']}" for row in peers]
     table = Table("loop", "steps/s", *against, "over DeepSpeed alone", "peak MiB per rank", title=describe())
