@@ -37,8 +37,9 @@ from dataloaders.packing.pack import (
     write_shards,
 )
 from dataloaders.pixels.decode import UndecodableError
+from dataloaders.sources.index import read_table
 from dataloaders.sources.shards import open_split
-from dataloaders.storage.whole_folder import check_destination, commit_folder, work_folder
+from dataloaders.storage.whole_folder import check_destination, commit_folder, commit_folders, work_folder, work_name
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.words import counted
 
@@ -76,8 +77,8 @@ def pack_held_out(
 ) -> tuple[PackResult, PackResult]:
     """Pack a source into two splits with the same classes; as `dataloaders.packing.pack.pack_image_folder`.
 
-    Neither gets its name before both are whole. A kill in the moment between the two leaves the training set alone,
-    and the same command refuses it as a destination in use.
+    Neither gets its name before both are whole. Where a kill came between the two names, the next packing gives the
+    validation set its own.
 
     Args:
         source: what to pack.
@@ -93,7 +94,7 @@ def pack_held_out(
 
     Raises:
         ConfigError: options that cannot be, or one folder within the other.
-        DataError: as `pack_image_folder`, or nothing can be held out.
+        DataError: as `pack_image_folder`, or nothing can be held out; or the sets were whole but for a name.
     """
     options = options or PackOptions()
     training, validation = (Path(os.path.abspath(folder)) for folder in (training, validation))  # noqa: PTH100
@@ -103,6 +104,7 @@ def pack_held_out(
             f"and {validation} are not"
         )
     folders = training, validation
+    _name_what_was_whole(training, validation, options.force)
     for folder in folders:
         check_destination(folder, options.force, is_ours)
     with (
@@ -117,8 +119,7 @@ def pack_held_out(
             results = _written(found, source, (work, held_work), how, options, on_start, on_progress)
         finally:
             found.origin.close()
-        commit_folder(work, training)
-        commit_folder(held_work, validation)
+        commit_folders((work, training), (held_work, validation))
     trained, held = results
     return trained, replace(held, notes=[*held.notes, *_twins(training, validation)])
 
@@ -141,9 +142,26 @@ def _written(
     for split in written:
         check_rejects(split.rejected, options, split.found.origin.num_samples)
     top = max(split.top_class for split in written)
-    said = {"hold_out": {"share": how.share, "seed": how.seed}}
-    trained, held = (finish(split, top, said) for split in written)
-    return trained, held
+    said: dict[str, object] = {"share": how.share, "seed": how.seed}
+    trained = finish(written[0], top, {"hold_out": said})
+    return trained, finish(written[1], top, {"hold_out": {**said, "training": trained.index.fingerprint}})
+
+
+def _name_what_was_whole(training: Path, validation: Path, force: bool) -> None:
+    """Give the validation set its name where a kill let only the training set have one: it says which that is."""
+    try:
+        said = read_table(work_name(validation))["options"].get("hold_out", {})
+        if said.get("training") != read_table(training)["fingerprint"]:
+            return
+    except DataError:  # one of the two is not there, or not whole
+        return
+    with work_folder(validation, keep=lambda work, name: True) as work:
+        commit_folder(work, validation)
+    if not force:
+        raise DataError(
+            f"an earlier packing was stopped when both sets were whole and one had no name: {training} and "
+            f"{validation} are complete now; replace them with --force"
+        )
 
 
 def is_held_out(samples: Iterable[tuple[int, str]], how: HoldOut) -> npt.NDArray[np.bool_]:

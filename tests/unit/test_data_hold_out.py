@@ -3,6 +3,7 @@
 import hashlib
 import random
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,7 +129,7 @@ def test_two_whole_splits_that_share_only_classes(photos, tmp_path):
     for result, name in zip(results, ("train", "val"), strict=True):
         split = open_split(tmp_path / name)
         assert split.classes == ("ant", "bee", "cow", "dog")
-        assert split.index.options["hold_out"] == {"share": 0.1, "seed": 0}
+        assert split.index.options["hold_out"].items() >= {"share": 0.1, "seed": 0}.items()
         assert [split.key(i)[:10] for i in range(split.num_samples)] == [f"{i:09d}-" for i in range(split.num_samples)]
         assert not verify(str(tmp_path / name)).damaged
         assert result.index.fingerprint == split.fingerprint
@@ -227,6 +228,46 @@ def test_a_stopped_packing_is_gone_on_with(photos, tmp_path, monkeypatch, failin
     assert any("finished by an earlier packing" in note for note in results[failing > 6].notes)
     assert (contents(train), contents(val)) == (contents(tmp_path / "a"), contents(tmp_path / "b"))
     assert unfinished(train, val) == ""
+
+
+def test_a_kill_between_the_two_names_is_mended_by_the_next_packing(photos, tmp_path):
+    train, val = tmp_path / "train", tmp_path / "val"
+    pack_held_out(photos, train, val, HoldOut(0.2))
+    before = contents(val)
+    val.rename(tmp_path / ".val.partial")
+    with pytest.raises(DataError, match="are complete now; replace them with --force"):
+        pack_held_out(photos, train, val, HoldOut(0.2))
+    assert contents(val) == before
+    val.rename(tmp_path / ".val.partial")
+    pack_held_out(photos, train, val, HoldOut(0.3), PackOptions(force=True))
+    assert len(images_of(val)) == 7 + 3 + 1
+    # A validation set of another training set gets no name next to this one.
+    pack_held_out(photos, tmp_path / "other", tmp_path / ".val.partial", HoldOut(0.2, 1))
+    for name in ("val", "other"):
+        (tmp_path / name).rename(tmp_path / f"not {name}")
+    with pytest.raises(DataError, match="train is not empty"):
+        pack_held_out(photos, train, val, HoldOut(0.2))
+    assert not val.exists()
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_both_get_their_names_or_none(photos, tmp_path, monkeypatch, old):
+    train, val = tmp_path / "train", tmp_path / "val"
+    before = {}
+    if old:
+        pack_held_out(photos, train, val, HoldOut(0.2))
+        before = {folder: contents(folder) for folder in (train, val)}
+    rename = Path.rename
+
+    def fails(path, target):
+        if path.name == ".val.partial":
+            raise OSError(5, "a disk that fails")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(DataError, match="a disk that fails"):
+        pack_held_out(photos, train, val, HoldOut(0.5), PackOptions(force=True))
+    assert {folder: contents(folder) for folder in (train, val) if folder.exists()} == before
 
 
 def test_another_seed_takes_over_nothing_of_a_stopped_packing(photos, tmp_path):
