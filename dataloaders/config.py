@@ -38,6 +38,8 @@ class AugmentConfig(FrozenConfig):
         scale: smallest and largest share of the image's area that crop = "resized" takes.
         ratio: smallest and largest width / height of that crop.
         flip: whether to mirror half of the images left to right.
+        vflip: probability that an image is turned upside down (mirrored top to bottom), as for satellite images and
+            microscopy; 0 is off.
         randaugment_ops: RandAugment operations per image (Cubuk et al. 2019); 0 is off.
         randaugment_magnitude: strength of those operations, 0 to 30.
         color_jitter: largest relative change of brightness, contrast and saturation; 0 is off.
@@ -57,6 +59,7 @@ class AugmentConfig(FrozenConfig):
     scale: _Range = (0.08, 1.0)
     ratio: _Range = (3 / 4, 4 / 3)
     flip: bool = True
+    vflip: float = pydantic.Field(default=0.0, ge=0.0, le=1.0)
     randaugment_ops: int = pydantic.Field(default=0, ge=0, le=14)
     randaugment_magnitude: int = pydantic.Field(default=9, ge=0, le=30)
     color_jitter: float = pydantic.Field(default=0.0, ge=0.0, le=1.0)

@@ -26,7 +26,7 @@ from dataloaders.config import AugmentConfig, DataConfig
 from dataloaders.ffcv.pipeline import GOOD, Pipeline, Run
 from dataloaders.pixels.depth import MAX_PIXELS
 from dataloaders.pixels.mixing import draw_mix
-from dataloaders.pixels.transforms import draw_choices
+from dataloaders.pixels.transforms import draw_choices, mirrored
 from dataloaders.pixels.view import View, centre_view, random_view, scaled
 from dataloaders.reading.loading import EvalLoading, Loaded, Loading, Request, TrainLoading, answer
 from dataloaders.reading.streams import ShardEvalStream, ShardTrainStream
@@ -72,7 +72,7 @@ class FfcvTrainStream(ShardTrainStream):
                     random_view(s, request.shape, scaled(augment, request.scale), c.crop)
                     for s, c in zip(sizes, choices, strict=True)
                 ]
-            return [view.mirror(augment.flip and c.flip < 0.5) for view, c in zip(found, choices, strict=True)]
+            return [mirrored(view, augment, c) for view, c in zip(found, choices, strict=True)]
 
         def mix(request: Request) -> Any:
             return draw_mix(augment, request.shape, seed, request.first_position, len(request.samples))
@@ -202,7 +202,7 @@ class _FfcvReaders:
             top, left, height, width = seen_part(view)
             record = records[place]
             record["top"], record["left"], record["crop_height"], record["crop_width"] = top, left, height, width
-            record["flip"] = view.mirrored
+            record["flip"], record["upside_down"] = view.mirrored, view.upside_down
             if self._is_whole(int(samples[place])):
                 record["size"] = table.size[samples[place]]
             # Else its size stays 0, so FFCV passes it by, and the native engine says what is wrong.

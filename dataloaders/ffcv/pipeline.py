@@ -52,6 +52,7 @@ RECORD = np.dtype(
         ("left", "<u4"),
         ("crop_height", "<u4"),
         ("crop_width", "<u4"),
+        ("upside_down", "<u4"),
     ]
 )
 _PLAN = np.dtype([("f0", RECORD)])  # FFCV names the columns of its records f0, f1, …
@@ -107,6 +108,8 @@ class _CropDecoder(Operation):  # type: ignore[misc]
                 resize(pixels, top, top + record["crop_height"], left, left + record["crop_width"], picture)
                 if record["flip"]:
                     mirror(picture)
+                if record["upside_down"]:
+                    turn_over(picture)
                 status[0, 0] = GOOD
             return destination[: len(batch)]
 
@@ -124,6 +127,18 @@ def mirror(picture: Any) -> None:
                 kept = picture[row, column, channel]
                 picture[row, column, channel] = picture[row, last - column, channel]
                 picture[row, last - column, channel] = kept
+
+
+@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+def turn_over(picture: Any) -> None:
+    """Mirror (H, W, 3) pixels top to bottom, in place."""
+    last = picture.shape[0] - 1
+    for row in range((last + 1) // 2):
+        for column in range(picture.shape[1]):
+            for channel in range(3):
+                kept = picture[row, column, channel]
+                picture[row, column, channel] = picture[last - row, column, channel]
+                picture[last - row, column, channel] = kept
 
 
 class _Mapped:

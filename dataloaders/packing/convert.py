@@ -19,7 +19,8 @@ from dataloaders.beton.reader import BetonSample, write_beton
 from dataloaders.packing.finding import find_origin, open_container
 from dataloaders.packing.intake import Intake, shrunk_pixels, take_in
 from dataloaders.packing.origins import Origin, Raw, SourceOrigin
-from dataloaders.packing.pack import PackOptions, PackResult, check_rejects, explained, key_of, pack_origin
+from dataloaders.packing.pack import PackOptions, PackResult, check_rejects, explained, pack_origin
+from dataloaders.packing.rows import key_of
 from dataloaders.pixels.decode import UndecodableError, decode
 from dataloaders.storage.whole_folder import work_folder
 from setformer_dist.core.errors import ConfigError, DataError

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -209,7 +209,7 @@ def _class_folders(source: Path, wanted: Wanted, scratch: Path) -> FoundOrigin:
         )
     label_of = {name: label for label, name in enumerate(classes)}
     settled = listing.settled(classes, frozenset(), wanted, [label_of[name] for name in seen])
-    return FoundOrigin(settled, [*notes, *_said(tree.passed)])
+    return FoundOrigin(replace(settled, above=depth), [*notes, *_said(tree.passed)])
 
 
 def _unlabelled(source: Path, wanted: Wanted, scratch: Path) -> FoundOrigin:

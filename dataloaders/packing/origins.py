@@ -75,6 +75,10 @@ class Origin(Protocol):
         """Return a sample's path or key."""
         ...
 
+    def labelled_names(self) -> Iterator[tuple[int, str]]:
+        """Yield the label and the name of each sample; the name does not depend on the other samples."""
+        ...
+
     def samples(self, first: int, end: int) -> Iterator[Raw | tuple[str, UndecodableError]]:
         """Yield samples first to end - 1; (name, reason) for one that is damaged.
 
@@ -99,6 +103,7 @@ class FileOrigin:
         classes: as `Origin.classes`.
         parts: as `Origin.parts`.
         largest: bytes that a file may have.
+        above: folders above those of the classes, which are no part of `labelled_names`.
     """
 
     table: Path
@@ -107,6 +112,7 @@ class FileOrigin:
     classes: tuple[str, ...]
     parts: frozenset[str] = frozenset()
     largest: int = LARGEST_SAMPLE
+    above: int = 0
     _opened: Catalog | None = field(default=None, repr=False)
 
     def weights(self) -> Iterator[int]:
@@ -123,6 +129,11 @@ class FileOrigin:
     def name(self, number: int) -> str:
         """Return an image's path within the source."""
         return next(self._catalog().samples(number, number + 1)).image.name
+
+    def labelled_names(self) -> Iterator[tuple[int, str]]:
+        """Yield label and path from the class folder on, the same for a directory and for a tar of it."""
+        for listed in self._catalog().samples(0, self.num_samples):
+            yield listed.label, listed.image.name.split("/", self.above)[-1]
 
     def samples(self, first: int, end: int) -> Iterator[Raw | tuple[str, UndecodableError]]:
         """Yield samples first to end - 1."""
@@ -204,6 +215,12 @@ class SourceOrigin:
     def name(self, number: int) -> str:
         """Return a sample's key."""
         return self.source.key(self._place(number))
+
+    def labelled_names(self) -> Iterator[tuple[int, str]]:
+        """Yield the container's own labels and keys."""
+        for number in range(self.num_samples):
+            place = self._place(number)
+            yield int(self.source.labels(np.array([place], np.int64))), self.source.key(place)
 
     def samples(self, first: int, end: int) -> Iterator[Raw | tuple[str, UndecodableError]]:
         """Yield samples first to end - 1."""

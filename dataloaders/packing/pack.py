@@ -21,8 +21,6 @@ and if it has its sha256. So the outcome is that of an uninterrupted packing, by
 
 from __future__ import annotations
 
-import hashlib
-import json
 import lzma
 import multiprocessing
 import os
@@ -32,46 +30,38 @@ import sqlite3
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
-import safetensors
-import safetensors.numpy
 
 from dataloaders.helpers import begin_helper, helper_context, lean_start
 from dataloaders.packing.finding import FoundOrigin, Wanted, find_origin
-from dataloaders.packing.intake import Intake, Taken, encode_boxes, encode_soft, take_in, tiles_of
+from dataloaders.packing.intake import Intake
 from dataloaders.packing.origins import Origin, Raw
+from dataloaders.packing.rows import PackedShard, ShardRows, finished, gathered, rows_of
 from dataloaders.packing.shard_file import BLOCK, ShardFile
-from dataloaders.pixels.decode import UndecodableError, suffix_for
 from dataloaders.pixels.depth import MAX_PIXELS, RGB, PixelFormat
-from dataloaders.source import DamagedSampleError
 from dataloaders.sources.files import LARGEST_SAMPLE
 from dataloaders.sources.index import (
     ARRAYS_NAME,
-    COLUMNS,
     INDEX_NAME,
-    PART_COLUMNS,
-    PARTS,
     Index,
     ShardFacts,
     durable_write,
-    key_matrix_of,
     write_index,
 )
-from dataloaders.sources.tiles import LARGEST_SIDE, TABLE_SUFFIX, encode_table
+from dataloaders.sources.tiles import LARGEST_SIDE
 from dataloaders.storage.whole_folder import check_destination, commit_folder, work_folder, work_name
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.words import counted
 
 REJECTS_NAME = "rejects.tsv"
-_SCRATCH, _RUN = ".scratch", ".run-"
+SCRATCH, _RUN = ".scratch", ".run-"
 
 # Rejected images named in the message of a failed packing.
 _NAMED_REJECTS = 20
@@ -81,9 +71,6 @@ _TILE_STEP = 16
 
 # Version of what a shard's bytes are made of: raised when the same plan gives other bytes.
 _ROWS_FORMAT = 2
-
-_ROW_NAMES = [*list(COLUMNS)[1:], *PART_COLUMNS]
-_PART_NAMES = ("offset", "size", "crc32")
 
 
 @dataclass(frozen=True)
@@ -206,22 +193,34 @@ class _Plan:
 
 
 @dataclass(frozen=True)
-class _Packed:
-    """A shard on the disk; its rows are in a file next to it.
+class WrittenShards:
+    """The shards of a split, in its work folder.
 
     Attributes:
-        facts: of the shard.
-        rejected: (path, reason) of what was left out.
-        rewritten: images whose bytes are not those of the source.
-        top_class: largest class of the masks, -1 without.
-        kept: it was there already.
+        found: what was packed.
+        options: how.
+        work: the folder.
+        plans: of the shards.
+        shards: themselves, in the same order.
+        before: shards of an earlier packing that were in the folder.
     """
 
-    facts: ShardFacts
-    rejected: list[tuple[str, str]] = field(default_factory=list)
-    rewritten: int = 0
-    top_class: int = -1
-    kept: bool = False
+    found: FoundOrigin
+    options: PackOptions
+    work: Path
+    plans: list[_Plan]
+    shards: list[PackedShard]
+    before: int
+
+    @property
+    def rejected(self) -> list[tuple[str, str]]:
+        """Return (path, reason) of what cannot be packed."""
+        return [reject for shard in self.shards for reject in shard.rejected]
+
+    @property
+    def top_class(self) -> int:
+        """Return the largest class of the masks, -1 without."""
+        return max(shard.top_class for shard in self.shards)
 
 
 def pack_image_folder(
@@ -247,9 +246,9 @@ def pack_image_folder(
     """
     options = options or PackOptions()
     destination = Path(os.path.abspath(destination))  # noqa: PTH100  (keep links as they are)
-    check_destination(destination, options.force, _is_ours)
-    with work_folder(destination, keep=_is_work) as work, explained(destination):
-        scratch = work / _SCRATCH
+    check_destination(destination, options.force, is_ours)
+    with work_folder(destination, keep=is_work) as work, explained(destination):
+        scratch = work / SCRATCH
         scratch.mkdir()
         found = find_origin(source, options.wanted(), scratch)
         try:
@@ -267,19 +266,20 @@ def pack_origin(
 ) -> PackResult:
     """Pack samples that are there already, as `pack_image_folder`."""
     destination = Path(os.path.abspath(destination))  # noqa: PTH100
-    check_destination(destination, options.force, _is_ours)
-    with work_folder(destination, keep=_is_work) as work, explained(destination):
+    check_destination(destination, options.force, is_ours)
+    with work_folder(destination, keep=is_work) as work, explained(destination):
         return _pack(FoundOrigin(origin, []), work, destination, options, on_start, on_progress)
 
 
-def unfinished(destination: Path) -> str:
+def unfinished(*destinations: Path) -> str:
     """Return what a stopped packing left and how to continue it; "" if it left nothing."""
-    work = work_name(Path(os.path.abspath(destination)))  # noqa: PTH100
-    done = len(list(work.glob("shard-*.rows"))) if work.is_dir() else 0
-    if not done:
+    works = [work_name(Path(os.path.abspath(destination))) for destination in destinations]  # noqa: PTH100
+    left = {work: done for work in works if (done := len(list(work.glob("shard-*.rows"))))}
+    if not left:
         return ""
-    kept = counted(done, "finished shard is", "finished shards are")
-    return f"{kept} kept in {work}: the same command resumes from there, or remove the folder"
+    kept = counted(sum(left.values()), "finished shard is", "finished shards are")
+    folders = "remove the folder" if len(left) == 1 else "remove the folders"
+    return f"{kept} kept in {' and '.join(map(str, left))}: the same command resumes from there, or {folders}"
 
 
 def _pack(
@@ -290,46 +290,64 @@ def _pack(
     on_start: Callable[[int], None],
     on_progress: Callable[[int], None],
 ) -> PackResult:
-    origin = found.origin
-    before = len(list(work.glob("shard-*.rows")))
-    plans = _plan(origin, work, options)
-    on_start(origin.num_samples)
-    shards = _write_shards(origin, plans, options, on_progress)
-    rejected = [reject for shard in shards for reject in shard.rejected]
-    check_rejects(rejected, options, origin.num_samples)
-    rejected = [*found.left_out, *rejected]
-    shutil.rmtree(work / _SCRATCH, ignore_errors=True)
-    shutil.rmtree(plans[0].aside)
-    index = _write_index(work, origin, plans, shards, rejected, options)
-    _tidy(work, {plan.path.name for plan in plans})
+    on_start(found.origin.num_samples)
+    written = write_shards(found, work, options, on_progress)
+    check_rejects(written.rejected, options, found.origin.num_samples)
+    result = finish(written, written.top_class)
     commit_folder(work, destination)
-    return PackResult(index, rejected, [*found.notes, *_notes(index, shards, before)])
+    return result
+
+
+def write_shards(
+    found: FoundOrigin, work: Path, options: PackOptions, on_progress: Callable[[int], None]
+) -> WrittenShards:
+    """Write the shards of a split into its work folder, or find them finished there."""
+    before = len(list(work.glob("shard-*.rows")))
+    plans = _plan(found.origin, work, options)
+    return WrittenShards(found, options, work, plans, _write_shards(found.origin, plans, options, on_progress), before)
+
+
+def finish(written: WrittenShards, top_class: int, said: Mapping[str, object] | None = None) -> PackResult:
+    """Write the index next to the shards; what remains is to name the folder.
+
+    Args:
+        written: the shards.
+        top_class: largest class of the masks, -1 without.
+        said: what the index says of the packing besides its options.
+    """
+    found, work, plans, shards = written.found, written.work, written.plans, written.shards
+    rejected = [*found.left_out, *written.rejected]
+    shutil.rmtree(work / SCRATCH, ignore_errors=True)
+    shutil.rmtree(plans[0].aside)
+    classes = found.origin.classes or tuple(f"class {number}" for number in range(top_class + 1))
+    index = _write_index(written, classes, rejected, said or {})
+    _tidy(work, {plan.path.name for plan in plans})
+    return PackResult(index, rejected, [*found.notes, *_notes(index, shards, written.before)])
 
 
 @contextmanager
-def explained(destination: Path) -> Iterator[None]:
+def explained(destination: Path, *others: Path) -> Iterator[None]:
     """Turn what a packing fails of into one sentence, which also says what is kept."""
+
+    def failed() -> str:
+        kept = unfinished(destination, *others).split(":")[0] or "nothing was kept"
+        return f"packing into {' and '.join(map(str, (destination, *others)))} failed, {kept}"
+
     try:
         yield
     # A full disk, above all, also beneath the catalog; or a compressed source that is damaged.
     except (OSError, EOFError, sqlite3.Error, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
-        raise DataError(f"packing into {destination} failed, {_kept(destination)}: {error}") from None
+        raise DataError(f"{failed()}: {error}") from None
     except BrokenProcessPool:
-        raise DataError(
-            f"packing into {destination} failed, {_kept(destination)}: a process died, perhaps because memory ran out; "
-            "use fewer --workers"
-        ) from None
+        raise DataError(f"{failed()}: a process died, perhaps because memory ran out; use fewer --workers") from None
 
 
-def _kept(destination: Path) -> str:
-    return unfinished(destination).split(":")[0] or "nothing was kept"
-
-
-def _is_ours(name: str) -> bool:
+def is_ours(name: str) -> bool:
+    """Return whether a file of a packed split has this name."""
     return name in (INDEX_NAME, ARRAYS_NAME, REJECTS_NAME) or re.fullmatch(r"shard-\d{6,}\.tar", name) is not None
 
 
-def _is_work(work: Path, name: str) -> bool:
+def is_work(work: Path, name: str) -> bool:
     """Return whether a file of a stopped packing is of use to the next one: shards whose rows were written too."""
     stem, _, suffix = name.partition(".")
     return (
@@ -356,11 +374,11 @@ def _plan(origin: Origin, work: Path, options: PackOptions) -> list[_Plan]:
 
 def _write_shards(
     origin: Origin, plans: list[_Plan], options: PackOptions, on_progress: Callable[[int], None]
-) -> list[_Packed]:
+) -> list[PackedShard]:
     how = options.intake(len(origin.classes))
     if not options.workers:
         return [_write_shard(origin, plan, how, on_progress) for plan in plans]
-    packed: dict[int, _Packed] = {}
+    packed: dict[int, PackedShard] = {}
     others = set(multiprocessing.active_children())
     with lean_start():
         pool = ProcessPoolExecutor(
@@ -369,7 +387,7 @@ def _write_shards(
             initializer=_begin,
             initargs=(os.getpid(), origin),
         )
-        futures: dict[Future[_Packed], int] = {
+        futures: dict[Future[PackedShard], int] = {
             pool.submit(_write_shard_here, plan, how): number for number, plan in enumerate(plans)
         }
     helpers = set(multiprocessing.active_children()) - others
@@ -396,20 +414,20 @@ def _begin(starter: int, origin: Origin) -> None:
     _origins.append(origin)
 
 
-def _write_shard_here(plan: _Plan, how: Intake) -> _Packed:
+def _write_shard_here(plan: _Plan, how: Intake) -> PackedShard:
     return _write_shard(_origins[0], plan, how)
 
 
 def _write_shard(
     origin: Origin, plan: _Plan, how: Intake, on_progress: Callable[[int], None] = lambda done: None
-) -> _Packed:
+) -> PackedShard:
     """Write one shard and its rows, fsync'ed, or find them finished; in any process."""
     identity = f"{_ROWS_FORMAT} {how} {origin.identity(plan.first, plan.end)}"
-    if (kept := _finished(plan.path, identity)) is not None:
+    if (kept := finished(plan.path, identity)) is not None:
         on_progress(plan.end - plan.first)
         return kept
     rows_of(plan.path).unlink(missing_ok=True)
-    rows = _Rows()
+    rows = ShardRows()
     aside = plan.aside / plan.path.name
     with aside.open("w+b") as raw:
         shard = ShardFile(raw)
@@ -423,105 +441,11 @@ def _write_shard(
         raw.flush()
         os.fsync(raw.fileno())
     facts = ShardFacts(plan.path.name, shard.size, shard.sha256.hexdigest(), len(rows.keys))
-    packed = _Packed(facts, rows.rejected, rows.rewritten, rows.top_class)
+    packed = PackedShard(facts, rows.rejected, rows.rewritten, rows.top_class)
     rows.write(rows_of(aside), packed, identity)
     aside.replace(plan.path)
     rows_of(aside).replace(rows_of(plan.path))
     return packed
-
-
-def rows_of(shard: Path) -> Path:
-    """Return the file that holds a finished shard's rows."""
-    return shard.with_suffix(".rows")
-
-
-def _finished(shard: Path, identity: str) -> _Packed | None:
-    """Return a shard that an earlier packing finished, if it is what this one wants and whole."""
-    try:
-        with safetensors.safe_open(rows_of(shard), "numpy") as file:
-            said = file.metadata() or {}
-        if said.get("identity") != identity:
-            return None
-        facts = ShardFacts(**json.loads(said["facts"]))
-        with shard.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != facts.sha256:
-                return None
-        rejected = [(name, reason) for name, reason in json.loads(said["rejected"])]
-        return _Packed(facts, rejected, int(said["rewritten"]), int(said["top_class"]), kept=True)
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError):
-        return None  # nothing there, or not whole: the shard is written again
-
-
-class _Rows:
-    """What the index will say of a shard being written."""
-
-    def __init__(self) -> None:
-        self.keys: list[str] = []
-        self.rejected: list[tuple[str, str]] = []
-        self.rewritten = 0
-        self.top_class = -1
-        self._rows: list[tuple[int, ...]] = []
-
-    def add(self, shard: ShardFile, sample: Raw, how: Intake) -> None:
-        """Append a sample to the shard, or reject it."""
-        key, before = key_of(sample.number, sample.name), shard.mark()
-        try:
-            taken = take_in(sample.stored, how)
-            row = _add_sample(shard, key, sample, taken, how)
-        except (UndecodableError, DamagedSampleError) as error:
-            shard.back_to(before)  # tiles that were written before one could not be
-            self.rejected.append((sample.name, str(error)))
-            return
-        self._rows.append(row)
-        self.keys.append(key)
-        self.rewritten += taken.rewritten
-        self.top_class = max(self.top_class, taken.top_class)
-
-    def write(self, path: Path, packed: _Packed, identity: str) -> None:
-        """Write the rows, durably; once they are next to the shard it is finished."""
-        said = {
-            "identity": identity,
-            "facts": json.dumps(vars(packed.facts)),
-            "rejected": json.dumps(packed.rejected),
-            "rewritten": str(packed.rewritten),
-            "top_class": str(packed.top_class),
-        }
-        table = np.array(self._rows, np.int64).reshape(len(self._rows), len(_ROW_NAMES))
-        keys = key_matrix_of(self.keys) if self.keys else np.empty((0, 0), np.uint8)
-        durable_write(path, safetensors.numpy.save({"rows": table, "key": keys}, said))
-
-
-def _add_sample(shard: ShardFile, key: str, sample: Raw, taken: Taken, how: Intake) -> tuple[int, ...]:
-    """Append a sample's members; return its row, values in the order of `_ROW_NAMES`."""
-    image = taken.image
-    if taken.grid is None:
-        offset = shard.add_member(f"{key}.{suffix_for(image, PurePosixPath(sample.name).suffix)}", image)
-    else:
-        tiles = [
-            (shard.add_member(f"{key}.{name}", data), len(data), zlib.crc32(data))
-            for name, data in tiles_of(sample.stored, taken.grid, how)
-        ]
-        image = encode_table(taken.grid, tiles)
-        offset = shard.add_member(f"{key}.{TABLE_SUFFIX}", image)
-    shard.add_member(f"{key}.cls", b"%d" % sample.label)
-    row = [offset, len(image), sample.label, taken.width, taken.height, zlib.crc32(image)]
-    boxes = None if taken.boxes is None else encode_boxes(taken.boxes)
-    soft = None if taken.soft is None else encode_soft(taken.soft)
-    for name, data in (("mask.png", taken.mask), ("boxes.json", boxes), ("soft.json", soft)):
-        if data is None:
-            row += [0, 0, 0]
-        else:
-            row += [shard.add_member(f"{key}.{name}", data), len(data), zlib.crc32(data)]
-    return tuple(row)
-
-
-def key_of(number: int, name: str) -> str:
-    """Return a sample's key: unique by its number, short and without dots (WebDataset cuts names at the first).
-
-    The number that an earlier packing put before a key is left out, so that repacking keeps keys.
-    """
-    stem = re.sub(r"^\d{9}-", "", PurePosixPath(name).stem)
-    return f"{number:09d}-{re.sub(r'[^A-Za-z0-9_-]', '_', stem)[:40]}"
 
 
 def check_rejects(rejected: list[tuple[str, str]], options: PackOptions, total: int) -> None:
@@ -544,17 +468,11 @@ def check_rejects(rejected: list[tuple[str, str]], options: PackOptions, total: 
 
 
 def _write_index(
-    work: Path,
-    origin: Origin,
-    plans: list[_Plan],
-    packed: list[_Packed],
-    rejected: list[tuple[str, str]],
-    options: PackOptions,
+    written: WrittenShards, classes: tuple[str, ...], rejected: list[tuple[str, str]], more: Mapping[str, object]
 ) -> Index:
-    counts = [shard.facts.samples for shard in packed]
-    columns, keys = _gathered([rows_of(plan.path) for plan in plans], counts, origin.parts)
-    top = max(shard.top_class for shard in packed)
-    classes = origin.classes or tuple(f"class {number}" for number in range(top + 1))
+    work, options, shards = written.work, written.options, tuple(shard.facts for shard in written.shards)
+    rows = [rows_of(plan.path) for plan in written.plans]
+    columns, keys = gathered(rows, [shard.samples for shard in shards], written.found.origin.parts)
     said: dict[str, object] = {
         "samples_per_shard": options.samples_per_shard,
         "mib_per_shard": options.mib_per_shard,
@@ -564,6 +482,7 @@ def _write_index(
         "max_side": options.max_side,
         "quality": options.quality,
         "rejected": [list(reject) for reject in rejected],
+        **more,
     }
     if options.tiles:
         said["tiles"] = options.tiles
@@ -574,32 +493,7 @@ def _write_index(
     if rejected:
         lines = ["name\treason", *("\t".join(map(_one_field, reject)) for reject in rejected)]
         durable_write(work / REJECTS_NAME, ("\n".join(lines) + "\n").encode(errors="surrogateescape"))
-    return write_index(work, classes, tuple(shard.facts for shard in packed), columns, keys, said)
-
-
-def _gathered(
-    files: list[Path], counts: list[int], parts: frozenset[str]
-) -> tuple[dict[str, npt.NDArray[np.generic]], npt.NDArray[np.uint8]]:
-    """Return the columns and keys of all shards, in arrays set aside once: some 100 bytes per sample."""
-    wanted = [*list(COLUMNS)[1:], *(f"{part}_{name}" for part in PARTS if part in parts for name in _PART_NAMES)]
-    total, widest = sum(counts), max(map(_key_width, files))
-    columns = {name: np.empty(total, {**COLUMNS, **PART_COLUMNS}[name]) for name in wanted}
-    columns["shard"] = np.repeat(np.arange(len(counts), dtype=COLUMNS["shard"]), counts)
-    keys = np.zeros((total, widest), np.uint8)
-    start = 0
-    for path, count in zip(files, counts, strict=True):
-        arrays = safetensors.numpy.load_file(path)
-        for at, name in enumerate(_ROW_NAMES):
-            if name in wanted:
-                columns[name][start : start + count] = arrays["rows"][:, at]
-        keys[start : start + count, : arrays["key"].shape[1]] = arrays["key"]
-        start += count
-    return columns, keys
-
-
-def _key_width(path: Path) -> int:
-    with safetensors.safe_open(path, "numpy") as file:
-        return int(file.get_slice("key").get_shape()[1])
+    return write_index(work, classes, shards, columns, keys, said)
 
 
 def _one_field(text: str) -> str:
@@ -613,7 +507,7 @@ def _tidy(work: Path, wanted: set[str]) -> None:
             entry.unlink()
 
 
-def _notes(index: Index, shards: list[_Packed], before: int) -> list[str]:
+def _notes(index: Index, shards: list[PackedShard], before: int) -> list[str]:
     notes = []
     kept = sum(shard.kept for shard in shards)
     if kept:
@@ -629,5 +523,5 @@ def _notes(index: Index, shards: list[_Packed], before: int) -> list[str]:
 def _empty_classes(index: Index) -> list[str]:
     counts = np.bincount(index.columns["label"], minlength=len(index.classes))
     empty = [name for name, count in zip(index.classes, counts.tolist(), strict=True) if not count]
-    have = "class of the class map has" if len(empty) == 1 else "classes of the class map have"
-    return [f"{len(empty):,} {have} no images, the first {empty[0]!r}"] if empty else []
+    have = counted(len(empty), "class has", "classes have")
+    return [f"{have} no images, the first {empty[0]!r}"] if empty else []

@@ -271,7 +271,8 @@ def _loader(held: Source, config: DataConfig) -> Callable[[int], object]:
 
 def _geometry_only(config: DataConfig) -> DataConfig:
     kept = config.augment
-    plain = AugmentConfig(crop=kept.crop, pad=kept.pad, scale=kept.scale, ratio=kept.ratio, flip=kept.flip)
+    geometry = {name: getattr(kept, name) for name in ("crop", "pad", "scale", "ratio", "flip", "vflip")}
+    plain = AugmentConfig(**geometry)
     return config.model_copy(update={"augment": plain})
 
 

@@ -30,6 +30,7 @@ class Lane(enum.IntEnum):
     JITTER = 3
     ERASING = 4
     OWN = 5
+    VFLIP = 6
 
 
 def sample_words(seed: int, epochs: npt.NDArray[np.int64], samples: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:

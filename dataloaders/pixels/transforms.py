@@ -81,6 +81,7 @@ class Choices(NamedTuple):
 
     crop: list[float]
     flip: float
+    vflip: float
     randaugment: list[float]
     jitter: list[float]
     erasing: list[float]
@@ -97,10 +98,11 @@ def draw_choices(
         return uniforms(words, lane, count).tolist()  # type: ignore[no-any-return]
 
     return [
-        Choices(crop, flip[0], *rest)
-        for crop, flip, *rest in zip(
+        Choices(crop, flip[0], vflip[0], *rest)
+        for crop, flip, vflip, *rest in zip(
             drawn(Lane.CROP, DRAWS_OF_CROP),
             drawn(Lane.FLIP, 1),
+            drawn(Lane.VFLIP, 1),
             drawn(Lane.RANDAUGMENT, DRAWS_PER_OPERATION * augment.randaugment_ops),
             drawn(Lane.JITTER, DRAWS_OF_JITTER if augment.color_jitter else 0),
             drawn(Lane.ERASING, DRAWS_OF_ERASING if augment.erasing else 0),
@@ -108,6 +110,11 @@ def draw_choices(
             strict=True,
         )
     ]
+
+
+def mirrored(view: View, augment: AugmentConfig, choices: Choices) -> View:
+    """Return a view mirrored as drawn, left to right and top to bottom."""
+    return view.mirror(augment.flip and choices.flip < 0.5, choices.vflip < augment.vflip)
 
 
 class TrainTransform:
@@ -158,7 +165,7 @@ class TrainTransform:
         Raises:
             UndecodableError: the bytes are not a whole image, or not one of the size the container says.
         """
-        view = self._view(stored, shape, choices.crop, scale).mirror(self._augment.flip and choices.flip < 0.5)
+        view = mirrored(self._view(stored, shape, choices.crop, scale), self._augment, choices)
         shrink = _decode_shrink(view) if self._augment.crop == "resized" else 1
         image = _seen(sample, view, stored, shrink, self._form, self._interpolation)
         mask = None if sample.mask is None else see_mask(view, decode_mask(sample.mask, stored))

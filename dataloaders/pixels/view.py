@@ -47,6 +47,7 @@ class View(NamedTuple):
         offset: (top, left) of the window within the resized; negative where the window begins outside it.
         shape: (H, W) of the window.
         mirrored: whether left and right change places.
+        upside_down: whether top and bottom do.
     """
 
     box: Box
@@ -54,10 +55,11 @@ class View(NamedTuple):
     offset: tuple[int, int]
     shape: Shape
     mirrored: bool = False
+    upside_down: bool = False
 
-    def mirror(self, mirrored: bool) -> View:
+    def mirror(self, mirrored: bool, upside_down: bool = False) -> View:
         """Return the same view, mirrored or not."""
-        return self._replace(mirrored=mirrored)
+        return self._replace(mirrored=mirrored, upside_down=upside_down)
 
 
 def random_view(stored: Shape, shape: Shape, augment: AugmentConfig, draws: Sequence[float]) -> View:
@@ -157,8 +159,7 @@ def see_image(view: View, pixels: npt.NDArray[Any], stored: Shape, interpolation
     image = torch.from_numpy(pixels[top : top + height, left : left + width]).permute(2, 0, 1)
     if (height, width) != view.resized:
         image = _resized(image, view.resized, interpolation)
-    image = _window(image, view, 0)
-    return _mirrored(image) if view.mirrored else image
+    return _mirrored(_window(image, view, 0), view)
 
 
 def _resized(image: torch.Tensor, shape: Shape, interpolation: str) -> torch.Tensor:
@@ -181,8 +182,7 @@ def see_mask(view: View, mask: npt.NDArray[np.uint8]) -> torch.Tensor:
     seen = torch.from_numpy(mask[top : top + height, left : left + width])[None]
     if (height, width) != view.resized:
         seen = interpolate(seen[None], view.resized, mode="nearest-exact")[0]
-    seen = _window(seen, view, NOT_COUNTED)[0]
-    return _mirrored(seen) if view.mirrored else seen
+    return _mirrored(_window(seen, view, NOT_COUNTED)[0], view)
 
 
 def see_boxes(view: View, boxes: Boxes) -> tuple[torch.Tensor, torch.Tensor]:
@@ -197,6 +197,8 @@ def see_boxes(view: View, boxes: Boxes) -> tuple[torch.Tensor, torch.Tensor]:
     kept = (sides >= _LEAST_SIDE).all(axis=1) & (sides.prod(axis=1) >= _LEAST_SHARE * whole.prod(axis=1))
     if view.mirrored:
         clipped[:, [0, 2]] = view.shape[1] - clipped[:, [2, 0]]
+    if view.upside_down:
+        clipped[:, [1, 3]] = view.shape[0] - clipped[:, [3, 1]]
     found = torch.from_numpy(np.ascontiguousarray(clipped[kept], np.float32))
     return found, torch.from_numpy(np.ascontiguousarray(boxes.labels[kept], np.int64))
 
@@ -240,8 +242,11 @@ def _window(image: torch.Tensor, view: View, outside: int) -> torch.Tensor:
     return window
 
 
-def _mirrored(image: torch.Tensor) -> torch.Tensor:
-    """Return an image (..., width) mirrored; PyTorch 2.11 cannot flip uint16."""
+def _mirrored(image: torch.Tensor, view: View) -> torch.Tensor:
+    """Return an image (..., height, width) mirrored as the view is; PyTorch 2.11 cannot flip uint16."""
+    axes = [axis for axis, wanted in ((-1, view.mirrored), (-2, view.upside_down)) if wanted]
+    if not axes:
+        return image
     if image.dtype == torch.uint16:
-        return image.view(torch.int16).flip(-1).view(torch.uint16)
-    return image.flip(-1)
+        return image.view(torch.int16).flip(axes).view(torch.uint16)
+    return image.flip(axes)

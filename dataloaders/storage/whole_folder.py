@@ -98,18 +98,29 @@ def _clear(work: Path, keep: Callable[[Path, str], bool]) -> None:
 
 def commit_folder(work: Path, destination: Path) -> None:
     """Give the whole folder its name; an old one of that name is set aside first, and removed at the very end."""
-    _sync_folder(work)
-    old = _old_name(destination)
-    if destination.exists():
-        destination.rename(old)
+    commit_folders((work, destination))
+
+
+def commit_folders(*pairs: tuple[Path, Path]) -> None:
+    """Give whole folders, (work, destination) each, their names: all of them or, where one cannot have it, none.
+
+    All old ones are set aside before, so that a kill never leaves a new folder next to an old one.
+    """
+    for work, _ in pairs:
+        _sync_folder(work)
+    moves = [(destination, _old_name(destination)) for _, destination in pairs if destination.exists()]
+    done: list[tuple[Path, Path]] = []
     try:
-        work.rename(destination)
+        for source, target in (*moves, *pairs):
+            source.rename(target)
+            done.append((source, target))
     except OSError:
-        if old.exists():
-            old.rename(destination)
+        for source, target in reversed(done):
+            target.rename(source)
         raise
-    _sync_folder(destination.parent)
-    _remove(old)
+    for _, destination in pairs:
+        _sync_folder(destination.parent)
+        _remove(_old_name(destination))
 
 
 def _old_name(destination: Path) -> Path:

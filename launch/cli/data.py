@@ -21,7 +21,7 @@ from setformer_dist.core.words import counted, plain
 
 if TYPE_CHECKING:
     from dataloaders.packing.convert import BetonResult
-    from dataloaders.packing.pack import PackResult
+    from dataloaders.packing.pack import PackOptions, PackResult
 
     Packed = PackResult | BetonResult
 
@@ -45,7 +45,8 @@ _PACK_HELP = """Pack images (with classes, masks or boxes) or texts for training
 SOURCE is a directory of class folders (CLASS/image.jpg), or a tar or tar.gz of one; or images next to masks (--masks),
 images with COCO annotations (--coco), a TSV file of texts and labels, or a container to be repacked (a packed
 split, a pattern of WebDataset shards, a .beton file). DEST is a folder for WebDataset shards and their index, or a
-file that ends in .beton. DEST holds one split; give training and validation the same class map with --classes-from.
+file that ends in .beton. DEST holds one split. With --hold-out, a share of each class goes to a second folder, for
+validation; if you have a validation set already, pack it with the class map of the training set (--classes-from).
 
 Image bytes are copied unchanged, except with --max-side, --quality or --tiles. CMYK JPEG and (with --pixels uint8)
 16-bit PNG become 8-bit RGB. The same source gives the same bytes. To continue a stopped packing into shards, repeat the
@@ -54,6 +55,8 @@ command.
 Examples:
 
   setformer data pack photos/train packed/train --workers 8
+
+  setformer data pack photos/train packed/train --hold-out 0.1 packed/val
 
   setformer data pack photos.tar.gz packed/val --split val --classes-from packed/train
 
@@ -75,6 +78,8 @@ Examples:
 
   setformer data pack photos/train packed/train.beton
 """
+_HOLD_OUT_HELP = "Pack this share of each class, chosen by seed and name, into this second folder, for validation."
+_SEED_HELP = "Seed of --hold-out; another one holds out other images. Default: 0."
 _SPLIT_HELP = "Sub-folder of SOURCE to pack, such as train."
 _SKIP_HELP = "Exclude and list damaged images and unexpected members of shards, instead of failing."
 _EMPTY_HELP = "Ignore class folders without a readable image, instead of failing."
@@ -103,6 +108,8 @@ def pack(
     source: Annotated[str, typer.Argument(help="What to pack; see above.")],
     dest: Annotated[Path, typer.Argument(help="New or empty folder for shards, or a file *.beton.")],
     split: Annotated[str | None, typer.Option(help=_SPLIT_HELP)] = None,
+    hold_out: Annotated[tuple[float, Path] | None, typer.Option(metavar="SHARE DEST", help=_HOLD_OUT_HELP)] = None,
+    hold_out_seed: Annotated[int | None, typer.Option(metavar="SEED", help=_SEED_HELP)] = None,
     masks: Annotated[str | None, typer.Option(metavar="FOLDER", help="Folder of masks next to images/.")] = None,
     void: Annotated[int | None, typer.Option(metavar="VALUE", help="Mask value to ignore.")] = None,
     coco: Annotated[str | None, typer.Option(metavar="JSON", help=_COCO_HELP)] = None,
@@ -129,10 +136,14 @@ def pack(
     force: Force = False,
 ) -> None:
     """Pack a source; the long help is `_PACK_HELP`."""
-    from dataloaders.packing import convert, pack, text
+    from dataloaders.packing import pack, text
     from dataloaders.pixels import depth
 
+    if hold_out is None and hold_out_seed is not None:
+        raise ConfigError("--hold-out-seed is for --hold-out SHARE DEST, which is not given")
     if text.holds_text(Path(source)):
+        if hold_out is not None:
+            raise ConfigError(f"--hold-out divides images, and {source} holds texts: divide the file's lines yourself")
         _pack_text(Path(source), dest, split, classes, length, force)
         return
     if length:
@@ -158,16 +169,10 @@ def pack(
         slides=slides,
         form=depth.PixelFormat(bands, pixels, max_pixels),
     )
-    if tiles and dest.suffix == ".beton":
-        raise ConfigError("--tiles makes WebDataset shards, which a .beton file is not: name a folder as destination")
-    if raw is not None and dest.suffix != ".beton":
-        raise ConfigError("--raw stores pixels, which only a .beton file can hold: name a destination *.beton")
-    with progress_bar(f"looking for images in {source}", "packing") as steps, _resumes(dest):
-        if dest.suffix == ".beton":
-            result: Packed = convert.pack_beton(source, dest, options, raw, steps.start, steps.advance)
-        else:
-            result = pack.pack_image_folder(source, dest, options, steps.start, steps.advance)
-    _report_packing(dest, result)
+    if hold_out is not None:
+        _pack_held_out(source, dest, hold_out, hold_out_seed or 0, raw, options)
+    else:
+        _pack_images(source, dest, raw, options)
 
 
 @app.command()
@@ -348,15 +353,47 @@ def bench(
 # ------------------------------------------------------------------------------------------------------------------
 
 
+def _pack_images(source: str, dest: Path, raw: int | None, options: PackOptions) -> None:
+    from dataloaders.packing import convert, pack
+
+    if options.tiles and dest.suffix == ".beton":
+        raise ConfigError("--tiles makes WebDataset shards, which a .beton file is not: name a folder as destination")
+    if raw is not None and dest.suffix != ".beton":
+        raise ConfigError("--raw stores pixels, which only a .beton file can hold: name a destination *.beton")
+    with progress_bar(f"looking for images in {source}", "packing") as steps, _resumes(dest):
+        if dest.suffix == ".beton":
+            result: Packed = convert.pack_beton(source, dest, options, raw, steps.start, steps.advance)
+        else:
+            result = pack.pack_image_folder(source, dest, options, steps.start, steps.advance)
+    _report_packing(dest, result)
+
+
+def _pack_held_out(
+    source: str, dest: Path, hold_out: tuple[float, Path], seed: int, raw: int | None, options: PackOptions
+) -> None:
+    from dataloaders.packing.hold_out import HoldOut, pack_held_out
+
+    share, held_dest = hold_out
+    if raw is not None or ".beton" in (dest.suffix, held_dest.suffix):
+        raise ConfigError(
+            "--hold-out makes shards: name two folders, then make .beton files with `setformer data convert`"
+        )
+    how = HoldOut(share, seed)
+    with progress_bar(f"looking for images in {source}", "packing") as steps, _resumes(dest, held_dest):
+        trained, held = pack_held_out(source, dest, held_dest, how, options, steps.start, steps.advance)
+    _report_packing(dest, trained)
+    _report_packing(held_dest, held, about=f"{held_dest}: ")
+
+
 @contextmanager
-def _resumes(dest: Path) -> Iterator[None]:
+def _resumes(*dests: Path) -> Iterator[None]:
     """Say after Ctrl-C what is kept and how to continue."""
     try:
         yield
     except KeyboardInterrupt:
         from dataloaders.packing import pack
 
-        kept = pack.unfinished(dest)
+        kept = pack.unfinished(*dests)
         print(kept or "nothing was kept", file=sys.stderr)
         raise
 
@@ -388,16 +425,19 @@ def _class_map(path: Path | None) -> _ClassMap:
     return {"classes_file": path, "classes_from": None}
 
 
-def _report_packing(dest: Path, result: Packed) -> None:
+def _report_packing(dest: Path, result: Packed, about: str = "") -> None:
     console = open_console()
     for note in result.notes:
-        _say(console, f"note: {note}")
+        _say(console, f"note: {about}{note}")
     for name, reason in result.rejected:
-        _say(console, f"left out: {name}: {reason}")
+        _say(console, f"left out: {about}{name}: {reason}")
     if hasattr(result, "index"):
-        mib = sum(shard.size for shard in result.index.shards) / (1 << 20)
-        images, classes = counted(len(result.index), "image"), counted(len(result.index.classes), "class", "classes")
-        shards = counted(len(result.index.shards), "shard")
+        index = result.index
+        mib = sum(shard.size for shard in index.shards) / (1 << 20)
+        total = counted(len(index.classes), "class", "classes")
+        present = len(index.classes) if index.parts else len(set(index.columns["label"].tolist()))
+        classes = total if present == len(index.classes) else f"{present:,} of {total}"
+        images, shards = counted(len(index), "image"), counted(len(index.shards), "shard")
         _say(console, f"packed {images} of {classes} into {shards} ({mib:.1f} MiB) in {dest}")
     else:
         mib = dest.stat().st_size / (1 << 20)

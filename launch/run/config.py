@@ -191,7 +191,7 @@ class RunConfig(FrozenConfig):
         "reprob": "data.augment.erasing",
         "smoothing": "data.augment.smoothing",
         "hflip": "data.augment.flip",
-        "vflip": "images are mirrored left to right alone (data.augment.flip); data.augment.own takes code of your own",
+        "vflip": "data.augment.vflip",
         "bce_loss": 'set task.args.loss = "binary_cross_entropy"',
         "mixup_prob": "data.augment.mix_prob",
         "mixup_alpha": "data.augment.mixup",

@@ -2,7 +2,8 @@
 
 PATH is a checkpoint of ours (a run's folder, its checkpoints, one step), verified before it is read, or a .safetensors
 file as `setformer ckpt export` and timm write it, or a model of a hub ("hf-hub:timm/vit_small_patch16_224.dino"). What
-does not fit a file's names and shapes is adapted by timm's rules (timm_weights.py). Only parameters are taken:
+does not fit a file's names and shapes is adapted by timm's rules (timm_weights.py). A classifier of another number of
+classes is left as it is drawn, wherever it comes from; what is said of the weights names it. Only parameters are taken:
 the optimizer, the schedule, the samples and the average begin again, the average with these weights. A run that resumes
 from a checkpoint of its own does not look at PATH any more, nor does anything that reads that checkpoint.
 """
@@ -19,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from checkpoints.reader import Checkpoint, open_checkpoint
-from launch.run.timm_weights import HUB, Adapted, adapted, fetched
+from launch.run.timm_weights import HUB, Adapted, adapted, classifiers_of, fetched
 from setformer_dist.core import revisions
 from setformer_dist.core.comm import Collectives
 from setformer_dist.core.errors import CheckpointError, ConfigError
@@ -110,10 +111,10 @@ class FirstWeights:
         if faults and source.file is not None and self.arguments is not None:
             source, drawn, more = self._adapted(source, source.file, faults)
             notes += more
-        elif faults:
-            raise CheckpointError(self._refusal(source, faults))
         else:
-            drawn = new
+            drawn = new | self._other_classifier(source, faults)
+            if faults := {name: fault for name, fault in faults.items() if name not in drawn}:
+                raise CheckpointError(self._refusal(source, faults))
         left = drawn | {name for name in self.shapes if name.startswith(self.config.skip or ())}
         if len(left) == len(self.shapes):
             raise ConfigError(
@@ -170,6 +171,12 @@ class FirstWeights:
         for name in source.shapes.keys() - self.shapes.keys() - self.buffers:
             faults[name] = f"{name} is not in this model"
         return {name: fault for name, fault in faults.items() if not name.startswith(self.config.skip or ())}
+
+    def _other_classifier(self, source: _Source, faults: Mapping[str, str]) -> set[str]:
+        """Return the classifier's parameters that a source has not, or has for another number of classes."""
+        heads = tuple(f"{name}." for name in classifiers_of(self.config.name))
+        mine = {name: self.shapes[name] for name in faults if name in self.shapes and name.startswith(heads)}
+        return {name for name, shape in mine.items() if source.shapes.get(name, shape)[1:] == shape[1:]}
 
     def _adapted(self, source: _Source, file: Path, faults: dict[str, str]) -> tuple[_Source, set[str], list[str]]:
         """Return the file's weights adapted by timm's rules, what these leave as drawn, and what is to be said."""

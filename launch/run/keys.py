@@ -48,6 +48,7 @@ UNITS = {
     "data.augment.pad": _PIXELS, "data.augment.scale": "share of the area", "data.augment.ratio": "width / height",
     "data.augment.randaugment_ops": "operations per image", "data.augment.randaugment_magnitude": "steps of 30",
     "data.augment.color_jitter": "relative change", "data.augment.erasing": _PROBABILITY,
+    "data.augment.vflip": _PROBABILITY,
     "data.augment.mixup": "alpha", "data.augment.cutmix": "alpha", "data.augment.mix_prob": _PROBABILITY,
     "data.augment.mix_group": _SAMPLES, "data.augment.smoothing": _SHARE, "data.length": "tokens",
     "data.smoothing": _SHARE,

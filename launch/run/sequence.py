@@ -113,13 +113,16 @@ def split_model(config: RunConfig, model: nn.Module, ranks: RankInfo) -> Rows | 
 def decode_own_rows(config: RunConfig, split: Split, model: nn.Module, ranks: RankInfo) -> None:
     """Have a split decode no more than this rank's rows, where its storage and what is done to images allow it.
 
-    Mixing, mirroring and erasing treat each row alone; other augmentations and a teacher look at all of them.
+    Mixing, mirroring left to right and erasing treat each row alone; other augmentations and a teacher look at all of
+    them, and images that are turned upside down need other rows.
     """
     data, parts = config.data, config.parallel.sequence
     if parts == 1 or not isinstance(data, DataConfig) or not isinstance(split, PartlyDecoded):
         return
     augment = data.augment
-    looks_further = augment.randaugment_ops or augment.color_jitter or augment.own or config.distill.teacher
+    looks_further = (
+        augment.randaugment_ops or augment.color_jitter or augment.own or augment.vflip or config.distill.teacher
+    )
     if augment.crop != "window" or looks_further:
         return
     own = {

@@ -40,6 +40,13 @@ class Adapted:
     unused: tuple[str, ...]
 
 
+def classifiers_of(name: str) -> tuple[str, ...]:
+    """Return the modules that are the classifier of a registered model, as timm knows them; () where it knows none."""
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    found = config.classifier if config is not None else None
+    return (found,) if isinstance(found, str) else tuple(found or ())
+
+
 def adapted(path: Path, name: str, arguments: Mapping[str, object]) -> Adapted:
     """Return the file's weights as the model `name` with these arguments takes them.
 
@@ -53,9 +60,7 @@ def adapted(path: Path, name: str, arguments: Mapping[str, object]) -> Adapted:
     """
     tensors = safetensors.torch.load_file(path)
     names = frozenset(tensors)
-    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    classifiers = config.classifier if config is not None else None
-    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers or ())
+    classifiers = classifiers_of(name)
     heads = {f"{classifier}.{kind}" for classifier in classifiers for kind in ("weight", "bias")}
     weight = tensors.get(f"{classifiers[0]}.weight") if classifiers else None
     classes = 0 if weight is None else len(weight)

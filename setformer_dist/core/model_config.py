@@ -45,8 +45,8 @@ class ModelConfig(FrozenConfig):
         weights: initial weights for fine-tuning: a checkpoint of this project (a run folder or the folder of one step),
             a .safetensors file or the folder of an exported model, or hf-hub:timm/MODEL. A resumed run does not read
             them again.
-        skip: name prefixes of parameters that `weights` does not set, such as ["head."] for another number of classes;
-            they keep their random initialization.
+        skip: name prefixes of parameters that `weights` does not set, such as ["head."] for a new classifier; they keep
+            their random initialization. So does a classifier of another number of classes, without this key.
         freeze: name prefixes of parameters that do not train, such as ["stem.", "stages.0."]: they keep their initial
             weights, and take no memory for gradients and optimizer states.
     """

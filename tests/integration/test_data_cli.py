@@ -74,6 +74,28 @@ def test_from_photographs_to_checked_data_and_back(photos, tmp_path):
     assert "images/s" in data("bench", tmp_path / "train", "--seconds", 0.1, "--threads", 1).out
 
 
+def test_a_share_is_held_out(photos, tmp_path):
+    words = ("pack", photos, tmp_path / "train", "--hold-out", 0.25, tmp_path / "val", "--workers", 0)
+    ended = data(*words)
+    assert (ended.code, ended.error_lines) == (0, [])
+    assert f"packed 8 images of 2 classes into 1 shard (0.0 MiB) in {tmp_path / 'train'}" in ended.out
+    assert f"packed 4 images of 2 classes into 1 shard (0.0 MiB) in {tmp_path / 'val'}" in ended.out
+    ended = data(*words)
+    assert ended.code == 3
+    assert "train is not empty" in ended.error_lines[0]
+    before = contents(tmp_path / "val")
+    assert data(*words, "--force").code == 0
+    assert contents(tmp_path / "val") == before
+    assert data(*words, "--force", "--hold-out-seed", 1).code == 0
+    assert contents(tmp_path / "val") != before
+    (photos / "cow").mkdir()
+    (photos / "cow" / "1.jpg").write_bytes(image(99))
+    ended = data(*words, "--force")
+    assert "packed 9 images of 3 classes" in ended.out
+    assert f"note: {tmp_path / 'val'}: 1 class has no images, the first 'cow'" in ended.out
+    assert "packed 4 images of 2 of 3 classes" in ended.out
+
+
 def test_shards_of_others_are_indexed(photos, tmp_path):
     pack_image_folder(photos, tmp_path / "p", PackOptions(samples_per_shard=6))
     for name in ("index.json", "index.safetensors"):
@@ -117,6 +139,13 @@ def test_verify_ends_with_4_for_damage_and_2_for_mistakes(photos, tmp_path):
         (("pack", "{photos}", "out", "--void", "3"), 2, "--void is a value"),
         (("pack", "{photos}", "out", "--quality", "300"), 2, "--quality from 1 to 100"),
         (("pack", "{photos}", "out", "--split", "val"), 3, "no folder 'val'"),
+        (("pack", "{photos}", "out", "--hold-out", "10", "val"), 2, "--hold-out 10: a share is above 0 and below 1"),
+        (("pack", "{photos}", "out", "--hold-out", "0.1", "out"), 2, "needs two folders"),
+        (("pack", "{photos}", "out", "--hold-out", "0.1", "val.beton"), 2, "name two folders"),
+        (("pack", "{photos}", "out", "--hold-out", "0.1", "val", "--raw", "0"), 2, "name two folders"),
+        (("pack", "{photos}", "out", "--hold-out-seed", "1"), 2, "--hold-out-seed is for --hold-out"),
+        (("pack", "{photos}", "out", "--hold-out", "0.1", "val", "--hold-out-seed", "-1"), 2, "must be at least 0"),
+        (("pack", "{photos}/../a.tsv", "out", "--hold-out", "0.1", "val"), 2, "--hold-out divides images"),
         (("inspect", "nowhere"), 3, "does not exist"),
         (("inspect", "{photos}", "--sheet", "x.gif"), 2, "must end in .html or .png"),
         (("convert", "{photos}/ant", "{photos}/out"), 3, "holds images and no shards"),
@@ -125,6 +154,7 @@ def test_verify_ends_with_4_for_damage_and_2_for_mistakes(photos, tmp_path):
     ],
 )
 def test_mistakes_are_one_sentence(photos, words, code, fault):
+    (photos.parent / "a.tsv").write_text("sentence\tlabel\na word\t0\n")
     ended = data(*(word.format(photos=photos) for word in words))
     assert ended.code == code, ended.err
     assert len(ended.error_lines) == 1

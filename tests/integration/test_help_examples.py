@@ -241,6 +241,8 @@ def test_every_example_runs(place: Path) -> None:
             _as_elsewhere(place / "for-deepspeed", place / "elsewhere" / "output")
         words = _shortened(shlex.split(example))
         if words[:2] == ["data", "pack"]:
-            shutil.rmtree(place / words[3], ignore_errors=True)
+            held = words[words.index("--hold-out") + 2 :][:1] if "--hold-out" in words else []
+            for destination in (words[3], *held):
+                shutil.rmtree(place / destination, ignore_errors=True)
         ended = setformer(*words, cwd=place)
         assert ended.code == 0, (example, ended.out, ended.err)

@@ -118,7 +118,7 @@ LIGHTNING = [
         ("checkpoint.allow_changes=[data]", """on the command line 'checkpoint.allow_changes=["data"]'"""),
         ("drop_rate=0.1", "dropout is an argument of the model: model.args.drop_rate"),
         ("optim.schedule=cosine", "did you mean schedule.name?"),
-        ("vflip=0.5", "images are mirrored left to right alone"),
+        ("vflip=0.5", "did you mean data.augment.vflip?"),
         ("model.memory_budget=20", "model.memory_budget: 20 is no size: write it as '20 GiB' or '900 MiB'"),
         ("model.memory_budget=lots", "demo.toml: model.memory_budget: 'lots' is no size: write it as '20 GiB'"),
         ("data.resolutions=[{stepp=4,image_size=64}]", "did you mean data.resolutions.0.step?"),

@@ -117,6 +117,16 @@ def test_samples_labels_mixing_and_crops_are_those_of_the_native_engine(engine, 
 
 
 @needs_ffcv
+def test_images_are_turned_upside_down_as_by_the_native_engine(engine, whole):
+    path, augment = whole / "jpg.beton", AugmentConfig(vflip=0.5)
+    ours = taken(stream_of(ShardTrainStream, path, augment=augment), 6)
+    theirs = taken(stream_of(engine.FfcvTrainStream, path, augment=augment), 6)
+    plain = taken(stream_of(engine.FfcvTrainStream, path, augment=AugmentConfig()), 6)
+    assert all(mean_difference(one, other) < 6 for one, other in zip(ours, theirs, strict=True))
+    assert all(mean_difference(one, other) > 6 for one, other in zip(plain, theirs, strict=True))
+
+
+@needs_ffcv
 def test_pixels_do_not_depend_on_threads_ranks_micro_batches_or_interruptions(engine, whole):
     path = whole / "jpg.beton"
     expected = taken(stream_of(engine.FfcvTrainStream, path), 12)

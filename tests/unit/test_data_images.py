@@ -282,6 +282,21 @@ def test_flip_mirrors_half_of_the_images():
     assert 160 < flipped < 240  # 4 standard deviations
 
 
+def test_a_vertical_flip_has_its_probability_and_leaves_all_else_as_it_was():
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    plain = draws_of(transform_of(crop="pad", pad=2, erasing=0.5), encoded(pixels, "PNG"), 32, 32, 400)
+    images = draws_of(transform_of(crop="pad", pad=2, erasing=0.0, vflip=0.3), encoded(pixels, "PNG"), 32, 32, 400)
+    whole = draws_of(transform_of(crop="pad", pad=2, erasing=0.0), encoded(pixels, "PNG"), 32, 32, 400)
+    turned = [torch.equal(image, one.flip(-2)) for image, one in zip(images, whole, strict=True)]
+    for image, one, is_turned in zip(images, whole, turned, strict=True):
+        assert is_turned or torch.equal(image, one)
+    assert 84 < sum(turned) < 156  # 4 standard deviations
+    always = draws_of(transform_of(crop="pad", pad=2, erasing=0.5, vflip=1.0), encoded(pixels, "PNG"), 32, 32, 400)
+    assert sum(torch.equal(image, one.flip(-2)) for image, one in zip(always, plain, strict=True)) > 150  # not erased
+    # Golden: which of the first samples are turned is part of what a run is.
+    assert [number for number, is_turned in enumerate(turned) if is_turned][:4] == [4, 7, 9, 10]
+
+
 @pytest.mark.parametrize(("height", "width"), [(480, 640), (640, 480), (50, 900), (900, 50), (1, 7)])
 def test_random_boxes_keep_to_image_area_and_ratio(height, width):
     augment = AugmentConfig(scale=(0.1, 0.6), ratio=(0.75, 1.5))
@@ -407,6 +422,7 @@ def test_numbers_are_keyed_by_seed_epoch_sample_and_lane():
         uniforms(sample_words(3, zeros + 1, samples), Lane.CROP, 1),
         uniforms(sample_words(3, zeros, samples + 1), Lane.CROP, 1),
         uniforms(words, Lane.FLIP, 1),
+        uniforms(words, Lane.VFLIP, 1),
     ]
     table = np.corrcoef(np.concatenate([numbers, *others], axis=1).T)
     assert np.abs(table - np.eye(len(table))).max() < 5 / np.sqrt(50_000)
@@ -422,7 +438,7 @@ def test_one_augmentation_leaves_the_numbers_of_the_others_alone():
         AugmentConfig(erasing=0.5, randaugment_ops=2, color_jitter=0.3), 1, np.zeros(4, np.int64), np.arange(4)
     )
     for one, other in zip(some, more, strict=True):
-        assert (one.crop, one.flip, one.erasing) == (other.crop, other.flip, other.erasing)
+        assert (one.crop, one.flip, one.vflip, one.erasing) == (other.crop, other.flip, other.vflip, other.erasing)
 
 
 # Masks and boxes
@@ -459,7 +475,8 @@ def assert_together(shown):
 
 
 @pytest.mark.parametrize(
-    "augment", [{}, {"scale": (0.5, 1.0)}, {"crop": "none"}, {"erasing": 0.0, "color_jitter": 0.01}]
+    "augment",
+    [{}, {"scale": (0.5, 1.0)}, {"crop": "none"}, {"erasing": 0.0, "color_jitter": 0.01}, {"vflip": 0.5}],
 )
 @pytest.mark.parametrize(("height", "width"), [(120, 160), (160, 120), (64, 64)])
 def test_masks_and_boxes_follow_the_image(augment, height, width):
@@ -506,6 +523,8 @@ def test_boxes_are_clipped_and_tiny_ones_left_out():
     assert found.tolist() == [[0, 0, 50, 50], [40, 40, 50, 50], [46, 10, 50, 20], [10, 20, 30, 40]]
     mirrored, _ = see_boxes(view.mirror(True), Boxes(np.array(corners, np.float32), np.arange(6)))
     assert mirrored[3].tolist() == [20, 20, 40, 40]
+    turned, _ = see_boxes(view.mirror(True, True), Boxes(np.array(corners, np.float32), np.arange(6)))
+    assert turned[3].tolist() == [20, 10, 40, 30]
     nothing, none = see_boxes(view, Boxes(np.empty((0, 4), np.float32), np.empty(0, np.int64)))
     assert nothing.shape == (0, 4)
     assert none.shape == (0,)

@@ -162,7 +162,7 @@ def test_splits_are_chosen_by_name(folder, tmp_path):
     options = PackOptions(split="test", classes_from=tmp_path / "train")
     result = pack_image_folder(in_tar(tmp_path / "both", tmp_path / "both.tar"), tmp_path / "test", options)
     assert result.index.classes == CLASSES
-    assert result.notes[1:] == ["2 classes of the class map have no images, the first 'ant'"]
+    assert result.notes[1:] == ["2 classes have no images, the first 'ant'"]
     assert label_of(open_split(tmp_path / "test"), 0) == 1
 
 

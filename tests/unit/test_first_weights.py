@@ -99,6 +99,53 @@ def test_another_number_of_classes_is_refused_until_the_head_is_skipped(tmp_path
     }
 
 
+CLASSIFIER = {"body.w": (2, 3), "head.norm.w": (3,), "head.fc.weight": (5, 3), "head.fc.bias": (5,)}
+
+
+def begun(weights: Path, **config: object) -> tuple[str, dict[str, torch.Tensor]]:
+    """Return what is said of weights for a SeTformer's classifier, and what each parameter then holds."""
+    held = [Fragment(name, "param", 0, shape, torch.zeros(shape).reshape(-1)) for name, shape in CLASSIFIER.items()]
+    first = FirstWeights(ModelConfig(weights=str(weights), **config), CLASSIFIER, frozenset(), Alone())
+    report = first(held)
+    assert first.check() == report
+    return report, {fragment.name: fragment.tensor for fragment in held}
+
+
+@pytest.mark.parametrize("change", [{"head.fc.weight": (9, 3), "head.fc.bias": (9,)}, None])
+def test_a_run_with_other_classes_keeps_the_drawn_classifier_and_says_so(tmp_path, change):
+    there = {**CLASSIFIER, **(change or {})}
+    if change is None:  # a run whose model has no classifier
+        there = {name: shape for name, shape in there.items() if "fc" not in name}
+    checkpoint(tmp_path, {}, "param", shapes=there)
+    report, held = begun(tmp_path)
+    assert report.endswith("2 of 4 parameters; left as drawn from the seed: head.fc.bias, head.fc.weight")
+    assert {name: tensor.unique().item() for name, tensor in held.items()} == {
+        "body.w": 1, "head.norm.w": 1, "head.fc.weight": 0, "head.fc.bias": 0,
+    }  # fmt: skip
+    assert begun(tmp_path, skip=("head.fc.",))[1].keys() == held.keys()  # as configs of before said it
+
+
+def test_a_run_with_as_many_classes_gives_its_classifier(tmp_path):
+    checkpoint(tmp_path, {}, "param", shapes=CLASSIFIER)
+    report, held = begun(tmp_path)
+    assert report.endswith(": 4 of 4 parameters")
+    assert all(tensor.unique().item() == 1 for tensor in held.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"head.norm.w": (4,)}, r"\(head.norm.w is \(4,\) there and \(3,\) here\): .*model.skip = \[\"head.norm.\"\]"),
+        ({"head.fc.weight": (9, 4)}, r"head.fc.weight is \(9, 4\) there and \(5, 3\) here"),
+        ({"neck": (1,)}, "neck is not in this model"),
+    ],
+)
+def test_whatever_else_does_not_fit_is_refused_besides_other_classes(tmp_path, change, match):
+    checkpoint(tmp_path, {}, "param", shapes={**CLASSIFIER, "head.fc.weight": (9, 3), "head.fc.bias": (9,), **change})
+    with pytest.raises(CheckpointError, match=match):
+        begun(tmp_path)
+
+
 def test_missing_and_unknown_names_are_one_sentence(tmp_path):
     other = {"body.w": (2, 3), "neck": (1,)}
     with pytest.raises(

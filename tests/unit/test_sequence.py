@@ -11,7 +11,7 @@ from torch import nn
 
 from launch.run.config import load_run, resolve
 from launch.run.inputs import inputs_of
-from launch.run.sequence import check_sequence, with_rows
+from launch.run.sequence import check_sequence, decode_own_rows, with_rows
 from setformer_dist.core.batch import MicroBatch
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.ranks import RankInfo
@@ -150,3 +150,20 @@ def test_a_rank_keeps_the_rows_that_its_part_needs_of_images_prepared_whole():
     assert targets == "targets"
     assert top.flatten().tolist() == list(range(17))
     assert bottom.flatten().tolist() == list(range(14, 32))
+
+
+class Tiles:
+    """Notes which rows are to be decoded."""
+
+    rows: object = None
+
+    def decode_only(self, rows: object) -> None:
+        self.rows = rows
+
+
+@pytest.mark.parametrize("further", ["color_jitter=0.1", "randaugment_ops=1", "vflip=0.1", None])
+def test_windows_are_decoded_whole_where_other_rows_are_looked_at(further: str | None) -> None:
+    words = ["data.augment.crop=window", "parallel.sequence=2", *([f"data.augment.{further}"] if further else [])]
+    config, split = load_run(DEMO, words), Tiles()
+    decode_own_rows(config, split, checked(*words), RankInfo(1, 2))  # type: ignore[arg-type]
+    assert (split.rows is None) == (further is not None)
