@@ -333,8 +333,8 @@ def test_the_card_of_a_model_of_ones_own_loads_its_weights(trained, tmp_path, mo
     timm.models.register_model(own_net)
     model = OwnNet(10)
 
-    def own(*args: Any) -> Trained:
-        made = load_trained(*args)
+    def own(*args: Any, **options: Any) -> Trained:
+        made = load_trained(*args, **options)
         table = made.config.model.model_copy(update={"name": "own_net", "args": {}})
         return replace(made, model=model, config=made.config.model_copy(update={"model": table}))
 
@@ -353,8 +353,8 @@ def test_the_card_of_a_model_of_ones_own_loads_its_weights(trained, tmp_path, mo
 
 
 def test_weights_with_two_names_are_written_under_both(trained, tmp_path, monkeypatch):
-    def tied(*args: Any) -> Trained:
-        made = load_trained(*args)
+    def tied(*args: Any, **options: Any) -> Trained:
+        made = load_trained(*args, **options)
         made.model.twin = made.model.get_classifier()
         made.model.part = nn.Parameter(made.model.twin.weight.data[:3])
         return made
