@@ -125,6 +125,9 @@ def test_a_run_that_is_done_is_made_longer_bit_by_bit(digits: Path, tmp_path: Pa
     for state in wanted.states():
         theirs = wanted.read_full(state)
         assert all(tensor.equal(theirs[name]) for name, tensor in found.read_full(state).items()), state
+    again = setformer("train", "--from", str(run), "--ranks", "1")
+    assert again.code == 0, again.err
+    assert "schedule.epochs was 1 at first and changed on the way" in again.err + again.out
     shorter = setformer(*train_words(digits, tmp_path, *steady, 'checkpoint.allow_changes=["schedule"]', ranks=1))
     assert shorter.code != 0
     assert "is at step 44, and the run now ends at step 22" in shorter.err
