@@ -136,3 +136,16 @@ def test_a_run_that_is_done_is_made_longer_bit_by_bit(digits: Path, tmp_path: Pa
         *train_words(digits, tmp_path, *steady, 'checkpoint.allow_changes=["schedule"]', ranks=1), "--dry-run"
     )
     assert "is at step 44, and the run now ends at step 22" in dry.err
+
+
+def test_a_run_that_is_made_shorter_is_evaluated_at_its_end(digits: Path, tmp_path: Path) -> None:
+    words = ("schedule.name=constant", 'checkpoint.allow_changes=["schedule"]', "~schedule.epochs")
+    whole = setformer(*train_words(digits, tmp_path, *words, "schedule.steps=8", ranks=1))
+    assert whole.code == 0, whole.err
+    run = tmp_path / "demo"
+    shutil.rmtree(run / "checkpoints" / "step-00000008")
+    ended = setformer(*train_words(digits, tmp_path, *words, "schedule.steps=5", ranks=1))
+    assert ended.code == 0, ended.err
+    assert open_checkpoint(run).step == 5
+    assert "top1" in open_checkpoint(run).metrics
+    assert json.loads((run / "summary.json").read_text())["evaluation"]
