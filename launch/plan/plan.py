@@ -141,9 +141,10 @@ def _print_subject(subject: Subject, cluster: Cluster, console: Console) -> None
     c, device = subject.config, cluster.device
     print_heading(console, "model and devices")
     table = open_table("", "", show_header=False, box=None)
-    shape = "×".join(map(str, subject.shape))
+    shape, fixed = "×".join(map(str, subject.shape)), sum(subject.model.fixed)
+    more = f" and {fixed / 1e6:.2f} M that do not train" if fixed else ""
     rows = [
-        ("model", f"{c.model.name}, {subject.model.count / 1e6:.2f} M parameters, "
+        ("model", f"{c.model.name}, {subject.model.count / 1e6:.2f} M parameters{more}, "
                   f"{subject.multiply_adds / 1e9:.3f} G multiply-adds per sample of {shape}"),
         ("references", f"{_size(subject.references * 4)} of the weights as fp32 (states and average in proportion)"),
         ("precision", f"{c.precision.dtype}, optimizer {c.optim.name}, "
@@ -232,7 +233,7 @@ def memory_parts(subject: Subject, row: Row) -> dict[str, int]:
     memory = row.memory
     assert memory is not None
     share = math.ceil(subject.model.count / (row.world_size if row.stage else 1)) if memory.masters else 0
-    states, average = 4 * share * subject.states, 4 * share * subject.ema
+    states, average = 4 * share * subject.states, 4 * (share + sum(subject.model.fixed)) * subject.ema
     return {
         "weights": memory.parameters,
         "gradients": memory.gradients,

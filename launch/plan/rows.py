@@ -31,7 +31,7 @@ from setformer_dist.core.errors import ConfigError
 from setformer_dist.engine.batch_plan import BatchPlan, possible_micros, solve
 from setformer_dist.engine.config import ZeroConfig
 from setformer_dist.engine.zero import check_precision, overlaps, set_aside
-from setformer_dist.models.measure import Memory, memory_of
+from setformer_dist.models.measure import Memory, checkpoint_bytes, memory_of, with_fixed
 
 _COPY = 3.3e9  # bytes/s of one rank, as saving copies its fragments in host memory (docs/results.md, checkpoints)
 MOST_MICRO = 65_536  # images: no larger micro batch is looked for
@@ -184,7 +184,7 @@ def rank_memory(subject: Subject, device: Device, stage: int, batch: BatchPlan, 
     c = subject.config
     zero = c.zero.model_copy(update={"stage": stage})
     buckets = set_aside(c.precision, zero, c.deepspeed, subject.model.count) if device.buckets else 0
-    return memory_of(
+    memory = memory_of(
         subject.model.count,
         subject.passes[checkpointed].at(batch.micro),
         subject.dtype,
@@ -197,6 +197,8 @@ def rank_memory(subject: Subject, device: Device, stage: int, batch: BatchPlan, 
         subject.states,
         buckets * subject.model.item,
     )
+    fixed = sum(subject.model.fixed)
+    return with_fixed(memory, fixed, subject.dtype, stage, batch.world_size, subject.ema, c.zero.offload)
 
 
 def _largest(fits: Callable[[int], bool]) -> int:
@@ -235,5 +237,5 @@ def recommended(rows: list[Row]) -> Row | None:
 
 def saving_of(subject: Subject, cluster: Cluster, world_size: int) -> Saving:
     """Return what a checkpoint costs: every rank copies its part, then all write behind training."""
-    size = subject.model.count * 4 * (1 + subject.states + subject.ema)
+    size = checkpoint_bytes(subject.model.count, sum(subject.model.fixed), subject.states, subject.ema)
     return Saving(size, size / world_size / _COPY, size / cluster.storage)

@@ -122,6 +122,7 @@ def subject_of(config: RunConfig) -> Subject:
             dtype.itemsize,
             config.zero.bucket_mib,
             config.deepspeed,
+            tuple(p.numel() for p in model.parameters() if not p.requires_grad),
         ),
         references=sum(p.numel() for name, p in model.named_parameters() if "references" in name.split(".")[-1]),
         multiply_adds=multiply_adds_of(model, shape, inputs.dtype or torch.float32),

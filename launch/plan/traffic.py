@@ -69,6 +69,8 @@ class Model:
         persistent: elements up to which ZeRO-3 keeps a parameter whole on every rank.
         prefetch: elements that ZeRO-3 gathers ahead.
         reuse: elements; a parameter that is needed again before so many others stays.
+        fixed: elements of each parameter that does not train. ZeRO-3 gathers the large ones; in the backward pass they
+            are taken to be needed no more, as where all before them is fixed, too.
     """
 
     groups: tuple[tuple[int, ...], ...]
@@ -77,24 +79,32 @@ class Model:
     persistent: int = _PERSISTENT
     prefetch: int = _PREFETCH
     reuse: int = _REUSE
+    fixed: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, groups: tuple[tuple[int, ...], ...], item: int, bucket_mib: int, deepspeed: Mapping[str, Any]) -> Model:
+    def of(
+        cls,
+        groups: tuple[tuple[int, ...], ...],
+        item: int,
+        bucket_mib: int,
+        deepspeed: Mapping[str, Any],
+        fixed: tuple[int, ...] = (),
+    ) -> Model:
         """Return the facts with what a run's [deepspeed] table says of ZeRO-3."""
         zero = deepspeed.get("zero_optimization", {})
         persistent = int(zero.get("stage3_param_persistence_threshold", _PERSISTENT))
         prefetch = int(zero.get("stage3_prefetch_bucket_size", _PREFETCH))
         reuse = int(zero.get("stage3_max_reuse_distance", _REUSE))
-        return cls(groups, item, bucket_mib * 2**20 // 4, persistent, prefetch, reuse)
+        return cls(groups, item, bucket_mib * 2**20 // 4, persistent, prefetch, reuse, fixed)
 
     @property
     def sizes(self) -> list[int]:
-        """Elements of each parameter."""
+        """Elements of each parameter that trains."""
         return [size for group in self.groups for size in group]
 
     @property
     def count(self) -> int:
-        """Elements of all parameters."""
+        """Elements of all parameters that train."""
         return sum(self.sizes)
 
 
@@ -120,7 +130,7 @@ def traffic(
         step = _ALIGNED * world_size
         padded = sum(math.ceil(sum(group) / step) * step for group in model.groups) * model.item
         return reduced, Transfer("all_gather", padded, len(model.groups), "updated weights")
-    large = [size for size in model.sizes if size > model.persistent]
+    large = [size for size in (*model.fixed, *model.sizes) if size > model.persistent]
     small = [size for size in model.sizes if size <= model.persistent]
     gathers = large + _gathered_again(model)
     scattered = _padded(model.sizes, world_size) * model.item

@@ -51,7 +51,7 @@ from setformer_dist.engine.optim import OPTIMIZERS
 from setformer_dist.engine.refresh import check_possible
 from setformer_dist.engine.run_state import check_within
 from setformer_dist.models.build import check_name, freeze
-from setformer_dist.models.measure import multiply_adds_of, parameters
+from setformer_dist.models.measure import checkpoint_bytes, fixed_parameters, multiply_adds_of, parameters
 from setformer_dist.tasks.build import build_task, check_metric
 
 _ASSUMED_CLASSES = 1000
@@ -78,6 +78,7 @@ class Costs(TypedDict):
     """Predicted costs on one rank; memory in bytes."""
 
     parameters: int
+    fixed_parameters: int
     multiply_adds: float
     memory: dict[str, int]
 
@@ -87,6 +88,7 @@ def predict_costs(run: ResolvedRun, known: _Known) -> Costs:
     model, memory = known.model, predicted(run, known.model, known.shape, known.dtype)
     return {
         "parameters": parameters(model),
+        "fixed_parameters": fixed_parameters(model),
         "multiply_adds": multiply_adds_of(model, known.shape, known.dtype or torch.float32),
         "memory": {
             "parameters": memory.parameters,
@@ -206,6 +208,7 @@ def _assumed(run: ResolvedRun) -> _Known:
     c = run.config
     assert isinstance(c.data, DataConfig)
     model = build_assumed(c, _ASSUMED_CLASSES)
+    freeze(model, c.model.freeze)
     check_sequence(run.config, None, model)
     check_compiled(run, model, get_accelerator().device_name())
     shape = (c.data.bands, *c.data.shape)
@@ -271,10 +274,12 @@ def rank_bytes(run: ResolvedRun) -> int:
 
 def _rows(run: ResolvedRun, known: _Known, costs: Costs) -> list[tuple[str, str]]:
     per_sample = f"{costs['multiply_adds'] / 1e9:.3f} G per sample of {'×'.join(map(str, known.shape))}"
+    fixed = costs["fixed_parameters"]
+    more = f", and {fixed / 1e6:.2f} M that do not train" if fixed else ""
     return [
         ("model", run.config.model.name),
         *known.rows,
-        ("parameters", f"{costs['parameters'] / 1e6:.2f} M"),
+        ("parameters", f"{costs['parameters'] / 1e6:.2f} M{more}"),
         ("multiply-adds", per_sample),
         *_batch_rows(run),
     ]
@@ -311,12 +316,6 @@ def _memory_rows(run: ResolvedRun, known: _Known, costs: Costs) -> list[tuple[st
     return rows
 
 
-def checkpoint_bytes(run: ResolvedRun, costs: Costs) -> int:
-    """Return what one checkpoint takes: fp32 masters, the optimizer's states, and the average where there is one."""
-    states = len(OPTIMIZERS[run.config.optim.name].states)
-    return int(costs["parameters"]) * 4 * (1 + states + (run.config.ema.decay > 0))
-
-
 def _disk_need(run: ResolvedRun, costs: Costs) -> tuple[int, int, int]:
     """Return (bytes of a checkpoint, most that are kept at a time, bytes free where they go)."""
     config = run.config.checkpoint
@@ -324,7 +323,9 @@ def _disk_need(run: ResolvedRun, costs: Costs) -> tuple[int, int, int]:
     place = run.config.folder.absolute()
     while not place.exists():
         place = place.parent
-    return checkpoint_bytes(run, costs), kept, shutil.disk_usage(place).free
+    states = len(OPTIMIZERS[run.config.optim.name].states)
+    one = checkpoint_bytes(costs["parameters"], costs["fixed_parameters"], states, run.config.ema.decay > 0)
+    return one, kept, shutil.disk_usage(place).free
 
 
 def _disk_rows(run: ResolvedRun, costs: Costs) -> list[tuple[str, str]]:

@@ -24,7 +24,7 @@ from launch.record.differ import differing
 from launch.record.machine import machine_facts
 from launch.run.config import RunConfig
 from setformer_dist.core import config as base
-from setformer_dist.core import revisions
+from setformer_dist.core import ledger, revisions
 from setformer_dist.core.errors import ConfigError, TransientError
 from setformer_dist.core.files import read_state, write_state
 from setformer_dist.core.logging_config import FILE, LOOPBACK, endpoint_of
@@ -85,15 +85,16 @@ class Repetition:
             ranks: of the new run.
             hosts: ranks by host; empty for this machine alone. Of other machines no devices are known yet.
         """
-        head = f"repeating {self.source} as {self.config.folder}"
+        head, changed = f"repeating {self.source} as {self.config.folder}", _changed_in(self.source)
         if self.record is None:
-            return [f"{head}: it has no record of its versions and machines, so what differs now is not known"]
+            why = "it has no record of its versions and machines, so what differs now is not known"
+            return [f"{head}: {why}", *changed]
         alike = {key: value for key, value in machine_facts().items() if key in ("versions", "code", "python")}
         now, _ = recorder.made(ranks, {name: (count, alike) for name, count in hosts.items()})
         lines = differing(self.record, now)
         if not lines:
-            return [f"{head}: versions, code and machine are as they were then"]
-        return [f"{head}; not as it was then:", *(f"  {line}" for line in lines)]
+            return [f"{head}: versions, code and machine are as they were then", *changed]
+        return [f"{head}; not as it was then:", *(f"  {line}" for line in lines), *changed]
 
 
 def repetition(source: Path, overrides: Sequence[str]) -> Repetition:
@@ -157,6 +158,24 @@ def check_trusted(repeated: Repetition, overrides: Sequence[str], hosts: Sequenc
             f"--from {repeated.source}: its files name code, hosts or addresses, which are used only if you say so: "
             f"{'; '.join(named)}: read them, then add --trust, or give values of your own"
         )
+
+
+def _changed_in(folder: Path) -> list[str]:
+    """Return one line per key that a run changed on its way (checkpoint.allow_changes); its config has the last value.
+
+    Args:
+        folder: of the run.
+    """
+    try:
+        events = [event for event in ledger.read_events(folder) if event["event"] == "changed"]
+    except OSError:
+        return []
+    first: dict[str, object] = {}
+    for event in events:
+        first.setdefault(str(event.get("key")), event.get("there"))
+    return [
+        f"  {key} was {_short(was)} at first and changed on the way: here it is one value" for key, was in first.items()
+    ]
 
 
 def _outside(config: RunConfig) -> Iterator[tuple[str, object]]:

@@ -23,6 +23,7 @@ from deepspeed import comm
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups
 
+from setformer_dist.core.errors import ConfigError
 from setformer_dist.engine.protocol import Engine
 from setformer_dist.engine.zero import OVERLAPPED
 
@@ -125,10 +126,10 @@ class Reduction:
         index = self._bucket[weight]
         self._missing[index] -= 1
         if self._missing[index] < 0:
-            raise RuntimeError(
-                "a weight got a second gradient in one backward pass, as reentrant checkpoints give, and the first may "
-                "be reduced by now: only zero.stage = 0 or 1 with zero.overlap_comm = false adds them. Or the last "
-                "backward pass failed: this engine cannot go on"
+            raise ConfigError(
+                "a weight got a second gradient in one backward pass, as those that several reentrant checkpoints use, "
+                "and the first may be reduced by now: use checkpoint(..., use_reentrant=False), or zero.stage = 0 or 1 "
+                "with zero.overlap_comm = false. Or the last backward pass failed, and this engine cannot go on"
             )
         while self._next < len(self._buckets) and not self._missing[self._next]:
             self._begin()

@@ -337,6 +337,8 @@ class Trainer:
         if saved is not None:
             self._take_over(saved)
             check_within(self._state.step, self._total_steps, saved.path)
+            if self._state.step == self._total_steps and not saved.metrics:  # the end came here by another schedule
+                self._state.evaluation_owed = True
             if self._state.step != saved.step:
                 c.guard.forget()
                 self._save_renumbered(saved)

@@ -21,6 +21,23 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+def fixed_parameters(model: nn.Module) -> int:
+    """Return the number of parameters that do not train."""
+    return sum(p.numel() for p in model.parameters() if not p.requires_grad)
+
+
+def checkpoint_bytes(trained: int, fixed: int, states: int, ema: bool) -> int:
+    """Return what a checkpoint takes: in fp32 all parameters, their average if there is one, and optimizer states.
+
+    Args:
+        trained: parameters that train.
+        fixed: parameters that do not.
+        states: what the optimizer keeps of each element that trains.
+        ema: whether an average of the weights is kept.
+    """
+    return 4 * ((trained + fixed) * (1 + ema) + trained * states)
+
+
 def multiply_adds(model: nn.Module, height: int, width: int) -> int:
     """Return the multiply-adds of one image's forward pass: matrix products and convolutions."""
     return multiply_adds_of(model, (3, height, width))
@@ -189,9 +206,8 @@ def predict_memory(
         states,
         bucket_bytes,
     )
-    fixed = sum(p.numel() for p in model.parameters() if not p.requires_grad) * dtype.itemsize  # no masters of these
-    weights = memory.parameters + (-(-fixed // world_size) if stage == 3 else fixed)
-    return dataclasses.replace(memory, parameters=weights, host=memory.host + passes.host)
+    memory = dataclasses.replace(memory, host=memory.host + passes.host)
+    return with_fixed(memory, fixed_parameters(model), dtype, stage, world_size, ema, offload)
 
 
 def memory_of(
@@ -229,6 +245,23 @@ def memory_of(
     host = held + share(1) * dtype.itemsize * (1 + summed)
     on_device = gradients if stage == 1 or grad_dtype != dtype else 0
     return Memory(weights, on_device, 0, passes.kept, working, host)
+
+
+def with_fixed(
+    memory: Memory, fixed: int, dtype: torch.dtype, stage: int, world_size: int, ema: bool, offload: str = "none"
+) -> Memory:
+    """Return a rank's memory with that of `fixed` parameters that do not train besides those that do.
+
+    Rank 0 has the most: for checkpoints it keeps them in fp32, where the weights are of low precision or cut by ZeRO-3,
+    and their average.
+    """
+    part = -(-fixed // world_size) * dtype.itemsize
+    host = part if stage == 3 and offload == "all" else 0
+    weights = part - host + fixed * dtype.itemsize if stage == 3 else fixed * dtype.itemsize
+    copies = 4 * fixed * ((stage == 3 or dtype != torch.float32) + ema)
+    return dataclasses.replace(
+        memory, parameters=memory.parameters + weights, masters=memory.masters + copies, host=memory.host + host
+    )
 
 
 def _working(

@@ -10,9 +10,11 @@ from unittest import mock
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.measure import Kernels
 from launch.testing.ranks import run_ranks
+from setformer_dist.core.errors import ConfigError
 from setformer_dist.engine import fused_update, reduction
 from setformer_dist.engine.comm import disconnect
 from setformer_dist.tasks.classification import soft_cross_entropy
@@ -56,6 +58,18 @@ class Partly(torch.nn.Module):
         for layer in self.inner:
             x = x + torch.nn.functional.gelu(layer(x))
         return self.last(x * self.scale)
+
+
+class Reentrant(torch.nn.Module):
+    """A layer that is computed again in the backward pass, which runs one of its own for it."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = checkpoint(self.layer, x, use_reentrant=True)
+        return found
 
 
 class Shift(torch.nn.Module):
@@ -265,6 +279,29 @@ def test_weights_that_some_ranks_use_alone(overlap: bool) -> None:
     for whole, *parts in run_ranks(used_by_some, 2, overlap, timeout=120):
         for part in parts:
             assert part == pytest.approx(whole, abs=1e-6)
+
+
+def twice_by_checkpoints(overlap: bool) -> str:
+    """Return how a step ends in which two reentrant checkpoints use one layer."""
+    module = Partly()
+    inner = module.inner[0]
+    module.inner = torch.nn.ModuleList(Reentrant(inner) for _ in range(2))
+    real = reduction.buckets_of
+    with mock.patch.object(reduction, "buckets_of", lambda parameters, _: real(parameters, 100)):
+        trainee = workers.Trainee(0, "fp32", module=module, overlap=overlap)
+    try:
+        trainee.step(0)
+    except ConfigError as error:
+        return str(error)
+    finally:
+        disconnect()
+    return "done"
+
+
+def test_weights_of_several_reentrant_checkpoints() -> None:
+    assert run_ranks(twice_by_checkpoints, 2, False) == ["done", "done"]
+    for said in run_ranks(twice_by_checkpoints, 2, True):
+        assert "use_reentrant=False" in said
 
 
 @pytest.mark.parametrize("stage", [0, 1])

@@ -125,6 +125,9 @@ def test_a_run_that_is_done_is_made_longer_bit_by_bit(digits: Path, tmp_path: Pa
     for state in wanted.states():
         theirs = wanted.read_full(state)
         assert all(tensor.equal(theirs[name]) for name, tensor in found.read_full(state).items()), state
+    again = setformer("train", "--from", str(run), "--ranks", "1")
+    assert again.code == 0, again.err
+    assert "schedule.epochs was 1 at first and changed on the way" in again.err + again.out
     shorter = setformer(*train_words(digits, tmp_path, *steady, 'checkpoint.allow_changes=["schedule"]', ranks=1))
     assert shorter.code != 0
     assert "is at step 44, and the run now ends at step 22" in shorter.err
@@ -133,3 +136,16 @@ def test_a_run_that_is_done_is_made_longer_bit_by_bit(digits: Path, tmp_path: Pa
         *train_words(digits, tmp_path, *steady, 'checkpoint.allow_changes=["schedule"]', ranks=1), "--dry-run"
     )
     assert "is at step 44, and the run now ends at step 22" in dry.err
+
+
+def test_a_run_that_is_made_shorter_is_evaluated_at_its_end(digits: Path, tmp_path: Path) -> None:
+    words = ("schedule.name=constant", 'checkpoint.allow_changes=["schedule"]', "~schedule.epochs")
+    whole = setformer(*train_words(digits, tmp_path, *words, "schedule.steps=8", ranks=1))
+    assert whole.code == 0, whole.err
+    run = tmp_path / "demo"
+    shutil.rmtree(run / "checkpoints" / "step-00000008")
+    ended = setformer(*train_words(digits, tmp_path, *words, "schedule.steps=5", ranks=1))
+    assert ended.code == 0, ended.err
+    assert open_checkpoint(run).step == 5
+    assert "top1" in open_checkpoint(run).metrics
+    assert json.loads((run / "summary.json").read_text())["evaluation"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,21 @@ def test_a_dry_run_counts_what_trains(digits: Path) -> None:
     assert whole.code == part.code == 0, part.err
     shown = [next(line for line in ended.out.splitlines() if "parameters" in line) for ended in (whole, part)]
     assert shown[0] != shown[1]
+    assert "that do not train" in shown[1]
+    for asked in (words, ["train", DEMO, "data.root=nowhere", "--dry-run"]):  # without data as well
+        refused = setformer(*asked, "model.freeze=['body.']")
+        assert "no parameter's name begins with 'body.'" in refused.err
+
+
+def test_a_predicted_checkpoint_has_what_does_not_train(digits: Path, tmp_path: Path) -> None:
+    words = train_words(digits, tmp_path, 'model.freeze=["stem.", "stages."]', ranks=1)
+    dry = setformer(*words, "--dry-run")
+    predicted = re.search(r"checkpoints +([\d.]+) MiB each", dry.out)
+    assert predicted is not None, dry.out + dry.err
+    assert setformer(*words).code == 0
+    folder = open_checkpoint(tmp_path / "demo").path
+    written = sum(path.stat().st_size for path in folder.rglob("*") if path.suffix not in (".json", ".md"))
+    assert float(predicted[1]) == pytest.approx(written / 2**20, rel=0.02, abs=0.05)
 
 
 def test_refreshed_sets_must_train(digits: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.model_config import ModelConfig
 from setformer_dist.core.terminal import open_console
 from setformer_dist.models.build import build_model
-from setformer_dist.models.measure import Activations, measure_activations, memory_of, parameters
+from setformer_dist.models.measure import Activations, Memory, measure_activations, memory_of, parameters, with_fixed
 
 CONFIG = Path("configs/runs/demo.toml")
 H100 = Cluster(DEVICES["h100"], 8, 2 * GB, 50_000, 180)
@@ -122,6 +122,21 @@ def test_traffic_of_the_stages_by_hand() -> None:
         ("all_gather", 2 * (12 + 8)),
         ("reduce_scatter", 3 * 2 * (150_000 + 12 + 8)),
     ]
+
+
+def test_what_does_not_train_is_gathered_and_takes_memory_all_the_same() -> None:
+    model = Model(((11,),), 2, 100_000, fixed=(150_000, 5))
+    assert traffic(model, 0, 4, 3) == (Transfer("all_reduce", 22, 1, "gradients"),)
+    assert traffic(model, 3, 4, 3)[0] == Transfer("all_gather", 3 * 2 * 150_000, 3, "weights")
+    fixed, world, nothing = 1_000, 4, Memory(0, 0, 0, 0, 0)
+    for stage, dtype, offload, weights, copies, host in [
+        (0, torch.float32, "none", 4, 4, 0),  # the average
+        (2, torch.bfloat16, "none", 2, 8, 0),  # and fp32 beside bf16
+        (3, torch.float32, "none", 5, 8, 0),  # a part, and all at once; a whole copy
+        (3, torch.bfloat16, "all", 2, 8, 0.5),
+    ]:
+        found = with_fixed(nothing, fixed, dtype, stage, world, ema=True, offload=offload)
+        assert (found.parameters, found.masters, found.host) == (fixed * weights, fixed * copies, fixed * host)
 
 
 def test_weights_too_far_from_their_next_use_are_gathered_twice() -> None:
