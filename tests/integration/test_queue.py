@@ -186,7 +186,7 @@ def test_a_database_that_is_lost_and_comes_back_loses_and_doubles_no_job(
     server: Postgres, make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     place = make(2, url=server.url)
-    first, second = place.submit("one", "1", "schedule.steps=60"), place.submit("two")
+    first, second = place.submit("one", "1", "schedule.steps=300"), place.submit("two")
     place.until(lambda: place.step("one") > 2)
     for at, immediately in enumerate((True, False, True)):
         server.stop(immediately)
