@@ -155,8 +155,10 @@ def check_unchanged(model: nn.Module, name: str, batch: torch.Tensor) -> Any:
         try:
             with torch.no_grad():
                 made = model.eval()(batch[:1].clone())
-            model.train()(batch.clone())  # with gradients: some change their state only then
-            _run_with_others(model, batch.clone())
+            # With gradients, as some change their state only then; without what a backward pass would need of memory.
+            with torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing):
+                model.train()(batch.clone())
+                _run_with_others(model, batch.clone())
         except Exception as error:
             why = " ".join(f"{type(error).__name__}: {error}".split())
             raise ConfigError(
