@@ -14,6 +14,7 @@ DeepSpeed does it where a run asks for something else: offload, or keys of its o
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -71,7 +72,7 @@ def _are(owner: Any, usual: Mapping[str, object]) -> bool:
     return all(getattr(owner, name) == value for name, value in usual.items())
 
 
-class Reduction:
+class Reduction(ABC):
     """Gradients of one engine on their way to the ranks that keep them.
 
     Buckets are fixed: weights from the model's last to its first, as their gradients come. Ranks reduce them in this
@@ -102,13 +103,13 @@ class Reduction:
         weights: list[Any] = list(self._bucket)
         return [weight.register_post_accumulate_grad_hook(self._take) for weight in weights]
 
+    @abstractmethod
     def _now(self) -> bool:
         """Return whether gradients of this backward pass are reduced."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _keep(self, weights: Sequence[torch.Tensor], means: Sequence[torch.Tensor]) -> None:
         """Put what this rank keeps of means, which have the weights' shapes, where it belongs."""
-        raise NotImplementedError
 
     def _reduce_the_rest(self) -> None:
         """Reduce what is left after a backward pass."""
