@@ -142,6 +142,9 @@ def train(
     wait: WaitOption = False,
     port: Annotated[int | None, typer.Option(help="Port of rank 0; by default a free one.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print config and predicted costs, then stop.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="With --dry-run: print every key and DeepSpeed's config.")
+    ] = False,
     grace: GraceOption = 60.0,
     restarts: RestartsOption = None,
     source: FromOption = None,
@@ -170,6 +173,8 @@ def train(
     `deepspeed --num_accelerators 2 --module launch.entry configs/runs/demo.toml data.root=data/digits`.
     """
     _refuse_other_launchers()
+    if full and not dry_run:
+        raise LaunchError("--full says how much --dry-run prints: add --dry-run, or leave --full out")
     share = _Share(ranks_per_node, tuple(parse_hosts(ray_nodes, "--ray-nodes")) if ray_nodes else (), wait)
     asked = (share.ranks(ranks), hosts, hostfile, include, exclude)
     _check_ray(ray, share, hosts or hostfile or include or exclude or via)
@@ -180,7 +185,7 @@ def train(
         from launch.run import dry_run as predicted
 
         elsewhere = began.specs or via or began.via
-        predicted.dry_run(run, open_console(), None if elsewhere else began.world_size)
+        predicted.dry_run(run, open_console(), None if elsewhere else began.world_size, full)
         return
     check_folder(run)
     if not began.specs and not (via or began.via):  # else it is reached from another machine

@@ -233,8 +233,10 @@ class RunConfig(FrozenConfig):
         "lr_schedule": "schedule.name",
         "log_wandb": "logging.wandb.project",
         "wandb_project": "logging.wandb.project",
-        "patience_epochs": "no run ends early; checkpoint.keep_best keeps its best checkpoint",
-        "patience": "no run ends early; checkpoint.keep_best keeps its best checkpoint",
+        "patience_epochs": "eval.patience",
+        "patience": "eval.patience",
+        "early_stopping": "eval.patience",
+        "early_stopping_patience": "eval.patience",
         "freeze": "model.freeze",
         "freeze_layers": "model.freeze",
         "max_duration": "schedule.epochs",
@@ -289,6 +291,7 @@ class RunConfig(FrozenConfig):
             raise ValueError(
                 f"checkpoint.best_metric = {self.checkpoint.best_metric!r} needs averaged weights: set ema.decay"
             )
+        self._check_patience()
         self._check_probe()
         self._check_compile()
         if (parts := self.parallel.sequence) > 1:
@@ -342,6 +345,14 @@ class RunConfig(FrozenConfig):
             raise ValueError(
                 f"compile.limit_s = {how.limit_s:g} s must be below restart.start_after_s = "
                 f"{self.restart.start_after_s:g} s, after which a rank without a step counts as hung"
+            )
+
+    def _check_patience(self) -> None:
+        every = self.eval
+        if every.patience and not (every.every_epochs or every.every_steps or every.probe.every_epochs):
+            raise ValueError(
+                "eval.patience counts evaluations, and there is none before the end of the run: set eval.every_epochs "
+                "or eval.every_steps"
             )
 
     def _check_probe(self) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -45,7 +46,7 @@ from setformer_dist.core.batch import TrainStream
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.ranks import RankInfo
-from setformer_dist.core.secrets import redacted
+from setformer_dist.core.secrets import redacted, redacted_json
 from setformer_dist.core.terminal import open_table, print_heading
 from setformer_dist.engine.optim import OPTIMIZERS
 from setformer_dist.engine.refresh import check_possible
@@ -215,13 +216,23 @@ def _assumed(run: ResolvedRun) -> _Known:
     return _Known(model, shape, None, tuple(_recomputed(run, model, shape, None)))
 
 
-def dry_run(run: ResolvedRun, console: Console, local_ranks: int | None = None) -> None:
-    """Print the resolved config, DeepSpeed's JSON, and the predicted costs.
+def _dotted(table: Mapping[str, object], before: str = "") -> Iterator[str]:
+    """Yield one line for each key of nested tables, as an override is written."""
+    for key, value in table.items():
+        if isinstance(value, dict) and value:
+            yield from _dotted(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key} = {json.dumps(value, ensure_ascii=False)}"
+
+
+def dry_run(run: ResolvedRun, console: Console, local_ranks: int | None = None, full: bool = False) -> None:
+    """Print the config and the predicted costs.
 
     Args:
         run: the run.
         console: where to print.
         local_ranks: those that this machine would have; None where others would train.
+        full: print every key and DeepSpeed's JSON; otherwise the keys that differ from their defaults.
 
     Raises:
         SetformerError: as the run would before its first step, after all that can be said was printed.
@@ -238,10 +249,15 @@ def dry_run(run: ResolvedRun, console: Console, local_ranks: int | None = None) 
             raise
         known, missing = _assumed(run), error
     costs = predict_costs(run, known)
-    print_heading(console, "resolved config")
-    console.print_json(json.dumps(run.as_json()))
-    print_heading(console, "DeepSpeed config")
-    console.print_json(json.dumps(run.deepspeed_json()))
+    if full:
+        print_heading(console, "resolved config")
+        console.print_json(json.dumps(run.as_json()))
+        print_heading(console, "DeepSpeed config")
+        console.print_json(json.dumps(run.deepspeed_json()))
+    else:
+        print_heading(console, "config, where it differs from the defaults (--full prints all of it)")
+        changed = redacted_json(run.config.model_dump(mode="json", exclude_defaults=True))
+        console.print("\n".join(_dotted(changed)), highlight=False, markup=False, soft_wrap=True)
     print_heading(console, "predicted")
     if missing is not None:
         console.print(

@@ -63,7 +63,7 @@ UNITS = {
     "refresh.every": _STEPS, "refresh.at_steps": _STEPS, "refresh.sample_steps": _STEPS, "refresh.samples": "tokens",
     "refresh.iterations": "rounds", "refresh.delay": _STEPS, "refresh.wait_s": _SECONDS,
     "eval.every_epochs": _EPOCHS, "eval.probe.every_epochs": _EPOCHS, "eval.probe.labels": _SHARE,
-    "eval.probe.neighbours": "samples", "eval.every_steps": _STEPS,
+    "eval.probe.neighbours": "samples", "eval.every_steps": _STEPS, "eval.patience": "evaluations",
     "checkpoint.every_steps": _STEPS, "checkpoint.keep_last": "checkpoints", "checkpoint.keep_every": _STEPS,
     "checkpoint.keep_best": "checkpoints", "checkpoint.max_in_flight": "checkpoints",
     "checkpoint.write_timeout_minutes": _MINUTES, "checkpoint.mirror_minutes": _MINUTES, "checkpoint.replicas": "hosts",

@@ -400,6 +400,8 @@ class EvalConfig(FrozenConfig):
     Attributes:
         every_epochs: epochs between two evaluations; 0 turns it off. The end of the run always evaluates.
         every_steps: optimizer steps between two further evaluations; 0 turns them off.
+        patience: evaluations in a row without a new best value of `checkpoint.best_metric`, after which the run ends
+            early; 0 never ends it. The same command continues the run with a larger value.
         marginal_error: also report the marginal error of the transport plans of SeT attention: the largest and the mean
             over blocks, heads and images of each rank's first micro batch. Needs a model with SeT attention.
         probe: scores of the features with the labels of data.
@@ -407,6 +409,7 @@ class EvalConfig(FrozenConfig):
 
     every_epochs: int = pydantic.Field(default=1, ge=0)
     every_steps: int = pydantic.Field(default=0, ge=0)
+    patience: int = pydantic.Field(default=0, ge=0)
     marginal_error: bool = False
     probe: ProbeConfig = ProbeConfig()
 

@@ -40,6 +40,10 @@ class Evaluation:
         own = (every_steps > 0 and step % every_steps == 0) or (every_epochs > 0 and step % every_epochs == 0)
         return own or (self._c.probe is not None and self._c.probe.due(step))
 
+    def out_of_patience(self, state: RunState) -> bool:
+        """Return whether so many evaluations in a row were no better that the run ends early; the same on all ranks."""
+        return 0 < self._config.patience <= state.since_best
+
     def run(self, state: RunState, stop: StopVote, progress: RunProgress) -> dict[str, float] | None:
         """Score the weights and their average; None if a signal came before the end, the same on all ranks."""
         with self._clock.section("evaluation"), progress.busy("evaluating"):

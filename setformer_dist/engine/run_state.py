@@ -72,7 +72,8 @@ class RunState:
     `seconds` is the wall time of the run over all its interruptions; `train_seconds` of that, spent on
     `train_steps` logged steps without evaluation and checkpoints. `pending_losses` are those of the steps since the
     last line of metrics, means over all ranks; `evaluation_owed` says that a stop came before the evaluation that
-    was due at this step. So a resumed run writes the lines that an uninterrupted one writes.
+    was due at this step. So a resumed run writes the lines that an uninterrupted one writes. `since_best` counts
+    the evaluations since the one that gave `best`.
     """
 
     step: int
@@ -84,6 +85,7 @@ class RunState:
     train_seconds: float = 0.0
     pending_losses: list[float] = field(default_factory=list)
     evaluation_owed: bool = False
+    since_best: int = 0
 
     def as_dict(self) -> dict[str, object]:
         """Return JSON."""
@@ -96,6 +98,7 @@ class RunState:
             "train_seconds": self.train_seconds,
             "pending_losses": self.pending_losses,
             "evaluation_owed": self.evaluation_owed,
+            "since_best": self.since_best,
         }
 
     def taken_back(self, step: int, run: dict[str, Any]) -> RunState:
@@ -105,17 +108,26 @@ class RunState:
             step: optimizer steps done, as this run counts them.
             run: what was saved; the best value counts if it is of this run's metric.
         """
-        best = self.best
-        if run["best"]["metric"] == best.metric:
-            best = Best(best.metric, best.mode, run["best"]["value"], run["best"]["step"])
-        return RunState(step, **{**run, "best": best})
+        best, was = self.best, run["best"]
+        if was["metric"] != best.metric:
+            return RunState(step, **{**run, "best": best, "since_best": 0})
+        return RunState(step, **{**run, "best": Best(best.metric, best.mode, was["value"], was["step"])})
 
-    def take_best(self, measured: dict[str, float]) -> bool:
-        """Note an evaluation's value of the watched metric if it is the best so far; return whether it is."""
+    def take_best(self, measured: dict[str, float], due: bool) -> bool:
+        """Note an evaluation's value of the watched metric if it is the best so far; return whether it is.
+
+        Args:
+            measured: by the evaluation; empty for none.
+            due: whether the config wants the evaluation at this step. Others, as at an early end, are not counted: a
+                run that goes on must count as one that did not end.
+        """
         value = measured.get(self.best.metric)
-        if value is None or not self.best.improved_by(value):
+        if value is None:
             return False
-        self.best = Best(self.best.metric, self.best.mode, value, self.step)
+        if not self.best.improved_by(value):
+            self.since_best += due
+            return False
+        self.best, self.since_best = Best(self.best.metric, self.best.mode, value, self.step), 0
         return True
 
 
@@ -125,7 +137,7 @@ class Outcome:
 
     Attributes:
         state: the run's state at the end.
-        signum: the signal that stopped it, or None when it ran to its end or a callback ended it early.
+        signum: the signal that stopped it, or None when it ran to its end or ended early (a callback, eval.patience).
         images_per_s: mean over the run's training steps, without evaluation and checkpoints.
     """
 

@@ -66,7 +66,7 @@ class Trainer:
         self._began = False
         self._say: Callable[[str], None] = log.info
         self._over = False
-        self._early = False  # whether a callback has ended the run before its last step
+        self._early = False  # whether the run ended before its last step: by a callback, or by eval.patience
 
     @property
     def began(self) -> bool:
@@ -165,14 +165,22 @@ class Trainer:
         if signum is not None:  # below the bar: it is the last that a user sees
             progress.say(f"stopped and saved at step {self._state.step}; the same command resumes from there")
         elif self._early:
-            name = c.callbacks.asks_to_stop  # "" where it is another rank's
-            asking = f"callback {name!r}" if name else "a callback"
-            progress.say(f"ended early and saved at step {self._state.step}: {asking} asked for it")
+            progress.say(f"ended early and saved at step {self._state.step}: {self._why_early()}")
         elif self._state.step < self._total_steps:
             signum = 0
         images = self._state.train_steps * c.plan.global_size
         speed = images / self._state.train_seconds if images else 0.0
         return Outcome(self._state, signum, speed)
+
+    def _why_early(self) -> str:
+        state = self._state
+        if self._evaluation.out_of_patience(state):
+            return (
+                f"{state.since_best} evaluations without a better {state.best.metric} than at step {state.best.step}; "
+                "the same command with a larger eval.patience continues"
+            )
+        name = self._c.callbacks.asks_to_stop  # "" where it is another rank's
+        return f"callback {name!r} asked for it" if name else "a callback asked for it"
 
     @contextlib.contextmanager
     def _telling_of_errors(self) -> Iterator[None]:
@@ -210,7 +218,7 @@ class Trainer:
     def _steps_until(self, last_step: int, stop: StopVote, progress: RunProgress) -> int | None:
         """Run the steps that are left up to one, over all rollbacks; return a signal that ended it."""
         signum = self._pay_owed_evaluation(stop, progress)
-        self._early = False
+        self._early = self._evaluation.out_of_patience(self._state) and self._state.step < self._total_steps
         while signum is None and not self._early and self._state.step < last_step:
             batches = self._c.stream.micro_batches(self._state.step)
             try:
@@ -298,8 +306,8 @@ class Trainer:
             measured = None if signum else self._evaluation.run(state, stop, progress)
             state.evaluation_owed = measured is None
             signum = signum or stop.now()
-            improved = state.take_best(measured or {})
-            last = last or stop.enough()
+            improved = state.take_best(measured or {}, self._evaluation.due(state.step))
+            last = last or stop.enough() or self._evaluation.out_of_patience(state)
         self._early = last and not signum and state.step < self._total_steps
         if last or signum or improved or self._c.store.due(state.step):
             self._save(measured or {})
@@ -316,9 +324,9 @@ class Trainer:
         if measured is None:
             return stop.now()
         state.evaluation_owed = False
-        state.take_best(measured)
+        state.take_best(measured, self._evaluation.due(state.step))
         self._save(measured, replace=True)
-        if state.step == self._total_steps:
+        if state.step == self._total_steps or self._evaluation.out_of_patience(state):
             self._finish_saving()
         return None
 
