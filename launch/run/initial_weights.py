@@ -1,8 +1,8 @@
 """Weights that a new run begins with, for fine-tuning: `model.weights = "PATH"`, `model.skip = ["head."]`.
 
 PATH is a checkpoint of ours (a run's folder, its checkpoints, one step), verified before it is read, or a .safetensors
-file as `setformer ckpt export` and timm write it, or a model of a hub ("hf-hub:timm/vit_small_patch16_224.dino"). What
-does not fit a file's names and shapes is adapted by timm's rules (timm_weights.py). A classifier of another number of
+file as `setformer ckpt export` and timm write it, or a model of a hub ("hf-hub:timm/vit_small_patch16_224.dino").
+Weights whose names and shapes do not fit are adapted by timm's rules (timm_weights.py). A classifier of another number of
 classes is left as it is drawn, wherever it comes from; what is said of the weights names it. Only parameters are taken:
 the optimizer, the schedule, the samples and the average begin again, the average with these weights. A run that resumes
 from a checkpoint of its own does not look at PATH any more, nor does anything that reads that checkpoint.
@@ -11,11 +11,13 @@ from a checkpoint of its own does not look at PATH any more, nor does anything t
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -46,7 +48,7 @@ class _Source:
         facts: what must be the same for all ranks; JSON-able.
         shapes: of all that is in it.
         fill: fills fragments of state "param".
-        file: where a .safetensors file is read, which can be adapted.
+        tensors: reads all of it, to adapt it.
         choices: what the weights were trained with (core/revisions.py), as far as it is known.
         encoder: what the names of an encoder begin with that was pretrained within a larger model; "" for a model.
     """
@@ -55,7 +57,7 @@ class _Source:
     facts: list[object]
     shapes: Mapping[str, tuple[int, ...]]
     fill: Callable[[list[Fragment]], None]
-    file: Path | None = None
+    tensors: Callable[[], Mapping[str, torch.Tensor]]
     choices: Mapping[revisions.Revision, str] = dataclasses.field(default_factory=dict)
     encoder: str = ""
 
@@ -69,7 +71,7 @@ class FirstWeights:
         shapes: of the model's parameters.
         buffers: names of the model's buffers, which exported files hold too: constants of the architecture.
         comm: all ranks must read the same.
-        arguments: of `timm.create_model`, with which files that do not fit are adapted; None adapts none.
+        arguments: of `timm.create_model`, with which weights that do not fit are adapted; None adapts none.
     """
 
     config: ModelConfig
@@ -108,13 +110,10 @@ class FirstWeights:
         source, new, notes = self._encoder_alone(source)
         self._check_skip(source)
         faults = {name: fault for name, fault in self._faults(source).items() if name not in new}
-        if faults and source.file is not None and self.arguments is not None:
-            source, drawn, more = self._adapted(source, source.file, faults)
+        drawn = new | self._other_classifier(source, faults)
+        if faults := {name: fault for name, fault in faults.items() if name not in drawn}:
+            source, drawn, more = self._adapted(source, drawn, faults)
             notes += more
-        else:
-            drawn = new | self._other_classifier(source, faults)
-            if faults := {name: fault for name, fault in faults.items() if name not in drawn}:
-                raise CheckpointError(self._refusal(source, faults))
         left = drawn | {name for name in self.shapes if name.startswith(self.config.skip or ())}
         if len(left) == len(self.shapes):
             raise ConfigError(
@@ -138,10 +137,13 @@ class FirstWeights:
         def fill(fragments: list[Fragment]) -> None:
             source.fill([dataclasses.replace(f, name=f"{prefix}{f.name}") for f in fragments])
 
+        def tensors() -> Mapping[str, torch.Tensor]:
+            return {n.removeprefix(prefix): t for n, t in source.tensors().items() if n.startswith(prefix)}
+
         new = {name for name in self.shapes if name.startswith(_HEAD) and name not in shapes}
         count = len(source.shapes) - len(shapes)
         note = f"of its pretraining, {counted(count, 'parameter')} besides the encoder's are left out"
-        return dataclasses.replace(source, shapes=shapes, fill=fill), new, [note]
+        return dataclasses.replace(source, shapes=shapes, fill=fill, tensors=tensors), new, [note]
 
     def _check_choices(self, source: _Source) -> None:
         for revision, ours in revisions.choices_of(self.config.model_dump()).items():
@@ -178,14 +180,25 @@ class FirstWeights:
         mine = {name: self.shapes[name] for name in faults if name in self.shapes and name.startswith(heads)}
         return {name for name, shape in mine.items() if source.shapes.get(name, shape)[1:] == shape[1:]}
 
-    def _adapted(self, source: _Source, file: Path, faults: dict[str, str]) -> tuple[_Source, set[str], list[str]]:
-        """Return the file's weights adapted by timm's rules, what these leave as drawn, and what is to be said."""
+    def _adapted(self, source: _Source, free: set[str], faults: dict[str, str]) -> tuple[_Source, set[str], list[str]]:
+        """Return the weights adapted by timm's rules, what these leave as drawn, and what is to be said.
+
+        Args:
+            source: of the weights.
+            free: names of parameters that may be left as drawn.
+            faults: what does not fit.
+
+        Raises:
+            CheckpointError: there are no rules for this model, or they do not make the weights fit.
+        """
+        if self.arguments is None:
+            raise CheckpointError(self._refusal(source, faults))
         try:
-            found = adapted(file, self.config.name, self.arguments or {})
+            found = adapted(source.tensors(), self.config.name, self.arguments)
         except CheckpointError as error:
             raise CheckpointError(f"{self._refusal(source, faults)} (timm's rules: {error})") from None
         drawn = {name for name in found.drawn if name in self.shapes}
-        missing = {n: faults.get(n, f"{n} is not in it") for n in drawn if not n.startswith(found.classifier)}
+        missing = {n: faults.get(n, f"{n} is not in it") for n in drawn - free if not n.startswith(found.classifier)}
         missing = {name: fault for name, fault in missing.items() if not name.startswith(self.config.skip or ())}
         if missing:
             raise CheckpointError(self._refusal(source, missing))
@@ -196,7 +209,7 @@ class FirstWeights:
         ]
         notes = ["resized by timm's rules: " + ", ".join(changed[:_NAMED])] if changed else []
         if found.unused:
-            notes.append(f"{len(found.unused)} tensors of the file have no place in the model: {found.unused[0]} …")
+            notes.append(f"{len(found.unused)} tensors have no place in the model: {found.unused[0]} …")
         return dataclasses.replace(source, fill=_filler(found)), drawn, notes
 
     def _refusal(self, source: _Source, faults: Mapping[str, str]) -> str:
@@ -272,7 +285,8 @@ def _of_checkpoint(checkpoint: Checkpoint) -> _Source:
     task = _table(config, "task").get("name") if isinstance(config, dict) else None
     encoder = ENCODER if task in TASKS_OF_HIDDEN else ""
     name = f"{kind} of {checkpoint.path}"
-    return _Source(name, facts, checkpoint.parameters(), fill, choices=choices, encoder=encoder)
+    tensors = functools.partial(checkpoint.read_full, "ema" if averaged else "param")
+    return _Source(name, facts, checkpoint.parameters(), fill, tensors, choices, encoder)
 
 
 def _of_file(path: Path) -> _Source:
@@ -287,4 +301,6 @@ def _of_file(path: Path) -> _Source:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"model.weights = {path} is not a complete .safetensors file: {error}") from None
-    return _Source(f"the weights of {path}", [path.stat().st_size, sorted(shapes)], shapes, fill, file=path)
+    facts: list[object] = [path.stat().st_size, sorted(shapes)]
+    tensors = functools.partial(safetensors.torch.load_file, path)
+    return _Source(f"the weights of {path}", facts, shapes, fill, tensors)

@@ -2,7 +2,7 @@
 
 timm resizes position embeddings, adapts patch kernels, renames what older versions called otherwise, and leaves out a
 classifier of another number of classes. It does so while it builds a pretrained model, so one is built and its
-parameters are taken. Only .safetensors files get here; timm reads no file itself.
+parameters are taken. timm reads no file itself: it gets tensors.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
-import safetensors.torch
 import timm
 import torch
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
@@ -29,9 +28,9 @@ class Adapted:
 
     Attributes:
         tensors: of the whole model, by name.
-        drawn: names of those that the file does not hold: timm's rules leave them as they are drawn.
+        drawn: names of those that the weights do not hold: timm's rules leave them as they are drawn.
         classifier: beginnings of the names of the classifier's parameters.
-        unused: names in the file that the model has not.
+        unused: names of the weights that the model has not.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -47,18 +46,17 @@ def classifiers_of(name: str) -> tuple[str, ...]:
     return (found,) if isinstance(found, str) else tuple(found or ())
 
 
-def adapted(path: Path, name: str, arguments: Mapping[str, object]) -> Adapted:
-    """Return the file's weights as the model `name` with these arguments takes them.
+def adapted(tensors: Mapping[str, torch.Tensor], name: str, arguments: Mapping[str, object]) -> Adapted:
+    """Return weights as the model `name` with these arguments takes them.
 
     Args:
-        path: a .safetensors file.
+        tensors: the weights, by name.
         name: of the architecture.
         arguments: of `timm.create_model`, num_classes among them.
 
     Raises:
-        CheckpointError: timm cannot adapt them.
+        CheckpointError: timm cannot adapt them, or the function that makes the model is not timm's and takes none.
     """
-    tensors = safetensors.torch.load_file(path)
     names = frozenset(tensors)
     classifiers = classifiers_of(name)
     heads = {f"{classifier}.{kind}" for classifier in classifiers for kind in ("weight", "bias")}
@@ -66,7 +64,7 @@ def adapted(path: Path, name: str, arguments: Mapping[str, object]) -> Adapted:
     classes = 0 if weight is None else len(weight)
     dropped = heads if classes != arguments["num_classes"] else set()
     overlay = {
-        "state_dict": tensors,
+        "state_dict": dict(tensors),
         "num_classes": classes,
         "label_offset": 0,
         "custom_load": False,
@@ -81,9 +79,18 @@ def adapted(path: Path, name: str, arguments: Mapping[str, object]) -> Adapted:
         except (RuntimeError, KeyError, ValueError, AssertionError) as error:
             raise CheckpointError(_first_line(error)) from None
     found = model.state_dict()
-    drawn = frozenset(n for n in found if n in dropped or (n not in names and torch.equal(found[n], fresh[n])))
+    untouched = {n for n in found if torch.equal(found[n], fresh[n])}
+    parameters = {n for n, _ in model.named_parameters()}
+    refused = sorted(n for n in untouched & names & parameters - dropped if not _same(tensors[n], found[n]))
+    if refused:
+        raise CheckpointError(f"model {name} takes no notice of pretrained weights, such as {refused[0]}")
+    drawn = frozenset(dropped & found.keys() | untouched - names)
     unused = sorted(names - found.keys() - heads)
     return Adapted(found, drawn, tuple(f"{c}." for c in classifiers), tuple(unused))
+
+
+def _same(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    return tensor.shape == other.shape and torch.equal(tensor.to(other.dtype), other)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,12 +1,18 @@
 """Fine-tuning weights in timm's layout: local files, a hub's cache, pickles that must be converted first."""
 
 from pathlib import Path
+from typing import cast
 
 import pytest
 import safetensors.torch
 import timm
 import torch
+from timm.models import register_model
+from torch import nn
 
+from checkpoints.config import CheckpointConfig
+from checkpoints.identity import Identity
+from checkpoints.manager import CheckpointManager
 from launch.run.initial_weights import FirstWeights
 from launch.run.timm_weights import adapted
 from launch.testing.commands import setformer, train_words
@@ -14,6 +20,7 @@ from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import CheckpointError
 from setformer_dist.core.fragments import Fragment
 from setformer_dist.core.model_config import ModelConfig
+from setformer_dist.core.store import Snapshot
 from setformer_dist.models.build import build_model, timm_arguments
 
 NAME = "vit_tiny_patch16_224"
@@ -76,8 +83,56 @@ def test_names_that_only_the_file_has_are_reported(pretrained: Path, tmp_path: P
     table = {**safetensors.torch.load_file(pretrained), "extra.weight": torch.ones(2)}
     safetensors.torch.save_file(table, tmp_path / "more.safetensors")
     report, _ = fill(ModelConfig(name=NAME, weights=str(tmp_path / "more.safetensors")), 10, 64)
-    assert "1 tensors of the file have no place in the model: extra.weight" in report
-    assert adapted(pretrained, NAME, {"num_classes": 10, "img_size": 64}).unused == ()
+    assert "1 tensors have no place in the model: extra.weight" in report
+    tensors = safetensors.torch.load_file(pretrained)
+    assert adapted(tensors, NAME, {"num_classes": 10, "img_size": 64}).unused == ()
+
+
+def test_a_runs_checkpoint_is_resized_as_its_export_is(pretrained: Path, tmp_path: Path) -> None:
+    tensors = safetensors.torch.load_file(pretrained)
+    held = [Fragment(n, "param", 0, tuple(t.shape), t.reshape(-1)) for n, t in tensors.items()]
+    state = Snapshot(7, held, {"run": {"evaluation": {}}}, {})
+    step = CheckpointManager(tmp_path, Alone(), CheckpointConfig()).save(state, Identity(model=NAME))
+    for classes in (10, 1000):
+        said, ours = fill(ModelConfig(name=NAME, weights=str(step)), classes, 64)
+        same, theirs = fill(ModelConfig(name=NAME, weights=str(pretrained)), classes, 64)
+        assert said.partition(":")[2] == same.partition(":")[2]
+        assert "pos_embed (1, 197, 192) → (1, 17, 192)" in said
+        assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+class Patches(nn.Module):
+    """A model of one's own whose position embedding has the size of the images."""
+
+    def __init__(self, num_classes: int, img_size: int) -> None:
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.randn(1, img_size, 4))
+        self.head = nn.Linear(4, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return cast("torch.Tensor", self.head((images.mean((1, 3)).unsqueeze(-1) + self.pos_embed).mean(1)))
+
+
+@register_model
+def patches_of_ones_own(pretrained: bool = False, num_classes: int = 10, img_size: int = 16, **_: object) -> Patches:
+    return Patches(num_classes, img_size)
+
+
+@pytest.mark.parametrize(("size", "classes"), [(32, 10), (16, 7), (32, 7)])
+def test_a_function_that_takes_no_weights_does_not_begin_with_random_ones(
+    tmp_path: Path, size: int, classes: int
+) -> None:
+    safetensors.torch.save_file(Patches(10, 16).state_dict(), tmp_path / "own.safetensors")
+    weights = str(tmp_path / "own.safetensors")
+    config = ModelConfig(name="patches_of_ones_own", args={"img_size": size}, weights=weights)
+    with pytest.raises(CheckpointError, match="takes no notice of pretrained weights") as refused:
+        fill(config, classes, size)
+    assert ("(10, 4) there" in str(refused.value)) == (classes != 10)
+    assert ("(1, 16, 4) there" in str(refused.value)) == (size != 16)
+    if size == 16:  # as the error says
+        report, ours = fill(config.model_copy(update={"skip": ("head.",)}), classes, size)
+        assert "1 of 3 parameters" in report
+        assert torch.equal(ours["pos_embed"], safetensors.torch.load_file(tmp_path / "own.safetensors")["pos_embed"])
 
 
 @pytest.mark.drill  # five cold starts
