@@ -10,10 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from checkpoints import layout
+from checkpoints.config import CheckpointConfig
 from checkpoints.manifest import Manifest
-from checkpoints.reader import checkpoints_folder, list_checkpoints, open_checkpoint
+from checkpoints.policy import best_first
+from checkpoints.reader import Entry, candidates, checkpoints_folder, list_checkpoints, open_checkpoint
+from launch.ckpt.prune import retention_of
 from launch.shown import cell
-from setformer_dist.core.errors import CheckpointError
+from setformer_dist.core import config as base
+from setformer_dist.core.errors import CheckpointError, ConfigError
 from setformer_dist.core.terminal import open_table
 from setformer_dist.core.words import counted
 
@@ -35,16 +39,28 @@ def list_folder(folder: Path, verify: bool, console: Console, as_json: bool = Fa
     if not entries:
         raise CheckpointError(f"{folder} holds no checkpoints: name a run's folder, such as runs/demo")
     faulty = sum(entry.fault is not None for entry in entries)
+    best = _best_of(root, entries)
     if as_json:
-        print(json.dumps([line_of(str(entry.path), entry.manifest, entry.fault) for entry in entries], indent=2))
+        lines = [{**line_of(str(e.path), e.manifest, e.fault), "best": e is best} for e in entries]
+        print(json.dumps(lines, indent=2))
         return faulty
     table = table_of_checkpoints()
     for entry in entries:
-        row_of(table, entry.path.name, entry.manifest, entry.fault, verify)
+        row_of(table, entry.path.name, entry.manifest, entry.fault, verify, entry is best)
     console.print(table)
     if aside := layout.put_aside(root):
         console.print(f"{len(aside)} that did not verify at a resume: {root / layout.ASIDE}", markup=False)
     return faulty
+
+
+def _best_of(root: Path, entries: list[Entry]) -> Entry | None:
+    """Return the best sound checkpoint by the run's `checkpoint.best_metric`, which `--best` takes."""
+    try:
+        config = base.build(CheckpointConfig, retention_of(root.parent), str(root.parent))
+    except ConfigError:  # a damaged config.json hides no checkpoint
+        return None
+    ranked = best_first(candidates([entry for entry in entries if entry.fault is None]), config)
+    return next((e for e in entries if ranked and e.manifest is not None and e.manifest.step == ranked[0].step), None)
 
 
 def table_of_checkpoints() -> Table:
@@ -52,11 +68,14 @@ def table_of_checkpoints() -> Table:
     return open_table("step", "written", "ranks", "ZeRO", "MiB", "metrics", "state")
 
 
-def row_of(table: Table, name: str, manifest: Manifest | None, fault: str | None, verified: bool) -> None:
+def row_of(
+    table: Table, name: str, manifest: Manifest | None, fault: str | None, verified: bool, best: bool = False
+) -> None:
     """Add the row of a checkpoint, or of the copy of one, to a table."""
     if manifest is None:
         table.add_row(cell(name), "", "", "", "", "", cell(fault, "red"))
         return
+    state = cell("verified", "green") if verified else cell("complete")
     metrics = " ".join(f"{name} {value:.4f}" for name, value in sorted(manifest.metrics.items()))
     table.add_row(
         str(manifest.step),
@@ -65,7 +84,7 @@ def row_of(table: Table, name: str, manifest: Manifest | None, fault: str | None
         str(manifest.identity.stage),
         f"{manifest.size / 2**20:.1f}",
         cell(metrics),
-        cell(fault, "red") if fault else cell("verified", "green") if verified else "complete",
+        cell(fault, "red") if fault else state.append(", best") if best else state,
     )
 
 

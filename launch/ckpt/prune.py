@@ -40,7 +40,7 @@ def prune(path: Path, changes: dict[str, int], dry_run: bool, console: Console) 
 
 
 def _prune(root: Path, path: Path, changes: dict[str, int], dry_run: bool, console: Console) -> None:
-    config = base.build(CheckpointConfig, {**_retention_of(root.parent), **changes}, str(path))
+    config = base.build(CheckpointConfig, {**retention_of(root.parent), **changes}, str(path))
     anchor = open_checkpoint(root)
     entries = list_checkpoints(root)
     going = steps_to_delete(candidates(entries), anchor.step, config)
@@ -56,7 +56,12 @@ def _prune(root: Path, path: Path, changes: dict[str, int], dry_run: bool, conso
     )
 
 
-def _retention_of(run_folder: Path) -> dict[str, object]:
+def retention_of(run_folder: Path) -> dict[str, object]:
+    """Return the table [checkpoint] of a run's config; {} where the folder has none.
+
+    Raises:
+        ConfigError: config.json is damaged.
+    """
     path = run_folder / "config.json"
     if not os.path.lexists(path):
         return {}

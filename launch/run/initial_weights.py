@@ -2,10 +2,10 @@
 
 PATH is a checkpoint of ours (a run's folder, its checkpoints, one step), verified before it is read, or a .safetensors
 file as `setformer ckpt export` and timm write it, or a model of a hub ("hf-hub:timm/vit_small_patch16_224.dino").
-Weights whose names and shapes do not fit are adapted by timm's rules (timm_weights.py). A classifier of another number of
-classes is left as it is drawn, wherever it comes from; what is said of the weights names it. Only parameters are taken:
-the optimizer, the schedule, the samples and the average begin again, the average with these weights. A run that resumes
-from a checkpoint of its own does not look at PATH any more, nor does anything that reads that checkpoint.
+Weights whose names and shapes do not fit are adapted by timm's rules (timm_weights.py). A classifier of another number
+of classes is left as it is drawn, wherever it comes from; what is said of the weights names it. Only parameters are
+taken: the optimizer, the schedule, the samples and the average begin again, the average with these weights. A run that
+resumes from a checkpoint of its own does not look at PATH any more, nor does anything that reads that checkpoint.
 """
 
 from __future__ import annotations

@@ -374,6 +374,8 @@ def test_show_ls_and_verify_of_a_run(trained, tmp_path):
     assert shown["trainer"]["stream"]["seed"] == 0
     listed = json.loads(run("ls", trained, "--verify", "--json").output)
     assert [entry["fault"] for entry in listed] == [None] * len(listed)
+    chosen = setformer("eval", str(trained), "--best", "--json")
+    assert [entry["path"] for entry in listed if entry["best"]] == [json.loads(chosen.out)["checkpoint"]], chosen.err
     copy = tmp_path / "demo"
     shutil.copytree(trained / "checkpoints", copy)
     assert run("verify", copy).exit_code == 0
@@ -384,6 +386,23 @@ def test_show_ls_and_verify_of_a_run(trained, tmp_path):
     broken = run("verify", copy)
     assert broken.exit_code == 4
     assert "is damaged" in broken.output.replace("\n", "")
+
+
+def test_the_best_is_listed_by_the_metric_of_the_run(tmp_path):
+    for step, top1 in ((1, 0.5), (2, 0.75), (3, 0.25)):
+        save(tmp_path / "checkpoints", step, top1=top1, w=torch.ones(4))
+
+    def best() -> list[int]:
+        return [entry["step"] for entry in json.loads(run("ls", tmp_path, "--json").output) if entry["best"]]
+
+    assert best() == [2]
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"checkpoint": {"best_mode": "min"}}))
+    assert best() == [3]
+    assert run("ls", tmp_path).output.count("best") == 1
+    for damaged in ("{", json.dumps({"checkpoint": {"no_such_key": 1}}), json.dumps({"checkpoint": []})):
+        config.write_text(damaged)
+        assert best() == []
 
 
 def test_diff_names_parameters_metrics_and_config(tmp_path):
