@@ -2,7 +2,7 @@
 
 DEST/model.safetensors   weights in fp32
 DEST/config.json         architecture, arguments, and timm's pretrained_cfg: size, mean, std, interpolation, crop,
-class names; `timm.create_model("local-dir:DEST", pretrained=True)` reads it
+class names; `timm.create_model("local-dir:DEST", pretrained=True)` reads it, and so does `launch.run.exported`
 DEST/README.md           a model card
 """
 
@@ -22,9 +22,10 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from dataloaders.config import DataConfig
+from launch.run.exported import OURS
 from launch.run.inputs import ImageInputs
 from launch.run.objective import encoder_of
-from launch.run.trained import Trained, load_trained
+from launch.run.trained import TrainedRun, load_trained
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.metric import Weights
 from setformer_dist.models.build import timm_arguments
@@ -120,7 +121,7 @@ def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found
 
 
-def _timm_config(trained: Trained, data: DataConfig) -> dict[str, object]:
+def _timm_config(trained: TrainedRun, data: DataConfig) -> dict[str, object]:
     """Return the config.json of timm's hub layout."""
     name = trained.config.model.name
     arguments = ImageInputs(data).model_arguments(trained.config.model, len(trained.task.outputs))
@@ -128,6 +129,9 @@ def _timm_config(trained: Trained, data: DataConfig) -> dict[str, object]:
     kept = default.to_dict() if default is not None else {}
     features = getattr(trained.model, "num_features", None)  # timm's models have it; a model of one's own may not
     same = ("first_conv", "classifier", "fixed_input_size", "pool_size")
+    ours: dict[str, object] = {"task": trained.config.task.model_dump(mode="json"), "pixels": data.pixels}
+    if trained.classes != tuple(trained.task.outputs):
+        ours["classes"] = list(trained.classes)
     return {
         "architecture": name.split(".")[0],
         "num_classes": len(trained.task.outputs),
@@ -145,6 +149,7 @@ def _timm_config(trained: Trained, data: DataConfig) -> dict[str, object]:
             "crop_mode": "center",
             "label_names": list(trained.task.outputs),
         },
+        OURS: ours,
     }
 
 
@@ -156,7 +161,7 @@ def _crop(data: DataConfig) -> float:
     return 1.0 if data.augment.crop == "pad" else data.eval_crop
 
 
-def _card(trained: Trained, dest: Path) -> str:
+def _card(trained: TrainedRun, dest: Path) -> str:
     checkpoint = trained.checkpoint
     few = 0 < len(trained.task.outputs) <= 1000
     return _CARD.format(
@@ -172,7 +177,7 @@ def _card(trained: Trained, dest: Path) -> str:
     )
 
 
-def _snippet(trained: Trained, dest: Path) -> str:
+def _snippet(trained: TrainedRun, dest: Path) -> str:
     """Return a program that loads what is exported, and classifies an image where there are any."""
     config, outputs = trained.config, len(trained.task.outputs)
     home = timm.models.model_entrypoint(config.model.name.split(".")[0]).__module__
@@ -189,7 +194,7 @@ def _snippet(trained: Trained, dest: Path) -> str:
     return template.format(register=register, name=config.model.name, arguments=words, folder=dest.name)
 
 
-def _metrics_of(trained: Trained) -> str:
+def _metrics_of(trained: TrainedRun) -> str:
     """Return the rows of the exported step's own metrics; an evaluation of an earlier step is said to be one."""
     checkpoint = trained.checkpoint
     if checkpoint.metrics:

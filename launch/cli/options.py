@@ -56,6 +56,15 @@ CheckpointPath = Annotated[
         help="A run folder, its checkpoints folder, or one step's folder.", show_default=False, callback=_local
     ),
 ]
+ModelPath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="model",
+        help="A run folder, its checkpoints folder, one step's folder, or an exported model.",
+        show_default=False,
+        callback=_local,
+    ),
+]
 StoredPath = Annotated[
     str,
     typer.Argument(

@@ -13,7 +13,7 @@ import typer
 
 from dataloaders.pixels.formats import IMAGE_SUFFIXES
 from launch.cli.bars import progress_bar
-from launch.cli.options import BestOption, CheckpointPath, ImportOption, WeightsOption
+from launch.cli.options import BestOption, ImportOption, ModelPath, WeightsOption
 from launch.run.own_code import bring
 from setformer_dist.core.errors import DataError
 from setformer_dist.core.metric import headline, weights_named
@@ -24,7 +24,7 @@ AsJsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON object
 
 
 def evaluate(
-    checkpoint: CheckpointPath,
+    checkpoint: ModelPath,
     data: Annotated[str | None, typer.Option(help="Folder of packed splits; by default the run's.")] = None,
     split: Annotated[str | None, typer.Option(help="Name of the split; by default the run's validation.")] = None,
     weights: WeightsOption = "auto",
@@ -33,7 +33,7 @@ def evaluate(
     as_json: AsJson = False,
     imports: ImportOption = None,
 ) -> None:
-    """Evaluate a checkpoint on a packed split.
+    """Evaluate a checkpoint, or an exported model, on a packed split.
 
     Examples:
 
@@ -42,16 +42,22 @@ def evaluate(
         setformer eval runs/demo --best --json
 
         setformer eval runs/demo/checkpoints/step-00000440 --data runs/demo-data --split val --weights ema
+
+        setformer eval exported --data runs/demo-data
     """
     from launch.run import trained as infer
+    from launch.run.exported import load_named
 
     bring(imports or ())
-    trained = infer.load_trained(checkpoint, weights_named(weights), best=best)
+    trained = load_named(checkpoint, weights_named(weights), best=best)
     opened = infer.open_named_split(trained, data, split)
+    if not trained.named:
+        said = "names no classes: its outputs are taken for the classes of the data, in their order"
+        print(plain(f"{trained.place} {said}"), file=sys.stderr)
     with progress_bar("opening the data", "evaluating") as steps:
         steps.start(opened.num_samples)
         result = infer.evaluate_checkpoint(trained, opened, batch, steps.advance)
-    place = str(trained.checkpoint.path)
+    place = str(trained.place)
     if as_json:
         about = {"checkpoint": place, "weights": trained.weights, "samples": result.samples}
         print(json.dumps({**about, "left_out": result.left_out, "metrics": result.figures}))
@@ -64,7 +70,7 @@ def evaluate(
 
 
 def probe_features(
-    checkpoint: CheckpointPath,
+    checkpoint: ModelPath,
     data: Annotated[str | None, typer.Option(help="Labelled data; by default the run's.")] = None,
     weights: WeightsOption = "auto",
     neighbours: Annotated[int, typer.Option(min=1, help="Number of nearest neighbours that vote.")] = 20,
@@ -82,22 +88,23 @@ def probe_features(
     """
     from launch.run import features
     from launch.run import trained as infer
+    from launch.run.exported import load_named
 
     bring(imports or ())
-    trained = infer.load_trained(checkpoint, weights_named(weights))
+    trained = load_named(checkpoint, weights_named(weights))
     train, val = (
         infer.open_named_split(trained, data, name) for name in (trained.config.data.train, trained.config.data.val)
     )
     found = features.probe(trained, train, val, batch, neighbours, labels, seed)
     print(
-        f"{trained.checkpoint.path} ({trained.weights} weights): linear {found.linear:.2%}, {neighbours} nearest "
+        f"{trained.place} ({trained.weights} weights): linear {found.linear:.2%}, {neighbours} nearest "
         f"neighbours {found.neighbours:.2%} on {found.scored} samples of {found.classes} classes, with the labels of "
         f"{found.trained_on}"
     )
 
 
 def predict(
-    checkpoint: CheckpointPath,
+    checkpoint: ModelPath,
     images: Annotated[
         list[Path], typer.Argument(help="Image files, and folders whose images are taken.", show_default=False)
     ],
@@ -116,9 +123,10 @@ def predict(
         setformer predict runs/demo some --best --json
     """
     from launch.run import trained as infer
+    from launch.run.exported import load_named
 
     bring(imports or ())
-    trained = infer.load_trained(checkpoint, weights_named(weights), best=best)
+    trained = load_named(checkpoint, weights_named(weights), best=best)
     failed: DataError | None = None
     for found in infer.predict(trained, _images_of(images), top):
         if isinstance(found, DataError):  # one bad image does not hide the others

@@ -27,4 +27,5 @@ session.py           one rank's part of a run, for launch.entry and for the libr
 store.py             which checkpoints a run may resume from, and what it adds to those that it writes
 timm_weights.py      weights in timm's layout for a model of another size or another number of classes
 trained.py           a trained checkpoint used by one process: eval, predict, the report's pictures
+exported.py          an exported model, ours or timm's, used likewise
 """

@@ -1,4 +1,4 @@
-"""The teacher of a run: a trained checkpoint, read as every other, whose weights are part of what the run is.
+"""The teacher of a run: a trained checkpoint or an exported model, whose weights are part of what the run is.
 
 Its folder may lie anywhere and move; a digest of its weights is in the run's checkpoints, and a run continues with the
 same weights or not at all. Nothing in a checkpoint names a teacher that is opened: the run's config does.
@@ -15,8 +15,9 @@ from torch import nn
 
 from dataloaders.config import DataConfig
 from launch.run.config import ResolvedRun
+from launch.run.exported import load_named
 from launch.run.inputs import check_shapes
-from launch.run.trained import Trained, load_trained
+from launch.run.trained import Trained
 from setformer_dist.core.comm import Collectives
 from setformer_dist.core.errors import CheckpointError, ConfigError, LaunchError
 from setformer_dist.core.task import Counted, Prepare, Task
@@ -35,7 +36,7 @@ def teacher_of(run: ResolvedRun, task: Task, input_spec: dict[str, object]) -> T
         input_spec: of the run's model.
 
     Raises:
-        CheckpointError: nothing there verifies, or it is no trained run.
+        CheckpointError: nothing there verifies, or it is neither a trained run nor an exported model.
         ConfigError: it does not fit the run.
     """
     config = run.config.distill
@@ -46,7 +47,7 @@ def teacher_of(run: ResolvedRun, task: Task, input_spec: dict[str, object]) -> T
             f"distill.teacher: task {task.name} has a loss of a sum and a count, which cannot be mixed with a "
             "teacher's: remove distill"
         )
-    trained = load_trained(Path(config.teacher), config.weights)
+    trained = load_named(Path(config.teacher), config.weights)
     _check_fits(run, task, input_spec, trained)
     return trained
 
@@ -58,12 +59,13 @@ def _check_fits(run: ResolvedRun, task: Task, input_spec: dict[str, object], tea
         ConfigError: naming what differs.
     """
     place, ours, theirs = run.config.distill.teacher, run.config.data, teacher.config.data
-    if teacher.task.outputs != task.outputs or teacher.task.exclusive != task.exclusive:
+    same = teacher.task.outputs == task.outputs if teacher.named else len(teacher.classes) == len(task.outputs)
+    if not same or teacher.task.exclusive != task.exclusive:
         raise ConfigError(
             f"distill.teacher = {place!r} was trained for other outputs ({', '.join(teacher.task.outputs[:4])} …) than "
             f"this run has ({', '.join(task.outputs[:4])} …): take a teacher of the same classes in the same order"
         )
-    seen = teacher.checkpoint.trainer.get("inputs", {})
+    seen = teacher.inputs
     names = ("kind", "mean", "std")
     pairs = [(name, getattr(theirs, name, None), getattr(ours, name, None)) for name in names]
     pairs += [(name, seen.get(name), input_spec.get(name)) for name in sorted({*seen, *input_spec})]

@@ -145,7 +145,7 @@ def _examine(run: ResolvedRun) -> _Known:
     if c.schedule.name == "wsd":
         rows.append(("decay", f"over the last {c.schedule.decay(per_epoch):,} steps"))
     if teacher is not None:
-        rows.append(("teacher", f"{teacher.checkpoint.path}, {teacher.config.model.name}, {teacher.weights} weights"))
+        rows.append(("teacher", f"{teacher.place}, {teacher.config.model.name}, {teacher.weights} weights"))
     rows += [("begins", resumed)] if resumed else _beginning(run, model, len(task.outputs))
     rows += _recomputed(run, model, inputs.shape(splits.train), inputs.dtype)
     return _Known(model, inputs.shape(splits.train), inputs.dtype, tuple(rows))

@@ -36,7 +36,7 @@ from setformer_dist.core.model_config import ModelConfig
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.core.task import Prepare
 from setformer_dist.engine.batch_plan import BatchPlan
-from setformer_dist.models.build import build_model, timm_arguments
+from setformer_dist.models.build import build_model, created, timm_arguments
 from setformer_dist.models.measure import refuses
 
 _CHANNELS = 3  # of models that are told nothing
@@ -133,7 +133,7 @@ class ImageInputs:
 
     def spec(self, split: Split) -> dict[str, object]:
         """Return the image size."""
-        return {"image_size": self._size if isinstance(self._size, int) else list(self._size)}
+        return self.input_spec
 
     @property
     def _size(self) -> int | tuple[int, int]:
@@ -150,6 +150,15 @@ class ImageInputs:
     def model_arguments(self, config: ModelConfig, num_classes: int) -> dict[str, object]:
         """Return them for the image size."""
         return timm_arguments(self._with_bands(config), num_classes, self._size)
+
+    @property
+    def input_spec(self) -> dict[str, object]:
+        """The input spec of every split: the image size."""
+        return {"image_size": self._size if isinstance(self._size, int) else list(self._size)}
+
+    def created(self, config: ModelConfig, num_classes: int) -> nn.Module:
+        """Return a model for these images that only looks at them; unlike those that train it may hold any state."""
+        return created(self._with_bands(config), num_classes, self._size)
 
     def _with_bands(self, config: ModelConfig) -> ModelConfig:
         """Return the config of a model that takes the images' bands.

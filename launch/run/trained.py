@@ -41,14 +41,27 @@ from setformer_dist.tasks.build import build_task
 
 @dataclass(frozen=True)
 class Trained:
-    """A model with the weights of a checkpoint, and what it was trained as."""
+    """A trained model, and what it was trained as.
+
+    Attributes:
+        model: with its weights.
+        config: of the run that trained it; of an exported model, what is known of it.
+        classes: of the data that it was trained on; of an exported model that names none, their numbers.
+        place: where the weights lie.
+        weights: which they are, for people, such as "ema".
+        task: what it learnt.
+        inputs: the model's input spec.
+        named: whether the classes' names are known.
+    """
 
     model: nn.Module
     config: RunConfig
     classes: tuple[str, ...]
-    checkpoint: Checkpoint
+    place: Path
     weights: str
     task: Task
+    inputs: Mapping[str, object]
+    named: bool
 
     def prepare(self) -> Prepare:
         """Return the way from a micro batch to what the model takes, in fp32 where the model is."""
@@ -64,11 +77,18 @@ class Trained:
         return self.task.confidences(self.model(inputs)).cpu()
 
 
+@dataclass(frozen=True)
+class TrainedRun(Trained):
+    """A model of a run's checkpoint."""
+
+    checkpoint: Checkpoint
+
+
 def _device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def load_trained(path: Path, weights: Weights = "auto", own: OwnModel | None = None, best: bool = False) -> Trained:
+def load_trained(path: Path, weights: Weights = "auto", own: OwnModel | None = None, best: bool = False) -> TrainedRun:
     """Load the model of a step folder, a checkpoints folder or a run folder, in fp32 on the CPU.
 
     Nothing that the checkpoint says is followed further than its own bytes: the model is one that this program knows,
@@ -100,7 +120,7 @@ def load_trained(path: Path, weights: Weights = "auto", own: OwnModel | None = N
         if own is not None:
             model = made_own(own, config, len(task.outputs))
         else:
-            with _no_more_parameters_than(shapes), torch.device("meta"):
+            with no_more_parameters_than(shapes), torch.device("meta"):
                 empty = build_for(config, task, about.inputs)
             _check_shapes(shapes_of(empty), shapes, place)
             model = build_for(config, task, about.inputs)
@@ -113,7 +133,9 @@ def load_trained(path: Path, weights: Weights = "auto", own: OwnModel | None = N
             f"the model of checkpoint {place} cannot be built: {error}{_own_code(about.imports)}"
         ) from None
     _fill(model, checkpoint.read_full(state), checkpoint)
-    return Trained(model.eval(), config, about.classes, checkpoint, chosen, task)
+    return TrainedRun(
+        model.eval(), config, about.classes, place, chosen, task, about.inputs, named=True, checkpoint=checkpoint
+    )
 
 
 def _own_code(modules: tuple[str, ...]) -> str:
@@ -182,7 +204,7 @@ def _harmless(config: RunConfig) -> RunConfig:
 
 
 @contextlib.contextmanager
-def _no_more_parameters_than(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
+def no_more_parameters_than(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
     """Refuse to build a model of more or larger parameters than a checkpoint holds: its depth may be any number.
 
     Raises:
@@ -244,11 +266,15 @@ def evaluate_checkpoint(
         advance: told the samples of each micro batch as it begins.
 
     Raises:
-        DataError: the split's classes are not the model's.
+        DataError: the split's classes are not the model's; of a model without their names, it has another number.
+        ConfigError: the model has no classes.
     """
-    if split.classes != trained.classes:
+    if not trained.named and not trained.classes:
+        raise _without_classes(trained)
+    same = split.classes == trained.classes if trained.named else len(split.classes) == len(trained.classes)
+    if not same:
         raise DataError(
-            f"the split's {len(split.classes)} classes are not the {len(trained.classes)} of the checkpoint: "
+            f"the split's {len(split.classes)} classes are not the {len(trained.classes)} of {trained.place}: "
             "pack it with --classes-from the training split"
         )
     ranks = RankInfo()
@@ -291,12 +317,9 @@ def predict(trained: Trained, images: Iterable[Path], top: int) -> Iterator[Pred
     """
     data_config = trained.config.data
     if not isinstance(data_config, DataConfig):
-        raise ConfigError(f"{trained.checkpoint.path} is a model of token sequences: name a checkpoint of images")
+        raise ConfigError(f"{trained.place} is a model of token sequences: name a checkpoint of images")
     if not trained.task.outputs:
-        raise ConfigError(
-            f"{trained.checkpoint.path} is a model of task {trained.task.name}, which has no classes: fine-tune it "
-            "(model.weights), or score its features with `setformer probe`"
-        )
+        raise _without_classes(trained)
     for path in images:
         try:
             pixels = decode_for_eval(read_whole(path, LARGEST_SAMPLE), data_config)
@@ -313,6 +336,13 @@ def predict(trained: Trained, images: Iterable[Path], top: int) -> Iterator[Pred
         best = probabilities.topk(min(top, len(trained.task.outputs)))
         names = tuple(trained.task.outputs[i] for i in best.indices.tolist())
         yield Prediction(path, names, tuple(best.values.tolist()))
+
+
+def _without_classes(trained: Trained) -> ConfigError:
+    return ConfigError(
+        f"{trained.place} is a model of task {trained.task.name}, which has no classes: fine-tune it (model.weights), "
+        "or score its features with `setformer probe`"
+    )
 
 
 def classified_samples(trained: Trained, split: Split, count: int = 24, pool: int = 400) -> list[ClassifiedImage]:
@@ -360,7 +390,9 @@ def open_named_split(trained: Trained, root: str | None, split: str | None) -> S
     data = trained.config.data
     if root is None and "://" in data.root:
         raise ConfigError(
-            f"{trained.checkpoint.path} was trained on data behind a URL, {data.root}, and no URL is fetched because a "
+            f"{trained.place} was trained on data behind a URL, {data.root}, and no URL is fetched because a "
             "checkpoint names it: give it with --data"
         )
+    if not (root or data.root):
+        raise ConfigError(f"{trained.place} is an exported model and names no data: give the folder with --data")
     return inputs_of(data).open(root or data.root, split or data.val)

@@ -249,8 +249,8 @@ class DistillConfig(FrozenConfig):
     """Learning from a trained model as well (Hinton et al. 2015): loss = (1 - share) · own + share · teacher's.
 
     Attributes:
-        teacher: run folder or checkpoint of the teacher; "" is none. It may move, but a resumed run must use the same
-            weights.
+        teacher: run folder, checkpoint or exported model of the teacher, also one of timm's; "" is none. It may move,
+            but a resumed run must use the same weights.
         weights: which weights of the teacher: "plain", "ema", or "auto" for those that scored better.
         share: weight of the teacher's term in the loss, above 0 and up to 1.
         temperature: divisor of both models' logits in the teacher's term. The term is multiplied by its square, so that

@@ -64,9 +64,18 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int | tuple[i
     Raises:
         ConfigError: an argument is not the model's own or impossible.
     """
+    torch.manual_seed(torch_seed(Purpose.INIT, seed))
+    model = created(config, num_classes, image_size)
+    _refuse_running_statistics(model, config.name)
+    _lay_out(model)
+    set_recompute(model, config.policy, config.name)
+    return model
+
+
+def created(config: ModelConfig, num_classes: int, image_size: int | tuple[int, int]) -> nn.Module:
+    """Return the model as timm makes it, with weights from torch's generator; arguments and errors of `build_model`."""
     check_name(config.name)
     check_arguments(config.name, config.args)
-    torch.manual_seed(torch_seed(Purpose.INIT, seed))
     arguments = {"drop_path_rate": config.drop_path, **timm_arguments(config, num_classes, image_size)}
     try:
         model: nn.Module = timm.create_model(config.name, **arguments)
@@ -75,9 +84,6 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int | tuple[i
     except _IMPOSSIBLE as error:
         why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise ConfigError(f"model {config.name} cannot be built with model.args = {config.args}: {why}") from None
-    _refuse_running_statistics(model, config.name)
-    _lay_out(model)
-    set_recompute(model, config.policy, config.name)
     return model
 
 

@@ -51,6 +51,9 @@ def test_plain_timm_scores_as_eval_does(digits: Path, tmp_path: Path, overrides:
     assert count == int(samples)
     # PIL resizes to uint8 in another rounding than torch; where nothing is resized all are the same.
     assert abs(right - round(float(top1) * count / 100)) <= (2 if overrides else 0)
+    again = setformer("eval", str(tmp_path / "out"), "--data", str(digits))
+    assert again.code == 0, again.err
+    assert again.out.partition(": ")[2] == scored.out.partition(": ")[2]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["pretrained_cfg"]["label_names"] == [str(digit) for digit in range(10)]
     modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
