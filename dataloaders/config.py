@@ -7,6 +7,7 @@ speed alone.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Literal, Self
 
 import pydantic
@@ -42,6 +43,9 @@ class AugmentConfig(FrozenConfig):
             microscopy; 0 is off.
         randaugment_ops: RandAugment operations per image (Cubuk et al. 2019); 0 is off.
         randaugment_magnitude: strength of those operations, 0 to 30.
+        policy: one operation per image, in place of RandAugment: "trivialaugment" (TrivialAugment Wide, Müller & Hutter
+            2021: any operation, of any strength), "3augment" (DeiT III, Touvron et al. 2022: grey, solarized or
+            blurred) or "none".
         color_jitter: largest relative change of brightness, contrast and saturation; 0 is off.
         erasing: probability that a rectangle is replaced by the mean colour; 0 is off.
         mixup: alpha of the Beta distribution of mixup; 0 is off.
@@ -62,6 +66,7 @@ class AugmentConfig(FrozenConfig):
     vflip: float = pydantic.Field(default=0.0, ge=0.0, le=1.0)
     randaugment_ops: int = pydantic.Field(default=0, ge=0, le=14)
     randaugment_magnitude: int = pydantic.Field(default=9, ge=0, le=30)
+    policy: Literal["none", "trivialaugment", "3augment"] = "none"
     color_jitter: float = pydantic.Field(default=0.0, ge=0.0, le=1.0)
     erasing: float = pydantic.Field(default=0.0, ge=0.0, le=1.0)
     mixup: float = pydantic.Field(default=0.0, ge=0.0)
@@ -82,6 +87,15 @@ class AugmentConfig(FrozenConfig):
         low, high = self.ratio
         if not 0 < low <= high:
             raise ValueError(f"ratio = [{low}, {high}] must satisfy 0 < first <= second")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _one_policy(self) -> Self:
+        if self.policy != "none" and self.randaugment_ops:
+            raise ValueError(
+                f'policy = "{self.policy}" takes the place of RandAugment, and randaugment_ops = '
+                f'{self.randaugment_ops}: set randaugment_ops = 0, or policy = "none"'
+            )
         return self
 
 
@@ -303,11 +317,11 @@ class DataConfig(FrozenConfig):
     def _possible_pixels(self) -> Self:
         if self.form.is_rgb:
             return self
-        for key in ("randaugment_ops", "color_jitter"):
-            if getattr(self.augment, key):
+        for key, off in (("randaugment_ops", 0), ("policy", "none"), ("color_jitter", 0)):
+            if (value := getattr(self.augment, key)) != off:
                 raise ValueError(
-                    f"augment.{key} = {getattr(self.augment, key)} changes colours of RGB images of 8 bits, and the "
-                    f"images have {self.form} (data.pixels, data.mean): set it to 0"
+                    f"augment.{key} = {json.dumps(value)} changes colours of RGB images of 8 bits, and the images have "
+                    f"{self.form} (data.pixels, data.mean): set it to {json.dumps(off)}"
                 )
         if self.engine == "ffcv":
             raise ValueError(

@@ -8,8 +8,8 @@ resumption at any step, the epochs' ends and the steps at which the image size c
 OpenCV's area interpolation, whatever `data.interpolation` says, in evaluation too. An image that FFCV cannot decode is
 read by the native engine, which knows whether it is damaged, and what then takes its place.
 
-Not offered: containers other than one .beton file, crop = "pad", RandAugment, colour jitter, erasing, augmentations of
-the user's own. Mixup, cutmix and smoothing happen on the device and work as ever.
+Not offered: containers other than one .beton file, crop = "pad", RandAugment and other policies, colour jitter,
+erasing, augmentations of the user's own. Mixup, cutmix and smoothing happen on the device and work as ever.
 """
 
 from __future__ import annotations
@@ -119,6 +119,7 @@ def _check_offered(config: DataConfig) -> None:
         for text, used in (
             ('augment.crop = "pad"', augment.crop == "pad"),
             (f"augment.randaugment_ops = {augment.randaugment_ops}", augment.randaugment_ops > 0),
+            (f'augment.policy = "{augment.policy}"', augment.policy != "none"),
             (f"augment.color_jitter = {augment.color_jitter}", augment.color_jitter > 0),
             (f"augment.erasing = {augment.erasing}", augment.erasing > 0),
             (f"augment.own = {list(augment.own)}", bool(augment.own)),

@@ -315,6 +315,7 @@ def test_nothing_is_left_behind(engine, whole):
     ("changes", "said"),
     [
         ({"augment": AugmentConfig(randaugment_ops=2)}, r"randaugment_ops = 2"),
+        ({"augment": AugmentConfig(policy="3augment")}, r'policy = "3augment"'),
         ({"augment": AugmentConfig(color_jitter=0.3, erasing=0.2)}, r"color_jitter = 0.3, augment.erasing = 0.2"),
         ({"workers": 2}, r"workers = 2 \(its threads are data.threads\)"),
     ],
