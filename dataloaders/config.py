@@ -50,6 +50,9 @@ class AugmentConfig(FrozenConfig):
         erasing: probability that a rectangle is replaced by the mean colour; 0 is off.
         mixup: alpha of the Beta distribution of mixup; 0 is off.
         cutmix: alpha of the Beta distribution of cutmix; 0 is off. With both on, each group draws one.
+        mix_off_epoch: mixup and cutmix are off from this epoch on, and smoothing stays (timm's --mixup-off-epoch); none
+            is never.
+        mix_off_step: the same by optimizer step; give one of the two.
         mix_prob: probability that a group of samples is mixed at all.
         mix_group: consecutive positions of the global order that mix among themselves; must divide the micro
             batch, so that who mixes with whom does not depend on ranks.
@@ -71,6 +74,8 @@ class AugmentConfig(FrozenConfig):
     erasing: float = pydantic.Field(default=0.0, ge=0.0, le=1.0)
     mixup: float = pydantic.Field(default=0.0, ge=0.0)
     cutmix: float = pydantic.Field(default=0.0, ge=0.0)
+    mix_off_epoch: int | None = pydantic.Field(default=None, ge=1)
+    mix_off_step: int | None = pydantic.Field(default=None, ge=1)
     mix_prob: float = pydantic.Field(default=1.0, ge=0.0, le=1.0)
     mix_group: int = pydantic.Field(default=2, ge=2)
     smoothing: float = pydantic.Field(default=0.0, ge=0.0, lt=1.0)
@@ -81,6 +86,12 @@ class AugmentConfig(FrozenConfig):
         """Whether any sample can be mixed with another."""
         return self.mix_prob > 0 and (self.mixup > 0 or self.cutmix > 0)
 
+    def mixed_steps(self, steps_per_epoch: int) -> int | None:
+        """Return the optimizer steps from the start of a run that may mix; None if that is all of them."""
+        if self.mix_off_epoch is not None:
+            return self.mix_off_epoch * steps_per_epoch
+        return self.mix_off_step
+
     @pydantic.model_validator(mode="after")
     def _ranges(self) -> Self:
         check_scale(self.scale)
@@ -90,7 +101,9 @@ class AugmentConfig(FrozenConfig):
         return self
 
     @pydantic.model_validator(mode="after")
-    def _one_policy(self) -> Self:
+    def _one_of_two(self) -> Self:
+        if self.mix_off_epoch is not None and self.mix_off_step is not None:
+            raise ValueError("mixing ends at an epoch or at a step: give mix_off_epoch or mix_off_step")
         if self.policy != "none" and self.randaugment_ops:
             raise ValueError(
                 f'policy = "{self.policy}" takes the place of RandAugment, and randaugment_ops = '

@@ -196,6 +196,7 @@ class RunConfig(FrozenConfig):
         "vflip": "data.augment.vflip",
         "bce_loss": 'set task.args.loss = "binary_cross_entropy"',
         "mixup_prob": "data.augment.mix_prob",
+        "mixup_off_epoch": "data.augment.mix_off_epoch",
         "mixup_alpha": "data.augment.mixup",
         "cutmix_alpha": "data.augment.cutmix",
         "train_interpolation": "data.interpolation",

@@ -50,6 +50,7 @@ UNITS = {
     "data.augment.color_jitter": "relative change", "data.augment.erasing": _PROBABILITY,
     "data.augment.vflip": _PROBABILITY,
     "data.augment.mixup": "alpha", "data.augment.cutmix": "alpha", "data.augment.mix_prob": _PROBABILITY,
+    "data.augment.mix_off_epoch": "epoch", "data.augment.mix_off_step": "optimizer step",
     "data.augment.mix_group": _SAMPLES, "data.augment.smoothing": _SHARE, "data.length": "tokens",
     "data.smoothing": _SHARE,
     "batch.global_size": _SAMPLES, "batch.micro": _SAMPLES, "batch.max_micro": _SAMPLES,
