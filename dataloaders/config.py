@@ -57,6 +57,8 @@ class AugmentConfig(FrozenConfig):
         mix_group: consecutive positions of the global order that mix among themselves; must divide the micro
             batch, so that who mixes with whom does not depend on ranks.
         smoothing: label smoothing of the training targets.
+        repeats: times that each image is in a global batch, every time augmented anew (Hoffer et al. 2020; timm's
+            --aug-repeats). An epoch has as many steps as without, so it shows 1 / repeats of the images; 1 is off.
         own: augmentations of your own, in their order, after all others that change an image and before mixing; a
             module of run.imports registers them (docs/library.md).
     """
@@ -79,6 +81,7 @@ class AugmentConfig(FrozenConfig):
     mix_prob: float = pydantic.Field(default=1.0, ge=0.0, le=1.0)
     mix_group: int = pydantic.Field(default=2, ge=2)
     smoothing: float = pydantic.Field(default=0.0, ge=0.0, lt=1.0)
+    repeats: int = pydantic.Field(default=1, ge=1, le=1024)
     own: tuple[str, ...] = pydantic.Field(default=(), strict=False)
 
     @property

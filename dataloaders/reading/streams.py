@@ -19,6 +19,7 @@ import torch
 from dataloaders.config import DataConfig
 from dataloaders.order.order import Cut, Plan, cursor_at, evaluation_batches, evaluation_share, step_of_cursor
 from dataloaders.order.plans import plan_of
+from dataloaders.order.repeated import copies_of
 from dataloaders.order.resolution import ImageSizes, Shape
 from dataloaders.pixels.mixing import MixArrays, check_groups
 from dataloaders.reading.ahead import coming_files, coming_of_split
@@ -131,6 +132,7 @@ class ShardTrainStream:
         self._plan = plan_of(source, config, seed, global_batch)
         self._sizes = ImageSizes(config, self._plan.steps_per_epoch, seed)
         check_groups(config.augment, micro_batch)
+        self._repeats = config.augment.repeats
         self._mixed_steps = config.augment.mixed_steps(self._plan.steps_per_epoch)
         self._max_bad_share = config.max_bad_share
         self._coming: Callable[[int], Iterator[tuple[int, ...]]] = _nothing_comes
@@ -187,7 +189,13 @@ class ShardTrainStream:
                 substitutions=[line for _, line in loaded.bad],
                 annotations=loaded.annotations,
                 soft=loaded.soft,
+                copies=self._copies(loaded.request),
             )
+
+    def _copies(self, request: Request) -> torch.Tensor | None:
+        if self._repeats == 1 or request.epochs is None:
+            return None
+        return torch.from_numpy(copies_of(request.epochs, self._repeats))
 
     def _coming_files(self, first_step: int) -> Iterator[tuple[int, ...]]:
         places, shards = self._cut.places().ravel(), self._source.shards

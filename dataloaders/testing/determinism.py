@@ -21,6 +21,7 @@ from PIL import Image
 from dataloaders.config import AugmentConfig, DataConfig
 from dataloaders.order.mixture import MixturePlan
 from dataloaders.order.order import BlockOrder, Cut, FullOrder, Plan, SetPlan, cursor_at, step_of_cursor
+from dataloaders.order.repeated import RepeatedPlan
 from dataloaders.order.resolution import BucketPlan, assign_buckets
 from dataloaders.packing.pack import PackOptions, pack_image_folder
 from dataloaders.reading.streams import ShardTrainStream, train_requests
@@ -72,6 +73,7 @@ def plans(seed: int = SEED, batch: int = GLOBAL_BATCH) -> dict[str, Plan]:
         "mixture": MixturePlan([FullOrder(1500, seed, 0), BlockOrder(shards, 8, seed, 1)], [2, 1], batch, seed),
         "buckets, drop": BucketPlan(members, aspects, batch, seed),
         "buckets, wrap": BucketPlan(members, aspects, batch, seed, wrap=True),
+        "repeats, drop": RepeatedPlan(SetPlan(FullOrder(_SAMPLES, seed), batch // 4), 4, _SAMPLES // batch),
     }
 
 

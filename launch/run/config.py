@@ -195,6 +195,8 @@ class RunConfig(FrozenConfig):
         "hflip": "data.augment.flip",
         "vflip": "data.augment.vflip",
         "bce_loss": 'set task.args.loss = "binary_cross_entropy"',
+        "aug_repeats": "data.augment.repeats",
+        "repeated_aug": "data.augment.repeats",
         "mixup_prob": "data.augment.mix_prob",
         "mixup_off_epoch": "data.augment.mix_off_epoch",
         "mixup_alpha": "data.augment.mixup",
