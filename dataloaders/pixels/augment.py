@@ -155,7 +155,7 @@ def augment_by(policy: str, image: Image, draws: Sequence[float], fill: list[flo
 def _grey(image: Image) -> Image:
     """Return an image without colours, as PIL's mode "L" to the last bit; torchvision rounds otherwise."""
     red, green, blue = image.int()
-    luma = (red * _LUMA[0] + green * _LUMA[1] + blue * _LUMA[2] + (1 << 15)) >> 16
+    luma: Image = (red * _LUMA[0] + green * _LUMA[1] + blue * _LUMA[2] + (1 << 15)) >> 16
     return luma.to(torch.uint8).expand_as(image)
 
 
