@@ -1,8 +1,10 @@
 """Repeated augmentation: which samples come how often, which never mix, the same on any ranks, and what excludes it."""
 
+import dataclasses
 import itertools
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 from dataloaders.config import DataConfig, MixtureEntry
 from dataloaders.opening import open_source
 from dataloaders.order.mixture import MixtureSource
-from dataloaders.order.order import cursor_at, step_of_cursor
+from dataloaders.order.order import counts_samples, cursor_at, step_of_cursor
 from dataloaders.order.plans import plan_of
 from dataloaders.order.repeated import RepeatedPlan, copies_of
 from dataloaders.reading.streams import ShardEvalStream, ShardTrainStream
@@ -21,6 +23,8 @@ from setformer_dist.core.config import build
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.core.seeding import Purpose, sample_keys
+from setformer_dist.engine.step import TrainStep
+from setformer_dist.tasks.mae import HidingConfig, MaskedPrepare
 
 COUNT, BATCH, REPEATS = 61, 24, 3
 KINDS = {
@@ -114,6 +118,7 @@ def test_samples_do_not_depend_on_the_cut_or_on_an_interruption(split, kind):
     for other in (1, 2):
         with pytest.raises(DataError, match=r"order .* and augment.repeats back"):
             step_of_cursor(state, plan_of(source, config_of(other, **KINDS[kind]), 5, BATCH), 5, "data")
+    assert not counts_samples(plan.id)  # so another global batch is refused
 
 
 # What is shown
@@ -148,15 +153,35 @@ def test_copies_look_different_and_draw_other_paths(split):
     assert len(set(keys.tolist())) == BATCH
 
 
-def test_draws_of_runs_without_copies_are_as_ever():
+COPIES = torch.tensor([0, 0, 1])
+
+
+@pytest.fixture
+def copied():
+    """Two copies of sample 5, and one of 7."""
     ids = torch.tensor([5, 7, 5])
-    one = MicroBatch(ids, ids, ids, ids)
-    assert one.drawn_ids.tolist() == [5, 7, 5]
-    assert batches_ids_with(ids, torch.tensor([0, 0, 1])) == [5, 7, 5 + (1 << 40)]
+    return MicroBatch(torch.zeros(3, 3, 16, 16), ids, torch.ones(3), ids, copies=COPIES)
 
 
-def batches_ids_with(ids, copies):
-    return MicroBatch(ids, ids, ids, ids, copies=copies).drawn_ids.tolist()
+def test_draws_of_runs_without_copies_are_as_ever(copied):
+    assert dataclasses.replace(copied, copies=None).drawn_ids.tolist() == [5, 7, 5]
+    assert copied.drawn_ids.tolist() == [5, 7, 5 + (1 << 40)]
+
+
+def test_copies_hide_other_parts_and_drop_other_paths(copied):
+    def whole(batch, train):
+        return batch.inputs, None
+
+    prepare = MaskedPrepare(whole, HidingConfig(unit=2, ratio=0.5), torch.float32, 0, 10, None)
+    hidden = prepare(copied, train=True)[0][:, 3]
+    assert not torch.equal(hidden[0], hidden[2])
+    once = prepare(dataclasses.replace(copied, copies=None), train=True)[0][:, 3]
+    assert torch.equal(once[0], once[2])
+    assert torch.equal(once[:2], hidden[:2])
+    keys = []
+    step = SimpleNamespace(_set_sample_keys=keys.append, _seed=0, _keys={})
+    TrainStep._key_drop_path(step, 4, copied, torch.device("cpu"))
+    assert keys[0].tolist() == sample_keys(Purpose.DROP_PATH, 0, 4, copied.drawn_ids).tolist()
 
 
 def test_pixels_do_not_depend_on_ranks_readers_and_resumption(split):
