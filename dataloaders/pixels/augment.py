@@ -156,14 +156,14 @@ def _grey(image: Image) -> Image:
     """Return an image without colours, as PIL's mode "L" to the last bit; torchvision rounds otherwise."""
     red, green, blue = image.int()
     luma: Image = (red * _LUMA[0] + green * _LUMA[1] + blue * _LUMA[2] + (1 << 15)) >> 16
-    return luma.to(torch.uint8).expand_as(image)
+    return luma.to(torch.uint8).repeat(3, 1, 1)
 
 
 def _blurred(image: Image, radius: float) -> Image:
     """Return an image blurred by PIL, which computes in integers: the same bits on any machine."""
     picture = Pictures.fromarray(image.permute(1, 2, 0).contiguous().numpy())
     blurred = np.array(picture.filter(ImageFilter.GaussianBlur(radius)))
-    return torch.from_numpy(blurred).permute(2, 0, 1)
+    return torch.from_numpy(blurred).permute(2, 0, 1).contiguous()
 
 
 def color_jitter(image: Image, amount: float, draws: Sequence[float]) -> Image:

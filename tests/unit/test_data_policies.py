@@ -171,6 +171,8 @@ def test_a_policy_changes_images_and_keeps_their_form(policy):
     choices = draw_choices(config.augment, 1, np.zeros(30, np.int64), np.arange(30))
     shown = [transform(Stored(out.getvalue()), (32, 32), (32, 32), one).image for one in choices]
     assert all(image.shape == (3, 32, 32) and image.dtype == torch.uint8 for image in shown)
+    for policy_draws in (one.policy for one in choices):  # an augmentation of the user's own may write into it
+        assert augment_by(policy, as_tensor(photograph()), policy_draws, FILL).add_(0).is_contiguous()
     plain = as_tensor(photograph(32, 32))
     assert sum(not torch.equal(image, plain) for image in shown) > 15
 
