@@ -7,6 +7,7 @@ speed alone.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Literal, Self
 
 import pydantic
@@ -42,14 +43,22 @@ class AugmentConfig(FrozenConfig):
             microscopy; 0 is off.
         randaugment_ops: RandAugment operations per image (Cubuk et al. 2019); 0 is off.
         randaugment_magnitude: strength of those operations, 0 to 30.
+        policy: one operation per image, in place of RandAugment: "trivialaugment" (TrivialAugment Wide, Müller & Hutter
+            2021: any operation, of any strength), "3augment" (DeiT III, Touvron et al. 2022: grey, solarized or
+            blurred) or "none".
         color_jitter: largest relative change of brightness, contrast and saturation; 0 is off.
         erasing: probability that a rectangle is replaced by the mean colour; 0 is off.
         mixup: alpha of the Beta distribution of mixup; 0 is off.
         cutmix: alpha of the Beta distribution of cutmix; 0 is off. With both on, each group draws one.
+        mix_off_epoch: mixup and cutmix are off from this epoch on, and smoothing stays (timm's --mixup-off-epoch); none
+            is never.
+        mix_off_step: the same by optimizer step; give one of the two.
         mix_prob: probability that a group of samples is mixed at all.
         mix_group: consecutive positions of the global order that mix among themselves; must divide the micro
             batch, so that who mixes with whom does not depend on ranks.
         smoothing: label smoothing of the training targets.
+        repeats: times that each image is in a global batch, every time augmented anew (Hoffer et al. 2020; timm's
+            --aug-repeats). An epoch has as many steps as without, so it shows 1 / repeats of the images; 1 is off.
         own: augmentations of your own, in their order, after all others that change an image and before mixing; a
             module of run.imports registers them (docs/library.md).
     """
@@ -62,13 +71,17 @@ class AugmentConfig(FrozenConfig):
     vflip: float = pydantic.Field(default=0.0, ge=0.0, le=1.0)
     randaugment_ops: int = pydantic.Field(default=0, ge=0, le=14)
     randaugment_magnitude: int = pydantic.Field(default=9, ge=0, le=30)
+    policy: Literal["none", "trivialaugment", "3augment"] = "none"
     color_jitter: float = pydantic.Field(default=0.0, ge=0.0, le=1.0)
     erasing: float = pydantic.Field(default=0.0, ge=0.0, le=1.0)
     mixup: float = pydantic.Field(default=0.0, ge=0.0)
     cutmix: float = pydantic.Field(default=0.0, ge=0.0)
+    mix_off_epoch: int | None = pydantic.Field(default=None, ge=1)
+    mix_off_step: int | None = pydantic.Field(default=None, ge=1)
     mix_prob: float = pydantic.Field(default=1.0, ge=0.0, le=1.0)
     mix_group: int = pydantic.Field(default=2, ge=2)
     smoothing: float = pydantic.Field(default=0.0, ge=0.0, lt=1.0)
+    repeats: int = pydantic.Field(default=1, ge=1, le=1024)
     own: tuple[str, ...] = pydantic.Field(default=(), strict=False)
 
     @property
@@ -76,12 +89,29 @@ class AugmentConfig(FrozenConfig):
         """Whether any sample can be mixed with another."""
         return self.mix_prob > 0 and (self.mixup > 0 or self.cutmix > 0)
 
+    def mixed_steps(self, steps_per_epoch: int) -> int | None:
+        """Return the optimizer steps from the start of a run that may mix; None if that is all of them."""
+        if self.mix_off_epoch is not None:
+            return self.mix_off_epoch * steps_per_epoch
+        return self.mix_off_step
+
     @pydantic.model_validator(mode="after")
     def _ranges(self) -> Self:
         check_scale(self.scale)
         low, high = self.ratio
         if not 0 < low <= high:
             raise ValueError(f"ratio = [{low}, {high}] must satisfy 0 < first <= second")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if self.mix_off_epoch is not None and self.mix_off_step is not None:
+            raise ValueError("mixing ends at an epoch or at a step: give mix_off_epoch or mix_off_step")
+        if self.policy != "none" and self.randaugment_ops:
+            raise ValueError(
+                f'policy = "{self.policy}" takes the place of RandAugment, and randaugment_ops = '
+                f'{self.randaugment_ops}: set randaugment_ops = 0, or policy = "none"'
+            )
         return self
 
 
@@ -303,11 +333,11 @@ class DataConfig(FrozenConfig):
     def _possible_pixels(self) -> Self:
         if self.form.is_rgb:
             return self
-        for key in ("randaugment_ops", "color_jitter"):
-            if getattr(self.augment, key):
+        for key, off in (("randaugment_ops", 0), ("policy", "none"), ("color_jitter", 0)):
+            if (value := getattr(self.augment, key)) != off:
                 raise ValueError(
-                    f"augment.{key} = {getattr(self.augment, key)} changes colours of RGB images of 8 bits, and the "
-                    f"images have {self.form} (data.pixels, data.mean): set it to 0"
+                    f"augment.{key} = {json.dumps(value)} changes colours of RGB images of 8 bits, and the images have "
+                    f"{self.form} (data.pixels, data.mean): set it to {json.dumps(off)}"
                 )
         if self.engine == "ffcv":
             raise ValueError(

@@ -8,12 +8,13 @@ resumption at any step, the epochs' ends and the steps at which the image size c
 OpenCV's area interpolation, whatever `data.interpolation` says, in evaluation too. An image that FFCV cannot decode is
 read by the native engine, which knows whether it is damaged, and what then takes its place.
 
-Not offered: containers other than one .beton file, crop = "pad", RandAugment, colour jitter, erasing, augmentations of
-the user's own. Mixup, cutmix and smoothing happen on the device and work as ever.
+Not offered: containers other than one .beton file, crop = "pad", RandAugment and other policies, colour jitter,
+erasing, augmentations of the user's own. Mixup, cutmix and smoothing happen on the device and work as ever.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,10 +26,9 @@ from dataloaders.beton.reader import BetonDataset
 from dataloaders.config import AugmentConfig, DataConfig
 from dataloaders.ffcv.pipeline import GOOD, Pipeline, Run
 from dataloaders.pixels.depth import MAX_PIXELS
-from dataloaders.pixels.mixing import draw_mix
 from dataloaders.pixels.transforms import draw_choices, mirrored
 from dataloaders.pixels.view import View, centre_view, random_view, scaled
-from dataloaders.reading.loading import EvalLoading, Loaded, Loading, Request, TrainLoading, answer
+from dataloaders.reading.loading import EvalLoading, Loaded, Loading, Request, TrainLoading, answer, mix_of
 from dataloaders.reading.streams import ShardEvalStream, ShardTrainStream
 from dataloaders.source import DamagedSampleError, Source
 from setformer_dist.core.errors import ConfigError
@@ -75,7 +75,7 @@ class FfcvTrainStream(ShardTrainStream):
             return [mirrored(view, augment, c) for view, c in zip(found, choices, strict=True)]
 
         def mix(request: Request) -> Any:
-            return draw_mix(augment, request.shape, seed, request.first_position, len(request.samples))
+            return mix_of(request, augment, seed)
 
         # One sample by itself has nobody to mix with; all of its micro batch is mixed below.
         unmixed = config.model_copy(update={"augment": augment.model_copy(update={"mix_prob": 0.0})})
@@ -119,6 +119,7 @@ def _check_offered(config: DataConfig) -> None:
         for text, used in (
             ('augment.crop = "pad"', augment.crop == "pad"),
             (f"augment.randaugment_ops = {augment.randaugment_ops}", augment.randaugment_ops > 0),
+            (f'augment.policy = "{augment.policy}"', augment.policy != "none"),
             (f"augment.color_jitter = {augment.color_jitter}", augment.color_jitter > 0),
             (f"augment.erasing = {augment.erasing}", augment.erasing > 0),
             (f"augment.own = {list(augment.own)}", bool(augment.own)),
@@ -238,8 +239,7 @@ class _FfcvReaders:
     def _by_native(self, request: Request, place: int) -> Loaded:
         here = slice(place, place + 1)
         epochs = None if request.epochs is None else request.epochs[here]
-        one = Request(request.samples[here], epochs, request.first_position, request.step, request.epoch, request.shape)
-        return answer(self._native, one)
+        return answer(self._native, dataclasses.replace(request, samples=request.samples[here], epochs=epochs))
 
     def close_run(self) -> None:
         """End FFCV's thread."""

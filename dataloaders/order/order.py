@@ -309,7 +309,9 @@ class Cursor:
     global_batch: Annotated[int, Agreed("set the global batch back", by="global_batch")]
     fingerprint: Annotated[str, Agreed(_OTHER_DATA, by="data")]
     num_samples: Annotated[int, Agreed(_OTHER_DATA, by="data")]
-    order: Annotated[str, Agreed("set data.order, block_shards, epoch_end, mixture and aspect_buckets back")]
+    order: Annotated[
+        str, Agreed("set data.order, block_shards, epoch_end, mixture, aspect_buckets and augment.repeats back")
+    ]
 
     def to_json(self) -> dict[str, object]:
         """Return the cursor as a JSON-able table."""

@@ -31,6 +31,7 @@ class Lane(enum.IntEnum):
     ERASING = 4
     OWN = 5
     VFLIP = 6
+    POLICY = 7
 
 
 def sample_words(seed: int, epochs: npt.NDArray[np.int64], samples: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:

@@ -22,7 +22,9 @@ from dataloaders.order.resolution import training_shapes
 from dataloaders.pixels.augment import (
     DRAWS_OF_ERASING,
     DRAWS_OF_JITTER,
+    DRAWS_OF_POLICY,
     DRAWS_PER_OPERATION,
+    augment_by,
     color_jitter,
     erased_box,
     rand_augment,
@@ -83,6 +85,7 @@ class Choices(NamedTuple):
     flip: float
     vflip: float
     randaugment: list[float]
+    policy: list[float]
     jitter: list[float]
     erasing: list[float]
     own: list[int]
@@ -104,6 +107,7 @@ def draw_choices(
             drawn(Lane.FLIP, 1),
             drawn(Lane.VFLIP, 1),
             drawn(Lane.RANDAUGMENT, DRAWS_PER_OPERATION * augment.randaugment_ops),
+            drawn(Lane.POLICY, DRAWS_OF_POLICY if augment.policy != "none" else 0),
             drawn(Lane.JITTER, DRAWS_OF_JITTER if augment.color_jitter else 0),
             drawn(Lane.ERASING, DRAWS_OF_ERASING if augment.erasing else 0),
             own_keys(words, len(augment.own)).tolist(),
@@ -188,6 +192,8 @@ class TrainTransform:
         augment = self._augment
         if augment.randaugment_ops:
             image = rand_augment(image, augment.randaugment_magnitude, choices.randaugment, self._mean_colour)
+        if augment.policy != "none":
+            image = augment_by(augment.policy, image, choices.policy, self._mean_colour)
         if augment.color_jitter:
             image = color_jitter(image, augment.color_jitter, choices.jitter)
         if augment.erasing:
@@ -322,6 +328,11 @@ def _check_parts(augment: AugmentConfig, source: Source) -> None:
         raise ConfigError(
             f"augment.randaugment_ops = {augment.randaugment_ops} shears, shifts and turns images, but {with_parts}, "
             "which would not follow: set it to 0"
+        )
+    if augment.policy == "trivialaugment":
+        raise ConfigError(
+            f'augment.policy = "trivialaugment" shears, shifts and turns images, but {with_parts}, which would not '
+            'follow: set it to "3augment" or "none"'
         )
     if augment.mixes:
         raise ConfigError(

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dataloaders.config import DataConfig
+from dataloaders.config import AugmentConfig, DataConfig
 from dataloaders.order.mixture import set_of
 from dataloaders.pixels.depth import PixelFormat, UndecodableError
 from dataloaders.pixels.mixing import MixArrays, draw_mix
@@ -51,6 +51,7 @@ class Request:
         shape: (H, W) of the images.
         coming: files that this request and those after it need, for sources that fetch whole files.
         scale: share of the area of crops; None for that of the config.
+        mixed: whether the step may mix its samples.
     """
 
     samples: npt.NDArray[np.int64]
@@ -61,6 +62,7 @@ class Request:
     shape: tuple[int, int] = (0, 0)
     coming: tuple[int, ...] = ()
     scale: tuple[float, float] | None = None
+    mixed: bool = True
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Loaded:
         images: (m, B, H, W) of the numbers that `data.pixels` names, B bands.
         samples: (m,) int64, what was really delivered; -1 is filling.
         bad: (place in the micro batch, line) of each damaged sample, places rising.
-        mix: what `draw_mix` drew.
+        mix: what `mix_of` drew.
         error: what stops the run, in place of pixels.
         masks: (m, H, W) uint8, for samples that have them.
         boxes: for samples that have them.
@@ -151,6 +153,13 @@ def answer(loading: Loading, request: Request) -> Loaded:
     for span in work.spans:
         work.fill(span)
     return work.loaded()
+
+
+def mix_of(request: Request, augment: AugmentConfig, seed: int) -> MixArrays | None:
+    """Draw the mixing of a request's samples; None if its step mixes nothing."""
+    if not request.mixed:
+        return None
+    return draw_mix(augment, request.shape, seed, request.first_position, len(request.samples))
 
 
 def spans_of(count: int, length: int = _SPAN) -> list[range]:
@@ -285,9 +294,8 @@ class _TrainWork:
         return self._transform(self._source.read(sample), stored, request.shape, choices, request.scale)
 
     def loaded(self) -> Loaded:
-        request = self._request
-        mix = draw_mix(self._config.augment, request.shape, self._seed, request.first_position, len(request.samples))
-        return self._batch.loaded(request, self._delivered, mix)
+        mix = mix_of(self._request, self._config.augment, self._seed)
+        return self._batch.loaded(self._request, self._delivered, mix)
 
 
 class EvalLoading(_Sourced):

@@ -19,6 +19,7 @@ import torch
 from dataloaders.config import DataConfig
 from dataloaders.order.order import Cut, Plan, cursor_at, evaluation_batches, evaluation_share, step_of_cursor
 from dataloaders.order.plans import plan_of
+from dataloaders.order.repeated import copies_of
 from dataloaders.order.resolution import ImageSizes, Shape
 from dataloaders.pixels.mixing import MixArrays, check_groups
 from dataloaders.reading.ahead import coming_files, coming_of_split
@@ -51,6 +52,7 @@ def train_requests(
     sizes: ImageSizes | None = None,
     coming: Callable[[int], Iterator[tuple[int, ...]]] = _nothing_comes,
     micro_at: Callable[[Shape], int] | None = None,
+    mixed_steps: int | None = None,
 ) -> Iterator[Request]:
     """Yield one rank's `accumulation` requests per optimizer step, endlessly, from `first_step` on.
 
@@ -61,6 +63,7 @@ def train_requests(
         sizes: of each step's images.
         coming: from a step on, the files that each step and those after it need.
         micro_at: the micro batch of images of a size; the cut's own without it.
+        mixed_steps: steps from the start of the run that may mix; None for all.
     """
     places = cut.places()
     for step, files in zip(itertools.count(first_step), coming(first_step), strict=False):
@@ -68,9 +71,11 @@ def train_requests(
         scale = sizes.scale(step) if sizes is not None else None
         if micro_at is not None:
             places = cut.at(micro_at(size)).places()
+        mixed = mixed_steps is None or step < mixed_steps
         samples, epochs = (found.reshape(places.shape) for found in plan.pick(step, places.ravel()))
         for part, first in enumerate((step * plan.global_batch + places[:, 0]).tolist()):
-            yield Request(samples[part], epochs[part], first, step, step // plan.steps_per_epoch, size, files, scale)
+            epoch = step // plan.steps_per_epoch
+            yield Request(samples[part], epochs[part], first, step, epoch, size, files, scale, mixed)
 
 
 def evaluation_requests(
@@ -127,6 +132,8 @@ class ShardTrainStream:
         self._plan = plan_of(source, config, seed, global_batch)
         self._sizes = ImageSizes(config, self._plan.steps_per_epoch, seed)
         check_groups(config.augment, micro_batch)
+        self._repeats = config.augment.repeats
+        self._mixed_steps = config.augment.mixed_steps(self._plan.steps_per_epoch)
         self._max_bad_share = config.max_bad_share
         self._coming: Callable[[int], Iterator[tuple[int, ...]]] = _nothing_comes
         if isinstance(source, Fetching) and source.fetches:
@@ -161,7 +168,14 @@ class ShardTrainStream:
         """
         damage = DamageCount(self._max_bad_share)
         requests = functools.partial(
-            train_requests, self._plan, self._cut, first_step, self._sizes, self._coming, self._micro_at
+            train_requests,
+            self._plan,
+            self._cut,
+            first_step,
+            self._sizes,
+            self._coming,
+            self._micro_at,
+            self._mixed_steps,
         )
         for loaded in self._readers.answers(requests):
             damage.add(loaded.request.epoch, len(loaded.samples), loaded.bad)
@@ -175,7 +189,13 @@ class ShardTrainStream:
                 substitutions=[line for _, line in loaded.bad],
                 annotations=loaded.annotations,
                 soft=loaded.soft,
+                copies=self._copies(loaded.request),
             )
+
+    def _copies(self, request: Request) -> torch.Tensor | None:
+        if self._repeats == 1 or request.epochs is None:
+            return None
+        return torch.from_numpy(copies_of(request.epochs, self._repeats))
 
     def _coming_files(self, first_step: int) -> Iterator[tuple[int, ...]]:
         places, shards = self._cut.places().ravel(), self._source.shards

@@ -21,6 +21,7 @@ from PIL import Image
 from dataloaders.config import AugmentConfig, DataConfig
 from dataloaders.order.mixture import MixturePlan
 from dataloaders.order.order import BlockOrder, Cut, FullOrder, Plan, SetPlan, cursor_at, step_of_cursor
+from dataloaders.order.repeated import RepeatedPlan
 from dataloaders.order.resolution import BucketPlan, assign_buckets
 from dataloaders.packing.pack import PackOptions, pack_image_folder
 from dataloaders.reading.streams import ShardTrainStream, train_requests
@@ -72,6 +73,7 @@ def plans(seed: int = SEED, batch: int = GLOBAL_BATCH) -> dict[str, Plan]:
         "mixture": MixturePlan([FullOrder(1500, seed, 0), BlockOrder(shards, 8, seed, 1)], [2, 1], batch, seed),
         "buckets, drop": BucketPlan(members, aspects, batch, seed),
         "buckets, wrap": BucketPlan(members, aspects, batch, seed, wrap=True),
+        "repeats, drop": RepeatedPlan(SetPlan(FullOrder(_SAMPLES, seed), batch // 4), 4, _SAMPLES // batch),
     }
 
 
@@ -188,13 +190,14 @@ def _digest_of(parts: list[MicroBatch]) -> str:
     """Return a digest of a global batch, the same however it was cut."""
     columns = [torch.cat([part.sample_ids for part in parts]), torch.cat([part.inputs for part in parts])]
     columns.append(torch.cat([part.labels for part in parts]))
-    offset, partners = 0, []
+    offset = 0
     for part in parts:
-        assert part.mix is not None
-        partners.append(part.mix.partner + offset)
+        if part.mix is not None:
+            columns += [part.mix.partner + offset]
         offset += len(part.labels)
-    columns += [torch.cat(partners), torch.cat([part.mix.lam for part in parts if part.mix is not None])]
-    columns.append(torch.cat([part.mix.box for part in parts if part.mix is not None]))
+    mixes = [part.mix for part in parts if part.mix is not None]
+    assert len(mixes) in (0, len(parts)), "some micro batches of a step are mixed and some are not"
+    columns += [mix.lam for mix in mixes] + [mix.box for mix in mixes]
     found = hashlib.sha256()
     for column in columns:
         found.update(column.contiguous().numpy().tobytes())

@@ -20,6 +20,7 @@ from dataloaders.sources.foreign import index_shards
 from dataloaders.storage.homes import user_cache
 from dataloaders.storage.remote import is_url, shown_url
 from launch.data.sheet import size_text
+from setformer_dist.core.config import build
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.terminal import open_table
 from setformer_dist.core.words import counted
@@ -85,12 +86,18 @@ def show_verified(results: list[Verified], as_json: bool, console: Console) -> b
 
 
 def measure(
-    path: str, image_size: int, randaugment: int, threads: int, seconds: float, on_progress: Callable[[str], None]
+    path: str,
+    image_size: int,
+    randaugment: int,
+    policy: str,
+    threads: int,
+    seconds: float,
+    on_progress: Callable[[str], None],
 ) -> Throughput:
     """Measure how fast data loads.
 
     Raises:
-        ConfigError: a number that cannot be.
+        ConfigError: a number or a policy that cannot be.
         DataError: the data cannot be opened.
     """
     if not 1 <= image_size <= LARGEST_SIDE or not 0 <= randaugment <= 14 or threads < 1 or seconds <= 0:
@@ -98,7 +105,8 @@ def measure(
             f"--image-size must be from 1 to {LARGEST_SIDE}, --threads and --seconds above 0, and --randaugment from 0 "
             "to 14 operations"
         )
-    config = DataConfig(root=path, image_size=image_size, augment=AugmentConfig(randaugment_ops=randaugment))
+    augment = build(AugmentConfig, {"randaugment_ops": randaugment, "policy": policy}, "augment")
+    config = DataConfig(root=path, image_size=image_size, augment=augment)
     source = open_container(path)
     tried = (*(count for count in (1, 2, 4, 8, 16, 32, 64) if count < threads), threads)
     try:

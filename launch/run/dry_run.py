@@ -29,7 +29,7 @@ from dataloaders.tokens import TokenSplit
 from launch.ranks.lock import check_free
 from launch.run.compiled import check_compiled
 from launch.run.compose import Splits, check_device, open_splits, refreshed_layers, watch_of
-from launch.run.config import ResolvedRun, check_folder
+from launch.run.config import ResolvedRun, RunConfig, check_folder
 from launch.run.distill import teacher_of
 from launch.run.identity import identity_of, shapes_of
 from launch.run.imported import is_imported
@@ -141,6 +141,7 @@ def _examine(run: ResolvedRun) -> _Known:
          f"{len(classes)} classes"),
         ("steps", f"{c.schedule.total_steps(per_epoch):,} of which {warmup:,} warm up; {per_epoch:,} per epoch"),
     ]  # fmt: skip
+    rows += _mixing(c, per_epoch)
     rows += _shared_samples(splits)
     if c.schedule.name == "wsd":
         rows.append(("decay", f"over the last {c.schedule.decay(per_epoch):,} steps"))
@@ -149,6 +150,18 @@ def _examine(run: ResolvedRun) -> _Known:
     rows += [("begins", resumed)] if resumed else _beginning(run, model, len(task.outputs))
     rows += _recomputed(run, model, inputs.shape(splits.train), inputs.dtype)
     return _Known(model, inputs.shape(splits.train), inputs.dtype, tuple(rows))
+
+
+def _mixing(config: RunConfig, steps_per_epoch: int) -> list[tuple[str, str]]:
+    """Say in which steps mixup and cutmix are on, where they end."""
+    if not isinstance(config.data, DataConfig) or not config.data.augment.mixes:
+        return []
+    mixed, total = config.data.augment.mixed_steps(steps_per_epoch), config.schedule.total_steps(steps_per_epoch)
+    if mixed is None:
+        return []
+    if mixed >= total:
+        return [("mixing", f"in all steps: it would be off from step {mixed:,} on")]
+    return [("mixing", f"in the first {mixed:,} steps, off in the last {total - mixed:,}")]
 
 
 def _shared_samples(splits: Splits) -> list[tuple[str, str]]:

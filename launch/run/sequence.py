@@ -121,7 +121,12 @@ def decode_own_rows(config: RunConfig, split: Split, model: nn.Module, ranks: Ra
         return
     augment = data.augment
     looks_further = (
-        augment.randaugment_ops or augment.color_jitter or augment.own or augment.vflip or config.distill.teacher
+        augment.randaugment_ops
+        or augment.policy != "none"
+        or augment.color_jitter
+        or augment.own
+        or augment.vflip
+        or config.distill.teacher
     )
     if augment.crop != "window" or looks_further:
         return

@@ -207,8 +207,8 @@ def _check_new_batch(saved: dict[str, Any], here: dict[str, Any]) -> None:
     if not counts_samples(str(saved.get("order"))):
         raise CheckpointError(
             f"the checkpoint was written with global_batch = {theirs!r}, this run has {global_batch}, and with "
-            "data.mixture, data.aspect_buckets or epoch_end = 'wrap' samples would be lost or repeated: restore the "
-            "old value"
+            "data.mixture, data.aspect_buckets, data.augment.repeats or epoch_end = 'wrap' samples would be lost or "
+            "repeated: restore the old value"
         )
     whole_steps = range(0, here["num_samples"] // global_batch * global_batch, global_batch)
     if consumed not in whole_steps:

@@ -47,7 +47,7 @@ _OWN = {
 
 # What a clone of a population may change: neither the shape of the model nor the order of samples.
 _EXPLORED = ("optim.", "schedule.", "data.augment.", "ema.decay", "guard.", "distill.share", "distill.temperature")
-_FIXED_IN_A_POPULATION = ("optim.name", "schedule.name", "schedule.epochs", "schedule.steps")
+_FIXED_IN_A_POPULATION = ("optim.name", "schedule.name", "schedule.epochs", "schedule.steps", "data.augment.repeats")
 
 
 class SweepTable(FrozenConfig):

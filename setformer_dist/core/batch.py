@@ -12,7 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
+
+_BITS_OF_IDS = 40  # more samples than any data set has
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class MicroBatch:
         annotations: masks or boxes, for data that have them.
         soft: (m, classes) float32, how probable each class is, for data with soft labels; a row of zeros is of a sample
             that has only its label.
+        copies: (m,) int64, which copy of its sample each is, where a global batch has several; else None.
     """
 
     inputs: torch.Tensor
@@ -74,6 +79,13 @@ class MicroBatch:
     substitutions: list[str] = field(default_factory=list)
     annotations: Annotations | None = None
     soft: torch.Tensor | None = None
+    copies: torch.Tensor | None = None
+
+    @property
+    def drawn_ids(self) -> npt.NDArray[np.int64]:
+        """What random draws of a step tell samples apart by, (m,): their ids, and for copies of one sample others."""
+        ids: npt.NDArray[np.int64] = self.sample_ids.numpy()
+        return ids if self.copies is None else ids + (self.copies.numpy() << _BITS_OF_IDS)
 
 
 class TrainStream(Protocol):

@@ -148,7 +148,7 @@ class TrainStep:
 
     def _key_drop_path(self, step: int, batch: MicroBatch, device: torch.device) -> None:
         if self._set_sample_keys is not None:
-            keys = torch.from_numpy(sample_keys(Purpose.DROP_PATH, self._seed, step, batch.sample_ids.numpy()))
+            keys = torch.from_numpy(sample_keys(Purpose.DROP_PATH, self._seed, step, batch.drawn_ids))
             # In one place for each size, as a CUDA graph reads attributes of modules where they lay when it was made.
             if len(keys) not in self._keys:
                 self._keys[len(keys)] = torch.empty_like(keys, device=device)

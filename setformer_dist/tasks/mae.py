@@ -196,7 +196,7 @@ class MaskedPrepare:
         if not train:
             return sample_keys(Purpose.MASK, _EVALUATION, _EVALUATION, batch.sample_ids.numpy())
         epoch = batch.step // self._steps_per_epoch
-        return sample_keys(Purpose.MASK, self._seed, epoch, batch.sample_ids.numpy())
+        return sample_keys(Purpose.MASK, self._seed, epoch, batch.drawn_ids)
 
 
 def hidden_pixels(images: torch.Tensor, hidden: torch.Tensor, unit: int) -> torch.Tensor:

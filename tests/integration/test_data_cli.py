@@ -71,7 +71,7 @@ def test_from_photographs_to_checked_data_and_back(photos, tmp_path):
     ended = data("bench", tmp_path / "x.beton", "--seconds", 0.1, "--threads", 2, "--image-size", 32, "--json")
     measured = json.loads(ended.out)
     assert (ended.code, measured["images"], measured["image_size"]) == (0, 12, 32)
-    assert "images/s" in data("bench", tmp_path / "train", "--seconds", 0.1, "--threads", 1).out
+    assert "images/s" in data("bench", tmp_path / "train", "--seconds", 0.1, "--threads", 1, "--policy", "3augment").out
 
 
 def test_a_share_is_held_out(photos, tmp_path):
@@ -150,6 +150,7 @@ def test_verify_ends_with_4_for_damage_and_2_for_mistakes(photos, tmp_path):
         (("inspect", "{photos}", "--sheet", "x.gif"), 2, "must end in .html or .png"),
         (("convert", "{photos}/ant", "{photos}/out"), 3, "holds images and no shards"),
         (("bench", "nowhere"), 3, "does not exist"),
+        (("bench", "{photos}", "--policy", "3a"), 2, "input should be 'none', 'trivialaugment' or '3augment'"),
         (("bench", "{photos}", "--image-size", "0"), 2, "--image-size must be from 1 to 65536"),
     ],
 )

@@ -24,6 +24,17 @@ RECIPE = (
     "data.channels_last=true",
 )
 
+# Parts of DeiT III's recipe; of 22 steps, 8 mix.
+DEIT = (
+    "data.augment.policy=3augment",
+    "data.augment.color_jitter=0.3",
+    "data.augment.mixup=0.8",
+    "data.augment.cutmix=1.0",
+    "data.augment.mix_off_step=8",
+    "data.augment.repeats=2",
+    "model.drop_path=0.2",
+)
+
 
 @pytest.fixture(scope="module")
 def teacher(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -135,3 +146,24 @@ def test_rectangular_images_train_and_predict(digits: Path, tmp_path: Path) -> N
     exported = setformer("ckpt", "export", str(tmp_path / "demo"), str(tmp_path / "out"))
     assert exported.code == 0, exported.err
     assert json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"]["input_size"] == [3, 16, 24]
+
+
+@pytest.mark.drill
+def test_parts_of_deit_iii_resume_bit_by_bit_and_are_the_same_on_other_ranks(digits: Path, tmp_path: Path) -> None:
+    for name, ranks, stage in (("whole", 2, 2), ("one", 1, 3)):
+        ended = setformer(*train_words(digits, tmp_path / name, *DEIT, f"zero.stage={stage}", ranks=ranks))
+        assert ended.code == 0, ended.err
+    process = start(*train_words(digits, tmp_path / "parts", *DEIT, ranks=2))
+    wait_for(tmp_path / "parts" / "demo" / "checkpoints" / "step-00000005" / "manifest.json", process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=300) == 143
+    ended = setformer(*train_words(digits, tmp_path / "parts", *DEIT, ranks=2))
+    assert ended.code == 0, ended.err
+    whole, parts, one = (losses(tmp_path / name / "demo") for name in ("whole", "parts", "one"))
+    assert parts == whole
+    assert one.keys() == whole.keys()
+    for place, (loss, _) in whole.items():
+        assert one[place][0] == pytest.approx(loss, rel=1e-4), place
+    shown = setformer(*train_words(digits, tmp_path / "new", *DEIT), "--dry-run")
+    assert shown.code == 0, shown.err
+    assert "in the first 8 steps, off in the last 14" in shown.out

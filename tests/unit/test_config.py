@@ -51,6 +51,8 @@ TIMM = [
     "log_interval",
     "data_dir",
     "aa",
+    "mixup_off_epoch",
+    "aug_repeats",
     "reprob",
     "hflip",
     "color_jitter",

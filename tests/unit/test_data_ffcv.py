@@ -15,7 +15,7 @@ from PIL import Image
 
 from dataloaders.beton.reader import BetonSample, open_beton, write_beton
 from dataloaders.beton.sidecar import sidecar_path
-from dataloaders.config import AugmentConfig, DataConfig
+from dataloaders.config import AugmentConfig, DataConfig, ResolutionStage
 from dataloaders.ffcv import check as ffcv_check
 from dataloaders.ffcv.check import ffcv_problem, load_ffcv_engine
 from dataloaders.reading.streams import ShardEvalStream, ShardTrainStream
@@ -207,14 +207,28 @@ def _without_address(line):
 
 
 @needs_ffcv
+def test_mixing_ends_and_images_are_repeated_as_with_the_native_engine(engine, whole):
+    augment = AugmentConfig(mixup=0.2, mix_off_step=2, repeats=2)
+    ours = taken(stream_of(ShardTrainStream, whole / "jpg.beton", augment=augment), 5)
+    theirs = taken(stream_of(engine.FfcvTrainStream, whole / "jpg.beton", augment=augment), 5)
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one.sample_ids, other.sample_ids)
+        assert torch.equal(one.copies, other.copies)
+        assert (one.mix is None) == (other.mix is None) == (one.step >= 2)
+        assert mean_difference(one, other) < 8
+
+
+@needs_ffcv
 @pytest.mark.parametrize("how", ["flip", "no start"])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_damaged_samples_are_replaced_as_the_native_engine_would(engine, path, how, threads):
-    before = taken(stream_of(engine.FfcvTrainStream, path), 5)
+@pytest.mark.parametrize("scale", [None, (0.05, 0.1)])
+def test_damaged_samples_are_replaced_as_the_native_engine_would(engine, path, how, threads, scale):
+    stages = () if scale is None else (ResolutionStage(step=0, image_size=SIZE, scale=scale),)
+    before = taken(stream_of(engine.FfcvTrainStream, path, resolutions=stages), 5)
     for sample in (3, 17):
         damage(path, sample, how)
-    ours = taken(stream_of(ShardTrainStream, path), 5)
-    theirs = taken(stream_of(engine.FfcvTrainStream, path, threads=threads), 5)
+    ours = taken(stream_of(ShardTrainStream, path, resolutions=stages), 5)
+    theirs = taken(stream_of(engine.FfcvTrainStream, path, threads=threads, resolutions=stages), 5)
     replaced = 0
     for one, other, first in zip(ours, theirs, before, strict=True):
         assert torch.equal(one.sample_ids, other.sample_ids)
@@ -315,6 +329,7 @@ def test_nothing_is_left_behind(engine, whole):
     ("changes", "said"),
     [
         ({"augment": AugmentConfig(randaugment_ops=2)}, r"randaugment_ops = 2"),
+        ({"augment": AugmentConfig(policy="3augment")}, r'policy = "3augment"'),
         ({"augment": AugmentConfig(color_jitter=0.3, erasing=0.2)}, r"color_jitter = 0.3, augment.erasing = 0.2"),
         ({"workers": 2}, r"workers = 2 \(its threads are data.threads\)"),
     ],

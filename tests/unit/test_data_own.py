@@ -142,6 +142,7 @@ def test_a_name_is_taken_once() -> None:
 
 def test_other_draws_are_what_they_were() -> None:
     # Lane numbers are part of what a run is: appended to, never changed.
-    assert [lane.name for lane in sorted(Lane)] == ["CROP", "FLIP", "RANDAUGMENT", "JITTER", "ERASING", "OWN", "VFLIP"]
+    names = ["CROP", "FLIP", "RANDAUGMENT", "JITTER", "ERASING", "OWN", "VFLIP", "POLICY"]
+    assert [lane.name for lane in sorted(Lane)] == names
     words = sample_words(3, np.zeros(1, np.int64), np.arange(1))
     assert uniforms(words, Lane.CROP, 2).tolist() == [[0.7437499307463624, 0.1447557416171954]]

@@ -161,7 +161,7 @@ class Tiles:
         self.rows = rows
 
 
-@pytest.mark.parametrize("further", ["color_jitter=0.1", "randaugment_ops=1", "vflip=0.1", None])
+@pytest.mark.parametrize("further", ["color_jitter=0.1", "randaugment_ops=1", "policy=3augment", "vflip=0.1", None])
 def test_windows_are_decoded_whole_where_other_rows_are_looked_at(further: str | None) -> None:
     words = ["data.augment.crop=window", "parallel.sequence=2", *([f"data.augment.{further}"] if further else [])]
     config, split = load_run(DEMO, words), Tiles()

@@ -84,6 +84,7 @@ def page(folder: Path, space: str = LR, sweep: str = "", tail: str = "", *overri
         (LR, 'search = { name = "grid" }', "is loguniform, which a grid cannot count out"),
         (LR, 'scheduler = { name = "hyperband" }', "needs scheduler.last"),
         (LR, 'scheduler = { name = "pbt", population = 31 }', "below scheduler.population"),
+        ('"data.augment.repeats" = { int = [1, 4] }', 'scheduler = { name = "pbt" }', "cannot change within a run"),
         ('"model.drop_path" = { uniform = [0.0, 0.1] }', 'scheduler = { name = "pbt" }', "cannot change within a run"),
         (LR, 'search = { nmae = "tpe" }', "did you mean search.name?"),
     ],
