@@ -48,6 +48,7 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "adam": ({"name": "adam", "weight_decay": 1e-3}, {"name": "linear", "warmup_steps": 2}),
     "nadamw": ({"name": "nadamw"}, {"name": "polynomial"}),
     "adopt": ({"name": "adopt", "lr": 3e-3}, {"name": "step", "drop_steps": 3, "drop_factor": 0.5}),
+    "lamb": ({"name": "lamb", "lr": 5e-3}, {"name": "cosine", "warmup_steps": 1}),
     "lion": ({"name": "lion", "lr": 3e-4}, {"name": "wsd", "decay_steps": 3}),
     "sgd": ({"name": "sgd", "lr": 0.1, "weight_decay": 1e-3, "nesterov": True}, {"name": "cosine"}),
     "layers": ({"name": "adamw", "layer_decay": 0.6}, {"name": "cosine", "warmup_steps": 2}),

@@ -13,6 +13,7 @@
     zero.py       typed config -> DeepSpeed's JSON
     master.py     every ZeRO stage seen as fragments of fp32 masters and optimizer states
     optim.py      parameter groups, optimizers, learning-rate schedules
+    lamb.py       LAMB, whose norms are sums over the ranks that hold parts of a parameter
     ema.py        an average of the weights as one more fragment state
     evaluate.py   one pass over a split, each sample once
     metrics.py    the clock of a step, metrics.jsonl

@@ -166,8 +166,7 @@ class ScheduleConfig(FrozenConfig):
 _WHOLE = "needs whole parameters; ZeRO splits them into flat parts, so its steps would depend on the world size"
 # Optimizers that people ask for and that cannot be had here, and why.
 _REFUSED_OPTIMIZERS = {
-    "lamb": f"scales each parameter by a norm of it, so it {_WHOLE}",
-    "lars": f"scales each parameter by a norm of it, so it {_WHOLE}",
+    "lars": f"scales the gradient of each parameter by a norm of it, so it {_WHOLE}",
     "muon": f"orthogonalises whole matrices, so it {_WHOLE}",
     "shampoo": f"multiplies with roots of whole matrices, so it {_WHOLE}",
     "soap": f"rotates whole matrices, so it {_WHOLE}",
@@ -180,6 +179,7 @@ _REFUSED_OPTIMIZERS = {
 _OPTIMIZER_DEFAULTS: dict[str, dict[str, object]] = {
     "lion": {"betas": (0.9, 0.99)},
     "adopt": {"betas": (0.9, 0.9999), "eps": 1e-6},
+    "lamb": {"eps": 1e-6},
 }
 _SGD_KEYS = ("momentum", "nesterov")
 
@@ -188,22 +188,23 @@ class OptimConfig(FrozenConfig):
     """The optimizer.
 
     Attributes:
-        name: "adamw" (Loshchilov & Hutter 2019), "adam", "nadamw", "adopt" (Taniguchi et al. 2024), "lion" (Chen et al.
-            2023) or "sgd".
+        name: "adamw" (Loshchilov & Hutter 2019), "adam", "nadamw", "adopt" (Taniguchi et al. 2024), "lamb" (You et al.
+            2020, for large batches), "lion" (Chen et al. 2023) or "sgd".
         lr: peak learning rate at the configured global batch; it is not scaled with the batch.
         weight_decay: weight decay; not applied to norms, biases, references and other parameters that the model
             excludes. Decoupled from the gradient, except for "adam" and "sgd", which add it to the gradient as in
-            PyTorch.
+            PyTorch. "lamb" adds it to the update before it scales it.
         betas: decay rates of the averages of gradients and of their squares. Defaults: (0.9, 0.99) for "lion", (0.9,
             0.9999) for "adopt". Not used by "sgd".
-        eps: constant in the denominator of an update; the default for "adopt" is 1e-6. Not used by "lion" and "sgd".
+        eps: constant in the denominator of an update; the default for "adopt" and "lamb" is 1e-6. Not used by "lion"
+            and "sgd".
         momentum: momentum of "sgd".
         nesterov: use Nesterov momentum with "sgd".
         clip_norm: upper bound of the global gradient norm; 0 turns clipping off.
         layer_decay: factor of the learning rate from one layer group to the next, from the head down; 1 turns it off.
     """
 
-    name: Literal["adamw", "adam", "nadamw", "adopt", "lion", "sgd"] = "adamw"
+    name: Literal["adamw", "adam", "nadamw", "adopt", "lamb", "lion", "sgd"] = "adamw"
     lr: Annotated[float, Permitted("schedule")] = pydantic.Field(default=1e-3, gt=0)
     weight_decay: float = pydantic.Field(default=0.05, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)

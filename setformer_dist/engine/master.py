@@ -13,7 +13,9 @@ only ones that know how DeepSpeed lays out memory (written against 0.19.8).
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -26,6 +28,7 @@ from torch import nn
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.fragments import Fragment
 from setformer_dist.engine.deepspeed_engine import ScalarsAsBytes
+from setformer_dist.engine.lamb import Lamb, Part
 from setformer_dist.engine.optim import kind_of
 from setformer_dist.engine.protocol import Engine
 
@@ -65,9 +68,12 @@ class MasterState:
         if isinstance(optimizer, FP16_UnfusedOptimizer):
             _undo_dummy_step(optimizer)
         grouped = [p for group in self._inner.param_groups for p in group["params"]]
-        self._create_states(getattr(optimizer, "fp32_partitioned_groups_flat", grouped), kind.counts)
+        masters = list(getattr(optimizer, "fp32_partitioned_groups_flat", grouped))
+        self._create_states(masters, kind.counts)
         self._layout = _layout_of(engine)
         self.replicated = engine.zero_optimization_stage() == 0
+        if isinstance(self._inner, Lamb) and not self.replicated:
+            self._inner.divide(self._parts(masters), len(self._names), functools.partial(_summed, engine.device))
         self._fixed = _Fixed(engine, self.replicated)
 
     def fragments(self, *states: str) -> list[Fragment]:
@@ -135,6 +141,18 @@ class MasterState:
             if key in _SCALER_STATE and value is not None and hasattr(self._scaler, key):
                 setattr(self._scaler, key, value)
 
+    def _parts(self, masters: Iterable[torch.Tensor]) -> dict[torch.Tensor, list[Part]]:
+        """Return which parts of parameters lie in each flat master."""
+        found: dict[torch.Tensor, list[Part]] = {master: [] for master in masters}
+        begins = sorted((master.data_ptr(), i) for i, master in enumerate(found) if master.numel())
+        number, flat = {p: i for i, p in enumerate(self._names)}, list(found)
+        for p, _, view in self._layout.views("param"):
+            if view.numel():
+                begin, at = begins[bisect.bisect(begins, (view.data_ptr(), len(flat))) - 1]
+                part = Part(number[p], (view.data_ptr() - begin) // view.element_size(), view.numel())
+                found[flat[at]].append(part)
+        return found
+
     def _create_states(self, masters: Iterable[torch.Tensor], counts: bool) -> None:
         fused = bool(self._inner.defaults.get("fused"))  # then the count is next to the weights
         for p in masters:
@@ -142,6 +160,13 @@ class MasterState:
                 step = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")
                 zeros = {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in self.states}
                 self._inner.state[p] = {**({"step": step} if counts else {}), **zeros}
+
+
+def _summed(device: torch.device, values: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor over all ranks, where the tensor is. Collective."""
+    moved = values.to(device)
+    comm.all_reduce(moved)
+    return moved.to(values.device)
 
 
 def _undo_dummy_step(optimizer: FP16_UnfusedOptimizer) -> None:

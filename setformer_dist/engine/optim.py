@@ -1,4 +1,4 @@
-"""Parameter groups, optimizers and learning-rate schedules; all of it timm's and PyTorch's, configured here.
+"""Parameter groups, optimizers and learning-rate schedules; all but LAMB timm's and PyTorch's, configured here.
 
 Every optimizer here keeps states of one value per element of a parameter, and nothing else but a count of steps. So
 ZeRO may cut parameters anywhere, and a checkpoint of one layout continues in every other (`engine.master`); what does
@@ -18,6 +18,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from setformer_dist.engine.config import OptimConfig, ScheduleConfig
+from setformer_dist.engine.lamb import Lamb
 
 _Groups = list[dict[str, Any]]
 
@@ -53,6 +54,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "adam": Optimizer(torch.optim.Adam, lambda config: {**_adam(config), "fused": True}),
     "nadamw": Optimizer(NAdamW, _adam),
     "adopt": Optimizer(Adopt, lambda config: {**_adam(config), "decoupled": True}),
+    "lamb": Optimizer(Lamb, _adam),
     "lion": Optimizer(Lion, lambda config: {"betas": config.betas}, ("exp_avg",), counts=False),
     "sgd": Optimizer(torch.optim.SGD, _sgd, ("momentum_buffer",), counts=False),
 }

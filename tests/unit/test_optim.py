@@ -6,12 +6,14 @@ import math
 import re
 
 import pytest
+import timm.optim
 import torch
 
 from setformer_dist.core.config import build
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.model_config import ModelConfig
 from setformer_dist.engine.config import OptimConfig, ScheduleConfig
+from setformer_dist.engine.lamb import Lamb, Part
 from setformer_dist.engine.optim import OPTIMIZERS, Schedule, optimizer_of, parameter_groups
 from setformer_dist.models.build import build_model
 
@@ -66,7 +68,7 @@ def test_what_a_schedule_lacks_or_does_not_know_is_said(table: dict[str, object]
 @pytest.mark.parametrize(
     ("table", "said"),
     [
-        ({"name": "lamb"}, "lamb.* is refused, because .* needs whole parameters; ZeRO splits them"),
+        ({"name": "lars"}, "lars.* is refused, because .* needs whole parameters; ZeRO splits them"),
         ({"name": "Muon"}, "orthogonalises whole matrices"),
         ({"name": "adafactor"}, "sums of rows and columns"),
         ({"name": "adagrad"}, "without parameter groups"),
@@ -100,6 +102,59 @@ def test_an_optimizer_keeps_the_states_that_are_said_of_it(name: str) -> None:
     assert per_element == set(kind.states)
     assert others == ({"step"} if kind.counts else set())
     assert {key for group in optimizer.param_groups for key in group if key == "step"} == set()
+
+
+@pytest.mark.parametrize("steps", [1, 7])
+@pytest.mark.parametrize("divided", [False, True])
+def test_lamb_is_timms_whole_or_in_parts(steps: int, divided: bool) -> None:
+    """Two ranks hold parts of three parameters in one flat tensor each; the last parameter does not decay."""
+    torch.manual_seed(2)
+    shapes, config = [(4, 3), (5,), (3, 3)], build(OptimConfig, {"name": "lamb", "weight_decay": 0.1}, "config")
+    whole = [torch.nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in shapes]
+    with torch.no_grad():
+        whole[1].zero_()  # no norm to scale by
+    theirs = timm.optim.Lamb(
+        [{"params": whole[:2]}, {"params": whole[2:], "weight_decay": 0.0}],
+        lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=0.1, max_grad_norm=None,
+    )  # fmt: skip
+    if divided:
+        decayed = torch.cat([p.detach().reshape(-1) for p in whole[:2]] + [torch.zeros(1, dtype=torch.float64)])
+        cuts = [decayed[:9].clone(), decayed[9:].clone()]  # 12 + 5 elements and one of padding
+        parts = [[Part(0, 0, 9)], [Part(0, 0, 3), Part(1, 3, 5)]]
+        held = [torch.nn.Parameter(cut) for cut in cuts]
+    else:
+        held = [torch.nn.Parameter(p.detach().clone()) for p in whole[:2]]
+    alone = torch.nn.Parameter(whole[2].detach().clone())
+    # One rank here holds what two would: the sum over its own parts is theirs.
+    ours = optimizer_of([{"params": held, "weight_decay": 0.1}, {"params": [alone], "weight_decay": 0.0}], config)
+    assert isinstance(ours, Lamb)
+    if divided:
+        _add_up_over_ranks(ours, held, parts)
+    for _ in range(steps):
+        gradients = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+        for p, gradient in zip(whole, gradients, strict=True):
+            p.grad = gradient.clone()
+        flat = torch.cat([g.reshape(-1) for g in gradients[:2]] + [torch.zeros(1, dtype=torch.float64)])
+        for p, gradient in zip(held, (flat[:9], flat[9:]) if divided else gradients[:2], strict=True):
+            p.grad = gradient.clone()
+        alone.grad = gradients[2].clone()
+        theirs.step()
+        ours.step()
+    found = torch.cat([p.detach().reshape(-1) for p in held])
+    expected = torch.cat([p.detach().reshape(-1) for p in whole[:2]])
+    torch.testing.assert_close(found[:17], expected, rtol=1e-6, atol=1e-7)  # ratios are fp32
+    torch.testing.assert_close(alone, whole[2], rtol=1e-12, atol=1e-12)
+
+
+def _add_up_over_ranks(optimizer: Lamb, held: list[torch.nn.Parameter], parts: list[list[Part]]) -> None:
+    """Have parts of one parameter in two tensors add up, as over two ranks."""
+    numbered = {tensor: [Part(2 * part.parameter + i, part.start, part.count) for part in found]
+                for i, (tensor, found) in enumerate(zip(held, parts, strict=True))}  # fmt: skip
+
+    def both(squares: torch.Tensor) -> torch.Tensor:
+        return squares.view(2, -1, 2).sum(2).repeat_interleave(2, dim=1)
+
+    optimizer.divide(numbered, 4, both)
 
 
 @pytest.mark.parametrize(
