@@ -56,7 +56,7 @@ def read_coco(file: Stretch, class_map: tuple[tuple[str, ...], object] | None) -
             check_class_names(classes, *class_map)
             classes = class_map[0]
         label_of = {category: classes.index(name) for category, name in names.items()}
-        crowds, known = 0, set()
+        crowds, known = 0, set[tuple[Any, ...]]()
         for row in _rows(table, "annotations"):
             if row.get("iscrowd"):
                 crowds += 1

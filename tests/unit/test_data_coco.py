@@ -12,7 +12,7 @@ from PIL import Image
 from launch.testing.commands import setformer
 
 
-def annotations() -> dict[str, Any]:
+def coco_table() -> dict[str, Any]:
     return {
         "images": [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "b.png"}],
         "categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}],
@@ -55,7 +55,7 @@ def text_box(table: dict[str, Any]) -> None:
     table["annotations"][0]["bbox"] = "1234"
 
 
-def huge(table: dict[str, Any]) -> None:
+def too_large(table: dict[str, Any]) -> None:
     table["annotations"][0]["bbox"] = [10**400, 2, 3, 4]
 
 
@@ -79,12 +79,12 @@ def images(tmp_path: Path) -> Path:
         (same_box, "annotation 1 of image 1 is there twice"),
         (no_list, "'annotations' is no list"),
         (text_box, "bbox '1234' is no list"),
-        (huge, "too large"),
+        (too_large, "too large"),
         (None, "are nested too deeply"),
     ],
 )
 def test_annotations_that_cannot_be_meant_are_refused(images: Path, tmp_path: Path, change: Any, said: str) -> None:
-    table = annotations()
+    table = coco_table()
     if change is not None:
         change(table)
     file = tmp_path / "boxes.json"
@@ -99,6 +99,6 @@ def test_annotations_that_cannot_be_meant_are_refused(images: Path, tmp_path: Pa
 
 def test_ids_of_annotations_may_begin_anew_in_each_image(images: Path, tmp_path: Path) -> None:
     file = tmp_path / "boxes.json"
-    file.write_text(json.dumps(annotations()))
+    file.write_text(json.dumps(coco_table()))
     done = setformer("data", "pack", str(images), str(tmp_path / "packed"), "--coco", str(file))
     assert done.code == 0, done.err
