@@ -279,8 +279,9 @@ def class_numbers(image: PIL.Image.Image) -> npt.NDArray[Any]:
 
     PIL stretches grey values of 2 and 4 bits to the range of 8, as of colours: class 1 would be class 85 or 17.
     """
-    stored = image.tile[0].args if image.tile else ""  # such as "L;2"; gone once the pixels are read
-    stored = str(stored if isinstance(stored, str) or not stored else stored[0])
+    tiles = getattr(image, "tile", [])  # gone once the pixels are read
+    args = tiles[0].args if tiles else ""
+    stored = args if isinstance(args, str) else str(args[0]) if args else ""  # such as "L;2"
     values = np.array(image)
     steps = {"L;2": 85, "L;4": 17}.get(stored[:3])
     return values if steps is None else values // np.uint8(steps)
