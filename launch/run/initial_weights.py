@@ -36,6 +36,8 @@ _HEAD = "head."
 
 _NAMED = 3  # faults that an error names before it only counts
 
+_FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names types
+
 
 @dataclass(frozen=True)
 class _Source:
@@ -49,6 +51,7 @@ class _Source:
         file: where a .safetensors file is read, which can be adapted.
         choices: what the weights were trained with (core/revisions.py), as far as it is known.
         encoder: what the names of an encoder begin with that was pretrained within a larger model; "" for a model.
+        quantized: names and types of tensors whose numbers are not those that were trained.
     """
 
     name: str
@@ -58,6 +61,7 @@ class _Source:
     file: Path | None = None
     choices: Mapping[revisions.Revision, str] = dataclasses.field(default_factory=dict)
     encoder: str = ""
+    quantized: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,9 @@ class FirstWeights:
         source, left, report = self._fitted(source)
         filled = [f for f in fragments if f.state in ("param", "ema") and f.name not in left]
         source.fill([dataclasses.replace(f, state="param") for f in filled])
+        bad = next((f.name for f in filled if not bool(f.tensor.isfinite().all())), "")
+        if bad := next(filter(None, self.comm.gather_json(bad)), ""):
+            raise CheckpointError(f"{source.name} hold values in {bad} that are not finite: name other model.weights")
         return report
 
     def check(self) -> str:
@@ -107,6 +114,7 @@ class FirstWeights:
         """Return what fills the parameters, those that it leaves, and what is said of it."""
         source, new, notes = self._encoder_alone(source)
         self._check_skip(source)
+        self._check_numbers(source)
         faults = {name: fault for name, fault in self._faults(source).items() if name not in new}
         if faults and source.file is not None and self.arguments is not None:
             source, drawn, more = self._adapted(source, source.file, faults)
@@ -157,6 +165,15 @@ class FirstWeights:
             if not any(name.startswith(prefix) for name in (*self.shapes, *source.shapes)):
                 raise ConfigError(
                     f"model.skip = {list(self.config.skip or ())}: no parameter's name begins with {prefix!r}"
+                )
+
+    def _check_numbers(self, source: _Source) -> None:
+        """Refuse quantized weights: without their scales they are other numbers."""
+        for name in sorted(source.quantized.keys() & self.shapes.keys()):
+            if not name.startswith(self.config.skip or ()):
+                raise CheckpointError(
+                    f"{source.name} have numbers of type {source.quantized[name]} in {name}, as quantized weights do: "
+                    "name weights in fp32, fp16 or bf16"
                 )
 
     def _faults(self, source: _Source) -> dict[str, str]:
@@ -284,7 +301,12 @@ def _of_file(path: Path) -> _Source:
 
     try:
         with safe_open(path, "pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+            kinds = {name: part.get_dtype() for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"model.weights = {path} is not a complete .safetensors file: {error}") from None
-    return _Source(f"the weights of {path}", [path.stat().st_size, sorted(shapes)], shapes, fill, file=path)
+    quantized = {name: kind for name, kind in kinds.items() if kind not in _FLOATS}
+    return _Source(
+        f"the weights of {path}", [path.stat().st_size, sorted(shapes)], shapes, fill, file=path, quantized=quantized
+    )
