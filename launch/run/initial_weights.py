@@ -52,6 +52,7 @@ class _Source:
         choices: what the weights were trained with (core/revisions.py), as far as it is known.
         encoder: what the names of an encoder begin with that was pretrained within a larger model; "" for a model.
         quantized: names and types of tensors whose numbers are not those that were trained.
+        model: name and arguments of the model as its run's config has them; empty where they are not known.
     """
 
     name: str
@@ -62,6 +63,7 @@ class _Source:
     choices: Mapping[revisions.Revision, str] = dataclasses.field(default_factory=dict)
     encoder: str = ""
     quantized: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    model: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ class FirstWeights:
     def _fitted(self, source: _Source) -> tuple[_Source, set[str], str]:
         """Return what fills the parameters, those that it leaves, and what is said of it."""
         source, new, notes = self._encoder_alone(source)
+        notes += self._told_apart(source)
         self._check_skip(source)
         self._check_numbers(source)
         faults = {name: fault for name, fault in self._faults(source).items() if name not in new}
@@ -166,6 +169,19 @@ class FirstWeights:
                 raise ConfigError(
                     f"model.skip = {list(self.config.skip or ())}: no parameter's name begins with {prefix!r}"
                 )
+
+    def _told_apart(self, source: _Source) -> list[str]:
+        """Return a note where the weights were trained as another function: strides or epsilon change no shape."""
+        if not source.model:
+            return []
+        mine: Mapping[str, object] = self.config.model_dump(mode="json")
+        theirs, ours = (_flat({key: m[key] for key in ("name", "args") if m.get(key)}) for m in (source.model, mine))
+        other = [
+            f"model.{key} = {theirs.get(key, 'default')} there and {ours.get(key, 'default')} here"
+            for key in sorted(theirs.keys() | ours.keys())
+            if theirs.get(key) != ours.get(key)
+        ]
+        return [f"trained as another function: {', '.join(other)}"] if other else []
 
     def _check_numbers(self, source: _Source) -> None:
         """Refuse quantized weights: without their scales they are other numbers."""
@@ -274,6 +290,14 @@ def _table(table: Mapping[str, object], key: str) -> Mapping[str, object]:
     return value if isinstance(value, Mapping) else {}
 
 
+def _flat(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Return a table of tables with dotted keys."""
+    found: dict[str, object] = {}
+    for key, value in table.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
 def _of_checkpoint(checkpoint: Checkpoint) -> _Source:
     averaged = better_of(checkpoint) == "ema"
 
@@ -289,7 +313,9 @@ def _of_checkpoint(checkpoint: Checkpoint) -> _Source:
     task = _table(config, "task").get("name") if isinstance(config, dict) else None
     encoder = ENCODER if task in TASKS_OF_HIDDEN else ""
     name = f"{kind} of {checkpoint.path}"
-    return _Source(name, facts, checkpoint.parameters(), fill, choices=choices, encoder=encoder)
+    model = trained if isinstance(trained, dict) and isinstance(trained.get("args", {}), dict) else {}
+    model = model if isinstance(model.get("name"), str) else {}
+    return _Source(name, facts, checkpoint.parameters(), fill, choices=choices, encoder=encoder, model=model)
 
 
 def _of_file(path: Path) -> _Source:
