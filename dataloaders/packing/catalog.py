@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dataloaders.sources.class_folders import Stretch
+from setformer_dist.core.errors import DataError
 
 # KiB that SQLite may hold of a table in each process.
 _CACHE_KIB = 16 << 10
@@ -102,9 +103,17 @@ class Catalog:
         self._sql.executemany("INSERT INTO files VALUES (?, ?, ?, ?, ?, ?)", rows)
 
     def add_masks(self, masks: Iterable[tuple[str, Stretch]]) -> None:
-        """Add masks by the stem that image and mask share."""
-        rows = ((os.fsencode(stem), os.fsencode(file.name), *_place(file)) for stem, file in masks)
-        self._sql.executemany("INSERT OR REPLACE INTO masks VALUES (?, ?, ?, ?, ?)", rows)
+        """Add masks by the stem that image and mask share.
+
+        Raises:
+            DataError: two masks have one.
+        """
+        for stem, file in masks:
+            key, name = os.fsencode(stem), os.fsencode(file.name)
+            row = (key, name, *_place(file))
+            if not self._sql.execute("INSERT OR IGNORE INTO masks VALUES (?, ?, ?, ?, ?)", row).rowcount:
+                (there,) = self._sql.execute("SELECT name FROM masks WHERE stem = ?", (key,)).fetchone()
+                raise DataError(f"{os.fsdecode(there)} and {file.name} are masks of the same image: remove one of them")
 
     def add_boxes(self, boxes: Iterable[tuple[str, str]]) -> None:
         """Add the boxes of images: the image's name as the annotations give it, and `Listed.boxes`."""

@@ -21,7 +21,7 @@ import PIL.ImageDraw
 
 from dataloaders.packing.intake import VOID
 from dataloaders.packing.overlap import UNKNOWN, checksums
-from dataloaders.pixels.decode import MASK_FORMATS, UndecodableError, is_jpeg, picture_of
+from dataloaders.pixels.decode import MASK_FORMATS, UndecodableError, class_numbers, is_jpeg, picture_of
 from dataloaders.pixels.formats import FORMATS
 from dataloaders.source import Boxes, DamagedSampleError, Source, Stored, Tiled, bytes_of
 from dataloaders.sources.image_folder import ImageFolderDataset
@@ -248,7 +248,7 @@ def mask_values(mask: bytes) -> npt.NDArray[np.uint8]:
     """
     try:
         with PIL.Image.open(io.BytesIO(mask), formats=MASK_FORMATS) as image:
-            return np.asarray(image.convert("L") if image.mode != "L" else image)
+            return class_numbers(image).astype(np.uint8)
     except Exception as error:  # noqa: BLE001  (as above)
         raise UndecodableError(f"its mask is not a whole image: {error}") from None
 

@@ -32,6 +32,7 @@ from torchvision.transforms.v2 import functional as F  # as torchvision's own do
 from dataloaders.pixels.decode import (
     UndecodableError,
     bands_of_rows,
+    class_numbers,
     decode,
     decode_box,
     image_size,
@@ -48,6 +49,7 @@ from dataloaders.sources.slides import SlideImage
 from dataloaders.sources.tiles import LARGEST_SIDE, RAW_SUFFIX, Grid
 
 VOID = 255
+_LOSSY = ("JPEG", "MPO", "WEBP")
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _REWRITTEN_QUALITY = 95
 _SHRUNK_QUALITY = 90
@@ -303,7 +305,9 @@ def _mask_values(data: bytes) -> tuple[str, npt.NDArray[np.uint8]]:
     try:
         with opened(data) as image:
             refuse_large(image)
-            mode, values = image.mode, np.asarray(image)
+            if image.format in _LOSSY:
+                raise UndecodableError(f"its mask is a {image.format} file, which changes class numbers: make it a PNG")
+            mode, values = image.mode, class_numbers(image)
     except UndecodableError:
         raise
     except Exception as error:  # noqa: BLE001  (PIL's plugins raise nearly anything on damaged bytes)
@@ -312,6 +316,8 @@ def _mask_values(data: bytes) -> tuple[str, npt.NDArray[np.uint8]]:
         raise UndecodableError(
             f"its mask has {values.shape[2]} channels: a mask has one, with a class number per pixel"
         )
+    if values.dtype.kind == "f" and (values != np.floor(values)).any():
+        raise UndecodableError("its mask has fractions: a mask has a class number per pixel")
     if values.dtype != np.uint8 and values.size and not 0 <= values.min() <= values.max() <= VOID:
         raise UndecodableError(f"its mask has values up to {values.max()}: classes are 0 to 254, 255 does not count")
     return mode, values.astype(np.uint8)

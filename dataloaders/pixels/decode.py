@@ -274,6 +274,19 @@ def _decode_jpeg(data: bytes, min_height: int, min_width: int, form: PixelFormat
     return np.asarray(simplejpeg.decode_jpeg(data, space, min_height=min_height, min_width=min_width))
 
 
+def class_numbers(image: PIL.Image.Image) -> npt.NDArray[Any]:
+    """Return the values of a mask as its file has them, (H, W) where it has one channel.
+
+    PIL stretches grey values of 2 and 4 bits to the range of 8, as of colours: class 1 would be class 85 or 17.
+    """
+    tiles = getattr(image, "tile", [])  # gone once the pixels are read
+    args = tiles[0].args if tiles else ""
+    stored = args if isinstance(args, str) else str(args[0]) if args else ""  # such as "L;2"
+    values = np.array(image)
+    steps = {"L;2": 85, "L;4": 17}.get(stored[:3])
+    return values if steps is None else values // np.uint8(steps)
+
+
 def decode_mask(data: bytes, shape: tuple[int, int]) -> npt.NDArray[np.uint8]:
     """Decode a mask: a PNG of one byte per pixel, which is its class (or the place in its palette).
 
@@ -291,8 +304,7 @@ def decode_mask(data: bytes, shape: tuple[int, int]) -> npt.NDArray[np.uint8]:
         _check_png(data)
         with PIL.Image.open(io.BytesIO(data), formats=MASK_FORMATS) as image:
             refuse_large(image)
-            mask = np.array(image)
-            mode = image.mode
+            mode, mask = image.mode, class_numbers(image)
     except UndecodableError:
         raise
     except Exception as error:  # noqa: BLE001  (as in `decode`)

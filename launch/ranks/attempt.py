@@ -32,6 +32,12 @@ _log = logging.getLogger(__name__)
 _STACKS_S = 2.0  # how long ranks that hang have to write their stacks
 _ECHO_S = 1.0  # how long to wait for others to fail after the first, to distinguish a cause from its echoes
 _CAUSE_S = 10.0  # how long to wait for the cause where so far ranks only say that they lost another one
+# What gloo and DeepSpeed say where ranks do not send each other the same tensors.
+_APART = ("collective mismatch", "Detected a disagreement on list contents")
+_APART_HINT = (
+    " (the ranks sent each other different things: with zero.stage = 3 all must use the same layers in the same order, "
+    "see docs/library.md, or set zero.stage = 2)"
+)
 _TRANSIENT, _LOST_A_PEER = 2, 3  # kinds of failure that may be echoes of another's, see `_blame`
 _FAILURE_GRACE_S = 10.0
 _NAMED = 5  # lost hosts of a message; the others are counted
@@ -419,7 +425,8 @@ def _describe(member: Member, *echoes: Member) -> str:
     """Say how a rank ended and its last words; rank 0 may have spoken to the terminal only, so ask others too."""
     lines = [m.said() for m in (member, *echoes)]
     said = next((f": {line}" for line in lines if line), ", which is empty")
-    return f"{_name(member)} {_ending(member.code)}, log {member.log}{said}"
+    hint = _APART_HINT if any(words in said for words in _APART) else ""
+    return f"{_name(member)} {_ending(member.code)}, log {member.log}{said}{hint}"
 
 
 def _blame(member: Member) -> tuple[int, float]:

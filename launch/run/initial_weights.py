@@ -38,6 +38,8 @@ _HEAD = "head."
 
 _NAMED = 3  # faults that an error names before it only counts
 
+_FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names types
+
 
 @dataclass(frozen=True)
 class _Source:
@@ -51,6 +53,8 @@ class _Source:
         tensors: reads all of it, to adapt it.
         choices: what the weights were trained with (core/revisions.py), as far as it is known.
         encoder: what the names of an encoder begin with that was pretrained within a larger model; "" for a model.
+        quantized: names and types of tensors whose numbers are not those that were trained.
+        model: name and arguments of the model as its run's config has them; empty where they are not known.
     """
 
     name: str
@@ -60,6 +64,8 @@ class _Source:
     tensors: Callable[[], Mapping[str, torch.Tensor]]
     choices: Mapping[revisions.Revision, str] = dataclasses.field(default_factory=dict)
     encoder: str = ""
+    quantized: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    model: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,9 @@ class FirstWeights:
         source, left, report = self._fitted(source)
         filled = [f for f in fragments if f.state in ("param", "ema") and f.name not in left]
         source.fill([dataclasses.replace(f, state="param") for f in filled])
+        bad = next((f.name for f in filled if not bool(f.tensor.isfinite().all())), "")
+        if bad := next(filter(None, self.comm.gather_json(bad)), ""):
+            raise CheckpointError(f"{source.name} hold values in {bad} that are not finite: name other model.weights")
         return report
 
     def check(self) -> str:
@@ -108,7 +117,9 @@ class FirstWeights:
     def _fitted(self, source: _Source) -> tuple[_Source, set[str], str]:
         """Return what fills the parameters, those that it leaves, and what is said of it."""
         source, new, notes = self._encoder_alone(source)
+        notes += self._told_apart(source)
         self._check_skip(source)
+        self._check_numbers(source)
         faults = {name: fault for name, fault in self._faults(source).items() if name not in new}
         drawn = new | self._other_classifier(source, faults)
         if faults := {name: fault for name, fault in faults.items() if name not in drawn}:
@@ -159,6 +170,28 @@ class FirstWeights:
             if not any(name.startswith(prefix) for name in (*self.shapes, *source.shapes)):
                 raise ConfigError(
                     f"model.skip = {list(self.config.skip or ())}: no parameter's name begins with {prefix!r}"
+                )
+
+    def _told_apart(self, source: _Source) -> list[str]:
+        """Return a note where the weights were trained as another function: strides or epsilon change no shape."""
+        if not source.model:
+            return []
+        mine: Mapping[str, object] = self.config.model_dump(mode="json")
+        theirs, ours = (_flat({key: m[key] for key in ("name", "args") if m.get(key)}) for m in (source.model, mine))
+        other = [
+            f"model.{key} = {theirs.get(key, 'default')} there and {ours.get(key, 'default')} here"
+            for key in sorted(theirs.keys() | ours.keys())
+            if theirs.get(key) != ours.get(key)
+        ]
+        return [f"trained as another function: {', '.join(other)}"] if other else []
+
+    def _check_numbers(self, source: _Source) -> None:
+        """Refuse quantized weights: without their scales they are other numbers."""
+        for name in sorted(source.quantized.keys() & self.shapes.keys()):
+            if not name.startswith(self.config.skip or ()):
+                raise CheckpointError(
+                    f"{source.name} have numbers of type {source.quantized[name]} in {name}, as quantized weights do: "
+                    "name weights in fp32, fp16 or bf16"
                 )
 
     def _faults(self, source: _Source) -> dict[str, str]:
@@ -270,6 +303,14 @@ def _table(table: Mapping[str, object], key: str) -> Mapping[str, object]:
     return value if isinstance(value, Mapping) else {}
 
 
+def _flat(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Return a table of tables with dotted keys."""
+    found: dict[str, object] = {}
+    for key, value in table.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
 def _of_checkpoint(checkpoint: Checkpoint) -> _Source:
     averaged = better_of(checkpoint) == "ema"
 
@@ -286,7 +327,9 @@ def _of_checkpoint(checkpoint: Checkpoint) -> _Source:
     encoder = ENCODER if task in TASKS_OF_HIDDEN else ""
     name = f"{kind} of {checkpoint.path}"
     tensors = functools.partial(checkpoint.read_full, "ema" if averaged else "param")
-    return _Source(name, facts, checkpoint.parameters(), fill, tensors, choices, encoder)
+    model = trained if isinstance(trained, dict) and isinstance(trained.get("args", {}), dict) else {}
+    model = model if isinstance(model.get("name"), str) else {}
+    return _Source(name, facts, checkpoint.parameters(), fill, tensors, choices, encoder, model=model)
 
 
 def _of_file(path: Path) -> _Source:
@@ -298,9 +341,12 @@ def _of_file(path: Path) -> _Source:
 
     try:
         with safe_open(path, "pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+            kinds = {name: part.get_dtype() for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"model.weights = {path} is not a complete .safetensors file: {error}") from None
     facts: list[object] = [path.stat().st_size, sorted(shapes)]
     tensors = functools.partial(safetensors.torch.load_file, path)
-    return _Source(f"the weights of {path}", facts, shapes, fill, tensors)
+    quantized = {name: kind for name, kind in kinds.items() if kind not in _FLOATS}
+    return _Source(f"the weights of {path}", facts, shapes, fill, tensors, quantized=quantized)

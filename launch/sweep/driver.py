@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -310,6 +311,9 @@ class Driver:
         if number < self._budget.trials:
             step = hand_over(self._sweep.run_folder(source.number, 0), self._sweep.run_folder(number, 0))
             why = f"trial {source.number} has no checkpoint yet"
+        if step is not None and self._reader(source).read().ends_at(step):
+            shutil.rmtree(self._sweep.run_folder(number, 0), ignore_errors=True)
+            step, why = None, f"trial {source.number} has done all its steps"
         if step is None:
             self._write({"event": "kept", "trial": trial.number, "why": why})
             return
@@ -356,8 +360,12 @@ class Driver:
             words, self._budget.threads, self._budget.gpus_per_rank > 0, str(Path(log).absolute()), str(Path.cwd())
         )
         self._actors.start(key, command)
+        self.running[key] = Running(time.monotonic(), self._reader(trial, seed))
+
+    def _reader(self, trial: Trial, seed: int = 0) -> ProgressReader:
+        config = self._sweep.run_config(trial.point, seed, self._sweep.run_name(trial.number, seed))
         length = config.schedule.epochs, config.schedule.steps
-        self.running[key] = Running(time.monotonic(), ProgressReader(config.folder, self._sweep.metric, length))
+        return ProgressReader(config.folder, self._sweep.metric, length)
 
     # The end.
 

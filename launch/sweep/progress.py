@@ -31,6 +31,10 @@ class Progress:
     images_per_s: float | None = None
     share: float | None = None
 
+    def ends_at(self, step: int) -> bool:
+        """Return whether a step is the last of the run, as far as is known."""
+        return self.share is not None and self.share >= 1 and step >= self.step
+
     def reached(self, metric: str, mode: str, which: str) -> tuple[float | None, str]:
         """Return what a finished run has reached, or why that is not known.
 

@@ -20,6 +20,7 @@ from launch.sweep.trial import TRIAL, hand_over
 from setformer_dist.core import config as base
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.words import counted
+from setformer_dist.engine.config import ScheduleConfig
 
 OUT = "runs"
 
@@ -50,12 +51,20 @@ def promoted(
     config = repeated.config
     if from_start or (config.folder / "checkpoints").exists():  # then it goes on by itself
         return repeated, None
-    if config.schedule == base.load(RunConfig, source / TRIAL).schedule:
+    if not _longer(config.schedule, base.load(RunConfig, source / TRIAL).schedule):
         raise ConfigError(
-            f"trial {trial.number} has done all its steps, so its checkpoint has nothing left to do: give another "
+            f"trial {trial.number} has done all its steps, so its checkpoint has nothing left to do: give a longer "
             "schedule, such as schedule.epochs=300, or --from-start"
         )
     return repeated, source
+
+
+def _longer(ours: ScheduleConfig, theirs: ScheduleConfig) -> bool:
+    """Return whether a schedule has more steps; of one in epochs and one in steps, whether it is another."""
+    for mine, other in ((ours.epochs, theirs.epochs), (ours.steps, theirs.steps)):
+        if mine is not None and other is not None:
+            return mine > other
+    return ours != theirs
 
 
 def _ranked(sweep: Sweep, folder: Path, best: int) -> Trial:

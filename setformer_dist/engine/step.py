@@ -31,13 +31,22 @@ def seed_generators(seed: int) -> None:
         get_accelerator().manual_seed(seed)
 
 
+def _spoiling(loss: torch.Tensor) -> torch.Tensor:
+    """Return a loss; where it is not finite, one whose gradients are not either, so that no rank takes the update.
+
+    Gradients of an infinite loss may be finite: those of a cross entropy whose class has a logit of minus infinity are.
+    """
+    known = loss.detach()
+    return loss * (1 + (known - known))  # by 1 or NaN
+
+
 @dataclass(frozen=True)
 class StepOutcome:
     """What one optimizer step left on this rank.
 
     Attributes:
         loss: sum over this rank's micro batches of their losses, on the device, shape (); its mean over all micro
-            batches of all ranks is the step's loss. NaN where the update was left out for its gradients.
+            batches of all ranks is the step's loss. NaN where the update was left out for them or their gradients.
         accumulation: micro batches of this rank.
         substitutions: damaged samples that were replaced, one line each.
         sample_ids: of this rank's micro batches, in order.
@@ -100,7 +109,7 @@ class TrainStep:
                 if factor is not None:
                     loss = loss * factor
             with self._clock.section("backward"):
-                self._engine.backward(loss)
+                self._engine.backward(_spoiling(loss))
             with self._clock.section("optimizer"):
                 self._engine.step()
             losses.append(loss.detach())

@@ -31,6 +31,21 @@ class Poisoned:
         return (images * torch.inf if train and batch.step in self._steps else images), targets
 
 
+class PoisonedLoss:
+    """Makes the losses of some steps infinite, and leaves their gradients finite."""
+
+    def __init__(self, loss: Any, steps: list[int], micro_batches: int) -> None:
+        self._loss = loss
+        self._steps = steps
+        self._micro_batches = micro_batches
+        self._calls = 0
+
+    def __call__(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        step, self._calls = self._calls // self._micro_batches, self._calls + 1
+        loss: torch.Tensor = self._loss(outputs, targets)
+        return loss + torch.inf if step in self._steps else loss
+
+
 class Deadly:
     """Takes a method's place and ends the process, as a kill would, before or after its n-th call."""
 
@@ -51,9 +66,21 @@ class Deadly:
 
 
 def run_poisoned(
-    path: str, overrides: list[str], steps: list[int], death: tuple[str, str, str, int] | None = None
+    path: str,
+    overrides: list[str],
+    steps: list[int],
+    death: tuple[str, str, str, int] | None = None,
+    losses: bool = False,
 ) -> dict[str, Any]:
-    """Train to the end, or to a death at a call of a part's method; return what is left."""
+    """Train to the end, or to a death at a call of a part's method; return what is left.
+
+    Args:
+        path: of the run config.
+        overrides: of it.
+        steps: that are poisoned.
+        death: part of the trainer, its method, "before" or "after" which call of it.
+        losses: poison losses alone.
+    """
     ranks = RankInfo.from_env()
     quiet_deepspeed()
     torch.set_num_threads(1)
@@ -67,7 +94,10 @@ def run_poisoned(
     config.folder.mkdir(parents=True, exist_ok=True)
     try:
         trainer = compose(run, splits, task, model, TorchCollectives(ranks))
-        trainer._step._prepare = Poisoned(trainer._step._prepare, steps)
+        if losses:
+            task.loss = PoisonedLoss(task.loss, steps, run.plan.accumulation)  # type: ignore[method-assign]
+        else:
+            trainer._step._prepare = Poisoned(trainer._step._prepare, steps)
         if death is not None:
             part, name, when, call = death
             Deadly(getattr(trainer._c, part), name, when, call)

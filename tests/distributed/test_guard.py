@@ -52,6 +52,20 @@ def test_skip_leaves_the_update_out(digits: Path, tmp_path: Path, stage: int, dt
     assert len(set(row["sample_ids"])) == 64  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.drill) for stage in (1, 2, 3))])
+def test_an_infinite_loss_with_finite_gradients_leaves_the_update_out(digits: Path, tmp_path: Path, stage: int) -> None:
+    short = ("~schedule.epochs", "schedule.steps=8", "~schedule.warmup_epochs", "batch.micro=16")
+    left = {
+        losses: run_ranks(
+            guard_workers.run_poisoned, 2, DEMO,
+            [*overrides(digits, tmp_path / str(losses), "skip", stage, "fp32"), *short], [5], None, losses,
+        )
+        for losses in (False, True)
+    }  # fmt: skip
+    assert [(row["step"], row["action"]) for row in guard_rows(tmp_path / "True")] == [(5, "skip")]
+    assert [r["weights"] for r in left[True]] == [r["weights"] for r in left[False]]  # bit by bit
+
+
 def test_rollback_is_a_run_that_never_took_the_step(digits: Path, tmp_path: Path) -> None:
     short = ("~schedule.epochs", "schedule.steps=14", "~schedule.warmup_epochs")
     found = run(digits, tmp_path / "poisoned", "rollback", 2, "bf16", [BAD], *short)

@@ -1,5 +1,6 @@
 """Fine-tuning weights in timm's layout: local files, a hub's cache, pickles that must be converted first."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -64,6 +65,28 @@ def test_the_same_classes_keep_their_head(pretrained: Path) -> None:
     report, ours = fill(ModelConfig(name=NAME, weights=str(pretrained)), 1000, 64)
     assert "152 of 152 parameters" in report
     assert torch.equal(ours["head.weight"], safetensors.torch.load_file(pretrained)["head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda t: (t * 100).to(torch.int32),
+            "have numbers of type I32 in blocks.0.attn.qkv.bias, as quantized weights",
+        ),
+        (lambda t: t * torch.nan, "hold values in blocks.0.attn.qkv.bias that are not finite"),
+    ],
+)
+def test_weights_that_are_no_trained_numbers_are_refused(
+    pretrained: Path, tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor], said: str
+) -> None:
+    tensors = safetensors.torch.load_file(pretrained)
+    tensors["blocks.0.attn.qkv.bias"] = change(tensors["blocks.0.attn.qkv.bias"])
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(tensors, path)
+    for size in (64, 224):  # adapted, and as it is
+        with pytest.raises(CheckpointError, match=said):
+            fill(ModelConfig(name=NAME, weights=str(path)), 10, size)
 
 
 def test_another_architecture_is_refused_and_keeps_what_the_user_skips(pretrained: Path) -> None:

@@ -237,10 +237,11 @@ def test_a_winner_becomes_a_run_of_its_own(digits: Path, tmp_path: Path) -> None
     words = ("sweep", "promote", str(tmp_path / "s"), f"run.out={tmp_path}", "run.threads=1")
     trial = tmp_path / "s" / "trials" / "trial-0000"
 
-    nothing = setformer(*words)
-    assert nothing.code == 2
-    assert "has done all its steps" in nothing.err
-    assert not (tmp_path / "s-trial-0").exists()
+    for same in ((), ("schedule.name=constant",)):
+        nothing = setformer(*words, *same)
+        assert nothing.code == 2
+        assert "has done all its steps" in nothing.err
+        assert not (tmp_path / "s-trial-0").exists()
 
     longer = setformer(*words, "--ranks", "2", "schedule.epochs=2", "run.name=longer")
     assert longer.code == 0, longer.err

@@ -204,7 +204,7 @@ def test_shrinking_takes_boxes_and_masks_along(coco, streets, tmp_path):
         (lambda t: t["annotations"][0].update(bbox=[1, 2]), "another format"),
         (lambda t: t.pop("categories"), "has no 'categories'"),
         (lambda t: t.update(images=[], annotations=[]), "name no image"),
-        (lambda t: [i.update(file_name="x.jpg") for i in t["images"]], "no image of .* is named in"),
+        (lambda t: [i.update(file_name=f"x{i['id']}.jpg") for i in t["images"]], "no image of .* is named in"),
     ],
 )
 def test_boxes_that_cannot_be_are_refused(coco, tmp_path, change, fault):

@@ -21,13 +21,13 @@ from setformer_dist.core.store import Snapshot
 SHAPES = {"body.w": (2, 3), "head.w": (5, 3), "head.b": (5,)}
 
 
-def checkpoint(run: Path, scores: dict[str, float], *states: str, shapes: dict = SHAPES) -> Path:
+def checkpoint(run: Path, scores: dict[str, float], *states: str, shapes: dict = SHAPES, model: object = None) -> Path:
     fragments = [
         Fragment(name, state, 0, shape, torch.full(shape, float(value)).reshape(-1))
         for value, state in enumerate(states, 1)
         for name, shape in shapes.items()
     ]
-    trainer = {"run": {"evaluation": scores}}
+    trainer = {"run": {"evaluation": scores}, **({"config": {"model": model}} if model is not None else {})}
     return CheckpointManager(run / "checkpoints", Alone(), CheckpointConfig()).save(
         Snapshot(7, fragments, trainer, {}), Identity(model="m")
     )
@@ -73,6 +73,26 @@ def test_weights_and_average_begin_with_what_scored_better(tmp_path, scores, val
         report, held = filled(place)
         assert report == f"begins with {kind} of {folder}: 3 of 3 parameters"
         assert held == {"body.w param": value, "body.w ema": value, "body.w exp_avg": 0, "head.b param": value}
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (
+            {"stem_strides": [1, 2]},
+            "trained as another function: model.args.stem_strides = [1, 2] there and [2, 2] here",
+        ),
+        ({"stem_strides": [2, 2], "attn": {"epsilon": 0.9}}, "model.args.attn.epsilon = 0.9 there and default here"),
+        ({"stem_strides": [2, 2]}, ""),
+        ([], ""),  # of no version of ours
+    ],
+)
+def test_arguments_that_change_no_shape_are_told(tmp_path, args, said):
+    config = ModelConfig(weights=str(tmp_path), args={"stem_strides": [2, 2]})
+    theirs = ModelConfig(args=args).model_dump(mode="json") if isinstance(args, dict) else {"name": 3, "args": args}
+    checkpoint(tmp_path, {}, "param", model=theirs)
+    report = FirstWeights(config, SHAPES, frozenset(), Alone())(fragments().values())
+    assert report.endswith(said or "3 of 3 parameters")
 
 
 def test_a_file_serves_as_well_and_its_buffers_are_no_parameters(tmp_path):

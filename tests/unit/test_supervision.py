@@ -6,16 +6,19 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from launch import entry
 from launch.history.show import list_runs, show_run
+from launch.ranks import attempt
 from launch.ranks.attempt import AttemptError, FolderLostError
 from launch.ranks.logs import LOG_DIR_VARIABLE
 from launch.ranks.restarts import Failure, GiveUp, Restart, RestartConfig, verdict
@@ -55,6 +58,19 @@ def test_failures_at_one_step_are_of_the_runs_own_making():
     judged = verdict(failures(7, 40, 40, 40), POLICY)
     assert isinstance(judged, GiveUp)
     assert "3 times at step 40" in judged.reason
+
+
+@pytest.mark.parametrize(
+    ("said", "apart"),
+    [
+        ("what(): 272 vs 170. Is there a distributed collective mismatch in your code?", True),
+        ("RuntimeError: Detected a disagreement on list contents between rank0 and rank1:", True),
+        ("RuntimeError: no bf16 here", False),
+    ],
+)
+def test_ranks_that_use_different_layers_are_told_so(said, apart):
+    member = SimpleNamespace(rank=1, host="", code=-signal.SIGABRT, log=Path("rank.log"), said=lambda: said)
+    assert ("zero.stage = 3 all must use the same layers" in attempt._describe(member)) is apart
 
 
 class _Crew:

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from checkpoints.layout import MANIFEST, step_folder
 from launch.ranks.signals import Received
-from launch.sweep import commands, population
+from launch.sweep import commands, population, promote
 from launch.sweep.driver import Driver, Running
 from launch.sweep.journal import JOURNAL, Journal, read_events
 from launch.sweep.page import SWEEP, SchedulerTable, Sweep, SweepConfig, check_continued, load_sweep, read_sweep
@@ -27,6 +28,8 @@ from launch.testing.commands import ROOT
 from setformer_dist.core.config import all_keys
 from setformer_dist.core.errors import ConfigError, DataError, RankFailedError, TransientError
 from setformer_dist.core.files import write_state
+from setformer_dist.engine.config import ScheduleConfig
+from setformer_dist.report.rows import METRICS
 
 PAGE = """
 [sweep]
@@ -490,6 +493,46 @@ def test_the_worst_member_gives_up_for_a_clone_of_a_better_one() -> None:
     every_other = SchedulerTable(name="pbt", population=4, interval=2)
     assert population.source_of(every_other, scores, 0, 1, 7, larger=True) is None
     assert population.source_of(every_other, scores, 0, 2, 7, larger=True) == 1
+
+
+def test_no_clone_is_made_of_a_run_that_has_done_all_its_steps(tmp_path: Path) -> None:
+    sweep = page(tmp_path, LR, "", '[scheduler]\nname = "pbt"\npopulation = 2\nquantile = 0.5')
+    for done, step in ((1.0, 22), (2.0, 44)):  # of 2 epochs
+        folder = sweep.run_folder(1, 0)
+        checkpoint = step_folder(folder / "checkpoints", step)
+        checkpoint.mkdir(parents=True)
+        (checkpoint / MANIFEST).write_text("{}")
+        row = {"kind": "train", "step": step, "epoch": done, "time": 0.0, "loss": 1.0}
+        (folder / METRICS).write_text(json.dumps(row) + "\n")
+        (sweep.folder / str(step)).mkdir()
+        journal = Journal(sweep.folder / str(step))
+        driver = Driver(sweep, journal, Received(None), print)
+        for number in (0, 1):
+            driver._write({"event": "asked", "trial": number})
+        for number, value in ((1, 0.9), (0, 0.1)):
+            driver._write({"event": "reported", "trial": number, "step": step, "value": value})
+        driver._clone(driver.book.trials[0])
+        journal.close()
+        last = journal.events[-1]
+        assert last["event"] == ("kept" if done == 2 else "cloned")
+        assert sweep.run_folder(2, 0).exists() == (done != 2)
+    assert last["why"] == "trial 1 has done all its steps"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "longer"),
+    [
+        ({"epochs": 3}, {"epochs": 2}, False),
+        ({"epochs": 3}, {"epochs": 3, "name": "constant"}, False),
+        ({"epochs": 3}, {"epochs": 4}, True),
+        ({"steps": 9}, {"steps": 9, "name": "linear"}, False),
+        ({"epochs": 3}, {"steps": 9}, True),  # only the data says
+    ],
+)
+def test_a_winner_is_trained_further_by_a_longer_schedule_alone(
+    old: dict[str, Any], new: dict[str, Any], longer: bool
+) -> None:
+    assert promote._longer(ScheduleConfig(**new), ScheduleConfig(**old)) is longer
 
 
 def test_a_clone_is_near_its_source_and_within_the_space() -> None:

@@ -1,0 +1,104 @@
+"""COCO annotations that say something twice or nothing at all: refused, as boxes would change or vanish in silence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from launch.testing.commands import setformer
+
+
+def coco_table() -> dict[str, Any]:
+    return {
+        "images": [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "b.png"}],
+        "categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 2, 10, 10]},
+            {"id": 1, "image_id": 2, "category_id": 7, "bbox": [5, 5, 10, 20]},
+        ],
+    }
+
+
+def same_image(table: dict[str, Any]) -> None:
+    table["images"][1]["id"] = table["annotations"][1]["image_id"] = 1
+
+
+def same_file(table: dict[str, Any]) -> None:
+    table["images"][1]["file_name"] = "a.png"
+
+
+def same_category(table: dict[str, Any]) -> None:
+    table["categories"].append({"id": 3, "name": "bird"})
+
+
+def same_class(table: dict[str, Any]) -> None:
+    table["categories"].append({"id": 9, "name": "cat"})
+
+
+def no_class(table: dict[str, Any]) -> None:
+    table["categories"][0]["name"] = None
+
+
+def same_box(table: dict[str, Any]) -> None:
+    table["annotations"].append(table["annotations"][0])
+
+
+def no_list(table: dict[str, Any]) -> None:
+    table["annotations"] = {}
+
+
+def text_box(table: dict[str, Any]) -> None:
+    table["annotations"][0]["bbox"] = "1234"
+
+
+def too_large(table: dict[str, Any]) -> None:
+    table["annotations"][0]["bbox"] = [10**400, 2, 3, 4]
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (60, 40)).save(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (same_image, "two images have the id 1: 'a.png' and 'b.png'"),
+        (same_file, "two images have the file_name 'a.png'"),
+        (same_category, "two categories have the id 3: 'cat' and 'bird'"),
+        (same_class, "two categories have the name 'cat'"),
+        (no_class, "of categories, 3 has the name None, which is no text"),
+        (same_box, "annotation 1 of image 1 is there twice"),
+        (no_list, "'annotations' is no list"),
+        (text_box, "bbox '1234' is no list"),
+        (too_large, "too large"),
+        (None, "are nested too deeply"),
+    ],
+)
+def test_annotations_that_cannot_be_meant_are_refused(images: Path, tmp_path: Path, change: Any, said: str) -> None:
+    table = coco_table()
+    if change is not None:
+        change(table)
+    file = tmp_path / "boxes.json"
+    file.write_text(json.dumps(table) if change is not None else "[" * 200_000)
+    done = setformer("data", "pack", str(images), str(tmp_path / "packed"), "--coco", str(file))
+    assert done.code == 3
+    (line,) = done.error_lines
+    assert said in line
+    assert "Traceback" not in done.err
+    assert not (tmp_path / "packed").exists()
+
+
+def test_ids_of_annotations_may_begin_anew_in_each_image(images: Path, tmp_path: Path) -> None:
+    file = tmp_path / "boxes.json"
+    file.write_text(json.dumps(coco_table()))
+    done = setformer("data", "pack", str(images), str(tmp_path / "packed"), "--coco", str(file))
+    assert done.code == 0, done.err

@@ -1,0 +1,76 @@
+"""Masks keep their class numbers, or are refused."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from dataloaders.packing.inspection import mask_values
+from dataloaders.pixels.decode import decode_mask
+from launch.testing.commands import Ended, setformer
+
+SHAPE = (40, 60)
+CLASSES = np.random.default_rng(0).integers(0, 3, SHAPE).astype(np.uint8)
+
+
+def grey_png(classes: npt.NDArray[np.uint8], bits: int) -> bytes:
+    """Return a PNG of grey pixels with fewer than 8 bits, which PIL cannot write."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width = classes.shape
+    shifts = np.arange(8 - bits, -1, -bits, dtype=np.uint8)
+    packed = (classes.reshape(height, -1, 8 // bits) << shifts).sum(-1, dtype=np.uint8)
+    rows = b"".join(b"\0" + row.tobytes() for row in packed)
+    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+def packed(folder: Path, name: str, mask: bytes | Image.Image, *more: str) -> Ended:
+    for part in ("images", "annotations"):
+        (folder / "source" / part).mkdir(parents=True)
+    Image.new("RGB", SHAPE[::-1]).save(folder / "source" / "images" / "a.png")
+    for path in (folder / "source" / "annotations" / each for each in (name, *more)):
+        path.write_bytes(mask) if isinstance(mask, bytes) else mask.save(path)
+    return setformer("data", "pack", str(folder / "source"), str(folder / "packed"), "--masks", "annotations")
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_masks_of_few_bits_keep_their_classes(tmp_path: Path, bits: int) -> None:
+    data = grey_png(CLASSES, bits)
+    assert (decode_mask(data, SHAPE) == CLASSES).all()
+    assert (mask_values(data) == CLASSES).all()
+    done = packed(tmp_path, "a.png", data)
+    assert done.code == 0, done.err
+    assert "of 3 classes" in done.err + done.out
+
+
+def test_a_palette_is_no_class(tmp_path: Path) -> None:
+    image = Image.fromarray(CLASSES).convert("P")
+    image.putpalette([200, 10, 10, 10, 200, 10, 10, 10, 200])
+    image.save(tmp_path / "a.png")
+    assert (mask_values((tmp_path / "a.png").read_bytes()) == CLASSES).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "said"),
+    [
+        ("a.jpg", (), "its mask is a JPEG file, which changes class numbers"),
+        ("a.png", ("a.tif",), "are masks of the same image: remove one of them"),
+    ],
+)
+def test_masks_whose_classes_are_not_certain_are_refused(
+    tmp_path: Path, name: str, more: tuple[str, ...], said: str
+) -> None:
+    done = packed(tmp_path, name, Image.fromarray(CLASSES), *more)
+    assert done.code == 3
+    assert said in done.err
+    assert not (tmp_path / "packed").exists()
