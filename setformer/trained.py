@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from launch.run import trained as runs
+from launch.run.exported import load_named
 from launch.run.own_code import bring
 from launch.run.own_model import OwnModel
 from launch.run.trained import Prediction, Trained
@@ -22,13 +23,14 @@ def load(
     imports: Iterable[str] = (),
     best: bool = False,
 ) -> Trained:
-    """Load the model of a checkpoint, verified, in fp32 on the CPU.
+    """Load the model of a checkpoint, verified, or an exported model, in fp32 on the CPU.
 
     A checkpoint contains no code. If the run used your own code, pass it again: modules by `imports` (or import them
     before), a model that was passed as an object by `model`.
 
     Args:
-        path: a run's folder (its newest checkpoint that verifies), its checkpoints folder, or one step's folder.
+        path: a run's folder (its newest checkpoint that verifies), its checkpoints folder, one step's folder, or the
+            folder of an exported model, ours or timm's.
         weights: "plain", "ema", or "auto": those that scored better in the run.
         model: as `Training`; a copy is filled.
         imports: modules to import first.
@@ -43,7 +45,9 @@ def load(
         ConfigError: `weights` is none of the three, or a module cannot be imported.
     """
     bring(imports)
-    return runs.load_trained(Path(path), weights_named(weights), own=model, best=best)
+    if model is not None:
+        return runs.load_trained(Path(path), weights_named(weights), own=model, best=best)
+    return load_named(Path(path), weights_named(weights), best)
 
 
 def evaluate(

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from timm.models import save_for_hf
 
+import setformer as setformer_library
 from launch.run.exported import load_exported
 from launch.testing.commands import setformer, train_words
 from setformer_dist.core.errors import CheckpointError
@@ -48,7 +49,7 @@ def sees(size: int) -> Callable[[dict[str, Any]], None]:
 
 
 def test_a_model_of_timm_computes_what_timm_does(theirs: Path, digits: Path) -> None:
-    trained = load_exported(theirs)
+    trained = setformer_library.load(theirs)
     image = next((digits / "images" / "val" / "3").iterdir())
     model = timm.create_model(f"local-dir:{theirs}", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
