@@ -23,9 +23,10 @@ from safetensors import SafetensorError, safe_open
 
 from checkpoints.reader import Checkpoint, open_checkpoint
 from launch.run.timm_weights import HUB, Adapted, adapted, classifiers_of, fetched
-from setformer_dist.core import revisions
+from setformer_dist.core import revisions, strictjson
 from setformer_dist.core.comm import Collectives
 from setformer_dist.core.errors import CheckpointError, ConfigError
+from setformer_dist.core.files import read_plain
 from setformer_dist.core.fragments import Fragment
 from setformer_dist.core.metric import Mode, better_weights, mode_by_name
 from setformer_dist.core.model_config import ModelConfig
@@ -51,6 +52,7 @@ class _Source:
         tensors: reads all of it, to adapt it.
         choices: what the weights were trained with (core/revisions.py), as far as it is known.
         encoder: what the names of an encoder begin with that was pretrained within a larger model; "" for a model.
+        images: (H, W) of the images that they were trained with; None where that is not known.
     """
 
     name: str
@@ -60,6 +62,7 @@ class _Source:
     tensors: Callable[[], Mapping[str, torch.Tensor]]
     choices: Mapping[revisions.Revision, str] = dataclasses.field(default_factory=dict)
     encoder: str = ""
+    images: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ class FirstWeights:
         """Return what fills the parameters, those that it leaves, and what is said of it."""
         source, new, notes = self._encoder_alone(source)
         self._check_skip(source)
+        self._check_positions(source)
         faults = {name: fault for name, fault in self._faults(source).items() if name not in new}
         drawn = new | self._other_classifier(source, faults)
         if faults := {name: fault for name, fault in faults.items() if name not in drawn}:
@@ -152,6 +156,27 @@ class FirstWeights:
                 raise CheckpointError(
                     f"model.weights = {self.config.weights}: these were trained with {revision.shown} = {theirs!r}, "
                     f'this run has {ours!r}, which is another function: set model.args.{revision.shown} = "{theirs}"'
+                )
+
+    def _check_positions(self, source: _Source) -> None:
+        """Refuse position embeddings whose rows and columns would be taken for others.
+
+        timm takes a grid of another number of positions for square, and one of as many for the model's own.
+        """
+        size = (self.arguments or {}).get("img_size")
+        here = (size, size) if isinstance(size, int) else size
+        if source.images is None or not (isinstance(here, list | tuple) and len(here) == 2):
+            return
+        (rows, columns), (height, width) = source.images, here
+        for name, shape in self.shapes.items():
+            if "pos_embed" not in name or name not in source.shapes or name.startswith(self.config.skip or ()):
+                continue
+            known = rows * width == columns * height if source.shapes[name] == shape else rows == columns
+            if not known:
+                raise CheckpointError(
+                    f"model.weights = {self.config.weights}: {name} is of images of {rows} x {columns}, this run's are "
+                    f"{height} x {width}, and only those of square images are resized: set data.image_size and "
+                    f'data.image_width alike, or draw it from the seed (model.skip = ["{name}"])'
                 )
 
     def _check_skip(self, source: _Source) -> None:
@@ -286,7 +311,28 @@ def _of_checkpoint(checkpoint: Checkpoint) -> _Source:
     encoder = ENCODER if task in TASKS_OF_HIDDEN else ""
     name = f"{kind} of {checkpoint.path}"
     tensors = functools.partial(checkpoint.read_full, "ema" if averaged else "param")
-    return _Source(name, facts, checkpoint.parameters(), fill, tensors, choices, encoder)
+    images = _height_and_width(_table(checkpoint.trainer, "inputs").get("image_size"))
+    return _Source(name, facts, checkpoint.parameters(), fill, tensors, choices, encoder, images)
+
+
+def _height_and_width(size: object) -> tuple[int, int] | None:
+    """Return (H, W) of the size of images as a file has it, one number for square ones; None for anything else."""
+    match size:
+        case int():
+            return size, size
+        case [int(height), int(width)]:
+            return height, width
+    return None
+
+
+def _images_of_export(config: Path) -> tuple[int, int] | None:
+    """Return (H, W) of an exported model's images by its config.json; None where it does not say so."""
+    try:
+        about = strictjson.parse(read_plain(config))
+    except (OSError, ValueError):
+        return None
+    size = _table(about, "pretrained_cfg").get("input_size") if isinstance(about, dict) else None
+    return _height_and_width(size[1:]) if isinstance(size, list) else None
 
 
 def _of_file(path: Path) -> _Source:
@@ -303,4 +349,5 @@ def _of_file(path: Path) -> _Source:
         raise CheckpointError(f"model.weights = {path} is not a complete .safetensors file: {error}") from None
     facts: list[object] = [path.stat().st_size, sorted(shapes)]
     tensors = functools.partial(safetensors.torch.load_file, path)
-    return _Source(f"the weights of {path}", facts, shapes, fill, tensors)
+    images = _images_of_export(path.with_name("config.json"))
+    return _Source(f"the weights of {path}", facts, shapes, fill, tensors, images=images)

@@ -1,5 +1,6 @@
 """Fine-tuning weights in timm's layout: local files, a hub's cache, pickles that must be converted first."""
 
+import json
 from pathlib import Path
 from typing import cast
 
@@ -39,7 +40,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def fill(config: ModelConfig, classes: int, size: int) -> tuple[str, dict[str, torch.Tensor]]:
+def fill(config: ModelConfig, classes: int, size: int | tuple[int, int]) -> tuple[str, dict[str, torch.Tensor]]:
     model = build_model(config, classes, size, seed=1)
     fragments = [Fragment(n, "param", 0, tuple(p.shape), p.detach().reshape(-1)) for n, p in model.named_parameters()]
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
@@ -99,6 +100,43 @@ def test_a_runs_checkpoint_is_resized_as_its_export_is(pretrained: Path, tmp_pat
         assert said.partition(":")[2] == same.partition(":")[2]
         assert "pos_embed (1, 197, 192) → (1, 17, 192)" in said
         assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "fits"),
+    [
+        ((32, 32), (64, 32), True),
+        ((16, 64), (16, 64), True),
+        ((16, 64), (32, 32), False),  # as many positions
+        ((32, 32), (16, 64), False),
+        ((16, 64), (64, 64), False),  # 4 x 16 would be taken for 8 x 8
+    ],
+)
+@pytest.mark.parametrize("exported", [False, True])
+def test_rows_of_positions_are_never_taken_for_others(
+    theirs: tuple[int, int], ours: tuple[int, int], fits: bool, exported: bool, tmp_path: Path
+) -> None:
+    args = {"embed_dim": 8, "depth": 1, "num_heads": 1, "patch_size": 4}
+    tensors = dict(build_model(ModelConfig(name=NAME, args=args), 10, theirs, seed=2).named_parameters())
+    if exported:
+        place = tmp_path / "model.safetensors"
+        safetensors.torch.save_file(tensors, place)
+        about = {"pretrained_cfg": {"input_size": [3, *theirs]}}
+        (tmp_path / "config.json").write_text(json.dumps(about))
+    else:
+        held = [Fragment(n, "param", 0, tuple(t.shape), t.detach().reshape(-1)) for n, t in tensors.items()]
+        trainer = {"run": {"evaluation": {}}, "inputs": {"image_size": list(theirs)}}
+        place = CheckpointManager(tmp_path, Alone(), CheckpointConfig()).save(
+            Snapshot(7, held, trainer, {}), Identity(model=NAME)
+        )
+    if fits:
+        said, _ = fill(ModelConfig(name=NAME, args=args, weights=str(place)), 10, ours)
+        assert ": 20 of 20 parameters" in said
+        return
+    with pytest.raises(CheckpointError, match=r"pos_embed is of images of .*model.skip = \["):
+        fill(ModelConfig(name=NAME, args=args, weights=str(place)), 10, ours)
+    said, _ = fill(ModelConfig(name=NAME, args=args, weights=str(place), skip=("pos_embed",)), 10, ours)
+    assert "left as drawn from the seed: pos_embed" in said
 
 
 class Patches(nn.Module):
