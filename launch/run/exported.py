@@ -160,7 +160,7 @@ def _filled(inputs: ImageInputs, config: RunConfig, outputs: int, path: Path) ->
     try:
         with safe_open(path, "pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        with no_more_parameters_than(shapes), torch.device("meta"):
+        with no_more_parameters_than(shapes, config.model), torch.device("meta"):
             expected = {n: tuple(t.shape) for n, t in inputs.created(config.model, outputs).state_dict().items()}
         _check_same(expected, shapes, path)
         model = inputs.created(config.model, outputs)

@@ -50,10 +50,11 @@ def promoted(
     config = repeated.config
     if from_start or (config.folder / "checkpoints").exists():  # then it goes on by itself
         return repeated, None
-    if config.schedule == base.load(RunConfig, source / TRIAL).schedule:
+    was = base.load(RunConfig, source / TRIAL)
+    if (config.schedule, config.eval.patience) == (was.schedule, was.eval.patience):
         raise ConfigError(
-            f"trial {trial.number} has done all its steps, so its checkpoint has nothing left to do: give another "
-            "schedule, such as schedule.epochs=300, or --from-start"
+            f"trial {trial.number} has ended, so its checkpoint has nothing left to do: give another schedule, such as "
+            "schedule.epochs=300, or --from-start"
         )
     return repeated, source
 
