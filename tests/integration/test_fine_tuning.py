@@ -173,6 +173,23 @@ def test_a_function_that_takes_no_weights_does_not_begin_with_random_ones(
         assert torch.equal(ours["pos_embed"], safetensors.torch.load_file(tmp_path / "own.safetensors")["pos_embed"])
 
 
+@register_model
+def draws_by_a_generator_of_its_own(pretrained: bool = False, num_classes: int = 10, **_: object) -> Patches:
+    model = Patches(num_classes, 16)
+    model.pos_embed.data = torch.randn(1, 16, 4, generator=_OWN_DRAWS)
+    return model
+
+
+_OWN_DRAWS = torch.Generator().manual_seed(1)
+
+
+def test_a_model_that_draws_by_itself_and_takes_no_weights_is_refused() -> None:
+    name = draws_by_a_generator_of_its_own.__name__
+    tensors = {n: t.detach() + 1 for n, t in Patches(10, 16).named_parameters() if n == "pos_embed"}
+    with pytest.raises(CheckpointError, match="takes no notice of pretrained weights, such as pos_embed"):
+        adapted(tensors, name, {"num_classes": 10})
+
+
 @pytest.mark.drill  # five cold starts
 def test_a_run_begins_with_a_hubs_model_and_needs_it_never_again(
     digits: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

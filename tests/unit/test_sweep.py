@@ -101,7 +101,7 @@ def test_a_page_that_cannot_run_is_refused_in_one_sentence(tmp_path: Path, space
 
 def test_members_of_a_population_do_not_end_early(tmp_path: Path) -> None:
     page(tmp_path, LR, "", "", "set.eval.patience=2")
-    with pytest.raises(ConfigError, match="eval.patience = 2 ends members early"):
+    with pytest.raises(ConfigError, match=r"eval\.patience = 2 ends members early"):
         page(tmp_path, LR, "", "", "set.eval.patience=2", "scheduler.name=pbt")
 
 
