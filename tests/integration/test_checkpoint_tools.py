@@ -378,6 +378,9 @@ def test_show_ls_and_verify_of_a_run(trained, tmp_path):
     assert [entry["path"] for entry in listed if entry["best"]] == [json.loads(chosen.out)["checkpoint"]], chosen.err
     copy = tmp_path / "demo"
     shutil.copytree(trained / "checkpoints", copy)
+    (tmp_path / "config.json").write_text(json.dumps({"checkpoint": {"best_metric": "top1", "best_mode": "min"}}))
+    again = json.loads(run("ls", copy, "--json").output)
+    assert [entry["best"] for entry in again] == [entry["best"] for entry in listed], "of another run's config.json"
     assert run("verify", copy).exit_code == 0
     path = next(iter(layout.step_folders(copy))) / layout.rank_file(0, 1)
     data = bytearray(path.read_bytes())
