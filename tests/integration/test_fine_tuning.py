@@ -117,14 +117,15 @@ def test_rows_of_positions_are_never_taken_for_others(
     theirs: tuple[int, int], ours: tuple[int, int], fits: bool, exported: bool, tmp_path: Path
 ) -> None:
     args = {"embed_dim": 8, "depth": 1, "num_heads": 1, "patch_size": 4}
-    tensors = dict(build_model(ModelConfig(name=NAME, args=args), 10, theirs, seed=2).named_parameters())
+    model = build_model(ModelConfig(name=NAME, args=args), 10, theirs, seed=2)
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     if exported:
         place = tmp_path / "model.safetensors"
         safetensors.torch.save_file(tensors, place)
         about = {"pretrained_cfg": {"input_size": [3, *theirs]}}
         (tmp_path / "config.json").write_text(json.dumps(about))
     else:
-        held = [Fragment(n, "param", 0, tuple(t.shape), t.detach().reshape(-1)) for n, t in tensors.items()]
+        held = [Fragment(n, "param", 0, tuple(t.shape), t.reshape(-1)) for n, t in tensors.items()]
         trainer = {"run": {"evaluation": {}}, "inputs": {"image_size": list(theirs)}}
         place = CheckpointManager(tmp_path, Alone(), CheckpointConfig()).save(
             Snapshot(7, held, trainer, {}), Identity(model=NAME)
