@@ -129,7 +129,10 @@ def _timm_config(trained: TrainedRun, data: DataConfig) -> dict[str, object]:
     kept = default.to_dict() if default is not None else {}
     features = getattr(trained.model, "num_features", None)  # timm's models have it; a model of one's own may not
     same = ("first_conv", "classifier", "fixed_input_size", "pool_size")
-    ours: dict[str, object] = {"task": trained.config.task.model_dump(mode="json"), "pixels": data.pixels}
+    ours: dict[str, object] = {
+        "task": trained.config.task.model_dump(mode="json"), "pixels": data.pixels, "crop": data.augment.crop,
+        "eval_crop": data.eval_crop,
+    }  # fmt: skip
     if trained.classes != tuple(trained.task.outputs):
         ours["classes"] = list(trained.classes)
     return {

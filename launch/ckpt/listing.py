@@ -13,7 +13,7 @@ from checkpoints import layout
 from checkpoints.config import CheckpointConfig
 from checkpoints.manifest import Manifest
 from checkpoints.policy import best_first
-from checkpoints.reader import Entry, candidates, checkpoints_folder, list_checkpoints, open_checkpoint
+from checkpoints.reader import Checkpoint, Entry, candidates, checkpoints_folder, list_checkpoints, open_checkpoint
 from launch.ckpt.prune import retention_of
 from launch.shown import cell
 from setformer_dist.core import config as base
@@ -54,13 +54,26 @@ def list_folder(folder: Path, verify: bool, console: Console, as_json: bool = Fa
 
 
 def _best_of(root: Path, entries: list[Entry]) -> Entry | None:
-    """Return the best sound checkpoint by the run's `checkpoint.best_metric`, which `--best` takes."""
+    """Return the best sound checkpoint, which `--best` takes: by `checkpoint.best_metric` of the newest one's run."""
+    sound = [entry for entry in entries if entry.fault is None]
     try:
-        config = base.build(CheckpointConfig, retention_of(root.parent), str(root.parent))
+        config = base.build(CheckpointConfig, _retention(root, sound), str(root.parent))
     except ConfigError:  # a damaged config.json hides no checkpoint
         return None
-    ranked = best_first(candidates([entry for entry in entries if entry.fault is None]), config)
-    return next((e for e in entries if ranked and e.manifest is not None and e.manifest.step == ranked[0].step), None)
+    ranked = best_first(candidates(sound), config)
+    return next((e for e in sound if ranked and e.manifest is not None and e.manifest.step == ranked[0].step), None)
+
+
+def _retention(root: Path, sound: list[Entry]) -> dict[str, object]:
+    """Return the table [checkpoint] that the newest sound checkpoint holds, else that of config.json beside them."""
+    for path, manifest in ((entry.path, entry.manifest) for entry in sound if entry.manifest is not None):
+        try:
+            config = Checkpoint(path, manifest, {}).trainer.get("config")
+        except CheckpointError:
+            continue
+        table = config.get("checkpoint") if isinstance(config, dict) else None
+        return table if isinstance(table, dict) else retention_of(root.parent)
+    return {}
 
 
 def table_of_checkpoints() -> Table:

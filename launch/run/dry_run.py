@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ from setformer_dist.models.measure import checkpoint_bytes, fixed_parameters, mu
 from setformer_dist.tasks.build import build_task, check_metric
 
 _ASSUMED_CLASSES = 1000
+_BARE = re.compile(r"[A-Za-z0-9_-]+")  # a key of TOML without quotes
 
 
 @dataclass(frozen=True)
@@ -229,13 +231,30 @@ def _assumed(run: ResolvedRun) -> _Known:
     return _Known(model, shape, None, tuple(_recomputed(run, model, shape, None)))
 
 
-def _dotted(table: Mapping[str, object], before: str = "") -> Iterator[str]:
-    """Yield one line for each key of nested tables, as an override is written."""
+def as_overrides(table: Mapping[str, object], before: str = "") -> Iterator[str]:
+    """Yield one line for each key of nested tables, as an override and as TOML have it.
+
+    An override cannot name a key with a dot, so a table with such a key is one value.
+    """
     for key, value in table.items():
-        if isinstance(value, dict) and value:
-            yield from _dotted(value, f"{before}{key}.")
+        if isinstance(value, dict) and value and all(map(_BARE.fullmatch, value)):
+            yield from as_overrides(value, f"{before}{key}.")
         else:
-            yield f"{before}{key} = {json.dumps(value, ensure_ascii=False)}"
+            yield f"{before}{key} = {_toml(value)}"
+
+
+def _toml(value: object) -> str:
+    """Return a JSON-able value as TOML has it, which has no null: a key without a value is left out of a table."""
+    if isinstance(value, dict):
+        pairs = (f"{_toml_key(key)} = {_toml(inner)}" for key, inner in value.items() if inner is not None)
+        return f"{{{', '.join(pairs)}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _toml_key(key: str) -> str:
+    return key if _BARE.fullmatch(key) else json.dumps(key, ensure_ascii=False)
 
 
 def dry_run(run: ResolvedRun, console: Console, local_ranks: int | None = None, full: bool = False) -> None:
@@ -270,7 +289,7 @@ def dry_run(run: ResolvedRun, console: Console, local_ranks: int | None = None, 
     else:
         print_heading(console, "config, where it differs from the defaults (--full prints all of it)")
         changed = redacted_json(run.config.model_dump(mode="json", exclude_defaults=True))
-        console.print("\n".join(_dotted(changed)), highlight=False, markup=False, soft_wrap=True)
+        console.print("\n".join(as_overrides(changed)), highlight=False, markup=False, soft_wrap=True)
     print_heading(console, "predicted")
     if missing is not None:
         console.print(

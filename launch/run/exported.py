@@ -53,11 +53,15 @@ class _Ours(pydantic.BaseModel):
     Attributes:
         task: table [task] of the run.
         pixels: data type of the bands.
+        crop: `data.augment.crop` of the run: windows are evaluated at native scale.
+        eval_crop: of the run; None for timm's crop_pct.
         classes: of the data, where they are not the model's outputs.
     """
 
     task: dict[str, Any] = {}
     pixels: Numbers = "uint8"
+    crop: Literal["resized", "pad", "window", "none"] = "resized"
+    eval_crop: float | None = None
     classes: tuple[str, ...] | None = None
 
 
@@ -128,7 +132,7 @@ def load_exported(folder: Path) -> Trained:
 
 def _config_of(about: _Described, place: Path) -> RunConfig:
     """Return the config of a run that would have trained the model, as far as it says how the model is evaluated."""
-    images = about.pretrained_cfg
+    images, ours = about.pretrained_cfg, about.setformer_dist
     bands, height, width = images.input_size
     if not bands == len(images.mean) == len(images.std):
         raise ValueError(f"input_size has {bands} bands, mean {len(images.mean)} numbers, std {len(images.std)}")
@@ -137,12 +141,12 @@ def _config_of(about: _Described, place: Path) -> RunConfig:
         raise ValueError(f"num_classes is {about.num_classes}, and another number in model_args")
     data = {
         "image_size": height, "image_width": 0 if width == height else width, "mean": images.mean, "std": images.std,
-        "interpolation": images.interpolation, "eval_crop": images.crop_pct, "pixels": about.setformer_dist.pixels,
-        "threads": usable_cores(),
+        "interpolation": images.interpolation, "pixels": ours.pixels, "augment": {"crop": ours.crop},
+        "eval_crop": images.crop_pct if ours.eval_crop is None else ours.eval_crop, "threads": usable_cores(),
     }  # fmt: skip
     table = {
         "run": {"name": "exported"}, "model": as_trained({"name": about.architecture, "args": args}),
-        "task": about.setformer_dist.task, "data": data, "batch": {"global_size": 1}, "schedule": {"steps": 1},
+        "task": ours.task, "data": data, "batch": {"global_size": 1}, "schedule": {"steps": 1},
     }  # fmt: skip
     return base.build(RunConfig, table, str(place))
 
@@ -156,7 +160,7 @@ def _filled(inputs: ImageInputs, config: RunConfig, outputs: int, path: Path) ->
     try:
         with safe_open(path, "pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        with no_more_parameters_than(shapes), torch.device("meta"):
+        with no_more_parameters_than(shapes, config.model), torch.device("meta"):
             expected = {n: tuple(t.shape) for n, t in inputs.created(config.model, outputs).state_dict().items()}
         _check_same(expected, shapes, path)
         model = inputs.created(config.model, outputs)

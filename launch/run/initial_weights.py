@@ -23,9 +23,10 @@ from safetensors import SafetensorError, safe_open
 
 from checkpoints.reader import Checkpoint, open_checkpoint
 from launch.run.timm_weights import HUB, Adapted, adapted, classifiers_of, fetched
-from setformer_dist.core import revisions
+from setformer_dist.core import revisions, strictjson
 from setformer_dist.core.comm import Collectives
 from setformer_dist.core.errors import CheckpointError, ConfigError
+from setformer_dist.core.files import read_plain
 from setformer_dist.core.fragments import Fragment
 from setformer_dist.core.metric import Mode, better_weights, mode_by_name
 from setformer_dist.core.model_config import ModelConfig
@@ -55,6 +56,7 @@ class _Source:
         encoder: what the names of an encoder begin with that was pretrained within a larger model; "" for a model.
         quantized: names and types of tensors whose numbers are not those that were trained.
         model: name and arguments of the model as its run's config has them; empty where they are not known.
+        images: (H, W) of the images that they were trained with; None where that is not known.
     """
 
     name: str
@@ -66,6 +68,7 @@ class _Source:
     encoder: str = ""
     quantized: Mapping[str, str] = dataclasses.field(default_factory=dict)
     model: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    images: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,7 @@ class FirstWeights:
         notes += self._told_apart(source)
         self._check_skip(source)
         self._check_numbers(source)
+        self._check_positions(source)
         faults = {name: fault for name, fault in self._faults(source).items() if name not in new}
         drawn = new | self._other_classifier(source, faults)
         if faults := {name: fault for name, fault in faults.items() if name not in drawn}:
@@ -163,6 +167,27 @@ class FirstWeights:
                 raise CheckpointError(
                     f"model.weights = {self.config.weights}: these were trained with {revision.shown} = {theirs!r}, "
                     f'this run has {ours!r}, which is another function: set model.args.{revision.shown} = "{theirs}"'
+                )
+
+    def _check_positions(self, source: _Source) -> None:
+        """Refuse position embeddings whose rows and columns would be taken for others.
+
+        timm takes a grid of another number of positions for square, and one of as many for the model's own.
+        """
+        size = (self.arguments or {}).get("img_size")
+        here = (size, size) if isinstance(size, int) else size
+        if source.images is None or not (isinstance(here, list | tuple) and len(here) == 2):
+            return
+        (rows, columns), (height, width) = source.images, here
+        for name, shape in self.shapes.items():
+            if "pos_embed" not in name or name not in source.shapes or name.startswith(self.config.skip or ()):
+                continue
+            known = rows * width == columns * height if source.shapes[name] == shape else rows == columns
+            if not known:
+                raise CheckpointError(
+                    f"model.weights = {self.config.weights}: {name} is of images of {rows} x {columns}, this run's are "
+                    f"{height} x {width}, and only those of square images are resized: set data.image_size and "
+                    f'data.image_width alike, or draw it from the seed (model.skip = ["{name}"])'
                 )
 
     def _check_skip(self, source: _Source) -> None:
@@ -329,7 +354,28 @@ def _of_checkpoint(checkpoint: Checkpoint) -> _Source:
     tensors = functools.partial(checkpoint.read_full, "ema" if averaged else "param")
     model = trained if isinstance(trained, dict) and isinstance(trained.get("args", {}), dict) else {}
     model = model if isinstance(model.get("name"), str) else {}
-    return _Source(name, facts, checkpoint.parameters(), fill, tensors, choices, encoder, model=model)
+    images = _height_and_width(_table(checkpoint.trainer, "inputs").get("image_size"))
+    return _Source(name, facts, checkpoint.parameters(), fill, tensors, choices, encoder, model=model, images=images)
+
+
+def _height_and_width(size: object) -> tuple[int, int] | None:
+    """Return (H, W) of the size of images as a file has it, one number for square ones; None for anything else."""
+    match size:
+        case int():
+            return size, size
+        case [int(height), int(width)]:
+            return height, width
+    return None
+
+
+def _images_of_export(config: Path) -> tuple[int, int] | None:
+    """Return (H, W) of an exported model's images by its config.json; None where it does not say so."""
+    try:
+        about = strictjson.parse(read_plain(config))
+    except (OSError, ValueError):
+        return None
+    size = _table(about, "pretrained_cfg").get("input_size") if isinstance(about, dict) else None
+    return _height_and_width(size[1:]) if isinstance(size, list) else None
 
 
 def _of_file(path: Path) -> _Source:
@@ -349,4 +395,5 @@ def _of_file(path: Path) -> _Source:
     facts: list[object] = [path.stat().st_size, sorted(shapes)]
     tensors = functools.partial(safetensors.torch.load_file, path)
     quantized = {name: kind for name, kind in kinds.items() if kind not in _FLOATS}
-    return _Source(f"the weights of {path}", facts, shapes, fill, tensors, quantized=quantized)
+    images = _images_of_export(path.with_name("config.json"))
+    return _Source(f"the weights of {path}", facts, shapes, fill, tensors, quantized=quantized, images=images)

@@ -81,7 +81,10 @@ def adapted(tensors: Mapping[str, torch.Tensor], name: str, arguments: Mapping[s
     found = model.state_dict()
     untouched = {n for n in found if torch.equal(found[n], fresh[n])}
     parameters = {n for n, _ in model.named_parameters()}
-    refused = sorted(n for n in untouched & names & parameters - dropped if not _same(tensors[n], found[n]))
+    other = {n for n in names & parameters - dropped if not _same(tensors[n], found[n])}
+    # A model of one's own may draw by a generator of its own, or load weights of its own.
+    own = not timm.models.model_entrypoint(name.split(".")[0]).__module__.startswith("timm.")
+    refused = sorted(n for n in other if n in untouched or (own and tensors[n].shape == found[n].shape))
     if refused:
         raise CheckpointError(f"model {name} takes no notice of pretrained weights, such as {refused[0]}")
     drawn = frozenset(dropped & found.keys() | untouched - names)

@@ -29,12 +29,15 @@ from setformer_dist.core import config as base
 from setformer_dist.core.batch import MicroBatch
 from setformer_dist.core.errors import CheckpointError, ConfigError, DataError
 from setformer_dist.core.metric import Weights
+from setformer_dist.core.model_config import ModelConfig
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.core.revisions import as_trained
 from setformer_dist.core.task import Prepare, Task
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
 from setformer_dist.engine.deepspeed_engine import DTYPES
 from setformer_dist.engine.evaluate import EvalResult, evaluate
+from setformer_dist.models.arguments import check_arguments
+from setformer_dist.models.build import check_name
 from setformer_dist.report.html import ClassifiedImage
 from setformer_dist.tasks.build import build_task
 
@@ -120,7 +123,7 @@ def load_trained(path: Path, weights: Weights = "auto", own: OwnModel | None = N
         if own is not None:
             model = made_own(own, config, len(task.outputs))
         else:
-            with no_more_parameters_than(shapes), torch.device("meta"):
+            with no_more_parameters_than(shapes, config.model), torch.device("meta"):
                 empty = build_for(config, task, about.inputs)
             _check_shapes(shapes_of(empty), shapes, place)
             model = build_for(config, task, about.inputs)
@@ -204,12 +207,19 @@ def _harmless(config: RunConfig) -> RunConfig:
 
 
 @contextlib.contextmanager
-def no_more_parameters_than(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
+def no_more_parameters_than(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> Iterator[None]:
     """Refuse to build a model of more or larger parameters than a checkpoint holds: its depth may be any number.
 
+    Args:
+        shapes: of what the checkpoint holds.
+        config: of the model. Its arguments are checked before the block, as this builds the architecture's default
+            model, which may well be larger.
+
     Raises:
-        ConfigError: within the block, at the first parameter too many.
+        ConfigError: an argument is not the model's own; or within the block, at the first parameter too many.
     """
+    check_name(config.name)
+    check_arguments(config.name, config.args)
     count, largest = 0, max((math.prod(shape) for shape in shapes.values()), default=0)
 
     def registered(module: nn.Module, name: str, parameter: torch.Tensor | None) -> None:

@@ -358,6 +358,11 @@ def _check(sweep: Sweep, path: Path) -> None:
         if key in ("run.seed", *(f"run.{name}" for name in _OWN)):
             raise ConfigError(f'{path}: space."{key}" is set by the sweep itself: leave it out')
     _check_set(sweep.config, path)
+    if sweep.config.scheduler.name == "pbt" and sweep.run.eval.patience:
+        raise ConfigError(
+            f'{path}: eval.patience = {sweep.run.eval.patience} ends members early, and "pbt" judges a population that '
+            "is whole: set it to 0"
+        )
     metrics = sweep.run.metrics
     metric = metric_named(metrics, sweep.metric)
     if metrics and metric is None:

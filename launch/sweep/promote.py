@@ -51,10 +51,11 @@ def promoted(
     config = repeated.config
     if from_start or (config.folder / "checkpoints").exists():  # then it goes on by itself
         return repeated, None
-    if not _longer(config.schedule, base.load(RunConfig, source / TRIAL).schedule):
+    was = base.load(RunConfig, source / TRIAL)
+    if not _longer(config.schedule, was.schedule) and config.eval.patience == was.eval.patience:
         raise ConfigError(
-            f"trial {trial.number} has done all its steps, so its checkpoint has nothing left to do: give a longer "
-            "schedule, such as schedule.epochs=300, or --from-start"
+            f"trial {trial.number} has ended, so its checkpoint has nothing left to do: give a longer schedule, such "
+            "as schedule.epochs=300, or --from-start"
         )
     return repeated, source
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from launch.ckpt.prune import _retention_of
+from launch.ckpt.prune import retention_of
 from launch.history.page import report
 from launch.history.show import list_runs, show_run
 from launch.ranks.lock import held, supervising
@@ -193,14 +193,14 @@ def test_an_odd_config_of_a_run_is_a_sentence(tmp_path: Path, make: Callable[[Pa
     with pytest.raises(ConfigError, match=r"config\.json is damaged.*move the folder away"):
         check_folder(resolve(config, 2))
     with pytest.raises(ConfigError, match=r"config\.json is damaged.*--keep-last"):
-        _retention_of(folder)
+        retention_of(folder)
 
 
 @pytest.mark.parametrize("text", ["[]", "7", "null", '{"checkpoint": 7}', '{"checkpoint": [1]}', "{}"])
 def test_a_config_that_says_nothing_of_retention_is_a_sentence(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=r"config\.json is damaged.*--keep-last"):
-        _retention_of(tmp_path)
+        retention_of(tmp_path)
 
 
 @pytest.mark.parametrize(

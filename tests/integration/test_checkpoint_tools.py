@@ -51,10 +51,10 @@ def run(*words: object) -> Any:
     return CliRunner().invoke(app, ["ckpt", *map(str, words)])
 
 
-def save(root: Path, step: int, top1: float = 0.5, **tensors: torch.Tensor) -> Path:
+def save(root: Path, step: int, top1: float = 0.5, kept: object = None, **tensors: torch.Tensor) -> Path:
     fragments = [Fragment(n, "param", 0, tuple(t.shape), t.reshape(-1)) for n, t in tensors.items()]
     manager = CheckpointManager(root, Alone(), CheckpointConfig(keep_last=99))
-    trainer = {"config": {"optim": {"lr": top1}}}
+    trainer = {"config": {"optim": {"lr": top1}, **({"checkpoint": kept} if kept else {})}}
     return manager.save(Snapshot(step, fragments, trainer, {"top1": top1}), Identity(model="m"))
 
 
@@ -403,6 +403,8 @@ def test_the_best_is_listed_by_the_metric_of_the_run(tmp_path):
     for damaged in ("{", json.dumps({"checkpoint": {"no_such_key": 1}}), json.dumps({"checkpoint": []})):
         config.write_text(damaged)
         assert best() == []
+    save(tmp_path / "checkpoints", 4, top1=0.5, w=torch.ones(4), kept={"best_mode": "min"})
+    assert best() == [3], "the newest checkpoint says it, as for --best"
 
 
 def test_diff_names_parameters_metrics_and_config(tmp_path):

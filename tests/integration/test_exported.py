@@ -19,6 +19,7 @@ import setformer as setformer_library
 from launch.run.exported import load_exported
 from launch.testing.commands import setformer, train_words
 from setformer_dist.core.errors import CheckpointError
+from setformer_dist.models.arguments import model_arguments
 from tests.integration.test_bad_input import assert_one_sentence
 
 # Small enough to be built often; with batch norms, which a run may not train.
@@ -151,3 +152,26 @@ def test_weights_of_another_model_are_refused(
     cut.write_bytes(cut.read_bytes()[:-9])
     with pytest.raises(CheckpointError, match="not a complete"):
         load_exported(tmp_path / "model")
+
+
+def test_a_model_smaller_than_its_architectures_default_is_loaded(tmp_path: Path) -> None:
+    """The names of a model's arguments come from the default model, which has more and larger parameters."""
+    name, args = "vit_large_patch16_224", {"depth": 1, "embed_dim": 16, "num_heads": 1, "num_classes": 10}
+    save_for_hf(timm.create_model(name, **args), tmp_path / "small", safe_serialization=True, model_args=args)
+    model_arguments.cache_clear()
+    assert load_exported(tmp_path / "small").classes == tuple(map(str, range(10)))
+
+
+@pytest.mark.parametrize("crop", ["window", "resized"])
+def test_an_exported_run_sees_images_as_the_run_does(digits: Path, tmp_path: Path, crop: str) -> None:
+    """Also windows of native scale, which timm's keys cannot say."""
+    changes = ("data.image_size=8", f"data.augment.crop={crop}", "data.eval_crop=0.7", "~schedule.epochs",
+               "schedule.steps=4", "schedule.warmup_epochs=0.0", "model.name=vit_tiny_patch16_224", "~model.args",
+               "model.args={depth = 1, embed_dim = 16, num_heads = 1, patch_size = 4}")  # fmt: skip
+    ended = setformer(*train_words(digits, tmp_path, *changes, ranks=1))
+    assert ended.code == 0, ended.err
+    run, export = str(tmp_path / "demo"), str(tmp_path / "out")
+    assert setformer("ckpt", "export", run, export).code == 0
+    scored, again = setformer("eval", run), setformer("eval", export, "--data", str(digits))
+    assert again.code == 0, again.err
+    assert again.out.partition(": ")[2] == scored.out.partition(": ")[2]

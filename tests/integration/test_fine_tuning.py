@@ -1,5 +1,6 @@
 """Fine-tuning weights in timm's layout: local files, a hub's cache, pickles that must be converted first."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -40,7 +41,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def fill(config: ModelConfig, classes: int, size: int) -> tuple[str, dict[str, torch.Tensor]]:
+def fill(config: ModelConfig, classes: int, size: int | tuple[int, int]) -> tuple[str, dict[str, torch.Tensor]]:
     model = build_model(config, classes, size, seed=1)
     fragments = [Fragment(n, "param", 0, tuple(p.shape), p.detach().reshape(-1)) for n, p in model.named_parameters()]
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
@@ -124,6 +125,44 @@ def test_a_runs_checkpoint_is_resized_as_its_export_is(pretrained: Path, tmp_pat
         assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours", "fits"),
+    [
+        ((32, 32), (64, 32), True),
+        ((16, 64), (16, 64), True),
+        ((16, 64), (32, 32), False),  # as many positions
+        ((32, 32), (16, 64), False),
+        ((16, 64), (64, 64), False),  # 4 x 16 would be taken for 8 x 8
+    ],
+)
+@pytest.mark.parametrize("exported", [False, True])
+def test_rows_of_positions_are_never_taken_for_others(
+    theirs: tuple[int, int], ours: tuple[int, int], fits: bool, exported: bool, tmp_path: Path
+) -> None:
+    args = {"embed_dim": 8, "depth": 1, "num_heads": 1, "patch_size": 4}
+    model = build_model(ModelConfig(name=NAME, args=args), 10, theirs, seed=2)
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    if exported:
+        place = tmp_path / "model.safetensors"
+        safetensors.torch.save_file(tensors, place)
+        about = {"pretrained_cfg": {"input_size": [3, *theirs]}}
+        (tmp_path / "config.json").write_text(json.dumps(about))
+    else:
+        held = [Fragment(n, "param", 0, tuple(t.shape), t.reshape(-1)) for n, t in tensors.items()]
+        trainer = {"run": {"evaluation": {}}, "inputs": {"image_size": list(theirs)}}
+        place = CheckpointManager(tmp_path, Alone(), CheckpointConfig()).save(
+            Snapshot(7, held, trainer, {}), Identity(model=NAME)
+        )
+    if fits:
+        said, _ = fill(ModelConfig(name=NAME, args=args, weights=str(place)), 10, ours)
+        assert ": 20 of 20 parameters" in said
+        return
+    with pytest.raises(CheckpointError, match=r"pos_embed is of images of .*model.skip = \["):
+        fill(ModelConfig(name=NAME, args=args, weights=str(place)), 10, ours)
+    said, _ = fill(ModelConfig(name=NAME, args=args, weights=str(place), skip=("pos_embed",)), 10, ours)
+    assert "left as drawn from the seed: pos_embed" in said
+
+
 class Patches(nn.Module):
     """A model of one's own whose position embedding has the size of the images."""
 
@@ -156,6 +195,23 @@ def test_a_function_that_takes_no_weights_does_not_begin_with_random_ones(
         report, ours = fill(config.model_copy(update={"skip": ("head.",)}), classes, size)
         assert "1 of 3 parameters" in report
         assert torch.equal(ours["pos_embed"], safetensors.torch.load_file(tmp_path / "own.safetensors")["pos_embed"])
+
+
+@register_model
+def draws_by_a_generator_of_its_own(pretrained: bool = False, num_classes: int = 10, **_: object) -> Patches:
+    model = Patches(num_classes, 16)
+    model.pos_embed.data = torch.randn(1, 16, 4, generator=_OWN_DRAWS)
+    return model
+
+
+_OWN_DRAWS = torch.Generator().manual_seed(1)
+
+
+def test_a_model_that_draws_by_itself_and_takes_no_weights_is_refused() -> None:
+    name = draws_by_a_generator_of_its_own.__name__
+    tensors = {n: t.detach() + 1 for n, t in Patches(10, 16).named_parameters() if n == "pos_embed"}
+    with pytest.raises(CheckpointError, match="takes no notice of pretrained weights, such as pos_embed"):
+        adapted(tensors, name, {"num_classes": 10})
 
 
 @pytest.mark.drill  # five cold starts

@@ -1,9 +1,12 @@
 import os
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from launch.run.config import RunConfig, check_folder, load_run, resolve
+from launch.run.dry_run import as_overrides
+from setformer_dist.core import config as base
 from setformer_dist.core.config import (
     LARGEST_CONFIG,
     all_keys,
@@ -365,3 +368,21 @@ def test_a_config_of_the_run_folder_that_was_changed_is_damage_and_not_another_c
         path.write_text(changed)
         with pytest.raises(ConfigError, match=r"config\.json is damaged .*move the folder away"):
             check_folder(run)
+
+
+def test_lines_of_a_dry_run_are_overrides_that_make_the_same_config():
+    said = (
+        "run.name=first",
+        'run.callbacks=["alarm"]',
+        'run.callback_args={alarm = {"a.b" = 1, "with space" = [{x = "ü"}], none = {}}}',
+        'model.args={depth = 2, window = {"7.5" = true}}',
+        'data.mixture=[{root = "a", weight = 2.0}, {root = "b \\" c", weight = 1.0}]',
+        "deepspeed.fp16 = {loss_scale_window = 1e30}",
+        "batch.global_size=8",
+        "schedule.steps=3",
+    )
+    config = base.load(RunConfig, None, said)
+    lines = list(as_overrides(config.model_dump(mode="json", exclude_defaults=True)))
+    assert base.load(RunConfig, None, lines) == config
+    assert len(lines) > len(said) - 1
+    assert tomllib.loads("\n".join(lines)), "they may be copied into a file as well"

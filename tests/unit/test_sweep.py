@@ -102,6 +102,12 @@ def test_a_page_that_cannot_run_is_refused_in_one_sentence(tmp_path: Path, space
     assert "\n" not in str(caught.value)
 
 
+def test_members_of_a_population_do_not_end_early(tmp_path: Path) -> None:
+    page(tmp_path, LR, "", "", "set.eval.patience=2")
+    with pytest.raises(ConfigError, match=r"eval\.patience = 2 ends members early"):
+        page(tmp_path, LR, "", "", "set.eval.patience=2", "scheduler.name=pbt")
+
+
 @pytest.mark.parametrize(
     ("when", "said"),
     [
