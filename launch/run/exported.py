@@ -6,6 +6,7 @@ its arguments are its constructor's, and nothing is fetched, imported or opened 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -76,11 +77,15 @@ class _Described(pydantic.BaseModel):
     setformer_dist: _Ours = _Ours()  # `OURS`
 
     def outputs(self) -> tuple[str, ...] | None:
-        """Return the names of the classes, None where the file has none."""
+        """Return the names of the classes, None where the file has none. Those of one name get their numbers.
+
+        Labels of ImageNet for people have "crane" twice, a bird and a machine.
+        """
         names = self.label_names or self.pretrained_cfg.label_names or None
         if names is not None and len(names) != self.num_classes:
             raise ValueError(f"names {len(names)} classes, and num_classes is {self.num_classes}")
-        return names
+        often = Counter(names or ())
+        return names and tuple(f"{name} ({i})" if often[name] > 1 else name for i, name in enumerate(names))
 
 
 def load_named(path: Path, weights: Weights = "auto", best: bool = False) -> Trained:

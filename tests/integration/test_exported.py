@@ -64,6 +64,13 @@ def test_a_model_of_timm_computes_what_timm_does(theirs: Path, digits: Path) -> 
     assert trained.classes == tuple(map(str, range(10)))
 
 
+def test_classes_of_one_name_are_told_apart(theirs: Path, tmp_path: Path) -> None:
+    names = ["crane", *"abcdefgh", "crane"]
+    found = load_exported(changed(theirs, tmp_path / "model", lambda table: table.update(label_names=names)))
+    assert found.classes == ("crane (0)", *"abcdefgh", "crane (9)")
+    assert found.task.outputs == found.classes
+
+
 def test_a_model_of_timm_is_scored_and_probed(theirs: Path, digits: Path, tmp_path: Path) -> None:
     small = changed(theirs, tmp_path / "small", sees(32))
     scored = setformer("eval", str(small), "--data", str(digits), "--json")
