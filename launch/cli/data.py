@@ -330,7 +330,7 @@ def bench(
     path: PathArgument,
     image_size: Annotated[int, typer.Option(help="Model input size in pixels.")] = 224,
     randaugment: Annotated[int, typer.Option(help="RandAugment operations per image.")] = 0,
-    policy: Annotated[str, typer.Option(help="In its place: trivialaugment or 3augment.")] = "none",
+    policy: Annotated[str, typer.Option(help="One operation per image instead: trivialaugment or 3augment.")] = "none",
     threads: Annotated[int, typer.Option(help="Most threads to try; 0 is as many as there are cores.")] = 0,
     seconds: Annotated[float, typer.Option(help="Seconds per measurement.")] = 2.0,
     as_json: AsJson = False,

@@ -25,6 +25,7 @@ from checkpoints.reader import Checkpoint, open_checkpoint
 from launch.run.timm_weights import HUB, Adapted, adapted, classifiers_of, fetched
 from setformer_dist.core import revisions, strictjson
 from setformer_dist.core.comm import Collectives
+from setformer_dist.core.continuing import flatten
 from setformer_dist.core.errors import CheckpointError, ConfigError
 from setformer_dist.core.files import read_plain
 from setformer_dist.core.fragments import Fragment
@@ -202,7 +203,10 @@ class FirstWeights:
         if not source.model:
             return []
         mine: Mapping[str, object] = self.config.model_dump(mode="json")
-        theirs, ours = (_flat({key: m[key] for key in ("name", "args") if m.get(key)}) for m in (source.model, mine))
+        tables = (
+            {"name": model.get("name"), **flatten(_table(model, "args"), "args.")} for model in (source.model, mine)
+        )
+        theirs, ours = ({key: value for key, value in table.items() if value != {}} for table in tables)
         other = [
             f"model.{key} = {theirs.get(key, 'default')} there and {ours.get(key, 'default')} here"
             for key in sorted(theirs.keys() | ours.keys())
@@ -326,14 +330,6 @@ def better_of(checkpoint: Checkpoint) -> Literal["plain", "ema"]:
 def _table(table: Mapping[str, object], key: str) -> Mapping[str, object]:
     value = table.get(key)
     return value if isinstance(value, Mapping) else {}
-
-
-def _flat(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Return a table of tables with dotted keys."""
-    found: dict[str, object] = {}
-    for key, value in table.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
 
 
 def _of_checkpoint(checkpoint: Checkpoint) -> _Source:

@@ -25,6 +25,7 @@ from launch.record.machine import machine_facts
 from launch.run.config import RunConfig
 from setformer_dist.core import config as base
 from setformer_dist.core import ledger, revisions
+from setformer_dist.core.continuing import flatten
 from setformer_dist.core.errors import ConfigError, TransientError
 from setformer_dist.core.files import read_state, write_state
 from setformer_dist.core.logging_config import FILE, LOOPBACK, endpoint_of
@@ -180,7 +181,7 @@ def _changed_in(folder: Path) -> list[str]:
 
 def _outside(config: RunConfig) -> Iterator[tuple[str, object]]:
     """Yield key and value of what a config names outside of this program."""
-    for key, value in _leaves(config.model_dump(mode="json")):
+    for key, value in flatten(config.model_dump(mode="json")).items():
         table = next((name for name in _OUTSIDE if key == name or key.startswith(f"{name}.")), None)
         if key == _PROMETHEUS:
             if value not in ("", FILE) and endpoint_of(str(value))[0] != LOOPBACK:
@@ -190,14 +191,6 @@ def _outside(config: RunConfig) -> Iterator[tuple[str, object]]:
                 yield key, value
         elif value not in (None, [], {}) and (table is not None or any(map(_PLACE.search, _texts(value)))):
             yield key, value
-
-
-def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-    for name, value in table.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _texts(value: object) -> Iterator[str]:

@@ -53,6 +53,7 @@ class Lamb(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._parts: Mapping[torch.Tensor, Sequence[Part]] | None = None
         self._parameters = 0
+        self._at: dict[torch.Tensor, torch.Tensor] = {}
         self._sum: Callable[[torch.Tensor], torch.Tensor] = lambda squares: squares
 
     def divide(
@@ -69,6 +70,11 @@ class Lamb(torch.optim.Optimizer):
             sum_over_ranks: adds a float64 tensor up. Collective.
         """
         self._parts, self._parameters, self._sum = parts, parameters, sum_over_ranks
+        # On the tensors' device once, not in each step.
+        self._at = {
+            tensor: torch.tensor([part.parameter for part in found], dtype=torch.int64, device=tensor.device)
+            for tensor, found in parts.items()
+        }
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody here has a closure
@@ -118,7 +124,7 @@ class Lamb(torch.optim.Optimizer):
             [flat[i].view(-1).narrow(0, part.start, part.count) for i, part in found] for flat in (tensors, updates)
         ]
         squares = torch.zeros(2, self._parameters, dtype=torch.float64, device=tensors[0].device)
-        at = torch.tensor([part.parameter for _, part in found], dtype=torch.int64, device=squares.device)
+        at = torch.cat([self._at[tensor] for tensor in tensors])
         if found:  # a rank may have nothing but padding
             squares[:, at] = torch.stack([_squares(views) for views in mine])
         weights, steps = self._sum(squares)

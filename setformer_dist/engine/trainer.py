@@ -17,6 +17,7 @@ from setformer_dist.core.callback import RunEnd
 from setformer_dist.core.errors import TrainingError
 from setformer_dist.core.fragments import Fragment
 from setformer_dist.core.store import SavedState, Snapshot
+from setformer_dist.core.words import counted
 from setformer_dist.engine.components import Components
 from setformer_dist.engine.config import EvalConfig
 from setformer_dist.engine.evaluation import Evaluation
@@ -176,7 +177,8 @@ class Trainer:
         state = self._state
         if self._evaluation.out_of_patience(state):
             return (
-                f"{state.since_best} evaluations without a better {state.best.metric} than at step {state.best.step}; "
+                f"{counted(state.since_best, 'evaluation')} without a better {state.best.metric} than at step "
+                f"{state.best.step}; "
                 "the same command with a larger eval.patience continues"
             )
         name = self._c.callbacks.asks_to_stop  # "" where it is another rank's
