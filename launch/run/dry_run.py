@@ -148,7 +148,8 @@ def _examine(run: ResolvedRun) -> _Known:
     if c.schedule.name == "wsd":
         rows.append(("decay", f"over the last {c.schedule.decay(per_epoch):,} steps"))
     if teacher is not None:
-        rows.append(("teacher", f"{teacher.place}, {teacher.config.model.name}, {teacher.weights} weights"))
+        order = "" if teacher.named else "; it names no classes, and its outputs are taken in the order of the data's"
+        rows.append(("teacher", f"{teacher.place}, {teacher.config.model.name}, {teacher.weights} weights{order}"))
     rows += [("begins", resumed)] if resumed else _beginning(run, model, len(task.outputs))
     rows += _recomputed(run, model, inputs.shape(splits.train), inputs.dtype)
     return _Known(model, inputs.shape(splits.train), inputs.dtype, tuple(rows))

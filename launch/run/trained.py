@@ -350,8 +350,8 @@ def predict(trained: Trained, images: Iterable[Path], top: int) -> Iterator[Pred
 
 def _without_classes(trained: Trained) -> ConfigError:
     return ConfigError(
-        f"{trained.place} (task {trained.task.name}) has no classes: fine-tune it (model.weights), or score its features "
-        "with `setformer probe`"
+        f"{trained.place} (task {trained.task.name}) has no classes: fine-tune it (model.weights), or score its "
+        "features with `setformer probe`"
     )
 
 
