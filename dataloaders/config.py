@@ -221,6 +221,10 @@ class DataConfig(FrozenConfig):
         image_width: width in pixels of rectangular images, whose height is image_size; 0 means square images.
         eval_crop: side of the centre crop in evaluation as a share of the resized image's; an image of the model's
             size is not cropped.
+        eval_view: what of an image evaluation shows the model: "centre" (the centre crop) or "whole" (the whole image,
+            resized until image_size fits into it, with sides that are multiples of `bucket_multiple`; with
+            augment.crop = "window" at native scale). Masks keep their stored size. Where a split has images of several
+            sizes, micro batches have one image. Task "segmentation" sets "whole".
         interpolation: how images are resized (antialiased).
         mean: means of the bands that normalisation subtracts, as shares of the full range (with pixels = "float32", in
             the units of the data). One number per band: this sets the number of bands that images must have, and the
@@ -233,7 +237,7 @@ class DataConfig(FrozenConfig):
         resolutions: stages of progressive resizing; before the first, and without any, images have `image_size`.
         aspect_buckets: shapes (width / height) of training images, such as [0.75, 1.0, 1.33]; each batch has one
             shape of about image_size x image_size pixels and the images closest to it. Empty: square.
-        bucket_multiple: sides of bucketed images are multiples of this, in pixels.
+        bucket_multiple: sides of bucketed images, and of whole ones in evaluation, are multiples of this, in pixels.
         workers: processes that read and decode; with 0 the training process does it.
         threads: threads that decode within the training process, or within each worker; with 0, decoding starts only
             when a batch is requested. One thread suffices where training computes on the same cores. On a GPU host,
@@ -270,6 +274,7 @@ class DataConfig(FrozenConfig):
     aspect_buckets: Annotated[tuple[float, ...], pydantic.Field(strict=False)] = ()
     bucket_multiple: int = pydantic.Field(default=32, ge=1, le=LARGEST_SIDE)
     eval_crop: float = pydantic.Field(default=0.875, gt=0.0, le=1.0)
+    eval_view: Literal["centre", "whole"] = "centre"
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     mean: _Bands = _IMAGENET_MEAN
     std: _Bands = _IMAGENET_STD
@@ -348,6 +353,8 @@ class DataConfig(FrozenConfig):
 
     @pydantic.model_validator(mode="after")
     def _possible_sizes(self) -> Self:
+        if self.eval_view == "whole" and self.engine == "ffcv":
+            raise ValueError('eval_view = "whole" shows images of any shape, and FFCV has one: set engine = "native"')
         if self.augment.crop == "window" and self.engine == "ffcv":
             raise ValueError('augment.crop = "window" is not one of FFCV\'s crops: set engine = "native"')
         if self.augment.crop != "resized" and any(stage.scale is not None for stage in self.resolutions):

@@ -46,6 +46,8 @@ from dataloaders.pixels.view import (
     see_boxes,
     see_image,
     see_mask,
+    whole_shape,
+    whole_view,
     window_view,
 )
 from dataloaders.source import Fetching, Source, Stored, Tiled
@@ -211,10 +213,18 @@ class TrainTransform:
         return image, mask
 
 
+def evaluated_shape(stored: Shape, config: DataConfig) -> Shape:
+    """Return (height, width) of an image as evaluation shows it, which was stored as (height, width)."""
+    if config.eval_view == "centre":
+        return config.shape
+    return stored if config.augment.crop == "window" else whole_shape(stored, config.shape, config.bucket_multiple)
+
+
 def show_for_eval(sample: Stored, config: DataConfig) -> Shown:
     """Return a sample as evaluation sees it, in (H, W): resized so that it covers (H, W) / eval_crop, centre cut.
 
-    With augment.crop = "window" the window at the image's centre is seen, at native scale.
+    With augment.crop = "window" the window at the image's centre is seen, at native scale. With eval_view = "whole"
+    the image is in `evaluated_shape`, and its mask as it is stored.
 
     An image of H x W is taken as it is. The resize is antialiased; against timm's (PIL's) the mean difference
     is below 1 of 255.
@@ -223,12 +233,15 @@ def show_for_eval(sample: Stored, config: DataConfig) -> Shown:
         UndecodableError: the bytes are not a whole image.
     """
     stored = stored_shape(sample.image, config.form)
-    if config.augment.crop == "window":
+    if config.eval_view == "whole":
+        view = whole_view(stored, evaluated_shape(stored, config))
+    elif config.augment.crop == "window":
         view = window_view(stored, config.shape, _CENTRE)
     else:
         view = centre_view(stored, config.shape, config.eval_crop)
     image = _seen(sample, view, stored, 1, config.form, config.interpolation)
-    mask = None if sample.mask is None else see_mask(view, decode_mask(sample.mask, stored))
+    of_mask = whole_view(stored, stored) if config.eval_view == "whole" else view
+    mask = None if sample.mask is None else see_mask(of_mask, decode_mask(sample.mask, stored))
     return Shown(image, mask, None if sample.boxes is None else see_boxes(view, sample.boxes), sample.soft)
 
 

@@ -119,6 +119,23 @@ def centre_view(stored: Shape, shape: Shape, keep: float) -> View:
     return View((0, 0, *stored), resized, offset, shape)
 
 
+def whole_shape(stored: Shape, shape: Shape, multiple: int) -> Shape:
+    """Return (height, width) of a whole image of which `shape` is covered: resized, to sides that are multiples.
+
+    An image that already has the shape keeps it.
+    """
+    if stored == shape:
+        return shape
+    scale = max(side / whole for side, whole in zip(shape, stored, strict=True))
+    height, width = (max(multiple, round(side * scale / multiple) * multiple) for side in stored)
+    return height, width
+
+
+def whole_view(stored: Shape, resized: Shape) -> View:
+    """Return the whole image, resized."""
+    return View((0, 0, *stored), resized, (0, 0), resized)
+
+
 def window_view(stored: Shape, shape: Shape, draws: Sequence[float]) -> View:
     """Return a window of the image at native scale; (0.5, 0.5) is its centre.
 

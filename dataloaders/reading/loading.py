@@ -18,6 +18,7 @@ import torch
 
 from dataloaders.config import AugmentConfig, DataConfig
 from dataloaders.order.mixture import set_of
+from dataloaders.pixels.decode import check_shape, stored_shape
 from dataloaders.pixels.depth import PixelFormat, UndecodableError
 from dataloaders.pixels.mixing import MixArrays, draw_mix
 from dataloaders.pixels.transforms import (
@@ -26,6 +27,7 @@ from dataloaders.pixels.transforms import (
     TrainTransform,
     check_windows,
     draw_choices,
+    evaluated_shape,
     show_for_eval,
 )
 from dataloaders.pixels.view import NOT_COUNTED, dtype_of
@@ -93,7 +95,7 @@ class Loaded:
         bad: (place in the micro batch, line) of each damaged sample, places rising.
         mix: what `mix_of` drew.
         error: what stops the run, in place of pixels.
-        masks: (m, H, W) uint8, for samples that have them.
+        masks: (m, H, W) uint8, for samples that have them; as stored where images are shown as a whole.
         boxes: for samples that have them.
         soft: (m, classes) float32, for samples that have soft labels; zeros for those of them that do not.
     """
@@ -170,10 +172,18 @@ def spans_of(count: int, length: int = _SPAN) -> list[range]:
 class _Batch:
     """The micro batch that a request's spans are written into."""
 
-    def __init__(self, count: int, shape: tuple[int, int], source: Source, form: PixelFormat) -> None:
+    def __init__(
+        self,
+        count: int,
+        shape: tuple[int, int],
+        source: Source,
+        form: PixelFormat,
+        of_masks: tuple[int, int] | None = None,
+    ) -> None:
         parts = source.parts
         self.images = torch.zeros((count, form.bands, *shape), dtype=dtype_of(form))
-        self.masks = torch.full((count, *shape), NOT_COUNTED, dtype=torch.uint8) if "mask" in parts else None
+        masks = (count, *(of_masks or shape))
+        self.masks = torch.full(masks, NOT_COUNTED, dtype=torch.uint8) if "mask" in parts else None
         none = torch.empty((0, 4)), torch.empty(0, dtype=torch.int64)
         self.boxes = [none] * count if "boxes" in parts else None
         self.soft = torch.zeros((count, len(source.classes))) if "soft" in parts else None
@@ -303,9 +313,17 @@ class EvalLoading(_Sourced):
 
     def __init__(self, source: Source, config: DataConfig, micro_batch: int) -> None:
         super().__init__(source)
-        check_windows(config, source, [config.shape])
+        if config.eval_view == "centre":
+            check_windows(config, source, [config.shape])
         self.config = config
         self.micro_batch = micro_batch
+
+    def shapes(self, request: Request) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return (H, W) of the images and of the masks that answer a request."""
+        if self.config.eval_view == "centre" or not len(request.samples):
+            return self.config.shape, self.config.shape
+        stored = self.source.size(int(request.samples[0]))  # of all of them (`ShardEvalStream`)
+        return evaluated_shape(stored, self.config), stored
 
     def begin(self, request: Request) -> Work:
         """Begin."""
@@ -320,7 +338,8 @@ class _EvalWork:
         self._config = loading.config
         self._request = request
         self._samples = request.samples.tolist()
-        self._batch = _Batch(loading.micro_batch, loading.config.shape, loading.source, loading.config.form)
+        images, masks = loading.shapes(request)
+        self._batch = _Batch(loading.micro_batch, images, loading.source, loading.config.form, masks)
         self._delivered = np.full(loading.micro_batch, -1, dtype=np.int64)
         self._delivered[: len(self._samples)] = request.samples
         self.spans = spans_of(len(self._samples))
@@ -330,7 +349,7 @@ class _EvalWork:
             if self._batch.given_up(place):
                 return
             try:
-                self._batch.put(place, show_for_eval(self._source.read(self._samples[place]), self._config))
+                self._batch.put(place, self._show(self._samples[place]))
             except (UndecodableError, DamagedSampleError) as error:
                 line = _reason(self._source, self._samples[place], error)
                 if self._config.bad_validation == "raise":
@@ -344,6 +363,12 @@ class _EvalWork:
                 self._batch.errors[place] = error
                 return
             self._loading.done += 1
+
+    def _show(self, sample: int) -> Shown:
+        stored = self._source.read(sample)
+        if self._config.eval_view == "whole":  # whose batch is as large as the index says
+            check_shape(stored_shape(stored.image, self._config.form), self._source.size(sample))
+        return show_for_eval(stored, self._config)
 
     def loaded(self) -> Loaded:
         return self._batch.loaded(self._request, self._delivered)

@@ -226,12 +226,16 @@ class ShardEvalStream:
         source: the samples.
         config: of the data.
         ranks: this process's place.
-        micro_batch: samples of this rank in one step, at least 1.
+        micro_batch: samples of this rank in one step, at least 1. Where images are shown as a whole and are of several
+            sizes, it is 1.
     """
 
     def __init__(self, source: Source, config: DataConfig, ranks: RankInfo, micro_batch: int) -> None:
         if micro_batch < 1:
             raise ConfigError(f"micro batch {micro_batch} must be at least 1")
+        smallest, largest = source.extent()
+        if config.eval_view == "whole" and smallest != largest:
+            micro_batch = 1
         self._source = source
         self._ranks = ranks
         self._micro_batch = micro_batch

@@ -22,7 +22,7 @@ from launch.run.distill import with_teacher
 from launch.run.identity import identity_of, shapes_of
 from launch.run.initial_weights import FirstWeights
 from launch.run.inputs import Split, check_splits, evaluation_micro, inputs_of
-from launch.run.objective import averaged_of, prepare_for
+from launch.run.objective import averaged_of, classified_by_model, prepare_for
 from launch.run.own_model import agreed_buffers
 from launch.run.periodic_probe import probe_of
 from launch.run.refit_by_ray import ByRay
@@ -237,7 +237,7 @@ def first_weights_of(run: ResolvedRun, task: Task, model: nn.Module, comm: Torch
     if config.weights is None:
         return None
     buffers = frozenset(name for name, _ in model.named_buffers())
-    arguments = inputs_of(run.config.data).model_arguments(config, len(task.outputs))
+    arguments = inputs_of(run.config.data).model_arguments(config, classified_by_model(task))
     return FirstWeights(config, shapes_of(model), buffers, comm, arguments)
 
 

@@ -53,6 +53,9 @@ from setformer_dist.engine.zero import deepspeed_config, overlaps, reduced_here
 
 _CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
 
+_WHOLE = "segmentation"  # the task that is evaluated on whole images
+_CENTRED = set(METRICS_OF) - {_WHOLE}
+
 _LONGEST_NAME = 255  # bytes of a folder's name, on every file system that we know
 
 
@@ -289,8 +292,24 @@ class RunConfig(FrozenConfig):
         mode = {"best_mode": metric.mode} if metric else {}
         return {**table, "checkpoint": {"best_metric": chosen, **mode, **checkpoint}}
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _view_of_the_task(cls, table: Any) -> Any:
+        """Fill in that segmentation is evaluated on whole images."""
+        if not (isinstance(table, dict) and isinstance(data := table.get("data"), dict)):
+            return table
+        task = table.get("task", {})
+        if not isinstance(task, dict) or task.get("name") != _WHOLE:
+            return table
+        return {**table, "data": {"eval_view": "whole", **data}}
+
     @pydantic.model_validator(mode="after")
     def _possible(self) -> RunConfig:
+        if isinstance(self.data, DataConfig) and self.data.eval_view == "whole" and self.task.name in _CENTRED:
+            raise ValueError(
+                f'data.eval_view = "whole" shows images of any shape, and task {self.task.name} is scored on images of '
+                'one: set it to "centre"'
+            )
         check_best(self.metrics, self.checkpoint.best_metric, self.checkpoint.best_mode, self.task.name)
         if self.ema.decay == 0 and self.checkpoint.best_metric.startswith("ema_"):
             raise ValueError(

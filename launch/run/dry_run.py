@@ -37,7 +37,7 @@ from launch.run.imported import is_imported
 from launch.run.initial_weights import FirstWeights
 from launch.run.inputs import evaluation_micro, images_of, inputs_of, shapes_of_images
 from launch.run.memory import check_images_fit, keep_within_budget, largest_batch, memory_of_machine, predicted
-from launch.run.objective import build_assumed, build_for
+from launch.run.objective import build_assumed, build_for, check_parts, classified_by_model
 from launch.run.own_code import bring
 from launch.run.periodic_probe import probed_data
 from launch.run.sequence import check_sequence
@@ -117,6 +117,7 @@ def _examine(run: ResolvedRun) -> _Known:
     classes = splits.train.classes
     task = build_task(c.task, classes)
     check_metric(task, c.checkpoint.best_metric, c.checkpoint.best_mode, c.further_metrics)
+    check_parts(task, (splits.train, splits.val))
     model = build_for(c, task, inputs.spec(splits.train))
     freeze(model, c.model.freeze)
     check_folder(run)
@@ -150,7 +151,7 @@ def _examine(run: ResolvedRun) -> _Known:
     if teacher is not None:
         order = "" if teacher.named else "; it names no classes, and its outputs are taken in the order of the data's"
         rows.append(("teacher", f"{teacher.place}, {teacher.config.model.name}, {teacher.weights} weights{order}"))
-    rows += [("begins", resumed)] if resumed else _beginning(run, model, len(task.outputs))
+    rows += [("begins", resumed)] if resumed else _beginning(run, model, classified_by_model(task))
     rows += _recomputed(run, model, inputs.shape(splits.train), inputs.dtype)
     return _Known(model, inputs.shape(splits.train), inputs.dtype, tuple(rows))
 

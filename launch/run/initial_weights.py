@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from checkpoints.reader import Checkpoint, open_checkpoint
+from launch.run.objective import TASKS_OF_ENCODERS
 from launch.run.timm_weights import HUB, Adapted, adapted, classifiers_of, fetched
 from setformer_dist.core import revisions, strictjson
 from setformer_dist.core.comm import Collectives
@@ -32,8 +33,8 @@ from setformer_dist.core.fragments import Fragment
 from setformer_dist.core.metric import Mode, better_weights, mode_by_name
 from setformer_dist.core.model_config import ModelConfig
 from setformer_dist.core.words import counted
-from setformer_dist.models.masked import ENCODER
-from setformer_dist.tasks.mae import TASKS_OF_HIDDEN
+from setformer_dist.models.encoded import ENCODER
+from setformer_dist.models.segmenter import CLASSIFIERS
 
 # What the names of a classifier begin with in the models that can be pretrained as encoders.
 _HEAD = "head."
@@ -82,6 +83,7 @@ class FirstWeights:
         buffers: names of the model's buffers, which exported files hold too: constants of the architecture.
         comm: all ranks must read the same.
         arguments: of `timm.create_model`, with which weights that do not fit are adapted; None adapts none.
+        within: what the names of these parameters begin with in a larger model.
     """
 
     config: ModelConfig
@@ -89,6 +91,7 @@ class FirstWeights:
     buffers: frozenset[str]
     comm: Collectives
     arguments: Mapping[str, object] | None = None
+    within: str = ""
 
     def __call__(self, fragments: Iterable[Fragment]) -> str:
         """Fill the masters and their average as far as a rank holds them; say what was filled. Collective.
@@ -120,6 +123,8 @@ class FirstWeights:
 
     def _fitted(self, source: _Source) -> tuple[_Source, set[str], str]:
         """Return what fills the parameters, those that it leaves, and what is said of it."""
+        if (within := self._within_encoder(source)) is not None:
+            return within
         source, new, notes = self._encoder_alone(source)
         notes += self._told_apart(source)
         self._check_skip(source)
@@ -139,6 +144,37 @@ class FirstWeights:
             notes.append(f"left as drawn from the seed: {', '.join(sorted(left))}")
         count = f"{len(self.shapes) - len(left)} of {len(self.shapes)} parameters"
         return source, left, "; ".join((f"begins with {source.name}: {count}", *notes))
+
+    def _within_encoder(self, source: _Source) -> tuple[_Source, set[str], str] | None:
+        """Return what `_fitted` does, where a source knows the encoder alone of a larger model; else None.
+
+        A run of the same task begins with all of it.
+        """
+        around = {name for name in self.shapes if not name.startswith(ENCODER)}
+        if len(around) == len(self.shapes) or around & source.shapes.keys():
+            return None
+        self._check_skip(source)
+        skip = [prefix.removeprefix(ENCODER) for prefix in self.config.skip or () if prefix.startswith(ENCODER)]
+        inner = dataclasses.replace(
+            self,
+            config=self.config.model_copy(update={"skip": tuple(skip)}),
+            shapes={n.removeprefix(ENCODER): s for n, s in self.shapes.items() if n not in around},
+            buffers=frozenset(n.removeprefix(ENCODER) for n in self.buffers),
+            within=ENCODER,
+        )
+        alone, _, notes = inner._encoder_alone(source)
+        classifiers = tuple(f"{name}." for name in classifiers_of(self.config.name))
+        kept = {n: s for n, s in alone.shapes.items() if n in inner.shapes or not n.startswith(classifiers)}
+        if len(kept) < len(alone.shapes):
+            notes.append("its classifier is left out")
+        fitted, left, said = inner._fitted(dataclasses.replace(alone, shapes=kept, encoder=""))
+
+        def fill(fragments: list[Fragment]) -> None:
+            fitted.fill([dataclasses.replace(f, name=f.name.removeprefix(ENCODER)) for f in fragments])
+
+        drawn = around | {f"{ENCODER}{name}" for name in left}
+        notes.append(f"drawn from the seed: {', '.join(sorted({name.split('.')[0] for name in around}))}")
+        return dataclasses.replace(fitted, fill=fill), drawn, "; ".join((said, *notes))
 
     def _encoder_alone(self, source: _Source) -> tuple[_Source, set[str], list[str]]:
         """Return a source with the encoder alone where another task pretrained it, the head that it lacks, and a note.
@@ -238,7 +274,7 @@ class FirstWeights:
 
     def _other_classifier(self, source: _Source, faults: Mapping[str, str]) -> set[str]:
         """Return the classifier's parameters that a source has not, or has for another number of classes."""
-        heads = tuple(f"{name}." for name in classifiers_of(self.config.name))
+        heads = (*(f"{name}." for name in classifiers_of(self.config.name)), *CLASSIFIERS)
         mine = {name: self.shapes[name] for name in faults if name in self.shapes and name.startswith(heads)}
         return {name for name, shape in mine.items() if source.shapes.get(name, shape)[1:] == shape[1:]}
 
@@ -280,7 +316,7 @@ class FirstWeights:
         modules = {name.rpartition(".")[0] + "." if "." in name else name for name in faults}
         repair = "set model.name and model.args to those that they were trained with"
         if len(modules) <= _NAMED:
-            skip = [*(self.config.skip or ()), *sorted(modules)]
+            skip = [f"{self.within}{prefix}" for prefix in (*(self.config.skip or ()), *sorted(modules))]
             repair += f", or draw these from the seed (model.skip = {skip})".replace("'", '"')
         return f"model.weights do not fit: {source.name} are of another model ({first}{more}): {repair}"
 
@@ -345,7 +381,7 @@ def _of_checkpoint(checkpoint: Checkpoint) -> _Source:
     trained = config.get("model") if isinstance(config, dict) else None
     choices = revisions.choices_of(trained) if isinstance(trained, dict) else {}
     task = _table(config, "task").get("name") if isinstance(config, dict) else None
-    encoder = ENCODER if task in TASKS_OF_HIDDEN else ""
+    encoder = ENCODER if task in TASKS_OF_ENCODERS else ""
     name = f"{kind} of {checkpoint.path}"
     tensors = functools.partial(checkpoint.read_full, "ema" if averaged else "param")
     model = trained if isinstance(trained, dict) and isinstance(trained.get("args", {}), dict) else {}
@@ -390,6 +426,8 @@ def _of_file(path: Path) -> _Source:
         raise CheckpointError(f"model.weights = {path} is not a complete .safetensors file: {error}") from None
     facts: list[object] = [path.stat().st_size, sorted(shapes)]
     tensors = functools.partial(safetensors.torch.load_file, path)
+    encoder = ENCODER if any(name.startswith(ENCODER) for name in shapes) else ""
     quantized = {name: kind for name, kind in kinds.items() if kind not in _FLOATS}
     images = _images_of_export(path.with_name("config.json"))
-    return _Source(f"the weights of {path}", facts, shapes, fill, tensors, quantized=quantized, images=images)
+    name = f"the weights of {path}"
+    return _Source(name, facts, shapes, fill, tensors, encoder=encoder, quantized=quantized, images=images)

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 from dataloaders.config import DataConfig, TokenConfig
+from dataloaders.tokens import TokenSplit
 from launch.run.config import RunConfig
-from launch.run.inputs import ImageInputs, TokenInputs, inputs_of, shapes_of_images
+from launch.run.inputs import ImageInputs, Split, TokenInputs, images_of, inputs_of, shapes_of_images
 from setformer_dist.core.errors import ConfigError
-from setformer_dist.core.task import Hiding, Prepare, Task
+from setformer_dist.core.task import Dense, DensePrepare, Hiding, Prepare, Task
 from setformer_dist.engine.averaged import AveragedModel
-from setformer_dist.models.masked import ENCODER, MaskedAutoencoder, MaskedModel, latents
+from setformer_dist.models.encoded import ENCODER, Encoded
+from setformer_dist.models.masked import MaskedAutoencoder, MaskedModel, latents
 from setformer_dist.models.recompute import set_recompute
+from setformer_dist.models.segmenter import Segmenter
 from setformer_dist.models.simmim import SimmimModel
 from setformer_dist.tasks.build import build_task
 from setformer_dist.tasks.mae import TASKS_OF_HIDDEN, Hidden, Masked
+from setformer_dist.tasks.segmentation import Segmentation
+
+# Tasks whose model has an encoder within it.
+TASKS_OF_ENCODERS = (*TASKS_OF_HIDDEN, Segmentation.name)
 
 
 def build_for(config: RunConfig, task: Task, input_spec: dict[str, object]) -> nn.Module:
@@ -34,7 +42,10 @@ def build_for(config: RunConfig, task: Task, input_spec: dict[str, object]) -> n
     """
     inputs: ImageInputs | TokenInputs = inputs_of(config.data)
     check_objective(config, task)
-    model = inputs.build_model(config.model, len(task.outputs), input_spec, config.run.seed)
+    model = inputs.build_model(config.model, classified_by_model(task), input_spec, config.run.seed)
+    if isinstance(task, Segmentation):
+        t = task.config
+        return Segmenter(model, config.model.name, len(task.outputs), t.channels, t.auxiliary > 0)
     if not isinstance(task, Hidden):
         return model
     assert isinstance(config.data, DataConfig)  # checked above
@@ -42,6 +53,11 @@ def build_for(config: RunConfig, task: Task, input_spec: dict[str, object]) -> n
     task.check_images(shapes_of_images(config.data), whole.stride)
     set_recompute(whole, config.model.policy, config.model.name)
     return whole
+
+
+def classified_by_model(task: Task) -> int:
+    """Return the outputs of the classifier in the model that the config names; 0 where a larger model has its own."""
+    return 0 if isinstance(task, Segmentation) else len(task.outputs)
 
 
 def _around(encoder: nn.Module, task: Hidden, name: str, bands: int) -> MaskedModel:
@@ -54,7 +70,7 @@ def _around(encoder: nn.Module, task: Hidden, name: str, bands: int) -> MaskedMo
 def build_assumed(config: RunConfig, classes: int) -> nn.Module:
     """Return the model for images of so many classes, where the data are not there; raises as `build_for`."""
     names = tuple(map(str, range(classes)))
-    if config.task.name in TASKS_OF_HIDDEN:
+    if config.task.name in TASKS_OF_ENCODERS:
         return build_for(config, build_task(config.task, names), {})
     return inputs_of(config.data).build_model(config.model, classes, {}, config.run.seed)
 
@@ -70,12 +86,13 @@ def check_objective(config: RunConfig, task: Task) -> None:
             f"task {task.name} learns from labels, and data.labels = false says that there are none: remove the key, "
             'or choose a task without (task.name = "mae" or "simmim")'
         )
-    if not isinstance(task, Hiding):
+    if not isinstance(task, Hiding | Dense):
         return
     if isinstance(config.data, TokenConfig):
-        raise ConfigError(
-            f"task {task.name} hides parts of images, and [data] has token sequences: choose another task"
-        )
+        raise ConfigError(f"task {task.name} learns from images, and [data] has token sequences: choose another task")
+    if isinstance(task, Dense):
+        _check_dense(config.data, task)
+        return
     augment = config.data.augment
     for key in ("mixup", "cutmix"):
         if getattr(augment, key):
@@ -101,9 +118,38 @@ def check_objective(config: RunConfig, task: Task) -> None:
         )
 
 
+def _check_dense(data: DataConfig, task: Task) -> None:
+    for key in ("mixup", "cutmix", "smoothing"):
+        if getattr(data.augment, key):
+            raise ConfigError(
+                f"data.augment.{key} changes the class of an image, and task {task.name} learns from annotations of "
+                "its pixels: set it to 0"
+            )
+
+
+def check_parts(task: Task, splits: Iterable[Split]) -> None:
+    """Check that samples have what a task learns from.
+
+    Raises:
+        ConfigError: naming the split that has not.
+    """
+    if not isinstance(task, Dense):
+        return
+    for split in splits:
+        if isinstance(split, TokenSplit):  # which `check_objective` refuses
+            continue
+        source = images_of(split)
+        if missing := sorted(task.needs_parts - source.parts):
+            what = {"mask": "masks", "boxes": "boxes"}.get(missing[0], missing[0])
+            raise ConfigError(
+                f"task {task.name} learns from {what}, and samples of {source.name} have none: pack images with their "
+                f"{what} (setformer data pack --help), or choose another task"
+            )
+
+
 def encoder_of(model: nn.Module) -> nn.Module:
-    """Return the model that is kept: of an autoencoder its encoder, else the model itself."""
-    return model.encoder if isinstance(model, MaskedModel) else model
+    """Return the model that gives features: the encoder of a larger one, else the model itself."""
+    return model.encoder if isinstance(model, Encoded) else model
 
 
 def averaged_of(task: Task, model: nn.Module, device: torch.device, dtype: torch.dtype) -> AveragedModel | None:
@@ -142,6 +188,8 @@ def prepare_for(
         averaged: what the task compares with (`averaged_of`).
     """
     inputs = inputs_of(config.data)
+    if isinstance(task, Dense):
+        return DensePrepare(inputs.prepare(classes, device, dtype), task)
     if not isinstance(task, Hiding):
         return inputs.prepare(classes, device, dtype)
     whole = inputs.prepare(classes, device, torch.float32)

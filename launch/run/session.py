@@ -32,7 +32,7 @@ from launch.run.compose import Splits, check_device, compose, open_splits
 from launch.run.config import ResolvedRun, RunConfig, check_folder, permitted_changes, resolve
 from launch.run.inputs import inputs_of
 from launch.run.memory import check_images_fit, keep_within_budget
-from launch.run.objective import build_for
+from launch.run.objective import build_for, check_parts
 from launch.run.outcome import finish
 from launch.run.own_code import bring
 from launch.run.own_model import OwnModel, build_own, check_unchanged
@@ -107,6 +107,7 @@ def session(
     check_device(run)
     splits = data or open_splits(run)
     task = build_task(config.task, splits.train.classes)
+    check_parts(task, (splits.train, splits.val))
     model = _model(run, splits, task, own, ranks.local_world_size)
     torch.set_num_threads(config.run.threads or max(1, usable_cores() // ranks.local_world_size))
     check_folder(run)

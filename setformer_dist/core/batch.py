@@ -41,7 +41,8 @@ class Annotations:
     """What is marked in the images of a micro batch, moved with every crop, resize and flip.
 
     Attributes:
-        masks: (m, H, W) uint8, the class of each pixel, 255 where it does not count; None for data without masks.
+        masks: (m, H, W) uint8, the class of each pixel, 255 where it does not count; None for data without masks. In
+            evaluation with data.eval_view = "whole" they have the size in which they are stored.
         boxes: one (k, 4) float32 per image, x0, y0, x1, y1 in pixels of the input; None for data without boxes.
         box_labels: one (k,) int64 per image, aligned with `boxes`.
     """

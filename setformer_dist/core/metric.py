@@ -50,6 +50,12 @@ LOSS = Metric("loss", "loss", mode="min", share=False)
 METRICS_OF: Mapping[str, tuple[Metric, ...]] = {
     "classification": (Metric("top1", "top-1", "top-1 accuracy"), Metric("top5", "top-5", "top-5 accuracy"), LOSS),
     "multilabel": (Metric("f1", "F1", "F1 over all labels"), Metric("exact", "exact match"), LOSS),
+    "segmentation": (
+        Metric("miou", "mIoU", "mean intersection over union"),
+        Metric("pixel_accuracy", "pixel accuracy"),
+        Metric("class_accuracy", "class accuracy", "accuracy, mean over classes"),
+        LOSS,
+    ),
     "mae": (LOSS,),
     "simmim": (LOSS,),
 }

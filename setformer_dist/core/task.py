@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from setformer_dist.core.batch import MicroBatch
 from setformer_dist.core.metric import Metric
+from setformer_dist.core.transfer import on_device
 
 
 class Prepare(Protocol):
@@ -91,6 +93,38 @@ class Counted(Protocol):
         It is called before the model runs. A step without valid elements must have a loss of 0.
         """
         ...
+
+
+@runtime_checkable
+class Dense(Protocol):
+    """A further method of tasks that learn from masks or boxes, not from the samples' classes."""
+
+    @property
+    def needs_parts(self) -> frozenset[str]:
+        """What samples must have: "mask", "boxes"."""
+        ...
+
+    def targets(self, batch: MicroBatch) -> torch.Tensor:
+        """Return what the loss takes in place of classes, on the CPU; it is moved to the device."""
+        ...
+
+
+@dataclass(frozen=True)
+class DensePrepare:
+    """A `Prepare` whose targets are those of a `Dense` task.
+
+    Attributes:
+        inputs: makes the model's inputs.
+        task: makes the targets.
+    """
+
+    inputs: Prepare
+    task: Dense
+
+    def __call__(self, batch: MicroBatch, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return inputs and targets, both on the device."""
+        inputs, _ = self.inputs(batch, train=train)
+        return inputs, on_device(self.task.targets(batch), inputs.device)
 
 
 @runtime_checkable

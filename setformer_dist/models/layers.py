@@ -142,7 +142,7 @@ class Untraceable:
 
 
 @contextmanager
-def called_as(module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+def called_as(module: nn.Module, function: Callable[[torch.Tensor], object]) -> Iterator[None]:
     """Let a call of a module compute something else than its `forward` for a while, with all its hooks.
 
     ZeRO-3 gathers a module's weights by these, so another method of it, called directly, would find none.

@@ -22,14 +22,12 @@ from torch.nn import functional as F
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.masking import visible_units
 from setformer_dist.core.model_config import Recompute
-from setformer_dist.models.layers import Untraceable, init_linear, run_blocks
+from setformer_dist.models.encoded import Encoded
+from setformer_dist.models.layers import init_linear, run_blocks
 from setformer_dist.models.recompute import per_stage
 from setformer_dist.models.setformer import Block, SeTformer, SetformerConfig
 from setformer_dist.models.visible import VisibleUnits
 from setformer_dist.ops.set.attention import SetAttentionConfig
-
-# What the names of the encoder's parameters begin with.
-ENCODER = "encoder."
 
 _HEAD_CHANNELS = 32
 _REFERENCES = 49  # of each head of the decoder
@@ -57,7 +55,7 @@ class Fusion(nn.Module):
         return self.norm(total)  # type: ignore[no-any-return]
 
 
-class MaskedModel(Untraceable, nn.Module):
+class MaskedModel(Encoded):
     """An encoder, and around it what learns to fill in hidden units of its images.
 
     Takes (B, in_chans + 1, height, width): an image, and a channel that is above 0.5 in hidden units. Every image
@@ -72,28 +70,9 @@ class MaskedModel(Untraceable, nn.Module):
         channels: of an image.
     """
 
-    encoder: nn.Module
-
     def __init__(self, encoder: nn.Module, unit: int, ratio: float, stride: int, channels: int) -> None:
-        super().__init__()
-        self.encoder = encoder
+        super().__init__(encoder)
         self.unit, self.ratio, self.stride, self.channels = unit, ratio, stride, channels
-        self.feature_info = encoder.feature_info
-        self.num_features, self.num_classes = encoder.num_features, 0
-
-    def set_sample_keys(self, keys: torch.Tensor | None) -> None:
-        """Make the encoder's drop path a function of these keys, where it takes them."""
-        own = getattr(self.encoder, "set_sample_keys", None)
-        if own is not None:
-            own(keys)
-
-    def no_weight_decay(self) -> set[str]:
-        """Return the parameters that must not decay: all but the weights of linear layers and convolutions."""
-        own = getattr(self.encoder, "no_weight_decay", None)
-        names = {f"{ENCODER}{name}" for name in own()} if own is not None else set()
-        weights = {f"{n}.weight" for n, module in self.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
-        others = {name for name, _ in self.named_parameters() if not name.startswith(ENCODER)}
-        return names | (others - weights)
 
     def visible_of(self, inputs: torch.Tensor) -> VisibleUnits:
         """Return the visible units of (B, in_chans + 1, height, width), or of images the first ones."""

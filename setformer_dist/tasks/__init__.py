@@ -6,4 +6,5 @@ distilled.py        any of them, learnt from a trained model as well
 losses.py           what both of them may take for a loss
 mae.py              nothing of samples but themselves: hidden parts of images
 multilabel.py       any number of labels per sample
+segmentation.py     a class for every pixel
 """

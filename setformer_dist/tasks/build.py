@@ -18,6 +18,7 @@ from setformer_dist.core.task_config import TaskConfig
 from setformer_dist.tasks.classification import Classification
 from setformer_dist.tasks.mae import Masked, Simmim
 from setformer_dist.tasks.multilabel import MultiLabel
+from setformer_dist.tasks.segmentation import Segmentation
 
 # Makes a task of task.args and the names of the data's classes.
 TaskFactory = Callable[[Mapping[str, Any], tuple[str, ...]], Task]
@@ -25,6 +26,7 @@ TaskFactory = Callable[[Mapping[str, Any], tuple[str, ...]], Task]
 _TASKS: dict[str, TaskFactory] = {
     "classification": Classification,
     "multilabel": MultiLabel,
+    "segmentation": Segmentation,
     "mae": Masked,
     "simmim": Simmim,
 }

@@ -6,6 +6,7 @@ m = samples of a micro batch, k = outputs of the model, such as the classes.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import pydantic
@@ -43,6 +44,18 @@ class LossConfig(FrozenConfig):
         return self
 
 
+def weights_of(class_weights: Mapping[str, float], outputs: tuple[str, ...]) -> torch.Tensor | None:
+    """Return the weight of each output, (k,); None where none is named.
+
+    Raises:
+        ConfigError: a weight is of an output that there is not.
+    """
+    for name in class_weights:
+        if name not in outputs:
+            raise ConfigError(f"task.args.class_weights: {name!r} is no output: {nearest(name, outputs)}")
+    return torch.tensor([class_weights.get(name, 1.0) for name in outputs]) if class_weights else None
+
+
 class Loss:
     """A loss of a model with these outputs.
 
@@ -52,12 +65,7 @@ class Loss:
 
     def __init__(self, config: LossConfig, outputs: tuple[str, ...]) -> None:
         self._config = config
-        self._weights: torch.Tensor | None = None
-        for name in config.class_weights:
-            if name not in outputs:
-                raise ConfigError(f"task.args.class_weights: {name!r} is no output: {nearest(name, outputs)}")
-        if config.class_weights:
-            self._weights = torch.tensor([config.class_weights.get(name, 1.0) for name in outputs])
+        self._weights = weights_of(config.class_weights, outputs)
 
     def mean(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the mean over samples, shape (), fp32.
