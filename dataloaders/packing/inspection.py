@@ -19,7 +19,6 @@ import numpy.typing as npt
 import PIL.Image
 import PIL.ImageDraw
 
-from dataloaders.packing.intake import VOID
 from dataloaders.packing.overlap import UNKNOWN, checksums
 from dataloaders.pixels.decode import MASK_FORMATS, UndecodableError, class_numbers, is_jpeg, picture_of
 from dataloaders.pixels.formats import FORMATS
@@ -27,6 +26,7 @@ from dataloaders.source import Boxes, DamagedSampleError, Source, Stored, Tiled,
 from dataloaders.sources.image_folder import ImageFolderDataset
 from dataloaders.sources.scanning import shared_keys
 from dataloaders.sources.shards import ShardDataset
+from setformer_dist.core.batch import VOID
 from setformer_dist.core.words import counted
 
 # Samples whose bytes are looked at, unless all are wanted.

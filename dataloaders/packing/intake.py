@@ -47,8 +47,8 @@ from dataloaders.pixels.depth import MAX_PIXELS, RGB, PixelFormat
 from dataloaders.source import Boxes, Stored, Tiled
 from dataloaders.sources.slides import SlideImage
 from dataloaders.sources.tiles import LARGEST_SIDE, RAW_SUFFIX, Grid
+from setformer_dist.core.batch import VOID
 
-VOID = 255
 _LOSSY = ("JPEG", "MPO", "WEBP")
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _REWRITTEN_QUALITY = 95

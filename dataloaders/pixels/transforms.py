@@ -36,7 +36,6 @@ from dataloaders.pixels.draws import Lane, own_keys, sample_words, uniforms
 from dataloaders.pixels.own import apply, own_augmentations
 from dataloaders.pixels.view import (
     DRAWS_OF_CROP,
-    NOT_COUNTED,
     View,
     centre_view,
     dtype_of,
@@ -51,6 +50,7 @@ from dataloaders.pixels.view import (
     window_view,
 )
 from dataloaders.source import Fetching, Source, Stored, Tiled
+from setformer_dist.core.batch import VOID
 from setformer_dist.core.errors import ConfigError, DataError
 
 Shape = tuple[int, int]
@@ -207,7 +207,7 @@ class TrainTransform:
                 image[:, rows, columns] = self._erased
                 if mask is not None:
                     mask = mask.clone()
-                    mask[rows, columns] = NOT_COUNTED
+                    mask[rows, columns] = VOID
         for (name, function), key in zip(self._own, choices.own, strict=True):
             image = apply(name, function, image, key)
         return image, mask

@@ -23,6 +23,7 @@ from torch.nn.functional import interpolate
 from dataloaders.config import AugmentConfig
 from dataloaders.pixels.depth import FULL_RANGE, MAX_PIXELS, PixelFormat, UndecodableError
 from dataloaders.source import Boxes
+from setformer_dist.core.batch import VOID
 
 Box = tuple[int, int, int, int]
 Shape = tuple[int, int]
@@ -34,8 +35,6 @@ DRAWS_OF_CROP = 4 * _TRIES
 # Of what a box must keep to be worth finding: share of its area, and pixels of its sides.
 _LEAST_SHARE = 0.1
 _LEAST_SIDE = 1.0
-
-NOT_COUNTED = 255  # in masks
 
 
 class View(NamedTuple):
@@ -199,7 +198,7 @@ def see_mask(view: View, mask: npt.NDArray[np.uint8]) -> torch.Tensor:
     seen = torch.from_numpy(mask[top : top + height, left : left + width])[None]
     if (height, width) != view.resized:
         seen = interpolate(seen[None], view.resized, mode="nearest-exact")[0]
-    return _mirrored(_window(seen, view, NOT_COUNTED)[0], view)
+    return _mirrored(_window(seen, view, VOID)[0], view)
 
 
 def see_boxes(view: View, boxes: Boxes) -> tuple[torch.Tensor, torch.Tensor]:

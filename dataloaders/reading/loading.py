@@ -30,10 +30,10 @@ from dataloaders.pixels.transforms import (
     evaluated_shape,
     show_for_eval,
 )
-from dataloaders.pixels.view import NOT_COUNTED, dtype_of
+from dataloaders.pixels.view import dtype_of
 from dataloaders.reading.damage import candidates
 from dataloaders.source import DamagedSampleError, Fetching, Source
-from setformer_dist.core.batch import Annotations
+from setformer_dist.core.batch import VOID, Annotations
 from setformer_dist.core.errors import DataError, SetformerError
 
 # Samples that a thread takes at once: few enough that threads end together, enough that handing out costs nothing.
@@ -183,7 +183,7 @@ class _Batch:
         parts = source.parts
         self.images = torch.zeros((count, form.bands, *shape), dtype=dtype_of(form))
         masks = (count, *(of_masks or shape))
-        self.masks = torch.full(masks, NOT_COUNTED, dtype=torch.uint8) if "mask" in parts else None
+        self.masks = torch.full(masks, VOID, dtype=torch.uint8) if "mask" in parts else None
         none = torch.empty((0, 4)), torch.empty(0, dtype=torch.int64)
         self.boxes = [none] * count if "boxes" in parts else None
         self.soft = torch.zeros((count, len(source.classes))) if "soft" in parts else None

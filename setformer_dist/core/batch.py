@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+VOID = 255  # in masks: the class of a pixel that does not count
+
 _BITS_OF_IDS = 40  # more samples than any data set has
 
 

@@ -44,6 +44,9 @@ class Metric:
         return f"{value:.2%}" if self.share else f"{value:.4f}"
 
 
+# Before the name of a class: its figure, besides the task's metrics.
+IOU_OF = "iou_"
+
 LOSS = Metric("loss", "loss", mode="min", share=False)
 
 # Of the shipped tasks; the first of each decides which weights are better unless the config names another.
@@ -108,6 +111,11 @@ def headline(metrics: Sequence[Metric], figures: Mapping[str, float], everything
     """Return the first metric and the loss in one line, such as "top-1 83.33%, loss 0.9797"; or all of them."""
     chosen = metrics if everything else [metrics[0], *(m for m in metrics[1:] if m.name == LOSS.name)]
     return ", ".join(f"{m.title} {m.show(figures[m.name])}" for m in chosen if m.name in figures)
+
+
+def by_class(figures: Mapping[str, float]) -> dict[str, float]:
+    """Return the IoU of each class, by its name, as far as figures of an evaluation have them."""
+    return {name.removeprefix(IOU_OF): value for name, value in figures.items() if name.startswith(IOU_OF)}
 
 
 def check_best(metrics: Sequence[Metric], name: str, mode: Mode, task: str) -> None:

@@ -8,10 +8,14 @@ B = images, K = channels or classes, H, W = rows and columns.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch.nn import functional as F
 
-VOID = 255  # the class of a pixel that does not count
+from setformer_dist.core.batch import VOID
+
+_STRIP = 1 << 26  # logits that are made at a time where no gradient needs them all
 
 
 def resized(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -23,12 +27,34 @@ def resized(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def resized_pixels(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Return the pixels of (B, K, H, W) maps at another size, row by row: (B · height · width, K); see `resized`."""
+    """Return the pixels of (B, K, H, W) maps at another size, (B, height, width, K); see `resized`."""
+    [(_, pixels)] = strips(x, height, width, height)
+    return pixels
+
+
+def strips(x: torch.Tensor, height: int, width: int, rows: int = 0) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield the pixels of (B, K, H, W) maps at another size in strips: which rows, and (B, their number, width, K).
+
+    Args:
+        x: the maps.
+        height: of the whole.
+        width: of the whole.
+        rows: of a strip; 0 for as many as take little memory.
+    """
     x = x.permute(0, 2, 3, 1).contiguous()
     b, there, across, classes = x.shape
-    rows, columns = _linear_weights(there, height, x), _linear_weights(across, width, x)
-    tall = (rows.T @ x.view(b, there, across * classes)).view(b, height, across, classes)
-    return (columns.T @ tall).view(b * height * width, classes)
+    down, columns = _linear_weights(there, height, x), _linear_weights(across, width, x)
+    rows = rows or max(1, _STRIP // (b * width * classes))
+    for first in range(0, height, rows):
+        part = slice(first, min(first + rows, height))
+        tall = down[:, part].T @ x.view(b, there, across * classes)
+        yield part, columns.T @ tall.view(b, -1, across, classes)
+
+
+def classes_of(logits: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Return the most probable class of each pixel of (B, K, H, W) logits at another size, (B, height, width) uint8."""
+    found = [pixels.argmax(dim=3).to(torch.uint8) for _, pixels in strips(logits.float(), height, width)]
+    return torch.cat(found, dim=1)
 
 
 def pooled(x: torch.Tensor, bins: int) -> torch.Tensor:
@@ -45,7 +71,7 @@ def pixel_loss(logits: torch.Tensor, masks: torch.Tensor, weights: torch.Tensor 
         masks: (B, H, W), the class of each pixel, `VOID` where it has none.
         weights: (K,), of the classes.
     """
-    pixels = resized_pixels(logits.float(), *masks.shape[1:])
+    pixels = resized_pixels(logits.float(), *masks.shape[1:]).flatten(0, 2)
     # Of rows: torch's kernel for images adds up in any order on a GPU.
     return F.cross_entropy(pixels, masks.flatten().long(), weights, ignore_index=VOID, reduction="sum")
 

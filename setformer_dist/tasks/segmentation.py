@@ -15,16 +15,15 @@ from typing import Annotated
 
 import pydantic
 import torch
+import torch.nn.functional as F
 
 from setformer_dist.core import config as base
-from setformer_dist.core.batch import MicroBatch
+from setformer_dist.core.batch import VOID, MicroBatch
 from setformer_dist.core.config import FrozenConfig
 from setformer_dist.core.errors import ConfigError, DataError
-from setformer_dist.core.metric import METRICS_OF, Metric
-from setformer_dist.core.pixel_maps import VOID, pixel_loss, resized_pixels
+from setformer_dist.core.metric import IOU_OF, METRICS_OF, Metric
+from setformer_dist.core.pixel_maps import pixel_loss, strips
 from setformer_dist.tasks.losses import weights_of
-
-IOU = "iou_"  # before the name of a class
 
 # The model's outputs: logits, and in training with an auxiliary head also that head's.
 Outputs = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -113,12 +112,16 @@ class Segmentation:
         """Return (loss, pixels, the K x K matrix of them by class and by what was predicted) of what counts."""
         masks, classes = targets.clone(), len(self.outputs)
         masks[batch.weights.to(masks.device) == 0] = VOID
-        loss = pixel_loss(outputs, masks)
-        known, predicted = masks.flatten().long(), resized_pixels(outputs.float(), *masks.shape[1:]).argmax(dim=1)
-        counted = known != VOID
-        pairs = known[counted] * classes + predicted[counted]
-        matrix = torch.bincount(pairs.cpu(), minlength=classes**2).double()
-        return torch.cat([torch.stack([loss.double().cpu(), counted.sum().double().cpu()]), matrix])
+        found = torch.zeros(2 + classes**2, dtype=torch.float64)
+        for rows, logits in strips(outputs.float(), *masks.shape[1:]):
+            known, pixels = masks[:, rows].flatten().long(), logits.flatten(0, 2)
+            counted = known != VOID
+            loss = F.cross_entropy(pixels, known, ignore_index=VOID, reduction="sum")
+            pairs = (known * classes + pixels.argmax(dim=1))[counted].cpu()
+            found[0] += loss.double().cpu()
+            found[1] += len(pairs)
+            found[2:] += torch.bincount(pairs, minlength=classes**2)
+        return found
 
     def figures(self, sums: Sequence[float], count: float) -> dict[str, float]:
         """Return the metrics, and the IoU of every class that is there or was predicted."""
@@ -127,7 +130,7 @@ class Segmentation:
         matrix = torch.tensor(flat, dtype=torch.float64).view(classes, classes)
         hits, there, predicted = matrix.diagonal(), matrix.sum(dim=1), matrix.sum(dim=0)
         union = there + predicted - hits
-        each = {f"{IOU}{self.outputs[k]}": float(hits[k] / union[k]) for k in range(classes) if union[k]}
+        each = {f"{IOU_OF}{self.outputs[k]}": float(hits[k] / union[k]) for k in range(classes) if union[k]}
         found = [float(hits[k] / there[k]) for k in range(classes) if there[k]]
         return {
             "miou": sum(each.values()) / max(1, len(each)),
