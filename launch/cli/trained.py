@@ -16,7 +16,7 @@ from launch.cli.bars import progress_bar
 from launch.cli.options import BestOption, ImportOption, ModelPath, WeightsOption
 from launch.run.own_code import bring
 from setformer_dist.core.errors import DataError
-from setformer_dist.core.metric import headline, weights_named
+from setformer_dist.core.metric import by_class, headline, weights_named
 from setformer_dist.core.words import plain
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
@@ -67,6 +67,10 @@ def evaluate(
         f"{place} ({trained.weights} weights): "
         f"{headline(trained.task.metrics, result.figures, everything=True)} on {result.samples} samples{left_out}"
     )
+    classes = by_class(result.figures)
+    width = max(map(len, classes), default=0)
+    for name, value in classes.items():
+        print(f"  {plain(name):<{width}}  IoU {value:7.2%}")
 
 
 def probe_features(
@@ -109,30 +113,40 @@ def predict(
         list[Path], typer.Argument(help="Image files, and folders whose images are taken.", show_default=False)
     ],
     top: Annotated[int, typer.Option(min=1, help="Classes shown per image.")] = 3,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Write the mask of each image there (segmentation).")
+    ] = None,
     weights: WeightsOption = "auto",
     best: BestOption = False,
     as_json: AsJsonLines = False,
     imports: ImportOption = None,
 ) -> None:
-    """Print the most likely classes of image files.
+    """Print the most likely classes of image files; of a segmentation model, the classes of most pixels, and with
+    --out a PNG file for each image, whose values are the classes of its pixels.
 
     Examples:
 
         setformer predict runs/demo some/digit.png another/digit.png --top 3
 
         setformer predict runs/demo some --best --json
+
+        setformer predict runs/camvid street.jpg --out masks
     """
     from launch.run import trained as infer
     from launch.run.exported import load_named
+    from launch.run.mask_files import MaskFolder
 
     bring(imports or ())
     trained = load_named(checkpoint, weights_named(weights), best=best)
+    masks = None if out is None else MaskFolder(trained, out)
     failed: DataError | None = None
     for found in infer.predict(trained, _images_of(images), top):
         if isinstance(found, DataError):  # one bad image does not hide the others
             print(f"error: {plain(found)}", file=sys.stderr)
             failed = found
             continue
+        if masks is not None:
+            masks.write(found)
         ranked = zip(found.classes, found.probabilities, strict=True)
         if as_json:
             print(json.dumps({"image": os.fsdecode(found.image), "classes": dict(ranked)}))

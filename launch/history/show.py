@@ -17,6 +17,7 @@ from launch.shown import cell
 from setformer_dist.core import ledger, strictjson
 from setformer_dist.core.errors import DataError
 from setformer_dist.core.files import lines_of
+from setformer_dist.core.metric import IOU_OF, by_class
 from setformer_dist.core.terminal import open_table
 from setformer_dist.core.words import counted, plain
 from setformer_dist.report.rows import METRICS, Row, RunRecord, finite, read_run
@@ -117,8 +118,11 @@ def show_run(folder: Path, console: Console, as_json: bool = False) -> None:
     console.print(cell(folder, "bold"), cell(state), sep="", highlight=False)
     evaluation = run.summary.get("evaluation")
     if isinstance(evaluation, dict) and evaluation:
-        scores = ", ".join(f"{k} {v:.4f}" for k, v in evaluation.items() if isinstance(v, int | float))
-        console.print(cell(f"last evaluation: {scores}"))
+        scores = {name: value for name, value in evaluation.items() if isinstance(value, int | float)}
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if IOU_OF not in name)
+        console.print(cell(f"last evaluation: {shown}"))
+        if classes := by_class(scores):
+            console.print(cell(f"IoU: {', '.join(f'{name} {value:.4f}' for name, value in classes.items())}"))
     if account.total:
         console.print(_time_table(account))
     for line in (*ran.lines(folder), *_problems(account, guarded, slow)):

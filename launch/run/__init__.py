@@ -4,6 +4,7 @@ compiled.py          [compile]: what is refused, where compiled code is kept
 compose.py           the composition root: every part of a run is built here
 config.py            one TOML file -> RunConfig -> ResolvedRun for a number of ranks
 distill.py           the teacher of a run
+mask_files.py        files of the masks that a trained segmentation model predicts
 memory.py            what a rank will take of its memory, and the policy that keeps it within a budget
 dry_run.py           what a run would be and cost, checked as far as a run checks before its first step
 features.py          what frozen features know of classes: a linear probe and nearest neighbours
@@ -26,6 +27,7 @@ sequence.py          parallel.sequence: whether model and data allow it, and eac
 session.py           one rank's part of a run, for launch.entry and for the library
 store.py             which checkpoints a run may resume from, and what it adds to those that it writes
 timm_weights.py      weights in timm's layout for a model of another size or another number of classes
+segmented.py         pictures of images with their masks and with those of a trained model, for the report
 trained.py           a trained checkpoint used by one process: eval, predict, the report's pictures
 exported.py          an exported model, ours or timm's, used likewise
 """

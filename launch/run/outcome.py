@@ -11,6 +11,7 @@ from launch.run.compose import Splits
 from launch.run.config import ResolvedRun
 from launch.run.own_model import OwnModel
 from launch.run.reconstructions import reconstructed_samples
+from launch.run.segmented import segmented_samples
 from launch.run.trained import classified_samples, load_trained
 from setformer_dist.core import ledger
 from setformer_dist.core.files import write_state
@@ -83,8 +84,13 @@ def _report(
         "report": str(folder / "report.html"),
     }
     write_state(folder / "summary.json", figures)
-    pictures = classified_samples(trained, splits.val), reconstructed_samples(trained, splits.val)
-    write_report(folder, folder / "report.html", *pictures)
+    write_report(
+        folder,
+        folder / "report.html",
+        classified_samples(trained, splits.val),
+        reconstructed_samples(trained, splits.val),
+        segmented_samples(trained, splits.val),
+    )
     log.info("report %s", folder / "report.html")
     print(_said(run, outcome), file=sys.stderr, flush=True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from checkpoints.reader import Checkpoint, open_checkpoint
 from dataloaders.config import DataConfig
+from dataloaders.pixels.decode import stored_shape
 from dataloaders.pixels.transforms import decode_for_eval
 from dataloaders.reading.device import pictures_of
 from dataloaders.sources.files import LARGEST_SAMPLE, read_whole
@@ -23,13 +24,14 @@ from launch.run.config import RunConfig
 from launch.run.identity import shapes_of
 from launch.run.initial_weights import better_of
 from launch.run.inputs import Split, images_of, inputs_of
-from launch.run.objective import build_for, prepare_for
+from launch.run.objective import build_for, check_parts, prepare_for
 from launch.run.own_model import OwnModel, check_same_buffers, digest_of_buffers, made_own, round_buffers
 from setformer_dist.core import config as base
 from setformer_dist.core.batch import MicroBatch
 from setformer_dist.core.errors import CheckpointError, ConfigError, DataError
 from setformer_dist.core.metric import Weights
 from setformer_dist.core.model_config import ModelConfig
+from setformer_dist.core.pixel_maps import classes_of
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.core.revisions import as_trained
 from setformer_dist.core.task import Prepare, Task
@@ -40,6 +42,7 @@ from setformer_dist.models.arguments import check_arguments
 from setformer_dist.models.build import check_name
 from setformer_dist.report.html import ClassifiedImage
 from setformer_dist.tasks.build import build_task
+from setformer_dist.tasks.segmentation import Segmentation
 
 
 @dataclass(frozen=True)
@@ -70,14 +73,19 @@ class Trained:
         """Return the way from a micro batch to what the model takes, in fp32 where the model is."""
         return prepare_for(self.config, self.task, len(self.classes), _device_of(self.model), torch.float32)
 
-    @torch.no_grad()
     def probabilities(self, images: torch.Tensor) -> torch.Tensor:
         """Return how sure the model is of each class, (k, classes), of images (k, B, S, S) as decoded."""
+        return self.task.confidences(self.outputs(images)).cpu()
+
+    @torch.no_grad()
+    def outputs(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the model's outputs of images (k, B, H, W) as decoded; of a classifier (k, classes)."""
         count = len(images)
         zeros = torch.zeros(count, dtype=torch.int64)
         batch = MicroBatch(inputs=images, labels=zeros, weights=torch.ones(count), sample_ids=zeros)
-        inputs, _ = self.prepare()(batch, train=False)
-        return self.task.confidences(self.model(inputs)).cpu()
+        inputs = inputs_of(self.config.data).prepare(len(self.classes), _device_of(self.model), torch.float32)
+        outputs: torch.Tensor = self.model(inputs(batch, train=False)[0])
+        return outputs
 
 
 @dataclass(frozen=True)
@@ -287,6 +295,7 @@ def evaluate_checkpoint(
             f"the split's {len(split.classes)} classes are not the {len(trained.classes)} of {trained.place}: "
             "pack it with --classes-from the training split"
         )
+    check_parts(trained.task, [split])
     ranks = RankInfo()
     joined = connect(ranks)
     stream = inputs_of(trained.config.data).eval_stream(split, ranks, micro_batch)
@@ -312,11 +321,19 @@ def evaluate_checkpoint(
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most likely classes of one image, best first."""
+    """The most likely classes of one image, best first.
+
+    Attributes:
+        image: its file.
+        classes: their names.
+        probabilities: of them; of a segmentation the shares of the image's pixels.
+        mask: of a segmentation, (H, W) uint8, the class of each pixel of the image.
+    """
 
     image: Path
     classes: tuple[str, ...]
     probabilities: tuple[float, ...]
+    mask: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
 
 def predict(trained: Trained, images: Iterable[Path], top: int) -> Iterator[Prediction | DataError]:
@@ -332,7 +349,8 @@ def predict(trained: Trained, images: Iterable[Path], top: int) -> Iterator[Pred
         raise _without_classes(trained)
     for path in images:
         try:
-            pixels = decode_for_eval(read_whole(path, LARGEST_SAMPLE), data_config)
+            stored = read_whole(path, LARGEST_SAMPLE)
+            pixels, shape = decode_for_eval(stored, data_config), stored_shape(stored, data_config.form)
         except OSError as error:
             if path.is_dir():
                 yield DataError(f"image {path} is a folder without an image: name image files, or a folder of them")
@@ -342,10 +360,15 @@ def predict(trained: Trained, images: Iterable[Path], top: int) -> Iterator[Pred
         except DataError as error:
             yield DataError(f"image {path}: {error}")
             continue
-        probabilities = trained.probabilities(pixels.unsqueeze(0))[0]
+        outputs, mask = trained.outputs(pixels.unsqueeze(0)), None
+        probabilities = trained.task.confidences(outputs).cpu()[0]
+        if isinstance(trained.task, Segmentation):
+            mask = classes_of(outputs, *shape)[0].cpu()
+            pixels_of_class = torch.bincount(mask.flatten(), minlength=len(trained.task.outputs))
+            probabilities = pixels_of_class / mask.numel()
         best = probabilities.topk(min(top, len(trained.task.outputs)))
         names = tuple(trained.task.outputs[i] for i in best.indices.tolist())
-        yield Prediction(path, names, tuple(best.values.tolist()))
+        yield Prediction(path, names, tuple(best.values.tolist()), mask)
 
 
 def _without_classes(trained: Trained) -> ConfigError:

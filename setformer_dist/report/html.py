@@ -20,7 +20,7 @@ from PIL import Image
 
 from setformer_dist.core import ledger
 from setformer_dist.core.files import replacing
-from setformer_dist.core.metric import AVERAGED, LOSS, METRICS_OF, PROBE_METRICS, Metric
+from setformer_dist.core.metric import AVERAGED, IOU_OF, LOSS, METRICS_OF, PROBE_METRICS, Metric, by_class
 from setformer_dist.core.words import plain_page
 from setformer_dist.report import figures, refreshes, timeline
 from setformer_dist.report.rows import Row, RunRecord, finite, read_run
@@ -44,7 +44,9 @@ _TILES = {
     "global_batch": "images per optimizer step",
 }
 _IN_LEAD = ("name", "model", "finished")
-_SHARES = ("top1", "top5", "f1", "exact", "mfu", "share", "accuracy", "goodput", "probe_linear", "probe_neighbours")
+_SHARES = (
+    "top1", "top5", "f1", "exact", "mfu", "share", "accuracy", "miou", "goodput", "probe_linear", "probe_neighbours"
+)  # fmt: skip
 # What an evaluation's row holds besides the task's metrics.
 _BESIDES = ("step", "samples", "left_out")
 _MEGA, _KILO = 1e6, 1e3
@@ -76,11 +78,21 @@ class ReconstructedImage:
     reconstructed: torch.Tensor
 
 
+@dataclass(frozen=True)
+class SegmentedImage:
+    """An image, its mask laid over it, and the model's; each (3, H, W) uint8, RGB, on the CPU."""
+
+    image: torch.Tensor
+    truth: torch.Tensor
+    predicted: torch.Tensor
+
+
 def write_report(
     run_folder: Path,
     out: Path,
     samples: Sequence[ClassifiedImage] = (),
     reconstructed: Sequence[ReconstructedImage] = (),
+    segmented: Sequence[SegmentedImage] = (),
 ) -> None:
     """Write one self-contained HTML file about a run; what the run did not record is left out.
 
@@ -89,6 +101,7 @@ def write_report(
         out: file to write, replaced in one move.
         samples: classified images to show, in this order.
         reconstructed: reconstructed images to show.
+        segmented: images with masks to show.
 
     Raises:
         DataError: the run folder does not exist, or its config or summary is damaged.
@@ -96,14 +109,18 @@ def write_report(
     run, line = read_run(run_folder), timeline_of(ledger.read_events(run_folder))
     if run.summary.get("finished") is True:
         line.finish(run.summary.get("steps"))
-    text = render(run, samples, line, reconstructed)
+    text = render(run, samples, line, reconstructed, segmented)
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as aside:
         aside.write_text(plain_page(text), encoding="utf-8")  # names of classes and files may be no text
 
 
 def render(
-    run: RunRecord, samples: Sequence[ClassifiedImage], line: Timeline, reconstructed: Sequence[ReconstructedImage] = ()
+    run: RunRecord,
+    samples: Sequence[ClassifiedImage],
+    line: Timeline,
+    reconstructed: Sequence[ReconstructedImage] = (),
+    segmented: Sequence[SegmentedImage] = (),
 ) -> str:
     """Return the page."""
     template = resources.files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8")
@@ -137,14 +154,16 @@ def render(
         split_figure=Markup(figures.split_figure(run.train)),
         split=_split_table(run.train),
         images=[_image(sample) for sample in samples],
-        reconstructed=[{name: _png(part) for name, part in vars(one).items()} for one in reconstructed],
+        reconstructed=[_pngs(one) for one in reconstructed],
+        segmented=[_pngs(one) for one in segmented],
+        classes=[{"name": name, "iou": f"{iou:.1%}"} for name, iou in by_class(_scores(run)).items()],
         right=sum(sample.true_class == sample.predicted_class for sample in samples),
         evals=[_eval_row(row, columns) for row in run.evals],
         eval_columns=columns,
         facts=[
             {"label": key.replace("_", " "), "value": show(key, value)}
             for key, value in summary.items()
-            if key not in dict(_tiles(metrics)) and key not in _IN_LEAD
+            if key not in dict(_tiles(metrics)) and key not in _IN_LEAD and IOU_OF not in key
         ],
         config=json.dumps(run.config, indent=2, ensure_ascii=False) if run.config else "",
     )
@@ -247,6 +266,16 @@ def _image(sample: ClassifiedImage) -> dict[str, object]:
         "probability": f"{100 * sample.probability:.0f} %",
         "right": sample.true_class == sample.predicted_class,
     }
+
+
+def _pngs(pictures: ReconstructedImage | SegmentedImage) -> dict[str, str]:
+    return {name: _png(part) for name, part in vars(pictures).items()}
+
+
+def _scores(run: RunRecord) -> dict[str, float]:
+    """Return the figures of the last evaluation that are numbers."""
+    row = run.evals[-1] if run.evals else {}
+    return {name: number for name, value in row.items() if (number := finite(value)) is not None}
 
 
 def _png(image: torch.Tensor) -> str:
