@@ -119,13 +119,13 @@ def centre_view(stored: Shape, shape: Shape, keep: float) -> View:
 
 
 def whole_shape(stored: Shape, shape: Shape, multiple: int) -> Shape:
-    """Return (height, width) of a whole image of which `shape` is covered: resized, to sides that are multiples.
+    """Return (height, width) to which a whole image is resized: so that `shape` fits into it, in multiples.
 
-    An image that already has the shape keeps it.
+    An image of the shape's proportions gets the shape, whatever it is a multiple of.
     """
-    if stored == shape:
-        return shape
     scale = max(side / whole for side, whole in zip(shape, stored, strict=True))
+    if tuple(round(side * scale) for side in stored) == shape:
+        return shape
     height, width = (max(multiple, round(side * scale / multiple) * multiple) for side in stored)
     return height, width
 

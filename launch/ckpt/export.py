@@ -24,11 +24,12 @@ from safetensors import SafetensorError
 from dataloaders.config import DataConfig
 from launch.run.exported import OURS
 from launch.run.inputs import ImageInputs
-from launch.run.objective import encoder_of
+from launch.run.objective import classified_by_model, kept_of
 from launch.run.trained import TrainedRun, load_trained
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.metric import Weights
 from setformer_dist.models.build import timm_arguments
+from setformer_dist.tasks.segmentation import Segmentation
 
 _CARD = """# {name}, step {step}
 
@@ -61,6 +62,20 @@ model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 logits = model(transform(Image.open("some.jpg").convert("RGB")).unsqueeze(0))
 print(model.pretrained_cfg["label_names"][logits.argmax()])"""
+
+_MASKS = """import setformer
+
+trained = setformer.load("{folder}")
+[found] = setformer.predict(trained, "some.jpg")
+print(found.classes, found.mask.shape)  # the class of each pixel, a number
+
+# Of the encoder alone, as timm has it:
+import timm
+from safetensors.torch import load_file
+{register}
+weights = {{k.removeprefix("encoder."): v for k, v in load_file("{folder}/model.safetensors").items()}}
+encoder = timm.create_model({name!r}, {arguments}).eval()
+encoder.load_state_dict({{k: weights[k] for k in encoder.state_dict()}})"""
 
 _TOKENS = """import timm
 {register}
@@ -96,7 +111,7 @@ def export(path: Path, dest: Path, weights: Weights, console: Console, best: boo
     """
     check_free(dest)
     trained = load_trained(path, weights, best=best)
-    model = encoder_of(trained.model)
+    model = kept_of(trained.model)
     tensors = _apart(model.state_dict())
     written = ["model.safetensors", "README.md"]
     with made(dest) as folder:
@@ -124,14 +139,14 @@ def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _timm_config(trained: TrainedRun, data: DataConfig) -> dict[str, object]:
     """Return the config.json of timm's hub layout."""
     name = trained.config.model.name
-    arguments = ImageInputs(data).model_arguments(trained.config.model, len(trained.task.outputs))
+    arguments = ImageInputs(data).model_arguments(trained.config.model, classified_by_model(trained.task))
     default = timm.get_pretrained_cfg(name, allow_unregistered=True)
     kept = default.to_dict() if default is not None else {}
     features = getattr(trained.model, "num_features", None)  # timm's models have it; a model of one's own may not
     same = ("first_conv", "classifier", "fixed_input_size", "pool_size")
     ours: dict[str, object] = {
         "task": trained.config.task.model_dump(mode="json"), "pixels": data.pixels, "crop": data.augment.crop,
-        "eval_crop": data.eval_crop,
+        "eval_crop": data.eval_crop, "eval_view": data.eval_view, "bucket_multiple": data.bucket_multiple,
     }  # fmt: skip
     if trained.classes != tuple(trained.task.outputs):
         ours["classes"] = list(trained.classes)
@@ -186,6 +201,10 @@ def _snippet(trained: TrainedRun, dest: Path) -> str:
     home = timm.models.model_entrypoint(config.model.name.split(".")[0]).__module__
     known = home.startswith(("timm.", "setformer_dist."))
     register = "" if home.startswith("timm.") else _REGISTER.format(module="setformer_dist.models" if known else home)
+    if isinstance(config.data, DataConfig) and isinstance(trained.task, Segmentation):
+        given = ImageInputs(config.data).model_arguments(config.model, 0)
+        words = ", ".join(f"{key}={value!r}" for key, value in given.items())
+        return _MASKS.format(register=register, name=config.model.name, arguments=words, folder=dest.name)
     if isinstance(config.data, DataConfig) and known:
         return _IMAGES.format(register=register, folder=dest.name)
     if isinstance(config.data, DataConfig):

@@ -22,6 +22,7 @@ from dataloaders.pixels.depth import Numbers
 from launch.ranks.environment import usable_cores
 from launch.run.config import RunConfig
 from launch.run.inputs import ImageInputs
+from launch.run.objective import classified_by_model, segmenter_of
 from launch.run.trained import Trained, load_trained, no_more_parameters_than
 from setformer_dist.core import config as base
 from setformer_dist.core import strictjson
@@ -29,7 +30,9 @@ from setformer_dist.core.errors import CheckpointError, ConfigError
 from setformer_dist.core.files import read_plain
 from setformer_dist.core.metric import Weights
 from setformer_dist.core.revisions import as_trained
+from setformer_dist.core.task import Task
 from setformer_dist.tasks.build import build_task
+from setformer_dist.tasks.segmentation import Segmentation
 
 OURS = "setformer_dist"  # in config.json: what timm's keys do not say
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
@@ -56,6 +59,8 @@ class _Ours(pydantic.BaseModel):
         pixels: data type of the bands.
         crop: `data.augment.crop` of the run: windows are evaluated at native scale.
         eval_crop: of the run; None for timm's crop_pct.
+        eval_view: of the run; None for that of its task.
+        bucket_multiple: of the run.
         classes: of the data, where they are not the model's outputs.
     """
 
@@ -63,6 +68,8 @@ class _Ours(pydantic.BaseModel):
     pixels: Numbers = "uint8"
     crop: Literal["resized", "pad", "window", "none"] = "resized"
     eval_crop: float | None = None
+    eval_view: Literal["centre", "whole"] | None = None
+    bucket_multiple: Annotated[int, pydantic.Field(ge=1)] = 32
     classes: tuple[str, ...] | None = None
 
 
@@ -131,7 +138,7 @@ def load_exported(folder: Path) -> Trained:
         raise CheckpointError(f"{place} describes no model that can be loaded: {error}") from None
     assert isinstance(config.data, DataConfig)
     inputs = ImageInputs(config.data)
-    model = _filled(inputs, config, about.num_classes, folder / _WEIGHTS)
+    model = _filled(inputs, config, task, folder / _WEIGHTS)
     return Trained(model.eval(), config, classes, folder, "exported", task, inputs.input_spec, named=names is not None)
 
 
@@ -148,6 +155,7 @@ def _config_of(about: _Described, place: Path) -> RunConfig:
         "image_size": height, "image_width": 0 if width == height else width, "mean": images.mean, "std": images.std,
         "interpolation": images.interpolation, "pixels": ours.pixels, "augment": {"crop": ours.crop},
         "eval_crop": images.crop_pct if ours.eval_crop is None else ours.eval_crop, "threads": usable_cores(),
+        "bucket_multiple": ours.bucket_multiple, **({} if ours.eval_view is None else {"eval_view": ours.eval_view}),
     }  # fmt: skip
     table = {
         "run": {"name": "exported"}, "model": as_trained({"name": about.architecture, "args": args}),
@@ -156,7 +164,7 @@ def _config_of(about: _Described, place: Path) -> RunConfig:
     return base.build(RunConfig, table, str(place))
 
 
-def _filled(inputs: ImageInputs, config: RunConfig, outputs: int, path: Path) -> nn.Module:
+def _filled(inputs: ImageInputs, config: RunConfig, task: Task, path: Path) -> nn.Module:
     """Return the model with the weights of a file.
 
     Raises:
@@ -166,15 +174,20 @@ def _filled(inputs: ImageInputs, config: RunConfig, outputs: int, path: Path) ->
         with safe_open(path, "pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         with no_more_parameters_than(shapes, config.model), torch.device("meta"):
-            expected = {n: tuple(t.shape) for n, t in inputs.created(config.model, outputs).state_dict().items()}
+            expected = {n: tuple(t.shape) for n, t in _created(inputs, config, task).state_dict().items()}
         _check_same(expected, shapes, path)
-        model = inputs.created(config.model, outputs)
+        model = _created(inputs, config, task)
         model.load_state_dict(safetensors.torch.load_file(path))
     except ConfigError as error:
         raise CheckpointError(f"the model of {path} cannot be built: {error}") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a complete .safetensors file: {error}") from None
     return model.float()
+
+
+def _created(inputs: ImageInputs, config: RunConfig, task: Task) -> nn.Module:
+    model = inputs.created(config.model, classified_by_model(task))
+    return segmenter_of(model, task, config.model.name) if isinstance(task, Segmentation) else model
 
 
 def _check_same(expected: Mapping[str, tuple[int, ...]], there: Mapping[str, tuple[int, ...]], path: Path) -> None:

@@ -44,8 +44,7 @@ def build_for(config: RunConfig, task: Task, input_spec: dict[str, object]) -> n
     check_objective(config, task)
     model = inputs.build_model(config.model, classified_by_model(task), input_spec, config.run.seed)
     if isinstance(task, Segmentation):
-        t = task.config
-        return Segmenter(model, config.model.name, len(task.outputs), t.channels, t.auxiliary > 0)
+        return segmenter_of(model, task, config.model.name)
     if not isinstance(task, Hidden):
         return model
     assert isinstance(config.data, DataConfig)  # checked above
@@ -53,6 +52,11 @@ def build_for(config: RunConfig, task: Task, input_spec: dict[str, object]) -> n
     task.check_images(shapes_of_images(config.data), whole.stride)
     set_recompute(whole, config.model.policy, config.model.name)
     return whole
+
+
+def segmenter_of(encoder: nn.Module, task: Segmentation, name: str) -> Segmenter:
+    """Return an encoder of this name with the heads of a task."""
+    return Segmenter(encoder, name, len(task.outputs), task.config.channels, task.config.auxiliary > 0)
 
 
 def classified_by_model(task: Task) -> int:
@@ -150,6 +154,11 @@ def check_parts(task: Task, splits: Iterable[Split]) -> None:
 def encoder_of(model: nn.Module) -> nn.Module:
     """Return the model that gives features: the encoder of a larger one, else the model itself."""
     return model.encoder if isinstance(model, Encoded) else model
+
+
+def kept_of(model: nn.Module) -> nn.Module:
+    """Return the model that is kept after training: of an autoencoder its encoder, else the model itself."""
+    return model.encoder if isinstance(model, MaskedModel) else model
 
 
 def averaged_of(task: Task, model: nn.Module, device: torch.device, dtype: torch.dtype) -> AveragedModel | None:

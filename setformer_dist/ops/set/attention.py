@@ -379,7 +379,8 @@ def choose_implementation(inputs: Inputs, problem: SetProblem, wanted: str = "au
         if no_scalings and no_reference:
             raise ConfigError(f"nothing computes this: {no_scalings}, and {no_reference}; raise epsilon to 0.01")
         chosen = "reference" if no_scalings else "torch"
-        _say_once(f"SeT attention runs as {chosen!r}: {reason}")
+        if inputs.x_bhnd.device.type != "meta":  # where nothing is computed
+            _say_once(f"SeT attention runs as {chosen!r}: {reason}")
         return chosen
     reason = {"reference": no_reference, "torch": no_scalings, "cpp": no_scalings}.get(wanted)
     if wanted == "triton":
