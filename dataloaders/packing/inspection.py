@@ -7,7 +7,6 @@ spread evenly, and said to be so.
 
 from __future__ import annotations
 
-import colorsys
 import io
 import zlib
 from collections import Counter
@@ -20,6 +19,7 @@ import PIL.Image
 import PIL.ImageDraw
 
 from dataloaders.packing.overlap import UNKNOWN, checksums
+from dataloaders.pixels.colours import colour
 from dataloaders.pixels.decode import MASK_FORMATS, UndecodableError, class_numbers, is_jpeg, picture_of
 from dataloaders.pixels.formats import FORMATS
 from dataloaders.source import Boxes, DamagedSampleError, Source, Stored, Tiled, bytes_of
@@ -31,9 +31,6 @@ from setformer_dist.core.words import counted
 
 # Samples whose bytes are looked at, unless all are wanted.
 LOOKED_AT = 2000
-
-# The golden ratio's share of a turn: hues of neighbouring classes lie far apart, for any number of them.
-_HUE_STEP = 0.61803398875
 
 _MASK_OPACITY = 0.55
 
@@ -312,12 +309,6 @@ def _caption(source: Source, sample: int, stored: Stored, shown: set[int]) -> st
     if stored.mask is not None:
         return f"{len(shown)} of {len(source.classes)} classes"
     return source.classes[int(source.labels(np.array([sample], np.int64)))]
-
-
-def colour(label: int) -> tuple[int, int, int]:
-    """Return the colour in which a class is drawn: bright, and far from its neighbours'."""
-    red, green, blue = colorsys.hsv_to_rgb((0.02 + label * _HUE_STEP) % 1, 0.75, 0.95)
-    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def _with_mask(image: PIL.Image.Image, mask: npt.NDArray[np.uint8], shown: set[int]) -> PIL.Image.Image:

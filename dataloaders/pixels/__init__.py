@@ -1,6 +1,7 @@
 """From bytes to augmented pixels, keyed by (seed, epoch, sample).
 
 augment.py      changes of colours and content after crop and flip, by torchvision's kernels
+colours.py      the colours in which classes are drawn
 decode.py       from image bytes to pixels, strictly: what is damaged is refused, never shown half
 depth.py        what a pixel is: bands, numbers, and how many an image may have
 draws.py        randomness as a function of (seed, epoch, sample, purpose), for many at once

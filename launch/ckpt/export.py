@@ -27,6 +27,7 @@ from launch.run.inputs import ImageInputs
 from launch.run.objective import classified_by_model, kept_of
 from launch.run.trained import TrainedRun, load_trained
 from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.files import check_new
 from setformer_dist.core.metric import Weights
 from setformer_dist.models.build import timm_arguments
 from setformer_dist.tasks.segmentation import Segmentation
@@ -109,7 +110,7 @@ def export(path: Path, dest: Path, weights: Weights, console: Console, best: boo
         CheckpointError: nothing there verifies, or it was not written by a run.
         ConfigError: the folder is there already.
     """
-    check_free(dest)
+    check_new(dest)
     trained = load_trained(path, weights, best=best)
     model = kept_of(trained.model)
     tensors = _apart(model.state_dict())
@@ -225,16 +226,6 @@ def _metrics_of(trained: TrainedRun) -> str:
     earlier = sorted(checkpoint.trainer["run"]["evaluation"].items())
     lines = [f"| {key}, last evaluation before this step | {value:.4f} |" for key, value in earlier]
     return "\n".join(lines) or "| none | |"
-
-
-def check_free(dest: Path) -> None:
-    """Refuse a destination that is there, before anything is read.
-
-    Raises:
-        ConfigError: naming it.
-    """
-    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
-        raise ConfigError(f"{dest} already exists: name a new or an empty folder")
 
 
 @contextmanager

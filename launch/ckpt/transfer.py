@@ -12,12 +12,13 @@ from checkpoints.config import CheckpointConfig
 from checkpoints.identity import Identity, digest_shapes
 from checkpoints.manager import CheckpointManager
 from checkpoints.reader import Checkpoint, open_checkpoint
-from launch.ckpt.export import check_free, made
+from launch.ckpt.export import made
 from launch.ranks.lock import held_by_tool
 from launch.run.imported import ADAMS
 from launch.run.trained import load_trained
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.files import check_new
 from setformer_dist.core.fragments import Fragment
 from setformer_dist.core.store import Snapshot
 
@@ -29,7 +30,7 @@ def export_deepspeed(path: Path, dest: Path, console: Console) -> None:
         CheckpointError: nothing there verifies.
         ConfigError: the folder is there already.
     """
-    check_free(dest)
+    check_new(dest)
     checkpoint = open_checkpoint(path)
     names, options = _as_trained(path, checkpoint)
     states_of = {"param"} if options is None else {"param", "exp_avg", "exp_avg_sq"}

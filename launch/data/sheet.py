@@ -9,7 +9,8 @@ import numpy as np
 from rich.console import Console
 
 from dataloaders.packing.finding import open_container
-from dataloaders.packing.inspection import Inspection, Picture, Spread, colour, inspect, pictures
+from dataloaders.packing.inspection import Inspection, Picture, Spread, inspect, pictures
+from dataloaders.pixels.colours import colour
 from dataloaders.tokens import TOKENS_NAME, TokenSplit, open_token_split
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.terminal import open_table

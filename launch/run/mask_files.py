@@ -6,12 +6,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from dataloaders.packing.inspection import colour
-from launch.ckpt.export import check_free
+from dataloaders.pixels.colours import colour
 from launch.run.trained import Prediction, Trained
 from setformer_dist.core.batch import VOID
 from setformer_dist.core.errors import ConfigError
-from setformer_dist.core.files import replacing
+from setformer_dist.core.files import check_new, replacing
 from setformer_dist.tasks.segmentation import Segmentation
 
 
@@ -31,7 +30,7 @@ class MaskFolder:
             raise ConfigError(
                 f"--out writes masks, and {trained.place} (task {trained.task.name}) predicts none: leave it out"
             )
-        check_free(folder)
+        check_new(folder)
         self._folder = folder
         self._written: dict[str, Path] = {}
         self._colours = [part for label in range(VOID) for part in colour(label)] + [0, 0, 0]

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from dataloaders.config import DataConfig
-from dataloaders.packing.inspection import colour
+from dataloaders.pixels.colours import colour
 from dataloaders.pixels.decode import decode_mask, stored_shape
 from dataloaders.pixels.transforms import decode_for_eval
 from dataloaders.reading.device import pictures_of

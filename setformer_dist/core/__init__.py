@@ -21,6 +21,7 @@ Nothing here imports torch.distributed, touches a device or has an effect at imp
     metric.py          what evaluations report: names, directions, and which weights are better
     model_config.py    the `[model]` table of a run config; imports no torch and no timm, so typos are reported at once
     phases.py          what a rank does at an instant, as clock, heartbeat, ledger and report name it
+    pixel_maps.py      maps at another size, and the loss of their pixels, repeatable on any device
     ranks.py           rank, world size and their local counterparts: one frozen value
     registry.py        names that a user's own code registers: tasks, callbacks, augmentations
     revisions.py       what a config of an older version means

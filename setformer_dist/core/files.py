@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from setformer_dist.core import strictjson
+from setformer_dist.core.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,16 @@ def replacing(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.errno is not None:
             raise OSError(error.errno, os.strerror(error.errno), str(path)) from None
         raise
+
+
+def check_new(folder: Path) -> None:
+    """Refuse a destination that is there and not empty, before anything is read.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} already exists: name a new or an empty folder")
 
 
 def write_text(path: Path, text: str) -> None:

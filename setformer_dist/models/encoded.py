@@ -53,7 +53,8 @@ class FeatureMaps(Encoded):
 
     Attributes:
         name: of the encoder's architecture.
-        first, last: what the names of the own parameters before and behind the encoder begin with; "" for none.
+        first: what the names of the own parameters before the encoder begin with; "" for none.
+        last: the same of those behind it; "" for all that is left.
     """
 
     name: str

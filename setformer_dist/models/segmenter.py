@@ -37,8 +37,6 @@ class Segmenter(FeatureMaps):
         levels: the maps that are taken, as positions in the encoder's `feature_info`.
     """
 
-    last = "head|auxiliary"
-
     def __init__(self, encoder: nn.Module, name: str, classes: int, channels: int, auxiliary: bool) -> None:
         """Build around an encoder without a classifier.
 

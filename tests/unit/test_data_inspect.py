@@ -10,9 +10,10 @@ from rich.console import Console
 
 from dataloaders.config import AugmentConfig, DataConfig
 from dataloaders.packing.finding import open_container
-from dataloaders.packing.inspection import colour, inspect, pictures, spread_evenly
+from dataloaders.packing.inspection import inspect, pictures, spread_evenly
 from dataloaders.packing.pack import PackOptions, pack_image_folder
 from dataloaders.packing.throughput import measure
+from dataloaders.pixels.colours import colour
 from dataloaders.sources.shards import open_split
 from launch.data.sheet import describe
 from setformer_dist.core.words import counted
