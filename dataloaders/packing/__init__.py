@@ -7,6 +7,7 @@ finding.py      from a source that a user names to the samples to be packed, in 
 hold_out.py     one source becomes a training set and a validation set, by class
 inspection.py   what a split holds: counts, classes, sizes, formats, duplicates, pictures
 intake.py       an image on its way into a shard: bytes kept as they are wherever possible
+mask_table.py   what the values or colours of mask files stand for
 origins.py      where the samples of a packing come from: files of images, or another container of samples
 overlap.py      samples that lie in two splits
 pack.py         packing: from a source to shards with an index

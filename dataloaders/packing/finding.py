@@ -20,6 +20,7 @@ from dataloaders.config import DataConfig
 from dataloaders.opening import open_source
 from dataloaders.packing.catalog import Catalog
 from dataloaders.packing.coco import read_coco
+from dataloaders.packing.mask_table import MaskTable
 from dataloaders.packing.origins import FileOrigin, Origin, SourceOrigin
 from dataloaders.source import Source
 from dataloaders.sources.class_folders import (
@@ -63,6 +64,7 @@ class Wanted:
         largest: bytes that a file may have.
         labels: whether classes are wanted; without, all images at any depth are of one class.
         slides: level that is read of whole-slide images; None for other images.
+        mask_table: what values of masks stand for; it names the classes.
     """
 
     split: str | None = None
@@ -76,11 +78,25 @@ class Wanted:
     largest: int = LARGEST_SAMPLE
     labels: bool = True
     slides: int | None = None
+    mask_table: MaskTable | None = None
 
     def class_map(self) -> tuple[tuple[str, ...], object] | None:
-        """Return the class map that was asked for, and where it is from."""
+        """Return the class map that was asked for, and where it is from.
+
+        Raises:
+            DataError: a packed split and a table of mask values name other classes.
+        """
+        table = self.mask_table
         if self.classes_from is not None:
-            return tuple(read_table(self.classes_from)["classes"]), self.classes_from
+            classes = tuple(read_table(self.classes_from)["classes"])
+            if table is not None and table.classes != classes:
+                raise DataError(
+                    f"{table.place} and {self.classes_from} name other classes, or in another order: pack both splits "
+                    "with one file for --mask-values"
+                )
+            return classes, self.classes_from
+        if table is not None:
+            return table.classes, table.place
         if self.classes_file is not None:
             return read_class_map(self.classes_file), self.classes_file
         return None

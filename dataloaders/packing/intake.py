@@ -29,6 +29,7 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F  # as torchvision's own docs name it
 
+from dataloaders.packing.mask_table import MaskTable
 from dataloaders.pixels.decode import (
     UndecodableError,
     bands_of_rows,
@@ -77,6 +78,7 @@ class Intake:
         void: mask value that becomes 255, "does not count".
         form: what pixels are.
         tiles: side of the tiles that images are cut into, in pixels; 0 keeps them whole.
+        mask_table: what values of masks stand for; None where they are the classes.
     """
 
     strict: bool = True
@@ -86,6 +88,7 @@ class Intake:
     void: int | None = None
     form: PixelFormat = RGB
     tiles: int = 0
+    mask_table: MaskTable | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,12 +283,12 @@ def _png(pixels: npt.NDArray[np.uint8]) -> bytes:
 
 def _mask(data: bytes, stored: tuple[int, int], packed: tuple[int, int], how: Intake) -> tuple[bytes, int]:
     """Return a mask as a PNG of one byte per pixel, and its largest class."""
-    mode, classes = _mask_values(data)
+    mode, classes = _mask_values(data, how.mask_table)
     if classes.shape != stored:
         raise UndecodableError(
             f"its mask is {classes.shape[1]}x{classes.shape[0]} pixels, the image {stored[1]}x{stored[0]}"
         )
-    changed = mode != "L" or data[:8] != _PNG_START or data[24] != 8
+    changed = how.mask_table is not None or mode != "L" or data[:8] != _PNG_START or data[24] != 8
     if how.void is not None:
         changed |= bool((void := classes == how.void).any())
         classes = np.where(void, np.uint8(VOID), classes)
@@ -300,22 +303,25 @@ def _mask(data: bytes, stored: tuple[int, int], packed: tuple[int, int], how: In
     return (_png(classes) if changed else data), top
 
 
-def _mask_values(data: bytes) -> tuple[str, npt.NDArray[np.uint8]]:
-    """Return a mask file's mode and its (H, W) values."""
+def _mask_values(data: bytes, table: MaskTable | None) -> tuple[str, npt.NDArray[np.uint8]]:
+    """Return a mask file's mode and its (H, W) classes."""
     try:
         with opened(data) as image:
             refuse_large(image)
             if image.format in _LOSSY:
                 raise UndecodableError(f"its mask is a {image.format} file, which changes class numbers: make it a PNG")
-            mode, values = image.mode, class_numbers(image)
+            mode, values = image.mode, class_numbers(image) if table is None else table.read(image)
     except UndecodableError:
         raise
     except Exception as error:  # noqa: BLE001  (PIL's plugins raise nearly anything on damaged bytes)
         raise UndecodableError(f"its mask is not a whole image: {error}") from None
     if values.ndim != 2:
         raise UndecodableError(
-            f"its mask has {values.shape[2]} channels: a mask has one, with a class number per pixel"
+            f"its mask has {values.shape[2]} channels: a mask has one, with a class number per pixel (or name its "
+            "colours in a file for --mask-values)"
         )
+    if table is not None:
+        return mode, table.classes_of(values)
     if values.dtype.kind == "f" and (values != np.floor(values)).any():
         raise UndecodableError("its mask has fractions: a mask has a class number per pixel")
     if values.dtype != np.uint8 and values.size and not 0 <= values.min() <= values.max() <= VOID:

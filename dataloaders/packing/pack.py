@@ -42,6 +42,7 @@ import numpy as np
 from dataloaders.helpers import begin_helper, helper_context, lean_start
 from dataloaders.packing.finding import FoundOrigin, Wanted, find_origin
 from dataloaders.packing.intake import Intake
+from dataloaders.packing.mask_table import MaskTable
 from dataloaders.packing.origins import Origin, Raw
 from dataloaders.packing.rows import PackedShard, ShardRows, finished, gathered, rows_of
 from dataloaders.packing.shard_file import BLOCK, ShardFile
@@ -95,6 +96,7 @@ class PackOptions:
         quality: likewise.
         masks: name of the folder of masks that is next to `images` in the source.
         void: mask value that stands for "does not count"; becomes 255.
+        mask_table: what values of masks stand for; it names the classes.
         coco: COCO annotations with the boxes of the images: a file, or the name of one within the source.
         tiles: side in pixels of the tiles that images are cut into; 0 keeps them whole.
         labels: whether images lie in class folders; without, all at any depth are of one class.
@@ -120,6 +122,7 @@ class PackOptions:
     quality: int | None = None
     masks: str | None = None
     void: int | None = None
+    mask_table: MaskTable | None = None
     coco: str | None = None
     tiles: int = 0
     labels: bool = True
@@ -137,6 +140,11 @@ class PackOptions:
             raise ConfigError("give masks by --masks or boxes by --coco, not both")
         if self.void is not None and not (self.masks and 0 <= self.void <= 255):
             raise ConfigError("--void is a value from 0 to 255 of the masks that --masks names")
+        if self.mask_table and (not self.masks or self.void is not None or self.classes_file):
+            raise ConfigError(
+                "--mask-values names classes and what does not count of the masks that --masks names: give --masks, "
+                "and leave out --void and --classes FILE"
+            )
         if self.tiles and (self.tiles % _TILE_STEP or not _TILE_STEP <= self.tiles <= LARGEST_SIDE):
             raise ConfigError(f"--tiles is a multiple of {_TILE_STEP} up to {LARGEST_SIDE} (0 keeps images whole)")
         if not self.labels and (self.masks or self.coco or self.classes_file or self.classes_from):
@@ -162,11 +170,14 @@ class PackOptions:
             int(self.form.room * LARGEST_SAMPLE),
             self.labels,
             self.slides,
+            self.mask_table,
         )
 
     def intake(self, classes: int) -> Intake:
         """Return how samples are taken in."""
-        return Intake(self.strict, self.max_side, self.quality, classes, self.void, self.form, self.tiles)
+        return Intake(
+            self.strict, self.max_side, self.quality, classes, self.void, self.form, self.tiles, self.mask_table
+        )
 
 
 @dataclass(frozen=True)

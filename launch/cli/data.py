@@ -64,6 +64,8 @@ Examples:
 
   setformer data pack camvid.tar.gz packed/train --split train --masks annotations --void 11
 
+  setformer data pack ade20k packed/train --split train --masks annotations --mask-values ade20k.txt
+
   setformer data pack coco/train2017 packed/train --coco coco/annotations/instances_train2017.json
 
   setformer data pack sst2/train.tsv packed/train --length 256
@@ -85,6 +87,7 @@ _SKIP_HELP = "Exclude and list damaged images and unexpected members of shards, 
 _EMPTY_HELP = "Ignore class folders without a readable image, instead of failing."
 _RAW_HELP = "For .beton: store raw pixels, shrunk to this longer side; 0 shrinks nothing."
 _CLASSES_HELP = "Class map: a file as for `data index --classes`, or a packed split, whose map is used."
+_VALUES_HELP = "What values or colours of masks stand for: a file of lines such as '7 road', '0 -' (does not count)."
 _COCO_HELP = "COCO instances: a file, or its name within SOURCE."
 _LABELS_HELP = "Images lie in class folders, or (--no-labels) at any depth, all of one class, for pretraining."
 _SLIDES_HELP = "Pack whole-slide images at this level of their resolutions; 0 is the finest. Needs --tiles."
@@ -112,6 +115,7 @@ def pack(
     hold_out_seed: Annotated[int | None, typer.Option(metavar="SEED", help=_SEED_HELP)] = None,
     masks: Annotated[str | None, typer.Option(metavar="FOLDER", help="Folder of masks next to images/.")] = None,
     void: Annotated[int | None, typer.Option(metavar="VALUE", help="Mask value to ignore.")] = None,
+    mask_values: Annotated[Path | None, typer.Option(metavar="FILE", help=_VALUES_HELP)] = None,
     coco: Annotated[str | None, typer.Option(metavar="JSON", help=_COCO_HELP)] = None,
     classes: Annotated[Path | None, typer.Option("--classes", "--classes-from", help=_CLASSES_HELP)] = None,
     labels: Annotated[bool, typer.Option(help=_LABELS_HELP)] = True,
@@ -136,7 +140,7 @@ def pack(
     force: Force = False,
 ) -> None:
     """Pack a source; the long help is `_PACK_HELP`."""
-    from dataloaders.packing import pack, text
+    from dataloaders.packing import mask_table, pack, text
     from dataloaders.pixels import depth
 
     if hold_out is None and hold_out_seed is not None:
@@ -163,6 +167,7 @@ def pack(
         quality=quality,
         masks=masks,
         void=void,
+        mask_table=None if mask_values is None else mask_table.read_mask_table(mask_values),
         coco=coco,
         tiles=tiles,
         labels=labels,

@@ -61,6 +61,7 @@ ELSEWHERE = {
     "plan imagenet_base --gpus 8,64,512 --batch-per-gpu 128 --json plan.json": "tests/unit/test_plan.py",
     "train demo data.root=runs/demo-data --ray auto --ranks 2": "tests/distributed/test_ray.py",
     "doctor --ray auto": "tests/distributed/test_ray.py",
+    "predict runs/camvid street.jpg --out masks": "tests/integration/test_segmentation.py",
     "train --from runs/demo": "tests/integration/test_record.py",
     "runs top runs/demo": "tests/unit/test_live.py",  # of a run that is running
     "demo --ranks 2": "tests/integration/test_train.py",
@@ -171,6 +172,10 @@ def place(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     masks = {f"train/images/{i}.png": _png(i) for i in range(4)}
     masks |= {f"train/annotations/{i}.png": _png(i, mode="L") for i in range(4)}
     _tar(root / "camvid.tar.gz", masks)
+    for name, data in masks.items():
+        (root / "ade20k" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "ade20k" / name).write_bytes(data)
+    (root / "ade20k.txt").write_text("0 -\n1 wall\n2 building\n3 sky\n")
     _coco(root / "coco")
     (root / "sst2").mkdir()
     (root / "sst2" / "train.tsv").write_text("sentence\tlabel\n" + "".join(f"word {i}\t{i % 2}\n" for i in range(20)))
