@@ -16,15 +16,15 @@ from launch.run.trained import Trained
 from setformer_dist.core.batch import VOID
 from setformer_dist.core.errors import DataError
 from setformer_dist.core.pixel_maps import classes_of
-from setformer_dist.report.html import SegmentedImage
+from setformer_dist.report.html import Segmented, SegmentedImage
 from setformer_dist.tasks.segmentation import Segmentation
 
 _LARGEST = 320  # pixels of the longer side of a picture
 _OPACITY = 0.6
 
 
-def segmented_samples(trained: Trained, split: Split, count: int = 8) -> list[SegmentedImage]:
-    """Return images spread evenly over a split with their masks and those of the model; none for other tasks.
+def segmented_samples(trained: Trained, split: Split, count: int = 8) -> Segmented | None:
+    """Return images spread evenly over a split with their masks and those of the model; None for other tasks.
 
     Args:
         trained: the model.
@@ -33,7 +33,7 @@ def segmented_samples(trained: Trained, split: Split, count: int = 8) -> list[Se
     """
     data = trained.config.data
     if not (isinstance(trained.task, Segmentation) and isinstance(data, DataConfig)):
-        return []
+        return None
     source, found = images_of(split), []
     for sample in range(0, split.num_samples, max(1, split.num_samples // count)):
         try:
@@ -48,7 +48,7 @@ def segmented_samples(trained: Trained, split: Split, count: int = 8) -> list[Se
         picture, size = _shrunk(pictures_of(pixels.unsqueeze(0), data)[0])
         predicted = classes_of(seen, *shape)[0].cpu()
         found.append(SegmentedImage(picture, *(_over(picture, mask, size) for mask in (truth, predicted))))
-    return found[:count]
+    return Segmented(found[:count], {name: colour(label) for label, name in enumerate(trained.task.outputs)})
 
 
 def _shrunk(picture: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:

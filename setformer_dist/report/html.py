@@ -9,7 +9,7 @@ import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
@@ -87,12 +87,20 @@ class SegmentedImage:
     predicted: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Segmented:
+    """Images with masks, and the colour (red, green, blue) in which the masks show each class."""
+
+    images: Sequence[SegmentedImage] = ()
+    colours: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+
+
 def write_report(
     run_folder: Path,
     out: Path,
     samples: Sequence[ClassifiedImage] = (),
     reconstructed: Sequence[ReconstructedImage] = (),
-    segmented: Sequence[SegmentedImage] = (),
+    segmented: Segmented | None = None,
 ) -> None:
     """Write one self-contained HTML file about a run; what the run did not record is left out.
 
@@ -120,7 +128,7 @@ def render(
     samples: Sequence[ClassifiedImage],
     line: Timeline,
     reconstructed: Sequence[ReconstructedImage] = (),
-    segmented: Sequence[SegmentedImage] = (),
+    segmented: Segmented | None = None,
 ) -> str:
     """Return the page."""
     template = resources.files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8")
@@ -155,8 +163,8 @@ def render(
         split=_split_table(run.train),
         images=[_image(sample) for sample in samples],
         reconstructed=[_pngs(one) for one in reconstructed],
-        segmented=[_pngs(one) for one in segmented],
-        classes=[{"name": name, "iou": f"{iou:.1%}"} for name, iou in by_class(_scores(run)).items()],
+        segmented=[_pngs(one) for one in segmented.images] if segmented else [],
+        classes=_classes(by_class(_scores(run)), segmented.colours if segmented else {}),
         right=sum(sample.true_class == sample.predicted_class for sample in samples),
         evals=[_eval_row(row, columns) for row in run.evals],
         eval_columns=columns,
@@ -270,6 +278,17 @@ def _image(sample: ClassifiedImage) -> dict[str, object]:
 
 def _pngs(pictures: ReconstructedImage | SegmentedImage) -> dict[str, str]:
     return {name: _png(part) for name, part in vars(pictures).items()}
+
+
+def _classes(ious: Mapping[str, float], colours: Mapping[str, tuple[int, int, int]]) -> list[dict[str, str]]:
+    return [
+        {
+            "name": name,
+            "colour": "#{:02x}{:02x}{:02x}".format(*colours[name]) if name in colours else "transparent",
+            "iou": f"{ious[name]:.1%}" if name in ious else "not there",
+        }
+        for name in dict.fromkeys((*colours, *ious))
+    ]
 
 
 def _scores(run: RunRecord) -> dict[str, float]:
