@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 
 import torch
@@ -23,6 +24,8 @@ from setformer_dist.core.errors import CheckpointError, ConfigError, LaunchError
 from setformer_dist.core.task import Counted, Prepare, Task
 from setformer_dist.engine.deepspeed_engine import DTYPES
 from setformer_dist.tasks.distilled import Distilled, TeachingPrepare
+
+log = logging.getLogger(__name__)
 
 KEY = "teacher"  # in trainer.json
 
@@ -121,6 +124,11 @@ def with_teacher(
     teacher = teacher_of(run, task, input_spec)
     if teacher is None:
         return task, prepare, None
+    if not teacher.named and comm.ranks.is_main:
+        log.warning(
+            "teacher %s names no classes: its outputs are taken for the classes of the data, in their order",
+            teacher.place,
+        )
     digest = digest_of(teacher)
     check_one_teacher(digest, comm)
     return *distilled(run, task, prepare, teacher, device), digest
