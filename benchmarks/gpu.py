@@ -132,6 +132,12 @@ def tasks() -> list[Task]:
                       f"{profiled} --models {SIZES['tiny']} --size {side} --batch {batch} --compile {mode}",
                       f"{profiled} {_NANO}")
             )  # fmt: skip
+    for mode in ("off", "blocks"):
+        found.append(
+            _task(f"5 segmentation {mode}",
+                  f"{profiled} --models {SIZES['tiny']} --size 512 --batch 16 --segment 150 --compile {mode}",
+                  f"{profiled} {_NANO} --segment 5")
+        )  # fmt: skip
     found += [cifar10(net, seed) for seed in (0, 1, 2) for net in _NETS]
     found += [
         _check("7 bf16", f"{stages} --dtypes bf16 --stages 0 1 2 3", f"{stages} --dtypes fp32 --stages 1"),

@@ -27,12 +27,14 @@ from torch.profiler import ProfilerActivity, profile
 import setformer_dist.models  # noqa: F401  (registers the models)
 from benchmarks.machine import describe
 from benchmarks.measure import DEVICE, peak_bytes, seconds, wait, write
+from setformer_dist.core.pixel_maps import pixel_loss
 from setformer_dist.engine.compiled import blocks_of, compile_model
 from setformer_dist.engine.config import CompileConfig
 from setformer_dist.engine.cuda_graphs import recorded, skips
 from setformer_dist.engine.metrics import peak_flops
 from setformer_dist.models.measure import multiply_adds_of
 from setformer_dist.models.recompute import set_recompute
+from setformer_dist.models.segmenter import Segmenter
 from setformer_dist.ops import block
 
 DTYPE = torch.float32 if DEVICE == "cpu" else torch.bfloat16
@@ -62,13 +64,20 @@ def kind_of(name: str) -> str:
     return next((kind for kind, words in KINDS if any(word in lower for word in words)), "elementwise and other")
 
 
-def step_of(name: str, size: int, batch: int, mode: str, recompute: str) -> tuple[Any, torch.nn.Module]:
+def model_of(name: str, size: int, segment: int) -> torch.nn.Module:
+    """Return a classifier of 1000 classes; with `segment`, UPerNet of so many classes around it."""
+    fixed = {"img_size": size} if name.startswith("swin") else {}
+    if not segment:
+        return timm.create_model(name, num_classes=1000, **fixed)  # type: ignore[no-any-return]
+    return Segmenter(timm.create_model(name, num_classes=0, **fixed), name, segment, 512, auxiliary=True)
+
+
+def step_of(name: str, size: int, batch: int, mode: str, recompute: str, segment: int) -> tuple[Any, torch.nn.Module]:
     """Return a training step and its model."""
     torch.manual_seed(0)
     torch._dynamo.reset()  # frees the memory of graphs, too
     torch._dynamo.utils.counters.clear()
-    fixed = {"img_size": size} if name.startswith("swin") else {}
-    model = timm.create_model(name, num_classes=1000, **fixed).to(DEVICE, DTYPE).train()
+    model = model_of(name, size, segment).to(DEVICE, DTYPE).train()
     set_recompute(model, recompute, name)  # type: ignore[arg-type]
     what, _, graphs = mode.partition("+")
     config = CompileConfig(mode=what, cudagraphs=bool(graphs))  # type: ignore[arg-type]
@@ -76,9 +85,15 @@ def step_of(name: str, size: int, batch: int, mode: str, recompute: str) -> tupl
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     images = torch.randn(batch, 3, size, size, device=DEVICE, dtype=DTYPE)
     labels = torch.arange(batch, device=DEVICE) % 1000
+    masks = torch.randint(0, segment or 1, (batch, size, size), dtype=torch.uint8, device=DEVICE)
 
     def train() -> None:
-        F.cross_entropy(model(images).float(), labels).backward()
+        if segment:
+            logits, auxiliary = model(images)
+            loss = (pixel_loss(logits, masks) + 0.4 * pixel_loss(auxiliary, masks)) / masks.numel()
+        else:
+            loss = F.cross_entropy(model(images).float(), labels)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -102,12 +117,12 @@ def profiled(train: Any) -> dict[str, float]:
     return {kind: round(ms, 3) for kind, ms in sorted(kinds.items(), key=lambda entry: -entry[1])}
 
 
-def row(name: str, size: int, batch: int, mode: str, recompute: str, budget: float) -> dict[str, Any]:
+def row(name: str, size: int, batch: int, mode: str, recompute: str, budget: float, segment: int = 0) -> dict[str, Any]:
     """Measure one model."""
     gc.collect()  # of the last one, whose compiled blocks refer to themselves
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
-    train, model = step_of(name, size, batch, mode, recompute)
+    train, model = step_of(name, size, batch, mode, recompute, segment)
     began = time.perf_counter()
     train()
     wait()
@@ -121,8 +136,7 @@ def row(name: str, size: int, batch: int, mode: str, recompute: str, budget: flo
     wait()
     memory = peak_bytes(train) if DEVICE == "cuda" else 0
     kinds = profiled(train)
-    plain = timm.create_model(name, num_classes=1000, **({"img_size": size} if name.startswith("swin") else {}))
-    flops = 6 * multiply_adds_of(plain, (3, size, size)) * batch / took
+    flops = 6 * multiply_adds_of(model_of(name, size, segment), (3, size, size)) * batch / took
     peak = peak_flops(torch.cuda.get_device_name()) if DEVICE == "cuda" else None
     return {
         "model": name, "size": size, "batch": batch, "compile": mode, "recompute": recompute,
@@ -143,6 +157,7 @@ def main() -> None:
     parser.add_argument("--recompute", nargs="+", default=["none"], help="other models take none and block")
     parser.add_argument("--batch", type=int, default=4 if DEVICE == "cpu" else 256)
     parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--segment", type=int, default=0, metavar="CLASSES", help="UPerNet of so many classes")
     parser.add_argument("--budget", type=float, default=3.0, help="seconds for the time of a step")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out/step_profile.json"))
     arguments = parser.parse_args()
@@ -152,7 +167,9 @@ def main() -> None:
         for mode in arguments.compile:
             for recompute in arguments.recompute:
                 try:
-                    rows.append(row(name, arguments.size, arguments.batch, mode, recompute, arguments.budget))
+                    rows.append(
+                        row(name, arguments.size, arguments.batch, mode, recompute, arguments.budget, arguments.segment)
+                    )
                 except torch.OutOfMemoryError as error:
                     rows.append({"model": name, "compile": mode, "recompute": recompute, "failed": str(error)[:200]})
                 print(rows[-1], flush=True)
