@@ -31,7 +31,7 @@ from launch.run.config import load_run
 # Name, side of an image and images of what `benchmarks.step_profile` measures; the last one is a run's config.
 MODELS = (
     ("setformer_tiny", 224, 256), ("setformer_small", 224, 256), ("setformer_base", 224, 256),
-    ("setformer_tiny", 384, 64), ("setformer_tiny", 768, 16), ("cifar10", 32, 128),
+    ("setformer_tiny", 384, 64), ("setformer_tiny", 512, 16), ("setformer_tiny", 768, 16), ("cifar10", 32, 128),
 )  # fmt: skip
 TOKENS = (49, 196, 784, 3136, 12544, 50176)
 OPERATORS = ("SeT", "SeT default", "SeT split")

@@ -17,7 +17,8 @@ from launch.run.own_code import bring
 from setformer.configs import check_config
 from setformer_dist.core.batch import EvalStream, TrainStream
 from setformer_dist.core.ranks import RankInfo
-from setformer_dist.core.task import Prepare
+from setformer_dist.core.task import Dense, DensePrepare, Prepare
+from setformer_dist.tasks.build import build_task
 
 
 def open_data(config: RunConfig) -> Splits:
@@ -42,7 +43,8 @@ def own_data(train: Dataset, val: Dataset, classes: Sequence[str]) -> Splits:
     """Return data sets in Python as the data of a run, in place of what its [data] table names.
 
     A sample is `(image, label)` or `(image, label, soft)`: the image (H, W, 3) uint8, the soft label a probability for
-    each class in order, or a table by class name. The same index must always give the same sample. All samples are read
+    each class in order, or a table by class name. Or it is `(image, mask)`: the mask (H, W) integers, the class of each
+    pixel, 255 where it does not count. The same index must always give the same sample. All samples are read
     once here, for their sizes and for the fingerprint by which a resumed run knows its data.
 
     Args:
@@ -101,11 +103,13 @@ def prepare(config: RunConfig, data: Splits, device: torch.device | str = "cpu")
     """Return what turns a micro batch into inputs and targets on a device: normalised, mixed, smoothed.
 
     `prepare(...)(batch, train=True)` returns inputs, (m, 3, H, W) float32 or (m, n) int32, and targets, (m, C) float32
-    whose rows sum to 1.
+    whose rows sum to 1; of task "segmentation" targets are the masks, (m, H, W) uint8.
 
     Args:
         config: of the run.
         data: from `open_data`.
         device: where to.
     """
-    return inputs_of(config.data).prepare(len(data.train.classes), device, torch.float32)
+    task = build_task(config.task, data.train.classes)
+    inputs = inputs_of(config.data).prepare(len(data.train.classes), device, torch.float32)
+    return DensePrepare(inputs, task) if isinstance(task, Dense) else inputs

@@ -1,7 +1,8 @@
-"""A data set in Python as a source: a sequence of images with labels, and with soft labels where it gives them.
+"""A data set in Python as a source: images with labels, with soft labels where it gives them, or with masks.
 
     dataset[i] -> (image, label)            image (H, W, 3) uint8, an array or a tensor; label an integer
     dataset[i] -> (image, label, soft)      soft: a probability for each class in order, or a table by class name
+    dataset[i] -> (image, mask)             mask (H, W) integers: the class of each pixel, 255 where it does not count
 
 The same i must always give the same sample: order, augmentation and resume depend on it. All samples are read once at
 the start, for their sizes and for the fingerprint that a resume compares. They may be read by several threads at once,
@@ -11,15 +12,18 @@ and with `data.workers` the data set is pickled to the readers.
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import PIL.Image
 import torch
 
 from dataloaders.source import DamagedSampleError, Stored
 from dataloaders.sources.classes import soft_label
+from setformer_dist.core.batch import VOID
 from setformer_dist.core.errors import DataError
 
 
@@ -31,7 +35,7 @@ class Dataset(Protocol):
         ...
 
     def __getitem__(self, index: int) -> Sequence[object]:
-        """Return sample `index`: image and label, and a soft label or None."""
+        """Return sample `index`: image and label, and a soft label or None; or image and mask."""
         ...
 
 
@@ -61,20 +65,23 @@ class PythonSource:
         if not self.num_samples:
             raise DataError(f"{name} is empty")
         digest = hashlib.sha256(repr(self.classes).encode())
-        sizes, labels, soft = [], [], False
+        sizes, labels, soft, masks = [], [], False, 0
         for number in range(self.num_samples):
             stored, label = self._sample(number)
             assert isinstance(stored.image, np.ndarray)
             sizes.append(stored.image.shape[:2])
             labels.append(label)
-            soft = soft or stored.soft is not None
+            soft, masks = soft or stored.soft is not None, masks + (stored.mask is not None)
             digest.update(repr((stored.image.shape, label)).encode())
             digest.update(stored.image.tobytes())
             digest.update(b"" if stored.soft is None else stored.soft.tobytes())
+            digest.update(stored.mask or b"")
+        if masks not in (0, self.num_samples):
+            raise DataError(f"{masks} of the {self.num_samples} samples of {name} have masks: give all of them one")
         self._refuse_random(0)
         self._sizes = np.array(sizes, np.int32)
         self._labels = torch.tensor(labels)
-        self.parts = frozenset({"soft"} if soft else ())
+        self.parts = frozenset({"mask"} if masks else {"soft"} if soft else ())
         self.fingerprint = digest.hexdigest()
         self.shards: npt.NDArray[np.int32] = np.zeros(self.num_samples, np.int32)
 
@@ -124,7 +131,8 @@ class PythonSource:
     def _refuse_random(self, number: int) -> None:
         """Refuse a data set whose sample differs when it is read again, as one with a random transform."""
         (first, label), (again, label_again) = self._sample(number), self._sample(number)
-        if label != label_again or not np.array_equal(np.asarray(first.image), np.asarray(again.image)):
+        same = np.array_equal(np.asarray(first.image), np.asarray(again.image)) and first.mask == again.mask
+        if label != label_again or not same:
             raise DataError(
                 f"{self.place(number)} differs when it is read again: leave random transforms to [data.augment], or "
                 "derive them from the index"
@@ -149,16 +157,32 @@ class PythonSource:
         except Exception as error:
             raise DataError(f"{self.place(number)} cannot be read: {type(error).__name__}: {error}") from error
         if not isinstance(found, tuple | list) or len(found) not in (2, 3):
-            raise DataError(f"{self.place(number)} is not (image, label) or (image, label, soft label)")
+            raise DataError(f"{self.place(number)} is not (image, label), (image, label, soft label) or (image, mask)")
         image, label = np.asarray(found[0]), found[1]
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise DataError(f"{self.place(number)}: its image is {image.dtype} {image.shape}, not uint8 (H, W, 3)")
+        if len(found) == 2 and getattr(label, "ndim", 0) == 2:
+            return Stored(np.ascontiguousarray(image), self._mask(number, np.asarray(label), image.shape[:2])), 0
         if isinstance(label, bool) or not hasattr(label, "__index__") or not 0 <= int(label) < len(self.classes):
             raise DataError(
                 f"{self.place(number)} has label {label!r:.40}: it must be from 0 to {len(self.classes) - 1}"
             )
         soft = found[2] if len(found) == 3 else None
         return Stored(np.ascontiguousarray(image), soft=None if soft is None else self._soft(number, soft)), int(label)
+
+    def _mask(self, number: int, mask: npt.NDArray[Any], shape: tuple[int, ...]) -> bytes:
+        """Return a mask as a PNG, as other sources have it."""
+        if mask.dtype.kind not in "iu" or mask.shape != shape:
+            raise DataError(f"{self.place(number)}: its mask is {mask.dtype} {mask.shape}, not integers {shape}")
+        wrong = mask[(mask != VOID) & ((mask < 0) | (mask >= len(self.classes)))]
+        if wrong.size:
+            raise DataError(
+                f"{self.place(number)}: its mask has class {int(wrong[0])}, which must be from 0 to "
+                f"{len(self.classes) - 1}, or {VOID} for a pixel that does not count"
+            )
+        file = io.BytesIO()
+        PIL.Image.fromarray(mask.astype(np.uint8)).save(file, "PNG", compress_level=1)
+        return file.getvalue()
 
     def _soft(self, number: int, said: object) -> npt.NDArray[np.float32]:
         values = said if isinstance(said, dict) else np.asarray(said, np.float64).tolist()

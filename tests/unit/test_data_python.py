@@ -84,6 +84,24 @@ def test_the_fingerprint_is_that_of_the_samples() -> None:
     assert PythonSource(Colours(soft=False), CLASSES).parts == frozenset()
 
 
+def test_streams_have_the_masks() -> None:
+    masks = np.random.default_rng(0).choice([0, 1, 2, 255], (6, 8, 10))
+    samples = [(np.full((8, 10, 3), i, np.uint8), torch.from_numpy(mask)) for i, mask in enumerate(masks)]
+    source = PythonSource(samples, CLASSES)
+    assert source.parts == {"mask"}
+    config = DataConfig(root="masks", image_size=8, image_width=10, augment=AugmentConfig(crop="none", flip=False))
+    stream = ShardTrainStream(source, config, 0, RankInfo(), 6, 6)
+    batch = next(stream.micro_batches(0))
+    stream.close()
+    assert batch.annotations is not None
+    assert batch.annotations.masks is not None
+    assert np.array_equal(batch.annotations.masks.numpy(), masks[batch.sample_ids.numpy()])
+    other = [*samples[:5], (samples[5][0], np.zeros((8, 10), np.int32))]
+    assert PythonSource(other, CLASSES).fingerprint != source.fingerprint
+    with pytest.raises(DataError, match="5 of the 6 samples of the data set in Python have masks: give all of them"):
+        PythonSource([*samples[:5], (samples[5][0], 1)], CLASSES)
+
+
 @pytest.mark.parametrize(
     ("sample", "why"),
     [
@@ -95,6 +113,12 @@ def test_the_fingerprint_is_that_of_the_samples() -> None:
         ((np.zeros((8, 8, 3), np.uint8), 0, {"dog": 1.0}), "'dog' is no class"),
         ((np.zeros((8, 8, 3), np.uint8), 0, [0.5, 0.2, 0.1]), "it sums to 0.8 and not to 1"),
         (np.zeros((8, 8, 3), np.uint8), r"is not \(image, label\)"),
+        ((np.zeros((8, 8, 3), np.uint8), np.zeros((8, 9), int)), r"its mask is int64 \(8, 9\), not integers \(8, 8\)"),
+        ((np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8))), "its mask is float64"),
+        (
+            (np.zeros((8, 8, 3), np.uint8), np.full((8, 8), 3)),
+            "its mask has class 3, which must be from 0 to 2, or 255",
+        ),
     ],
 )
 def test_what_is_no_sample_is_refused(sample: Any, why: str) -> None:
