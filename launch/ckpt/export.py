@@ -20,9 +20,11 @@ import timm
 import torch
 from rich.console import Console
 from safetensors import SafetensorError
+from torch import nn
 
 from dataloaders.config import DataConfig
 from launch.run.exported import OURS
+from launch.run.initial_weights import STEPS_OF_NORM
 from launch.run.inputs import ImageInputs
 from launch.run.objective import classified_by_model, kept_of
 from launch.run.trained import TrainedRun, load_trained
@@ -113,7 +115,7 @@ def export(path: Path, dest: Path, weights: Weights, console: Console, best: boo
     check_new(dest)
     trained = load_trained(path, weights, best=best)
     model = kept_of(trained.model)
-    tensors = _apart(model.state_dict())
+    tensors = _apart(model.state_dict()) | _counters_of_norms(model)
     written = ["model.safetensors", "README.md"]
     with made(dest) as folder:
         data = safetensors.torch.save(tensors, metadata={"format": "pt"})
@@ -124,6 +126,12 @@ def export(path: Path, dest: Path, weights: Weights, console: Console, best: boo
             written.append("config.json")
         (folder / "README.md").write_text(_card(trained, dest), encoding="utf-8", errors="backslashreplace")
     console.print(f"{dest}: {', '.join(sorted(written))}, {trained.weights} weights", highlight=False, markup=False)
+
+
+def _counters_of_norms(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return what batch norms have besides those that do not train: a number of steps, which nothing reads."""
+    frozen = [name for name, _ in model.named_parameters() if name.endswith(".running_mean")]
+    return {f"{name.removesuffix('.running_mean')}{STEPS_OF_NORM}": torch.tensor(0) for name in frozen}
 
 
 def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

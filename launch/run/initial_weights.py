@@ -36,6 +36,9 @@ from setformer_dist.core.words import counted
 from setformer_dist.models.encoded import ENCODER
 from setformer_dist.models.segmenter import CLASSIFIERS
 
+# What the names of counters end with, of which batch norms that do not train have no use.
+STEPS_OF_NORM = ".num_batches_tracked"
+
 # What the names of a classifier begin with in the models that can be pretrained as encoders.
 _HEAD = "head."
 
@@ -269,7 +272,8 @@ class FirstWeights:
             elif there != shape:
                 faults[name] = f"{name} is {there} there and {shape} here"
         for name in source.shapes.keys() - self.shapes.keys() - self.buffers:
-            faults[name] = f"{name} is not in this model"
+            if not name.endswith(STEPS_OF_NORM):
+                faults[name] = f"{name} is not in this model"
         return {name: fault for name, fault in faults.items() if not name.startswith(self.config.skip or ())}
 
     def _other_classifier(self, source: _Source, faults: Mapping[str, str]) -> set[str]:

@@ -47,6 +47,9 @@ class ModelConfig(FrozenConfig):
             them again.
         skip: name prefixes of parameters that `weights` does not set, such as ["head."] for a new classifier; they keep
             their random initialization. So does a classifier of another number of classes, without this key.
+        frozen_batch_norm: batch norms of a model of timm compute with the statistics, weights and biases of `weights`,
+            which stay as they are, as in detectors. Other models with batch norms are refused: their running statistics
+            would depend on ranks and micro batches.
         freeze: name prefixes of parameters that do not train, such as ["stem.", "stages.0."]: they keep their initial
             weights, and take no memory for gradients and optimizer states.
     """
@@ -59,6 +62,7 @@ class ModelConfig(FrozenConfig):
     args: dict[str, Any] = pydantic.Field(default_factory=dict)
     weights: str | None = None
     skip: tuple[str, ...] | None = pydantic.Field(default=None, strict=False)
+    frozen_batch_norm: bool = False
     freeze: tuple[str, ...] = pydantic.Field(default=(), strict=False)
 
     @pydantic.field_validator("args")
@@ -108,4 +112,9 @@ class ModelConfig(FrozenConfig):
     def _skipped_of_something(self) -> ModelConfig:
         if self.skip is not None and self.weights is None:
             raise ValueError("model.skip says what is not taken from model.weights, which is not set: set it too")
+        if self.frozen_batch_norm and self.weights is None:
+            raise ValueError(
+                "model.frozen_batch_norm takes the statistics of model.weights, which is not set: set it too, as batch "
+                "norms without statistics normalise nothing"
+            )
         return self

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import pydantic
 import timm
 import torch
+from timm.layers.norm_act import FrozenBatchNorm2d, FrozenBatchNormAct2d, freeze_batch_norm_2d
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parameter import is_lazy
@@ -66,6 +67,8 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int | tuple[i
     """
     torch.manual_seed(torch_seed(Purpose.INIT, seed))
     model = created(config, num_classes, image_size)
+    if config.frozen_batch_norm:
+        model = _with_frozen_norms(model, config.name)
     _refuse_running_statistics(model, config.name)
     _lay_out(model)
     set_recompute(model, config.policy, config.name)
@@ -191,8 +194,28 @@ def _refuse_running_statistics(model: nn.Module, name: str) -> None:
     if running:
         raise ConfigError(
             f"model {name} keeps running statistics ({running[0]} …), which neither ranks nor checkpoints share: "
-            "choose a model with layer or group norms (soft_*: conv_norm = 'layer')"
+            "choose a model with layer or group norms (soft_*: conv_norm = 'layer'), or fine-tune it with "
+            "model.frozen_batch_norm = true"
         )
+
+
+def _with_frozen_norms(model: nn.Module, name: str) -> nn.Module:
+    """Return a model whose batch norms are constants: statistics, weights and biases as parameters that do not train.
+
+    So masters, checkpoints and exports hold them as they hold other weights, by timm's names.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    model = freeze_batch_norm_2d(model)
+    frozen = [m for m in model.modules() if isinstance(m, FrozenBatchNorm2d | FrozenBatchNormAct2d)]
+    if not frozen:
+        raise ConfigError(f"model.frozen_batch_norm = true, and model {name} has no batch norms: remove the key")
+    for module in frozen:
+        for key, value in list(module.named_buffers(recurse=False)):
+            delattr(module, key)
+            module.register_parameter(key, nn.Parameter(value, requires_grad=False))
+    return model
 
 
 def _fixes_input_size(name: str) -> bool:
