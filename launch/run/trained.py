@@ -23,7 +23,7 @@ from launch.run.config import RunConfig
 from launch.run.identity import shapes_of
 from launch.run.initial_weights import better_of
 from launch.run.inputs import Split, images_of, inputs_of
-from launch.run.objective import build_for, prepare_for
+from launch.run.objective import build_for, encoder_of, prepare_for
 from launch.run.own_model import OwnModel, check_same_buffers, digest_of_buffers, made_own, round_buffers
 from setformer_dist.core import config as base
 from setformer_dist.core.batch import MicroBatch
@@ -40,6 +40,7 @@ from setformer_dist.models.arguments import check_arguments
 from setformer_dist.models.build import check_name
 from setformer_dist.report.html import ClassifiedImage
 from setformer_dist.tasks.build import build_task
+from setformer_dist.tasks.mae import Hidden
 
 
 @dataclass(frozen=True)
@@ -277,10 +278,15 @@ def evaluate_checkpoint(
 
     Raises:
         DataError: the split's classes are not the model's; of a model without their names, it has another number.
-        ConfigError: the model has no classes.
+        ConfigError: the model has no classes, or is the encoder alone of one that fills in images.
     """
     if not trained.named and not trained.classes:
         raise _without_classes(trained)
+    if isinstance(trained.task, Hidden) and encoder_of(trained.model) is trained.model:
+        raise ConfigError(
+            f"{trained.place} is the encoder alone of a run of task {trained.task.name}, and has no loss: evaluate the "
+            "run, or score its features with `setformer probe`"
+        )
     same = split.classes == trained.classes if trained.named else len(split.classes) == len(trained.classes)
     if not same:
         raise DataError(

@@ -18,7 +18,16 @@ from launch.ranks.signals import Received
 from launch.sweep import commands, population, promote
 from launch.sweep.driver import Driver, Running
 from launch.sweep.journal import JOURNAL, Journal, read_events
-from launch.sweep.page import SWEEP, SchedulerTable, Sweep, SweepConfig, check_continued, load_sweep, read_sweep
+from launch.sweep.page import (
+    SWEEP,
+    SchedulerTable,
+    Sweep,
+    SweepConfig,
+    check_continued,
+    load_sweep,
+    read_sweep,
+    shipped_page,
+)
 from launch.sweep.progress import ProgressReader
 from launch.sweep.report import recommendation, study_of, write
 from launch.sweep.space import Parameter, extremes, grid, parameters
@@ -562,6 +571,12 @@ def test_shipped_pages_are_sound() -> None:
     assert pages
     for path in pages:
         load_sweep(path)
+
+
+def test_a_folder_of_the_name_of_a_shipped_page_hides_it_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "digits").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert shipped_page(Path("digits")) == ROOT / "configs" / "sweeps" / "digits.toml"
 
 
 def test_the_guide_has_a_sound_page_and_every_key(tmp_path: Path) -> None:
