@@ -198,3 +198,7 @@ def test_the_encoder_of_a_pretraining_is_not_evaluated(digits: Path, tmp_path: P
         setformer("eval", export, "--data", str(digits)), 2, f"the encoder alone of a run of task {task}"
     )
     assert setformer("eval", run).code == 0
+    elements = sum(
+        tensor.numel() for tensor in safetensors.torch.load_file(tmp_path / "out" / "model.safetensors").values()
+    )
+    assert f" {elements:,} parameters" in (tmp_path / "out" / "README.md").read_text()  # without the decoder's
