@@ -142,6 +142,13 @@ def test_a_damaged_config_is_refused(theirs: Path, tmp_path: Path, text: str) ->
     assert_one_sentence(setformer("predict", str(folder), "image.png"), 4, "config.json")
 
 
+def test_weights_without_a_description_are_named_as_such(theirs: Path, tmp_path: Path) -> None:
+    """As an export of token sequences has them."""
+    folder = changed(theirs, tmp_path / "model", lambda table: None)
+    (folder / "config.json").unlink()
+    assert_one_sentence(setformer("eval", str(folder), "--data", "x"), 4, "no config.json")
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
