@@ -137,6 +137,10 @@ class FirstWeights:
             )
         if left:
             notes.append(f"left as drawn from the seed: {', '.join(sorted(left))}")
+        if fixed := sorted(name for name in left if name.startswith(tuple(self.config.freeze))):
+            notes.append(
+                f"warning: {counted(len(fixed), 'parameter')} of these never train (model.freeze): {fixed[0]} …"
+            )
         count = f"{len(self.shapes) - len(left)} of {len(self.shapes)} parameters"
         return source, left, "; ".join((f"begins with {source.name}: {count}", *notes))
 

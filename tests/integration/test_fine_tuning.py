@@ -103,6 +103,17 @@ def test_another_architecture_is_refused_and_keeps_what_the_user_skips(pretraine
         fill(ModelConfig(name=NAME, weights=str(lacking)), 10, 64)
 
 
+def test_windows_of_swin_are_resized_without_a_word_of_timms(recwarn: pytest.WarningsRecorder) -> None:
+    name = "swin_tiny_patch4_window7_224"
+    small = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1], "patch_size": 2, "num_classes": 10}
+    tensors = {n: p.detach() for n, p in timm.create_model(name, **small, img_size=16).named_parameters()}
+    table = "layers.1.blocks.0.attn.relative_position_bias_table"
+    found = adapted(tensors, name, {**small, "img_size": 32})
+    assert (tensors[table].shape, found.tensors[table].shape) == ((49, 1), (169, 1))
+    assert found.drawn == frozenset()
+    assert not [w for w in recwarn if "timm" in w.filename]
+
+
 def test_names_that_only_the_file_has_are_reported(pretrained: Path, tmp_path: Path) -> None:
     table = {**safetensors.torch.load_file(pretrained), "extra.weight": torch.ones(2)}
     safetensors.torch.save_file(table, tmp_path / "more.safetensors")
