@@ -138,9 +138,8 @@ class FirstWeights:
         if left:
             notes.append(f"left as drawn from the seed: {', '.join(sorted(left))}")
         if fixed := sorted(name for name in left if name.startswith(tuple(self.config.freeze))):
-            notes.append(
-                f"warning: {counted(len(fixed), 'parameter')} of these never train (model.freeze): {fixed[0]} …"
-            )
+            kept = counted(len(fixed), "parameter")
+            notes.append(f"warning: model.freeze keeps {kept} of these as drawn, such as {fixed[0]}")
         count = f"{len(self.shapes) - len(left)} of {len(self.shapes)} parameters"
         return source, left, "; ".join((f"begins with {source.name}: {count}", *notes))
 
@@ -271,7 +270,9 @@ class FirstWeights:
         changed = [
             f"{name} {source.shapes[name]} → {shape}"
             for name, shape in self.shapes.items()
-            if source.shapes.get(name, shape) != shape and name not in drawn
+            if source.shapes.get(name, shape) != shape
+            and name not in drawn
+            and not name.startswith(self.config.skip or ())
         ]
         notes = ["resized by timm's rules: " + ", ".join(changed[:_NAMED])] if changed else []
         if found.unused:

@@ -99,7 +99,7 @@ def test_arguments_that_change_no_shape_are_told(tmp_path, args, said):
 def test_what_is_drawn_and_never_trains_is_told(tmp_path, freeze, told):
     config = ModelConfig(weights=str(file_of(tmp_path / "model.safetensors")), skip=("head.",), freeze=freeze)
     report = FirstWeights(config, SHAPES, frozenset(), Alone())(fragments().values())
-    assert ("2 parameters of these never train (model.freeze): head.b" in report) == told
+    assert ("model.freeze keeps 2 parameters of these as drawn, such as head.b" in report) == told
 
 
 def test_a_file_serves_as_well_and_its_buffers_are_no_parameters(tmp_path):
