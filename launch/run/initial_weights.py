@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-from checkpoints.reader import Checkpoint, open_checkpoint
+from checkpoints.reader import Checkpoint, open_checkpoint, read_kept
 from launch.run.timm_weights import HUB, Adapted, adapted, classifiers_of, fetched
 from setformer_dist.core import revisions, strictjson
 from setformer_dist.core.comm import Collectives
@@ -306,7 +306,7 @@ def _open(weights: str) -> _Source:
     if (exported := path / "model.safetensors").is_file() and not (path / "checkpoints").is_dir():
         path = exported  # of `setformer ckpt export`, or of the hub
     if path.is_dir():
-        return _of_checkpoint(open_checkpoint(path))
+        return read_kept(path, lambda: _of_checkpoint(open_checkpoint(path)))
     if not path.exists():
         raise ConfigError(
             f"model.weights = {path} does not exist: name a run's folder, an exported one, a .safetensors file, or "

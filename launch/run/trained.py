@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from checkpoints.reader import Checkpoint, open_checkpoint
+from checkpoints.reader import Checkpoint, open_checkpoint, read_kept
 from dataloaders.config import DataConfig
 from dataloaders.pixels.transforms import decode_for_eval
 from dataloaders.reading.device import pictures_of
@@ -108,6 +108,10 @@ def load_trained(path: Path, weights: Weights = "auto", own: OwnModel | None = N
     Raises:
         CheckpointError: nothing there verifies, it was not written by a run, or it holds no average.
     """
+    return read_kept(path, lambda: _load_trained(path, weights, own, best))
+
+
+def _load_trained(path: Path, weights: Weights, own: OwnModel | None, best: bool) -> TrainedRun:
     checkpoint = open_checkpoint(path)
     about = _about(checkpoint)
     if best:
