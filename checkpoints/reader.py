@@ -516,7 +516,7 @@ def read_kept(path: Path, read: Callable[[], T]) -> T:
 
 def _first_sound(entries: list[Entry]) -> tuple[Checkpoint | None, list[tuple[Entry, str]]]:
     """Return the first checkpoint that verifies, and those before it with their faults."""
-    passed = []
+    passed: list[tuple[Entry, str]] = []
     for entry in entries:
         try:
             return verified(entry.path), passed
