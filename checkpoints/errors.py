@@ -17,6 +17,10 @@ class MissingError(DamagedError):
     """A file is not there."""
 
 
+class DeletedError(MissingError):
+    """A checkpoint was deleted between its verification and its reading, as a run deletes older ones."""
+
+
 class MisplacedError(CheckpointError):
     """A manifest is whole, but of another step than its folder's name says."""
 

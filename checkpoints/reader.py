@@ -19,14 +19,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from checkpoints import layout
 from checkpoints.config import CheckpointConfig
 from checkpoints.digest import Seen, digest_of, read_small
-from checkpoints.errors import DamagedError, StorageError
+from checkpoints.errors import DamagedError, DeletedError, StorageError
 from checkpoints.identity import Identity
 from checkpoints.manifest import Examined, Manifest, examine_files, read_manifest, size_faults
 from checkpoints.policy import Candidate, State, best_first
@@ -38,9 +38,11 @@ from setformer_dist.core.words import counted, plain
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 WEIGHTS = frozenset({"param", "ema"})  # states that a parameter has also where it does not train
 _NAMED = 3  # parameters that an error message names before it only counts
 MAX_TRAINER = 16 << 20  # bytes of trainer.json: a config, some ten thousand class names, the losses since a log line
+_TRIES = 5  # to read what a run does not delete meanwhile
 _SCRATCH = 4 << 20  # bytes read at a time where values must be converted
 
 
@@ -180,7 +182,8 @@ class Checkpoint:
         """The engine's state besides tensors, as it was given to `save`."""
         record = self.manifest.record(layout.TRAINER)
         try:
-            data = read_small(self.path / layout.TRAINER, MAX_TRAINER)
+            with self._while_it_is_there():
+                data = read_small(self.path / layout.TRAINER, MAX_TRAINER)
         except OSError as error:
             raise StorageError(f"{self.path / layout.TRAINER} cannot be read: {error}") from error
         # Hashed again, because these are the bytes that are parsed; format version 1 has another hash.
@@ -315,12 +318,25 @@ class Checkpoint:
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[_RankFiles]:
-        with contextlib.ExitStack() as stack:
+        with self._while_it_is_there(), contextlib.ExitStack() as stack:
             try:
                 files = _RankFiles(self.path, self.identity.world_size, self._seen, stack)
             except OSError as error:
                 raise StorageError(f"{self.path} cannot be read: {error}") from error
             yield files
+
+    @contextlib.contextmanager
+    def _while_it_is_there(self) -> Iterator[None]:
+        """Tell files of a checkpoint that is deleted, its manifest first, from damage."""
+        try:
+            yield
+        except DamagedError:
+            if (self.path / layout.MANIFEST).exists():
+                raise
+            raise DeletedError(
+                f"{self.path} was deleted while it was read, as a run that trains deletes older checkpoints: try "
+                "again, or stop the run first"
+            ) from None
 
     def _check(self, files: _RankFiles, wanted: Iterable[Fragment]) -> None:
         """Compare names and shapes first, so that a wrong model is named as such before a tensor is touched."""
@@ -466,13 +482,12 @@ def open_checkpoint(path: Path, best_by: CheckpointConfig | None = None) -> Chec
     if layout.step_of(path) is not None or (path / layout.MANIFEST).exists():
         return verified(path)
     root = checkpoints_folder(path)
-    skipped = []
-    for entry in _in_order(list_checkpoints(root), best_by):
-        try:
-            found = verified(entry.path)
-        except CheckpointError as error:
-            skipped.append(str(error))
-            continue
+    for _ in range(_TRIES):
+        found, passed = _first_sound(_in_order(list_checkpoints(root), best_by))
+        if not any(_deleted(entry) for entry, _ in passed):
+            break
+    skipped = [fault for _, fault in passed]
+    if found is not None:
         for fault in skipped:  # the user takes the answer for one of the newest checkpoint
             log.warning("%s; %s is used instead", plain(fault), plain(found.path))
         return found
@@ -481,6 +496,38 @@ def open_checkpoint(path: Path, best_by: CheckpointConfig | None = None) -> Chec
     aside = len(layout.put_aside(root))
     more = f"; {aside} that did not verify are in {root / layout.ASIDE}" if aside else ""
     raise CheckpointError(f"{path} holds no checkpoint: name a run folder or one of its step folders{more}")
+
+
+def read_kept(path: Path, read: Callable[[], T]) -> T:
+    """Return what is read of a checkpoint; of another one where a run has deleted it meanwhile.
+
+    Args:
+        path: as `open_checkpoint` takes it. What is deleted of one step has no other.
+        read: opens a checkpoint there and reads it.
+
+    Raises:
+        CheckpointError: as `read` does.
+    """
+    for _ in range(_TRIES - 1 if layout.step_of(path) is None else 0):
+        with contextlib.suppress(DeletedError):
+            return read()
+    return read()
+
+
+def _first_sound(entries: list[Entry]) -> tuple[Checkpoint | None, list[tuple[Entry, str]]]:
+    """Return the first checkpoint that verifies, and those before it with their faults."""
+    passed: list[tuple[Entry, str]] = []
+    for entry in entries:
+        try:
+            return verified(entry.path), passed
+        except CheckpointError as error:
+            passed.append((entry, str(error)))
+    return None, passed
+
+
+def _deleted(entry: Entry) -> bool:
+    """Return whether a checkpoint was deleted after it was listed, as newer ones were saved."""
+    return not (entry.path / layout.MANIFEST).exists() and (entry.fault is None or not entry.path.exists())
 
 
 def _in_order(entries: list[Entry], best_by: CheckpointConfig | None) -> list[Entry]:

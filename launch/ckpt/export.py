@@ -63,8 +63,8 @@ from PIL import Image
 {register}
 model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-logits = model(transform(Image.open("some.jpg").convert("RGB")).unsqueeze(0))
-print(model.pretrained_cfg["label_names"][logits.argmax()])"""
+{result} = model(transform(Image.open("some.jpg").convert("RGB")).unsqueeze(0))
+print({said})"""
 
 _MASKS = """import setformer
 
@@ -92,8 +92,16 @@ from PIL import Image
 about = json.load(open("{folder}/config.json"))
 model = timm.create_model({name!r}, {arguments}checkpoint_path="{folder}/model.safetensors").eval()
 transform = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=about["pretrained_cfg"]))
-logits = model(transform(Image.open("some.jpg").convert("RGB")).unsqueeze(0))
-print(about["label_names"][logits.argmax()])"""
+{result} = model(transform(Image.open("some.jpg").convert("RGB")).unsqueeze(0))
+print({said})"""
+
+# Of other bands or numbers, and of windows at native scale, which timm's transforms do not prepare.
+_OTHERS = """import setformer
+{register}
+trained = setformer.load("{folder}")  # trained.model is an ordinary torch.nn.Module
+"""
+_PREDICTED = """for found in setformer.predict(trained, ["some.tif"]):
+    print(found.classes, found.probabilities)"""
 
 _REGISTER = "import {module}  # registers the architecture with timm\n"
 
@@ -195,7 +203,7 @@ def _card(trained: TrainedRun, dest: Path) -> str:
         name=checkpoint.identity.model,
         step=checkpoint.step,
         weights={"ema": "averaged weights"}.get(trained.weights, "plain weights"),
-        elements=checkpoint.states()["param"],
+        elements=sum(parameter.numel() for parameter in kept_of(trained.model).parameters()),
         source=f"{checkpoint.path.parent.parent.name}/{checkpoint.path.parent.name}/{checkpoint.path.name}",
         metrics=_metrics_of(trained),
         snippet=_snippet(trained, dest),
@@ -212,17 +220,27 @@ def _snippet(trained: TrainedRun, dest: Path) -> str:
     register = "" if home.startswith("timm.") else _REGISTER.format(module="setformer_dist.models" if known else home)
     if isinstance(config.data, DataConfig) and isinstance(trained.task, Segmentation):
         given = ImageInputs(config.data).model_arguments(config.model, 0)
-        words = ", ".join(f"{key}={value!r}" for key, value in given.items())
-        return _MASKS.format(register=register, name=config.model.name, arguments=words, folder=dest.name)
-    if isinstance(config.data, DataConfig) and known:
-        return _IMAGES.format(register=register, folder=dest.name)
-    if isinstance(config.data, DataConfig):
-        template, arguments = _OWN, ImageInputs(config.data).model_arguments(config.model, outputs)
-    else:
-        template = _TOKENS
+        return _MASKS.format(
+            register=register, name=config.model.name, arguments=_words(given).rstrip(", "), folder=dest.name
+        )
+    data = config.data
+    if not isinstance(data, DataConfig):
         arguments = {**trained.checkpoint.trainer.get("inputs", {}), **timm_arguments(config.model, outputs, 0)}
-    words = "".join(f"{key}={value!r}, " for key, value in arguments.items())
-    return template.format(register=register, name=config.model.name, arguments=words, folder=dest.name)
+        return _TOKENS.format(register=register, name=config.model.name, arguments=_words(arguments))
+    if data.bands != 3 or data.pixels != "uint8" or data.augment.crop == "window":
+        return (_OTHERS + _PREDICTED * bool(outputs)).format(register=register, folder=dest.name).rstrip()
+    names = 'model.pretrained_cfg["label_names"]' if known else 'about["label_names"]'
+    result, said = ("logits", f"{names}[logits.argmax()]") if outputs else ("features", "features.shape")
+    arguments = ImageInputs(data).model_arguments(config.model, outputs)
+    template = _IMAGES if known else _OWN
+    return template.format(
+        register=register, folder=dest.name, name=config.model.name, arguments=_words(arguments), result=result,
+        said=said,
+    )  # fmt: skip
+
+
+def _words(arguments: Mapping[str, object]) -> str:
+    return "".join(f"{key}={value!r}, " for key, value in arguments.items())
 
 
 def _metrics_of(trained: TrainedRun) -> str:

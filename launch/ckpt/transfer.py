@@ -11,7 +11,7 @@ from checkpoints import deepspeed_files, layout
 from checkpoints.config import CheckpointConfig
 from checkpoints.identity import Identity, digest_shapes
 from checkpoints.manager import CheckpointManager
-from checkpoints.reader import Checkpoint, open_checkpoint
+from checkpoints.reader import Checkpoint, open_checkpoint, read_kept
 from launch.ckpt.export import made
 from launch.ranks.lock import held_by_tool
 from launch.run.imported import ADAMS
@@ -31,6 +31,10 @@ def export_deepspeed(path: Path, dest: Path, console: Console) -> None:
         ConfigError: the folder is there already.
     """
     check_new(dest)
+    read_kept(path, lambda: _export_deepspeed(path, dest, console))
+
+
+def _export_deepspeed(path: Path, dest: Path, console: Console) -> None:
     checkpoint = open_checkpoint(path)
     names, options = _as_trained(path, checkpoint)
     states_of = {"param"} if options is None else {"param", "exp_avg", "exp_avg_sq"}

@@ -103,6 +103,11 @@ def load_named(path: Path, weights: Weights = "auto", best: bool = False) -> Tra
         ConfigError: an exported model has no other weights to choose.
     """
     if not is_exported(path):
+        if (path / _WEIGHTS).is_file() and not (path / "checkpoints").is_dir():
+            raise CheckpointError(
+                f"{path} has {_WEIGHTS} and no {_CONFIG}, so nothing says how its inputs are prepared: an export of "
+                "images has both, and one of token sequences is loaded by timm, as its README.md shows; or name the run"
+            )
         return load_trained(path, weights, best=best)
     if best or weights != "auto":
         raise ConfigError(

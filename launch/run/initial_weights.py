@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-from checkpoints.reader import Checkpoint, open_checkpoint
+from checkpoints.reader import Checkpoint, open_checkpoint, read_kept
 from launch.run.objective import TASKS_OF_ENCODERS
 from launch.run.timm_weights import HUB, Adapted, adapted, classifiers_of, fetched
 from setformer_dist.core import revisions, strictjson
@@ -145,6 +145,9 @@ class FirstWeights:
             )
         if left:
             notes.append(f"left as drawn from the seed: {', '.join(sorted(left))}")
+        if fixed := sorted(name for name in left if name.startswith(tuple(self.config.freeze))):
+            kept = counted(len(fixed), "parameter")
+            notes.append(f"warning: model.freeze keeps {kept} of these as drawn, such as {fixed[0]}")
         count = f"{len(self.shapes) - len(left)} of {len(self.shapes)} parameters"
         return source, left, "; ".join((f"begins with {source.name}: {count}", *notes))
 
@@ -307,7 +310,9 @@ class FirstWeights:
         changed = [
             f"{name} {source.shapes[name]} → {shape}"
             for name, shape in self.shapes.items()
-            if source.shapes.get(name, shape) != shape and name not in drawn
+            if source.shapes.get(name, shape) != shape
+            and name not in drawn
+            and not name.startswith(self.config.skip or ())
         ]
         notes = ["resized by timm's rules: " + ", ".join(changed[:_NAMED])] if changed else []
         if found.unused:
@@ -341,7 +346,7 @@ def _open(weights: str) -> _Source:
     if (exported := path / "model.safetensors").is_file() and not (path / "checkpoints").is_dir():
         path = exported  # of `setformer ckpt export`, or of the hub
     if path.is_dir():
-        return _of_checkpoint(open_checkpoint(path))
+        return read_kept(path, lambda: _of_checkpoint(open_checkpoint(path)))
     if not path.exists():
         raise ConfigError(
             f"model.weights = {path} does not exist: name a run's folder, an exported one, a .safetensors file, or "

@@ -7,6 +7,7 @@ parameters are taken. timm reads no file itself: it gets tensors.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,9 @@ def adapted(tensors: Mapping[str, torch.Tensor], name: str, arguments: Mapping[s
         fresh = timm.create_model(name, **arguments).state_dict()
         torch.manual_seed(0)
         try:
-            model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+            with warnings.catch_warnings():  # of timm's interpolations, to timm's authors
+                warnings.simplefilter("ignore", UserWarning)
+                model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
         except (RuntimeError, KeyError, ValueError, AssertionError) as error:
             raise CheckpointError(_first_line(error)) from None
     found = model.state_dict()

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from checkpoints.reader import Checkpoint, open_checkpoint
+from checkpoints.reader import Checkpoint, open_checkpoint, read_kept
 from dataloaders.config import DataConfig
 from dataloaders.pixels.decode import stored_shape
 from dataloaders.pixels.transforms import decode_for_eval
@@ -24,7 +24,7 @@ from launch.run.config import RunConfig
 from launch.run.identity import shapes_of
 from launch.run.initial_weights import better_of
 from launch.run.inputs import Split, images_of, inputs_of
-from launch.run.objective import build_for, check_parts, prepare_for
+from launch.run.objective import build_for, check_parts, encoder_of, prepare_for
 from launch.run.own_model import OwnModel, check_same_buffers, digest_of_buffers, made_own, round_buffers
 from setformer_dist.core import config as base
 from setformer_dist.core.batch import MicroBatch
@@ -42,6 +42,7 @@ from setformer_dist.models.arguments import check_arguments
 from setformer_dist.models.build import check_name
 from setformer_dist.report.html import ClassifiedImage
 from setformer_dist.tasks.build import build_task
+from setformer_dist.tasks.mae import Hidden
 from setformer_dist.tasks.segmentation import Segmentation
 
 
@@ -115,6 +116,10 @@ def load_trained(path: Path, weights: Weights = "auto", own: OwnModel | None = N
     Raises:
         CheckpointError: nothing there verifies, it was not written by a run, or it holds no average.
     """
+    return read_kept(path, lambda: _load_trained(path, weights, own, best))
+
+
+def _load_trained(path: Path, weights: Weights, own: OwnModel | None, best: bool) -> TrainedRun:
     checkpoint = open_checkpoint(path)
     about = _about(checkpoint)
     if best:
@@ -285,10 +290,15 @@ def evaluate_checkpoint(
 
     Raises:
         DataError: the split's classes are not the model's; of a model without their names, it has another number.
-        ConfigError: the model has no classes.
+        ConfigError: the model has no classes, or is the encoder alone of one that fills in images.
     """
     if not trained.named and not trained.classes:
         raise _without_classes(trained)
+    if isinstance(trained.task, Hidden) and encoder_of(trained.model) is trained.model:
+        raise ConfigError(
+            f"{trained.place} is the encoder alone of a run of task {trained.task.name}, and has no loss: evaluate the "
+            "run, or score its features with `setformer probe`"
+        )
     same = split.classes == trained.classes if trained.named else len(split.classes) == len(trained.classes)
     if not same:
         raise DataError(

@@ -315,7 +315,7 @@ def laid_on(table: Mapping[str, object], point: Point) -> dict[str, object]:
 
 def shipped_page(path: Path) -> Path:
     """Return the path of a sweep config: as given if it exists, else the shipped one of that name."""
-    if path.exists():
+    if path.exists() and not (path.is_dir() and len(path.parts) == 1):  # digits/ may be a folder here
         return path
     place = _CONFIGS / "sweeps" / f"{path.name.removesuffix('.toml')}.toml"
     return place if place.is_file() and path.suffix in ("", ".toml") and not path.is_absolute() else path

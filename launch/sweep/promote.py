@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from checkpoints.reader import open_checkpoint
 from launch.run.config import RunConfig
 from launch.run.repeat import Repetition, check_trusted, repetition
 from launch.sweep.journal import read_events
@@ -18,7 +19,7 @@ from launch.sweep.page import Sweep, read_sweep
 from launch.sweep.state import Trial, book_of
 from launch.sweep.trial import TRIAL, hand_over
 from setformer_dist.core import config as base
-from setformer_dist.core.errors import ConfigError, DataError
+from setformer_dist.core.errors import CheckpointError, ConfigError, DataError
 from setformer_dist.core.words import counted
 from setformer_dist.engine.config import ScheduleConfig
 
@@ -51,13 +52,34 @@ def promoted(
     config = repeated.config
     if from_start or (config.folder / "checkpoints").exists():  # then it goes on by itself
         return repeated, None
-    was = base.load(RunConfig, source / TRIAL)
-    if not _longer(config.schedule, was.schedule) and config.eval.patience == was.eval.patience:
+    if repair := missing_change(config, base.load(RunConfig, source / TRIAL), _since_best(source)):
         raise ConfigError(
-            f"trial {trial.number} has ended, so its checkpoint has nothing left to do: give a longer schedule, such "
-            "as schedule.epochs=300, or --from-start"
+            f"trial {trial.number} has ended, so its checkpoint has nothing left to do: give {repair}, or --from-start"
         )
     return repeated, source
+
+
+def missing_change(config: RunConfig, was: RunConfig, since_best: int) -> str:
+    """Return what must change for a run to train on from the last checkpoint of a trial; "" where nothing must.
+
+    Args:
+        config: of the run.
+        was: of the trial.
+        since_best: evaluations of the trial since its best one.
+    """
+    if 0 < config.eval.patience <= since_best:
+        return f"a larger eval.patience, as {counted(since_best, 'evaluation')} in a row were no better"
+    ended_early = 0 < was.eval.patience <= since_best
+    if ended_early or _longer(config.schedule, was.schedule):
+        return ""
+    return "a longer schedule, such as schedule.epochs=300"
+
+
+def _since_best(trial: Path) -> int:
+    try:
+        return int(open_checkpoint(trial).trainer["run"].get("since_best", 0))
+    except CheckpointError:  # `take_over` says so
+        return 0
 
 
 def _longer(ours: ScheduleConfig, theirs: ScheduleConfig) -> bool:

@@ -373,6 +373,7 @@ class Trainer:
                 "to go back to: save earlier (checkpoint.every_steps), or lower optim.lr"
             )
         self._steps.drop()
+        self._early = False  # an end that was about to be saved is undone, too
         stop.settle()
         self._take_over(saved)
         self._follow_average()

@@ -79,6 +79,16 @@ def test_rollback_is_a_run_that_never_took_the_step(digits: Path, tmp_path: Path
     assert [r["weights"] for r in found] != [r["weights"] for r in whole]
 
 
+def test_a_rollback_at_the_evaluation_that_ends_a_run_goes_on(digits: Path, tmp_path: Path) -> None:
+    """The bad step is found as the early end is saved: the run goes back, comes to the evaluation again, ends there."""
+    own = ("~schedule.epochs", "schedule.steps=12", "~schedule.warmup_epochs", "run.log_every=12", "optim.lr=1e-12",
+           "schedule.min_lr=0", "eval.every_steps=4", "eval.patience=1", "checkpoint.every_steps=3")  # fmt: skip
+    found = run(digits, tmp_path, "rollback", 2, "fp32", [7], *own)
+    assert [r["step"] for r in found] == [8, 8]
+    (rewound,) = [event for event in read_events(tmp_path / "demo") if event["event"] == "rewound"]
+    assert (rewound["step"], rewound["reached"]) == (6, 8)
+
+
 # Where all ranks die in the second rollback: a part of the trainer, its method, before or after which call of it.
 DEATHS = {
     "nowhere": None,

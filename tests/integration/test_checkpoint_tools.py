@@ -40,7 +40,9 @@ from setformer_dist.core.errors import CheckpointError, ConfigError, LaunchError
 from setformer_dist.core.fragments import Fragment
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.core.store import Snapshot
+from setformer_dist.core.task_config import TaskConfig
 from setformer_dist.engine.comm import connect
+from setformer_dist.tasks.build import build_task
 from tests.distributed.workers import Trainee, small_model
 
 NAMES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -442,3 +444,33 @@ def test_every_command_has_an_example(words):
     assert done.exit_code == 0
     assert f"setformer ckpt {words}" in done.output
     assert sys.executable not in done.output
+
+
+def card_of(run_folder: Path, dest: Path, monkeypatch: pytest.MonkeyPatch, change: Any) -> str:
+    """Export a run that is changed as it is loaded, and return the program of its card."""
+    monkeypatch.setattr(export, "load_trained", lambda *args, **options: change(load_trained(*args, **options)))
+    done = run("export", run_folder, dest)
+    assert done.exit_code == 0, done.output
+    return (dest / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+
+
+def test_the_card_of_a_model_without_classes_asks_for_none(trained, tmp_path, monkeypatch):
+    def encoder(made: Trained) -> Trained:
+        task = build_task(TaskConfig(name="simmim", args={}), made.classes)
+        made.model.reset_classifier(0)
+        return replace(made, task=task)
+
+    program = card_of(trained, tmp_path / "out", monkeypatch, encoder)
+    assert "print(features.shape)" in program
+    assert "label_names" not in program
+    assert "parameters, trained by" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("table", [{"pixels": "uint16"}, {"mean": (0.5,) * 4, "std": (0.5,) * 4}])
+def test_the_card_of_other_pixels_reads_them_as_the_run_does(trained, tmp_path, monkeypatch, table):
+    def other(made: Trained) -> Trained:
+        return replace(made, config=made.config.model_copy(update={"data": made.config.data.model_copy(update=table)}))
+
+    program = card_of(trained, tmp_path / "out", monkeypatch, other)
+    assert 'setformer.load("out")' in program
+    assert 'convert("RGB")' not in program

@@ -142,6 +142,13 @@ def test_a_damaged_config_is_refused(theirs: Path, tmp_path: Path, text: str) ->
     assert_one_sentence(setformer("predict", str(folder), "image.png"), 4, "config.json")
 
 
+def test_weights_without_a_description_are_named_as_such(theirs: Path, tmp_path: Path) -> None:
+    """As an export of token sequences has them."""
+    folder = changed(theirs, tmp_path / "model", lambda table: None)
+    (folder / "config.json").unlink()
+    assert_one_sentence(setformer("eval", str(folder), "--data", "x"), 4, "no config.json")
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -182,3 +189,23 @@ def test_an_exported_run_sees_images_as_the_run_does(digits: Path, tmp_path: Pat
     scored, again = setformer("eval", run), setformer("eval", export, "--data", str(digits))
     assert again.code == 0, again.err
     assert again.out.partition(": ")[2] == scored.out.partition(": ")[2]
+
+
+@pytest.mark.parametrize("task", ["mae", "simmim"])
+def test_the_encoder_of_a_pretraining_is_not_evaluated(digits: Path, tmp_path: Path, task: str) -> None:
+    """What it was trained with, the decoder and the loss, stays with the run."""
+    words = (f"task.name={task}", "task.args={unit = 8}", "data.augment.mixup=0", "data.augment.cutmix=0",
+             "checkpoint.best_metric=loss", "~schedule.epochs", "~schedule.warmup_epochs",
+             "schedule.steps=1")  # fmt: skip
+    ended = setformer(*train_words(digits, tmp_path, *words, ranks=1))
+    assert ended.code == 0, ended.err
+    run, export = str(tmp_path / "demo"), str(tmp_path / "out")
+    assert setformer("ckpt", "export", run, export).code == 0
+    assert_one_sentence(
+        setformer("eval", export, "--data", str(digits)), 2, f"the encoder alone of a run of task {task}"
+    )
+    assert setformer("eval", run).code == 0
+    elements = sum(
+        tensor.numel() for tensor in safetensors.torch.load_file(tmp_path / "out" / "model.safetensors").values()
+    )
+    assert f" {elements:,} parameters" in (tmp_path / "out" / "README.md").read_text()  # without the decoder's

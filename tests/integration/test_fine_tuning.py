@@ -103,6 +103,29 @@ def test_another_architecture_is_refused_and_keeps_what_the_user_skips(pretraine
         fill(ModelConfig(name=NAME, weights=str(lacking)), 10, 64)
 
 
+def test_windows_of_swin_are_resized_without_a_word_of_timms(recwarn: pytest.WarningsRecorder) -> None:
+    name = "swin_tiny_patch4_window7_224"
+    small = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1], "patch_size": 2, "num_classes": 10}
+    tensors = {n: p.detach() for n, p in timm.create_model(name, **small, img_size=16).named_parameters()}
+    table = "layers.1.blocks.0.attn.relative_position_bias_table"
+    found = adapted(tensors, name, {**small, "img_size": 32})
+    assert (tensors[table].shape, found.tensors[table].shape) == ((49, 1), (169, 1))
+    assert found.drawn == frozenset()
+    assert not [w for w in recwarn if "timm" in w.filename]
+
+
+def test_what_is_skipped_is_not_said_to_be_resized(tmp_path: Path) -> None:
+    args = {"embed_dim": 8, "depths": [1, 2], "num_heads": [1, 1], "patch_size": 2}
+    config = ModelConfig(name="swin_tiny_patch4_window7_224", args=args)
+    weights = tmp_path / "swin.safetensors"
+    safetensors.torch.save_file(dict(build_model(config, 10, 16, seed=2).named_parameters()), weights)
+    tables = [f"layers.1.blocks.{block}.attn.relative_position_bias_table" for block in (0, 1)]
+    report, _ = fill(config.model_copy(update={"weights": str(weights), "skip": (tables[0],)}), 10, 32)
+    assert (
+        f"resized by timm's rules: {tables[1]} (49, 1) → (169, 1); left as drawn from the seed: {tables[0]}" in report
+    )
+
+
 def test_names_that_only_the_file_has_are_reported(pretrained: Path, tmp_path: Path) -> None:
     table = {**safetensors.torch.load_file(pretrained), "extra.weight": torch.ones(2)}
     safetensors.torch.save_file(table, tmp_path / "more.safetensors")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoints import layout
+from checkpoints import layout, reader
 from checkpoints.config import CheckpointConfig
+from checkpoints.errors import DeletedError
 from checkpoints.identity import Identity, digest_json, digest_shapes
 from checkpoints.manager import CheckpointManager
-from checkpoints.reader import list_checkpoints, open_checkpoint, verify
+from checkpoints.reader import list_checkpoints, open_checkpoint, read_kept, verify
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import CheckpointError
 from setformer_dist.core.fragments import KEPT, Fragment
@@ -331,6 +333,50 @@ def test_a_checkpoint_that_is_passed_over_is_told_of(tmp_path, caplog):
     (record,) = caplog.records
     assert "step-00000002 does not verify" in record.message
     assert record.message.endswith("step-00000001 is used instead")
+
+
+def test_what_a_run_deletes_while_it_is_read_is_told_from_damage(tmp_path):
+    checkpoint = open_checkpoint(save(tmp_path, values()))
+    shutil.rmtree(checkpoint.path)
+    for read in (checkpoint.read_full, checkpoint.states, lambda: checkpoint.trainer):
+        with pytest.raises(DeletedError, match="was deleted while it was read"):
+            read()
+
+
+def test_another_is_read_where_a_run_deletes_the_first(tmp_path):
+    """As a run does that trains in the folder, between two calls of a reader."""
+    save(tmp_path, values(), step=10)
+    opened = []
+
+    def read() -> int:
+        checkpoint = open_checkpoint(tmp_path)
+        opened.append(checkpoint.step)
+        if checkpoint.step == 10:
+            save(tmp_path, values(), step=20)
+            shutil.rmtree(checkpoint.path)
+        return len(checkpoint.read_full())
+
+    assert read_kept(tmp_path, read) == len(SHAPES)
+    assert opened == [10, 20]
+    with pytest.raises(DeletedError):  # of one step there is no other
+        read_kept(layout.step_folder(tmp_path, 20), lambda: (_ for _ in ()).throw(DeletedError("gone")))
+
+
+def test_what_is_deleted_after_it_was_listed_is_looked_for_again(tmp_path, monkeypatch, caplog):
+    """Neither is the run without a checkpoint, nor is an old one taken for the newest."""
+    for step in (10, 20):
+        save(tmp_path, values(), step=step)
+    verified = reader.verified
+
+    def late(folder: Path):
+        if folder.name == layout.step_folder(tmp_path, 20).name and folder.exists():
+            shutil.rmtree(folder)
+            save(tmp_path, values(), step=30)
+        return verified(folder)
+
+    monkeypatch.setattr(reader, "verified", late)
+    assert open_checkpoint(tmp_path).step == 30
+    assert not caplog.records
 
 
 def test_a_copied_step_folder_under_another_name_opens(tmp_path):

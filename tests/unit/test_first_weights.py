@@ -95,6 +95,13 @@ def test_arguments_that_change_no_shape_are_told(tmp_path, args, said):
     assert report.endswith(said or "3 of 3 parameters")
 
 
+@pytest.mark.parametrize(("freeze", "told"), [(("head.",), True), (("body.",), False), ((), False)])
+def test_what_is_drawn_and_never_trains_is_told(tmp_path, freeze, told):
+    config = ModelConfig(weights=str(file_of(tmp_path / "model.safetensors")), skip=("head.",), freeze=freeze)
+    report = FirstWeights(config, SHAPES, frozenset(), Alone())(fragments().values())
+    assert ("model.freeze keeps 2 parameters of these as drawn, such as head.b" in report) == told
+
+
 def test_a_file_serves_as_well_and_its_buffers_are_no_parameters(tmp_path):
     report, held = filled(file_of(tmp_path / "model.safetensors", filter=torch.ones(2)))
     assert report.endswith("model.safetensors: 3 of 3 parameters")

@@ -15,16 +15,26 @@ from rich.console import Console
 
 from checkpoints.layout import MANIFEST, step_folder
 from launch.ranks.signals import Received
+from launch.run.config import load_run
 from launch.sweep import commands, population, promote
 from launch.sweep.driver import Driver, Running
 from launch.sweep.journal import JOURNAL, Journal, read_events
-from launch.sweep.page import SWEEP, SchedulerTable, Sweep, SweepConfig, check_continued, load_sweep, read_sweep
+from launch.sweep.page import (
+    SWEEP,
+    SchedulerTable,
+    Sweep,
+    SweepConfig,
+    check_continued,
+    load_sweep,
+    read_sweep,
+    shipped_page,
+)
 from launch.sweep.progress import ProgressReader
 from launch.sweep.report import recommendation, study_of, write
 from launch.sweep.space import Parameter, extremes, grid, parameters
 from launch.sweep.state import Book, as_json, book_of
 from launch.sweep.table import final_table, live_table, write_csv
-from launch.testing.commands import ROOT
+from launch.testing.commands import DEMO, ROOT
 from setformer_dist.core.config import all_keys
 from setformer_dist.core.errors import ConfigError, DataError, RankFailedError, TransientError
 from setformer_dist.core.files import write_state
@@ -541,6 +551,28 @@ def test_a_winner_is_trained_further_by_a_longer_schedule_alone(
     assert promote._longer(ScheduleConfig(**new), ScheduleConfig(**old)) is longer
 
 
+@pytest.mark.parametrize(
+    ("patience", "epochs", "since_best", "repair"),
+    [
+        (2, 3, 2, "eval.patience"),
+        (2, 9, 2, "eval.patience"),  # a longer schedule alone ends at once
+        (1, 3, 1, "eval.patience"),  # it was at its last step
+        (3, 3, 2, ""),
+        (0, 3, 2, ""),
+        (3, 3, 1, "schedule"),  # it did not end early, so patience changes nothing
+        (2, 9, 1, ""),
+    ],
+)
+def test_a_winner_that_ended_early_needs_more_patience(
+    patience: int, epochs: int, since_best: int, repair: str
+) -> None:
+    was = load_run(Path(DEMO), ["eval.patience=2", "schedule.epochs=3"])
+    config = load_run(Path(DEMO), [f"eval.patience={patience}", f"schedule.epochs={epochs}"])
+    missing = promote.missing_change(config, was, since_best)
+    assert repair in missing
+    assert bool(missing) == bool(repair)
+
+
 def test_a_clone_is_near_its_source_and_within_the_space() -> None:
     space = parameters(
         {"a": {"loguniform": [0.1, 1.0]}, "b": {"grid": [1.0, 2.0, 3.0]}, "c": {"choice": ["x", "y"]}}, ""
@@ -562,6 +594,12 @@ def test_shipped_pages_are_sound() -> None:
     assert pages
     for path in pages:
         load_sweep(path)
+
+
+def test_a_folder_of_the_name_of_a_shipped_page_hides_it_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "digits").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert shipped_page(Path("digits")) == ROOT / "configs" / "sweeps" / "digits.toml"
 
 
 def test_the_guide_has_a_sound_page_and_every_key(tmp_path: Path) -> None:
