@@ -296,7 +296,7 @@ class RunConfig(FrozenConfig):
     @classmethod
     def _view_of_the_task(cls, table: Any) -> Any:
         """Fill in that segmentation is evaluated on whole images."""
-        if not (isinstance(table, dict) and isinstance(data := table.get("data"), dict)):
+        if not (isinstance(table, dict) and isinstance(data := table.get("data"), dict)) or "kind" in data:
             return table
         task = table.get("task", {})
         if not isinstance(task, dict) or task.get("name") != _WHOLE:
