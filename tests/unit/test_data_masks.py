@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tarfile
 import zlib
 from pathlib import Path
 
@@ -11,9 +12,13 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
+from dataloaders.config import AugmentConfig, DataConfig
+from dataloaders.opening import open_source
 from dataloaders.packing.inspection import mask_values
 from dataloaders.pixels.decode import decode_mask
+from dataloaders.reading.streams import ShardEvalStream, ShardTrainStream
 from launch.testing.commands import Ended, setformer
+from setformer_dist.core.ranks import RankInfo
 
 SHAPE = (40, 60)
 CLASSES = np.random.default_rng(0).integers(0, 3, SHAPE).astype(np.uint8)
@@ -74,3 +79,27 @@ def test_masks_whose_classes_are_not_certain_are_refused(
     assert done.code == 3
     assert said in done.err
     assert not (tmp_path / "packed").exists()
+
+
+def test_a_mask_of_a_class_that_the_data_do_not_name_is_damaged(tmp_path: Path) -> None:
+    for sample, (top, value) in enumerate(((0, 1), (0, 9), (255, 1), (255, 0))):
+        mask = np.full((16, 16), value, np.uint8)
+        mask[0, 0] = top
+        Image.fromarray(mask).save(tmp_path / f"{sample}.mask.png")
+        Image.fromarray(mask).convert("RGB").save(tmp_path / f"{sample}.png")
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "classes.txt").write_text("road\nsky\n")
+    with tarfile.open(tmp_path / "shards" / "a.tar", "w") as tar:
+        for path in sorted(tmp_path.glob("*.png")):
+            tar.add(path, path.name)
+    config = DataConfig(
+        root=str(tmp_path), train="shards", val="shards", image_size=16, cache=str(tmp_path / "cache"),
+        eval_view="whole", bad_validation="zero_weight", augment=AugmentConfig(crop="resized"),
+    )  # fmt: skip
+    shown = list(ShardEvalStream(open_source(str(tmp_path), "shards", config), config, RankInfo(), 4).micro_batches())
+    assert shown[0].weights.tolist() == [1, 0, 1, 1]
+    assert "its mask has class 9, but there are 2 classes (and 255 for none)" in shown[0].substitutions[0]
+    stream = ShardTrainStream(open_source(str(tmp_path), "shards", config), config, 0, RankInfo(), 4, 4)
+    batch = next(iter(stream.micro_batches(0)))
+    assert len(batch.substitutions) == 1
+    assert "its mask has class 9" in batch.substitutions[0]
