@@ -86,8 +86,9 @@ def check_objective(config: RunConfig, task: Task) -> None:
         ConfigError: naming the key.
     """
     if isinstance(config.data, DataConfig) and not config.data.labels and getattr(task, "needs_labels", True):
+        what = "masks or boxes" if isinstance(task, Dense) else "labels"
         raise ConfigError(
-            f"task {task.name} learns from labels, and data.labels = false says that there are none: remove the key, "
+            f"task {task.name} learns from {what}, and data.labels = false says that there are none: remove the key, "
             'or choose a task without (task.name = "mae" or "simmim")'
         )
     if not isinstance(task, Hiding | Dense):

@@ -163,6 +163,7 @@ def test_what_cannot_be_is_refused(digits: Path, scenes: Path, tmp_path: Path) -
         return ended.err
 
     assert "task segmentation learns from masks, and samples of" in said(data=digits)
+    assert "learns from masks or boxes, and data.labels = false" in said("data.labels=false")
     assert "data.augment.mixup changes the class of an image" in said("data.augment.mixup=0.2")
     assert "task.args.channels = 100 must be a multiple of 64" in said("task.args.channels=100")
     assert "loss of a sum and a count" in said(f"distill.teacher={tmp_path}")

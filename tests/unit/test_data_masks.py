@@ -103,3 +103,10 @@ def test_a_mask_of_a_class_that_the_data_do_not_name_is_damaged(tmp_path: Path) 
     batch = next(iter(stream.micro_batches(0)))
     assert len(batch.substitutions) == 1
     assert "its mask has class 9" in batch.substitutions[0]
+
+
+def test_masks_without_a_class_are_no_data(tmp_path: Path) -> None:
+    done = packed(tmp_path, "a.png", Image.new("L", SHAPE[::-1], 255))
+    assert done.code == 3
+    assert "no pixel of the masks has a class" in done.err
+    assert not (tmp_path / "packed").exists()
