@@ -307,8 +307,8 @@ def decode_mask(data: bytes, shape: tuple[int, int], classes: int = VOID) -> npt
         with PIL.Image.open(io.BytesIO(data), formats=MASK_FORMATS) as image:
             refuse_large(image)
             mode, mask = image.mode, class_numbers(image)
-    except UndecodableError:
-        raise
+    except UndecodableError as error:
+        raise UndecodableError(f"its mask is damaged: {error}") from None
     except Exception as error:  # noqa: BLE001  (as in `decode`)
         raise UndecodableError(f"its mask is not a whole image: {error}") from None
     if mode not in ("L", "P") or mask.shape != shape:

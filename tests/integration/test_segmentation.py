@@ -92,6 +92,11 @@ def test_it_learns_and_its_masks_are_what_was_scored(scenes: Path, tmp_path: Pat
     again = setformer("predict", str(run), str(images), "--out", str(tmp_path / "masks"))
     assert again.code == 2
     assert "masks already exists: name a new or an empty folder" in again.err
+    shutil.copytree(images, tmp_path / "same")
+    twice = setformer("predict", str(run), str(images), str(tmp_path / "same"), "--out", str(tmp_path / "other"))
+    assert twice.code == 2
+    assert "000.png would both be written to" in twice.err
+    assert not twice.out
     exported = setformer("ckpt", "export", str(run), str(tmp_path / "exported"), "--weights", "plain")
     assert exported.code == 0, exported.err
     scored = setformer("eval", str(tmp_path / "exported"), "--data", str(scenes), "--json")
