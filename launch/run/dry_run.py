@@ -35,7 +35,7 @@ from launch.run.distill import teacher_of
 from launch.run.identity import identity_of, shapes_of
 from launch.run.imported import is_imported
 from launch.run.initial_weights import FirstWeights
-from launch.run.inputs import evaluation_micro, images_of, inputs_of, shapes_of_images
+from launch.run.inputs import check_evaluated, evaluation_micro, images_of, inputs_of, shapes_of_images
 from launch.run.memory import check_images_fit, keep_within_budget, largest_batch, memory_of_machine, predicted
 from launch.run.objective import build_assumed, build_for, check_parts, classified_by_model
 from launch.run.own_code import bring
@@ -119,6 +119,7 @@ def _examine(run: ResolvedRun) -> _Known:
     check_metric(task, c.checkpoint.best_metric, c.checkpoint.best_mode, c.further_metrics)
     check_parts(task, (splits.train, splits.val))
     model = build_for(c, task, inputs.spec(splits.train))
+    check_evaluated(model, c.model.name, c.data, splits.val)
     freeze(model, c.model.freeze)
     check_folder(run)
     watch_of(run, model)

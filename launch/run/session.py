@@ -30,7 +30,7 @@ from launch.record.checkout import codes_of
 from launch.record.machine import machine_facts
 from launch.run.compose import Splits, check_device, compose, open_splits
 from launch.run.config import ResolvedRun, RunConfig, check_folder, permitted_changes, resolve
-from launch.run.inputs import inputs_of
+from launch.run.inputs import check_evaluated, inputs_of
 from launch.run.memory import check_images_fit, keep_within_budget
 from launch.run.objective import build_for, check_parts
 from launch.run.outcome import finish
@@ -109,6 +109,7 @@ def session(
     task = build_task(config.task, splits.train.classes)
     check_parts(task, (splits.train, splits.val))
     model = _model(run, splits, task, own, ranks.local_world_size)
+    check_evaluated(model, config.model.name, config.data, splits.val)
     torch.set_num_threads(config.run.threads or max(1, usable_cores() // ranks.local_world_size))
     check_folder(run)
     if connect(ranks, timeout_minutes=config.run.timeout_minutes) and stays:

@@ -170,6 +170,9 @@ def test_what_cannot_be_is_refused(digits: Path, scenes: Path, tmp_path: Path) -
     assert "task segmentation learns from masks, and samples of" in said(data=digits)
     assert "learns from masks or boxes, and data.labels = false" in said("data.labels=false")
     assert "data.augment.mixup changes the class of an image" in said("data.augment.mixup=0.2")
+    swin = ("model.name=swin_tiny_patch4_window7_224", "~model.args", "model.args.embed_dim=24",
+            "model.args.depths=[1,1,1,1]", "model.args.num_heads=[1,2,4,8]")  # fmt: skip
+    assert "does not take images of 32 x 48, in which evaluation shows whole images" in said(*swin)
     assert "task.args.channels = 100 must be a multiple of 64" in said("task.args.channels=100")
     assert "loss of a sum and a count" in said(f"distill.teacher={tmp_path}")
     assert "randaugment_ops = 2 shears, shifts and turns images" in said("data.augment.randaugment_ops=2")
