@@ -13,7 +13,7 @@ from torch import nn
 from dataloaders.config import DataConfig
 from launch.run.config import ResolvedRun
 from launch.run.inputs import shapes_of_images
-from launch.run.objective import averaged_bytes
+from launch.run.objective import averaged_bytes, encoder_of
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.model_config import Recompute
 from setformer_dist.engine.deepspeed_engine import DTYPES
@@ -129,8 +129,9 @@ def keep_within_budget(
     if budget is None:
         return None
     choices: list[Recompute | tuple[Recompute, ...]] = ["none", "block"]
-    if hasattr(model, "set_recompute"):
-        choices = [*candidates(len(model.stages), torch.cuda.is_available())]  # type: ignore[arg-type]
+    encoder = encoder_of(model)
+    if hasattr(encoder, "set_recompute"):
+        choices = [*candidates(len(encoder.stages), torch.cuda.is_available())]  # type: ignore[arg-type]
 
     @functools.cache
     def total(index: int) -> int:
