@@ -37,7 +37,7 @@ from launch.run.imported import is_imported
 from launch.run.initial_weights import FirstWeights
 from launch.run.inputs import check_evaluated, evaluation_micro, images_of, inputs_of, shapes_of_images
 from launch.run.memory import check_images_fit, keep_within_budget, largest_batch, memory_of_machine, predicted
-from launch.run.objective import build_assumed, build_for, check_parts, classified_by_model
+from launch.run.objective import assumed_classes, build_assumed, build_for, check_parts, classified_by_model
 from launch.run.own_code import bring
 from launch.run.periodic_probe import probed_data
 from launch.run.sequence import check_sequence
@@ -56,7 +56,6 @@ from setformer_dist.models.build import check_name, freeze
 from setformer_dist.models.measure import checkpoint_bytes, fixed_parameters, multiply_adds_of, parameters
 from setformer_dist.tasks.build import build_task, check_metric
 
-_ASSUMED_CLASSES = 1000
 _BARE = re.compile(r"[A-Za-z0-9_-]+")  # a key of TOML without quotes
 
 
@@ -226,7 +225,7 @@ def _assumed(run: ResolvedRun) -> _Known:
     """Return the model for images of so many classes, where the data are not there."""
     c = run.config
     assert isinstance(c.data, DataConfig)
-    model = build_assumed(c, _ASSUMED_CLASSES)
+    model = build_assumed(c)
     freeze(model, c.model.freeze)
     check_sequence(run.config, None, model)
     check_compiled(run, model, get_accelerator().device_name())
@@ -297,7 +296,7 @@ def dry_run(run: ResolvedRun, console: Console, local_ranks: int | None = None, 
     if missing is not None:
         console.print(
             "The data do not exist or cannot be opened (the error at the end says why): "
-            f"{_ASSUMED_CLASSES} classes are assumed, and the number of steps is unknown.",
+            f"{assumed_classes(run.config)} classes are assumed, and the number of steps is unknown.",
             highlight=False,
         )
     table = open_table("", "", show_header=False, box=None)

@@ -71,11 +71,19 @@ def _around(encoder: nn.Module, task: Hidden, name: str, bands: int) -> MaskedMo
     return SimmimModel(encoder, task.config.unit, task.config.ratio, name, bands)
 
 
-def build_assumed(config: RunConfig, classes: int) -> nn.Module:
-    """Return the model for images of so many classes, where the data are not there; raises as `build_for`."""
-    names = tuple(map(str, range(classes)))
+def assumed_classes(config: RunConfig) -> int:
+    """Return how many classes data that are not there are taken to have: as ImageNet, or ADE20K with masks."""
+    return 150 if config.task.name == Segmentation.name else 1000
+
+
+def build_assumed(config: RunConfig) -> nn.Module:
+    """Return the model for images of `assumed_classes`, where the data are not there; raises as `build_for`."""
+    classes = assumed_classes(config)
     if config.task.name in TASKS_OF_ENCODERS:
-        return build_for(config, build_task(config.task, names), {})
+        # Class weights name classes that are not known.
+        args = {key: value for key, value in config.task.args.items() if key != "class_weights"}
+        task = config.task.model_copy(update={"args": args})
+        return build_for(config, build_task(task, tuple(map(str, range(classes)))), {})
     return inputs_of(config.data).build_model(config.model, classes, {}, config.run.seed)
 
 
