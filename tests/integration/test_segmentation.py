@@ -92,6 +92,9 @@ def test_it_learns_and_its_masks_are_what_was_scored(scenes: Path, tmp_path: Pat
     again = setformer("predict", str(run), str(images), "--out", str(tmp_path / "masks"))
     assert again.code == 2
     assert "masks already exists: name a new or an empty folder" in again.err
+    listed = setformer("ckpt", "ls", str(run))
+    assert "miou 0." in listed.out
+    assert "iou_sky" not in listed.out
     shutil.copytree(images, tmp_path / "same")
     twice = setformer("predict", str(run), str(images), str(tmp_path / "same"), "--out", str(tmp_path / "other"))
     assert twice.code == 2
