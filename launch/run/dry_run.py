@@ -35,8 +35,15 @@ from launch.run.distill import teacher_of
 from launch.run.identity import identity_of, shapes_of
 from launch.run.imported import is_imported
 from launch.run.initial_weights import FirstWeights
-from launch.run.inputs import check_evaluated, evaluation_micro, images_of, inputs_of, shapes_of_images
-from launch.run.memory import check_images_fit, keep_within_budget, largest_batch, memory_of_machine, predicted
+from launch.run.inputs import Split, check_evaluated, evaluation_micro, images_of, inputs_of, shapes_of_images
+from launch.run.memory import (
+    check_evaluation_fits,
+    check_images_fit,
+    keep_within_budget,
+    largest_batch,
+    memory_of_machine,
+    predicted,
+)
 from launch.run.objective import assumed_classes, build_assumed, build_for, check_parts, classified_by_model
 from launch.run.own_code import bring
 from launch.run.periodic_probe import probed_data
@@ -68,12 +75,14 @@ class _Known:
         shape: of one sample.
         dtype: of its elements, None for the model's own.
         rows: of the table, (what, value).
+        val: what evaluation reads; None where the data are not there.
     """
 
     model: nn.Module
     shape: tuple[int, ...]
     dtype: torch.dtype | None
     rows: tuple[tuple[str, str], ...]
+    val: Split | None = None
 
 
 class Costs(TypedDict):
@@ -153,7 +162,7 @@ def _examine(run: ResolvedRun) -> _Known:
         rows.append(("teacher", f"{teacher.place}, {teacher.config.model.name}, {teacher.weights} weights{order}"))
     rows += [("begins", resumed)] if resumed else _beginning(run, model, classified_by_model(task))
     rows += _recomputed(run, model, inputs.shape(splits.train), inputs.dtype)
-    return _Known(model, inputs.shape(splits.train), inputs.dtype, tuple(rows))
+    return _Known(model, inputs.shape(splits.train), inputs.dtype, tuple(rows), splits.val)
 
 
 def _mixing(config: RunConfig, steps_per_epoch: int) -> list[tuple[str, str]]:
@@ -307,6 +316,8 @@ def dry_run(run: ResolvedRun, console: Console, local_ranks: int | None = None, 
         raise missing
     if local_ranks is not None:
         check_images_fit(run, known.model, known.shape, known.dtype, local_ranks)
+        if known.val is not None:
+            check_evaluation_fits(run, known.model, known.val, local_ranks)
     check_free(run.config.folder)
     _check_disk(run, costs)
 

@@ -247,6 +247,12 @@ def check_shapes(model: nn.Module, name: str, config: DataConfig | TokenConfig) 
             )
 
 
+def evaluated_shapes(config: DataConfig, split: Split) -> list[tuple[int, int]]:
+    """Return every height and width in which evaluation shows images of a split, in order."""
+    stored = np.unique(images_of(split).sizes(), axis=0).tolist()
+    return sorted({evaluated_shape((height, width), config) for height, width in stored})
+
+
 def check_evaluated(model: nn.Module, name: str, config: DataConfig | TokenConfig, split: Split) -> None:
     """Refuse a model that does not take whole images of a split, before the first evaluation does.
 
@@ -257,8 +263,7 @@ def check_evaluated(model: nn.Module, name: str, config: DataConfig | TokenConfi
     """
     if isinstance(config, TokenConfig) or config.eval_view != "whole":
         return
-    stored = np.unique(images_of(split).sizes(), axis=0).tolist()
-    shapes = sorted({evaluated_shape((height, width), config) for height, width in stored} - {config.shape})
+    shapes = [shape for shape in evaluated_shapes(config, split) if shape != config.shape]
     wide = sorted(shapes, key=lambda shape: shape[1])
     for shape in sorted({*shapes[:: len(shapes) // _TRIED + 1], *shapes[-1:], *wide[:1], *wide[-1:]}):
         check_takes(model, name, config.bands, *shape)

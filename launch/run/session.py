@@ -31,7 +31,7 @@ from launch.record.machine import machine_facts
 from launch.run.compose import Splits, check_device, compose, open_splits
 from launch.run.config import ResolvedRun, RunConfig, check_folder, permitted_changes, resolve
 from launch.run.inputs import check_evaluated, inputs_of
-from launch.run.memory import check_images_fit, keep_within_budget
+from launch.run.memory import check_evaluation_fits, check_images_fit, keep_within_budget
 from launch.run.objective import build_for, check_parts
 from launch.run.outcome import finish
 from launch.run.own_code import bring
@@ -110,6 +110,8 @@ def session(
     check_parts(task, (splits.train, splits.val))
     model = _model(run, splits, task, own, ranks.local_world_size)
     check_evaluated(model, config.model.name, config.data, splits.val)
+    if own is None:
+        check_evaluation_fits(run, model, splits.val, ranks.local_world_size)
     torch.set_num_threads(config.run.threads or max(1, usable_cores() // ranks.local_world_size))
     check_folder(run)
     if connect(ranks, timeout_minutes=config.run.timeout_minutes) and stays:
