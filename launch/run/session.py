@@ -109,9 +109,6 @@ def session(
     task = build_task(config.task, splits.train.classes)
     check_parts(task, (splits.train, splits.val))
     model = _model(run, splits, task, own, ranks.local_world_size)
-    check_evaluated(model, config.model.name, config.data, splits.val)
-    if own is None:
-        check_evaluation_fits(run, model, splits.val, ranks.local_world_size)
     torch.set_num_threads(config.run.threads or max(1, usable_cores() // ranks.local_world_size))
     check_folder(run)
     if connect(ranks, timeout_minutes=config.run.timeout_minutes) and stays:
@@ -167,6 +164,9 @@ def _model(run: ResolvedRun, splits: Splits, task: Task, own: OwnModel | None, l
     recomputed = keep_within_budget(run, model, shape, inputs.dtype)
     if recomputed is not None:
         log.info("recomputed, by stage: %s", recomputed)
+    check_evaluated(model, config.model.name, config.data, splits.val)
+    if own is None:
+        check_evaluation_fits(run, model, splits.val, local_ranks)
     if own is None or (isinstance(config.data, DataConfig) and config.data.resolutions):
         check_images_fit(run, model, shape, inputs.dtype, local_ranks)  # not every own model runs without numbers
     return model

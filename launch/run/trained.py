@@ -337,6 +337,11 @@ class Prediction:
     mask: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
 
+def shown_whole(data: DataConfig) -> DataConfig:
+    """Return a config by which masks of whole images are predicted, also where evaluation shows their centre."""
+    return data.model_copy(update={"eval_view": "whole"})
+
+
 def predict(trained: Trained, images: Iterable[Path], top: int) -> Iterator[Prediction | DataError]:
     """Classify image files one after the other; yield an error in the place of an image that does not decode.
 
@@ -348,6 +353,8 @@ def predict(trained: Trained, images: Iterable[Path], top: int) -> Iterator[Pred
         raise ConfigError(f"{trained.place} is a model of token sequences: name a checkpoint of images")
     if not trained.task.outputs:
         raise _without_classes(trained)
+    if isinstance(trained.task, Segmentation):
+        data_config = shown_whole(data_config)
     taken = {data_config.shape}  # which training has shown
     for path in images:
         try:

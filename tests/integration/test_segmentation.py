@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -100,6 +101,12 @@ def test_it_learns_and_its_masks_are_what_was_scored(scenes: Path, tmp_path: Pat
     assert twice.code == 2
     assert "000.png would both be written to" in twice.err
     assert not twice.out
+    trained = library.load(run, weights="plain")
+    data = trained.config.data.model_copy(update={"eval_view": "centre"})
+    centred = dataclasses.replace(trained, config=trained.config.model_copy(update={"data": data}))
+    for found in library.predict(centred, sorted(images.iterdir())):  # masks of whole images all the same
+        assert found.mask is not None
+        assert np.array_equal(found.mask, np.array(Image.open(tmp_path / "masks" / found.image.name)))
     exported = setformer("ckpt", "export", str(run), str(tmp_path / "exported"), "--weights", "plain")
     assert exported.code == 0, exported.err
     scored = setformer("eval", str(tmp_path / "exported"), "--data", str(scenes), "--json")
