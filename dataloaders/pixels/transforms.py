@@ -49,8 +49,7 @@ from dataloaders.pixels.view import (
     whole_view,
     window_view,
 )
-from dataloaders.source import Fetching, Source, Stored, Tiled
-from dataloaders.sources.classes import UNLABELLED
+from dataloaders.source import UNLABELLED, Fetching, Source, Stored, Tiled
 from setformer_dist.core.batch import VOID
 from setformer_dist.core.errors import ConfigError, DataError
 
