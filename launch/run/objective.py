@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 from dataloaders.config import DataConfig, TokenConfig
+from dataloaders.source import Source
+from dataloaders.sources.shards import ShardDataset
 from dataloaders.tokens import TokenSplit
 from launch.run.config import RunConfig
 from launch.run.inputs import ImageInputs, Split, TokenInputs, images_of, inputs_of, shapes_of_images
@@ -27,6 +30,10 @@ from setformer_dist.tasks.segmentation import Segmentation
 
 # Tasks whose model has an encoder within it.
 TASKS_OF_ENCODERS = (*TASKS_OF_HIDDEN, Segmentation.name)
+
+_NAMES_OF_PARTS = {"mask": "masks", "boxes": "boxes"}
+
+log = logging.getLogger(__name__)
 
 
 def build_for(config: RunConfig, task: Task, input_spec: dict[str, object]) -> nn.Module:
@@ -141,7 +148,7 @@ def _check_dense(data: DataConfig, task: Task) -> None:
 
 
 def check_parts(task: Task, splits: Iterable[Split]) -> None:
-    """Check that samples have what a task learns from.
+    """Check that samples have what a task learns from; warn where some have not.
 
     Raises:
         ConfigError: naming the split that has not.
@@ -153,11 +160,21 @@ def check_parts(task: Task, splits: Iterable[Split]) -> None:
             continue
         source = images_of(split)
         if missing := sorted(task.needs_parts - source.parts):
-            what = {"mask": "masks", "boxes": "boxes"}.get(missing[0], missing[0])
+            what = _NAMES_OF_PARTS.get(missing[0], missing[0])
             raise ConfigError(
                 f"task {task.name} learns from {what}, and samples of {source.name} have none: pack images with their "
                 f"{what} (setformer data pack --help), or choose another task"
             )
+        _warn_of_gaps(task, source)
+
+
+def _warn_of_gaps(task: Dense, source: Source) -> None:
+    """Say how many samples have no mask; those without boxes may well show nothing."""
+    if "mask" in task.needs_parts and isinstance(source, ShardDataset) and (count := source.without("mask")):
+        log.warning(
+            "%d of %d samples of %s have no masks: they are read, and nothing is learnt or scored by them",
+            count, source.num_samples, source.name,
+        )  # fmt: skip
 
 
 def encoder_of(model: nn.Module) -> nn.Module:

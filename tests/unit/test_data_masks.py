@@ -17,8 +17,10 @@ from dataloaders.opening import open_source
 from dataloaders.packing.inspection import mask_values
 from dataloaders.pixels.decode import decode_mask
 from dataloaders.reading.streams import ShardEvalStream, ShardTrainStream
+from launch.run.objective import check_parts
 from launch.testing.commands import Ended, setformer
 from setformer_dist.core.ranks import RankInfo
+from setformer_dist.tasks.segmentation import Segmentation
 
 SHAPE = (40, 60)
 CLASSES = np.random.default_rng(0).integers(0, 3, SHAPE).astype(np.uint8)
@@ -103,6 +105,22 @@ def test_a_mask_of_a_class_that_the_data_do_not_name_is_damaged(tmp_path: Path) 
     batch = next(iter(stream.micro_batches(0)))
     assert len(batch.substitutions) == 1
     assert "its mask has class 9" in batch.substitutions[0]
+
+
+def test_samples_without_a_mask_among_others_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Image.new("L", (16, 16)).save(tmp_path / "0.mask.png")
+    for sample in range(3):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"{sample}.png")
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "classes.txt").write_text("road\nsky\n")
+    with tarfile.open(tmp_path / "shards" / "a.tar", "w") as tar:
+        for path in sorted(tmp_path.glob("*.png")):
+            tar.add(path, path.name)
+    config = DataConfig(root=str(tmp_path), cache=str(tmp_path / "cache"))
+    source = open_source(str(tmp_path), "shards", config)
+    check_parts(Segmentation({}, source.classes), [source])
+    assert "2 of 3 samples of" in caplog.text
+    assert "have no masks: they are read, and nothing is learnt" in caplog.text
 
 
 def test_masks_without_a_class_are_no_data(tmp_path: Path) -> None:
