@@ -41,7 +41,6 @@ from setformer_dist.models.build import build_model, created, timm_arguments
 from setformer_dist.models.measure import refuses
 
 _CHANNELS = 3  # of models that are told nothing
-_TRIED = 4  # image sizes, besides the smallest and the largest
 
 
 class Split(Protocol):
@@ -256,7 +255,7 @@ def evaluated_shapes(config: DataConfig, split: Split) -> list[tuple[int, int]]:
 def check_evaluated(model: nn.Module, name: str, config: DataConfig | TokenConfig, split: Split) -> None:
     """Refuse a model that does not take whole images of a split, before the first evaluation does.
 
-    Of many sizes a few are tried, the smallest and the largest among them.
+    Of many sizes five are tried, as each takes up to a second: the extremes, and one of the middle.
 
     Raises:
         ConfigError: naming the size.
@@ -265,7 +264,8 @@ def check_evaluated(model: nn.Module, name: str, config: DataConfig | TokenConfi
         return
     shapes = [shape for shape in evaluated_shapes(config, split) if shape != config.shape]
     wide = sorted(shapes, key=lambda shape: shape[1])
-    for shape in sorted({*shapes[:: len(shapes) // _TRIED + 1], *shapes[-1:], *wide[:1], *wide[-1:]}):
+    middle = len(shapes) // 2
+    for shape in sorted({*shapes[:1], *shapes[middle : middle + 1], *shapes[-1:], *wide[:1], *wide[-1:]}):
         check_takes(model, name, config.bands, *shape)
 
 
