@@ -16,6 +16,9 @@ import torch
 
 from setformer_dist.core.errors import DataError
 
+# The one class of data without labels (data.labels = false).
+UNLABELLED = "unlabelled"
+
 
 class DamagedSampleError(DataError):
     """One sample whose bytes are not what they were packed as, or do not decode."""

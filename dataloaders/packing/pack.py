@@ -58,6 +58,7 @@ from dataloaders.sources.index import (
 )
 from dataloaders.sources.tiles import LARGEST_SIDE
 from dataloaders.storage.whole_folder import check_destination, commit_folder, work_folder, work_name
+from setformer_dist.core.batch import VOID
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.words import counted
 
@@ -325,12 +326,20 @@ def finish(written: WrittenShards, top_class: int, said: Mapping[str, object] | 
         written: the shards.
         top_class: largest class of the masks, -1 without.
         said: what the index says of the packing besides its options.
+
+    Raises:
+        DataError: there is no class.
     """
     found, work, plans, shards = written.found, written.work, written.plans, written.shards
     rejected = [*found.left_out, *written.rejected]
+    classes = found.origin.classes or tuple(f"class {number}" for number in range(top_class + 1))
+    if not classes:
+        raise DataError(
+            f"no pixel of the masks has a class: all have the value {VOID}, or that of --void. Give other masks, or "
+            "name the classes by --classes or --classes-from"
+        )
     shutil.rmtree(work / SCRATCH, ignore_errors=True)
     shutil.rmtree(plans[0].aside)
-    classes = found.origin.classes or tuple(f"class {number}" for number in range(top_class + 1))
     index = _write_index(written, classes, rejected, said or {})
     _tidy(work, {plan.path.name for plan in plans})
     return PackResult(index, rejected, [*found.notes, *_notes(index, shards, written.before)])

@@ -37,6 +37,7 @@ from dataloaders.pixels.depth import FULL_RANGE, MAX_PIXELS, RGB, Numbers, Pixel
 from dataloaders.pixels.depth import UndecodableError as UndecodableError  # as most of this package names it
 from dataloaders.pixels.formats import FORMATS, looks_like
 from dataloaders.source import Tiled
+from setformer_dist.core.batch import VOID
 from setformer_dist.core.errors import ConfigError, SetformerError
 
 _JPEG_START = b"\xff\xd8"
@@ -287,32 +288,37 @@ def class_numbers(image: PIL.Image.Image) -> npt.NDArray[Any]:
     return values if steps is None else values // np.uint8(steps)
 
 
-def decode_mask(data: bytes, shape: tuple[int, int]) -> npt.NDArray[np.uint8]:
+def decode_mask(data: bytes, shape: tuple[int, int], classes: int = VOID) -> npt.NDArray[np.uint8]:
     """Decode a mask: a PNG of one byte per pixel, which is its class (or the place in its palette).
 
     Args:
         data: the file's bytes.
         shape: (height, width) of the image that it belongs to.
+        classes: of the data.
 
     Returns:
         (H, W) uint8.
 
     Raises:
-        UndecodableError: the bytes are not a whole mask of this shape.
+        UndecodableError: the bytes are not a whole mask of this shape, or a pixel has another class.
     """
     try:
         _check_png(data)
         with PIL.Image.open(io.BytesIO(data), formats=MASK_FORMATS) as image:
             refuse_large(image)
             mode, mask = image.mode, class_numbers(image)
-    except UndecodableError:
-        raise
+    except UndecodableError as error:
+        raise UndecodableError(f"its mask is damaged: {error}") from None
     except Exception as error:  # noqa: BLE001  (as in `decode`)
         raise UndecodableError(f"its mask is not a whole image: {error}") from None
     if mode not in ("L", "P") or mask.shape != shape:
         raise UndecodableError(
             f"its mask is {mask.shape[0]} x {mask.shape[1]} of mode {mode}, not {shape[0]} x {shape[1]} of one byte "
             "per pixel"
+        )
+    if (beyond := int((mask + np.uint8(1)).max(initial=0))) > classes:  # VOID is 0 so
+        raise UndecodableError(
+            f"its mask has class {beyond - 1}, but there are {classes} classes (and {VOID} for none)"
         )
     return mask
 

@@ -49,7 +49,7 @@ from dataloaders.pixels.view import (
     whole_view,
     window_view,
 )
-from dataloaders.source import Fetching, Source, Stored, Tiled
+from dataloaders.source import UNLABELLED, Fetching, Source, Stored, Tiled
 from setformer_dist.core.batch import VOID
 from setformer_dist.core.errors import ConfigError, DataError
 
@@ -141,6 +141,7 @@ class TrainTransform:
         self._keep = config.eval_crop
         self._recolours = recolours(config.augment)
         self._form = config.form
+        self._classes = classes_in_masks(source)
         example = torch.zeros((config.bands, config.image_size, config.image_size), dtype=dtype_of(config.form))
         self._own = own_augmentations(config.augment.own, example, config.workers)
         # The mean colour is zero once normalised: what the network sees as "nothing there".
@@ -174,7 +175,7 @@ class TrainTransform:
         view = mirrored(self._view(stored, shape, choices.crop, scale), self._augment, choices)
         shrink = _decode_shrink(view) if self._augment.crop == "resized" else 1
         image = _seen(sample, view, stored, shrink, self._form, self._interpolation)
-        mask = None if sample.mask is None else see_mask(view, decode_mask(sample.mask, stored))
+        mask = None if sample.mask is None else see_mask(view, decode_mask(sample.mask, stored, self._classes))
         if self._recolours:
             image, mask = self._recoloured(image, mask, choices)
         return Shown(image, mask, None if sample.boxes is None else see_boxes(view, sample.boxes), sample.soft)
@@ -213,6 +214,11 @@ class TrainTransform:
         return image, mask
 
 
+def classes_in_masks(source: Source) -> int:
+    """Return how many classes the masks of a source may have; all, where it names none."""
+    return VOID if source.classes == (UNLABELLED,) else len(source.classes)
+
+
 def evaluated_shape(stored: Shape, config: DataConfig) -> Shape:
     """Return (height, width) of an image as evaluation shows it, which was stored as (height, width)."""
     if config.eval_view == "centre":
@@ -220,7 +226,7 @@ def evaluated_shape(stored: Shape, config: DataConfig) -> Shape:
     return stored if config.augment.crop == "window" else whole_shape(stored, config.shape, config.bucket_multiple)
 
 
-def show_for_eval(sample: Stored, config: DataConfig) -> Shown:
+def show_for_eval(sample: Stored, config: DataConfig, classes: int = VOID) -> Shown:
     """Return a sample as evaluation sees it, in (H, W): resized so that it covers (H, W) / eval_crop, centre cut.
 
     With augment.crop = "window" the window at the image's centre is seen, at native scale. With eval_view = "whole"
@@ -228,6 +234,11 @@ def show_for_eval(sample: Stored, config: DataConfig) -> Shown:
 
     An image of H x W is taken as it is. The resize is antialiased; against timm's (PIL's) the mean difference
     is below 1 of 255.
+
+    Args:
+        sample: as its source reads it.
+        config: of the data.
+        classes: that its mask may have.
 
     Raises:
         UndecodableError: the bytes are not a whole image.
@@ -241,7 +252,7 @@ def show_for_eval(sample: Stored, config: DataConfig) -> Shown:
         view = centre_view(stored, config.shape, config.eval_crop)
     image = _seen(sample, view, stored, 1, config.form, config.interpolation)
     of_mask = whole_view(stored, stored) if config.eval_view == "whole" else view
-    mask = None if sample.mask is None else see_mask(of_mask, decode_mask(sample.mask, stored))
+    mask = None if sample.mask is None else see_mask(of_mask, decode_mask(sample.mask, stored, classes))
     return Shown(image, mask, None if sample.boxes is None else see_boxes(view, sample.boxes), sample.soft)
 
 

@@ -26,6 +26,7 @@ from dataloaders.pixels.transforms import (
     Shown,
     TrainTransform,
     check_windows,
+    classes_in_masks,
     draw_choices,
     evaluated_shape,
     show_for_eval,
@@ -368,7 +369,7 @@ class _EvalWork:
         stored = self._source.read(sample)
         if self._config.eval_view == "whole":  # whose batch is as large as the index says
             check_shape(stored_shape(stored.image, self._config.form), self._source.size(sample))
-        return show_for_eval(stored, self._config)
+        return show_for_eval(stored, self._config, classes_in_masks(self._source))
 
     def loaded(self) -> Loaded:
         return self._batch.loaded(self._request, self._delivered)

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dataloaders.source import UNLABELLED as UNLABELLED  # as this package names it
 from dataloaders.sources.files import parse_json
 from setformer_dist.core.errors import DataError
 
@@ -32,9 +33,6 @@ LARGEST_CLASS_FILE = 1 << 24
 
 # A soft label may sum to 1 but for this much; it is divided by its sum.
 _SOFT_ROUNDING = 1e-3
-
-# The one class of data without labels (data.labels = false).
-UNLABELLED = "unlabelled"
 
 _TABLES = ("id2label", "label2id", "class_to_idx", "idx_to_class")
 _UNSEEN = ("Cc", "Cs", "Zl", "Zp")  # control characters, half characters, separators of lines

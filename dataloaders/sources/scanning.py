@@ -24,7 +24,7 @@ from dataloaders.sources.files import open_regular
 from dataloaders.sources.index import PARTS, Index, ShardFacts, key_matrix_of
 from dataloaders.sources.passed import Passed
 from dataloaders.sources.tar_headers import FileReader, StreamReader
-from dataloaders.sources.tars import Row, scan
+from dataloaders.sources.tars import MASK_PART, Row, scan
 from dataloaders.storage.base import (
     DeniedError,
     FileFacts,
@@ -256,7 +256,7 @@ def labelled(
             raise DataError(
                 f"the shards in {root} have no labels (<key>.cls, or 'label' in <key>.json), the first being sample "
                 f"{first.key(0)!r} of {first.facts.name}: pack them with "
-                "labels, or set data.labels = false for a task without"
+                f"labels, or masks (<key>.{MASK_PART}), or set data.labels = false for a task without"
             )
         if named is None:
             raise DataError(

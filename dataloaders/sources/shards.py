@@ -99,6 +99,11 @@ class ShardDataset:
         """What samples have besides image and label."""
         return self.index.parts
 
+    def without(self, part: str) -> int:
+        """Return how many samples have no such part, where others have."""
+        self._make_sure(range(len(self._sure)))
+        return int((np.asarray(self.index.columns[f"{part}_size"]) == 0).sum())
+
     @property
     def shards(self) -> npt.NDArray[np.int32]:
         """(N,) number of the shard that holds each sample, never falling."""

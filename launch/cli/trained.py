@@ -138,9 +138,10 @@ def predict(
 
     bring(imports or ())
     trained = load_named(checkpoint, weights_named(weights), best=best)
-    masks = None if out is None else MaskFolder(trained, out)
+    files = list(_images_of(images))
+    masks = None if out is None else MaskFolder(trained, out, files)
     failed: DataError | None = None
-    for found in infer.predict(trained, _images_of(images), top):
+    for found in infer.predict(trained, files, top):
         if isinstance(found, DataError):  # one bad image does not hide the others
             print(f"error: {plain(found)}", file=sys.stderr)
             failed = found

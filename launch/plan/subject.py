@@ -14,7 +14,7 @@ from launch.plan.traffic import Model
 from launch.run.config import RunConfig
 from launch.run.inputs import inputs_of
 from launch.run.memory import part_of_sample
-from launch.run.objective import build_assumed, build_for
+from launch.run.objective import assumed_classes, build_assumed, build_for
 from launch.run.sequence import check_sequence
 from setformer_dist.core.errors import DataError
 from setformer_dist.engine.deepspeed_engine import DTYPES
@@ -24,7 +24,6 @@ from setformer_dist.models.measure import Activations, measure_activations, mult
 from setformer_dist.tasks.build import build_task
 
 _MEASURED_AT = (1, 8, 64)  # samples of a micro batch
-_ASSUMED_CLASSES = 1000
 
 
 @dataclass(frozen=True)
@@ -143,9 +142,9 @@ def _model_of(config: RunConfig) -> tuple[nn.Module, tuple[int, ...], str]:
     except DataError:
         if not isinstance(config.data, DataConfig):
             raise
-    model = build_assumed(config, _ASSUMED_CLASSES)
+    model = build_assumed(config)
     freeze(model, config.model.freeze)
-    return model, (config.data.bands, *config.data.shape), f"the data are not there: {_ASSUMED_CLASSES} classes"
+    return model, (config.data.bands, *config.data.shape), f"the data are not there: {assumed_classes(config)} classes"
 
 
 def _passes_of(

@@ -77,7 +77,8 @@ def compile_for(
     # On CPUs C++ is compiled, one file after the other; further processes would only wait.
     share = usable_cores() // ranks.local_world_size
     processes = 1 if device == "cpu" else max(1, min(_MOST_PROCESSES, share))
-    compile_model(model, c.compile, sizes, processes, beat)
+    whole = isinstance(c.data, DataConfig) and c.data.eval_view == "whole"
+    compile_model(model, c.compile, sizes, processes, beat, evaluated=not whole)
     return [module for _, module in blocks_of(model)] if c.compile.mode == "blocks" else []
 
 

@@ -35,9 +35,16 @@ from launch.run.distill import teacher_of
 from launch.run.identity import identity_of, shapes_of
 from launch.run.imported import is_imported
 from launch.run.initial_weights import FirstWeights
-from launch.run.inputs import evaluation_micro, images_of, inputs_of, shapes_of_images
-from launch.run.memory import check_images_fit, keep_within_budget, largest_batch, memory_of_machine, predicted
-from launch.run.objective import build_assumed, build_for, check_parts, classified_by_model
+from launch.run.inputs import Split, check_evaluated, evaluation_micro, images_of, inputs_of, shapes_of_images
+from launch.run.memory import (
+    check_evaluation_fits,
+    check_images_fit,
+    keep_within_budget,
+    largest_batch,
+    memory_of_machine,
+    predicted,
+)
+from launch.run.objective import assumed_classes, build_assumed, build_for, check_parts, classified_by_model
 from launch.run.own_code import bring
 from launch.run.periodic_probe import probed_data
 from launch.run.sequence import check_sequence
@@ -56,7 +63,6 @@ from setformer_dist.models.build import check_name, freeze
 from setformer_dist.models.measure import checkpoint_bytes, fixed_parameters, multiply_adds_of, parameters
 from setformer_dist.tasks.build import build_task, check_metric
 
-_ASSUMED_CLASSES = 1000
 _BARE = re.compile(r"[A-Za-z0-9_-]+")  # a key of TOML without quotes
 
 
@@ -69,12 +75,14 @@ class _Known:
         shape: of one sample.
         dtype: of its elements, None for the model's own.
         rows: of the table, (what, value).
+        val: what evaluation reads; None where the data are not there.
     """
 
     model: nn.Module
     shape: tuple[int, ...]
     dtype: torch.dtype | None
     rows: tuple[tuple[str, str], ...]
+    val: Split | None = None
 
 
 class Costs(TypedDict):
@@ -119,6 +127,7 @@ def _examine(run: ResolvedRun) -> _Known:
     check_metric(task, c.checkpoint.best_metric, c.checkpoint.best_mode, c.further_metrics)
     check_parts(task, (splits.train, splits.val))
     model = build_for(c, task, inputs.spec(splits.train))
+    check_evaluated(model, c.model.name, c.data, splits.val)
     freeze(model, c.model.freeze)
     check_folder(run)
     watch_of(run, model)
@@ -153,7 +162,7 @@ def _examine(run: ResolvedRun) -> _Known:
         rows.append(("teacher", f"{teacher.place}, {teacher.config.model.name}, {teacher.weights} weights{order}"))
     rows += [("begins", resumed)] if resumed else _beginning(run, model, classified_by_model(task))
     rows += _recomputed(run, model, inputs.shape(splits.train), inputs.dtype)
-    return _Known(model, inputs.shape(splits.train), inputs.dtype, tuple(rows))
+    return _Known(model, inputs.shape(splits.train), inputs.dtype, tuple(rows), splits.val)
 
 
 def _mixing(config: RunConfig, steps_per_epoch: int) -> list[tuple[str, str]]:
@@ -225,7 +234,7 @@ def _assumed(run: ResolvedRun) -> _Known:
     """Return the model for images of so many classes, where the data are not there."""
     c = run.config
     assert isinstance(c.data, DataConfig)
-    model = build_assumed(c, _ASSUMED_CLASSES)
+    model = build_assumed(c)
     freeze(model, c.model.freeze)
     check_sequence(run.config, None, model)
     check_compiled(run, model, get_accelerator().device_name())
@@ -296,7 +305,7 @@ def dry_run(run: ResolvedRun, console: Console, local_ranks: int | None = None, 
     if missing is not None:
         console.print(
             "The data do not exist or cannot be opened (the error at the end says why): "
-            f"{_ASSUMED_CLASSES} classes are assumed, and the number of steps is unknown.",
+            f"{assumed_classes(run.config)} classes are assumed, and the number of steps is unknown.",
             highlight=False,
         )
     table = open_table("", "", show_header=False, box=None)
@@ -307,6 +316,8 @@ def dry_run(run: ResolvedRun, console: Console, local_ranks: int | None = None, 
         raise missing
     if local_ranks is not None:
         check_images_fit(run, known.model, known.shape, known.dtype, local_ranks)
+        if known.val is not None:
+            check_evaluation_fits(run, known.model, known.val, local_ranks)
     check_free(run.config.folder)
     _check_disk(run, costs)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -17,7 +18,7 @@ from dataloaders.ffcv.check import load_ffcv_engine
 from dataloaders.opening import check_mixture_room, open_source
 from dataloaders.order.mixture import MixtureSource
 from dataloaders.order.resolution import telling_shapes, training_shapes
-from dataloaders.pixels.transforms import check_pixels
+from dataloaders.pixels.transforms import check_pixels, evaluated_shape
 from dataloaders.reading.device import Prepare as ImagePrepare
 from dataloaders.reading.streams import ShardEvalStream, ShardTrainStream
 from dataloaders.source import Source
@@ -243,6 +244,43 @@ def check_shapes(model: nn.Module, name: str, config: DataConfig | TokenConfig) 
                 f"data.resolutions or data.aspect_buckets ask for ({str(error).splitlines()[0]}): choose other sizes "
                 "or another model"
             )
+
+
+def evaluated_shapes(config: DataConfig, split: Split) -> list[tuple[int, int]]:
+    """Return every height and width in which evaluation shows images of a split, in order."""
+    stored = np.unique(images_of(split).sizes(), axis=0).tolist()
+    return sorted({evaluated_shape((height, width), config) for height, width in stored})
+
+
+def check_evaluated(model: nn.Module, name: str, config: DataConfig | TokenConfig, split: Split) -> None:
+    """Refuse a model that does not take whole images of a split, before the first evaluation does.
+
+    Of many sizes five are tried, as each takes up to a second: the extremes, and one of the middle.
+
+    Raises:
+        ConfigError: naming the size.
+    """
+    if isinstance(config, TokenConfig) or config.eval_view != "whole":
+        return
+    shapes = [shape for shape in evaluated_shapes(config, split) if shape != config.shape]
+    wide = sorted(shapes, key=lambda shape: shape[1])
+    middle = len(shapes) // 2
+    for shape in sorted({*shapes[:1], *shapes[middle : middle + 1], *shapes[-1:], *wide[:1], *wide[-1:]}):
+        check_takes(model, name, config.bands, *shape)
+
+
+def check_takes(model: nn.Module, name: str, bands: int, height: int, width: int) -> None:
+    """Refuse an image of a height and width that a model does not take.
+
+    Raises:
+        ConfigError: naming the size.
+    """
+    if (error := refuses(model, (bands, height, width))) is not None:
+        raise ConfigError(
+            f"model {name} does not take images of {height} x {width}, in which evaluation shows whole images "
+            f"({str(error).splitlines()[0]}): let it take any size (Swin: model.args.strict_img_size = false; ViT: "
+            "model.args.dynamic_img_size = true), choose another data.bucket_multiple, or take another model"
+        )
 
 
 def shapes_of_images(config: DataConfig) -> list[tuple[int, int]]:

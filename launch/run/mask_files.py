@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from PIL import Image
@@ -20,33 +21,36 @@ class MaskFolder:
     Args:
         trained: the model that predicts them.
         folder: a new or an empty one.
+        images: all whose masks will be written.
 
     Raises:
-        ConfigError: the model predicts no masks, or the folder cannot be used.
+        ConfigError: the model predicts no masks, the folder cannot be used, or two images have the same name.
     """
 
-    def __init__(self, trained: Trained, folder: Path) -> None:
+    def __init__(self, trained: Trained, folder: Path, images: Iterable[Path]) -> None:
         if not isinstance(trained.task, Segmentation):
             raise ConfigError(
                 f"--out writes masks, and {trained.place} (task {trained.task.name}) predicts none: leave it out"
             )
         check_new(folder)
         self._folder = folder
-        self._written: dict[str, Path] = {}
+        named: dict[str, Path] = {}
+        for image in images:
+            if (other := named.setdefault(_name_of(image), image)) != image:
+                raise ConfigError(
+                    f"{other} and {image} would both be written to {folder / _name_of(image)}: predict one of them "
+                    "into another folder"
+                )
         self._colours = [part for label in range(VOID) for part in colour(label)] + [0, 0, 0]
 
     def write(self, found: Prediction) -> None:
         """Write the mask of an image.
 
         Raises:
-            ConfigError: another image of the same name has one there, or the folder cannot be written.
+            ConfigError: the folder cannot be written.
         """
         assert found.mask is not None
-        name = f"{found.image.stem}.png"
-        if (other := self._written.setdefault(name, found.image)) != found.image:
-            raise ConfigError(
-                f"{found.image} and {other} would both be written to {self._folder / name}: predict folder by folder"
-            )
+        name = _name_of(found.image)
         image = Image.fromarray(found.mask.numpy()).convert("L")
         image.putpalette(self._colours)
         try:
@@ -55,3 +59,7 @@ class MaskFolder:
                 image.save(aside, "PNG")
         except OSError as error:
             raise ConfigError(f"{self._folder / name} cannot be written: {error.strerror or error}") from None
+
+
+def _name_of(image: Path) -> str:
+    return f"{image.stem}.png"

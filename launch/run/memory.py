@@ -12,14 +12,14 @@ from torch import nn
 
 from dataloaders.config import DataConfig
 from launch.run.config import ResolvedRun
-from launch.run.inputs import shapes_of_images
-from launch.run.objective import averaged_bytes
+from launch.run.inputs import Split, evaluated_shapes, shapes_of_images
+from launch.run.objective import averaged_bytes, encoder_of
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.model_config import Recompute
 from setformer_dist.engine.deepspeed_engine import DTYPES
 from setformer_dist.engine.optim import OPTIMIZERS
 from setformer_dist.engine.zero import set_aside
-from setformer_dist.models.measure import Memory, parameters, predict_memory
+from setformer_dist.models.measure import Memory, measure_evaluation, parameters, predict_memory
 from setformer_dist.models.recompute import candidates, set_recompute
 
 # Predictions were within 7 % of what was measured (docs/memory.md): what is far beyond the memory is refused.
@@ -93,10 +93,8 @@ def check_images_fit(
     if not scheduled and (few or torch.cuda.is_available()):
         return
     memory = predicted(run, model, shape, batch_dtype)
-    if torch.cuda.is_available():
-        need, there, whose = memory.total, torch.cuda.mem_get_info()[1], "the device"
-    else:
-        need, there, whose = memory.total + memory.host, memory_of_machine() // local_ranks, "this host, per rank,"
+    need = memory.total + (0 if torch.cuda.is_available() else memory.host)
+    there, whose = _there(local_ranks)
     if need <= _MARGIN * there:
         return
     what = "data.resolutions comes to images" if scheduled else "the micro batch is images"
@@ -105,6 +103,41 @@ def check_images_fit(
         f"predicted to take {_shown(need)}, and {whose} has {_shown(there)}: lower batch.micro or batch.micro_pixels, "
         "or set model.memory_budget, model.recompute or parallel.sequence"
     )
+
+
+def check_evaluation_fits(run: ResolvedRun, model: nn.Module, split: Split, local_ranks: int) -> None:
+    """Refuse whole images that do not fit where evaluation shows them: the first one would end the run.
+
+    Args:
+        run: its config.
+        model: of the run.
+        split: that evaluation reads.
+        local_ranks: as in `check_images_fit`.
+
+    Raises:
+        ConfigError: naming the size, what it is predicted to take, and what there is.
+    """
+    data = run.config.data
+    if not isinstance(data, DataConfig) or data.eval_view != "whole":
+        return
+    height, width = max(evaluated_shapes(data, split), key=math.prod)
+    if height * width < _FEW_PIXELS:
+        return
+    need = measure_evaluation(model, DTYPES[run.config.precision.dtype], (1, data.bands, height, width))
+    there, whose = _there(local_ranks)
+    if need > _MARGIN * there:
+        raise ConfigError(
+            f"evaluation shows whole images, the largest as {height} x {width}, for which a rank is predicted to take "
+            f"{_shown(need)} besides its weights, and {whose} has {_shown(there)}: cut the validation images, or set "
+            'data.eval_view = "centre" to score the centre of each'
+        )
+
+
+def _there(local_ranks: int) -> tuple[int, str]:
+    """Return the bytes that a rank may take, and of what."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[1], "the device"
+    return memory_of_machine() // local_ranks, "this host, per rank,"
 
 
 def memory_of_machine() -> int:
@@ -129,8 +162,9 @@ def keep_within_budget(
     if budget is None:
         return None
     choices: list[Recompute | tuple[Recompute, ...]] = ["none", "block"]
-    if hasattr(model, "set_recompute"):
-        choices = [*candidates(len(model.stages), torch.cuda.is_available())]  # type: ignore[arg-type]
+    encoder = encoder_of(model)
+    if hasattr(encoder, "set_recompute"):
+        choices = [*candidates(len(encoder.stages), torch.cuda.is_available())]  # type: ignore[arg-type]
 
     @functools.cache
     def total(index: int) -> int:

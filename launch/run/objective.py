@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 from dataloaders.config import DataConfig, TokenConfig
+from dataloaders.source import Source
+from dataloaders.sources.shards import ShardDataset
 from dataloaders.tokens import TokenSplit
 from launch.run.config import RunConfig
 from launch.run.inputs import ImageInputs, Split, TokenInputs, images_of, inputs_of, shapes_of_images
@@ -27,6 +30,10 @@ from setformer_dist.tasks.segmentation import Segmentation
 
 # Tasks whose model has an encoder within it.
 TASKS_OF_ENCODERS = (*TASKS_OF_HIDDEN, Segmentation.name)
+
+_NAMES_OF_PARTS = {"mask": "masks", "boxes": "boxes"}
+
+log = logging.getLogger(__name__)
 
 
 def build_for(config: RunConfig, task: Task, input_spec: dict[str, object]) -> nn.Module:
@@ -71,11 +78,19 @@ def _around(encoder: nn.Module, task: Hidden, name: str, bands: int) -> MaskedMo
     return SimmimModel(encoder, task.config.unit, task.config.ratio, name, bands)
 
 
-def build_assumed(config: RunConfig, classes: int) -> nn.Module:
-    """Return the model for images of so many classes, where the data are not there; raises as `build_for`."""
-    names = tuple(map(str, range(classes)))
+def assumed_classes(config: RunConfig) -> int:
+    """Return how many classes data that are not there are taken to have: as ImageNet, or ADE20K with masks."""
+    return 150 if config.task.name == Segmentation.name else 1000
+
+
+def build_assumed(config: RunConfig) -> nn.Module:
+    """Return the model for images of `assumed_classes`, where the data are not there; raises as `build_for`."""
+    classes = assumed_classes(config)
     if config.task.name in TASKS_OF_ENCODERS:
-        return build_for(config, build_task(config.task, names), {})
+        # Class weights name classes that are not known.
+        args = {key: value for key, value in config.task.args.items() if key != "class_weights"}
+        task = config.task.model_copy(update={"args": args})
+        return build_for(config, build_task(task, tuple(map(str, range(classes)))), {})
     return inputs_of(config.data).build_model(config.model, classes, {}, config.run.seed)
 
 
@@ -86,8 +101,9 @@ def check_objective(config: RunConfig, task: Task) -> None:
         ConfigError: naming the key.
     """
     if isinstance(config.data, DataConfig) and not config.data.labels and getattr(task, "needs_labels", True):
+        what = "masks or boxes" if isinstance(task, Dense) else "labels"
         raise ConfigError(
-            f"task {task.name} learns from labels, and data.labels = false says that there are none: remove the key, "
+            f"task {task.name} learns from {what}, and data.labels = false says that there are none: remove the key, "
             'or choose a task without (task.name = "mae" or "simmim")'
         )
     if not isinstance(task, Hiding | Dense):
@@ -132,7 +148,7 @@ def _check_dense(data: DataConfig, task: Task) -> None:
 
 
 def check_parts(task: Task, splits: Iterable[Split]) -> None:
-    """Check that samples have what a task learns from.
+    """Check that samples have what a task learns from; warn where some have not.
 
     Raises:
         ConfigError: naming the split that has not.
@@ -144,11 +160,21 @@ def check_parts(task: Task, splits: Iterable[Split]) -> None:
             continue
         source = images_of(split)
         if missing := sorted(task.needs_parts - source.parts):
-            what = {"mask": "masks", "boxes": "boxes"}.get(missing[0], missing[0])
+            what = _NAMES_OF_PARTS.get(missing[0], missing[0])
             raise ConfigError(
                 f"task {task.name} learns from {what}, and samples of {source.name} have none: pack images with their "
                 f"{what} (setformer data pack --help), or choose another task"
             )
+        _warn_of_gaps(task, source)
+
+
+def _warn_of_gaps(task: Dense, source: Source) -> None:
+    """Say how many samples have no mask; those without boxes may well show nothing."""
+    if "mask" in task.needs_parts and isinstance(source, ShardDataset) and (count := source.without("mask")):
+        log.warning(
+            "%d of %d samples of %s have no masks: they are read, and nothing is learnt or scored by them",
+            count, source.num_samples, source.name,
+        )  # fmt: skip
 
 
 def encoder_of(model: nn.Module) -> nn.Module:

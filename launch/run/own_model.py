@@ -26,6 +26,7 @@ from setformer_dist.core.model_config import OWN_MODEL
 from setformer_dist.core.task import Task
 from setformer_dist.engine.comm import TorchCollectives
 from setformer_dist.models.build import own_model
+from setformer_dist.tasks.segmentation import Segmentation
 
 # A module whose copy is trained, or a function of the number of outputs that makes one.
 OwnModel = nn.Module | Callable[[int], nn.Module]
@@ -122,15 +123,28 @@ def build_own(own: OwnModel, config: RunConfig, shape: tuple[int, ...], task: Ta
     name = config.model.name.removeprefix(OWN_MODEL)
     batch = torch.zeros(2, *shape, dtype=inputs.dtype or torch.float32)
     made = check_unchanged(model, name, batch)
-    # By the config's name, as a task of the user's own, derived from one of these, may take outputs of any kind.
-    if config.task.name in _BY_OUTPUT and getattr(made, "shape", None) != (1, outputs):
-        got = tuple(made.shape) if isinstance(made, torch.Tensor) else type(made).__name__
-        raise ConfigError(
-            f"model {name} makes {got} of one sample, and task {task.name} on this data needs {(1, outputs)}: give it "
-            f"{outputs} outputs, or pass a function of their number that makes the model"
-        )
+    _check_made(made, name, config.task.name, outputs)
     check_shapes(model, name, config.data)
     return model
+
+
+def _check_made(made: object, name: str, task: str, outputs: int) -> None:
+    """Check what a model makes of one sample; raises ConfigError.
+
+    By the config's name, as a task of the user's own, derived from one of these, may take outputs of any kind.
+    """
+    shape = tuple(made.shape) if isinstance(made, torch.Tensor) else ()
+    if task in _BY_OUTPUT and shape != (1, outputs):
+        needed = f"{(1, outputs)}"
+    elif task == Segmentation.name and (len(shape) != 4 or shape[1] != outputs):
+        needed = f"(1, {outputs}, rows, columns)"
+    else:
+        return
+    got = shape if isinstance(made, torch.Tensor) else type(made).__name__
+    raise ConfigError(
+        f"model {name} makes {got} of one sample, and task {task} on this data needs {needed}: give it "
+        f"{outputs} outputs, or pass a function of their number that makes the model"
+    )
 
 
 def check_unchanged(model: nn.Module, name: str, batch: torch.Tensor) -> Any:

@@ -12,7 +12,7 @@ from dataloaders.pixels.decode import decode_mask, stored_shape
 from dataloaders.pixels.transforms import decode_for_eval
 from dataloaders.reading.device import pictures_of
 from launch.run.inputs import Split, images_of
-from launch.run.trained import Trained
+from launch.run.trained import Trained, shown_whole
 from setformer_dist.core.batch import VOID
 from setformer_dist.core.errors import DataError
 from setformer_dist.core.pixel_maps import classes_of
@@ -34,6 +34,7 @@ def segmented_samples(trained: Trained, split: Split, count: int = 8) -> Segment
     data = trained.config.data
     if not (isinstance(trained.task, Segmentation) and isinstance(data, DataConfig)):
         return None
+    data = shown_whole(data)
     source, found = images_of(split), []
     for sample in range(0, split.num_samples, max(1, split.num_samples // count)):
         try:

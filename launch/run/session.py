@@ -30,8 +30,8 @@ from launch.record.checkout import codes_of
 from launch.record.machine import machine_facts
 from launch.run.compose import Splits, check_device, compose, open_splits
 from launch.run.config import ResolvedRun, RunConfig, check_folder, permitted_changes, resolve
-from launch.run.inputs import inputs_of
-from launch.run.memory import check_images_fit, keep_within_budget
+from launch.run.inputs import check_evaluated, inputs_of
+from launch.run.memory import check_evaluation_fits, check_images_fit, keep_within_budget
 from launch.run.objective import build_for, check_parts
 from launch.run.outcome import finish
 from launch.run.own_code import bring
@@ -164,6 +164,9 @@ def _model(run: ResolvedRun, splits: Splits, task: Task, own: OwnModel | None, l
     recomputed = keep_within_budget(run, model, shape, inputs.dtype)
     if recomputed is not None:
         log.info("recomputed, by stage: %s", recomputed)
+    check_evaluated(model, config.model.name, config.data, splits.val)
+    if own is None:
+        check_evaluation_fits(run, model, splits.val, local_ranks)
     if own is None or (isinstance(config.data, DataConfig) and config.data.resolutions):
         check_images_fit(run, model, shape, inputs.dtype, local_ranks)  # not every own model runs without numbers
     return model

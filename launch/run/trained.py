@@ -23,7 +23,7 @@ from launch.ranks.environment import usable_cores
 from launch.run.config import RunConfig
 from launch.run.identity import shapes_of
 from launch.run.initial_weights import better_of
-from launch.run.inputs import Split, images_of, inputs_of
+from launch.run.inputs import Split, check_evaluated, check_takes, images_of, inputs_of
 from launch.run.objective import build_for, check_parts, encoder_of, prepare_for
 from launch.run.own_model import OwnModel, check_same_buffers, digest_of_buffers, made_own, round_buffers
 from setformer_dist.core import config as base
@@ -306,6 +306,7 @@ def evaluate_checkpoint(
             "pack it with --classes-from the training split"
         )
     check_parts(trained.task, [split])
+    check_evaluated(trained.model, trained.config.model.name, trained.config.data, split)
     ranks = RankInfo()
     joined = connect(ranks)
     stream = inputs_of(trained.config.data).eval_stream(split, ranks, micro_batch)
@@ -346,6 +347,11 @@ class Prediction:
     mask: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
 
+def shown_whole(data: DataConfig) -> DataConfig:
+    """Return a config by which masks of whole images are predicted, also where evaluation shows their centre."""
+    return data.model_copy(update={"eval_view": "whole"})
+
+
 def predict(trained: Trained, images: Iterable[Path], top: int) -> Iterator[Prediction | DataError]:
     """Classify image files one after the other; yield an error in the place of an image that does not decode.
 
@@ -357,6 +363,9 @@ def predict(trained: Trained, images: Iterable[Path], top: int) -> Iterator[Pred
         raise ConfigError(f"{trained.place} is a model of token sequences: name a checkpoint of images")
     if not trained.task.outputs:
         raise _without_classes(trained)
+    if isinstance(trained.task, Segmentation):
+        data_config = shown_whole(data_config)
+    taken = {data_config.shape}  # which training has shown
     for path in images:
         try:
             stored = read_whole(path, LARGEST_SAMPLE)
@@ -368,6 +377,14 @@ def predict(trained: Trained, images: Iterable[Path], top: int) -> Iterator[Pred
             yield DataError(f"image {path} cannot be read: {error.strerror}")
             continue
         except DataError as error:
+            yield DataError(f"image {path}: {error}")
+            continue
+        try:
+            bands, height, width = pixels.shape
+            if (height, width) not in taken:
+                check_takes(trained.model, trained.config.model.name, bands, height, width)
+                taken.add((height, width))
+        except ConfigError as error:
             yield DataError(f"image {path}: {error}")
             continue
         outputs, mask = trained.outputs(pixels.unsqueeze(0)), None

@@ -5,8 +5,11 @@ runs/<run>/mlflow.json   the id of the run there, so that a resumed run continue
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
+import posixpath
+import re
 import time
 from collections.abc import Iterator, Mapping
 from types import ModuleType
@@ -19,6 +22,8 @@ from setformer_dist.core.logging_config import MlflowConfig
 
 _PARAMETERS_AT_ONCE = 100  # MLflow's limits: of a batch, and of a value
 _LONGEST_VALUE = 500
+_LONGEST_NAME = 250
+_ODD = re.compile(r"[^\w\-. :/]")  # what it refuses in the name of a metric, and with it all metrics of a batch
 
 
 class Mlflow(Callback):
@@ -88,7 +93,7 @@ class Mlflow(Callback):
     def _send(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         assert self._package is not None  # on_run_start came first
         now, metric = int(time.time() * 1000), self._package.entities.Metric
-        found = [metric(f"{kind}/{name}", value, now, step) for name, value in scalars(values)]
+        found = [metric(_accepted(f"{kind}/{name}"), value, now, step) for name, value in scalars(values)]
         self._client.log_batch(self._id, metrics=found)
 
 
@@ -99,3 +104,18 @@ def _parameters(config: Mapping[str, object], prefix: str = "") -> Iterator[tupl
             yield from _parameters(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)
+
+
+def _accepted(name: str) -> str:
+    """Return a name that MLflow takes: of an odd character its number, so that names of classes stay distinct."""
+
+    def numbered(found: re.Match[str]) -> str:
+        return f"_{ord(found[0]):x}_"
+
+    name = _ODD.sub(numbered, name)
+    if posixpath.normpath(name) != name:
+        name = re.sub("/", numbered, name)
+    if len(name) <= _LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{name[: _LONGEST_NAME - 1 - len(digest)]} {digest}"

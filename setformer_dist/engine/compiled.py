@@ -47,6 +47,7 @@ class Compilation:
     Attributes:
         config: of the run.
         beat: called after every graph, as a sign of life.
+        evaluated: evaluation is compiled too, not training alone.
         graphs: compiled.
         seconds: that took, with the first calls.
         off: nothing is compiled any more, and what was compiled is not used: a compilation failed.
@@ -54,6 +55,7 @@ class Compilation:
 
     config: CompileConfig
     beat: Callable[[], None]
+    evaluated: bool = True
     graphs: int = 0
     seconds: float = 0.0
     off: bool = False
@@ -156,7 +158,8 @@ class CompiledForward:
         compilation = self._compilation
         if self._watchable is None:
             self._watchable = [inner for inner in self._module.modules() if hasattr(inner, "watched")]
-        if compilation.off or any(module.watched for module in self._watchable):
+        used = not compilation.off and (compilation.evaluated or self._module.training)
+        if not used or any(module.watched for module in self._watchable):
             return self._eager(self._module, *args, **kwargs)
         if self._compiled is None:
             self._compiled = self._shared.of(self._module)
@@ -231,6 +234,7 @@ def compile_model(
     sizes: int = 1,
     processes: int = 1,
     beat: Callable[[], None] = lambda: None,
+    evaluated: bool = True,
 ) -> Compilation | None:
     """Have a model's blocks, or the model as a whole, compute by compiled graphs from now on; before DeepSpeed.
 
@@ -240,6 +244,8 @@ def compile_model(
         sizes: of images or sequences that the run will have; each gets graphs of its own.
         processes: that compile side by side, where the device's compiler can.
         beat: see `Compilation`.
+        evaluated: whether evaluation is compiled too; false where its images may have any size, each of which would
+            get graphs of its own.
 
     Returns:
         What it costs; None where nothing is compiled.
@@ -248,7 +254,7 @@ def compile_model(
         return None
     modules = [("the model", model)] if config.mode == "model" else blocks_of(model)
     _set_up(len(modules) * sizes * _FORMS, processes)
-    compilation = Compilation(config, beat)
+    compilation = Compilation(config, beat, evaluated)
     shared = Shared(config)
     for name, module in modules:
         module.forward = CompiledForward(module, name, shared, compilation)

@@ -161,6 +161,25 @@ def measure_activations(
     return Activations(kept, alive.most, alive.most_unsettled, alive.host)
 
 
+def measure_evaluation(model: nn.Module, dtype: torch.dtype, batch: tuple[int, ...]) -> int:
+    """Return the bytes that are alive at most, besides the weights, in a forward pass without gradients.
+
+    Args:
+        model: of images.
+        dtype: of weights and inputs.
+        batch: shape of the inputs.
+    """
+    mode = FakeTensorMode()
+    fakes = _fake_weights(model, mode, dtype)
+    alive = _Alive(list(fakes.values()))
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), mode, alive:
+        torch.func.functional_call(model, fakes, (torch.ones(batch, dtype=dtype),))
+    model.train(was_training)
+    return alive.most
+
+
 def predict_memory(
     model: nn.Module,
     dtype: torch.dtype,

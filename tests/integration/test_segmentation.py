@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -92,6 +93,20 @@ def test_it_learns_and_its_masks_are_what_was_scored(scenes: Path, tmp_path: Pat
     again = setformer("predict", str(run), str(images), "--out", str(tmp_path / "masks"))
     assert again.code == 2
     assert "masks already exists: name a new or an empty folder" in again.err
+    listed = setformer("ckpt", "ls", str(run))
+    assert "miou 0." in listed.out
+    assert "iou_sky" not in listed.out
+    shutil.copytree(images, tmp_path / "same")
+    twice = setformer("predict", str(run), str(images), str(tmp_path / "same"), "--out", str(tmp_path / "other"))
+    assert twice.code == 2
+    assert "000.png would both be written to" in twice.err
+    assert not twice.out
+    trained = library.load(run, weights="plain")
+    data = trained.config.data.model_copy(update={"eval_view": "centre"})
+    centred = dataclasses.replace(trained, config=trained.config.model_copy(update={"data": data}))
+    for found in library.predict(centred, sorted(images.iterdir())):  # masks of whole images all the same
+        assert found.mask is not None
+        assert np.array_equal(found.mask, np.array(Image.open(tmp_path / "masks" / found.image.name)))
     exported = setformer("ckpt", "export", str(run), str(tmp_path / "exported"), "--weights", "plain")
     assert exported.code == 0, exported.err
     scored = setformer("eval", str(tmp_path / "exported"), "--data", str(scenes), "--json")
@@ -163,7 +178,11 @@ def test_what_cannot_be_is_refused(digits: Path, scenes: Path, tmp_path: Path) -
         return ended.err
 
     assert "task segmentation learns from masks, and samples of" in said(data=digits)
+    assert "learns from masks or boxes, and data.labels = false" in said("data.labels=false")
     assert "data.augment.mixup changes the class of an image" in said("data.augment.mixup=0.2")
+    swin = ("model.name=swin_tiny_patch4_window7_224", "~model.args", "model.args.embed_dim=24",
+            "model.args.depths=[1,1,1,1]", "model.args.num_heads=[1,2,4,8]")  # fmt: skip
+    assert "does not take images of 32 x 48, in which evaluation shows whole images" in said(*swin)
     assert "task.args.channels = 100 must be a multiple of 64" in said("task.args.channels=100")
     assert "loss of a sum and a count" in said(f"distill.teacher={tmp_path}")
     assert "randaugment_ops = 2 shears, shifts and turns images" in said("data.augment.randaugment_ops=2")

@@ -19,7 +19,7 @@ from setformer_dist.callbacks.build import build_callbacks, register_callback
 from setformer_dist.callbacks.mlflow import Mlflow
 from setformer_dist.callbacks.tensorboard import TensorBoard
 from setformer_dist.callbacks.wandb import Wandb
-from setformer_dist.core.callback import Callback, RunEnd, scalars
+from setformer_dist.core.callback import Callback, RunEnd, RunStart, scalars
 from setformer_dist.core.errors import ConfigError, TrainingError, TransientError
 from setformer_dist.core.logging_config import LoggingConfig, MlflowConfig, WandbConfig
 from setformer_dist.engine.events import Callbacks
@@ -283,3 +283,27 @@ def test_mlflow_and_a_resumed_run_keeps_its_id(tmp_path: Path, monkeypatch: pyte
     assert [(m.step, m.value) for m in losses] == [(step, 0.5) for step in (1, 2, 3, 4)]
     assert found.data.metrics["eval/top1"] == 0.75
     assert found.data.metrics["refresh/references/dead_before"] == 0.5
+
+
+def test_mlflow_takes_the_figures_of_classes_with_any_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    client = mlflow.MlflowClient(tracking_uri=(tmp_path / "store").as_uri())
+    logger = Mlflow(MlflowConfig(experiment="scenes", tracking_uri=(tmp_path / "store").as_uri()))
+    (tmp_path / "run").mkdir()
+    logger.on_run_start(RunStart(tmp_path / "run", {}, 0, 1, None))
+    names = [
+        "sky",
+        "a/b",
+        "bed, sofa",
+        "bed; sofa",
+        "a//b",
+        "a/",
+        "../up",
+        "\u010daj \U0001f680",
+        "line\nbreak",
+        "x" * 400,
+    ]
+    logger.on_evaluation_end(1, {f"iou_{name}": 0.5 for name in names})
+    (found,) = client.search_runs([client.get_experiment_by_name("scenes").experiment_id])
+    assert len(found.data.metrics) == len(names)
+    assert {"eval/iou_sky", "eval/iou_a/b", "eval/iou_bed_2c_ sofa"} <= found.data.metrics.keys()

@@ -97,6 +97,18 @@ def test_every_size_is_compiled_once_and_no_more() -> None:
     assert compilation.graphs == len(sides)
 
 
+def test_evaluation_of_images_of_any_size_is_left_to_torch() -> None:
+    model = small(depths=(2,), num_heads=(2,))
+    compilation = made(model, evaluated=False)
+    step(model)
+    assert compilation.graphs == 1
+    model.eval()
+    with torch.no_grad():
+        for side in (16, 24, 32):
+            model(torch.randn(1, 3, side, side))
+    assert compilation.graphs == 1
+
+
 def test_the_limit_of_graphs_grows_with_the_sizes() -> None:
     made(small(), sizes=20)
     assert torch._dynamo.config.recompile_limit >= 3 * 20 * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tarfile
 import zlib
 from pathlib import Path
 
@@ -11,9 +12,15 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
+from dataloaders.config import AugmentConfig, DataConfig
+from dataloaders.opening import open_source
 from dataloaders.packing.inspection import mask_values
 from dataloaders.pixels.decode import decode_mask
+from dataloaders.reading.streams import ShardEvalStream, ShardTrainStream
+from launch.run.objective import check_parts
 from launch.testing.commands import Ended, setformer
+from setformer_dist.core.ranks import RankInfo
+from setformer_dist.tasks.segmentation import Segmentation
 
 SHAPE = (40, 60)
 CLASSES = np.random.default_rng(0).integers(0, 3, SHAPE).astype(np.uint8)
@@ -73,4 +80,51 @@ def test_masks_whose_classes_are_not_certain_are_refused(
     done = packed(tmp_path, name, Image.fromarray(CLASSES), *more)
     assert done.code == 3
     assert said in done.err
+    assert not (tmp_path / "packed").exists()
+
+
+def test_a_mask_of_a_class_that_the_data_do_not_name_is_damaged(tmp_path: Path) -> None:
+    for sample, (top, value) in enumerate(((0, 1), (0, 9), (255, 1), (255, 0))):
+        mask = np.full((16, 16), value, np.uint8)
+        mask[0, 0] = top
+        Image.fromarray(mask).save(tmp_path / f"{sample}.mask.png")
+        Image.fromarray(mask).convert("RGB").save(tmp_path / f"{sample}.png")
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "classes.txt").write_text("road\nsky\n")
+    with tarfile.open(tmp_path / "shards" / "a.tar", "w") as tar:
+        for path in sorted(tmp_path.glob("*.png")):
+            tar.add(path, path.name)
+    config = DataConfig(
+        root=str(tmp_path), train="shards", val="shards", image_size=16, cache=str(tmp_path / "cache"),
+        eval_view="whole", bad_validation="zero_weight", augment=AugmentConfig(crop="resized"),
+    )  # fmt: skip
+    shown = list(ShardEvalStream(open_source(str(tmp_path), "shards", config), config, RankInfo(), 4).micro_batches())
+    assert shown[0].weights.tolist() == [1, 0, 1, 1]
+    assert "its mask has class 9, but there are 2 classes (and 255 for none)" in shown[0].substitutions[0]
+    stream = ShardTrainStream(open_source(str(tmp_path), "shards", config), config, 0, RankInfo(), 4, 4)
+    batch = next(iter(stream.micro_batches(0)))
+    assert len(batch.substitutions) == 1
+    assert "its mask has class 9" in batch.substitutions[0]
+
+
+def test_samples_without_a_mask_among_others_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Image.new("L", (16, 16)).save(tmp_path / "0.mask.png")
+    for sample in range(3):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"{sample}.png")
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "classes.txt").write_text("road\nsky\n")
+    with tarfile.open(tmp_path / "shards" / "a.tar", "w") as tar:
+        for path in sorted(tmp_path.glob("*.png")):
+            tar.add(path, path.name)
+    config = DataConfig(root=str(tmp_path), cache=str(tmp_path / "cache"))
+    source = open_source(str(tmp_path), "shards", config)
+    check_parts(Segmentation({}, source.classes), [source])
+    assert "2 of 3 samples of" in caplog.text
+    assert "have no masks: they are read, and nothing is learnt" in caplog.text
+
+
+def test_masks_without_a_class_are_no_data(tmp_path: Path) -> None:
+    done = packed(tmp_path, "a.png", Image.new("L", SHAPE[::-1], 255))
+    assert done.code == 3
+    assert "no pixel of the masks has a class" in done.err
     assert not (tmp_path / "packed").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -9,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from launch.run.own_model import check_unchanged, digest_of_buffers, made_own, round_buffers
+from launch.run.own_model import build_own, check_unchanged, digest_of_buffers, made_own, named_own, round_buffers
 from launch.testing.commands import DEMO
 from setformer import load_config
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.engine.config import OptimConfig
 from setformer_dist.engine.optim import parameter_groups
+from setformer_dist.tasks.build import build_task
 
 BATCH = torch.zeros(2, 3)
 
@@ -199,3 +201,19 @@ def test_buffers_of_a_loaded_model_are_those_that_its_run_computed_with() -> Non
     round_buffers(model, torch.bfloat16)
     assert model.frequencies.tolist() == [1000.0, 1000.0]
     assert model.places.tolist() == [999]
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (nn.Conv2d(3, 3, 1), r"makes \(1, 3, 16, 16\) of .* needs \(1, 4, rows, columns\): give it 4 outputs"),
+        (nn.Sequential(nn.Conv2d(3, 4, 16), nn.Flatten()), r"makes \(1, 4\) of one sample"),
+        (nn.Conv2d(3, 4, 1), ""),
+    ],
+)
+def test_a_model_of_other_outputs_than_pixels_need_is_refused(model: nn.Module, said: str) -> None:
+    words = ("task.name=segmentation", "~checkpoint.best_metric", "data.augment.smoothing=0", "~model.args")
+    config = named_own(load_config(DEMO, *words, "~model.drop_path"), model)
+    task = build_task(config.task, ("road", "sky", "tree", "car"))
+    with pytest.raises(ConfigError, match=said) if said else contextlib.nullcontext():
+        build_own(model, config, (3, 16, 16), task)

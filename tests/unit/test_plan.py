@@ -27,6 +27,7 @@ from launch.plan.rows import MOST_MICRO, Cluster, Row, rank_memory, recommended,
 from launch.plan.subject import Passes, Subject, subject_of
 from launch.plan.traffic import Model, Transfer, seconds, traffic
 from launch.run.config import load_run
+from launch.run.objective import assumed_classes, build_assumed
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.model_config import ModelConfig
 from setformer_dist.core.terminal import open_console
@@ -304,6 +305,13 @@ def test_counted_parameters_are_the_models(subject: Subject) -> None:
     assert subject.model.count == parameters(model)
     assert subject.references > 0
     assert subject.assumed
+
+
+def test_a_segmentation_is_planned_without_its_data() -> None:
+    camvid = CONFIG.parent / "camvid.toml"
+    config = load_run(camvid, ["data.root=nowhere", "task.args.class_weights.car=2.0", "data.image_size=64"])
+    model = build_assumed(config)
+    assert model.num_classes == assumed_classes(config) == 150
 
 
 @pytest.mark.parametrize("text", ["", "8,", "0", "eight", "-1", "1.5", "8;9", "99999999"])

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import timm
 import torch
 
 import setformer_dist.models  # noqa: F401
 from launch.run.config import load_run, resolve
-from launch.run.memory import check_images_fit, keep_within_budget, largest_batch, predicted
+from launch.run.memory import check_evaluation_fits, check_images_fit, keep_within_budget, largest_batch, predicted
+from launch.run.objective import build_for
 from launch.testing.commands import DEMO
 from setformer_dist.core.config import ConfigError
 from setformer_dist.core.model_config import ModelConfig
 from setformer_dist.models import host_memory
 from setformer_dist.models.build import build_model
-from setformer_dist.models.measure import measure_activations
+from setformer_dist.models.measure import measure_activations, measure_evaluation
 from setformer_dist.models.recompute import ORDER, candidates, set_recompute
+from setformer_dist.tasks.build import build_task
 
 MIXED = ("block", "mlp", "cheap")
 
@@ -173,6 +177,23 @@ def test_a_schedule_whose_largest_images_do_not_fit_is_refused_before_training(
         check_images_fit(run_of(tmp_path, *words, "batch.micro=64", "batch.global_size=128"), *one_size[1:], 1 << 40)
 
 
+def test_whole_images_that_do_not_fit_in_evaluation_are_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("model.name=setformer_nano", "~model.args", "task.name=segmentation", "task.args.channels=64",
+             "data.augment.smoothing=0", "data.augment.crop=window", "~checkpoint.best_metric")  # fmt: skip
+    run = run_of(tmp_path, *words)
+    model = build_for(run.config, build_task(run.config.task, ("sky", "road")), {})
+    aerial = SimpleNamespace(sizes=lambda: np.array([[64, 64], [4096, 2048]]))
+    need = measure_evaluation(model, torch.float32, (1, 3, 4096, 2048))
+    monkeypatch.setattr("launch.run.memory.memory_of_machine", lambda: need)
+    check_evaluation_fits(run, model, aerial, local_ranks=1)
+    with pytest.raises(ConfigError, match=r"evaluation shows whole images, the largest as 4096 x 2048, .* per rank"):
+        check_evaluation_fits(run, model, aerial, local_ranks=2)
+    centred = run_of(tmp_path, *words, "data.eval_view=centre")
+    check_evaluation_fits(centred, model, aerial, local_ranks=2)
+
+
 @pytest.mark.parametrize("name", ["setformer_nano", "soft_tiny"])
 def test_a_budget_takes_what_recomputes_least_and_fits(tmp_path: Path, name: str) -> None:
     model_words = [f"model.name={name}", "~model.args", "model.drop_path=0.0"]
@@ -197,6 +218,18 @@ def test_a_budget_takes_what_recomputes_least_and_fits(tmp_path: Path, name: str
     with pytest.raises(ConfigError, match=r"predicted to take with samples of 128 x 128 and batch\.micro = 32"):
         keep_within_budget(least, model, shape, None)
     assert keep_within_budget(run, model, shape, None) is None
+
+
+@pytest.mark.parametrize("name", ["setformer_nano", "convnext_atto"])
+@pytest.mark.parametrize("task", ["segmentation", "simmim"])
+def test_a_budget_serves_models_around_an_encoder(tmp_path: Path, name: str, task: str) -> None:
+    words = (f"model.name={name}", "~model.args", "model.drop_path=0.0", f"task.name={task}", "data.image_size=64",
+             "data.augment.smoothing=0", "model.memory_budget=4 GiB", "~checkpoint.best_metric")  # fmt: skip
+    run = run_of(tmp_path, *words)
+    model = build_for(run.config, build_task(run.config.task, ("sky", "road")), {})
+    line = keep_within_budget(run, model, (3, 64, 64) if task == "segmentation" else (4, 64, 64), None)
+    assert line is not None
+    assert line.startswith("none")
 
 
 def test_memory_is_that_of_the_largest_size_of_the_schedule(tmp_path: Path) -> None:
