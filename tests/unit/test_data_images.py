@@ -244,7 +244,7 @@ class Facts:
     largest: tuple
     parts: frozenset = frozenset()
     name: str = "here"
-    classes: tuple = tuple(map(str, range(9)))
+    classes: tuple = tuple(map(str, range(255)))
 
     def extent(self):
         return self.smallest, self.largest

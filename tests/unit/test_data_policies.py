@@ -157,7 +157,7 @@ class Facts:
 
     parts: frozenset = frozenset()
     name: str = "here"
-    classes: tuple = tuple(map(str, range(9)))
+    classes: tuple = tuple(map(str, range(255)))
 
     def extent(self):
         return (32, 32), (32, 32)
