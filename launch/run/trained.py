@@ -27,7 +27,7 @@ from launch.run.inputs import Split, check_evaluated, check_takes, images_of, in
 from launch.run.objective import build_for, check_parts, encoder_of, prepare_for
 from launch.run.own_model import OwnModel, check_same_buffers, digest_of_buffers, made_own, round_buffers
 from setformer_dist.core import config as base
-from setformer_dist.core.batch import MicroBatch
+from setformer_dist.core.batch import EvalStream, MicroBatch
 from setformer_dist.core.errors import CheckpointError, ConfigError, DataError
 from setformer_dist.core.metric import Weights
 from setformer_dist.core.model_config import ModelConfig
@@ -309,25 +309,35 @@ def evaluate_checkpoint(
     check_evaluated(trained.model, trained.config.model.name, trained.config.data, split)
     ranks = RankInfo()
     joined = connect(ranks)
-    stream = inputs_of(trained.config.data).eval_stream(split, ranks, micro_batch)
-
-    left = split.num_samples
-
-    def goes_on() -> bool:
-        nonlocal left
-        now = min(micro_batch, left)
-        left -= now
-        advance(now)
-        return False
-
+    stream = _Told(inputs_of(trained.config.data).eval_stream(split, ranks, micro_batch), advance)
     try:
-        result = evaluate(trained.model, trained.task, stream, trained.prepare(), TorchCollectives(ranks), goes_on)
+        result = evaluate(trained.model, trained.task, stream, trained.prepare(), TorchCollectives(ranks))
         assert result is not None  # no rank gives up here
         return result
     finally:
         stream.close()
         if joined:  # not within a training, whose ranks continue
             disconnect()
+
+
+@dataclass(frozen=True)
+class _Told:
+    """A stream (`EvalStream`) that says how many samples each micro batch has, as it is handed out."""
+
+    stream: EvalStream
+    advance: Callable[[int], None]
+
+    @property
+    def num_samples(self) -> int:
+        return self.stream.num_samples
+
+    def micro_batches(self) -> Iterator[MicroBatch]:
+        for batch in self.stream.micro_batches():
+            self.advance(int((batch.sample_ids >= 0).sum()))
+            yield batch
+
+    def close(self) -> None:
+        self.stream.close()
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from PIL import Image
 
 import setformer as library
 from launch.run.config import load_run
+from launch.run.trained import evaluate_checkpoint, open_named_split
 from launch.testing.commands import DEMO, losses, setformer, train_words
 from setformer_dist.core.errors import ConfigError
 
@@ -112,7 +113,11 @@ def test_it_learns_and_its_masks_are_what_was_scored(scenes: Path, tmp_path: Pat
     scored = setformer("eval", str(tmp_path / "exported"), "--data", str(scenes), "--json")
     assert scored.code == 0, scored.err
     assert json.loads(scored.out)["metrics"]["miou"] == pytest.approx(figures["miou"], abs=1e-6)
-    one = library.predict(library.load(tmp_path / "exported"), images / "001.png")[0]
+    told: list[int] = []
+    split = open_named_split(loaded := library.load(tmp_path / "exported"), str(scenes), "val")
+    evaluate_checkpoint(loaded, split, 4, told.append)
+    assert told == [1] * 9  # of several sizes one by one, however many are asked for
+    one = library.predict(loaded, images / "001.png")[0]
     assert one.mask is not None
     assert one.mask.shape == (40, 64)
     assert sum(one.probabilities) == pytest.approx(1.0)
