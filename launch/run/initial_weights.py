@@ -144,7 +144,7 @@ class FirstWeights:
                 f"model.skip = {list(self.config.skip or ())} excludes every parameter of model.weights: remove both"
             )
         if left:
-            notes.append(f"left as drawn from the seed: {', '.join(sorted(left))}")
+            notes.append(f"left as drawn from the seed: {', '.join(f'{self.within}{name}' for name in sorted(left))}")
         if fixed := sorted(name for name in left if name.startswith(tuple(self.config.freeze))):
             kept = counted(len(fixed), "parameter")
             notes.append(f"warning: model.freeze keeps {kept} of these as drawn, such as {fixed[0]}")
