@@ -303,7 +303,7 @@ def _mask(data: bytes, stored: tuple[int, int], packed: tuple[int, int], how: In
     return (_png(classes) if changed else data), top
 
 
-def _mask_values(data: bytes, table: MaskTable | None) -> tuple[str, npt.NDArray[np.uint8]]:
+def _mask_values(data: bytes, table: MaskTable | None = None) -> tuple[str, npt.NDArray[np.uint8]]:
     """Return a mask file's mode and its (H, W) classes."""
     try:
         with opened(data) as image:

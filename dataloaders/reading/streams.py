@@ -233,8 +233,7 @@ class ShardEvalStream:
     def __init__(self, source: Source, config: DataConfig, ranks: RankInfo, micro_batch: int) -> None:
         if micro_batch < 1:
             raise ConfigError(f"micro batch {micro_batch} must be at least 1")
-        smallest, largest = source.extent()
-        if config.eval_view == "whole" and smallest != largest:
+        if config.eval_view == "whole" and len(set(source.extent())) > 1:  # images of several sizes
             micro_batch = 1
         self._source = source
         self._ranks = ranks
