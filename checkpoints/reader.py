@@ -327,7 +327,7 @@ class Checkpoint:
 
     @contextlib.contextmanager
     def _while_it_is_there(self) -> Iterator[None]:
-        """Tell files of a checkpoint that is deleted, its manifest first, from damage."""
+        """Raise DeletedError in place of damage where the checkpoint was deleted; its manifest is deleted first."""
         try:
             yield
         except DamagedError:
@@ -502,7 +502,7 @@ def read_kept(path: Path, read: Callable[[], T]) -> T:
     """Return what is read of a checkpoint; of another one where a run has deleted it meanwhile.
 
     Args:
-        path: as `open_checkpoint` takes it. What is deleted of one step has no other.
+        path: as `open_checkpoint` takes it. The folder of one step is tried once.
         read: opens a checkpoint there and reads it.
 
     Raises:

@@ -145,9 +145,7 @@ class FirstWeights:
             )
         if left:
             notes.append(f"left as drawn from the seed: {', '.join(f'{self.within}{name}' for name in sorted(left))}")
-        if fixed := sorted(name for name in left if name.startswith(tuple(self.config.freeze))):
-            kept = counted(len(fixed), "parameter")
-            notes.append(f"warning: model.freeze keeps {kept} of these as drawn, such as {fixed[0]}")
+        notes += self._never_trained(f"{self.within}{name}" for name in left)
         count = f"{len(self.shapes) - len(left)} of {len(self.shapes)} parameters"
         return source, left, "; ".join((f"begins with {source.name}: {count}", *notes))
 
@@ -180,7 +178,16 @@ class FirstWeights:
 
         drawn = around | {f"{ENCODER}{name}" for name in left}
         notes.append(f"drawn from the seed: {', '.join(sorted({name.split('.')[0] for name in around}))}")
+        notes += self._never_trained(around)
         return dataclasses.replace(fitted, fill=fill), drawn, "; ".join((said, *notes))
+
+    def _never_trained(self, drawn: Iterable[str]) -> list[str]:
+        """Return a note where parameters are drawn, by whole names, and do not train either."""
+        fixed = sorted(name for name in drawn if name.startswith(self.config.freeze))
+        if not fixed:
+            return []
+        kept = counted(len(fixed), "parameter")
+        return [f"warning: model.freeze keeps {kept} of these as drawn, such as {fixed[0]}"]
 
     def _encoder_alone(self, source: _Source) -> tuple[_Source, set[str], list[str]]:
         """Return a source with the encoder alone where another task pretrained it, the head that it lacks, and a note.

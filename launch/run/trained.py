@@ -398,11 +398,12 @@ def predict(trained: Trained, images: Iterable[Path], top: int) -> Iterator[Pred
             yield DataError(f"image {path}: {error}")
             continue
         outputs, mask = trained.outputs(pixels.unsqueeze(0)), None
-        probabilities = trained.task.confidences(outputs).cpu()[0]
         if isinstance(trained.task, Segmentation):
             mask = classes_of(outputs, *shape)[0].cpu()
             pixels_of_class = torch.bincount(mask.flatten(), minlength=len(trained.task.outputs))
             probabilities = pixels_of_class / mask.numel()
+        else:
+            probabilities = trained.task.confidences(outputs).cpu()[0]
         best = probabilities.topk(min(top, len(trained.task.outputs)))
         names = tuple(trained.task.outputs[i] for i in best.indices.tolist())
         yield Prediction(path, names, tuple(best.values.tolist()), mask)

@@ -35,7 +35,7 @@ class SegmentationConfig(FrozenConfig):
     Attributes:
         channels: of the head, a multiple of 64.
         auxiliary: weight of the loss of a second head, on the last map but one; 0 leaves that head out.
-        class_weights: factor of a class in the loss, by its name; 1 for those not named.
+        class_weights: factor of a class in the training loss, by its name; 1 for those not named.
     """
 
     channels: int = pydantic.Field(default=512, ge=64)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
 
 import setformer_dist.models  # noqa: F401 - registers our models
+from launch.run.initial_weights import FirstWeights
 from setformer_dist.core.batch import VOID, Annotations, MicroBatch
+from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import ConfigError, DataError
+from setformer_dist.core.model_config import ModelConfig
 from setformer_dist.core.task import Counted, Dense
 from setformer_dist.engine.config import OptimConfig
 from setformer_dist.engine.optim import parameter_groups
@@ -153,3 +157,15 @@ def test_impossible_heads_are_refused():
         Segmenter(encoder, "setformer_nano", 5, 100, auxiliary=True)
     with pytest.raises(ConfigError, match="task segmentation: plain gives no feature maps"):
         Segmenter(torch.nn.Linear(3, 3), "plain", 5, 64, auxiliary=True)
+
+
+def test_heads_that_are_drawn_and_never_train_are_told(tmp_path):
+    encoder = timm.create_model("setformer_nano", num_classes=3)
+    safetensors.torch.save_file(encoder.state_dict(), tmp_path / "nano.safetensors")
+    model = Segmenter(timm.create_model("setformer_nano", num_classes=0), "setformer_nano", 5, 64, auxiliary=False)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    config = ModelConfig(name="setformer_nano", weights=str(tmp_path / "nano.safetensors"), freeze=("head.",))
+    said = FirstWeights(config, shapes, frozenset(), Alone()).check()
+    count = sum(name.startswith("head.") for name in shapes)
+    assert "its classifier is left out; drawn from the seed: head" in said
+    assert f"model.freeze keeps {count} parameters of these as drawn, such as head.bottom.0.weight" in said
