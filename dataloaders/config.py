@@ -25,6 +25,7 @@ _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 
 LARGEST_SIDE = 65_536  # pixels of what a model sees, beyond which no tensor could hold a picture
+LARGEST_JITTER = 16  # of a side, beyond which nothing is left to be seen
 _LARGEST_STATISTIC = 1000.0  # of mean and std; beyond 1 only by mistake, and far beyond no pixel can be padded with it
 
 
@@ -32,12 +33,16 @@ class AugmentConfig(FrozenConfig):
     """What is done to training images, each drawn from (seed, epoch, sample id).
 
     Attributes:
-        crop: "resized" (random area and aspect ratio, then resized to the image size), "pad" (zero padding and
-            a random window; for images already at the image size), "window" (a random window of the image size, not
-            resized; evaluation uses the window at the image's centre) or "none" (as in evaluation).
+        crop: "resized" (random area and aspect ratio, then resized to the image size), "scale_jitter" (resized by a
+            random factor with its proportions kept, then a random window, with the mean colour where the image is
+            smaller; for segmentation and detection), "pad" (zero padding and a random window; for images already at
+            the image size), "window" (a random window of the image size, not resized; evaluation uses the window at
+            the image's centre) or "none" (as in evaluation).
         pad: pixels added on each side by crop = "pad".
         scale: smallest and largest share of the image's area that crop = "resized" takes.
         ratio: smallest and largest width / height of that crop.
+        scale_jitter: smallest and largest factor of crop = "scale_jitter"; at 1 the image just covers the image size,
+            as in evaluation of whole images.
         flip: whether to mirror half of the images left to right.
         vflip: probability that an image is turned upside down (mirrored top to bottom), as for satellite images and
             microscopy; 0 is off.
@@ -63,10 +68,11 @@ class AugmentConfig(FrozenConfig):
             module of run.imports registers them (docs/library.md).
     """
 
-    crop: Literal["resized", "pad", "window", "none"] = "resized"
+    crop: Literal["resized", "scale_jitter", "pad", "window", "none"] = "resized"
     pad: int = pydantic.Field(default=4, ge=1)
     scale: _Range = (0.08, 1.0)
     ratio: _Range = (3 / 4, 4 / 3)
+    scale_jitter: _Range = (0.5, 2.0)
     flip: bool = True
     vflip: float = pydantic.Field(default=0.0, ge=0.0, le=1.0)
     randaugment_ops: int = pydantic.Field(default=0, ge=0, le=14)
@@ -101,6 +107,12 @@ class AugmentConfig(FrozenConfig):
         low, high = self.ratio
         if not 0 < low <= high:
             raise ValueError(f"ratio = [{low}, {high}] must satisfy 0 < first <= second")
+        low, high = self.scale_jitter
+        if not 1 / LARGEST_JITTER <= low <= high <= LARGEST_JITTER:
+            raise ValueError(
+                f"scale_jitter = [{low}, {high}] must satisfy {1 / LARGEST_JITTER} <= first <= second <= "
+                f"{LARGEST_JITTER}"
+            )
         return self
 
     @pydantic.model_validator(mode="after")
@@ -223,8 +235,10 @@ class DataConfig(FrozenConfig):
             size is not cropped.
         eval_view: what of an image evaluation shows the model: "centre" (the centre crop) or "whole" (the whole image,
             resized until image_size fits into it, with sides that are multiples of `bucket_multiple`; with
-            augment.crop = "window" at native scale). Masks keep their stored size. Where a split has images of several
-            sizes, micro batches have one image. Task "segmentation" sets "whole".
+            augment.crop = "window" at native scale). Masks and boxes stay as they are stored. Where a split has
+            images of several sizes, micro batches have one image. Tasks "segmentation" and "detection" set "whole".
+        eval_longest: most pixels of the longer side of whole images, such as 1333 for COCO; elongated images are then
+            resized to less than image_size. 0 is no limit.
         interpolation: how images are resized (antialiased).
         mean: means of the bands that normalisation subtracts, as shares of the full range (with pixels = "float32", in
             the units of the data). One number per band: this sets the number of bands that images must have, and the
@@ -275,6 +289,7 @@ class DataConfig(FrozenConfig):
     bucket_multiple: int = pydantic.Field(default=32, ge=1, le=LARGEST_SIDE)
     eval_crop: float = pydantic.Field(default=0.875, gt=0.0, le=1.0)
     eval_view: Literal["centre", "whole"] = "centre"
+    eval_longest: int = pydantic.Field(default=0, ge=0, le=LARGEST_SIDE)
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     mean: _Bands = _IMAGENET_MEAN
     std: _Bands = _IMAGENET_STD
@@ -353,6 +368,16 @@ class DataConfig(FrozenConfig):
 
     @pydantic.model_validator(mode="after")
     def _possible_sizes(self) -> Self:
+        if self.eval_longest and (self.eval_view != "whole" or self.augment.crop == "window"):
+            raise ValueError(
+                f"eval_longest = {self.eval_longest} limits whole images that are resized, and here eval_view = "
+                f'"{self.eval_view}" and augment.crop = "{self.augment.crop}": leave it out'
+            )
+        if 0 < self.eval_longest < max(self.shape):
+            raise ValueError(
+                f"eval_longest = {self.eval_longest} must be at least {max(self.shape)}, the longer side of the images "
+                "that the model sees (image_size, image_width)"
+            )
         if self.eval_view == "whole" and self.engine == "ffcv":
             raise ValueError('eval_view = "whole" shows images of any shape, and FFCV has one: set engine = "native"')
         if self.augment.crop == "window" and self.engine == "ffcv":

@@ -24,12 +24,48 @@ class DamagedSampleError(DataError):
     """One sample whose bytes are not what they were packed as, or do not decode."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Boxes:
-    """Boxes of an image: (k, 4) float32 x0, y0, x1, y1 in stored pixels, and (k,) int64 classes."""
+    """Boxes of an image.
+
+    Attributes:
+        corners: (k, 4) float32, x0, y0, x1, y1 in stored pixels.
+        labels: (k,) int64, classes.
+        crowds: (k,) bool, whether it is of a region with several objects, which must not be counted as one.
+        areas: (k,) float32, of the object in stored pixels: of its outline, where the annotation has one.
+    """
 
     corners: npt.NDArray[np.float32]
     labels: npt.NDArray[np.int64]
+    crowds: npt.NDArray[np.bool_]
+    areas: npt.NDArray[np.float32]
+
+    def __init__(
+        self,
+        corners: npt.NDArray[np.float32],
+        labels: npt.NDArray[np.int64],
+        crowds: npt.NDArray[np.bool_] | None = None,
+        areas: npt.NDArray[np.float32] | None = None,
+    ) -> None:
+        """Without `crowds` none is of a crowd; without `areas` each is that of its box."""
+        corners = np.asarray(corners, np.float32).reshape(-1, 4)
+        fields = {
+            "corners": corners,
+            "labels": np.asarray(labels, np.int64),
+            "crowds": np.zeros(len(corners), np.bool_) if crowds is None else np.asarray(crowds, np.bool_),
+            "areas": box_areas(corners) if areas is None else np.asarray(areas, np.float32),
+        }
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)  # the class is frozen
+
+
+def box_areas(corners: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return (k,) float32, the area of each of (k, 4) boxes."""
+    with np.errstate(over="ignore", invalid="ignore"):  # corners that are not checked yet
+        return (corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])
+
+
+NO_BOXES = Boxes(np.empty((0, 4), np.float32), np.empty(0, np.int64))
 
 
 @runtime_checkable
@@ -98,6 +134,14 @@ class Stored:
     mask: bytes | None = None
     boxes: Boxes | None = None
     soft: npt.NDArray[np.float32] | None = None
+
+
+def spread_evenly(total: int, count: int) -> list[int]:
+    """Return `count` numbers below `total`, or all of them, at equal distances."""
+    if count >= total:
+        return list(range(total))
+    chosen: list[int] = (np.arange(count) * total // count).tolist()
+    return chosen
 
 
 def bytes_of(image: bytes | npt.NDArray[Any] | Tiled) -> int:

@@ -44,8 +44,10 @@ def own_data(train: Dataset, val: Dataset, classes: Sequence[str]) -> Splits:
 
     A sample is `(image, label)` or `(image, label, soft)`: the image (H, W, 3) uint8, the soft label a probability for
     each class in order, or a table by class name. Or it is `(image, mask)`: the mask (H, W) integers, the class of each
-    pixel, 255 where it does not count. The same index must always give the same sample. All samples are read
-    once here, for their sizes and for the fingerprint by which a resumed run knows its data.
+    pixel, 255 where it does not count. Or it is `(image, objects)`, objects a table as torchvision's detection has it:
+    "boxes" (k, 4) x0, y0, x1, y1 in pixels of the image, "labels" (k,) integers from 0, and if it likes "iscrowd" (k,)
+    and "area" (k,). The same index must always give the same sample. All samples are read once here, for their sizes
+    and for the fingerprint by which a resumed run knows its data.
 
     Args:
         train: the training samples: a sequence, or a `torch.utils.data.Dataset` with a length.

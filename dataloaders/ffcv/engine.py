@@ -117,7 +117,7 @@ def _check_offered(config: DataConfig) -> None:
     wrong = [
         text
         for text, used in (
-            ('augment.crop = "pad"', augment.crop == "pad"),
+            *((f'augment.crop = "{crop}"', augment.crop == crop) for crop in ("pad", "scale_jitter")),
             (f"augment.randaugment_ops = {augment.randaugment_ops}", augment.randaugment_ops > 0),
             (f'augment.policy = "{augment.policy}"', augment.policy != "none"),
             (f"augment.color_jitter = {augment.color_jitter}", augment.color_jitter > 0),

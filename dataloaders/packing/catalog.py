@@ -49,7 +49,7 @@ class Listed:
         label: of the image; 0 for samples with a mask or boxes.
         image: where its bytes are.
         mask: where its mask's are, or None.
-        boxes: JSON list of [x0, y0, x1, y1, class], or None.
+        boxes: JSON list of the image's size and its boxes (`CocoBoxes.boxes`), or None.
     """
 
     number: int

@@ -1,7 +1,8 @@
 """COCO's instance annotations: the boxes of each image, classes numbered from 0.
 
-Only what detection needs is taken: `images`, `categories` and of `annotations` image, category, box and the crowd
-flag. A crowd's box marks a region that is not to be counted, and no object; such boxes are left out and counted.
+Only what detection needs is taken: `images`, `categories` and of `annotations` image, category, box, area and the
+crowd flag. The sizes of images are taken to tell whether the boxes are of the images that are there. A crowd's box
+marks a region that is not to be counted, and no object; such boxes keep the flag.
 
 Source: Lin et al. 2014, "Microsoft COCO"; format at cocodataset.org/#format-data.
 """
@@ -13,12 +14,18 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from dataloaders.sources.class_folders import Stretch, check_class_names, read_stretch
 from dataloaders.sources.files import table_of
 from setformer_dist.core.errors import DataError
+from setformer_dist.core.words import counted
 
 # Bytes of an annotation file; COCO's own has 0.45 GB. The user names it, and it takes some 8 times its size.
 _LARGEST = 1 << 32
+
+# What float32 holds.
+_LARGEST_AREA = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -27,8 +34,9 @@ class CocoBoxes:
 
     Attributes:
         classes: class names in the order of their category ids, or of the class map that was given.
-        boxes: image file name -> JSON list of [x0, y0, x1, y1, class]; images without objects have "[]".
-        notes: what was left out.
+        boxes: image file name -> JSON list: the image's [height, width], null where the file does not say, and its
+            boxes [x0, y0, x1, y1, class, crowd, area]: crowd is 0 or 1, area null where the file has none.
+        notes: what there is to say.
     """
 
     classes: tuple[str, ...]
@@ -50,7 +58,8 @@ def read_coco(file: Stretch, class_map: tuple[tuple[str, ...], object] | None) -
         table = json.loads(read_stretch(file, _LARGEST), object_pairs_hook=table_of)
         names = _by_id(table, "categories", "name")
         images = _by_id(table, "images", "file_name")
-        rows: dict[str, list[list[float]]] = {name: [] for name in images.values()}
+        rows: dict[str, list[list[float | None]]] = {name: [] for name in images.values()}
+        shapes = {row["file_name"]: _shape(row) for row in _rows(table, "images")}
         classes = tuple(names.values())
         if class_map is not None:
             check_class_names(classes, *class_map)
@@ -58,11 +67,10 @@ def read_coco(file: Stretch, class_map: tuple[tuple[str, ...], object] | None) -
         label_of = {category: classes.index(name) for category, name in names.items()}
         crowds, known = 0, set[tuple[Any, ...]]()
         for row in _rows(table, "annotations"):
-            if row.get("iscrowd"):
-                crowds += 1
-            else:
-                _check_once(row, known)
-                rows[images[row["image_id"]]].append(_corners(row, label_of))
+            is_crowd = bool(row.get("iscrowd"))
+            crowds += is_crowd
+            _check_once(row, known)
+            rows[images[row["image_id"]]].append([*_corners(row, label_of), int(is_crowd), _area(row)])
     except RecursionError:
         raise DataError(f"COCO annotations {file.name} are nested too deeply: make the file again") from None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
@@ -70,8 +78,8 @@ def read_coco(file: Stretch, class_map: tuple[tuple[str, ...], object] | None) -
         raise DataError(f"COCO annotations {file.name}: one of the entries {what}: make the file again") from None
     if not images or not classes:
         raise DataError(f"COCO annotations {file.name} name no image or no category: make the file again")
-    notes = [f"{crowds} boxes of crowds were left out"] if crowds else []
-    return CocoBoxes(classes, {name: json.dumps(boxes) for name, boxes in rows.items()}, notes)
+    notes = [f"{counted(crowds, 'box is of a crowd', 'boxes are of crowds')}: kept, not learnt from"] if crowds else []
+    return CocoBoxes(classes, {name: json.dumps([shapes[name], boxes]) for name, boxes in rows.items()}, notes)
 
 
 def _rows(table: dict[str, Any], key: str) -> list[dict[str, Any]]:
@@ -96,6 +104,12 @@ def _by_id(table: dict[str, Any], what: str, key: str) -> dict[Any, str]:
     return found
 
 
+def _shape(row: dict[str, Any]) -> list[int] | None:
+    """Return an image's [height, width]; None where the file has none, or zeros in their place."""
+    sides = [side for side in (row.get("height"), row.get("width")) if isinstance(side, int) and side > 0]
+    return sides if len(sides) == 2 else None
+
+
 def _check_once(row: dict[str, Any], known: set[tuple[Any, ...]]) -> None:
     """Refuse an annotation that is there a second time. Ids alone may repeat: some programs count them per image."""
     if "id" not in row:
@@ -111,3 +125,13 @@ def _corners(row: dict[str, Any], label_of: dict[Any, int]) -> list[float]:
         raise ValueError(f"bbox {row['bbox']!r:.40} is no list")
     left, top, width, height = map(float, row["bbox"])
     return [left, top, left + width, top + height, label_of[row["category_id"]]]
+
+
+def _area(row: dict[str, Any]) -> float | None:
+    """Return an object's area in pixels; None where the annotation says nothing."""
+    area = row.get("area")
+    if area is None:
+        return None
+    if isinstance(area, bool) or not isinstance(area, int | float) or not 0 <= area <= _LARGEST_AREA:
+        raise ValueError(f"area {area!r:.40} is no finite number from 0 on")
+    return float(area)

@@ -22,7 +22,7 @@ from dataloaders.packing.overlap import UNKNOWN, checksums
 from dataloaders.pixels.colours import colour
 from dataloaders.pixels.decode import MASK_FORMATS, UndecodableError, class_numbers, is_jpeg, picture_of
 from dataloaders.pixels.formats import FORMATS
-from dataloaders.source import Boxes, DamagedSampleError, Source, Stored, Tiled, bytes_of
+from dataloaders.source import DamagedSampleError, Source, Stored, Tiled, bytes_of, spread_evenly
 from dataloaders.sources.image_folder import ImageFolderDataset
 from dataloaders.sources.scanning import shared_keys
 from dataloaders.sources.shards import ShardDataset
@@ -54,7 +54,8 @@ class Inspection:
         shards: files or pages.
         shard_kind: what these are: "shard", or "folder" of an image folder.
         classes: class names.
-        counts: (C,) images, boxes or pixels of each class; of the samples looked at for boxes and pixels.
+        counts: (C,) images, boxes or pixels of each class; of the samples looked at for boxes and pixels. Boxes of
+            crowds are not counted.
         counted: what `counts` counts: "images", "boxes" or "pixels".
         parts: what samples have besides image and label.
         height: of the images, pixels.
@@ -144,14 +145,6 @@ def inspect(source: Source, look_at: int = LOOKED_AT) -> Inspection:
     )
 
 
-def spread_evenly(total: int, count: int) -> list[int]:
-    """Return `count` numbers below `total`, or all of them, at equal distances."""
-    if count >= total:
-        return list(range(total))
-    chosen: list[int] = (np.arange(count) * total // count).tolist()
-    return chosen
-
-
 class _Seen:
     """What the samples that were looked at held."""
 
@@ -181,7 +174,8 @@ def _look(source: Source, chosen: list[int]) -> _Seen:
         data = image if isinstance(image, bytes) else image.content if isinstance(image, Tiled) else image.tobytes()
         seen.checks.append(zlib.crc32(data) << 31 ^ len(data))
         if stored.boxes is not None:
-            seen.boxes += np.bincount(stored.boxes.labels, minlength=len(source.classes))[: len(source.classes)]
+            objects = stored.boxes.labels[~stored.boxes.crowds]
+            seen.boxes += np.bincount(objects, minlength=len(source.classes))[: len(source.classes)]
     return seen
 
 
@@ -286,15 +280,17 @@ def pictures(source: Source, count: int, side: int) -> list[Picture]:
 def _picture(source: Source, sample: int, side: int) -> Picture:
     try:
         stored = source.read(sample)
-        image = PIL.Image.fromarray(picture_of(stored.image))
+        pixels, (top, left, height, width) = picture_of(stored.image)
+        image = PIL.Image.fromarray(pixels)
         scale = min(1.0, side / max(image.size))
         size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
         image = image.resize(size, PIL.Image.Resampling.LANCZOS)
         shown: set[int] = set()
         if stored.mask is not None:
-            image = _with_mask(image, mask_values(stored.mask), shown)
+            image = _with_mask(image, mask_values(stored.mask)[top : top + height, left : left + width], shown)
         if stored.boxes is not None:
-            _draw_boxes(image, stored.boxes, scale, source.classes, shown)
+            corners = (stored.boxes.corners - [left, top] * 2) * scale
+            _draw_boxes(image, corners, stored.boxes.labels, shown)
     except (DamagedSampleError, UndecodableError) as error:
         blank = np.full((side, side, 3), 128, np.uint8)
         return Picture(blank, source.key(sample), "damaged", source.size(sample), str(error))
@@ -304,7 +300,12 @@ def _picture(source: Source, sample: int, side: int) -> Picture:
 
 def _caption(source: Source, sample: int, stored: Stored, shown: set[int]) -> str:
     if stored.boxes is not None:
-        kinds = Counter(source.classes[label] for label in stored.boxes.labels.tolist() if label < len(source.classes))
+        marked = zip(stored.boxes.labels.tolist(), stored.boxes.crowds.tolist(), strict=True)
+        kinds = Counter(
+            f"crowd of {source.classes[label]}" if is_crowd else source.classes[label]
+            for label, is_crowd in marked
+            if label < len(source.classes)
+        )
         return ", ".join(f"{count} × {name}" for name, count in kinds.most_common()) or "no objects"
     if stored.mask is not None:
         return f"{len(shown)} of {len(source.classes)} classes"
@@ -320,9 +321,12 @@ def _with_mask(image: PIL.Image.Image, mask: npt.NDArray[np.uint8], shown: set[i
     return PIL.Image.fromarray(mixed.round().astype(np.uint8))
 
 
-def _draw_boxes(image: PIL.Image.Image, boxes: Boxes, scale: float, classes: tuple[str, ...], shown: set[int]) -> None:
+def _draw_boxes(
+    image: PIL.Image.Image, corners: npt.NDArray[Any], labels: npt.NDArray[np.int64], shown: set[int]
+) -> None:
     drawing = PIL.ImageDraw.Draw(image)
-    for corners, label in zip((boxes.corners * scale).tolist(), boxes.labels.tolist(), strict=True):
+    for (left, top, right, lower), label in zip(corners.tolist(), labels.tolist(), strict=True):
         shown.add(label)
-        drawing.rectangle(corners, outline=(0, 0, 0), width=4)
-        drawing.rectangle([corners[0] + 1, corners[1] + 1, corners[2] - 1, corners[3] - 1], None, colour(label), 2)
+        drawing.rectangle([left, top, right, lower], outline=(0, 0, 0), width=4)
+        if min(right - left, lower - top) >= 2:  # else nothing of it is inside the black line
+            drawing.rectangle([left + 1, top + 1, right - 1, lower - 1], None, colour(label), 2)

@@ -45,7 +45,8 @@ from dataloaders.pixels.decode import (
     unfit,
 )
 from dataloaders.pixels.depth import MAX_PIXELS, RGB, PixelFormat
-from dataloaders.source import Boxes, Stored, Tiled
+from dataloaders.source import Boxes, Stored, Tiled, box_areas
+from dataloaders.sources.boxes import inside, resized
 from dataloaders.sources.slides import SlideImage
 from dataloaders.sources.tiles import LARGEST_SIDE, RAW_SUFFIX, Grid
 from setformer_dist.core.batch import VOID
@@ -60,9 +61,6 @@ _DECODE_MARGIN = 2
 
 # Rows of an image in tiles that are looked at together, at most: as many as the largest tile has.
 _ROWS_CHECKED = LARGEST_SIDE
-
-# Pixels by which a box may stand out of its image: annotations are rounded.
-_SLACK = 1.0
 
 
 @dataclass(frozen=True)
@@ -199,7 +197,7 @@ def check(stored: Stored, classes: int, max_pixels: int = MAX_PIXELS) -> tuple[i
         rows = min(_ROWS_CHECKED, 1 << max(0, (form.max_pixels // width).bit_length() - 1))
         for _ in bands_of_rows(stored.image, rows, form):
             pass
-    how = Intake(classes=classes)
+    how = Intake(classes=classes, form=form)
     if stored.mask is not None:
         _mask(stored.mask, (height, width), (height, width), how)
     if stored.boxes is not None:
@@ -283,7 +281,7 @@ def _png(pixels: npt.NDArray[np.uint8]) -> bytes:
 
 def _mask(data: bytes, stored: tuple[int, int], packed: tuple[int, int], how: Intake) -> tuple[bytes, int]:
     """Return a mask as a PNG of one byte per pixel, and its largest class."""
-    mode, classes = _mask_values(data, how.mask_table)
+    mode, classes = _mask_values(data, how.mask_table, how.form)
     if classes.shape != stored:
         raise UndecodableError(
             f"its mask is {classes.shape[1]}x{classes.shape[0]} pixels, the image {stored[1]}x{stored[0]}"
@@ -303,11 +301,13 @@ def _mask(data: bytes, stored: tuple[int, int], packed: tuple[int, int], how: In
     return (_png(classes) if changed else data), top
 
 
-def _mask_values(data: bytes, table: MaskTable | None = None) -> tuple[str, npt.NDArray[np.uint8]]:
+def _mask_values(
+    data: bytes, table: MaskTable | None = None, form: PixelFormat = RGB
+) -> tuple[str, npt.NDArray[np.uint8]]:
     """Return a mask file's mode and its (H, W) classes."""
     try:
-        with opened(data) as image:
-            refuse_large(image)
+        with opened(data, form) as image:
+            refuse_large(image, form)
             if image.format in _LOSSY:
                 raise UndecodableError(f"its mask is a {image.format} file, which changes class numbers: make it a PNG")
             mode, values = image.mode, class_numbers(image) if table is None else table.read(image)
@@ -331,18 +331,7 @@ def _mask_values(data: bytes, table: MaskTable | None = None) -> tuple[str, npt.
 
 def _boxes(boxes: Boxes, stored: tuple[int, int], packed: tuple[int, int], how: Intake) -> Boxes:
     """Return boxes cut to the image and scaled as it was."""
-    high = np.array([stored[1], stored[0]] * 2, np.float32)
-    corners = np.clip(boxes.corners, 0, high)
-    for given, cut, label in zip(boxes.corners, corners, boxes.labels.tolist(), strict=True):
-        place = ", ".join(f"{value:g}" for value in given.tolist())
-        if not np.isfinite(given).all() or np.abs(cut - given).max() > _SLACK:
-            raise UndecodableError(f"box ({place}) extends beyond its image of {stored[1]}x{stored[0]} pixels")
-        if cut[2] <= cut[0] or cut[3] <= cut[1]:
-            raise UndecodableError(f"box ({place}) has no area")
-        if how.classes and not 0 <= label < how.classes:
-            raise UndecodableError(f"box ({place}) has class {label}, but there are {how.classes} classes")
-    scale = np.array([packed[1] / stored[1], packed[0] / stored[0]] * 2, np.float32)
-    return Boxes(corners * scale, boxes.labels)
+    return resized(inside(boxes, stored, how.classes), stored, packed)
 
 
 def encode_soft(soft: npt.NDArray[np.float32]) -> bytes:
@@ -351,6 +340,11 @@ def encode_soft(soft: npt.NDArray[np.float32]) -> bytes:
 
 
 def encode_boxes(boxes: Boxes) -> bytes:
-    """Return boxes as the JSON file that a shard holds."""
+    """Return boxes as the JSON file that a shard holds; what the boxes alone say is left out of it."""
     corners = [[round(float(value), 3) for value in row] for row in boxes.corners]
-    return json.dumps({"boxes": corners, "labels": boxes.labels.tolist()}).encode()
+    table = {"boxes": corners, "labels": boxes.labels.tolist()}
+    if boxes.crowds.any():
+        table["crowds"] = boxes.crowds.tolist()
+    if (boxes.areas != box_areas(boxes.corners)).any():
+        table["areas"] = [round(float(area), 3) for area in boxes.areas]
+    return json.dumps(table).encode()

@@ -18,14 +18,17 @@ import numpy as np
 import numpy.typing as npt
 
 from dataloaders.packing.catalog import Catalog, Listed
-from dataloaders.pixels.decode import UndecodableError
-from dataloaders.source import Boxes, DamagedSampleError, Source, Stored, bytes_of
+from dataloaders.pixels.decode import UndecodableError, image_size
+from dataloaders.pixels.depth import PixelFormat
+from dataloaders.source import Boxes, DamagedSampleError, Source, Stored, box_areas, bytes_of
 from dataloaders.sources.class_folders import Stretch, read_stretch
 from dataloaders.sources.files import LARGEST_SAMPLE
 from dataloaders.sources.shards import ShardDataset
 
 # Samples whose bytes are looked at to learn how large those of a container without an index are.
 _WEIGHED = 256
+
+_OF_ANY_SIZE = PixelFormat(max_pixels=1 << 62)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +146,11 @@ class FileOrigin:
                 yield listed.image.name, UndecodableError("it has no mask")
                 continue
             mask = None if listed.mask is None else read_stretch(listed.mask)
-            boxes = None if listed.boxes is None else _boxes(json.loads(listed.boxes))
+            shape, rows = (None, None) if listed.boxes is None else json.loads(listed.boxes)
+            if (why := _of_another_size(image, shape)) is not None:
+                yield listed.image.name, UndecodableError(why)
+                continue
+            boxes = None if rows is None else _boxes(rows)
             yield Raw(listed.number, listed.image.name, listed.label, Stored(image, mask, boxes))
 
     def _catalog(self) -> Catalog:
@@ -168,9 +175,23 @@ def _facts(listed: Listed) -> list[object]:
     return [of(listed.image), listed.mask and of(listed.mask), listed.boxes]
 
 
-def _boxes(rows: list[list[float]]) -> Boxes:
-    table = np.array(rows, np.float64).reshape(-1, 5)
-    return Boxes(table[:, :4].astype(np.float32), table[:, 4].astype(np.int64))
+def _of_another_size(image: bytes, shape: list[int] | None) -> str | None:
+    """Return why boxes of an image of [height, width] are not of this one; None where they are, or nobody can say."""
+    try:
+        found = shape and list(image_size(image, _OF_ANY_SIZE))
+    except UndecodableError:  # the packer says why
+        return None
+    if not shape or not found or found == shape:
+        return None
+    turned = " (they are of the image as EXIF turns it, which nothing here does)" if found == shape[::-1] else ""
+    return f"it is of {found[1]}x{found[0]} pixels, but its annotations are of {shape[1]}x{shape[0]}{turned}"
+
+
+def _boxes(rows: list[list[float | None]]) -> Boxes:
+    table = np.array(rows, np.float64).reshape(-1, 7)  # None becomes NaN
+    corners, areas = table[:, :4].astype(np.float32), table[:, 6].astype(np.float32)
+    areas = np.where(np.isnan(areas), box_areas(corners), areas)
+    return Boxes(corners, table[:, 4].astype(np.int64), table[:, 5].astype(np.bool_), areas)
 
 
 @dataclass

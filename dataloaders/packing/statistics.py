@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dataloaders.packing.inspection import spread_evenly
 from dataloaders.pixels.decode import decode_box, natural, stored_shape
 from dataloaders.pixels.depth import FULL_RANGE, PixelFormat, UndecodableError
-from dataloaders.source import DamagedSampleError, Source, Stored, Tiled
+from dataloaders.source import DamagedSampleError, Source, Stored, Tiled, spread_evenly
 from setformer_dist.core.errors import DataError
 
 # Side of the windows that are read of an image in tiles, one in the middle of each quarter.

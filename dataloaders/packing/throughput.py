@@ -26,11 +26,10 @@ import numpy.typing as npt
 import torch
 
 from dataloaders.config import AugmentConfig, DataConfig
-from dataloaders.packing.inspection import spread_evenly
 from dataloaders.packing.intake import Intake, shrunk_pixels, take_in
 from dataloaders.pixels.decode import decode
 from dataloaders.reading.loading import Request, TrainLoading, answer
-from dataloaders.source import DamagedSampleError, Source, Stored, Tiled
+from dataloaders.source import DamagedSampleError, Source, Stored, Tiled, spread_evenly
 from setformer_dist.core.errors import ConfigError, DataError
 
 # Images held in memory while they are measured, and those of them on which something else is tried.

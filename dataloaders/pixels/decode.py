@@ -221,16 +221,17 @@ def natural(data: bytes | npt.NDArray[Any] | Tiled, max_pixels: int = MAX_PIXELS
     return rgb
 
 
-def picture_of(data: bytes | npt.NDArray[Any] | Tiled) -> npt.NDArray[np.uint8]:
-    """Return (h, w, 3) uint8 for people: the first three bands, or the only one, stretched where they are no bytes.
+def picture_of(data: bytes | npt.NDArray[Any] | Tiled) -> tuple[npt.NDArray[np.uint8], tuple[int, int, int, int]]:
+    """Return (h, w, 3) uint8 for people, and the part of the image that it shows, (top, left, h, w).
 
-    Of tiles it shows the middle, no more than `_MOST_SHOWN` pixels a side.
+    These are the first three bands, or the only one, stretched where they are no bytes. Of tiles it shows the middle,
+    no more than `_MOST_SHOWN` pixels a side.
 
     Raises:
         UndecodableError: the bytes are not a whole image.
         DamagedSampleError: a tile is damaged.
     """
-    form = natural(data)
+    form, top, left = natural(data), 0, 0
     if isinstance(data, bytes | np.ndarray):
         pixels = decode(data, form=form)
     else:
@@ -239,9 +240,18 @@ def picture_of(data: bytes | npt.NDArray[Any] | Tiled) -> npt.NDArray[np.uint8]:
         pixels = data.window((top, left, sides[0], sides[1]))
     shown = pixels[..., :3] if pixels.shape[2] >= 3 else np.repeat(pixels[..., :1], 3, axis=2)
     if shown.dtype != np.uint8:
-        low, high = float(shown.min()), float(shown.max())
-        shown = ((shown.astype(np.float32) - low) * (255 / max(high - low, 1e-12))).round().astype(np.uint8)
-    return np.ascontiguousarray(shown)
+        shown = _stretched(shown)
+    return np.ascontiguousarray(shown), (top, left, shown.shape[0], shown.shape[1])
+
+
+def _stretched(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """Return numbers as bytes: black to white from the first percentile to the last, so that no glint darkens all."""
+    values = pixels.astype(np.float32)
+    low, high = np.percentile(values, (1, 99))
+    if low == high:  # hardly anything differs: show what does
+        low, high = float(values.min()), float(values.max())
+    stretched: npt.NDArray[np.float32] = (values - low) * (255 / max(high - low, 1e-12))
+    return stretched.round().clip(0, 255).astype(np.uint8)
 
 
 def _unfit(bands: int, numbers: str, form: PixelFormat) -> str | None:
@@ -288,13 +298,16 @@ def class_numbers(image: PIL.Image.Image) -> npt.NDArray[Any]:
     return values if steps is None else values // np.uint8(steps)
 
 
-def decode_mask(data: bytes, shape: tuple[int, int], classes: int = VOID) -> npt.NDArray[np.uint8]:
+def decode_mask(
+    data: bytes, shape: tuple[int, int], classes: int = VOID, form: PixelFormat = RGB
+) -> npt.NDArray[np.uint8]:
     """Decode a mask: a PNG of one byte per pixel, which is its class (or the place in its palette).
 
     Args:
         data: the file's bytes.
         shape: (height, width) of the image that it belongs to.
         classes: of the data.
+        form: of the image; says how many pixels are allowed.
 
     Returns:
         (H, W) uint8.
@@ -304,8 +317,8 @@ def decode_mask(data: bytes, shape: tuple[int, int], classes: int = VOID) -> npt
     """
     try:
         _check_png(data)
-        with PIL.Image.open(io.BytesIO(data), formats=MASK_FORMATS) as image:
-            refuse_large(image)
+        with opened(data, form, MASK_FORMATS) as image:
+            refuse_large(image, form)
             mode, mask = image.mode, class_numbers(image)
     except UndecodableError as error:
         raise UndecodableError(f"its mask is damaged: {error}") from None
@@ -366,7 +379,7 @@ def refuse_large(image: PIL.Image.Image, form: PixelFormat = RGB) -> None:
 
 
 @contextlib.contextmanager
-def opened(data: bytes, form: PixelFormat = RGB) -> Iterator[PIL.Image.Image]:
+def opened(data: bytes, form: PixelFormat = RGB, formats: tuple[str, ...] = FORMATS) -> Iterator[PIL.Image.Image]:
     """Open an image by PIL, whose own limit gives way to a larger one that the config names.
 
     PIL alone of all readers turns a TIFF as it asks to be shown, by its tag or by words within it, and no other format.
@@ -374,14 +387,14 @@ def opened(data: bytes, form: PixelFormat = RGB) -> Iterator[PIL.Image.Image]:
     if tiff.is_tiff(data):
         data = tiff.upright(data)
     if form.max_pixels <= MAX_PIXELS:
-        with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with PIL.Image.open(io.BytesIO(data), formats=formats) as image:
             _keep_upright(image)
             yield image
         return
     with _PIL_LIMIT:  # a setting of the process, needed while the header is read
         before, PIL.Image.MAX_IMAGE_PIXELS = PIL.Image.MAX_IMAGE_PIXELS, form.max_pixels
         try:
-            image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
+            image = PIL.Image.open(io.BytesIO(data), formats=formats)
         finally:
             PIL.Image.MAX_IMAGE_PIXELS = before
     with image:

@@ -39,6 +39,7 @@ from dataloaders.pixels.view import (
     View,
     centre_view,
     dtype_of,
+    jittered_view,
     padded_view,
     random_view,
     scaled,
@@ -49,7 +50,7 @@ from dataloaders.pixels.view import (
     whole_view,
     window_view,
 )
-from dataloaders.source import UNLABELLED, Fetching, Source, Stored, Tiled
+from dataloaders.source import UNLABELLED, Boxes, Fetching, Source, Stored, Tiled
 from setformer_dist.core.batch import VOID
 from setformer_dist.core.errors import ConfigError, DataError
 
@@ -70,14 +71,17 @@ class Shown:
     Attributes:
         image: (B, H, W) of the numbers that `data.pixels` names.
         mask: (H, W) uint8, for samples with masks.
-        boxes: (k, 4) float32 x0, y0, x1, y1 in pixels, and (k,) int64 classes, for samples with boxes.
+        boxes: in pixels of the image, without crowds; as they are stored where evaluation shows whole images. None for
+            samples without boxes.
         soft: as the sample has it.
+        stored: (height, width) of its image as stored.
     """
 
     image: torch.Tensor
-    mask: torch.Tensor | None = None
-    boxes: tuple[torch.Tensor, torch.Tensor] | None = None
-    soft: npt.NDArray[np.float32] | None = None
+    mask: torch.Tensor | None
+    boxes: Boxes | None
+    soft: npt.NDArray[np.float32] | None
+    stored: Shape
 
 
 class Choices(NamedTuple):
@@ -173,16 +177,22 @@ class TrainTransform:
             UndecodableError: the bytes are not a whole image, or not one of the size the container says.
         """
         view = mirrored(self._view(stored, shape, choices.crop, scale), self._augment, choices)
-        shrink = _decode_shrink(view) if self._augment.crop == "resized" else 1
-        image = _seen(sample, view, stored, shrink, self._form, self._interpolation)
-        mask = None if sample.mask is None else see_mask(view, decode_mask(sample.mask, stored, self._classes))
+        shrink = _decode_shrink(view) if self._augment.crop in ("resized", "scale_jitter") else 1
+        outside = self._erased if self._augment.crop == "scale_jitter" else 0
+        image = _seen(sample, view, stored, shrink, self._form, self._interpolation, outside)
+        mask = (
+            None if sample.mask is None else see_mask(view, decode_mask(sample.mask, stored, self._classes, self._form))
+        )
         if self._recolours:
             image, mask = self._recoloured(image, mask, choices)
-        return Shown(image, mask, None if sample.boxes is None else see_boxes(view, sample.boxes), sample.soft)
+        boxes = None if sample.boxes is None else see_boxes(view, sample.boxes)
+        return Shown(image, mask, boxes, sample.soft, stored)
 
     def _view(self, stored: Shape, shape: Shape, draws: list[float], scale: tuple[float, float] | None) -> View:
         if self._augment.crop == "resized":
             return random_view(stored, shape, scaled(self._augment, scale), draws)
+        if self._augment.crop == "scale_jitter":
+            return jittered_view(stored, shape, self._augment.scale_jitter, draws)
         if self._augment.crop == "pad":
             return padded_view(stored, self._augment.pad, draws)
         if self._augment.crop == "window":
@@ -223,14 +233,16 @@ def evaluated_shape(stored: Shape, config: DataConfig) -> Shape:
     """Return (height, width) of an image as evaluation shows it, which was stored as (height, width)."""
     if config.eval_view == "centre":
         return config.shape
-    return stored if config.augment.crop == "window" else whole_shape(stored, config.shape, config.bucket_multiple)
+    if config.augment.crop == "window":
+        return stored
+    return whole_shape(stored, config.shape, config.bucket_multiple, config.eval_longest)
 
 
 def show_for_eval(sample: Stored, config: DataConfig, classes: int = VOID) -> Shown:
     """Return a sample as evaluation sees it, in (H, W): resized so that it covers (H, W) / eval_crop, centre cut.
 
     With augment.crop = "window" the window at the image's centre is seen, at native scale. With eval_view = "whole"
-    the image is in `evaluated_shape`, and its mask as it is stored.
+    the image is in `evaluated_shape`, and its mask and boxes as they are stored.
 
     An image of H x W is taken as it is. The resize is antialiased; against timm's (PIL's) the mean difference
     is below 1 of 255.
@@ -251,13 +263,21 @@ def show_for_eval(sample: Stored, config: DataConfig, classes: int = VOID) -> Sh
     else:
         view = centre_view(stored, config.shape, config.eval_crop)
     image = _seen(sample, view, stored, 1, config.form, config.interpolation)
-    of_mask = whole_view(stored, stored) if config.eval_view == "whole" else view
-    mask = None if sample.mask is None else see_mask(of_mask, decode_mask(sample.mask, stored, classes))
-    return Shown(image, mask, None if sample.boxes is None else see_boxes(view, sample.boxes), sample.soft)
+    is_whole = config.eval_view == "whole"
+    of_mask = whole_view(stored, stored) if is_whole else view
+    mask = None if sample.mask is None else see_mask(of_mask, decode_mask(sample.mask, stored, classes, config.form))
+    boxes = sample.boxes if sample.boxes is None or is_whole else see_boxes(view, sample.boxes)
+    return Shown(image, mask, boxes, sample.soft, stored)
 
 
 def _seen(
-    sample: Stored, view: View, stored: Shape, shrink: int, form: PixelFormat, interpolation: str
+    sample: Stored,
+    view: View,
+    stored: Shape,
+    shrink: int,
+    form: PixelFormat,
+    interpolation: str,
+    outside: torch.Tensor | int = 0,
 ) -> torch.Tensor:
     """Return (B, H, W) of a sample stored as (height, width); where tiles hold it, only what is seen is read.
 
@@ -268,11 +288,11 @@ def _seen(
     if not isinstance(sample.image, bytes | np.ndarray) or view.box[2:] == view.shape:
         part = decode_box(sample.image, view.box, stored, form)
         height, width = view.box[2:]
-        return see_image(view._replace(box=(0, 0, height, width)), part, (height, width), interpolation)
+        return see_image(view._replace(box=(0, 0, height, width)), part, (height, width), interpolation, outside)
     least = (-(-stored[0] // shrink), -(-stored[1] // shrink)) if shrink > 1 else (0, 0)
     pixels = decode(sample.image, *least, form=form)
     check_shape(pixels.shape[:2], stored, shrink)
-    return see_image(view, pixels, stored, interpolation)
+    return see_image(view, pixels, stored, interpolation, outside)
 
 
 def decode_for_eval(data: bytes | npt.NDArray[Any] | Tiled, config: DataConfig) -> torch.Tensor:

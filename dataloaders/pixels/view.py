@@ -4,7 +4,7 @@
 
 Random crops, padded crops and evaluation's centre crop differ only in the numbers. Masks are resized to the nearest
 pixel and are 255 ("does not count") outside the image; boxes are moved, clipped to what is seen, and left out if
-less than a pixel or less than a tenth of them is left.
+less than a pixel is left, or less than a tenth both of them and of the window.
 
 H, W = height, width seen; boxes of a view are (top, left, height, width) in stored pixels.
 """
@@ -32,7 +32,8 @@ Shape = tuple[int, int]
 _TRIES = 10
 DRAWS_OF_CROP = 4 * _TRIES
 
-# Of what a box must keep to be worth finding: share of its area, and pixels of its sides.
+# Of what a box must keep to be worth finding: share of its area, or of the window's, and pixels of its sides. What
+# fills a window at native scale may be a small part of its object, and is no background.
 _LEAST_SHARE = 0.1
 _LEAST_SIDE = 1.0
 
@@ -96,6 +97,32 @@ def random_box(stored: Shape, aspect: float, augment: AugmentConfig, draws: Sequ
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
+def jittered_view(stored: Shape, shape: Shape, limits: tuple[float, float], draws: Sequence[float]) -> View:
+    """Return a random window of the image, resized by a random factor with its proportions kept.
+
+    At factor 1 the image just covers the window. Where it is smaller than that, it lies anywhere in the window.
+
+    Args:
+        stored: (height, width) of the image.
+        shape: (H, W) of the window.
+        limits: smallest and largest factor.
+        draws: three numbers: factor, top, left.
+    """
+    factor = limits[0] + draws[0] * (limits[1] - limits[0])
+    scale = factor * max(side / whole for side, whole in zip(shape, stored, strict=True))
+    starts, parts, places, offsets = [], [], [], []
+    for draw, side, whole in zip(draws[1:], shape, stored, strict=False):
+        resized = max(1, round(whole * scale))
+        offset = int(draw * (abs(resized - side) + 1)) * (1 if resized >= side else -1)
+        seen = min(resized, side)
+        start = min(int(max(0, offset) * whole / resized), whole - 1)
+        starts.append(start)
+        parts.append(max(1, min(round(seen * whole / resized), whole - start)))
+        places.append(seen)
+        offsets.append(min(0, offset))
+    return View((starts[0], starts[1], parts[0], parts[1]), (places[0], places[1]), (offsets[0], offsets[1]), shape)
+
+
 def padded_view(stored: Shape, pad: int, draws: Sequence[float]) -> View:
     """Return a random window, of the image's own size, of the image with `pad` pixels of nothing on every side."""
     down, right = (int(draw * (2 * pad + 1)) - pad for draw in draws[:2])
@@ -118,12 +145,19 @@ def centre_view(stored: Shape, shape: Shape, keep: float) -> View:
     return View((0, 0, *stored), resized, offset, shape)
 
 
-def whole_shape(stored: Shape, shape: Shape, multiple: int) -> Shape:
+def whole_shape(stored: Shape, shape: Shape, multiple: int, longest: int = 0) -> Shape:
     """Return (height, width) to which a whole image is resized: so that `shape` fits into it, in multiples.
 
     An image of the shape's proportions gets the shape, whatever it is a multiple of.
+
+    Args:
+        stored: (height, width) of the image.
+        shape: (H, W).
+        multiple: of which both sides are one.
+        longest: most pixels of the longer side, before it is made a multiple; 0 for any number.
     """
     scale = max(side / whole for side, whole in zip(shape, stored, strict=True))
+    scale = min(scale, longest / max(stored)) if longest else scale
     if tuple(round(side * scale) for side in stored) == shape:
         return shape
     height, width = (max(multiple, round(side * scale / multiple) * multiple) for side in stored)
@@ -157,14 +191,17 @@ def dtype_of(form: PixelFormat) -> torch.dtype:
     return found
 
 
-def see_image(view: View, pixels: npt.NDArray[Any], stored: Shape, interpolation: str) -> torch.Tensor:
-    """Return (C, H, W) of (height, width, C) pixels, of their numbers; outside of them is 0.
+def see_image(
+    view: View, pixels: npt.NDArray[Any], stored: Shape, interpolation: str, outside: torch.Tensor | int = 0
+) -> torch.Tensor:
+    """Return (C, H, W) of (height, width, C) pixels, of their numbers.
 
     Args:
         view: what is seen.
         pixels: the image, or a smaller version of it.
         stored: (height, width) that the view was made for.
         interpolation: "bilinear" or "bicubic", antialiased.
+        outside: what is seen beyond the image, (C, 1, 1) or one number.
 
     Raises:
         UndecodableError: the image is so long that resized it would be of more than `MAX_PIXELS`.
@@ -175,7 +212,7 @@ def see_image(view: View, pixels: npt.NDArray[Any], stored: Shape, interpolation
     image = torch.from_numpy(pixels[top : top + height, left : left + width]).permute(2, 0, 1)
     if (height, width) != view.resized:
         image = _resized(image, view.resized, interpolation)
-    return _mirrored(_window(image, view, 0), view)
+    return _mirrored(_window(image, view, outside), view)
 
 
 def _resized(image: torch.Tensor, shape: Shape, interpolation: str) -> torch.Tensor:
@@ -201,22 +238,23 @@ def see_mask(view: View, mask: npt.NDArray[np.uint8]) -> torch.Tensor:
     return _mirrored(_window(seen, view, VOID)[0], view)
 
 
-def see_boxes(view: View, boxes: Boxes) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what is left of boxes: (k, 4) float32 x0, y0, x1, y1 in pixels of the view, and (k,) int64 classes."""
+def see_boxes(view: View, boxes: Boxes) -> Boxes:
+    """Return what is left of boxes, in pixels of the view, without crowds; areas stay those of the stored image."""
     top, left, height, width = view.box
     rows, columns = view.resized[0] / height, view.resized[1] / width
-    corners = boxes.corners.reshape(-1, 4).astype(np.float64)
+    corners = boxes.corners.astype(np.float64)
     corners = (corners - [left, top, left, top]) * [columns, rows, columns, rows]
     corners -= [view.offset[1], view.offset[0]] * 2
     clipped = corners.clip(0, [view.shape[1], view.shape[0]] * 2)
     sides, whole = clipped[:, 2:] - clipped[:, :2], corners[:, 2:] - corners[:, :2]
-    kept = (sides >= _LEAST_SIDE).all(axis=1) & (sides.prod(axis=1) >= _LEAST_SHARE * whole.prod(axis=1))
+    least = _LEAST_SHARE * np.minimum(whole.prod(axis=1), math.prod(view.shape))
+    kept = (sides >= _LEAST_SIDE).all(axis=1) & (sides.prod(axis=1) >= least)
+    kept &= ~boxes.crowds  # no objects, so nothing to learn from
     if view.mirrored:
         clipped[:, [0, 2]] = view.shape[1] - clipped[:, [2, 0]]
     if view.upside_down:
         clipped[:, [1, 3]] = view.shape[0] - clipped[:, [3, 1]]
-    found = torch.from_numpy(np.ascontiguousarray(clipped[kept], np.float32))
-    return found, torch.from_numpy(np.ascontiguousarray(boxes.labels[kept], np.int64))
+    return Boxes(clipped[kept], boxes.labels[kept], boxes.crowds[kept], boxes.areas[kept])
 
 
 def _refuse_elongated(view: View, stored: Shape) -> None:
@@ -225,7 +263,7 @@ def _refuse_elongated(view: View, stored: Shape) -> None:
     Raises:
         UndecodableError: with its sizes.
     """
-    if math.prod(view.resized) > MAX_PIXELS:
+    if view.resized != view.box[2:] and math.prod(view.resized) > MAX_PIXELS:
         raise UndecodableError(
             f"its {stored[0]} x {stored[1]} pixels would be resized to {view.resized[0]} x {view.resized[1]}, which "
             f"are more than {MAX_PIXELS}: it is too long for a centre crop"
@@ -243,7 +281,7 @@ def _scaled(box: Box, stored: Shape, decoded: tuple[int, ...]) -> Box:
     return top, left, height, max(1, min(round(width * columns), decoded[1] - left))
 
 
-def _window(image: torch.Tensor, view: View, outside: int) -> torch.Tensor:
+def _window(image: torch.Tensor, view: View, outside: torch.Tensor | int) -> torch.Tensor:
     """Return the view's window of a (C, height, width) image, `outside` where it leaves the image."""
     (top, left), (rows, columns), (height, width) = view.offset, view.shape, image.shape[-2:]
     if (top, left) == (0, 0) and (rows, columns) == (height, width):
@@ -252,7 +290,8 @@ def _window(image: torch.Tensor, view: View, outside: int) -> torch.Tensor:
     inside = image[:, max(0, top) : bottom, max(0, left) : right]
     if top >= 0 and left >= 0 and bottom <= height and right <= width:
         return inside
-    window = image.new_full((image.shape[0], rows, columns), outside)
+    window = image.new_zeros((image.shape[0], rows, columns))
+    window[:] = outside
     y, x = max(0, -top), max(0, -left)
     window[:, y : y + inside.shape[1], x : x + inside.shape[2]] = inside
     return window

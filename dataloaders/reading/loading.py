@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,7 @@ from dataloaders.pixels.transforms import (
 )
 from dataloaders.pixels.view import dtype_of
 from dataloaders.reading.damage import candidates
-from dataloaders.source import DamagedSampleError, Fetching, Source
+from dataloaders.source import NO_BOXES, Boxes, DamagedSampleError, Fetching, Source
 from setformer_dist.core.batch import VOID, Annotations
 from setformer_dist.core.errors import DataError, SetformerError
 
@@ -70,19 +70,31 @@ class Request:
 
 @dataclass(frozen=True)
 class PackedBoxes:
-    """The boxes of a micro batch in three arrays, which cross processes by value.
+    """The boxes of a micro batch in a few arrays, which cross processes by value.
 
     A tensor each would cross by a file descriptor each, of which a process has 1024.
 
     Attributes:
         counts: (m,) int64, boxes of each image.
-        corners: (sum of counts, 4) float32.
-        labels: (sum of counts,) int64.
+        boxes: of all images, one after the other.
+        sizes: (m, 2) int64, stored (height, width), where the boxes are as they are stored; else None.
     """
 
     counts: npt.NDArray[np.int64]
-    corners: npt.NDArray[np.float32]
-    labels: npt.NDArray[np.int64]
+    boxes: Boxes
+    sizes: npt.NDArray[np.int64] | None = None
+
+    def annotations(self, masks: torch.Tensor | None) -> Annotations:
+        """Return what a micro batch says of masks and boxes."""
+
+        def of_each(column: npt.NDArray[Any]) -> tuple[torch.Tensor, ...]:
+            return torch.from_numpy(column).split_with_sizes(self.counts.tolist())
+
+        corners, labels = of_each(self.boxes.corners), of_each(self.boxes.labels)
+        if self.sizes is None:
+            return Annotations(masks, corners, labels)
+        areas, crowds = of_each(self.boxes.areas), of_each(self.boxes.crowds)
+        return Annotations(masks, corners, labels, areas, crowds, torch.from_numpy(self.sizes))
 
 
 @dataclass(frozen=True)
@@ -116,9 +128,7 @@ class Loaded:
         """Masks and boxes of each image."""
         if self.boxes is None:
             return None if self.masks is None else Annotations(self.masks)
-        counts = self.boxes.counts.tolist()
-        corners, labels = torch.from_numpy(self.boxes.corners), torch.from_numpy(self.boxes.labels)
-        return Annotations(self.masks, corners.split_with_sizes(counts), labels.split_with_sizes(counts))
+        return self.boxes.annotations(self.masks)
 
 
 class Work(Protocol):
@@ -171,7 +181,16 @@ def spans_of(count: int, length: int = _SPAN) -> list[range]:
 
 
 class _Batch:
-    """The micro batch that a request's spans are written into."""
+    """The micro batch that a request's spans are written into.
+
+    Args:
+        count: m.
+        shape: (H, W) of the images.
+        source: of the samples.
+        form: of their pixels.
+        of_masks: (H, W) of the masks; None for that of the images.
+        as_stored: masks and boxes are put in as they are stored.
+    """
 
     def __init__(
         self,
@@ -180,13 +199,14 @@ class _Batch:
         source: Source,
         form: PixelFormat,
         of_masks: tuple[int, int] | None = None,
+        as_stored: bool = False,
     ) -> None:
         parts = source.parts
         self.images = torch.zeros((count, form.bands, *shape), dtype=dtype_of(form))
         masks = (count, *(of_masks or shape))
         self.masks = torch.full(masks, VOID, dtype=torch.uint8) if "mask" in parts else None
-        none = torch.empty((0, 4)), torch.empty(0, dtype=torch.int64)
-        self.boxes = [none] * count if "boxes" in parts else None
+        self.boxes = [NO_BOXES] * count if "boxes" in parts else None
+        self.sizes = np.zeros((count, 2), np.int64) if as_stored else None
         self.soft = torch.zeros((count, len(source.classes))) if "soft" in parts else None
         self.bad: dict[int, str] = {}
         self.errors: dict[int, SetformerError] = {}
@@ -201,19 +221,28 @@ class _Batch:
             self.masks[place] = shown.mask
         if self.boxes is not None and shown.boxes is not None:
             self.boxes[place] = shown.boxes
+        if self.sizes is not None:
+            self.sizes[place] = shown.stored
         if self.soft is not None and shown.soft is not None:
             self.soft[place] = torch.from_numpy(shown.soft)
 
     def loaded(self, request: Request, samples: npt.NDArray[np.int64], mix: MixArrays | None = None) -> Loaded:
         if self.errors:  # the first by place, no matter which thread met one first
             return Loaded(request, torch.empty(0), request.samples, error=self.errors[min(self.errors)])
-        boxes = None
-        if self.boxes is not None:
-            corners, labels = zip(*self.boxes, strict=True)
-            counts = np.array([len(one) for one in labels], np.int64)
-            boxes = PackedBoxes(counts, torch.cat(corners).numpy(), torch.cat(labels).numpy())
+        boxes = None if self.boxes is None else _packed(self.boxes, self.sizes)
         bad = sorted(self.bad.items())
         return Loaded(request, self.images, samples, bad, mix, masks=self.masks, boxes=boxes, soft=self.soft)
+
+
+def _packed(boxes: list[Boxes], sizes: npt.NDArray[np.int64] | None) -> PackedBoxes:
+    counts = np.array([len(one.labels) for one in boxes], np.int64)
+    together = Boxes(
+        np.concatenate([one.corners for one in boxes]),
+        np.concatenate([one.labels for one in boxes]),
+        np.concatenate([one.crowds for one in boxes]),
+        np.concatenate([one.areas for one in boxes]),
+    )
+    return PackedBoxes(counts, together, sizes)
 
 
 class _Sourced:
@@ -340,7 +369,8 @@ class _EvalWork:
         self._request = request
         self._samples = request.samples.tolist()
         images, masks = loading.shapes(request)
-        self._batch = _Batch(loading.micro_batch, images, loading.source, loading.config.form, masks)
+        as_stored = loading.config.eval_view == "whole"
+        self._batch = _Batch(loading.micro_batch, images, loading.source, loading.config.form, masks, as_stored)
         self._delivered = np.full(loading.micro_batch, -1, dtype=np.int64)
         self._delivered[: len(self._samples)] = request.samples
         self.spans = spans_of(len(self._samples))

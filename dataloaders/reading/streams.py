@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -227,14 +228,18 @@ class ShardEvalStream:
         config: of the data.
         ranks: this process's place.
         micro_batch: samples of this rank in one step, at least 1. Where images are shown as a whole and are of several
-            sizes, it is 1.
+            sizes, it is 1; where they have one size at native scale, as many as have the pixels of so many windows.
     """
 
     def __init__(self, source: Source, config: DataConfig, ranks: RankInfo, micro_batch: int) -> None:
         if micro_batch < 1:
             raise ConfigError(f"micro batch {micro_batch} must be at least 1")
-        if config.eval_view == "whole" and len(set(source.extent())) > 1:  # images of several sizes
-            micro_batch = 1
+        if config.eval_view == "whole":
+            smallest, largest = source.extent()
+            if smallest != largest:
+                micro_batch = 1
+            elif config.augment.crop == "window":  # far larger than a window, maybe
+                micro_batch = max(1, min(micro_batch, micro_batch * math.prod(config.shape) // math.prod(largest)))
         self._source = source
         self._ranks = ranks
         self._micro_batch = micro_batch

@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dataloaders.source import Boxes, DamagedSampleError, OwnRows, Source, Stored, Tiled
+from dataloaders.source import NO_BOXES, Boxes, DamagedSampleError, OwnRows, Source, Stored, Tiled
 from dataloaders.sources.arrays import CHUNK_SHIFT, num_chunks
+from dataloaders.sources.boxes import boxes_of
 from dataloaders.sources.classes import soft_label
 from dataloaders.sources.files import LARGEST_SAMPLE, parse_json
 from dataloaders.sources.index import INDEX_NAME, Index, ShardFacts, read_index
@@ -33,8 +34,6 @@ from dataloaders.storage.base import (
     all_facts,
 )
 from setformer_dist.core.errors import DataError
-
-_NO_BOXES = Boxes(np.empty((0, 4), np.float32), np.empty(0, np.int64))
 
 # (offset, size, crc32 or None) of one part of each sample.
 _Place = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any] | None]
@@ -195,24 +194,18 @@ class ShardDataset:
     def _boxes(self, sample: int, place: _Place) -> Boxes:
         data = self._bytes(sample, place)
         if not data:
-            return _NO_BOXES
+            return NO_BOXES
         try:
-            table = parse_json(data)
-            corners = np.array(table["boxes"], np.float32).reshape(-1, 4)
-            labels = np.array(table["labels"], np.int64).reshape(-1)
-            if len(corners) != len(labels):
-                raise ValueError(f"{len(corners)} boxes have {len(labels)} labels")
-            if not np.isfinite(corners).all():
-                raise ValueError("a corner is no number")
+            boxes = boxes_of(parse_json(data))
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise DamagedSampleError(f"{self.place(sample)}: its boxes are no table of boxes ({error})") from None
-        outside = labels[(labels < 0) | (labels >= len(self.classes))]
+        outside = boxes.labels[(boxes.labels < 0) | (boxes.labels >= len(self.classes))]
         if len(outside):
             raise DamagedSampleError(
                 f"{self.place(sample)}: a box is of class {outside[0]}, but the data has classes 0 to "
                 f"{len(self.classes) - 1}"
             )
-        return Boxes(corners, labels)
+        return boxes
 
     def _soft(self, sample: int, place: _Place) -> npt.NDArray[np.float32] | None:
         data = self._bytes(sample, place)

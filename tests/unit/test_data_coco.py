@@ -59,6 +59,13 @@ def too_large(table: dict[str, Any]) -> None:
     table["annotations"][0]["bbox"] = [10**400, 2, 3, 4]
 
 
+def area_of(area: object) -> Any:
+    def change(table: dict[str, Any]) -> None:
+        table["annotations"][0]["area"] = area
+
+    return change
+
+
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     folder = tmp_path / "images"
@@ -80,6 +87,11 @@ def images(tmp_path: Path) -> Path:
         (no_list, "'annotations' is no list"),
         (text_box, "bbox '1234' is no list"),
         (too_large, "too large"),
+        (area_of(-1), "area -1 is no finite number from 0 on"),
+        (area_of(float("nan")), "area nan is no finite number from 0 on"),
+        (area_of(1e300), "area 1e+300 is no finite number from 0 on"),
+        (area_of("12"), "area '12' is no finite number from 0 on"),
+        (area_of(True), "area True is no finite number from 0 on"),
         (None, "are nested too deeply"),
     ],
 )
@@ -102,3 +114,24 @@ def test_ids_of_annotations_may_begin_anew_in_each_image(images: Path, tmp_path:
     file.write_text(json.dumps(coco_table()))
     done = setformer("data", "pack", str(images), str(tmp_path / "packed"), "--coco", str(file))
     assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        ((60, 40), None),
+        ((0, 0), None),
+        ((40, 60), "b.png: it is of 60x40 pixels, but its annotations are of 40x60 (they are of the image as EXIF"),
+        ((120, 80), "b.png: it is of 60x40 pixels, but its annotations are of 120x80"),
+    ],
+)
+def test_boxes_of_images_of_another_size_are_refused(
+    images: Path, tmp_path: Path, size: tuple[int, int], said: str | None
+) -> None:
+    table = coco_table()
+    table["images"][1] |= {"width": size[0], "height": size[1]}
+    file = tmp_path / "boxes.json"
+    file.write_text(json.dumps(table))
+    done = setformer("data", "pack", str(images), str(tmp_path / "packed"), "--coco", str(file))
+    assert (done.code == 0) is (said is None), done.err
+    assert said is None or said in done.err

@@ -690,6 +690,11 @@ def test_an_image_without_bytes_is_a_damaged_sample(tmp_path):
         (b'{"boxes": [[0, 0, 1, 1]], "labels": [1' + b"0" * 24 + b"]}", "no table of boxes"),
         (b'{"boxes": [[0, 0, 1, NaN]], "labels": [1]}', "a corner is no number"),
         (b'{"boxes": [], "labels": []', "no table of boxes"),
+        (b'{"boxes": [[0, 0, 1, 1]], "labels": [1], "crowds": []}', "1 boxes have 0 crowds"),
+        (b'{"boxes": [[0, 0, 1, 1]], "labels": [1], "crowds": [2]}', "a crowd is neither true nor false"),
+        (b'{"boxes": [[0, 0, 1, 1]], "labels": [1], "areas": [1, 2]}', "1 boxes have 2 areas"),
+        (b'{"boxes": [[0, 0, 1, 1]], "labels": [1], "areas": [-1]}', "an area is no number from 0 on"),
+        (b'{"boxes": [[0, 0, 1, 1]], "labels": [1], "areas": [null]}', "an area is no number from 0 on"),
         (b"[" * 200_000, "no table of boxes"),
     ],
 )

@@ -28,9 +28,18 @@ from dataloaders.pixels.draws import Lane, sample_words, uniforms
 from dataloaders.pixels.formats import FORMATS
 from dataloaders.pixels.mixing import draw_mix
 from dataloaders.pixels.transforms import TrainTransform, decode_for_eval, draw_choices, show_for_eval
-from dataloaders.pixels.view import DRAWS_OF_CROP, centre_view, random_box, random_view, see_boxes, see_image, see_mask
+from dataloaders.pixels.view import (
+    DRAWS_OF_CROP,
+    centre_view,
+    random_box,
+    random_view,
+    see_boxes,
+    see_image,
+    see_mask,
+    window_view,
+)
 from dataloaders.reading.device import Prepare
-from dataloaders.source import Boxes, Stored
+from dataloaders.source import NO_BOXES, Boxes, Stored
 from setformer_dist.core.batch import MicroBatch, MixSpec
 from setformer_dist.core.config import build
 from setformer_dist.core.errors import ConfigError
@@ -465,10 +474,10 @@ def outline(inside):
 
 def assert_together(shown):
     """Image, mask and box show one rectangle, to a pixel; True if it is seen at all."""
-    corners, labels = shown.boxes
-    if not len(labels):
+    corners = torch.from_numpy(shown.boxes.corners)
+    if not len(corners):
         return False
-    assert labels.tolist() == [4]
+    assert shown.boxes.labels.tolist() == [4]
     by_mask, by_image = outline(shown.mask == 9), outline(shown.image[0] > 127)
     assert (by_mask - corners[0]).abs().max() <= 1.01
     assert (by_image - corners[0]).abs().max() <= 1.01
@@ -518,17 +527,27 @@ def test_boxes_are_clipped_and_tiny_ones_left_out():
         [69.5, 30, 70.4, 60],
         [30, 40, 50, 60],
     ]
-    found, labels = see_boxes(view, Boxes(np.array(corners, np.float32), np.arange(6)))
+    boxes = Boxes(np.array(corners, np.float32), np.arange(6))
+    found = see_boxes(view, boxes)
     # 0 is clipped but keeps a quarter; 1 keeps a quarter; 2 is outside; 3 keeps 4 of 30; 4 is half a pixel wide.
-    assert labels.tolist() == [0, 1, 3, 5]
-    assert found.tolist() == [[0, 0, 50, 50], [40, 40, 50, 50], [46, 10, 50, 20], [10, 20, 30, 40]]
-    mirrored, _ = see_boxes(view.mirror(True), Boxes(np.array(corners, np.float32), np.arange(6)))
-    assert mirrored[3].tolist() == [20, 20, 40, 40]
-    turned, _ = see_boxes(view.mirror(True, True), Boxes(np.array(corners, np.float32), np.arange(6)))
-    assert turned[3].tolist() == [20, 10, 40, 30]
-    nothing, none = see_boxes(view, Boxes(np.empty((0, 4), np.float32), np.empty(0, np.int64)))
-    assert nothing.shape == (0, 4)
-    assert none.shape == (0,)
+    assert found.labels.tolist() == [0, 1, 3, 5]
+    assert found.corners.tolist() == [[0, 0, 50, 50], [40, 40, 50, 50], [46, 10, 50, 20], [10, 20, 30, 40]]
+    assert see_boxes(view.mirror(True), boxes).corners[3].tolist() == [20, 20, 40, 40]
+    assert see_boxes(view.mirror(True, True), boxes).corners[3].tolist() == [20, 10, 40, 30]
+    nothing = see_boxes(view, NO_BOXES)
+    assert nothing.corners.shape == (0, 4)
+    assert nothing.labels.shape == (0,)
+    crowded = Boxes(boxes.corners, boxes.labels, np.arange(6) == 1)
+    assert see_boxes(view, crowded).labels.tolist() == [0, 3, 5]
+
+
+def test_an_object_that_fills_a_window_keeps_its_box_however_large_it_is():
+    view = window_view((1000, 1000), (50, 100), (0.5, 0.5))  # rows 475 to 525, columns 450 to 550
+    corners = [[0, 0, 1000, 1000], [0, 0, 461, 1000], [0, 0, 459, 1000], [440, 470, 470, 480]]
+    found = see_boxes(view, Boxes(np.array(corners, np.float32), np.arange(4)))
+    # 0 fills the window, 1 a tenth of it, 2 less; 3 keeps a third of itself.
+    assert found.corners.tolist() == [[0, 0, 100, 50], [0, 0, 11, 50], [0, 0, 20, 5]]
+    assert found.labels.tolist() == [0, 1, 3]
 
 
 def test_erased_pixels_do_not_count_in_masks():

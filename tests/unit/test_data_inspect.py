@@ -1,6 +1,7 @@
 """`inspect` and `bench`: figures that were counted, pictures that show what is there."""
 
 import io
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -10,10 +11,12 @@ from rich.console import Console
 
 from dataloaders.config import AugmentConfig, DataConfig
 from dataloaders.packing.finding import open_container
-from dataloaders.packing.inspection import inspect, pictures, spread_evenly
+from dataloaders.packing.inspection import inspect, pictures
 from dataloaders.packing.pack import PackOptions, pack_image_folder
 from dataloaders.packing.throughput import measure
+from dataloaders.pixels import decode
 from dataloaders.pixels.colours import colour
+from dataloaders.source import spread_evenly
 from dataloaders.sources.shards import open_split
 from launch.data.sheet import describe
 from setformer_dist.core.words import counted
@@ -123,6 +126,42 @@ def test_masks_and_boxes_are_drawn(tmp_path):
     assert picture.pixels[15, 35].max() <= 3
     assert picture.caption == "1 of 2 classes"
     assert (inspect(split).counts.tolist(), inspect(split).counted) == ([0, 600], "pixels")
+
+
+def test_masks_and_boxes_lie_on_the_part_of_tiles_that_is_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(decode, "_MOST_SHOWN", 64)
+    pixels, mask = plain((0, 0, 0), (128, 96)), np.full((96, 128), 255, np.uint8)
+    pixels[40:56, 40:72], mask[40:56, 40:72] = 200, 1
+    for name, data in {"images/a.png": saved(pixels, "PNG"), "masks/a.png": saved(mask, "PNG")}.items():
+        (tmp_path / "s" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "s" / name).write_bytes(data)
+    box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [40, 40, 32, 16]}
+    table = {"images": [{"id": 1, "file_name": "a.png"}], "categories": [{"id": 1, "name": "a"}], "annotations": [box]}
+    (tmp_path / "s" / "coco.json").write_text(json.dumps(table))
+    pack_image_folder(tmp_path / "s", tmp_path / "m", PackOptions(masks="masks", tiles=32))
+    pack_image_folder(
+        tmp_path / "s" / "images", tmp_path / "b", PackOptions(coco=str(tmp_path / "s" / "coco.json"), tiles=32)
+    )
+    (masked,) = pictures(open_split(tmp_path / "m"), 1, 64)
+    there = np.zeros((64, 64), bool)  # which begins 16 rows and 32 columns into the image
+    there[24:40, 8:40] = True
+    assert (masked.pixels.max(2) > 50).tolist() == there.tolist()
+    assert masked.pixels[30, 20] == pytest.approx(np.array(colour(1)) * 0.55 + 200 * 0.45, abs=2)
+    (boxed,) = pictures(open_split(tmp_path / "b"), 1, 64)
+    assert boxed.pixels[25, 9].tolist() == list(colour(0))
+    assert boxed.pixels[24, 20].tolist() == [0, 0, 0]
+    assert boxed.pixels[32, 20].tolist() == [200, 200, 200]
+
+
+def test_a_saturated_pixel_does_not_darken_a_picture_of_16_bits():
+    pixels = np.linspace(1000, 2000, 30 * 40 * 4).reshape(30, 40, 4).astype(np.uint16)
+    pixels[0, 0] = 65535
+    shown, part = decode.picture_of(pixels)
+    assert (part, shown.shape) == ((0, 0, 30, 40), (30, 40, 3))
+    assert np.diff(np.percentile(shown, (5, 95)))[0] > 200
+    flat = np.full((30, 40, 1), 0.5, np.float32)
+    flat[3, 4] = 1.0
+    assert np.unique(decode.picture_of(flat)[0]).tolist() == [0, 255]
 
 
 def test_spread_evenly():

@@ -15,7 +15,9 @@ from PIL import Image
 from dataloaders.config import AugmentConfig, DataConfig
 from dataloaders.opening import open_source
 from dataloaders.packing.inspection import mask_values
+from dataloaders.packing.intake import _mask_values
 from dataloaders.pixels.decode import decode_mask
+from dataloaders.pixels.depth import MAX_PIXELS, RGB, PixelFormat, UndecodableError
 from dataloaders.reading.streams import ShardEvalStream, ShardTrainStream
 from launch.run.objective import check_parts
 from launch.testing.commands import Ended, setformer
@@ -58,6 +60,16 @@ def test_masks_of_few_bits_keep_their_classes(tmp_path: Path, bits: int) -> None
     done = packed(tmp_path, "a.png", data)
     assert done.code == 0, done.err
     assert "of 3 classes" in done.err + done.out
+
+
+def test_masks_of_large_images_are_read_where_the_limit_of_images_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dataloaders.pixels.decode._MOST_BYTES", 4 * CLASSES.size - 1)
+    data = grey_png(CLASSES, 8)
+    raised = PixelFormat(max_pixels=2 * MAX_PIXELS)
+    for read in (lambda form: decode_mask(data, SHAPE, form=form), lambda form: _mask_values(data, None, form)[1]):
+        with pytest.raises(UndecodableError, match=r"data\.max_pixels, or --max-pixels when packing, grows"):
+            read(RGB)
+        assert (read(raised) == CLASSES).all()
 
 
 def test_a_palette_is_no_class(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 from dataloaders.packing.pack import PackOptions, pack_image_folder
 from dataloaders.packing.text import TextOptions, pack_text
 from dataloaders.pixels.decode import decode
+from dataloaders.source import box_areas
 from dataloaders.sources.shards import open_split
 from dataloaders.tokens import open_token_split
 from setformer_dist.core.errors import ConfigError, DataError
@@ -172,9 +173,11 @@ def test_boxes_come_back(coco, tmp_path, packed):
     first = split.read(0).boxes
     assert first.corners.tolist() == [[1, 2, 11, 22], [0, 0, 40, 30]]  # cut at the edge by less than a pixel
     assert first.labels.tolist() == [1, 0]
-    assert split.read(1).boxes.labels.tolist() == [0]
+    assert first.areas.tolist() == [200, 1200]  # of the boxes, as the file has none
+    second = split.read(1).boxes
+    assert (second.labels.tolist(), second.crowds.tolist()) == ([0, 0], [False, True])
     assert len(split.read(2).boxes.labels) == 0
-    assert result.notes[0] == "1 boxes of crowds were left out"
+    assert result.notes[0] == "1 box is of a crowd: kept, not learnt from"
 
 
 def test_shrinking_takes_boxes_and_masks_along(coco, streets, tmp_path):
@@ -446,7 +449,10 @@ def test_real_masks_and_boxes(shared_data, tmp_path):
     pack_image_folder(shared_data / "pennfudan.tar.gz", tmp_path / "penn", how)
     penn = open_split(tmp_path / "penn")
     assert (penn.num_samples, penn.classes) == (34, ("person",))
-    assert all(len(penn.read(i).boxes.labels) for i in range(34))
+    boxes = [penn.read(i).boxes for i in range(34)]
+    assert all(len(one.labels) for one in boxes)
+    assert sum(len(one.labels) for one in boxes) == 86
+    assert all((one.areas < box_areas(one.corners)).all() for one in boxes)  # of outlines
     texts = pack_text(shared_data / "sst2.tar.gz", tmp_path / "sst2", TextOptions(split="dev"))
     assert (texts.num_samples, texts.classes) == (872, ("0", "1"))
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torchvision.tv_tensors import BoundingBoxes
 
 import setformer
 from dataloaders.config import AugmentConfig, DataConfig
@@ -100,6 +102,75 @@ def test_streams_have_the_masks() -> None:
     assert PythonSource(other, CLASSES).fingerprint != source.fingerprint
     with pytest.raises(DataError, match="5 of the 6 samples of the data set in Python have masks: give all of them"):
         PythonSource([*samples[:5], (samples[5][0], 1)], CLASSES)
+
+
+def detected(count: int) -> list[tuple[Any, dict[str, Any]]]:
+    """Images with 0 to 3 boxes, as torchvision's data sets have them."""
+    samples: list[tuple[Any, dict[str, Any]]] = []
+    for i in range(count):
+        boxes = torch.tensor([[k, k + 1, k + 4.5, k + 6] for k in range(i % 4)]).reshape(-1, 4)
+        samples.append((np.full((16, 20, 3), i, np.uint8), {"boxes": boxes, "labels": torch.arange(i % 4) % 3}))
+    samples[3][1].update(iscrowd=torch.tensor([0, 1, 0]), area=torch.tensor([7.5, 8, 9]))
+    return samples
+
+
+def test_streams_have_the_boxes() -> None:
+    samples = detected(6)
+    source = PythonSource([*samples, (samples[0][0], {"image_id": 7})], CLASSES)  # torchvision's image without objects
+    assert source.parts == {"boxes"}
+    config = DataConfig(root="boxes", image_size=16, eval_view="whole", augment=AugmentConfig(flip=False))
+    stream = ShardEvalStream(source, config, RankInfo(), 7)
+    (batch,) = stream.micro_batches()
+    stream.close()
+    found = batch.annotations
+    assert found is not None
+    assert found.boxes is not None
+    assert found.box_labels is not None
+    assert found.box_areas is not None
+    assert found.box_crowds is not None
+    for i, (_, target) in enumerate(samples):
+        assert torch.equal(found.boxes[i], target["boxes"])
+        assert torch.equal(found.box_labels[i], target["labels"])
+    assert len(found.boxes[6]) == 0
+    assert (found.box_areas[2].tolist(), found.box_areas[3].tolist()) == ([22.5, 22.5], [7.5, 8, 9])
+    assert (found.box_crowds[2].tolist(), found.box_crowds[3].tolist()) == ([False] * 2, [False, True, False])
+    other = detected(6)
+    other[1][1]["boxes"] += 1
+    assert PythonSource(other, CLASSES).fingerprint != PythonSource(samples, CLASSES).fingerprint
+    with pytest.raises(DataError, match="6 of the 7 samples of the data set in Python have boxes: give all of them"):
+        PythonSource([*samples, (samples[0][0], 1)], CLASSES)
+
+
+def test_torchvisions_detection_data_sets_have_boxes() -> None:
+    image, corners = np.zeros((16, 20, 3), np.uint8), [[1, 2, 9, 8]]
+    for form, said in (("XYXY", None), ("XYWH", "they are XYWH, not x0, y0, x1, y1")):
+        samples = [(image, {"boxes": BoundingBoxes(corners, format=form, canvas_size=(16, 20)), "labels": [2]})]
+        if said is None:
+            boxes = PythonSource(samples, CLASSES).read(0).boxes
+            assert boxes is not None
+            assert boxes.corners.tolist() == corners
+        else:
+            with pytest.raises(DataError, match=said):
+                PythonSource(samples, CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("objects", "why"),
+    [
+        ({"boxes": [[0, 0, 1, 1]]}, "its boxes are none (there are no 'labels')"),
+        ({"boxes": [[0, 0, 1]], "labels": [1]}, "they are int64 (1, 3), not (k, 4)"),
+        ({"boxes": [[0, 0, 1, 1]], "labels": [1.0]}, "their labels are float64, not integers"),
+        ({"boxes": [[0, 0, 1, 1]], "labels": [1, 2]}, "1 boxes have 2 labels"),
+        ({"boxes": [[0, 0, 1, 1]], "labels": [3]}, "box (0, 0, 1, 1) has class 3, but there are 3 classes"),
+        ({"boxes": [[0, 0, 30, 1]], "labels": [1]}, "box (0, 0, 30, 1) extends beyond its image of 20x16 pixels"),
+        ({"boxes": [[4, 4, 3, 5]], "labels": [1]}, "box (4, 4, 3, 5) has no area"),
+        ({"boxes": [[0, 0, 1, 1]], "labels": [1], "area": [-1]}, "an area is no number from 0 on"),
+        ({"bboxes": [], "labels": []}, "there are no 'boxes'"),
+    ],
+)
+def test_boxes_that_are_none_are_refused(objects: dict[str, Any], why: str) -> None:
+    with pytest.raises(DataError, match=re.escape(why)):
+        PythonSource([(np.zeros((16, 20, 3), np.uint8), objects)], CLASSES)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ from PIL import Image
 from dataloaders.config import DataConfig
 from dataloaders.opening import open_source
 from dataloaders.packing.pack import PackOptions, pack_image_folder
+from dataloaders.pixels.depth import UndecodableError
 from dataloaders.pixels.transforms import evaluated_shape
-from dataloaders.pixels.view import whole_shape
+from dataloaders.pixels.view import see_image, see_mask, whole_shape, whole_view
 from dataloaders.reading.streams import ShardEvalStream
 from setformer_dist.core.batch import MicroBatch
 from setformer_dist.core.errors import DataError
@@ -37,6 +38,23 @@ SIZES = [(40, 40), (40, 64), (57, 36), (20, 90), (40, 64), (33, 33), (40, 40)]
 )
 def test_a_whole_image_covers_the_shape_and_keeps_its_proportions(stored, shape, expected):
     assert whole_shape(stored, shape, 32) == expected
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [((480, 640), (800, 1056)), ((427, 640), (800, 1184)), ((240, 640), (512, 1344)), ((640, 51), (1344, 96))],
+)
+def test_a_limit_of_the_longer_side_is_kept(stored, expected):
+    """As COCO's images are usually seen: the shorter side 800, the longer at most 1333, in multiples of 32."""
+    config = DataConfig(root="x", image_size=800, eval_view="whole", eval_longest=1333)
+    assert evaluated_shape(stored, config) == expected
+
+
+def test_a_limit_that_means_nothing_is_refused():
+    with pytest.raises(ValueError, match="eval_longest = 1333 limits whole images that are resized"):
+        DataConfig(root="x", image_size=800, eval_longest=1333)
+    with pytest.raises(ValueError, match="eval_longest = 700 must be at least 800"):
+        DataConfig(root="x", image_size=800, eval_view="whole", eval_longest=700)
 
 
 def test_windows_are_of_native_scale():
@@ -93,6 +111,24 @@ def test_images_of_one_size_are_seen_in_micro_batches(tmp_path):
     assert [tuple(batch.inputs.shape) for batch in found] == [(3, 3, 32, 48)] * 2
     assert torch.cat([batch.weights for batch in found]).tolist() == [1, 1, 1, 1, 1, 0]
     assert found[0].annotations.masks.shape == (3, 40, 60)
+
+
+@pytest.mark.parametrize(("micro", "expected"), [(3, 1), (4, 1), (8, 3)])
+def test_images_at_native_scale_are_seen_in_no_more_pixels_than_windows(tmp_path, micro, expected):
+    folder = packed(tmp_path, [(40, 60)] * 5)
+    found = batches(folder, RankInfo(), micro, augment={"crop": "window"})
+    assert {tuple(batch.inputs.shape) for batch in found} == {(expected, 3, 40, 60)}
+    assert sum(float(batch.weights.sum()) for batch in found) == 5
+
+
+def test_whole_images_beyond_the_usual_limit_are_shown_where_none_is_resized(monkeypatch):
+    monkeypatch.setattr("dataloaders.pixels.view.MAX_PIXELS", 2000)
+    pixels, mask = np.zeros((50, 60, 3), np.uint8), np.zeros((50, 60), np.uint8)
+    native = whole_view((50, 60), (50, 60))
+    assert see_image(native, pixels, (50, 60), "bilinear").shape == (3, 50, 60)
+    assert see_mask(native, mask).shape == (50, 60)
+    with pytest.raises(UndecodableError, match="would be resized to 100 x 60"):
+        see_image(whole_view((50, 60), (100, 60)), pixels, (50, 60), "bilinear")
 
 
 def test_an_image_of_another_size_than_the_index_says_is_damaged(tmp_path):
