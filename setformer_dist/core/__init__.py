@@ -4,6 +4,7 @@ Nothing here imports torch.distributed, touches a device or has an effect at imp
 
     batch.py           the value that the loaders hand to the engine, and the protocols by which the two meet
     bounded.py         calls into clients that may hang, with a limit
+    boxes.py           anchors, the loss of a detector, and the detections that it means
     callback.py        events of a training run, and the base class of what hears them
     comm.py            the few collective operations that packages outside the engine need, as a protocol
     config.py          from a TOML file to a frozen, checked value

@@ -45,13 +45,24 @@ class Annotations:
     Attributes:
         masks: (m, H, W) uint8, the class of each pixel, 255 where it does not count; None for data without masks. In
             evaluation with data.eval_view = "whole" they have the size in which they are stored.
-        boxes: one (k, 4) float32 per image, x0, y0, x1, y1 in pixels of the input; None for data without boxes.
+        boxes: one (k, 4) float32 per image, x0, y0, x1, y1 in pixels of the input, clipped to it, without crowds; None
+            for data without boxes. In evaluation with data.eval_view = "whole" they are as stored: all boxes, crowds
+            too, in stored pixels.
         box_labels: one (k,) int64 per image, aligned with `boxes`.
+        box_areas: one (k,) float32 per image, the objects' areas in stored pixels: of their outlines, where the
+            annotations have them. For boxes as stored, else None.
+        box_crowds: one (k,) bool per image, whether a box is of a region with several objects, which must not be
+            counted as one. For boxes as stored, else None.
+        sizes: (m, 2) int64, stored (height, width) of each image; zeros for filling and for damaged samples. For boxes
+            as stored, else None.
     """
 
     masks: torch.Tensor | None = None
     boxes: tuple[torch.Tensor, ...] | None = None
     box_labels: tuple[torch.Tensor, ...] | None = None
+    box_areas: tuple[torch.Tensor, ...] | None = None
+    box_crowds: tuple[torch.Tensor, ...] | None = None
+    sizes: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

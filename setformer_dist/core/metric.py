@@ -46,6 +46,8 @@ class Metric:
 
 # Before the name of a class: its figure, besides the task's metrics.
 IOU_OF = "iou_"
+PRECISION_OF = "ap_of_"
+FIGURES_OF_CLASSES = {IOU_OF: "IoU", PRECISION_OF: "AP"}
 
 LOSS = Metric("loss", "loss", mode="min", share=False)
 
@@ -57,6 +59,13 @@ METRICS_OF: Mapping[str, tuple[Metric, ...]] = {
         Metric("miou", "mIoU", "mean intersection over union"),
         Metric("pixel_accuracy", "pixel accuracy"),
         Metric("class_accuracy", "class accuracy", "accuracy, mean over classes"),
+        LOSS,
+    ),
+    "detection": (
+        Metric("ap", "AP", "average precision, IoU 0.5 to 0.95"),
+        Metric("ap50", "AP50", "average precision, IoU 0.5"),
+        Metric("ap75", "AP75", "average precision, IoU 0.75"),
+        Metric("recall", "recall", "recall of 100 detections per image"),
         LOSS,
     ),
     "mae": (LOSS,),
@@ -113,9 +122,24 @@ def headline(metrics: Sequence[Metric], figures: Mapping[str, float], everything
     return ", ".join(f"{m.title} {m.show(figures[m.name])}" for m in chosen if m.name in figures)
 
 
+def is_of_class(name: str) -> bool:
+    """Return whether a figure is of one class."""
+    return name.removeprefix(AVERAGED).startswith(tuple(FIGURES_OF_CLASSES))
+
+
+def title_of_classes(figures: Mapping[str, float]) -> str:
+    """Return what the figures of classes are, such as "IoU"; "" for none."""
+    return next((t for prefix, t in FIGURES_OF_CLASSES.items() if any(f.startswith(prefix) for f in figures)), "")
+
+
 def by_class(figures: Mapping[str, float]) -> dict[str, float]:
-    """Return the IoU of each class, by its name, as far as figures of an evaluation have them."""
-    return {name.removeprefix(IOU_OF): value for name, value in figures.items() if name.startswith(IOU_OF)}
+    """Return the figure of each class, by its name, as far as those of an evaluation have them."""
+    return {
+        name.removeprefix(prefix): value
+        for prefix in FIGURES_OF_CLASSES
+        for name, value in figures.items()
+        if name.startswith(prefix)
+    }
 
 
 def check_best(metrics: Sequence[Metric], name: str, mode: Mode, task: str) -> None:

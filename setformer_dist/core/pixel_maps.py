@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from setformer_dist.core.batch import VOID
 
-_STRIP = 1 << 26  # logits that are made at a time where no gradient needs them all
+_STRIP = 1 << 24  # logits that are made at a time where no gradient needs them all: small beside a model's maps
 
 
 def resized(x: torch.Tensor, height: int, width: int) -> torch.Tensor:

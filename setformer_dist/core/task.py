@@ -109,6 +109,28 @@ class Dense(Protocol):
         ...
 
 
+@runtime_checkable
+class Ranked(Protocol):
+    """Further methods of tasks with figures that rank the results of a whole split, such as average precision.
+
+    Evaluation brings the rows of all micro batches and ranks together, in any order, and then calls `figures_of_rows`
+    once.
+    """
+
+    @property
+    def columns(self) -> int:
+        """Numbers of a row."""
+        ...
+
+    def rows(self, outputs: Any, batch: MicroBatch) -> torch.Tensor:
+        """Return what is to be ranked, (r, columns) fp64 on the CPU, of the samples that count (batch.weights)."""
+        ...
+
+    def figures_of_rows(self, rows: torch.Tensor) -> dict[str, float]:
+        """Return metrics of a split from its rows, besides those of `figures`; they must not depend on their order."""
+        ...
+
+
 @dataclass(frozen=True)
 class DensePrepare:
     """A `Prepare` whose targets are those of a `Dense` task.

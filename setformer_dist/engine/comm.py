@@ -178,6 +178,29 @@ class TorchCollectives:
         dist.all_gather(parts, data, group=self._group)
         return [json.loads(p[: int(s)].numpy().tobytes()) for p, s in zip(parts, sizes, strict=True)]
 
+    def gather_rows(self, rows: torch.Tensor) -> torch.Tensor | None:
+        """Return the rows of all ranks, (r, columns) on the CPU, by rank, on rank 0; None on others.
+
+        Args:
+            rows: this rank's; of the same columns and dtype on all.
+        """
+        if self._ranks.world_size == 1:
+            return rows
+        count = torch.tensor([len(rows)])
+        counts = [torch.zeros_like(count) for _ in range(self._ranks.world_size)]
+        dist.all_gather(counts, count, group=self._group)
+        if not self._ranks.is_main:
+            if len(rows):
+                dist.send(rows.contiguous(), 0, group=self._group)
+            return None
+        parts = [rows]
+        for rank, of_rank in enumerate(counts[1:], start=1):
+            part = rows.new_empty((int(of_rank), rows.shape[1]))
+            if len(part):
+                dist.recv(part, rank, group=self._group)
+            parts.append(part)
+        return torch.cat(parts)
+
     def send_bytes(self, data: bytearray, to: int) -> None:
         """Send bytes to a rank, which receives as many."""
         dist.send(torch.frombuffer(data, dtype=torch.uint8), to, group=self._group)

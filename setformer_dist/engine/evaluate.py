@@ -11,7 +11,7 @@ import torch
 
 from setformer_dist.core.batch import EvalStream, MicroBatch
 from setformer_dist.core.errors import ConfigError, DataError
-from setformer_dist.core.task import Prepare, Task
+from setformer_dist.core.task import Prepare, Ranked, Task
 from setformer_dist.engine.comm import TorchCollectives
 
 # Opens a context that collects one tensor (k m, ...) of non-negative errors for each thing that a forward pass of m
@@ -70,6 +70,7 @@ def evaluate(
     """
     sums = torch.zeros(0, dtype=torch.float64)
     errors: list[torch.Tensor] = []
+    rows: list[torch.Tensor] = []
     for index, batch in enumerate(stream.micro_batches()):
         if given_up is not None and given_up():
             return None
@@ -81,13 +82,16 @@ def evaluate(
         found = torch.cat([_sums_of(task, outputs, batch, targets).double(), counts.double()])
         found = found if counted else torch.zeros_like(found)
         sums = sums + found if len(sums) else found
+        if isinstance(task, Ranked) and counted:
+            rows.append(task.rows(outputs, batch))
     *scores, count, damaged = comm.sum(sums.tolist())
     if round(count + damaged) != stream.num_samples:
         raise DataError(f"evaluation counted {count + damaged:.0f} samples of {stream.num_samples}: this is a bug")
     if count == 0:
         raise DataError("evaluation had no sample that decodes: run `setformer data pack` on the split again")
     watched = {} if watch is None else _over_ranks(errors, comm)
-    return EvalResult({**_figures_of(task, scores, count), **watched}, round(count), round(damaged))
+    ranked = _ranked(task, rows, comm) if isinstance(task, Ranked) else {}
+    return EvalResult({**_figures_of(task, scores, count, ranked), **watched}, round(count), round(damaged))
 
 
 def _sums_of(task: Task, outputs: Any, batch: MicroBatch, targets: Any) -> torch.Tensor:
@@ -98,8 +102,14 @@ def _sums_of(task: Task, outputs: Any, batch: MicroBatch, targets: Any) -> torch
     return sums
 
 
-def _figures_of(task: Task, sums: Sequence[float], count: float) -> dict[str, float]:
-    figures = task.figures(sums, count)
+def _ranked(task: Ranked, rows: list[torch.Tensor], comm: TorchCollectives) -> dict[str, float]:
+    """Return a task's figures of the rows of all ranks, computed by one of them."""
+    gathered = comm.gather_rows(torch.cat([torch.zeros((0, task.columns), dtype=torch.float64), *rows]))
+    return comm.broadcast_json({} if gathered is None else task.figures_of_rows(gathered))
+
+
+def _figures_of(task: Task, sums: Sequence[float], count: float, ranked: dict[str, float]) -> dict[str, float]:
+    figures = {**ranked, **task.figures(sums, count)}
     if missing := [metric.name for metric in task.metrics if metric.name not in figures]:
         raise ConfigError(f"task {task.name}: its method figures must return {missing[0]!r}, one of its metrics")
     return figures

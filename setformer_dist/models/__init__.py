@@ -11,6 +11,7 @@ masked.py      masked autoencoding around a SeTformer: fusion of its stages, and
 measure.py     counted costs: multiply-adds and memory of any model, without computing it
 recompute.py    what a block keeps for its backward pass, and what it computes again
 reference_sets.py  the reference sets of a model: which there are, what its layers see of them, and freezing them
+detector.py    object detection around any model: RetinaNet on its feature maps
 segmenter.py   semantic segmentation around any model: UPerNet's head on its feature maps
 sequence.py    an encoder of token sequences, with any attention
 setformer.py   a hierarchical vision transformer whose attention is optimal transport to a small reference set

@@ -15,6 +15,9 @@ from setformer_dist.models.recompute import set_recompute
 # What the names of the encoder's parameters begin with.
 ENCODER = "encoder."
 
+# Classes of timm's whose `forward_intermediates` refuses to norm the last map.
+_NOT_NORMED = ("Hiera", "HieraDet")
+
 _DEEPEST = (99999,)  # timm's order of what lies behind all blocks
 
 
@@ -43,7 +46,11 @@ class Encoded(Untraceable, nn.Module):
         """Return the parameters that must not decay: all but the weights of linear layers and convolutions."""
         own = getattr(self.encoder, "no_weight_decay", None)
         names = {f"{ENCODER}{name}" for name in own()} if own is not None else set()
-        weights = {f"{n}.weight" for n, module in self.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+        weights = {
+            f"{n}.weight"
+            for n, module in self.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)
+        }
         others = {name for name, _ in self.named_parameters() if not name.startswith(ENCODER)}
         return names | (others - weights)
 
@@ -84,11 +91,12 @@ class FeatureMaps(Encoded):
             images: as the encoder takes them.
             levels: positions in `feature_info`; a number means the last so many.
         """
+        normed = type(self.encoder).__name__ not in _NOT_NORMED
 
         def compute(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return tuple(
                 self.encoder.forward_intermediates(  # type: ignore[operator]
-                    x, indices=levels, norm=True, output_fmt="NCHW", intermediates_only=True
+                    x, indices=levels, norm=normed, output_fmt="NCHW", intermediates_only=True
                 )
             )
 

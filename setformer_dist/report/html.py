@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from typing import Literal
 
 import jinja2
 import torch
@@ -20,7 +21,16 @@ from PIL import Image
 
 from setformer_dist.core import ledger
 from setformer_dist.core.files import replacing
-from setformer_dist.core.metric import AVERAGED, IOU_OF, LOSS, METRICS_OF, PROBE_METRICS, Metric, by_class
+from setformer_dist.core.metric import (
+    AVERAGED,
+    LOSS,
+    METRICS_OF,
+    PROBE_METRICS,
+    Metric,
+    by_class,
+    is_of_class,
+    title_of_classes,
+)
 from setformer_dist.core.words import plain_page
 from setformer_dist.report import figures, refreshes, timeline
 from setformer_dist.report.rows import Row, RunRecord, finite, read_run
@@ -45,7 +55,8 @@ _TILES = {
 }
 _IN_LEAD = ("name", "model", "finished")
 _SHARES = (
-    "top1", "top5", "f1", "exact", "mfu", "share", "accuracy", "miou", "goodput", "probe_linear", "probe_neighbours"
+    "top1", "top5", "f1", "exact", "mfu", "share", "accuracy", "miou", "ap", "ap50", "ap75", "ap_small", "ap_medium",
+    "ap_large", "recall", "goodput", "probe_linear", "probe_neighbours"
 )  # fmt: skip
 # What an evaluation's row holds besides the task's metrics.
 _BESIDES = ("step", "samples", "left_out")
@@ -79,8 +90,8 @@ class ReconstructedImage:
 
 
 @dataclass(frozen=True)
-class SegmentedImage:
-    """An image, its mask laid over it, and the model's; each (3, H, W) uint8, RGB, on the CPU."""
+class AnnotatedImage:
+    """An image, its mask or boxes laid over it, and the model's; each (3, H, W) uint8, RGB, on the CPU."""
 
     image: torch.Tensor
     truth: torch.Tensor
@@ -88,10 +99,11 @@ class SegmentedImage:
 
 
 @dataclass(frozen=True)
-class Segmented:
-    """Images with masks, and the colour (red, green, blue) in which the masks show each class."""
+class Annotated:
+    """Images with masks or boxes, and the colour (red, green, blue) in which these show each class."""
 
-    images: Sequence[SegmentedImage] = ()
+    what: Literal["masks", "boxes"]
+    images: Sequence[AnnotatedImage] = ()
     colours: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
 
 
@@ -100,7 +112,7 @@ def write_report(
     out: Path,
     samples: Sequence[ClassifiedImage] = (),
     reconstructed: Sequence[ReconstructedImage] = (),
-    segmented: Segmented | None = None,
+    annotated: Annotated | None = None,
 ) -> None:
     """Write one self-contained HTML file about a run; what the run did not record is left out.
 
@@ -109,7 +121,7 @@ def write_report(
         out: file to write, replaced in one move.
         samples: classified images to show, in this order.
         reconstructed: reconstructed images to show.
-        segmented: images with masks to show.
+        annotated: images with masks or boxes to show.
 
     Raises:
         DataError: the run folder does not exist, or its config or summary is damaged.
@@ -117,7 +129,7 @@ def write_report(
     run, line = read_run(run_folder), timeline_of(ledger.read_events(run_folder))
     if run.summary.get("finished") is True:
         line.finish(run.summary.get("steps"))
-    text = render(run, samples, line, reconstructed, segmented)
+    text = render(run, samples, line, reconstructed, annotated)
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as aside:
         aside.write_text(plain_page(text), encoding="utf-8")  # names of classes and files may be no text
@@ -128,7 +140,7 @@ def render(
     samples: Sequence[ClassifiedImage],
     line: Timeline,
     reconstructed: Sequence[ReconstructedImage] = (),
-    segmented: Segmented | None = None,
+    annotated: Annotated | None = None,
 ) -> str:
     """Return the page."""
     template = resources.files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8")
@@ -163,15 +175,17 @@ def render(
         split=_split_table(run.train),
         images=[_image(sample) for sample in samples],
         reconstructed=[_pngs(one) for one in reconstructed],
-        segmented=[_pngs(one) for one in segmented.images] if segmented else [],
-        classes=_classes(by_class(_scores(run)), segmented.colours if segmented else {}),
+        annotated=[_pngs(one) for one in annotated.images] if annotated else [],
+        what=annotated.what if annotated else "",
+        classes=_classes(by_class(_scores(run)), annotated.colours if annotated else {}),
+        of_classes=title_of_classes(_scores(run)),
         right=sum(sample.true_class == sample.predicted_class for sample in samples),
         evals=[_eval_row(row, columns) for row in run.evals],
         eval_columns=columns,
         facts=[
             {"label": key.replace("_", " "), "value": show(key, value)}
             for key, value in summary.items()
-            if key not in dict(_tiles(metrics)) and key not in _IN_LEAD and IOU_OF not in key
+            if key not in dict(_tiles(metrics)) and key not in _IN_LEAD and not is_of_class(key)
         ],
         config=json.dumps(run.config, indent=2, ensure_ascii=False) if run.config else "",
     )
@@ -276,18 +290,18 @@ def _image(sample: ClassifiedImage) -> dict[str, object]:
     }
 
 
-def _pngs(pictures: ReconstructedImage | SegmentedImage) -> dict[str, str]:
+def _pngs(pictures: ReconstructedImage | AnnotatedImage) -> dict[str, str]:
     return {name: _png(part) for name, part in vars(pictures).items()}
 
 
-def _classes(ious: Mapping[str, float], colours: Mapping[str, tuple[int, int, int]]) -> list[dict[str, str]]:
+def _classes(scores: Mapping[str, float], colours: Mapping[str, tuple[int, int, int]]) -> list[dict[str, str]]:
     return [
         {
             "name": name,
             "colour": "#{:02x}{:02x}{:02x}".format(*colours[name]) if name in colours else "transparent",
-            "iou": f"{ious[name]:.1%}" if name in ious else "not there",
+            "score": f"{scores[name]:.1%}" if name in scores else "not there",
         }
-        for name in dict.fromkeys((*colours, *ious))
+        for name in dict.fromkeys((*colours, *scores))
     ]
 
 

@@ -16,6 +16,7 @@ from setformer_dist.core.registry import register
 from setformer_dist.core.task import Task
 from setformer_dist.core.task_config import TaskConfig
 from setformer_dist.tasks.classification import Classification
+from setformer_dist.tasks.detection import Detection
 from setformer_dist.tasks.mae import Masked, Simmim
 from setformer_dist.tasks.multilabel import MultiLabel
 from setformer_dist.tasks.segmentation import Segmentation
@@ -27,6 +28,7 @@ _TASKS: dict[str, TaskFactory] = {
     "classification": Classification,
     "multilabel": MultiLabel,
     "segmentation": Segmentation,
+    "detection": Detection,
     "mae": Masked,
     "simmim": Simmim,
 }
