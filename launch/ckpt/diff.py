@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from checkpoints.reader import Checkpoint, open_checkpoint
+from checkpoints.reader import Checkpoint, open_checkpoint, read_kept
 from setformer_dist.core.continuing import flatten
 from setformer_dist.core.terminal import open_table
 
@@ -27,19 +27,9 @@ def diff(first: Path, second: Path, state: str, console: Console, as_json: bool 
     Raises:
         CheckpointError: one does not verify, or does not hold the state.
     """
-    a, b = open_checkpoint(first), open_checkpoint(second)
-    shapes_a, shapes_b = a.parameters(), b.parameters()
-    both = [name for name, shape in shapes_a.items() if shapes_b.get(name) == shape]
-    found: dict[str, Any] = {
-        "steps": [a.step, b.step],
-        "only_first": sorted({*shapes_a} - {*shapes_b}),
-        "only_second": sorted({*shapes_b} - {*shapes_a}),
-        "shapes": {n: [shapes_a[n], shapes_b[n]] for n in shapes_a if n in shapes_b and n not in both},
-        "parameters": _distances(a, b, both, state),
-        "metrics": _differing(a.metrics, b.metrics),
-        "config": _differing(_config_of(a), _config_of(b)),
-    }
-    different = any(found[key] for key in found if key != "steps")
+    # Either may be deleted by the run that writes it, while it is read: newer ones are then compared.
+    a, b, found = read_kept(first, lambda: read_kept(second, lambda: _compared(first, second, state)))
+    different = any(found[key] for key in found if key not in ("steps", "common"))
     if as_json:
         print(json.dumps(found, indent=2))
         return different
@@ -57,9 +47,28 @@ def diff(first: Path, second: Path, state: str, console: Console, as_json: bool 
         distances.add_row(name, f"{absolute:.3e}", f"{relative:.3e}")
     if distances.row_count:
         console.print(distances)
-    same = len(both) - len(found["parameters"])
-    console.print(f"{same} of {len(both)} common parameters are the same bit by bit", highlight=False, markup=False)
+    common = found["common"]
+    same = common - len(found["parameters"])
+    console.print(f"{same} of {common} common parameters are the same bit by bit", highlight=False, markup=False)
     return different
+
+
+def _compared(first: Path, second: Path, state: str) -> tuple[Checkpoint, Checkpoint, dict[str, Any]]:
+    """Return two checkpoints and in what they differ."""
+    a, b = open_checkpoint(first), open_checkpoint(second)
+    shapes_a, shapes_b = a.parameters(), b.parameters()
+    both = [name for name, shape in shapes_a.items() if shapes_b.get(name) == shape]
+    found: dict[str, Any] = {
+        "steps": [a.step, b.step],
+        "common": len(both),
+        "only_first": sorted({*shapes_a} - {*shapes_b}),
+        "only_second": sorted({*shapes_b} - {*shapes_a}),
+        "shapes": {n: [shapes_a[n], shapes_b[n]] for n in shapes_a if n in shapes_b and n not in both},
+        "parameters": _distances(a, b, both, state),
+        "metrics": _differing(a.metrics, b.metrics),
+        "config": _differing(_config_of(a), _config_of(b)),
+    }
+    return a, b, found
 
 
 def _distances(a: Checkpoint, b: Checkpoint, names: list[str], state: str) -> dict[str, tuple[float, float]]:

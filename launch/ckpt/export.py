@@ -32,6 +32,7 @@ from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.files import check_new
 from setformer_dist.core.metric import Weights
 from setformer_dist.models.build import timm_arguments
+from setformer_dist.tasks.detection import Detection
 from setformer_dist.tasks.segmentation import Segmentation
 
 _CARD = """# {name}, step {step}
@@ -66,11 +67,11 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 {result} = model(transform(Image.open("some.jpg").convert("RGB")).unsqueeze(0))
 print({said})"""
 
-_MASKS = """import setformer
+_DENSE = """import setformer
 
 trained = setformer.load("{folder}")
 [found] = setformer.predict(trained, "some.jpg")
-print(found.classes, found.mask.shape)  # the class of each pixel, a number
+{shown}
 
 # Of the encoder alone, as timm has it:
 import timm
@@ -79,6 +80,11 @@ from safetensors.torch import load_file
 weights = {{k.removeprefix("encoder."): v for k, v in load_file("{folder}/model.safetensors").items()}}
 encoder = timm.create_model({name!r}, {arguments}).eval()
 encoder.load_state_dict({{k: weights[k] for k in encoder.state_dict()}})"""
+
+_SHOWN = {
+    Segmentation: "print(found.classes, found.mask.shape)  # the class of each pixel, a number",
+    Detection: "print(found.objects)  # class, score and box of each, the surest first",
+}
 
 _TOKENS = """import timm
 {register}
@@ -164,6 +170,7 @@ def _timm_config(trained: TrainedRun, data: DataConfig) -> dict[str, object]:
     ours: dict[str, object] = {
         "task": trained.config.task.model_dump(mode="json"), "pixels": data.pixels, "crop": data.augment.crop,
         "eval_crop": data.eval_crop, "eval_view": data.eval_view, "bucket_multiple": data.bucket_multiple,
+        "eval_longest": data.eval_longest,
     }  # fmt: skip
     if trained.classes != tuple(trained.task.outputs):
         ours["classes"] = list(trained.classes)
@@ -218,10 +225,14 @@ def _snippet(trained: TrainedRun, dest: Path) -> str:
     home = timm.models.model_entrypoint(config.model.name.split(".")[0]).__module__
     known = home.startswith(("timm.", "setformer_dist."))
     register = "" if home.startswith("timm.") else _REGISTER.format(module="setformer_dist.models" if known else home)
-    if isinstance(config.data, DataConfig) and isinstance(trained.task, Segmentation):
+    if isinstance(config.data, DataConfig) and isinstance(trained.task, Segmentation | Detection):
         given = ImageInputs(config.data).model_arguments(config.model, 0)
-        return _MASKS.format(
-            register=register, name=config.model.name, arguments=_words(given).rstrip(", "), folder=dest.name
+        return _DENSE.format(
+            shown=_SHOWN[type(trained.task)],
+            register=register,
+            name=config.model.name,
+            arguments=_words(given).rstrip(", "),
+            folder=dest.name,
         )
     data = config.data
     if not isinstance(data, DataConfig):

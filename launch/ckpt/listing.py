@@ -18,7 +18,7 @@ from launch.ckpt.prune import retention_of
 from launch.shown import cell
 from setformer_dist.core import config as base
 from setformer_dist.core.errors import CheckpointError, ConfigError
-from setformer_dist.core.metric import IOU_OF
+from setformer_dist.core.metric import is_of_class
 from setformer_dist.core.terminal import open_table
 from setformer_dist.core.words import counted
 
@@ -91,7 +91,7 @@ def row_of(
         return
     state = cell("verified", "green") if verified else cell("complete")
     # Figures of single classes, of which there may be hundreds, are shown by `ckpt show` and --json.
-    shown = sorted((name, value) for name, value in manifest.metrics.items() if IOU_OF not in name)
+    shown = sorted((name, value) for name, value in manifest.metrics.items() if not is_of_class(name))
     metrics = " ".join(f"{name} {value:.4f}" for name, value in shown)
     table.add_row(
         str(manifest.step),

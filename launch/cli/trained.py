@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,8 +16,11 @@ from launch.cli.bars import progress_bar
 from launch.cli.options import BestOption, ImportOption, ModelPath, WeightsOption
 from launch.run.own_code import bring
 from setformer_dist.core.errors import DataError
-from setformer_dist.core.metric import by_class, headline, weights_named
+from setformer_dist.core.metric import by_class, headline, title_of_classes, weights_named
 from setformer_dist.core.words import plain
+
+if TYPE_CHECKING:
+    from launch.run.trained import Prediction
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 AsJsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON object per image instead of text.")]
@@ -68,9 +71,9 @@ def evaluate(
         f"{headline(trained.task.metrics, result.figures, everything=True)} on {result.samples} samples{left_out}"
     )
     classes = by_class(result.figures)
-    width = max(map(len, classes), default=0)
+    width, title = max(map(len, classes), default=0), title_of_classes(result.figures)
     for name, value in classes.items():
-        print(f"  {plain(name):<{width}}  IoU {value:7.2%}")
+        print(f"  {plain(name):<{width}}  {title} {value:7.2%}")
 
 
 def probe_features(
@@ -112,17 +115,21 @@ def predict(
     images: Annotated[
         list[Path], typer.Argument(help="Image files, and folders whose images are taken.", show_default=False)
     ],
-    top: Annotated[int, typer.Option(min=1, help="Classes shown per image.")] = 3,
+    top: Annotated[int, typer.Option(min=1, help="Classes or boxes shown per image.")] = 3,
     out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Write the mask of each image there (segmentation).")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Write masks (segmentation) or pictures with boxes (detection) there."),
     ] = None,
     weights: WeightsOption = "auto",
     best: BestOption = False,
     as_json: AsJsonLines = False,
     imports: ImportOption = None,
 ) -> None:
-    """Print the most likely classes of image files; of a segmentation model, the classes of most pixels, and with
-    --out a PNG file for each image, whose values are the classes of its pixels.
+    """Print the most likely classes of image files; of a segmentation model, the classes of most pixels; of a detector,
+    its surest boxes as x0, y0, x1, y1 in pixels (--json: all of them).
+
+    With --out a PNG file is written for each image. Of a segmentation model its values are the classes of the pixels.
+    Of a detector it is the image with the boxes of scores from 0.3 on.
 
     Examples:
 
@@ -131,30 +138,50 @@ def predict(
         setformer predict runs/demo some --best --json
 
         setformer predict runs/camvid street.jpg --out masks
+
+        setformer predict runs/pennfudan street.jpg --out pictures
     """
     from launch.run import trained as infer
     from launch.run.exported import load_named
-    from launch.run.mask_files import MaskFolder
+    from launch.run.picture_files import PictureFolder
 
     bring(imports or ())
     trained = load_named(checkpoint, weights_named(weights), best=best)
     files = list(_images_of(images))
-    masks = None if out is None else MaskFolder(trained, out, files)
+    pictures = None if out is None else PictureFolder(trained, out, files)
     failed: DataError | None = None
     for found in infer.predict(trained, files, top):
         if isinstance(found, DataError):  # one bad image does not hide the others
             print(f"error: {plain(found)}", file=sys.stderr)
             failed = found
             continue
-        if masks is not None:
-            masks.write(found)
-        ranked = zip(found.classes, found.probabilities, strict=True)
-        if as_json:
-            print(json.dumps({"image": os.fsdecode(found.image), "classes": dict(ranked)}))
-        else:
-            print(f"{plain(found.image)}: {', '.join(f'{plain(n)} {p:.1%}' for n, p in ranked)}")
+        if pictures is not None:
+            pictures.write(found)
+        print(_as_json(found) if as_json else _line(found, top))
     if failed is not None:
         raise typer.Exit(failed.exit_code)
+
+
+def _as_json(found: Prediction) -> str:
+    """Return a prediction as a line of JSON; of a detector with all boxes that it found."""
+    said: dict[str, object] = {
+        "image": os.fsdecode(found.image),
+        "classes": dict(zip(found.classes, found.probabilities, strict=True)),
+    }
+    if found.objects is not None:
+        said["objects"] = [{"class": o.name, "score": o.score, "box": o.box} for o in found.objects]
+    return json.dumps(said)
+
+
+def _line(found: Prediction, top: int) -> str:
+    """Return a prediction as a line for people; of a detector its surest boxes."""
+    if found.objects is None:
+        ranked = zip(found.classes, found.probabilities, strict=True)
+        said = ", ".join(f"{plain(name)} {share:.1%}" for name, share in ranked)
+    else:
+        boxes = (f"{plain(o.name)} {o.score:.1%} [{', '.join(f'{x:.0f}' for x in o.box)}]" for o in found.objects[:top])
+        said = ", ".join(boxes) or "nothing found"
+    return f"{plain(found.image)}: {said}"
 
 
 def _images_of(paths: Iterable[Path]) -> Iterator[Path]:

@@ -17,7 +17,7 @@ from launch.shown import cell
 from setformer_dist.core import ledger, strictjson
 from setformer_dist.core.errors import DataError
 from setformer_dist.core.files import lines_of
-from setformer_dist.core.metric import IOU_OF, by_class
+from setformer_dist.core.metric import by_class, is_of_class, title_of_classes
 from setformer_dist.core.terminal import open_table
 from setformer_dist.core.words import counted, plain
 from setformer_dist.report.rows import METRICS, Row, RunRecord, finite, read_run
@@ -119,10 +119,11 @@ def show_run(folder: Path, console: Console, as_json: bool = False) -> None:
     evaluation = run.summary.get("evaluation")
     if isinstance(evaluation, dict) and evaluation:
         scores = {name: value for name, value in evaluation.items() if isinstance(value, int | float)}
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if IOU_OF not in name)
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if not is_of_class(name))
         console.print(cell(f"last evaluation: {shown}"))
         if classes := by_class(scores):
-            console.print(cell(f"IoU: {', '.join(f'{name} {value:.4f}' for name, value in classes.items())}"))
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in classes.items())
+            console.print(cell(f"{title_of_classes(scores)}: {shown}"))
     if account.total:
         console.print(_time_table(account))
     for line in (*ran.lines(folder), *_problems(account, guarded, slow)):

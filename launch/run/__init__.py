@@ -3,8 +3,8 @@
 compiled.py          [compile]: what is refused, where compiled code is kept
 compose.py           the composition root: every part of a run is built here
 config.py            one TOML file -> RunConfig -> ResolvedRun for a number of ranks
+detected.py          pictures of images with their boxes and with those that a trained model finds, for the report
 distill.py           the teacher of a run
-mask_files.py        files of the masks that a trained segmentation model predicts
 memory.py            what a rank will take of its memory, and the policy that keeps it within a budget
 dry_run.py           what a run would be and cost, checked as far as a run checks before its first step
 features.py          what frozen features know of classes: a linear probe and nearest neighbours
@@ -18,6 +18,7 @@ objective.py         the model of a run as its task needs it, alone or within an
 outcome.py           what rank 0 leaves behind when training ends: summary.json and report.html in the run's folder
 own_code.py          a user's own modules: run.imports, --import
 own_model.py         models that a program gives as objects
+picture_files.py     files of the masks or boxes that a trained model predicts
 periodic_probe.py    a probe of the features while a run trains
 probe.py             what `setformer doctor --hosts` has every host run: an all-reduce, and a look at the data
 reconstructions.py   pictures of what a masked autoencoder reconstructs

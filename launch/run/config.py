@@ -53,8 +53,8 @@ from setformer_dist.engine.zero import deepspeed_config, overlaps, reduced_here
 
 _CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
 
-_WHOLE = "segmentation"  # the task that is evaluated on whole images
-_CENTRED = set(METRICS_OF) - {_WHOLE}
+_WHOLE = {"segmentation", "detection"}  # tasks that are evaluated on whole images
+_CENTRED = set(METRICS_OF) - _WHOLE
 
 _LONGEST_NAME = 255  # bytes of a folder's name, on every file system that we know
 
@@ -295,11 +295,11 @@ class RunConfig(FrozenConfig):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _view_of_the_task(cls, table: Any) -> Any:
-        """Fill in that segmentation is evaluated on whole images."""
+        """Fill in which tasks are evaluated on whole images."""
         if not (isinstance(table, dict) and isinstance(data := table.get("data"), dict)) or "kind" in data:
             return table
         task = table.get("task", {})
-        if not isinstance(task, dict) or task.get("name") != _WHOLE:
+        if not isinstance(task, dict) or task.get("name") not in _WHOLE:
             return table
         return {**table, "data": {"eval_view": "whole", **data}}
 

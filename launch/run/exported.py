@@ -22,7 +22,7 @@ from dataloaders.pixels.depth import Numbers
 from launch.ranks.environment import usable_cores
 from launch.run.config import RunConfig
 from launch.run.inputs import ImageInputs
-from launch.run.objective import classified_by_model, segmenter_of
+from launch.run.objective import classified_by_model, with_heads
 from launch.run.trained import Trained, load_trained, no_more_parameters_than
 from setformer_dist.core import config as base
 from setformer_dist.core import strictjson
@@ -32,7 +32,6 @@ from setformer_dist.core.metric import Weights
 from setformer_dist.core.revisions import as_trained
 from setformer_dist.core.task import Task
 from setformer_dist.tasks.build import build_task
-from setformer_dist.tasks.segmentation import Segmentation
 
 OURS = "setformer_dist"  # in config.json: what timm's keys do not say
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
@@ -61,15 +60,17 @@ class _Ours(pydantic.BaseModel):
         eval_crop: of the run; None for timm's crop_pct.
         eval_view: of the run; None for that of its task.
         bucket_multiple: of the run.
+        eval_longest: of the run.
         classes: of the data, where they are not the model's outputs.
     """
 
     task: dict[str, Any] = {}
     pixels: Numbers = "uint8"
-    crop: Literal["resized", "pad", "window", "none"] = "resized"
+    crop: Literal["resized", "scale_jitter", "pad", "window", "none"] = "resized"
     eval_crop: float | None = None
     eval_view: Literal["centre", "whole"] | None = None
     bucket_multiple: Annotated[int, pydantic.Field(ge=1)] = 32
+    eval_longest: Annotated[int, pydantic.Field(ge=0)] = 0
     classes: tuple[str, ...] | None = None
 
 
@@ -160,7 +161,8 @@ def _config_of(about: _Described, place: Path) -> RunConfig:
         "image_size": height, "image_width": 0 if width == height else width, "mean": images.mean, "std": images.std,
         "interpolation": images.interpolation, "pixels": ours.pixels, "augment": {"crop": ours.crop},
         "eval_crop": images.crop_pct if ours.eval_crop is None else ours.eval_crop, "threads": usable_cores(),
-        "bucket_multiple": ours.bucket_multiple, **({} if ours.eval_view is None else {"eval_view": ours.eval_view}),
+        "bucket_multiple": ours.bucket_multiple, **({"eval_longest": ours.eval_longest} if ours.eval_longest else {}),
+        **({} if ours.eval_view is None else {"eval_view": ours.eval_view}),
     }  # fmt: skip
     table = {
         "run": {"name": "exported"}, "model": as_trained({"name": about.architecture, "args": args}),
@@ -192,7 +194,7 @@ def _filled(inputs: ImageInputs, config: RunConfig, task: Task, path: Path) -> n
 
 def _created(inputs: ImageInputs, config: RunConfig, task: Task) -> nn.Module:
     model = inputs.created(config.model, classified_by_model(task))
-    return segmenter_of(model, task, config.model.name) if isinstance(task, Segmentation) else model
+    return with_heads(model, task, config.model.name)
 
 
 def _check_same(expected: Mapping[str, tuple[int, ...]], there: Mapping[str, tuple[int, ...]], path: Path) -> None:

@@ -33,6 +33,7 @@ from setformer_dist.core.fragments import Fragment
 from setformer_dist.core.metric import Mode, better_weights, mode_by_name
 from setformer_dist.core.model_config import ModelConfig
 from setformer_dist.core.words import counted
+from setformer_dist.models.detector import CLASSIFIER
 from setformer_dist.models.encoded import ENCODER
 from setformer_dist.models.segmenter import CLASSIFIERS
 
@@ -288,7 +289,7 @@ class FirstWeights:
 
     def _other_classifier(self, source: _Source, faults: Mapping[str, str]) -> set[str]:
         """Return the classifier's parameters that a source has not, or has for another number of classes."""
-        heads = (*(f"{name}." for name in classifiers_of(self.config.name)), *CLASSIFIERS)
+        heads = (*(f"{name}." for name in classifiers_of(self.config.name)), *CLASSIFIERS, CLASSIFIER)
         mine = {name: self.shapes[name] for name in faults if name in self.shapes and name.startswith(heads)}
         return {name for name, shape in mine.items() if source.shapes.get(name, shape)[1:] == shape[1:]}
 

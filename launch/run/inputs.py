@@ -228,21 +228,26 @@ def images_of(split: Split) -> Source:
 
 
 def check_shapes(model: nn.Module, name: str, config: DataConfig | TokenConfig) -> None:
-    """Refuse a model that is made for one image size where training changes it, before the step that does.
+    """Refuse a model that does not take a size of training's images, before the step that shows one.
+
+    A model is made for `data.image_size`, so where training has no other it is tried only if its patches do not fit in.
 
     Raises:
         ConfigError: naming the size.
     """
     if isinstance(config, TokenConfig):
         return
+    asked = "data.image_width, data.resolutions or data.aspect_buckets ask for"
     if not (config.resolutions or config.aspect_buckets or config.image_width):
-        return
+        info: Any = getattr(model, "feature_info", None)
+        if not info or config.image_size % max(level["reduction"] for level in info) == 0:
+            return
+        asked = "data.image_size asks for"
     for shape in telling_shapes(config):
         if (error := refuses(model, (config.bands, *shape))) is not None:
             raise ConfigError(
-                f"model {name} does not take images of {shape[0]} x {shape[1]}, which data.image_width, "
-                f"data.resolutions or data.aspect_buckets ask for ({str(error).splitlines()[0]}): choose other sizes "
-                "or another model"
+                f"model {name} does not take images of {shape[0]} x {shape[1]}, which {asked} "
+                f"({str(error).splitlines()[0]}): choose other sizes or another model"
             )
 
 

@@ -46,6 +46,7 @@ UNITS = {
     "data.max_pixels": _PIXELS,
     "data.threads": "threads", "data.prefetch": "micro batches", "data.max_bad_share": _SHARE,
     "data.augment.pad": _PIXELS, "data.augment.scale": "share of the area", "data.augment.ratio": "width / height",
+    "data.augment.scale_jitter": "factor of a side", "data.eval_longest": _PIXELS,
     "data.augment.randaugment_ops": "operations per image", "data.augment.randaugment_magnitude": "steps of 30",
     "data.augment.color_jitter": "relative change", "data.augment.erasing": _PROBABILITY,
     "data.augment.vflip": _PROBABILITY,

@@ -128,8 +128,26 @@ def check_evaluation_fits(run: ResolvedRun, model: nn.Module, split: Split, loca
     if need > _MARGIN * there:
         raise ConfigError(
             f"evaluation shows whole images, the largest as {height} x {width}, for which a rank is predicted to take "
-            f"{_shown(need)} besides its weights, and {whose} has {_shown(there)}: cut the validation images, or set "
-            'data.eval_view = "centre" to score the centre of each'
+            f"{_shown(need)} besides its weights, and {whose} has {_shown(there)}: cut the validation images, set "
+            'data.eval_longest, or data.eval_view = "centre" to score the centre of each'
+        )
+
+
+def check_image_fits(model: nn.Module, bands: int, height: int, width: int) -> None:
+    """Refuse an image that does not fit the memory where a trained model, in fp32, is to see it.
+
+    Raises:
+        ConfigError: naming the size, what it is predicted to take, and what there is.
+    """
+    if height * width < _FEW_PIXELS:
+        return
+    need = measure_evaluation(model, torch.float32, (1, bands, height, width))
+    on_gpu = next(model.parameters()).is_cuda
+    there, whose = (torch.cuda.mem_get_info()[1], "the device") if on_gpu else (memory_of_machine(), "this machine")
+    if need > _MARGIN * there:
+        raise ConfigError(
+            f"the model would see {height} x {width} pixels of it, for which it is predicted to take {_shown(need)}, "
+            f"and {whose} has {_shown(there)}: cut the image"
         )
 
 

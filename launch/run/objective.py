@@ -19,17 +19,19 @@ from launch.run.inputs import ImageInputs, Split, TokenInputs, images_of, inputs
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.task import Dense, DensePrepare, Hiding, Prepare, Task
 from setformer_dist.engine.averaged import AveragedModel
+from setformer_dist.models.detector import Detector
 from setformer_dist.models.encoded import ENCODER, Encoded
 from setformer_dist.models.masked import MaskedAutoencoder, MaskedModel, latents
 from setformer_dist.models.recompute import set_recompute
 from setformer_dist.models.segmenter import Segmenter
 from setformer_dist.models.simmim import SimmimModel
 from setformer_dist.tasks.build import build_task
+from setformer_dist.tasks.detection import Detection
 from setformer_dist.tasks.mae import TASKS_OF_HIDDEN, Hidden, Masked
 from setformer_dist.tasks.segmentation import Segmentation
 
 # Tasks whose model has an encoder within it.
-TASKS_OF_ENCODERS = (*TASKS_OF_HIDDEN, Segmentation.name)
+TASKS_OF_ENCODERS = (*TASKS_OF_HIDDEN, Segmentation.name, Detection.name)
 
 _NAMES_OF_PARTS = {"mask": "masks", "boxes": "boxes"}
 
@@ -50,10 +52,8 @@ def build_for(config: RunConfig, task: Task, input_spec: dict[str, object]) -> n
     inputs: ImageInputs | TokenInputs = inputs_of(config.data)
     check_objective(config, task)
     model = inputs.build_model(config.model, classified_by_model(task), input_spec, config.run.seed)
-    if isinstance(task, Segmentation):
-        return segmenter_of(model, task, config.model.name)
     if not isinstance(task, Hidden):
-        return model
+        return with_heads(model, task, config.model.name)
     assert isinstance(config.data, DataConfig)  # checked above
     whole = _around(model, task, config.model.name, config.data.bands)
     task.check_images(shapes_of_images(config.data), whole.stride)
@@ -61,14 +61,18 @@ def build_for(config: RunConfig, task: Task, input_spec: dict[str, object]) -> n
     return whole
 
 
-def segmenter_of(encoder: nn.Module, task: Segmentation, name: str) -> Segmenter:
-    """Return an encoder of this name with the heads of a task."""
-    return Segmenter(encoder, name, len(task.outputs), task.config.channels, task.config.auxiliary > 0)
+def with_heads(model: nn.Module, task: Task, name: str) -> nn.Module:
+    """Return a model of this name with the heads of a task that needs feature maps; of others the model itself."""
+    if isinstance(task, Segmentation):
+        return Segmenter(model, name, len(task.outputs), task.config.channels, task.config.auxiliary > 0)
+    if isinstance(task, Detection):
+        return Detector(model, name, len(task.outputs), task.config.channels)
+    return model
 
 
 def classified_by_model(task: Task) -> int:
     """Return the outputs of the classifier in the model that the config names; 0 where a larger model has its own."""
-    return 0 if isinstance(task, Segmentation) else len(task.outputs)
+    return 0 if isinstance(task, Segmentation | Detection) else len(task.outputs)
 
 
 def _around(encoder: nn.Module, task: Hidden, name: str, bands: int) -> MaskedModel:
@@ -79,8 +83,8 @@ def _around(encoder: nn.Module, task: Hidden, name: str, bands: int) -> MaskedMo
 
 
 def assumed_classes(config: RunConfig) -> int:
-    """Return how many classes data that are not there are taken to have: as ImageNet, or ADE20K with masks."""
-    return 150 if config.task.name == Segmentation.name else 1000
+    """Return how many classes data that are not there are taken to have: as ImageNet, ADE20K, or COCO."""
+    return {Segmentation.name: 150, Detection.name: 80}.get(config.task.name, 1000)
 
 
 def build_assumed(config: RunConfig) -> nn.Module:
@@ -111,7 +115,7 @@ def check_objective(config: RunConfig, task: Task) -> None:
     if isinstance(config.data, TokenConfig):
         raise ConfigError(f"task {task.name} learns from images, and [data] has token sequences: choose another task")
     if isinstance(task, Dense):
-        _check_dense(config.data, task)
+        _check_dense(config, config.data, task)
         return
     augment = config.data.augment
     for key in ("mixup", "cutmix"):
@@ -119,8 +123,7 @@ def check_objective(config: RunConfig, task: Task) -> None:
             raise ConfigError(
                 f"data.augment.{key} blends two images, and task {task.name} reconstructs one: set it to 0"
             )
-    if config.distill.teacher:
-        raise ConfigError(f"distill.teacher: task {task.name} has no classes to learn from a teacher: remove distill")
+    _check_no_teacher(config, task)
     if isinstance(task, Masked) and task.latent:
         if not config.ema.decay:
             raise ConfigError(
@@ -138,7 +141,15 @@ def check_objective(config: RunConfig, task: Task) -> None:
         )
 
 
-def _check_dense(data: DataConfig, task: Task) -> None:
+def _check_no_teacher(config: RunConfig, task: Task) -> None:
+    if config.distill.teacher:
+        raise ConfigError(
+            f"distill.teacher: task {task.name} has no classes of images to learn from a teacher: remove distill"
+        )
+
+
+def _check_dense(config: RunConfig, data: DataConfig, task: Task) -> None:
+    _check_no_teacher(config, task)
     for key in ("mixup", "cutmix", "smoothing"):
         if getattr(data.augment, key):
             raise ConfigError(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from launch.run.compose import Splits
 from launch.run.config import ResolvedRun
+from launch.run.detected import detected_samples
 from launch.run.own_model import OwnModel
 from launch.run.reconstructions import reconstructed_samples
 from launch.run.segmented import segmented_samples
@@ -89,7 +90,7 @@ def _report(
         folder / "report.html",
         classified_samples(trained, splits.val),
         reconstructed_samples(trained, splits.val),
-        segmented_samples(trained, splits.val),
+        segmented_samples(trained, splits.val) or detected_samples(trained, splits.val),
     )
     log.info("report %s", folder / "report.html")
     print(_said(run, outcome), file=sys.stderr, flush=True)

@@ -26,6 +26,7 @@ from setformer_dist.core.model_config import OWN_MODEL
 from setformer_dist.core.task import Task
 from setformer_dist.engine.comm import TorchCollectives
 from setformer_dist.models.build import own_model
+from setformer_dist.tasks.detection import Detection
 from setformer_dist.tasks.segmentation import Segmentation
 
 # A module whose copy is trained, or a function of the number of outputs that makes one.
@@ -138,13 +139,23 @@ def _check_made(made: object, name: str, task: str, outputs: int) -> None:
         needed = f"{(1, outputs)}"
     elif task == Segmentation.name and (len(shape) != 4 or shape[1] != outputs):
         needed = f"(1, {outputs}, rows, columns)"
+    elif task == Detection.name and not _is_detected(made, outputs):
+        needed = f"a tuple of logits (1, A, {outputs}), offsets (1, A, 4) and anchors (A, 5)"
     else:
         return
-    got = shape if isinstance(made, torch.Tensor) else type(made).__name__
+    got: object = shape if isinstance(made, torch.Tensor) else type(made).__name__
     raise ConfigError(
         f"model {name} makes {got} of one sample, and task {task} on this data needs {needed}: give it "
         f"{outputs} outputs, or pass a function of their number that makes the model"
     )
+
+
+def _is_detected(made: object, outputs: int) -> bool:
+    """Return whether these are outputs of a detector for one image (`core.boxes.Detected`)."""
+    if not (isinstance(made, tuple) and len(made) == 3 and all(isinstance(part, torch.Tensor) for part in made)):
+        return False
+    a = len(made[2])
+    return [tuple(part.shape) for part in made] == [(1, a, outputs), (1, a, 4), (a, 5)]
 
 
 def check_unchanged(model: nn.Module, name: str, batch: torch.Tensor) -> Any:

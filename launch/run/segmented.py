@@ -8,23 +8,25 @@ from PIL import Image
 
 from dataloaders.config import DataConfig
 from dataloaders.pixels.colours import colour
-from dataloaders.pixels.decode import decode_mask, stored_shape
-from dataloaders.pixels.transforms import decode_for_eval
+from dataloaders.pixels.transforms import show_for_eval
 from dataloaders.reading.device import pictures_of
+from dataloaders.source import spread_evenly
 from launch.run.inputs import Split, images_of
-from launch.run.trained import Trained, shown_whole
+from launch.run.trained import Trained
 from setformer_dist.core.batch import VOID
 from setformer_dist.core.errors import DataError
 from setformer_dist.core.pixel_maps import classes_of
-from setformer_dist.report.html import Segmented, SegmentedImage
+from setformer_dist.report.html import Annotated, AnnotatedImage
 from setformer_dist.tasks.segmentation import Segmentation
 
 _LARGEST = 320  # pixels of the longer side of a picture
 _OPACITY = 0.6
 
 
-def segmented_samples(trained: Trained, split: Split, count: int = 8) -> Segmented | None:
+def segmented_samples(trained: Trained, split: Split, count: int = 8) -> Annotated | None:
     """Return images spread evenly over a split with their masks and those of the model; None for other tasks.
+
+    Each is seen as evaluation sees it: of an image that is too large for the memory, its centre.
 
     Args:
         trained: the model.
@@ -34,22 +36,19 @@ def segmented_samples(trained: Trained, split: Split, count: int = 8) -> Segment
     data = trained.config.data
     if not (isinstance(trained.task, Segmentation) and isinstance(data, DataConfig)):
         return None
-    data = shown_whole(data)
     source, found = images_of(split), []
-    for sample in range(0, split.num_samples, max(1, split.num_samples // count)):
+    for sample in spread_evenly(split.num_samples, count):
         try:
-            stored = source.read(sample)
-            pixels, shape = decode_for_eval(stored.image, data), stored_shape(stored.image, data.form)
-            truth = None if stored.mask is None else torch.from_numpy(decode_mask(stored.mask, shape))
+            shown = show_for_eval(source.read(sample), data)
         except DataError:  # damaged: evaluation has counted it
             continue
-        if truth is None:
+        if shown.mask is None:
             continue
-        seen = trained.outputs(pixels.unsqueeze(0))
-        picture, size = _shrunk(pictures_of(pixels.unsqueeze(0), data)[0])
-        predicted = classes_of(seen, *shape)[0].cpu()
-        found.append(SegmentedImage(picture, *(_over(picture, mask, size) for mask in (truth, predicted))))
-    return Segmented(found[:count], {name: colour(label) for label, name in enumerate(trained.task.outputs)})
+        images = shown.image.unsqueeze(0)
+        picture, size = _shrunk(pictures_of(images, data)[0])
+        predicted = classes_of(trained.outputs(images), shown.mask.shape[0], shown.mask.shape[1])[0].cpu()
+        found.append(AnnotatedImage(picture, *(_over(picture, mask, size) for mask in (shown.mask, predicted))))
+    return Annotated("masks", found, {name: colour(label) for label, name in enumerate(trained.task.outputs)})
 
 
 def _shrunk(picture: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:

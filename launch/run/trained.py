@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +25,12 @@ from launch.run.config import RunConfig
 from launch.run.identity import shapes_of
 from launch.run.initial_weights import better_of
 from launch.run.inputs import Split, check_evaluated, check_takes, images_of, inputs_of
+from launch.run.memory import check_image_fits
 from launch.run.objective import build_for, check_parts, encoder_of, prepare_for
 from launch.run.own_model import OwnModel, check_same_buffers, digest_of_buffers, made_own, round_buffers
 from setformer_dist.core import config as base
 from setformer_dist.core.batch import EvalStream, MicroBatch
+from setformer_dist.core.boxes import Detected, Detections, detections_of
 from setformer_dist.core.errors import CheckpointError, ConfigError, DataError
 from setformer_dist.core.metric import Weights
 from setformer_dist.core.model_config import ModelConfig
@@ -42,6 +45,7 @@ from setformer_dist.models.arguments import check_arguments
 from setformer_dist.models.build import check_name
 from setformer_dist.report.html import ClassifiedImage
 from setformer_dist.tasks.build import build_task
+from setformer_dist.tasks.detection import Detection
 from setformer_dist.tasks.mae import Hidden
 from setformer_dist.tasks.segmentation import Segmentation
 
@@ -79,14 +83,13 @@ class Trained:
         return self.task.confidences(self.outputs(images)).cpu()
 
     @torch.no_grad()
-    def outputs(self, images: torch.Tensor) -> torch.Tensor:
+    def outputs(self, images: torch.Tensor) -> Any:
         """Return the model's outputs of images (k, B, H, W) as decoded; of a classifier (k, classes)."""
         count = len(images)
         zeros = torch.zeros(count, dtype=torch.int64)
         batch = MicroBatch(inputs=images, labels=zeros, weights=torch.ones(count), sample_ids=zeros)
         inputs = inputs_of(self.config.data).prepare(len(self.classes), _device_of(self.model), torch.float32)
-        outputs: torch.Tensor = self.model(inputs(batch, train=False)[0])
-        return outputs
+        return self.model(inputs(batch, train=False)[0])
 
 
 @dataclass(frozen=True)
@@ -341,25 +344,58 @@ class _Told:
 
 
 @dataclass(frozen=True)
+class FoundObject:
+    """An object that a detector found.
+
+    Attributes:
+        name: of its class.
+        label: the class's number.
+        score: how sure the model is, 0 to 1.
+        box: x0, y0, x1, y1 in pixels of the image file.
+    """
+
+    name: str
+    label: int
+    score: float
+    box: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
 class Prediction:
     """The most likely classes of one image, best first.
 
     Attributes:
         image: its file.
         classes: their names.
-        probabilities: of them; of a segmentation the shares of the image's pixels.
+        probabilities: of them; of a segmentation the shares of the image's pixels, of a detection the scores of their
+            surest boxes.
         mask: of a segmentation, (H, W) uint8, the class of each pixel of the image.
+        objects: of a detection, best first.
     """
 
     image: Path
     classes: tuple[str, ...]
     probabilities: tuple[float, ...]
     mask: torch.Tensor | None = field(default=None, compare=False, repr=False)
+    objects: tuple[FoundObject, ...] | None = None
 
 
 def shown_whole(data: DataConfig) -> DataConfig:
-    """Return a config by which masks of whole images are predicted, also where evaluation shows their centre."""
+    """Return a config by which whole images are marked, also where evaluation shows their centre."""
     return data.model_copy(update={"eval_view": "whole"})
+
+
+def detected_in(outputs: Detected, seen: tuple[int, int], stored: tuple[int, int]) -> Detections:
+    """Return what a detector found in one image, in stored pixels, on the CPU.
+
+    Args:
+        outputs: of one image.
+        seen: (height, width) as the model saw it.
+        stored: (height, width) as it is stored.
+    """
+    (found,) = detections_of(outputs, seen)
+    scale = torch.tensor([stored[1] / seen[1], stored[0] / seen[0]] * 2)
+    return Detections(found.boxes.cpu() * scale, found.scores.cpu(), found.labels.cpu())
 
 
 def predict(trained: Trained, images: Iterable[Path], top: int) -> Iterator[Prediction | DataError]:
@@ -373,7 +409,7 @@ def predict(trained: Trained, images: Iterable[Path], top: int) -> Iterator[Pred
         raise ConfigError(f"{trained.place} is a model of token sequences: name a checkpoint of images")
     if not trained.task.outputs:
         raise _without_classes(trained)
-    if isinstance(trained.task, Segmentation):
+    if isinstance(trained.task, Segmentation | Detection):
         data_config = shown_whole(data_config)
     taken = {data_config.shape}  # which training has shown
     for path in images:
@@ -393,20 +429,29 @@ def predict(trained: Trained, images: Iterable[Path], top: int) -> Iterator[Pred
             bands, height, width = pixels.shape
             if (height, width) not in taken:
                 check_takes(trained.model, trained.config.model.name, bands, height, width)
+                check_image_fits(trained.model, bands, height, width)
                 taken.add((height, width))
         except ConfigError as error:
             yield DataError(f"image {path}: {error}")
             continue
-        outputs, mask = trained.outputs(pixels.unsqueeze(0)), None
-        if isinstance(trained.task, Segmentation):
-            mask = classes_of(outputs, *shape)[0].cpu()
-            pixels_of_class = torch.bincount(mask.flatten(), minlength=len(trained.task.outputs))
-            probabilities = pixels_of_class / mask.numel()
-        else:
-            probabilities = trained.task.confidences(outputs).cpu()[0]
-        best = probabilities.topk(min(top, len(trained.task.outputs)))
-        names = tuple(trained.task.outputs[i] for i in best.indices.tolist())
-        yield Prediction(path, names, tuple(best.values.tolist()), mask)
+        yield _predicted(trained, path, pixels, shape, top)
+
+
+def _predicted(trained: Trained, path: Path, pixels: torch.Tensor, shape: tuple[int, int], top: int) -> Prediction:
+    """Return what a model says of an image as it sees it, (B, H, W), which is stored as (height, width)."""
+    outputs, names = trained.outputs(pixels.unsqueeze(0)), trained.task.outputs
+    mask, objects = None, None
+    if isinstance(trained.task, Segmentation):
+        mask = classes_of(outputs, *shape)[0].cpu()
+        probabilities = torch.bincount(mask.flatten(), minlength=len(names)) / mask.numel()
+    else:
+        probabilities = trained.task.confidences(outputs).cpu()[0]
+    if isinstance(trained.task, Detection):
+        found = detected_in(outputs, (pixels.shape[1], pixels.shape[2]), shape)
+        listed = zip(found.labels.tolist(), found.scores.tolist(), found.boxes.tolist(), strict=True)
+        objects = tuple(FoundObject(names[label], label, score, tuple(box)) for label, score, box in listed)
+    best = probabilities.topk(min(top, len(names)))
+    return Prediction(path, tuple(names[i] for i in best.indices.tolist()), tuple(best.values.tolist()), mask, objects)
 
 
 def _without_classes(trained: Trained) -> ConfigError:

@@ -185,7 +185,7 @@ def test_port_in_use(digits: Path, tmp_path: Path) -> None:
         (["train", "demo", "--ranks", "0"], 2, "greater than or equal to 1"),
         (["demo", "--ranks", "0"], 2, "greater than or equal to 1"),
         (["train", "dmeo"], 2, "did you mean demo?"),
-        (["train", "nothing"], 2, "one of camvid, "),
+        (["train", "nothing"], 2, "one of ade20k_tiny, "),
     ],
 )
 def test_other_commands(words: list[str], code: int, part: str) -> None:

@@ -44,3 +44,29 @@ def test_two_ranks_then_one_then_two_see_the_samples_of_an_uninterrupted_run(dig
         assert ours[place][0] == pytest.approx(loss, rel=1e-4), place
         if averaged is not None:
             assert ours[place][1] == pytest.approx(averaged, rel=1e-4)
+
+
+def test_repeated_samples_go_on_in_the_middle_of_an_epoch(digits: Path, tmp_path: Path) -> None:
+    """Bit by bit on as many ranks, and on another number the same samples and copies."""
+    own = ("precision.dtype=fp32", "run.record_samples=true", "checkpoint.every_steps=4", "data.augment.repeats=2",
+           "data.augment.mixup=0.2", "model.drop_path=0.2")  # fmt: skip
+    whole = setformer(*train_words(digits, tmp_path / "whole", *own))
+    assert whole.code == 0, whole.err
+    one = tmp_path / "whole" / "demo"
+    for name, last in (("same", 2), ("other", 1)):
+        process = start(*train_words(digits, tmp_path / name, *own))
+        wait_for(tmp_path / name / "demo" / "checkpoints" / "step-00000008" / "manifest.json", process)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 143, err
+        ended = setformer(*train_words(digits, tmp_path / name, *own, ranks=last))
+        assert ended.code == 0, ended.err
+        run = tmp_path / name / "demo"
+        assert samples(run) == samples(one)
+        assert losses(run).keys() == losses(one).keys()
+        if last == 2:
+            assert losses(run) == losses(one)
+        for place, (loss, _) in losses(one).items():
+            assert losses(run)[place][0] == pytest.approx(loss, rel=1e-4), place
+    copies = [len(ids) - len(set(ids)) for ids in samples(one).values()]
+    assert all(count == len(ids) // 2 for count, ids in zip(copies, samples(one).values(), strict=True))

@@ -62,6 +62,7 @@ ELSEWHERE = {
     "train demo data.root=runs/demo-data --ray auto --ranks 2": "tests/distributed/test_ray.py",
     "doctor --ray auto": "tests/distributed/test_ray.py",
     "predict runs/camvid street.jpg --out masks": "tests/integration/test_segmentation.py",
+    "predict runs/pennfudan street.jpg --out pictures": "tests/integration/test_detection.py",
     "train --from runs/demo": "tests/integration/test_record.py",
     "runs top runs/demo": "tests/unit/test_live.py",  # of a run that is running
     "demo --ranks 2": "tests/integration/test_train.py",

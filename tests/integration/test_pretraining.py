@@ -126,7 +126,7 @@ def built(*words: str) -> nn.Module:
         (["data.image_size=18"], r"images of 18 x 18 pixels are not made of whole units of 4 x 4"),
         (["model.args.attention=softmax"], r"task mae: attention = 'softmax' has no form"),
         (["data.augment.mixup=0.2"], r"data\.augment\.mixup blends two images"),
-        (["distill.teacher=runs/x"], r"task mae has no classes to learn from a teacher"),
+        (["distill.teacher=runs/x"], r"task mae has no classes of images to learn from a teacher"),
         (["eval.probe.every_epochs=1", "data.labels=false"], r"name labelled data in eval\.probe\.data"),
         (["eval.probe.every_epochs=1", "parallel.sequence=2"], r"eval\.probe takes whole images"),
         (

@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 
 import setformer as library
+from launch.run import memory
 from launch.run.config import load_run
-from launch.run.trained import evaluate_checkpoint, open_named_split
+from launch.run.segmented import segmented_samples
+from launch.run.trained import evaluate_checkpoint, open_named_split, predict
 from launch.testing.commands import DEMO, losses, setformer, train_words
 from setformer_dist.core.errors import ConfigError
 
@@ -73,7 +75,9 @@ def counted_miou(predicted: Path, truth: Path) -> float:
     return float((hits / union).mean())
 
 
-def test_it_learns_and_its_masks_are_what_was_scored(scenes: Path, tmp_path: Path) -> None:
+def test_it_learns_and_its_masks_are_what_was_scored(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = train_words(scenes, tmp_path / "runs", *SEGMENT, "schedule.epochs=6", "optim.lr=3e-3", ranks=1)
     ended = setformer(*words)
     assert ended.code == 0, ended.err
@@ -108,6 +112,11 @@ def test_it_learns_and_its_masks_are_what_was_scored(scenes: Path, tmp_path: Pat
     for found in library.predict(centred, sorted(images.iterdir())):  # masks of whole images all the same
         assert found.mask is not None
         assert np.array_equal(found.mask, np.array(Image.open(tmp_path / "masks" / found.image.name)))
+    sizes: list[tuple[int, ...]] = []
+    hook = trained.model.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape)))
+    assert segmented_samples(centred, open_named_split(centred, str(scenes), "val"), 4) is not None
+    hook.remove()
+    assert sizes == [(1, 3, 32, 32)] * 4  # no whole image, which may be too large for the memory
     exported = setformer("ckpt", "export", str(run), str(tmp_path / "exported"), "--weights", "plain")
     assert exported.code == 0, exported.err
     scored = setformer("eval", str(tmp_path / "exported"), "--data", str(scenes), "--json")
@@ -117,6 +126,11 @@ def test_it_learns_and_its_masks_are_what_was_scored(scenes: Path, tmp_path: Pat
     split = open_named_split(loaded := library.load(tmp_path / "exported"), str(scenes), "val")
     evaluate_checkpoint(loaded, split, 4, told.append)
     assert told == [1] * 9  # of several sizes one by one, however many are asked for
+    monkeypatch.setattr(memory, "_FEW_PIXELS", 1)
+    with monkeypatch.context() as small:
+        small.setattr(memory, "memory_of_machine", lambda: 1 << 16)
+        (refused,) = predict(loaded, [images / "001.png"], 1)
+        assert "001.png: the model would see 32 x 48 pixels of it, for which it is predicted to take" in str(refused)
     one = library.predict(loaded, images / "001.png")[0]
     assert one.mask is not None
     assert one.mask.shape == (40, 64)
@@ -159,7 +173,7 @@ def test_it_begins_with_what_another_task_has_trained(task: str, digits: Path, s
     assert ended.code == 0, ended.err
     refused = setformer("predict", str(tmp_path / "first"), str(tmp_path), "--out", str(tmp_path / "masks"))
     assert refused.code == 2
-    assert "--out writes masks, and" in refused.err
+    assert "--out writes masks or boxes, and" in refused.err
     for name, weights in (("tuned", tmp_path / "first"), ("again", tmp_path / "tuned")):
         words = train_words(scenes, tmp_path, *SEGMENT, f"model.weights={weights}", f"run.name={name}",
                             "schedule.epochs=1", "eval.every_epochs=1", ranks=2)  # fmt: skip
@@ -189,7 +203,7 @@ def test_what_cannot_be_is_refused(digits: Path, scenes: Path, tmp_path: Path) -
             "model.args.depths=[1,1,1,1]", "model.args.num_heads=[1,2,4,8]")  # fmt: skip
     assert "does not take images of 32 x 48, in which evaluation shows whole images" in said(*swin)
     assert "task.args.channels = 100 must be a multiple of 64" in said("task.args.channels=100")
-    assert "loss of a sum and a count" in said(f"distill.teacher={tmp_path}")
+    assert "has no classes of images to learn from a teacher" in said(f"distill.teacher={tmp_path}")
     assert "randaugment_ops = 2 shears, shifts and turns images" in said("data.augment.randaugment_ops=2")
     with pytest.raises(ConfigError, match='eval_view = "whole" shows images of any shape, and task classification'):
         load_run(Path(DEMO), ["data.eval_view=whole"])

@@ -12,13 +12,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from checkpoints import layout, reader
 from checkpoints.config import CheckpointConfig
 from checkpoints.errors import DeletedError
 from checkpoints.identity import Identity, digest_json, digest_shapes
 from checkpoints.manager import CheckpointManager
-from checkpoints.reader import list_checkpoints, open_checkpoint, read_kept, verify
+from checkpoints.reader import Checkpoint, list_checkpoints, open_checkpoint, read_kept, verify
+from launch.ckpt.diff import diff
 from setformer_dist.core.comm import Alone
 from setformer_dist.core.errors import CheckpointError
 from setformer_dist.core.fragments import KEPT, Fragment
@@ -360,6 +362,28 @@ def test_another_is_read_where_a_run_deletes_the_first(tmp_path):
     assert opened == [10, 20]
     with pytest.raises(DeletedError):  # of one step there is no other
         read_kept(layout.step_folder(tmp_path, 20), lambda: (_ for _ in ()).throw(DeletedError("gone")))
+
+
+def test_diff_goes_on_with_the_checkpoint_that_is_there(tmp_path, monkeypatch, capsys):
+    """Where a run deletes the one that is compared."""
+    save(tmp_path / "run", values(), step=10)
+    save(tmp_path / "other", values(), step=5)
+    whole, deleted = Checkpoint.iterate_full, []
+
+    def first_deleted(self, state):
+        if self.step == 10:
+            save(tmp_path / "run", values(), step=20)
+            shutil.rmtree(self.path)
+            deleted.append(self.step)
+        return whole(self, state)
+
+    monkeypatch.setattr(Checkpoint, "iterate_full", first_deleted)
+    diff(tmp_path / "other", tmp_path / "run", "param", Console(), as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert deleted == [10]
+    assert found["steps"] == [5, 20]
+    assert found["common"] == len(SHAPES)
+    assert found["parameters"] == {}
 
 
 def test_what_is_deleted_after_it_was_listed_is_looked_for_again(tmp_path, monkeypatch, caplog):

@@ -95,3 +95,10 @@ def test_a_model_of_one_size_is_refused_before_the_step_that_changes_it(change: 
     model = ModelConfig(name="vit_tiny_patch16_224")
     with pytest.raises(ConfigError, match=r"model vit_tiny_patch16_224 does not take images of .*choose other sizes"):
         inputs.build_model(model, 10, {}, 0)
+
+
+def test_an_image_size_that_the_patches_do_not_fill_is_refused_before_the_first_step() -> None:
+    model = ModelConfig(name="vit_tiny_patch16_224", args={"dynamic_img_size": True})
+    with pytest.raises(ConfigError, match=r"take images of 100 x 100, which data\.image_size asks for .*patch size"):
+        ImageInputs(DataConfig(root="d", image_size=100)).build_model(model, 10, {}, 0)
+    ImageInputs(DataConfig(root="d", image_size=100)).build_model(ModelConfig(name="setformer_nano"), 10, {}, 0)

@@ -229,7 +229,14 @@ def test_a_model_of_one_stage_gives_no_rows_to_neighbours() -> None:
 
 
 def test_a_model_without_a_split_form_is_not_planned_in_groups() -> None:
-    words = ["data.root=nowhere", "parallel.sequence=2", "model.name=convnext_atto", "~model.args", "ema.decay=0"]
+    words = [
+        "data.root=nowhere",
+        "data.image_size=64",
+        "parallel.sequence=2",
+        "model.name=convnext_atto",
+        "~model.args",
+        "ema.decay=0",
+    ]
     with pytest.raises(ConfigError, match="convnext_atto has no form for images cut by rows"):
         subject_of(load_run(CONFIG, words))
 
