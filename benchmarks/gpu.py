@@ -138,6 +138,10 @@ def tasks() -> list[Task]:
                   f"{profiled} --models {SIZES['tiny']} --size 512 --batch 16 --segment 150 --compile {mode}",
                   f"{profiled} {_NANO} --segment 5")
         )  # fmt: skip
+    found.append(
+        _task("5 detection", f"{profiled} --models {SIZES['tiny']} --size 800 --batch 8 --detect 80",
+              f"{profiled} {_NANO} --detect 5")
+    )  # fmt: skip
     found += [cifar10(net, seed) for seed in (0, 1, 2) for net in _NETS]
     found += [
         _check("7 bf16", f"{stages} --dtypes bf16 --stages 0 1 2 3", f"{stages} --dtypes fp32 --stages 1"),

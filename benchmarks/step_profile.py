@@ -16,6 +16,7 @@ import argparse
 import collections
 import gc
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,13 @@ from torch.profiler import ProfilerActivity, profile
 import setformer_dist.models  # noqa: F401  (registers the models)
 from benchmarks.machine import describe
 from benchmarks.measure import DEVICE, peak_bytes, seconds, wait, write
+from setformer_dist.core.boxes import detection_loss
 from setformer_dist.core.pixel_maps import pixel_loss
 from setformer_dist.engine.compiled import blocks_of, compile_model
 from setformer_dist.engine.config import CompileConfig
 from setformer_dist.engine.cuda_graphs import recorded, skips
 from setformer_dist.engine.metrics import peak_flops
+from setformer_dist.models.detector import Detector
 from setformer_dist.models.measure import multiply_adds_of
 from setformer_dist.models.recompute import set_recompute
 from setformer_dist.models.segmenter import Segmenter
@@ -64,36 +67,52 @@ def kind_of(name: str) -> str:
     return next((kind for kind, words in KINDS if any(word in lower for word in words)), "elementwise and other")
 
 
-def model_of(name: str, size: int, segment: int) -> torch.nn.Module:
-    """Return a classifier of 1000 classes; with `segment`, UPerNet of so many classes around it."""
+@dataclass(frozen=True)
+class Learnt:
+    """What a model learns: a class of 1000; or with `segment` or `detect` so many classes of pixels or objects."""
+
+    segment: int = 0
+    detect: int = 0
+
+
+def model_of(name: str, size: int, what: Learnt) -> torch.nn.Module:
+    """Return a classifier, or UPerNet or RetinaNet around it."""
     fixed = {"img_size": size} if name.startswith("swin") else {}
-    if not segment:
+    if not (what.segment or what.detect):
         return timm.create_model(name, num_classes=1000, **fixed)  # type: ignore[no-any-return]
-    return Segmenter(timm.create_model(name, num_classes=0, **fixed), name, segment, 512, auxiliary=True)
+    encoder = timm.create_model(name, num_classes=0, **fixed)
+    if what.detect:
+        return Detector(encoder, name, what.detect, 256)
+    return Segmenter(encoder, name, what.segment, 512, auxiliary=True)
 
 
-def step_of(name: str, size: int, batch: int, mode: str, recompute: str, segment: int) -> tuple[Any, torch.nn.Module]:
+def loss_of(outputs: Any, batch: int, size: int, what: Learnt) -> torch.Tensor:
+    """Return the loss of a task by labels of no meaning."""
+    if what.segment:
+        masks = (torch.arange(size, device=DEVICE) % what.segment).to(torch.uint8).expand(batch, size, size)
+        return (pixel_loss(outputs[0], masks) + 0.4 * pixel_loss(outputs[1], masks)) / masks.numel()
+    if what.detect:  # objects of all sizes in a row, 16 in an image
+        ends = torch.arange(1, 17, device=DEVICE) * (size / 17)
+        boxes = torch.stack([ends * 0.3, ends * 0.2, ends, ends, ends % what.detect // 1], dim=1)
+        return detection_loss(outputs, boxes.expand(batch, 16, 5)).mean()
+    return F.cross_entropy(outputs.float(), torch.arange(batch, device=DEVICE) % 1000)
+
+
+def step_of(name: str, size: int, batch: int, mode: str, recompute: str, what: Learnt) -> tuple[Any, torch.nn.Module]:
     """Return a training step and its model."""
     torch.manual_seed(0)
     torch._dynamo.reset()  # frees the memory of graphs, too
     torch._dynamo.utils.counters.clear()
-    model = model_of(name, size, segment).to(DEVICE, DTYPE).train()
+    model = model_of(name, size, what).to(DEVICE, DTYPE).train()
     set_recompute(model, recompute, name)  # type: ignore[arg-type]
-    what, _, graphs = mode.partition("+")
-    config = CompileConfig(mode=what, cudagraphs=bool(graphs))  # type: ignore[arg-type]
+    compiled, _, graphs = mode.partition("+")
+    config = CompileConfig(mode=compiled, cudagraphs=bool(graphs))  # type: ignore[arg-type]
     compile_model(model, config, processes=1 if DEVICE == "cpu" else 8)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     images = torch.randn(batch, 3, size, size, device=DEVICE, dtype=DTYPE)
-    labels = torch.arange(batch, device=DEVICE) % 1000
-    masks = torch.randint(0, segment or 1, (batch, size, size), dtype=torch.uint8, device=DEVICE)
 
     def train() -> None:
-        if segment:
-            logits, auxiliary = model(images)
-            loss = (pixel_loss(logits, masks) + 0.4 * pixel_loss(auxiliary, masks)) / masks.numel()
-        else:
-            loss = F.cross_entropy(model(images).float(), labels)
-        loss.backward()
+        loss_of(model(images), batch, size, what).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -117,12 +136,12 @@ def profiled(train: Any) -> dict[str, float]:
     return {kind: round(ms, 3) for kind, ms in sorted(kinds.items(), key=lambda entry: -entry[1])}
 
 
-def row(name: str, size: int, batch: int, mode: str, recompute: str, budget: float, segment: int = 0) -> dict[str, Any]:
+def row(name: str, size: int, batch: int, mode: str, recompute: str, budget: float, what: Learnt) -> dict[str, Any]:
     """Measure one model."""
     gc.collect()  # of the last one, whose compiled blocks refer to themselves
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
-    train, model = step_of(name, size, batch, mode, recompute, segment)
+    train, model = step_of(name, size, batch, mode, recompute, what)
     began = time.perf_counter()
     train()
     wait()
@@ -136,7 +155,7 @@ def row(name: str, size: int, batch: int, mode: str, recompute: str, budget: flo
     wait()
     memory = peak_bytes(train) if DEVICE == "cuda" else 0
     kinds = profiled(train)
-    flops = 6 * multiply_adds_of(model_of(name, size, segment), (3, size, size)) * batch / took
+    flops = 6 * multiply_adds_of(model_of(name, size, what), (3, size, size)) * batch / took
     peak = peak_flops(torch.cuda.get_device_name()) if DEVICE == "cuda" else None
     return {
         "model": name, "size": size, "batch": batch, "compile": mode, "recompute": recompute,
@@ -158,18 +177,18 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4 if DEVICE == "cpu" else 256)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--segment", type=int, default=0, metavar="CLASSES", help="UPerNet of so many classes")
+    parser.add_argument("--detect", type=int, default=0, metavar="CLASSES", help="RetinaNet of so many classes")
     parser.add_argument("--budget", type=float, default=3.0, help="seconds for the time of a step")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out/step_profile.json"))
     arguments = parser.parse_args()
     block.WIDEST = 0 if arguments.one_by_one else block.WIDEST
+    what = Learnt(arguments.segment, arguments.detect)
     rows: list[dict[str, Any]] = []
     for name in arguments.models:
         for mode in arguments.compile:
             for recompute in arguments.recompute:
                 try:
-                    rows.append(
-                        row(name, arguments.size, arguments.batch, mode, recompute, arguments.budget, arguments.segment)
-                    )
+                    rows.append(row(name, arguments.size, arguments.batch, mode, recompute, arguments.budget, what))
                 except torch.OutOfMemoryError as error:
                     rows.append({"model": name, "compile": mode, "recompute": recompute, "failed": str(error)[:200]})
                 print(rows[-1], flush=True)
