@@ -11,6 +11,7 @@ import pytest
 
 from dataloaders.packing.pack import PackOptions, pack_image_folder
 from launch.testing.commands import Ended, losses, setformer, train_words
+from setformer_dist.engine.deepspeed_engine import supported_dtypes
 
 
 def assert_one_sentence(ended: Ended, code: int, *parts: str) -> None:
@@ -41,13 +42,20 @@ def copy(digits: Path, tmp_path: Path) -> Path:
         ("optim.lr=fast", 2, ["optim.lr = 'fast': input should be a valid number"]),
         ("batch.micro=7", 2, ["batch.micro = 7", "possible micro batches are 1, 2, 4, 8, 16, 32, 64"]),
         ("batch.global_size=4096", 2, ["4096", "1437"]),
-        ("precision.dtype=fp16", 2, ["this cpu does not compute fp16"]),
         ("data.root=/no/such/folder", 3, ["/no/such/folder/train does not exist", "setformer data pack"]),
         ("model.args.attn.epsilonn=1", 2, ["unknown key", "did you mean attn.epsilon?"]),
     ],
 )
 def test_config_mistakes(digits: Path, tmp_path: Path, override: str, code: int, parts: list[str]) -> None:
     assert_one_sentence(setformer(*train_words(digits, tmp_path, override, ranks=1)), code, *parts)
+    assert not (tmp_path / "demo").exists()
+
+
+def test_a_precision_that_the_processor_lacks(digits: Path, tmp_path: Path) -> None:
+    if "fp16" in supported_dtypes():
+        pytest.skip("this processor computes fp16")
+    words = train_words(digits, tmp_path, "precision.dtype=fp16", ranks=1)
+    assert_one_sentence(setformer(*words), 2, "this cpu does not compute fp16")
     assert not (tmp_path / "demo").exists()
 
 
