@@ -3,6 +3,7 @@
     train/
       part-00000.safetensors   tokens (flat), lengths (k, s), labels (k,)   of at most PART_TOKENS tokens
       part-00001.safetensors
+      tokenizer.json           of texts: what made the tokens
       tokens.json              written last: classes, vocabulary, length, parts with sha256, fingerprint
 
 A sample is s sequences (one, or two that are compared). On disk a token is its raw value; in a batch it is that plus
@@ -46,6 +47,9 @@ from setformer_dist.core.transfer import on_device
 
 TOKENS_FORMAT = 1
 TOKENS_NAME = "tokens.json"
+TOKENIZER_NAME = "tokenizer.json"
+
+_LATER = {"tokenizer": "", "numbers": False}  # facts that older files do not have, and what they mean then
 
 # A part is written when it holds so many tokens: bounds the memory of packing.
 PART_TOKENS = 1 << 26
@@ -55,10 +59,11 @@ Tokens = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 
 @dataclass(frozen=True)
 class TokenSample:
-    """One sample to be packed: s arrays of raw token values, and its label."""
+    """One sample to be packed: s arrays of raw token values, and its label, or its number for regression."""
 
     sequences: tuple[Tokens, ...]
-    label: int
+    label: int = 0
+    number: float | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,8 @@ class TokenFacts:
         length: most tokens of a sequence; longer ones are cut when packed.
         sequences: s.
         full: every sequence has exactly `length` tokens, so that there is no padding.
+        tokenizer: sha256 of the tokenizer that lies beside texts; "" for tokens that are no parts of texts.
+        numbers: samples have numbers, for regression.
     """
 
     task: str
@@ -80,6 +87,13 @@ class TokenFacts:
     length: int
     sequences: int = 1
     full: bool = False
+    tokenizer: str = ""
+    numbers: bool = False
+
+    @property
+    def labelled(self) -> bool:
+        """Whether samples have classes."""
+        return bool(self.classes)
 
 
 # ------------------------------------------------------------------------------------------------------- writing
@@ -92,6 +106,7 @@ def write_token_split(
     options: Callable[[], dict[str, object]] = dict,
     force: bool = False,
     part_tokens: int = PART_TOKENS,
+    tokenizer: bytes = b"",
 ) -> TokenSplit:
     """Pack a split; it appears whole or not at all.
 
@@ -102,6 +117,7 @@ def write_token_split(
         options: how the samples were made, JSON-able, for people; asked when all of them have been read.
         force: replace a packed split.
         part_tokens: tokens at which a part is written.
+        tokenizer: of texts, the file that made the tokens.
 
     Raises:
         DataError: the destination is in use or cannot be written, there is no sample, or one does not fit the facts.
@@ -113,9 +129,11 @@ def write_token_split(
             parts = list(_write_parts(work, facts, samples, part_tokens))
             if not parts:
                 raise DataError(f"there is no sample for {destination}: nothing was packed")
+            if tokenizer:
+                durable_write(work / TOKENIZER_NAME, tokenizer)
             table: dict[str, Any] = {
                 "format": TOKENS_FORMAT,
-                **{**vars(facts), "classes": list(facts.classes)},
+                **_written(facts),
                 "samples": sum(part["samples"] for part in parts),
                 "parts": parts,
                 "options": options(),
@@ -128,8 +146,14 @@ def write_token_split(
     return open_token_split(destination)
 
 
+def _written(facts: TokenFacts) -> dict[str, object]:
+    """Return the facts as tokens.json has them: those of texts only for texts, as fingerprints are older than they."""
+    later = {name: value for name, value in vars(facts).items() if name in _LATER and value}
+    return {**{k: v for k, v in vars(facts).items() if k not in _LATER}, "classes": list(facts.classes), **later}
+
+
 def _is_ours(name: str) -> bool:
-    return name == TOKENS_NAME or re.fullmatch(r"part-\d{5}\.safetensors", name) is not None
+    return name in (TOKENS_NAME, TOKENIZER_NAME) or re.fullmatch(r"part-\d{5}\.safetensors", name) is not None
 
 
 def _write_parts(
@@ -156,7 +180,8 @@ def _fitted(sample: TokenSample, facts: TokenFacts) -> TokenSample:
         len(cut) == facts.sequences
         and all(len(tokens) and int(tokens.max()) + 2 <= facts.vocabulary for tokens in cut)
         and (not facts.full or all(len(tokens) == facts.length for tokens in cut))
-        and 0 <= sample.label < len(facts.classes)
+        and 0 <= sample.label < max(1, len(facts.classes))
+        and (sample.number is not None) == facts.numbers
     )
     if not sound:
         wanted = f"of {facts.length} tokens" if facts.full else "of at least one token"
@@ -165,7 +190,7 @@ def _fitted(sample: TokenSample, facts: TokenFacts) -> TokenSample:
             f"fit {facts.task}: {facts.sequences} sequence(s) {wanted}, "
             f"raw tokens below {facts.vocabulary - 1}, labels below {len(facts.classes)}"
         )
-    return TokenSample(cut, sample.label)
+    return dataclasses.replace(sample, sequences=cut)
 
 
 def _write_part(work: Path, number: int, facts: TokenFacts, samples: list[TokenSample]) -> dict[str, object]:
@@ -176,6 +201,7 @@ def _write_part(work: Path, number: int, facts: TokenFacts, samples: list[TokenS
             "tokens": np.concatenate([tokens for s in samples for tokens in s.sequences]).astype(dtype),
             "lengths": np.array([[len(tokens) for tokens in s.sequences] for s in samples], np.int32),
             "labels": np.array([s.label for s in samples], np.int64),
+            **({"numbers": np.array([s.number for s in samples], np.float32)} if facts.numbers else {}),
         }
     )
     durable_write(work / name, data)
@@ -197,7 +223,8 @@ class TokenSplit:
     def __init__(self, folder: Path, table: dict[str, Any]) -> None:
         """Open the verified parts; call `open_token_split` instead."""
         self.folder = folder
-        fields = {field.name: table[field.name] for field in dataclasses.fields(TokenFacts)}
+        read = {**_LATER, **table}
+        fields = {field.name: read[field.name] for field in dataclasses.fields(TokenFacts)}
         self.facts = TokenFacts(**{**fields, "classes": tuple(table["classes"])})
         self.options: dict[str, Any] = table["options"]
         self._fingerprint = str(table["fingerprint"])
@@ -208,6 +235,9 @@ class TokenSplit:
         self._lengths: npt.NDArray[np.int64] = np.concatenate(lengths).astype(np.int64)
         self._starts = np.concatenate([_starts(part) for part in lengths])
         self._labels: npt.NDArray[np.int64] = np.concatenate([file.get_tensor("labels") for file in files])
+        self._numbers: npt.NDArray[np.float32] | None = None
+        if self.facts.numbers:
+            self._numbers = np.concatenate([file.get_tensor("numbers") for file in files])
 
     @property
     def num_samples(self) -> int:
@@ -232,6 +262,12 @@ class TokenSplit:
     def labels(self, samples: npt.NDArray[np.int64]) -> torch.Tensor:
         """Return the labels of samples, (k,) int64; 0 where the number is -1 (filling)."""
         return torch.from_numpy(np.where(samples >= 0, self._labels[samples], 0))
+
+    def numbers(self, samples: npt.NDArray[np.int64]) -> torch.Tensor | None:
+        """Return the numbers of samples, (k,) float32, 0 for filling; None for data without."""
+        if self._numbers is None:
+            return None
+        return torch.from_numpy(np.where(samples >= 0, self._numbers[samples], np.float32(0)))
 
     def raw(self, sample: int) -> tuple[Tokens, ...]:
         """Return a sample's sequences of raw tokens."""
@@ -274,7 +310,8 @@ def open_token_split(folder: Path) -> TokenSplit:
     except (FileNotFoundError, NotADirectoryError):
         what = "does not exist" if not folder.exists() else f"has no {TOKENS_NAME}, so it is no packed token split"
         raise DataError(
-            f"token folder {folder} {what}: set data.root, or make it with `setformer lra prepare TASK`"
+            f"token folder {folder} {what}: set data.root, or make it with `setformer text pack` or "
+            "`setformer lra prepare TASK`"
         ) from None
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): {_repair(folder)}") from None
@@ -289,6 +326,8 @@ def open_token_split(folder: Path) -> TokenSplit:
             if not is_plain_name(part["name"]):
                 raise ValueError(f"a part is {part['name']!r}, which is no plain name")
             _check_hash(folder / part["name"], part["sha256"])
+        if table.get("tokenizer"):
+            _check_hash(folder / TOKENIZER_NAME, table["tokenizer"])
         return TokenSplit(folder, table)
     except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise DataError(f"{path} does not describe a token split ({error}): {_repair(folder)}") from None
@@ -305,7 +344,7 @@ def _check_hash(path: Path, expected: str) -> None:
 
 
 def _repair(folder: Path) -> str:
-    return f"restore the file or prepare {folder.parent} again with --force"
+    return f"restore the file or make {folder} again with --force"
 
 
 # ------------------------------------------------------------------------------------------------------- streams
@@ -371,6 +410,7 @@ class TokenTrainStream:
             yield MicroBatch(
                 inputs=self._split.batch(request.samples, self._length),
                 labels=self._split.labels(request.samples),
+                numbers=self._split.numbers(request.samples),
                 weights=torch.ones(len(request.samples)),
                 sample_ids=torch.from_numpy(request.samples),
                 step=request.step,
@@ -426,6 +466,7 @@ class TokenEvalStream:
             yield MicroBatch(
                 inputs=self._split.batch(samples, self._length),
                 labels=self._split.labels(samples),
+                numbers=self._split.numbers(samples),
                 weights=torch.from_numpy((samples >= 0).astype(np.float32)),
                 sample_ids=torch.from_numpy(samples),
             )
@@ -450,6 +491,8 @@ class TokenPrepare:
 
     def __call__(self, batch: MicroBatch, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ids (m, n) or (m, s, n) int32 and targets (m, C) float32, rows summing to 1."""
+        if not self._num_classes:
+            return on_device(batch.inputs, self._device), torch.zeros(len(batch.labels), 0, device=self._device)
         smoothing = self._smoothing if train else 0.0
         rest = smoothing / self._num_classes
         targets = torch.full((len(batch.labels), self._num_classes), rest, device=self._device)

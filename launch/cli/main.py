@@ -33,6 +33,7 @@ from launch.cli import plan as cli_plan
 from launch.cli import queue as cli_queue
 from launch.cli import runs as cli_runs
 from launch.cli import sweep as cli_sweep
+from launch.cli import text as cli_text
 from launch.cli import trained as cli_trained
 from launch.cli.options import (
     ConfigOrRun,
@@ -102,6 +103,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cli_data.app, name="data")
+app.add_typer(cli_text.app, name="text")
 app.add_typer(cli_lra.app, name="lra")
 app.add_typer(cli_runs.app, name="runs")
 app.add_typer(cli_ckpt.app, name="ckpt")

@@ -22,7 +22,7 @@ from launch.run.distill import with_teacher
 from launch.run.identity import identity_of, shapes_of
 from launch.run.initial_weights import FirstWeights
 from launch.run.inputs import Split, check_splits, evaluation_micro, inputs_of
-from launch.run.objective import averaged_of, classified_by_model, prepare_for
+from launch.run.objective import averaged_of, classified_by_model, prepare_for, vocabulary_of
 from launch.run.own_model import agreed_buffers
 from launch.run.periodic_probe import probe_of
 from launch.run.refit_by_ray import ByRay
@@ -125,7 +125,7 @@ def compose(
     buffers = agreed_buffers(model, c, comm)
     dtype, classes = DTYPES[c.precision.dtype], len(splits.train.classes)
     averaged = averaged_of(task, model, device, dtype)
-    prepare = prepare_for(c, task, classes, device, dtype, stream.steps_per_epoch, averaged)
+    prepare = prepare_for(c, task, classes, device, dtype, stream.steps_per_epoch, averaged, vocabulary_of(input_spec))
     task, prepare, taught_by = with_teacher(run, task, prepare, input_spec, device, comm)
     prepare = with_rows(prepare, model, split_model(c, model, ranks))
     heartbeat = Heartbeat.from_env()

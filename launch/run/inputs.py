@@ -321,6 +321,7 @@ class TokenInputs:
             "length": batch_length(split, self.config),
             "sequences": facts.sequences,
             "padded": not facts.full,
+            **({"tokenizer": facts.tokenizer} if facts.tokenizer else {}),
         }
 
     def build_model(self, config: ModelConfig, num_classes: int, input_spec: dict[str, object], seed: int) -> nn.Module:

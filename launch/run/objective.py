@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -25,13 +25,19 @@ from setformer_dist.models.masked import MaskedAutoencoder, MaskedModel, latents
 from setformer_dist.models.recompute import set_recompute
 from setformer_dist.models.segmenter import Segmenter
 from setformer_dist.models.simmim import SimmimModel
+from setformer_dist.models.text import MaskedLanguageModel
 from setformer_dist.tasks.build import build_task
 from setformer_dist.tasks.detection import Detection
 from setformer_dist.tasks.mae import TASKS_OF_HIDDEN, Hidden, Masked
+from setformer_dist.tasks.masked_text import MaskedText, MaskedTextPrepare
+from setformer_dist.tasks.regression import Regression
 from setformer_dist.tasks.segmentation import Segmentation
 
 # Tasks whose model has an encoder within it.
-TASKS_OF_ENCODERS = (*TASKS_OF_HIDDEN, Segmentation.name, Detection.name)
+TASKS_OF_ENCODERS = (*TASKS_OF_HIDDEN, Segmentation.name, Detection.name, MaskedText.name)
+
+# Tasks of texts, and what they learn from.
+_OF_TEXTS = {MaskedText.name: "texts", Regression.name: "numbers of texts"}
 
 _NAMES_OF_PARTS = {"mask": "masks", "boxes": "boxes"}
 
@@ -52,6 +58,8 @@ def build_for(config: RunConfig, task: Task, input_spec: dict[str, object]) -> n
     inputs: ImageInputs | TokenInputs = inputs_of(config.data)
     check_objective(config, task)
     model = inputs.build_model(config.model, classified_by_model(task), input_spec, config.run.seed)
+    if isinstance(task, MaskedText):
+        return MaskedLanguageModel(model, task.config.ratio, task.config.eval_ratio)
     if not isinstance(task, Hidden):
         return with_heads(model, task, config.model.name)
     assert isinstance(config.data, DataConfig)  # checked above
@@ -110,6 +118,9 @@ def check_objective(config: RunConfig, task: Task) -> None:
             f"task {task.name} learns from {what}, and data.labels = false says that there are none: remove the key, "
             'or choose a task without (task.name = "mae" or "simmim")'
         )
+    if task.name in _OF_TEXTS:
+        _check_texts(config, task)
+        return
     if not isinstance(task, Hiding | Dense):
         return
     if isinstance(config.data, TokenConfig):
@@ -141,6 +152,35 @@ def check_objective(config: RunConfig, task: Task) -> None:
         )
 
 
+def _check_texts(config: RunConfig, task: Task) -> None:
+    if not isinstance(config.data, TokenConfig):
+        raise ConfigError(
+            f"task {task.name} learns from {_OF_TEXTS[task.name]}, and [data] has images: pack texts with `setformer "
+            'text pack` and set data.kind = "tokens", or choose another task'
+        )
+    if config.data.smoothing:
+        raise ConfigError(f"data.smoothing is of classes, and task {task.name} has none: set it to 0")
+    _check_no_teacher(config, task)
+
+
+def _check_tokens(task: Task, split: TokenSplit) -> None:
+    """Check that token sequences have what a task learns from; raises ConfigError."""
+    facts = split.facts
+    if task.name == MaskedText.name and not facts.tokenizer:
+        raise ConfigError(
+            f"task {task.name} hides tokens of texts, and {split.folder} has none: pack some with `setformer text pack`"
+        )
+    if task.name == Regression.name and not facts.numbers:
+        raise ConfigError(
+            f"task {task.name} learns from numbers, and samples of {split.folder} have none: pack them with --number"
+        )
+    if getattr(task, "needs_labels", True) and task.name != Regression.name and not facts.labelled:
+        raise ConfigError(
+            f"task {task.name} learns from classes, and samples of {split.folder} have none: pack them with --label, "
+            'or choose another task (task.name = "mlm" or "regression")'
+        )
+
+
 def _check_no_teacher(config: RunConfig, task: Task) -> None:
     if config.distill.teacher:
         raise ConfigError(
@@ -164,10 +204,11 @@ def check_parts(task: Task, splits: Iterable[Split]) -> None:
     Raises:
         ConfigError: naming the split that has not.
     """
-    if not isinstance(task, Dense):
-        return
     for split in splits:
-        if isinstance(split, TokenSplit):  # which `check_objective` refuses
+        if isinstance(split, TokenSplit):
+            _check_tokens(task, split)
+            continue
+        if not isinstance(task, Dense):
             continue
         source = images_of(split)
         if missing := sorted(task.needs_parts - source.parts):
@@ -195,7 +236,7 @@ def encoder_of(model: nn.Module) -> nn.Module:
 
 def kept_of(model: nn.Module) -> nn.Module:
     """Return the model that is kept after training: of an autoencoder its encoder, else the model itself."""
-    return model.encoder if isinstance(model, MaskedModel) else model
+    return model.encoder if isinstance(model, MaskedModel | MaskedLanguageModel) else model
 
 
 def averaged_of(task: Task, model: nn.Module, device: torch.device, dtype: torch.dtype) -> AveragedModel | None:
@@ -213,6 +254,12 @@ def averaged_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     return sum(p.numel() for p in model.encoder.parameters()) * dtype.itemsize
 
 
+def vocabulary_of(input_spec: Mapping[str, object]) -> int:
+    """Return the number of ids that an input spec names; 0 for images."""
+    size = input_spec.get("vocabulary", 0)
+    return size if isinstance(size, int) else 0
+
+
 def prepare_for(
     config: RunConfig,
     task: Task,
@@ -221,6 +268,7 @@ def prepare_for(
     dtype: torch.dtype,
     steps_per_epoch: int = 1,
     averaged: AveragedModel | None = None,
+    vocabulary: int = 0,
 ) -> Prepare:
     """Return the way from micro batches to what the run's model takes, masks included.
 
@@ -232,8 +280,11 @@ def prepare_for(
         dtype: of inputs.
         steps_per_epoch: optimizer steps of an epoch; needed in training alone.
         averaged: what the task compares with (`averaged_of`).
+        vocabulary: of texts, number of ids.
     """
     inputs = inputs_of(config.data)
+    if isinstance(task, MaskedText):
+        return MaskedTextPrepare(task.config, device, vocabulary, config.run.seed, steps_per_epoch)
     if isinstance(task, Dense):
         return DensePrepare(inputs.prepare(classes, device, dtype), task)
     if not isinstance(task, Hiding):

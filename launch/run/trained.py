@@ -26,7 +26,7 @@ from launch.run.identity import shapes_of
 from launch.run.initial_weights import better_of
 from launch.run.inputs import Split, check_evaluated, check_takes, images_of, inputs_of
 from launch.run.memory import check_image_fits
-from launch.run.objective import build_for, check_parts, encoder_of, prepare_for
+from launch.run.objective import build_for, check_parts, encoder_of, prepare_for, vocabulary_of
 from launch.run.own_model import OwnModel, check_same_buffers, digest_of_buffers, made_own, round_buffers
 from setformer_dist.core import config as base
 from setformer_dist.core.batch import EvalStream, MicroBatch
@@ -76,7 +76,8 @@ class Trained:
 
     def prepare(self) -> Prepare:
         """Return the way from a micro batch to what the model takes, in fp32 where the model is."""
-        return prepare_for(self.config, self.task, len(self.classes), _device_of(self.model), torch.float32)
+        device, vocabulary = _device_of(self.model), vocabulary_of(self.inputs)
+        return prepare_for(self.config, self.task, len(self.classes), device, torch.float32, vocabulary=vocabulary)
 
     def probabilities(self, images: torch.Tensor) -> torch.Tensor:
         """Return how sure the model is of each class, (k, classes), of images (k, B, S, S) as decoded."""

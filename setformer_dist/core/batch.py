@@ -81,6 +81,7 @@ class MicroBatch:
         annotations: masks or boxes, for data that have them.
         soft: (m, classes) float32, how probable each class is, for data with soft labels; a row of zeros is of a sample
             that has only its label.
+        numbers: (m,) float32, what regression is to compute, for data that have numbers in place of classes.
         copies: (m,) int64, which copy of its sample each is, where a global batch has several; else None.
     """
 
@@ -93,6 +94,7 @@ class MicroBatch:
     substitutions: list[str] = field(default_factory=list)
     annotations: Annotations | None = None
     soft: torch.Tensor | None = None
+    numbers: torch.Tensor | None = None
     copies: torch.Tensor | None = None
 
     @property

@@ -68,6 +68,12 @@ METRICS_OF: Mapping[str, tuple[Metric, ...]] = {
         Metric("recall", "recall", "recall of 100 detections per image"),
         LOSS,
     ),
+    "regression": (
+        Metric("pearson", "Pearson", "Pearson correlation", share=False),
+        Metric("spearman", "Spearman", "Spearman correlation", share=False),
+        LOSS,
+    ),
+    "mlm": (LOSS, Metric("accuracy", "accuracy", "accuracy on hidden tokens")),
     "mae": (LOSS,),
     "simmim": (LOSS,),
 }

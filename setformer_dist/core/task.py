@@ -97,11 +97,11 @@ class Counted(Protocol):
 
 @runtime_checkable
 class Dense(Protocol):
-    """A further method of tasks that learn from masks or boxes, not from the samples' classes."""
+    """A further method of tasks that learn from masks, boxes or numbers, not from the samples' classes."""
 
     @property
     def needs_parts(self) -> frozenset[str]:
-        """What samples must have: "mask", "boxes"."""
+        """What samples must have: "mask", "boxes", "number"."""
         ...
 
     def targets(self, batch: MicroBatch) -> torch.Tensor:

@@ -16,6 +16,7 @@ segmenter.py   semantic segmentation around any model: UPerNet's head on its fea
 sequence.py    an encoder of token sequences, with any attention
 setformer.py   a hierarchical vision transformer whose attention is optimal transport to a small reference set
 simmim.py      masked image modelling around any model: hidden units replaced, and one layer that predicts them
+text.py        encoders of texts, with any attention, and what names their hidden tokens
 visible.py     the tokens of some units of each image, gathered, and laid back into the grid
 soft.py        SOFT and SOFT++: vision transformers with a Gaussian kernel through 49 landmarks in place of softmax
 """
@@ -23,5 +24,15 @@ soft.py        SOFT and SOFT++: vision transformers with a Gaussian kernel throu
 from setformer_dist.models.sequence import SequenceConfig, SequenceEncoder
 from setformer_dist.models.setformer import SeTformer, SetformerConfig
 from setformer_dist.models.soft import SOFT, SoftConfig
+from setformer_dist.models.text import TextConfig, TextEncoder
 
-__all__ = ["SOFT", "SeTformer", "SequenceConfig", "SequenceEncoder", "SetformerConfig", "SoftConfig"]
+__all__ = [
+    "SOFT",
+    "SeTformer",
+    "SequenceConfig",
+    "SequenceEncoder",
+    "SetformerConfig",
+    "SoftConfig",
+    "TextConfig",
+    "TextEncoder",
+]

@@ -20,12 +20,13 @@ from torch import nn
 
 from setformer_dist.core.config import nearest
 from setformer_dist.core.errors import ConfigError
-from setformer_dist.models import sequence, setformer, soft
+from setformer_dist.models import sequence, setformer, soft, text
 
 _CONFIGS: dict[str, type[pydantic.BaseModel]] = {
     setformer.__name__: setformer.SetformerConfig,
     soft.__name__: soft.SoftConfig,
     sequence.__name__: sequence.SequenceConfig,
+    text.__name__: text.TextConfig,
 }
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 

@@ -38,7 +38,7 @@ def check_name(name: str) -> None:
             "it again from Python, setformer.load(PATH, model=...) or setformer.Training(config, model=...)"
         )
     if not timm.is_model(name):
-        ours = [*timm.list_models("setformer_*"), *timm.list_models("soft_*")]
+        ours = [*timm.list_models("setformer_*"), *timm.list_models("soft_*"), *timm.list_models("text_*")]
         close = difflib.get_close_matches(name, [*ours, *timm.list_models()], n=1)
         hint = f": did you mean {close[0]}?" if close else "; `setformer models` lists ours"
         raise ConfigError(f"key 'model.name': no model {name!r}{hint}")

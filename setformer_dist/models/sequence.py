@@ -50,6 +50,7 @@ class SequenceConfig(FrozenConfig):
         dropout: of embeddings, attention outputs and both layers of the MLP.
         drop_path_rate: share of samples that skip a branch in the last block; earlier blocks rise to it linearly.
         num_classes: classes.
+        tokenizer: sha256 of the tokenizer whose ids these are; "" for ids of no texts. Weights of another do not fit.
         attention: which one, and its choices.
     """
 
@@ -64,6 +65,7 @@ class SequenceConfig(FrozenConfig):
     dropout: float = pydantic.Field(default=0.1, ge=0, lt=1)
     drop_path_rate: float = pydantic.Field(default=0.0, ge=0, lt=1)
     num_classes: int = pydantic.Field(default=10, ge=1)
+    tokenizer: str = ""
     attention: AttentionConfig
 
     @pydantic.model_validator(mode="after")
@@ -136,14 +138,30 @@ class Block(nn.Module):
         keep_2z: torch.Tensor | None,
     ) -> torch.Tensor:
         """(z, n, c) -> (z, n, c); keys of dropout and factors of drop path as arguments, for recomputation."""
-        y = self._drop(self.attn(self.norm1(x_znc), mask_bn=mask_zn), keys_z, 0)
+        y = self._drop(self.attended(self.norm1(x_znc), mask_zn), keys_z, 0)
         x_znc = x_znc + scale_branch(y, keep_2z, 0)
         y = self._drop(F.gelu(self.fc1(self.norm2(x_znc))), keys_z, 1)
         y = self._drop(self.fc2(y), keys_z, 2)
         return x_znc + scale_branch(y, keep_2z, 1)
 
+    def attended(self, x_znc: torch.Tensor, mask_zn: torch.Tensor | None) -> torch.Tensor:
+        """(z, n, c) normed tokens -> (z, n, c)."""
+        y: torch.Tensor = self.attn(x_znc, mask_bn=mask_zn)
+        return y
+
     def _drop(self, x_znc: torch.Tensor, keys_z: torch.Tensor | None, place: int) -> torch.Tensor:
         return keyed_dropout(x_znc, keys_z, self.first_place + place, self.dropout if self.training else 0.0)
+
+
+class TokenTable(nn.Embedding):
+    """A vector per id, and the products of other vectors with all of them.
+
+    Both are forward passes of this module, so that ZeRO-3 gathers the table for either.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Integer ids of any shape -> (..., c); floating (..., c) -> logits (..., vocabulary)."""
+        return F.linear(x, self.weight) if x.is_floating_point() else super().forward(x)
 
 
 class Embedding(nn.Module):
@@ -153,19 +171,45 @@ class Embedding(nn.Module):
         """Build for the vocabulary and the length."""
         super().__init__()
         self.dropout = config.dropout
-        self.token = nn.Embedding(config.vocabulary, config.dim)
+        self.token = TokenTable(config.vocabulary, config.dim)
         self.position = nn.Parameter(torch.empty(config.length, config.dim))
         nn.init.normal_(self.token.weight, std=0.02)
         nn.init.normal_(self.position, std=0.02)
 
     def forward(self, ids_zn: torch.Tensor, keys_z: torch.Tensor | None) -> torch.Tensor:
         """(z, n) ids -> (z, n, c)."""
-        x_znc = self.token(ids_zn) + self.position
+        x_znc = self.token(ids_zn) + self.position[: ids_zn.shape[1]]
+        return self.dropped(x_znc, keys_z)
+
+    def dropped(self, x_znc: torch.Tensor, keys_z: torch.Tensor | None) -> torch.Tensor:
+        """(z, n, c) -> (z, n, c), some of it zero in training."""
         return keyed_dropout(x_znc, keys_z, 0, self.dropout if self.training else 0.0)
 
 
+def mean_of_valid(x_znc: torch.Tensor, mask_zn: torch.Tensor | None) -> torch.Tensor:
+    """(z, n, c) -> (z, c), the mean over valid tokens, or over all."""
+    if mask_zn is None:
+        mean_zc: torch.Tensor = x_znc.mean(1)
+        return mean_zc
+    weight_zn1 = mask_zn.unsqueeze(2).to(x_znc.dtype)
+    # Counted in fp32: bf16 has no odd numbers above 256.
+    count_z1 = mask_zn.sum(1, keepdim=True, dtype=torch.float32).clamp_min(1.0)
+    mean_zc = (x_znc * weight_zn1).sum(1, dtype=torch.float32) / count_z1
+    return mean_zc.to(x_znc.dtype)
+
+
 class SequenceEncoder(Untraceable, nn.Module):
-    """Classifier of one sequence, or of two that are compared."""
+    """Classifier of one sequence, or of two that are compared.
+
+    Attributes:
+        config_type: what its fields are.
+        block_type: of its layers.
+        embedding_type: of its first layer.
+    """
+
+    config_type: type[SequenceConfig] = SequenceConfig
+    block_type: type[Block] = Block
+    embedding_type: type[Embedding] = Embedding
 
     def __init__(self, **fields: object) -> None:
         """Build from the fields of SequenceConfig.
@@ -174,19 +218,23 @@ class SequenceEncoder(Untraceable, nn.Module):
             ConfigError: a field is unknown, missing, of the wrong type, or the combination is impossible.
         """
         super().__init__()
-        config = build(SequenceConfig, fields, "model")
+        config = build(self.config_type, fields, "model")
         self.config = config
         self.num_classes = config.num_classes
         self.num_features = self.head_hidden_size = config.dim
-        self.embedding = Embedding(config)
-        self.blocks = nn.ModuleList(Block(i, config) for i in range(config.depth))
+        self.embedding = self.embedding_type(config)
+        self.blocks = nn.ModuleList(self.block_type(i, config) for i in range(config.depth))
         self.norm = nn.LayerNorm(config.dim)
-        width = config.dim if config.sequences == 1 else 4 * config.dim
-        hidden = int(config.dim * config.mlp_ratio)
-        self.head = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, config.num_classes))
+        self.head = self.make_head(config)
         self.drop_path = DropPath(drop_path_rates([config.depth], config.drop_path_rate))
         self.sample_keys: torch.Tensor | None = None
         self.grad_checkpointing = False
+
+    def make_head(self, config: SequenceConfig) -> nn.Module:
+        """Return the classifier."""
+        width = config.dim if config.sequences == 1 else 4 * config.dim
+        hidden = int(config.dim * config.mlp_ratio)
+        return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, config.num_classes))
 
     def set_sample_keys(self, keys: torch.Tensor | None) -> None:
         """Make dropout and drop path a function of these keys for the coming forward passes; None goes back.
@@ -211,6 +259,12 @@ class SequenceEncoder(Untraceable, nn.Module):
 
     def forward_features(self, ids_zn: torch.Tensor, keys_z: torch.Tensor | None = None) -> torch.Tensor:
         """(z, n) ids -> (z, c) means of the normed tokens, over the valid ones."""
+        return mean_of_valid(*self.forward_tokens(ids_zn, keys_z))
+
+    def forward_tokens(
+        self, ids_zn: torch.Tensor, keys_z: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(z, n) ids -> (z, n, c) normed tokens, and which of them are valid, (z, n); None for all."""
         mask_zn = ids_zn > 0 if self.config.padded else None
         x_znc = self.embedding(ids_zn, keys_z)
         self.drop_path.keys = keys_z
@@ -221,15 +275,7 @@ class SequenceEncoder(Untraceable, nn.Module):
                 x_znc = checkpoint(block, x_znc, mask_zn, keys_z, keep_2z, use_reentrant=False)
             else:
                 x_znc = block(x_znc, mask_zn, keys_z, keep_2z)
-        x_znc = self.norm(x_znc)
-        if mask_zn is None:
-            mean_zc: torch.Tensor = x_znc.mean(1)
-            return mean_zc
-        weight_zn1 = mask_zn.unsqueeze(2).to(x_znc.dtype)
-        # Counted in fp32: bf16 has no odd numbers above 256.
-        count_z1 = mask_zn.sum(1, keepdim=True, dtype=torch.float32).clamp_min(1.0)
-        mean_zc = (x_znc * weight_zn1).sum(1, dtype=torch.float32) / count_z1
-        return mean_zc.to(x_znc.dtype)
+        return self.norm(x_znc), mask_zn
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """(b, n), or (b, 2, n) with two sequences, integer ids -> (b, num_classes).
@@ -245,13 +291,13 @@ class SequenceEncoder(Untraceable, nn.Module):
                 f"token ids of shape {tuple(ids.shape)} do not fit an encoder of {s} sequence(s) of {n} tokens: "
                 f"give (b, {', '.join(map(str, wanted))})"
             )
-        y_zc = self.forward_features(ids.reshape(len(ids) * s, n), self._keys(s))
+        y_zc = self.forward_features(ids.reshape(len(ids) * s, n), self.keys_of(s))
         if s == 1:
             return self.head(y_zc)  # type: ignore[no-any-return]
         a, b = y_zc.view(len(ids), 2, self.config.dim).unbind(1)
         return self.head(torch.cat([a, b, a * b, a - b], 1))  # type: ignore[no-any-return]
 
-    def _keys(self, sequences: int) -> torch.Tensor | None:
+    def keys_of(self, sequences: int) -> torch.Tensor | None:
         """Return one key per sequence for dropout, or None where there is nothing to drop or no key."""
         keys = self.sample_keys
         if keys is None or not self.training:

@@ -18,7 +18,9 @@ from setformer_dist.core.task_config import TaskConfig
 from setformer_dist.tasks.classification import Classification
 from setformer_dist.tasks.detection import Detection
 from setformer_dist.tasks.mae import Masked, Simmim
+from setformer_dist.tasks.masked_text import MaskedText
 from setformer_dist.tasks.multilabel import MultiLabel
+from setformer_dist.tasks.regression import Regression
 from setformer_dist.tasks.segmentation import Segmentation
 
 # Makes a task of task.args and the names of the data's classes.
@@ -29,6 +31,8 @@ _TASKS: dict[str, TaskFactory] = {
     "multilabel": MultiLabel,
     "segmentation": Segmentation,
     "detection": Detection,
+    "regression": Regression,
+    "mlm": MaskedText,
     "mae": Masked,
     "simmim": Simmim,
 }
