@@ -413,6 +413,8 @@ class TokenConfig(FrozenConfig):
         train: sub-folder of `root` with the training split.
         val: sub-folder of `root` with the validation split.
         length: tokens to which sequences are padded and cut; 0 takes the length stored in the split.
+        trim: pad a micro batch only to its longest sequence, as a multiple of 16 tokens; for models that take any
+            length (those of texts).
         smoothing: label smoothing of the training targets.
     """
 
@@ -421,6 +423,7 @@ class TokenConfig(FrozenConfig):
     train: Annotated[str, FREE] = "train"
     val: Annotated[str, FREE] = "val"
     length: int = pydantic.Field(default=0, ge=0)
+    trim: bool = False
     smoothing: float = pydantic.Field(default=0.0, ge=0.0, lt=1.0)
 
     @property

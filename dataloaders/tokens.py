@@ -245,6 +245,11 @@ class TokenSplit:
         return len(self._labels)
 
     @property
+    def tokenizer(self) -> bytes | None:
+        """The file of the tokenizer that made the tokens; None for tokens that are no parts of texts."""
+        return read_whole(self.folder / TOKENIZER_NAME, LARGEST_TABLE) if self.facts.tokenizer else None
+
+    @property
     def classes(self) -> tuple[str, ...]:
         """Class names; a label is a position in it."""
         return self.facts.classes
@@ -350,6 +355,22 @@ def _repair(folder: Path) -> str:
 # ------------------------------------------------------------------------------------------------------- streams
 
 
+# Lengths of trimmed batches are multiples of this, so that there are few of them.
+_TRIMMED_TO = 16
+
+
+def _lengths_of(split: TokenSplit, config: TokenConfig) -> Callable[[npt.NDArray[np.int64]], int]:
+    """Return what says to which length the batch of some samples is padded."""
+    whole = batch_length(split, config)
+
+    def trimmed(samples: npt.NDArray[np.int64]) -> int:
+        there = samples[samples >= 0]
+        longest = int(split.lengths[there].max()) if len(there) else 1
+        return min(whole, -(-longest // _TRIMMED_TO) * _TRIMMED_TO)
+
+    return trimmed if config.trim else lambda samples: whole
+
+
 def batch_length(split: TokenSplit, config: TokenConfig) -> int:
     """Return n, to which batches are padded: the config's, else the split's.
 
@@ -390,7 +411,7 @@ class TokenTrainStream:
     ) -> None:
         self._split = split
         self._seed = seed
-        self._length = batch_length(split, config)
+        self._length = _lengths_of(split, config)
         self._cut = Cut(global_batch, micro_batch, ranks.rank, ranks.world_size)
         self._plan = SetPlan(FullOrder(split.num_samples, seed), global_batch)
 
@@ -408,7 +429,7 @@ class TokenTrainStream:
         """Yield `accumulation` micro batches per optimizer step, endlessly, from `first_step` on."""
         for request in train_requests(self._plan, self._cut, first_step):
             yield MicroBatch(
-                inputs=self._split.batch(request.samples, self._length),
+                inputs=self._split.batch(request.samples, self._length(request.samples)),
                 labels=self._split.labels(request.samples),
                 numbers=self._split.numbers(request.samples),
                 weights=torch.ones(len(request.samples)),
@@ -450,7 +471,7 @@ class TokenEvalStream:
             raise ConfigError(f"micro batch {micro_batch} must be at least 1")
         self._split = split
         self._ranks = ranks
-        self._length = batch_length(split, config)
+        self._length = _lengths_of(split, config)
         self._micro_batch = micro_batch
 
     @property
@@ -464,7 +485,7 @@ class TokenEvalStream:
             samples = np.full(self._micro_batch, -1, np.int64)
             samples[: len(request.samples)] = request.samples
             yield MicroBatch(
-                inputs=self._split.batch(samples, self._length),
+                inputs=self._split.batch(samples, self._length(samples)),
                 labels=self._split.labels(samples),
                 numbers=self._split.numbers(samples),
                 weights=torch.from_numpy((samples >= 0).astype(np.float32)),

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from dataloaders.sources.files import parse_json
+from dataloaders.text.samples import packed
 from dataloaders.text.tokenizer import TextTokenizer
 from dataloaders.tokens import TokenSample
 from setformer_dist.core.errors import DataError
-from setformer_dist.core.text_ids import CLS, SEP
 
 SUFFIXES = (".txt", ".jsonl")
 
@@ -123,12 +123,5 @@ def windows_of(files: Sequence[Path], tokenizer: TextTokenizer, length: int, col
             held = np.concatenate([held, *tokenizer.encode(part)]) if part else held
             whole = len(held) // room * room if part else len(held)
             for start in range(0, whole, room):
-                yield window(held[start : min(start + room, whole)])
+                yield packed(held[start : min(start + room, whole)])
             held = held[whole:]
-
-
-def window(*parts: np.ndarray) -> TokenSample:
-    """Return a sample of a text, or of two: start, tokens, end, and of a second one tokens, end."""
-    pieces = [np.array([CLS]), *(piece for part in parts for piece in (part, np.array([SEP])))]
-    # On disk a token is what it is in a batch, less one (`dataloaders.tokens`).
-    return TokenSample(((np.concatenate(pieces) - 1).astype(np.uint16),), 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from dataloaders.text.corpus import files_of, window, windows_of
+from dataloaders.text.corpus import files_of, windows_of
+from dataloaders.text.samples import cut_to, packed
 from dataloaders.text.tables import SUFFIXES as TABLES
 from dataloaders.text.tables import Columns, Row, rows_of
 from dataloaders.text.tokenizer import TextTokenizer, read_tokenizer
@@ -145,18 +147,11 @@ def _rows(
 def _sample(
     row: Row, ids: list[npt.NDArray[np.int64]], numbers: dict[str, int], options: TextOptions, counts: Counts
 ) -> TokenSample:
-    """Return a row's tokens; of a pair that is too long the longer text is cut."""
-    room = options.length - 1 - len(ids)
-    lengths = [len(part) for part in ids]
-    while sum(lengths) > room:
-        longest = lengths.index(max(lengths))
-        others = sum(lengths) - lengths[longest]
-        shorter = min((n for i, n in enumerate(lengths) if i != longest), default=0)
-        lengths[longest] = max(room - others, min(shorter, lengths[longest] - 1))
-    counts.cut += sum(map(len, ids)) > room
-    cut = window(*(part[:kept] for part, kept in zip(ids, lengths, strict=True)))
+    """Return a row's tokens, at most as many as a sample has room for."""
+    fitting = cut_to(ids, options.length)
+    counts.cut += sum(map(len, fitting)) < sum(map(len, ids))
     number = None if np.isnan(row.number) else row.number
-    return TokenSample(cut.sequences, numbers.get(row.label, 0), number)
+    return dataclasses.replace(packed(*fitting), label=numbers.get(row.label, 0), number=number)
 
 
 def _counted(

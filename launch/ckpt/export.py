@@ -23,10 +23,12 @@ from safetensors import SafetensorError
 from torch import nn
 
 from dataloaders.config import DataConfig
+from dataloaders.tokens import TOKENIZER_NAME
 from launch.run.exported import OURS
-from launch.run.initial_weights import STEPS_OF_NORM
+from launch.run.initial_weights import STEPS_OF_NORM, tokenizer_of
 from launch.run.inputs import ImageInputs
 from launch.run.objective import classified_by_model, kept_of
+from launch.run.texts import tokenizer_for
 from launch.run.trained import TrainedRun, load_trained
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.files import check_new
@@ -138,6 +140,11 @@ def export(path: Path, dest: Path, weights: Weights, console: Console, best: boo
             text = json.dumps(_timm_config(trained, trained.config.data), indent=2)
             (folder / "config.json").write_text(text + "\n", encoding="utf-8")
             written.append("config.json")
+        elif tokenizer_of(trained.inputs):
+            text = json.dumps(_text_config(trained), indent=2)
+            (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+            (folder / TOKENIZER_NAME).write_bytes(tokenizer_for(trained, None).data)
+            written += ["config.json", TOKENIZER_NAME]
         (folder / "README.md").write_text(_card(trained, dest), encoding="utf-8", errors="backslashreplace")
     console.print(f"{dest}: {', '.join(sorted(written))}, {trained.weights} weights", highlight=False, markup=False)
 
@@ -192,6 +199,21 @@ def _timm_config(trained: TrainedRun, data: DataConfig) -> dict[str, object]:
             "label_names": list(trained.task.outputs),
         },
         OURS: ours,
+    }
+
+
+def _text_config(trained: TrainedRun) -> dict[str, object]:
+    """Return the config.json of a model of texts: what `launch.run.exported` builds it from."""
+    return {
+        "architecture": trained.config.model.name,
+        "num_classes": len(trained.task.outputs),
+        "model_args": trained.config.model.args,
+        "label_names": list(trained.task.outputs),
+        OURS: {
+            "task": trained.config.task.model_dump(mode="json"),
+            "classes": list(trained.classes),
+            "inputs": dict(trained.inputs),
+        },
     }
 
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from launch.cli.options import BestOption, ModelPath, WeightsOption
 from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.metric import weights_named
 from setformer_dist.core.terminal import open_console
 from setformer_dist.core.words import counted, plain
+
+if TYPE_CHECKING:
+    from launch.run.texts import TextPrediction
 
 _HELP = """Pack texts for masked language modelling, and for tasks on sentences and pairs of sentences.
 
@@ -155,3 +161,85 @@ def show(
 
     for line in shown(split, samples):
         print(plain(line))
+
+
+_PREDICT_HELP = """Print what a trained model says of texts: the likeliest classes, a number, or tokens for [MASK].
+
+Examples:
+
+  setformer text predict runs/sst2 "a lovely film" "two hours of nothing"
+
+  setformer text predict runs/stsb --pairs "a man plays a flute" "somebody makes music"
+
+  setformer text predict runs/mlm "the king and the [MASK] ruled the land"
+
+  setformer text predict runs/sst2 --file sentences.txt --json
+
+In files each line is a text, and a tab separates the two texts of a pair.
+"""
+
+
+@app.command(help=_PREDICT_HELP)
+def predict(
+    checkpoint: ModelPath,
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts.", show_default=False)] = None,
+    pairs: Annotated[bool, typer.Option("--pairs", help="Each two texts are a pair.")] = False,
+    file: Annotated[Path | None, typer.Option(help="File with a text per line.", show_default=False)] = None,
+    top: Annotated[int, typer.Option(min=1, help="Classes or tokens shown.")] = 3,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Its tokenizer.json, where it is not beside the model.", show_default=False)
+    ] = None,
+    weights: WeightsOption = "auto",
+    best: BestOption = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per text.")] = False,
+) -> None:
+    """Print what a trained model says of texts."""
+    from launch.run.exported import load_named
+    from launch.run.texts import predict_texts, tokenizer_for
+
+    samples = _samples(list(texts or ()), pairs, file)
+    trained = load_named(checkpoint, weights_named(weights), best=best)
+    for found in predict_texts(trained, tokenizer_for(trained, tokenizer), samples, top):
+        print(_as_json(found) if as_json else _line(found))
+
+
+def _samples(texts: list[str], pairs: bool, file: Path | None) -> list[tuple[str, ...]]:
+    from dataloaders.text.corpus import lines_of
+
+    samples: list[tuple[str, ...]] = [(text,) for text in texts]
+    if pairs:
+        if len(texts) % 2:
+            raise ConfigError(f"--pairs: {counted(len(texts), 'text')} cannot be paired: give an even number")
+        samples = list(zip(texts[::2], texts[1::2], strict=True))
+    if file is not None:
+        for number, line in lines_of(file):
+            parts = tuple(line.split("\t"))
+            if len(parts) > 2:
+                raise ConfigError(f"{file}, line {number}, has {len(parts)} texts: a tab separates the two of a pair")
+            if line.strip():
+                samples.append(parts)
+    if not samples:
+        raise ConfigError("no text: give some, or --file FILE")
+    return samples
+
+
+def _as_json(found: TextPrediction) -> str:
+    said: dict[str, object] = {"texts": list(found.texts)}
+    if found.value is not None:
+        said["value"] = found.value
+    elif found.fillings:
+        said["fillings"] = [dict(filling) for filling in found.fillings]
+    else:
+        said["classes"] = dict(zip(found.classes, found.probabilities, strict=True))
+    return json.dumps(said)
+
+
+def _line(found: TextPrediction) -> str:
+    if found.value is not None:
+        said = f"{found.value:.3f}"
+    elif found.fillings:
+        said = "; ".join(", ".join(f"{plain(t)} {share:.1%}" for t, share in filling) for filling in found.fillings)
+    else:
+        ranked = zip(found.classes, found.probabilities, strict=True)
+        said = ", ".join(f"{plain(name)} {share:.1%}" for name, share in ranked)
+    return f"{plain(' | '.join(found.texts))}: {said}"

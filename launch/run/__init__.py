@@ -11,6 +11,7 @@ features.py          what frozen features know of classes: a linear probe and ne
 identity.py          what a run's checkpoints belong to
 imported.py          how a run resumes from a checkpoint that `setformer ckpt import` has put into its folder
 initial_weights.py   weights that a new run begins with: model.weights, model.skip
+texts.py             what a trained model says of texts
 inputs.py            what a run reads, behind one interface: images, or token sequences
 keys.py              every key of a run config with type, default, unit and meaning
 models.py            every architecture that this package registers with timm, with its size and cost

@@ -16,11 +16,12 @@ from checkpoints.manager import CheckpointManager
 from checkpoints.objects import Objects
 from checkpoints.reader import Checkpoint
 from checkpoints.spread_manager import SpreadManager
+from dataloaders.tokens import TOKENIZER_NAME
 from launch.run.compiled import compile_for
 from launch.run.config import ResolvedRun, RunConfig
 from launch.run.distill import with_teacher
 from launch.run.identity import identity_of, shapes_of
-from launch.run.initial_weights import FirstWeights
+from launch.run.initial_weights import FirstWeights, tokenizer_of
 from launch.run.inputs import Split, check_splits, evaluation_micro, inputs_of
 from launch.run.objective import averaged_of, classified_by_model, prepare_for, vocabulary_of
 from launch.run.own_model import agreed_buffers
@@ -121,7 +122,7 @@ def compose(
     input_spec = inputs.spec(splits.train)
     identity = identity_of(run, model, splits.train.classes, input_spec)
     best, copies_s = Best(c.checkpoint.best_metric, c.checkpoint.best_mode), 60 * c.checkpoint.mirror_minutes
-    first_weights = first_weights_of(run, task, model, comm)
+    first_weights = first_weights_of(run, task, model, comm, tokenizer_of(input_spec))
     buffers = agreed_buffers(model, c, comm)
     dtype, classes = DTYPES[c.precision.dtype], len(splits.train.classes)
     averaged = averaged_of(task, model, device, dtype)
@@ -215,7 +216,7 @@ def store_of(
 
 # What rank 0 writes into a run's folder and a resume needs, or whoever looks at the run.
 BESIDE = Names(
-    whole=(GUARD_FILE, GUARD_COPY, "config.json", "deepspeed.json"),
+    whole=(GUARD_FILE, GUARD_COPY, "config.json", "deepspeed.json", TOKENIZER_NAME),
     grown=("metrics.jsonl", "samples.jsonl", LEDGER),
     kept=(LEDGER, LOCK_FILE),
 )
@@ -231,14 +232,16 @@ def manager_of(config: RunConfig, comm: TorchCollectives) -> CheckpointManager:
     return SpreadManager(root, comm, background, kept, objects=objects, beside=BESIDE)
 
 
-def first_weights_of(run: ResolvedRun, task: Task, model: nn.Module, comm: TorchCollectives) -> FirstWeights | None:
+def first_weights_of(
+    run: ResolvedRun, task: Task, model: nn.Module, comm: TorchCollectives, tokenizer: str
+) -> FirstWeights | None:
     """Return what fills a new run's model with `model.weights`, None where the config names none."""
     config = run.config.model
     if config.weights is None:
         return None
     buffers = frozenset(name for name, _ in model.named_buffers())
     arguments = inputs_of(run.config.data).model_arguments(config, classified_by_model(task))
-    return FirstWeights(config, shapes_of(model), buffers, comm, arguments)
+    return FirstWeights(config, shapes_of(model), buffers, comm, arguments, tokenizer=tokenizer)
 
 
 def watch_of(run: ResolvedRun, model: nn.Module) -> Watch | None:

@@ -34,7 +34,7 @@ from launch.run.config import ResolvedRun, RunConfig, check_folder
 from launch.run.distill import teacher_of
 from launch.run.identity import identity_of, shapes_of
 from launch.run.imported import is_imported
-from launch.run.initial_weights import FirstWeights
+from launch.run.initial_weights import FirstWeights, tokenizer_of
 from launch.run.inputs import Split, check_evaluated, evaluation_micro, images_of, inputs_of, shapes_of_images
 from launch.run.memory import (
     check_evaluation_fits,
@@ -160,7 +160,11 @@ def _examine(run: ResolvedRun) -> _Known:
     if teacher is not None:
         order = "" if teacher.named else "; it names no classes, and its outputs are taken in the order of the data's"
         rows.append(("teacher", f"{teacher.place}, {teacher.config.model.name}, {teacher.weights} weights{order}"))
-    rows += [("begins", resumed)] if resumed else _beginning(run, model, classified_by_model(task))
+    rows += (
+        [("begins", resumed)]
+        if resumed
+        else _beginning(run, model, classified_by_model(task), tokenizer_of(inputs.spec(splits.train)))
+    )
     rows += _recomputed(run, model, inputs.shape(splits.train), inputs.dtype)
     return _Known(model, inputs.shape(splits.train), inputs.dtype, tuple(rows), splits.val)
 
@@ -220,13 +224,14 @@ def _resumed(run: ResolvedRun, identity: Identity, stream: TrainStream) -> str:
     return ""
 
 
-def _beginning(run: ResolvedRun, model: nn.Module, outputs: int) -> list[tuple[str, str]]:
+def _beginning(run: ResolvedRun, model: nn.Module, outputs: int, tokenizer: str) -> list[tuple[str, str]]:
     """Say from what a run without checkpoints would begin; raises as `FirstWeights.check`."""
     c = run.config
     if c.model.weights is not None:
         buffers = frozenset(name for name, _ in model.named_buffers())
         arguments = inputs_of(c.data).model_arguments(c.model, outputs)
-        return [("begins", FirstWeights(c.model, shapes_of(model), buffers, Alone(), arguments).check())]
+        first = FirstWeights(c.model, shapes_of(model), buffers, Alone(), arguments, tokenizer=tokenizer)
+        return [("begins", first.check())]
     return [("begins", f"from weights drawn from seed {c.run.seed}")]
 
 

@@ -7,7 +7,7 @@ its arguments are its constructor's, and nothing is fetched, imported or opened 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,11 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from dataloaders.config import DataConfig
+from dataloaders.config import DataConfig, TokenConfig
 from dataloaders.pixels.depth import Numbers
 from launch.ranks.environment import usable_cores
 from launch.run.config import RunConfig
-from launch.run.inputs import ImageInputs
+from launch.run.inputs import ImageInputs, TokenInputs
 from launch.run.objective import classified_by_model, with_heads
 from launch.run.trained import Trained, load_trained, no_more_parameters_than
 from setformer_dist.core import config as base
@@ -96,6 +96,28 @@ class _Described(pydantic.BaseModel):
         return names and tuple(f"{name} ({i})" if often[name] > 1 else name for i, name in enumerate(names))
 
 
+class _TextsOurs(pydantic.BaseModel):
+    """What an export of a model of texts adds.
+
+    Attributes:
+        task: table [task] of the run.
+        classes: of the data.
+        inputs: the model's input spec.
+    """
+
+    task: dict[str, Any]
+    classes: tuple[str, ...]
+    inputs: dict[str, Any]
+
+
+class _DescribedTexts(pydantic.BaseModel):
+    """config.json of a model of texts."""
+
+    architecture: str
+    model_args: dict[str, Any] = {}
+    setformer_dist: _TextsOurs  # `OURS`
+
+
 def load_named(path: Path, weights: Weights = "auto", best: bool = False) -> Trained:
     """Load the model of a run or a checkpoint (`load_trained`), or an exported one.
 
@@ -131,7 +153,10 @@ def load_exported(folder: Path) -> Trained:
     """
     place = folder / _CONFIG
     try:
-        about = _Described.model_validate(strictjson.parse(read_plain(place)))
+        said = strictjson.parse(read_plain(place))
+        if _is_of_texts(said):
+            return _load_texts(folder, _DescribedTexts.model_validate(said))
+        about = _Described.model_validate(said)
         names = about.outputs()
         config = _config_of(about, place)
         classes = about.setformer_dist.classes or names or tuple(map(str, range(about.num_classes)))
@@ -144,8 +169,32 @@ def load_exported(folder: Path) -> Trained:
         raise CheckpointError(f"{place} describes no model that can be loaded: {error}") from None
     assert isinstance(config.data, DataConfig)
     inputs = ImageInputs(config.data)
-    model = _filled(inputs, config, task, folder / _WEIGHTS)
+    model = _filled(lambda: _created(inputs, config, task), config, folder / _WEIGHTS)
     return Trained(model.eval(), config, classes, folder, "exported", task, inputs.input_spec, named=names is not None)
+
+
+def _is_of_texts(said: object) -> bool:
+    ours = said.get(OURS) if isinstance(said, dict) else None
+    return isinstance(ours, dict) and "inputs" in ours
+
+
+def _load_texts(folder: Path, about: _DescribedTexts) -> Trained:
+    """Load an exported model of texts; raises as `load_exported`."""
+    ours = about.setformer_dist
+    table = {
+        "run": {"name": "exported"}, "model": {"name": about.architecture, "args": about.model_args},
+        "task": ours.task, "data": {"kind": "tokens", "root": ""}, "batch": {"global_size": 1},
+        "schedule": {"steps": 1},
+    }  # fmt: skip
+    config = base.build(RunConfig, table, str(folder / _CONFIG))
+    assert isinstance(config.data, TokenConfig)
+    inputs, task = TokenInputs(config.data), build_task(config.task, ours.classes)
+
+    def created() -> nn.Module:
+        return inputs.build_model(config.model, classified_by_model(task), ours.inputs, config.run.seed)
+
+    model = _filled(created, config, folder / _WEIGHTS)
+    return Trained(model.eval(), config, ours.classes, folder, "exported", task, ours.inputs, named=True)
 
 
 def _config_of(about: _Described, place: Path) -> RunConfig:
@@ -171,7 +220,7 @@ def _config_of(about: _Described, place: Path) -> RunConfig:
     return base.build(RunConfig, table, str(place))
 
 
-def _filled(inputs: ImageInputs, config: RunConfig, task: Task, path: Path) -> nn.Module:
+def _filled(created: Callable[[], nn.Module], config: RunConfig, path: Path) -> nn.Module:
     """Return the model with the weights of a file.
 
     Raises:
@@ -181,9 +230,9 @@ def _filled(inputs: ImageInputs, config: RunConfig, task: Task, path: Path) -> n
         with safe_open(path, "pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         with no_more_parameters_than(shapes, config.model), torch.device("meta"):
-            expected = {n: tuple(t.shape) for n, t in _created(inputs, config, task).state_dict().items()}
+            expected = {n: tuple(t.shape) for n, t in created().state_dict().items()}
         _check_same(expected, shapes, path)
-        model = _created(inputs, config, task)
+        model = created()
         model.load_state_dict(safetensors.torch.load_file(path))
     except ConfigError as error:
         raise CheckpointError(f"the model of {path} cannot be built: {error}") from None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from checkpoints.reader import Checkpoint, open_checkpoint, read_kept
+from dataloaders.sources.files import LARGEST_TABLE
+from dataloaders.tokens import TOKENIZER_NAME
 from launch.run.objective import TASKS_OF_ENCODERS
 from launch.run.timm_weights import HUB, Adapted, adapted, classifiers_of, fetched
 from setformer_dist.core import revisions, strictjson
@@ -63,6 +66,7 @@ class _Source:
         quantized: names and types of tensors whose numbers are not those that were trained.
         model: name and arguments of the model as its run's config has them; empty where they are not known.
         images: (H, W) of the images that they were trained with; None where that is not known.
+        tokenizer: sha256 of the tokenizer of their texts; "" where there is none, or it is not known.
     """
 
     name: str
@@ -75,6 +79,7 @@ class _Source:
     quantized: Mapping[str, str] = dataclasses.field(default_factory=dict)
     model: Mapping[str, object] = dataclasses.field(default_factory=dict)
     images: tuple[int, int] | None = None
+    tokenizer: str = ""
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,7 @@ class FirstWeights:
         comm: all ranks must read the same.
         arguments: of `timm.create_model`, with which weights that do not fit are adapted; None adapts none.
         within: what the names of these parameters begin with in a larger model.
+        tokenizer: sha256 of the tokenizer of the run's texts; "" where there is none.
     """
 
     config: ModelConfig
@@ -96,6 +102,7 @@ class FirstWeights:
     comm: Collectives
     arguments: Mapping[str, object] | None = None
     within: str = ""
+    tokenizer: str = ""
 
     def __call__(self, fragments: Iterable[Fragment]) -> str:
         """Fill the masters and their average as far as a rank holds them; say what was filled. Collective.
@@ -105,6 +112,7 @@ class FirstWeights:
             CheckpointError: it is damaged, or of another model.
         """
         source = _open(self.config.weights or "")
+        self._check_tokenizer(source)
         if any(facts != source.facts for facts in self.comm.gather_json(source.facts)):
             raise CheckpointError(
                 f"ranks found different weights at model.weights = {self.config.weights}: name one step's folder that "
@@ -122,6 +130,7 @@ class FirstWeights:
     def check(self) -> str:
         """Say what would be filled, and fill nothing; raises as a call does."""
         source = _open(self.config.weights or "")
+        self._check_tokenizer(source)
         self._check_choices(source)
         return self._fitted(source)[2]
 
@@ -219,6 +228,14 @@ class FirstWeights:
                     f"model.weights = {self.config.weights}: these were trained with {revision.shown} = {theirs!r}, "
                     f'this run has {ours!r}, which is another function: set model.args.{revision.shown} = "{theirs}"'
                 )
+
+    def _check_tokenizer(self, source: _Source) -> None:
+        """Refuse weights of other tokens: ids of two tokenizers mean other parts of words."""
+        if source.tokenizer and source.tokenizer != self.tokenizer:
+            raise CheckpointError(
+                f"model.weights = {self.config.weights}: these learned tokens of tokenizer {source.tokenizer[:12]}, "
+                f"and this run's data are of {self.tokenizer[:12] or 'none'}: pack the data with theirs (--tokenizer)"
+            )
 
     def _check_positions(self, source: _Source) -> None:
         """Refuse position embeddings whose rows and columns would be taken for others.
@@ -403,8 +420,18 @@ def _of_checkpoint(checkpoint: Checkpoint) -> _Source:
     tensors = functools.partial(checkpoint.read_full, "ema" if averaged else "param")
     model = trained if isinstance(trained, dict) and isinstance(trained.get("args", {}), dict) else {}
     model = model if isinstance(model.get("name"), str) else {}
-    images = _height_and_width(_table(checkpoint.trainer, "inputs").get("image_size"))
-    return _Source(name, facts, checkpoint.parameters(), fill, tensors, choices, encoder, model=model, images=images)
+    inputs = _table(checkpoint.trainer, "inputs")
+    images = _height_and_width(inputs.get("image_size"))
+    return _Source(
+        name, facts, checkpoint.parameters(), fill, tensors, choices, encoder, model=model, images=images,
+        tokenizer=tokenizer_of(inputs),
+    )  # fmt: skip
+
+
+def tokenizer_of(inputs: Mapping[str, object]) -> str:
+    """Return the sha256 of the tokenizer that an input spec names; "" for none."""
+    name = inputs.get("tokenizer", "")
+    return name if isinstance(name, str) else ""
 
 
 def _height_and_width(size: object) -> tuple[int, int] | None:
@@ -427,6 +454,15 @@ def _images_of_export(config: Path) -> tuple[int, int] | None:
     return _height_and_width(size[1:]) if isinstance(size, list) else None
 
 
+def _digest_of(tokenizer: Path) -> str:
+    try:
+        return hashlib.sha256(read_plain(tokenizer, LARGEST_TABLE)).hexdigest()
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"tokenizer {tokenizer} cannot be read ({error}): export the model again") from None
+
+
 def _of_file(path: Path) -> _Source:
     def fill(fragments: list[Fragment]) -> None:
         with safe_open(path, "pt") as file:
@@ -446,5 +482,8 @@ def _of_file(path: Path) -> _Source:
     encoder = ENCODER if any(name.startswith(ENCODER) for name in shapes) else ""
     quantized = {name: kind for name, kind in kinds.items() if kind not in _FLOATS}
     images = _images_of_export(path.with_name("config.json"))
+    tokenizer = _digest_of(path.with_name(TOKENIZER_NAME))  # of an exported model of texts
     name = f"the weights of {path}"
-    return _Source(name, facts, shapes, fill, tensors, encoder=encoder, quantized=quantized, images=images)
+    return _Source(
+        name, facts, shapes, fill, tensors, encoder=encoder, quantized=quantized, images=images, tokenizer=tokenizer
+    )

@@ -21,7 +21,8 @@ from torch import nn
 from checkpoints.identity import digest_json
 from dataloaders.config import DataConfig
 from dataloaders.order.order import CURSOR_FORMAT, ORDER_ID
-from dataloaders.sources.index import INDEX_FORMAT
+from dataloaders.sources.index import INDEX_FORMAT, durable_write
+from dataloaders.tokens import TOKENIZER_NAME, TokenSplit
 from launch.ranks.environment import usable_cores
 from launch.ranks.lock import held
 from launch.ranks.logs import log_file
@@ -221,6 +222,8 @@ def claim_folder(run: ResolvedRun, comm: TorchCollectives, splits: Splits) -> No
         config = run.as_json()
         write_state(folder / "config.json", {**config, "resolved": {**config["resolved"], "data": data}})
         write_json(folder / "deepspeed.json", run.deepspeed_json())
+        if isinstance(splits.train, TokenSplit) and (tokenizer := splits.train.tokenizer) is not None:
+            durable_write(folder / TOKENIZER_NAME, tokenizer)  # predictions need it
     comm.barrier()
 
 

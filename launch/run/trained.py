@@ -20,6 +20,7 @@ from dataloaders.pixels.decode import stored_shape
 from dataloaders.pixels.transforms import decode_for_eval
 from dataloaders.reading.device import pictures_of
 from dataloaders.sources.files import LARGEST_SAMPLE, read_whole
+from dataloaders.tokens import TokenSplit
 from launch.ranks.environment import usable_cores
 from launch.run.config import RunConfig
 from launch.run.identity import shapes_of
@@ -47,6 +48,7 @@ from setformer_dist.report.html import ClassifiedImage
 from setformer_dist.tasks.build import build_task
 from setformer_dist.tasks.detection import Detection
 from setformer_dist.tasks.mae import Hidden
+from setformer_dist.tasks.masked_text import MaskedText
 from setformer_dist.tasks.segmentation import Segmentation
 
 
@@ -298,7 +300,7 @@ def evaluate_checkpoint(
     """
     if not trained.named and not trained.classes:
         raise _without_classes(trained)
-    if isinstance(trained.task, Hidden) and encoder_of(trained.model) is trained.model:
+    if isinstance(trained.task, Hidden | MaskedText) and encoder_of(trained.model) is trained.model:
         raise ConfigError(
             f"{trained.place} is the encoder alone of a run of task {trained.task.name}, and has no loss: evaluate the "
             "run, or score its features with `setformer probe`"
@@ -308,6 +310,11 @@ def evaluate_checkpoint(
         raise DataError(
             f"the split's {len(split.classes)} classes are not the {len(trained.classes)} of {trained.place}: "
             "pack it with --classes-from the training split"
+        )
+    if isinstance(split, TokenSplit) and split.facts.tokenizer != (ours := trained.inputs.get("tokenizer", "")):
+        raise DataError(
+            f"{split.folder} is of tokenizer {split.facts.tokenizer[:12] or 'none'}, and {trained.place} of "
+            f"{str(ours)[:12] or 'none'}: pack the texts with that of the model"
         )
     check_parts(trained.task, [split])
     check_evaluated(trained.model, trained.config.model.name, trained.config.data, split)
@@ -407,7 +414,9 @@ def predict(trained: Trained, images: Iterable[Path], top: int) -> Iterator[Pred
     """
     data_config = trained.config.data
     if not isinstance(data_config, DataConfig):
-        raise ConfigError(f"{trained.place} is a model of token sequences: name a checkpoint of images")
+        raise ConfigError(
+            f"{trained.place} is a model of token sequences: use `setformer text predict`, or name one of images"
+        )
     if not trained.task.outputs:
         raise _without_classes(trained)
     if isinstance(trained.task, Segmentation | Detection):

@@ -21,6 +21,8 @@ IGNORED = -100  # the target of a place that hides nothing, as torch's losses ha
 # Of the hidden tokens (J. Devlin et al. 2019): so many become MASK, so many any token, and the rest stay.
 _MASKED, _RANDOM = 0.8, 0.1
 
+_DRAWS = 3  # of a token: its place in the order of hiding, what becomes of it, and another token
+
 
 def most_hidden(length: int, ratio: float) -> int:
     """Return K for texts padded to a length."""
@@ -56,8 +58,10 @@ def hide_tokens(
     """
     n = ids.shape[1]
     most = most_hidden(n, ratio)
-    words = mix64(counted(keys.view(np.uint64)[:, None], np.arange(3 * n, dtype=np.int64)))
-    order, how, other = words[:, :n] >> np.uint64(1), words[:, n : 2 * n], words[:, 2 * n :]
+    words = mix64(counted(keys.view(np.uint64)[:, None], np.arange(_DRAWS * n, dtype=np.int64)))
+    # By token, so that padding changes nothing.
+    order, how, other = np.moveaxis(words.reshape(-1, n, _DRAWS), 2, 0)
+    order = order >> np.uint64(1)
     # Words without their last bit are below this, so special tokens come last.
     order = np.where(ids >= FIRST, order, np.uint64(2**63))
     counts = hidden_counts(ids, ratio)

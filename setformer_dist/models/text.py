@@ -17,7 +17,7 @@ from typing import Literal
 
 import pydantic
 import torch
-from timm.models import register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import nn
 from torch.nn import functional as F
 
@@ -148,6 +148,23 @@ class TextEncoder(SequenceEncoder):
             )
 
 
+class TokenDecoder(nn.Module):
+    """Names tokens, by a table of them that it is given."""
+
+    def __init__(self, dim: int, vocabulary: int) -> None:
+        super().__init__()
+        self.transform = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim)
+        self.bias = nn.Parameter(torch.zeros(vocabulary))
+        nn.init.normal_(self.transform.weight, std=0.02)
+        nn.init.zeros_(self.transform.bias)
+
+    def forward(self, x_bkc: torch.Tensor, table: nn.Module) -> torch.Tensor:
+        """(b, K, c) -> logits (b, K, vocabulary)."""
+        logits: torch.Tensor = table(self.norm(F.gelu(self.transform(x_bkc)))) + self.bias
+        return logits
+
+
 class MaskedLanguageModel(Encoded):
     """An encoder of texts, and a head that names hidden tokens by the encoder's own table of them.
 
@@ -171,13 +188,8 @@ class MaskedLanguageModel(Encoded):
         if not isinstance(encoder, TextEncoder) or encoder.num_classes:
             raise ConfigError("task mlm trains encoders of texts: set model.name to text_mini, text_small or text_base")
         super().__init__(encoder)
-        dim = encoder.config.dim
         self.ratio, self.eval_ratio = ratio, eval_ratio
-        self.transform = nn.Linear(dim, dim)
-        self.norm = nn.LayerNorm(dim)
-        self.bias = nn.Parameter(torch.zeros(encoder.config.vocabulary))
-        nn.init.normal_(self.transform.weight, std=0.02)
-        nn.init.zeros_(self.transform.bias)
+        self.decoder = TokenDecoder(encoder.config.dim, encoder.config.vocabulary)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, object]:
         """Return timm's patterns that order the parameters by depth, for layer decay."""
@@ -185,7 +197,7 @@ class MaskedLanguageModel(Encoded):
             "stem": r"^encoder\.embedding",
             "blocks": [
                 (r"^encoder\.blocks\.(\d+)", None),
-                (r"^encoder\.norm|^transform|^norm|^bias", (99999,)),
+                (r"^encoder\.norm|^decoder", (99999,)),
             ],
         }
 
@@ -207,12 +219,16 @@ class MaskedLanguageModel(Encoded):
             x_bkc = x_bnc.gather(1, places)
         else:
             x_bkc = x_bnc[:, :most]
-        x_bkc = self.norm(F.gelu(self.transform(x_bkc)))
-        logits: torch.Tensor = self.encoder.embedding.token(x_bkc) + self.bias
+        logits: torch.Tensor = self.decoder(x_bkc, self.encoder.embedding.token)
         return logits
 
 
 # -------------------------------------------------------------------------------------------------- entry points
+
+# There are no pretrained weights; the name says what fine-tuning draws again.
+default_cfgs = generate_default_cfgs(
+    {name: {"classifier": "head"} for name in ("text_mini.untrained", "text_small.untrained", "text_base.untrained")}
+)
 
 _SHAPE = {
     "dropout": 0.1,

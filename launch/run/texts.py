@@ -1,0 +1,134 @@
+"""What a trained model says of texts: classes, a number, or what stands in place of [MASK]."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dataloaders.config import TokenConfig
+from dataloaders.text.samples import Ids, cut_to, sample_of
+from dataloaders.text.tokenizer import TextTokenizer, read_tokenizer
+from dataloaders.tokens import TOKENIZER_NAME
+from launch.run.initial_weights import tokenizer_of
+from launch.run.trained import Trained
+from setformer_dist.core.errors import ConfigError, DataError
+from setformer_dist.core.text_ids import MASK, most_hidden
+from setformer_dist.models.text import MaskedLanguageModel
+from setformer_dist.tasks.regression import Regression
+
+HOLE = "[MASK]"  # in a text, where a token is hidden
+
+
+@dataclass(frozen=True)
+class TextPrediction:
+    """What a model says of one text, or of a pair.
+
+    Attributes:
+        texts: as they were given.
+        classes: names of the most likely classes, best first.
+        probabilities: of them.
+        value: of a regression.
+        fillings: for each hidden token the most likely ones, each with its probability.
+    """
+
+    texts: tuple[str, ...]
+    classes: tuple[str, ...] = ()
+    probabilities: tuple[float, ...] = ()
+    value: float | None = None
+    fillings: tuple[tuple[tuple[str, float], ...], ...] = ()
+
+
+def tokenizer_for(trained: Trained, given: Path | None) -> TextTokenizer:
+    """Return the tokenizer of a model's texts.
+
+    Args:
+        trained: of a run whose folder holds it, or an exported model.
+        given: the file, or a folder that holds it; None searches beside the model.
+
+    Raises:
+        ConfigError: the model is of no texts, its tokenizer is not found, or the given one is another.
+        DataError: it cannot be read.
+    """
+    wanted = tokenizer_of(trained.inputs)
+    if not isinstance(trained.config.data, TokenConfig) or not wanted:
+        raise ConfigError(f"{trained.place} is not a model of texts: use `setformer predict` for models of images")
+    places = [trained.place, *trained.place.absolute().parents[:2]] if given is None else [given]
+    found = [place for place in places if given is not None or (place / TOKENIZER_NAME).is_file()]
+    for place in found:
+        tokenizer = read_tokenizer(place)
+        if tokenizer.sha256 == wanted:
+            return tokenizer
+    what = f"{found[0]} is another tokenizer" if found else f"no {TOKENIZER_NAME} lies beside it"
+    raise ConfigError(
+        f"{trained.place} was trained on texts of tokenizer {wanted[:12]}, and {what}: name its data or "
+        "its run's folder with --tokenizer"
+    )
+
+
+def predict_texts(
+    trained: Trained, tokenizer: TextTokenizer, samples: Iterable[tuple[str, ...]], top: int
+) -> Iterator[TextPrediction]:
+    """Yield what a model says of texts, or of pairs of them, one after the other.
+
+    Raises:
+        DataError: a text is empty, or has no hidden token where the model fills them, or too many.
+    """
+    for texts in samples:
+        if not all(text.strip() for text in texts):
+            raise DataError("a text is empty: give it some words")
+        if isinstance(trained.model, MaskedLanguageModel):
+            yield _filled(trained, trained.model, tokenizer, texts, top)
+        else:
+            yield _judged(trained, tokenizer, texts, top)
+
+
+def _length(trained: Trained) -> int:
+    length = trained.inputs.get("length")
+    if not isinstance(length, int) or length < 4:
+        raise ConfigError(f"{trained.place} does not say how long its texts are: train it again")
+    return length
+
+
+@torch.no_grad()
+def _judged(trained: Trained, tokenizer: TextTokenizer, texts: tuple[str, ...], top: int) -> TextPrediction:
+    ids = sample_of(*cut_to(tokenizer.encode(texts), _length(trained)))
+    outputs = trained.model(torch.from_numpy(ids.astype(np.int32)).unsqueeze(0))
+    if isinstance(trained.task, Regression):
+        return TextPrediction(texts, value=float(outputs[0, 0]))
+    names = trained.task.outputs
+    best = trained.task.confidences(outputs)[0].topk(min(top, len(names)))
+    return TextPrediction(texts, tuple(names[i] for i in best.indices.tolist()), tuple(best.values.tolist()))
+
+
+@torch.no_grad()
+def _filled(
+    trained: Trained, model: MaskedLanguageModel, tokenizer: TextTokenizer, texts: Sequence[str], top: int
+) -> TextPrediction:
+    length = _length(trained)
+    ids = sample_of(*cut_to([_with_holes(tokenizer, text) for text in texts], length))
+    (holes,) = np.nonzero(ids == MASK)
+    if not len(holes):
+        raise DataError(f"this model names hidden tokens, and {texts[0][:40]!r} has none: write {HOLE} for one")
+    # The model answers for a share of a text's places, so a text with many holes is padded.
+    while most_hidden(len(ids), model.eval_ratio) < len(holes):
+        if len(ids) == length:
+            raise DataError(f"a text of {len(holes)} hidden tokens has too many: hide fewer")
+        ids = np.pad(ids, (0, min(len(ids), length - len(ids))))
+    inputs = torch.zeros(1, 2, len(ids), dtype=torch.int32)
+    inputs[0, 0] = torch.from_numpy(ids.astype(np.int32))
+    inputs[0, 1, : len(holes)] = torch.from_numpy(holes.astype(np.int32))
+    best = model(inputs)[0, : len(holes)].float().softmax(dim=1).topk(top)
+    fillings = tuple(
+        tuple((tokenizer.token(number), share) for number, share in zip(numbers, shares, strict=True))
+        for numbers, shares in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    )
+    return TextPrediction(tuple(texts), fillings=fillings)
+
+
+def _with_holes(tokenizer: TextTokenizer, text: str) -> Ids:
+    first, *others = tokenizer.encode(text.split(HOLE))
+    return np.concatenate([first, *(part for other in others for part in ([MASK], other))]).astype(np.int64)
