@@ -61,8 +61,8 @@ class TextTokenizer:
         self._ids[others] = np.arange(FIRST, FIRST + len(others))
         self._theirs = np.array([0, *(special[i] for i in sorted(special)), *others], np.int64)
         self.vocabulary = FIRST + len(others)
-        unknown = (there[name] for name in _UNKNOWN if name in there)
-        self._unknown = int(self._ids[next(unknown)]) if any(name in there for name in _UNKNOWN) else -1
+        unknown = [int(self._ids[there[name]]) for name in _UNKNOWN if name in there]
+        self._unknown = unknown[0] if unknown else -1
 
     def _special(self, names: Sequence[str], place: str) -> int:
         found = (self._tokenizer.token_to_id(name) for name in names)
@@ -82,7 +82,12 @@ class TextTokenizer:
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[np.int64]]:
         """Return the ids of each text as batches have them, without special tokens."""
         found = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        return [self._ids[np.array(one.ids, np.int64)] for one in found]
+        return [self._of_text(self._ids[np.array(one.ids, np.int64)]) for one in found]
+
+    def _of_text(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return ids without special ones, which models of whole words find in a text that has their names."""
+        ids = np.where(ids < 0, self._unknown, ids)
+        return ids[ids >= 0]
 
     def unknown(self, ids: npt.NDArray[np.int64]) -> int:
         """Return how many ids stand for what the tokenizer does not know."""
@@ -147,5 +152,5 @@ def train_tokenizer(texts: Iterator[str], size: int, lowercase: bool) -> TextTok
     trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=special, min_frequency=2, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() <= len(special):
-        raise DataError("the texts have no word that occurs twice: there is nothing to make a tokenizer of")
+        raise DataError("the texts have no word: there is nothing to make a tokenizer of")
     return TextTokenizer(tokenizer.to_str().encode(), "the new tokenizer")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from checkpoints.manager import CheckpointManager
 from checkpoints.objects import Objects
 from checkpoints.reader import Checkpoint
 from checkpoints.spread_manager import SpreadManager
+from dataloaders.config import TokenConfig
 from dataloaders.tokens import TOKENIZER_NAME
 from launch.run.compiled import compile_for
 from launch.run.config import ResolvedRun, RunConfig
@@ -170,10 +172,14 @@ def costs_of(run: ResolvedRun, splits: Splits, model: nn.Module) -> Costs:
     """Return what a sample costs, for the throughput metrics."""
     inputs, peak = inputs_of(run.config.data), peak_flops(device_label())
     shape, dtype = inputs.shape(splits.train), inputs.dtype or torch.float32
+    tokens, of_tokens = inputs.tokens(model, splits.train), isinstance(run.config.data, TokenConfig)
+    if isinstance(run.config.data, TokenConfig) and run.config.data.trim:
+        shape = (*shape[:-1], tokens // math.prod(shape[:-1]))
     return Costs(
-        tokens=inputs.tokens(model, splits.train),
+        tokens=tokens,
         multiply_adds=0 if peak is None else multiply_adds_of(model, shape, dtype),  # counting takes a second
         peak_flops=peak,
+        samples="samples" if of_tokens else "images",
     )
 
 

@@ -360,9 +360,12 @@ class TokenInputs:
         return (length,) if split.facts.sequences == 1 else (split.facts.sequences, length)
 
     def tokens(self, model: nn.Module, split: Split) -> int:
-        """Return the padded tokens of all sequences of a sample."""
+        """Return the padded tokens of all sequences of a sample; where padding is trimmed, those that are there."""
         assert isinstance(split, TokenSplit)
-        return split.facts.sequences * batch_length(split, self.config)
+        length = batch_length(split, self.config)
+        if self.config.trim:
+            length = max(1, round(float(split.lengths.clip(max=length).mean())))
+        return split.facts.sequences * length
 
 
 def inputs_of(config: DataConfig | TokenConfig) -> ImageInputs | TokenInputs:

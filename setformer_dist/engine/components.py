@@ -33,11 +33,13 @@ class Costs:
         tokens: tokens of the first stage.
         multiply_adds: of one forward pass; 0, not counted, where `peak_flops` is unknown.
         peak_flops: of one device, where known.
+        samples: what they are, in the plural.
     """
 
     tokens: int
     multiply_adds: int
     peak_flops: float | None
+    samples: str = "images"
 
 
 class Probe(Protocol):

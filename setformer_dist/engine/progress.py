@@ -78,7 +78,9 @@ class RunProgress:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=step)
 
-    def figures(self, loss: float, images_per_s: float, damaged: int, epoch: float, lr: float) -> None:
+    def figures(
+        self, loss: float, images_per_s: float, damaged: int, epoch: float, lr: float, samples: str = "images"
+    ) -> None:
         """Show the latest loss and speed, and how many damaged samples were replaced so far; news of those at once.
 
         Args:
@@ -87,9 +89,10 @@ class RunProgress:
             damaged: samples replaced so far.
             epoch: passes over the training data so far.
             lr: learning rate of the last step.
+            samples: what they are, in the plural.
         """
         news, self._damaged = damaged > self._damaged, damaged
-        self._text = f"epoch {epoch:.1f} · loss {loss:.4f} · lr {lr:.1e} · {images_per_s:,.0f} images/s"
+        self._text = f"epoch {epoch:.1f} · loss {loss:.4f} · lr {lr:.1e} · {images_per_s:,.0f} {samples}/s"
         if damaged:
             self._text += f" · {damaged} damaged sample{'s' if damaged > 1 else ''} replaced (see the log)"
         if self._bar is not None and self._task is not None:

@@ -110,7 +110,7 @@ class StepLog:
         state.train_steps += steps
         images_per_s = steps * self._c.plan.global_size / training
         epoch = state.step / self._c.stream.steps_per_epoch
-        progress.figures(loss, images_per_s, state.substitutions, epoch, lr)
+        progress.figures(loss, images_per_s, state.substitutions, epoch, lr, self._c.costs.samples)
         values = {
             "epoch": epoch,
             "loss": loss if losses else None,
@@ -127,7 +127,7 @@ class StepLog:
         self._c.record.write("train", state.step, values)
         self._c.record.note("spent", step=state.step, seconds=seconds)
         self._c.callbacks.figures("on_metrics", state.step, values)
-        log.info("step %d loss %.6f lr %.3g %.0f images/s", state.step, loss, lr, images_per_s)
+        log.info("step %d loss %.6f lr %.3g %.0f %s/s", state.step, loss, lr, images_per_s, self._c.costs.samples)
         state.pending_losses = []
 
     def _judge(self, first: int, means: list[float]) -> None:
