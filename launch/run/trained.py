@@ -305,16 +305,16 @@ def evaluate_checkpoint(
             f"{trained.place} is the encoder alone of a run of task {trained.task.name}, and has no loss: evaluate the "
             "run, or score its features with `setformer probe`"
         )
+    if isinstance(split, TokenSplit) and split.facts.tokenizer != (ours := trained.inputs.get("tokenizer", "")):
+        raise DataError(
+            f"{split.folder} is of tokenizer {split.facts.tokenizer[:12] or 'none'}, and {trained.place} of "
+            f"{str(ours)[:12] or 'none'}: pack the texts with that of the model"
+        )
     same = split.classes == trained.classes if trained.named else len(split.classes) == len(trained.classes)
     if not same:
         raise DataError(
             f"the split's {len(split.classes)} classes are not the {len(trained.classes)} of {trained.place}: "
             "pack it with --classes-from the training split"
-        )
-    if isinstance(split, TokenSplit) and split.facts.tokenizer != (ours := trained.inputs.get("tokenizer", "")):
-        raise DataError(
-            f"{split.folder} is of tokenizer {split.facts.tokenizer[:12] or 'none'}, and {trained.place} of "
-            f"{str(ours)[:12] or 'none'}: pack the texts with that of the model"
         )
     check_parts(trained.task, [split])
     check_evaluated(trained.model, trained.config.model.name, trained.config.data, split)

@@ -50,6 +50,11 @@ class TextConfig(SequenceConfig):
     def _centred(self) -> TextConfig:
         if self.local and self.local % 2 == 0:
             raise ValueError(f"local = {self.local} has no token in its middle: use an odd number, or 0 for none")
+        if self.attention.kind == "cast" and not self.attention.cast.size:
+            raise ValueError(
+                "attention.cast.size = 0 makes the size of clusters of the padded length, so that a result depends on "
+                "padding: set it, such as to 32"
+            )
         return self
 
 

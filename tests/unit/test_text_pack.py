@@ -98,7 +98,7 @@ def test_windows_hold_all_tokens_and_no_two_documents(tokenizer: Path, tmp_path:
     assert all(w[0] == CLS and w[-1] == SEP and 2 < len(w) <= 12 for w in windows)
     found = [token for window in windows for token in window[1:-1].tolist()]
     expected = [np.concatenate(read.encode(part)).tolist() for part in documents]
-    assert found == sum(expected, [])
+    assert found == [token for document in expected for token in document]
     # A window that is not full ends its document.
     ends = np.cumsum([len(part) for part in expected]).tolist()
     at = np.cumsum([len(window) - 2 for window in windows]).tolist()
