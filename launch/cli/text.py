@@ -100,8 +100,7 @@ Examples:
 
   setformer text pack sst2/dev.tsv data/sst2/val --like data/sst2/train
 
-  setformer text pack stsb/train.csv data/stsb/train --tokenizer tokenizer.json --text sentence1 --text sentence2
-      --number score
+  setformer text pack pairs.csv data/pairs/train --tokenizer tokenizer.json --text a --text b --number score
 """
 
 

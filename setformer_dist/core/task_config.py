@@ -15,7 +15,8 @@ class TaskConfig(FrozenConfig):
     Attributes:
         name: "classification" (one class per sample), "multilabel" (a class name joins the labels of a sample, such as
             "cat+dog"), "segmentation" (a class for every pixel; docs/segmentation.md), "detection" (boxes around
-            objects; docs/detection.md), "mae" and "simmim" (masked image modelling, without labels;
+            objects; docs/detection.md), "mlm" (hidden tokens of texts) and "regression" (a number per text;
+            docs/language.md), "mae" and "simmim" (masked image modelling, without labels;
             docs/pretraining.md), or a task that a module of run.imports registers.
         args: arguments of the task. "classification" and "multilabel" take loss ("cross_entropy",
             "binary_cross_entropy" or "focal"), class_weights (a factor per class name), and for "focal" gamma and
@@ -24,7 +25,8 @@ class TaskConfig(FrozenConfig):
             32), ratio (share that is hidden, default 0.6) and normalise (default true), and "mae" decoder_dim (default
             256), decoder_depth (default 2) and target ("pixels" or "latent", default "pixels"). "segmentation" takes
             channels (of its head, default 512), auxiliary (weight of its second head's loss, default 0.4) and
-            class_weights. "detection" takes channels (of its pyramid and heads, default 256).
+            class_weights. "detection" takes channels (of its pyramid and heads, default 256). "mlm" takes ratio and
+            eval_ratio (share of tokens that training and evaluation hide, default 0.15).
     """
 
     name: str = "classification"

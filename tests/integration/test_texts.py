@@ -93,7 +93,7 @@ def pretrained(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train("mlm", texts / "c", tmp_path_factory.mktemp("runs"), "optim.lr=3e-3", steps=200)
 
 
-def test_hidden_tokens_are_learnt_and_named(pretrained: Path) -> None:
+def test_hidden_tokens_are_learnt_and_named(texts: Path, pretrained: Path) -> None:
     figures = json.loads((pretrained / "summary.json").read_text())["evaluation"]
     assert figures["loss"] < 2.6  # of 3.2 by the frequency of tokens alone
     assert figures["accuracy"] > 0.3
@@ -103,7 +103,8 @@ def test_hidden_tokens_are_learnt_and_named(pretrained: Path) -> None:
     assert [list(filling) for filling in fillings] == [["the"], ["the"]]
     assert fillings[0]["the"] > 0.5
     assert "has none: write [MASK]" in run("text", "predict", str(pretrained), "the king", code=3)
-    assert run("eval", str(pretrained), "--json")
+    assert "[CLS] the" in run("text", "show", str(texts / "c" / "val"), "--samples", "1")
+    assert json.loads(run("eval", str(pretrained), "--json"))["metrics"]["loss"] == pytest.approx(figures["loss"], 1e-5)
 
 
 @pytest.mark.parametrize("zero", [0, 3])
