@@ -36,6 +36,7 @@ Nothing here imports torch.distributed, touches a device or has an effect at imp
     task.py            what a run learns, as an interface
     task_config.py     the `[task]` table of a run config
     terminal.py        consoles and tables; terminals and pipes that go away
+    text_ids.py        token ids of texts, and which tokens masked language modelling hides
     transfer.py        tensors of a micro batch on their way to the device
     words.py           numbers with their nouns, texts without control characters
 """

@@ -7,6 +7,8 @@ detection.py        boxes around objects, and their classes
 distilled.py        any of them, learnt from a trained model as well
 losses.py           what both of them may take for a loss
 mae.py              nothing of samples but themselves: hidden parts of images
+masked_text.py      hidden tokens of texts
 multilabel.py       any number of labels per sample
+regression.py       a number for each sample
 segmentation.py     a class for every pixel
 """
