@@ -11,6 +11,7 @@ queue.py     `setformer queue`: a queue for a cluster that several people share
 runs.py      `setformer runs`: looking at runs
 stopped.py   what Ctrl-C leaves
 sweep.py     `setformer sweep`: many runs over a space of configs
+text.py       `setformer text`: tokenizers, and texts as packed tokens
 trained.py   `setformer eval`, `probe` and `predict`: a trained checkpoint, scored and used
 usage.py     what is said of words that no command takes
 """

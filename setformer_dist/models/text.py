@@ -78,15 +78,17 @@ class Local(nn.Module):
 
     def __init__(self, dim: int, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim, 1, width))
+        self.weight = nn.Parameter(torch.empty(width, dim))
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x_znc: torch.Tensor, mask_zn: torch.Tensor | None) -> torch.Tensor:
         """(z, n, c) -> (z, n, c); padding is read as zeros."""
         if mask_zn is not None:
             x_znc = x_znc * mask_zn.unsqueeze(2).to(x_znc.dtype)
-        x_zcn = x_znc.transpose(1, 2)
-        return F.conv1d(x_zcn, self.weight, padding="same", groups=x_zcn.shape[1]).transpose(1, 2)
+        width, n = len(self.weight), x_znc.shape[1]
+        # By shifts and sums: the gradients of torch's convolutions on GPUs may differ from run to run.
+        padded = F.pad(x_znc, (0, 0, width // 2, width // 2))
+        return torch.stack([padded[:, k : k + n] * self.weight[k] for k in range(width)]).sum(0)
 
 
 class TextEmbedding(Embedding):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import setformer_dist.models  # noqa: F401 — registers the encoders
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.text_ids import CLS, FIRST, PAD, SEP, most_hidden
-from setformer_dist.models.text import MaskedLanguageModel, TextEncoder
+from setformer_dist.models.text import Local, MaskedLanguageModel, TextEncoder
 
 KINDS = ("set", "soft", "soft_norm", "cast", "softmax")
 V = 60
@@ -98,6 +98,17 @@ def test_a_softmax_encoder_is_torchs_own() -> None:
     assert valid is not None
     expected = theirs.eval()(model.embedding(ids, None), src_key_padding_mask=~valid)
     torch.testing.assert_close(found[valid], expected[valid], atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("width", [1, 3, 7])
+def test_local_is_torchs_depthwise_convolution(width: int) -> None:
+    local, x = Local(16, width).double(), torch.randn(2, 11, 16, dtype=torch.float64)
+    mask = torch.arange(11) < torch.tensor([[11], [6]])
+    weight = local.weight.t().unsqueeze(1)
+    expected = F.conv1d((x * mask.unsqueeze(2)).transpose(1, 2), weight, padding="same", groups=16).transpose(1, 2)
+    torch.testing.assert_close(local(x, mask), expected, atol=1e-14, rtol=1e-12)
+    whole = F.conv1d(x.transpose(1, 2), weight, padding="same", groups=16).transpose(1, 2)
+    torch.testing.assert_close(local(x, None), whole, atol=1e-14, rtol=1e-12)
 
 
 def test_hidden_tokens_are_named_where_they_are() -> None:
