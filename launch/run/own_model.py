@@ -36,7 +36,7 @@ OwnModel = nn.Module | Callable[[int], nn.Module]
 BUFFERS = "buffers"
 
 # Tasks whose loss takes one number for each output.
-_BY_OUTPUT = ("classification", "multilabel")
+_BY_OUTPUT = ("classification", "multilabel", "sentences")
 
 
 def named_own(config: RunConfig, own: OwnModel) -> RunConfig:

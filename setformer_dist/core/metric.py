@@ -68,6 +68,12 @@ METRICS_OF: Mapping[str, tuple[Metric, ...]] = {
         Metric("recall", "recall", "recall of 100 detections per image"),
         LOSS,
     ),
+    "sentences": (
+        Metric("top1", "accuracy"),
+        Metric("f1", "F1"),
+        Metric("mcc", "MCC", "Matthews' correlation", share=False),
+        LOSS,
+    ),
     "regression": (
         Metric("pearson", "Pearson", "Pearson correlation", share=False),
         Metric("spearman", "Spearman", "Spearman correlation", share=False),

@@ -15,10 +15,10 @@ class TaskConfig(FrozenConfig):
     Attributes:
         name: "classification" (one class per sample), "multilabel" (a class name joins the labels of a sample, such as
             "cat+dog"), "segmentation" (a class for every pixel; docs/segmentation.md), "detection" (boxes around
-            objects; docs/detection.md), "mlm" (hidden tokens of texts) and "regression" (a number per text;
-            docs/language.md), "mae" and "simmim" (masked image modelling, without labels;
-            docs/pretraining.md), or a task that a module of run.imports registers.
-        args: arguments of the task. "classification" and "multilabel" take loss ("cross_entropy",
+            objects; docs/detection.md), "mlm" (hidden tokens of texts), "sentences" (classification with F1 and
+            Matthews' correlation) and "regression" (a number per text; docs/language.md), "mae" and "simmim" (masked
+            image modelling, without labels; docs/pretraining.md), or a task that a module of run.imports registers.
+        args: arguments of the task. "classification", "sentences" and "multilabel" take loss ("cross_entropy",
             "binary_cross_entropy" or "focal"), class_weights (a factor per class name), and for "focal" gamma and
             alpha. "multilabel" also takes separator (default "+") and none (the class name for samples without labels,
             default "none"). "mae" and "simmim" take unit (side of what is hidden, in pixels, default

@@ -11,4 +11,5 @@ masked_text.py      hidden tokens of texts
 multilabel.py       any number of labels per sample
 regression.py       a number for each sample
 segmentation.py     a class for every pixel
+sentences.py        one class per text, scored as GLUE does
 """

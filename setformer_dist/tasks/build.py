@@ -22,6 +22,7 @@ from setformer_dist.tasks.masked_text import MaskedText
 from setformer_dist.tasks.multilabel import MultiLabel
 from setformer_dist.tasks.regression import Regression
 from setformer_dist.tasks.segmentation import Segmentation
+from setformer_dist.tasks.sentences import Sentences
 
 # Makes a task of task.args and the names of the data's classes.
 TaskFactory = Callable[[Mapping[str, Any], tuple[str, ...]], Task]
@@ -31,6 +32,7 @@ _TASKS: dict[str, TaskFactory] = {
     "multilabel": MultiLabel,
     "segmentation": Segmentation,
     "detection": Detection,
+    "sentences": Sentences,
     "regression": Regression,
     "mlm": MaskedText,
     "mae": Masked,

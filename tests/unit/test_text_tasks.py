@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from sklearn.metrics import f1_score, matthews_corrcoef
 from torch.nn import functional as F
 
 from setformer_dist.core.batch import MicroBatch
@@ -15,6 +16,7 @@ from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.text_ids import CLS, FIRST, IGNORED, SEP, hidden_counts
 from setformer_dist.tasks.masked_text import MaskedText, MaskedTextPrepare
 from setformer_dist.tasks.regression import Regression
+from setformer_dist.tasks.sentences import Sentences
 
 V = 50
 
@@ -101,3 +103,30 @@ def test_a_regression_scores_what_counts() -> None:
     assert task.rows(outputs, some).tolist() == [[1.0, 1.5], [3.0, 3.0], [4.0, 2.0]]
     with pytest.raises(DataError, match="--number"):
         task.targets(batch(4))
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_figures_of_sentences_are_those_of_scikit_learn(classes: int) -> None:
+    names = tuple("abcde"[:classes])
+    task, draw = Sentences({}, names), np.random.default_rng(classes)
+    logits = torch.from_numpy(draw.normal(size=(60, classes))).float()
+    labels = torch.from_numpy(draw.integers(classes, size=60))
+    weights = torch.from_numpy(draw.integers(2, size=60)).float()
+    whole = batch(60, weights=weights)
+    sums = torch.zeros(1 + 3 * classes, dtype=torch.float64)
+    for part in torch.arange(60).split(7):
+        one = MicroBatch(whole.inputs[part], labels[part], weights[part], part)
+        sums += task.sums(logits[part], one, F.one_hot(labels[part], classes).float())
+    figures = task.figures(sums.tolist(), float(weights.sum()))
+    kept = weights > 0
+    known, found = labels[kept].numpy(), logits[kept].argmax(1).numpy()
+    f1 = f1_score(
+        known, found, average="binary" if classes == 2 else "macro", labels=None if classes == 2 else range(classes)
+    )
+    assert figures["f1"] == pytest.approx(f1, abs=1e-12)
+    assert figures["mcc"] == pytest.approx(matthews_corrcoef(known, found), abs=1e-12)
+    assert figures["top1"] == pytest.approx((known == found).mean(), abs=1e-12)
+    assert figures["loss"] == pytest.approx(float(F.cross_entropy(logits[kept], labels[kept])), rel=1e-5)
+    others = classes - 1
+    constant = task.figures([0.0, 4.0, *[0.0] * others, 10.0, *[0.0] * others, 4.0, 6.0, *[0.0] * (others - 1)], 10.0)
+    assert constant["mcc"] == 0.0
