@@ -19,6 +19,7 @@ from dataloaders.text.tokenizer import TextTokenizer, read_tokenizer
 from dataloaders.tokens import TokenFacts, TokenSample, TokenSplit, open_token_split, write_token_split
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.text_ids import FIRST
+from setformer_dist.core.words import counted
 
 _ROWS = 1_000  # encoded at once
 _SHORTEST = 8  # tokens of a window
@@ -97,8 +98,8 @@ def pack_texts(
         said: dict[str, object] = {"files": [path.name for path in files], **vars(counts)}
         return {**said, "column": options.column} if columns is None else {**said, **vars(columns)}
 
-    counted = _counted(samples, options.tokenizer, counts, on_sample)
-    split = write_token_split(destination, facts, counted, told, options.force, tokenizer=options.tokenizer.data)
+    told_of = _counted(samples, options.tokenizer, counts, on_sample)
+    split = write_token_split(destination, facts, told_of, told, options.force, tokenizer=options.tokenizer.data)
     return split, counts
 
 
@@ -249,7 +250,7 @@ def shown(folder: Path, samples: int) -> Iterator[str]:
     tokenizer = read_tokenizer(folder)
     lengths = np.quantile(split.lengths, (0.5, 0.9, 1.0)).astype(int).tolist()
     yield (
-        f"{split.num_samples:,} samples of {', '.join(map(str, lengths))} tokens (median, 90 %, longest), "
+        f"{counted(split.num_samples, 'sample')} of {', '.join(map(str, lengths))} tokens (median, 90 %, longest), "
         f"vocabulary {split.facts.vocabulary:,}"
     )
     for number in range(min(samples, split.num_samples)):

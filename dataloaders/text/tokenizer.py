@@ -6,6 +6,7 @@ The file is data: it names normalisers and splitters that the library has, and n
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ _UNKNOWN = ("[UNK]", "<unk>")
 
 _MOST = 65_535 - FIRST  # as ids are stored in two bytes
 _FEWEST = 64
+_OF_OURS = (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError)  # no faults of a tokenizer
+_LARGEST_ID = 1 << 24  # bounds memory
 
 
 class TextTokenizer:
@@ -46,7 +49,7 @@ class TextTokenizer:
         Raises:
             DataError: it is no tokenizer, or lacks the mask, the start or the end of a text, or has too many tokens.
         """
-        self.data = data
+        self.data, self._place = data, place
         self._tokenizer = _read(data, place)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -57,6 +60,8 @@ class TextTokenizer:
         others = sorted(set(there.values()) - left_out)
         if not others or len(others) > _MOST:
             raise DataError(f"{place} has {len(others):,} tokens: between 1 and {_MOST:,} can be packed")
+        if max(others) > _LARGEST_ID:
+            raise DataError(f"{place} has token {max(others):,}: ids up to {_LARGEST_ID:,} can be read")
         self._ids = np.full(max(there.values()) + 1, -1, np.int64)
         self._ids[others] = np.arange(FIRST, FIRST + len(others))
         self._theirs = np.array([0, *(special[i] for i in sorted(special)), *others], np.int64)
@@ -81,7 +86,8 @@ class TextTokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[np.int64]]:
         """Return the ids of each text as batches have them, without special tokens."""
-        found = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        with _faults_as("{place} cannot encode a text ({said}): repair it, or take another tokenizer", self._place):
+            found = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [self._of_text(self._ids[np.array(one.ids, np.int64)]) for one in found]
 
     def _of_text(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -103,16 +109,24 @@ class TextTokenizer:
         return str(self._tokenizer.id_to_token(int(self._theirs[number])))
 
 
-def _read(data: bytes, place: str) -> Tokenizer:
+@contextlib.contextmanager
+def _faults_as(message: str, place: str) -> Iterator[None]:
+    """Raise a DataError with a message for any error of the library within: its panics are no Exceptions."""
     try:
-        return Tokenizer.from_str(data.decode())
-    except BaseException as error:  # the library's panics are no Exceptions
-        if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+        yield
+    except BaseException as error:
+        if isinstance(error, _OF_OURS):
             raise
-        raise DataError(
-            f"{place} is not a tokenizer.json that can be read ({' '.join(str(error).split())[:120]}): name one that "
-            "`setformer text tokenizer` or Hugging Face's libraries wrote"
-        ) from None
+        raise DataError(message.format(place=place, said=" ".join(str(error).split())[:120])) from None
+
+
+def _read(data: bytes, place: str) -> Tokenizer:
+    message = (
+        "{place} is not a tokenizer.json that can be read ({said}): name one that `setformer text tokenizer` or "
+        "Hugging Face's libraries wrote"
+    )
+    with _faults_as(message, place):
+        return Tokenizer.from_str(data.decode())
 
 
 def read_tokenizer(path: Path) -> TextTokenizer:

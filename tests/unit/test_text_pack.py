@@ -81,6 +81,13 @@ def test_files_that_are_no_such_tokenizer(tmp_path: Path) -> None:
             read_tokenizer(path)
     with pytest.raises(DataError, match="cannot be read"):
         read_tokenizer(tmp_path / "none.json")
+    special = {name: i for i, name in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"))}
+    path.write_text(Tokenizer(models.WordLevel({**special, "the": 4_000_000_000}, unk_token="[UNK]")).to_str())
+    with pytest.raises(DataError, match="ids up to"):
+        read_tokenizer(path)
+    path.write_text(Tokenizer(models.WordLevel({**special, "the": 9}, unk_token="[NIL]")).to_str())
+    with pytest.raises(DataError, match="cannot encode a text"):
+        read_tokenizer(path).encode(["a cat"])
     with pytest.raises(DataError, match="no word"):
         train_tokenizer(iter([" "]), 100, lowercase=True)
     with pytest.raises(ConfigError, match="between"):
