@@ -326,6 +326,9 @@ class TokenInputs:
 
     def build_model(self, config: ModelConfig, num_classes: int, input_spec: dict[str, object], seed: int) -> nn.Module:
         """Build with the spec as further arguments; those in the config have precedence."""
+        here, given = input_spec.get("vocabulary"), config.args.get("vocabulary")
+        if isinstance(here, int) and isinstance(given, int) and given < here:
+            raise ConfigError(f"model.args.vocabulary = {given} is less than the {here} ids of the data: leave it out")
         return build_model(config.model_copy(update={"args": {**input_spec, **config.args}}), num_classes, 0, seed)
 
     def model_arguments(self, config: ModelConfig, num_classes: int) -> None:

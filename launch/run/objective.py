@@ -17,6 +17,7 @@ from dataloaders.tokens import TokenSplit
 from launch.run.config import RunConfig
 from launch.run.inputs import ImageInputs, Split, TokenInputs, images_of, inputs_of, shapes_of_images
 from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.model_config import OWN_MODEL
 from setformer_dist.core.task import Dense, DensePrepare, Hiding, Prepare, Task
 from setformer_dist.engine.averaged import AveragedModel
 from setformer_dist.models.detector import Detector
@@ -25,7 +26,7 @@ from setformer_dist.models.masked import MaskedAutoencoder, MaskedModel, latents
 from setformer_dist.models.recompute import set_recompute
 from setformer_dist.models.segmenter import Segmenter
 from setformer_dist.models.simmim import SimmimModel
-from setformer_dist.models.text import MaskedLanguageModel
+from setformer_dist.models.text import OF_TEXTS, MaskedLanguageModel
 from setformer_dist.tasks.build import build_task
 from setformer_dist.tasks.detection import Detection
 from setformer_dist.tasks.mae import TASKS_OF_HIDDEN, Hidden, Masked
@@ -157,6 +158,11 @@ def _check_texts(config: RunConfig, task: Task) -> None:
         raise ConfigError(
             f"task {task.name} learns from {_OF_TEXTS[task.name]}, and [data] has images: pack texts with `setformer "
             'text pack` and set data.kind = "tokens", or choose another task'
+        )
+    if isinstance(task, MaskedText) and not config.model.name.startswith((OF_TEXTS, OWN_MODEL)):
+        raise ConfigError(
+            f"task mlm trains encoders of texts, and model.name = {config.model.name!r} is none: set it to text_mini, "
+            "text_small or text_base"
         )
     if config.data.smoothing:
         raise ConfigError(f"data.smoothing is of classes, and task {task.name} has none: set it to 0")

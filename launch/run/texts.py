@@ -121,7 +121,7 @@ def _filled(
     inputs = torch.zeros(1, 2, len(ids), dtype=torch.int32)
     inputs[0, 0] = torch.from_numpy(ids.astype(np.int32))
     inputs[0, 1, : len(holes)] = torch.from_numpy(holes.astype(np.int32))
-    best = model(inputs)[0, : len(holes)].float().softmax(dim=1).topk(top)
+    best = model(inputs)[0, : len(holes)].float().softmax(dim=1).topk(min(top, tokenizer.vocabulary))
     fillings = tuple(
         tuple((tokenizer.token(number), share) for number, share in zip(numbers, shares, strict=True))
         for numbers, shares in zip(best.indices.tolist(), best.values.tolist(), strict=True)

@@ -29,6 +29,7 @@ from setformer_dist.models.encoded import Encoded
 from setformer_dist.models.layers import refuse_tracers
 from setformer_dist.models.sequence import Block, Embedding, SequenceConfig, SequenceEncoder, mean_of_valid
 
+OF_TEXTS = "text_"  # what the names of these models begin with
 _PARTS = 2  # texts of a pair
 
 
@@ -192,8 +193,10 @@ class MaskedLanguageModel(Encoded):
         Raises:
             ConfigError: the encoder is another model, or has a classifier.
         """
-        if not isinstance(encoder, TextEncoder) or encoder.num_classes:
+        if not isinstance(encoder, TextEncoder):
             raise ConfigError("task mlm trains encoders of texts: set model.name to text_mini, text_small or text_base")
+        if encoder.num_classes:
+            raise ConfigError("task mlm has no classes: leave model.args.num_classes out")
         super().__init__(encoder)
         self.ratio, self.eval_ratio = ratio, eval_ratio
         self.decoder = TokenDecoder(encoder.config.dim, encoder.config.vocabulary)
