@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dataloaders.pixels.own import register_augmentation
     from setformer.configs import load_config
     from setformer.data import eval_stream, open_data, own_data, prepare, train_stream
-    from setformer.trained import evaluate, load, predict
+    from setformer.trained import evaluate, load, predict, predict_texts
     from setformer.training import Training, train
     from setformer_dist.callbacks.build import register_callback
     from setformer_dist.core.callback import Callback
@@ -42,6 +42,7 @@ _HOME = {
     "open_data": "setformer.data",
     "own_data": "setformer.data",
     "predict": "setformer.trained",
+    "predict_texts": "setformer.trained",
     "prepare": "setformer.data",
     "register_augmentation": "dataloaders.pixels.own",
     "register_callback": "setformer_dist.callbacks.build",
@@ -60,6 +61,7 @@ __all__ = [
     "open_data",
     "own_data",
     "predict",
+    "predict_texts",
     "prepare",
     "register_augmentation",
     "register_callback",

@@ -1,14 +1,16 @@
-"""Use what a run has trained, in one process: evaluate on a split, predict for images."""
+"""Use what a run has trained, in one process: evaluate on a split, predict for images or texts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
 
+from launch.run import texts as language
 from launch.run import trained as runs
 from launch.run.exported import load_named
 from launch.run.own_code import bring
 from launch.run.own_model import OwnModel
+from launch.run.texts import TextPrediction, tokenizer_for
 from launch.run.trained import Prediction, Trained
 from setformer_dist.core.errors import DataError
 from setformer_dist.core.metric import weights_named
@@ -93,3 +95,30 @@ def predict(trained: Trained, images: str | Path | Iterable[str | Path], top: in
             raise prediction
         found.append(prediction)
     return found
+
+
+def predict_texts(
+    trained: Trained,
+    texts: str | Iterable[str | tuple[str, str]],
+    top: int = 3,
+    tokenizer: str | Path | None = None,
+) -> list[TextPrediction]:
+    """Say what a model of texts makes of some.
+
+    Args:
+        trained: from `load`, of a run on texts.
+        texts: one, or several; the two of a pair in a tuple. "[MASK]" in a text is a hidden token.
+        top: classes, or tokens for a hidden one.
+        tokenizer: tokenizer.json of the model's data, where it is not beside the model.
+
+    Returns:
+        For each text `classes` and `probabilities`, or `value`, or `fillings`.
+
+    Raises:
+        DataError: a text is empty, or has no hidden token where the model names them.
+        ConfigError: the model is of no texts, or its tokenizer is not found.
+    """
+    given = [texts] if isinstance(texts, str) else texts
+    samples = [(text,) if isinstance(text, str) else text for text in given]
+    found = tokenizer_for(trained, None if tokenizer is None else Path(tokenizer))
+    return list(language.predict_texts(trained, found, samples, top))

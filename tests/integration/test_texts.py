@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+import setformer as library
 from launch.testing.commands import losses, setformer
 
 NOUNS = ("cat", "dog", "bird", "fish", "king", "queen", "child", "farmer")
@@ -137,6 +138,8 @@ def test_fine_tuning_predictions_and_exports(texts: Path, pretrained: Path, tmp_
     assert run("text", "predict", str(exported), good, bad, "--top", "1") == said
     scored = json.loads(run("eval", str(exported), "--data", str(texts / "s"), "--json"))["metrics"]
     assert scored["top1"] == pytest.approx(figures["top1"])
+    found = library.predict_texts(library.load(exported), [good, bad], top=1)
+    assert [one.classes for one in found] == [("good",), ("bad",)]
     lines = tmp_path / "lines.txt"
     lines.write_text(f"{good}\n\n{bad}\n")
     assert run("text", "predict", str(tuned), "--file", str(lines), "--top", "1") == said
