@@ -48,12 +48,19 @@ def _describe_tokens(split: TokenSplit, sheet: Path | None, console: Console) ->
     if sheet is not None:
         raise ConfigError(f"--sheet shows images, and {split.folder} holds token sequences")
     lengths = split.lengths
-    counts = np.bincount(split.labels(np.arange(split.num_samples)).numpy(), minlength=len(split.classes))
+    everything = np.arange(split.num_samples)
+    counts = np.bincount(split.labels(everything).numpy(), minlength=len(split.classes))[: len(split.classes)]
+    numbers = split.numbers(everything)
+    what = "none"
+    if split.classes:
+        what = ", ".join(f"{name} {count:,}" for name, count in zip(split.classes, counts.tolist(), strict=True))
+    elif numbers is not None:
+        what = f"none, but numbers from {float(numbers.min()):g} to {float(numbers.max()):g}"
     table = open_table("", "", show_header=False, box=None, pad_edge=False)
     for label, value in [
         ("data", str(split.folder)),
         ("samples", f"{split.num_samples:,} token sequences ({split.facts.task})"),
-        ("classes", ", ".join(f"{name} {count:,}" for name, count in zip(split.classes, counts.tolist(), strict=True))),
+        ("classes", what),
         ("tokens", f"{int(lengths.min()):,} to {int(lengths.max()):,}, median {np.median(lengths):,.0f}"),
         ("vocabulary", f"{split.facts.vocabulary:,}"),
     ]:

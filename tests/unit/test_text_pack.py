@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from dataloaders.text.corpus import windows_of
@@ -15,6 +17,7 @@ from dataloaders.text.samples import cut_to, sample_of
 from dataloaders.text.tables import Columns, rows_of
 from dataloaders.text.tokenizer import TextTokenizer, read_tokenizer, train_tokenizer
 from dataloaders.tokens import open_token_split
+from launch.data.sheet import describe
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.text_ids import CLS, FIRST, MASK, SEP
 
@@ -217,6 +220,9 @@ def test_a_damaged_tokenizer_is_found(tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n".join(SENTENCES))
     split, _ = pack_texts(tmp_path / "a.txt", tmp_path / "s", options_of(Asked(tokenizer), tmp_path / "a.txt"))
     assert split.facts.vocabulary == read_tokenizer(tokenizer).vocabulary
+    console = Console(file=io.StringIO(), width=100)
+    assert describe(str(tmp_path / "s"), 10, None, 4, 64, console)["counts"] == []
+    assert "classes     none" in console.file.getvalue()  # type: ignore[attr-defined]
     file = tmp_path / "s" / "tokenizer.json"
     file.write_bytes(file.read_bytes().replace(b"cat", b"dog", 1))
     with pytest.raises(DataError, match=r"tokenizer\.json does not have the sha256"):
