@@ -21,7 +21,8 @@ from setformer_dist.core.errors import DataError
 SUFFIXES = (".txt", ".jsonl")
 
 _LINES = 2_000  # encoded at once
-LONGEST_LINE = 1 << 26  # characters: bounds memory
+LONGEST_LINE = 1 << 26  # bytes: bounds memory
+_MARK = "\ufeff".encode()  # with which some files begin
 
 
 def files_of(source: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
@@ -47,18 +48,41 @@ def lines_of(path: Path) -> Iterator[tuple[int, str]]:
     """
     number = 0
     try:
-        with path.open(encoding="utf-8-sig", newline="\n") as file:
+        with path.open("rb") as file:
             while line := file.readline(LONGEST_LINE):
                 number += 1
                 if len(line) == LONGEST_LINE:
-                    raise DataError(f"{path}, line {number}, has more than {LONGEST_LINE:,} characters: is it text?")
-                yield number, line.rstrip("\r\n")
+                    raise DataError(f"{path}, line {number}, has more than {LONGEST_LINE:,} bytes: is it text?")
+                yield number, line.removeprefix(_MARK if number == 1 else b"").decode().rstrip("\r\n")
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path}, after line {number}, is not UTF-8 ({error.reason}): convert it, such as with iconv -t UTF-8"
+            f"{path}, line {number}, is not UTF-8 ({error.reason}): convert the file, such as with iconv -t UTF-8"
         ) from None
+
+
+def object_of(path: Path, number: int, line: str) -> dict[str, object] | None:
+    """Return the object of a JSON line; None for an empty line; raises DataError."""
+    if not line.strip():
+        return None
+    try:
+        row = parse_json(line.encode())
+    except ValueError as error:
+        raise DataError(f"{path}, line {number}, is not JSON ({str(error)[:80]}): repair or remove the line") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{path}, line {number}, is not an object with keys: repair or remove the line")
+    return row
+
+
+def check_characters(text: str, place: str) -> str:
+    """Return a text of whole characters; raises DataError for one with half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise DataError(f"{place} has {half}, which is half a character: repair the text") from None
+    return text
 
 
 def documents_of(path: Path, column: str) -> Iterator[list[str]]:
@@ -92,16 +116,16 @@ def documents_of(path: Path, column: str) -> Iterator[list[str]]:
 
 
 def text_of(path: Path, number: int, line: str, column: str) -> str:
-    """Return the text of a JSON line; raises DataError."""
-    try:
-        row = parse_json(line.encode())
-    except ValueError as error:
-        raise DataError(f"{path}, line {number}, is not JSON ({error})") from None
-    value = row.get(column) if isinstance(row, dict) else None
+    """Return the text of a JSON line, "" of an empty one; raises DataError."""
+    row = object_of(path, number, line)
+    if row is None:
+        return ""
+    value = row.get(column)
     if not isinstance(value, str):
-        keys = ", ".join(map(str, row)) if isinstance(row, dict) else "no object"
-        raise DataError(f"{path}, line {number}, has no text {column!r} ({keys}): name its key with --text")
-    return value
+        raise DataError(
+            f"{path}, line {number}, has no text {column!r} ({', '.join(map(str, row))}): name its key with --text"
+        )
+    return check_characters(value, f"{path}, line {number},")
 
 
 def windows_of(files: Sequence[Path], tokenizer: TextTokenizer, length: int, column: str) -> Iterator[TokenSample]:

@@ -98,7 +98,7 @@ def pack_texts(
         said: dict[str, object] = {"files": [path.name for path in files], **vars(counts)}
         return {**said, "column": options.column} if columns is None else {**said, **vars(columns)}
 
-    told_of = _counted(samples, options.tokenizer, counts, on_sample)
+    told_of = _counted(source, samples, options.tokenizer, counts, on_sample)
     split = write_token_split(destination, facts, told_of, told, options.force, tokenizer=options.tokenizer.data)
     return split, counts
 
@@ -156,14 +156,22 @@ def _sample(
 
 
 def _counted(
-    samples: Iterable[TokenSample], tokenizer: TextTokenizer, counts: Counts, on_sample: Callable[[], None]
+    source: Path,
+    samples: Iterable[TokenSample],
+    tokenizer: TextTokenizer,
+    counts: Counts,
+    on_sample: Callable[[], None],
 ) -> Iterator[TokenSample]:
+    any_of_it = False
     for sample in samples:
         ids = sample.sequences[0].astype(np.int64) + 1
         counts.tokens += int((ids >= FIRST).sum())
         counts.unknown += tokenizer.unknown(ids)
         on_sample()
+        any_of_it = True
         yield sample
+    if not any_of_it:
+        raise DataError(f"{source} has no text: name a file with some")
 
 
 @dataclass(frozen=True)
@@ -221,8 +229,10 @@ def options_of(asked: Asked, source: Path) -> TextOptions:
 
 def _is_table(asked: Asked, source: Path) -> bool:
     """Return whether rows are wanted: not of running text in JSON lines, of which --text names the key."""
-    running = source.suffix == ".jsonl" and not (asked.label or asked.number) and len(asked.texts) < 2
-    return bool(asked.texts) and not running
+    if asked.label or asked.number or len(asked.texts) > 1:
+        return True
+    files = [source] if source.is_file() else source.rglob("*")
+    return bool(asked.texts) and any(path.suffix in (".tsv", ".csv") for path in files)
 
 
 def _columns(said: dict[str, object]) -> tuple[tuple[str, ...], str, str, bool]:

@@ -13,14 +13,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataloaders.sources.files import parse_json
-from dataloaders.text.corpus import lines_of
+import numpy as np
+
+from dataloaders.text.corpus import check_characters, lines_of, object_of
 from setformer_dist.core.config import nearest
 from setformer_dist.core.errors import ConfigError, DataError
 
 SUFFIXES = (".tsv", ".csv", ".jsonl")
 
 _LONGEST_CELL = 1 << 24
+_LARGEST = float(np.finfo(np.float32).max)
 _SHOWN = 30  # characters of a name in messages
 
 
@@ -91,7 +93,7 @@ def _number(place: str, text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
+    if not abs(value) <= _LARGEST:  # of numbers as they are packed; NaN is not either
         raise DataError(f"{place} has {text[:40]!r} where a number is wanted: repair it, or name another --number")
     return value
 
@@ -100,7 +102,8 @@ def _cells(path: Path, columns: Columns) -> Iterator[tuple[int, dict[str, str]]]
     """Yield the line's number and the cells that are read of each row."""
     if path.suffix == ".jsonl":
         for number, line in lines_of(path):
-            yield number, _object(path, number, line, columns.all)
+            if (cells_here := _object(path, number, line, columns.all)) is not None:
+                yield number, cells_here
         return
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path} is none of {', '.join(SUFFIXES)}: tables of texts are read by their suffix")
@@ -144,16 +147,13 @@ def _separated(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise DataError(f"{path}, line {reader.line_num}, is not CSV ({error}): repair it, or name it .tsv") from None
 
 
-def _object(path: Path, number: int, line: str, wanted: Sequence[str]) -> dict[str, str]:
-    try:
-        row = parse_json(line.encode())
-    except ValueError as error:
-        raise DataError(f"{path}, line {number}, is not JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{path}, line {number}, is not an object with keys")
+def _object(path: Path, number: int, line: str, wanted: Sequence[str]) -> dict[str, str] | None:
+    row = object_of(path, number, line)
+    if row is None:
+        return None
     for name in wanted:
         if name not in row:
             raise DataError(f"{path}, line {number}, has no key {name!r}: {nearest(name, list(row))}")
         if not isinstance(row[name], str | int | float):
             raise DataError(f"{path}, line {number}: {name!r} is neither a text nor a number")
-    return {name: str(row[name]) for name in wanted}
+    return {name: check_characters(str(row[name]), f"{path}, line {number},") for name in wanted}

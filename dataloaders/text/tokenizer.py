@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -113,11 +115,26 @@ class TextTokenizer:
 def _faults_as(message: str, place: str) -> Iterator[None]:
     """Raise a DataError with a message for any error of the library within: its panics are no Exceptions."""
     try:
-        yield
+        with _silent():
+            yield
     except BaseException as error:
         if isinstance(error, _OF_OURS):
             raise
         raise DataError(message.format(place=place, said=" ".join(str(error).split())[:120])) from None
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keep from the terminal what the library's panics write to file descriptor 2, beside what they raise."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _read(data: bytes, place: str) -> Tokenizer:

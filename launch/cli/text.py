@@ -139,7 +139,7 @@ def pack(
         said.append(f"{counts.unknown / max(1, counts.tokens):.2%} of tokens unknown")
     print(f"{plain(destination)}: {', '.join(said)}")
     if counts.cut > split.num_samples // 20:
-        print(f"warning: many samples are cut: consider --length {2 * options.length}", file=sys.stderr)
+        print("warning: many samples are cut: consider a larger --length", file=sys.stderr)
 
 
 _SHOW_HELP = """Print samples of a packed split as texts.
@@ -215,11 +215,21 @@ def _samples(texts: list[str], pairs: bool, file: Path | None) -> list[tuple[str
             parts = tuple(line.split("\t"))
             if len(parts) > 2:
                 raise ConfigError(f"{file}, line {number}, has {len(parts)} texts: a tab separates the two of a pair")
-            if line.strip():
-                samples.append(parts)
+            if not line.strip():
+                continue
+            if not all(part.strip() for part in parts):
+                raise ConfigError(f"{file}, line {number}, has an empty text: give it some words")
+            samples.append(parts)
+    if any(_has_half(text) for text in texts):
+        raise ConfigError("a text is not UTF-8: check the terminal's encoding, or give --file FILE")
     if not samples:
         raise ConfigError("no text: give some, or --file FILE")
     return samples
+
+
+def _has_half(text: str) -> bool:
+    """Return whether a text has bytes that are no characters, as the shell hands them on."""
+    return any(0xD800 <= ord(character) <= 0xDFFF for character in text)
 
 
 def _as_json(found: TextPrediction) -> str:

@@ -46,6 +46,8 @@ STEPS_OF_NORM = ".num_batches_tracked"
 # What the names of a classifier begin with in the models that can be pretrained as encoders.
 _HEAD = "head."
 
+_PLACES = "embedding.position"  # what the name of a parameter ends with that has a row for each token of a text
+
 _NAMED = 3  # faults that an error names before it only counts
 
 _FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names types
@@ -143,6 +145,7 @@ class FirstWeights:
         self._check_skip(source)
         self._check_numbers(source)
         self._check_positions(source)
+        self._check_length(source)
         faults = {name: fault for name, fault in self._faults(source).items() if name not in new}
         drawn = new | self._other_classifier(source, faults)
         if faults := {name: fault for name, fault in faults.items() if name not in drawn}:
@@ -256,6 +259,17 @@ class FirstWeights:
                     f"model.weights = {self.config.weights}: {name} is of images of {rows} x {columns}, this run's are "
                     f"{height} x {width}, and only those of square images are resized: set data.image_size and "
                     f'data.image_width alike, or draw it from the seed (model.skip = ["{name}"])'
+                )
+
+    def _check_length(self, source: _Source) -> None:
+        """Refuse places of a text of another number."""
+        for name, shape in self.shapes.items():
+            there = source.shapes.get(name, shape)
+            if name.endswith(_PLACES) and there != shape and not name.startswith(self.config.skip or ()):
+                raise CheckpointError(
+                    f"model.weights = {self.config.weights}: these know texts of {there[0]} tokens, this run's "
+                    f"encoder of {shape[0]}: set model.args.length = {there[0]} (and data.length to at most that), or "
+                    f'draw the places from the seed (model.skip = ["{name}"])'
                 )
 
     def _check_skip(self, source: _Source) -> None:

@@ -329,6 +329,14 @@ class TokenInputs:
         here, given = input_spec.get("vocabulary"), config.args.get("vocabulary")
         if isinstance(here, int) and isinstance(given, int) and given < here:
             raise ConfigError(f"model.args.vocabulary = {given} is less than the {here} ids of the data: leave it out")
+        tokens, longest = input_spec.get("length"), config.args.get("length")
+        if isinstance(tokens, int) and isinstance(longest, int) and longest < tokens:
+            raise ConfigError(
+                f"model.args.length = {longest} is less than the {tokens} tokens of the data: leave it out, or set "
+                f"data.length = {longest}, which cuts what is longer"
+            )
+        if "tokenizer" in config.args:
+            raise ConfigError("model.args.tokenizer is what the data say: leave it out")
         return build_model(config.model_copy(update={"args": {**input_spec, **config.args}}), num_classes, 0, seed)
 
     def model_arguments(self, config: ModelConfig, num_classes: int) -> None:

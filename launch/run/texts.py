@@ -14,11 +14,14 @@ from dataloaders.text.samples import Ids, cut_to, sample_of
 from dataloaders.text.tokenizer import TextTokenizer, read_tokenizer
 from dataloaders.tokens import TOKENIZER_NAME
 from launch.run.initial_weights import tokenizer_of
+from launch.run.objective import encoder_of
 from launch.run.trained import Trained
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.text_ids import MASK, most_hidden
-from setformer_dist.models.text import MaskedLanguageModel
+from setformer_dist.models.text import MaskedLanguageModel, TextEncoder
 from setformer_dist.tasks.regression import Regression
+
+_SHORTEST = 4  # tokens of a text and its ends
 
 HOLE = "[MASK]"  # in a text, where a token is hidden
 
@@ -77,9 +80,13 @@ def predict_texts(
     Raises:
         DataError: a text is empty, or has no hidden token where the model fills them, or too many.
     """
-    for texts in samples:
+    given = list(samples)
+    for number, texts in enumerate(given, 1):  # before the first is computed
         if not all(text.strip() for text in texts):
-            raise DataError("a text is empty: give it some words")
+            raise DataError(f"text {number} is empty: give it some words")
+        if isinstance(trained.model, MaskedLanguageModel) and not any(HOLE in text for text in texts):
+            raise DataError(f"this model names hidden tokens, and text {number} has none: write {HOLE} for one")
+    for texts in given:
         if isinstance(trained.model, MaskedLanguageModel):
             yield _filled(trained, trained.model, tokenizer, texts, top)
         else:
@@ -87,15 +94,20 @@ def predict_texts(
 
 
 def _length(trained: Trained) -> int:
-    length = trained.inputs.get("length")
-    if not isinstance(length, int) or length < 4:
+    """Return the most tokens of a text: of the data, and as the model takes them."""
+    encoder, length = encoder_of(trained.model), trained.inputs.get("length")
+    most = getattr(getattr(encoder, "config", None), "length", None)
+    if not isinstance(length, int) or not isinstance(most, int) or length < _SHORTEST:
         raise ConfigError(f"{trained.place} does not say how long its texts are: train it again")
-    return length
+    return min(length, most)
 
 
 @torch.no_grad()
 def _judged(trained: Trained, tokenizer: TextTokenizer, texts: tuple[str, ...], top: int) -> TextPrediction:
-    ids = sample_of(*cut_to(tokenizer.encode(texts), _length(trained)))
+    length = _length(trained)
+    ids = sample_of(*cut_to(tokenizer.encode(texts), length))
+    if not isinstance(trained.model, TextEncoder):  # which takes texts of any length
+        ids = np.pad(ids, (0, length - len(ids)))
     outputs = trained.model(torch.from_numpy(ids.astype(np.int32)).unsqueeze(0))
     if isinstance(trained.task, Regression):
         return TextPrediction(texts, value=float(outputs[0, 0]))
@@ -109,14 +121,19 @@ def _filled(
     trained: Trained, model: MaskedLanguageModel, tokenizer: TextTokenizer, texts: Sequence[str], top: int
 ) -> TextPrediction:
     length = _length(trained)
-    ids = sample_of(*cut_to([_with_holes(tokenizer, text) for text in texts], length))
+    whole = [_with_holes(tokenizer, text) for text in texts]
+    ids = sample_of(*cut_to(whole, length))
     (holes,) = np.nonzero(ids == MASK)
-    if not len(holes):
-        raise DataError(f"this model names hidden tokens, and {texts[0][:40]!r} has none: write {HOLE} for one")
+    if lost := sum(int((part == MASK).sum()) for part in whole) - len(holes):
+        raise DataError(
+            f"{texts[0][:40]!r} … is longer than the {length} tokens that the model sees, which cuts off {lost} of its "
+            f"{HOLE}: shorten it"
+        )
     # The model answers for a share of a text's places, so a text with many holes is padded.
     while most_hidden(len(ids), model.eval_ratio) < len(holes):
         if len(ids) == length:
-            raise DataError(f"a text of {len(holes)} hidden tokens has too many: hide fewer")
+            most = most_hidden(length, model.eval_ratio)
+            raise DataError(f"a text has {len(holes)} hidden tokens, and this model names up to {most}: hide fewer")
         ids = np.pad(ids, (0, min(len(ids), length - len(ids))))
     inputs = torch.zeros(1, 2, len(ids), dtype=torch.int32)
     inputs[0, 0] = torch.from_numpy(ids.astype(np.int32))

@@ -181,6 +181,15 @@ def test_what_does_not_go_together(texts: Path, pretrained: Path, digits: Path, 
                                                  "--tokenizer", str(other), "--label", "label", code=2)  # fmt: skip
     assert "none: set it to text_mini" in run("train", "mlm", f"data.root={texts / 'c'}", "model.name=lra_encoder",
                                               "~model.args", f"run.out={tmp_path}", code=2)  # fmt: skip
+    shorter = ("model.args.length=16", "data.length=16", f"data.root={texts / 's'}", f"model.weights={pretrained}")
+    assert "set model.args.length = 32" in run(*begin, *shorter, code=4)
+    assert "model.args.length = 16 is less" in run(*begin, f"data.root={texts / 's'}", "model.args.length=16", code=2)
+    assert "what the data say" in run(*begin, f"data.root={texts / 's'}", "model.args.tokenizer=abc", code=2)
+    said = run("text", "predict", str(pretrained), "the [MASK] .", "the king", code=3)
+    assert "text 2 has none: write [MASK]" in said
+    long = "the " * 99 + "[MASK]"
+    assert "cuts off 1 of its [MASK]" in run("text", "predict", str(pretrained), long, code=3)
+    assert "names up to 5" in run("text", "predict", str(pretrained), "[MASK] " * 9, code=3)
     assert "less than the" in run("train", "mlm", f"data.root={texts / 'c'}", "model.args.vocabulary=9",
                                   f"run.out={tmp_path}", code=2)  # fmt: skip
     assert "exists" in run("text", "tokenizer", str(texts / "corpus" / "val"), str(other), code=2)

@@ -175,6 +175,8 @@ def test_tables(tokenizer: Path, tmp_path: Path) -> None:
         ("t.jsonl", '{"text": "a", "label": [1]}\n', "neither a text nor a number"),
         ("t.jsonl", "[1]\n", "not an object"),
         ("t.jsonl", "{\n", "is not JSON"),
+        ("t.jsonl", '\n{"text": "a \\ud800 b", "label": "x"}\n', r"line 2, has \\ud800, which is half a character"),
+        ("t.jsonl", '{"text": "a b", "label": "\\udfff"}\n', "half a character"),
         ("t.bin", "text\tlabel\nthe cat\t1\n", "none of .tsv"),
     ],
 )
@@ -186,12 +188,12 @@ def test_tables_that_are_refused(name: str, text: str, said: str, tmp_path: Path
 
 def test_numbers_and_bytes_that_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.tsv"
-    for number in ("nan", "inf", "many", ""):
+    for number in ("nan", "inf", "many", "", "1e39", "-1e39"):
         path.write_text(f"text\tscore\nthe cat\t{number}\n")
         with pytest.raises(DataError, match="where a number is wanted"):
             list(rows_of(path, Columns(("text",), number="score")))
-    path.write_bytes(b"text\tscore\n\xff\xfe\t1\n")
-    with pytest.raises(DataError, match="is not UTF-8"):
+    path.write_bytes(b"text\tscore\nthe cat\t1\n\xff\xfe\t1\n")
+    with pytest.raises(DataError, match="line 3, is not UTF-8"):
         list(rows_of(path, Columns(("text",), number="score")))
 
 
@@ -214,6 +216,32 @@ def test_a_split_is_packed_like_another(tokenizer: Path, tmp_path: Path) -> None
         options_of(Asked(like=train, length=64), tmp_path / "val.tsv")
     with pytest.raises(ConfigError, match="no tokenizer"):
         options_of(Asked(), tmp_path / "val.tsv")
+
+
+def test_a_folder_of_json_lines_is_running_text_as_a_file_is(tokenizer: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("\n" + json.dumps({"body": " ".join(SENTENCES)}) + "\n\n")
+    splits = [
+        pack_texts(source, tmp_path / name, options_of(Asked(tokenizer, length=16, texts=("body",)), source))[0]
+        for name, source in (("one", folder), ("two", folder / "a.jsonl"))
+    ]
+    assert splits[0].fingerprint == splits[1].fingerprint
+    assert splits[0].num_samples > 10
+    (folder / "a.jsonl").write_text("\n \n")
+    with pytest.raises(DataError, match="folder has no text"):
+        pack_texts(folder, tmp_path / "three", options_of(Asked(tokenizer, texts=("body",)), folder))
+
+
+def test_a_panic_of_the_library_says_one_sentence(
+    tokenizer: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    said = json.loads(tokenizer.read_text())
+    pattern = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
+    (tmp_path / "t.json").write_text(json.dumps({**said, "pre_tokenizer": pattern}))
+    with pytest.raises(DataError, match="cannot encode a text"):
+        read_tokenizer(tmp_path / "t.json").encode(["x" * 5000])
+    assert capfd.readouterr().err == ""
 
 
 def test_a_damaged_tokenizer_is_found(tokenizer: Path, tmp_path: Path) -> None:
