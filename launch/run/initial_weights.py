@@ -233,11 +233,11 @@ class FirstWeights:
                 )
 
     def _check_tokenizer(self, source: _Source) -> None:
-        """Refuse weights of other tokens: ids of two tokenizers mean other parts of words."""
-        if source.tokenizer and source.tokenizer != self.tokenizer:
+        """Refuse weights of other tokens for a run on texts; a model of images may well lie beside a tokenizer."""
+        if self.tokenizer and source.tokenizer and source.tokenizer != self.tokenizer:
             raise CheckpointError(
                 f"model.weights = {self.config.weights}: these learned tokens of tokenizer {source.tokenizer[:12]}, "
-                f"and this run's data are of {self.tokenizer[:12] or 'none'}: pack the data with theirs (--tokenizer)"
+                f"and this run's data are of {self.tokenizer[:12]}: pack the data with theirs (--tokenizer)"
             )
 
     def _check_positions(self, source: _Source) -> None:
@@ -496,7 +496,7 @@ def _of_file(path: Path) -> _Source:
     encoder = ENCODER if any(name.startswith(ENCODER) for name in shapes) else ""
     quantized = {name: kind for name, kind in kinds.items() if kind not in _FLOATS}
     images = _images_of_export(path.with_name("config.json"))
-    tokenizer = _digest_of(path.with_name(TOKENIZER_NAME))  # of an exported model of texts
+    tokenizer = _digest_of(path.with_name(TOKENIZER_NAME))
     name = f"the weights of {path}"
     return _Source(
         name, facts, shapes, fill, tensors, encoder=encoder, quantized=quantized, images=images, tokenizer=tokenizer
