@@ -18,6 +18,8 @@ from pycocotools.cocoeval import COCOeval
 import setformer as library
 from launch.testing.commands import losses, setformer, train_words
 
+# Layouts add in other orders. An update by the sign of gradients near 0, as of small `eps`, makes steps of roundings.
+STEADY = ("optim.lr=1e-3", "optim.eps=1e-3")
 DETECT = (
     "task.name=detection", "task.args.channels=32", "checkpoint.best_metric=ap", "~model.args",
     "data.augment.smoothing=0", "data.augment.crop=scale_jitter", "data.augment.scale_jitter=[0.8,1.25]",
@@ -138,7 +140,7 @@ def test_it_trains_alike_on_any_ranks_and_resumes(scenes: Path, tmp_path: Path) 
     for ranks, stage, micro in layouts:
         words = train_words(
             scenes, out, *DETECT, f"run.name=on{ranks}-{stage}", f"zero.stage={stage}", f"batch.micro={micro}",
-            "ema.decay=0.9", "optim.lr=5e-4", "schedule.epochs=2", "eval.every_epochs=1", ranks=ranks,
+            "ema.decay=0.9", *STEADY, "schedule.epochs=2", "eval.every_epochs=1", ranks=ranks,
         )  # fmt: skip
         ended = setformer(*words)
         assert ended.code == 0, ended.err
@@ -146,8 +148,8 @@ def test_it_trains_alike_on_any_ranks_and_resumes(scenes: Path, tmp_path: Path) 
     for shared in others:
         assert shared.keys() == alone.keys()
         for place, (loss, averaged) in alone.items():
-            assert shared[place][0] == pytest.approx(loss, rel=5e-4), place
-            assert averaged is None or shared[place][1] == pytest.approx(averaged, rel=5e-4)
+            assert shared[place][0] == pytest.approx(loss, rel=5e-5), place
+            assert averaged is None or shared[place][1] == pytest.approx(averaged, rel=5e-5)
     shutil.copytree(out / "on2-2", out / "again" / "on2-2")
     shutil.rmtree(max((out / "again" / "on2-2" / "checkpoints").glob("step-*")))  # the run goes on from the step before
     there = [word if not word.startswith("run.out=") else f"run.out={out / 'again'}" for word in words]

@@ -20,6 +20,8 @@ from launch.testing.commands import DEMO, losses, setformer, train_words
 from setformer_dist.core.errors import ConfigError
 
 COLOURS = np.array([[40, 60, 200], [220, 40, 40], [40, 200, 60]])  # of sky, square and disc
+# Layouts add in other orders. An update by the sign of gradients near 0, as of small `eps`, makes steps of roundings.
+STEADY = ("optim.lr=1e-3", "optim.eps=1e-3")
 SEGMENT = (
     "task.name=segmentation", "task.args.channels=64", "checkpoint.best_metric=miou", "model.args.stem_strides=[1,2]",
     "data.augment.smoothing=0", "data.augment.crop=resized", "data.augment.scale=[0.5,1.0]", "data.image_size=32",
@@ -144,7 +146,7 @@ def test_it_trains_alike_on_any_ranks_and_resumes(scenes: Path, tmp_path: Path) 
     for ranks, stage, micro in layouts:
         words = train_words(
             scenes, out, *SEGMENT, f"run.name=on{ranks}-{stage}", f"zero.stage={stage}", f"batch.micro={micro}",
-            "ema.decay=0.9", "optim.lr=5e-4", "schedule.epochs=2", "eval.every_epochs=1", ranks=ranks,
+            "ema.decay=0.9", *STEADY, "schedule.epochs=2", "eval.every_epochs=1", ranks=ranks,
         )  # fmt: skip
         ended = setformer(*words)
         assert ended.code == 0, ended.err
@@ -152,8 +154,8 @@ def test_it_trains_alike_on_any_ranks_and_resumes(scenes: Path, tmp_path: Path) 
     for shared in others:
         assert shared.keys() == alone.keys()
         for place, (loss, averaged) in alone.items():
-            assert shared[place][0] == pytest.approx(loss, rel=5e-4), place
-            assert averaged is None or shared[place][1] == pytest.approx(averaged, rel=5e-4)
+            assert shared[place][0] == pytest.approx(loss, rel=5e-5), place
+            assert averaged is None or shared[place][1] == pytest.approx(averaged, rel=5e-5)
     shutil.copytree(out / "on2-2", out / "again" / "on2-2")
     shutil.rmtree(max((out / "again" / "on2-2" / "checkpoints").glob("step-*")))  # the run goes on from the step before
     there = [word if not word.startswith("run.out=") else f"run.out={out / 'again'}" for word in words]
