@@ -136,9 +136,10 @@ def export(
     ] = False,
     imports: ImportOption = None,
 ) -> None:
-    """Write the weights as a folder that timm loads, with preprocessing and class names.
+    """Write the weights as a folder that timm loads, with preprocessing and class names, of texts with the tokenizer.
 
-    `timm.create_model("local-dir:DEST", pretrained=True)` and `timm.data.resolve_model_data_config` read it.
+    `timm.create_model("local-dir:DEST", pretrained=True)` and `timm.data.resolve_model_data_config` read that of a
+    model of images. `eval`, `predict`, `text predict` and `model.weights` take all exports.
 
     Examples:
 

@@ -490,6 +490,8 @@ def models(
         setformer models
 
         setformer models "setformer_*" --size 768
+
+        setformer models "text_*"
     """
     from launch.run import models
 

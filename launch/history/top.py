@@ -65,7 +65,7 @@ def _picture(folder: Path, seen: live.Live) -> Group:
     batch = _global_batch(folder)
     speed = ""
     if seen.steps_per_s is not None:
-        speed = f", {seen.steps_per_s:.2f} steps/s" + (f", {seen.steps_per_s * batch:,.0f} images/s" if batch else "")
+        speed = f", {seen.steps_per_s:.2f} steps/s" + (f", {seen.steps_per_s * batch:,.0f} samples/s" if batch else "")
     step = max(rank.step for rank in seen.ranks)
     hosts = len({rank.host for rank in seen.ranks})
     where = f" on {counted(hosts, 'host')}" if hosts > 1 else ""

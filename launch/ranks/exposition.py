@@ -114,7 +114,7 @@ class Exposition(Collector):
             ("up", "Whether the supervisor has running ranks.", float(live is not None)),
             ("step", "Optimizer steps done.", max(step, f.step)),
             ("steps_per_second", "Optimizer steps per second lately.", live.steps_per_s if live is not None else None),
-            ("images_per_second", "Images per second of all ranks, at the last logged step.", f.images_per_s),
+            ("images_per_second", "Samples per second of all ranks, at the last logged step.", f.images_per_s),
             ("loss", "Training loss at the last logged step.", f.loss),
             ("ranks", "Ranks of the present attempt.", len(ranks)),
             ("hosts", "Hosts of the present attempt.", len({rank.host for rank in ranks})),

@@ -29,6 +29,7 @@ sequence.py          parallel.sequence: whether model and data allow it, and eac
 session.py           one rank's part of a run, for launch.entry and for the library
 store.py             which checkpoints a run may resume from, and what it adds to those that it writes
 timm_weights.py      weights in timm's layout for a model of another size or another number of classes
+scored_texts.py      texts with what is true of them and what a trained model says, for the report
 segmented.py         pictures of images with their masks and with those of a trained model, for the report
 trained.py           a trained checkpoint used by one process: eval, predict, the report's pictures
 exported.py          an exported model, ours or timm's, used likewise

@@ -164,7 +164,7 @@ def load_exported(folder: Path) -> Trained:
         if len(task.outputs) != about.num_classes:
             raise ValueError(f"has {len(task.outputs)} classes, and num_classes is {about.num_classes}")
     except pydantic.ValidationError as error:
-        raise CheckpointError(f"{place} does not describe a model of images: {base.readable(error)}") from None
+        raise CheckpointError(f"{place} describes no model that can be loaded: {base.readable(error)}") from None
     except (ValueError, ConfigError, OSError) as error:
         raise CheckpointError(f"{place} describes no model that can be loaded: {error}") from None
     assert isinstance(config.data, DataConfig)

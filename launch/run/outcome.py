@@ -12,6 +12,7 @@ from launch.run.config import ResolvedRun
 from launch.run.detected import detected_samples
 from launch.run.own_model import OwnModel
 from launch.run.reconstructions import reconstructed_samples
+from launch.run.scored_texts import scored_texts
 from launch.run.segmented import segmented_samples
 from launch.run.trained import classified_samples, load_trained
 from setformer_dist.core import ledger
@@ -91,6 +92,7 @@ def _report(
         classified_samples(trained, splits.val),
         reconstructed_samples(trained, splits.val),
         segmented_samples(trained, splits.val) or detected_samples(trained, splits.val),
+        scored_texts(trained, splits.val),
     )
     log.info("report %s", folder / "report.html")
     print(_said(run, outcome), file=sys.stderr, flush=True)

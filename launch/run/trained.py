@@ -295,7 +295,7 @@ def evaluate_checkpoint(
         advance: told the samples of each micro batch as it begins.
 
     Raises:
-        DataError: the split's classes are not the model's; of a model without their names, it has another number.
+        DataError: the task needs classes, and the split's are not the model's, or of a model without names not as many.
         ConfigError: the model has no classes, or is the encoder alone of one that fills in images.
     """
     if not trained.named and not trained.classes:
@@ -311,10 +311,11 @@ def evaluate_checkpoint(
             f"{str(ours)[:12] or 'none'}: pack the texts with that of the model"
         )
     same = split.classes == trained.classes if trained.named else len(split.classes) == len(trained.classes)
-    if not same:
+    if getattr(trained.task, "needs_labels", True) and not same:
+        option = "--like" if isinstance(split, TokenSplit) else "--classes-from"
         raise DataError(
             f"the split's {len(split.classes)} classes are not the {len(trained.classes)} of {trained.place}: "
-            "pack it with --classes-from the training split"
+            f"pack it with {option} the training split"
         )
     check_parts(trained.task, [split])
     check_evaluated(trained.model, trained.config.model.name, trained.config.data, split)

@@ -25,7 +25,7 @@ RESULTS = "results.csv"
 
 def live_table(sweep: Sweep, book: Book, running: Mapping[Key, Running]) -> Table:
     """Return the table of a sweep that runs."""
-    table = open_table("trial", "state", "config", "step", sweep.metric, "images/s", "time left", box=None)
+    table = open_table("trial", "state", "config", "step", sweep.metric, "samples/s", "time left", box=None)
     for trial in book.trials:
         keys = [key for key in running if key[0] == trial.number]
         if not keys:

@@ -38,13 +38,8 @@ def checkpoint_bytes(trained: int, fixed: int, states: int, ema: bool) -> int:
     return 4 * ((trained + fixed) * (1 + ema) + trained * states)
 
 
-def multiply_adds(model: nn.Module, height: int, width: int) -> int:
-    """Return the multiply-adds of one image's forward pass: matrix products and convolutions."""
-    return multiply_adds_of(model, (3, height, width))
-
-
 def multiply_adds_of(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> int:
-    """Return the multiply-adds of one sample's forward pass.
+    """Return the multiply-adds of one sample's forward pass: matrix products and convolutions.
 
     Args:
         model: in fp32.

@@ -79,9 +79,9 @@ def rate_figure(train: Sequence[Row]) -> str:
 
 
 def speed_figure(train: Sequence[Row]) -> str:
-    """Draw images per second over all ranks against the step; "" without data."""
-    line = ("images per second", _TRAINING, *thin(*series(train, "images_per_s")))
-    return line_figure("speed", [line], "Images per second, all ranks", from_zero=True)
+    """Draw samples per second over all ranks against the step; "" without data."""
+    line = ("samples per second", _TRAINING, *thin(*series(train, "images_per_s")))
+    return line_figure("speed", [line], "Samples per second, all ranks", from_zero=True)
 
 
 def split_figure(train: Sequence[Row]) -> str:

@@ -41,7 +41,7 @@ _TEMPLATE = "report.html.j2"
 _MARGINAL_COLUMNS = tuple(f"{prefix}marginal_error_{kind}" for prefix in ("", "ema_") for kind in ("max", "mean"))
 # Headline figures in the order of the page: key in summary.json to label.
 _TILES = {
-    "images_per_s": "images per second",
+    "images_per_s": "samples per second",
     "mfu": "model FLOP utilisation",
     "seconds": "time",
     "goodput": "goodput: share of all time that became training",
@@ -51,7 +51,7 @@ _TILES = {
     "ranks": "ranks",
     "zero_stage": "ZeRO stage",
     "dtype": "number format",
-    "global_batch": "images per optimizer step",
+    "global_batch": "samples per optimizer step",
 }
 _IN_LEAD = ("name", "model", "finished")
 _SHARES = (
@@ -107,12 +107,30 @@ class Annotated:
     colours: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class ScoredText:
+    """A text and what the model said of it.
+
+    Attributes:
+        text: as people read it.
+        truth: its class, its number, or its hidden tokens.
+        found: the same, as the model has it.
+        right: whether both agree; None for a number.
+    """
+
+    text: str
+    truth: str
+    found: str
+    right: bool | None = None
+
+
 def write_report(
     run_folder: Path,
     out: Path,
     samples: Sequence[ClassifiedImage] = (),
     reconstructed: Sequence[ReconstructedImage] = (),
     annotated: Annotated | None = None,
+    texts: Sequence[ScoredText] = (),
 ) -> None:
     """Write one self-contained HTML file about a run; what the run did not record is left out.
 
@@ -122,6 +140,7 @@ def write_report(
         samples: classified images to show, in this order.
         reconstructed: reconstructed images to show.
         annotated: images with masks or boxes to show.
+        texts: texts to show.
 
     Raises:
         DataError: the run folder does not exist, or its config or summary is damaged.
@@ -129,7 +148,7 @@ def write_report(
     run, line = read_run(run_folder), timeline_of(ledger.read_events(run_folder))
     if run.summary.get("finished") is True:
         line.finish(run.summary.get("steps"))
-    text = render(run, samples, line, reconstructed, annotated)
+    text = render(run, samples, line, reconstructed, annotated, texts)
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as aside:
         aside.write_text(plain_page(text), encoding="utf-8")  # names of classes and files may be no text
@@ -141,6 +160,7 @@ def render(
     line: Timeline,
     reconstructed: Sequence[ReconstructedImage] = (),
     annotated: Annotated | None = None,
+    texts: Sequence[ScoredText] = (),
 ) -> str:
     """Return the page."""
     template = resources.files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8")
@@ -177,6 +197,7 @@ def render(
         reconstructed=[_pngs(one) for one in reconstructed],
         annotated=[_pngs(one) for one in annotated.images] if annotated else [],
         what=annotated.what if annotated else "",
+        texts=texts,
         classes=_classes(by_class(_scores(run)), annotated.colours if annotated else {}),
         of_classes=title_of_classes(_scores(run)),
         right=sum(sample.true_class == sample.predicted_class for sample in samples),

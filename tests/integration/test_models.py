@@ -14,6 +14,13 @@ def test_models_are_listed_with_size_and_cost() -> None:
     assert "soft_tiny" not in lines
 
 
+def test_encoders_of_texts_are_listed_by_tokens() -> None:
+    ended = setformer("models", "text_*")
+    assert ended.code == 0, ended.err
+    assert [line.split()[6:8] for line in ended.out.splitlines() if "text_" in line] == [["128", "tokens"]] * 3
+    assert "a table of 8,192 tokens" in ended.err
+
+
 def test_an_unknown_model_is_one_sentence() -> None:
     ended = setformer("models", "swin*")
     assert ended.code == 2

@@ -11,6 +11,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import setformer as library
+from launch.run.scored_texts import scored_texts
+from launch.run.trained import load_trained, open_named_split
 from launch.testing.commands import losses, setformer
 
 NOUNS = ("cat", "dog", "bird", "fish", "king", "queen", "child", "farmer")
@@ -106,6 +108,25 @@ def test_hidden_tokens_are_learnt_and_named(texts: Path, pretrained: Path) -> No
     assert "has none: write [MASK]" in run("text", "predict", str(pretrained), "the king", code=3)
     assert "[CLS] the" in run("text", "show", str(texts / "c" / "val"), "--samples", "1")
     assert json.loads(run("eval", str(pretrained), "--json"))["metrics"]["loss"] == pytest.approx(figures["loss"], 1e-5)
+    labelled = run("eval", str(pretrained), "--data", str(texts / "s"), "--json")  # whose classes do not matter
+    assert json.loads(labelled)["metrics"]["loss"] < 4
+    page = (pretrained / "report.html").read_text()
+    assert "<h2>Texts</h2>" in page
+    assert "[MASK]" in page
+    assert "images" not in page[page.index("<main>") : page.index("<h2>Texts</h2>")]
+
+
+def test_the_report_shows_what_evaluation_scored(texts: Path, pretrained: Path, tmp_path: Path) -> None:
+    tuned = train("sst2", texts / "s", tmp_path, "optim.lr=3e-3", steps=20)
+    for folder, metric in ((pretrained, "accuracy"), (tuned, "top1")):
+        trained = load_trained(folder / "checkpoints")
+        split = open_named_split(trained, None, None)
+        shown = scored_texts(trained, split, split.num_samples)
+        pairs = [(one.truth, one.found.rsplit(" ", 1)[0]) for one in shown]
+        if metric == "accuracy":
+            pairs = [pair for one in shown for pair in zip(one.truth.split(", "), one.found.split(", "), strict=True)]
+        figures = json.loads((folder / "summary.json").read_text())["evaluation"]
+        assert np.mean([true == found for true, found in pairs]) == pytest.approx(figures[metric])
 
 
 @pytest.mark.parametrize("zero", [0, 3])

@@ -489,7 +489,7 @@ def test_the_live_table_shows_what_runs(tmp_path: Path) -> None:
     console.print(live_table(sweep, book, {(0, 0): running}))
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
-    for word in ("trial", "state", "config", "step", "top1", "images/s", "time left"):
+    for word in ("trial", "state", "config", "step", "top1", "samples/s", "time left"):
         assert word in text
     for value in ("running", "optim.lr=", "22", "0.5000", "1,234", "2 min"):
         assert value in text

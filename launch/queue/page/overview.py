@@ -218,8 +218,8 @@ def _facts(row: Row, now: float) -> list[tuple[str, object]]:
 def _charts(found: Mapping[str, list[tuple[int, float]]]) -> list[Facts]:
     losses = [(label, found[name]) for name, label in _LABELS.items() if found.get(name)]
     shares = [("top-1", [(step, 100 * value) for step, value in found.get("top1", [])])]
-    speeds = [("images per second", found.get("images_per_s", []))]
-    wanted = (("Loss", losses), ("Top-1 accuracy, %", shares), ("Images per second", speeds))
+    speeds = [("samples per second", found.get("images_per_s", []))]
+    wanted = (("Loss", losses), ("Top-1 accuracy, %", shares), ("Samples per second", speeds))
     drawn = [{"title": title, "labels": [label for label, points in lines if points],
               "svg": chart(title, lines, from_zero=lines is speeds)} for title, lines in wanted]  # fmt: skip
     return [one for one in drawn if one["svg"]]
