@@ -52,9 +52,9 @@ test: $(STAMP)  ## run the tests
 drills: $(STAMP)  ## run the long drills: kill and resume under every stage and precision
 	$(BIN)/python -m pytest -m drill --timeout 3600
 
-# A fifth of the drills, which the commit draws, without the matrix of layouts (an hour and more, has a sample of its own).
+# An eighth of the drills, which the commit draws, without the matrix of layouts (an hour and more, has a sample of its own).
 drills-ci: $(STAMP)
-	SETFORMER_DRILLS_SHARE=20 timeout --kill-after=30 2100 $(BIN)/python -m pytest -m "drill and not hosts" --timeout 600 --numprocesses 2 --dist load \
+	SETFORMER_DRILLS_SHARE=12 timeout --kill-after=30 2100 $(BIN)/python -m pytest -m "drill and not hosts" --timeout 600 --numprocesses 2 --dist load \
 		--deselect tests/distributed/test_elastic_matrix.py::test_every_layout_continues_every_other \
 		--deselect tests/numerics/test_set_triton.py::test_kernels_equal_the_reference_in_all_cases
 

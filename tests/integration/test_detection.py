@@ -70,11 +70,16 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_it_learns_and_what_it_finds_is_what_was_scored(scenes: Path, tmp_path: Path) -> None:
-    words = train_words(scenes, tmp_path / "runs", *DETECT, "schedule.epochs=20", "optim.lr=3e-3", ranks=1)
-    ended = setformer(*words)
+@pytest.fixture(scope="module")
+def run(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run that has learnt the scenes."""
+    out = tmp_path_factory.mktemp("runs")
+    ended = setformer(*train_words(scenes, out, *DETECT, "schedule.epochs=20", "optim.lr=3e-3", ranks=1))
     assert ended.code == 0, ended.err
-    run = tmp_path / "runs" / "demo"
+    return out / "demo"
+
+
+def test_it_learns_and_what_it_finds_is_what_was_scored(scenes: Path, run: Path, tmp_path: Path) -> None:
     figures = json.loads((run / "summary.json").read_text())["evaluation"]
     assert figures["ap50"] > 0.5
     assert {"ap75", "recall", "ap_small", "ap_of_square", "ap_of_disc"} <= set(figures)
@@ -158,21 +163,18 @@ def test_it_trains_alike_on_any_ranks_and_resumes(scenes: Path, tmp_path: Path) 
     assert losses(out / "again" / "on2-2") == others[1]
 
 
-def test_ranks_score_a_model_alike(scenes: Path, tmp_path: Path) -> None:
-    first = train_words(scenes, tmp_path, *DETECT, "run.name=first", "schedule.epochs=8", "optim.lr=3e-3", ranks=1)
-    ended = setformer(*first)
-    assert ended.code == 0, ended.err
+def test_ranks_score_a_model_alike(scenes: Path, run: Path, tmp_path: Path) -> None:
     figures = []
     for ranks in (1, 2):
         words = train_words(
-            scenes, tmp_path, *DETECT, f"model.weights={tmp_path / 'first'}", f"run.name=on{ranks}", "optim.lr=1e-12",
+            scenes, tmp_path, *DETECT, f"model.weights={run}", f"run.name=on{ranks}", "optim.lr=1e-12",
             "schedule.epochs=1", "eval.every_epochs=1", ranks=ranks,
         )  # fmt: skip
         ended = setformer(*words)
         assert ended.code == 0, ended.err
         assert "drawn from the seed" not in ended.err
         figures.append(json.loads((tmp_path / f"on{ranks}" / "summary.json").read_text())["evaluation"])
-    assert figures[0]["ap"] > 0.01
+    assert figures[0]["ap"] > 0.1
     assert figures[1] == pytest.approx(figures[0], rel=1e-4)
 
 

@@ -93,7 +93,8 @@ def test_what_lives_longer_than_a_micro_batch_has_memory_of_its_own(
     assert (memory.recorded, memory.moved, memory.overwritten) == (once, 0, 0)
 
 
-@pytest.mark.parametrize("mode", ["blocks", pytest.param("model", marks=pytest.mark.drill)])
+@pytest.mark.drill
+@pytest.mark.parametrize("mode", ["blocks", "model"])
 def test_that_memory_is_as_strict_as_it_should_be(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     monkeypatch.setattr(cuda_graphs, "own_gradients", lambda model: None)
     with graph_memory() as memory:
@@ -123,20 +124,16 @@ def test_outputs_may_be_kept_and_copies_begin_no_micro_batch() -> None:
     assert begun == []
 
 
-MODELS = [
-    ("setformer_nano", "blocks"),
-    *(
-        pytest.param(name, mode, marks=pytest.mark.drill)
-        for name, mode in (
-            ("setformer_nano", "model"),
-            ("soft_tiny", "model"),
-            ("swin_tiny_patch4_window7_224", "blocks"),
-        )
-    ),
-]
-
-
-@pytest.mark.parametrize(("name", "mode"), MODELS)
+@pytest.mark.drill  # of minutes: tracing on the device without memory is slow
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("setformer_nano", "blocks"),
+        ("setformer_nano", "model"),
+        ("soft_tiny", "model"),
+        ("swin_tiny_patch4_window7_224", "blocks"),
+    ],
+)
 def test_no_graph_holds_a_tensor_of_the_host(monkeypatch: pytest.MonkeyPatch, name: str, mode: str) -> None:
     """Torch leaves such a graph out, or cuts it. The device without memory stands for a GPU."""
     seen: set[str] = set()
