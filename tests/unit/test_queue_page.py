@@ -374,6 +374,22 @@ def test_curves_are_read_on_and_thinned(tmp_path: Path) -> None:
     assert len(curves.of(tmp_path)["loss"]) == 3
 
 
+@pytest.mark.parametrize(
+    ("row", "titles"),
+    [
+        ({"top1": 0.5, "f1": 0.4}, ["Top-1 accuracy, %"]),
+        ({"miou": 0.5, "pixel_accuracy": 0.9}, ["Mean intersection over union, %"]),
+        ({"pearson": 0.5}, ["Pearson correlation"]),
+        ({"probe_linear": 0.5}, ["Accuracy of a linear probe, %"]),
+        ({}, []),
+    ],
+)
+def test_the_first_figure_of_each_task_is_drawn(tmp_path: Path, row: dict[str, float], titles: list[str]) -> None:
+    lines = [json.dumps({"kind": "eval", "step": step, "loss": 1.0, **row}) for step in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert [one["title"] for one in overview._charts(Curves().of(tmp_path))] == ["Loss", *titles]
+
+
 @pytest.mark.parametrize("values", [[0.0], [0.0, 0.0], [5.0], [1e-12, 2e-12], [-1e29, 1e29], [3.0, 3.0]])
 def test_any_curve_can_be_drawn(values: list[float]) -> None:
     text = chart('a "title" <b>', [("x", list(enumerate(values)))])

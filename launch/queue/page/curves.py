@@ -17,6 +17,7 @@ import markupsafe
 
 from setformer_dist.core import strictjson
 from setformer_dist.core.files import LONGEST_LINE, open_plain
+from setformer_dist.core.metric import LOSS, METRICS_OF, PROBE_METRICS, Metric
 from setformer_dist.report.rows import METRICS, finite
 
 Points = list[tuple[int, float]]  # (step, value), by step
@@ -24,9 +25,14 @@ Points = list[tuple[int, float]]  # (step, value), by step
 _MOST_POINTS = 400
 _MOST_BYTES = 8 << 20  # of one look; the next one goes on there
 _MOST_RUNS = 64
+# The first figure of each task besides its loss, by name: of a run, the first that it has is drawn.
+SCORES: dict[str, Metric] = {}
+for _task in (*METRICS_OF.values(), PROBE_METRICS):
+    for _metric in [metric for metric in _task if metric.name != LOSS.name][:1]:
+        SCORES.setdefault(_metric.name, _metric)
 _KINDS = {
     "train": {"loss": "loss", "images_per_s": "images_per_s", "lr": "lr"},
-    "eval": {"loss": "eval_loss", "top1": "top1"},
+    "eval": {"loss": "eval_loss", **{name: name for name in SCORES}},
 }
 _DRAWABLE = 1e30
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 400, 190, 46, 24, 10, 8

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from launch.queue import schema as db
-from launch.queue.page.curves import Curves, chart, spark
+from launch.queue.page.curves import SCORES, Curves, chart, spark
 from launch.queue.source import CHUNK, Local, as_line, expected_in, ranks_of, said, span
 from launch.queue.store import Row
+from setformer_dist.core.metric import LOSS
 from setformer_dist.core.secrets import redacted
 
 Facts = dict[str, Any]
@@ -217,9 +218,12 @@ def _facts(row: Row, now: float) -> list[tuple[str, object]]:
 
 def _charts(found: Mapping[str, list[tuple[int, float]]]) -> list[Facts]:
     losses = [(label, found[name]) for name, label in _LABELS.items() if found.get(name)]
-    shares = [("top-1", [(step, 100 * value) for step, value in found.get("top1", [])])]
+    score = next((metric for name, metric in SCORES.items() if name in found), LOSS)
+    times, unit = (100, ", %") if score.share else (1, "")
+    scores = [(score.title, [(step, times * value) for step, value in found.get(score.name, [])])]
     speeds = [("samples per second", found.get("images_per_s", []))]
-    wanted = (("Loss", losses), ("Top-1 accuracy, %", shares), ("Samples per second", speeds))
+    heading = f"{score.label[:1].upper()}{score.label[1:]}{unit}"
+    wanted = (("Loss", losses), *([(heading, scores)] if score is not LOSS else []), ("Samples per second", speeds))
     drawn = [{"title": title, "labels": [label for label, points in lines if points],
               "svg": chart(title, lines, from_zero=lines is speeds)} for title, lines in wanted]  # fmt: skip
     return [one for one in drawn if one["svg"]]
