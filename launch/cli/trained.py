@@ -83,15 +83,17 @@ def probe_features(
     neighbours: Annotated[int, typer.Option(min=1, help="Number of nearest neighbours that vote.")] = 20,
     labels: Annotated[float, typer.Option(help="Share of the training labels to use, per class.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the choice of labels.")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Images computed at once.")] = 128,
+    batch: Annotated[int, typer.Option(min=1, help="Samples computed at once.")] = 128,
     imports: ImportOption = None,
 ) -> None:
     """Score a model's frozen features by a linear classifier and by nearest neighbours. Both learn from the run's
     training split and are scored on its validation split.
 
-    Example:
+    Examples:
 
         setformer probe runs/demo
+
+        setformer probe runs/mlm --data data/sst2
     """
     from launch.run import features
     from launch.run import trained as infer

@@ -14,7 +14,7 @@ from dataloaders.config import DataConfig
 from dataloaders.sources.subset import SubsetSource
 from launch.run.inputs import Split, check_splits, images_of, inputs_of
 from launch.run.objective import encoder_of
-from launch.run.trained import Trained
+from launch.run.trained import Trained, check_tokenizer
 from setformer_dist.core.batch import EvalStream
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.ranks import RankInfo
@@ -60,20 +60,21 @@ def probe(
         trained: whose weights stay as they are.
         train: whose labels are learnt.
         val: what is scored.
-        batch: images computed at once.
+        batch: samples computed at once.
         neighbours: that vote.
         share: of the labels of each class that are used, drawn from the seed.
         seed: of that draw.
 
     Raises:
         ConfigError: the model gives no features, or the share is none.
-        DataError: the splits differ, or there are fewer than two classes.
+        DataError: the splits differ, are of another tokenizer, or there are fewer than two classes.
     """
     if not 0 < share <= 1:
         raise ConfigError(f"--labels {share} must be above 0, and at most 1 for all labels")
     config = trained.config.data
     model = encoder_of(trained.model).eval()
     check_probed(model, trained.config.model.name, train, val)
+    check_tokenizer(trained, train)
     if isinstance(config, DataConfig):
         config, train = with_labels(config, train, share, seed)
     inputs, device = inputs_of(config), next(model.parameters()).device
@@ -89,6 +90,9 @@ def probe(
             assert features is not None
             found.append(features)
     x, y = found
+    if share < 1 and not isinstance(config, DataConfig):
+        kept = torch.from_numpy(drawn(x.labels.numpy(), x.ids.numpy(), share, seed))
+        x = Features(x.values[kept], x.labels[kept], x.ids[kept])
     return Probed(
         linear_top1(x.values, x.labels, y.values, y.labels),
         neighbours_top1(x.values, x.labels, y.values, y.labels, neighbours),

@@ -283,6 +283,15 @@ def _fill(model: nn.Module, weights: dict[str, torch.Tensor], checkpoint: Checkp
         raise CheckpointError(f"checkpoint {checkpoint.path} and its own config disagree about {', '.join(wrong[:4])}")
 
 
+def check_tokenizer(trained: Trained, split: Split) -> None:
+    """Check that a split's tokens are those of a model; raises DataError."""
+    if isinstance(split, TokenSplit) and split.facts.tokenizer != (ours := trained.inputs.get("tokenizer", "")):
+        raise DataError(
+            f"{split.folder} is of tokenizer {split.facts.tokenizer[:12] or 'none'}, and {trained.place} of "
+            f"{str(ours)[:12] or 'none'}: pack the texts with that of the model"
+        )
+
+
 def evaluate_checkpoint(
     trained: Trained, split: Split, micro_batch: int, advance: Callable[[int], None] = lambda samples: None
 ) -> EvalResult:
@@ -305,11 +314,7 @@ def evaluate_checkpoint(
             f"{trained.place} is the encoder alone of a run of task {trained.task.name}, and has no loss: evaluate the "
             "run, or score its features with `setformer probe`"
         )
-    if isinstance(split, TokenSplit) and split.facts.tokenizer != (ours := trained.inputs.get("tokenizer", "")):
-        raise DataError(
-            f"{split.folder} is of tokenizer {split.facts.tokenizer[:12] or 'none'}, and {trained.place} of "
-            f"{str(ours)[:12] or 'none'}: pack the texts with that of the model"
-        )
+    check_tokenizer(trained, split)
     same = split.classes == trained.classes if trained.named else len(split.classes) == len(trained.classes)
     if getattr(trained.task, "needs_labels", True) and not same:
         option = "--like" if isinstance(split, TokenSplit) else "--classes-from"

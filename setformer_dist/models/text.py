@@ -137,6 +137,10 @@ class TextEncoder(SequenceEncoder):
         x_znc, mask_zn = self.forward_tokens(ids_zn, keys_z)
         return x_znc[:, 0] if self.config.read_out == "first" else mean_of_valid(x_znc, mask_zn)
 
+    def forward_head(self, x_bc: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """(b, c) -> (b, num_classes), or with `pre_logits` what comes before the classifier."""
+        return x_bc if pre_logits else self.head(x_bc)
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """(b, n) integer ids -> (b, num_classes), or (b, c) without classes.
 
@@ -145,7 +149,7 @@ class TextEncoder(SequenceEncoder):
         """
         refuse_tracers(ids)
         self.check_ids(ids)
-        return self.head(self.forward_features(ids, self.keys_of(1)))  # type: ignore[no-any-return]
+        return self.forward_head(self.forward_features(ids, self.keys_of(1)))
 
     def check_ids(self, ids: torch.Tensor) -> None:
         """Refuse ids that are no texts of at most `length` tokens; raises ConfigError."""

@@ -63,6 +63,7 @@ ELSEWHERE = {
     "doctor --ray auto": "tests/distributed/test_ray.py",
     "predict runs/camvid street.jpg --out masks": "tests/integration/test_segmentation.py",
     "predict runs/pennfudan street.jpg --out pictures": "tests/integration/test_detection.py",
+    "probe runs/mlm --data data/sst2": "tests/integration/test_texts.py",
     **dict.fromkeys(
         (
             "text tokenizer corpus/ tokenizer.json",

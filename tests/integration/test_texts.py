@@ -116,6 +116,14 @@ def test_hidden_tokens_are_learnt_and_named(texts: Path, pretrained: Path) -> No
     assert "images" not in page[page.index("<main>") : page.index("<h2>Texts</h2>")]
 
 
+def test_frozen_features_are_probed(texts: Path, pretrained: Path) -> None:
+    said = run("probe", str(pretrained), "--data", str(texts / "s"))
+    assert "on 24 samples of 2 classes, with the labels of 96" in said
+    assert float(said.partition("linear ")[2].partition("%")[0]) > 90  # one of two words tells the classes apart
+    assert "with the labels of 24" in run("probe", str(pretrained), "--data", str(texts / "s"), "--labels", "0.25")
+    assert "name labelled data (--data" in run("probe", str(pretrained), code=3)
+
+
 def test_the_report_shows_what_evaluation_scored(texts: Path, pretrained: Path, tmp_path: Path) -> None:
     tuned = train("sst2", texts / "s", tmp_path, "optim.lr=3e-3", steps=20)
     for folder, metric in ((pretrained, "accuracy"), (tuned, "top1")):
