@@ -44,6 +44,7 @@ from dataloaders.storage.homes import user_cache
 from dataloaders.storage.remote import is_url
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.seeding import Purpose, generator
+from setformer_dist.core.words import counted
 
 _IMAGES = "images"
 
@@ -270,7 +271,7 @@ def _with_masks(source: Path, wanted: Wanted, scratch: Path) -> FoundOrigin:
             f"--masks {masks} wants {_IMAGES}/a.jpg next to {masks}/a.png"
         )
     _check_partners(catalog, source, "mask")
-    notes = _unpaired(catalog.without_image("masks"), "masks have no image")
+    notes = _unpaired(catalog.without_image("masks"), "mask has", "masks have", "no image")
     given = wanted.class_map()
     settled = listing.settled(given[0] if given else (), frozenset({"mask"}), wanted)
     return FoundOrigin(settled, [*notes, *_said(tree.passed)])
@@ -313,7 +314,9 @@ def _with_boxes(source: Path, wanted: Wanted, scratch: Path) -> FoundOrigin:
     if not catalog.num_files():
         raise DataError(f"no image of {source} is named in {wanted.coco}, which begins with {next(iter(coco.boxes))!r}")
     _check_partners(catalog, source, "boxes")
-    notes = [*coco.notes, *_unpaired(catalog.without_image("boxes"), "images of the annotations are not in the source")]
+    alone = catalog.without_image("boxes")
+    away = "image of the annotations is", "images of the annotations are", "not in the source"
+    notes = [*coco.notes, *_unpaired(alone, *away)]
     if skipped := catalog.num_found() - catalog.num_files():
         tree.passed.others["images that the annotations do not name"] = skipped
     notes += _said(tree.passed)
@@ -337,8 +340,8 @@ def _check_partners(catalog: Catalog, source: Path, what: str) -> None:
         )
 
 
-def _unpaired(names: list[str], what: str) -> list[str]:
-    return [f"{len(names)} {what}, the first {names[0]!r}"] if names else []
+def _unpaired(names: list[str], one: str, several: str, what: str) -> list[str]:
+    return [f"{counted(len(names), one, several)} {what}, the first {names[0]!r}"] if names else []
 
 
 class _Listing:

@@ -342,7 +342,11 @@ def finish(written: WrittenShards, top_class: int, said: Mapping[str, object] | 
     shutil.rmtree(plans[0].aside)
     index = _write_index(written, classes, rejected, said or {})
     _tidy(work, {plan.path.name for plan in plans})
-    return PackResult(index, rejected, [*found.notes, *_notes(index, shards, written.before)])
+    notes = [*found.notes, *_notes(index, shards, written.before)]
+    if not found.origin.classes:
+        largest = f"{counted(top_class + 1, 'class', 'classes')} by the largest value in the masks, {top_class}"
+        notes.append(f"no classes were named: {largest}; name them by --classes where that is not what they are")
+    return PackResult(index, rejected, notes)
 
 
 @contextmanager

@@ -426,7 +426,7 @@ def check_class_names(names: Iterable[str], classes: tuple[str, ...], origin: ob
     unknown = sorted(set(names) - set(classes))
     if unknown:
         raise DataError(
-            f"class folder {unknown[0]!r} is not in the class map of {origin}"
+            f"class {unknown[0]!r} is not in the class map of {origin}"
             + (f", nor are {len(unknown) - 1} more" if len(unknown) > 1 else "")
         )
 

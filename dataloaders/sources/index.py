@@ -221,12 +221,16 @@ def key_matrix_of(keys: list[str]) -> npt.NDArray[np.uint8]:
 def durable_write(path: Path, data: bytes | Iterable[bytes]) -> None:
     """Write a file, whole or in blocks, under a temporary name, fsync it, give it its name."""
     aside = path.with_name(f".{path.name}.partial")
-    with os.fdopen(open_new(aside), "wb") as file:
-        for block in (data,) if isinstance(data, bytes) else data:
-            file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with os.fdopen(open_new(aside), "wb") as file:
+            for block in (data,) if isinstance(data, bytes) else data:
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def read_index(folder: Path, *, named: Collection[str] | None = None) -> Index:

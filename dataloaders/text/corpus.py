@@ -16,13 +16,29 @@ from dataloaders.sources.files import parse_json
 from dataloaders.text.samples import packed
 from dataloaders.text.tokenizer import TextTokenizer
 from dataloaders.tokens import TokenSample
-from setformer_dist.core.errors import DataError
+from setformer_dist.core.errors import ConfigError, DataError
 
 SUFFIXES = (".txt", ".jsonl")
 
 _LINES = 2_000  # encoded at once
 LONGEST_LINE = 1 << 26  # bytes: bounds memory
+_GZIP = b"\x1f\x8b"  # with which its files begin
 _MARK = "\ufeff".encode()  # with which some files begin
+
+
+def suffix_of(path: Path) -> str:
+    """Return the suffix of a file, in small letters."""
+    return path.suffix.lower()
+
+
+def check_running(files: Sequence[Path]) -> None:
+    """Refuse tables in the place of running text; raises ConfigError."""
+    for path in files:
+        if suffix_of(path) in (".tsv", ".csv"):
+            raise ConfigError(
+                f"{path} is a table, and running text is wanted: pack it with --text COLUMN, and make a tokenizer of "
+                "texts"
+            )
 
 
 def files_of(source: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
@@ -33,7 +49,7 @@ def files_of(source: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
     """
     if source.is_file():
         return [source]
-    found = sorted(path for path in source.rglob("*") if path.suffix in suffixes and path.is_file())
+    found = sorted(path for path in source.rglob("*") if suffix_of(path) in suffixes and path.is_file())
     if not found:
         what = f"has no {' or '.join(suffixes)} file" if source.is_dir() else "does not exist"
         raise DataError(f"{source} {what}: name a file, or a folder with such files")
@@ -49,8 +65,15 @@ def lines_of(path: Path) -> Iterator[tuple[int, str]]:
     number = 0
     try:
         with path.open("rb") as file:
+            if file.peek(2)[:2] == _GZIP:
+                raise DataError(f"{path} is compressed with gzip: unpack it, such as with gunzip")
             while line := file.readline(LONGEST_LINE):
                 number += 1
+                if b"\0" in line:
+                    raise DataError(
+                        f"{path}, line {number}, has a NUL byte, which is no text: convert the file to UTF-8, such as "
+                        "with iconv -f UTF-16 -t UTF-8, or name another file"
+                    )
                 if len(line) == LONGEST_LINE:
                     raise DataError(f"{path}, line {number}, has more than {LONGEST_LINE:,} bytes: is it text?")
                 yield number, line.removeprefix(_MARK if number == 1 else b"").decode().rstrip("\r\n")
@@ -97,7 +120,7 @@ def documents_of(path: Path, column: str) -> Iterator[list[str]]:
     """
     held: list[str] = []
     for number, line in lines_of(path):
-        if path.suffix == ".jsonl":
+        if suffix_of(path) == ".jsonl":
             yield [text_of(path, number, line, column)]
             yield []
         elif line.strip():

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from dataloaders.text.corpus import files_of, windows_of
+from dataloaders.text.corpus import check_running, files_of, suffix_of, windows_of
 from dataloaders.text.samples import cut_to, packed
 from dataloaders.text.tables import SUFFIXES as TABLES
 from dataloaders.text.tables import Columns, Row, rows_of
@@ -83,7 +83,7 @@ def pack_texts(
     classes: tuple[str, ...] = ()
     if columns is None:
         files = files_of(source)
-        _check_running(files)
+        check_running(files)
         samples = windows_of(files, options.tokenizer, options.length, options.column)
     else:
         files = files_of(source, TABLES)
@@ -101,12 +101,6 @@ def pack_texts(
     told_of = _counted(source, samples, options.tokenizer, counts, on_sample)
     split = write_token_split(destination, facts, told_of, told, options.force, tokenizer=options.tokenizer.data)
     return split, counts
-
-
-def _check_running(files: Sequence[Path]) -> None:
-    for path in files:
-        if path.suffix in (".tsv", ".csv"):
-            raise ConfigError(f"{path} is a table: name the column of its texts with --text")
 
 
 def _classes(files: Sequence[Path], columns: Columns, options: TextOptions) -> tuple[str, ...]:
@@ -231,8 +225,14 @@ def _is_table(asked: Asked, source: Path) -> bool:
     """Return whether rows are wanted: not of running text in JSON lines, of which --text names the key."""
     if asked.label or asked.number or len(asked.texts) > 1:
         return True
-    files = [source] if source.is_file() else source.rglob("*")
-    return bool(asked.texts) and any(path.suffix in (".tsv", ".csv") for path in files)
+    if not asked.texts:
+        return False
+    files = [source] if source.is_file() else [path for path in source.rglob("*") if path.is_file()]
+    if source.is_file() and suffix_of(source) not in TABLES:
+        raise ConfigError(
+            f"--text {asked.texts[0]}: {source} is none of {', '.join(TABLES)}, which have columns or keys"
+        )
+    return any(suffix_of(path) in (".tsv", ".csv") for path in files)
 
 
 def _columns(said: dict[str, object]) -> tuple[tuple[str, ...], str, str, bool]:

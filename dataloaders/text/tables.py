@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataloaders.text.corpus import check_characters, lines_of, object_of
+from dataloaders.text.corpus import check_characters, lines_of, object_of, suffix_of
 from setformer_dist.core.config import nearest
 from setformer_dist.core.errors import ConfigError, DataError
 
@@ -90,7 +90,7 @@ def rows_of(path: Path, columns: Columns) -> Iterator[Row]:
 
 def _number(place: str, text: str) -> float:
     try:
-        value = float(text)
+        value = math.nan if "_" in text else float(text)
     except ValueError:
         value = math.nan
     if not abs(value) <= _LARGEST:  # of numbers as they are packed; NaN is not either
@@ -100,12 +100,12 @@ def _number(place: str, text: str) -> float:
 
 def _cells(path: Path, columns: Columns) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield the line's number and the cells that are read of each row."""
-    if path.suffix == ".jsonl":
+    if suffix_of(path) == ".jsonl":
         for number, line in lines_of(path):
             if (cells_here := _object(path, number, line, columns.all)) is not None:
                 yield number, cells_here
         return
-    if path.suffix not in SUFFIXES:
+    if suffix_of(path) not in SUFFIXES:
         raise DataError(f"{path} is none of {', '.join(SUFFIXES)}: tables of texts are read by their suffix")
     names: Sequence[str] = ()
     for number, cells in _separated(path):
@@ -132,7 +132,7 @@ def _place(path: Path, names: Sequence[str], name: str, header: bool) -> int:
 
 
 def _separated(path: Path) -> Iterator[tuple[int, list[str]]]:
-    if path.suffix == ".tsv":
+    if suffix_of(path) == ".tsv":
         for number, line in lines_of(path):
             if line:
                 yield number, line.split("\t")

@@ -12,7 +12,7 @@ import typer
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from launch.cli.options import BestOption, ModelPath, WeightsOption
-from setformer_dist.core.errors import ConfigError
+from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.metric import weights_named
 from setformer_dist.core.terminal import open_console
 from setformer_dist.core.words import counted, plain
@@ -63,12 +63,13 @@ def tokenizer(
 ) -> None:
     """Make a tokenizer of texts."""
     from dataloaders.sources.index import durable_write
-    from dataloaders.text.corpus import documents_of, files_of
+    from dataloaders.text.corpus import check_running, documents_of, files_of
     from dataloaders.text.tokenizer import train_tokenizer
 
     if destination.exists() and not force:
         raise ConfigError(f"{destination} exists: choose another name, or replace it with --force")
     files = files_of(source)
+    check_running(files)
     console = open_console()
 
     def lines() -> Iterator[str]:
@@ -81,8 +82,11 @@ def tokenizer(
                 progress.advance(bar)
 
     made = train_tokenizer(lines(), vocabulary, lowercase=not cased)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    durable_write(destination, made.data)
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        durable_write(destination, made.data)
+    except OSError as error:
+        raise DataError(f"{destination} cannot be written ({error.strerror}): nothing was kept") from None
     print(f"{destination}: {made.vocabulary:,} tokens from {counted(len(files), 'file')}")
 
 

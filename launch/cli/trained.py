@@ -32,7 +32,7 @@ def evaluate(
     split: Annotated[str | None, typer.Option(help="Name of the split; by default the run's validation.")] = None,
     weights: WeightsOption = "auto",
     best: BestOption = False,
-    batch: Annotated[int, typer.Option(help="Images computed at once.")] = 128,
+    batch: Annotated[int, typer.Option(help="Samples computed at once.")] = 128,
     as_json: AsJson = False,
     imports: ImportOption = None,
 ) -> None:

@@ -14,7 +14,7 @@ from dataloaders.pixels.colours import colour
 from dataloaders.tokens import TOKENS_NAME, TokenSplit, open_token_split
 from setformer_dist.core.errors import ConfigError
 from setformer_dist.core.terminal import open_table
-from setformer_dist.core.words import counted
+from setformer_dist.core.words import counted, plain
 from setformer_dist.report.sheet import Cell, ClassBar, Sheet, write_html, write_png
 
 # Classes named in the terminal at either end of the balance, and on the sheet.
@@ -53,7 +53,7 @@ def _describe_tokens(split: TokenSplit, sheet: Path | None, console: Console) ->
     numbers = split.numbers(everything)
     what = "none"
     if split.classes:
-        what = ", ".join(f"{name} {count:,}" for name, count in zip(split.classes, counts.tolist(), strict=True))
+        what = ", ".join(f"{plain(name)} {count:,}" for name, count in zip(split.classes, counts.tolist(), strict=True))
     elif numbers is not None:
         what = f"none, but numbers from {float(numbers.min()):g} to {float(numbers.max()):g}"
     table = open_table("", "", show_header=False, box=None, pad_edge=False)
@@ -111,7 +111,7 @@ def _of(found: Inspection) -> str:
 
 
 def _classes(found: Inspection) -> str:
-    names = ", ".join(found.classes[:_NAMED]) + (" …" if len(found.classes) > _NAMED else "")
+    names = ", ".join(map(plain, found.classes[:_NAMED])) + (" …" if len(found.classes) > _NAMED else "")
     return f"{len(found.classes):,}: {names}"
 
 
@@ -123,10 +123,10 @@ def _balance(found: Inspection) -> str:
     empty = int((counts == 0).sum())
     if counts[most] == counts[least]:
         return f"{counts[most]:,} {found.counted} of each class"
-    text = (
-        f"{found.counted} per class from {counts[least]:,} ({found.classes[least]}, {counts[least] / total:.1%}) "
-        f"to {counts[most]:,} ({found.classes[most]}, {counts[most] / total:.1%})"
+    fewest, most_of = (
+        f"{counts[which]:,} ({plain(found.classes[which])}, {counts[which] / total:.1%})" for which in (least, most)
     )
+    text = f"{found.counted} per class from {fewest} to {most_of}"
     text += f"; {empty} {'class has' if empty == 1 else 'classes have'} none" if empty else ""
     return text + (_of(found) if found.counted != "images" else "")
 

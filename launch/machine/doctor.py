@@ -43,6 +43,9 @@ REQUIRED: Mapping[str, str] = {
     "tensorboard": "2.18",
     "matplotlib": "3.9",
     "jinja2": "3.1",
+    "scipy": "1.13",
+    "faster-coco-eval": "1.8",
+    "tokenizers": "0.22",
 }
 # Distribution to what it is for; each is a `pip install` away and a run does without.
 OPTIONAL: Mapping[str, str] = {

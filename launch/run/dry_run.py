@@ -56,6 +56,7 @@ from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.core.secrets import redacted, redacted_json
 from setformer_dist.core.terminal import open_table, print_heading
+from setformer_dist.core.words import counted
 from setformer_dist.engine.optim import OPTIMIZERS
 from setformer_dist.engine.refresh import check_possible
 from setformer_dist.engine.run_state import check_within
@@ -149,8 +150,8 @@ def _examine(run: ResolvedRun) -> _Known:
     warmup = c.schedule.warmup(per_epoch)
     check_possible(c.refresh, layers, c.schedule.total_steps(per_epoch))
     rows = [
-        ("data", f"{splits.train.num_samples:,} training and {splits.val.num_samples:,} validation samples of "
-         f"{len(classes)} classes"),
+        ("data", f"{splits.train.num_samples:,} training and {splits.val.num_samples:,} validation samples"
+         + (f" of {counted(len(classes), 'class', 'classes')}" if classes else "")),
         ("steps", f"{c.schedule.total_steps(per_epoch):,} of which {warmup:,} warm up; {per_epoch:,} per epoch"),
     ]  # fmt: skip
     rows += _mixing(c, per_epoch)

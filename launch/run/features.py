@@ -14,7 +14,7 @@ from dataloaders.config import DataConfig
 from dataloaders.sources.subset import SubsetSource
 from launch.run.inputs import Split, check_splits, images_of, inputs_of
 from launch.run.objective import encoder_of
-from launch.run.trained import Trained, check_tokenizer
+from launch.run.trained import Trained, data_for
 from setformer_dist.core.batch import EvalStream
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.ranks import RankInfo
@@ -71,10 +71,9 @@ def probe(
     """
     if not 0 < share <= 1:
         raise ConfigError(f"--labels {share} must be above 0, and at most 1 for all labels")
-    config = trained.config.data
+    config = data_for(trained, val)
     model = encoder_of(trained.model).eval()
     check_probed(model, trained.config.model.name, train, val)
-    check_tokenizer(trained, train)
     if isinstance(config, DataConfig):
         config, train = with_labels(config, train, share, seed)
     inputs, device = inputs_of(config), next(model.parameters()).device

@@ -11,7 +11,7 @@ from dataloaders.source import spread_evenly
 from dataloaders.text.tokenizer import TextTokenizer
 from dataloaders.tokens import TOKENIZER_NAME, TokenSplit, batch_length
 from launch.run.inputs import Split
-from launch.run.trained import Trained
+from launch.run.trained import Trained, data_for
 from setformer_dist.core.batch import MicroBatch
 from setformer_dist.core.text_ids import CLS, IGNORED, MASK, PAD, SEP
 from setformer_dist.models.text import MaskedLanguageModel
@@ -30,7 +30,7 @@ def scored_texts(trained: Trained, split: Split, count: int = 16) -> list[Scored
         split: where the texts come from.
         count: most texts that are returned.
     """
-    data = trained.config.data
+    data = data_for(trained, split)
     if not (isinstance(data, TokenConfig) and isinstance(split, TokenSplit)) or split.tokenizer is None:
         return []
     tokenizer = TextTokenizer(split.tokenizer, str(split.folder / TOKENIZER_NAME))

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from checkpoints.reader import Checkpoint, open_checkpoint, read_kept
-from dataloaders.config import DataConfig
+from dataloaders.config import DataConfig, TokenConfig
 from dataloaders.pixels.decode import stored_shape
 from dataloaders.pixels.transforms import decode_for_eval
 from dataloaders.reading.device import pictures_of
@@ -39,6 +39,7 @@ from setformer_dist.core.pixel_maps import classes_of
 from setformer_dist.core.ranks import RankInfo
 from setformer_dist.core.revisions import as_trained
 from setformer_dist.core.task import Prepare, Task
+from setformer_dist.core.words import counted, plain
 from setformer_dist.engine.comm import TorchCollectives, connect, disconnect
 from setformer_dist.engine.deepspeed_engine import DTYPES
 from setformer_dist.engine.evaluate import EvalResult, evaluate
@@ -283,13 +284,30 @@ def _fill(model: nn.Module, weights: dict[str, torch.Tensor], checkpoint: Checkp
         raise CheckpointError(f"checkpoint {checkpoint.path} and its own config disagree about {', '.join(wrong[:4])}")
 
 
-def check_tokenizer(trained: Trained, split: Split) -> None:
-    """Check that a split's tokens are those of a model; raises DataError."""
-    if isinstance(split, TokenSplit) and split.facts.tokenizer != (ours := trained.inputs.get("tokenizer", "")):
+def _listed(classes: tuple[str, ...]) -> str:
+    """Return how many classes there are, and the first."""
+    named = f" ({', '.join(map(plain, classes[:4]))}{', …' if len(classes) > 4 else ''})" if classes else ""
+    return f"{counted(len(classes), 'class', 'classes')}{named}"
+
+
+def data_for(trained: Trained, split: Split) -> DataConfig | TokenConfig:
+    """Return how a model reads a split: texts are as long as it has them, or as the split has them where that is less.
+
+    Raises:
+        DataError: the split's tokens are of another tokenizer.
+    """
+    data = trained.config.data
+    if not isinstance(split, TokenSplit):
+        return data
+    if split.facts.tokenizer != (ours := trained.inputs.get("tokenizer", "")):
         raise DataError(
             f"{split.folder} is of tokenizer {split.facts.tokenizer[:12] or 'none'}, and {trained.place} of "
             f"{str(ours)[:12] or 'none'}: pack the texts with that of the model"
         )
+    longest = trained.inputs.get("length")
+    if not (ours and isinstance(data, TokenConfig) and isinstance(longest, int)):
+        return data
+    return data.model_copy(update={"length": min(longest, split.facts.length)})
 
 
 def evaluate_checkpoint(
@@ -314,19 +332,19 @@ def evaluate_checkpoint(
             f"{trained.place} is the encoder alone of a run of task {trained.task.name}, and has no loss: evaluate the "
             "run, or score its features with `setformer probe`"
         )
-    check_tokenizer(trained, split)
+    data = data_for(trained, split)
     same = split.classes == trained.classes if trained.named else len(split.classes) == len(trained.classes)
+    check_parts(trained.task, [split])
     if getattr(trained.task, "needs_labels", True) and not same:
         option = "--like" if isinstance(split, TokenSplit) else "--classes-from"
         raise DataError(
-            f"the split's {len(split.classes)} classes are not the {len(trained.classes)} of {trained.place}: "
+            f"the split's {_listed(split.classes)} are not the {_listed(trained.classes)} of {trained.place}: "
             f"pack it with {option} the training split"
         )
-    check_parts(trained.task, [split])
-    check_evaluated(trained.model, trained.config.model.name, trained.config.data, split)
+    check_evaluated(trained.model, trained.config.model.name, data, split)
     ranks = RankInfo()
     joined = connect(ranks)
-    stream = _Told(inputs_of(trained.config.data).eval_stream(split, ranks, micro_batch), advance)
+    stream = _Told(inputs_of(data).eval_stream(split, ranks, micro_batch), advance)
     try:
         result = evaluate(trained.model, trained.task, stream, trained.prepare(), TorchCollectives(ranks))
         assert result is not None  # no rank gives up here

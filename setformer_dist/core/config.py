@@ -263,6 +263,9 @@ def _explain(model: type[pydantic.BaseModel], fault: Any) -> str:
     keys, siblings = _place(model, fault["loc"])
     place = ".".join(keys)
     if fault["type"] == "extra_forbidden":
+        if len(keys) > 1 and any(f"{key}.".startswith(f"{place}.") for key in all_keys(model)):
+            what = "table" if isinstance(fault["input"], dict) else "key"
+            return f"unknown {what} {_short(place)}: only another kind of [{keys[0]}] has it"
         inner = _innermost(fault["input"]) if isinstance(fault["input"], dict) else None
         if inner is not None and (meant := meaning(model, inner)) is not None:  # a table of another program
             return f"unknown table {_short(place)} with {_short(inner)}: {_suggested(meant)}"

@@ -19,6 +19,6 @@ def leave(code: int) -> NoReturn:
     """
     logging.shutdown()
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed
         stream.flush()
     os._exit(code)

@@ -155,6 +155,14 @@ def test_resume_is_bitwise_with_trimmed_batches_and_dropout(texts: Path, tmp_pat
     assert losses(cut) == losses(whole)
 
 
+def test_an_export_cuts_texts_as_its_run_did(texts: Path, tmp_path: Path) -> None:
+    cut = train("sst2", texts / "s", tmp_path, "data.length=8", "eval.every_epochs=1")
+    run("ckpt", "export", str(cut), str(tmp_path / "exported"), "--weights", "plain")
+    there = json.loads((cut / "summary.json").read_text())["evaluation"]
+    here = json.loads(run("eval", str(tmp_path / "exported"), "--data", str(texts / "s"), "--json"))["metrics"]
+    assert here["loss"] == pytest.approx(there["loss"], rel=1e-5)
+
+
 def test_fine_tuning_predictions_and_exports(texts: Path, pretrained: Path, tmp_path: Path) -> None:
     tuned = train("sst2", texts / "s", tmp_path, f"model.weights={pretrained}", "optim.lr=3e-3", steps=80)
     figures = json.loads((tuned / "summary.json").read_text())["evaluation"]

@@ -103,6 +103,7 @@ LIGHTNING = [
         ("trainer.epochs=3", "unknown table 'trainer' with 'epochs': did you mean schedule.epochs?"),
         ("a.b.max_epochs=3", "unknown table 'a' with 'max_epochs': did you mean schedule.epochs?"),
         ("trainer.devices=3", "unknown table 'trainer' with 'devices': ranks are given by --ranks"),
+        ("data.trim=true", "unknown key 'data.trim': only another kind of [data] has it"),
         ("seed=3", "unknown key 'seed': did you mean run.seed?"),
         ("data.seed=3", "unknown key 'data.seed': did you mean run.seed?"),
         ("mean=[1,1,1]", "did you mean data.mean?"),

@@ -66,6 +66,13 @@ def area_of(area: object) -> Any:
     return change
 
 
+def value_of(of: str, number: int, key: str, value: object) -> Any:
+    def change(table: dict[str, Any]) -> None:
+        table[of][number][key] = value
+
+    return change
+
+
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     folder = tmp_path / "images"
@@ -85,8 +92,17 @@ def images(tmp_path: Path) -> Path:
         (no_class, "of categories, 3 has the name None, which is no text"),
         (same_box, "annotation 1 of image 1 is there twice"),
         (no_list, "'annotations' is no list"),
-        (text_box, "bbox '1234' is no list"),
+        (text_box, "annotation 1 (counted from 1) is of another format (bbox '1234' is no list of four numbers"),
         (too_large, "too large"),
+        (value_of("annotations", 1, "bbox", [1, 2, 3]), "bbox [1, 2, 3] is no list of four numbers"),
+        (value_of("annotations", 1, "bbox", ["1", 2, 3, 4]), "bbox ['1', 2, 3, 4] is no list of four numbers"),
+        (value_of("annotations", 1, "bbox", [True, 2, 3, 4]), "is no list of four numbers"),
+        (value_of("annotations", 1, "image_id", 99), "annotation 2 (counted from 1) is of another format (image_id 99"),
+        (value_of("annotations", 1, "category_id", 5), "category_id 5 is not among the categories"),
+        (value_of("annotations", 1, "category_id", [5]), "unhashable"),
+        (value_of("annotations", 1, "iscrowd", "0"), "iscrowd '0' is neither 0 nor 1"),
+        (value_of("annotations", 1, "iscrowd", 2), "iscrowd 2 is neither 0 nor 1"),
+        (value_of("categories", 1, "name", " "), "of categories, 7 has the name ' ', which is no text"),
         (area_of(-1), "area -1 is no finite number from 0 on"),
         (area_of(float("nan")), "area nan is no finite number from 0 on"),
         (area_of(1e300), "area 1e+300 is no finite number from 0 on"),
@@ -114,6 +130,30 @@ def test_ids_of_annotations_may_begin_anew_in_each_image(images: Path, tmp_path:
     file.write_text(json.dumps(coco_table()))
     done = setformer("data", "pack", str(images), str(tmp_path / "packed"), "--coco", str(file))
     assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize("text", ["null", "[]", "[1]", '{"images": [1], "categories": [], "annotations": []}'])
+def test_files_of_another_shape_are_refused_in_words(images: Path, tmp_path: Path, text: str) -> None:
+    file = tmp_path / "boxes.json"
+    file.write_text(text)
+    done = setformer("data", "pack", str(images), str(tmp_path / "packed"), "--coco", str(file))
+    assert done.code == 3
+    assert "no JSON object" in done.error_lines[0]
+    file.write_text(json.dumps(coco_table() | {"categories": []}))
+    done = setformer("data", "pack", str(images), str(tmp_path / "packed"), "--coco", str(file))
+    assert "name no image or no category" in done.error_lines[0]
+
+
+def test_names_of_files_may_begin_with_the_folder_that_they_are_in(images: Path, tmp_path: Path) -> None:
+    file = tmp_path / "boxes.json"
+    table = coco_table()
+    table["images"][0]["file_name"] = "./a.png"
+    table["annotations"][0]["iscrowd"] = None
+    file.write_text(json.dumps(table))
+    done = setformer("data", "pack", str(images), str(tmp_path / "packed"), "--coco", str(file))
+    assert done.code == 0
+    assert "packed 2 images" in done.out + done.err
+    assert "crowd" not in done.out + done.err
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_masks_that_do_not_fit_are_named(streets, tmp_path):
     whole = PackOptions(split="train", masks="annotations", void=9, skip_bad=True)
     result = pack_image_folder(streets, tmp_path / "whole", whole)
     assert len(result.index) == 1
-    assert "1 masks have no image, the first 'train/images/other'" in result.notes
+    assert "1 mask has no image, the first 'train/images/other'" in result.notes
     lines = (tmp_path / "whole" / "rejects.tsv").read_text().splitlines()
     assert lines[0] == "name\treason"
     assert [line.split("\t")[0] for line in lines[1:]] == [f"train/images/s.{i}.jpg" for i in range(3)]
@@ -202,8 +202,8 @@ def test_shrinking_takes_boxes_and_masks_along(coco, streets, tmp_path):
         ),
         (lambda t: t["annotations"][0].update(bbox=[3, 3, 0, 5]), "has no area"),
         (lambda t: t["annotations"][0].update(bbox=[3, float("nan"), 5, 5]), "extends beyond"),
-        (lambda t: t["annotations"][0].update(category_id=99), "has no 99"),
-        (lambda t: t["annotations"][0].update(image_id=99), "has no 99"),
+        (lambda t: t["annotations"][0].update(category_id=99), "category_id 99 is not among the categories"),
+        (lambda t: t["annotations"][0].update(image_id=99), "image_id 99 is not among the images"),
         (lambda t: t["annotations"][0].update(bbox=[1, 2]), "another format"),
         (lambda t: t.pop("categories"), "has no 'categories'"),
         (lambda t: t.update(images=[], annotations=[]), "name no image"),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import gzip
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ import pytest
 from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from dataloaders.sources.index import durable_write
 from dataloaders.text.corpus import windows_of
 from dataloaders.text.pack import Asked, options_of, pack_texts, shown
 from dataloaders.text.samples import cut_to, sample_of
@@ -18,6 +22,7 @@ from dataloaders.text.tables import Columns, rows_of
 from dataloaders.text.tokenizer import TextTokenizer, read_tokenizer, train_tokenizer
 from dataloaders.tokens import open_token_split
 from launch.data.sheet import describe
+from launch.testing.commands import setformer
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.text_ids import CLS, FIRST, MASK, SEP
 
@@ -188,13 +193,59 @@ def test_tables_that_are_refused(name: str, text: str, said: str, tmp_path: Path
 
 def test_numbers_and_bytes_that_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.tsv"
-    for number in ("nan", "inf", "many", "", "1e39", "-1e39"):
+    for number in ("nan", "inf", "many", "", "1e39", "-1e39", "1_0"):
         path.write_text(f"text\tscore\nthe cat\t{number}\n")
         with pytest.raises(DataError, match="where a number is wanted"):
             list(rows_of(path, Columns(("text",), number="score")))
     path.write_bytes(b"text\tscore\nthe cat\t1\n\xff\xfe\t1\n")
     with pytest.raises(DataError, match="line 3, is not UTF-8"):
         list(rows_of(path, Columns(("text",), number="score")))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "texts", "said"),
+    [
+        ("a.txt", "the cat\n".encode("utf-16-le"), (), "line 1, has a NUL byte"),
+        ("a.parquet", b"PAR1\x15\x00the cat", (), "line 1, has a NUL byte"),
+        ("a.txt.gz", gzip.compress(b"the cat\n"), (), "is compressed with gzip"),
+        ("a.tsv", b"text\tlabel\nthe cat\t1\n", (), "is a table, and running text is wanted"),
+        ("a.TSV", b"text\tlabel\nthe cat\t1\n", (), "is a table, and running text is wanted"),
+        ("a.parquet", b"the cat\n", ("text",), "is none of .tsv, .csv, .jsonl, which have columns"),
+        ("a.JSONL", b"the cat\n", (), "is not JSON"),
+    ],
+)
+def test_what_is_no_running_text_is_refused(
+    name: str, data: bytes, texts: tuple[str, ...], said: str, tokenizer: Path, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises((DataError, ConfigError), match=said):
+        packed(tmp_path / name, tokenizer, texts=texts)
+    if not texts:
+        made = setformer("text", "tokenizer", str(tmp_path / name), str(tmp_path / "made.json"), "--vocabulary", "64")
+        assert made.code in (2, 3)
+        assert said in made.err
+        assert not (tmp_path / "made.json").exists()
+
+
+def test_suffixes_may_be_in_capitals(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "T.TSV").write_text("text\tlabel\nthe cat\t1\nthe fish\t0\n")
+    assert len(packed(tmp_path / "T.TSV", tokenizer, texts=("text",), label="label")) == 2
+
+
+def test_a_tokenizer_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("the cat eats the fish\n" * 9)
+    there = tmp_path / "a.txt" / "tokenizer.json"
+    made = setformer("text", "tokenizer", str(tmp_path / "a.txt"), str(there), "--vocabulary", "64")
+    assert made.code == 3, made.err
+    assert f"{there} cannot be written (" in made.error_lines[0]
+
+    def full_disk() -> Iterator[bytes]:
+        yield b"{"
+        raise OSError(errno.ENOSPC, "no space")
+
+    with pytest.raises(OSError, match="no space"):
+        durable_write(tmp_path / "tokenizer.json", full_disk())
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_a_split_is_packed_like_another(tokenizer: Path, tmp_path: Path) -> None:
