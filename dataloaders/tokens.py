@@ -49,7 +49,11 @@ TOKENS_FORMAT = 1
 TOKENS_NAME = "tokens.json"
 TOKENIZER_NAME = "tokenizer.json"
 
-_LATER = {"tokenizer": "", "numbers": False}  # facts that older files do not have, and what they mean then
+_LATER = {
+    "tokenizer": "",
+    "numbers": False,
+    "pairs": False,
+}  # facts that older files do not have, and what they mean then
 
 # A part is written when it holds so many tokens: bounds the memory of packing.
 PART_TOKENS = 1 << 26
@@ -79,6 +83,7 @@ class TokenFacts:
         full: every sequence has exactly `length` tokens, so that there is no padding.
         tokenizer: sha256 of the tokenizer that lies beside texts; "" for tokens that are no parts of texts.
         numbers: samples have numbers, for regression.
+        pairs: samples are pairs of texts, one after the other in one sequence.
     """
 
     task: str
@@ -89,6 +94,7 @@ class TokenFacts:
     full: bool = False
     tokenizer: str = ""
     numbers: bool = False
+    pairs: bool = False
 
     @property
     def labelled(self) -> bool:

@@ -92,6 +92,7 @@ def pack_texts(
     facts = TokenFacts(
         task="text", classes=classes, vocabulary=options.tokenizer.vocabulary, length=options.length,
         tokenizer=options.tokenizer.sha256, numbers=columns is not None and bool(columns.number),
+        pairs=columns is not None and len(columns.texts) == 2,
     )  # fmt: skip
 
     def told() -> dict[str, object]:

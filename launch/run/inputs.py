@@ -322,6 +322,7 @@ class TokenInputs:
             "sequences": facts.sequences,
             "padded": not facts.full,
             **({"tokenizer": facts.tokenizer} if facts.tokenizer else {}),
+            **({"pairs": True} if facts.pairs else {}),
         }
 
     def build_model(self, config: ModelConfig, num_classes: int, input_spec: dict[str, object], seed: int) -> nn.Module:
@@ -335,8 +336,8 @@ class TokenInputs:
                 f"model.args.length = {longest} is less than the {tokens} tokens of the data: leave it out, or set "
                 f"data.length = {longest}, which cuts what is longer"
             )
-        if "tokenizer" in config.args:
-            raise ConfigError("model.args.tokenizer is what the data say: leave it out")
+        if told := {"tokenizer", "pairs"} & config.args.keys():
+            raise ConfigError(f"model.args.{min(told)} is what the data say: leave it out")
         return build_model(config.model_copy(update={"args": {**input_spec, **config.args}}), num_classes, 0, seed)
 
     def model_arguments(self, config: ModelConfig, num_classes: int) -> None:

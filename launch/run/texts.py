@@ -15,7 +15,7 @@ from dataloaders.text.tokenizer import TextTokenizer, read_tokenizer
 from dataloaders.tokens import TOKENIZER_NAME
 from launch.run.initial_weights import tokenizer_of
 from launch.run.objective import encoder_of
-from launch.run.trained import Trained
+from launch.run.trained import Trained, is_of_pairs
 from setformer_dist.core.errors import ConfigError, DataError
 from setformer_dist.core.text_ids import MASK, most_hidden
 from setformer_dist.models.text import MaskedLanguageModel, TextEncoder
@@ -78,12 +78,19 @@ def predict_texts(
     """Yield what a model says of texts, or of pairs of them, one after the other.
 
     Raises:
-        DataError: a text is empty, or has no hidden token where the model fills them, or too many.
+        DataError: a text is empty, or is no pair where the model judges pairs or the reverse, or has no hidden token
+            where the model fills them, or too many.
     """
     given = list(samples)
     for number, texts in enumerate(given, 1):  # before the first is computed
         if not all(text.strip() for text in texts):
             raise DataError(f"text {number} is empty: give it some words")
+        if not isinstance(trained.model, MaskedLanguageModel) and (len(texts) == 2) != is_of_pairs(trained):
+            raise DataError(
+                f"text {number} is alone, and this model judges pairs: give two texts (--pairs, a tab in files)"
+                if is_of_pairs(trained)
+                else f"text {number} is a pair, and this model judges single texts: leave the second out"
+            )
         if isinstance(trained.model, MaskedLanguageModel) and not any(HOLE in text for text in texts):
             raise DataError(f"this model names hidden tokens, and text {number} has none: write {HOLE} for one")
     for texts in given:

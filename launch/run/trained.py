@@ -284,6 +284,11 @@ def _fill(model: nn.Module, weights: dict[str, torch.Tensor], checkpoint: Checkp
         raise CheckpointError(f"checkpoint {checkpoint.path} and its own config disagree about {', '.join(wrong[:4])}")
 
 
+def is_of_pairs(trained: Trained) -> bool:
+    """Return whether a model judges pairs of texts, and no single ones."""
+    return trained.inputs.get("pairs") is True
+
+
 def _listed(classes: tuple[str, ...]) -> str:
     """Return how many classes there are, and the first."""
     named = f" ({', '.join(map(plain, classes[:4]))}{', …' if len(classes) > 4 else ''})" if classes else ""
@@ -304,6 +309,9 @@ def data_for(trained: Trained, split: Split) -> DataConfig | TokenConfig:
             f"{split.folder} is of tokenizer {split.facts.tokenizer[:12] or 'none'}, and {trained.place} of "
             f"{str(ours)[:12] or 'none'}: pack the texts with that of the model"
         )
+    if ours and trained.task.name != MaskedText.name and split.facts.pairs != is_of_pairs(trained):
+        there, here = ("pairs of texts", "single texts") if split.facts.pairs else ("single texts", "pairs of texts")
+        raise DataError(f"{split.folder} has {there}, and {trained.place} judges {here}: name other data")
     longest = trained.inputs.get("length")
     if not (ours and isinstance(data, TokenConfig) and isinstance(longest, int)):
         return data

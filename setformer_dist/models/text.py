@@ -40,12 +40,14 @@ class TextConfig(SequenceConfig):
         length: most tokens of a text; fewer may come.
         read_out: what the classifier reads: the "mean" over valid tokens, or the "first" token.
         local: tokens that a convolution before each attention spans, an odd number; 0 for none.
+        pairs: whether the data are pairs of texts; the model is the same.
     """
 
     num_classes: int = pydantic.Field(default=2, ge=0)
     sequences: Literal[1] = 1
     read_out: Literal["mean", "first"] = "mean"
     local: int = pydantic.Field(default=0, ge=0)
+    pairs: bool = False
 
     @pydantic.model_validator(mode="after")
     def _centred(self) -> TextConfig:

@@ -187,6 +187,8 @@ def test_fine_tuning_predictions_and_exports(texts: Path, pretrained: Path, tmp_
     figures = json.loads((paired / "summary.json").read_text())["evaluation"]
     assert figures["pearson"] > 0.3
     value = json.loads(run("text", "predict", str(paired), "--pairs", good, good, "--json"))["value"]
+    assert "text 1 is alone, and this model judges pairs" in run("text", "predict", str(paired), good, code=3)
+    assert "this model judges single texts" in run("text", "predict", str(exported), "--pairs", good, bad, code=3)
     assert 0 < value < 4
     assert json.loads(run("eval", str(paired), "--json", "--batch", "5"))["metrics"]["spearman"] == pytest.approx(
         figures["spearman"], abs=1e-3
