@@ -49,11 +49,8 @@ TOKENS_FORMAT = 1
 TOKENS_NAME = "tokens.json"
 TOKENIZER_NAME = "tokenizer.json"
 
-_LATER = {
-    "tokenizer": "",
-    "numbers": False,
-    "pairs": False,
-}  # facts that older files do not have, and what they mean then
+# Facts that older files do not have, and what they mean then.
+_LATER = {"tokenizer": "", "numbers": False, "pairs": False}
 
 # A part is written when it holds so many tokens: bounds the memory of packing.
 PART_TOKENS = 1 << 26

@@ -39,7 +39,8 @@ def scored_texts(trained: Trained, split: Split, count: int = 16) -> list[Scored
     ones, numbers = torch.ones(len(samples)), split.numbers(samples)
     batch = MicroBatch(ids, split.labels(samples), ones, torch.from_numpy(samples), numbers=numbers)
     inputs, targets = trained.prepare()(batch, train=False)
-    outputs = trained.model(inputs)
+    outputs = trained.model(inputs).float().cpu()
+    inputs, targets = inputs.cpu(), targets.cpu()
     if isinstance(trained.model, MaskedLanguageModel):
         return [
             _named(tokenizer, given.numpy(), true.numpy(), found.numpy())
