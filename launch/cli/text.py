@@ -187,7 +187,9 @@ def predict(
     checkpoint: ModelPath,
     texts: Annotated[list[str] | None, typer.Argument(help="Texts.", show_default=False)] = None,
     pairs: Annotated[bool, typer.Option("--pairs", help="Each two texts are a pair.")] = False,
-    file: Annotated[Path | None, typer.Option(help="File with a text per line.", show_default=False)] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="File with a text per line; - is standard input.", show_default=False)
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="Classes or tokens shown.")] = 3,
     tokenizer: Annotated[
         Path | None, typer.Option(help="Its tokenizer.json, where it is not beside the model.", show_default=False)
@@ -215,7 +217,7 @@ def _samples(texts: list[str], pairs: bool, file: Path | None) -> list[tuple[str
             raise ConfigError(f"--pairs: {counted(len(texts), 'text')} cannot be paired: give an even number")
         samples = list(zip(texts[::2], texts[1::2], strict=True))
     if file is not None:
-        for number, line in lines_of(file):
+        for number, line in lines_of(Path("/dev/stdin") if str(file) == "-" else file):
             parts = tuple(line.split("\t"))
             if len(parts) > 2:
                 raise ConfigError(f"{file}, line {number}, has {len(parts)} texts: a tab separates the two of a pair")

@@ -111,7 +111,8 @@ def check_probed(model: nn.Module, name: str, train: Split, val: Split) -> None:
     check_splits(train, val)
     if len(train.classes) < 2:
         raise DataError(
-            "a probe tells classes apart, and the data have one: name labelled data (--data, eval.probe.data)"
+            f"a probe tells classes apart, and the data have {'one' if train.classes else 'none'}: name labelled data "
+            "(--data, eval.probe.data)"
         )
     if not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):
         raise ConfigError(

@@ -327,3 +327,29 @@ def test_a_run_whose_hosts_are_all_lost_at_once_tries_them_again_soon(
     (line,) = [line for line in said.splitlines() if "of at least 1 hosts are there" in line]
     assert "host a" in line
     assert "host b" in line
+
+
+@pytest.mark.drill
+@pytest.mark.hosts
+def test_two_hosts_learn_texts_as_one(cluster: Cluster, tmp_path: Path) -> None:
+    """Also the tokenizer of the data lies in the run's folder, which the first host writes."""
+    lines = [f"the {colour} cat eats {count} fish by the river ." for colour in ("red", "old") for count in range(64)]
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.txt").write_text("\n".join(lines))
+    made = setformer("text", "tokenizer", str(tmp_path / "train.txt"), str(tmp_path / "t.json"), "--vocabulary", "128")
+    assert made.code == 0, made.err
+    for split in ("train", "val"):
+        packed = setformer("text", "pack", str(tmp_path / f"{split}.txt"), str(tmp_path / "data" / split),
+                           "--tokenizer", str(tmp_path / "t.json"), "--length", "32")  # fmt: skip
+        assert packed.code == 0, packed.err
+    words = ["train", "mlm", f"data.root={tmp_path / 'data'}", "batch.global_size=8", "~schedule.epochs",
+             "schedule.steps=20", "~schedule.warmup_epochs", "schedule.warmup_steps=2", "model.args.dim=32",
+             "model.args.num_heads=2", "zero.stage=3", "precision.dtype=fp32", "run.threads=1", "run.log_every=1",
+             "eval.every_epochs=1", "data.trim=true", "model.args.dropout=0.1"]  # fmt: skip
+    alone = setformer(*words, f"run.out={tmp_path / 'one'}", "--ranks", "2")
+    assert alone.code == 0, alone.err
+    process = start(cluster, [*words, f"run.out={tmp_path / 'two'}", "--ranks", "2"])
+    said = end(process, cluster)
+    assert process.returncode == 0, said
+    assert losses(tmp_path / "two" / "mlm") == losses(tmp_path / "one" / "mlm")
+    assert (tmp_path / "two" / "mlm" / "tokenizer.json").read_bytes() == (tmp_path / "t.json").read_bytes()
