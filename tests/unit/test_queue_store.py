@@ -437,5 +437,5 @@ def test_since_when_a_job_waits(store: Store, tmp_path: Path, monkeypatch: pytes
     with store.write() as connection:
         book.end(connection, first, "done", "")
     assert wishes.release(store, held) == "may start"
-    assert [round(each.waiting_since - now) for each in book.waiting(store)] == [0, 0]
+    assert all(0 <= each.waiting_since - now < 60 for each in book.waiting(store))  # the release was a moment ago
     assert [each.id for each in book.waiting(store)] == [second, held]
