@@ -344,8 +344,11 @@ def finish(written: WrittenShards, top_class: int, said: Mapping[str, object] | 
     _tidy(work, {plan.path.name for plan in plans})
     notes = [*found.notes, *_notes(index, shards, written.before)]
     if not found.origin.classes:
-        largest = f"{counted(top_class + 1, 'class', 'classes')} by the largest value in the masks, {top_class}"
-        notes.append(f"no classes were named: {largest}; name them by --classes where that is not what they are")
+        how_many = counted(top_class + 1, "class", "classes")
+        notes.append(
+            f"no classes were named: the largest value in the masks is {top_class}, so there are {how_many}; if that "
+            "is wrong, name them by --classes"
+        )
     return PackResult(index, rejected, notes)
 
 

@@ -36,8 +36,8 @@ def check_running(files: Sequence[Path]) -> None:
     for path in files:
         if suffix_of(path) in (".tsv", ".csv"):
             raise ConfigError(
-                f"{path} is a table, and running text is wanted: pack it with --text COLUMN, and make a tokenizer of "
-                "texts"
+                f"{path} is a table, and running text is wanted: `text pack` reads it with --text COLUMN, and "
+                "`text tokenizer` reads .txt and .jsonl files"
             )
 
 

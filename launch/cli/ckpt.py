@@ -136,10 +136,11 @@ def export(
     ] = False,
     imports: ImportOption = None,
 ) -> None:
-    """Write the weights as a folder that timm loads, with preprocessing and class names, of texts with the tokenizer.
+    """Write the weights as a folder with preprocessing and class names; for a model of texts, with the tokenizer.
 
-    `timm.create_model("local-dir:DEST", pretrained=True)` and `timm.data.resolve_model_data_config` read that of a
-    model of images. `eval`, `predict`, `text predict` and `model.weights` take all exports.
+    timm loads models of images: `timm.create_model("local-dir:DEST", pretrained=True)` and
+    `timm.data.resolve_model_data_config` read the folder. So do `eval`, `predict` (or `text predict`) and
+    `model.weights`.
 
     Examples:
 

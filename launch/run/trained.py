@@ -296,10 +296,10 @@ def _listed(classes: tuple[str, ...]) -> str:
 
 
 def data_for(trained: Trained, split: Split) -> DataConfig | TokenConfig:
-    """Return how a model reads a split: texts are as long as it has them, or as the split has them where that is less.
+    """Return how a model reads a split; longer texts are cut to the model's length.
 
     Raises:
-        DataError: the split's tokens are of another tokenizer.
+        DataError: the tokens are of another tokenizer, or of pairs where the model judges single texts, or the reverse.
     """
     data = trained.config.data
     if not isinstance(split, TokenSplit):
@@ -330,7 +330,8 @@ def evaluate_checkpoint(
         advance: told the samples of each micro batch as it begins.
 
     Raises:
-        DataError: the task needs classes, and the split's are not the model's, or of a model without names not as many.
+        DataError: the task needs classes, and the split has others; for a model without names, another number of them.
+            Or its texts are not the model's kind (`data_for`).
         ConfigError: the model has no classes, or is the encoder alone of one that fills in images.
     """
     if not trained.named and not trained.classes:
